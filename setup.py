@@ -1,0 +1,53 @@
+"""Packaging of xomni_jax. Ranges are what the tests run on: Python 3.11 to 3.13, jax 0.10 to 0.12."""
+
+from setuptools import find_packages, setup
+
+CORE = [
+    "jax>=0.10,<0.13",
+    "flax>=0.12,<0.13",
+    "optax>=0.2.5,<0.3",
+    "orbax-checkpoint>=0.12,<0.13",
+    "grain>=0.2.12,<0.3",
+    "transformers>=5.0,<6",
+    "tokenizers>=0.22,<0.24",
+    "numpy>=2.0,<3",
+    "einops>=0.8,<0.9",
+    "ml-collections>=1.0,<2",
+    "ml-dtypes>=0.5,<0.6",
+    "safetensors>=0.6,<0.9",
+    "pillow>=11,<14",
+    "matplotlib>=3.9,<4",
+    "tensorboardX>=2.6,<3",
+    "httpx>=0.27,<0.29",
+    "msgpack>=1.0,<2",
+    "tqdm>=4.66,<5",
+]
+REWARDS = [
+    "fastapi>=0.115,<0.170",
+    "uvicorn>=0.34,<0.60",
+    "rapidocr>=3.4,<4",
+    "onnxruntime>=1.20,<2",
+    "opencv-python-headless>=4.10,<6",
+    "rapidfuzz>=3.9,<4",
+    "tesserocr>=2.7,<3",
+]
+TEST = ["pytest>=8,<10", "pytest-xdist>=3.6,<4"]
+PARITY = ["torch>=2.6,<3", "diffusers>=0.34,<0.50", "sentencepiece>=0.2,<0.3"]
+
+setup(
+    name="xomni_jax",
+    version="0.1.0",
+    description="X-Omni in JAX: discrete autoregressive image generation trained with reinforcement learning.",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.14",
+    packages=find_packages(include=["xomni_jax", "xomni_jax.*"]),
+    package_data={"xomni_jax": ["assets/**/*"]},
+    install_requires=CORE,
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10,<0.13"],
+        "rewards": REWARDS,
+        "test": TEST + REWARDS,
+        "parity": TEST + REWARDS + PARITY,
+    },
+    entry_points={"console_scripts": ["xomni = xomni_jax.cli.main:main"]},
+)

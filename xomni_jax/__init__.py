@@ -1,0 +1,1 @@
+"""X-Omni in JAX: discrete autoregressive image generation, trained with reinforcement learning."""

@@ -1,0 +1,1 @@
+"""The Orbax store, and conversion from and to the released PyTorch layout."""

@@ -1,0 +1,1 @@
+"""Declarative name tables, one module per model: PyTorch key to linen path."""

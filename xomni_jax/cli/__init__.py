@@ -1,0 +1,1 @@
+"""The `xomni` command: thin subcommands that parse, build, call and print."""

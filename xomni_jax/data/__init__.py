@@ -1,0 +1,1 @@
+"""Where examples come from: the rendered embedded data set, grain sources and transforms."""

@@ -1,0 +1,1 @@
+"""What is computed: pure linen modules, one frozen config per model."""

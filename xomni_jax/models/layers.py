@@ -1,0 +1,146 @@
+"""Layers that every model shares: projections that name their logical axes, norms, embeddings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+Dtype = Any
+
+
+def named(init: Callable, *axes: str | None) -> Callable:
+    """An initialiser whose parameter carries its logical axes, for `sharding.rules`."""
+    return nn.with_logical_partitioning(init, axes)
+
+
+class Projection(nn.Module):
+    """A dense map between named axes: contracts the last `contract` axes of x with the kernel, appends `features`.
+
+    Attributes:
+      features: output sizes, e.g. (heads, head_dim).
+      axes: logical axis names of the kernel: the contracted axes, then the output axes.
+      contract: how many trailing axes of the input are contracted.
+      bias: whether to add a bias over the output axes.
+      dtype: compute dtype. param_dtype: storage dtype.
+      init: kernel initialiser of a 2-D (in, out) matrix.
+    """
+
+    features: Sequence[int]
+    axes: Sequence[str | None]
+    contract: int = 1
+    bias: bool = False
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    init: Callable = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        into, out = tuple(x.shape[-self.contract :]), tuple(self.features)
+
+        def init(key, shape, dtype):
+            return self.init(key, (math.prod(into), math.prod(out)), dtype).reshape(shape)
+
+        kernel = self.param("kernel", named(init, *self.axes), into + out, self.param_dtype)
+        dims = tuple(range(x.ndim - self.contract, x.ndim)), tuple(range(self.contract))
+        y = jax.lax.dot_general(x.astype(self.dtype), kernel.astype(self.dtype), (dims, ((), ())))
+        if self.bias:
+            b = self.param("bias", named(nn.initializers.zeros, *self.axes[self.contract :]), out, self.param_dtype)
+            y = y + b.astype(self.dtype)
+        return y
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale over the last axis, computed in float32, returned in `dtype`."""
+
+    eps: float = 1e-6
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", named(nn.initializers.ones, "norm"), (x.shape[-1],), self.param_dtype)
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+        return (x * scale.astype(jnp.float32)).astype(self.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last axis, computed in float32, returned in `dtype`; `affine` adds scale and bias."""
+
+    eps: float = 1e-6
+    affine: bool = True
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32)
+        mean = jnp.mean(x, axis=-1, keepdims=True)
+        x = (x - mean) * jax.lax.rsqrt(jnp.mean((x - mean) ** 2, axis=-1, keepdims=True) + self.eps)
+        if self.affine:
+            scale = self.param("scale", named(nn.initializers.ones, "norm"), (x.shape[-1],), self.param_dtype)
+            bias = self.param("bias", named(nn.initializers.zeros, "norm"), (x.shape[-1],), self.param_dtype)
+            x = x * scale.astype(jnp.float32) + bias.astype(jnp.float32)
+        return x.astype(self.dtype)
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation over (rows, columns, channels of a group) of [..., Y, X, C], in float32, returned in `dtype`."""
+
+    groups: int = 32
+    eps: float = 1e-6
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        channels = x.shape[-1]
+        g = x.astype(jnp.float32).reshape(*x.shape[:-1], self.groups, channels // self.groups)
+        over = (-4, -3, -1)
+        mean = jnp.mean(g, axis=over, keepdims=True)
+        g = (g - mean) * jax.lax.rsqrt(jnp.mean((g - mean) ** 2, axis=over, keepdims=True) + self.eps)
+        scale = self.param("scale", named(nn.initializers.ones, "norm"), (channels,), self.param_dtype)
+        bias = self.param("bias", named(nn.initializers.zeros, "norm"), (channels,), self.param_dtype)
+        return (g.reshape(x.shape) * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(self.dtype)
+
+
+class Conv(nn.Module):
+    """2-D convolution on [B, Y, X, C] with a bias. Padding is given per side, as torch counts it."""
+
+    features: int
+    kernel: int
+    stride: int = 1
+    padding: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0))
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (self.kernel, self.kernel, x.shape[-1], self.features)
+        init = named(nn.initializers.lecun_normal(), "conv", "conv", "channels_in", "channels_out")
+        kernel = self.param("kernel", init, shape, self.param_dtype)
+        bias = self.param("bias", named(nn.initializers.zeros, "channels_out"), (self.features,), self.param_dtype)
+        y = jax.lax.conv_general_dilated(
+            x.astype(self.dtype), kernel.astype(self.dtype), (self.stride,) * 2, self.padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return y + bias.astype(self.dtype)
+
+
+class Embed(nn.Module):
+    """A lookup table [V, D]; ids [...] -> [..., D] in `dtype`. Out-of-range ids are the caller's error and are clamped."""
+
+    rows: int
+    features: int
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    init: Callable = nn.initializers.normal(0.02)
+
+    @nn.compact
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        table = self.param("table", named(self.init, "vocab", "embed"), (self.rows, self.features), self.param_dtype)
+        return jnp.take(table, ids, axis=0, mode="clip").astype(self.dtype)

@@ -1,0 +1,1 @@
+"""Remote rewards: protocol, client and combination."""

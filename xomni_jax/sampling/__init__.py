@@ -1,0 +1,1 @@
+"""How models run forward: caches, prefill, decoding, guidance, flow-matching samplers."""

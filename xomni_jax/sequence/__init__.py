@@ -1,0 +1,1 @@
+"""The multimodal token format: text and image spans to ids and back."""

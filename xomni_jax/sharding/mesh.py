@@ -1,0 +1,41 @@
+"""Mesh construction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from xomni_jax.sharding.rules import MESH_AXES
+
+
+def make_mesh(axes: Mapping[str, int] | None = None, devices=None) -> Mesh:
+    """A mesh over (replica, data, fsdp, tensor). An axis left out is 1; one axis may be -1: all remaining devices.
+
+    Axis types are Auto: linen's modules are written for the partitioner, and `jax.make_mesh` would make them Explicit.
+
+    Raises:
+      ValueError: unknown axis, or the sizes do not multiply to the number of devices.
+    """
+    sizes = {name: 1 for name in MESH_AXES} | dict(axes or {"fsdp": -1})
+    unknown = sorted(set(sizes) - set(MESH_AXES))
+    if unknown:
+        raise ValueError(f"mesh axis {unknown[0]!r} is unknown; known axes: {', '.join(MESH_AXES)}")
+    devices = jax.devices() if devices is None else list(devices)
+    free = [name for name, size in sizes.items() if size == -1]
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if len(free) > 1:
+        raise ValueError(f"mesh: only one axis may be -1, got {free}")
+    if free:
+        sizes[free[0]] = len(devices) // fixed
+    if math.prod(sizes.values()) != len(devices):
+        asked = " x ".join(f"{name}={size}" for name, size in sizes.items() if size != 1) or "1"
+        raise ValueError(f"mesh {asked} needs {math.prod(sizes.values())} devices, {len(devices)} are present; change config.mesh")
+    return jax.make_mesh(tuple(sizes[a] for a in MESH_AXES), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of a value that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())

@@ -1,0 +1,87 @@
+"""The one table from logical axes to mesh axes, and its strict application."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+from flax import linen as nn
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("replica", "data", "fsdp", "tensor")
+
+# Logical axis -> mesh axes. The only place that names mesh axes. None: never split.
+RULES: dict[str, tuple[str, ...] | None] = {
+    # activations
+    "batch": ("replica", "data", "fsdp"),
+    "length": None,
+    "cache": None,
+    "residual": None,  # the model width of an activation; parameters call theirs "embed"
+    # parameters
+    "layers": None,
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": None,
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "code": None,  # the width of a codebook row or of another small feature
+    "modulation": ("tensor",),
+    "norm": None,
+    "conv": None,  # spatial extent of a convolution kernel
+    "channels_in": None,
+    "channels_out": ("fsdp",),
+}
+
+
+def spec_for(
+    name: str, shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh | AbstractMesh, rules: Mapping = RULES
+) -> PartitionSpec:
+    """PartitionSpec of one tensor; refuses what the compiler would quietly replicate.
+
+    Raises:
+      KeyError: a logical axis has no rule.
+      ValueError: the number of axes is not the rank, a mesh axis would serve two dimensions, or a size does not divide.
+    """
+    if len(shape) != len(axes):
+        raise ValueError(f"{name}{tuple(shape)}: {len(axes)} logical axes {tuple(axes)} for {len(shape)} dimensions")
+    used: set[str] = set()
+    entries: list[tuple[str, ...] | None] = []
+    for size, axis in zip(shape, axes):
+        if axis is not None and axis not in rules:
+            raise KeyError(f"{name}: logical axis {axis!r} has no rule; known axes: {sorted(rules)}")
+        over = tuple(m for m in (rules[axis] if axis else None) or () if mesh.shape.get(m, 1) > 1)
+        ways = math.prod(mesh.shape[m] for m in over)
+        if used & set(over):
+            raise ValueError(f"{name}{tuple(shape)}: mesh axis {sorted(used & set(over))} serves two dimensions of {tuple(axes)}")
+        if size % ways:
+            raise ValueError(
+                f"{name}{tuple(shape)}: {axis}={size} does not divide over mesh axes {over} ({ways} ways); lower that mesh axis"
+            )
+        used |= set(over)
+        entries.append(over or None)
+    return PartitionSpec(*entries)
+
+
+def constrain(x: jax.Array, *axes: str | None, name: str = "activation") -> jax.Array:
+    """Pins an activation to the table, by logical axis names. The identity where no mesh is set (see `use_mesh`)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec_for(name, x.shape, axes, mesh))
+
+
+def param_shardings(boxed, mesh: Mesh):
+    """NamedSharding tree of a boxed parameter tree, as `jax.eval_shape(model.init, ...)["params"]` returns it.
+
+    Every parameter must name its logical axes (`nn.with_logical_partitioning`); an unnamed one is an error.
+    """
+
+    def one(path, leaf):
+        name = "/".join(str(getattr(p, "key", p)) for p in path)
+        if not isinstance(leaf, nn.Partitioned):
+            raise ValueError(f"{name}: parameter names no logical axes")
+        return NamedSharding(mesh, spec_for(name, leaf.value.shape, leaf.names, mesh))
+
+    return jax.tree_util.tree_map_with_path(one, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))

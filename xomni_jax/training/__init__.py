@@ -1,0 +1,1 @@
+"""One module per training stage, and what they share."""
