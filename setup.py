@@ -32,7 +32,7 @@ REWARDS = [
     "tesserocr>=2.7,<3",
 ]
 TEST = ["pytest>=8,<10", "pytest-xdist>=3.6,<4"]
-PARITY = ["torch>=2.6,<3", "diffusers>=0.34,<0.50", "sentencepiece>=0.2,<0.3"]
+PARITY = ["torch>=2.13,<2.14", "diffusers>=0.34,<0.50", "sentencepiece>=0.2,<0.3"]
 
 setup(
     name="xomni_jax",

@@ -11,9 +11,6 @@ import numpy as np
 import pytest
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "parity: live comparison with torch, transformers and diffusers (extra [parity])")
-
 
 def pytest_collection_modifyitems(config, items):
     """Live parity needs torch: without the extra those tests are left out of the collection, not skipped one by one."""

@@ -1,0 +1,23 @@
+# Sourced by the other scripts: a virtual environment of this checkout with the wanted extra, made once and kept while setup.py stays the same.
+# usage: environment EXTRA [PYTHON]     afterwards `python` and `xomni` are the environment's own
+environment() {
+  local extra=$1 wanted=${2:-} candidate found="" stamp
+  for candidate in ${wanted:-python3.11 python3.12 python3.13 python3}; do
+    if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then found=$candidate; break; fi
+  done
+  if [ -z "$found" ]; then
+    echo "no Python 3.11 to 3.13 found${wanted:+ as $wanted}; install one, or name it with --python" >&2
+    return 2
+  fi
+  local home=${XOMNI_VENV:-.venv}
+  [ -z "$wanted" ] || home=$home-$(basename "$wanted")
+  [ -x "$home/bin/python" ] || "$found" -m venv "$home"
+  # shellcheck disable=SC1091
+  . "$home/bin/activate"
+  stamp="$home/installed-$extra-$(cksum < setup.py | cut -d' ' -f1)"
+  if [ ! -f "$stamp" ]; then
+    echo "installing xomni_jax[$extra] into $home (once, about two minutes)"
+    python -m pip install --quiet --disable-pip-version-check -e ".[$extra]"
+    touch "$stamp"
+  fi
+}

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Sets up what the tests need and runs them.   bash launch/test.sh [--parity] [--python PYTHON] [pytest arguments]
+#   --parity   also compares live with torch, transformers and diffusers (installs them)
+#   --python   another interpreter, such as python3.12
+set -euo pipefail
+cd "$(dirname "$0")/.."
+extra=test python=""
+while [ $# -gt 0 ]; do
+  case $1 in
+    --parity) extra=parity; shift ;;
+    --python) python=$2; shift 2 ;;
+    -h|--help) sed -n '2,4s/^# //p' "$0"; exit 0 ;;
+    *) break ;;
+  esac
+done
+. launch/environment.sh
+environment "$extra" "$python"
+marker="not parity"
+[ "$extra" = parity ] && marker=""
+export OMP_NUM_THREADS=1
+exec python -m pytest -c .pytest.ini -n 2 --dist loadfile -m "$marker" "$@"

@@ -1,0 +1,215 @@
+"""Checkpoints on disk: model directories (one Orbax tree per component) and the resumable state of a run.
+
+A model directory is what `xomni_jax.load` takes:
+
+    DIR/model.json        format, and for every component its configuration and provenance
+    DIR/<component>/      Orbax tree of the component's parameters
+    DIR/tokenizer/        the text tokenizer, as transformers saves it
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from xomni_jax.checkpoint.conversion import flatten, unflatten
+
+FORMAT = 1
+COMPONENTS = ("transformer", "siglip_vq", "decoder", "autoencoder", "text_encoders")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, incomplete or does not fit; the message says which, where, and what to do."""
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON so that a reader sees the old file or the new one, never a part."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+    os.replace(part, path)
+
+
+def config_to_json(cfg: Any) -> dict[str, Any]:
+    """A model config dataclass as JSON: dtypes by name, tuples as lists."""
+
+    def plain(value):
+        if isinstance(value, (list, tuple)):
+            return [plain(v) for v in value]
+        return value if value is None or isinstance(value, (bool, int, float, str)) else jnp.dtype(value).name
+
+    return {f.name: plain(getattr(cfg, f.name)) for f in dataclasses.fields(cfg) if f.init}
+
+
+def config_from_json(cls: type, data: Mapping[str, Any], where: str) -> Any:
+    """The reverse of `config_to_json`; unknown or missing fields are one sentence that names them."""
+    names = {f.name for f in dataclasses.fields(cls) if f.init}
+    unknown = sorted(set(data) - names)
+    if unknown:
+        raise CheckpointError(f"{where}: {cls.__name__} has no field {unknown[0]!r}; the checkpoint is of another version")
+
+    def typed(name, value):
+        if name.endswith("dtype") and isinstance(value, str):
+            return jnp.dtype(value)
+        return tuple(typed("", v) for v in value) if isinstance(value, list) else value
+
+    try:
+        return cls(**{name: typed(name, value) for name, value in data.items()})
+    except TypeError as e:
+        raise CheckpointError(f"{where}: {e}") from None
+
+
+def read_model_json(directory: str | Path) -> dict[str, Any]:
+    """The description of a model directory.
+
+    Raises:
+      CheckpointError: not a model directory, unreadable, or of an unknown format.
+    """
+    path = Path(directory) / "model.json"
+    if not path.parent.is_dir():
+        raise CheckpointError(f"{directory}: no such directory; give a model directory (it holds model.json)")
+    if not path.is_file():
+        raise CheckpointError(f"{directory}: no model.json here; give a model directory, such as RUN/model of a training run")
+    try:
+        data = json.loads(path.read_text())
+    except ValueError as e:
+        raise CheckpointError(f"{path}: not readable as JSON ({e}); restore it from the run that wrote it") from None
+    if data.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: format {data.get('format')!r}, this version reads format {FORMAT}")
+    return data
+
+
+def save_component(directory: str | Path, name: str, params: Any, configs: Mapping[str, Any], note: Mapping[str, Any] | None = None) -> None:
+    """Writes one component's parameters and records it in model.json; what was there under that name is replaced.
+
+    Args:
+      directory: the model directory, made if needed.
+      name: one of COMPONENTS.
+      params: the parameter tree; every process calls this with its shards.
+      configs: {role: config dataclass} that rebuilds the component, e.g. {"transformer": ARConfig}.
+      note: JSON-able provenance (run, step, metrics).
+    """
+    directory = Path(directory).absolute()
+    directory.mkdir(parents=True, exist_ok=True)
+    if jax.tree.leaves(params):
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(directory / name, params, force=True)
+    if jax.process_index() == 0:
+        path = directory / "model.json"
+        data = read_model_json(directory) if path.is_file() else {"format": FORMAT, "components": {}}
+        data["components"][name] = {
+            "configs": {role: config_to_json(cfg) for role, cfg in configs.items()},
+            "note": dict(note or {}),
+        }
+        write_json(path, data)
+
+
+def copy_components(source: str | Path, target: str | Path, names: tuple[str, ...]) -> None:
+    """Copies components and the tokenizer of one model directory into another, as they are."""
+    source, target = Path(source), Path(target)
+    data = read_model_json(source)
+    target.mkdir(parents=True, exist_ok=True)
+    path = target / "model.json"
+    out = read_model_json(target) if path.is_file() else {"format": FORMAT, "components": {}}
+    for name in names:
+        if name in data["components"]:
+            if (source / name).is_dir():
+                shutil.copytree(source / name, target / name, dirs_exist_ok=True)
+            out["components"][name] = data["components"][name]
+    if (source / "tokenizer").is_dir():
+        shutil.copytree(source / "tokenizer", target / "tokenizer", dirs_exist_ok=True)
+    write_json(path, out)
+
+
+def load_component(directory: str | Path, name: str, wanted: Any, dtype: Any = None) -> Any:
+    """Restores one component into the shapes and shardings of `wanted` (tree of ShapeDtypeStruct).
+
+    The stored dtype is kept unless `dtype` is given; then the cast is made here, on the device, and nowhere else.
+
+    Raises:
+      CheckpointError: missing, truncated, or other keys or shapes than the model has.
+    """
+    path = Path(directory).absolute() / name
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: this model directory has no {name}; train or convert it first")
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            stored = flatten(unwrap_metadata(checkpointer.metadata(path)))
+            expected = flatten(wanted)
+            check_fit(path, stored, expected)
+            target = {k: jax.ShapeDtypeStruct(v.shape, stored[k].dtype, sharding=v.sharding) for k, v in expected.items()}
+            params = checkpointer.restore(path, unflatten(target))
+    except CheckpointError:
+        raise
+    except Exception as e:  # Orbax raises many kinds for damaged files; the user needs the directory, not the kind
+        reason = str(e).strip().splitlines()[0][:200] if str(e).strip() else type(e).__name__
+        raise CheckpointError(f"{path}: cannot be read, it is incomplete or damaged ({reason}); restore it or write it again") from e
+    return params if dtype is None else jax.jit(lambda t: jax.tree.map(lambda x: x.astype(dtype), t), donate_argnums=0)(params)
+
+
+def unwrap_metadata(metadata: Any) -> Any:
+    """Orbax's metadata as the plain tree of array descriptions, whichever wrapper this version returns."""
+    for attribute in ("item_metadata", "tree"):
+        metadata = getattr(metadata, attribute, metadata)
+    return metadata
+
+
+def check_fit(path: Path, stored: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Refuses a stored tree whose keys or shapes differ from the model's, naming the first of each kind."""
+    missing, extra = sorted(set(expected) - set(stored)), sorted(set(stored) - set(expected))
+    if missing or extra:
+        which = f"lacks {missing[0]!r}" if missing else f"has {extra[0]!r}, which the model has not"
+        raise CheckpointError(f"{path}: {which} ({len(missing)} missing, {len(extra)} unknown); it belongs to another configuration")
+    for key in sorted(expected):
+        if tuple(stored[key].shape) != tuple(expected[key].shape):
+            raise CheckpointError(f"{path}: {key} has shape {tuple(stored[key].shape)}, the model wants {tuple(expected[key].shape)}")
+
+
+class RunCheckpoints:
+    """The resumable states of one training run: train state, data iterator and counters, saved together or not at all."""
+
+    def __init__(self, directory: str | Path, keep: int = 2):
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+        self.directory = Path(directory).absolute()
+        self.manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def latest(self) -> int | None:
+        """The newest step that was written whole, or None."""
+        return self.manager.latest_step()
+
+    def save(self, step: int, state: Any, data: Mapping[str, Any], wait: bool = False) -> None:
+        """Starts an asynchronous save; `wait` blocks until it is on disk. A step already saved is left alone."""
+        if step not in self.manager.all_steps():
+            self.manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(dict(data))))
+        if wait:
+            self.manager.wait_until_finished()
+
+    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any]]:
+        """(step, state, data) of the newest or the given step, with the shapes, dtypes and shardings of `abstract_state`."""
+        step = self.latest() if step is None else step
+        if step is None:
+            raise CheckpointError(f"{self.directory}: no checkpoint to resume from")
+        try:
+            out = self.manager.restore(
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore())
+            )
+        except Exception as e:
+            reason = str(e).strip().splitlines()[0][:200] if str(e).strip() else type(e).__name__
+            raise CheckpointError(
+                f"{self.directory / str(step)}: cannot be restored ({reason}); delete this step's folder to resume from an earlier one, "
+                "or start with another run_dir"
+            ) from e
+        return step, out["state"], out["data"]
+
+    def close(self) -> None:
+        """Waits for pending saves and releases the manager."""
+        self.manager.wait_until_finished()
+        self.manager.close()
