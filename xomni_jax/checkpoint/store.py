@@ -2,8 +2,8 @@
 
 A model directory is what `xomni_jax.load` takes:
 
-    DIR/model.json        format, and for every component its configuration and provenance
-    DIR/<component>/      Orbax tree of the component's parameters
+    DIR/model.json        format, and for every component its configuration and provenance; settings, such as the decoder's steps
+    DIR/<component>/      Orbax tree of the component's parameters (see `models.registry` for the components)
     DIR/tokenizer/        the text tokenizer, as transformers saves it
 """
 
@@ -24,7 +24,6 @@ import orbax.checkpoint as ocp
 from xomni_jax.checkpoint.conversion import flatten, unflatten
 
 FORMAT = 1
-COMPONENTS = ("transformer", "siglip_vq", "decoder", "autoencoder", "text_encoders")
 
 
 class CheckpointError(ValueError):
@@ -87,14 +86,14 @@ def read_model_json(directory: str | Path) -> dict[str, Any]:
     return data
 
 
-def save_component(directory: str | Path, name: str, params: Any, configs: Mapping[str, Any], note: Mapping[str, Any] | None = None) -> None:
+def save_component(directory: str | Path, name: str, params: Any, config: Any, note: Mapping[str, Any] | None = None) -> None:
     """Writes one component's parameters and records it in model.json; what was there under that name is replaced.
 
     Args:
       directory: the model directory, made if needed.
-      name: one of COMPONENTS.
-      params: the parameter tree; every process calls this with its shards.
-      configs: {role: config dataclass} that rebuilds the component, e.g. {"transformer": ARConfig}.
+      name: a name of `models.registry`.
+      params: the parameter tree, empty for a component without parameters; every process calls this with its shards.
+      config: the config dataclass that rebuilds the component.
       note: JSON-able provenance (run, step, metrics).
     """
     directory = Path(directory).absolute()
@@ -105,11 +104,16 @@ def save_component(directory: str | Path, name: str, params: Any, configs: Mappi
     if jax.process_index() == 0:
         path = directory / "model.json"
         data = read_model_json(directory) if path.is_file() else {"format": FORMAT, "components": {}}
-        data["components"][name] = {
-            "configs": {role: config_to_json(cfg) for role, cfg in configs.items()},
-            "note": dict(note or {}),
-        }
+        data["components"][name] = {"config": config_to_json(config), "note": dict(note or {})}
         write_json(path, data)
+
+
+def save_settings(directory: str | Path, **settings: Any) -> None:
+    """Records how the model is run by default: {name: frozen dataclass}, beside the components in model.json."""
+    path = Path(directory) / "model.json"
+    data = read_model_json(directory)
+    data.setdefault("settings", {}).update({name: config_to_json(value) for name, value in settings.items()})
+    write_json(path, data)
 
 
 def copy_components(source: str | Path, target: str | Path, names: tuple[str, ...]) -> None:
@@ -124,6 +128,7 @@ def copy_components(source: str | Path, target: str | Path, names: tuple[str, ..
             if (source / name).is_dir():
                 shutil.copytree(source / name, target / name, dirs_exist_ok=True)
             out["components"][name] = data["components"][name]
+    out["settings"] = data.get("settings", {}) | out.get("settings", {})
     if (source / "tokenizer").is_dir():
         shutil.copytree(source / "tokenizer", target / "tokenizer", dirs_exist_ok=True)
     write_json(path, out)

@@ -1,0 +1,66 @@
+"""`xomni SUBCOMMAND`: parse, build, call, print. Errors a user can mend are one sentence and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+
+# name -> one line of help; the module xomni_jax.cli.<name with underscores> provides add_arguments(parser), run(args, rest) and EXAMPLE.
+COMMANDS = {
+    "generate": "draw pictures from prompts",
+    "chat": "ask a question about a picture",
+    "train": "run a training stage: tokenizer, pretrain, sft, decoder, grpo",
+    "eval": "measure trained models on held-out prompts and write a report",
+    "serve-reward": "start a reward service: ocr, shapes, quality",
+    "rewards": "check running reward services, or score pictures with them",
+    "bench": "compare speeds with transformers and diffusers on the same work",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line; subcommand modules are imported only for the one that is used."""
+    parser = argparse.ArgumentParser(
+        prog="xomni",
+        description="X-Omni in JAX: discrete autoregressive image generation, trained with reinforcement learning.",
+        epilog="xomni SUBCOMMAND --help explains one and ends with an example that works.",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="SUBCOMMAND", required=True)
+    wanted = next((a for a in sys.argv[1:] if not a.startswith("-")), None)
+    for name, line in COMMANDS.items():
+        sub = commands.add_parser(name, help=line, description=line[0].upper() + line[1:] + ".", formatter_class=argparse.RawDescriptionHelpFormatter)
+        if name == wanted:
+            module = importlib.import_module("xomni_jax.cli." + name.replace("-", "_"))
+            module.add_arguments(sub)
+            sub.epilog = "example:\n  " + module.EXAMPLE
+            sub.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the `xomni` command; returns the exit code."""
+    if argv is not None:
+        sys.argv[1:] = argv
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    parser = build_parser()
+    args, rest = parser.parse_known_args()
+    if rest and args.command != "train":
+        parser.error(f"unknown argument {rest[0]}; see xomni {args.command} --help")
+    try:
+        return args.run(args, rest) or 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 1
+    except (ValueError, OSError, FloatingPointError, KeyError) as e:
+        if os.environ.get("XOMNI_DEBUG"):
+            raise
+        message = str(e.args[0]) if isinstance(e, KeyError) and e.args else str(e)
+        print(f"xomni {args.command}: {message}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

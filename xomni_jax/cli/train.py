@@ -1,0 +1,34 @@
+"""xomni train: one training stage from a config file."""
+
+from __future__ import annotations
+
+import argparse
+
+from xomni_jax.training.config import ConfigError, load_config
+
+EXAMPLE = "xomni train --config=configs/tiny/sft.py --config.run_dir=runs/my_sft --config.steps=200"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """--config FILE and any number of --config.key=value."""
+    parser.add_argument("--config", required=True, metavar="FILE", help="a file with get_config(); see configs/")
+    parser.add_argument("--devices", type=int, metavar="N", help="simulate N CPU devices (to try a mesh on one machine)")
+    parser.usage = "xomni train --config=FILE [--config.KEY=VALUE ...] [--devices N]"
+
+
+def run(args: argparse.Namespace, rest: list[str]) -> int:
+    """Runs the stage; the run directory says what came of it."""
+    overrides = []
+    for argument in rest:
+        if not argument.startswith("--config."):
+            raise ConfigError(f"unknown argument {argument!r}; overrides are written --config.KEY=VALUE")
+        overrides.append(argument.removeprefix("--config."))
+    config = load_config(args.config, overrides)
+    if args.devices:
+        import jax
+
+        jax.config.update("jax_num_cpu_devices", args.devices)
+    from xomni_jax.training.run import run_stage
+
+    run_stage(config)
+    return 0

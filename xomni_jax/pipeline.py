@@ -1,0 +1,304 @@
+"""The whole model behind one object: `xomni_jax.load(path).generate(...)`. Parts load when first used."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh
+from PIL import Image
+
+from xomni_jax.checkpoint.store import CheckpointError, config_from_json, load_component, read_model_json
+from xomni_jax.data.preprocess import PreprocessConfig, preprocess
+from xomni_jax.models.heads import token_logp  # noqa: F401
+from xomni_jax.models.registry import COMPONENTS, init_params
+from xomni_jax.sampling.decode import generate_codes, generate_text
+from xomni_jax.sampling.decoder import DecodeConfig, Decoder, to_uint8
+from xomni_jax.sampling.logits import SamplingConfig
+from xomni_jax.sequence.tokenizer import MultimodalTokenizer, fixed_length_ids
+from xomni_jax.sharding.mesh import make_mesh
+from xomni_jax.sharding.rules import RULES, param_shardings
+
+DECODER_PARTS = ("mmdit", "t5", "clip", "autoencoder")
+PROMPT_BUCKET = 16  # prompts are padded to a multiple of this, so that few lengths are compiled
+NOISE = 1  # purpose of the decoder's key, beside the sampler's
+
+
+def load(path: str | Path, mesh: Mesh | None = None, dtype: Any = None) -> XOmni:
+    """Opens a model directory. Nothing but its description is read yet; a missing part is an error when it is used.
+
+    Args:
+      path: a model directory (it holds model.json).
+      mesh: where the parameters go; one device without it.
+      dtype: casts every parameter; None keeps what is stored.
+    """
+    return XOmni(path, mesh, dtype)
+
+
+def pad_prompts(prompts: Sequence[Sequence[int]], multiple: int = PROMPT_BUCKET) -> tuple[np.ndarray, np.ndarray]:
+    """Right-pads id lists to one bucketed length: (ids [P, S] int32, lengths [P] int32)."""
+    lengths = np.array([len(p) for p in prompts], np.int32)
+    ids = np.zeros((len(prompts), -(-int(lengths.max()) // multiple) * multiple), np.int32)
+    for row, prompt in zip(ids, prompts):
+        row[: len(prompt)] = prompt
+    return ids, lengths
+
+
+class XOmni:
+    """One X-Omni model on one mesh: text and pictures in, text and pictures out."""
+
+    def __init__(self, path: str | Path, mesh: Mesh | None = None, dtype: Any = None):
+        self.path, self.dtype = Path(path), dtype
+        self.mesh = make_mesh({}, jax.devices()[:1]) if mesh is None else mesh
+        self.description = read_model_json(path)
+        self.ways = int(np.prod([self.mesh.shape[a] for a in RULES["batch"]]))
+        self._params: dict[str, Any] = {}
+
+    # ---- parts ----
+    def config(self, name: str) -> Any:
+        """Config dataclass of a component. Raises CheckpointError when the directory lacks it."""
+        described = self.description["components"].get(name)
+        if described is None:
+            have = ", ".join(sorted(self.description["components"])) or "nothing"
+            raise CheckpointError(f"{self.path}: this model has no {name} (it has {have}); train that stage, or use a complete model")
+        return config_from_json(COMPONENTS[name].config, described["config"], f"{self.path}/model.json")
+
+    @functools.cache
+    def module(self, name: str) -> nn.Module:
+        """The linen module of a component."""
+        return COMPONENTS[name].module(self.config(name))
+
+    def params(self, name: str) -> Any:
+        """Parameters of a component, sharded over the mesh; restored once."""
+        if name not in self._params:
+            cfg = self.config(name)
+            boxed = jax.eval_shape(lambda: init_params(name, cfg, jax.random.key(0)))
+            shardings = param_shardings(boxed, self.mesh)
+            wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.meta.unbox(boxed), shardings)
+            self._params[name] = load_component(self.path, name, wanted, self.dtype) if jax.tree.leaves(wanted) else {}
+        return self._params[name]
+
+    def set_params(self, name: str, params: Any) -> None:
+        """Uses these parameters from now on (a policy in training, say)."""
+        self._params[name] = params
+
+    @functools.cached_property
+    def tokenizer(self) -> MultimodalTokenizer:
+        """The text tokenizer with its multimodal ids."""
+        return MultimodalTokenizer(self.path / "tokenizer", self.config("transformer").vocab_size)
+
+    @functools.cached_property
+    def decode_config(self) -> DecodeConfig:
+        """The decoder's default settings."""
+        return config_from_json(DecodeConfig, self.description.get("settings", {}).get("decode", {}), f"{self.path}/model.json")
+
+    @functools.cached_property
+    def preprocess_config(self) -> PreprocessConfig:
+        """Limits and rounding of input images."""
+        stored = self.description.get("settings", {}).get("preprocess", {})
+        return config_from_json(PreprocessConfig, stored, f"{self.path}/model.json")
+
+    @functools.cached_property
+    def decoder(self) -> Decoder:
+        """The diffusion decoder's modules."""
+        return Decoder(*(self.module(name) for name in DECODER_PARTS))
+
+    def decoder_params(self) -> dict[str, Any]:
+        """Parameters of the diffusion decoder's parts."""
+        return {name: self.params(name) for name in DECODER_PARTS}
+
+    @property
+    def patch(self) -> int:
+        """Pixels per token along a side."""
+        return self.config("siglip_vq").patch
+
+    # ---- text to image ----
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Token grid of a picture size; refuses sizes that are not whole tokens or leave the preprocessing limits."""
+        p, limits = self.patch, self.preprocess_config
+        if height < p or width < p or height % p or width % p:
+            near = f"{max(p, round(height / p) * p)}x{max(p, round(width / p) * p)}"
+            raise ValueError(f"{height}x{width} pixels are not whole {p}x{p} tokens; the nearest size that is: {near}")
+        if max(height, width) > limits.long_size:
+            raise ValueError(f"{height}x{width}: the long side may have at most {limits.long_size} pixels with this model")
+        if max(height, width) > limits.max_aspect_ratio * min(height, width):
+            raise ValueError(f"{height}x{width}: the sides may differ by at most a factor of {limits.max_aspect_ratio:g} with this model")
+        return height // p, width // p
+
+    def sample_codes(
+        self, prompts: Sequence[str], grid: tuple[int, int], keys_PR: jax.Array, sampling: SamplingConfig
+    ) -> dict[str, jax.Array]:
+        """R samples of every prompt: {"codes": [P, R, Y, X], "logp": [P, R, T]}; the row of keys decides a sample, not its batch."""
+        ids_PS, lengths_P = pad_prompts([self.tokenizer.generation_prompt(p, *grid) for p in prompts])
+        negative = None
+        if sampling.guidance != 1.0:
+            negative = pad_prompts([self.tokenizer.negative_prompt(*grid)] * len(prompts))
+        P, padded = len(prompts), -(-len(prompts) // self.ways) * self.ways
+        fill = lambda x: jnp.concatenate([jnp.asarray(x), jnp.repeat(jnp.asarray(x)[:1], padded - P, axis=0)])  # noqa: E731
+        ids_PS, lengths_P, keys_PR = fill(ids_PS), fill(lengths_P), fill(keys_PR)
+        negative = negative and tuple(map(fill, negative))
+        with jax.set_mesh(self.mesh):
+            out = self._sampler(grid[0] * grid[1], sampling)(self.params("transformer"), ids_PS, lengths_P, keys_PR, negative)
+        R = keys_PR.shape[1]
+        return {"codes": out["codes"][:P].reshape(P, R, *grid), "logp": out["logp"][:P]}
+
+    @functools.cache
+    def _sampler(self, n_codes: int, sampling: SamplingConfig):
+        model = self.module("transformer")
+
+        def sample(params, ids_PS, lengths_P, keys_PR, negative):
+            return generate_codes(model, params, ids_PS, lengths_P, n_codes, keys_PR, sampling, negative=negative)
+
+        return jax.jit(sample)
+
+    def text_ids(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The prompts as T5 ids [B, S] and CLIP ids [B, S'], at the decoder's fixed lengths."""
+        c = self.decode_config
+        return tuple(fixed_length_ids(self.tokenizer, prompts, n) for n in (c.text_length, c.pooled_length))
+
+    def noise(self, keys_B: jax.Array, grid: tuple[int, int]) -> jax.Array:
+        """Packed starting noise [B, T, C], one key a picture."""
+        shape = (grid[0] * grid[1], self.config("mmdit").in_channels)
+        return jax.vmap(lambda key: jax.random.normal(key, shape))(keys_B)
+
+    def decode_images(self, codes_BYX: Any, prompts: Sequence[str], noise_BTC: Any, cfg: DecodeConfig | None = None) -> jax.Array:
+        """Codes -> uint8 images [B, H, W, 3] on the device."""
+        codes_BYX = jnp.asarray(codes_BYX)
+        B, padded = len(codes_BYX), -(-len(codes_BYX) // self.ways) * self.ways
+        fill = lambda x: jnp.concatenate([jnp.asarray(x), jnp.repeat(jnp.asarray(x)[:1], padded - B, axis=0)])  # noqa: E731
+        text_BS, pooled_BS = self.text_ids(prompts)
+        with jax.set_mesh(self.mesh):
+            images = self._decode(cfg or self.decode_config)(
+                self.params("siglip_vq"), self.decoder_params(), fill(codes_BYX), fill(text_BS), fill(pooled_BS), self.text_ids([""]), fill(noise_BTC)
+            )
+        return images[:B]
+
+    @functools.cache
+    def _decode(self, cfg: DecodeConfig):
+        vq, decoder = self.module("siglip_vq"), self.decoder
+
+        def decode(vq_params, params, codes_BYX, text_BS, pooled_BS, empty, noise_BTC):
+            semantics = vq.apply({"params": vq_params}, codes_BYX, method="semantics")
+            return to_uint8(decoder.decode(params, semantics, text_BS, pooled_BS, empty, noise_BTC, cfg))
+
+        return jax.jit(decode)
+
+    def decode(self, codes_BYX: Any, prompts: Sequence[str] | None = None, noise: Any = None, seed: int = 0) -> list[Image.Image]:
+        """Codes [B, Y, X] -> pictures. Without `noise` [B, T, C] it is drawn from `seed`; without prompts they are empty."""
+        codes_BYX = np.asarray(codes_BYX)
+        size = self.config("transformer").image_vocab_size
+        if codes_BYX.ndim != 3 or codes_BYX.min() < 0 or codes_BYX.max() >= size:
+            raise ValueError(f"codes must be [B, Y, X] with values 0..{size - 1}, got shape {codes_BYX.shape}")
+        if noise is None:
+            noise = self.noise(picture_keys(seed, len(codes_BYX), NOISE), codes_BYX.shape[1:])
+        images = self.decode_images(codes_BYX, prompts or [""] * len(codes_BYX), noise)
+        return [Image.fromarray(image) for image in np.asarray(images)]
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        height: int | None = None,
+        width: int | None = None,
+        seed: int = 0,
+        temperature: float = 1.0,
+        top_k: int = 50,
+        top_p: float = 1.0,
+        min_p: float = 0.03,
+        guidance: float = 1.0,
+    ) -> list[Image.Image]:
+        """One picture per prompt. The defaults are the released ones; picture i depends on (seed, i) and its prompt alone.
+
+        Args:
+          height, width: pixels; the model's own default size without them.
+          temperature: 0 takes the likeliest code. top_k: 0 is off. guidance: of the AR part; 1 is off.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not prompts:
+            raise ValueError("no prompts given; pass at least one")
+        size = self.description.get("settings", {}).get("size", {})
+        grid = self.grid(height or size.get("height", 1152), width or size.get("width", 1152))
+        self.check_prompts(prompts, grid)
+        sampling = SamplingConfig(temperature, top_k, top_p, min_p, guidance)
+        codes = self.sample_codes(prompts, grid, picture_keys(seed, len(prompts))[:, None], sampling)["codes"][:, 0]
+        return self.decode(codes, prompts, seed=seed)
+
+    def check_prompts(self, prompts: Sequence[str], grid: tuple[int, int]) -> None:
+        """Refuses prompts that are empty or longer than the text encoders take."""
+        limit = self.decode_config.text_length
+        for prompt in prompts:
+            n = len(self.tokenizer.encode_text(prompt))
+            if not n:
+                raise ValueError("a prompt is empty; describe the picture")
+            if n > limit:
+                raise ValueError(f"prompt {prompt[:40]!r}... has {n} tokens, this model's decoder takes {limit}; shorten it")
+
+    # ---- image to codes, codes to text ----
+    def encode_pixels(self, pixels_BHWC: Any) -> jax.Array:
+        """Pixels [B, H, W, 3] in [-1, 1] -> codes [B, Y, X]."""
+        with jax.set_mesh(self.mesh):
+            return self._method("siglip_vq", "encode")(self.params("siglip_vq"), jnp.asarray(pixels_BHWC))
+
+    def encode(self, images: Sequence[Image.Image | np.ndarray]) -> list[np.ndarray]:
+        """Codes [Y, X] of each picture after the released preprocessing, at its own resolution."""
+        return [np.asarray(self.encode_pixels(preprocess(image, self.preprocess_config)[None])[0]) for image in images]
+
+    def semantics(self, codes_BYX: Any) -> jax.Array:
+        """Codes [B, Y, X] -> semantics [B, Y, X, C]."""
+        with jax.set_mesh(self.mesh):
+            return self._method("siglip_vq", "semantics")(self.params("siglip_vq"), jnp.asarray(codes_BYX))
+
+    def velocity(self, latents_BTC, sigma_B, codes_BYX, prompts: Sequence[str]) -> jax.Array:
+        """The MMDiT's velocity for packed latents, for those who bring their own sampler."""
+        decoder, grid = self.decoder, tuple(np.shape(codes_BYX)[1:])
+        cond = decoder.condition(self.decoder_params(), *self.text_ids(prompts), self.semantics(codes_BYX))
+        return decoder.velocity(self.decoder_params(), jnp.asarray(latents_BTC), jnp.asarray(sigma_B), cond, grid)
+
+    def logits(self, ids_BL: Any, mode: str = "text") -> jax.Array:
+        """Logits [B, L, text + multimodal ids]; ids that the mode cannot produce are at the dtype's minimum.
+
+        Args:
+          mode: "text" scores the text ids with the text head, "image" the image codes with the image head.
+        """
+        if mode not in ("text", "image"):
+            raise ValueError(f"mode={mode!r} is unknown; use text or image")
+        c = self.config("transformer")
+        with jax.set_mesh(self.mesh):
+            hidden = self._method("transformer")(self.params("transformer"), jnp.asarray(ids_BL))
+            part = self._method("transformer", f"{mode}_logits")(self.params("transformer"), hidden)
+        before = 0 if mode == "text" else c.vocab_size
+        after = c.total_vocab_size - before - part.shape[-1]
+        return jnp.pad(part, ((0, 0), (0, 0), (before, after)), constant_values=float(jnp.finfo(part.dtype).min))
+
+    @functools.cache
+    def _method(self, name: str, method: str | None = None):
+        module = self.module(name)
+        return jax.jit(lambda params, *inputs: module.apply({"params": params}, *inputs, method=method))
+
+    def chat(self, image: Image.Image | np.ndarray, question: str, max_tokens: int = 64) -> str:
+        """Answers a question about a picture, greedily, until the end of the turn."""
+        return self.answer([self.encode([image])[0]], [question], max_tokens)[0]
+
+    def answer(self, codes: Sequence[np.ndarray], questions: Sequence[str], max_tokens: int = 64) -> list[str]:
+        """Greedy answers to one question per picture, given its codes [Y, X]."""
+        prompts = [self.tokenizer.understanding_prompt(c, q) for c, q in zip(codes, questions, strict=True)]
+        ids_PS, lengths_P = pad_prompts(prompts + [prompts[0]] * (-len(prompts) % self.ways))
+        with jax.set_mesh(self.mesh):
+            made = self._answerer(max_tokens)(self.params("transformer"), ids_PS, lengths_P)
+        return [self.tokenizer.decode_answer(ids) for ids in np.asarray(made)[: len(prompts)]]
+
+    @functools.cache
+    def _answerer(self, max_tokens: int):
+        model, stop = self.module("transformer"), self.tokenizer.stop_ids
+        return jax.jit(lambda params, ids_PS, lengths_P: generate_text(model, params, ids_PS, lengths_P, max_tokens, stop))
+
+
+def picture_keys(seed: int, n: int, purpose: int = 0) -> jax.Array:
+    """One key per picture [n], from (seed, purpose, index): a picture can be drawn again alone."""
+    root = jax.random.fold_in(jax.random.key(seed), purpose)
+    return jax.vmap(lambda i: jax.random.fold_in(root, i))(jnp.arange(n))

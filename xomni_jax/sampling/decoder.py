@@ -1,0 +1,99 @@
+"""The diffusion decoder run forward: codes' semantics and a prompt to pixels (X-Omni section 3.3)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from xomni_jax.models.autoencoder import pack, unpack
+from xomni_jax.sampling.flow import Conditioning, euler_sample, flow_sigmas, guided_velocity, null_conditioning
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeConfig:
+    """How the decoder is sampled.
+
+    Attributes:
+      steps: Euler steps. guidance: true classifier-free guidance between (semantics, prompt) and (zero semantics, empty prompt); 1 is off.
+      text_length, pooled_length: token lengths of the T5 and the CLIP prompt.
+      base_shift, max_shift: of the noise schedule at 256 and 4,096 tokens; see `flow_sigmas`.
+    """
+
+    steps: int = 28
+    guidance: float = 1.0
+    text_length: int = 512
+    pooled_length: int = 77
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError(f"decode.steps={self.steps} must be at least 1")
+        if self.guidance < 0:
+            raise ValueError(f"decode.guidance={self.guidance} is negative; 1 turns guidance off")
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """The decoder's modules; every method is a pure function of `params` = {"mmdit", "t5", "clip", "autoencoder"}."""
+
+    mmdit: nn.Module
+    t5: nn.Module
+    clip: nn.Module
+    autoencoder: nn.Module
+
+    def condition(self, params: Any, text_BS: jax.Array, pooled_BS: jax.Array, semantics_BYXD: jax.Array | None) -> Conditioning:
+        """Encodes prompts given as T5 ids and CLIP ids, beside the semantics in row-major token order."""
+        text_BSE = self.t5.apply({"params": params["t5"]}, text_BS)
+        _, pooled_BE = self.clip.apply({"params": params["clip"]}, pooled_BS)
+        tokens = None if semantics_BYXD is None else semantics_BYXD.reshape(semantics_BYXD.shape[0], -1, semantics_BYXD.shape[-1])
+        return Conditioning(text_BSE, pooled_BE, tokens)
+
+    def velocity(self, params: Any, latents_BTC: jax.Array, sigma_B: jax.Array, cond: Conditioning, grid: tuple[int, int]) -> jax.Array:
+        """The MMDiT's velocity for packed latents."""
+        return self.mmdit.apply({"params": params["mmdit"]}, latents_BTC, sigma_B, cond.text_BSE, cond.pooled_BE, grid, cond.semantics_BTC)
+
+    def encode(self, params: Any, pixels_BHWC: jax.Array) -> jax.Array:
+        """Pixels [B, H, W, 3] in [-1, 1] -> packed latents [B, T, C]: what the MMDiT learns to produce."""
+        return pack(self.autoencoder.apply({"params": params["autoencoder"]}, pixels_BHWC, method="encode"))
+
+    def decode(
+        self,
+        params: Any,
+        semantics_BYXD: jax.Array,
+        text_BS: jax.Array,
+        pooled_BS: jax.Array,
+        empty: tuple[jax.Array, jax.Array],
+        noise_BTC: jax.Array,
+        cfg: DecodeConfig,
+    ) -> jax.Array:
+        """Semantics to pixels [B, H, W, 3] in [-1, 1].
+
+        Args:
+          semantics_BYXD: from `SigLIPVQ.semantics`.
+          text_BS, pooled_BS: the prompts as T5 and CLIP ids; `empty` = the same two for the empty prompt, [1, S] each.
+          noise_BTC: standard normal, packed; it is the only randomness.
+        """
+        grid = semantics_BYXD.shape[1:3]
+        cond = self.condition(params, text_BS, pooled_BS, semantics_BYXD)
+        negative = None
+        if cfg.guidance != 1.0:
+            nothing = self.condition(params, *empty, None)
+            negative = null_conditioning(cond, nothing.text_BSE[0], nothing.pooled_BE[0])
+
+        def velocity(latents_BTC, sigma_B):
+            return guided_velocity(lambda x, s, c: self.velocity(params, x, s, c, grid), latents_BTC, sigma_B, cond, negative, cfg.guidance)
+
+        sigmas = flow_sigmas(cfg.steps, grid[0] * grid[1], base_shift=cfg.base_shift, max_shift=cfg.max_shift)
+        latents = unpack(euler_sample(velocity, noise_BTC, sigmas), grid)
+        pixels = self.autoencoder.apply({"params": params["autoencoder"]}, latents, method="decode")
+        return jnp.clip(pixels.astype(jnp.float32), -1.0, 1.0)
+
+
+def to_uint8(pixels: jax.Array) -> jax.Array:
+    """Pixels in [-1, 1] -> uint8 images, rounded."""
+    return jnp.round((jnp.clip(pixels, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
