@@ -1,0 +1,286 @@
+"""The rendered data set: signs with text and pictures of shapes, endless, seeded, exact answers included.
+
+`render_example(seed, index, config)` is a pure function of its arguments. An example is a plain dict:
+
+    image    uint8 [H, W, 3]
+    columns  int32 [Y, X]      what covers each 8-px token cell: 0 nothing, 1..26 a letter, 27.. a shape of one colour
+    caption, question, answer  str
+    kind     "sign" | "shapes"
+    targets  {"text": ["HELLO"], "background": "red"} or {"shapes": [{"shape", "colour", "count"}], "background": "white"}
+    id       "train-0-17-32x64": enough to draw it again
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from xomni_jax.data import glyphs, words
+
+PATCH = 8
+COLOURS = {
+    "red": (205, 35, 40),
+    "green": (40, 150, 60),
+    "blue": (40, 70, 210),
+    "yellow": (240, 210, 50),
+    "purple": (130, 45, 165),
+    "orange": (245, 130, 30),
+    "cyan": (50, 200, 220),
+    "pink": (245, 130, 195),
+}
+SIGN_GROUNDS = ("red", "green", "blue", "yellow", "purple", "orange")
+SHAPE_GROUNDS = {"white": (245, 245, 245), "grey": (128, 128, 128), "black": (12, 12, 12)}
+NUMBERS = ("zero", "one", "two", "three", "four")
+N_COLUMN_CLASSES = 1 + len(glyphs.LETTERS) + len(glyphs.SHAPES) * len(COLOURS)
+
+SIGN_CAPTIONS = ('{a} {c} sign that says "{t}"', '"{t}" on {a} {c} sign', 'a sign in {c} with the text "{t}"')
+SHAPE_CAPTIONS = ("{n} {c} {s} on {g}", "{n} {c} {s} on a {g} background")
+_FIRST_TEMPLATE = 0.8  # share of the first caption template: the one people type
+_GAP = 2  # px between shapes; 1 px to the edge
+
+Example = dict[str, Any]
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class RenderedConfig:
+    """What the rendered examples look like.
+
+    `sizes` (height, width in pixels, multiples of 8) come with `weights` and with `text_lengths` (least and most characters of a
+    sign) of the same length. `shapes` is the share of shape pictures, drawn on `shape_sizes` only. `pseudo_words` is the share of
+    made-up words and `other_faces` the share of signs not in the main face. `on_grid` is the share of shape pictures whose shapes
+    stand on the token grid; `centred` the share of signs in the vertical middle. The held-out split never draws made-up words.
+    """
+
+    split: words.Split = "train"
+    sizes: tuple[Size, ...] = ((32, 64), (32, 128))
+    weights: tuple[float, ...] = (0.6, 0.4)
+    text_lengths: tuple[tuple[int, int], ...] = ((3, 8), (12, 16))
+    shapes: float = 0.25
+    shape_sizes: tuple[Size, ...] = ((32, 64),)
+    pseudo_words: float = 0.3
+    other_faces: float = 0.1
+    centred: float = 0.5
+    on_grid: float = 0.5
+
+    def __post_init__(self):
+        words.check_split(self.split)
+        # Lists from a configuration file become tuples, so that a config stays hashable.
+        for name in ("sizes", "text_lengths", "shape_sizes"):
+            object.__setattr__(self, name, tuple(tuple(int(v) for v in pair) for pair in getattr(self, name)))
+        object.__setattr__(self, "weights", tuple(float(w) for w in self.weights))
+        if not self.sizes or not len(self.sizes) == len(self.weights) == len(self.text_lengths):
+            raise ValueError(
+                f"sizes, weights and text_lengths hold {len(self.sizes)}, {len(self.weights)} and {len(self.text_lengths)} entries;"
+                " give one of each per size."
+            )
+        if min(self.weights) < 0 or sum(self.weights) <= 0:
+            raise ValueError(f"weights={self.weights} must be non-negative and not all 0.")
+        for size, (low, high) in zip(self.sizes, self.text_lengths, strict=True):
+            _check_size(size)
+            fits = size[1] // PATCH * (size[0] // glyphs.CELL_Y)
+            if not 2 <= low <= high <= fits:
+                raise ValueError(f"text_lengths {(low, high)} of size {size[0]}x{size[1]} must lie within 2 and {fits} characters.")
+        for name in ("shapes", "pseudo_words", "other_faces", "centred", "on_grid"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} is a share; give a number from 0 to 1.")
+        if self.shapes and not set(self.shape_sizes) & set(self.sizes):
+            raise ValueError(f"shapes={self.shapes} but none of shape_sizes={self.shape_sizes} is among sizes={self.sizes}; add one.")
+        for size in self.shape_sizes:
+            if min(size) < 32:
+                raise ValueError(f"shape_sizes holds {size[0]}x{size[1]}; four shapes need at least 32 px on each side.")
+
+
+def draw_size(seed: int, index: int, config: RenderedConfig) -> Size:
+    """The image size of one example or one batch, by weight."""
+    chances = np.cumsum(config.weights) / np.sum(config.weights)
+    return config.sizes[int(np.searchsorted(chances, np.random.default_rng([seed, index, 1]).random(), side="right"))]
+
+
+def render_example(seed: int, index: int, config: RenderedConfig, size: Size | None = None) -> Example:
+    """Example number `index` of the endless set named by `seed`. `size` (height, width) is drawn by weight when None."""
+    size = draw_size(seed, index, config) if size is None else tuple(size)
+    if size not in config.sizes:
+        raise ValueError(f"size {size[0]}x{size[1]} is not among the configured sizes {config.sizes}.")
+    rng = np.random.default_rng([seed, index, 2 + words.SPLITS.index(config.split)])
+    shapes = size in config.shape_sizes and rng.random() < config.shapes
+    example = (_shapes_example if shapes else _sign_example)(rng, size, config)
+    return example | {"id": f"{config.split}-{seed}-{index}-{size[0]}x{size[1]}"}
+
+
+def render_sign(
+    text: str, background: str, size: Size, face: str = glyphs.FACES[0], row: int | None = None, brightness: float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Text on a coloured ground -> image uint8 [H, W, 3], columns int32 [Y, X].
+
+    Letters stand on the 8-px grid, two token rows high, each line centred; `row` is the token row of the first line (None: the
+    middle). Text wider than the image breaks at spaces. Raises ValueError when the text does not fit or has other characters.
+    """
+    _check_size(size)
+    height, width = size
+    lines = wrap(text, width // PATCH)
+    free = height // PATCH - 2 * len(lines)
+    if free < 0:
+        raise ValueError(f"{text!r} takes {len(lines)} lines of 16 px, more than {height}x{width} holds; use a larger size.")
+    row = free // 2 if row is None else row
+    if not 0 <= row <= free:
+        raise ValueError(f"row={row} puts {text!r} outside the image; use 0 to {free}.")
+
+    mask = np.zeros(size, np.float32)
+    columns = np.zeros((height // PATCH, width // PATCH), np.int32)
+    for i, line in enumerate(lines):
+        y, x = row + 2 * i, (width // PATCH - len(line)) // 2
+        ink = np.concatenate([glyphs.letter(face, c) for c in line], axis=1)
+        mask[y * PATCH : y * PATCH + glyphs.CELL_Y, x * PATCH : x * PATCH + ink.shape[1]] = ink
+        columns[y : y + 2, x : x + len(line)] = [letter_class(c) for c in line]
+
+    ground = np.clip(np.array(COLOURS[background], np.float32) * brightness, 0, 255)
+    light = ground @ np.array([0.299, 0.587, 0.114], np.float32) < 140
+    return _blend(ground, mask, np.full(3, 255 if light else 0, np.float32)), columns
+
+
+def wrap(text: str, width: int) -> list[str]:
+    """Lines of at most `width` characters, broken at spaces. Raises ValueError when a word is longer than a line."""
+    lines: list[str] = []
+    for word in text.split(" "):
+        if len(word) > width:
+            raise ValueError(f"The word {word!r} is longer than a line of {width} characters; use a wider image.")
+        if lines and len(lines[-1]) + 1 + len(word) <= width:
+            lines[-1] += " " + word
+        else:
+            lines.append(word)
+    return lines
+
+
+def letter_class(char: str) -> int:
+    """Label of a letter in `columns`; a space is 0."""
+    return glyphs.LETTERS.index(char) + 1 if char != " " else 0
+
+
+def shape_class(shape: str, colour: str) -> int:
+    """Label of a shape in `columns`."""
+    return 1 + len(glyphs.LETTERS) + glyphs.SHAPES.index(shape) * len(COLOURS) + list(COLOURS).index(colour)
+
+
+def sign_prompt(text: str, background: str, template: int = 0) -> str:
+    """The caption of a sign."""
+    return SIGN_CAPTIONS[template].format(t=text, c=background, a="an" if background == "orange" else "a")
+
+
+def shapes_prompt(shape: str, colour: str, count: int, background: str, template: int = 0) -> str:
+    """The caption of a picture of shapes."""
+    return SHAPE_CAPTIONS[template].format(n=NUMBERS[count], c=colour, s=shape if count == 1 else shape + "s", g=background)
+
+
+def _sign_example(rng: np.random.Generator, size: Size, config: RenderedConfig) -> Example:
+    text = _sign_text(rng, size, config)
+    background = _pick(rng, SIGN_GROUNDS)
+    face = _pick(rng, glyphs.FACES[1:]) if rng.random() < config.other_faces else glyphs.FACES[0]
+    free = size[0] // PATCH - 2 * len(wrap(text, size[1] // PATCH))
+    row = None if rng.random() < config.centred else int(rng.integers(free + 1))
+    image, columns = render_sign(text, background, size, face, row, brightness=rng.uniform(0.9, 1.05))
+    question, answer = _pick(rng, (("what does the sign say?", text), ("what colour is the sign?", background)), first=0.7)
+    return {
+        "image": image,
+        "columns": columns,
+        "caption": sign_prompt(text, background, _template(rng, SIGN_CAPTIONS)),
+        "question": question,
+        "answer": answer,
+        "kind": "sign",
+        "targets": {"text": [text], "background": background},
+    }
+
+
+def _sign_text(rng: np.random.Generator, size: Size, config: RenderedConfig) -> str:
+    low, high = config.text_lengths[config.sizes.index(size)]
+    pseudo = config.pseudo_words if config.split == "train" else 0.0
+    for _ in range(200):
+        text = words.phrase(rng, config.split, int(rng.integers(low, high + 1)), pseudo)
+        # Breaking at spaces may need more lines than the number of characters alone.
+        columns, rows = size[1] // PATCH, size[0] // glyphs.CELL_Y
+        if max(map(len, text.split(" "))) <= columns and len(wrap(text, columns)) <= rows:
+            return text
+    raise ValueError(f"No text of {low} to {high} characters fits {size[0]}x{size[1]} in 200 draws; lower text_lengths of that size.")
+
+
+def _shapes_example(rng: np.random.Generator, size: Size, config: RenderedConfig) -> Example:
+    shape, colour, count = _pick(rng, shape_combinations(config.split))
+    background = _pick(rng, tuple(SHAPE_GROUNDS))
+    mask = np.zeros(size, np.float32)
+    for y, x, side in _places(rng, size, count, rng.random() < config.on_grid):
+        mask[y : y + side, x : x + side] = glyphs.shape(shape, side)
+    scale = rng.uniform(0.93, 1.04)
+    image = _blend(np.array(SHAPE_GROUNDS[background], np.float32), mask, np.clip(np.array(COLOURS[colour], np.float32) * scale, 0, 255))
+    cover = mask.reshape(size[0] // PATCH, PATCH, size[1] // PATCH, PATCH).mean((1, 3))
+    things = "shape is it" if count == 1 else "shapes are they"
+    question, answer = _pick(
+        rng,
+        (
+            ("how many shapes are there?", NUMBERS[count]),
+            (f"which {things}?", shape if count == 1 else shape + "s"),
+            ("what colour are the shapes?" if count > 1 else "what colour is the shape?", colour),
+        ),
+    )
+    return {
+        "image": image,
+        "columns": np.where(cover >= 0.25, shape_class(shape, colour), 0).astype(np.int32),
+        "caption": shapes_prompt(shape, colour, count, background, _template(rng, SHAPE_CAPTIONS)),
+        "question": question,
+        "answer": answer,
+        "kind": "shapes",
+        "targets": {"shapes": [{"shape": shape, "colour": colour, "count": count}], "background": background},
+    }
+
+
+@functools.cache
+def shape_combinations(split: words.Split) -> tuple[tuple[str, str, int], ...]:
+    """The (shape, colour, count) of one split."""
+    words.check_split(split)
+    every = ((s, c, n) for s in glyphs.SHAPES for c in COLOURS for n in range(1, 5))
+    return tuple(t for t in every if words.is_heldout_shape(*t) == (split == "heldout"))
+
+
+def _places(rng: np.random.Generator, size: Size, count: int, on_grid: bool) -> list[tuple[int, int, int]]:
+    """(y, x, side) of shapes that do not touch one another or the edge."""
+    height, width = size
+    if not on_grid:
+        for _ in range(8):
+            found: list[tuple[int, int, int]] = []
+            for _ in range(40):
+                side = int(rng.integers(12, 17))
+                y, x = int(rng.integers(1, height - side)), int(rng.integers(1, width - side))
+                if all(
+                    y >= v + s + _GAP or v >= y + side + _GAP or x >= u + s + _GAP or u >= x + side + _GAP for v, u, s in found
+                ):
+                    found.append((y, x, side))
+                    if len(found) == count:
+                        return found
+    # One per 2x2-token slot; 14 px in 16 keep the gap. Also the way out when free placing finds no room.
+    rows, cols = height // 16, width // 16
+    slots = rng.permutation(rows * cols)[:count]
+    return [(int(s) // cols * 16 + 1, int(s) % cols * 16 + 1, 14) for s in slots]
+
+
+def _blend(ground: np.ndarray, mask: np.ndarray, ink: np.ndarray) -> np.ndarray:
+    """Ground colour [3] and ink colour [3] mixed by coverage [H, W] -> uint8 [H, W, 3]."""
+    return (ground + mask[..., None] * (ink - ground) + 0.5).astype(np.uint8)
+
+
+def _template(rng: np.random.Generator, templates: Sequence[str]) -> int:
+    return 0 if rng.random() < _FIRST_TEMPLATE else int(rng.integers(1, len(templates)))
+
+
+def _pick(rng: np.random.Generator, options: Sequence, first: float | None = None):
+    """One option, all equally likely; or the first with chance `first`."""
+    if first is not None:
+        return options[0] if rng.random() < first else options[int(rng.integers(1, len(options)))]
+    return options[int(rng.integers(len(options)))]
+
+
+def _check_size(size: Size) -> None:
+    if len(size) != 2 or any(s < 16 or s % PATCH for s in size):
+        raise ValueError(f"size {'x'.join(map(str, size))} must be height x width, multiples of {PATCH} and at least 16 px.")
