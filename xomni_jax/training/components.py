@@ -1,0 +1,100 @@
+"""What stages share: model configs from presets, frozen components from a model directory, trained ones written to the next."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from xomni_jax.checkpoint.store import copy_components, read_model_json, save_component, save_settings
+from xomni_jax.pipeline import XOmni
+from xomni_jax.sequence.tokenizer import TINY_TOKENIZER
+from xomni_jax.training.config import ConfigError
+
+T = TypeVar("T")
+
+
+def from_preset(section: Mapping[str, Any], presets: Mapping[str, T], where: str) -> T:
+    """`preset` names a model config; the other keys of the section replace its fields."""
+    fields = dict(section)
+    name = fields.pop("preset")
+    if name not in presets:
+        raise ConfigError(f"{where}.preset={name!r} is unknown; use one of {', '.join(presets)}")
+    known = {f.name for f in dataclasses.fields(presets[name]) if f.init}
+    unknown = sorted(set(fields) - known)
+    if unknown:
+        raise ConfigError(f"{where}.{unknown[0]}: unknown key; {type(presets[name]).__name__} has {', '.join(sorted(known))}")
+
+    def typed(key, value):
+        if key.endswith("dtype"):
+            return jnp.dtype(value)
+        return tuple(value) if isinstance(value, (list, tuple)) else value
+
+    try:
+        return dataclasses.replace(presets[name], **{k: typed(k, v) for k, v in fields.items()})
+    except ValueError as e:
+        raise ConfigError(f"{where}: {e}") from None
+
+
+def open_model(init_from: str, needed: tuple[str, ...], mesh: jax.sharding.Mesh, stage: str) -> XOmni:
+    """The model directory a stage starts from; refuses one that lacks what the stage needs."""
+    if not init_from:
+        raise ConfigError(f"config.init_from is empty; stage {stage} needs a model directory with {', '.join(needed)}")
+    have = read_model_json(init_from)["components"]
+    missing = [name for name in needed if name not in have]
+    if missing:
+        raise ConfigError(f"config.init_from={init_from}: this model has no {missing[0]}; stage {stage} needs {', '.join(needed)}")
+    return XOmni(init_from, mesh)
+
+
+def export_model(
+    directory: Path, trained: Mapping[str, tuple[Any, Any]], init_from: str, note: Mapping[str, Any], settings: Mapping[str, Any] | None = None
+) -> None:
+    """Writes a complete model directory: what was trained, and a copy of every other component of `init_from`.
+
+    Args:
+      trained: {component: (params, config)}.
+      settings: {name: dataclass} of defaults for running the model.
+    """
+    part = directory.with_name(directory.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    if init_from:
+        others = tuple(name for name in read_model_json(init_from)["components"] if name not in trained)
+        copy_components(init_from, part, others)
+    for name, (params, config) in trained.items():
+        save_component(part, name, params, config, note)
+    if settings:
+        save_settings(part, **settings)
+    if not (part / "tokenizer").is_dir():
+        shutil.copytree(TINY_TOKENIZER, part / "tokenizer")
+    # The old model is replaced only by a whole new one.
+    shutil.rmtree(directory, ignore_errors=True)
+    part.rename(directory)
+
+
+class DataIterator:
+    """A grain iterator whose state is JSON-able text, as the checkpoint's data item wants it."""
+
+    def __init__(self, dataset: Any, map_batch: Callable[[Any], Any] = lambda batch: batch):
+        self._iterator = iter(dataset)
+        self._map = map_batch
+
+    def __iter__(self) -> DataIterator:
+        return self
+
+    def __next__(self) -> Any:
+        return self._map(next(self._iterator))
+
+    def get_state(self) -> dict[str, Any]:
+        """Where the data stands after the last batch that was taken."""
+        return {"grain": self._iterator.get_state()}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a saved place."""
+        self._iterator.set_state(dict(state["grain"]))

@@ -1,0 +1,145 @@
+"""Stage (a): the SigLIP-VQ tokenizer, trained through visual understanding (X-Omni section 3.1)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from xomni_jax.data.rendered import N_COLUMN_CLASSES, RenderedConfig
+from xomni_jax.data.sources import rendered_dataset
+from xomni_jax.models import siglip_vq
+from xomni_jax.models.quantizer import dead_codes, restart_dead_codes, start_codebook
+from xomni_jax.sequence.tokenizer import MultimodalTokenizer
+from xomni_jax.training import understanding
+from xomni_jax.training.components import DataIterator, export_model, from_preset
+from xomni_jax.training.config import RunConfig, build
+from xomni_jax.training.loop import Stage, key_for
+from xomni_jax.training.optimizer import OptimizerConfig, make_optimizer
+from xomni_jax.training.preemption import StopSignal
+from xomni_jax.training.state import TrainState, init_state
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """Schedule of the codebook.
+
+    Attributes:
+      warmup_steps: steps on continuous features, before there is a codebook.
+      ramp_steps: steps over which quantisation grows to its full share after that.
+      start_batches: batches whose encoder outputs the codebook is started from.
+      restart_every: steps between restarts of dead codes; 0 is never. restart_until: the last share of training that restarts codes.
+      usage_decay: of the running average of code usage.
+      text_length: tokens of question and answer.
+      answer_weight, dense_weight, quantizer_weight: of the terms of the loss.
+    """
+
+    warmup_steps: int = 200
+    ramp_steps: int = 100
+    start_batches: int = 8
+    restart_every: int = 25
+    restart_until: float = 0.7
+    usage_decay: float = 0.98
+    text_length: int = 48
+    answer_weight: float = 1.0
+    dense_weight: float = 1.0
+    quantizer_weight: float = 1.0
+
+
+def answer_batch(examples: dict[str, Any], tokenizer: MultimodalTokenizer, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Question, newline, answer, end of turn as ids [B, L] with a mask [B, L] on the answer; cut at `length`."""
+    n = len(examples["question"])
+    ids_BL, mask_BL = np.full((n, length), tokenizer.pad, np.int32), np.zeros((n, length), bool)
+    for i, (question, answer) in enumerate(zip(examples["question"], examples["answer"], strict=True)):
+        asked = tokenizer.encode_text(question + "\n")
+        ids = np.concatenate([asked, tokenizer.encode_text(answer), [tokenizer.end_of_turn]])[:length]
+        ids_BL[i, : len(ids)], mask_BL[i, len(asked) : len(ids)] = ids, True
+    return ids_BL, mask_BL
+
+
+def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: StopSignal) -> Stage:
+    """The tokenizer stage of a configuration."""
+    cfg, data = build(TokenizerConfig, config.tokenizer, "config.tokenizer"), build(RenderedConfig, config.data, "config.data")
+    vq = from_preset(config.siglip_vq, siglip_vq.PRESETS, "config.siglip_vq")
+    read = dataclasses.replace(from_preset(config.reader, understanding.PRESETS, "config.reader"), dense_classes=N_COLUMN_CLASSES)
+    learner = understanding.TokenizerLearner(vq, read)
+    weights = understanding.Weights(cfg.answer_weight, cfg.dense_weight, cfg.quantizer_weight)
+    text = MultimodalTokenizer.load()
+    height, width = data.sizes[0]
+
+    def init():
+        params = learner.init(jax.random.key(run.seed), jnp.zeros((1, height, width, 3)), jnp.zeros((1, 4), jnp.int32))["params"]
+        return params
+
+    optimizer = make_optimizer(build(OptimizerConfig, config.optimizer, "config.optimizer"), run.steps)
+    # The running usage of codes lives beside the parameters' state, so that a resumed run restarts the same codes.
+    state = init_state(init, optimizer, mesh, extra={"usage": jnp.full((vq.codebook_size,), 1.0 / vq.codebook_size)})
+
+    @jax.jit
+    def encode(params, pixels):
+        return learner.apply({"params": params}, pixels, method=lambda m, x: m.tokenizer.outputs(x))
+
+    def update(state: TrainState, batch, key, strength):
+        grad = jax.value_and_grad(understanding.tokenizer_loss, has_aux=True)
+        (_, aux), grads = grad(state.params, batch, key, learner=learner, strength=strength, weights=weights)
+        state, optim = state.apply(optimizer, grads)
+        usage = cfg.usage_decay * state.extra["usage"] + (1 - cfg.usage_decay) * aux.usage
+        return state.replace(extra={"usage": usage}), aux.metrics | optim, aux.z
+
+    update = jax.jit(update, donate_argnums=0)
+
+    @jax.jit
+    def restart(key, codebook, usage, z):
+        codebook, n = restart_dead_codes(key, codebook, usage, z.reshape(-1, z.shape[-1]))
+        return codebook, jnp.where(dead_codes(usage), 1.0 / usage.shape[0], usage), n
+
+    recent: list[jax.Array] = []  # encoder outputs of the last warm-up batches
+
+    def step(state: TrainState, batch, number: int):
+        strength = np.clip((number - cfg.warmup_steps) / max(cfg.ramp_steps, 1), 0.0, 1.0)
+        if number == cfg.warmup_steps:
+            z = jnp.concatenate([z.reshape(-1, z.shape[-1]) for z in recent] or [encode(state.params, batch["pixels"]).reshape(-1, vq.code_width)])
+            state = with_codebook(state, jax.jit(start_codebook, static_argnums=2)(key_for(run.seed, number, 1), z, vq.codebook_size))
+            recent.clear()
+        state, metrics, z = update(state, batch, key_for(run.seed, number, 0), np.float32(strength))
+        if cfg.warmup_steps - cfg.start_batches <= number < cfg.warmup_steps:
+            recent.append(z)
+        due = cfg.restart_every and number > cfg.warmup_steps and number % cfg.restart_every == 0
+        if due and number < cfg.restart_until * run.steps:
+            codebook, usage, moved = restart(key_for(run.seed, number, 2), state.params["tokenizer"]["codebook"], state.extra["usage"], z)
+            state = with_codebook(state, codebook).replace(extra={"usage": usage})
+            metrics = metrics | {"codes/restarted": moved}
+        return state, metrics
+
+    def with_codebook(state: TrainState, codebook: jax.Array) -> TrainState:
+        old = state.params["tokenizer"]["codebook"]
+        tokenizer = state.params["tokenizer"] | {"codebook": jax.device_put(codebook.astype(old.dtype), old.sharding)}
+        return state.replace(params=state.params | {"tokenizer": tokenizer})
+
+    def to_batch(examples):
+        ids_BL, mask_BL = answer_batch(examples, text, cfg.text_length)
+        return {
+            "pixels": examples["image"].astype(np.float32) / 127.5 - 1.0,
+            "columns": examples["columns"],
+            "ids": ids_BL,
+            "loss_mask": mask_BL,
+        }
+
+    batches = DataIterator(rendered_dataset(data, run.seed, run.batch_size, transform=to_batch))
+
+    def export(state: TrainState, directory, note):
+        export_model(directory, {"siglip_vq": (state.params["tokenizer"], vq)}, run.init_from, note, config_settings(config, vq))
+
+    return Stage(state, batches, step, export, items_per_step=run.batch_size)
+
+
+def config_settings(config: ConfigDict, vq: Any) -> dict[str, Any]:
+    """Preprocessing limits that belong to the tokenizer, for model.json."""
+    from xomni_jax.data.preprocess import PreprocessConfig
+
+    return {"preprocess": dataclasses.replace(build(PreprocessConfig, config.preprocess, "config.preprocess"), patch=vq.patch)}
