@@ -1,0 +1,345 @@
+"""The unified autoregressive transformer: a Qwen2 decoder between vision layers, over text and image tokens (X-Omni, section 3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+
+from xomni_jax.models.heads import Head, map_chunks, select
+from xomni_jax.models.layers import Dtype, Embed, Projection, RMSNorm
+from xomni_jax.sharding.rules import constrain
+
+STACKS = ("adapters", "language", "heads")
+REMAT = {"full": jax.checkpoint_policies.nothing_saveable, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+
+# Keys and values of every layer, per stack: {stack: (k, v)}. See `sampling.cache` for the shapes.
+KV = dict[str, tuple[jax.Array, jax.Array]]
+
+
+@dataclass(frozen=True)
+class ARConfig:
+    """Sizes of an `ARTransformer`.
+
+    Text ids are 0..vocab_size-1; multimodal ids follow: `image_vocab_size` image codes, then specials and spares up to
+    `mm_vocab_size`. `remat` is "none", "full" or "dots"; `attention_chunk` bounds the scores of a full forward to that many
+    queries at a time (0: all at once).
+    """
+
+    vocab_size: int
+    mm_vocab_size: int
+    image_vocab_size: int
+    d_model: int
+    mlp_dim: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    n_language_layers: int
+    n_adapter_layers: int
+    n_head_layers: int
+    rope_theta: float = 1e6
+    rms_eps: float = 1e-6
+    attention_chunk: int = 0
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    remat: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"ARConfig.n_heads={self.n_heads} is no multiple of n_kv_heads={self.n_kv_heads}; change one of them")
+        if self.head_dim % 2:
+            raise ValueError(f"ARConfig.head_dim={self.head_dim} is odd, rotary positions need pairs; make it even")
+        if self.image_vocab_size > self.mm_vocab_size:
+            raise ValueError(
+                f"ARConfig.image_vocab_size={self.image_vocab_size} exceeds mm_vocab_size={self.mm_vocab_size}, which holds it; raise the latter"
+            )
+        if self.remat not in ("none", *REMAT):
+            raise ValueError(f"ARConfig.remat={self.remat!r} is unknown; use none, full or dots")
+        if self.n_language_layers < 1 or self.n_adapter_layers < 0 or self.n_head_layers < 0:
+            raise ValueError("ARConfig needs n_language_layers >= 1 and n_adapter_layers, n_head_layers >= 0; correct the layer counts")
+        if self.attention_chunk < 0:
+            raise ValueError(f"ARConfig.attention_chunk={self.attention_chunk} is negative; use 0 to attend all at once")
+
+    @property
+    def layers(self) -> dict[str, int]:
+        """Layers per stack, in the order they run, empty stacks left out."""
+        counts = zip(STACKS, (self.n_adapter_layers, self.n_language_layers, self.n_head_layers))
+        return {name: n for name, n in counts if n}
+
+    @property
+    def n_layers(self) -> int:
+        """All layers of the sequence."""
+        return sum(self.layers.values())
+
+    @property
+    def total_vocab_size(self) -> int:
+        """Text and multimodal ids together."""
+        return self.vocab_size + self.mm_vocab_size
+
+
+PRESETS: dict[str, ARConfig] = {
+    "xomni-7b": ARConfig(
+        vocab_size=152064, mm_vocab_size=16448, image_vocab_size=16384, d_model=3584, mlp_dim=18944, n_heads=28, n_kv_heads=4,
+        head_dim=128, n_language_layers=28, n_adapter_layers=4, n_head_layers=4, attention_chunk=512, dtype=jnp.bfloat16, remat="full",
+    ),
+    "tiny": ARConfig(
+        vocab_size=320, mm_vocab_size=576, image_vocab_size=512, d_model=128, mlp_dim=384, n_heads=4, n_kv_heads=2,
+        head_dim=32, n_language_layers=3, n_adapter_layers=1, n_head_layers=1,
+    ),
+}  # fmt: skip
+
+
+@struct.dataclass
+class Context:
+    """What every layer of one pass is told.
+
+    In a full pass B are sequences and L their tokens. In a decode step B are prompts and L their rollouts: one token each,
+    which do not see one another; `lengths_B` and `column` are set then and only then.
+    """
+
+    positions_BL: jax.Array
+    image_BL: jax.Array  # True at multimodal tokens
+    segments_BL: jax.Array | None = None
+    lengths_B: jax.Array | None = None  # real tokens of each prompt
+    column: jax.Array | None = None  # generated tokens already in the cache
+    collect: bool = struct.field(pytree_node=False, default=False)  # return keys and values
+
+
+def apply_rope(x_BLNH: jax.Array, positions_BL: jax.Array, theta: float) -> jax.Array:
+    """Rotary positions in Qwen2's half-split form: pairs are (i, i + H/2). [B, L, N, H], [B, L] -> [B, L, N, H] of x's dtype."""
+    H = x_BLNH.shape[-1]
+    freq = theta ** (-jnp.arange(0, H, 2, dtype=jnp.float32) / H)
+    angle = positions_BL.astype(jnp.float32)[:, :, None, None] * freq
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    a, b = jnp.split(x_BLNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BLNH.dtype)
+
+
+def full_attention(
+    q_BLKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segments_BL: jax.Array | None = None, chunk: int = 0
+) -> jax.Array:
+    """Causal attention over whole sequences, only inside equal segments, never to segment 0 (padding). -> [B, L, K, G, H]."""
+    B, L, H = *q_BLKGH.shape[:2], q_BLKGH.shape[-1]
+    row_BL = jnp.broadcast_to(jnp.arange(L), (B, L))
+
+    def attend(q_BCKGH, row_BC, *segments_BC):
+        mask_BCS = row_BC[:, :, None] >= jnp.arange(L)
+        for segment_BC in segments_BC:
+            mask_BCS &= (segment_BC[:, :, None] == segments_BL[:, None, :]) & (segments_BL[:, None, :] > 0)
+        # float32 scores: over 5,184 keys a bf16 softmax drops small weights and drifts from the released log-probs.
+        s_BKGCS = jnp.einsum("BCKGH,BSKH->BKGCS", q_BCKGH, k_BSKH, preferred_element_type=jnp.float32) * H**-0.5
+        # A finite minimum: a fully masked row (padding) gives finite rubbish, never NaN gradients.
+        s_BKGCS = jnp.where(mask_BCS[:, None, None], s_BKGCS, jnp.finfo(jnp.float32).min)
+        p_BKGCS = jax.nn.softmax(s_BKGCS, axis=-1).astype(v_BSKH.dtype)
+        return jnp.einsum("BKGCS,BSKH->BCKGH", p_BKGCS, v_BSKH)
+
+    arrays = (q_BLKGH, row_BL) if segments_BL is None else (q_BLKGH, row_BL, segments_BL)
+    return map_chunks(attend, arrays, chunk)
+
+
+def step_attention(
+    q_PRKGH: jax.Array, k_PRKH: jax.Array, v_PRKH: jax.Array, past: tuple[jax.Array, ...], lengths_P: jax.Array, column: jax.Array
+) -> jax.Array:
+    """One token per rollout over its prompt, its own generated tokens and itself, in one joint softmax. -> [P, R, K, G, H].
+
+    The prompt's keys and values are read once per prompt, whatever R is. `past` = prompt k, v [P, K, S, H] and generated
+    k, v [P, R, K, T, H], of which the first `lengths_P` and `column` entries are real; both are only read.
+    """
+    prompt_k, prompt_v, made_k, made_v = past
+    S, T, f32 = prompt_k.shape[-2], made_k.shape[-2], jnp.float32
+    in_prompt = jnp.einsum("PRKGH,PKSH->PRKGS", q_PRKGH, prompt_k, preferred_element_type=f32)
+    in_made = jnp.einsum("PRKGH,PRKTH->PRKGT", q_PRKGH, made_k, preferred_element_type=f32)
+    itself = jnp.einsum("PRKGH,PRKH->PRKG", q_PRKGH, k_PRKH, preferred_element_type=f32)[..., None]
+    in_prompt = jnp.where((jnp.arange(S) < lengths_P[:, None])[:, None, None, None], in_prompt, jnp.finfo(f32).min)
+    in_made = jnp.where(jnp.arange(T) < column, in_made, jnp.finfo(f32).min)
+    scores = jnp.concatenate([in_prompt, in_made, itself], axis=-1) * q_PRKGH.shape[-1] ** -0.5
+    p = jax.nn.softmax(scores, axis=-1).astype(v_PRKH.dtype)
+    y = jnp.einsum("PRKGS,PKSH->PRKGH", p[..., :S], prompt_v)
+    y += jnp.einsum("PRKGT,PRKTH->PRKGH", p[..., S : S + T], made_v)
+    return y + p[..., -1:] * v_PRKH[:, :, :, None]
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions and bias on q, k, v (Qwen2).
+
+    (x [B, L, D], past | None, Context) -> (y [B, L, D], the layer's new (k, v) or None). New keys and values are
+    [B, K, L, H] in a full pass with `collect`, [P, R, K, H] in a decode step.
+    """
+
+    cfg: ARConfig
+
+    @nn.compact
+    def __call__(self, x_BLD: jax.Array, past: tuple[jax.Array, ...] | None, ctx: Context):
+        c, dtypes = self.cfg, dict(dtype=self.cfg.dtype, param_dtype=self.cfg.param_dtype)
+
+        def heads(name: str, axis: str, n: int) -> jax.Array:
+            y = Projection((n, c.head_dim), ("embed", axis, "head_dim"), bias=True, name=name, **dtypes)(x_BLD)
+            return constrain(y, "batch", "length", axis, "head_dim", name=name)
+
+        q_BLNH, k_BLKH = heads("q_proj", "heads", c.n_heads), heads("k_proj", "kv_heads", c.n_kv_heads)
+        v_BLKH = heads("v_proj", "kv_heads", c.n_kv_heads)
+        q_BLNH, k_BLKH = (apply_rope(t, ctx.positions_BL, c.rope_theta) for t in (q_BLNH, k_BLKH))
+        q_BLKGH = q_BLNH.reshape(*q_BLNH.shape[:2], c.n_kv_heads, c.n_heads // c.n_kv_heads, c.head_dim)
+        if past is None:
+            y_BLKGH = full_attention(q_BLKGH, k_BLKH, v_BLKH, ctx.segments_BL, c.attention_chunk)
+            new = (k_BLKH.swapaxes(1, 2), v_BLKH.swapaxes(1, 2)) if ctx.collect else None
+        else:
+            y_BLKGH = step_attention(q_BLKGH, k_BLKH, v_BLKH, past, ctx.lengths_B, ctx.column)
+            new = (k_BLKH, v_BLKH)
+        out = Projection((c.d_model,), ("heads", "head_dim", "embed"), contract=2, init=_residual_init(c), name="o_proj", **dtypes)
+        return out(y_BLKGH.reshape(q_BLNH.shape)), new
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)). [B, L, D] -> [B, L, D]."""
+
+    cfg: ARConfig
+
+    @nn.compact
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        c, dtypes = self.cfg, dict(dtype=self.cfg.dtype, param_dtype=self.cfg.param_dtype)
+        gate_BLF = Projection((c.mlp_dim,), ("embed", "mlp"), name="gate_proj", **dtypes)(x_BLD)
+        up_BLF = Projection((c.mlp_dim,), ("embed", "mlp"), name="up_proj", **dtypes)(x_BLD)
+        down = Projection((c.d_model,), ("mlp", "embed"), init=_residual_init(c), name="down_proj", **dtypes)
+        return down(nn.silu(gate_BLF) * up_BLF)
+
+
+class DecoderLayer(nn.Module):
+    """A pre-norm Qwen2 layer. With `vision`, its output is kept at multimodal tokens only; text tokens pass through unchanged
+    (but feed the layer's keys and values). (x [B, L, D], past, Context) -> (x [B, L, D], new keys and values or None)."""
+
+    cfg: ARConfig
+    vision: bool
+
+    @nn.compact
+    def __call__(self, x_BLD: jax.Array, past: tuple[jax.Array, ...] | None, ctx: Context):
+        norm = dict(eps=self.cfg.rms_eps, dtype=self.cfg.dtype, param_dtype=self.cfg.param_dtype)
+        y_BLD, new = Attention(self.cfg, name="attn")(RMSNorm(name="attn_norm", **norm)(x_BLD), past, ctx)
+        y_BLD = x_BLD + y_BLD
+        y_BLD = y_BLD + MLP(self.cfg, name="mlp")(RMSNorm(name="mlp_norm", **norm)(y_BLD))
+        if self.vision:
+            y_BLD = jnp.where(ctx.image_BL[:, :, None], y_BLD, x_BLD)
+        return constrain(y_BLD, "batch", "length", "residual", name="residual"), new
+
+
+class ARTransformer(nn.Module):
+    """The unified model over text and multimodal ids. All methods are called as `model.apply({"params": p}, ..., method="name")`."""
+
+    cfg: ARConfig
+
+    def setup(self) -> None:
+        c = self.cfg
+        dtypes = dict(dtype=c.dtype, param_dtype=c.param_dtype)
+        self.lm_embed, self.mm_embed = (Embed(rows, c.d_model, **dtypes) for rows in (c.vocab_size, c.mm_vocab_size))
+        self.lm_norm, self.mm_norm = (RMSNorm(c.rms_eps, **dtypes) for _ in range(2))
+        self.lm_head, self.mm_head = (Head(c.d_model, rows, **dtypes) for rows in (c.vocab_size, c.mm_vocab_size))
+        # Three stacks, not one: stage 1 of training freezes `language` by its name, and text decoding skips the other two.
+        self.adapters = _stack(c, c.n_adapter_layers, vision=True) if c.n_adapter_layers else None
+        self.language = _stack(c, c.n_language_layers, vision=False)
+        self.heads = _stack(c, c.n_head_layers, vision=True) if c.n_head_layers else None
+
+    def __call__(self, ids_BL: jax.Array, positions_BL: jax.Array | None = None, segments_BL: jax.Array | None = None) -> jax.Array:
+        """Hidden states after the final norm, [B, L, D], causal.
+
+        Args:
+          ids_BL: int32 token ids, 0..vocab_size+mm_vocab_size-1.
+          positions_BL: rotary positions; 0..L-1 without them.
+          segments_BL: packing: a token sees only earlier tokens of its own segment; 0 marks padding, whose outputs are rubbish.
+        """
+        if positions_BL is None:
+            positions_BL = jnp.broadcast_to(jnp.arange(ids_BL.shape[1]), ids_BL.shape)
+        ctx = Context(positions_BL, self._is_image(ids_BL), segments_BL)
+        x_BLD, _ = self._run(self._embed(ids_BL), ctx)
+        if self.is_initializing():  # the heads are not part of this pass, but of the parameters
+            self.lm_head.weight(), self.mm_head.weight()
+        return self._norm(x_BLD, ctx.image_BL)
+
+    def text_logits(self, hidden: jax.Array) -> jax.Array:
+        """[..., D] -> float32 logits over text ids [..., vocab_size]."""
+        return self.lm_head(hidden)
+
+    def image_logits(self, hidden: jax.Array) -> jax.Array:
+        """[..., D] -> float32 logits over image codes [..., image_vocab_size]; multimodal specials cannot be drawn."""
+        return self.mm_head(hidden, self.cfg.image_vocab_size)
+
+    def head_kernel(self, which: str) -> jax.Array:
+        """Kernel [D, V] of the "text" or "image" head in the compute dtype, for chunked losses (`models.heads`)."""
+        return self.lm_head.weight() if which == "text" else self.mm_head.weight(self.cfg.image_vocab_size)
+
+    def prefill(self, ids_PS: jax.Array, lengths_P: jax.Array) -> tuple[jax.Array, KV]:
+        """Runs right-padded prompts and keeps their keys and values.
+
+        Args:
+          ids_PS: prompts, padded on the right with any id. lengths_P: real tokens of each, at least 1.
+
+        Returns:
+          The hidden state [P, D] at each prompt's last real token, after the norm, and {stack: (k, v)} of [layers, P, K, S, H].
+        """
+        positions_PS = jnp.broadcast_to(jnp.arange(ids_PS.shape[1]), ids_PS.shape)
+        image_PS = self._is_image(ids_PS)
+        x_PSD, kv = self._run(self._embed(ids_PS), Context(positions_PS, image_PS, collect=True))
+        last_P1 = lengths_P[:, None] - 1
+        return self._norm(select(x_PSD, last_P1), jnp.take_along_axis(image_PS, last_P1, axis=1))[:, 0], kv
+
+    def decode_step(
+        self, ids_PR: jax.Array, prompt: KV, lengths_P: jax.Array, generated: KV, column: jax.Array, vision: bool = True
+    ) -> tuple[jax.Array, KV]:
+        """One more token for each of R rollouts of P prompts. Reads the caches, never writes them.
+
+        Args:
+          ids_PR: the tokens to run; their position is lengths_P + column.
+          prompt: keys and values of `prefill`, shared by the rollouts. lengths_P: their real tokens.
+          generated: {stack: (k, v)} of [layers, P, R, K, T, H]. column: scalar, tokens generated so far and cached.
+          vision: False runs the language layers alone: exact as long as no multimodal token follows, and cheaper.
+
+        Returns:
+          Hidden states [P, R, D] after the norm, and the new {stack: (k, v)} of [layers, P, R, K, H] for column `column`.
+        """
+        positions_PR = jnp.broadcast_to(lengths_P[:, None] + column, ids_PR.shape)
+        ctx = Context(positions_PR, self._is_image(ids_PR), lengths_B=lengths_P, column=column)
+        names = tuple(self.cfg.layers) if vision else ("language",)
+        past = {name: (*prompt[name], *generated[name]) for name in names}
+        x_PRD, new = self._run(self._embed(ids_PR), ctx, past)
+        return self._norm(x_PRD, ctx.image_BL), new
+
+    def _is_image(self, ids: jax.Array) -> jax.Array:
+        return ids >= self.cfg.vocab_size
+
+    def _embed(self, ids_BL: jax.Array) -> jax.Array:
+        text_BLD = self.lm_embed(jnp.minimum(ids_BL, self.cfg.vocab_size - 1))
+        image_BLD = self.mm_embed(jnp.maximum(ids_BL - self.cfg.vocab_size, 0))
+        x_BLD = jnp.where(self._is_image(ids_BL)[..., None], image_BLD, text_BLD)
+        return constrain(x_BLD, "batch", "length", "residual", name="residual")
+
+    def _norm(self, x_BLD: jax.Array, image_BL: jax.Array) -> jax.Array:
+        return jnp.where(image_BL[..., None], self.mm_norm(x_BLD), self.lm_norm(x_BLD))
+
+    def _run(self, x_BLD: jax.Array, ctx: Context, past: dict[str, Any] | None = None) -> tuple[jax.Array, KV]:
+        """All stacks in order, or those in `past`; new keys and values per stack (None where none are asked for)."""
+        new = {}
+        for name in self.cfg.layers if past is None else past:
+            x_BLD, new[name] = getattr(self, name)(x_BLD, past and past[name], ctx)
+        return x_BLD, new
+
+
+def _residual_init(c: ARConfig):
+    # Fan-in over 2 x layers: the residual stream keeps its scale at the start of training, whatever the depth.
+    return nn.initializers.variance_scaling(0.5 / c.n_layers, "fan_in", "truncated_normal")
+
+
+def _stack(c: ARConfig, n: int, vision: bool) -> nn.Module:
+    """n scanned layers: (x, past [n, ...] or None, Context) -> (x, new [n, ...] or None)."""
+    layer = DecoderLayer if c.remat == "none" else nn.remat(DecoderLayer, policy=REMAT[c.remat], prevent_cse=False)
+    scan = nn.scan(
+        layer,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        length=n,
+        in_axes=(0, nn.broadcast),
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+    return scan(c, vision)

@@ -1,0 +1,80 @@
+"""Key-value caches of decoding. Both are read-only inside a step; a step's new keys and values are written once, for all layers.
+
+A cache that is carried and updated inside the layer scan, or passed through it and returned, is copied whole at every step.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from xomni_jax.models.transformer import KV, ARConfig, ARTransformer
+from xomni_jax.sharding.rules import constrain
+
+PROMPT_AXES = ("layers", "batch", "kv_heads", "cache", "head_dim")
+GENERATED_AXES = ("layers", "batch", None, "kv_heads", "cache", "head_dim")
+
+
+@struct.dataclass
+class PromptCache:
+    """Keys and values of P prompts, one copy per prompt whatever the number of rollouts.
+
+    Attributes:
+      kv: {stack: (k, v)}, each [layers, P, K, S, H], rotary positions applied.
+      lengths_P: real tokens of each prompt; later entries are padding and never attended to.
+    """
+
+    kv: KV
+    lengths_P: jax.Array
+
+
+@struct.dataclass
+class GeneratedCache:
+    """Keys and values of the tokens generated so far, R rollouts of P prompts.
+
+    Attributes:
+      kv: {stack: (k, v)}, each [layers, P, R, K, T, H].
+      column: scalar int32, the tokens written; all rows are at the same column, so that a write is one slice.
+    """
+
+    kv: KV
+    column: jax.Array
+
+    @classmethod
+    def empty(cls, cfg: ARConfig, prompts: int, rollouts: int, tokens: int, vision: bool = True) -> GeneratedCache:
+        """Room for `tokens` tokens in the compute dtype. `vision=False`: for the language layers alone."""
+
+        def zeros(layers: int) -> jax.Array:
+            shape = (layers, prompts, rollouts, cfg.n_kv_heads, tokens, cfg.head_dim)
+            return constrain(jnp.zeros(shape, cfg.dtype), *GENERATED_AXES, name="generated cache")
+
+        stacks = cfg.layers if vision else {"language": cfg.n_language_layers}
+        return cls({name: (zeros(n), zeros(n)) for name, n in stacks.items()}, jnp.int32(0))
+
+    def write(self, new: KV) -> GeneratedCache:
+        """Adds one token: `new` = {stack: (k, v)} of [layers, P, R, K, H], in one update per array."""
+
+        def put(cache: jax.Array, x: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice_in_dim(cache, x[..., None, :].astype(cache.dtype), self.column, axis=4)
+
+        return GeneratedCache(jax.tree.map(put, self.kv, new), self.column + 1)
+
+
+def prefill(model: ARTransformer, params, ids_PS: jax.Array, lengths_P: jax.Array) -> tuple[jax.Array, PromptCache]:
+    """Runs right-padded prompts. Returns the normed hidden state [P, D] at each last real token, and the cache."""
+    hidden_PD, kv = model.apply({"params": params}, ids_PS, lengths_P, method="prefill")
+    kv = jax.tree.map(lambda x: constrain(x, *PROMPT_AXES, name="prompt cache"), kv)
+    return hidden_PD, PromptCache(kv, lengths_P)
+
+
+def decode(
+    model: ARTransformer, params, ids_PR: jax.Array, prompt: PromptCache, generated: GeneratedCache, vision: bool = True
+) -> tuple[jax.Array, GeneratedCache]:
+    """Runs one token per rollout. Returns the normed hidden states [P, R, D] and the cache with that token written.
+
+    `vision=False` skips the vision layers: exact where only text follows (their output never reaches a text token).
+    """
+    args = ids_PR, prompt.kv, prompt.lengths_P, generated.kv, generated.column
+    hidden_PRD, new = model.apply({"params": params}, *args, vision, method="decode_step")
+    return hidden_PRD, generated.write(new)

@@ -1,0 +1,203 @@
+"""Generation of image codes and of text, and the teacher-forced replay of what the sampler did. Pure functions, to be jitted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from xomni_jax.models.heads import head_logits, map_chunks, select, token_logp
+from xomni_jax.models.transformer import ARTransformer
+from xomni_jax.sampling.cache import GeneratedCache, decode, prefill
+from xomni_jax.sampling.logits import GREEDY, SamplingConfig, draw, guide, temper
+
+Prompts = tuple[jax.Array, jax.Array]  # right-padded ids [P or 1, S] and lengths [P or 1]
+
+
+def pack_kept(kept: jax.Array) -> jax.Array:
+    """Bool [..., V] -> uint8 [..., ceil(V / 8)], eight tokens per byte."""
+    return jnp.packbits(kept, axis=-1)
+
+
+def unpack_kept(packed: jax.Array, vocab: int) -> jax.Array:
+    """uint8 [..., ceil(V / 8)] -> bool [..., V]."""
+    return jnp.unpackbits(packed, axis=-1, count=vocab).astype(bool)
+
+
+def append_codes(ids_BS: jax.Array, lengths_B: jax.Array, codes_BT: jax.Array, vocab_size: int) -> jax.Array:
+    """Prompts (right-padded) followed at once by their image codes: [B, S] + [B, T] -> token ids [B, S + T], padding last."""
+    S, T = ids_BS.shape[1], codes_BT.shape[1]
+    column_BL = jnp.broadcast_to(jnp.arange(S + T), (ids_BS.shape[0], S + T)) - lengths_B[:, None]
+    codes_BL = jnp.take_along_axis(codes_BT, jnp.clip(column_BL, 0, T - 1), axis=1) + vocab_size
+    prompt_BL = jnp.pad(ids_BS, ((0, 0), (0, T)))
+    return jnp.where(column_BL < 0, prompt_BL, jnp.where(column_BL < T, codes_BL, 0))
+
+
+def generate_codes(
+    model: ARTransformer,
+    params,
+    prompt_ids_PS: jax.Array,
+    lengths_P: jax.Array,
+    n_codes: int,
+    keys_PR: jax.Array,
+    sampling: SamplingConfig = SamplingConfig(),
+    negative: Prompts | None = None,
+    return_kept: bool = False,
+) -> dict[str, jax.Array | None]:
+    """Samples exactly `n_codes` image codes for R rollouts of each of P prompts.
+
+    Args:
+      prompt_ids_PS: prompts that end in <IMAGE>, right-padded. lengths_P: their real tokens.
+      n_codes: T = Y * X, static.
+      keys_PR: PRNG keys; row (p, r) draws step t with fold_in(keys[p, r], t), so a rollout does not depend on its batch mates.
+      negative: the prompts guidance steers away from (ids [P or 1, S'], lengths [P or 1]); needed when guidance is not 1.
+      return_kept: also return which codes could have been drawn, for `replay_logp`.
+
+    Returns:
+      codes [P, R, T] int32, 0-based; logp [P, R, T] float32, under the distribution each code was drawn from;
+      kept: uint8 [P, R, T, ceil(image_vocab_size / 8)] or None.
+
+    Raises:
+      ValueError: guidance without a negative prompt.
+    """
+    cfg, (P, R) = model.cfg, keys_PR.shape[:2]
+    if sampling.guided:
+        prompt_ids_PS, lengths_P = _with_negative(prompt_ids_PS, lengths_P, negative, sampling)
+    hidden_PD, prompt = prefill(model, params, prompt_ids_PS, lengths_P)
+    cache = GeneratedCache.empty(cfg, hidden_PD.shape[0], R, n_codes)
+    hidden_PRD = jnp.broadcast_to(hidden_PD[:, None], (hidden_PD.shape[0], R, cfg.d_model))
+
+    def step(carry, t):
+        hidden_PRD, cache = carry
+        logits = model.apply({"params": params}, hidden_PRD, method="image_logits")
+        pair = logits.reshape(P, -1, *logits.shape[1:])  # conditional rows, and with guidance the negative ones
+        scores_PRV = guide(pair[:, 0], pair[:, 1] if sampling.guided else None, sampling.guidance)
+        codes_PR, logp_PR, kept_PRV = draw(scores_PRV, _fold_in(keys_PR, t), sampling)
+        ids = jnp.repeat(codes_PR + cfg.vocab_size, pair.shape[1], axis=0)
+        hidden_PRD, cache = decode(model, params, ids, prompt, cache)
+        return (hidden_PRD, cache), (codes_PR, logp_PR, pack_kept(kept_PRV) if return_kept else None)
+
+    _, out = jax.lax.scan(step, (hidden_PRD, cache), jnp.arange(n_codes))
+    codes, logp, kept = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), out)
+    return {"codes": codes, "logp": logp, "kept": kept}
+
+
+def generate_text(
+    model: ARTransformer,
+    params,
+    prompt_ids_PS: jax.Array,
+    lengths_P: jax.Array,
+    max_new: int,
+    stop_ids: Sequence[int],
+    pad_id: int = 0,
+    sampling: SamplingConfig = GREEDY,
+    keys_P: jax.Array | None = None,
+) -> jax.Array:
+    """Continues prompts (which may hold images) with text, ending early when every row has stopped.
+
+    Args:
+      prompt_ids_PS, lengths_P: right-padded prompts and their real tokens. max_new: static bound on new tokens.
+      stop_ids: a row ends with the first of these, which is returned; every later entry is `pad_id`.
+      sampling: greedy as released, or drawn with keys_P (fold_in with the step).
+
+    Returns:
+      ids [P, max_new] int32, text ids only.
+
+    Raises:
+      ValueError: guidance, which text has not; or sampling without keys.
+    """
+    if sampling.guided:
+        raise ValueError(f"generate_text: guidance={sampling.guidance} is for images only; set it to 1")
+    if keys_P is None:
+        if not sampling.greedy:
+            raise ValueError(f"generate_text: temperature={sampling.temperature} needs keys_P; pass one key per prompt or use temperature=0")
+        keys_P = jax.random.split(jax.random.key(0), prompt_ids_PS.shape[0])
+    P, stops = prompt_ids_PS.shape[0], jnp.asarray(list(stop_ids), jnp.int32)
+    hidden_PD, prompt = prefill(model, params, prompt_ids_PS, lengths_P)
+
+    def unfinished(state):
+        return (state[0] < max_new) & ~jnp.all(state[4])
+
+    def step(state):
+        t, hidden_PRD, cache, ids_PT, done_P = state
+        logits = model.apply({"params": params}, hidden_PRD, method="text_logits")
+        tokens_P = draw(logits, _fold_in(keys_P[:, None], t), sampling)[0][:, 0]
+        tokens_P = jnp.where(done_P, pad_id, tokens_P)
+        ids_PT = jax.lax.dynamic_update_slice_in_dim(ids_PT, tokens_P[:, None], t, axis=1)
+        done_P |= jnp.any(tokens_P[:, None] == stops, axis=1)
+        # Only text follows, and text never takes a vision layer's output: those layers need not run.
+        hidden_PRD, cache = decode(model, params, tokens_P[:, None], prompt, cache, vision=False)
+        return t + 1, hidden_PRD, cache, ids_PT, done_P
+
+    cache = GeneratedCache.empty(model.cfg, P, 1, max_new, vision=False)
+    empty = jnp.full((P, max_new), pad_id, jnp.int32)
+    return jax.lax.while_loop(unfinished, step, (jnp.int32(0), hidden_PD[:, None], cache, empty, jnp.zeros(P, bool)))[3]
+
+
+def replay_logp(
+    model: ARTransformer,
+    params,
+    prompt_ids_BS: jax.Array,
+    lengths_B: jax.Array,
+    codes_BT: jax.Array,
+    sampling: SamplingConfig,
+    kept: jax.Array | None = None,
+    negative: Prompts | None = None,
+    chunk: int = 512,
+) -> tuple[jax.Array, jax.Array]:
+    """Teacher-forced log-probability and entropy of sampled codes, under the sampler's own temperature, truncation and guidance.
+
+    Args:
+      prompt_ids_BS, lengths_B, codes_BT: prompts and codes as given to and returned by `generate_codes`, one row per rollout.
+      kept: [B, T, ceil(V / 8)] uint8 of the sampler; needed if `sampling` truncates.
+      negative: as in `generate_codes`. Its branch is differentiated too: this is the log-prob of the guided distribution.
+      chunk: positions per piece: logits exist for [B, chunk] positions at a time, and are recomputed in the backward pass.
+
+    Returns:
+      (logp [B, T], entropy [B, T]), float32, differentiable in params.
+
+    Raises:
+      ValueError: truncation without `kept`, or guidance without `negative`.
+    """
+    if sampling.truncates and kept is None:
+        raise ValueError(f"replay_logp: {sampling} truncates but no kept mask was given; sample with return_kept=True or turn truncation off")
+    cfg, prompts = model.cfg, [(prompt_ids_BS, lengths_B)]
+    if sampling.guided:
+        prompts.append(_rows_of(negative, prompt_ids_BS.shape[0], sampling))
+    kernel_DV = model.apply({"params": params}, "image", method="head_kernel")
+    hidden = [_hidden_before_codes(model, params, ids, lengths, codes_BT) for ids, lengths in prompts]
+
+    def piece(codes_BC, *arrays):
+        logits = [head_logits(h_BCD, kernel_DV) for h_BCD in arrays[: len(hidden)]]
+        scores = guide(logits[0], logits[1] if sampling.guided else None, sampling.guidance)
+        mask = unpack_kept(arrays[-1], cfg.image_vocab_size) if kept is not None else None
+        return token_logp(temper(scores, sampling.temperature), codes_BC, mask)
+
+    return map_chunks(piece, (codes_BT, *hidden, *(() if kept is None else (kept,))), chunk)
+
+
+def _hidden_before_codes(model: ARTransformer, params, ids_BS, lengths_B, codes_BT) -> jax.Array:
+    """Hidden states [B, T, D] of a full forward at the positions that predict the codes, from <IMAGE> on."""
+    hidden_BLD = model.apply({"params": params}, append_codes(ids_BS, lengths_B, codes_BT, model.cfg.vocab_size))
+    return select(hidden_BLD, lengths_B[:, None] - 1 + jnp.arange(codes_BT.shape[1]))
+
+
+def _rows_of(negative: Prompts | None, rows: int, sampling: SamplingConfig) -> Prompts:
+    """The negative prompts with one row per conditional row."""
+    if negative is None:
+        raise ValueError(f"guidance={sampling.guidance} needs a negative prompt and none was given; pass negative=(ids, lengths) or set guidance=1")
+    ids, lengths = negative
+    return jnp.broadcast_to(ids, (rows, ids.shape[1])), jnp.broadcast_to(lengths, (rows,))
+
+
+def _with_negative(ids_PS: jax.Array, lengths_P: jax.Array, negative: Prompts | None, sampling: SamplingConfig) -> Prompts:
+    """Rows p, negative of p, p + 1, ...: neighbours, so that a pair stays on one device when prompts are sharded."""
+    neg_ids, neg_lengths = _rows_of(negative, ids_PS.shape[0], sampling)
+    S = max(ids_PS.shape[1], neg_ids.shape[1])
+    pair = [jnp.pad(x, ((0, 0), (0, S - x.shape[1]))) for x in (ids_PS, neg_ids)]
+    return jnp.stack(pair, axis=1).reshape(-1, S), jnp.stack([lengths_P, neg_lengths], axis=1).reshape(-1)
+
+
+def _fold_in(keys_PR: jax.Array, t: jax.Array) -> jax.Array:
+    return jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(keys_PR, t)

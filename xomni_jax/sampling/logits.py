@@ -1,0 +1,126 @@
+"""From scores to a drawn token: guidance, temperature, top-k, top-p, min-p, in the order of the released sampler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from xomni_jax.models.heads import token_logp
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How a token is drawn. The defaults are what the released image sampler does, its implicit top_k=50 included.
+
+    Attributes:
+      temperature: scores are divided by it; 0 is greedy.
+      top_k: keep the k best scores and those equal to the k-th; 0 is off.
+      top_p: keep the smallest set of best tokens whose probability reaches it; 1 is off.
+      min_p: keep tokens of at least min_p times the best probability; 0 is off.
+      guidance: weight w of neg + w * (cond - neg) on log-probabilities; 1 is off.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 50
+    top_p: float = 1.0
+    min_p: float = 0.03
+    guidance: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"sampling temperature={self.temperature} is not a number >= 0; use 1.0, or 0 for greedy")
+        if self.top_k < 0 or self.top_k != int(self.top_k):
+            raise ValueError(f"sampling top_k={self.top_k} is no count; use a whole number, or 0 to turn it off")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"sampling top_p={self.top_p} is outside (0, 1]; use 1 to turn it off")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"sampling min_p={self.min_p} is outside [0, 1]; use 0 to turn it off")
+        if not 0 <= self.guidance < float("inf"):
+            raise ValueError(f"sampling guidance={self.guidance} is not a number >= 0; use 1 to turn it off")
+
+    @property
+    def greedy(self) -> bool:
+        """The best token, always."""
+        return self.temperature == 0
+
+    @property
+    def truncates(self) -> bool:
+        """Some tokens can never be drawn, so log-probabilities need the stored kept mask."""
+        return self.greedy or self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+    @property
+    def guided(self) -> bool:
+        """A negative prompt takes part."""
+        return self.guidance != 1.0
+
+
+# Greedy text decoding, as the released chat does.
+GREEDY = SamplingConfig(temperature=0.0, top_k=0, min_p=0.0)
+
+
+def guide(cond: jax.Array, neg: jax.Array | None, guidance: float) -> jax.Array:
+    """Guided scores neg + w * (cond - neg) over log-softmax, float32 [..., V]; the logits themselves when w is 1."""
+    cond = cond.astype(jnp.float32)
+    if guidance == 1.0:
+        return cond
+    if neg is None:
+        raise ValueError(f"guidance={guidance} needs a negative prompt and none was given; pass one or set guidance=1")
+    cond, neg = jax.nn.log_softmax(cond, axis=-1), jax.nn.log_softmax(neg.astype(jnp.float32), axis=-1)
+    return neg + guidance * (cond - neg)
+
+
+def temper(scores: jax.Array, temperature: float) -> jax.Array:
+    """scores / temperature in float32. Greedy (0) leaves the scores: there the kept mask decides alone."""
+    return scores.astype(jnp.float32) / (temperature or 1.0)
+
+
+def kept_mask(scores: jax.Array, sampling: SamplingConfig) -> jax.Array:
+    """Which tokens may be drawn: guided scores [..., V], before the temperature -> bool [..., V], never an empty row.
+
+    Ties as in transformers' warpers: top-k and min-p keep all tokens equal to the last kept one, top-p keeps the later ids.
+    """
+    if sampling.greedy:
+        return jax.nn.one_hot(jnp.argmax(scores, axis=-1), scores.shape[-1], dtype=bool)
+    z = temper(scores, sampling.temperature)
+    kept = jnp.ones(z.shape, bool)
+    if sampling.top_k:
+        kept &= z >= jax.lax.top_k(z, min(sampling.top_k, z.shape[-1]))[0][..., -1:]
+    if sampling.top_p < 1:
+        left = jnp.where(kept, z, -jnp.inf)
+        order = jnp.argsort(left, axis=-1, stable=True)
+        total = jnp.cumsum(jax.nn.softmax(jnp.take_along_axis(left, order, axis=-1), axis=-1), axis=-1)
+        keep_sorted = (total > 1 - sampling.top_p).at[..., -1].set(True)
+        kept &= jnp.take_along_axis(keep_sorted, jnp.argsort(order, axis=-1), axis=-1)
+    if sampling.min_p:
+        p = jax.nn.softmax(jnp.where(kept, z, -jnp.inf), axis=-1)
+        kept &= p >= sampling.min_p * jnp.max(p, axis=-1, keepdims=True)
+    return kept
+
+
+def masked_logp(scores: jax.Array, kept: jax.Array | None, temperature: float = 1.0) -> jax.Array:
+    """Log-probabilities [..., V] of the truncated, renormalised distribution; -inf outside `kept` (None: everything is kept).
+
+    The mask is an input, so that a trainer replays what the sampler did: recomputed from a newer policy, a token that was
+    drawn could have probability 0.
+    """
+    z = temper(scores, temperature)
+    if kept is None:
+        return jax.nn.log_softmax(z, axis=-1)
+    return jnp.where(kept, jax.nn.log_softmax(jnp.where(kept, z, jnp.finfo(jnp.float32).min), axis=-1), -jnp.inf)
+
+
+def draw(scores: jax.Array, keys: jax.Array, sampling: SamplingConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Draws one token per row.
+
+    Args:
+      scores: guided scores [P, R, V]. keys: one PRNG key per row, [P, R].
+
+    Returns:
+      Tokens int32 [P, R], their log-probability [P, R] under the distribution they were drawn from, the kept mask [P, R, V].
+    """
+    z, kept = temper(scores, sampling.temperature), kept_mask(scores, sampling)
+    pick = jax.vmap(jax.vmap(jax.random.categorical))
+    tokens = pick(keys, jnp.where(kept, z, -jnp.inf)).astype(jnp.int32)
+    return tokens, token_logp(z, tokens, kept if sampling.truncates else None)[0], kept
