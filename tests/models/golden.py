@@ -1,0 +1,53 @@
+"""Reading golden files, and comparing a linen model with them."""
+
+from __future__ import annotations
+
+import pathlib
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from xomni_jax.checkpoint import conversion
+
+GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
+
+
+def load(name: str) -> dict[str, np.ndarray]:
+    """The arrays of tests/goldens/NAME.npz."""
+    with np.load(GOLDENS / f"{name}.npz") as file:
+        return dict(file)
+
+
+def part(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """Arrays under `prefix/`, without the prefix."""
+    return {k.removeprefix(f"{prefix}/"): v for k, v in arrays.items() if k.startswith(f"{prefix}/")}
+
+
+def shapes(model: nn.Module, *args, **kw) -> dict[str, tuple[int, ...]]:
+    """{path: shape} of a model's parameters; nothing is computed."""
+    boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), *args, **kw))["params"]
+    return {path: leaf.shape for path, leaf in conversion.flatten(nn.meta.unbox(boxed)).items()}
+
+
+def assert_close(actual, expected, name: str, tolerance: float = 1e-4) -> None:
+    """Largest difference at most `tolerance` of the largest expected value."""
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert actual.shape == expected.shape, f"{name}: {actual.shape}, reference {expected.shape}"
+    scale = np.abs(expected).max()
+    assert np.isfinite(actual).all() and scale > 0, f"{name}: not finite, or an empty comparison"
+    error = np.abs(actual - expected).max() / scale
+    assert error <= tolerance, f"{name}: relative error {error:.2e} > {tolerance}"
+
+
+def assert_gradients(gradients, reference: dict[str, np.ndarray], table: conversion.Table, wanted, tolerance: float = 1e-4) -> None:
+    """Compares every parameter's gradient with the reference's, brought over by the same table as the weights.
+
+    The scale is the larger of the parameter's own largest gradient and 1e-3 of the largest of all: a gradient that is zero in exact
+    arithmetic (a key bias under softmax) is rounding noise on both sides.
+    """
+    expected = conversion.flatten(conversion.to_params(reference, table, wanted))
+    floor = 1e-3 * max(np.abs(v).max() for v in expected.values())
+    for path, value in conversion.flatten(gradients).items():
+        error = np.abs(np.asarray(value) - expected[path]).max() / max(np.abs(expected[path]).max(), floor)
+        assert error <= tolerance, f"gradient of {path}: relative error {error:.2e} > {tolerance}"

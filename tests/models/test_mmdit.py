@@ -1,0 +1,152 @@
+"""MMDiT: parity with diffusers, start of training, mesh independence, refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.models import golden
+from tests.parity.reference_mmdit import GRID, SIZES
+from xomni_jax.checkpoint import conversion
+from xomni_jax.checkpoint.names.mmdit import table
+from xomni_jax.models.mmdit import PRESETS, MMDiT, MMDiTConfig, apply_rope, rope_tables
+from xomni_jax.sharding.mesh import make_mesh
+from xomni_jax.sharding.rules import param_shardings
+
+CFG = MMDiTConfig(d_model=SIZES["n_heads"] * SIZES["head_dim"], **{k: v for k, v in SIZES.items() if k != "head_dim"})
+
+
+def compare(arrays: dict[str, np.ndarray], cfg: MMDiTConfig = CFG) -> None:
+    """Velocity with and without semantics, and every gradient, against a reference's arrays."""
+    model, x = MMDiT(cfg), golden.part(arrays, "in")
+    inputs = (x["latents"], x["sigma"], x["text"], x["pooled"], GRID)
+    wanted = golden.shapes(model, *inputs)
+    params = conversion.to_params(golden.part(arrays, "w"), table(cfg), wanted)
+
+    def loss(params):
+        velocity = model.apply({"params": params}, *inputs, x["semantics"], x["guidance"])
+        return jnp.sum(velocity * x["cotangent"]), velocity
+
+    gradients, velocity = jax.jit(jax.grad(loss, has_aux=True))(params)
+    golden.assert_close(velocity, arrays["out/velocity"], "velocity")
+    golden.assert_gradients(gradients, golden.part(arrays, "grad"), table(cfg), wanted)
+    plain = jax.jit(lambda p: model.apply({"params": p}, *inputs, guidance_B=x["guidance"]))(params)
+    golden.assert_close(plain, arrays["out/velocity_without_semantics"], "velocity without semantics")
+
+
+@pytest.mark.parametrize("change", [dict(), dict(remat="full", query_chunk=5), dict(remat="dots", unroll=3)], ids=str)
+def test_golden(change):
+    compare(golden.load("mmdit"), dataclasses.replace(CFG, **change))
+
+
+def _random(cfg: MMDiTConfig, grid=(3, 4), B=4, S=5, seed=0):
+    """Inputs, boxed parameter shapes, and parameters away from their zero start."""
+    keys = jax.random.split(jax.random.key(seed), 6)
+    T = grid[0] * grid[1]
+    inputs = (
+        jax.random.normal(keys[0], (B, T, cfg.in_channels)),
+        jax.random.uniform(keys[1], (B,)),
+        jax.random.normal(keys[2], (B, S, cfg.text_dim)),
+        jax.random.normal(keys[3], (B, cfg.pooled_dim)),
+        grid,
+        jax.random.normal(keys[4], (B, T, cfg.semantic_dim)),
+    )
+    boxed = jax.eval_shape(lambda: MMDiT(cfg).init(keys[5], *inputs))["params"]
+    leaves, tree = jax.tree.flatten(nn.meta.unbox(boxed))
+    draw = [0.1 * jax.random.normal(k, leaf.shape) for k, leaf in zip(jax.random.split(keys[5], len(leaves)), leaves)]
+    return inputs, boxed, jax.tree.unflatten(tree, draw)
+
+
+SMALL = MMDiTConfig(
+    in_channels=12, d_model=32, n_heads=4, axes_dims=(2, 2, 4), n_double=2, n_single=3, text_dim=10, pooled_dim=6, semantic_dim=14, remat="full"
+)
+
+
+def test_mesh_does_not_change_velocity_or_gradients():
+    inputs, boxed, params = _random(SMALL)
+
+    def loss(params, arrays):
+        latents, sigma, text, pooled, semantics = arrays
+        velocity = MMDiT(SMALL).apply({"params": params}, latents, sigma, text, pooled, inputs[4], semantics)
+        return jnp.mean(velocity**2), velocity
+
+    arrays = (*inputs[:4], inputs[5])
+    step = jax.value_and_grad(loss, has_aux=True)
+    (_, velocity), gradients = jax.jit(step)(params, arrays)
+    mesh = make_mesh(dict(fsdp=4, tensor=2))
+    with jax.set_mesh(mesh):
+        shardings = param_shardings(boxed, mesh)
+        spread = jax.device_put(params, shardings)
+        (_, spread_velocity), spread_gradients = jax.jit(step, out_shardings=((None, None), shardings))(spread, arrays)
+    kernel = spread["single_blocks"]["out"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape) == (3, 5, 2, 8, 8)
+    golden.assert_close(spread_velocity, velocity, "velocity", 1e-5)
+    jax.tree.map(lambda a, b: golden.assert_close(a, b, "gradient", 1e-4), spread_gradients, gradients)
+
+
+def test_starts_at_zero_velocity_with_a_gradient():
+    inputs, _, _ = _random(SMALL)
+    params = nn.meta.unbox(MMDiT(SMALL).init(jax.random.key(1), *inputs)["params"])
+    loss = lambda p: jnp.mean((MMDiT(SMALL).apply({"params": p}, *inputs) - 1.0) ** 2)  # noqa: E731
+    value, gradients = jax.value_and_grad(loss)(params)
+    assert value == 1.0
+    assert np.abs(gradients["out"]["kernel"]).max() > 0
+    assert not np.any(params["siglip_embed"]["kernel"])
+
+
+def test_init_makes_semantic_parameter_without_semantics():
+    inputs, _, _ = _random(SMALL)
+    assert golden.shapes(MMDiT(SMALL), *inputs[:5]) == golden.shapes(MMDiT(SMALL), *inputs)
+
+
+def test_rope_rotates_adjacent_pairs_by_row_and_column():
+    cos, sin = rope_tables((2, 3), 1, (2, 2, 2), theta=100.0)
+    x = np.zeros((1, 7, 1, 6), np.float32)
+    x[..., ::2] = 1.0
+    y = np.asarray(apply_rope(jnp.asarray(x), cos, sin))[0, :, 0]
+    np.testing.assert_allclose(y[0], x[0, 0, 0])
+    row, column = 1, 2
+    expected = [1, 0, np.cos(row), np.sin(row), np.cos(column), np.sin(column)]
+    np.testing.assert_allclose(y[1 + row * 3 + column], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_fit_their_table(name):
+    cfg = PRESETS[name]
+    inputs = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, 6, cfg.in_channels), (1,), (1, 2, cfg.text_dim), (1, cfg.pooled_dim))]
+    shapes = jax.eval_shape(lambda *a: MMDiT(cfg).init(jax.random.key(0), *a, (2, 3)), *inputs)["params"]
+    wanted = {k: v.shape for k, v in conversion.flatten(nn.meta.unbox(shapes)).items()}
+    assert conversion.plan([r.source for r in table(cfg).rules], table(cfg), wanted)
+    if name == "flux-dev-xomni":  # FLUX.1-dev's published 11.9B, and the semantic projection
+        assert sum(np.prod(s, dtype=np.int64) for s in wanted.values()) == 11_901_408_320 + 1536 * 3072
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(n_heads=7), "does not divide into n_heads=7"),
+        (dict(axes_dims=(2, 2, 2)), "sum to the head width 8"),
+        (dict(n_single=0), "must both be at least 1"),
+        (dict(remat="some"), "choose one of none, full, dots"),
+    ],
+)
+def test_config_refusals(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SMALL, **change)
+
+
+def test_call_refusals():
+    (latents, sigma, text, pooled, grid, semantics), _, params = _random(SMALL)
+    apply = lambda *a, **k: MMDiT(SMALL).apply({"params": params}, latents, sigma, text, pooled, *a, **k)  # noqa: E731
+    with pytest.raises(ValueError, match="12 latent tokens do not fill the grid 3 x 5"):
+        apply((3, 5))
+    with pytest.raises(ValueError, match="11 semantic vectors for 12 latent tokens"):
+        apply(grid, semantics[:, 1:])
+    with pytest.raises(ValueError, match="without guidance embedding"):
+        cfg = dataclasses.replace(SMALL, guidance_embed=False)
+        MMDiT(cfg).apply({"params": params}, latents, sigma, text, pooled, grid, guidance_B=sigma)
