@@ -29,10 +29,10 @@ CHAT_TEMPLATE = (
 
 
 def corpus() -> Iterator[str]:
-    """Every caption, question and answer the rendered set can hold, with one letter on every sign; frequent templates more often."""
+    """Every caption, question and answer the rendered set can hold, with a digit for the text of signs; frequent templates more often."""
     for template in range(len(rendered.SIGN_CAPTIONS)):
         for colour in rendered.SIGN_GROUNDS:
-            yield from [rendered.sign_prompt("X", colour, template)] * (40 if template == 0 else 20)
+            yield from [rendered.sign_prompt("0", colour, template)] * (40 if template == 0 else 20)
     for template in range(len(rendered.SHAPE_CAPTIONS)):
         for ground in rendered.SHAPE_GROUNDS:
             for shape in glyphs.SHAPES:
