@@ -39,6 +39,15 @@ N_COLUMN_CLASSES = 1 + len(glyphs.LETTERS) + len(glyphs.SHAPES) * len(COLOURS)
 
 SIGN_CAPTIONS = ('{a} {c} sign that says "{t}"', '"{t}" on {a} {c} sign', 'a sign in {c} with the text "{t}"')
 SHAPE_CAPTIONS = ("{n} {c} {s} on {g}", "{n} {c} {s} on a {g} background")
+QUESTIONS = (
+    "what does the sign say?",
+    "what colour is the sign?",
+    "how many shapes are there?",
+    "which shape is it?",
+    "which shapes are they?",
+    "what colour is it?",
+    "what colour are they?",
+)
 _FIRST_TEMPLATE = 0.8  # share of the first caption template: the one people type
 _GAP = 2  # px between shapes; 1 px to the edge
 
@@ -173,7 +182,7 @@ def sign_prompt(text: str, background: str, template: int = 0) -> str:
 
 def shapes_prompt(shape: str, colour: str, count: int, background: str, template: int = 0) -> str:
     """The caption of a picture of shapes."""
-    return SHAPE_CAPTIONS[template].format(n=NUMBERS[count], c=colour, s=shape if count == 1 else shape + "s", g=background)
+    return SHAPE_CAPTIONS[template].format(n=NUMBERS[count], c=colour, s=shape + "s" * (count > 1), g=background)
 
 
 def _sign_example(rng: np.random.Generator, size: Size, config: RenderedConfig) -> Example:
@@ -183,7 +192,7 @@ def _sign_example(rng: np.random.Generator, size: Size, config: RenderedConfig) 
     free = size[0] // PATCH - 2 * len(wrap(text, size[1] // PATCH))
     row = None if rng.random() < config.centred else int(rng.integers(free + 1))
     image, columns = render_sign(text, background, size, face, row, brightness=rng.uniform(0.9, 1.05))
-    question, answer = _pick(rng, (("what does the sign say?", text), ("what colour is the sign?", background)), first=0.7)
+    question, answer = _pick(rng, ((QUESTIONS[0], text), (QUESTIONS[1], background)), first=0.7)
     return {
         "image": image,
         "columns": columns,
@@ -216,15 +225,9 @@ def _shapes_example(rng: np.random.Generator, size: Size, config: RenderedConfig
     scale = rng.uniform(0.93, 1.04)
     image = _blend(np.array(SHAPE_GROUNDS[background], np.float32), mask, np.clip(np.array(COLOURS[colour], np.float32) * scale, 0, 255))
     cover = mask.reshape(size[0] // PATCH, PATCH, size[1] // PATCH, PATCH).mean((1, 3))
-    things = "shape is it" if count == 1 else "shapes are they"
-    question, answer = _pick(
-        rng,
-        (
-            ("how many shapes are there?", NUMBERS[count]),
-            (f"which {things}?", shape if count == 1 else shape + "s"),
-            ("what colour are the shapes?" if count > 1 else "what colour is the shape?", colour),
-        ),
-    )
+    many = count > 1
+    answers = ((QUESTIONS[2], NUMBERS[count]), (QUESTIONS[3 + many], shape + "s" * many), (QUESTIONS[5 + many], colour))
+    question, answer = _pick(rng, answers)
     return {
         "image": image,
         "columns": np.where(cover >= 0.25, shape_class(shape, colour), 0).astype(np.int32),

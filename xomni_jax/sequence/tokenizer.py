@@ -1,0 +1,179 @@
+"""Prompts, images and answers as token ids, in the released format.
+
+An image of Y x X codes is `<SOM>` + the text "Y X" + `<IMAGE>` + Y*X codes, row-major + `<EOM>`. Text ids come first, image code k
+is id `vocab_size + k`, and the three specials follow somewhere below `vocab_size + mm_vocab_size`: they are found by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+SOM, EOM, IMAGE, FIRST_CODE = "<SOM>", "<EOM>", "<IMAGE>", "<MM-Token-0>"
+END_OF_TURN = "<|im_end|>"
+TINY_TOKENIZER = Path(str(resources.files("xomni_jax"))) / "assets" / "tiny_tokenizer"
+
+
+class TokenSequence(NamedTuple):
+    """`ids` int32 [L] and `loss` bool [L]: True where the token is a target. Its id tells which head predicts it."""
+
+    ids_L: np.ndarray
+    loss_L: np.ndarray
+
+
+class MultimodalTokenizer:
+    """A Hugging Face tokenizer that knows where image codes live.
+
+    Attributes: `vocab_size` (text ids, which is also the id of code 0), `image_vocab_size` (codes), `mm_vocab_size` (codes + specials +
+    spares), `som`, `eom`, `image` (ids of the specials), `end_of_turn`, `pad`, `text` (the wrapped tokenizer).
+    """
+
+    def __init__(self, text: Any, *, vocab_size: int | None = None, image_vocab_size: int | None = None, mm_vocab_size: int | None = None):
+        """Sizes come from the model's config; without one they are read off the tokenizer. Raises ValueError when the two disagree."""
+        self.text = text
+        table = text.get_vocab()
+        missing = [name for name in (SOM, EOM, IMAGE, FIRST_CODE, END_OF_TURN) if name not in table]
+        if missing:
+            raise ValueError(f"The tokenizer {text.name_or_path!r} has no {', '.join(missing)}; use the tokenizer files of an X-Omni checkpoint.")
+        self.som, self.eom, self.image, first, self.end_of_turn = (table[n] for n in (SOM, EOM, IMAGE, FIRST_CODE, END_OF_TURN))
+        self.pad = text.pad_token_id if text.pad_token_id is not None else self.end_of_turn
+        codes = sum(name.startswith("<MM-Token-") for name in table)
+
+        self.vocab_size = first if vocab_size is None else vocab_size
+        if first != self.vocab_size:
+            raise ValueError(
+                f"The tokenizer {text.name_or_path!r} puts {FIRST_CODE} at id {first} but the model's vocab_size is {self.vocab_size};"
+                " take both from the same checkpoint."
+            )
+        self.image_vocab_size = self._first_gap(table, codes) if image_vocab_size is None else image_vocab_size
+        last = f"<MM-Token-{self.image_vocab_size - 1}>"
+        if table.get(last) != first + self.image_vocab_size - 1:
+            raise ValueError(
+                f"The tokenizer {text.name_or_path!r} puts {last} at {table.get(last)} instead of {first + self.image_vocab_size - 1};"
+                f" image_vocab_size={self.image_vocab_size} does not fit it."
+            )
+        top = max(self.som, self.eom, self.image) + 1 - self.vocab_size
+        self.mm_vocab_size = top if mm_vocab_size is None else mm_vocab_size
+        for name, k in ((SOM, self.som), (EOM, self.eom), (IMAGE, self.image)):
+            if not self.vocab_size + self.image_vocab_size <= k < self.vocab_size + self.mm_vocab_size:
+                raise ValueError(
+                    f"{name} has id {k}, outside {self.vocab_size + self.image_vocab_size}.."
+                    f"{self.vocab_size + self.mm_vocab_size - 1}, the specials of mm_vocab_size={self.mm_vocab_size};"
+                    " take the tokenizer and the config from the same checkpoint."
+                )
+
+    @classmethod
+    def load(cls, path: str | Path = TINY_TOKENIZER, **sizes: int) -> MultimodalTokenizer:
+        """Reads a local folder (default: the tiny tokenizer of this package); `sizes` as in the constructor. Never goes online."""
+        path = Path(path)
+        if not path.is_dir():
+            raise ValueError(f"The tokenizer folder {str(path)!r} does not exist; give the folder that holds tokenizer.json.")
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+        try:
+            # tokenizer.json says everything; AutoTokenizer would first ask the model's config.json, whose type it may not know.
+            kind = PreTrainedTokenizerFast if (path / "tokenizer.json").is_file() else AutoTokenizer
+            text = kind.from_pretrained(str(path), local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"The folder {str(path)!r} holds no readable tokenizer ({str(error).splitlines()[0]}).") from error
+        return cls(text, **sizes)
+
+    def encode_text(self, text: str) -> np.ndarray:
+        """Plain text -> ids [L]. Raises ValueError when it spells a multimodal token, which only this class may place."""
+        ids = np.array(self.text.encode(text, add_special_tokens=False), np.int32)
+        wrong = np.flatnonzero(ids >= self.vocab_size)
+        if wrong.size:
+            token = self.text.convert_ids_to_tokens(int(ids[wrong[0]]))
+            raise ValueError(f"The text {_short(text)} contains the multimodal token {token}; leave it out.")
+        return ids
+
+    def decode_text(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Ids -> text; special tokens are left out."""
+        return self.text.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def image_string(self, y: int, x: int, codes_YX: np.ndarray | None = None) -> str:
+        """The image as text: the part before the codes, or all of it with `codes_YX`."""
+        head = f"{SOM}{y} {x}{IMAGE}"
+        return head if codes_YX is None else head + "".join(f"<MM-Token-{k}>" for k in np.ravel(codes_YX)) + EOM
+
+    def image_prefix(self, y: int, x: int) -> np.ndarray:
+        """`<SOM>Y X<IMAGE>` -> ids [L]."""
+        if y < 1 or x < 1:
+            raise ValueError(f"An image of {y} x {x} tokens is empty; both sides must be at least 1.")
+        return np.concatenate([[self.som], self.encode_text(f"{y} {x}"), [self.image]]).astype(np.int32)
+
+    def image_ids(self, codes_YX: np.ndarray) -> np.ndarray:
+        """Codes [Y, X] -> ids of the whole image, `<SOM>` to `<EOM>`."""
+        codes_YX = self._checked(codes_YX)
+        codes = codes_YX.ravel().astype(np.int32) + self.vocab_size
+        return np.concatenate([self.image_prefix(*codes_YX.shape), codes, [self.eom]]).astype(np.int32)
+
+    def generation_prompt(self, prompt: str, y: int, x: int) -> np.ndarray:
+        """What a picture is sampled from: the bare prompt and the image prefix, no chat template -> ids [L]."""
+        return np.concatenate([self.encode_text(prompt), self.image_prefix(y, x)])
+
+    def negative_prompt(self, y: int, x: int) -> np.ndarray:
+        """What guidance steers away from: the image prefix alone -> ids [L]."""
+        return self.image_prefix(y, x)
+
+    def generation_sequence(self, prompt: str, codes_YX: np.ndarray) -> TokenSequence:
+        """Prompt and image for training. Targets are the codes; `<EOM>` is appended, never predicted, so it is no target."""
+        ids_L = np.concatenate([self.encode_text(prompt), self.image_ids(codes_YX)])
+        return TokenSequence(ids_L, (ids_L >= self.vocab_size) & (ids_L < self.vocab_size + self.image_vocab_size))
+
+    def text_sequence(self, text: str) -> TokenSequence:
+        """Plain text for training, closed by the end of turn; every token but the first is a target."""
+        ids_L = np.append(self.encode_text(text), np.int32(self.end_of_turn))
+        return TokenSequence(ids_L, np.arange(len(ids_L)) > 0)
+
+    def understanding_prompt(self, codes_YX: np.ndarray, question: str) -> np.ndarray:
+        """One user turn, image then question, in the tokenizer's chat template with the assistant's turn opened -> ids [L]."""
+        codes_YX = self._checked(codes_YX)
+        self.encode_text(question)  # refuses multimodal tokens in the question
+        content = self.image_string(*codes_YX.shape) + EOM + "\n" + question
+        turn = self.text.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+        # Special tokens cut the text for the tokenizer, so codes may be put in after tokenising: same ids, no string of 5,184 names.
+        ids_L = np.array(self.text.encode(turn, add_special_tokens=False), np.int32)
+        at = int(np.flatnonzero(ids_L == self.image)[0]) + 1
+        codes = codes_YX.ravel().astype(np.int32) + self.vocab_size
+        return np.concatenate([ids_L[:at], codes, ids_L[at:]])
+
+    def understanding_sequence(self, codes_YX: np.ndarray, question: str, answer: str) -> TokenSequence:
+        """Image, question and answer for training. Targets are the answer and the end of turn."""
+        prompt_L = self.understanding_prompt(codes_YX, question)
+        answer_L = np.append(self.encode_text(answer), np.int32(self.end_of_turn))
+        return TokenSequence(np.concatenate([prompt_L, answer_L]), np.arange(len(prompt_L) + len(answer_L)) >= len(prompt_L))
+
+    def _checked(self, codes_YX: np.ndarray) -> np.ndarray:
+        codes_YX = np.asarray(codes_YX)
+        if codes_YX.ndim != 2 or not np.issubdtype(codes_YX.dtype, np.integer):
+            raise ValueError(f"Image codes must be integers [Y, X], not {codes_YX.dtype} {list(codes_YX.shape)}.")
+        if codes_YX.size and not 0 <= codes_YX.min() <= codes_YX.max() < self.image_vocab_size:
+            raise ValueError(f"Image codes {codes_YX.min()}..{codes_YX.max()} must lie within 0..{self.image_vocab_size - 1}.")
+        return codes_YX
+
+    def _first_gap(self, table: dict[str, int], most: int) -> int:
+        return next((k for k in range(most) if table.get(f"<MM-Token-{k}>") != self.vocab_size + k), most)
+
+
+def fixed_length_ids(tokenizer: Any, texts: Sequence[str], length: int) -> np.ndarray:
+    """Texts -> ids int32 [B, length] for the decoder's text encoders: cut to fit, closed and filled with the padding token.
+
+    `tokenizer` is a MultimodalTokenizer or a bare Hugging Face one. At least one padding token closes every row, which is the
+    end-of-text position that CLIP pools.
+    """
+    text = tokenizer.text if isinstance(tokenizer, MultimodalTokenizer) else tokenizer
+    pad = text.pad_token_id if text.pad_token_id is not None else text.eos_token_id
+    ids = np.full((len(texts), length), pad, np.int32)
+    for row, t in zip(ids, texts, strict=True):
+        found = text.encode(t, add_special_tokens=False)[: length - 1]
+        row[: len(found)] = found
+    return ids
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:57] + "...")
