@@ -1,1 +1,1 @@
-"""The scoring server and its scorers. Runs apart from training; nothing here imports it."""
+"""Scoring services: the HTTP server and one module per scorer. Nothing here imports training."""

@@ -1,0 +1,51 @@
+"""`xomni serve-reward NAME --port P`: run one scoring service."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+NAMES = ("ocr", "shapes", "quality")
+
+_EPILOG = """\
+A service scores pictures over HTTP; the trainer and the evaluations ask it. Start one per reward, in a terminal of its own:
+
+  xomni serve-reward ocr --port 8001
+  xomni serve-reward shapes --port 8002
+  curl http://127.0.0.1:8001/health
+
+ocr      reads the picture (PP-OCR) and compares the text with targets["text"]
+shapes   colour of the ground, and count, shape and colour of drawn objects
+quality  likeness to rendered pictures: notices noise, blur, compression; needs no target
+
+Several replicas of one scorer may run on other ports or machines; give the trainer all their URLs.
+"""
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Register the subcommand; `run` is its function."""
+    parser = subparsers.add_parser(
+        "serve-reward", help="run a scoring service", epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("name", metavar="NAME", choices=NAMES, help="ocr, shapes or quality")
+    parser.add_argument("--port", type=int, default=8001, help="where to listen; 0 takes a free one (default 8001)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in (default 127.0.0.1)")
+    parser.add_argument("--workers", type=int, default=2, help="processes, one thread each; about one per core (default 2)")
+    ocr = parser.add_argument_group("ocr only")
+    ocr.add_argument("--mode", choices=("auto", "crop", "detect"), help="read the content crop, or detect lines first (default auto: by height)")
+    ocr.add_argument("--formula", choices=("auto", "edit", "substring", "recall"), help="how texts are compared (default auto: by length)")
+    ocr.add_argument("--second", choices=("tesseract",), help="a second reader; the lower score counts")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until stopped. ValueError (one sentence) when the port is taken, a package is missing or an option does not fit."""
+    from xomni_jax.rewards.services.base import ServiceError
+    from xomni_jax.rewards.services.server import ServiceConfig, serve
+
+    options = {k: getattr(args, k) for k in ("mode", "formula", "second") if getattr(args, k) is not None}
+    if options and args.name != "ocr":
+        raise ServiceError(f"--{next(iter(options))} belongs to ocr; serve-reward {args.name} does not take it")
+    serve(ServiceConfig(args.name, options, workers=args.workers), args.host, args.port)
+    return 0
