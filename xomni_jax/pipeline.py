@@ -15,8 +15,7 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from xomni_jax.checkpoint.store import CheckpointError, config_from_json, load_component, read_model_json
-from xomni_jax.data.preprocess import PreprocessConfig, preprocess
-from xomni_jax.models.heads import token_logp  # noqa: F401
+from xomni_jax.data.preprocess import ImageLimits, preprocess
 from xomni_jax.models.registry import COMPONENTS, init_params
 from xomni_jax.sampling.decode import generate_codes, generate_text
 from xomni_jax.sampling.decoder import DecodeConfig, Decoder, to_uint8
@@ -91,7 +90,9 @@ class XOmni:
     @functools.cached_property
     def tokenizer(self) -> MultimodalTokenizer:
         """The text tokenizer with its multimodal ids."""
-        return MultimodalTokenizer(self.path / "tokenizer", self.config("transformer").vocab_size)
+        c = self.config("transformer")
+        sizes = {name: getattr(c, name) for name in ("vocab_size", "image_vocab_size", "mm_vocab_size")}
+        return MultimodalTokenizer.load(self.path / "tokenizer", **sizes)
 
     @functools.cached_property
     def decode_config(self) -> DecodeConfig:
@@ -99,10 +100,10 @@ class XOmni:
         return config_from_json(DecodeConfig, self.description.get("settings", {}).get("decode", {}), f"{self.path}/model.json")
 
     @functools.cached_property
-    def preprocess_config(self) -> PreprocessConfig:
+    def preprocess_config(self) -> ImageLimits:
         """Limits and rounding of input images."""
         stored = self.description.get("settings", {}).get("preprocess", {})
-        return config_from_json(PreprocessConfig, stored, f"{self.path}/model.json")
+        return config_from_json(ImageLimits, stored, f"{self.path}/model.json")
 
     @functools.cached_property
     def decoder(self) -> Decoder:
@@ -290,12 +291,12 @@ class XOmni:
         ids_PS, lengths_P = pad_prompts(prompts + [prompts[0]] * (-len(prompts) % self.ways))
         with jax.set_mesh(self.mesh):
             made = self._answerer(max_tokens)(self.params("transformer"), ids_PS, lengths_P)
-        return [self.tokenizer.decode_answer(ids) for ids in np.asarray(made)[: len(prompts)]]
+        return [self.tokenizer.decode_text(ids).strip() for ids in np.asarray(made)[: len(prompts)]]
 
     @functools.cache
     def _answerer(self, max_tokens: int):
-        model, stop = self.module("transformer"), self.tokenizer.stop_ids
-        return jax.jit(lambda params, ids_PS, lengths_P: generate_text(model, params, ids_PS, lengths_P, max_tokens, stop))
+        model, stop, pad = self.module("transformer"), (self.tokenizer.end_of_turn,), self.tokenizer.pad
+        return jax.jit(lambda params, ids_PS, lengths_P: generate_text(model, params, ids_PS, lengths_P, max_tokens, stop, pad))
 
 
 def picture_keys(seed: int, n: int, purpose: int = 0) -> jax.Array:

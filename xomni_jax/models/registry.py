@@ -12,7 +12,7 @@ from flax import linen as nn
 from xomni_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from xomni_jax.models.mmdit import MMDiT, MMDiTConfig
 from xomni_jax.models.siglip_vq import SigLIPVQ, SigLIPVQConfig
-from xomni_jax.models.text_encoders import CLIPConfig, CLIPTextEncoder, T5Config, T5Encoder
+from xomni_jax.models.text_encoders import CLIPTextConfig, CLIPTextEncoder, T5Config, T5Encoder
 from xomni_jax.models.transformer import ARConfig, ARTransformer
 
 
@@ -42,7 +42,7 @@ COMPONENTS: dict[str, Component] = {
     "mmdit": Component(MMDiTConfig, MMDiT, _mmdit_inputs),
     "autoencoder": Component(AutoencoderConfig, Autoencoder, lambda c: (jnp.zeros((1, 16, 16, 3)),)),
     "t5": Component(T5Config, T5Encoder, lambda c: (jnp.zeros((1, 2), jnp.int32),)),
-    "clip": Component(CLIPConfig, CLIPTextEncoder, lambda c: (jnp.zeros((1, 2), jnp.int32),)),
+    "clip": Component(CLIPTextConfig, CLIPTextEncoder, lambda c: (jnp.zeros((1, 2), jnp.int32),)),
 }
 
 

@@ -87,7 +87,7 @@ PRESETS: dict[str, ARConfig] = {
         head_dim=128, n_language_layers=28, n_adapter_layers=4, n_head_layers=4, attention_chunk=512, dtype=jnp.bfloat16, remat="full",
     ),
     "tiny": ARConfig(
-        vocab_size=320, mm_vocab_size=576, image_vocab_size=512, d_model=128, mlp_dim=384, n_heads=4, n_kv_heads=2,
+        vocab_size=384, mm_vocab_size=576, image_vocab_size=512, d_model=128, mlp_dim=384, n_heads=4, n_kv_heads=2,
         head_dim=32, n_language_layers=3, n_adapter_layers=1, n_head_layers=1,
     ),
 }  # fmt: skip

@@ -11,6 +11,7 @@ import numpy as np
 from flax import linen as nn
 from ml_collections import ConfigDict
 
+from xomni_jax.data.preprocess import ImageLimits
 from xomni_jax.data.rendered import N_COLUMN_CLASSES, RenderedConfig
 from xomni_jax.data.sources import rendered_dataset
 from xomni_jax.models import siglip_vq
@@ -133,13 +134,11 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
     batches = DataIterator(rendered_dataset(data, run.seed, run.batch_size, transform=to_batch))
 
     def export(state: TrainState, directory, note):
-        export_model(directory, {"siglip_vq": (state.params["tokenizer"], vq)}, run.init_from, note, config_settings(config, vq))
+        export_model(directory, {"siglip_vq": (state.params["tokenizer"], vq)}, run.init_from, note, limits(config, vq))
 
     return Stage(state, batches, step, export, items_per_step=run.batch_size)
 
 
-def config_settings(config: ConfigDict, vq: Any) -> dict[str, Any]:
-    """Preprocessing limits that belong to the tokenizer, for model.json."""
-    from xomni_jax.data.preprocess import PreprocessConfig
-
-    return {"preprocess": dataclasses.replace(build(PreprocessConfig, config.preprocess, "config.preprocess"), patch=vq.patch)}
+def limits(config: ConfigDict, vq: Any) -> dict[str, Any]:
+    """Limits of input pictures that belong to the tokenizer, for model.json."""
+    return {"preprocess": build(ImageLimits, dict(config.preprocess) | {"patch_size": vq.patch}, "config.preprocess")}

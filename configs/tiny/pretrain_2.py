@@ -1,0 +1,13 @@
+"""Pre-training, stage 2 of 3: everything learns. Command: xomni train --config=configs/tiny/pretrain_2.py."""
+
+from configs import base
+
+
+def get_config():
+    """The configuration."""
+    c = base.pretrain("all")
+    c.run_dir = "runs/tiny/pretrain_2"
+    c.init_from = "runs/tiny/pretrain_1/model"
+    c.steps, c.batch_size = 2000, 72
+    c.data.pseudo_words = 0.6
+    return c

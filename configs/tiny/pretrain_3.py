@@ -1,0 +1,14 @@
+"""Pre-training, stage 3 of 3: annealing on the best data, real words. Command: xomni train --config=configs/tiny/pretrain_3.py."""
+
+from configs import base
+
+
+def get_config():
+    """The configuration."""
+    c = base.pretrain("all")
+    c.run_dir = "runs/tiny/pretrain_3"
+    c.init_from = "runs/tiny/pretrain_2/model"
+    c.steps, c.batch_size = 300, 72
+    c.optimizer.learning_rate, c.optimizer.schedule, c.optimizer.final_fraction = 5e-4, "linear", 0.0
+    c.data.pseudo_words = 0.1
+    return c

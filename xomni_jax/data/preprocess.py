@@ -1,0 +1,101 @@
+"""Images to pixels as the released tokenizer wants them, and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+
+class ImageRejected(ValueError):
+    """An image is too small or too elongated for the limits."""
+
+
+@dataclass(frozen=True)
+class ImageLimits:
+    """What images are accepted and to which size they are brought; the names and defaults of the released configuration.
+
+    Attributes:
+      min_short_size: images whose short side is smaller are rejected.
+      max_aspect_ratio: images with a larger long / short side are rejected.
+      short_size: smaller short sides are scaled up to this. long_size: then larger long sides are scaled down to this.
+      patch_size: both sides become multiples of it.
+    """
+
+    short_size: int = 384
+    long_size: int = 1152
+    patch_size: int = 16
+    min_short_size: int = 128
+    max_aspect_ratio: float = 3.0
+
+    def __post_init__(self) -> None:
+        if not self.patch_size <= self.short_size <= self.long_size:
+            raise ValueError(
+                f"ImageLimits: patch_size={self.patch_size} <= short_size={self.short_size} <= long_size={self.long_size} does not hold; "
+                "correct the image limits"
+            )
+
+
+RELEASED = ImageLimits()
+TINY = ImageLimits(short_size=32, long_size=128, patch_size=8, min_short_size=16, max_aspect_ratio=4.0)
+
+
+def target_size(width: int, height: int, limits: ImageLimits = RELEASED) -> tuple[int, int]:
+    """(width, height) in pixels an image of this size is resized to.
+
+    Sides are rounded to the nearest multiple of the patch, halves to the even multiple (Python's `round`).
+
+    Raises:
+      ImageRejected: short side or aspect ratio outside the limits, or a side that rounds to nothing.
+    """
+    short, long = min(width, height), max(width, height)
+    if short < max(limits.min_short_size, 1):
+        raise ImageRejected(f"image of {width} x {height}: the short side is below {limits.min_short_size} pixels; use a larger image")
+    if long / short > limits.max_aspect_ratio:
+        raise ImageRejected(
+            f"image of {width} x {height}: the aspect ratio {long / short:.2f} exceeds {limits.max_aspect_ratio:g}; crop the image"
+        )
+    # The sides stay fractions until the end, as in the released code: rounding in between moves some sizes by a patch.
+    sides = (float(width), float(height))
+    if min(sides) < limits.short_size:
+        sides = tuple(side * (limits.short_size / min(sides)) for side in sides)
+    if max(sides) > limits.long_size:
+        sides = tuple(side * (limits.long_size / max(sides)) for side in sides)
+    rounded = tuple(round(side / limits.patch_size) * limits.patch_size for side in sides)
+    if not all(rounded):
+        raise ImageRejected(f"image of {width} x {height}: a side shrinks below one patch of {limits.patch_size} pixels; crop the image")
+    return rounded
+
+
+def to_pixels(image: np.ndarray) -> np.ndarray:
+    """uint8 [..., C] -> float32 in [-1, 1], by (x / 255 - 0.5) / 0.5."""
+    half = np.float32(0.5)
+    return (np.asarray(image).astype(np.float32) / np.float32(255) - half) / half
+
+
+def to_uint8(pixels: np.ndarray) -> np.ndarray:
+    """float [..., C] in [-1, 1] -> uint8, rounded, values outside clipped; undoes `to_pixels` exactly."""
+    scaled = (np.asarray(pixels, np.float32) + 1.0) * 127.5
+    return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+
+
+def preprocess(image: Image.Image | np.ndarray, limits: ImageLimits = RELEASED) -> np.ndarray:
+    """A picture (PIL, or uint8 [H, W, 3]) -> pixels float32 [H', W', 3] in [-1, 1]: RGB, accepted, resized (bicubic) and scaled.
+
+    Raises:
+      ImageRejected: see `target_size`.
+      ValueError: an array that is not uint8 [H, W, 3].
+    """
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+            raise ValueError(f"image array is {image.dtype} {image.shape}; pass uint8 [height, width, 3] or a PIL image")
+        image = Image.fromarray(image)
+    image = image.convert("RGB")
+    return to_pixels(np.asarray(image.resize(target_size(*image.size, limits), Image.Resampling.BICUBIC)))
+
+
+def token_grid(width: int, height: int, limits: ImageLimits = RELEASED) -> tuple[int, int]:
+    """(Y, X) token rows and columns of an image of this size after `preprocess`."""
+    w, h = target_size(width, height, limits)
+    return h // limits.patch_size, w // limits.patch_size

@@ -1,0 +1,339 @@
+"""Stage (e): on-policy GRPO on pixels. Prompts -> rollouts -> frozen decoder -> remote rewards -> one sharded update (X-Omni section 3.4)."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from xomni_jax.data.rendered import RenderedConfig
+from xomni_jax.data.sources import rendered_dataset
+from xomni_jax.pipeline import XOmni, pad_prompts, picture_keys
+from xomni_jax.rewards.client import RewardClient
+from xomni_jax.rewards.combine import Combined, column, combine
+from xomni_jax.sampling.decode import generate_codes, replay_logp
+from xomni_jax.sampling.decoder import DecodeConfig
+from xomni_jax.sampling.logits import SamplingConfig
+from xomni_jax.training.advantages import AdvantageConfig, group_advantages
+from xomni_jax.training.components import DataIterator, export_model, open_model
+from xomni_jax.training.config import ConfigError, RunConfig, build
+from xomni_jax.training.grpo_loss import GRPOConfig, grpo_loss, join_metrics, loss_items
+from xomni_jax.training.loop import Stage, key_for, tile
+from xomni_jax.training.optimizer import OptimizerConfig, make_optimizer
+from xomni_jax.training.preemption import StopSignal
+from xomni_jax.training.state import TrainState, init_state
+
+ROLLOUT, NOISE, SHUFFLE = 0, 1, 2  # purposes of a step's keys
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    """How a batch of rollouts is made and used.
+
+    Attributes:
+      prompt_length: prompts are padded to this many tokens; a longer one is an error.
+      noise: "group": the rollouts of a prompt share the decoder's noise, so that reward differences come from codes; "independent".
+      chunks: parts of the batch; while one is being scored the next one is sampled and decoded.
+      micro_batch: rollouts per gradient accumulation step of the update; 0 is all at once.
+      logit_chunk: positions per piece of the image head.
+      max_logp_gap: before the first update, sampler and trainer may differ by this much in any float32 log-prob; 0 turns the gate off.
+      max_fail_frac: a step in which more than this share of rollouts could not be scored stops the run.
+      combine: sum_then_normalize | normalize_then_sum.
+    """
+
+    prompt_length: int = 48
+    noise: str = "group"
+    chunks: int = 2
+    micro_batch: int = 0
+    logit_chunk: int = 0
+    max_logp_gap: float = 1e-4
+    max_fail_frac: float = 0.5
+    combine: str = "sum_then_normalize"
+
+    def __post_init__(self):
+        if self.noise not in ("group", "independent"):
+            raise ValueError(f"noise={self.noise!r} is unknown; use group or independent")
+        if self.chunks < 1:
+            raise ValueError(f"chunks={self.chunks} must be at least 1")
+
+
+class RolloutBatch(NamedTuple):
+    """Everything the update needs, one row per rollout, rollouts of a prompt side by side.
+
+    `kept` [B, T, bytes] only where sampling truncates; `negative` (ids, lengths) only where it is guided.
+    """
+
+    ids_BS: jax.Array
+    lengths_B: jax.Array
+    codes_BT: jax.Array
+    sampler_logp_BT: jax.Array
+    kept: jax.Array | None
+    negative: tuple[jax.Array, jax.Array] | None
+    adv_B: jax.Array
+    ok_B: jax.Array
+
+
+class Policy(NamedTuple):
+    """The policy network with how it samples: what a log-prob of a rollout depends on."""
+
+    model: nn.Module
+    sampling: SamplingConfig
+    chunk: int
+
+    def logp(self, params: Any, batch: RolloutBatch) -> tuple[jax.Array, jax.Array]:
+        """Log-prob and entropy [B, T] of the sampled codes under `params`, replaying the sampler."""
+        b = batch
+        return replay_logp(self.model, params, b.ids_BS, b.lengths_B, b.codes_BT, self.sampling, b.kept, b.negative, self.chunk)
+
+
+def split_rows(batch: RolloutBatch, parts: int) -> RolloutBatch:
+    """[B, ...] -> [parts, B / parts, ...] for every array."""
+    return jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+
+
+def grpo_update(
+    policy: Policy,
+    optimizer: Any,
+    state: TrainState,
+    ref_params: Any,
+    batch: RolloutBatch,
+    cfg: GRPOConfig,
+    micro_batches: int = 1,
+    key: jax.Array | None = None,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """`updates_per_batch` optimizer updates on one batch of rollouts; with one, the batch is on-policy and the ratio is 1.
+
+    With several, old log-probs are computed once before the first, and the rows are shuffled by `key` into as many minibatches.
+    Gradients are accumulated over `micro_batches` and equal those of the whole batch. Metrics of several updates are joined,
+    except `grpo/logp_gap_max`: trainer against sampler before the first update.
+    """
+    first_logp, _ = over_micro_batches(lambda b: policy.logp(state.params, b), batch, micro_batches)
+    old = first_logp if cfg.updates_per_batch > 1 else None
+    gap = jnp.max(jnp.where(batch.ok_B[:, None], jnp.abs(first_logp - batch.sampler_logp_BT), 0.0))
+    ref = None if ref_params is None else over_micro_batches(lambda b: policy.logp(ref_params, b)[0], batch, micro_batches)
+
+    def one_update(state: TrainState, rows: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        batch, old, ref = rows
+        mask = lambda b: jnp.broadcast_to(b.ok_B[:, None], b.codes_BT.shape)  # noqa: E731
+        n_items = loss_items(mask(batch), cfg)
+
+        def loss(params, part):
+            b, old, ref = part
+            logp_BT, entropy_BT = policy.logp(params, b)
+            return grpo_loss(logp_BT, old, ref, b.adv_B, mask(b), cfg, n_items, entropy_BT)
+
+        def accumulate(carry, part):
+            (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params, part)
+            return (jax.tree.map(jnp.add, carry[0], grads), carry[1] + value), metrics
+
+        zeros = jax.tree.map(jnp.zeros_like, state.params)
+        parts = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), (batch, old, ref))
+        (grads, value), metrics = jax.lax.scan(accumulate, (zeros, jnp.float32(0.0)), parts)
+        state, optim = state.apply(optimizer, grads)
+        return state, join_metrics(metrics) | optim | {"loss/grpo": value}
+
+    rows = (batch, old, ref)
+    if cfg.updates_per_batch == 1:
+        state, metrics = one_update(state, rows)
+    else:
+        order_B = jax.random.permutation(key, batch.adv_B.shape[0])
+        rows = jax.tree.map(lambda x: x[order_B].reshape(cfg.updates_per_batch, -1, *x.shape[1:]), rows)
+        state, stacked = jax.lax.scan(one_update, state, rows)
+        metrics = {name: jnp.mean(value) for name, value in stacked.items()}
+    return state, metrics | {"grpo/logp_gap_max": gap}
+
+
+def over_micro_batches(fn: Callable[[RolloutBatch], Any], batch: RolloutBatch, parts: int) -> Any:
+    """fn over the rows in `parts` pieces, one after the other, joined again; no gradient flows."""
+    out = jax.lax.map(lambda b: jax.lax.stop_gradient(fn(b)), split_rows(batch, parts))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out)
+
+
+class Rollouts:
+    """Samples, decodes and scores one batch of prompts, chunk by chunk, with scoring in the background."""
+
+    def __init__(
+        self, model: XOmni, grid: tuple[int, int], sampling: SamplingConfig, decode: DecodeConfig, cfg: RolloutConfig,
+        group: int, clients: Mapping[str, RewardClient], weights: Mapping[str, float], poll: Callable[[], None],
+    ):  # fmt: skip
+        self.model, self.grid, self.sampling, self.decode, self.cfg = model, grid, sampling, decode, cfg
+        self.group, self.clients, self.weights, self.poll = group, clients, weights, poll
+        net, n_codes = model.module("transformer"), grid[0] * grid[1]
+
+        def sample(params, ids_PS, lengths_P, keys_PR, negative):
+            return generate_codes(net, params, ids_PS, lengths_P, n_codes, keys_PR, sampling, negative, return_kept=sampling.truncates)
+
+        self.sample = jax.jit(sample)
+
+    def prompt_ids(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Generation prompts padded to the configured length."""
+        ids = [self.model.tokenizer.generation_prompt(p, *self.grid) for p in prompts]
+        longest = max(range(len(ids)), key=lambda i: len(ids[i]))
+        if len(ids[longest]) > self.cfg.prompt_length:
+            raise ConfigError(
+                f"prompt {prompts[longest]!r} has {len(ids[longest])} tokens with its image prefix; raise config.rollout.prompt_length "
+                f"(now {self.cfg.prompt_length})"
+            )
+        return pad_prompts(ids, self.cfg.prompt_length)
+
+    def __call__(self, params: Any, prompts: Sequence[str], targets: Sequence[dict], key: jax.Array) -> tuple[RolloutBatch, Combined, np.ndarray, dict]:
+        """One scored batch -> (rows without advantages, combined rewards, images [B, H, W, 3], timings)."""
+        P, R, n = len(prompts), self.group, len(prompts) // self.cfg.chunks
+        keys_P = jax.vmap(lambda p: jax.random.fold_in(jax.random.fold_in(key, ROLLOUT), p))(jnp.arange(P))
+        keys_PR = jax.vmap(lambda k: jax.random.split(k, R))(keys_P)
+        noise_keys_P = jax.vmap(lambda p: jax.random.fold_in(jax.random.fold_in(key, NOISE), p))(jnp.arange(P))
+        noise_keys_PR = (
+            jnp.broadcast_to(noise_keys_P[:, None], (P, R)) if self.cfg.noise == "group" else jax.vmap(lambda k: jax.random.split(k, R))(noise_keys_P)
+        )
+        ids_PS, lengths_P = self.prompt_ids(prompts)
+        negative = pad_prompts([self.model.tokenizer.negative_prompt(*self.grid)] * P) if self.sampling.guided else None
+        seconds = {"perf/rollout_s": 0.0, "perf/decode_s": 0.0}
+        made, images, waiting = [], [], []
+        for start in range(0, P, n):
+            part = slice(start, start + n)
+            began = time.perf_counter()
+            cut = negative and tuple(x[part] for x in negative)
+            out = jax.block_until_ready(self.sample(params, ids_PS[part], lengths_P[part], keys_PR[part], cut))
+            between = time.perf_counter()
+            drawn = self.pictures(out["codes"], [p for p in prompts[part] for _ in range(R)], noise_keys_PR[part].reshape(-1))
+            items = [{"prompt": p, "targets": t} for p, t in zip(prompts[part], targets[part]) for _ in range(R)]
+            seconds["perf/rollout_s"] += between - began
+            seconds["perf/decode_s"] += time.perf_counter() - between
+            waiting.append({name: client.score_async(list(drawn), items) for name, client in self.clients.items()})
+            made.append(out)
+            images.append(drawn)
+            self.poll()
+        began = time.perf_counter()
+        columns = {}
+        for name, client in self.clients.items():
+            scores = [s for chunk in waiting for s in client.wait(chunk[name], self.poll)]
+            columns[name] = column(scores, P)
+        seconds["perf/reward_wait_s"] = time.perf_counter() - began
+        total = combine(columns, self.weights, self.cfg.combine)
+        rows = lambda name: jnp.concatenate([m[name] for m in made]).reshape(P * R, *made[0][name].shape[2:])  # noqa: E731
+        repeat = lambda x: jnp.repeat(jnp.asarray(x), R, axis=0)  # noqa: E731
+        batch = RolloutBatch(
+            repeat(ids_PS), repeat(lengths_P), rows("codes"), rows("logp"), rows("kept") if self.sampling.truncates else None,
+            negative and tuple(map(repeat, negative)), jnp.zeros(P * R), jnp.asarray(total.ok_PR.reshape(-1)),
+        )  # fmt: skip
+        return batch, total, np.concatenate(images), seconds
+
+    def pictures(self, codes_PRT: jax.Array, prompts: Sequence[str], noise_keys_B: jax.Array) -> np.ndarray:
+        """uint8 pictures [B, H, W, 3] of rollouts."""
+        codes_BYX = codes_PRT.reshape(-1, *self.grid)
+        return np.asarray(self.model.decode_images(codes_BYX, prompts, self.model.noise(noise_keys_B, self.grid), self.decode))
+
+
+def image_statistics(images: np.ndarray) -> dict[str, float]:
+    """What reward hacking would move: edge density (mean absolute gradient, 0..255) and entropy in bits of colours at 4 levels a channel."""
+    x = images.astype(np.float32)
+    edges = np.abs(np.diff(x, axis=1)).mean() + np.abs(np.diff(x, axis=2)).mean()
+    level = images >> 6
+    index = (level[..., 0].astype(np.int64) * 4 + level[..., 1]) * 4 + level[..., 2]
+    p = np.bincount(index.ravel(), minlength=64) / index.size
+    return {"image/edge_density": float(edges), "image/colour_entropy": float(-(p[p > 0] * np.log2(p[p > 0])).sum())}
+
+
+def open_clients(section: Mapping[str, Any], poll: Callable[[], None]) -> tuple[dict[str, RewardClient], dict[str, float]]:
+    """Clients and weights of the configured rewards; every service must answer before a step is taken."""
+    clients, weights = {}, {}
+    for name, reward in section.items():
+        if reward.weight is None:
+            continue
+        clients[name] = RewardClient(name, list(reward.urls), poll=poll)
+        clients[name].health()
+        weights[name] = float(reward.weight)
+    if not clients:
+        raise ConfigError("config.rewards: every weight is None; give at least one reward a weight")
+    return clients, weights
+
+
+def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: StopSignal) -> Stage:
+    """The GRPO stage of a configuration."""
+    grpo, rollout = build(GRPOConfig, config.grpo, "config.grpo"), build(RolloutConfig, config.rollout, "config.rollout")
+    advantage, sampling = build(AdvantageConfig, config.advantage, "config.advantage"), build(SamplingConfig, config.sampling, "config.sampling")
+    data = build(RenderedConfig, config.data, "config.data")
+    model = open_model(run.init_from, ("transformer", "siglip_vq", "mmdit", "t5", "clip", "autoencoder"), mesh, run.stage)
+    decode = dataclasses.replace(model.decode_config, **{k: v for k, v in config.decode.items() if v is not None})
+    size = tuple(config.size)
+    if any(tuple(s) != size for s in data.sizes):
+        raise ConfigError(f"config.data.sizes={data.sizes} must hold just config.size={size}: rollouts have one static shape")
+    grid = model.grid(*size)
+    B = run.batch_size * grpo.rollouts_per_prompt
+    check_divides(run.batch_size, rollout.chunks, B // grpo.updates_per_batch, rollout.micro_batch or B // grpo.updates_per_batch, model.ways)
+
+    # ---- policy, reference ----
+    ref_params = model.params("transformer")
+    ar = model.config("transformer")
+    policy = Policy(model.module("transformer"), sampling, rollout.logit_chunk)
+    optimizer = make_optimizer(build(OptimizerConfig, config.optimizer, "config.optimizer"), run.steps * grpo.updates_per_batch)
+    from xomni_jax.models.registry import init_params
+
+    state = init_state(lambda: init_params("transformer", ar, jax.random.key(0)), optimizer, mesh)
+    state = state.replace(params=jax.tree.map(jnp.copy, ref_params))
+    clients, weights = open_clients(config.rewards, stop.check)
+    rollouts = Rollouts(model, grid, sampling, decode, rollout, grpo.rollouts_per_prompt, clients, weights, stop.check)
+    parts = max(1, B // grpo.updates_per_batch // rollout.micro_batch) if rollout.micro_batch else 1
+
+    def update(state, ref_params, batch, reward_PR, given_PR, key):
+        adv_PR, metrics = group_advantages(reward_PR, batch.ok_B.reshape(reward_PR.shape), advantage)
+        adv_PR = adv_PR if given_PR is None else given_PR
+        batch = batch._replace(adv_B=adv_PR.reshape(-1))
+        state, learned = grpo_update(policy, optimizer, state, ref_params if grpo.kl_coef else None, batch, grpo, parts, key)
+        return state, metrics | learned
+
+    update = jax.jit(update, donate_argnums=0)
+
+    def step(state: TrainState, batch: dict[str, Any], number: int):
+        key = key_for(run.seed, number, 0)
+        rows, total, images, seconds = rollouts(state.params, batch["caption"], batch["targets"], key)
+        failed = 1.0 - float(total.ok_PR.mean())
+        if failed > rollout.max_fail_frac:
+            raise ConfigError(
+                f"{failed:.0%} of the rollouts of step {number + 1} could not be scored (limit config.rollout.max_fail_frac="
+                f"{rollout.max_fail_frac:.0%}); check the services with `xomni rewards` and run the same command again"
+            )
+        began = time.perf_counter()
+        reward_PR = jnp.asarray(np.nan_to_num(total.total_PR), jnp.float32)
+        given_PR = None if total.advantage_PR is None else jnp.asarray(total.advantage_PR, jnp.float32)
+        state, metrics = update(state, ref_params, rows, reward_PR, given_PR, jax.random.fold_in(key, SHUFFLE))
+        gap = float(metrics["grpo/logp_gap_max"])
+        if rollout.max_logp_gap and ar.dtype == jnp.float32 and gap > rollout.max_logp_gap:
+            raise FloatingPointError(f"sampler and trainer differ by {gap:.2e} in a log-prob at step {number + 1} (limit {rollout.max_logp_gap:g})")
+        seconds["perf/update_s"] = time.perf_counter() - began
+        return state, {k: v for k, v in total.stats.items() if np.isfinite(v)} | metrics | image_statistics(images) | seconds
+
+    def grid_picture(state: TrainState, number: int) -> np.ndarray:
+        batch = next(iter(rendered_dataset(data, run.seed + 1_000_003, 2, prefetch=0)))
+        keys_P = picture_keys(run.seed, 2)
+        ids_PS, lengths_P = rollouts.prompt_ids(batch["caption"])
+        negative = pad_prompts([model.tokenizer.negative_prompt(*grid)] * 2) if sampling.guided else None
+        out = rollouts.sample(state.params, ids_PS, lengths_P, jax.vmap(lambda k: jax.random.split(k, 8))(keys_P), negative)
+        return tile(rollouts.pictures(out["codes"], [p for p in batch["caption"] for _ in range(8)], jnp.repeat(keys_P, 8)), columns=8)
+
+    batches = DataIterator(rendered_dataset(data, run.seed, run.batch_size))
+
+    def export(state: TrainState, directory, note):
+        export_model(directory, {"transformer": (state.params, ar)}, run.init_from, note)
+
+    return Stage(state, batches, step, export, grid_picture, items_per_step=B)
+
+
+def check_divides(prompts: int, chunks: int, minibatch: int, micro_batch: int, ways: int) -> None:
+    """Refuses batch sizes that do not split evenly, naming the keys."""
+    if prompts % chunks:
+        raise ConfigError(f"config.rollout.chunks={chunks} does not divide config.batch_size={prompts} prompts; use a divisor")
+    if (prompts // chunks) % ways:
+        raise ConfigError(
+            f"{prompts} prompts in {chunks} chunks leave {prompts // chunks} a chunk, which the mesh cannot split {ways} ways; "
+            "raise config.batch_size or lower the mesh's data and fsdp axes"
+        )
+    if minibatch % micro_batch:
+        raise ConfigError(f"config.rollout.micro_batch={micro_batch} does not divide the {minibatch} rollouts of an update; use a divisor")

@@ -1,0 +1,109 @@
+"""AdamW with a schedule, clipping and a freeze table by parameter path."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW.
+
+    Attributes:
+      learning_rate: after warm-up. warmup_steps: linear from 0.
+      schedule: from the end of the warm-up to the last step, "constant", "linear" or "cosine", down to final_fraction x learning_rate.
+      b1, b2, weight_decay: of AdamW; norms and biases do not decay.
+      clip_norm: global norm that gradients are scaled down to; 0 is off.
+    """
+
+    learning_rate: float
+    warmup_steps: int = 0
+    schedule: str = "cosine"
+    final_fraction: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.95
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+
+    def __post_init__(self):
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule={self.schedule!r} is unknown; use one of {', '.join(SCHEDULES)}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate={self.learning_rate} must be positive")
+        if self.warmup_steps < 0 or self.clip_norm < 0 or self.weight_decay < 0:
+            raise ValueError("warmup_steps, clip_norm and weight_decay must not be negative")
+
+
+def learning_rate(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Learning rate by update number, for a run of `steps` updates."""
+    after = max(steps - cfg.warmup_steps, 1)
+    if cfg.schedule == "constant":
+        main = optax.constant_schedule(cfg.learning_rate)
+    elif cfg.schedule == "linear":
+        main = optax.linear_schedule(cfg.learning_rate, cfg.learning_rate * cfg.final_fraction, after)
+    else:
+        main = optax.cosine_decay_schedule(cfg.learning_rate, after, cfg.final_fraction)
+    if not cfg.warmup_steps:
+        return main
+    # Update 0 already moves: a schedule that starts at exactly 0 wastes it.
+    warm = lambda count: cfg.learning_rate * (count + 1) / cfg.warmup_steps  # noqa: E731
+    return optax.join_schedules([warm, main], [cfg.warmup_steps])
+
+
+class Optimizer:
+    """An optax transformation with its schedule and its freeze table."""
+
+    def __init__(self, cfg: OptimizerConfig, steps: int, train: Sequence[str] = (".*",), freeze: Sequence[str] = ()):
+        self.schedule = learning_rate(cfg, steps)
+        self._train, self._freeze = tuple(train), tuple(freeze)
+        adamw = optax.chain(
+            optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity(),
+            optax.scale_by_adam(cfg.b1, cfg.b2),
+            optax.add_decayed_weights(cfg.weight_decay, decays) if cfg.weight_decay else optax.identity(),
+            optax.scale_by_learning_rate(self.schedule),
+        )
+        # A frozen parameter holds no moments and gets an update of exactly zero.
+        self.transform = optax.partition({"train": adamw, "freeze": optax.set_to_zero()}, self.labels)
+
+    def labels(self, params: Any) -> Any:
+        """"train" or "freeze" for every parameter, by full match of its "/"-joined path."""
+
+        def label(path, _):
+            name = path_name(path)
+            learns = any(re.fullmatch(p, name) for p in self._train) and not any(re.fullmatch(p, name) for p in self._freeze)
+            return "train" if learns else "freeze"
+
+        return jax.tree_util.tree_map_with_path(label, params)
+
+    def trained(self, params: Any) -> list[str]:
+        """Paths of the parameters that learn."""
+        return [path_name(path) for path, kind in jax.tree_util.tree_leaves_with_path(self.labels(params)) if kind == "train"]
+
+
+def make_optimizer(cfg: OptimizerConfig, steps: int, train: Sequence[str] = (".*",), freeze: Sequence[str] = ()) -> Optimizer:
+    """The optimizer of a run of `steps` updates; only parameters that match `train` and not `freeze` learn (see `stages.FREEZE`)."""
+    return Optimizer(cfg, steps, train, freeze)
+
+
+def decays(params: Any) -> Any:
+    """Which parameters weight decay applies to: matrices and tables, not norms and biases."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path_name(path).rsplit("/", 1)[-1] not in ("scale", "bias"), params)
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """A tree path as "a/b/c"."""
+    return "/".join(str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)
+
+
+def global_norm(tree: Any) -> jax.Array:
+    """Euclidean norm over all leaves, float32."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)))

@@ -1,0 +1,40 @@
+"""Stopping in good order: Ctrl-C and SIGTERM set a flag that loops and long waits poll."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from types import FrameType
+
+
+class StopRequested(Exception):
+    """Raised by `StopSignal.check` inside a wait; the loop saves and leaves."""
+
+
+class StopSignal:
+    """Context manager that turns the first SIGINT or SIGTERM into a request, and the second SIGINT into KeyboardInterrupt."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> StopSignal:
+        self._before = {s: signal.signal(s, self._receive) for s in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for s, handler in self._before.items():
+            signal.signal(s, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+        print(f"\n{signal.Signals(number).name}: saving at the end of this step (Ctrl-C again stops at once, without saving)", file=sys.stderr)
+
+    def check(self) -> None:
+        """Raises StopRequested once a stop was asked for; call it inside long waits."""
+        if self.requested:
+            raise StopRequested

@@ -1,0 +1,92 @@
+"""Stages (b) and (c): pre-training in the three published stages, and supervised fine-tuning, of the unified transformer."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from xomni_jax.data.rendered import RenderedConfig
+from xomni_jax.data.sources import rendered_dataset
+from xomni_jax.models import transformer
+from xomni_jax.models.registry import init_params
+from xomni_jax.sampling.logits import SamplingConfig
+from xomni_jax.sequence.tokenizer import MultimodalTokenizer
+from xomni_jax.training.components import DataIterator, export_model, from_preset, open_model
+from xomni_jax.training.config import ConfigError, RunConfig, build
+from xomni_jax.training.loop import Stage, tile
+from xomni_jax.training.next_token import NextTokenConfig, build_sequences, next_token_loss, pack_batch
+from xomni_jax.training.optimizer import OptimizerConfig, make_optimizer
+from xomni_jax.training.preemption import StopSignal
+from xomni_jax.training.stages import FREEZE
+from xomni_jax.training.state import TrainState, init_state
+
+GRID_PROMPTS = 8
+
+
+def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: StopSignal) -> Stage:
+    """A next-token stage: `config.next_token.phase` names the row of the freeze table."""
+    section = dict(config.next_token)
+    phase = section.pop("phase")
+    if phase not in FREEZE:
+        raise ConfigError(f"config.next_token.phase={phase!r} is unknown; use one of {', '.join(FREEZE)}")
+    cfg, data = build(NextTokenConfig, section, "config.next_token"), build(RenderedConfig, config.data, "config.data")
+    model = open_model(run.init_from, ("siglip_vq",), mesh, run.stage)
+    old = "transformer" in model.description["components"]
+    ar = model.config("transformer") if old else from_preset(config.transformer, transformer.PRESETS, "config.transformer")
+    sizes = dict(vocab_size=ar.vocab_size, image_vocab_size=ar.image_vocab_size, mm_vocab_size=ar.mm_vocab_size)
+    text = MultimodalTokenizer.load(model.path / "tokenizer", **sizes)
+    net = transformer.ARTransformer(ar)
+
+    optimizer = make_optimizer(build(OptimizerConfig, config.optimizer, "config.optimizer"), run.steps, train=FREEZE[phase])
+    state = init_state(lambda: init_params("transformer", ar, jax.random.key(run.seed)), optimizer, mesh)
+    if old:
+        state = state.replace(params=model.params("transformer"))
+
+    def update(state: TrainState, batch):
+        (_, metrics), grads = jax.value_and_grad(lambda p: next_token_loss(net, p, batch, cfg), has_aux=True)(state.params)
+        state, optim = state.apply(optimizer, grads)
+        return state, metrics | optim
+
+    update = jax.jit(update, donate_argnums=0)
+
+    def to_batch(examples: dict[str, Any]):
+        """Codes by the frozen tokenizer, then packed rows; the mixture's draws depend on the batch's own id."""
+        codes = np.asarray(model.encode_pixels(examples["image"].astype(np.float32) / 127.5 - 1.0))
+        rng = np.random.default_rng([run.seed, *map(ord, examples["id"][0])])
+        return pack_batch(build_sequences(examples, codes, text, cfg, rng), text, cfg)
+
+    batches = DataIterator(rendered_dataset(data, run.seed, run.batch_size), to_batch)
+
+    def step(state: TrainState, batch, number: int):
+        packed, counts = batch
+        state, metrics = update(state, packed)
+        return state, metrics | counts
+
+    def export(state: TrainState, directory, note):
+        export_model(directory, {"transformer": (state.params, ar)}, run.init_from, note)
+
+    grid = None
+    if "mmdit" in model.description["components"]:
+        grid = functools.partial(sample_grid, model, data)
+    return Stage(state, batches, step, export, grid, items_per_step=run.batch_size)
+
+
+def sample_grid(model: Any, data: RenderedConfig, state: TrainState, step: int, seed: int = 0) -> np.ndarray:
+    """Pictures of the policy for the first examples of its own data, one row of samples above one of the real pictures."""
+    from xomni_jax.data.rendered import render_example
+    from xomni_jax.pipeline import NOISE, picture_keys
+
+    size = data.sizes[0]
+    examples = [render_example(seed + 1_000_003, i, data, size) for i in range(GRID_PROMPTS)]
+    prompts = [e["caption"] for e in examples]
+    model.set_params("transformer", state.params)
+    grid = model.grid(*size)
+    codes = model.sample_codes(prompts, grid, picture_keys(seed, len(prompts))[:, None], SamplingConfig())["codes"][:, 0]
+    images = np.asarray(model.decode_images(codes, prompts, model.noise(picture_keys(seed, len(prompts), NOISE), grid)))
+    return tile(np.concatenate([images, np.stack([e["image"] for e in examples])]), columns=GRID_PROMPTS)

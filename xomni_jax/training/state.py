@@ -1,0 +1,89 @@
+"""The state of a training run, created where it lives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from flax import struct
+from jax.sharding import Mesh
+
+from xomni_jax.sharding.mesh import replicated
+from xomni_jax.sharding.rules import param_shardings
+from xomni_jax.training.optimizer import Optimizer, global_norm, path_name
+
+
+@struct.dataclass
+class TrainState:
+    """Everything a step changes.
+
+    Attributes:
+      step: int32 scalar, updates made. params: unboxed parameter tree. opt_state: of the optimizer.
+      extra: small arrays a stage carries along.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    extra: Any
+
+    def apply(self, optimizer: Optimizer, grads: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One optimizer update -> (new state, optim/ metrics)."""
+        updates, opt_state = optimizer.transform.update(grads, self.opt_state, self.params)
+        params = optax.apply_updates(self.params, updates)
+        metrics = {
+            "optim/grad_norm": global_norm(grads),
+            "optim/update_norm": global_norm(updates),
+            "optim/param_norm": global_norm(params),
+            "optim/lr": jnp.asarray(optimizer.schedule(self.step), jnp.float32),
+        }
+        return self.replace(step=self.step + 1, params=params, opt_state=opt_state), metrics
+
+
+def init_state(init: Callable[[], Any], optimizer: Optimizer, mesh: Mesh, extra: Mapping[str, jax.Array] | None = None) -> TrainState:
+    """A fresh state, every array born with its sharding: nothing large exists unsharded.
+
+    Args:
+      init: makes the boxed parameters (they name their logical axes).
+      extra: small arrays, replicated.
+    """
+    boxed = jax.eval_shape(init)
+    shardings = param_shardings(boxed, mesh)
+
+    def create():
+        params = nn.meta.unbox(init())
+        return TrainState(jnp.int32(0), params, optimizer.transform.init(params), dict(extra or {}))
+
+    abstract = jax.eval_shape(create)
+    return jax.jit(create, out_shardings=state_shardings(abstract, shardings, mesh))()
+
+
+def state_shardings(abstract: TrainState, shardings: Any, mesh: Mesh) -> TrainState:
+    """Shardings of a whole state: moments are placed as their parameters, found by path and shape; the rest is replicated.
+
+    Raises:
+      ValueError: an array of the optimizer as large as a parameter belongs to none, and would silently be replicated.
+    """
+    by_name = {path_name(p): s for p, s in jax.tree_util.tree_leaves_with_path(shardings)}
+    shapes = {path_name(p): x.shape for p, x in jax.tree_util.tree_leaves_with_path(abstract.params)}
+    everywhere = replicated(mesh)
+
+    def place(path, leaf):
+        name = path_name(path)
+        for param, sharding in by_name.items():
+            if (name == param or name.endswith("/" + param)) and leaf.shape == shapes[param]:
+                return sharding
+        if leaf.ndim:
+            raise ValueError(f"optimizer state {name}{leaf.shape} belongs to no parameter; it would be replicated on every device")
+        return everywhere
+
+    return TrainState(
+        step=everywhere,
+        params=shardings,
+        opt_state=jax.tree_util.tree_map_with_path(place, abstract.opt_state),
+        extra=jax.tree.map(lambda _: everywhere, abstract.extra),
+    )

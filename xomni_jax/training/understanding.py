@@ -1,0 +1,210 @@
+"""What teaches the tokenizer: understanding. A causal language model answers from quantised semantics alone (X-Omni section 3.1),
+and a classifier reads every semantic vector by itself, a loss dense in space that small models need beside the answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from xomni_jax.models.heads import Head, head_logits, map_chunks, token_logp
+from xomni_jax.models.layers import Embed, Projection, RMSNorm
+from xomni_jax.models.quantizer import usage_metrics
+from xomni_jax.models.siglip_vq import SigLIPVQ, SigLIPVQConfig
+from xomni_jax.models.transformer import REMAT, ARConfig, Context, DecoderLayer
+from xomni_jax.sharding.rules import constrain
+
+
+@dataclass(frozen=True)
+class ReaderConfig:
+    """Sizes of the language model that reads semantics: Qwen2 layers, text ids only.
+
+    Attributes:
+      vocab_size: text ids. d_model, mlp_dim, n_heads, n_kv_heads, head_dim, n_layers: of the decoder.
+      dense_classes: labels a token cell can have, 0 ("nothing") included; 0: no dense reading.
+      chunk: positions whose logits exist at a time (0: all).
+    """
+
+    vocab_size: int
+    d_model: int = 96
+    mlp_dim: int = 256
+    n_heads: int = 4
+    n_kv_heads: int = 2
+    head_dim: int = 24
+    n_layers: int = 2
+    dense_classes: int = 0
+    rope_theta: float = 1e6
+    rms_eps: float = 1e-6
+    chunk: int = 0
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    remat: str = "none"
+
+    @property
+    def decoder(self) -> ARConfig:
+        """The same sizes as the transformer's layers want them; refuses what they refuse."""
+        names = ("vocab_size", "d_model", "mlp_dim", "n_heads", "n_kv_heads", "head_dim", "rope_theta", "rms_eps")
+        names += ("dtype", "param_dtype", "remat")
+        shared = {name: getattr(self, name) for name in names}
+        stacks = dict(n_language_layers=self.n_layers, n_adapter_layers=0, n_head_layers=0)
+        return ARConfig(mm_vocab_size=0, image_vocab_size=0, **stacks, **shared)
+
+
+PRESETS: dict[str, ReaderConfig] = {
+    "qwen2.5-1.5b": ReaderConfig(
+        vocab_size=151936, d_model=1536, mlp_dim=8960, n_heads=12, n_kv_heads=2, head_dim=128, n_layers=28, chunk=512,
+        dtype=jnp.bfloat16, remat="full",
+    ),
+    "tiny": ReaderConfig(vocab_size=320),
+}  # fmt: skip
+
+
+class FeatureReader(nn.Module):
+    """Causal language model over semantics (row-major, as a prefix) followed by text."""
+
+    cfg: ReaderConfig
+
+    @nn.compact
+    def __call__(self, semantics_BYXD: jax.Array, ids_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Log-probability of every text token given the image and the text before it.
+
+        Args:
+          semantics_BYXD: what the tokenizer's decoder makes of an image's codes; any width.
+          ids_BL: text ids, padded on the right with any id.
+
+        Returns:
+          (logp [B, L] float32, right [B, L] bool: the token is the most likely one).
+        """
+        c, d = self.cfg, self.cfg.decoder
+        kind = dict(dtype=c.dtype, param_dtype=c.param_dtype)
+        B, prefix, L = semantics_BYXD.shape[0], semantics_BYXD.shape[1] * semantics_BYXD.shape[2], ids_BL.shape[1]
+
+        h_BPD = semantics_BYXD.reshape(B, prefix, -1)
+        h_BPD = Projection((c.mlp_dim,), ("embed", "mlp"), bias=True, name="projector_in", **kind)(h_BPD)
+        h_BPD = jax.nn.gelu(h_BPD, approximate=False)
+        h_BPD = Projection((c.d_model,), ("mlp", "embed"), bias=True, name="projector_out", **kind)(h_BPD)
+        # Text starts at the size at which the image arrives: with the usual 0.02 a small reader ignores it for long.
+        table = Embed(c.vocab_size, c.d_model, init=nn.initializers.normal(0.5), name="embed", **kind)
+        x_BSD = jnp.concatenate([h_BPD, table(ids_BL)], axis=1)
+        x_BSD = constrain(x_BSD, "batch", "length", "residual", name="reader input")
+
+        S = prefix + L
+        ctx = Context(jnp.broadcast_to(jnp.arange(S), (B, S)), jnp.zeros((B, S), bool))
+        layer = DecoderLayer if c.remat == "none" else nn.remat(DecoderLayer, policy=REMAT[c.remat], prevent_cse=False)
+        scanned = nn.scan(
+            layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=c.n_layers,
+            in_axes=(nn.broadcast, nn.broadcast),
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        x_BSD, _ = scanned(d, False, name="layers")(x_BSD, None, ctx)
+        # The last image cell predicts the first text token, the last text token predicts nothing.
+        x_BLD = RMSNorm(c.rms_eps, name="norm", **kind)(x_BSD[:, prefix - 1 : -1])
+        kernel_DV = Head(c.d_model, c.vocab_size, name="head", **kind).weight()
+
+        def score(x: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+            logits = head_logits(x, kernel_DV)
+            return token_logp(logits, ids)[0], jnp.argmax(logits, axis=-1) == ids
+
+        return map_chunks(score, (x_BLD, ids_BL), c.chunk)
+
+
+class TokenizerLearner(nn.Module):
+    """The tokenizer and its two readers. Parameters: {"tokenizer": SigLIPVQ's, "reader": FeatureReader's, "dense": Projection's}."""
+
+    vq: SigLIPVQConfig
+    read: ReaderConfig
+
+    def setup(self) -> None:
+        r = self.read
+        self.tokenizer = SigLIPVQ(self.vq)
+        self.reader = FeatureReader(r)
+        if r.dense_classes:
+            self.dense = Projection((r.dense_classes,), ("embed", None), bias=True, dtype=r.dtype, param_dtype=r.param_dtype)
+
+    def __call__(self, pixels_BHWC: jax.Array, ids_BL: jax.Array, skip_B: jax.Array | None = None) -> dict[str, Any]:
+        """`SigLIPVQ.__call__`'s outputs plus "logp" and "right" [B, L] of the text, and "cells" [B, Y, X, classes] float32 logits."""
+        out = self.tokenizer(pixels_BHWC, skip_B=skip_B, train=skip_B is not None)
+        out["logp"], out["right"] = self.reader(out["semantics"], ids_BL)
+        if self.read.dense_classes:
+            # One linear map: what it can read is linearly there in every vector, which is also what the image decoder adds in.
+            out["cells"] = self.dense(out["semantics"]).astype(jnp.float32)
+        return out
+
+
+class Weights(NamedTuple):
+    """Weights of the terms of `tokenizer_loss`. `dense` is ignored by a learner without dense reading."""
+
+    answer: float = 1.0
+    dense: float = 1.0
+    quantizer: float = 1.0
+
+
+class Aux(NamedTuple):
+    """What `tokenizer_loss` returns beside the loss.
+
+    Attributes:
+      metrics: scalars.
+      usage: [V] share of positions per code, for the running average that finds dead codes.
+      z: [B, Y, X, C] normalised encoder outputs, for starting the codebook and restarting codes.
+    """
+
+    metrics: dict[str, jax.Array]
+    usage: jax.Array
+    z: jax.Array
+
+
+def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean of x over mask, float32; 0 where nothing is masked in."""
+    mask = mask.astype(jnp.float32)
+    return jnp.sum(x.astype(jnp.float32) * mask) / jnp.maximum(jnp.sum(mask), 1.0)
+
+
+def tokenizer_loss(
+    params: Any,
+    batch: dict[str, jax.Array],
+    key: jax.Array,
+    *,
+    learner: TokenizerLearner,
+    strength: float | jax.Array = 1.0,
+    weights: Weights = Weights(),
+) -> tuple[jax.Array, Aux]:
+    """Understanding from quantised features: answers, cell labels, quantiser.
+
+    Args:
+      params: of `learner`.
+      batch: "pixels" [B, H, W, 3] in [-1, 1]; "columns" [B, Y, X] int32 label per cell (dense reading only; -1: unknown, no loss);
+        "ids" [B, L] int32 question and answer, padded on the right; "loss_mask" [B, L] bool, True at answer tokens.
+      key: draws the images that skip quantisation.
+      strength: 0..1, traced or not. 0: all images pass as continuous features and the quantiser is not trained (warm-up, before
+        the codebook starts); 1: the config's skip probability and the full quantiser loss; between: linear in both.
+
+    Returns:
+      The loss (float32 scalar), and `Aux` with the metrics loss/{total,answer,dense,quantizer,straight_through,commitment,codebook},
+      accuracy/{answer,dense,dense_labelled} and codes/{used,perplexity,skipped}.
+    """
+    strength = jnp.asarray(strength, jnp.float32)
+    skip_p = 1.0 - strength * (1.0 - learner.vq.skip_probability)
+    skip_B = jax.random.uniform(key, batch["pixels"].shape[:1]) < skip_p
+    out = learner.apply({"params": params}, batch["pixels"], batch["ids"], skip_B)
+
+    metrics = {f"loss/{name}": value for name, value in out["losses"].items()}
+    metrics["loss/answer"] = -masked_mean(out["logp"], batch["loss_mask"])
+    metrics["accuracy/answer"] = masked_mean(out["right"], batch["loss_mask"])
+    total = weights.answer * metrics["loss/answer"] + weights.quantizer * strength * metrics["loss/quantizer"]
+    if learner.read.dense_classes:
+        labels, known = batch["columns"], batch["columns"] >= 0
+        right = jnp.argmax(out["cells"], axis=-1) == labels
+        metrics["loss/dense"] = -masked_mean(token_logp(out["cells"], labels)[0], known)
+        metrics["accuracy/dense"] = masked_mean(right, known)
+        metrics["accuracy/dense_labelled"] = masked_mean(right, labels > 0)
+        total = total + weights.dense * metrics["loss/dense"]
+    metrics["loss/total"] = total
+    metrics |= {f"codes/{name}": value for name, value in usage_metrics(out["usage"]).items()}
+    metrics["codes/skipped"] = jnp.mean(out["skipped"].astype(jnp.float32))
+    return total, Aux(metrics, out["usage"], out["z"])
