@@ -110,21 +110,25 @@ class GroupNorm(nn.Module):
 
 
 class Conv(nn.Module):
-    """2-D convolution on [B, Y, X, C] with a bias. Padding is given per side, as torch counts it."""
+    """2-D convolution on [B, Y, X, C] with a bias. Padding is given per side, as torch counts it.
+
+    `out_axis` is the logical axis of the features; None for few of them (pixels), which no mesh can split.
+    """
 
     features: int
     kernel: int
     stride: int = 1
     padding: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0))
+    out_axis: str | None = "channels_out"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (self.kernel, self.kernel, x.shape[-1], self.features)
-        init = named(nn.initializers.lecun_normal(), "conv", "conv", "channels_in", "channels_out")
+        init = named(nn.initializers.lecun_normal(), "conv", "conv", "channels_in", self.out_axis)
         kernel = self.param("kernel", init, shape, self.param_dtype)
-        bias = self.param("bias", named(nn.initializers.zeros, "channels_out"), (self.features,), self.param_dtype)
+        bias = self.param("bias", named(nn.initializers.zeros, self.out_axis), (self.features,), self.param_dtype)
         y = jax.lax.conv_general_dilated(
             x.astype(self.dtype), kernel.astype(self.dtype), (self.stride,) * 2, self.padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
