@@ -139,6 +139,9 @@ def render_sign(
     if not 0 <= row <= free:
         raise ValueError(f"row={row} puts {text!r} outside the image; use 0 to {free}.")
 
+    if background not in COLOURS:
+        raise ValueError(f"The colour {background!r} is not known; use one of {', '.join(COLOURS)}.")
+
     mask = np.zeros(size, np.float32)
     columns = np.zeros((height // PATCH, width // PATCH), np.int32)
     for i, line in enumerate(lines):

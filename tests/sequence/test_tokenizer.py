@@ -1,0 +1,143 @@
+"""The tiny tokenizer and the placing of prompts, images and answers."""
+
+import json
+
+import numpy as np
+import pytest
+
+from xomni_jax.data import glyphs, rendered, words
+from xomni_jax.sequence import TINY_TOKENIZER, MultimodalTokenizer, build_tiny_tokenizer, fixed_length_ids
+
+CODES_YX = np.arange(15).reshape(3, 5) * 31 % 512
+
+
+@pytest.fixture(scope="module")
+def tok():
+    return MultimodalTokenizer.load()
+
+
+def test_layout(tok):
+    assert (tok.vocab_size, tok.image_vocab_size) == (384, 512)
+    assert tok.text.convert_tokens_to_ids(["<MM-Token-0>", "<MM-Token-511>"]) == [384, 895]
+    assert (tok.som, tok.eom, tok.image) == tuple(tok.text.convert_tokens_to_ids(["<SOM>", "<EOM>", "<IMAGE>"]))
+    assert MultimodalTokenizer.load(vocab_size=384, image_vocab_size=512, mm_vocab_size=576).mm_vocab_size == 576
+    assert (TINY_TOKENIZER / "tokenizer.json").stat().st_size < 150_000
+
+
+def test_committed_files_are_what_the_script_makes(tmp_path):
+    build_tiny_tokenizer.build(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert json.loads((tmp_path / name).read_text()) == json.loads((TINY_TOKENIZER / name).read_text()), (
+            "captions changed: run python -m xomni_jax.sequence.build_tiny_tokenizer"
+        )
+
+
+def test_sign_text_is_one_token_per_character(tok):
+    for word in words.all_words():
+        assert len(tok.encode_text(word)) == len(word)
+    assert len(tok.encode_text("COFFEE AND TEA")) == 14
+    tokens = tok.text.convert_ids_to_tokens(tok.encode_text('a red sign that says "HELLO"').tolist())
+    assert tokens == ["a", "Ġred", "Ġsign", "Ġthat", "Ġsays", 'Ġ"', *"HELLO", '"']
+    assert tok.text.convert_ids_to_tokens(tok.encode_text("10 24").tolist()) == ["1", "0", "Ġ", "2", "4"]
+
+
+def test_captions_are_short_and_round_trip(tok):
+    for colour in rendered.SIGN_GROUNDS:
+        for template in range(len(rendered.SIGN_CAPTIONS)):
+            caption = rendered.sign_prompt("HELLO", colour, template)
+            assert len(tok.encode_text(caption)) <= 16 and tok.decode_text(tok.encode_text(caption)) == caption
+    for shape in glyphs.SHAPES:
+        caption = rendered.shapes_prompt(shape, "blue", 2, "white")
+        assert len(tok.encode_text(caption)) <= 10 and tok.decode_text(tok.encode_text(caption)) == caption
+    text = "Ünïcode, 漢字 and\n\n  spaces"
+    assert tok.decode_text(tok.encode_text(text)) == text
+
+
+def test_generation_prompt_is_the_tokenised_string(tok):
+    prompt = 'two blue circles, "X"'
+    whole = tok.text.encode(prompt + "<SOM>3 12<IMAGE>", add_special_tokens=False)
+    assert tok.generation_prompt(prompt, 3, 12).tolist() == whole
+    assert tok.negative_prompt(3, 12).tolist() == tok.text.encode("<SOM>3 12<IMAGE>", add_special_tokens=False)
+    assert tok.image_ids(CODES_YX).tolist() == tok.text.encode(tok.image_string(3, 5, CODES_YX), add_special_tokens=False)
+
+
+def test_generation_sequence(tok):
+    ids_L, loss_L = tok.generation_sequence("a cat", CODES_YX)
+    prompt = tok.generation_prompt("a cat", 3, 5)
+    assert ids_L.dtype == np.int32 and loss_L.dtype == bool
+    np.testing.assert_array_equal(ids_L, np.concatenate([prompt, CODES_YX.ravel() + 384, [tok.eom]]))
+    # <EOM> is appended at inference, not predicted.
+    np.testing.assert_array_equal(np.flatnonzero(loss_L), len(prompt) + np.arange(15))
+
+
+def test_understanding_is_the_tokenised_chat(tok):
+    question = "what does the sign say?"
+    turn = f"<|im_start|>user\n{tok.image_string(3, 5, CODES_YX)}\n{question}<|im_end|>\n<|im_start|>assistant\n"
+    prompt = tok.understanding_prompt(CODES_YX, question)
+    assert prompt.tolist() == tok.text.encode(turn, add_special_tokens=False)
+    ids_L, loss_L = tok.understanding_sequence(CODES_YX, question, "HELLO")
+    assert tok.text.convert_ids_to_tokens(ids_L[loss_L].tolist()) == [*"HELLO", "<|im_end|>"]
+    np.testing.assert_array_equal(ids_L[~loss_L], prompt)
+
+
+def test_text_sequence(tok):
+    ids_L, loss_L = tok.text_sequence("ABC")
+    assert tok.text.convert_ids_to_tokens(ids_L.tolist()) == [*"ABC", "<|im_end|>"] and loss_L.tolist() == [False, True, True, True]
+
+
+def test_fixed_length_ids(tok):
+    ids = fixed_length_ids(tok, ["AB", "", "ABCDEFGHIJ"], 6)
+    pad = tok.pad
+    letters = tok.encode_text("ABCDE").tolist()
+    assert ids.tolist() == [letters[:2] + [pad] * 4, [pad] * 6, letters + [pad]]
+    np.testing.assert_array_equal(fixed_length_ids(tok.text, ["AB", "", "ABCDEFGHIJ"], 6), ids)
+
+
+def _without(tmp_path, drop=None, rename=None):
+    """The tiny tokenizer with one special removed or renamed."""
+    data = json.loads((TINY_TOKENIZER / "tokenizer.json").read_text())
+    data["added_tokens"] = [t for t in data["added_tokens"] if t["content"] != drop]
+    for t in data["added_tokens"]:
+        t["content"] = (rename or {}).get(t["content"], t["content"])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    (tmp_path / "tokenizer_config.json").write_text((TINY_TOKENIZER / "tokenizer_config.json").read_text())
+    return str(tmp_path)
+
+
+def test_disagreeing_files(tmp_path):
+    folder = _without(tmp_path, rename={"<SOM>": "<START>"})
+    with pytest.raises(ValueError, match=r"has no <SOM>; use the tokenizer files of an X-Omni checkpoint\."):
+        MultimodalTokenizer.load(folder)
+    with pytest.raises(ValueError, match=r"puts <MM-Token-0> at id 384 but the model's vocab_size is 400; take both from the same"):
+        MultimodalTokenizer.load(vocab_size=400)
+    with pytest.raises(ValueError, match=r"puts <MM-Token-599> at None instead of 983; image_vocab_size=600 does not fit it\."):
+        MultimodalTokenizer.load(image_vocab_size=600)
+    with pytest.raises(ValueError, match=r"<IMAGE> has id 898, outside 896\.\.897, the specials of mm_vocab_size=514;"):
+        MultimodalTokenizer.load(mm_vocab_size=514)
+
+
+def test_bad_folders(tmp_path):
+    with pytest.raises(ValueError, match=r"The tokenizer folder '.*nowhere' does not exist; give the folder that holds tokenizer\.json\."):
+        MultimodalTokenizer.load(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"The folder '.*' holds no readable tokenizer"):
+        MultimodalTokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{broken")
+    with pytest.raises(ValueError, match=r"The folder '.*' holds no readable tokenizer"):
+        MultimodalTokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda t: t.generation_prompt("a <IMAGE> cat", 3, 5), "The text 'a <IMAGE> cat' contains the multimodal token <IMAGE>; leave it out."),
+        (lambda t: t.understanding_prompt(CODES_YX, "<MM-Token-7>?"), "The text '<MM-Token-7>?' contains the multimodal token <MM-Token-7>;"),
+        (lambda t: t.negative_prompt(0, 5), "An image of 0 x 5 tokens is empty; both sides must be at least 1."),
+        (lambda t: t.image_ids(np.full((2, 3), 512)), "Image codes 512..512 must lie within 0..511."),
+        (lambda t: t.image_ids(np.zeros(6, int)), "Image codes must be integers [Y, X], not int64 [6]."),
+        (lambda t: t.image_ids(np.zeros((2, 3))), "Image codes must be integers [Y, X], not float64 [2, 3]."),
+    ],
+)
+def test_errors(tok, call, message):
+    with pytest.raises(ValueError) as error:
+        call(tok)
+    assert str(error.value).startswith(message)
