@@ -1,4 +1,4 @@
-"""Rendered examples: deterministic, disjoint splits, labels and answers that agree with the pixels, readable by a real OCR model."""
+"""Rendered examples: deterministic, disjoint splits, labels and answers that agree with the pixels, readable by real OCR."""
 
 import json
 
@@ -30,7 +30,9 @@ def _drawn(examples, kind):
 def test_deterministic_and_different():
     a, b, c = render_example(3, 11, CONFIG), render_example(3, 11, CONFIG), render_example(3, 12, CONFIG)
     np.testing.assert_array_equal(a["image"], b["image"])
-    assert {k: v for k, v in a.items() if k not in ("image", "columns")} == {k: v for k, v in b.items() if k not in ("image", "columns")}
+    assert {k: v for k, v in a.items() if k not in ("image", "columns")} == {
+        k: v for k, v in b.items() if k not in ("image", "columns")
+    }
     assert a["id"] == "train-3-11-32x64" and a["id"] != c["id"]
     assert render_example(4, 11, CONFIG)["caption"] != a["caption"]
 
@@ -95,7 +97,8 @@ def _bare_pixel(columns):
 
 
 def test_shapes_count_apart_and_coloured(train):
-    cv2 = pytest.importorskip("cv2")
+    import cv2
+
     for e in _drawn(train, "shapes")[:300]:
         thing = e["targets"]["shapes"][0]
         ground = np.median(e["image"].reshape(-1, 3), axis=0)
@@ -147,11 +150,19 @@ def test_long_text_breaks_into_lines():
 @pytest.mark.parametrize("split", words.SPLITS)
 def test_ocr_reads_the_signs(split):
     """PP-OCR on the crop of the ink: at least 97% of clean signs, words and spaces."""
-    cv2, rapidocr = pytest.importorskip("cv2"), pytest.importorskip("rapidocr")
+    import cv2
+    import rapidocr
+
     engine = rapidocr.RapidOCR(
-        params={"Global.use_cls": False, "Global.text_score": 0.0, "Global.log_level": "critical", "Rec.rec_img_shape": [3, 48, 48],
-                "Rec.rec_batch_num": 1, "EngineConfig.onnxruntime.intra_op_num_threads": 1}
-    )  # fmt: skip
+        params={
+            "Global.use_cls": False,
+            "Global.text_score": 0.0,
+            "Global.log_level": "critical",
+            "Rec.rec_img_shape": [3, 48, 48],
+            "Rec.rec_batch_num": 1,
+            "EngineConfig.onnxruntime.intra_op_num_threads": 1,
+        }
+    )
     config = RenderedConfig(split=split, **PLAIN)
     wrong = []
     for i in range(36):
@@ -173,7 +184,10 @@ def test_ocr_reads_the_signs(split):
         (dict(sizes=((32, 60), (32, 128))), "size 32x60 must be height x width, multiples of 8 and at least 16 px."),
         (dict(text_lengths=((3, 17), (12, 16))), "text_lengths (3, 17) of size 32x64 must lie within 2 and 16 characters."),
         (dict(shapes=1.5), "shapes=1.5 is a share; give a number from 0 to 1."),
-        (dict(shape_sizes=((64, 64),)), "shapes=0.25 but none of shape_sizes=((64, 64),) is among sizes=((32, 64), (32, 128)); add one."),
+        (
+            dict(shape_sizes=((64, 64),)),
+            "shapes=0.25 but none of shape_sizes=((64, 64),) is among sizes=((32, 64), (32, 128)); add one.",
+        ),
         (dict(shape_sizes=((32, 64), (24, 64))), "shape_sizes holds 24x64; four shapes need at least 32 px on each side."),
         (dict(split="test"), "split='test' is unknown; use one of train, heldout."),
     ],
@@ -186,9 +200,15 @@ def test_config_errors(change, message):
 
 def test_drawing_errors():
     for call, message in [
-        (lambda: render_sign("TOO LONG TEXT HERE", "red", (32, 64)), "'TOO LONG TEXT HERE' takes 3 lines of 16 px, more than 32x64 holds;"),
+        (
+            lambda: render_sign("TOO LONG TEXT HERE", "red", (32, 64)),
+            "'TOO LONG TEXT HERE' takes 3 lines of 16 px, more than 32x64 holds;",
+        ),
         (lambda: render_sign("BASKETBALL", "red", (32, 64)), "The word 'BASKETBALL' is longer than a line of 8 characters;"),
-        (lambda: render_sign("CAFE1", "red", (32, 64)), "The character '1' is not drawn; sign text is made of A to Z and spaces."),
+        (
+            lambda: render_sign("CAFE1", "red", (32, 64)),
+            "The character '1' is not drawn; sign text is made of A to Z and spaces.",
+        ),
         (lambda: render_sign("CAFE", "red", (32, 64), row=3), "row=3 puts 'CAFE' outside the image; use 0 to 2."),
         (lambda: render_sign("CAFE", "cerise", (32, 64)), "The colour 'cerise' is not known; use one of red, green, blue,"),
         (lambda: render_example(0, 0, CONFIG, (64, 64)), "size 64x64 is not among the configured sizes"),

@@ -10,7 +10,8 @@ VOCAB, IMAGE_VOCAB, PAD = 40, 24, 3
 
 def _sequences(rng, n, longest):
     return [
-        TokenSequence(rng.integers(0, 70, size).astype(np.int32), rng.random(size) < 0.6) for size in rng.integers(1, longest + 1, n)
+        TokenSequence(rng.integers(0, 70, size).astype(np.int32), rng.random(size) < 0.6)
+        for size in rng.integers(1, longest + 1, n)
     ]
 
 
@@ -63,7 +64,10 @@ def test_targets_against_brute_force(rng):
 def test_targets_of_real_sequences():
     tok = MultimodalTokenizer.load()
     codes_YX = np.arange(6).reshape(2, 3)
-    generation, question = tok.generation_sequence("a cat", codes_YX), tok.understanding_sequence(codes_YX, "which shape is it?", "star")
+    generation, question = (
+        tok.generation_sequence("a cat", codes_YX),
+        tok.understanding_sequence(codes_YX, "which shape is it?", "star"),
+    )
     batch, _ = pack([generation, question], 80, tok.pad)
     ids, text, image = (t[0] for t in targets(batch, tok.vocab_size, tok.image_vocab_size))
     row = batch.ids_BL[0]
@@ -81,4 +85,9 @@ def test_errors():
 
 def test_empty():
     batch, left = pack([], 8, PAD, rows=2)
-    assert batch.ids_BL.shape == (2, 8) and left == [] and unpack(batch) == [] and not targets(batch, VOCAB, IMAGE_VOCAB).text_BL.any()
+    assert (
+        batch.ids_BL.shape == (2, 8)
+        and left == []
+        and unpack(batch) == []
+        and not targets(batch, VOCAB, IMAGE_VOCAB).text_BL.any()
+    )

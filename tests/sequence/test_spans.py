@@ -61,7 +61,10 @@ def test_ids_of_the_cases(tok):
         ([*HEAD, *CODES[:4], EOM], "Position 9: the image at 0 holds 4 codes, but its size 2 x 3 needs 6."),
         ([*HEAD, *CODES, CODE, EOM], "Position 12: the image at 0 holds 7 codes, but its size 2 x 3 needs 6."),
         ([*HEAD, *CODES[:2], SOM], "Position 7: <SOM> inside the image at 0; only codes may stand before its <EOM>."),
-        ([*HEAD, *CODES[:2], 9, *CODES[2:], EOM], "Position 7: text id 9 inside the image at 0; only codes may stand before its <EOM>."),
+        (
+            [*HEAD, *CODES[:2], 9, *CODES[2:], EOM],
+            "Position 7: text id 9 inside the image at 0; only codes may stand before its <EOM>.",
+        ),
         ([*HEAD, 940, EOM], "Position 5: the unused id 940 inside the image at 0; only codes may stand before its <EOM>."),
     ],
 )

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from xomni_jax.data import glyphs, rendered, words
-from xomni_jax.sequence import TINY_TOKENIZER, MultimodalTokenizer, build_tiny_tokenizer, fixed_length_ids
+from xomni_jax.data import build_tiny_tokenizer, glyphs, rendered, words
+from xomni_jax.sequence import TINY_TOKENIZER, MultimodalTokenizer, fixed_length_ids
 
 CODES_YX = np.arange(15).reshape(3, 5) * 31 % 512
 
@@ -28,7 +28,7 @@ def test_committed_files_are_what_the_script_makes(tmp_path):
     build_tiny_tokenizer.build(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert json.loads((tmp_path / name).read_text()) == json.loads((TINY_TOKENIZER / name).read_text()), (
-            "captions changed: run python -m xomni_jax.sequence.build_tiny_tokenizer"
+            "captions changed: run python -m xomni_jax.data.build_tiny_tokenizer"
         )
 
 
@@ -82,7 +82,12 @@ def test_understanding_is_the_tokenised_chat(tok):
 
 def test_text_sequence(tok):
     ids_L, loss_L = tok.text_sequence("ABC")
-    assert tok.text.convert_ids_to_tokens(ids_L.tolist()) == [*"ABC", "<|im_end|>"] and loss_L.tolist() == [False, True, True, True]
+    assert tok.text.convert_ids_to_tokens(ids_L.tolist()) == [*"ABC", "<|im_end|>"] and loss_L.tolist() == [
+        False,
+        True,
+        True,
+        True,
+    ]
 
 
 def test_fixed_length_ids(tok):
@@ -108,7 +113,9 @@ def test_disagreeing_files(tmp_path):
     folder = _without(tmp_path, rename={"<SOM>": "<START>"})
     with pytest.raises(ValueError, match=r"has no <SOM>; use the tokenizer files of an X-Omni checkpoint\."):
         MultimodalTokenizer.load(folder)
-    with pytest.raises(ValueError, match=r"puts <MM-Token-0> at id 384 but the model's vocab_size is 400; take both from the same"):
+    with pytest.raises(
+        ValueError, match=r"puts <MM-Token-0> at id 384 but the model's vocab_size is 400; take both from the same"
+    ):
         MultimodalTokenizer.load(vocab_size=400)
     with pytest.raises(ValueError, match=r"puts <MM-Token-599> at None instead of 983; image_vocab_size=600 does not fit it\."):
         MultimodalTokenizer.load(image_vocab_size=600)
@@ -117,7 +124,9 @@ def test_disagreeing_files(tmp_path):
 
 
 def test_bad_folders(tmp_path):
-    with pytest.raises(ValueError, match=r"The tokenizer folder '.*nowhere' does not exist; give the folder that holds tokenizer\.json\."):
+    with pytest.raises(
+        ValueError, match=r"The tokenizer folder '.*nowhere' does not exist; give the folder that holds tokenizer\.json\."
+    ):
         MultimodalTokenizer.load(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"The folder '.*' holds no readable tokenizer"):
         MultimodalTokenizer.load(tmp_path)
@@ -129,8 +138,14 @@ def test_bad_folders(tmp_path):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda t: t.generation_prompt("a <IMAGE> cat", 3, 5), "The text 'a <IMAGE> cat' contains the multimodal token <IMAGE>; leave it out."),
-        (lambda t: t.understanding_prompt(CODES_YX, "<MM-Token-7>?"), "The text '<MM-Token-7>?' contains the multimodal token <MM-Token-7>;"),
+        (
+            lambda t: t.generation_prompt("a <IMAGE> cat", 3, 5),
+            "The text 'a <IMAGE> cat' contains the multimodal token <IMAGE>; leave it out.",
+        ),
+        (
+            lambda t: t.understanding_prompt(CODES_YX, "<MM-Token-7>?"),
+            "The text '<MM-Token-7>?' contains the multimodal token <MM-Token-7>;",
+        ),
         (lambda t: t.negative_prompt(0, 5), "An image of 0 x 5 tokens is empty; both sides must be at least 1."),
         (lambda t: t.image_ids(np.full((2, 3), 512)), "Image codes 512..512 must lie within 0..511."),
         (lambda t: t.image_ids(np.zeros(6, int)), "Image codes must be integers [Y, X], not int64 [6]."),

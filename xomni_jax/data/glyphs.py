@@ -11,7 +11,8 @@ CELL_Y, CELL_X = 16, 8  # one character: two token rows, one token column at pat
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SHAPES = ("circle", "square", "triangle", "star")
 
-# The first face is the main one: at 13.3 px its advance is exactly 8 px. Sans Bold is proportional: wide letters are squeezed into the cell.
+# The first face is the main one: at 13.3 px its advance is exactly 8 px.
+# Sans Bold is proportional: wide letters are squeezed into the cell.
 FACES = ("DejaVuSansMono-Bold", "DejaVuSansMono", "DejaVuSansMono-Oblique", "DejaVuSans-Bold")
 _FONT_PX, _BASELINE = 13.3, 13  # capitals fill rows 3 to 12 of the cell, the tail of Q reaches row 14
 _OVER = 8  # oversampling of squeezed letters and of shapes
@@ -19,7 +20,7 @@ _OVER = 8  # oversampling of squeezed letters and of shapes
 
 @functools.cache
 def letter(face: str, char: str) -> np.ndarray:
-    """Coverage [16, 8] in [0, 1] of one upper-case letter in its cell; a space is empty. Raises ValueError for other characters."""
+    """Coverage [16, 8] in [0, 1] of one upper-case letter in its cell; a space is empty. ValueError for others."""
     if char == " ":
         return np.zeros((CELL_Y, CELL_X), np.float32)
     if char not in LETTERS:

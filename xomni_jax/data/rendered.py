@@ -84,8 +84,8 @@ class RenderedConfig:
         object.__setattr__(self, "weights", tuple(float(w) for w in self.weights))
         if not self.sizes or not len(self.sizes) == len(self.weights) == len(self.text_lengths):
             raise ValueError(
-                f"sizes, weights and text_lengths hold {len(self.sizes)}, {len(self.weights)} and {len(self.text_lengths)} entries;"
-                " give one of each per size."
+                f"sizes, weights and text_lengths hold {len(self.sizes)}, {len(self.weights)} and {len(self.text_lengths)}"
+                " entries; give one of each per size."
             )
         if min(self.weights) < 0 or sum(self.weights) <= 0:
             raise ValueError(f"weights={self.weights} must be non-negative and not all 0.")
@@ -93,12 +93,16 @@ class RenderedConfig:
             _check_size(size)
             fits = size[1] // PATCH * (size[0] // glyphs.CELL_Y)
             if not 2 <= low <= high <= fits:
-                raise ValueError(f"text_lengths {(low, high)} of size {size[0]}x{size[1]} must lie within 2 and {fits} characters.")
+                raise ValueError(
+                    f"text_lengths {(low, high)} of size {size[0]}x{size[1]} must lie within 2 and {fits} characters."
+                )
         for name in ("shapes", "pseudo_words", "other_faces", "centred", "on_grid"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} is a share; give a number from 0 to 1.")
         if self.shapes and not set(self.shape_sizes) & set(self.sizes):
-            raise ValueError(f"shapes={self.shapes} but none of shape_sizes={self.shape_sizes} is among sizes={self.sizes}; add one.")
+            raise ValueError(
+                f"shapes={self.shapes} but none of shape_sizes={self.shape_sizes} is among sizes={self.sizes}; add one."
+            )
         for size in self.shape_sizes:
             if min(size) < 32:
                 raise ValueError(f"shape_sizes holds {size[0]}x{size[1]}; four shapes need at least 32 px on each side.")
@@ -216,7 +220,9 @@ def _sign_text(rng: np.random.Generator, size: Size, config: RenderedConfig) -> 
         columns, rows = size[1] // PATCH, size[0] // glyphs.CELL_Y
         if max(map(len, text.split(" "))) <= columns and len(wrap(text, columns)) <= rows:
             return text
-    raise ValueError(f"No text of {low} to {high} characters fits {size[0]}x{size[1]} in 200 draws; lower text_lengths of that size.")
+    raise ValueError(
+        f"No text of {low} to {high} characters fits {size[0]}x{size[1]} in 200 draws; lower text_lengths of that size."
+    )
 
 
 def _shapes_example(rng: np.random.Generator, size: Size, config: RenderedConfig) -> Example:
@@ -226,7 +232,9 @@ def _shapes_example(rng: np.random.Generator, size: Size, config: RenderedConfig
     for y, x, side in _places(rng, size, count, rng.random() < config.on_grid):
         mask[y : y + side, x : x + side] = glyphs.shape(shape, side)
     scale = rng.uniform(0.93, 1.04)
-    image = _blend(np.array(SHAPE_GROUNDS[background], np.float32), mask, np.clip(np.array(COLOURS[colour], np.float32) * scale, 0, 255))
+    image = _blend(
+        np.array(SHAPE_GROUNDS[background], np.float32), mask, np.clip(np.array(COLOURS[colour], np.float32) * scale, 0, 255)
+    )
     cover = mask.reshape(size[0] // PATCH, PATCH, size[1] // PATCH, PATCH).mean((1, 3))
     many = count > 1
     answers = ((QUESTIONS[2], NUMBERS[count]), (QUESTIONS[3 + many], shape + "s" * many), (QUESTIONS[5 + many], colour))

@@ -28,12 +28,15 @@ def rendered_dataset(
     """Batches of rendered examples as a grain IterDataset, endless unless `batches` says how many.
 
     `batch_size` counts examples over all hosts; each of `shard_count` hosts gets its own `batch_size / shard_count` of every
-    batch, in order, so the data does not depend on the number of hosts. All examples of a batch have one size, drawn by weight per
-    batch and the same on every host: shapes are static and every batch is full. `transform` maps a collated batch (see `collate`).
-    One thread renders `prefetch` batches ahead; 0 renders in the caller's thread. Iterators have `get_state()` and `set_state()`.
+    batch, in order, so the data does not depend on the number of hosts. All examples of a batch have one size, drawn by weight
+    per batch and the same on every host: shapes are static and every batch is full. `transform` maps a collated batch (see
+    `collate`). One thread renders `prefetch` batches ahead; 0 renders in the caller's thread. Iterators have `get_state()` and
+    `set_state()`. Raises ValueError when the batch does not divide over the hosts.
     """
     if batch_size < 1 or not 0 <= shard_index < shard_count:
-        raise ValueError(f"batch_size={batch_size}, shard {shard_index} of {shard_count}: need a batch and 0 <= shard_index < shard_count.")
+        raise ValueError(
+            f"batch_size={batch_size}, shard {shard_index} of {shard_count}: need a batch and 0 <= shard_index < shard_count."
+        )
     if batch_size % shard_count:
         raise ValueError(f"batch_size={batch_size} does not divide over {shard_count} hosts; use a multiple of {shard_count}.")
     local = batch_size // shard_count
@@ -51,5 +54,5 @@ def rendered_dataset(
 
 
 def collate(examples: Sequence[Example]) -> dict[str, Any]:
-    """Examples of one size -> one dict: `image` uint8 [B, H, W, 3] and `columns` int32 [B, Y, X] stacked, other fields as lists."""
+    """Examples of one size -> one dict: `image` uint8 [B, H, W, 3] and `columns` int32 [B, Y, X] stacked, the rest lists."""
     return {k: np.stack([e[k] for e in examples]) if k in _ARRAYS else [e[k] for e in examples] for k in examples[0]}

@@ -70,8 +70,8 @@ def pseudo_word(rng: np.random.Generator, length: int) -> str:
 def phrase(rng: np.random.Generator, split: Split, length: int, pseudo: float = 0.0) -> str:
     """Text of exactly `length` characters: one word, or 2 to 3 words joined by spaces.
 
-    Every phrase with the drawn number of words is equally likely. `pseudo` is the share of words replaced by made-up ones of the same
-    length (training only). Raises ValueError when no words of the split add up to `length`.
+    Every phrase with the drawn number of words is equally likely. `pseudo` is the share of words replaced by made-up ones of the
+    same length (training only). Raises ValueError when no words of the split add up to `length`.
     """
     if pseudo and split != "train":
         raise ValueError(f"pseudo={pseudo} with split {split!r}: made-up words are for training only; set it to 0.")

@@ -33,8 +33,8 @@ class Targets(NamedTuple):
 def pack(sequences: Sequence[TokenSequence], length: int, pad: int, rows: int | None = None) -> tuple[PackedBatch, list[int]]:
     """Greedy first fit in the given order -> the batch, and the indices of the sequences left over.
 
-    With `rows` the batch has exactly that many rows (static shapes) and what does not fit is left over; without, rows are added as
-    needed and nothing is. Raises ValueError for a sequence longer than a row.
+    With `rows` the batch has exactly that many rows (static shapes) and what does not fit is left over; without, rows are added
+    as needed and nothing is. Raises ValueError for a sequence longer than a row.
     """
     free: list[int] = [length] * (rows or 0)
     content: list[list[int]] = [[] for _ in free]
@@ -79,13 +79,16 @@ def unpack(batch: PackedBatch) -> list[TokenSequence]:
 def targets(batch: PackedBatch, vocab_size: int, image_vocab_size: int) -> Targets:
     """Next-token targets and the head that learns each.
 
-    A text target goes through the text head, an image code through the image head; specials (`<SOM>`, `<IMAGE>`, `<EOM>`) are nobody's
-    target, since neither head can name them. The first code is predicted at `<IMAGE>`. Nothing is predicted across segments.
+    A text target goes through the text head, an image code through the image head; specials (`<SOM>`, `<IMAGE>`, `<EOM>`)
+    are nobody's target, since neither head can name them. The first code is predicted at `<IMAGE>`. Nothing is predicted
+    across segments.
     """
     next_BL = np.zeros_like(batch.ids_BL)
     next_BL[:, :-1] = batch.ids_BL[:, 1:]
     due_BL = np.zeros_like(batch.loss_BL)
-    due_BL[:, :-1] = batch.loss_BL[:, 1:] & (batch.segments_BL[:, 1:] == batch.segments_BL[:, :-1]) & (batch.segments_BL[:, 1:] > 0)
+    due_BL[:, :-1] = (
+        batch.loss_BL[:, 1:] & (batch.segments_BL[:, 1:] == batch.segments_BL[:, :-1]) & (batch.segments_BL[:, 1:] > 0)
+    )
     text_BL = due_BL & (next_BL < vocab_size)
     image_BL = due_BL & (next_BL >= vocab_size) & (next_BL < vocab_size + image_vocab_size)
     return Targets(np.where(text_BL | image_BL, next_BL, 0), text_BL, image_BL)

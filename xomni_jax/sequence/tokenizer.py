@@ -1,7 +1,7 @@
 """Prompts, images and answers as token ids, in the released format.
 
-An image of Y x X codes is `<SOM>` + the text "Y X" + `<IMAGE>` + Y*X codes, row-major + `<EOM>`. Text ids come first, image code k
-is id `vocab_size + k`, and the three specials follow somewhere below `vocab_size + mm_vocab_size`: they are found by name.
+An image of Y x X codes is `<SOM>` + the text "Y X" + `<IMAGE>` + Y*X codes, row-major + `<EOM>`. Text ids come first, image code
+k is id `vocab_size + k`, and the three specials follow somewhere below `vocab_size + mm_vocab_size`: they are found by name.
 """
 
 from __future__ import annotations
@@ -28,17 +28,22 @@ class TokenSequence(NamedTuple):
 class MultimodalTokenizer:
     """A Hugging Face tokenizer that knows where image codes live.
 
-    Attributes: `vocab_size` (text ids, which is also the id of code 0), `image_vocab_size` (codes), `mm_vocab_size` (codes + specials +
-    spares), `som`, `eom`, `image` (ids of the specials), `end_of_turn`, `pad`, `text` (the wrapped tokenizer).
+    Attributes: `vocab_size` (text ids, which is also the id of code 0), `image_vocab_size` (codes), `mm_vocab_size` (codes +
+    specials + spares), `som`, `eom`, `image` (ids of the specials), `end_of_turn`, `pad`, `text` (the wrapped tokenizer).
     """
 
-    def __init__(self, text: Any, *, vocab_size: int | None = None, image_vocab_size: int | None = None, mm_vocab_size: int | None = None):
-        """Sizes come from the model's config; without one they are read off the tokenizer. Raises ValueError when the two disagree."""
+    def __init__(
+        self, text: Any, *, vocab_size: int | None = None, image_vocab_size: int | None = None, mm_vocab_size: int | None = None
+    ):
+        """Sizes come from the model's config; without one they are read off the tokenizer. ValueError when the two disagree."""
         self.text = text
         table = text.get_vocab()
         missing = [name for name in (SOM, EOM, IMAGE, FIRST_CODE, END_OF_TURN) if name not in table]
         if missing:
-            raise ValueError(f"The tokenizer {text.name_or_path!r} has no {', '.join(missing)}; use the tokenizer files of an X-Omni checkpoint.")
+            raise ValueError(
+                f"The tokenizer {text.name_or_path!r} has no {', '.join(missing)};"
+                " use the tokenizer files of an X-Omni checkpoint."
+            )
         self.som, self.eom, self.image, first, self.end_of_turn = (table[n] for n in (SOM, EOM, IMAGE, FIRST_CODE, END_OF_TURN))
         self.pad = text.pad_token_id if text.pad_token_id is not None else self.end_of_turn
         codes = sum(name.startswith("<MM-Token-") for name in table)
@@ -46,15 +51,15 @@ class MultimodalTokenizer:
         self.vocab_size = first if vocab_size is None else vocab_size
         if first != self.vocab_size:
             raise ValueError(
-                f"The tokenizer {text.name_or_path!r} puts {FIRST_CODE} at id {first} but the model's vocab_size is {self.vocab_size};"
-                " take both from the same checkpoint."
+                f"The tokenizer {text.name_or_path!r} puts {FIRST_CODE} at id {first} but the model's vocab_size is"
+                f" {self.vocab_size}; take both from the same checkpoint."
             )
         self.image_vocab_size = self._first_gap(table, codes) if image_vocab_size is None else image_vocab_size
         last = f"<MM-Token-{self.image_vocab_size - 1}>"
         if table.get(last) != first + self.image_vocab_size - 1:
             raise ValueError(
-                f"The tokenizer {text.name_or_path!r} puts {last} at {table.get(last)} instead of {first + self.image_vocab_size - 1};"
-                f" image_vocab_size={self.image_vocab_size} does not fit it."
+                f"The tokenizer {text.name_or_path!r} puts {last} at {table.get(last)} instead of"
+                f" {first + self.image_vocab_size - 1}; image_vocab_size={self.image_vocab_size} does not fit it."
             )
         top = max(self.som, self.eom, self.image) + 1 - self.vocab_size
         self.mm_vocab_size = top if mm_vocab_size is None else mm_vocab_size
@@ -68,7 +73,7 @@ class MultimodalTokenizer:
 
     @classmethod
     def load(cls, path: str | Path = TINY_TOKENIZER, **sizes: int) -> MultimodalTokenizer:
-        """Reads a local folder (default: the tiny tokenizer of this package); `sizes` as in the constructor. Never goes online."""
+        """Reads a local folder (default: the tiny tokenizer of this package); `sizes` as in the constructor. Never online."""
         path = Path(path)
         if not path.is_dir():
             raise ValueError(f"The tokenizer folder {str(path)!r} does not exist; give the folder that holds tokenizer.json.")
@@ -136,7 +141,7 @@ class MultimodalTokenizer:
         self.encode_text(question)  # refuses multimodal tokens in the question
         content = self.image_string(*codes_YX.shape) + EOM + "\n" + question
         turn = self.text.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
-        # Special tokens cut the text for the tokenizer, so codes may be put in after tokenising: same ids, no string of 5,184 names.
+        # Special tokens cut the text for the tokenizer, so codes may come in after tokenising: same ids, no 5,184 names.
         ids_L = np.array(self.text.encode(turn, add_special_tokens=False), np.int32)
         at = int(np.flatnonzero(ids_L == self.image)[0]) + 1
         codes = codes_YX.ravel().astype(np.int32) + self.vocab_size

@@ -1,4 +1,4 @@
-"""Makes the small tokenizer of the tiny configurations: `python -m xomni_jax.sequence.build_tiny_tokenizer [FOLDER]`.
+"""Makes the small tokenizer of the tiny configurations: `python -m xomni_jax.data.build_tiny_tokenizer [FOLDER]`.
 
 A byte-level BPE with Qwen2.5's pre-tokenisation and chat format. Merges are learned from lower-case caption and question words
 only, so the UPPER-CASE text of a sign is spelled one token per character: the model sees the letters it has to draw.
@@ -14,22 +14,25 @@ from pathlib import Path
 
 from xomni_jax.data import glyphs, rendered
 
-VOCAB_SIZE, IMAGE_VOCAB_SIZE = 384, 512  # text ids; image codes. The multimodal table of 576 rows leaves spares after the specials.
+VOCAB_SIZE, IMAGE_VOCAB_SIZE = (
+    384,
+    512,
+)  # text ids; image codes. The multimodal table of 576 rows leaves spares after the specials.
 TEXT_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 FOLDER = Path(__file__).parents[1] / "assets" / "tiny_tokenizer"
 
 # Qwen2.5's split: contractions, letters with one leading character, single digits, punctuation runs, line breaks, blanks.
-PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
 
 def corpus() -> Iterator[str]:
-    """Every caption, question and answer the rendered set can hold, with a digit for the text of signs; frequent templates more often."""
+    """Every caption, question and answer the rendered set can hold, a digit for sign text; frequent ones more often."""
     for template in range(len(rendered.SIGN_CAPTIONS)):
         for colour in rendered.SIGN_GROUNDS:
             yield from [rendered.sign_prompt("0", colour, template)] * (40 if template == 0 else 20)
@@ -57,7 +60,9 @@ def build(folder: Path) -> None:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE - len(TEXT_SPECIALS), initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+        vocab_size=VOCAB_SIZE - len(TEXT_SPECIALS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(corpus(), trainer)
     reserved = [f"<|reserved_{k}|>" for k in range(VOCAB_SIZE - len(TEXT_SPECIALS) - tokenizer.get_vocab_size())]
@@ -67,7 +72,9 @@ def build(folder: Path) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     # Compact: an indented file would be three times the size.
-    (folder / "tokenizer.json").write_text(json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False, separators=(",", ":")) + "\n")
+    (folder / "tokenizer.json").write_text(
+        json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False, separators=(",", ":")) + "\n"
+    )
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": "<|im_end|>",
