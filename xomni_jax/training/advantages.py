@@ -1,0 +1,127 @@
+"""Group-relative advantages: rewards of one prompt's rollouts compared with one another.
+
+P prompts, R rollouts per prompt. Advantages need whole groups: gather the rewards, compute, then slice per device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+SCALES = ("group", "batch", "none")
+BASELINES = ("mean", "rloo")
+
+
+@dataclass(frozen=True)
+class AdvantageConfig:
+    """A_i = (r_i - baseline) / (std + eps). The defaults are those of TRL, CoRL and Janus-Pro-R1.
+
+    Tunix: eps=1e-6; its `rloo` is baseline="rloo", scale="none"; its `drgrpo` is scale="none".
+    FlowGRPO: ddof=0, clip=5.0, and scale="batch" for its global standard deviation.
+
+    Attributes:
+      ddof: 1 for the sample standard deviation, 0 for the population one. They differ visibly for groups of 2 to 4.
+      eps: added to the standard deviation. A reward spread below about 10 eps is damped.
+      scale: where the standard deviation is taken: over the "group", over the "batch" of raw rewards, or "none" (centred only).
+      baseline: what is subtracted: the group's "mean", or "rloo", the mean of the others.
+      clip: advantages are clamped to [-clip, clip]; None for no clamp.
+    """
+
+    ddof: int = 1
+    eps: float = 1e-4
+    scale: str = "group"
+    baseline: str = "mean"
+    clip: float | None = None
+
+    def __post_init__(self):
+        if self.ddof not in (0, 1):
+            raise ValueError(f"advantage.ddof={self.ddof} is not 0 (population) or 1 (sample)")
+        if not (math.isfinite(self.eps) and self.eps > 0):
+            raise ValueError(f"advantage.eps={self.eps} must be positive: equal rewards would divide zero by zero")
+        if self.scale not in SCALES:
+            raise ValueError(f"advantage.scale={self.scale!r} is unknown; use one of {', '.join(SCALES)}")
+        if self.baseline not in BASELINES:
+            raise ValueError(f"advantage.baseline={self.baseline!r} is unknown; use one of {', '.join(BASELINES)}")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"advantage.clip={self.clip} must be positive, or None for no clamp")
+
+
+def group_advantages(
+    reward_PR: jax.Array, ok_PR: jax.Array, cfg: AdvantageConfig = AdvantageConfig()
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Advantages of rollouts relative to their prompt's group. [P, R], [P, R] bool -> [P, R], metrics.
+
+    A rollout that is not `ok` (its reward is unknown), or whose reward is NaN, takes no part in any mean or deviation and gets 0;
+    so does a rollout that is alone in its group.
+
+    Metrics: `grpo/flat_group_frac`, the share of groups without any signal (equal rewards, or fewer than two known ones);
+    `grpo/unscored_frac`, the share of rollouts that took no part.
+    """
+    reward_PR = jnp.asarray(reward_PR)
+    reward_PR = reward_PR.astype(jnp.promote_types(reward_PR.dtype, jnp.float32))
+    ok_PR = jnp.asarray(ok_PR, bool) & jnp.isfinite(reward_PR)
+    known_PR = jnp.where(ok_PR, reward_PR, 0.0)
+
+    n_P1 = jnp.sum(ok_PR, -1, keepdims=True)
+    mean_P1 = jnp.sum(known_PR, -1, keepdims=True) / jnp.maximum(n_P1, 1)
+    low_P1 = jnp.min(jnp.where(ok_PR, reward_PR, jnp.inf), -1, keepdims=True)
+    high_P1 = jnp.max(jnp.where(ok_PR, reward_PR, -jnp.inf), -1, keepdims=True)
+    # Equal rewards, not a zero deviation: the float mean of equal numbers may differ from them by an ulp.
+    flat_P1 = (n_P1 < 2) | (low_P1 == high_P1)
+    live_PR = ok_PR & ~flat_P1
+
+    dev_PR = jnp.where(live_PR, reward_PR - mean_P1, 0.0)
+    adv_PR = dev_PR
+    if cfg.baseline == "rloo":
+        # r - (sum - r) / (n - 1)  =  (r - mean) n / (n - 1)
+        adv_PR = adv_PR * n_P1 / jnp.maximum(n_P1 - 1, 1)
+    if cfg.scale == "group":
+        adv_PR = adv_PR / (_std(dev_PR, n_P1, cfg.ddof, axis=-1) + cfg.eps)
+    elif cfg.scale == "batch":
+        n = jnp.sum(ok_PR)
+        spread_PR = jnp.where(ok_PR, reward_PR - jnp.sum(known_PR) / jnp.maximum(n, 1), 0.0)
+        adv_PR = adv_PR / (_std(spread_PR, n, cfg.ddof, axis=None) + cfg.eps)
+    if cfg.clip is not None:
+        adv_PR = jnp.clip(adv_PR, -cfg.clip, cfg.clip)
+
+    return jax.lax.stop_gradient(adv_PR), _metrics(flat_P1, ok_PR)
+
+
+def normalize_then_sum(
+    rewards: Mapping[str, jax.Array],
+    ok: Mapping[str, jax.Array],
+    weights: Mapping[str, float],
+    cfg: AdvantageConfig = AdvantageConfig(),
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Advantages from several rewards, each normalised in its group before the weighted sum (TRL's `normalize_then_sum`).
+
+    The sum is standardised once more over the whole batch. A reward that is missing for a rollout adds nothing to its sum;
+    a rollout with no reward at all takes no part and gets 0. Rewards and `ok` are [P, R] by name; returns as `group_advantages`.
+
+    Raises:
+      ValueError: the three mappings do not name the same rewards, or there is none.
+    """
+    if not rewards or not set(rewards) == set(ok) == set(weights):
+        raise ValueError(f"rewards {sorted(rewards)}, ok {sorted(ok)}, weights {sorted(weights)} must name the same ones")
+    parts = {name: group_advantages(rewards[name], ok[name], cfg) for name in sorted(rewards)}
+    total_PR = sum(weights[name] * adv_PR for name, (adv_PR, _) in parts.items())
+    some_PR = jnp.any(jnp.stack([jnp.asarray(ok[n], bool) & jnp.isfinite(rewards[n]) for n in parts]), axis=0)
+    n = jnp.sum(some_PR)
+    dev_PR = jnp.where(some_PR, total_PR - jnp.sum(jnp.where(some_PR, total_PR, 0.0)) / jnp.maximum(n, 1), 0.0)
+    adv_PR = dev_PR / (_std(dev_PR, n, cfg.ddof, axis=None) + cfg.eps)
+    flat_P = jnp.all(jnp.stack([adv_PR == 0 for adv_PR, _ in parts.values()]), axis=(0, -1))
+    return jax.lax.stop_gradient(adv_PR), _metrics(flat_P, some_PR)
+
+
+def _std(dev: jax.Array, n: jax.Array, ddof: int, axis: int | None) -> jax.Array:
+    """Standard deviation from deviations that are 0 where nothing is known; n counts the known ones."""
+    return jnp.sqrt(jnp.sum(dev**2, axis=axis, keepdims=axis is not None) / jnp.maximum(n - ddof, 1))
+
+
+def _metrics(flat: jax.Array, ok: jax.Array) -> dict[str, jax.Array]:
+    dtype = jnp.result_type(float)
+    return {"grpo/flat_group_frac": jnp.mean(flat, dtype=dtype), "grpo/unscored_frac": jnp.mean(~ok, dtype=dtype)}

@@ -1,0 +1,228 @@
+"""The GRPO objective on log-probs: ratio, clip, KL to the reference, reduction. X-Omni equation 1 and its relatives.
+
+Everything here is a pure function of arrays [B, L]: B rollouts, L positions, of which the mask selects the sampled tokens.
+For an X-Omni image these are exactly the height x width codes after `<IMAGE>`; the prefix is given and `<EOM>` is appended.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+RATIOS = ("token", "sequence", "trajectory")
+KL_ESTIMATORS = ("k1", "k2", "k3")
+
+# Reduction -> (weight of a token inside its rollout, what the sum over rollouts is divided by).
+#   mean  1 / (number of tokens of the rollout)     rows    rollouts, fully masked ones included
+#   sum   1                                         filled  rollouts with at least one token
+#   scale 1 / max_length                            tokens  tokens
+# The first five are TRL's names, the others Tunix's. With `n_items` of a whole accumulation window given, `bnpo` is `dapo`:
+# its dependence on the micro-batch is a side effect we do not reproduce.
+REDUCTIONS = {
+    "grpo": ("mean", "rows"),
+    "bnpo": ("sum", "tokens"),
+    "dr_grpo": ("scale", "rows"),
+    "dapo": ("sum", "tokens"),
+    "cispo": ("sum", "tokens"),
+    "token-mean": ("sum", "tokens"),
+    "sequence-mean-token-mean": ("mean", "filled"),
+    "sequence-mean-token-scale": ("scale", "filled"),
+    "seq-mean-token-sum": ("sum", "filled"),
+    "sequence-mean-token-sum-norm": ("sum", "rows"),
+}
+
+
+@dataclass(frozen=True)
+class GRPOConfig:
+    """One GRPO update. The defaults are the X-Omni paper's where it gives a number, otherwise the common choice."""
+
+    rollouts_per_prompt: int = 16  # G: completions drawn per prompt; their rewards are compared with one another
+    updates_per_batch: int = 1  # mu (DeepSeekMath, algorithm 1): optimizer updates per rollout batch; 1 is on-policy
+    clip_low: float = 0.2  # eps, eps_low: lower clip of the ratio is 1 - clip_low
+    clip_high: float = 0.2  # eps, eps_high: upper clip of the ratio is 1 + clip_high (DAPO: 0.28)
+    kl_coef: float = 0.01  # beta: weight of D_KL(pi || pi_ref) (X-Omni: 0.01)
+    kl_estimator: str = "k3"  # k1, k2, k3 of Schulman's note, at the sampled token; k1 only as a metric, see below
+    kl_importance: bool = False  # multiply the KL term by rho; its gradient is then that of the reverse KL for k1 and k3
+    ratio: str = "token"  # rho: per "token"; "sequence" (GSPO: exp of the mean log-ratio); "trajectory" (equation 1 literally)
+    reduction: str = "grpo"  # from token losses to one number: a key of REDUCTIONS
+    delta: float | None = None  # delta: caps the unclipped ratio, so that A < 0 and rho large is bounded (Tunix: epsilon_c)
+    ratio_cap: float = 5.0  # eps_max of CISPO: cap of the detached ratio; read by reduction="cispo" only
+    max_length: int | None = None  # |o|_max: the constant divisor of "dr_grpo" and "sequence-mean-token-scale"
+    log_ratio_cap: float = 20.0  # log-ratios, to pi_old and to pi_ref, are clamped to +- this before exp
+
+    def __post_init__(self):
+        if self.rollouts_per_prompt < 2:
+            raise ValueError(f"grpo.rollouts_per_prompt={self.rollouts_per_prompt} leaves nothing to compare; use at least 2")
+        if self.updates_per_batch < 1:
+            raise ValueError(f"grpo.updates_per_batch={self.updates_per_batch} must be at least 1")
+        if not 0 < self.clip_low <= 1:
+            raise ValueError(f"grpo.clip_low={self.clip_low} must be in (0, 1]: the ratio is clipped below at 1 - clip_low")
+        if not self.clip_high > 0:
+            raise ValueError(f"grpo.clip_high={self.clip_high} must be positive: the ratio is clipped above at 1 + clip_high")
+        if not (math.isfinite(self.kl_coef) and self.kl_coef >= 0):
+            raise ValueError(f"grpo.kl_coef={self.kl_coef} must be 0 or positive")
+        for name, known in (("kl_estimator", KL_ESTIMATORS), ("ratio", RATIOS), ("reduction", tuple(REDUCTIONS))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"grpo.{name}={getattr(self, name)!r} is unknown; use one of {', '.join(known)}")
+        if self.kl_estimator == "k1" and self.kl_coef > 0 and not self.kl_importance:
+            raise ValueError(
+                "grpo.kl_estimator='k1' in the loss has zero expected gradient, so it would regularise nothing; "
+                "use 'k3' or 'k2', set kl_importance=True, or set kl_coef=0 to keep k1 as a metric"
+            )
+        if self.ratio == "trajectory" and self.reduction != "grpo":
+            raise ValueError(
+                f"grpo.ratio='trajectory' has one loss per rollout and is averaged over rollouts; reduction={self.reduction!r} "
+                "does not apply, use 'grpo'"
+            )
+        if self.delta is not None and not self.delta > 1 + self.clip_high:
+            raise ValueError(f"grpo.delta={self.delta} must lie above 1 + clip_high = {1 + self.clip_high:g}, or be None")
+        if not self.ratio_cap > 0:
+            raise ValueError(f"grpo.ratio_cap={self.ratio_cap} must be positive")
+        if not self.log_ratio_cap > 0:
+            raise ValueError(f"grpo.log_ratio_cap={self.log_ratio_cap} must be positive")
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"grpo.max_length={self.max_length} must be at least 1")
+        if self.max_length is None and REDUCTIONS[self.reduction][0] == "scale":
+            raise ValueError(f"grpo.reduction={self.reduction!r} divides by grpo.max_length; set it to the longest completion")
+
+
+def kl_estimate(logp: jax.Array, ref_logp: jax.Array, estimator: str = "k3", cap: float = 20.0) -> jax.Array:
+    """Estimate of KL(pi || pi_ref) at sampled tokens, elementwise; d = ref_logp - logp is clamped to +- cap.
+
+    As a loss term on-policy: E[grad k1] = 0, E[grad k2] = grad KL(pi || ref), E[grad k3] = grad KL(ref || pi).
+    """
+    d = jnp.clip(ref_logp - logp, -cap, cap)
+    if estimator == "k1":
+        return -d
+    if estimator == "k2":
+        return 0.5 * d * d
+    return jnp.expm1(d) - d
+
+
+def loss_items(mask_BL: jax.Array, cfg: GRPOConfig) -> jax.Array:
+    """What the loss of a batch is divided by: rollouts or tokens, as the reduction wants. [B, L] -> scalar.
+
+    Under gradient accumulation call it on the mask of the whole window and hand the result to every micro-batch's `grpo_loss`:
+    the micro-batch losses and gradients then *add up* to those of the whole batch, whatever the split.
+    """
+    mask_BL = jnp.asarray(mask_BL, bool)
+    over = REDUCTIONS[cfg.reduction][1]
+    if over == "rows":
+        return jnp.asarray(mask_BL.shape[0])
+    return jnp.maximum(jnp.sum(jnp.any(mask_BL, -1) if over == "filled" else mask_BL), 1)
+
+
+def grpo_loss(
+    logp_BL: jax.Array,
+    old_logp_BL: jax.Array | None,
+    ref_logp_BL: jax.Array | None,
+    adv_B: jax.Array,
+    mask_BL: jax.Array,
+    cfg: GRPOConfig,
+    n_items: jax.Array | int | None = None,
+    entropy_BL: jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Clipped policy gradient plus kl_coef times the KL to the reference, reduced over the masked tokens.
+
+    Args:
+      logp_BL: log-probs of the sampled tokens under the policy; the only argument that receives a gradient.
+      old_logp_BL: under the policy that drew the rollouts; None if this is it (one update per batch): ratio 1.
+      ref_logp_BL: under the frozen reference; None without a KL term (kl_coef 0).
+      adv_B: advantage of each rollout; 0 for a rollout whose reward is unknown.
+      mask_BL: true where a token was sampled. What stands elsewhere, even inf or NaN, has no influence.
+      n_items: the divisor of a whole accumulation window, from `loss_items`; None: this batch is the window.
+      entropy_BL: the policy's entropy at each position, for the metrics only.
+
+    Returns:
+      The loss, and metrics `grpo/{policy_loss, ratio_mean, ratio_max, clip_frac, logp_gap_max}`, with a reference also
+      `grpo/{kl, kl_max}`, with an entropy `grpo/entropy`. Join those of micro-batches with `join_metrics`.
+
+    Raises:
+      ValueError: old log-probs are missing though updates_per_batch > 1, or reference log-probs though kl_coef > 0.
+    """
+    if old_logp_BL is None and cfg.updates_per_batch > 1:
+        raise ValueError(f"grpo.updates_per_batch={cfg.updates_per_batch} needs the rollout policy's log-probs; pass old_logp_BL")
+    if ref_logp_BL is None and cfg.kl_coef > 0:
+        raise ValueError(f"grpo.kl_coef={cfg.kl_coef} needs the reference's log-probs; pass ref_logp_BL or set kl_coef=0")
+    dtype = jnp.promote_types(logp_BL.dtype, jnp.float32)
+    mask_BL = jnp.asarray(mask_BL, bool)
+    adv_B1 = jax.lax.stop_gradient(jnp.asarray(adv_B).astype(dtype))[:, None]
+
+    def known(x_BL):
+        return jnp.where(mask_BL, jnp.asarray(x_BL).astype(dtype), 0.0)
+
+    logp_BL = known(logp_BL)
+    old_BL = jax.lax.stop_gradient(logp_BL if old_logp_BL is None else known(old_logp_BL))
+    tokens_B1 = jnp.sum(mask_BL, -1, keepdims=True)
+    log_ratio_BL = logp_BL - old_BL
+    ratio, live = _ratio(log_ratio_BL, mask_BL, tokens_B1, cfg)
+    policy, clipped = _policy_loss(ratio, logp_BL, adv_B1, cfg)
+
+    metrics = {
+        "grpo/ratio_mean": _masked_mean(ratio, live),
+        "grpo/ratio_max": jnp.max(jnp.where(live, ratio, 0.0)),
+        "grpo/clip_frac": _masked_mean(clipped.astype(dtype), live),
+        "grpo/logp_gap_max": jnp.max(jnp.abs(log_ratio_BL)),
+    }
+    kl_BL = jnp.zeros_like(logp_BL)
+    if ref_logp_BL is not None:
+        kl_BL = kl_estimate(logp_BL, jax.lax.stop_gradient(known(ref_logp_BL)), cfg.kl_estimator, cfg.log_ratio_cap)
+        metrics |= {"grpo/kl": _masked_mean(kl_BL, mask_BL), "grpo/kl_max": jnp.max(jnp.where(mask_BL, kl_BL, 0.0))}
+    if entropy_BL is not None:
+        metrics["grpo/entropy"] = _masked_mean(known(entropy_BL), mask_BL)
+
+    penalty_BL = cfg.kl_coef * (ratio * kl_BL if cfg.kl_importance else kl_BL)
+    n = loss_items(mask_BL, cfg) if n_items is None else n_items
+    if cfg.ratio == "trajectory":
+        # Equation 1 as printed: one clipped term per rollout, and the KL of a trajectory is the sum over its tokens.
+        policy_B, penalty_B = (jnp.sum(jnp.where(m, x, 0.0), -1) for m, x in ((live, policy), (mask_BL, penalty_BL)))
+    else:
+        weights = {"mean": 1 / jnp.maximum(tokens_B1[:, 0], 1), "sum": 1.0, "scale": 1 / (cfg.max_length or 1)}
+        weight_B = weights[REDUCTIONS[cfg.reduction][0]]
+        policy_B, penalty_B = (weight_B * jnp.sum(jnp.where(mask_BL, x, 0.0), -1) for x in (policy, penalty_BL))
+    policy_loss = jnp.sum(policy_B) / n
+    metrics["grpo/policy_loss"] = policy_loss
+    return policy_loss + jnp.sum(penalty_B) / n, jax.lax.stop_gradient(metrics)
+
+
+def join_metrics(stacked: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Metrics of micro-batches, stacked on the first axis, as those of the window: `*_max` by maximum, `*loss` by sum, else mean.
+
+    The mean is exact when the micro-batches hold equally many tokens, as rollouts of one image size do.
+    """
+
+    def rule(name):
+        return jnp.max if name.endswith("_max") else jnp.sum if name.endswith("loss") else jnp.mean
+
+    return {name: rule(name)(values, axis=0) for name, values in stacked.items()}
+
+
+def _ratio(log_ratio_BL, mask_BL, tokens_B1, cfg):
+    """rho and where it counts: [B, L] per token, [B, 1] per rollout. Masked log-ratios are 0 already."""
+    if cfg.ratio == "token":
+        log_ratio, live = log_ratio_BL, mask_BL
+    else:
+        log_ratio, live = jnp.sum(log_ratio_BL, -1, keepdims=True), tokens_B1 > 0
+        if cfg.ratio == "sequence":
+            log_ratio = log_ratio / jnp.maximum(tokens_B1, 1)
+    return jnp.exp(jnp.clip(log_ratio, -cfg.log_ratio_cap, cfg.log_ratio_cap)), live
+
+
+def _policy_loss(ratio, logp_BL, adv_B1, cfg):
+    """The policy part per token (or per rollout), and where the clip cuts the gradient."""
+    if cfg.reduction == "cispo":
+        # The ratio is a detached weight: a clipped token keeps its gradient through log pi.
+        weight = jax.lax.stop_gradient(jnp.minimum(ratio, cfg.ratio_cap))
+        return -weight * adv_B1 * logp_BL, (ratio > cfg.ratio_cap) & (adv_B1 != 0)
+    low, high = 1 - cfg.clip_low, 1 + cfg.clip_high
+    bounded = ratio if cfg.delta is None else jnp.minimum(ratio, cfg.delta)
+    loss = -jnp.minimum(bounded * adv_B1, jnp.clip(ratio, low, high) * adv_B1)
+    cut = ((adv_B1 > 0) & (ratio > high)) | ((adv_B1 < 0) & (ratio < low))
+    return loss, cut if cfg.delta is None else cut | ((adv_B1 < 0) & (ratio > cfg.delta))
+
+
+def _masked_mean(x, mask):
+    return jnp.sum(jnp.where(mask, x, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
