@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from tests.training.rl_examples import EXAMPLES
-from xomni_jax.training.advantages import AdvantageConfig, group_advantages, normalize_then_sum
+from xomni_jax.training import advantages
+from xomni_jax.training.advantages import AdvantageConfig, normalize_then_sum
+
+_jitted = jax.jit(advantages.group_advantages, static_argnums=2, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def group_advantages(reward_PR, ok_PR, cfg=AdvantageConfig()):
+    """Jitted, as in a trainer; back as numpy."""
+    return jax.tree.map(np.asarray, _jitted(reward_PR, ok_PR, cfg))
 
 
 def config(inputs: dict, **more) -> AdvantageConfig:
@@ -48,8 +56,9 @@ def test_worked_numbers_of_normalize_then_sum():
     a, b = np.array(e["inputs"]["rewards"]).T.reshape(2, 2, 4)
     ok = np.ones((2, 4), bool)
     with jax.enable_x64(True):
-        adv_PR, metrics = normalize_then_sum({"a": a, "b": b}, {"a": ok, "b": ok}, {"a": 1.0, "b": 1.0}, config(e["inputs"]))
-    adv_PR = np.asarray(adv_PR)
+        adv_PR, metrics = jax.tree.map(
+            np.asarray, normalize_then_sum({"a": a, "b": b}, {"a": ok, "b": ok}, {"a": 1.0, "b": 1.0}, config(e["inputs"]))
+        )
     np.testing.assert_allclose(adv_PR.ravel(), e["expected"]["advantages"], rtol=e["tol"])
     assert metrics["grpo/flat_group_frac"] == 0 and metrics["grpo/unscored_frac"] == 0
 
@@ -82,7 +91,6 @@ def test_sum_is_zero_and_deviation_is_one(rng):
     with jax.enable_x64(True):
         adv_PR, _ = group_advantages(reward_PR, np.ones((4, 7), bool))
         doubled_PR, _ = group_advantages(2 * reward_PR, np.ones((4, 7), bool))
-    adv_PR = np.asarray(adv_PR)
     np.testing.assert_allclose(adv_PR.sum(-1), 0, atol=1e-12)
     np.testing.assert_allclose(adv_PR.std(-1, ddof=1), 1 / (1 + 1e-4 / reward_PR.std(-1, ddof=1)), rtol=1e-12)
     np.testing.assert_allclose(doubled_PR, adv_PR, rtol=1e-3)
@@ -95,10 +103,10 @@ def test_unknown_rewards_take_no_part(rng, scale, baseline):
     reward_PR = rng.normal(size=(2, 6)).astype(np.float32)
     ok_PR = np.array([[1, 0, 1, 1, 0, 1]] * 2, bool)
     cfg = AdvantageConfig(scale=scale, baseline=baseline)
-    adv_PR, metrics = jax.jit(group_advantages, static_argnums=2)(np.where(ok_PR, reward_PR, np.nan), ok_PR, cfg)
+    adv_PR, metrics = group_advantages(np.where(ok_PR, reward_PR, np.nan), ok_PR, cfg)
     small_PR, _ = group_advantages(reward_PR[:, ok_PR[0]], np.ones((2, 4), bool), cfg)
-    np.testing.assert_allclose(np.asarray(adv_PR)[:, ok_PR[0]], small_PR, atol=1e-6)
-    assert (np.asarray(adv_PR)[:, ~ok_PR[0]] == 0).all()
+    np.testing.assert_allclose(adv_PR[:, ok_PR[0]], small_PR, atol=1e-6)
+    assert (adv_PR[:, ~ok_PR[0]] == 0).all()
     assert metrics["grpo/unscored_frac"] == pytest.approx(1 / 3)
 
 
@@ -113,7 +121,7 @@ def test_groups_without_signal_are_exactly_zero_and_counted():
     ok_PR = np.array([[1, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 1]], bool)
     for scale in ("group", "batch", "none"):
         adv_PR, metrics = group_advantages(reward_PR, ok_PR, AdvantageConfig(scale=scale))
-        assert (np.asarray(adv_PR)[:3] == 0).all() and (np.asarray(adv_PR)[3] != 0).all()
+        assert (adv_PR[:3] == 0).all() and (adv_PR[3] != 0).all()
         assert metrics["grpo/flat_group_frac"] == 0.75
 
 
