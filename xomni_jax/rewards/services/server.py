@@ -174,6 +174,7 @@ def create_app(config: ServiceConfig) -> Any:
 def serve(config: ServiceConfig, host: str = "127.0.0.1", port: int = 8001) -> None:
     """Run a service until SIGTERM or Ctrl-C. ServiceError when the port is taken or the scorer cannot start."""
     uvicorn = need("uvicorn", config.scorer)
+    os.environ.update(worker.ONE_THREAD)  # before the workers are born: numpy and OpenMP read it when they are loaded
     listener = _listen(config.scorer, host, port)
     # uvicorn raises the signal again once it has shut down in good order; that must not look like a crash.
     for name in (signal.SIGTERM, signal.SIGINT):
@@ -182,10 +183,12 @@ def serve(config: ServiceConfig, host: str = "127.0.0.1", port: int = 8001) -> N
     app.router.lifespan_context = _announce(app.router.lifespan_context, config, listener, failures)
     # In flight when the end comes: a few seconds to finish, then the client hears a broken connection and retries elsewhere.
     settings = uvicorn.Config(app, log_level="critical", access_log=False, lifespan="on", timeout_graceful_shutdown=5)
-    with listener:
-        uvicorn.Server(settings).run(sockets=[listener])
-    if failures:
-        raise failures[0]
+    try:
+        with listener:
+            uvicorn.Server(settings).run(sockets=[listener])
+    finally:  # uvicorn leaves with its own exit code when start-up fails
+        if failures:
+            raise failures[0]
 
 
 def _announce(inner: Any, config: ServiceConfig, listener: socket.socket, failures: list[Exception]) -> Any:
