@@ -31,11 +31,11 @@ def prepare(parent: int) -> None:
     threading.Thread(target=_follow, args=(parent,), daemon=True).start()
 
 
-def start(name: str, options: dict[str, Any]) -> tuple[str, str]:
-    """Build the scorer in this process. (name, version). ServiceError when it cannot start."""
+def start(name: str, options: dict[str, Any]) -> str:
+    """Build the scorer in this process. Its version. ServiceError when it cannot start."""
     global _scorer
     _scorer = build(name, options)
-    return _scorer.name, _scorer.version
+    return _scorer.version
 
 
 def score(images: list[bytes], items: list[dict[str, Any]], limits: Limits) -> list[Scored]:
