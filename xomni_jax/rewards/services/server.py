@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import math
 import multiprocessing
 import os
@@ -11,6 +10,7 @@ import signal
 import socket
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
@@ -49,14 +49,12 @@ class Workers:
     def __init__(self, config: ServiceConfig):
         self.config = config
         self.version = ""
-        self._pools: list[concurrent.futures.ProcessPoolExecutor] = []
+        self._pools: list[ProcessPoolExecutor | None] = [None] * config.workers  # None: to be started before its next slice
         self._idle: asyncio.Queue[int] = asyncio.Queue()
 
     async def start(self) -> None:
         """Start every process and build its scorer. ServiceError when the scorer cannot start."""
-        self._pools = [self._new_pool() for _ in range(self.config.workers)]
-        described = await asyncio.gather(*(self._prepare(n) for n in range(self.config.workers)))
-        self.version = described[0][1]
+        await asyncio.gather(*(self._pool(n) for n in range(self.config.workers)))
         for n in range(self.config.workers):
             self._idle.put_nowait(n)
 
@@ -68,7 +66,7 @@ class Workers:
 
     def close(self) -> None:
         """End the processes; what they are doing is abandoned."""
-        for pool in self._pools:
+        for pool in filter(None, self._pools):
             for process in list((pool._processes or {}).values()):
                 process.terminate()
             pool.shutdown(wait=True, cancel_futures=True)
@@ -76,24 +74,27 @@ class Workers:
     async def _score_slice(self, images: list[bytes], items: list[dict[str, Any]]) -> list[worker.Scored]:
         n = await self._idle.get()
         try:
-            call = self._pools[n].submit(worker.score, images, items, self.config.limits)
-            return await asyncio.wrap_future(call)
+            pool = await self._pool(n)
+            return await asyncio.wrap_future(pool.submit(worker.score, images, items, self.config.limits))
         except BrokenProcessPool:
-            # The picture that killed the worker must not come back by a retry: its slice is answered, the worker replaced.
-            self._pools[n].shutdown(wait=False)
-            self._pools[n] = self._new_pool()
-            await self._prepare(n)
+            # Answered, not retried: the picture that killed this worker would kill the next one.
+            self._pools[n] = None
             return [worker.Scored(None, "the worker process died while scoring this slice", {}) for _ in images]
         finally:
             self._idle.put_nowait(n)
 
-    def _new_pool(self) -> concurrent.futures.ProcessPoolExecutor:
-        return concurrent.futures.ProcessPoolExecutor(
-            1, multiprocessing.get_context("spawn"), initializer=worker.prepare, initargs=(os.getpid(),)
-        )
-
-    async def _prepare(self, n: int) -> tuple[str, str]:
-        return await asyncio.wrap_future(self._pools[n].submit(worker.start, self.config.scorer, self.config.options))
+    async def _pool(self, n: int) -> ProcessPoolExecutor:
+        """Worker n, started first when it has not been or has died."""
+        pool = self._pools[n]
+        if pool is None:
+            pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=worker.prepare, initargs=(os.getpid(),))
+            try:
+                self.version = await asyncio.wrap_future(pool.submit(worker.start, self.config.scorer, self.config.options))
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+            self._pools[n] = pool
+        return pool
 
 
 @dataclass
@@ -174,6 +175,7 @@ def create_app(config: ServiceConfig) -> Any:
 def serve(config: ServiceConfig, host: str = "127.0.0.1", port: int = 8001) -> None:
     """Run a service until SIGTERM or Ctrl-C. ServiceError when the port is taken or the scorer cannot start."""
     uvicorn = need("uvicorn", config.scorer)
+    os.environ.update(worker.ONE_THREAD)  # before the workers are born: numpy and OpenMP read it when they are loaded
     listener = _listen(config.scorer, host, port)
     # uvicorn raises the signal again once it has shut down in good order; that must not look like a crash.
     for name in (signal.SIGTERM, signal.SIGINT):
@@ -182,10 +184,12 @@ def serve(config: ServiceConfig, host: str = "127.0.0.1", port: int = 8001) -> N
     app.router.lifespan_context = _announce(app.router.lifespan_context, config, listener, failures)
     # In flight when the end comes: a few seconds to finish, then the client hears a broken connection and retries elsewhere.
     settings = uvicorn.Config(app, log_level="critical", access_log=False, lifespan="on", timeout_graceful_shutdown=5)
-    with listener:
-        uvicorn.Server(settings).run(sockets=[listener])
-    if failures:
-        raise failures[0]
+    try:
+        with listener:
+            uvicorn.Server(settings).run(sockets=[listener])
+    finally:  # uvicorn leaves with its own exit code when start-up fails
+        if failures:
+            raise failures[0]
 
 
 def _announce(inner: Any, config: ServiceConfig, listener: socket.socket, failures: list[Exception]) -> Any:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from xomni_jax.rewards.protocol import Limits, ProtocolError, decode_image
 from xomni_jax.rewards.services.base import Scorer, build
 
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_THREAD_LIMIT": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 _scorer: Scorer | None = None
 
 
@@ -24,18 +25,17 @@ class Scored(NamedTuple):
 
 
 def prepare(parent: int) -> None:
-    """First thing in the process: leave Ctrl-C to the parent, use one thread, and end when the parent is gone (even by kill -9)."""
+    """First thing in the process: leave Ctrl-C to the parent, and end when the parent is gone (even by kill -9)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    os.environ.update(OMP_NUM_THREADS="1", OMP_THREAD_LIMIT="1", OPENBLAS_NUM_THREADS="1")
     threading.Thread(target=_follow, args=(parent,), daemon=True).start()
 
 
-def start(name: str, options: dict[str, Any]) -> tuple[str, str]:
-    """Build the scorer in this process. (name, version). ServiceError when it cannot start."""
+def start(name: str, options: dict[str, Any]) -> str:
+    """Build the scorer in this process. Its version. ServiceError when it cannot start."""
     global _scorer
     _scorer = build(name, options)
-    return _scorer.name, _scorer.version
+    return _scorer.version
 
 
 def score(images: list[bytes], items: list[dict[str, Any]], limits: Limits) -> list[Scored]:

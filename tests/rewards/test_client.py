@@ -1,0 +1,176 @@
+"""The client against services that fail in every way: waits are bounded, nothing is guessed, good neighbours are kept."""
+
+import socket
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from tests.rewards.fake_service import fake_service
+from tests.rewards.pictures import ocr_item, sign
+from xomni_jax.rewards.client import RewardClient, RewardServiceError
+
+FAST = {"backoff": 0.01, "timeout": 0.5, "max_wait": 5.0}
+
+
+def images(n):
+    """n 'encoded pictures' whose score the fake service derives from the byte."""
+    return [bytes([k]) for k in range(n)]
+
+
+def items(n):
+    return [ocr_item("HI")] * n
+
+
+def closed_port_url():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{s.getsockname()[1]}"
+
+
+def test_order_is_kept_over_chunks_and_replicas():
+    with fake_service("slow", "ok") as a, fake_service("ok", "slow", "ok") as b, RewardClient("ocr", [a.url, b.url], chunk=3, **FAST) as c:
+        assert [s.value for s in c.score(images(20), items(20))] == [k / 100 for k in range(20)]
+        assert a.calls and b.calls and sum(a.calls) + sum(b.calls) == 20
+        assert c.score([], []) == []
+
+
+@pytest.mark.parametrize("step", ["500", "garbage", "wrong count", "other id", "drop"])
+def test_bad_answers_are_retried(step):
+    with fake_service(step, step, "ok") as s, RewardClient("ocr", s.url, **FAST) as c:
+        assert [x.value for x in c.score(images(3), items(3))] == [0, 0.01, 0.02]
+        assert len(s.calls) == 3 and c.stats.retries == 2 and c.stats.failed == 0
+
+
+@pytest.mark.parametrize("step", ["500", "garbage", "wrong count", "other id", "drop"])
+def test_lasting_failure_is_masked_never_zero(step):
+    with fake_service(step) as s, RewardClient("ocr", s.url, attempts=3, **FAST) as c:
+        scores = c.score(images(3), items(3))
+        assert all(x.value is None and x.failed and x.applies for x in scores)
+        assert "after 3 failed tries" in scores[0].error and s.url in scores[0].error
+        assert len(s.calls) == 3 and c.stats.failed == 3 and c.stats.images == 3
+
+
+def test_busy_is_waited_for_without_counting_as_a_try():
+    with fake_service(*["429"] * 6, "ok") as s, RewardClient("ocr", s.url, attempts=2, **FAST) as c:
+        assert [x.value for x in c.score(images(2), items(2))] == [0, 0.01]
+        assert c.stats.busy == 6
+
+
+@pytest.mark.parametrize("step", ["429", "hang", "trickle", "500"])
+def test_total_wait_is_bounded(step):
+    with fake_service(step) as s, RewardClient("ocr", s.url, attempts=100, backoff=0.01, timeout=0.3, max_wait=1.0) as c:
+        began = time.monotonic()
+        assert all(x.failed for x in c.score(images(2), items(2)))
+        assert time.monotonic() - began < 2.5
+
+
+def test_time_out_then_success():
+    with fake_service("hang", "ok") as s, RewardClient("ocr", s.url, **FAST) as c:
+        assert [x.value for x in c.score(images(2), items(2))] == [0, 0.01]
+
+
+def test_nan_fails_its_image_alone():
+    with fake_service("nan") as s, RewardClient("ocr", s.url, **FAST) as c:
+        first, second = c.score(images(2), items(2))
+        assert first.value is None and "not finite" in first.error and second.value == 0.01
+
+
+def test_error_and_not_applicable_are_different():
+    with fake_service("error", "null") as s, RewardClient("ocr", s.url, **FAST) as c:
+        (failed, fine), (absent,) = c.score(images(2), items(2)), c.score(images(1), items(1))
+        assert failed.error == "the picture is empty" and failed.applies and fine.value == 0.01
+        assert absent.value is None and not absent.failed and not absent.applies
+        assert c.stats.failed == 1
+
+
+def test_refused_chunk_is_halved_until_the_culprit_is_alone():
+    with fake_service("400 if bad") as s, RewardClient("ocr", s.url, **FAST) as c:
+        scores = c.score([*images(5), b"bad", *images(2)], items(8))
+        assert [x.failed for x in scores] == [k == 5 for k in range(8)]
+        assert "refused (400)" in scores[5].error and [x.value for x in scores[6:]] == [0, 0.01]
+
+
+def test_dead_replica_is_replaced_by_a_live_one():
+    with fake_service("ok") as s, RewardClient("ocr", [closed_port_url(), s.url], chunk=2, **FAST) as c:
+        assert [x.value for x in c.score(images(12), items(12))] == [k / 100 for k in range(12)]
+
+
+def test_other_scorer_is_not_believed():
+    with fake_service("ok", scorer="shapes") as s, RewardClient("ocr", s.url, attempts=2, **FAST) as c:
+        assert "'shapes' answered instead of 'ocr'" in c.score(images(1), items(1))[0].error
+        with pytest.raises(RewardServiceError, match="serves 'shapes', not 'ocr'"):
+            c.health()
+
+
+def test_health_names_url_and_command():
+    url = closed_port_url()
+    with RewardClient("ocr", url) as c, pytest.raises(RewardServiceError) as caught:
+        c.health()
+    assert url in str(caught.value) and f"xomni serve-reward ocr --port {url.rpartition(':')[2]}" in str(caught.value)
+
+
+def test_async_overlaps_with_the_caller():
+    with fake_service("slow") as s, RewardClient("ocr", s.url, **FAST) as c:
+        began = time.monotonic()
+        future = c.score_async(images(2), items(2))
+        assert time.monotonic() - began < 0.2 and not future.done()
+        assert [x.value for x in c.wait(future)] == [0, 0.01]
+
+
+def test_poll_runs_while_waiting_and_may_abandon():
+    class Preempted(Exception):
+        pass
+
+    calls = []
+
+    def poll():
+        calls.append(1)
+        if len(calls) == 3:
+            raise Preempted
+
+    with fake_service("hang") as s, RewardClient("ocr", s.url, poll=poll, poll_every=0.05, timeout=10) as c:
+        began = time.monotonic()
+        with pytest.raises(Preempted):
+            c.score(images(2), items(2))
+        assert time.monotonic() - began < 2
+
+
+def test_close_abandons_waiting():
+    with fake_service("429") as s:
+        c = RewardClient("ocr", s.url, max_wait=60)
+        future = c.score_async(images(2), items(2))
+        threading.Timer(0.2, c.close).start()
+        assert all(x.failed for x in c.wait(future))
+        with pytest.raises(ValueError, match="is closed"):
+            c.score(images(1), items(1))
+
+
+def test_close_completes_queued_work():
+    """Chunks that never started are failed as well: nobody waits for ever."""
+    with fake_service("hang") as s:
+        c = RewardClient("ocr", s.url, chunk=1, timeout=0.5)
+        futures = [c.score_async(images(4), items(4)) for _ in range(3)]
+        c.close()
+        assert all(x.failed for f in futures for x in f.result(timeout=5))
+
+
+def test_pictures_that_cannot_be_sent_fail_alone():
+    with fake_service("ok") as s, RewardClient("ocr", s.url, chunk=4, **FAST) as c:
+        good, bad = c.score([sign("HI"), np.zeros((3, 3))], items(2))
+        assert good.value is not None and "uint8 array" in bad.error
+
+
+@pytest.mark.parametrize(
+    "urls, options, words",
+    [([], {}, "has no URL"), (["127.0.0.1:8001"], {}, "must begin with http"), (["http://a"], {"chunk": 0}, "must be at least 1")],
+)
+def test_bad_settings(urls, options, words):
+    with pytest.raises(RewardServiceError, match=words):
+        RewardClient("ocr", urls, **options)
+
+
+def test_counts_must_agree():
+    with RewardClient("ocr", "http://127.0.0.1:1") as c, pytest.raises(ValueError, match="2 images and 1 items"):
+        c.score(images(2), items(1))

@@ -1,0 +1,93 @@
+"""OCR formulas against worked examples: FlowGRPO's scorer, a plain edit distance, and LongText-Bench's scorer."""
+
+import numpy as np
+import pytest
+
+from xomni_jax.rewards import text_metrics as tm
+
+# target, recognised, substring-or-edit, 1 - normalised edit distance, matched words, wanted words
+EXAMPLES = {
+    "ocr-01": ("Hello World", "HELLO WORLD", 1.0, 1.0, 2, 2),
+    "ocr-02": ("Hello", "Helo", 0.8, 0.8, 0, 1),
+    "ocr-03": ("Hello", "xxHelloyy", 1.0, 0.5555555555555556, 0, 1),
+    "ocr-04": ("Hello", "", 0.0, 0.0, 0, 1),
+    "ocr-05": ("Hello", "Hello Hello", 1.0, 0.5, 1, 1),
+    "ocr-06": ("OPEN 24 HOURS", "OPEN 2A HOUR5", 0.8181818181818181, 0.8181818181818181, 1, 3),
+    "ocr-07": ("Hi", "A long unrelated caption", 0.0, 0.04761904761904767, 0, 1),
+    "ocr-08": ("Hello", "olleH", 0.2, 0.2, 0, 1),
+    "ocr-09": ("Summer Sale", "SALE SUMMER", 0.2, 0.2, 2, 2),
+    "ocr-10": ("New York", "new  york!", 1.0, 0.875, 2, 2),
+}
+CHINESE = {"ocr-11": ("你好世界", "你世好吗", 3, 4), "ocr-12": ("开业大吉", "开业大吉!", 4, 4), "ocr-13": ("花艺坊开业", "花艺开业", 4, 5)}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_worked_examples(name):
+    target, text, substring, edit, matched, wanted = EXAMPLES[name]
+    assert tm.substring_or_edit(target, text) == pytest.approx(substring, abs=1e-9)
+    assert tm.edit_similarity(target, text) == pytest.approx(edit, abs=1e-9)
+    assert tm.recall(target, text) == (matched, wanted)
+
+
+@pytest.mark.parametrize("name", CHINESE)
+def test_worked_chinese_examples(name):
+    target, text, matched, wanted = CHINESE[name]
+    assert tm.recall(target, text) == (matched, wanted)
+
+
+def test_recall_with_length_penalty_by_hand():
+    """4 wanted words, 3 matched, 6 read: 3/4 * 4/6. Order is free, repeating does not pay."""
+    assert tm.recall_with_length_penalty("one two three four", "four one two x y z") == pytest.approx(0.5)
+    assert tm.recall_with_length_penalty("one two", "two one") == 1
+    assert tm.recall_with_length_penalty("one two", "one two one two") == 0.5
+
+
+def test_automatic_changes_formula_with_length():
+    short, long = "x" * 20, "the quick brown fox jumps"
+    assert tm.text_score(short, short[:-1]) == tm.edit_similarity(short, short[:-1])
+    assert tm.text_score(long, "jumps fox brown quick the") == 1
+    assert tm.edit_similarity(long, "jumps fox brown quick the") < 0.6
+
+
+def test_several_targets():
+    """Both words beat one word, junk costs, order is free, a single list entry is the plain formula."""
+    both = tm.text_score(["HELLO", "WORLD"], "world HELLO")
+    one = tm.text_score(["HELLO", "WORLD"], "HELLO")
+    junk = tm.text_score(["HELLO", "WORLD"], "HELLO WORLD HELLO WORLD")
+    assert both == 1 and one == pytest.approx((1 + 0.2) / 2) and junk == 0.5
+    assert tm.text_score(["HELLO", "WORLD"], "HELLO WORLB") == pytest.approx(0.9)
+    assert tm.text_score(["HELLO"], "xxHELLOyy") == tm.edit_similarity("HELLO", "xxHELLOyy")
+    assert tm.text_score(["HELLO", "WORLD"], "HELLO WORLD", "edit") == 0.5
+
+
+def test_window_distance_against_all_substrings():
+    rng = np.random.default_rng(3)
+    for _ in range(100):
+        target, text = ("".join(rng.choice(list("abc"), n)) for n in rng.integers(1, 8, 2))
+        pieces = {text[i:j] for i in range(len(text) + 1) for j in range(i, len(text) + 1)}
+        assert tm.window_distance(target, text) == min(tm.Levenshtein.distance(target, p) for p in pieces)
+
+
+def test_every_formula_stays_in_the_unit_interval_and_is_one_on_a_match():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        target, text = ("".join(rng.choice(list("ab c"), n)) for n in rng.integers(1, 30, 2))
+        target = target.strip() or "a"
+        for formula in tm.FORMULAS:
+            assert 0 <= tm.text_score(target, text, formula) <= 1
+            assert tm.text_score(target, target.upper(), formula) == 1
+            assert tm.text_score(target, "", formula) == 0
+            assert 0 <= tm.text_score([target, "cc"], text, formula) <= 1
+
+
+def test_exact():
+    assert tm.is_exact("New York", "NEWYORK") and not tm.is_exact("New York", "New Yorkk")
+    assert tm.is_exact(["HELLO", "WORLD"], "world hello") and not tm.is_exact(["HELLO", "WORLD"], "hello hello")
+
+
+@pytest.mark.parametrize(
+    "targets, formula, words", [("  ", "auto", "is empty"), ([], "auto", "one or more strings"), ([3], "auto", "strings"), ("a", "best", "unknown")]
+)
+def test_errors(targets, formula, words):
+    with pytest.raises(ValueError, match=words):
+        tm.text_score(targets, "text", formula)

@@ -1,0 +1,152 @@
+"""The colour and shape reward: classical vision on flat pictures, exact and explainable. The stand-in for a detector (GenEval) at small size."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from xomni_jax.data.rendered import COLOURS, SHAPE_GROUNDS
+from xomni_jax.rewards.services.base import need
+from xomni_jax.rewards.services.crop import ground_colour, ink_mask
+
+PALETTE: dict[str, tuple[int, int, int]] = {**COLOURS, **SHAPE_GROUNDS}
+SHAPES = ("circle", "square", "triangle", "star")
+_NAMES = tuple(PALETTE)
+_TABLE = np.array([PALETTE[name] for name in _NAMES], np.float32)
+_INK = ("white", "black", "grey")  # letters, and what anti-aliasing makes of them
+_MIN_GROUND = 0.25  # a sign keeps at least this share of its pixels as ground
+_SCALE = 4  # contours of 12-pixel shapes are too coarse to tell a circle from a square
+_MIN_AREA = 20  # pixels; smaller components are specks
+
+
+class Found(NamedTuple):
+    """One object seen in a picture."""
+
+    shape: str
+    colour: str
+
+
+class ShapesScorer:
+    """Mean of the checks that the item's targets ask for; each check is in [0, 1] and 1 when right.
+
+    background  share of ground pixels whose nearest palette colour is the wanted one, see `ground_share`
+    count       1 - |found - wanted| / larger of the two
+    shape, colour, object   shared members of the found and wanted shapes, colours, (shape, colour) pairs / larger of the two counts
+
+    Detail: `background` (nearest name of the ground), `colour_exact`; with shapes also `found` and `exact` (all pairs and counts right).
+    """
+
+    name = "shapes"
+    version = "contours-1"
+
+    def __init__(self) -> None:
+        self._cv2 = need("cv2", self.name)
+        self._cv2.setNumThreads(1)
+
+    def score(self, image: np.ndarray, item: dict[str, Any]) -> tuple[float | None, dict[str, Any]]:
+        """See Scorer. ValueError when a target names a colour or shape that does not exist here."""
+        ground, shapes = item["targets"].get("background"), item["targets"].get("shapes")
+        if not ground and not shapes:
+            return None, {}
+        seen = str(nearest_names(ground_colour(image)))
+        checks: dict[str, float] = {}
+        detail: dict[str, Any] = {"background": seen}
+        if ground:
+            _known(ground, PALETTE, "colour")
+            checks["background"] = ground_share(image, ground)
+            detail["colour_exact"] = seen == ground
+        if shapes:
+            wanted = _wanted(shapes)
+            found = Counter(self.find(image))
+            checks |= compare(found, wanted)
+            detail |= {"found": [f"{f.colour} {f.shape}" for f in found.elements()], "exact": found == wanted}
+        return sum(checks.values()) / len(checks), detail | {"checks": checks}
+
+    def find(self, image: np.ndarray) -> list[Found]:
+        """Objects on the ground of a picture, uint8 [Y, X, 3]."""
+        cv2 = self._cv2
+        large = cv2.resize(image, None, fx=_SCALE, fy=_SCALE, interpolation=cv2.INTER_CUBIC)
+        ink = ink_mask(large).astype(np.uint8)
+        contours, _ = cv2.findContours(ink, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+        found = []
+        for contour in contours:
+            area = cv2.contourArea(contour)
+            if area < _MIN_AREA * _SCALE**2:
+                continue
+            inside = np.zeros_like(ink)
+            cv2.drawContours(inside, [contour], -1, 1, -1)
+            core = cv2.erode(inside, np.ones((_SCALE + 1, _SCALE + 1), np.uint8))  # away from the anti-aliased edge
+            pixels = large[(core if core.any() else inside).astype(bool)]
+            found.append(Found(self._shape(contour, area), str(nearest_names(np.median(pixels, axis=0)))))
+        return found
+
+    def _shape(self, contour: np.ndarray, area: float) -> str:
+        """By solidity (a star is hollow between its points) and by how much of the enclosing circle is filled."""
+        if area / max(self._cv2.contourArea(self._cv2.convexHull(contour)), 1.0) < 0.82:
+            return "star"
+        _, radius = self._cv2.minEnclosingCircle(contour)
+        fill = area / (np.pi * radius**2)
+        return "circle" if fill > 0.8 else "triangle" if fill < 0.52 else "square"
+
+
+def nearest_names(pixels: np.ndarray) -> np.ndarray:
+    """Name of the palette colour nearest to each pixel (Euclidean in RGB). [..., 3] of 0..255 -> [...] of str."""
+    distance = ((np.asarray(pixels, np.float32)[..., None, :] - _TABLE) ** 2).sum(-1)
+    return np.array(_NAMES)[distance.argmin(-1)]
+
+
+def ground_share(image: np.ndarray, wanted: str) -> float:
+    """Share of the ground whose nearest palette colour is `wanted`, in [0, 1]: dense, since every pixel counts.
+
+    Ground is everything that is neither ink nor beside ink (its edge is a mixture of two colours). Ink is what differs from the
+    border's median, but never pixels of the wanted colour; where ink leaves less than a quarter of the picture, that quarter is
+    the divisor, so hiding a wrong ground under ink does not pay.
+    """
+    names = nearest_names(image)
+    right = names == wanted
+    beside = _grow(np.isin(names, _INK) & ink_mask(image)) if wanted not in _INK else _grow(ink_mask(image) & ~right)
+    ground = ~beside
+    return float((right & ground).sum() / max(ground.sum(), _MIN_GROUND * ground.size))
+
+
+def compare(found: Counter[Found], wanted: Counter[Found]) -> dict[str, float]:
+    """The checks count, shape, colour and object of found against wanted objects."""
+    most = max(found.total(), wanted.total(), 1)
+
+    def shared(key: Any) -> float:
+        a, b = (Counter(key(f) for f in c.elements()) for c in (found, wanted))
+        return (a & b).total() / most
+
+    return {
+        "count": 1 - abs(found.total() - wanted.total()) / most,
+        "shape": shared(lambda f: f.shape),
+        "colour": shared(lambda f: f.colour),
+        "object": shared(lambda f: f),
+    }
+
+
+def _grow(mask: np.ndarray) -> np.ndarray:
+    """The mask and its eight neighbours."""
+    padded = np.pad(mask, 1)
+    rows = padded[:-2] | padded[1:-1] | padded[2:]
+    return rows[:, :-2] | rows[:, 1:-1] | rows[:, 2:]
+
+
+def _wanted(shapes: Any) -> Counter[Found]:
+    wanted: Counter[Found] = Counter()
+    if not isinstance(shapes, list) or not all(isinstance(s, dict) for s in shapes):
+        raise ValueError("targets['shapes'] must be a list of maps with shape, colour and count")
+    for s in shapes:
+        count = s.get("count", 1)
+        if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= 64:
+            raise ValueError(f"targets['shapes'] wants count {count!r}; give 1 to 64")
+        wanted[Found(_known(s.get("shape"), SHAPES, "shape"), _known(s.get("colour"), PALETTE, "colour"))] += count
+    return wanted
+
+
+def _known(name: Any, names: Any, kind: str) -> str:
+    if name not in tuple(names):
+        raise ValueError(f"{kind} {name!r} is not known here; choose one of {', '.join(names)}")
+    return name
