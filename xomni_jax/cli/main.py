@@ -43,6 +43,8 @@ def main(argv: list[str] | None = None) -> int:
     if argv is not None:
         sys.argv[1:] = argv
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # Compiled programs are kept between commands; an explicit setting of the user's wins.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(os.path.expanduser("~"), ".cache", "xomni_jax", "xla"))
     parser = build_parser()
     args, rest = parser.parse_known_args()
     if rest and args.command != "train":

@@ -67,11 +67,11 @@ class CLIPTextConfig:
 
 T5_PRESETS: dict[str, T5Config] = {
     "t5-v1.1-xxl": T5Config(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16),
-    "tiny": T5Config(vocab_size=256, d_model=64, n_layers=2, n_heads=4, head_dim=16, mlp_dim=128),
+    "tiny": T5Config(vocab_size=384, d_model=64, n_layers=2, n_heads=4, head_dim=16, mlp_dim=128),
 }
 CLIP_PRESETS: dict[str, CLIPTextConfig] = {
     "clip-l": CLIPTextConfig(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16),
-    "tiny": CLIPTextConfig(vocab_size=256, d_model=64, n_layers=2, n_heads=4, mlp_dim=256, max_length=32, eos_id=255),
+    "tiny": CLIPTextConfig(vocab_size=384, d_model=64, n_layers=2, n_heads=4, mlp_dim=256, max_length=32, eos_id=381),
 }
 
 
