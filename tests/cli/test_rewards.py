@@ -29,7 +29,11 @@ def test_prints_health_and_scores(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "line, words",
-    [(["ocr"], "is not NAME=URL"), (["ocr=http://127.0.0.1:1"], "xomni serve-reward ocr --port 1"), (["ocr=http://a", "--image", "absent.png"], "absent.png cannot be read")],
+    [
+        (["ocr"], "is not NAME=URL"),
+        (["ocr=http://127.0.0.1:1"], "xomni serve-reward ocr --port 1"),
+        (["ocr=http://a", "--image", "absent.png"], "absent.png cannot be read"),
+    ],
 )
 def test_errors_are_one_sentence(line, words):
     with pytest.raises(ValueError, match=words):

@@ -31,7 +31,9 @@ def command(*args: str) -> list[str]:
 @contextmanager
 def service(*args: str) -> Iterator[tuple[subprocess.Popen, str]]:
     """A service that has said it is ready: (process, url). Ended afterwards."""
-    process = subprocess.Popen(command(*args, "--port", "0"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
+    process = subprocess.Popen(
+        command(*args, "--port", "0"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
+    )
     try:
         line = process.stdout.readline()
         found = re.search(r"ready on (http://\S+);", line)

@@ -80,7 +80,9 @@ def test_missing_language_data_is_one_sentence(monkeypatch, tmp_path):
         OCRScorer(second="tesseract")
 
 
-@pytest.mark.parametrize("options, words", [({"mode": "fast"}, "mode 'fast'"), ({"formula": "bleu"}, "formula 'bleu'"), ({"second": "eyes"}, "'eyes'")])
+@pytest.mark.parametrize(
+    "options, words", [({"mode": "fast"}, "mode 'fast'"), ({"formula": "bleu"}, "formula 'bleu'"), ({"second": "eyes"}, "'eyes'")]
+)
 def test_bad_options(options, words):
     with pytest.raises(ServiceError, match=words):
         build("ocr", options)
@@ -91,7 +93,9 @@ def test_lines_are_cut_at_wide_gaps_only():
     lines = text_lines(sign("OPEN\nLATE", 40, 64))
     assert len(lines) == 2 and len(text_lines(sign("ijij", 32, 64))) == 1
     for line in lines:
-        rim = np.concatenate([line[:4].reshape(-1, 3), line[-4:].reshape(-1, 3), line[:, :4].reshape(-1, 3), line[:, -4:].reshape(-1, 3)])
+        rim = np.concatenate(
+            [line[:4].reshape(-1, 3), line[-4:].reshape(-1, 3), line[:, :4].reshape(-1, 3), line[:, -4:].reshape(-1, 3)]
+        )
         assert (rim == (205, 40, 40)).all()
         assert ink_mask(line)[4].any() and ink_mask(line)[-5].any() and ink_mask(line)[:, 4].any() and ink_mask(line)[:, -5].any()
     assert text_lines(np.full((16, 24, 3), 9, np.uint8)) == []

@@ -47,7 +47,7 @@ class Remote:
 
 
 def test_every_spoiler_lowers_the_score(folder):
-    """Direction right everywhere on pictures of held-out words; damage to pixels is told with near certainty, misplaced patches less so.
+    """Direction right everywhere on held-out words; damage to pixels is told with near certainty, misplaced patches less so.
 
     Through a real service, whose worker computes on one thread.
     """

@@ -30,10 +30,14 @@ def ocr():
 
 
 def test_real_service_reads_words(ocr):
-    """Words at 8 pixels a letter are read exactly; a wrong word, an empty sign, a missing target and a broken file are told apart."""
+    """Words at 8 pixels a letter are read exactly; a wrong word, no text, no target and a broken file are told apart."""
     with RewardClient("ocr", ocr[1], chunk=4) as client:
         assert client.health()[0]["workers"] == 2
-        pictures = [sign(w) for w in WORDS] + [sign("OPEN 24 HOURS", 32, 128), sign("OPEN\nLATE", 40, 64), sign("Bakery", 96, 160, px=32)]
+        pictures = [sign(w) for w in WORDS] + [
+            sign("OPEN 24 HOURS", 32, 128),
+            sign("OPEN\nLATE", 40, 64),
+            sign("Bakery", 96, 160, px=32),
+        ]
         items = [ocr_item(w) for w in WORDS] + [ocr_item("OPEN 24 HOURS"), ocr_item("OPEN", "LATE"), ocr_item("Bakery")]
         scores = client.score(pictures, items)
         assert [s.value for s in scores] == [1.0] * len(pictures), scores
@@ -47,7 +51,12 @@ def test_real_service_reads_words(ocr):
         assert empty.value == 0 and empty.detail == {"text": "", "exact": False, "no_text": True}
         assert not absent.applies and broken.value is None and "cannot be read" in broken.error
         health = client.health()[0]
-        assert health["failed"] == 1 and health["not_applicable"] == 1 and health["scored"] == len(pictures) + 2 and health["queue"] == 0
+        assert (
+            health["failed"] == 1
+            and health["not_applicable"] == 1
+            and health["scored"] == len(pictures) + 2
+            and health["queue"] == 0
+        )
 
 
 def test_json_says_the_same_as_msgpack(ocr):
@@ -142,6 +151,7 @@ def test_queue_is_bounded_and_health_answers_meanwhile(monkeypatch):
     async def talk():
         transport = httpx.ASGITransport(app)
         async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+
             def post(content=body):
                 return client.post("/score", content=content, headers={"Content-Type": MSGPACK})
 
@@ -205,7 +215,12 @@ def test_each_picture_fails_alone():
 
 
 @pytest.mark.parametrize(
-    "settings, words", [({"scorer": "taste"}, "unknown; choose one of ocr"), ({"workers": 0}, "at least 1"), ({"max_queue": 3}, "smaller than one request")]
+    "settings, words",
+    [
+        ({"scorer": "taste"}, "unknown; choose one of ocr"),
+        ({"workers": 0}, "at least 1"),
+        ({"max_queue": 3}, "smaller than one request"),
+    ],
 )
 def test_bad_settings(settings, words):
     with pytest.raises(ServiceError, match=words):
