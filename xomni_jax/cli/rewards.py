@@ -44,10 +44,8 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"{service!r} is not NAME=URL; write for example ocr=http://127.0.0.1:8001")
         with RewardClient(name, urls.split(",")) as client:
             for url, said in zip(urls.split(","), client.health()):
-                print(
                 state = ", ".join(f"{said.get(key)} {key}" for key in ("workers", "scored", "queue"))
                 print(f"{name} {said.get('version')} at {url}: {state}")
-                )
             for file, s in zip(args.image, client.score(images, [{"prompt": args.prompt, "targets": targets}] * len(images))):
                 failed += s.failed
                 outcome = f"{s.value:.3f}" if s.value is not None else f"not scored: {s.error}" if s.failed else "does not apply"
