@@ -13,7 +13,7 @@ import msgpack
 
 
 class FakeService(ThreadingHTTPServer):
-    """Steps: "ok", "null", "error", "500", "400 if bad", "429", "nan", "wrong count", "other id", "garbage", "drop", "hang", "trickle"."""
+    """Steps: ok, slow, null, error, 500, 400 if bad, 429, nan, wrong count, other id, garbage, drop, hang, trickle."""
 
     daemon_threads = True
 

@@ -30,7 +30,11 @@ def closed_port_url():
 
 
 def test_order_is_kept_over_chunks_and_replicas():
-    with fake_service("slow", "ok") as a, fake_service("ok", "slow", "ok") as b, RewardClient("ocr", [a.url, b.url], chunk=3, **FAST) as c:
+    with (
+        fake_service("slow", "ok") as a,
+        fake_service("ok", "slow", "ok") as b,
+        RewardClient("ocr", [a.url, b.url], chunk=3, **FAST) as c,
+    ):
         assert [s.value for s in c.score(images(20), items(20))] == [k / 100 for k in range(20)]
         assert a.calls and b.calls and sum(a.calls) + sum(b.calls) == 20
         assert c.score([], []) == []
@@ -164,7 +168,11 @@ def test_pictures_that_cannot_be_sent_fail_alone():
 
 @pytest.mark.parametrize(
     "urls, options, words",
-    [([], {}, "has no URL"), (["127.0.0.1:8001"], {}, "must begin with http"), (["http://a"], {"chunk": 0}, "must be at least 1")],
+    [
+        ([], {}, "has no URL"),
+        (["127.0.0.1:8001"], {}, "must begin with http"),
+        (["http://a"], {"chunk": 0}, "must be at least 1"),
+    ],
 )
 def test_bad_settings(urls, options, words):
     with pytest.raises(RewardServiceError, match=words):

@@ -12,7 +12,10 @@ NAN = float("nan")
 def columns(table, group):
     """Rows of rewards, one per rollout -> named columns without failures."""
     table = np.array(table, float)
-    return {str(k): Column(table[:, k].reshape(-1, group), np.zeros((len(table) // group, group), bool)) for k in range(table.shape[1])}
+    return {
+        str(k): Column(table[:, k].reshape(-1, group), np.zeros((len(table) // group, group), bool))
+        for k in range(table.shape[1])
+    }
 
 
 def weights(values):
@@ -30,7 +33,10 @@ def test_adv_06_three_rewards_one_missing():
 def test_adv_07_normalize_then_sum():
     table = [[0.28, 0.6], [0.31, 0.8], [0.25, 0.4], [0.3, 0.6], [0.2, 1.0], [0.2, 0.0], [0.2, 1.0], [0.2, 0.0]]
     out = combine(columns(table, 4), weights([1.0, 1.0]), "normalize_then_sum")
-    want = [-0.1307877787286309, 1.5042235164234623, -1.7657990738807252, 0.3923633361858924] + [0.6015060228452921, -0.6015060228452915] * 2
+    want = [-0.1307877787286309, 1.5042235164234623, -1.7657990738807252, 0.3923633361858924] + [
+        0.6015060228452921,
+        -0.6015060228452915,
+    ] * 2
     np.testing.assert_allclose(out.advantage_PR.ravel(), want, atol=1e-6)
     np.testing.assert_allclose(out.total_PR.ravel(), np.sum(table, -1))
 
@@ -62,9 +68,21 @@ def test_failed_rollout_leaves_its_group(mode):
 
 
 def test_column_tells_absent_from_failed():
-    scores = [Score(0.5), Score(None, "timed out"), Score(0.25), Score(None), Score(None), Score(None), Score(0.5), Score(None), Score(1.0)]
+    scores = [
+        Score(0.5),
+        Score(None, "timed out"),
+        Score(0.25),
+        Score(None),
+        Score(None),
+        Score(None),
+        Score(0.5),
+        Score(None),
+        Score(1.0),
+    ]
     c = column(scores, 3)
-    np.testing.assert_array_equal(c.failed_PR, [[False, True, False], [False] * 3, [False, True, False]])  # absent inside a scored group: failed
+    np.testing.assert_array_equal(
+        c.failed_PR, [[False, True, False], [False] * 3, [False, True, False]]
+    )  # absent inside a scored group: failed
     np.testing.assert_array_equal(np.isnan(c.value_PR), [[False, True, False], [True] * 3, [False, True, False]])
 
 
@@ -86,7 +104,11 @@ def test_no_reward_at_all_is_not_ok():
 
 @pytest.mark.parametrize(
     "w, mode, words",
-    [({"a": 1.0}, "sum", "unknown"), ({}, "sum_then_normalize", "same names"), ({"a": 0.0}, "sum_then_normalize", "not all zero")],
+    [
+        ({"a": 1.0}, "sum", "unknown"),
+        ({}, "sum_then_normalize", "same names"),
+        ({"a": 0.0}, "sum_then_normalize", "not all zero"),
+    ],
 )
 def test_errors(w, mode, words):
     with pytest.raises(ValueError, match=words):

@@ -54,7 +54,9 @@ def test_malformed(changes, words):
     assert caught.value.status == 400
 
 
-@pytest.mark.parametrize("body, form", [(b"\xc1", p.MSGPACK), (b"[1]", p.JSON), (b"{", p.JSON), (b"\xff\xfe", p.JSON), (b"{}", "text/html")])
+@pytest.mark.parametrize(
+    "body, form", [(b"\xc1", p.MSGPACK), (b"[1]", p.JSON), (b"{", p.JSON), (b"\xff\xfe", p.JSON), (b"{}", "text/html")]
+)
 def test_garbage(body, form):
     with pytest.raises(p.ProtocolError):
         p.decode_request(body, form)

@@ -18,7 +18,11 @@ EXAMPLES = {
     "ocr-09": ("Summer Sale", "SALE SUMMER", 0.2, 0.2, 2, 2),
     "ocr-10": ("New York", "new  york!", 1.0, 0.875, 2, 2),
 }
-CHINESE = {"ocr-11": ("你好世界", "你世好吗", 3, 4), "ocr-12": ("开业大吉", "开业大吉!", 4, 4), "ocr-13": ("花艺坊开业", "花艺开业", 4, 5)}
+CHINESE = {
+    "ocr-11": ("你好世界", "你世好吗", 3, 4),
+    "ocr-12": ("开业大吉", "开业大吉!", 4, 4),
+    "ocr-13": ("花艺坊开业", "花艺开业", 4, 5),
+}
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -86,7 +90,8 @@ def test_exact():
 
 
 @pytest.mark.parametrize(
-    "targets, formula, words", [("  ", "auto", "is empty"), ([], "auto", "one or more strings"), ([3], "auto", "strings"), ("a", "best", "unknown")]
+    "targets, formula, words",
+    [("  ", "auto", "is empty"), ([], "auto", "one or more strings"), ([3], "auto", "strings"), ("a", "best", "unknown")],
 )
 def test_errors(targets, formula, words):
     with pytest.raises(ValueError, match=words):

@@ -1,4 +1,4 @@
-"""The trainer's side of a reward: batches, replicas, retries, bounded waits. What could not be scored is said so, never guessed."""
+"""The trainer's side of a reward: batches, replicas, retries, bounded waits. What has no score says so."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, TimeoutError as FutureTimeout
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -127,7 +127,9 @@ class RewardClient:
         """One Score per image (uint8 [Y, X, 3], a PIL picture, or encoded bytes). Never raises for a failing service."""
         return self.wait(self.score_async(images, items))
 
-    def score_async(self, images: Sequence[np.ndarray | Image.Image | bytes], items: Sequence[dict[str, Any]]) -> Future[list[Score]]:
+    def score_async(
+        self, images: Sequence[np.ndarray | Image.Image | bytes], items: Sequence[dict[str, Any]]
+    ) -> Future[list[Score]]:
         """The same in the background, to overlap with the next decode; `wait` collects it."""
         if len(images) != len(items):
             raise ValueError(f"reward {self.name!r} got {len(images)} images and {len(items)} items; give one item per image")
@@ -142,7 +144,7 @@ class RewardClient:
             chunk = [images[n] for n in rows], [items[n] for n in rows], start
             task = self._threads.submit(self._run_chunk, job, *chunk)
             # Closing cancels what has not begun; its future must complete all the same.
-            task.add_done_callback(lambda t, s=start, k=len(rows): job.finish(s, [_CLOSED] * k) if t.cancelled() else None)
+            task.add_done_callback(lambda t, s=start, r=rows: job.finish(s, [_CLOSED] * len(r)) if t.cancelled() else None)
         if not images:
             job.done.set_result([])
         return job.done
@@ -153,7 +155,7 @@ class RewardClient:
         while True:
             try:
                 return future.result(self._poll_every if poll else None)
-            except FutureTimeout:
+            except TimeoutError:
                 poll()
 
     def _run_chunk(self, job: _Job, images: list[Any], items: list[dict[str, Any]], start: int) -> None:
@@ -192,7 +194,9 @@ class RewardClient:
                     return [Score(None, str(refusal))]
                 half = len(images) // 2
                 return [
-                    s for part in (slice(0, half), slice(half, None)) for s in self._score_chunk(images[part], items[part], deadline)
+                    s
+                    for part in (slice(0, half), slice(half, None))
+                    for s in self._score_chunk(images[part], items[part], deadline)
                 ]
             except (httpx.HTTPError, httpx.InvalidURL, ProtocolError, OSError) as error:
                 reason, rest = f"{replica.url}: {error or type(error).__name__}", pause
@@ -210,7 +214,9 @@ class RewardClient:
         with self._lock:
             self.stats.requests += 1
         wait = httpx.Timeout(max(end - time.monotonic(), 0.001), connect=min(5.0, self.timeout))
-        with self._http.stream("POST", replica.url + "/score", content=body, headers={"Content-Type": MSGPACK}, timeout=wait) as answer:
+        with self._http.stream(
+            "POST", replica.url + "/score", content=body, headers={"Content-Type": MSGPACK}, timeout=wait
+        ) as answer:
             parts, size = [], 0
             for part in answer.iter_bytes():
                 size += len(part)

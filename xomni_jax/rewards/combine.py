@@ -1,10 +1,10 @@
-"""Several rewards become one per rollout: weights, absent rewards, failed rewards, two orders of normalising. Pure numpy, on the host.
+"""Several rewards become one per rollout: weights, absent and failed rewards, two orders of normalising. Numpy, on the host.
 
 P prompts, R rollouts per prompt. X-Omni (arXiv 2507.22058, section 3.3) takes a weighted sum and does not print its weights.
 
-Two kinds of missing are kept apart. *Absent*: the reward does not apply to the prompt (OCR without a text): NaN, adds nothing, which
-is harmless because it holds for the whole group. *Failed*: it applies but could not be had: the rollout is masked out of its group,
-since a sum that lacks a term cannot be compared with its neighbours.
+Two kinds of missing are kept apart. *Absent*: the reward does not apply to the prompt (OCR without a text): NaN, adds nothing,
+which is harmless because it holds for the whole group. *Failed*: it applies but could not be had: the rollout is masked out of
+its group, since a sum that lacks a term cannot be compared with its neighbours.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Column(NamedTuple):
 
 
 class Combined(NamedTuple):
-    """`total_PR`: weighted sum, NaN where not ok. `advantage_PR`: only of normalize_then_sum, else None (normalise total_PR in its group)."""
+    """`total_PR`: weighted sum, NaN where not ok. `advantage_PR`: of normalize_then_sum, else None."""
 
     total_PR: np.ndarray
     ok_PR: np.ndarray
@@ -41,7 +41,9 @@ def column(scores: Sequence[Score], prompts: int) -> Column:
     A reward absent for a part of a group only is a failure there: as zero in the sum it would punish that rollout for its scorer.
     """
     if not scores or len(scores) % prompts:
-        raise ValueError(f"{len(scores)} scores do not divide over {prompts} prompts; give every prompt the same number of rollouts")
+        raise ValueError(
+            f"{len(scores)} scores do not divide over {prompts} prompts; give every prompt the same number of rollouts"
+        )
     value_PR = np.array([np.nan if s.value is None else s.value for s in scores], np.float64).reshape(prompts, -1)
     failed_PR = np.array([s.failed for s in scores]).reshape(prompts, -1)
     applies_P1 = (np.isfinite(value_PR) | failed_PR).any(-1, keepdims=True)
@@ -58,14 +60,14 @@ def combine(
 ) -> Combined:
     """One number per rollout from named columns. ValueError for an unknown mode, a missing weight or unequal shapes.
 
-    sum_then_normalize   total = sum_k w_k r_k, to be normalised in its group afterwards (TRL's default, and GRPO's reading of the paper)
+    sum_then_normalize   total = sum_k w_k r_k, to be normalised in its group afterwards (TRL's default)
     normalize_then_sum   every reward normalised in its group first, then the weighted sum, then once more over the whole batch:
                          weights mean the same whatever a reward's scale
 
-    A rollout with a failed reward, or with none that applies, is not ok: NaN in total, 0 in advantage, in no mean or deviation.
+    A rollout with a failed reward, or with none that applies, is not ok: NaN in total, 0 in advantage, in no mean.
     A reward of weight 0 is only reported; its failures mask nothing.
-    Stats: reward/<name>/{mean, std (inside groups, averaged), fail_frac, applies_frac}, reward/total/{mean, std}, reward/masked_frac;
-    those without any value are left out.
+    Stats: reward/<name>/{mean, std (inside groups, averaged), fail_frac, applies_frac}, reward/total/{mean, std},
+    reward/masked_frac; those without any value are left out.
     """
     _check(rewards, weights, mode)
     counted = [k for k in rewards if weights[k]]
@@ -85,7 +87,11 @@ def combine(
         advantage_PR = standardise(sum_PR, ok_PR, None, ddof, eps)
     total_PR = np.where(ok_PR, total_PR, np.nan)
     stats = {f"reward/{k}/{name}": v for k, c in rewards.items() for name, v in _column_stats(c).items()}
-    stats |= {"reward/total/mean": _mean(total_PR), "reward/total/std": _group_std(total_PR), "reward/masked_frac": float(1 - ok_PR.mean())}
+    stats |= {
+        "reward/total/mean": _mean(total_PR),
+        "reward/total/std": _group_std(total_PR),
+        "reward/masked_frac": float(1 - ok_PR.mean()),
+    }
     return Combined(total_PR, ok_PR, advantage_PR, {k: v for k, v in stats.items() if np.isfinite(v)})
 
 
@@ -102,7 +108,9 @@ def _check(rewards: Mapping[str, Column], weights: Mapping[str, float], mode: st
     if mode not in MODES:
         raise ValueError(f"reward combination {mode!r} is unknown; choose {' or '.join(MODES)}")
     if not rewards or set(rewards) != set(weights):
-        raise ValueError(f"rewards {sorted(rewards)} and weights {sorted(weights)} must have the same names; give every reward a weight")
+        raise ValueError(
+            f"rewards {sorted(rewards)} and weights {sorted(weights)} must have the same names; give every reward a weight"
+        )
     if not any(weights.values()) or not all(np.isfinite(w) for w in weights.values()):
         raise ValueError(f"reward weights {dict(weights)} must be finite and not all zero")
     shapes = {k: (c.value_PR.shape, c.failed_PR.shape) for k, c in rewards.items()}

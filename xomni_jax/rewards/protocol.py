@@ -1,4 +1,4 @@
-"""The wire format between trainer and scorers: schema 1, as msgpack or as JSON with base64 images. Everything received is checked.
+"""The wire format between trainer and scorers: schema 1, as msgpack or as JSON with base64 images. What comes in is checked.
 
 Request:  {"schema": 1, "id": str, "images": [PNG or JPEG bytes], "items": [{"prompt": str, "targets": {...}}]}
 Response: {"schema": 1, "id": str, "scorer": str, "scores": [float | null], "errors": [str | null], "details": [{...}]}
@@ -127,7 +127,9 @@ def encode_image(image: np.ndarray | Image.Image) -> bytes:
     if not isinstance(image, Image.Image):
         image = np.asarray(image)
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or not image.size:
-            raise ValueError(f"an image to score must be a non-empty uint8 array [Y, X, 3], got {image.dtype} {list(image.shape)}")
+            raise ValueError(
+                f"an image to score must be a non-empty uint8 array [Y, X, 3], got {image.dtype} {list(image.shape)}"
+            )
         image = Image.fromarray(image)
     out = io.BytesIO()
     image.convert("RGB").save(out, "PNG", compress_level=1)
@@ -135,7 +137,7 @@ def encode_image(image: np.ndarray | Image.Image) -> bytes:
 
 
 def decode_image(data: bytes, limits: Limits = Limits()) -> np.ndarray:
-    """uint8 [Y, X, 3] of an encoded picture; size read from the header first. ProtocolError when unreadable, TooLarge when too big."""
+    """uint8 [Y, X, 3] of a picture file; the header is judged first. ProtocolError when unreadable, TooLarge when too big."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is ours and stricter

@@ -1,7 +1,7 @@
 """How well a recognised text matches the wanted one: pure functions of two strings, all in [0, 1].
 
-`target` is what the prompt asked for, `text` what a recogniser read. Sources: X-Omni (arXiv 2507.22058) uses an OCR reward but does
-not print its formula; the substring form is FlowGRPO's, the edit-distance form GOT-OCR2.0's, the recall LongText-Bench's.
+`target` is what the prompt asked for, `text` what a recogniser read. Sources: X-Omni (arXiv 2507.22058) uses an OCR reward but
+does not print its formula; the substring form is FlowGRPO's, the edit distance GOT-OCR2.0's, the recall LongText-Bench's.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def edit_similarity(target: str, text: str) -> float:
 
 
 def recall(target: str, text: str) -> tuple[int, int]:
-    """(matched, wanted) words, or characters when the target has Chinese ones, as multisets: order does not count (LongText-Bench)."""
+    """(matched, wanted) words, or characters of a Chinese target, as multisets: order does not count (LongText-Bench)."""
     wanted, found = _units(target, bool(_CJK.search(target))), _units(text, bool(_CJK.search(target)))
     return sum((Counter(wanted) & Counter(found)).values()), len(wanted)
 
@@ -72,10 +72,10 @@ FORMULAS: dict[str, Callable[[str, str], float]] = {
 
 
 def text_score(targets: str | Sequence[str], text: str, formula: str = "auto") -> float:
-    """Score of one recognised text against one or several targets (mean over them). ValueError for an unknown formula or empty target.
+    """One recognised text against one or several targets (mean over them). ValueError for an unknown formula or empty target.
 
-    With several targets and "auto", each is looked for inside the whole text and the mean is multiplied by min(1, |targets| / |text|).
-    Plain edit similarity would call the other targets junk: writing one of two words would then score more than writing both.
+    With several targets and "auto", each is looked for inside the whole text and the mean is multiplied by min(1, |targets| /
+    |text|). Plain edit similarity would call the other targets junk: writing one of two words would score more than both.
     """
     if formula not in FORMULAS:
         raise ValueError(f"OCR formula {formula!r} is unknown; choose one of {', '.join(FORMULAS)}")
@@ -88,7 +88,7 @@ def text_score(targets: str | Sequence[str], text: str, formula: str = "auto") -
 
 
 def window_distance(target: str, text: str) -> int:
-    """Smallest edit distance between the target and any stretch of the text (Sellers' dynamic programme); 0 when it is a substring."""
+    """Smallest edit distance between the target and any stretch of the text (Sellers' algorithm); 0 when it is a substring."""
     row = [0] * (len(text) + 1)  # a match may begin anywhere in the text for free ...
     for i, wanted in enumerate(target, 1):
         last, row[0] = row[0], i

@@ -19,9 +19,9 @@ def ink_mask(image: np.ndarray) -> np.ndarray:
 
 
 def text_lines(image: np.ndarray, pad: int = 4) -> list[np.ndarray]:
-    """The ink cut into lines, top to bottom, each with `pad` pixels of plain ground around it; [] when there is no ink.
+    """The ink cut into lines, top to bottom, each with `pad` pixels of ground around it; [] without ink.
 
-    Padding with the ground and not with more of the picture keeps neighbouring specks out. No upscaling: the recogniser does its own.
+    Padding with the ground and not with more of the picture keeps specks out. No upscaling: the recogniser does its own.
     """
     ink, ground = ink_mask(image), ground_colour(image).astype(np.uint8)
     crops = []

@@ -27,7 +27,7 @@ class PPOCRReader:
         if mode not in MODES:
             raise ServiceError(f"OCR mode {mode!r} is unknown; choose one of {', '.join(MODES)}")
         self.mode = mode
-        rapidocr, self._cv2 = need("rapidocr", "ocr"), need("cv2", "ocr")
+        rapidocr = need("rapidocr", "ocr")
         engine = {"intra_op_num_threads": 1, "inter_op_num_threads": 1}
         self._engine = rapidocr.RapidOCR(
             params={
@@ -55,10 +55,11 @@ class PPOCRReader:
 
 
 class OCRScorer:
-    """Score of the recognised text by `formula`; with a second reader the lower of the two scores counts, against recogniser-specific glyphs.
+    """Score of the recognised text by `formula`; with a second reader the lower score counts, against glyphs only one can read.
 
     Applies to items with a "text" target. A picture without text is read as "" and scored: that 0 is real, not a failure.
-    Detail: text (what PP-OCR read), exact (right but for case and spaces), no_text, and with a second reader second_text, second_score.
+    Detail: text (what PP-OCR read), exact (right but for case and spaces), no_text; with a second reader second_text and
+    second_score.
     """
 
     name = "ocr"

@@ -1,9 +1,9 @@
-"""An image-quality reward without a trained judge: how near a picture is to clean pictures of its kind, in the features of a frozen network.
+"""An image-quality reward without a trained judge: nearness to clean pictures of its kind, in the features of a frozen network.
 
-What it can tell: noise, blur, compression, shuffled patches, and whatever else moves a picture away from its references, each in the
-right direction (measured by `auc_table`). What it cannot tell: beauty, or whether the picture is the one that was asked for. A picture of
-another kind than the references scores low however good it is, so give references of the kind that is trained. BRISQUE and its like are
-not used: made for photographs, they call noise an improvement on drawn pictures.
+What it can tell: noise, blur, compression, and less surely shuffled patches, each in the right direction (`auc_table`; AUC on
+rendered pictures of held-out words: 1.00, 0.96 to 0.99, 0.98 and 0.70). What it cannot tell: beauty, or whether the picture is
+the one that was asked for. A picture of another kind than the references scores low however good it is, so give references of
+the kind that is trained. BRISQUE and its like are not used: made for photographs, they call noise an improvement on drawings.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SIDE = 64  # small pictures are enlarged to this height: the network saw 224 pi
 
 
 class QualityScorer:
-    """(1 + mean cosine to the 5 nearest references) / 2, in [0, 1], of features standardised over the references. Needs no target.
+    """(1 + mean cosine to the 5 nearest references) / 2, in [0, 1], of features standardised over them. Needs no target.
 
     references: a folder of PNG, JPEG or WebP pictures, or None for 400 rendered training pictures. Detail: cosine.
     """
@@ -113,9 +113,13 @@ def auc_table(scorer: Any, images: Sequence[np.ndarray], seed: int = 0) -> dict[
 
 
 def _read_folder(folder: Path) -> list[np.ndarray]:
-    files = sorted(p for p in folder.glob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")) if folder.is_dir() else []
+    files = (
+        sorted(p for p in folder.glob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")) if folder.is_dir() else []
+    )
     if len(files) < _NEIGHBOURS:
-        raise ServiceError(f"--references {folder} holds {len(files)} pictures; give a folder with at least {_NEIGHBOURS} PNG, JPEG or WebP files")
+        raise ServiceError(
+            f"--references {folder} holds {len(files)} pictures; give a folder of {_NEIGHBOURS} or more PNG, JPEG or WebP files"
+        )
     try:
         return [decode_image(p.read_bytes()) for p in files]
     except ProtocolError as error:

@@ -1,4 +1,4 @@
-"""The HTTP server around one scorer: POST /score, GET /health. Scoring happens in worker processes, so the event loop always answers."""
+"""The HTTP server around one scorer: POST /score, GET /health. Worker processes score, so the event loop always answers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from xomni_jax.rewards import protocol
-from xomni_jax.rewards.protocol import JSON, MSGPACK, SCHEMA, Limits, ProtocolError, Response
+from xomni_jax.rewards.protocol import SCHEMA, Limits, ProtocolError, Response
 from xomni_jax.rewards.services import worker
 from xomni_jax.rewards.services.base import SCORERS, ServiceError, need
 
@@ -40,7 +40,9 @@ class ServiceConfig:
         if self.workers < 1:
             raise ServiceError(f"--workers {self.workers} must be at least 1")
         if self.max_queue < self.limits.max_images:
-            raise ServiceError(f"the queue of {self.max_queue} images is smaller than one request ({self.limits.max_images}); raise it")
+            raise ServiceError(
+                f"the queue of {self.max_queue} images is smaller than one request ({self.limits.max_images}); raise it"
+            )
 
 
 class Workers:
@@ -87,7 +89,9 @@ class Workers:
         """Worker n, started first when it has not been or has died."""
         pool = self._pools[n]
         if pool is None:
-            pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=worker.prepare, initargs=(os.getpid(),))
+            pool = ProcessPoolExecutor(
+                1, multiprocessing.get_context("spawn"), initializer=worker.prepare, initargs=(os.getpid(),)
+            )
             try:
                 self.version = await asyncio.wrap_future(pool.submit(worker.start, self.config.scorer, self.config.options))
             except BaseException:
@@ -197,10 +201,13 @@ def _announce(inner: Any, config: ServiceConfig, listener: socket.socket, failur
 
     @asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[Any]:
-        host, port = listener.getsockname()[:2]
+        url = "http://{}:{}".format(*listener.getsockname()[:2])
         try:
             async with inner(app) as state:
-                print(f"reward service {config.scorer} ({config.workers} workers) ready on http://{host}:{port}; stop it with Ctrl-C", flush=True)
+                print(
+                    f"reward service {config.scorer} ({config.workers} workers) ready on {url}; stop it with Ctrl-C",
+                    flush=True,
+                )
                 yield state
         except ServiceError as error:
             failures.append(error)

@@ -1,4 +1,4 @@
-"""The colour and shape reward: classical vision on flat pictures, exact and explainable. The stand-in for a detector (GenEval) at small size."""
+"""The colour and shape reward: classical vision on flat pictures, exact and explainable; GenEval's detector at small size."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class ShapesScorer:
 
     background  share of ground pixels whose nearest palette colour is the wanted one, see `ground_share`
     count       1 - |found - wanted| / larger of the two
-    shape, colour, object   shared members of the found and wanted shapes, colours, (shape, colour) pairs / larger of the two counts
+    shape, colour, object   found and wanted shapes, colours, (shape, colour) pairs in common / larger of the two counts
 
-    Detail: `background` (nearest name of the ground), `colour_exact`; with shapes also `found` and `exact` (all pairs and counts right).
+    Detail: `background` (nearest name of the ground), `colour_exact`, `checks`; with shapes also `found` and `exact` (all right).
     """
 
     name = "shapes"

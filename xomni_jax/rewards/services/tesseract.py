@@ -1,4 +1,4 @@
-"""A second reader that shares nothing with PP-OCR: Tesseract through `tesserocr`. For evaluation, and as the stricter half of a minimum."""
+"""A second reader that shares nothing with PP-OCR: Tesseract through `tesserocr`. For evaluation, or the lower of two scores."""
 
 from __future__ import annotations
 

@@ -1,0 +1,40 @@
+"""`xomni rewards`: health and scores in one line each."""
+
+import argparse
+
+import pytest
+
+from tests.rewards.fake_service import fake_service
+from xomni_jax.cli import rewards
+
+
+def run(*line):
+    parser = argparse.ArgumentParser(prog="xomni")
+    rewards.add_parser(parser.add_subparsers())
+    args = parser.parse_args(["rewards", *line])
+    return args.run(args)
+
+
+def test_prints_health_and_scores(tmp_path, capsys):
+    good, empty = tmp_path / "good.png", tmp_path / "other.png"
+    good.write_bytes(b"2..")  # the fake service scores the first byte: 50 / 100
+    empty.write_bytes(b"2..")
+    with fake_service("ok", "error", "null") as s:
+        assert run(f"ocr={s.url}", "--image", str(good), "--text", "HI") == 0
+        assert run(f"ocr={s.url}", "--image", str(good), "--text", "HI") == 1
+        assert run(f"ocr={s.url}", "--image", str(empty)) == 0
+    out = capsys.readouterr().out
+    assert "good.png: 0.500" in out and "not scored: the picture is empty" in out and "does not apply" in out and s.url in out
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        (["ocr"], "is not NAME=URL"),
+        (["ocr=http://127.0.0.1:1"], "xomni serve-reward ocr --port 1"),
+        (["ocr=http://a", "--image", "absent.png"], "absent.png cannot be read"),
+    ],
+)
+def test_errors_are_one_sentence(line, words):
+    with pytest.raises(ValueError, match=words):
+        run(*line)

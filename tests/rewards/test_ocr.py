@@ -1,0 +1,110 @@
+"""The OCR scorer and its readers."""
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from tests.rewards.pictures import ocr_item, sign
+from xomni_jax.rewards.services import tesseract
+from xomni_jax.rewards.services.base import ServiceError, build
+from xomni_jax.rewards.services.crop import ground_colour, ink_mask, text_lines
+from xomni_jax.rewards.services.ocr import OCRScorer, PPOCRReader
+
+WORDS = ["GARDEN", "SILVER", "TEA", "BRIDGE", "MOON", "CLOUDS"]
+GROUNDS = [(205, 40, 40), (40, 150, 70), (45, 80, 205), (135, 60, 170)]
+
+
+@pytest.fixture(scope="module")
+def scorer():
+    return OCRScorer()
+
+
+def test_both_readers_read_small_words(scorer):
+    second = tesseract.TesseractReader()
+    pictures = [sign(w, ground=GROUNDS[n % 4]) for n, w in enumerate(WORDS)]
+    assert [scorer.reader.read(p).upper() for p in pictures] == WORDS
+    assert sum(second.read(p).upper() == w for p, w in zip(pictures, WORDS)) >= len(WORDS) - 1
+
+
+def test_modes(scorer):
+    """Detection reads a large picture whose words stand on different grounds; auto chooses it by height."""
+    image = Image.fromarray(sign("MORNING", 96, 192, (40, 150, 70), px=26))
+    ImageDraw.Draw(image).rectangle((0, 60, 192, 96), fill=(45, 80, 205))
+    image.paste(Image.fromarray(sign("LIGHT", 32, 120, (45, 80, 205), px=26)), (40, 62))
+    large = np.asarray(image)
+    assert PPOCRReader("detect").read(large).upper() == scorer.reader.read(large).upper() == "MORNING LIGHT"
+    assert PPOCRReader("crop").read(sign("OPEN", 96, 160, px=32)) == "OPEN"
+    assert PPOCRReader("detect").read(np.full((96, 96, 3), 30, np.uint8)) == ""
+
+
+def test_several_targets_and_formulas(scorer):
+    both = sign("OPEN\nLATE", 40, 64)
+    assert scorer.score(both, ocr_item("OPEN", "LATE"))[0] == 1
+    assert scorer.score(both, ocr_item("LATE", "SHUT"))[0] == pytest.approx((1 + 1 / 4) / 2)
+    assert scorer.score(both, {"prompt": "", "targets": {"text": "OPEN LATE"}})[0] == 1
+    assert OCRScorer(formula="substring").score(sign("XOPENX"), ocr_item("OPEN"))[0] == 1
+
+
+def test_does_not_apply_without_a_text_target(scorer):
+    assert scorer.score(sign("OPEN"), {"prompt": "", "targets": {}}) == (None, {})
+    assert scorer.score(sign("OPEN"), {"prompt": "", "targets": {"text": []}}) == (None, {})
+
+
+def test_no_text_is_a_real_zero(scorer):
+    score, detail = scorer.score(np.full((32, 64, 3), 77, np.uint8), ocr_item("OPEN"))
+    assert score == 0 and detail["no_text"] and not scorer.score(sign("OPEN"), ocr_item("CAFE"))[1]["no_text"]
+
+
+def test_lower_of_two_readers_counts():
+    """A picture only one reader can read pays no more than the other one gives."""
+    scorer = OCRScorer(second="tesseract")
+    score, detail = scorer.score(sign("SILVER"), ocr_item("SILVER"))
+    assert score == 1 and detail["second_text"].upper() == "SILVER"
+    scorer.second.read = lambda image: "SILXYZ"
+    score, detail = scorer.score(sign("SILVER"), ocr_item("SILVER"))
+    assert score == detail["second_score"] == 0.5 and detail["text"].upper() == "SILVER"
+    scorer.second.read, scorer.reader.read = (lambda image: "SILVER"), (lambda image: "")
+    assert scorer.score(sign("SILVER"), ocr_item("SILVER"))[0] == 0
+
+
+def test_second_reader_that_fails_is_an_error_not_a_zero():
+    scorer = OCRScorer(second="tesseract")
+    scorer.second.read = lambda image: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        scorer.score(sign("SILVER"), ocr_item("SILVER"))
+
+
+def test_missing_language_data_is_one_sentence(monkeypatch, tmp_path):
+    monkeypatch.setattr(tesseract, "_data_folders", lambda: [tmp_path])
+    with pytest.raises(ServiceError, match="no language data eng.traineddata: apt-get install tesseract-ocr-eng"):
+        OCRScorer(second="tesseract")
+
+
+@pytest.mark.parametrize(
+    "options, words", [({"mode": "fast"}, "mode 'fast'"), ({"formula": "bleu"}, "formula 'bleu'"), ({"second": "eyes"}, "'eyes'")]
+)
+def test_bad_options(options, words):
+    with pytest.raises(ServiceError, match=words):
+        build("ocr", options)
+
+
+def test_lines_are_cut_at_wide_gaps_only():
+    """Two lines are two crops with four pixels of plain ground around; the dots of small letters stay with their letters."""
+    lines = text_lines(sign("OPEN\nLATE", 40, 64))
+    assert len(lines) == 2 and len(text_lines(sign("ijij", 32, 64))) == 1
+    for line in lines:
+        rim = np.concatenate(
+            [line[:4].reshape(-1, 3), line[-4:].reshape(-1, 3), line[:, :4].reshape(-1, 3), line[:, -4:].reshape(-1, 3)]
+        )
+        assert (rim == (205, 40, 40)).all()
+        assert ink_mask(line)[4].any() and ink_mask(line)[-5].any() and ink_mask(line)[:, 4].any() and ink_mask(line)[:, -5].any()
+    assert text_lines(np.full((16, 24, 3), 9, np.uint8)) == []
+    np.testing.assert_array_equal(ground_colour(sign("A")), (205, 40, 40))
+
+
+def test_ink_that_touches_the_border_and_noise(scorer):
+    """No crash and a finite score on what an untrained decoder draws."""
+    rng = np.random.default_rng(0)
+    for shape in ((32, 64, 3), (8, 8, 3), (1, 1, 3), (5, 300, 3)):
+        score, _ = scorer.score(rng.integers(0, 256, shape, np.uint8), ocr_item("OPEN"))
+        assert 0 <= score <= 1

@@ -1,0 +1,60 @@
+"""`xomni rewards NAME=URL ...`: ask scoring services how they are, and what they think of some pictures."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+_EPILOG = """\
+Start a service, then ask it:
+
+  xomni serve-reward ocr --port 8001
+  xomni rewards ocr=http://127.0.0.1:8001
+  xomni rewards ocr=http://127.0.0.1:8001 --image sign.png --text HELLO
+
+Several replicas of one scorer: ocr=http://host-a:8001,http://host-b:8001
+"""
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Register the subcommand; `run` is its function."""
+    parser = subparsers.add_parser(
+        "rewards", help="check scoring services", epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("services", metavar="NAME=URL", nargs="+", help="a scorer and where it runs")
+    parser.add_argument("--image", metavar="FILE", nargs="+", default=[], help="pictures to score")
+    parser.add_argument("--prompt", default="", help="what they were asked to be")
+    parser.add_argument("--text", nargs="+", help="the text they should show, for ocr")
+    parser.add_argument("--background", help="the colour of their ground, for shapes")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print one line per service and one per picture. 1 when a picture could not be scored; ValueError when nothing answers."""
+    from xomni_jax.rewards.client import RewardClient
+
+    images = [_read(Path(file)) for file in args.image]
+    targets = {k: v for k, v in (("text", args.text), ("background", args.background)) if v}
+    failed = 0
+    for service in args.services:
+        name, equals, urls = service.partition("=")
+        if not equals:
+            raise ValueError(f"{service!r} is not NAME=URL; write for example ocr=http://127.0.0.1:8001")
+        with RewardClient(name, urls.split(",")) as client:
+            for url, said in zip(urls.split(","), client.health()):
+                state = ", ".join(f"{said.get(key)} {key}" for key in ("workers", "scored", "queue"))
+                print(f"{name} {said.get('version')} at {url}: {state}")
+            for file, s in zip(args.image, client.score(images, [{"prompt": args.prompt, "targets": targets}] * len(images))):
+                failed += s.failed
+                outcome = f"{s.value:.3f}" if s.value is not None else f"not scored: {s.error}" if s.failed else "does not apply"
+                print(f"  {file}: {outcome} {s.detail or ''}".rstrip())
+    return 1 if failed else 0
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise ValueError(f"the image {file} cannot be read ({error.strerror}); give a PNG, JPEG or WebP file") from error
