@@ -1,0 +1,66 @@
+"""Released preprocessing against PIL by hand: sizes, rejection, values."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from xomni_jax.data.preprocess import TINY, ImageLimits, ImageRejected, preprocess, target_size, to_pixels, to_uint8, token_grid
+
+
+@pytest.mark.parametrize(
+    "size, want",
+    [
+        ((1152, 1152), (1152, 1152)),
+        ((640, 480), (640, 480)),
+        ((200, 150), (512, 384)),  # up to a short side of 384
+        ((3000, 1500), (1152, 576)),  # down to a long side of 1152
+        ((150, 450), (384, 1152)),  # up, to exactly both limits
+        ((500, 1000), (496, 992)),  # 31.25 and 62.5 patches: 62.5 rounds to the even 62
+        ((392, 408), (384, 416)),  # 24.5 -> 24 and 25.5 -> 26
+        ((129, 128), (384, 384)),  # 387 -> 24.1875 patches
+        ((2000, 700), (1152, 400)),  # 403.2 -> 25.2
+    ],
+)
+def test_sizes(size, want):
+    assert target_size(*size) == want
+    assert token_grid(*size) == (want[1] // 16, want[0] // 16)
+
+
+def test_sizes_of_other_limits():
+    assert target_size(64, 32, TINY) == (64, 32) and target_size(128, 32, TINY) == (128, 32)
+    assert target_size(20, 20, TINY) == (32, 32) and target_size(300, 100, TINY) == (128, 40)
+
+
+def test_rejection_says_why():
+    with pytest.raises(ImageRejected, match="image of 127 x 300: the short side is below 128 pixels"):
+        target_size(127, 300)
+    with pytest.raises(ImageRejected, match="aspect ratio 3.01 exceeds 3; crop"):
+        target_size(602, 200)
+    with pytest.raises(ImageRejected, match="shrinks below one patch"):
+        target_size(4000, 9, ImageLimits(min_short_size=1, max_aspect_ratio=1000))
+    with pytest.raises(ValueError, match="image array is float64"):
+        preprocess(np.zeros((200, 200, 3)))
+    with pytest.raises(ValueError, match="patch_size=16 <= short_size=384 <= long_size=100"):
+        ImageLimits(long_size=100)
+
+
+def test_values_are_pils_bicubic(rng):
+    image = Image.fromarray(rng.integers(0, 256, (150, 203, 3), dtype=np.uint8))
+    pixels = preprocess(image)
+    by_hand = np.asarray(image.resize((512, 384), Image.Resampling.BICUBIC), np.float32)
+    assert pixels.shape == (384, 512, 3) and pixels.dtype == np.float32
+    np.testing.assert_allclose(pixels, by_hand / 127.5 - 1, atol=1e-6)
+    np.testing.assert_array_equal(pixels, preprocess(np.asarray(image)))
+
+
+def test_other_modes_become_rgb():
+    for mode in ("L", "RGBA", "P", "1"):
+        assert preprocess(Image.new(mode, (50, 40), 1), TINY).shape == (40, 48, 3)
+
+
+def test_uint8_round_trip():
+    levels = np.arange(256, dtype=np.uint8).reshape(1, 256, 1)
+    np.testing.assert_array_equal(to_uint8(to_pixels(levels)), levels)
+    np.testing.assert_array_equal(to_uint8(np.array([-9.0, 0.0, 9.0])), [0, 128, 255])

@@ -1,0 +1,163 @@
+"""Understanding losses: what is predicted from what, masking, warm-up, and that the tokenizer learns from them."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.linen import meta
+
+from tests.models.siglip_vq_parity import config
+from xomni_jax.models.quantizer import start_codebook
+from xomni_jax.sharding.mesh import make_mesh
+from xomni_jax.sharding.rules import param_shardings
+from xomni_jax.training.understanding import PRESETS, FeatureReader, ReaderConfig, TokenizerLearner, Weights, masked_mean, tokenizer_loss
+
+READ = ReaderConfig(vocab_size=22, d_model=16, mlp_dim=28, n_heads=4, n_kv_heads=2, head_dim=6, n_layers=2, dense_classes=5)
+LEARNER = TokenizerLearner(config(heads=2), READ)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    r = np.random.default_rng(4)
+    return {
+        "pixels": r.uniform(-1, 1, (4, 12, 28, 3)).astype(np.float32),
+        "columns": r.integers(0, 5, (4, 3, 7)).astype(np.int32),
+        "ids": r.integers(0, 22, (4, 6)).astype(np.int32),
+        "loss_mask": np.arange(6)[None] >= np.array([[2], [3], [4], [6]]),
+    }
+
+
+@pytest.fixture(scope="module")
+def params(batch):
+    init = jax.jit(lambda key: LEARNER.init(key, batch["pixels"], batch["ids"])["params"])
+    return meta.unbox(init(jax.random.key(0)))
+
+
+LOSS = jax.jit(lambda params, batch, key, strength=1.0: tokenizer_loss(params, batch, key, learner=LEARNER, strength=strength))
+
+
+def test_reader_is_causal_and_sees_the_image(params, batch):
+    reader = FeatureReader(READ)
+    semantics = np.random.default_rng(1).normal(size=(4, 3, 7, 24)).astype(np.float32)
+    run = jax.jit(lambda s, ids: reader.apply({"params": params["reader"]}, s, ids)[0])
+    base = run(semantics, batch["ids"])
+    assert base.shape == (4, 6) and np.all(base <= 0)
+    changed = batch["ids"].copy()
+    changed[:, 3] = (changed[:, 3] + 1) % 22
+    moved = np.abs(run(semantics, changed) - base) > 1e-6
+    assert not moved[:, :3].any() and moved[:, 3:].all(axis=0).all()
+    bumped = semantics.copy()
+    bumped[:, 2, 6] += 1.0
+    # Even the first text token is predicted from the image.
+    assert np.all(np.abs(run(bumped, batch["ids"])[:, 0] - base[:, 0]) > 1e-6)
+
+
+def test_logits_in_pieces_change_nothing(params, batch):
+    semantics = np.random.default_rng(1).normal(size=(4, 3, 7, 24)).astype(np.float32)
+    whole, pieces = (
+        FeatureReader(ReaderConfig(**vars(READ) | {"chunk": chunk})).apply({"params": params["reader"]}, semantics, batch["ids"])
+        for chunk in (0, 4)
+    )
+    np.testing.assert_allclose(pieces[0], whole[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(pieces[1], whole[1])
+
+
+def test_loss_is_the_weighted_sum_of_its_terms(params, batch):
+    key = jax.random.key(7)
+    loss, aux = LOSS(params, batch, key)
+    m = {name: float(value) for name, value in aux.metrics.items()}
+    np.testing.assert_allclose(loss, m["loss/answer"] + m["loss/dense"] + m["loss/quantizer"], rtol=1e-6)
+    np.testing.assert_allclose(
+        m["loss/quantizer"], m["loss/straight_through"] + m["loss/commitment"] + 0.25 * m["loss/codebook"], rtol=1e-6
+    )
+    weighted, _ = tokenizer_loss(params, batch, key, learner=LEARNER, strength=0.5, weights=Weights(2.0, 3.0, 4.0))
+    half = {name: float(value) for name, value in LOSS(params, batch, key, 0.5)[1].metrics.items()}
+    np.testing.assert_allclose(weighted, 2 * half["loss/answer"] + 3 * half["loss/dense"] + 2 * half["loss/quantizer"], rtol=1e-5)
+    assert aux.usage.shape == (19,) and aux.z.shape == (4, 3, 7, 10)
+    assert all(value.ndim == 0 for value in aux.metrics.values())
+
+
+def test_only_answers_and_known_cells_count(params, batch):
+    """Unmasked tokens after the answer and unknown cells move no term."""
+    key = jax.random.key(7)
+    short = batch | {"loss_mask": np.arange(6)[None] < np.array([[3], [2], [1], [3]])}
+    other = short | {"ids": np.where(np.arange(6) < 3, batch["ids"], 21 - batch["ids"])}
+    a, b = (LOSS(params, x, key)[1].metrics for x in (short, other))
+    np.testing.assert_allclose(a["loss/answer"], b["loss/answer"], rtol=1e-6)
+    unknown = LOSS(params, batch | {"columns": np.full_like(batch["columns"], -1)}, key)[1].metrics
+    assert float(unknown["loss/dense"]) == 0.0
+    nothing = LOSS(params, batch | {"loss_mask": np.zeros((4, 6), bool)}, key)[1].metrics
+    assert float(nothing["loss/answer"]) == 0.0
+    np.testing.assert_allclose(masked_mean(jnp.array([1.0, 2.0, 9.0]), jnp.array([True, True, False])), 1.5)
+
+
+def test_warm_up_skips_everything_and_leaves_the_codebook_alone(params, batch):
+    grad = jax.jit(jax.grad(lambda p, s: tokenizer_loss(p, batch, jax.random.key(2), learner=LEARNER, strength=s)[0]))
+    warm = grad(params, 0.0)["tokenizer"]
+    assert not np.any(warm["codebook"]) and np.any(warm["vit"]["patch_embed"]["kernel"])
+    assert float(LOSS(params, batch, jax.random.key(2), 0.0)[1].metrics["codes/skipped"]) == 1.0
+    assert np.any(grad(params, 1.0)["tokenizer"]["codebook"])
+
+
+def test_without_dense_reading_there_is_no_head(batch):
+    learner = TokenizerLearner(config(heads=2), ReaderConfig(**vars(READ) | {"dense_classes": 0}))
+    init = jax.jit(lambda key: learner.init(key, batch["pixels"], batch["ids"])["params"])
+    params = meta.unbox(init(jax.random.key(0)))
+    assert set(params) == {"tokenizer", "reader"}
+    words = {name: value for name, value in batch.items() if name != "columns"}
+    loss, aux = jax.jit(lambda p: tokenizer_loss(p, words, jax.random.key(0), learner=learner))(params)
+    assert np.isfinite(loss) and "loss/dense" not in aux.metrics
+
+
+def test_released_reader_is_qwens():
+    d = PRESETS["qwen2.5-1.5b"].decoder
+    assert (d.d_model, d.n_layers, d.n_heads * d.head_dim, d.mlp_dim) == (1536, 28, 1536, 8960)
+    with pytest.raises(ValueError, match="no multiple of n_kv_heads"):
+        ReaderConfig(vocab_size=9, n_heads=4, n_kv_heads=3).decoder
+
+
+def test_tokenizer_learns_through_its_codes(params, batch):
+    """Warm-up, codebook from outputs, quantised training: codes alone end up carrying the labels of memorised images."""
+    opt = optax.adam(3e-3)
+
+    @jax.jit
+    def step(params, state, key, strength):
+        (_, aux), grads = jax.value_and_grad(tokenizer_loss, has_aux=True)(params, batch, key, learner=LEARNER, strength=strength)
+        updates, state = opt.update(grads, state)
+        return optax.apply_updates(params, updates), state, aux
+
+    state, key = opt.init(params), jax.random.key(1)
+    for i in range(40):
+        params, state, aux = step(params, state, jax.random.fold_in(key, i), 0.0)
+    codebook = start_codebook(key, aux.z.reshape(-1, 10), 19)
+    params = params | {"tokenizer": params["tokenizer"] | {"codebook": codebook}}
+    first = None
+    for i in range(40, 120):
+        params, state, aux = step(params, state, jax.random.fold_in(key, i), 1.0)
+        first = aux.metrics if first is None else first
+    assert aux.metrics["loss/total"] < 0.6 * first["loss/total"]
+    assert aux.metrics["accuracy/answer"] > 0.9 and aux.metrics["accuracy/dense"] > 0.5
+    assert aux.metrics["codes/used"] > 0.5
+
+
+def test_mesh_does_not_change_the_loss(params, batch):
+    """fsdp=4, tensor=2 over all parameters of the learner."""
+    read = ReaderConfig(**vars(READ) | {"dense_classes": 5})
+    learner = TokenizerLearner(config(heads=2, codebook_size=22), read)
+    init = jax.jit(lambda key: learner.init(key, batch["pixels"], batch["ids"])["params"])
+    boxed, params = jax.eval_shape(init, jax.random.key(0)), meta.unbox(init(jax.random.key(0)))
+
+    def step(params, batch):
+        return jax.value_and_grad(lambda p: tokenizer_loss(p, batch, jax.random.key(2), learner=learner)[0])(params)
+
+    alone, alone_grads = jax.jit(step)(params, batch)
+    mesh = make_mesh({"fsdp": 4, "tensor": 2})
+    shardings = param_shardings(boxed, mesh)
+    with jax.set_mesh(mesh):
+        spread, grads = jax.jit(step, in_shardings=(shardings, None), out_shardings=(None, shardings))(params, batch)
+    np.testing.assert_allclose(spread, alone, rtol=2e-5)
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(alone_grads)):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(np.max(np.abs(b))))
