@@ -96,9 +96,9 @@ def hidden_of(cfg: ARConfig = CFG):
     return jax.jit(lambda params, *args: ARTransformer(cfg).apply({"params": params}, *args))
 
 
-@pytest.mark.parametrize("change", [{}, dict(remat="full", attention_chunk=4)], ids=["plain", "remat-chunked"])
-def test_golden_outputs_and_gradients(change):
-    compare_mixed(golden(), dataclasses.replace(CFG, **change))
+def test_golden_outputs_and_gradients():
+    # Recomputation and chunked attention on: neither may change a number. The text-only test runs with both off.
+    compare_mixed(golden(), dataclasses.replace(CFG, remat="full", attention_chunk=4))
 
 
 def test_golden_text_is_plain_qwen2():
@@ -136,9 +136,9 @@ def test_packed_segments_equal_separate_sequences():
     positions = np.array([[*range(10), *range(7), 0, 0]], np.int32)
     got = hidden_of()(params, packed, positions, segments)
     assert np.isfinite(got).all()
-    first, second = (hidden_of()(params, ids) for ids in (IDS[:1], IDS[1:, :7]))
-    np.testing.assert_allclose(got[:, :10], first, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(got[:, 10:17], second, rtol=1e-5, atol=1e-5)
+    apart = hidden_of()(params, IDS)  # causal: the second one's first seven tokens do not see the rest
+    np.testing.assert_allclose(got[0, :10], apart[0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(got[0, 10:17], apart[1, :7], rtol=1e-5, atol=1e-5)
     # Chunked attention keeps the segments, its own padding included.
     chunked = hidden_of(dataclasses.replace(CFG, attention_chunk=4))(params, packed, positions, segments)
     np.testing.assert_allclose(chunked[:, :17], got[:, :17], rtol=1e-5, atol=1e-5)
