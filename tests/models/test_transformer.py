@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.linen import meta
+from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.parity.reference_transformer import SIZES
 from xomni_jax.checkpoint.conversion import flatten, to_params, to_tensors
@@ -30,6 +31,13 @@ IDS = np.array([[1, 5, 9, 24, 30, 41, 23, 7, 3, 2], [4, 25, 26, 8, 40, 33, 27, 2
 def _wanted():
     boxed = jax.eval_shape(ARTransformer(CFG).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     return {path: leaf.shape for path, leaf in flatten(meta.unbox(boxed)).items()}
+
+
+def random_params(cfg: ARConfig, seed: int = 0):
+    """The boxed shapes and random unboxed parameters of a model, biases and norms included, without compiling its init."""
+    boxed = jax.eval_shape(ARTransformer(cfg).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    rng = np.random.default_rng(seed)
+    return boxed, jax.tree.map(lambda x: rng.normal(0.0, 0.25, x.shape).astype(np.float32), meta.unbox(boxed))
 
 
 def params_of(golden, prefix: str = "w/"):
@@ -88,9 +96,9 @@ def hidden_of(cfg: ARConfig = CFG):
     return jax.jit(lambda params, *args: ARTransformer(cfg).apply({"params": params}, *args))
 
 
-@pytest.mark.parametrize("change", [{}, dict(remat="full", attention_chunk=4)], ids=["plain", "remat-chunked"])
-def test_golden_outputs_and_gradients(change):
-    compare_mixed(golden(), dataclasses.replace(CFG, **change))
+def test_golden_outputs_and_gradients():
+    # Recomputation and chunked attention on: neither may change a number. The text-only test runs with both off.
+    compare_mixed(golden(), dataclasses.replace(CFG, remat="full", attention_chunk=4))
 
 
 def test_golden_text_is_plain_qwen2():
@@ -128,25 +136,24 @@ def test_packed_segments_equal_separate_sequences():
     positions = np.array([[*range(10), *range(7), 0, 0]], np.int32)
     got = hidden_of()(params, packed, positions, segments)
     assert np.isfinite(got).all()
-    first, second = (hidden_of()(params, ids) for ids in (IDS[:1], IDS[1:, :7]))
-    np.testing.assert_allclose(got[:, :10], first, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(got[:, 10:17], second, rtol=1e-5, atol=1e-5)
+    apart = hidden_of()(params, IDS)  # causal: the second one's first seven tokens do not see the rest
+    np.testing.assert_allclose(got[0, :10], apart[0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(got[0, 10:17], apart[1, :7], rtol=1e-5, atol=1e-5)
     # Chunked attention keeps the segments, its own padding included.
     chunked = hidden_of(dataclasses.replace(CFG, attention_chunk=4))(params, packed, positions, segments)
     np.testing.assert_allclose(chunked[:, :17], got[:, :17], rtol=1e-5, atol=1e-5)
 
 
 def test_mesh_gives_the_same_numbers():
-    cfg = dataclasses.replace(CFG, vocab_size=24, mm_vocab_size=20, image_vocab_size=14)
+    cfg = dataclasses.replace(
+        CFG, vocab_size=24, mm_vocab_size=20, image_vocab_size=14, n_adapter_layers=0, n_language_layers=1, n_head_layers=1
+    )
     model, ids = ARTransformer(cfg), np.concatenate([IDS, IDS[:, ::-1]])
-    boxed = jax.eval_shape(model.init, jax.random.key(1), ids)["params"]
-    params = meta.unbox(jax.jit(model.init)(jax.random.key(1), ids)["params"])
+    boxed, params = random_params(cfg)
 
     def loss(params, ids):
         hidden = model.apply({"params": params}, ids)
-        logp, _ = text_logp(model, params, hidden, ids, chunk=4)
-        image, _ = image_logp(model, params, hidden, ids, chunk=4)
-        return jnp.sum(logp) + jnp.sum(image)
+        return jnp.sum(text_logp(model, params, hidden, ids, chunk=5)[0]) + jnp.sum(image_logp(model, params, hidden, ids, chunk=0)[0])
 
     alone = jax.jit(jax.value_and_grad(loss))(params, ids)
     mesh = make_mesh(dict(fsdp=4, tensor=2))
@@ -155,7 +162,8 @@ def test_mesh_gives_the_same_numbers():
         spread = jax.jit(jax.value_and_grad(loss), in_shardings=(shardings, None))(jax.device_put(params, shardings), ids)
     np.testing.assert_allclose(spread[0], alone[0], rtol=2e-5)
     assert_trees_close(spread[1], alone[1])
-    assert shardings["language"]["attn"]["q_proj"]["kernel"].spec == (None, ("fsdp",), ("tensor",), None)
+    kernel = shardings["language"]["attn"]["q_proj"]["kernel"]
+    assert kernel.is_equivalent_to(NamedSharding(mesh, PartitionSpec(None, "fsdp", "tensor", None)), 4)
 
 
 def test_chunked_logp_equals_direct():
@@ -185,7 +193,7 @@ def test_init_makes_every_parameter_and_presets_are_the_released_sizes():
     }  # fmt: skip
     big = ARTransformer(PRESETS["xomni-7b"])
     shapes = jax.eval_shape(big.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
-    assert sum(x.size for x in jax.tree.leaves(meta.unbox(shapes))) == 9_597_717_504
+    assert sum(x.size for x in jax.tree.leaves(meta.unbox(shapes))) == 9_597_981_696
     assert PRESETS["xomni-7b"].n_layers == 36
 
 
