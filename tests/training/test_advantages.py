@@ -7,7 +7,7 @@ import pytest
 
 from tests.training.rl_examples import EXAMPLES
 from xomni_jax.training import advantages
-from xomni_jax.training.advantages import AdvantageConfig, normalize_then_sum
+from xomni_jax.training.advantages import AdvantageConfig
 
 _jitted = jax.jit(advantages.group_advantages, static_argnums=2, compiler_options={"xla_backend_optimization_level": 0})
 
@@ -49,30 +49,6 @@ def test_worked_numbers_of_flow_grpo(name):
         clamped_PR, _ = group_advantages(reward_PR, np.ones((2, 3), bool), AdvantageConfig(ddof=0, scale=cfg.scale, clip=0.7))
     np.testing.assert_allclose(adv_PR.ravel(), e["expected"]["advantages"], rtol=e["tol"], atol=e["tol"])
     np.testing.assert_allclose(clamped_PR.ravel(), np.clip(e["expected"]["advantages"], -0.7, 0.7), rtol=1e-9)
-
-
-def test_worked_numbers_of_normalize_then_sum():
-    e = EXAMPLES["adv-07"]
-    a, b = np.array(e["inputs"]["rewards"]).T.reshape(2, 2, 4)
-    ok = np.ones((2, 4), bool)
-    with jax.enable_x64(True):
-        adv_PR, metrics = jax.tree.map(
-            np.asarray, normalize_then_sum({"a": a, "b": b}, {"a": ok, "b": ok}, {"a": 1.0, "b": 1.0}, config(e["inputs"]))
-        )
-    np.testing.assert_allclose(adv_PR.ravel(), e["expected"]["advantages"], rtol=e["tol"])
-    assert metrics["grpo/flat_group_frac"] == 0 and metrics["grpo/unscored_frac"] == 0
-
-
-def test_normalize_then_sum_with_missing_rewards():
-    """A reward missing for a whole group leaves the other in charge; a rollout without any reward gets 0."""
-    a, ok_a = np.array([[1.0, 2.0, 3.0], [4.0, 4.0, np.nan]]), np.array([[1, 1, 1], [1, 1, 0]], bool)
-    b, ok_b = np.array([[0.0, 0.0, 0.0], [7.0, 5.0, 0.0]]), np.array([[0, 0, 0], [1, 1, 0]], bool)
-    adv_PR, metrics = normalize_then_sum({"a": a, "b": b}, {"a": ok_a, "b": ok_b}, {"a": 1.0, "b": 0.5})
-    assert adv_PR[1, 2] == 0 and np.isfinite(adv_PR).all()
-    assert adv_PR[0, 0] < adv_PR[0, 1] < adv_PR[0, 2] and adv_PR[1, 0] > adv_PR[1, 1]
-    assert metrics["grpo/unscored_frac"] == pytest.approx(1 / 6)
-    with pytest.raises(ValueError, match="must name the same"):
-        normalize_then_sum({"a": a}, {"a": ok_a}, {"b": 1.0})
 
 
 def test_tunix_variants(rng):

@@ -270,7 +270,7 @@ def test_only_the_policy_receives_a_gradient(rng):
         (dict(ratio_cap=0.0), "ratio_cap=0.0"),
         (dict(log_ratio_cap=0.0), "log_ratio_cap=0.0"),
         (dict(max_length=0), "max_length=0"),
-        (dict(reduction="dr_grpo"), "divides by grpo.max_length"),
+        (dict(reduction="dr_grpo"), "divides by max_length"),
     ],
 )
 def test_nonsense_is_refused(fields, words):

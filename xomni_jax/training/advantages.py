@@ -6,7 +6,6 @@ P prompts, R rollouts per prompt. Advantages need whole groups: gather the rewar
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import jax
@@ -39,15 +38,15 @@ class AdvantageConfig:
 
     def __post_init__(self):
         if self.ddof not in (0, 1):
-            raise ValueError(f"advantage.ddof={self.ddof} is not 0 (population) or 1 (sample)")
+            raise ValueError(f"ddof={self.ddof} is not 0 (population) or 1 (sample)")
         if not (math.isfinite(self.eps) and self.eps > 0):
-            raise ValueError(f"advantage.eps={self.eps} must be positive: equal rewards would divide zero by zero")
+            raise ValueError(f"eps={self.eps} must be positive: equal rewards would divide zero by zero")
         if self.scale not in SCALES:
-            raise ValueError(f"advantage.scale={self.scale!r} is unknown; use one of {', '.join(SCALES)}")
+            raise ValueError(f"scale={self.scale!r} is unknown; use one of {', '.join(SCALES)}")
         if self.baseline not in BASELINES:
-            raise ValueError(f"advantage.baseline={self.baseline!r} is unknown; use one of {', '.join(BASELINES)}")
+            raise ValueError(f"baseline={self.baseline!r} is unknown; use one of {', '.join(BASELINES)}")
         if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"advantage.clip={self.clip} must be positive, or None for no clamp")
+            raise ValueError(f"clip={self.clip} must be positive, or None for no clamp")
 
 
 def group_advantages(
@@ -56,7 +55,7 @@ def group_advantages(
     """Advantages of rollouts relative to their prompt's group. [P, R], [P, R] bool -> [P, R], metrics.
 
     A rollout that is not `ok` (its reward is unknown), or whose reward is NaN, takes no part in any mean or deviation and gets 0;
-    so does a rollout that is alone in its group.
+    so does a rollout that is alone in its group. Several rewards are first made one, see `rewards.combine`.
 
     Metrics: `grpo/flat_group_frac`, the share of groups without any signal (equal rewards, or fewer than two known ones);
     `grpo/unscored_frac`, the share of rollouts that took no part.
@@ -89,32 +88,6 @@ def group_advantages(
         adv_PR = jnp.clip(adv_PR, -cfg.clip, cfg.clip)
 
     return jax.lax.stop_gradient(adv_PR), _metrics(flat_P1, ok_PR)
-
-
-def normalize_then_sum(
-    rewards: Mapping[str, jax.Array],
-    ok: Mapping[str, jax.Array],
-    weights: Mapping[str, float],
-    cfg: AdvantageConfig = AdvantageConfig(),
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Advantages from several rewards, each normalised in its group before the weighted sum (TRL's `normalize_then_sum`).
-
-    The sum is standardised once more over the whole batch. A reward that is missing for a rollout adds nothing to its sum;
-    a rollout with no reward at all takes no part and gets 0. Rewards and `ok` are [P, R] by name; returns as `group_advantages`.
-
-    Raises:
-      ValueError: the three mappings do not name the same rewards, or there is none.
-    """
-    if not rewards or not set(rewards) == set(ok) == set(weights):
-        raise ValueError(f"rewards {sorted(rewards)}, ok {sorted(ok)}, weights {sorted(weights)} must name the same ones")
-    parts = {name: group_advantages(rewards[name], ok[name], cfg) for name in sorted(rewards)}
-    total_PR = sum(weights[name] * adv_PR for name, (adv_PR, _) in parts.items())
-    some_PR = jnp.any(jnp.stack([jnp.asarray(ok[n], bool) & jnp.isfinite(rewards[n]) for n in parts]), axis=0)
-    n = jnp.sum(some_PR)
-    dev_PR = jnp.where(some_PR, total_PR - jnp.sum(jnp.where(some_PR, total_PR, 0.0)) / jnp.maximum(n, 1), 0.0)
-    adv_PR = dev_PR / (_std(dev_PR, n, cfg.ddof, axis=None) + cfg.eps)
-    flat_P = jnp.all(jnp.stack([adv_PR == 0 for adv_PR, _ in parts.values()]), axis=(0, -1))
-    return jax.lax.stop_gradient(adv_PR), _metrics(flat_P, some_PR)
 
 
 def _std(dev: jax.Array, n: jax.Array, ddof: int, axis: int | None) -> jax.Array:

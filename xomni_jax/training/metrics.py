@@ -6,19 +6,25 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-SHOWN = ("loss/total", "loss/flow", "loss/grpo", "loss/image", "accuracy/dense_labelled", "accuracy/answer", "reward/total/mean", "grpo/kl")
+# What the progress line shows of a step's metrics.
+LOSSES = ("loss/total", "loss/flow", "loss/grpo", "loss/image")
+SHOWN = LOSSES + ("accuracy/dense_labelled", "accuracy/answer", "reward/total/mean", "grpo/kl")
 
 
 class MetricWriter:
-    """RUN/metrics.jsonl (one object per logged step) and RUN/tensorboard."""
+    """RUN/metrics.jsonl (one object per logged step) and RUN/tensorboard. Only the first process writes; metrics are global."""
 
     def __init__(self, run_dir: str | Path, resume_step: int = 0):
         """Lines after `resume_step` belong to steps that will run again, and are dropped."""
         self._path = Path(run_dir) / "metrics.jsonl"
+        self._writes = jax.process_index() == 0
+        if not self._writes:
+            return
         self._path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in self._lines() if json.loads(line)["step"] <= resume_step]
         part = self._path.with_suffix(".part")
@@ -35,6 +41,8 @@ class MetricWriter:
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Records scalars of one step; a number that is not finite is written as null."""
+        if not self._writes:
+            return
         finite = {name: value if np.isfinite(value) else None for name, value in scalars.items()}
         self._file.write(json.dumps({"step": step} | finite) + "\n")
         self._file.flush()
@@ -43,20 +51,25 @@ class MetricWriter:
 
     def image(self, step: int, name: str, picture: np.ndarray) -> None:
         """Records a uint8 [H, W, 3] picture in TensorBoard."""
-        self._board.add_image(name, picture, step, dataformats="HWC")
+        if self._writes:
+            self._board.add_image(name, picture, step, dataformats="HWC")
 
     def close(self) -> None:
         """Flushes and closes both."""
-        self._file.close()
-        self._board.close()
+        if self._writes:
+            self._file.close()
+            self._board.close()
 
 
 class Progress:
     """One line: steps, rate, time left, and the numbers one watches."""
 
     def __init__(self, stage: str, first: int, total: int, items_per_step: int):
-        self._items, self._first = items_per_step, first
-        self._bar = tqdm(total=total, initial=first, desc=stage, unit="step", dynamic_ncols=True, mininterval=0.5, smoothing=0.1)
+        self._items = items_per_step
+        self._bar = tqdm(
+            total=total, initial=first, desc=stage, unit="step", dynamic_ncols=True, mininterval=0.5, smoothing=0.1,
+            disable=jax.process_index() != 0,
+        )  # fmt: skip
 
     def advance(self, step: int) -> None:
         """Moves to `step`."""
@@ -64,7 +77,7 @@ class Progress:
 
     def show(self, step: int, scalars: Mapping[str, float]) -> None:
         """Moves to `step` and shows what is watched of `scalars`."""
-        shown = {name.split("/", 1)[-1] if name.startswith("loss") else name: f"{scalars[name]:.4g}" for name in SHOWN if name in scalars}
+        shown = {name.removeprefix("loss/"): f"{scalars[name]:.4g}" for name in SHOWN if name in scalars}
         rate = self._bar.format_dict.get("rate")
         if rate:
             shown["items/s"] = f"{rate * self._items:.1f}"

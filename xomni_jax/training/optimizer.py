@@ -20,7 +20,8 @@ class OptimizerConfig:
 
     Attributes:
       learning_rate: after warm-up. warmup_steps: linear from 0.
-      schedule: from the end of the warm-up to the last step, "constant", "linear" or "cosine", down to final_fraction x learning_rate.
+      schedule: from the end of the warm-up to the last step: "constant", "linear" or "cosine".
+      final_fraction: of learning_rate, where linear and cosine end.
       b1, b2, weight_decay: of AdamW; norms and biases do not decay.
       clip_norm: global norm that gradients are scaled down to; 0 is off.
     """
@@ -39,8 +40,14 @@ class OptimizerConfig:
             raise ValueError(f"schedule={self.schedule!r} is unknown; use one of {', '.join(SCHEDULES)}")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate={self.learning_rate} must be positive")
-        if self.warmup_steps < 0 or self.clip_norm < 0 or self.weight_decay < 0:
-            raise ValueError("warmup_steps, clip_norm and weight_decay must not be negative")
+        for name in ("warmup_steps", "clip_norm", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
+        if not 0 <= self.final_fraction <= 1:
+            raise ValueError(f"final_fraction={self.final_fraction} is a share of learning_rate; give a number from 0 to 1")
 
 
 def learning_rate(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -75,22 +82,47 @@ class Optimizer:
         self.transform = optax.partition({"train": adamw, "freeze": optax.set_to_zero()}, self.labels)
 
     def labels(self, params: Any) -> Any:
-        """"train" or "freeze" for every parameter, by full match of its "/"-joined path."""
+        """"train" or "freeze" for every parameter, by full match of its "/"-joined path.
 
-        def label(path, _):
-            name = path_name(path)
-            learns = any(re.fullmatch(p, name) for p in self._train) and not any(re.fullmatch(p, name) for p in self._freeze)
-            return "train" if learns else "freeze"
+        Raises:
+          ValueError: a freeze pattern matches nothing (it would protect nothing), or no parameter is left to learn.
+        """
+        names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        for pattern in self._freeze:
+            if not any(re.fullmatch(pattern, name) for name in names):
+                raise ValueError(f"freeze pattern {pattern!r} matches no parameter; paths look like {names[0]!r}")
 
-        return jax.tree_util.tree_map_with_path(label, params)
+        def learns(name: str) -> bool:
+            return any(re.fullmatch(p, name) for p in self._train) and not any(re.fullmatch(p, name) for p in self._freeze)
+
+        if not any(map(learns, names)):
+            raise ValueError(
+                f"no parameter learns with train patterns {self._train} and freeze patterns {self._freeze}; paths look like {names[0]!r}"
+            )
+        return jax.tree.unflatten(jax.tree.structure(params), ["train" if learns(name) else "freeze" for name in names])
 
     def trained(self, params: Any) -> list[str]:
         """Paths of the parameters that learn."""
         return [path_name(path) for path, kind in jax.tree_util.tree_leaves_with_path(self.labels(params)) if kind == "train"]
 
+    def update(self, grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any, dict[str, jax.Array]]:
+        """One update -> (params, opt_state, `optim/{grad,update,param}_norm`). Frozen parameters are returned as they are.
+
+        The norms are over what learns: that is what clipping sees, and a frozen parameter's gradient, used nowhere, is then not
+        even computed.
+        """
+        updates, opt_state = self.transform.update(grads, opt_state, params)
+        labels = self.labels(params)
+        new = jax.tree.map(lambda kind, p, u: (p + u).astype(p.dtype) if kind == "train" else p, labels, params, updates)
+
+        def norm(tree):
+            return global_norm(jax.tree.map(lambda kind, x: x if kind == "train" else None, labels, tree))
+
+        return new, opt_state, {"optim/grad_norm": norm(grads), "optim/update_norm": norm(updates), "optim/param_norm": norm(new)}
+
 
 def make_optimizer(cfg: OptimizerConfig, steps: int, train: Sequence[str] = (".*",), freeze: Sequence[str] = ()) -> Optimizer:
-    """The optimizer of a run of `steps` updates; only parameters that match `train` and not `freeze` learn (see `stages.FREEZE`)."""
+    """The optimizer of a run of `steps` updates; what matches `train` and not `freeze` learns (see `stages.FREEZE`)."""
     return Optimizer(cfg, steps, train, freeze)
 
 

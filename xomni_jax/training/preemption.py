@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import sys
 from types import FrameType
 
 
@@ -32,7 +32,9 @@ class StopSignal:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
-        print(f"\n{signal.Signals(number).name}: saving at the end of this step (Ctrl-C again stops at once, without saving)", file=sys.stderr)
+        # Not print: a handler may run inside a write to stderr (the progress line's), and buffered files refuse to be re-entered.
+        name = signal.Signals(number).name
+        os.write(2, f"\n{name}: saving at the end of this step (Ctrl-C again stops at once, without saving)\n".encode())
 
     def check(self) -> None:
         """Raises StopRequested once a stop was asked for; call it inside long waits."""

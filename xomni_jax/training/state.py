@@ -7,14 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import linen as nn
 from flax import struct
 from jax.sharding import Mesh
 
 from xomni_jax.sharding.mesh import replicated
 from xomni_jax.sharding.rules import param_shardings
-from xomni_jax.training.optimizer import Optimizer, global_norm, path_name
+from xomni_jax.training.optimizer import Optimizer, path_name
 
 
 @struct.dataclass
@@ -33,18 +32,14 @@ class TrainState:
 
     def apply(self, optimizer: Optimizer, grads: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         """One optimizer update -> (new state, optim/ metrics)."""
-        updates, opt_state = optimizer.transform.update(grads, self.opt_state, self.params)
-        params = optax.apply_updates(self.params, updates)
-        metrics = {
-            "optim/grad_norm": global_norm(grads),
-            "optim/update_norm": global_norm(updates),
-            "optim/param_norm": global_norm(params),
-            "optim/lr": jnp.asarray(optimizer.schedule(self.step), jnp.float32),
-        }
+        params, opt_state, metrics = optimizer.update(grads, self.opt_state, self.params)
+        metrics["optim/lr"] = jnp.asarray(optimizer.schedule(self.step), jnp.float32)
         return self.replace(step=self.step + 1, params=params, opt_state=opt_state), metrics
 
 
-def init_state(init: Callable[[], Any], optimizer: Optimizer, mesh: Mesh, extra: Mapping[str, jax.Array] | None = None) -> TrainState:
+def init_state(
+    init: Callable[[], Any], optimizer: Optimizer, mesh: Mesh, extra: Mapping[str, jax.Array] | None = None
+) -> TrainState:
     """A fresh state, every array born with its sharding: nothing large exists unsharded.
 
     Args:
@@ -74,11 +69,13 @@ def state_shardings(abstract: TrainState, shardings: Any, mesh: Mesh) -> TrainSt
 
     def place(path, leaf):
         name = path_name(path)
-        for param, sharding in by_name.items():
-            if (name == param or name.endswith("/" + param)) and leaf.shape == shapes[param]:
-                return sharding
+        parts = name.split("/")
+        # The longest ending that is a parameter's path: `norm/scale` must not be taken for the `scale` of the top level.
+        for param in ("/".join(parts[i:]) for i in range(len(parts))):
+            if param in shapes and shapes[param] == leaf.shape:
+                return by_name[param]
         if leaf.ndim:
-            raise ValueError(f"optimizer state {name}{leaf.shape} belongs to no parameter; it would be replicated on every device")
+            raise ValueError(f"optimizer state {name}{leaf.shape} belongs to no parameter and would be replicated on every device")
         return everywhere
 
     return TrainState(

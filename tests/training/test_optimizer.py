@@ -1,0 +1,145 @@
+"""Schedules, the freeze table, weight decay and clipping."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from xomni_jax.models.registry import init_params
+from xomni_jax.models.transformer import PRESETS
+from xomni_jax.training.optimizer import OptimizerConfig, decays, learning_rate, make_optimizer, path_name
+from xomni_jax.training.stages import FREEZE
+
+
+def small_params() -> dict:
+    return {
+        "old": {"kernel": jnp.array([[1.5, -0.0], [0.25, 3.0]]), "bias": jnp.array([0.5, -2.0])},
+        "new": {"kernel": jnp.array([[1.0, 2.0, -3.0]]), "norm": {"scale": jnp.array([1.0, 4.0])}},
+    }
+
+
+def ones(tree):
+    return jax.tree.map(jnp.ones_like, tree)
+
+
+def one_update(optimizer, params, grads):
+    return optimizer.update(grads, optimizer.transform.init(params), params)
+
+
+@pytest.mark.parametrize(
+    "schedule, expected",  # updates 0, 3 (end of warm-up), 4 (first after it), 9 (middle), 14 (end), 20 (past it)
+    [
+        ("constant", [0.25, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.25, 1.0, 1.0, 0.6, 0.2, 0.2]),
+        ("cosine", [0.25, 1.0, 1.0, 0.6, 0.2, 0.2]),
+    ],
+)
+def test_schedules(schedule, expected):
+    lr = learning_rate(OptimizerConfig(1.0, warmup_steps=4, schedule=schedule, final_fraction=0.2), steps=14)
+    np.testing.assert_allclose([float(lr(jnp.int32(i))) for i in (0, 3, 4, 9, 14, 20)], expected, rtol=1e-6)
+
+
+def test_first_update_by_hand():
+    """AdamW's first step is lr x (sign of the gradient + decay x p): the bias corrections cancel."""
+    cfg = OptimizerConfig(0.1, schedule="constant", weight_decay=0.5, clip_norm=0.0)
+    params = small_params()
+    grads = jax.tree.map(lambda x: jnp.where(x < 0, -3.0, 2.0), params)
+    new, _, _ = one_update(make_optimizer(cfg, 10), params, grads)
+    for (path, p), n, g in zip(jax.tree.leaves_with_path(params), jax.tree.leaves(new), jax.tree.leaves(grads)):
+        decay = 0.5 if path_name(path).endswith("kernel") else 0.0
+        np.testing.assert_allclose(n, p - 0.1 * (jnp.sign(g) + decay * p), atol=1e-6, err_msg=path_name(path))
+
+
+def test_norms_and_biases_do_not_decay():
+    shapes = jax.eval_shape(lambda: init_params("transformer", PRESETS["tiny"], jax.random.key(0)))
+    for path, decay in jax.tree_util.tree_leaves_with_path(decays(shapes)):
+        assert decay == (path_name(path).rsplit("/", 1)[-1] not in ("scale", "bias")), path_name(path)
+
+
+def test_frozen_parameters_stay_and_hold_no_moments():
+    """Bit for bit, negative zero included, whatever the gradient; also when it is NaN."""
+    params = small_params()
+    optimizer = make_optimizer(OptimizerConfig(0.1, weight_decay=0.3), 10, train=("new/.*",))
+    state = optimizer.transform.init(params)
+    sizes = sorted(x.size for x in jax.tree.leaves(state) if x.ndim)
+    assert sizes == [2, 2, 3, 3], "two moments of new/kernel and new/norm/scale, and nothing of old"
+    grads = ones(params)
+    grads["old"]["kernel"] *= jnp.nan
+    new, _, metrics = optimizer.update(grads, state, params)
+    for name in ("kernel", "bias"):
+        assert np.asarray(new["old"][name]).tobytes() == np.asarray(params["old"][name]).tobytes()
+    for x, y in zip(jax.tree.leaves(new["new"]), jax.tree.leaves(params["new"])):
+        assert (x != y).all()
+    np.testing.assert_allclose(metrics["optim/grad_norm"], 5**0.5, rtol=1e-6)
+    assert all(np.isfinite(v) for v in metrics.values())
+    assert optimizer.trained(params) == ["new/kernel", "new/norm/scale"]
+
+
+def test_freeze_wins_over_train():
+    optimizer = make_optimizer(OptimizerConfig(0.1), 10, train=("new/.*",), freeze=(".*/scale",))
+    assert optimizer.trained(small_params()) == ["new/kernel"]
+
+
+def test_clipping_is_by_the_norm_of_what_learns():
+    """With clip_norm equal to the trained norm nothing changes; the first Adam moment shows the scale."""
+    params = small_params()
+    grads = jax.tree.map(lambda x: 2.0 * jnp.ones_like(x), params)
+    for clip, scale in ((0.0, 1.0), (2 * 5**0.5, 1.0), (5**0.5, 0.5)):
+        optimizer = make_optimizer(OptimizerConfig(0.1, clip_norm=clip), 10, train=("new/.*",))
+        _, state, _ = one_update(optimizer, params, grads)
+        moments = [x for p, x in jax.tree_util.tree_leaves_with_path(state) if path_name(p).endswith("mu/new/kernel")]
+        np.testing.assert_allclose(moments[0], 0.1 * 2.0 * scale, rtol=1e-5)
+
+
+def test_gradients_of_frozen_parameters_are_not_computed():
+    """Nothing may use them: in the first pre-training stage that saves a third of the language layers' work."""
+    params = {"frozen": jnp.ones((64, 64)), "learns": jnp.ones((64, 64))}
+
+    def flops(train):
+        optimizer = make_optimizer(OptimizerConfig(0.1), 10, train=train)
+
+        def step(params, state, x):
+            grads = jax.grad(lambda p: jnp.sum((jnp.tanh(x @ p["learns"]) @ p["frozen"]) ** 2))(params)
+            return optimizer.update(grads, state, params)
+
+        lowered = jax.jit(step).lower(params, optimizer.transform.init(params), jnp.ones((512, 64)))
+        return lowered.compile().cost_analysis()["flops"]
+
+    matmul = 2 * 512 * 64 * 64
+    assert flops((".*",)) - flops(("learns",)) > 0.9 * matmul
+
+
+def test_the_freeze_table_names_parameters_of_the_transformer():
+    """Stage 1 trains the vision layers and the image embedding, norm and head, all of them and nothing else."""
+    shapes = jax.eval_shape(lambda: init_params("transformer", PRESETS["tiny"], jax.random.key(0)))
+    for patterns in FREEZE.values():
+        for pattern in patterns:
+            assert make_optimizer(OptimizerConfig(1.0), 1, train=(pattern,)).trained(shapes), pattern
+    tops = {name.split("/")[0] for name in make_optimizer(OptimizerConfig(1.0), 1, train=FREEZE["vision"]).trained(shapes)}
+    assert tops == {"adapters", "heads", "mm_embed", "mm_norm", "mm_head"}
+    assert set(dict(shapes)) - tops == {"language", "lm_embed", "lm_norm", "lm_head"}
+    assert len(make_optimizer(OptimizerConfig(1.0), 1, train=FREEZE["all"]).trained(shapes)) == len(jax.tree.leaves(shapes))
+
+
+def test_patterns_that_do_nothing_are_refused():
+    with pytest.raises(ValueError, match="freeze pattern 'odl/.*' matches no parameter; paths look like 'new/kernel'"):
+        make_optimizer(OptimizerConfig(0.1), 10, freeze=("odl/.*",)).transform.init(small_params())
+    with pytest.raises(ValueError, match="no parameter learns"):
+        make_optimizer(OptimizerConfig(0.1), 10, train=("wen/.*",)).transform.init(small_params())
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        (dict(learning_rate=0.0), "learning_rate=0.0 must be positive"),
+        (dict(schedule="step"), "schedule='step' is unknown"),
+        (dict(warmup_steps=-1), "warmup_steps=-1"),
+        (dict(clip_norm=-1.0), "clip_norm=-1.0"),
+        (dict(weight_decay=-0.1), "weight_decay=-0.1"),
+        (dict(b2=1.0), "b2=1.0"),
+        (dict(final_fraction=1.5), "final_fraction=1.5"),
+    ],
+)
+def test_nonsense_is_refused(fields, words):
+    with pytest.raises(ValueError, match=words):
+        OptimizerConfig(**({"learning_rate": 0.1} | fields))

@@ -1,0 +1,79 @@
+"""Stopping in good order."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from xomni_jax.training.preemption import StopRequested, StopSignal
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_sets_the_flag_and_the_old_handler_comes_back(number, capfd):
+    before = signal.getsignal(number)
+    with StopSignal() as stop:
+        stop.check()
+        assert not stop.requested
+        os.kill(os.getpid(), number)
+        assert stop.requested
+        with pytest.raises(StopRequested):
+            stop.check()
+    assert signal.getsignal(number) is before
+    assert f"{number.name}: saving at the end of this step" in capfd.readouterr().err
+
+
+def test_the_second_ctrl_c_stops_at_once():
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested
+
+
+def test_a_second_sigterm_is_no_reason_to_lose_the_checkpoint():
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested
+
+
+def test_a_wait_ends_and_the_handlers_are_restored_after_an_error():
+    """What a long wait does: poll `check`; the exception passes through the context."""
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(StopRequested):
+        with StopSignal() as stop:
+            for polls in range(10):
+                if polls == 3:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                stop.check()
+    assert polls == 3 and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_signal_in_the_middle_of_a_write_to_stderr():
+    """The progress line writes to stderr all the time; the handler must not trip over a buffered write in progress."""
+    program = """
+import os, signal, sys
+from xomni_jax.training.preemption import StopSignal
+
+class Slow:
+    # A text stream whose write is interrupted by the signal and that refuses to be entered twice, as buffered files do.
+    inside = False
+    def write(self, text):
+        if self.inside:
+            raise RuntimeError("reentrant call")
+        self.inside = True
+        os.kill(os.getpid(), signal.SIGTERM)
+        self.inside = False
+    def flush(self):
+        pass
+
+with StopSignal() as stop:
+    sys.stderr = Slow()
+    sys.stderr.write("progress")
+    sys.stderr = sys.__stderr__
+    print("requested", stop.requested)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout == "requested True\n" and "SIGTERM: saving" in done.stderr, done.stderr
