@@ -58,7 +58,7 @@ PRESETS: dict[str, ReaderConfig] = {
         vocab_size=151936, d_model=1536, mlp_dim=8960, n_heads=12, n_kv_heads=2, head_dim=128, n_layers=28, chunk=512,
         dtype=jnp.bfloat16, remat="full",
     ),
-    "tiny": ReaderConfig(vocab_size=320),
+    "tiny": ReaderConfig(vocab_size=384),
 }  # fmt: skip
 
 
