@@ -10,9 +10,8 @@ from xomni_jax.cli import rewards
 
 def run(*line):
     parser = argparse.ArgumentParser(prog="xomni")
-    rewards.add_parser(parser.add_subparsers())
-    args = parser.parse_args(["rewards", *line])
-    return args.run(args)
+    rewards.add_arguments(parser)
+    return rewards.run(parser.parse_args(line), [])
 
 
 def test_prints_health_and_scores(tmp_path, capsys):

@@ -10,17 +10,17 @@ from xomni_jax.rewards.services.base import SCORERS
 
 @pytest.fixture
 def parser():
-    parser = argparse.ArgumentParser(prog="xomni")
-    serve_reward.add_parser(parser.add_subparsers())
+    parser = argparse.ArgumentParser(prog="xomni serve-reward", epilog=serve_reward.EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
+    serve_reward.add_arguments(parser)
     return parser
 
 
 def test_help_shows_a_command_that_parses(parser, capsys):
     with pytest.raises(SystemExit):
-        parser.parse_args(["serve-reward", "--help"])
+        parser.parse_args(["--help"])
     text = capsys.readouterr().out
     line = next(line.strip() for line in text.splitlines() if line.strip().startswith("xomni serve-reward"))
-    assert parser.parse_args(line.split()[1:]).port == 8001
+    assert parser.parse_args(line.split()[2:]).port == 8001
     assert "/health" in text and all(name in text for name in SCORERS)
 
 
@@ -38,6 +38,6 @@ def test_names_are_those_that_can_be_served():
     ],
 )
 def test_errors_are_one_sentence(parser, line, words):
-    args = parser.parse_args(["serve-reward", *line.split()])
+    args = parser.parse_args(line.split())
     with pytest.raises(ValueError, match=words):
-        args.run(args)
+        serve_reward.run(args, [])

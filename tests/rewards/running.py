@@ -9,23 +9,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_MAIN = """
-import argparse, sys
-from xomni_jax.cli import serve_reward
-parser = argparse.ArgumentParser(prog="xomni")
-serve_reward.add_parser(parser.add_subparsers())
-args = parser.parse_args()
-try:
-    sys.exit(args.run(args))
-except ValueError as error:
-    print(f"xomni: {error}", file=sys.stderr)
-    sys.exit(2)
-"""
-
-
 def command(*args: str) -> list[str]:
     """The command line of `xomni serve-reward ...`."""
-    return [sys.executable, "-c", _MAIN, "serve-reward", *args]
+    return [sys.executable, "-m", "xomni_jax.cli.main", "serve-reward", *args]
 
 
 @contextmanager

@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
         if name == wanted:
             module = importlib.import_module("xomni_jax.cli." + name.replace("-", "_"))
             module.add_arguments(sub)
-            sub.epilog = "example:\n  " + module.EXAMPLE
+            sub.epilog = module.EXAMPLE if "\n" in module.EXAMPLE else "example:\n  " + module.EXAMPLE
             sub.set_defaults(run=module.run)
     return parser
 

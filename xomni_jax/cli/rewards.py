@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
-_EPILOG = """\
+EXAMPLE = """\
 Start a service, then ask it:
 
   xomni serve-reward ocr --port 8001
@@ -17,21 +16,16 @@ Several replicas of one scorer: ocr=http://host-a:8001,http://host-b:8001
 """
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """Register the subcommand; `run` is its function."""
-    parser = subparsers.add_parser(
-        "rewards", help="check scoring services", epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The subcommand's own options."""
     parser.add_argument("services", metavar="NAME=URL", nargs="+", help="a scorer and where it runs")
     parser.add_argument("--image", metavar="FILE", nargs="+", default=[], help="pictures to score")
     parser.add_argument("--prompt", default="", help="what they were asked to be")
     parser.add_argument("--text", nargs="+", help="the text they should show, for ocr")
     parser.add_argument("--background", help="the colour of their ground, for shapes")
-    parser.set_defaults(run=run)
-    return parser
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, rest: list[str]) -> int:
     """Print one line per service and one per picture. 1 when a picture could not be scored; ValueError when nothing answers."""
     from xomni_jax.rewards.client import RewardClient
 

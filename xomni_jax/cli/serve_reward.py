@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 NAMES = ("ocr", "shapes", "quality")
 _OPTIONS = {"ocr": ("mode", "formula", "second"), "quality": ("references",)}
 
-_EPILOG = """\
+EXAMPLE = """\
 A service scores pictures over HTTP; the trainer and the evaluations ask it. Start one per reward, in a terminal of its own:
 
   xomni serve-reward ocr --port 8001
@@ -23,11 +22,8 @@ Several replicas of one scorer may run on other ports or machines; give the trai
 """
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """Register the subcommand; `run` is its function."""
-    parser = subparsers.add_parser(
-        "serve-reward", help="run a scoring service", epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The subcommand's own options."""
     parser.add_argument("name", metavar="NAME", choices=NAMES, help="ocr, shapes or quality")
     parser.add_argument("--port", type=int, default=8001, help="where to listen; 0 takes a free one (default 8001)")
     parser.add_argument(
@@ -48,11 +44,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     quality.add_argument(
         "--references", metavar="DIR", help="pictures that count as good (default: 400 rendered training pictures)"
     )
-    parser.set_defaults(run=run)
-    return parser
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, rest: list[str]) -> int:
     """Serve until stopped. ValueError (one sentence) when the port is taken, a package is missing or an option does not fit."""
     from xomni_jax.rewards.services.base import ServiceError
     from xomni_jax.rewards.services.server import ServiceConfig, serve

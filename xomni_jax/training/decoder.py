@@ -90,7 +90,8 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
     def init():
         return {n: init_params(n, c, key_for(run.seed, i, 7)) for i, (n, c) in enumerate(configs.items())}
 
-    frozen = ("autoencoder/.*",) if cfg.train_text_encoders else ("autoencoder/.*", "t5/.*", "clip/.*")
+    frozen = ("autoencoder",) if cfg.train_text_encoders else ("autoencoder", "t5", "clip")
+    frozen = tuple(f"{name}/.*" for name in frozen if jax.tree.leaves(jax.eval_shape(init)[name]))  # the identity autoencoder has none
     optimizer = make_optimizer(build(OptimizerConfig, config.optimizer, "config.optimizer"), run.steps, freeze=frozen)
     state = init_state(init, optimizer, mesh)
     state = state.replace(params={n: model.params(n) if n in stored else p for n, p in state.params.items()})

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from xomni_jax.data.rendered import RenderedConfig
 from xomni_jax.data.sources import rendered_dataset
+from xomni_jax.models.registry import init_params
 from xomni_jax.pipeline import XOmni, pad_prompts, picture_keys
 from xomni_jax.rewards.client import RewardClient
 from xomni_jax.rewards.combine import Combined, column, combine
@@ -93,9 +94,9 @@ class Policy(NamedTuple):
         return replay_logp(self.model, params, b.ids_BS, b.lengths_B, b.codes_BT, self.sampling, b.kept, b.negative, self.chunk)
 
 
-def split_rows(batch: RolloutBatch, parts: int) -> RolloutBatch:
-    """[B, ...] -> [parts, B / parts, ...] for every array."""
-    return jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+def split_rows(rows: Any, parts: int) -> Any:
+    """[B, ...] -> [parts, B / parts, ...] for every array, dealt out in turn: a batch axis split over a mesh stays where it is."""
+    return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), rows)
 
 
 def grpo_update(
@@ -134,8 +135,7 @@ def grpo_update(
             return (jax.tree.map(jnp.add, carry[0], grads), carry[1] + value), metrics
 
         zeros = jax.tree.map(jnp.zeros_like, state.params)
-        parts = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), (batch, old, ref))
-        (grads, value), metrics = jax.lax.scan(accumulate, (zeros, jnp.float32(0.0)), parts)
+        (grads, value), metrics = jax.lax.scan(accumulate, (zeros, jnp.float32(0.0)), split_rows((batch, old, ref), micro_batches))
         state, optim = state.apply(optimizer, grads)
         return state, join_metrics(metrics) | optim | {"loss/grpo": value}
 
@@ -144,16 +144,16 @@ def grpo_update(
         state, metrics = one_update(state, rows)
     else:
         order_B = jax.random.permutation(key, batch.adv_B.shape[0])
-        rows = jax.tree.map(lambda x: x[order_B].reshape(cfg.updates_per_batch, -1, *x.shape[1:]), rows)
-        state, stacked = jax.lax.scan(one_update, state, rows)
-        metrics = {name: jnp.mean(value) for name, value in stacked.items()}
+        minibatches = split_rows(jax.tree.map(lambda x: x[order_B], rows), cfg.updates_per_batch)
+        state, stacked = jax.lax.scan(one_update, state, minibatches)
+        metrics = {name: (jnp.max if name.endswith("_max") else jnp.mean)(value) for name, value in stacked.items()}
     return state, metrics | {"grpo/logp_gap_max": gap}
 
 
 def over_micro_batches(fn: Callable[[RolloutBatch], Any], batch: RolloutBatch, parts: int) -> Any:
     """fn over the rows in `parts` pieces, one after the other, joined again; no gradient flows."""
     out = jax.lax.map(lambda b: jax.lax.stop_gradient(fn(b)), split_rows(batch, parts))
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out)
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), out)
 
 
 class Rollouts:
@@ -161,9 +161,9 @@ class Rollouts:
 
     def __init__(
         self, model: XOmni, grid: tuple[int, int], sampling: SamplingConfig, decode: DecodeConfig, cfg: RolloutConfig,
-        group: int, clients: Mapping[str, RewardClient], weights: Mapping[str, float], poll: Callable[[], None],
+        advantage: AdvantageConfig, group: int, clients: Mapping[str, RewardClient], weights: Mapping[str, float], poll: Callable[[], None],
     ):  # fmt: skip
-        self.model, self.grid, self.sampling, self.decode, self.cfg = model, grid, sampling, decode, cfg
+        self.model, self.grid, self.sampling, self.decode, self.cfg, self.advantage = model, grid, sampling, decode, cfg, advantage
         self.group, self.clients, self.weights, self.poll = group, clients, weights, poll
         net, n_codes = model.module("transformer"), grid[0] * grid[1]
 
@@ -216,7 +216,7 @@ class Rollouts:
             scores = [s for chunk in waiting for s in client.wait(chunk[name], self.poll)]
             columns[name] = column(scores, P)
         seconds["perf/reward_wait_s"] = time.perf_counter() - began
-        total = combine(columns, self.weights, self.cfg.combine)
+        total = combine(columns, self.weights, self.cfg.combine, ddof=self.advantage.ddof, eps=self.advantage.eps)
         rows = lambda name: jnp.concatenate([m[name] for m in made]).reshape(P * R, *made[0][name].shape[2:])  # noqa: E731
         repeat = lambda x: jnp.repeat(jnp.asarray(x), R, axis=0)  # noqa: E731
         batch = RolloutBatch(
@@ -274,12 +274,10 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
     ar = model.config("transformer")
     policy = Policy(model.module("transformer"), sampling, rollout.logit_chunk)
     optimizer = make_optimizer(build(OptimizerConfig, config.optimizer, "config.optimizer"), run.steps * grpo.updates_per_batch)
-    from xomni_jax.models.registry import init_params
-
     state = init_state(lambda: init_params("transformer", ar, jax.random.key(0)), optimizer, mesh)
     state = state.replace(params=jax.tree.map(jnp.copy, ref_params))
     clients, weights = open_clients(config.rewards, stop.check)
-    rollouts = Rollouts(model, grid, sampling, decode, rollout, grpo.rollouts_per_prompt, clients, weights, stop.check)
+    rollouts = Rollouts(model, grid, sampling, decode, rollout, advantage, grpo.rollouts_per_prompt, clients, weights, stop.check)
     parts = max(1, B // grpo.updates_per_batch // rollout.micro_batch) if rollout.micro_batch else 1
 
     def update(state, ref_params, batch, reward_PR, given_PR, key):

@@ -75,15 +75,17 @@ def train(run: RunConfig, stage: Stage, stop: StopSignal) -> Path | None:
             began = time.perf_counter()
             state, metrics = stage.step(state, batch, step)
             step, data = step + 1, batches.get_state()
-            if step % run.log_every == 0 or step == run.steps:
+            logs, saves = step % run.log_every == 0 or step == run.steps, step % run.save_every == 0
+            if logs or saves or stop.requested:  # what is about to be saved must be finite
                 scalars = {name: float(value) for name, value in metrics.items()}
-                scalars.setdefault("perf/step_s", time.perf_counter() - began)
                 check_finite(scalars, step, checkpoints)
+            if logs:
+                scalars.setdefault("perf/step_s", time.perf_counter() - began)
                 writer.write(step, scalars)
                 progress.show(step, scalars)
             else:
                 progress.advance(step)
-            if step % run.save_every == 0 and step < run.steps:
+            if saves and step < run.steps:
                 checkpoints.save(step, state, data)
             if run.grid_every and step % run.grid_every == 0 and step < run.steps:
                 draw_grid(stage, state, run, writer, step)
