@@ -97,7 +97,8 @@ class Optimizer:
 
         if not any(map(learns, names)):
             raise ValueError(
-                f"no parameter learns with train patterns {self._train} and freeze patterns {self._freeze}; paths look like {names[0]!r}"
+                f"no parameter learns: train patterns {self._train}, freeze patterns {self._freeze}; "
+                f"paths look like {names[0]!r}"
             )
         return jax.tree.unflatten(jax.tree.structure(params), ["train" if learns(name) else "freeze" for name in names])
 
