@@ -122,10 +122,16 @@ def test_the_freeze_table_names_parameters_of_the_transformer():
     assert len(make_optimizer(OptimizerConfig(1.0), 1, train=FREEZE["all"]).trained(shapes)) == len(jax.tree.leaves(shapes))
 
 
-def test_patterns_that_do_nothing_are_refused():
-    with pytest.raises(ValueError, match="freeze pattern 'odl/.*' matches no parameter; paths look like 'new/kernel'"):
-        make_optimizer(OptimizerConfig(0.1), 10, freeze=("odl/.*",)).transform.init(small_params())
-    with pytest.raises(ValueError, match="no parameter learns"):
+def test_a_component_without_parameters_can_be_frozen():
+    """The decoder stage freezes its autoencoder, which may be the identity."""
+    params = small_params() | {"autoencoder": {}}
+    optimizer = make_optimizer(OptimizerConfig(0.1), 10, freeze=("autoencoder/.*",))
+    new, _, _ = one_update(optimizer, params, ones(params))
+    assert new["autoencoder"] == {} and len(optimizer.trained(params)) == 4
+
+
+def test_training_nothing_is_refused():
+    with pytest.raises(ValueError, match="no parameter learns: train patterns .'wen/.*paths look like 'new/kernel'"):
         make_optimizer(OptimizerConfig(0.1), 10, train=("wen/.*",)).transform.init(small_params())
 
 
