@@ -84,20 +84,20 @@ class Optimizer:
     def labels(self, params: Any) -> Any:
         """"train" or "freeze" for every parameter, by full match of its "/"-joined path.
 
+        A freeze pattern may match nothing: the identity autoencoder, for one, has no parameters.
+
         Raises:
-          ValueError: a freeze pattern matches nothing (it would protect nothing), or no parameter is left to learn.
+          ValueError: no parameter is left to learn.
         """
         names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-        for pattern in self._freeze:
-            if not any(re.fullmatch(pattern, name) for name in names):
-                raise ValueError(f"freeze pattern {pattern!r} matches no parameter; paths look like {names[0]!r}")
 
         def learns(name: str) -> bool:
             return any(re.fullmatch(p, name) for p in self._train) and not any(re.fullmatch(p, name) for p in self._freeze)
 
         if not any(map(learns, names)):
             raise ValueError(
-                f"no parameter learns with train patterns {self._train} and freeze patterns {self._freeze}; paths look like {names[0]!r}"
+                f"no parameter learns: train patterns {self._train}, freeze patterns {self._freeze}; "
+                f"paths look like {names[0]!r}"
             )
         return jax.tree.unflatten(jax.tree.structure(params), ["train" if learns(name) else "freeze" for name in names])
 

@@ -75,7 +75,7 @@ def state_shardings(abstract: TrainState, shardings: Any, mesh: Mesh) -> TrainSt
             if param in shapes and shapes[param] == leaf.shape:
                 return by_name[param]
         if leaf.ndim:
-            raise ValueError(f"optimizer state {name}{leaf.shape} belongs to no parameter and would be replicated on every device")
+            raise ValueError(f"optimizer state {name}{leaf.shape} belongs to no parameter; every device would hold it whole")
         return everywhere
 
     return TrainState(
