@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -86,9 +87,9 @@ def relative_buckets(L: int, n_buckets: int, max_distance: int) -> np.ndarray:
     return (ahead + np.where(distance < exact, distance, far)).astype(np.int32)
 
 
-def _linear(cfg, name: str, features, axes, *, contract: int = 1, bias: bool = False) -> Projection:
+def _linear(cfg, name: str, features, axes, *, contract: int = 1, bias: bool = False, **kw) -> Projection:
     features = (features,) if isinstance(features, int) else features
-    return Projection(features, axes, contract, bias, cfg.dtype, cfg.param_dtype, name=name)
+    return Projection(features, axes, contract, bias, cfg.dtype, cfg.param_dtype, name=name, **kw)
 
 
 class SelfAttention(nn.Module):
@@ -97,17 +98,17 @@ class SelfAttention(nn.Module):
     cfg: T5Config | CLIPTextConfig
     scale: float
     use_bias: bool
+    q_init: Callable = nn.initializers.lecun_normal()
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array, bias_NLL: jax.Array) -> jax.Array:
-        c, heads = self.cfg, (self.cfg.n_heads, self.cfg.head_dim)
-        q, k, v = (
-            constrain(
-                _linear(c, f"{n}_proj", heads, ("embed", "heads", "head_dim"), bias=self.use_bias)(x_BLD),
-                "batch", "length", "heads", "head_dim", name=f"text/{n}_proj",
-            )
-            for n in "qkv"
-        )  # fmt: skip
+        c = self.cfg
+
+        def heads(name, **kw):
+            y_BLNH = _linear(c, name, (c.n_heads, c.head_dim), ("embed", "heads", "head_dim"), bias=self.use_bias, **kw)(x_BLD)
+            return constrain(y_BLNH, "batch", "length", "heads", "head_dim", name=f"text/{name}")
+
+        q, k, v = heads("q_proj", init=self.q_init), heads("k_proj"), heads("v_proj")
         y_BLNH = attend(q, k, v, scale=self.scale, bias=bias_NLL)
         return _linear(c, "out", c.d_model, ("heads", "head_dim", "embed"), contract=2, bias=self.use_bias)(y_BLNH)
 
@@ -122,7 +123,8 @@ class T5Block(nn.Module):
         """([B, L, D], [N, L, L]) -> ([B, L, D], None), as a scan wants it."""
         c = self.cfg
         h_BLD = RMSNorm(1e-6, c.dtype, c.param_dtype, name="attention_norm")(x_BLD)
-        x_BLD = x_BLD + SelfAttention(c, 1.0, False, name="attention")(h_BLD, bias_NLL)
+        q_init = nn.initializers.variance_scaling(1 / c.head_dim, "fan_in", "normal")  # in place of the missing 1 / sqrt(head_dim)
+        x_BLD = x_BLD + SelfAttention(c, 1.0, False, q_init, name="attention")(h_BLD, bias_NLL)
         h_BLD = RMSNorm(1e-6, c.dtype, c.param_dtype, name="mlp_norm")(x_BLD)
         gate_BLF = nn.gelu(_linear(c, "gate", c.mlp_dim, ("embed", "mlp"))(h_BLD), approximate=True)
         h_BLF = gate_BLF * _linear(c, "up", c.mlp_dim, ("embed", "mlp"))(h_BLD)
