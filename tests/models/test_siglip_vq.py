@@ -30,7 +30,7 @@ def params(golden):
     return params_of(golden, config())
 
 
-@pytest.mark.parametrize("changes", [{}, {"query_block": 8, "remat": "full"}])
+@pytest.mark.parametrize("changes", [{}, {"query_chunk": 8, "remat": "full"}])
 def test_outputs_and_gradients_equal_torch(golden, changes):
     """Codes, features, semantics, losses and every gradient; the same with blocked attention and recomputation."""
     compare(golden, **changes)
@@ -121,7 +121,7 @@ def test_errors_name_the_culprit(golden, params):
         config(groups=7)
     with pytest.raises(ValueError, match="skip_probability=1.5 is not a probability"):
         config(skip_probability=1.5)
-    with pytest.raises(ValueError, match="remat='some' is unknown"):
+    with pytest.raises(ValueError, match="SigLIPVQConfig.remat='some' is unknown"):
         config(remat="some")
 
 
@@ -156,7 +156,8 @@ def test_mesh_does_not_change_the_step():
     mesh = make_mesh({"fsdp": 4, "tensor": 2})
     shardings = param_shardings(boxed, mesh)
     with jax.set_mesh(mesh):
-        spread, spread_grads = jax.jit(step, in_shardings=(shardings, None), out_shardings=(None, shardings))(params, pixels)
+        sharded = jax.jit(step, in_shardings=(shardings, None), out_shardings=(None, shardings))
+        spread, spread_grads = sharded(params, pixels)
     np.testing.assert_allclose(spread, alone, rtol=2e-5)
     assert "tensor" in str(shardings["codebook"].spec) and "fsdp" in str(shardings["vit"]["blocks"]["qkv"]["kernel"].spec)
     want, split = flatten(alone_grads), flatten(shardings)

@@ -10,6 +10,7 @@ import pytest
 from flax.linen import meta
 
 from tests.models.siglip_vq_parity import config
+from xomni_jax.checkpoint.conversion import flatten
 from xomni_jax.models.quantizer import start_codebook
 from xomni_jax.sharding.mesh import make_mesh
 from xomni_jax.sharding.rules import param_shardings
@@ -143,21 +144,11 @@ def test_tokenizer_learns_through_its_codes(params, batch):
     assert aux.metrics["codes/used"] > 0.5
 
 
-def test_mesh_does_not_change_the_loss(params, batch):
-    """fsdp=4, tensor=2 over all parameters of the learner."""
-    read = ReaderConfig(**vars(READ) | {"dense_classes": 5})
-    learner = TokenizerLearner(config(heads=2, codebook_size=22), read)
-    init = jax.jit(lambda key: learner.init(key, batch["pixels"], batch["ids"])["params"])
-    boxed, params = jax.eval_shape(init, jax.random.key(0)), meta.unbox(init(jax.random.key(0)))
-
-    def step(params, batch):
-        return jax.value_and_grad(lambda p: tokenizer_loss(p, batch, jax.random.key(2), learner=learner)[0])(params)
-
-    alone, alone_grads = jax.jit(step)(params, batch)
-    mesh = make_mesh({"fsdp": 4, "tensor": 2})
-    shardings = param_shardings(boxed, mesh)
-    with jax.set_mesh(mesh):
-        spread, grads = jax.jit(step, in_shardings=(shardings, None), out_shardings=(None, shardings))(params, batch)
-    np.testing.assert_allclose(spread, alone, rtol=2e-5)
-    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(alone_grads)):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(np.max(np.abs(b))))
+def test_every_parameter_splits_by_the_table(batch):
+    """fsdp=4, tensor=2: each parameter of the learner names axes that divide; the large ones are split."""
+    learner = TokenizerLearner(config(heads=2, codebook_size=22), READ)
+    boxed = jax.eval_shape(lambda: learner.init(jax.random.key(0), batch["pixels"], batch["ids"])["params"])
+    split = flatten(param_shardings(boxed, make_mesh({"fsdp": 4, "tensor": 2})))
+    whole = {path for path, sharding in split.items() if sharding.is_fully_replicated}
+    # "bias" and "scale" are vectors; the dense head and the two 1x1 projections are split over their wide side.
+    assert all(path.endswith(("bias", "scale")) for path in whole), whole

@@ -9,17 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from xomni_jax.models.attention import attend, stacked
 from xomni_jax.models.layers import Conv, LayerNorm, Projection, named
 from xomni_jax.sharding.rules import constrain
 
 if TYPE_CHECKING:
     from xomni_jax.models.siglip_vq import SigLIPVQConfig
-
-REMAT = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
-
 
 def bilinear_weights(size: int, out: int) -> np.ndarray:
     """Row-stochastic [out, size] matrix of bilinear resizing with half-pixel centres and no antialiasing.
@@ -45,35 +40,13 @@ def resize_positions(table_GGD: jax.Array, rows: int, columns: int) -> jax.Array
     return jnp.einsum("XG,YGD->YXD", w_XG, table_YGD, precision=jax.lax.Precision.HIGHEST)
 
 
-def attend(q_BLNH: jax.Array, k_BLNH: jax.Array, v_BLNH: jax.Array, block: int) -> jax.Array:
-    """Bidirectional softmax attention [B, L, N, H], the scores in float32.
-
-    At most `block` query rows are scored at a time (the largest divisor of L that fits): a 72 x 72 image has 5,184 tokens, whose
-    full scores take 1.7 GB per image.
-    """
-    scale = q_BLNH.shape[-1] ** -0.5
-
-    def rows(q_BlNH: jax.Array) -> jax.Array:
-        s_BNlL = jnp.einsum("BlNH,BLNH->BNlL", q_BlNH, k_BLNH, preferred_element_type=jnp.float32) * scale
-        p_BNlL = jax.nn.softmax(s_BNlL, axis=-1).astype(v_BLNH.dtype)
-        return jnp.einsum("BNlL,BLNH->BlNH", p_BNlL, v_BLNH)
-
-    B, L, N, H = q_BLNH.shape
-    size = next(n for n in range(min(block, L), 0, -1) if L % n == 0)
-    if size == L:
-        return rows(q_BLNH)
-    blocks = q_BLNH.reshape(B, L // size, size, N, H).swapaxes(0, 1)
-    # Checkpointed: the backward pass of the loop would otherwise keep every block's probabilities, the array avoided here.
-    return jax.lax.map(jax.checkpoint(rows), blocks).swapaxes(0, 1).reshape(q_BLNH.shape)
-
-
 class ViTBlock(nn.Module):
     """Pre-norm transformer block with a fused qkv projection and the exact GELU. [B, L, D] -> ([B, L, D], None) for `nn.scan`."""
 
     cfg: SigLIPVQConfig
 
     @nn.compact
-    def __call__(self, x_BLD: jax.Array, _: None) -> tuple[jax.Array, None]:
+    def __call__(self, x_BLD: jax.Array) -> tuple[jax.Array, None]:
         c = self.cfg
         kind = dict(bias=True, dtype=c.dtype, param_dtype=c.param_dtype)
         norm = dict(eps=c.norm_eps, dtype=c.dtype, param_dtype=c.param_dtype)
@@ -82,7 +55,8 @@ class ViTBlock(nn.Module):
         # One projection to (q, k, v), heads, head width: the order in which the released weights stack their rows.
         qkv_BLSNH = Projection((3, c.heads, c.head_dim), ("embed", None, "heads", "head_dim"), name="qkv", **kind)(h_BLD)
         qkv_BLSNH = constrain(qkv_BLSNH, "batch", "length", None, "heads", "head_dim", name="vit qkv")
-        h_BLNH = attend(qkv_BLSNH[:, :, 0], qkv_BLSNH[:, :, 1], qkv_BLSNH[:, :, 2], c.query_block)
+        q_BLNH, k_BLNH, v_BLNH = (qkv_BLSNH[:, :, i] for i in range(3))
+        h_BLNH = attend(q_BLNH, k_BLNH, v_BLNH, scale=c.head_dim**-0.5, query_chunk=c.query_chunk)
         x_BLD = x_BLD + Projection((c.width,), ("heads", "head_dim", "embed"), contract=2, name="proj", **kind)(h_BLNH)
 
         h_BLD = LayerNorm(name="norm2", **norm)(x_BLD)
@@ -113,14 +87,5 @@ class ViT(nn.Module):
         x_BYXD = x_BYXD + resize_positions(table_GGD, *x_BYXD.shape[1:3]).astype(c.dtype)
         x_BLD = constrain(x_BYXD.reshape(B, -1, c.width), "batch", "length", "residual", name="vit input")
 
-        block = ViTBlock if c.remat == "none" else nn.remat(ViTBlock, policy=REMAT[c.remat], prevent_cse=False)
-        scanned = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            length=c.layers,
-            in_axes=nn.broadcast,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
-        x_BLD, _ = scanned(c, name="blocks")(x_BLD, None)
+        x_BLD, _ = stacked(ViTBlock, c.layers, c.remat)(c, name="blocks")(x_BLD)
         return x_BLD.reshape(x_BYXD.shape)
