@@ -1,1 +1,17 @@
-"""X-Omni in JAX: discrete autoregressive image generation, trained with reinforcement learning."""
+"""X-Omni in JAX: discrete autoregressive image generation, trained with reinforcement learning.
+
+    import xomni_jax
+    model = xomni_jax.load(path)
+    model.generate('a red sign that says "HELLO"')[0].show()
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def load(path: Any, mesh: Any = None, dtype: Any = None):
+    """Opens a model directory as `pipeline.XOmni`; see there. Importing the package alone touches no device."""
+    from xomni_jax.pipeline import load as open_model
+
+    return open_model(path, mesh, dtype)

@@ -1,0 +1,40 @@
+"""xomni chat: questions about a picture."""
+
+from __future__ import annotations
+
+import argparse
+
+from PIL import Image, UnidentifiedImageError
+
+from xomni_jax.assets import TINY_SFT
+
+EXAMPLE = 'xomni chat pictures/000_a_red_sign_that_says_HELLO.png "what does the sign say?"'
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Picture, question, model."""
+    parser.add_argument("image", metavar="IMAGE", help="a picture file (PNG, JPEG, WebP)")
+    parser.add_argument("question", metavar="QUESTION")
+    parser.add_argument("--model", default=TINY_SFT, metavar="DIR", help="model directory (default: the tiny model that ships with the package)")
+    parser.add_argument("--max-tokens", type=int, default=64, metavar="N", help="longest answer, in tokens (default 64)")
+
+
+def run(args: argparse.Namespace, rest: list[str]) -> int:
+    """Prints the answer."""
+    from xomni_jax.pipeline import load
+
+    if args.max_tokens < 1:
+        raise ValueError(f"--max-tokens {args.max_tokens} must be at least 1")
+    print(load(args.model).chat(read_image(args.image), args.question, args.max_tokens))
+    return 0
+
+
+def read_image(path: str) -> Image.Image:
+    """A picture file as RGB. Raises ValueError in one sentence when it is missing or no picture."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; give a picture") from None
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as e:
+        raise ValueError(f"{path}: not a readable picture ({str(e).splitlines()[0]}); give a PNG, JPEG or WebP file") from None
