@@ -69,10 +69,10 @@ def train(run: RunConfig, stage: Stage, stop: StopSignal) -> Path | None:
     progress = Progress(run.stage, first, run.steps, stage.items_per_step)
     step, data = first, batches.get_state()
     draw_grid(stage, state, run, writer, step)
+    logged, logged_at = step, time.perf_counter()
     try:
         while step < run.steps and not stop.requested:
             batch = next(batches)
-            began = time.perf_counter()
             state, metrics = stage.step(state, batch, step)
             step, data = step + 1, batches.get_state()
             logs, saves = step % run.log_every == 0 or step == run.steps, step % run.save_every == 0
@@ -80,7 +80,9 @@ def train(run: RunConfig, stage: Stage, stop: StopSignal) -> Path | None:
                 scalars = {name: float(value) for name, value in metrics.items()}
                 check_finite(scalars, step, checkpoints)
             if logs:
-                scalars.setdefault("perf/step_s", time.perf_counter() - began)
+                now = time.perf_counter()  # the metrics above have waited for the device
+                scalars |= {"perf/seconds": now - logged_at, "perf/step_s": (now - logged_at) / (step - logged)}
+                logged, logged_at = step, now
                 writer.write(step, scalars)
                 progress.show(step, scalars)
             else:
