@@ -113,41 +113,40 @@ def grpo_update(
 
     With several, old log-probs are computed once before the first, and the rows are shuffled by `key` into as many minibatches.
     Gradients are accumulated over `micro_batches` and equal those of the whole batch. Metrics of several updates are joined,
-    except `grpo/logp_gap_max`: trainer against sampler before the first update.
+    except `grpo/logp_gap_max`: trainer against sampler in the first update, before anything has changed.
     """
-    first_logp, _ = over_micro_batches(lambda b: policy.logp(state.params, b), batch, micro_batches)
-    old = first_logp if cfg.updates_per_batch > 1 else None
-    gap = jnp.max(jnp.where(batch.ok_B[:, None], jnp.abs(first_logp - batch.sampler_logp_BT), 0.0))
+    several = cfg.updates_per_batch > 1
+    old = over_micro_batches(lambda b: policy.logp(state.params, b)[0], batch, micro_batches) if several else None
     ref = None if ref_params is None else over_micro_batches(lambda b: policy.logp(ref_params, b)[0], batch, micro_batches)
 
     def one_update(state: TrainState, rows: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-        batch, old, ref = rows
         mask = lambda b: jnp.broadcast_to(b.ok_B[:, None], b.codes_BT.shape)  # noqa: E731
-        n_items = loss_items(mask(batch), cfg)
+        n_items = loss_items(mask(rows[0]), cfg)
 
         def loss(params, part):
             b, old, ref = part
             logp_BT, entropy_BT = policy.logp(params, b)
-            return grpo_loss(logp_BT, old, ref, b.adv_B, mask(b), cfg, n_items, entropy_BT)
+            value, metrics = grpo_loss(logp_BT, old, ref, b.adv_B, mask(b), cfg, n_items, entropy_BT)
+            gap = jnp.max(jnp.where(mask(b), jnp.abs(logp_BT - b.sampler_logp_BT), 0.0))
+            return value, metrics | {"grpo/logp_gap_max": gap}
 
         def accumulate(carry, part):
             (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params, part)
             return (jax.tree.map(jnp.add, carry[0], grads), carry[1] + value), metrics
 
         zeros = jax.tree.map(jnp.zeros_like, state.params)
-        (grads, value), metrics = jax.lax.scan(accumulate, (zeros, jnp.float32(0.0)), split_rows((batch, old, ref), micro_batches))
+        (grads, value), metrics = jax.lax.scan(accumulate, (zeros, jnp.float32(0.0)), split_rows(rows, micro_batches))
         state, optim = state.apply(optimizer, grads)
         return state, join_metrics(metrics) | optim | {"loss/grpo": value}
 
     rows = (batch, old, ref)
-    if cfg.updates_per_batch == 1:
-        state, metrics = one_update(state, rows)
-    else:
-        order_B = jax.random.permutation(key, batch.adv_B.shape[0])
-        minibatches = split_rows(jax.tree.map(lambda x: x[order_B], rows), cfg.updates_per_batch)
-        state, stacked = jax.lax.scan(one_update, state, minibatches)
-        metrics = {name: (jnp.max if name.endswith("_max") else jnp.mean)(value) for name, value in stacked.items()}
-    return state, metrics | {"grpo/logp_gap_max": gap}
+    if not several:
+        return one_update(state, rows)
+    order_B = jax.random.permutation(key, batch.adv_B.shape[0])
+    minibatches = split_rows(jax.tree.map(lambda x: x[order_B], rows), cfg.updates_per_batch)
+    state, stacked = jax.lax.scan(one_update, state, minibatches)
+    joined = {name: (jnp.max if name.endswith("_max") else jnp.mean)(value) for name, value in stacked.items()}
+    return state, joined | {"grpo/logp_gap_max": stacked["grpo/logp_gap_max"][0]}
 
 
 def over_micro_batches(fn: Callable[[RolloutBatch], Any], batch: RolloutBatch, parts: int) -> Any:
