@@ -45,4 +45,8 @@ def test_kept_tokens_equal_those_of_transformers(sampling, ties):
     expected = torch.tensor(scores)
     for warper in warpers:
         expected = warper(None, expected)
-    np.testing.assert_array_equal(kept_mask(jnp.asarray(scores), sampling), np.isfinite(expected.numpy()))
+    kept, expected = np.asarray(kept_mask(jnp.asarray(scores), sampling)), np.isfinite(expected.numpy())
+    if ties and sampling.top_p < 1:
+        # torch sorts unstably: which of several equal tokens top-p keeps is its own business, how many of each score is not.
+        kept, expected = (np.sort(np.where(mask, scores, -np.inf), axis=-1) for mask in (kept, expected))
+    np.testing.assert_array_equal(kept, expected)

@@ -79,7 +79,8 @@ def temper(scores: jax.Array, temperature: float) -> jax.Array:
 def kept_mask(scores: jax.Array, sampling: SamplingConfig) -> jax.Array:
     """Which tokens may be drawn: guided scores [..., V], before the temperature -> bool [..., V], never an empty row.
 
-    Ties as in transformers' warpers: top-k and min-p keep all tokens equal to the last kept one, top-p keeps the later ids.
+    Ties as in transformers' warpers: top-k and min-p keep all tokens equal to the last kept one; top-p may split equal tokens,
+    and then keeps the later ids (torch's sort is not stable and leaves the choice open).
     """
     if sampling.greedy:
         return jax.nn.one_hot(jnp.argmax(scores, axis=-1), scores.shape[-1], dtype=bool)
