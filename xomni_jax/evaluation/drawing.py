@@ -44,7 +44,7 @@ def heldout_signs(prompts: int, size: tuple[int, int], lengths: tuple[int, int],
     """
     config = RenderedConfig("heldout", (size,), (1.0,), (lengths,), shapes=0, pseudo_words=0, other_faces=0, centred=1)
     found: dict[str, dict[str, Any]] = {}
-    for index in range(100 * prompts):
+    for index in range(20 * prompts):
         example = render_example(seed, index, config)
         found.setdefault(example["caption"], example)
         if len(found) == prompts:
