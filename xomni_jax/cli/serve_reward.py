@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-NAMES = ("ocr", "shapes", "quality")
+NAMES = ("ocr", "shapes", "quality", "tesseract")
 _OPTIONS = {"ocr": ("mode", "formula", "second"), "quality": ("references",)}
 
 EXAMPLE = """\
@@ -17,14 +17,18 @@ A service scores pictures over HTTP; the trainer and the evaluations ask it. Sta
 ocr      reads the picture (PP-OCR) and compares the text with targets["text"]
 shapes   colour of the ground, and count, shape and colour of drawn objects
 quality  likeness to rendered pictures: notices noise, blur, compression; needs no target
+tesseract  reads with another program than ocr does: a second opinion for evaluations (xomni eval effect --second URL)
 
 Several replicas of one scorer may run on other ports or machines; give the trainer all their URLs.
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The subcommand's own options."""
-    parser.add_argument("name", metavar="NAME", choices=NAMES, help="ocr, shapes or quality")
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Register the subcommand; `run` is its function."""
+    parser = subparsers.add_parser(
+        "serve-reward", help="run a scoring service", epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("name", metavar="NAME", choices=NAMES, help="ocr, shapes, quality or tesseract")
     parser.add_argument("--port", type=int, default=8001, help="where to listen; 0 takes a free one (default 8001)")
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in (default 127.0.0.1)"

@@ -12,6 +12,7 @@ SCORERS: dict[str, str] = {  # name -> "module:class"; imported only when served
     "ocr": "xomni_jax.rewards.services.ocr:OCRScorer",
     "shapes": "xomni_jax.rewards.services.shapes:ShapesScorer",
     "quality": "xomni_jax.rewards.services.quality:QualityScorer",
+    "tesseract": "xomni_jax.rewards.services.tesseract:TesseractScorer",
 }
 
 

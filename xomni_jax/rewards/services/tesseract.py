@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from xomni_jax.rewards.services.base import ServiceError, need
 from xomni_jax.rewards.services.crop import ground_colour, text_lines
+from xomni_jax.rewards.text_metrics import is_exact, text_score
 
 _SCALE, _BORDER = 2, 8  # measured best on words of 10 to 30 pixels
 
@@ -39,6 +41,27 @@ class TesseractReader:
         page.paste(large, (_BORDER, _BORDER))
         self._api.SetImage(page)
         return self._api.GetUTF8Text().strip()
+
+
+class TesseractScorer:
+    """The second reader as a service of its own, to judge pictures whose policy was trained against PP-OCR.
+
+    Applies to items with a "text" target. Detail as of the OCR scorer: text, exact, no_text.
+    """
+
+    name = "tesseract"
+    version = "tesseract-line/auto"
+
+    def __init__(self) -> None:
+        self.reader = TesseractReader()
+
+    def score(self, image: np.ndarray, item: dict[str, Any]) -> tuple[float | None, dict[str, Any]]:
+        """See Scorer. ValueError when the text target is not a string or a list of strings with letters in them."""
+        wanted = item["targets"].get("text")
+        if not wanted:
+            return None, {}
+        text = self.reader.read(image)
+        return text_score(wanted, text), {"text": text, "exact": is_exact(wanted, text), "no_text": not text.strip()}
 
 
 def _data_folders() -> list[Path]:

@@ -1,0 +1,123 @@
+"""Statistics over prompts: expected best-of-N, bootstrap intervals, paired differences. Pure numpy.
+
+P prompts, R samples per prompt. NaN means "not known" everywhere: it is left out, never counted as 0.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+RESAMPLES = 2000
+LEVEL = 0.95
+
+
+class Interval(NamedTuple):
+    """An estimate with its bootstrap interval over prompts; all NaN when no prompt is known."""
+
+    value: float
+    low: float
+    high: float
+    prompts: int
+
+
+def best_of_weights(selection_PR: np.ndarray, n: int) -> np.ndarray:
+    """Chance of each sample to be the one with the highest selection score among n drawn without replacement, exactly.
+
+    A sample of unknown score cannot be drawn (weight 0). Of equal scores each is picked equally often. With m known scores and c of
+    them at or below s, the best of n is at or below s with chance C(c, n) / C(m, n); differences of that over the distinct
+    scores give each score's chance. Averaging a metric by these weights is the mean over all subsets of size n.
+
+    Args:
+      selection_PR: scores [P, R], NaN where unknown.
+      n: samples to choose from; 1 gives the plain mean.
+
+    Returns:
+      Weights [P, R]; rows sum to 1, or are NaN where fewer than n scores are known.
+
+    Raises:
+      ValueError: n outside 1..R.
+    """
+    selection_PR = np.asarray(selection_PR, np.float64)
+    if selection_PR.ndim != 2 or not 1 <= n <= selection_PR.shape[1]:
+        raise ValueError(f"best of {n} needs at least {n} samples per prompt, the table has shape {selection_PR.shape}; sample more")
+    weights_PR = np.full(selection_PR.shape, np.nan)
+    for scores_R, weights_R in zip(selection_PR, weights_PR):
+        known = np.isfinite(scores_R)
+        m = int(known.sum())
+        if m < n:
+            continue
+        weights_R[:] = 0.0
+        below = 0
+        for score in np.unique(scores_R[known]):
+            here = known & (scores_R == score)
+            count = int(here.sum())
+            weights_R[here] = (math.comb(below + count, n) - math.comb(below, n)) / math.comb(m, n) / count
+            below += count
+    return weights_PR
+
+
+def weighted_rows(metric_PR: np.ndarray, weights_PR: np.ndarray) -> np.ndarray:
+    """Mean of a metric per prompt [P] by weights [P, R]; unknown entries are left out, the others keep their proportions.
+
+    NaN where the weights are, or where no sample of positive weight has a known metric.
+    """
+    metric_PR = np.asarray(metric_PR, np.float64)
+    used_PR = np.where(np.isfinite(metric_PR), weights_PR, 0.0)
+    total_P = used_PR.sum(-1)
+    value_P = (used_PR * np.nan_to_num(metric_PR)).sum(-1)
+    return np.divide(value_P, total_P, out=np.full(len(metric_PR), np.nan), where=total_P > 0)
+
+
+def best_of(metric_PR: np.ndarray, selection_PR: np.ndarray, n: int) -> np.ndarray:
+    """Expected metric [P] of the sample with the highest selection score among n; see `best_of_weights`."""
+    return weighted_rows(metric_PR, best_of_weights(selection_PR, n))
+
+
+def bootstrap_mean(value_P: np.ndarray, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL) -> Interval:
+    """Mean over prompts with a percentile bootstrap interval; prompts are what is resampled, since samples of one are alike."""
+    known = np.asarray(value_P, np.float64)
+    known = known[np.isfinite(known)]
+    if not known.size:
+        return Interval(math.nan, math.nan, math.nan, 0)
+    means = known[_resample(known.size, seed, resamples)].mean(-1)
+    return Interval(float(known.mean()), *_percentiles(means, level), known.size)
+
+
+def paired_difference(a_P: np.ndarray, b_P: np.ndarray, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL) -> Interval:
+    """Mean of a - b over the prompts where both are known, with its interval. ValueError when the two are of different length."""
+    a_P, b_P = _pair(a_P, b_P)
+    return bootstrap_mean(a_P - b_P, seed, resamples, level)
+
+
+def paired_ratio(a_P: np.ndarray, b_P: np.ndarray, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL) -> Interval:
+    """mean(a) / mean(b) over the prompts where both are known, with its interval; NaN when the mean of b is 0."""
+    a_P, b_P = _pair(a_P, b_P)
+    both = np.isfinite(a_P) & np.isfinite(b_P)
+    a, b = a_P[both], b_P[both]
+    if not a.size or b.mean() == 0:
+        return Interval(math.nan, math.nan, math.nan, int(a.size))
+    rows = _resample(a.size, seed, resamples)
+    top, bottom = a[rows].mean(-1), b[rows].mean(-1)
+    # A resample without any success in b has an infinite ratio; it belongs to the upper end.
+    ratios = np.divide(top, bottom, out=np.full(len(top), np.inf), where=bottom > 0)
+    return Interval(float(a.mean() / b.mean()), *_percentiles(ratios, level), int(a.size))
+
+
+def _pair(a_P: np.ndarray, b_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    a_P, b_P = np.asarray(a_P, np.float64), np.asarray(b_P, np.float64)
+    if a_P.shape != b_P.shape:
+        raise ValueError(f"a paired comparison needs the same prompts on both sides, got {a_P.shape} and {b_P.shape}")
+    return a_P, b_P
+
+
+def _resample(n: int, seed: int, resamples: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(n, size=(resamples, n))
+
+
+def _percentiles(values: np.ndarray, level: float) -> tuple[float, float]:
+    # "lower"/"higher" never interpolate, which matters where a value is infinite.
+    tail = (1 - level) / 2
+    return float(np.quantile(values, tail, method="lower")), float(np.quantile(values, 1 - tail, method="higher"))
