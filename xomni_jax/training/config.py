@@ -146,12 +146,13 @@ def run_config(config: ConfigDict) -> RunConfig:
 def save_resolved(config: ConfigDict, run_dir: Path) -> None:
     """Writes RUN/config.json; refuses to go on in a run directory that was made with another configuration.
 
-    `steps` and the logging intervals may change between sessions of one run: they do not change what a step computes.
+    `steps`, the logging intervals and the addresses of services may change between sessions of one run: they do not change what a step
+    computes.
     """
     path, free = run_dir / "config.json", {"steps", "log_every", "save_every", "grid_every", "keep"}
     text = config.to_json_best_effort(indent=1, sort_keys=True)
     if path.is_file():
-        old, new = json.loads(path.read_text()), json.loads(text)
+        old, new = without_urls(json.loads(path.read_text())), without_urls(json.loads(text))
         changed = sorted(k for k in set(old) | set(new) if k not in free and old.get(k) != new.get(k))
         if changed:
             raise ConfigError(
@@ -160,3 +161,8 @@ def save_resolved(config: ConfigDict, run_dir: Path) -> None:
             )
     run_dir.mkdir(parents=True, exist_ok=True)
     path.write_text(text + "\n")
+
+
+def without_urls(value: Any) -> Any:
+    """A JSON value without its keys named "urls"."""
+    return {k: without_urls(v) for k, v in value.items() if k != "urls"} if isinstance(value, dict) else value

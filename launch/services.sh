@@ -1,0 +1,30 @@
+# Sourced by demo.sh and long_run.sh: starts the reward services on free ports and ends them with the script.
+# usage: start_services OUT      afterwards url_ocr and url_shapes are set, and second=(--second URL) where tesseract is at hand
+services=()
+trap 'kill "${services[@]}" 2>/dev/null || true' EXIT
+
+start() {  # OUT NAME [options]: sets url_NAME once the service answers
+  local log="$1/service_$2.log" url="" name=$2
+  shift
+  xomni serve-reward "$@" --port 0 > "$log" 2>&1 &
+  services+=($!)
+  while [ -z "$url" ]; do
+    kill -0 "${services[-1]}" 2>/dev/null || { unset 'services[-1]'; cat "$log" >&2; return 1; }
+    sleep 0.2
+    url=$(sed -n 's/.*ready on \(http:[^;]*\);.*/\1/p' "$log")
+  done
+  echo "$name: $url (log: $log)"
+  printf -v "url_$name" %s "$url"
+}
+
+start_services() {
+  start "$1" ocr --workers 2
+  start "$1" shapes --workers 1
+  # The second reader is only for the report: an independent look at what the policy was rewarded for.
+  second=()
+  if bash launch/tesseract_data.sh && start "$1" tesseract --workers 1; then
+    second=(--second "$url_tesseract")
+  else
+    echo "no second reader: the report leaves second_reader_accuracy empty"
+  fi
+}
