@@ -1,5 +1,7 @@
 """Eight simulated devices for every test; set before jax starts its backend."""
 
+import glob
+import importlib.util
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -14,12 +16,15 @@ import pytest
 
 
 def pytest_collection_modifyitems(config, items):
-    """Live parity needs torch: without the extra those tests are left out of the collection, not skipped one by one."""
-    try:
-        import torch  # noqa: F401
-    except ImportError:
-        config.hook.pytest_deselected(items=[i for i in items if "parity" in i.keywords])
-        items[:] = [i for i in items if "parity" not in i.keywords]
+    """Tests whose peer is not on this machine are left out of the collection: live parity without torch, tesseract without its data."""
+    missing = set() if importlib.util.find_spec("torch") else {"parity"}
+    folders = [os.environ.get("TESSDATA_PREFIX", "/none"), *glob.glob("/usr/share/tesseract-ocr/*/tessdata")]
+    if not any(os.path.isfile(os.path.join(folder, "eng.traineddata")) for folder in folders):
+        missing.add("tesseract")
+    left_out = [item for item in items if missing & set(item.keywords)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ def scorer():
     return OCRScorer()
 
 
+@pytest.mark.tesseract
 def test_both_readers_read_small_words(scorer):
     second = tesseract.TesseractReader()
     pictures = [sign(w, ground=GROUNDS[n % 4]) for n, w in enumerate(WORDS)]
@@ -55,6 +56,7 @@ def test_no_text_is_a_real_zero(scorer):
     assert score == 0 and detail["no_text"] and not scorer.score(sign("OPEN"), ocr_item("CAFE"))[1]["no_text"]
 
 
+@pytest.mark.tesseract
 def test_lower_of_two_readers_counts():
     """A picture only one reader can read pays no more than the other one gives."""
     scorer = OCRScorer(second="tesseract")
@@ -67,6 +69,7 @@ def test_lower_of_two_readers_counts():
     assert scorer.score(sign("SILVER"), ocr_item("SILVER"))[0] == 0
 
 
+@pytest.mark.tesseract
 def test_second_reader_that_fails_is_an_error_not_a_zero():
     scorer = OCRScorer(second="tesseract")
     scorer.second.read = lambda image: 1 / 0
