@@ -222,8 +222,7 @@ class XOmni:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
             raise ValueError("no prompts given; pass at least one")
-        size = self.description.get("settings", {}).get("size", {})
-        grid = self.grid(height or size.get("height", 1152), width or size.get("width", 1152))
+        grid = self.grid(height or self.decode_config.height, width or self.decode_config.width)
         self.check_prompts(prompts, grid)
         sampling = SamplingConfig(temperature, top_k, top_p, min_p, guidance)
         codes = self.sample_codes(prompts, grid, picture_keys(seed, len(prompts))[:, None], sampling)["codes"][:, 0]
