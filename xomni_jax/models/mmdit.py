@@ -15,6 +15,7 @@ from xomni_jax.models.layers import Dtype, LayerNorm, Projection, RMSNorm
 from xomni_jax.sharding.rules import constrain
 
 TIME_FEATURES = 256
+MIN_SIGMA = 0.05
 ZEROS = nn.initializers.zeros
 
 
@@ -29,6 +30,8 @@ class MMDiTConfig:
       text_dim, pooled_dim, semantic_dim: widths of the T5 sequence, the CLIP vector and the semantic map.
       guidance_embed: whether the guidance strength is an input, as in the distilled FLUX.1-dev.
       theta: base of the rotary frequencies.
+      prediction: what the last layer gives, "velocity" as released, or "data", from which the velocity follows. A narrow model on wide
+        pixel patches cannot carry their noise through its residual stream; it need not when it predicts data.
       query_chunk: queries per attention step, 0 for all at once (see `attend`).
       unroll: blocks per step of the scans.
     """
@@ -45,6 +48,7 @@ class MMDiTConfig:
     guidance_embed: bool = True
     mlp_ratio: int = 4
     theta: float = 10_000.0
+    prediction: str = "velocity"
     query_chunk: int = 0
     unroll: int = 1
     dtype: Dtype = jnp.float32
@@ -53,6 +57,8 @@ class MMDiTConfig:
 
     def __post_init__(self):
         check_remat("mmdit", self.remat)
+        if self.prediction not in ("velocity", "data"):
+            raise ValueError(f"mmdit.prediction={self.prediction!r} is unknown; choose velocity or data")
         if self.d_model % self.n_heads:
             raise ValueError(f"mmdit.d_model={self.d_model} does not divide into n_heads={self.n_heads}; change one of them")
         if len(self.axes_dims) != 3 or any(d % 2 for d in self.axes_dims) or sum(self.axes_dims) != self.head_dim:
@@ -75,7 +81,7 @@ PRESETS: dict[str, MMDiTConfig] = {
     "flux-dev-xomni": MMDiTConfig(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, remat="full", query_chunk=512),
     "tiny": MMDiTConfig(
         in_channels=192, d_model=128, n_heads=4, axes_dims=(8, 12, 12), n_double=1, n_single=4,
-        text_dim=64, pooled_dim=64, semantic_dim=96, guidance_embed=False, unroll=4,
+        text_dim=64, pooled_dim=64, semantic_dim=96, guidance_embed=False, unroll=4, prediction="data",
     ),
 }  # fmt: skip
 
@@ -285,7 +291,11 @@ class MMDiT(nn.Module):
 
         scale, shift = Modulation(c, 2, name="final_modulation")(condition_BD)  # the released order: scale first
         x_BTD = ModulatedNorm(c)(x_BLD[:, -T:], shift, scale)
-        return _linear(c, "out", c.in_channels, ("embed", "code"), init=ZEROS)(x_BTD).astype(jnp.float32)
+        out_BTC = _linear(c, "out", c.in_channels, ("embed", "code"), init=ZEROS)(x_BTD).astype(jnp.float32)
+        if c.prediction == "velocity":
+            return out_BTC
+        # x = (1 - sigma) data + sigma noise, so noise - data = (x - data) / sigma; the floor bounds the loss's weight near the data.
+        return (latents_BTC - out_BTC) / jnp.maximum(sigma_B, MIN_SIGMA)[:, None, None]
 
     def _check(self, grid, T, semantics_BTC, guidance_B) -> None:
         if grid[0] * grid[1] != T:
