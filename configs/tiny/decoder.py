@@ -8,5 +8,5 @@ def get_config():
     c = base.decoder()
     c.run_dir = "runs/tiny/decoder"
     c.init_from = "runs/tiny/tokenizer/model"
-    c.steps, c.batch_size = 1500, 32
+    c.steps, c.batch_size = 1200, 32
     return c
