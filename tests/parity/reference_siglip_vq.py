@@ -1,4 +1,4 @@
-"""The tokenizer in torch: transformers' SigLIP encoder with the released tokenizer's differences, and the quantiser from its equations."""
+"""The tokenizer in torch: transformers' SigLIP encoder with the release's differences, the quantiser from its equations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SKIP = np.array([False, True, False])
 
 
 def _vit(seed: int):
-    """transformers' SiglipVisionModel: exact GELU, no final norm, no head, bilinear positions; features are the last layer's output."""
+    """SiglipVisionModel with exact GELU, no final norm, no head, bilinear positions; features: the last layer's output."""
     import torch
     from torch.nn import functional as F
     from transformers import SiglipVisionConfig, SiglipVisionModel
@@ -113,7 +113,7 @@ def _quantize(z, codebook, skip):
 
 
 def _released(vit, projector, values) -> dict[str, np.ndarray]:
-    """`values(parameter)` of every parameter under its released key; transformers keeps q, k and v apart, the release stacks them."""
+    """`values(parameter)` of parameters under its released key; q, k and v are apart in transformers, stacked in the release."""
     out = {
         "vit.pos_embed": values(vit.embeddings.position_embedding.weight)[None],
         "vit.patch_embed.proj.weight": values(vit.embeddings.patch_embedding.weight),

@@ -32,8 +32,8 @@ class ImageLimits:
     def __post_init__(self) -> None:
         if not self.patch_size <= self.short_size <= self.long_size:
             raise ValueError(
-                f"ImageLimits: patch_size={self.patch_size} <= short_size={self.short_size} <= long_size={self.long_size} does not hold; "
-                "correct the image limits"
+                f"ImageLimits: patch_size={self.patch_size} <= short_size={self.short_size} <= long_size={self.long_size} "
+                "does not hold; correct the image limits"
             )
 
 
@@ -49,12 +49,12 @@ def target_size(width: int, height: int, limits: ImageLimits = RELEASED) -> tupl
     Raises:
       ImageRejected: short side or aspect ratio outside the limits, or a side that rounds to nothing.
     """
-    short, long = min(width, height), max(width, height)
+    short, long, what = min(width, height), max(width, height), f"image of {width} x {height}"
     if short < max(limits.min_short_size, 1):
-        raise ImageRejected(f"image of {width} x {height}: the short side is below {limits.min_short_size} pixels; use a larger image")
+        raise ImageRejected(f"{what}: the short side is below {limits.min_short_size} pixels; use a larger image")
     if long / short > limits.max_aspect_ratio:
         raise ImageRejected(
-            f"image of {width} x {height}: the aspect ratio {long / short:.2f} exceeds {limits.max_aspect_ratio:g}; crop the image"
+            f"{what}: the aspect ratio {long / short:.2f} exceeds {limits.max_aspect_ratio:g}; crop the image"
         )
     # The sides stay fractions until the end, as in the released code: rounding in between moves some sizes by a patch.
     sides = (float(width), float(height))
@@ -64,7 +64,7 @@ def target_size(width: int, height: int, limits: ImageLimits = RELEASED) -> tupl
         sides = tuple(side * (limits.long_size / max(sides)) for side in sides)
     rounded = tuple(round(side / limits.patch_size) * limits.patch_size for side in sides)
     if not all(rounded):
-        raise ImageRejected(f"image of {width} x {height}: a side shrinks below one patch of {limits.patch_size} pixels; crop the image")
+        raise ImageRejected(f"{what}: a side shrinks below one patch of {limits.patch_size} pixels; crop the image")
     return rounded
 
 

@@ -134,7 +134,7 @@ def restart_dead_codes(
     Args:
       usage_V: running average of `Quantized.usage`; codes below `dead_codes(usage_V, threshold)` move. Set their running usage
         to 1 / V afterwards, or they move again before they could be chosen.
-      z_TC: normalised encoder outputs; each is given to at most one code, drawn by its squared distance to the nearest living row.
+      z_TC: normalised encoder outputs; each goes to at most one code, drawn by its squared distance to the nearest living row.
 
     Returns:
       codebook [V, C] in its dtype, and how many codes moved (int32; at most T).

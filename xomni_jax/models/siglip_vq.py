@@ -26,7 +26,8 @@ class SigLIPVQConfig:
       conv_blocks: residual blocks after de-quantisation. groups: of their GroupNorm.
       skip_probability: chance per image that training skips quantisation.
       temperature: of the soft assignment. beta: weight of the codebook loss.
-      norm_eps: of the ViT's LayerNorm. query_chunk: attention rows scored at a time (0: all); a sixth of the released 72 x 72 tokens.
+      norm_eps: of the ViT's LayerNorm.
+      query_chunk: attention rows scored at a time (0: all); by default a sixth of the released 72 x 72 tokens.
       remat: what the ViT's backward pass recomputes: "none", "full" or "dots" (everything but matmul outputs).
     """
 
@@ -90,7 +91,7 @@ class ResidualConv(nn.Module):
 
 
 class SigLIPVQ(nn.Module):
-    """The tokenizer; `__call__` is its training forward, the other methods are its parts. Images of any size divisible by the patch."""
+    """The tokenizer; `__call__` is its training forward, the other methods are its parts. Any size the patch divides."""
 
     cfg: SigLIPVQConfig
 

@@ -80,7 +80,7 @@ class ViT(nn.Module):
         c = self.cfg
         B, H, W, _ = pixels_BHWC.shape
         if H % c.patch or W % c.patch:
-            raise ValueError(f"image of {H} x {W} pixels does not divide into patches of {c.patch}; resize it with data.preprocess")
+            raise ValueError(f"image of {H} x {W} pixels does not divide into patches of {c.patch}; use data.preprocess")
         x_BYXD = Conv(c.width, c.patch, c.patch, dtype=c.dtype, param_dtype=c.param_dtype, name="patch_embed")(pixels_BHWC)
         shape = (c.pos_grid, c.pos_grid, c.width)
         table_GGD = self.param("pos_embed", named(nn.initializers.normal(0.02), None, None, "embed"), shape, c.param_dtype)

@@ -108,7 +108,7 @@ class FeatureReader(nn.Module):
 
 
 class TokenizerLearner(nn.Module):
-    """The tokenizer and its two readers. Parameters: {"tokenizer": SigLIPVQ's, "reader": FeatureReader's, "dense": Projection's}."""
+    """The tokenizer and its readers. Parameters: {"tokenizer": SigLIPVQ's, "reader": FeatureReader's, "dense": Projection's}."""
 
     vq: SigLIPVQConfig
     read: ReaderConfig
@@ -121,7 +121,7 @@ class TokenizerLearner(nn.Module):
             self.dense = Projection((r.dense_classes,), ("embed", None), bias=True, dtype=r.dtype, param_dtype=r.param_dtype)
 
     def __call__(self, pixels_BHWC: jax.Array, ids_BL: jax.Array, skip_B: jax.Array | None = None) -> dict[str, Any]:
-        """`SigLIPVQ.__call__`'s outputs plus "logp" and "right" [B, L] of the text, and "cells" [B, Y, X, classes] float32 logits."""
+        """`SigLIPVQ.__call__`'s outputs plus "logp" and "right" [B, L] of the text, "cells" [B, Y, X, classes] float32 logits."""
         out = self.tokenizer(pixels_BHWC, skip_B=skip_B, train=skip_B is not None)
         out["logp"], out["right"] = self.reader(out["semantics"], ids_BL)
         if self.read.dense_classes:
@@ -171,14 +171,14 @@ def tokenizer_loss(
 
     Args:
       params: of `learner`.
-      batch: "pixels" [B, H, W, 3] in [-1, 1]; "columns" [B, Y, X] int32 label per cell (dense reading only; -1: unknown, no loss);
+      batch: "pixels" [B, H, W, 3] in [-1, 1]; "columns" [B, Y, X] int32 label per cell (dense reading only; -1: unknown);
         "ids" [B, L] int32 question and answer, padded on the right; "loss_mask" [B, L] bool, True at answer tokens.
       key: draws the images that skip quantisation.
       strength: 0..1, traced or not. 0: all images pass as continuous features and the quantiser is not trained (warm-up, before
         the codebook starts); 1: the config's skip probability and the full quantiser loss; between: linear in both.
 
     Returns:
-      The loss (float32 scalar), and `Aux` with the metrics loss/{total,answer,dense,quantizer,straight_through,commitment,codebook},
+      The loss (float32 scalar) and `Aux` with metrics loss/{total,answer,dense,quantizer,straight_through,commitment,codebook},
       accuracy/{answer,dense,dense_labelled} and codes/{used,perplexity,skipped}.
     """
     strength = jnp.asarray(strength, jnp.float32)

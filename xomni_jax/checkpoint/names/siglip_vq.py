@@ -20,7 +20,8 @@ VIT_DROPS = (
 def _square(cfg: SigLIPVQConfig) -> Fit:
     """Positions [1, G*G, D] -> [G, G, D]."""
     grid = cfg.pos_grid
-    return Fit(f"[1,{grid * grid},D] -> [{grid},{grid},D]", lambda p: p.reshape(grid, grid, -1), lambda p: p.reshape(1, grid * grid, -1))
+    name = f"[1,{grid * grid},D] -> [{grid},{grid},D]"
+    return Fit(name, lambda p: p.reshape(grid, grid, -1), lambda p: p.reshape(1, grid * grid, -1))
 
 
 def vit_table(cfg: SigLIPVQConfig, prefix: str = "") -> Table:
@@ -55,8 +56,9 @@ def projector_table(cfg: SigLIPVQConfig, prefix: str = "") -> Table:
     rules = [Rule("quantize.embedding.weight", "codebook")]
     for name in ("quant_conv", "post_quant_conv"):
         rules += [Rule(f"{name}.weight", f"{name}/kernel", POINTWISE), Rule(f"{name}.bias", f"{name}/bias")]
+    parts = [(f"{kind}{n}", leaf, fit) for n in (1, 2) for kind, leaf, fit in (("norm", "scale", COPY), ("conv", "kernel", CONV))]
     for i in range(cfg.conv_blocks):
-        for name, leaf, fit in (("norm1", "scale", COPY), ("conv1", "kernel", CONV), ("norm2", "scale", COPY), ("conv2", "kernel", CONV)):
+        for name, leaf, fit in parts:
             rules.append(Rule(f"post_conv.{i}.{name}.weight", f"post_conv_{i}/{name}/{leaf}", fit))
             rules.append(Rule(f"post_conv.{i}.{name}.bias", f"post_conv_{i}/{name}/bias"))
     return Table(tuple(rule._replace(source=prefix + rule.source) for rule in rules))
