@@ -130,7 +130,6 @@ def grpo():
     c = _run(
         "grpo",
         1e-6,
-        size=(32, 64),  # pixels of the rollouts, height x width
         grpo=dict(
             rollouts_per_prompt=16,  # G
             updates_per_batch=1,  # 1: on-policy

@@ -90,8 +90,10 @@ class XOmni:
     @functools.cached_property
     def tokenizer(self) -> MultimodalTokenizer:
         """The text tokenizer with its multimodal ids."""
-        c = self.config("transformer")
-        sizes = {name: getattr(c, name) for name in ("vocab_size", "image_vocab_size", "mm_vocab_size")}
+        sizes = {}
+        if "transformer" in self.description["components"]:
+            c = self.config("transformer")
+            sizes = {name: getattr(c, name) for name in ("vocab_size", "image_vocab_size", "mm_vocab_size")}
         return MultimodalTokenizer.load(self.path / "tokenizer", **sizes)
 
     @functools.cached_property
@@ -119,6 +121,11 @@ class XOmni:
         """Pixels per token along a side."""
         return self.config("siglip_vq").patch
 
+    def fill(self, x_B: Any) -> jax.Array:
+        """Repeats the first row until the rows split evenly over the mesh; whoever calls cuts the surplus off again."""
+        x_B = jnp.asarray(x_B)
+        return jnp.concatenate([x_B, jnp.repeat(x_B[:1], -len(x_B) % self.ways, axis=0)])
+
     # ---- text to image ----
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Token grid of a picture size; refuses sizes that are not whole tokens or leave the preprocessing limits."""
@@ -140,10 +147,9 @@ class XOmni:
         negative = None
         if sampling.guidance != 1.0:
             negative = pad_prompts([self.tokenizer.negative_prompt(*grid)] * len(prompts))
-        P, padded = len(prompts), -(-len(prompts) // self.ways) * self.ways
-        fill = lambda x: jnp.concatenate([jnp.asarray(x), jnp.repeat(jnp.asarray(x)[:1], padded - P, axis=0)])  # noqa: E731
-        ids_PS, lengths_P, keys_PR = fill(ids_PS), fill(lengths_P), fill(keys_PR)
-        negative = negative and tuple(map(fill, negative))
+        P = len(prompts)
+        ids_PS, lengths_P, keys_PR = self.fill(ids_PS), self.fill(lengths_P), self.fill(keys_PR)
+        negative = negative and tuple(map(self.fill, negative))
         with jax.set_mesh(self.mesh):
             out = self._sampler(grid[0] * grid[1], sampling)(self.params("transformer"), ids_PS, lengths_P, keys_PR, negative)
         R = keys_PR.shape[1]
@@ -170,36 +176,43 @@ class XOmni:
 
     def decode_images(self, codes_BYX: Any, prompts: Sequence[str], noise_BTC: Any, cfg: DecodeConfig | None = None) -> jax.Array:
         """Codes -> uint8 images [B, H, W, 3] on the device."""
-        codes_BYX = jnp.asarray(codes_BYX)
-        B, padded = len(codes_BYX), -(-len(codes_BYX) // self.ways) * self.ways
-        fill = lambda x: jnp.concatenate([jnp.asarray(x), jnp.repeat(jnp.asarray(x)[:1], padded - B, axis=0)])  # noqa: E731
-        text_BS, pooled_BS = self.text_ids(prompts)
+        rows = tuple(map(self.fill, (codes_BYX, *self.text_ids(prompts), noise_BTC)))
         with jax.set_mesh(self.mesh):
-            images = self._decode(cfg or self.decode_config)(
-                self.params("siglip_vq"), self.decoder_params(), fill(codes_BYX), fill(text_BS), fill(pooled_BS), self.text_ids([""]), fill(noise_BTC)
-            )
-        return images[:B]
+            images = self._decode(cfg or self.decode_config)(self.params("siglip_vq"), self.decoder_params(), *rows, self.text_ids([""]))
+        return images[: len(codes_BYX)]
 
     @functools.cache
     def _decode(self, cfg: DecodeConfig):
         vq, decoder = self.module("siglip_vq"), self.decoder
 
-        def decode(vq_params, params, codes_BYX, text_BS, pooled_BS, empty, noise_BTC):
+        def decode(vq_params, params, codes_BYX, text_BS, pooled_BS, noise_BTC, empty):
             semantics = vq.apply({"params": vq_params}, codes_BYX, method="semantics")
+            # The two rows of the empty prompt are repeated, so that they too split over a mesh.
+            empty = tuple(jnp.repeat(x, self.ways, axis=0) for x in empty)
             return to_uint8(decoder.decode(params, semantics, text_BS, pooled_BS, empty, noise_BTC, cfg))
 
         return jax.jit(decode)
 
     def decode(self, codes_BYX: Any, prompts: Sequence[str] | None = None, noise: Any = None, seed: int = 0) -> list[Image.Image]:
         """Codes [B, Y, X] -> pictures. Without `noise` [B, T, C] it is drawn from `seed`; without prompts they are empty."""
-        codes_BYX = np.asarray(codes_BYX)
-        size = self.config("transformer").image_vocab_size
-        if codes_BYX.ndim != 3 or codes_BYX.min() < 0 or codes_BYX.max() >= size:
-            raise ValueError(f"codes must be [B, Y, X] with values 0..{size - 1}, got shape {codes_BYX.shape}")
+        codes_BYX = self.checked(codes_BYX)
+        prompts = [""] * len(codes_BYX) if prompts is None else list(prompts)
+        if len(prompts) != len(codes_BYX):
+            raise ValueError(f"{len(prompts)} prompts for {len(codes_BYX)} pictures' codes; give one each, or none")
         if noise is None:
             noise = self.noise(picture_keys(seed, len(codes_BYX), NOISE), codes_BYX.shape[1:])
-        images = self.decode_images(codes_BYX, prompts or [""] * len(codes_BYX), noise)
+        images = self.decode_images(codes_BYX, prompts, noise)
         return [Image.fromarray(image) for image in np.asarray(images)]
+
+    def checked(self, codes_BYX: Any) -> np.ndarray:
+        """Codes as an int32 array [B, Y, X]. ValueError when they are no codes of this model's tokenizer."""
+        codes_BYX = np.asarray(codes_BYX)
+        size = self.config("siglip_vq").codebook_size
+        if codes_BYX.ndim != 3 or not codes_BYX.size or not np.issubdtype(codes_BYX.dtype, np.integer):
+            raise ValueError(f"codes must be integers [B, Y, X], got {codes_BYX.dtype} {codes_BYX.shape}")
+        if codes_BYX.min() < 0 or codes_BYX.max() >= size:
+            raise ValueError(f"codes must lie within 0..{size - 1}, got {codes_BYX.min()}..{codes_BYX.max()}; take them from this model's encode")
+        return codes_BYX.astype(np.int32)
 
     def generate(
         self,
@@ -216,33 +229,34 @@ class XOmni:
         """One picture per prompt. The defaults are the released ones; picture i depends on (seed, i) and its prompt alone.
 
         Args:
-          height, width: pixels; the model's own default size without them.
+          height, width: pixels; the model's own default size without them (1152 x 1152, as released, when it names none).
           temperature: 0 takes the likeliest code. top_k: 0 is off. guidance: of the AR part; 1 is off.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
             raise ValueError("no prompts given; pass at least one")
-        grid = self.grid(height or self.decode_config.height, width or self.decode_config.width)
-        self.check_prompts(prompts, grid)
+        size = self.description.get("settings", {}).get("size", {})
+        grid = self.grid(size.get("height", 1152) if height is None else height, size.get("width", 1152) if width is None else width)
+        self.check_prompts(prompts)
         sampling = SamplingConfig(temperature, top_k, top_p, min_p, guidance)
         codes = self.sample_codes(prompts, grid, picture_keys(seed, len(prompts))[:, None], sampling)["codes"][:, 0]
         return self.decode(codes, prompts, seed=seed)
 
-    def check_prompts(self, prompts: Sequence[str], grid: tuple[int, int]) -> None:
-        """Refuses prompts that are empty or longer than the text encoders take."""
-        limit = self.decode_config.text_length
-        for prompt in prompts:
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Refuses prompts that are empty or longer than the decoder's text encoder takes."""
+        limit = self.decode_config.text_length - 1  # a padding token closes every row
+        for i, prompt in enumerate(prompts):
+            if not prompt.strip():
+                raise ValueError(f"prompt {i + 1} is empty; describe the picture")
             n = len(self.tokenizer.encode_text(prompt))
-            if not n:
-                raise ValueError("a prompt is empty; describe the picture")
             if n > limit:
-                raise ValueError(f"prompt {prompt[:40]!r}... has {n} tokens, this model's decoder takes {limit}; shorten it")
+                raise ValueError(f"prompt {i + 1} ({prompt[:40]!r}...) has {n} tokens, this model's decoder takes {limit}; shorten it")
 
     # ---- image to codes, codes to text ----
     def encode_pixels(self, pixels_BHWC: Any) -> jax.Array:
         """Pixels [B, H, W, 3] in [-1, 1] -> codes [B, Y, X]."""
         with jax.set_mesh(self.mesh):
-            return self._method("siglip_vq", "encode")(self.params("siglip_vq"), jnp.asarray(pixels_BHWC))
+            return self._method("siglip_vq", "encode")(self.params("siglip_vq"), self.fill(pixels_BHWC))[: len(pixels_BHWC)]
 
     def encode(self, images: Sequence[Image.Image | np.ndarray]) -> list[np.ndarray]:
         """Codes [Y, X] of each picture after the released preprocessing, at its own resolution."""
@@ -250,14 +264,24 @@ class XOmni:
 
     def semantics(self, codes_BYX: Any) -> jax.Array:
         """Codes [B, Y, X] -> semantics [B, Y, X, C]."""
+        codes_BYX = self.checked(codes_BYX)
         with jax.set_mesh(self.mesh):
-            return self._method("siglip_vq", "semantics")(self.params("siglip_vq"), jnp.asarray(codes_BYX))
+            return self._method("siglip_vq", "semantics")(self.params("siglip_vq"), self.fill(codes_BYX))[: len(codes_BYX)]
 
     def velocity(self, latents_BTC, sigma_B, codes_BYX, prompts: Sequence[str]) -> jax.Array:
         """The MMDiT's velocity for packed latents, for those who bring their own sampler."""
-        decoder, grid = self.decoder, tuple(np.shape(codes_BYX)[1:])
-        cond = decoder.condition(self.decoder_params(), *self.text_ids(prompts), self.semantics(codes_BYX))
-        return decoder.velocity(self.decoder_params(), jnp.asarray(latents_BTC), jnp.asarray(sigma_B), cond, grid)
+        codes_BYX = self.checked(codes_BYX)
+        rows = tuple(map(self.fill, (latents_BTC, sigma_B, *self.text_ids(prompts), self.semantics(codes_BYX))))
+        with jax.set_mesh(self.mesh):
+            return self._velocity(self.decoder_params(), *rows)[: len(codes_BYX)]
+
+    @functools.cached_property
+    def _velocity(self):
+        def velocity(params, latents_BTC, sigma_B, text_BS, pooled_BS, semantics_BYXD):
+            cond = self.decoder.condition(params, text_BS, pooled_BS, semantics_BYXD)
+            return self.decoder.velocity(params, latents_BTC, sigma_B, cond, semantics_BYXD.shape[1:3])
+
+        return jax.jit(velocity)
 
     def logits(self, ids_BL: Any, mode: str = "text") -> jax.Array:
         """Logits [B, L, text + multimodal ids]; ids that the mode cannot produce are at the dtype's minimum.
@@ -269,7 +293,7 @@ class XOmni:
             raise ValueError(f"mode={mode!r} is unknown; use text or image")
         c = self.config("transformer")
         with jax.set_mesh(self.mesh):
-            hidden = self._method("transformer")(self.params("transformer"), jnp.asarray(ids_BL))
+            hidden = self._method("transformer")(self.params("transformer"), self.fill(ids_BL))[: len(ids_BL)]
             part = self._method("transformer", f"{mode}_logits")(self.params("transformer"), hidden)
         before = 0 if mode == "text" else c.vocab_size
         after = c.total_vocab_size - before - part.shape[-1]
@@ -282,12 +306,14 @@ class XOmni:
 
     def chat(self, image: Image.Image | np.ndarray, question: str, max_tokens: int = 64) -> str:
         """Answers a question about a picture, greedily, until the end of the turn."""
+        if not question.strip():
+            raise ValueError("the question is empty; ask something about the picture")
         return self.answer([self.encode([image])[0]], [question], max_tokens)[0]
 
     def answer(self, codes: Sequence[np.ndarray], questions: Sequence[str], max_tokens: int = 64) -> list[str]:
         """Greedy answers to one question per picture, given its codes [Y, X]."""
         prompts = [self.tokenizer.understanding_prompt(c, q) for c, q in zip(codes, questions, strict=True)]
-        ids_PS, lengths_P = pad_prompts(prompts + [prompts[0]] * (-len(prompts) % self.ways))
+        ids_PS, lengths_P = map(self.fill, pad_prompts(prompts))
         with jax.set_mesh(self.mesh):
             made = self._answerer(max_tokens)(self.params("transformer"), ids_PS, lengths_P)
         return [self.tokenizer.decode_text(ids).strip() for ids in np.asarray(made)[: len(prompts)]]
@@ -300,5 +326,7 @@ class XOmni:
 
 def picture_keys(seed: int, n: int, purpose: int = 0) -> jax.Array:
     """One key per picture [n], from (seed, purpose, index): a picture can be drawn again alone."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed} must lie within 0..{2**32 - 1}")
     root = jax.random.fold_in(jax.random.key(seed), purpose)
     return jax.vmap(lambda i: jax.random.fold_in(root, i))(jnp.arange(n))

@@ -12,7 +12,6 @@ def get_config():
     c.run_dir = "runs/tiny/grpo"
     c.init_from = "runs/tiny/sft/model"
     c.steps, c.batch_size = 600, 8
-    c.size = (32, 128)
     c.data.sizes, c.data.text_lengths = ((32, 128),), ((12, 16),)
     c.optimizer.learning_rate = 3e-4
     c.grpo.rollouts_per_prompt = 8

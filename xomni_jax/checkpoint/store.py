@@ -81,6 +81,8 @@ def read_model_json(directory: str | Path) -> dict[str, Any]:
         data = json.loads(path.read_text())
     except ValueError as e:
         raise CheckpointError(f"{path}: not readable as JSON ({e}); restore it from the run that wrote it") from None
+    if not isinstance(data, dict) or not isinstance(data.get("components"), dict):
+        raise CheckpointError(f"{path}: lists no components; restore it from the run that wrote it")
     if data.get("format") != FORMAT:
         raise CheckpointError(f"{path}: format {data.get('format')!r}, this version reads format {FORMAT}")
     return data

@@ -32,11 +32,13 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     from xomni_jax.pipeline import load
 
     began = time.perf_counter()
+    out = Path(args.out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; give a folder")
     model = load(args.model)
     images = model.generate(
         args.prompts, args.height, args.width, args.seed, args.temperature, args.top_k, args.top_p, args.min_p, args.guidance
     )
-    out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     for i, (prompt, image) in enumerate(zip(args.prompts, images)):
         name = f"{i:03d}_{re.sub(r'[^A-Za-z0-9]+', '_', prompt).strip('_')[:60]}.png"

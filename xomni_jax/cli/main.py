@@ -60,7 +60,12 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("XOMNI_DEBUG"):
             raise
         message = str(e.args[0]) if isinstance(e, KeyError) and e.args else str(e)
-        print(f"xomni {args.command}: {message}", file=sys.stderr)
+        first, *more = message.strip().splitlines() or [type(e).__name__]
+        if more and not isinstance(e, OSError):
+            # Ours are one sentence each; several lines come from inside a library and are nothing a user wrote wrongly.
+            print(f"xomni {args.command}: internal error, {type(e).__name__}: {first} (XOMNI_DEBUG=1 shows where)", file=sys.stderr)
+            return 1
+        print(f"xomni {args.command}: {first}", file=sys.stderr)
         return 2
 
 

@@ -24,7 +24,9 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
             raise ConfigError(f"unknown argument {argument!r}; overrides are written --config.KEY=VALUE")
         overrides.append(argument.removeprefix("--config."))
     config = load_config(args.config, overrides)
-    if args.devices:
+    if args.devices is not None:
+        if args.devices < 1:
+            raise ConfigError(f"--devices {args.devices} must be at least 1")
         import jax
 
         jax.config.update("jax_num_cpu_devices", args.devices)

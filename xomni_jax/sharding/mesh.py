@@ -23,16 +23,20 @@ def make_mesh(axes: Mapping[str, int] | None = None, devices=None) -> Mesh:
     unknown = sorted(set(sizes) - set(MESH_AXES))
     if unknown:
         raise ValueError(f"mesh axis {unknown[0]!r} is unknown; known axes: {', '.join(MESH_AXES)}")
+    bad = [name for name, size in sizes.items() if not isinstance(size, int) or (size < 1 and size != -1)]
+    if bad:
+        raise ValueError(f"mesh {bad[0]}={sizes[bad[0]]!r} is no number of devices; use 1 or more, or -1 for the remaining devices")
     devices = jax.devices() if devices is None else list(devices)
     free = [name for name, size in sizes.items() if size == -1]
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if len(free) > 1:
-        raise ValueError(f"mesh: only one axis may be -1, got {free}")
-    if free:
+        raise ValueError(f"mesh: only one axis may be -1, got {' and '.join(free)}; give the others a number")
+    if free and len(devices) % fixed == 0:
         sizes[free[0]] = len(devices) // fixed
     if math.prod(sizes.values()) != len(devices):
-        asked = " x ".join(f"{name}={size}" for name, size in sizes.items() if size != 1) or "1"
-        raise ValueError(f"mesh {asked} needs {math.prod(sizes.values())} devices, {len(devices)} are present; change config.mesh")
+        asked = " x ".join(f"{name}={size}" for name, size in sizes.items() if size not in (1, -1)) or "1"
+        needs = f"a multiple of {fixed}" if free else f"{fixed}"
+        raise ValueError(f"mesh {asked} needs {needs} devices, {len(devices)} are present; change config.mesh")
     return jax.make_mesh(tuple(sizes[a] for a in MESH_AXES), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,20 +11,31 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
-from xomni_jax.checkpoint.store import copy_components, read_model_json, save_component, save_settings
+from xomni_jax.checkpoint.store import config_to_json, copy_components, read_model_json, save_component, save_settings
 from xomni_jax.pipeline import XOmni
 from xomni_jax.sequence.tokenizer import TINY_TOKENIZER
-from xomni_jax.training.config import ConfigError
+from xomni_jax.sharding.rules import RULES
+from xomni_jax.training.config import ConfigError, check_types
 
 T = TypeVar("T")
+
+# How a stored model is computed, which a run may choose; everything else of a config says what the model is.
+COMPUTATION = ("dtype", "remat", "attention_chunk", "query_chunk", "chunk", "unroll")
+
+
+@dataclasses.dataclass(frozen=True)
+class PictureSize:
+    """Pixels of the pictures a model makes when not told otherwise; a setting of model.json."""
+
+    height: int
+    width: int
 
 
 def from_preset(section: Mapping[str, Any], presets: Mapping[str, T], where: str) -> T:
     """`preset` names a model config; the other keys of the section replace its fields."""
     fields = dict(section)
-    name = fields.pop("preset")
+    name = fields.pop("preset", None)
     if name not in presets:
         raise ConfigError(f"{where}.preset={name!r} is unknown; use one of {', '.join(presets)}")
     known = {f.name for f in dataclasses.fields(presets[name]) if f.init}
@@ -31,15 +43,46 @@ def from_preset(section: Mapping[str, Any], presets: Mapping[str, T], where: str
     if unknown:
         raise ConfigError(f"{where}.{unknown[0]}: unknown key; {type(presets[name]).__name__} has {', '.join(sorted(known))}")
 
+    check_types(type(presets[name]), fields, where)
+
     def typed(key, value):
         if key.endswith("dtype"):
-            return jnp.dtype(value)
+            try:
+                return jnp.dtype(value)
+            except TypeError:
+                raise ConfigError(f"{where}.{key}={value!r} is no number format; use float32 or bfloat16") from None
         return tuple(value) if isinstance(value, (list, tuple)) else value
 
     try:
         return dataclasses.replace(presets[name], **{k: typed(k, v) for k, v in fields.items()})
+    except ConfigError:
+        raise
     except ValueError as e:
         raise ConfigError(f"{where}: {e}") from None
+
+
+def stored_or_preset(model: XOmni, name: str, section: Mapping[str, Any], presets: Mapping[str, T], where: str) -> T:
+    """Config of a component: the section's, which must describe the same model where `model` already has the component."""
+    wanted = from_preset(section, presets, where)
+    if name not in model.description["components"]:
+        return wanted
+    stored = model.config(name)
+    old, new = config_to_json(stored), config_to_json(wanted)
+    differs = sorted(k for k in old if k not in COMPUTATION and old[k] != new[k])
+    if differs:
+        k = differs[0]
+        raise ConfigError(f"{where}.{k}={new[k]!r}, but the {name} of {model.path} has {old[k]!r}; give the section the stored sizes")
+    return wanted
+
+
+def check_split(key: str, size: int, mesh: jax.sharding.Mesh) -> None:
+    """Refuses a batch that does not split evenly over the mesh; `key` is where its size is configured."""
+    ways = math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    if size % ways:
+        raise ConfigError(
+            f"{key}={size} does not split over the {ways} ways of config.mesh (replica x data x fsdp); use a multiple of {ways}, "
+            "or lower those axes"
+        )
 
 
 def open_model(init_from: str, needed: tuple[str, ...], mesh: jax.sharding.Mesh, stage: str) -> XOmni:

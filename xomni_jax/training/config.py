@@ -6,8 +6,11 @@ import ast
 import dataclasses
 import importlib.util
 import json
+import os
 import sys
-from collections.abc import Sequence
+import types
+import typing
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -72,8 +75,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
         if not hasattr(module, "get_config"):
             raise ConfigError(f"{path}: defines no get_config()")
         config = module.get_config()
-    except (AttributeError, KeyError, SyntaxError, ImportError) as e:
-        raise ConfigError(f"{path}: {str(e).splitlines()[0]}") from e
+    except ConfigError:
+        raise
+    except Exception as e:  # noqa: BLE001 - the file is the user's code: whatever it raises is theirs to mend
+        raise ConfigError(f"{path}: {str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__}") from e
     finally:
         sys.path.remove(str(root))
     for override in overrides:
@@ -92,15 +97,15 @@ def apply_override(config: ConfigDict, override: str) -> None:
         if not isinstance(node, ConfigDict) or name not in node:
             raise ConfigError(f"config.{key}: no section {name!r}; known here: {', '.join(sorted(node))}")
         node = node[name]
+    if isinstance(node, ConfigDict) and "preset" in node and last not in node:
+        node[last] = literal(text)  # a field of the preset; `from_preset` knows them and their types
+        return
     if not isinstance(node, ConfigDict) or last not in node:
         known = ", ".join(sorted(node)) if isinstance(node, ConfigDict) else "nothing"
         raise ConfigError(f"config.{key}: unknown key; known here: {known}")
     default = node[last]
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = text
-    if isinstance(default, bool) != isinstance(value, bool) and default is not None:
+    value = literal(text)
+    if isinstance(default, bool) and not isinstance(value, bool):
         value = {"true": True, "false": False}.get(text.lower(), value)
     if isinstance(default, str):
         value = text
@@ -108,9 +113,18 @@ def apply_override(config: ConfigDict, override: str) -> None:
         value = float(value)
     if isinstance(default, (tuple, list)) and isinstance(value, (tuple, list)):
         value = type(default)(value)
-    if default is not None and type(value) is not type(default):
+    # None turns an optional number off; where a number is needed, the section's dataclass refuses it.
+    if default is not None and value is not None and type(value) is not type(default):
         raise ConfigError(f"config.{key}={text}: expected {type(default).__name__}, such as {default!r}")
     node[last] = value
+
+
+def literal(text: str) -> Any:
+    """A Python literal, or the text itself where it is none."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def build(cls: type[T], section: Any, where: str) -> T:
@@ -128,6 +142,7 @@ def build(cls: type[T], section: Any, where: str) -> T:
     def frozen(value):
         return tuple(frozen(v) for v in value) if isinstance(value, (list, tuple)) else value
 
+    check_types(cls, data, where)
     try:
         return cls(**{name: frozen(value) for name, value in data.items()})
     except TypeError as e:
@@ -138,6 +153,50 @@ def build(cls: type[T], section: Any, where: str) -> T:
         raise ConfigError(f"{where}: {e}") from None
 
 
+def check_types(cls: type, values: Mapping[str, Any], where: str) -> None:
+    """Refuses values that do not fit the annotations of a dataclass; whole numbers fit `float`, lists fit tuples.
+
+    Raises:
+      ConfigError: naming the key, its value and what was expected.
+    """
+    hints = typing.get_type_hints(cls)
+    for name, value in values.items():
+        if not fits(value, hints[name]):
+            expected = hints[name].__name__ if isinstance(hints[name], type) else str(hints[name])
+            raise ConfigError(f"{where}.{name}={value!r}: expected {expected}")
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a configuration value is of an annotated type."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, h) for h in inner)
+    if origin is typing.Literal:
+        return value in inner
+    if origin is tuple or hint is tuple:
+        if not isinstance(value, (list, tuple)):
+            return False
+        inner = inner[:1] * len(value) if inner[1:] in ((), (...,)) else inner
+        return len(inner) == len(value) and all(map(fits, value, inner))
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return not isinstance(hint, type) or isinstance(value, hint)
+
+
+def check_sections(config: ConfigDict, sections: Sequence[str], stage: str) -> None:
+    """Refuses a configuration that lacks a section its stage reads, or holds one that it does not.
+
+    Raises:
+      ConfigError: naming the first such section.
+    """
+    have = {key for key, value in config.items() if isinstance(value, ConfigDict)}
+    missing, extra = sorted(set(sections) - have), sorted(have - set(sections))
+    if missing:
+        raise ConfigError(f"config.{missing[0]}: stage {stage} needs this section; start from configs.base.{stage}()")
+    if extra:
+        raise ConfigError(f"config.{extra[0]}: stage {stage} reads no such section; it reads {', '.join(sorted(sections))}")
+
+
 def run_config(config: ConfigDict) -> RunConfig:
     """The shared part of a configuration: its top-level plain keys."""
     return build(RunConfig, {k: v for k, v in config.items() if not isinstance(v, ConfigDict)}, "config")
@@ -146,23 +205,27 @@ def run_config(config: ConfigDict) -> RunConfig:
 def save_resolved(config: ConfigDict, run_dir: Path) -> None:
     """Writes RUN/config.json; refuses to go on in a run directory that was made with another configuration.
 
-    `steps`, the logging intervals and the addresses of services may change between sessions of one run: they do not change what a step
-    computes.
+    The logging intervals may change between sessions of one run, and `steps`, to train on: schedules then follow the new length.
     """
     path, free = run_dir / "config.json", {"steps", "log_every", "save_every", "grid_every", "keep"}
     text = config.to_json_best_effort(indent=1, sort_keys=True)
     if path.is_file():
-        old, new = without_urls(json.loads(path.read_text())), without_urls(json.loads(text))
+        old, new = flat(json.loads(path.read_text())), flat(json.loads(text))
         changed = sorted(k for k in set(old) | set(new) if k not in free and old.get(k) != new.get(k))
         if changed:
             raise ConfigError(
-                f"{run_dir}: this run was started with another config.{changed[0]} "
-                f"({old.get(changed[0])!r}, now {new.get(changed[0])!r}); use another run_dir or delete this one"
+                f"{run_dir}: this run was started with config.{changed[0]}={old.get(changed[0])!r}, now it is "
+                f"{new.get(changed[0])!r}; use another run_dir or delete this one"
             )
     run_dir.mkdir(parents=True, exist_ok=True)
-    path.write_text(text + "\n")
+    part = path.with_name("config.json.part")
+    part.write_text(text + "\n")
+    os.replace(part, path)
 
 
-def without_urls(value: Any) -> Any:
-    """A JSON value without its keys named "urls"."""
-    return {k: without_urls(v) for k, v in value.items() if k != "urls"} if isinstance(value, dict) else value
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections -> {"section.key": value}."""
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return out

@@ -18,7 +18,7 @@ from xomni_jax.pipeline import picture_keys
 from xomni_jax.sampling.decoder import DecodeConfig, Decoder, to_uint8
 from xomni_jax.sampling.flow import Conditioning, flow_training_pair
 from xomni_jax.sequence.tokenizer import MultimodalTokenizer, fixed_length_ids
-from xomni_jax.training.components import DataIterator, export_model, from_preset, open_model
+from xomni_jax.training.components import DataIterator, PictureSize, check_split, export_model, open_model, stored_or_preset
 from xomni_jax.training.config import RunConfig, build
 from xomni_jax.training.loop import Stage, key_for, tile
 from xomni_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -26,6 +26,7 @@ from xomni_jax.training.preemption import StopSignal
 from xomni_jax.training.state import TrainState, init_state
 
 GRID_IMAGES = 8
+SECTIONS = ("optimizer", "mmdit", "t5", "clip", "autoencoder", "decoder", "decode", "data")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,8 @@ class DecoderTrainConfig:
     def __post_init__(self):
         if not 0 <= self.drop_condition < 1:
             raise ValueError(f"drop_condition={self.drop_condition} is a share; give a number from 0 to below 1")
+        if self.sigma not in ("logit_normal", "uniform"):
+            raise ValueError(f"sigma={self.sigma!r} is unknown; use logit_normal or uniform")
 
 
 def flow_loss(
@@ -80,10 +83,11 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
     """The decoder stage of a configuration."""
     cfg, data = build(DecoderTrainConfig, config.decoder, "config.decoder"), build(RenderedConfig, config.data, "config.data")
     decode = build(DecodeConfig, config.decode, "config.decode")
+    check_split("config.batch_size", run.batch_size, mesh)
     model = open_model(run.init_from, ("siglip_vq",), mesh, run.stage)
     presets = {"mmdit": mmdit.PRESETS, "t5": text_encoders.T5_PRESETS, "clip": text_encoders.CLIP_PRESETS, "autoencoder": autoencoder.PRESETS}
     stored = model.description["components"]
-    configs = {n: model.config(n) if n in stored else from_preset(config[n], presets[n], f"config.{n}") for n in presets}
+    configs = {n: stored_or_preset(model, n, config[n], presets[n], f"config.{n}") for n in presets}
     decoder = Decoder(**{name: COMPONENTS[name].module(c) for name, c in configs.items()})
     text = MultimodalTokenizer.load(model.path / "tokenizer")
 
@@ -107,6 +111,7 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
     update = jax.jit(update, donate_argnums=0)
     ids = lambda prompts: tuple(fixed_length_ids(text, prompts, n) for n in (decode.text_length, decode.pooled_length))  # noqa: E731
     empty = ids([""])
+    empties = tuple(np.repeat(x, model.ways, axis=0) for x in empty)  # as many rows as the mesh splits
 
     def to_batch(examples: dict[str, Any]) -> dict[str, Any]:
         text_BS, pooled_BS = ids(examples["caption"])
@@ -121,20 +126,21 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
     def reconstruct(params, vq_params, pixels, text_BS, pooled_BS, noise):
         codes_BYX = vq.apply({"params": vq_params}, pixels, method="encode")
         semantics = vq.apply({"params": vq_params}, codes_BYX, method="semantics")
-        return to_uint8(decoder.decode(params, semantics, text_BS, pooled_BS, empty, noise, decode))
+        return to_uint8(decoder.decode(params, semantics, text_BS, pooled_BS, empties, noise, decode))
 
     def grid(state: TrainState, number: int) -> np.ndarray:
         size = data.sizes[0]
-        examples = [render_example(run.seed + 1_000_003, i, data, size) for i in range(GRID_IMAGES)]
+        n = -(-GRID_IMAGES // model.ways) * model.ways
+        examples = [render_example(run.seed + 1_000_003, i, data, size) for i in range(n)]
         real = np.stack([e["image"] for e in examples])
         noise_shape = (size[0] * size[1] // vq.cfg.patch**2, configs["mmdit"].in_channels)
-        noise = jax.vmap(lambda k: jax.random.normal(k, noise_shape))(picture_keys(run.seed, GRID_IMAGES))
+        noise = jax.vmap(lambda k: jax.random.normal(k, noise_shape))(picture_keys(run.seed, n))
         pixels = real.astype(np.float32) / 127.5 - 1.0
         drawn = reconstruct(state.params, vq_params, pixels, *ids([e["caption"] for e in examples]), noise)
-        return tile(np.concatenate([np.asarray(drawn), real]), columns=GRID_IMAGES)
+        return tile(np.concatenate([np.asarray(drawn), real]), columns=n)
 
     def export(state: TrainState, directory, note):
         trained = {name: (state.params.get(name, {}), c) for name, c in configs.items()}
-        export_model(directory, trained, run.init_from, note, {"decode": decode})
+        export_model(directory, trained, run.init_from, note, {"decode": decode, "size": PictureSize(*data.sizes[0])})
 
     return Stage(state, batches, step, export, grid, items_per_step=run.batch_size)

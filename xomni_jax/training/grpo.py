@@ -18,7 +18,7 @@ from xomni_jax.data.sources import rendered_dataset
 from xomni_jax.models.registry import init_params
 from xomni_jax.pipeline import XOmni, pad_prompts, picture_keys
 from xomni_jax.rewards.client import RewardClient
-from xomni_jax.rewards.combine import Combined, column, combine
+from xomni_jax.rewards.combine import MODES, Combined, column, combine
 from xomni_jax.sampling.decode import generate_codes, replay_logp
 from xomni_jax.sampling.decoder import DecodeConfig
 from xomni_jax.sampling.logits import SamplingConfig
@@ -28,10 +28,11 @@ from xomni_jax.training.config import ConfigError, RunConfig, build
 from xomni_jax.training.grpo_loss import GRPOConfig, grpo_loss, join_metrics, loss_items
 from xomni_jax.training.loop import Stage, key_for, tile
 from xomni_jax.training.optimizer import OptimizerConfig, make_optimizer
-from xomni_jax.training.preemption import StopSignal
+from xomni_jax.training.preemption import StepRefused, StopSignal
 from xomni_jax.training.state import TrainState, init_state
 
 ROLLOUT, NOISE, SHUFFLE = 0, 1, 2  # purposes of a step's keys
+SECTIONS = ("optimizer", "grpo", "advantage", "sampling", "rollout", "decode", "rewards", "data")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +64,19 @@ class RolloutConfig:
             raise ValueError(f"noise={self.noise!r} is unknown; use group or independent")
         if self.chunks < 1:
             raise ValueError(f"chunks={self.chunks} must be at least 1")
+        if self.combine not in MODES:
+            raise ValueError(f"combine={self.combine!r} is unknown; use {' or '.join(MODES)}")
+        for name in ("micro_batch", "logit_chunk", "max_logp_gap"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative; 0 turns it off")
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardConfig:
+    """One reward: its service's addresses, and its weight in the sum; None does not ask it."""
+
+    urls: tuple[str, ...]
+    weight: float | None = None
 
 
 class RolloutBatch(NamedTuple):
@@ -242,16 +256,24 @@ def image_statistics(images: np.ndarray) -> dict[str, float]:
 
 def open_clients(section: Mapping[str, Any], poll: Callable[[], None]) -> tuple[dict[str, RewardClient], dict[str, float]]:
     """Clients and weights of the configured rewards; every service must answer before a step is taken."""
-    clients, weights = {}, {}
-    for name, reward in section.items():
-        if reward.weight is None:
-            continue
-        clients[name] = RewardClient(name, list(reward.urls), poll=poll)
-        clients[name].health()
-        weights[name] = float(reward.weight)
-    if not clients:
-        raise ConfigError("config.rewards: every weight is None; give at least one reward a weight")
+    rewards = {name: build(RewardConfig, reward, f"config.rewards.{name}") for name, reward in section.items()}
+    weights = {name: float(reward.weight) for name, reward in rewards.items() if reward.weight is not None}
+    if not any(weights.values()) or not np.isfinite(list(weights.values())).all():
+        raise ConfigError(f"config.rewards: the weights {weights or 'are all None'}; give at least one reward a weight other than 0")
+    clients = {name: RewardClient(name, rewards[name].urls, poll=poll) for name in weights}
+    try:
+        for client in clients.values():
+            client.health()
+    except ValueError:
+        close_all(clients)
+        raise
     return clients, weights
+
+
+def close_all(clients: Mapping[str, RewardClient]) -> None:
+    """Ends every connection and what is under way."""
+    for client in clients.values():
+        client.close()
 
 
 def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: StopSignal) -> Stage:
@@ -260,13 +282,13 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
     advantage, sampling = build(AdvantageConfig, config.advantage, "config.advantage"), build(SamplingConfig, config.sampling, "config.sampling")
     data = build(RenderedConfig, config.data, "config.data")
     model = open_model(run.init_from, ("transformer", "siglip_vq", "mmdit", "t5", "clip", "autoencoder"), mesh, run.stage)
-    decode = dataclasses.replace(model.decode_config, **{k: v for k, v in config.decode.items() if v is not None})
-    size = tuple(config.size)
-    if any(tuple(s) != size for s in data.sizes):
-        raise ConfigError(f"config.data.sizes={data.sizes} must hold just config.size={size}: rollouts have one static shape")
-    grid = model.grid(*size)
+    chosen = {k: v for k, v in config.decode.items() if v is not None}
+    decode = build(DecodeConfig, dataclasses.asdict(model.decode_config) | chosen, "config.decode")
+    if len(data.sizes) != 1:
+        raise ConfigError(f"config.data.sizes={data.sizes} must hold one size: rollouts have one static shape")
+    grid = model.grid(*data.sizes[0])
     B = run.batch_size * grpo.rollouts_per_prompt
-    check_divides(run.batch_size, rollout.chunks, B // grpo.updates_per_batch, rollout.micro_batch or B // grpo.updates_per_batch, model.ways)
+    check_divides(run.batch_size, grpo, rollout, model.ways)
 
     # ---- policy, reference ----
     ref_params = model.params("transformer")
@@ -293,7 +315,7 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
         rows, total, images, seconds = rollouts(state.params, batch["caption"], batch["targets"], key)
         failed = 1.0 - float(total.ok_PR.mean())
         if failed > rollout.max_fail_frac:
-            raise ConfigError(
+            raise StepRefused(
                 f"{failed:.0%} of the rollouts of step {number + 1} could not be scored (limit config.rollout.max_fail_frac="
                 f"{rollout.max_fail_frac:.0%}); check the services with `xomni rewards` and run the same command again"
             )
@@ -308,10 +330,11 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
         return state, {k: v for k, v in total.stats.items() if np.isfinite(v)} | metrics | image_statistics(images) | seconds
 
     def grid_picture(state: TrainState, number: int) -> np.ndarray:
-        batch = next(iter(rendered_dataset(data, run.seed + 1_000_003, 2, prefetch=0)))
-        keys_P = picture_keys(run.seed, 2)
+        n = -(-2 // model.ways) * model.ways
+        batch = next(iter(rendered_dataset(data, run.seed + 1_000_003, n, prefetch=0)))
+        keys_P = picture_keys(run.seed, n)
         ids_PS, lengths_P = rollouts.prompt_ids(batch["caption"])
-        negative = pad_prompts([model.tokenizer.negative_prompt(*grid)] * 2) if sampling.guided else None
+        negative = pad_prompts([model.tokenizer.negative_prompt(*grid)] * n) if sampling.guided else None
         out = rollouts.sample(state.params, ids_PS, lengths_P, jax.vmap(lambda k: jax.random.split(k, 8))(keys_P), negative)
         return tile(rollouts.pictures(out["codes"], [p for p in batch["caption"] for _ in range(8)], jnp.repeat(keys_P, 8)), columns=8)
 
@@ -320,17 +343,26 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
     def export(state: TrainState, directory, note):
         export_model(directory, {"transformer": (state.params, ar)}, run.init_from, note)
 
-    return Stage(state, batches, step, export, grid_picture, items_per_step=B)
+    return Stage(state, batches, step, export, grid_picture, items_per_step=B, close=lambda: close_all(clients))
 
 
-def check_divides(prompts: int, chunks: int, minibatch: int, micro_batch: int, ways: int) -> None:
+def check_divides(prompts: int, grpo: GRPOConfig, rollout: RolloutConfig, ways: int) -> None:
     """Refuses batch sizes that do not split evenly, naming the keys."""
-    if prompts % chunks:
-        raise ConfigError(f"config.rollout.chunks={chunks} does not divide config.batch_size={prompts} prompts; use a divisor")
-    if (prompts // chunks) % ways:
+    if prompts % rollout.chunks:
+        raise ConfigError(f"config.rollout.chunks={rollout.chunks} does not divide config.batch_size={prompts} prompts; use a divisor")
+    chunk = prompts // rollout.chunks
+    if chunk % ways:
         raise ConfigError(
-            f"{prompts} prompts in {chunks} chunks leave {prompts // chunks} a chunk, which the mesh cannot split {ways} ways; "
-            "raise config.batch_size or lower the mesh's data and fsdp axes"
+            f"config.batch_size={prompts} in config.rollout.chunks={rollout.chunks} leaves {chunk} prompts a chunk, which config.mesh cannot "
+            f"split {ways} ways (replica x data x fsdp); raise batch_size or lower those axes"
         )
-    if minibatch % micro_batch:
-        raise ConfigError(f"config.rollout.micro_batch={micro_batch} does not divide the {minibatch} rollouts of an update; use a divisor")
+    rollouts = prompts * grpo.rollouts_per_prompt
+    if rollouts % grpo.updates_per_batch:
+        raise ConfigError(f"config.grpo.updates_per_batch={grpo.updates_per_batch} does not divide the {rollouts} rollouts of a step; use a divisor")
+    minibatch = rollouts // grpo.updates_per_batch
+    micro = rollout.micro_batch or minibatch
+    if minibatch % micro:
+        raise ConfigError(f"config.rollout.micro_batch={micro} does not divide the {minibatch} rollouts of an update; use a divisor")
+    if micro % ways:
+        key = "config.rollout.micro_batch" if rollout.micro_batch else "config.grpo.updates_per_batch"
+        raise ConfigError(f"{key}: {micro} rollouts at a time do not split over the {ways} ways of config.mesh; use a multiple of {ways}")

@@ -11,6 +11,10 @@ class StopRequested(Exception):
     """Raised by `StopSignal.check` inside a wait; the loop saves and leaves."""
 
 
+class StepRefused(ValueError):
+    """Raised by a step that cannot be made, before it changed anything; the loop saves, then lets it pass."""
+
+
 class StopSignal:
     """Context manager that turns the first SIGINT or SIGTERM into a request, and the second SIGINT into KeyboardInterrupt."""
 

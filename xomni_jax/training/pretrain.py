@@ -17,7 +17,7 @@ from xomni_jax.models import transformer
 from xomni_jax.models.registry import init_params
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sequence.tokenizer import MultimodalTokenizer
-from xomni_jax.training.components import DataIterator, export_model, from_preset, open_model
+from xomni_jax.training.components import DataIterator, check_split, export_model, open_model, stored_or_preset
 from xomni_jax.training.config import ConfigError, RunConfig, build
 from xomni_jax.training.loop import Stage, tile
 from xomni_jax.training.next_token import NextTokenConfig, build_sequences, next_token_loss, pack_batch
@@ -27,18 +27,20 @@ from xomni_jax.training.stages import FREEZE
 from xomni_jax.training.state import TrainState, init_state
 
 GRID_PROMPTS = 8
+SECTIONS = ("optimizer", "transformer", "next_token", "data")
 
 
 def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: StopSignal) -> Stage:
     """A next-token stage: `config.next_token.phase` names the row of the freeze table."""
     section = dict(config.next_token)
-    phase = section.pop("phase")
+    phase = section.pop("phase", None)
     if phase not in FREEZE:
         raise ConfigError(f"config.next_token.phase={phase!r} is unknown; use one of {', '.join(FREEZE)}")
     cfg, data = build(NextTokenConfig, section, "config.next_token"), build(RenderedConfig, config.data, "config.data")
+    check_split("config.next_token.rows", cfg.rows, mesh)
     model = open_model(run.init_from, ("siglip_vq",), mesh, run.stage)
     old = "transformer" in model.description["components"]
-    ar = model.config("transformer") if old else from_preset(config.transformer, transformer.PRESETS, "config.transformer")
+    ar = stored_or_preset(model, "transformer", config.transformer, transformer.PRESETS, "config.transformer")
     sizes = dict(vocab_size=ar.vocab_size, image_vocab_size=ar.image_vocab_size, mm_vocab_size=ar.mm_vocab_size)
     text = MultimodalTokenizer.load(model.path / "tokenizer", **sizes)
     net = transformer.ARTransformer(ar)

@@ -9,11 +9,11 @@ import jax
 from ml_collections import ConfigDict
 
 from xomni_jax.sharding.mesh import make_mesh
-from xomni_jax.training.config import ConfigError, run_config, save_resolved
+from xomni_jax.training.config import ConfigError, check_sections, run_config, save_resolved
 from xomni_jax.training.loop import train
 from xomni_jax.training.preemption import StopSignal
 
-# stage -> module with `make(config, run, mesh, stop) -> Stage`
+# stage -> module with `SECTIONS` (what it reads of a configuration) and `make(config, run, mesh, stop) -> Stage`
 STAGES = {
     "tokenizer": "xomni_jax.training.tokenizer",
     "pretrain": "xomni_jax.training.pretrain",
@@ -25,12 +25,14 @@ STAGES = {
 
 def run_stage(config: ConfigDict) -> Path | None:
     """Runs the stage a configuration names; returns the final model directory, or None when it was stopped early."""
-    run = run_config(ConfigDict({k: v for k, v in config.items() if not isinstance(v, ConfigDict)}))
+    run = run_config(config)
     if run.stage not in STAGES:
         raise ConfigError(f"config.stage={run.stage!r} is unknown; use one of {', '.join(STAGES)}")
+    module = importlib.import_module(STAGES[run.stage])
+    check_sections(config, ("mesh", *module.SECTIONS), run.stage)
     mesh = make_mesh(dict(config.mesh))
     print(f"{run.stage}: {jax.device_count()} {jax.devices()[0].platform} devices, mesh {dict(mesh.shape)}, output in {run.run_dir}", flush=True)
     with StopSignal() as stop, jax.set_mesh(mesh):
-        stage = importlib.import_module(STAGES[run.stage]).make(config, run, mesh, stop)
+        stage = module.make(config, run, mesh, stop)
         save_resolved(config, Path(run.run_dir))
         return train(run, stage, stop)

@@ -18,12 +18,15 @@ from xomni_jax.models import siglip_vq
 from xomni_jax.models.quantizer import dead_codes, restart_dead_codes, start_codebook
 from xomni_jax.sequence.tokenizer import MultimodalTokenizer
 from xomni_jax.training import understanding
-from xomni_jax.training.components import DataIterator, export_model, from_preset
-from xomni_jax.training.config import RunConfig, build
+from xomni_jax.training.components import DataIterator, check_split, export_model, from_preset
+from xomni_jax.training.config import ConfigError, RunConfig, build
 from xomni_jax.training.loop import Stage, key_for
 from xomni_jax.training.optimizer import OptimizerConfig, make_optimizer
 from xomni_jax.training.preemption import StopSignal
 from xomni_jax.training.state import TrainState, init_state
+
+CODEBOOK_SEED = 2_000_003  # added to the seed of the examples the codebook starts from
+SECTIONS = ("optimizer", "siglip_vq", "reader", "tokenizer", "preprocess", "data")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +36,7 @@ class TokenizerConfig:
     Attributes:
       warmup_steps: steps on continuous features, before there is a codebook.
       ramp_steps: steps over which quantisation grows to its full share after that.
-      start_batches: batches whose encoder outputs the codebook is started from.
+      start_batches: batches of other examples, whose encoder outputs the codebook is started from.
       restart_every: steps between restarts of dead codes; 0 is never. restart_until: the last share of training that restarts codes.
       usage_decay: of the running average of code usage.
       text_length: tokens of question and answer.
@@ -51,6 +54,14 @@ class TokenizerConfig:
     dense_weight: float = 1.0
     quantizer_weight: float = 1.0
 
+    def __post_init__(self):
+        for name in ("warmup_steps", "ramp_steps", "restart_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        for name in ("start_batches", "text_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
 
 def answer_batch(examples: dict[str, Any], tokenizer: MultimodalTokenizer, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Question, newline, answer, end of turn as ids [B, L] with a mask [B, L] on the answer; cut at `length`."""
@@ -65,9 +76,13 @@ def answer_batch(examples: dict[str, Any], tokenizer: MultimodalTokenizer, lengt
 
 def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: StopSignal) -> Stage:
     """The tokenizer stage of a configuration."""
+    if run.init_from:
+        raise ConfigError(f"config.init_from={run.init_from}: the tokenizer is the first stage and starts from nothing; leave it empty")
+    check_split("config.batch_size", run.batch_size, mesh)
     cfg, data = build(TokenizerConfig, config.tokenizer, "config.tokenizer"), build(RenderedConfig, config.data, "config.data")
     vq = from_preset(config.siglip_vq, siglip_vq.PRESETS, "config.siglip_vq")
     read = dataclasses.replace(from_preset(config.reader, understanding.PRESETS, "config.reader"), dense_classes=N_COLUMN_CLASSES)
+    limits = build(ImageLimits, dict(config.preprocess) | {"patch_size": vq.patch}, "config.preprocess")
     learner = understanding.TokenizerLearner(vq, read)
     weights = understanding.Weights(cfg.answer_weight, cfg.dense_weight, cfg.quantizer_weight)
     text = MultimodalTokenizer.load()
@@ -99,17 +114,17 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
         codebook, n = restart_dead_codes(key, codebook, usage, z.reshape(-1, z.shape[-1]))
         return codebook, jnp.where(dead_codes(usage), 1.0 / usage.shape[0], usage), n
 
-    recent: list[jax.Array] = []  # encoder outputs of the last warm-up batches
+    def first_codebook(params, number: int) -> jax.Array:
+        # Batches of their own, not those that just passed: a run that was resumed here has not seen them.
+        batches = rendered_dataset(data, run.seed + CODEBOOK_SEED, run.batch_size, batches=cfg.start_batches, transform=to_batch, prefetch=0)
+        z = jnp.concatenate([encode(params, batch["pixels"]).reshape(-1, vq.code_width) for batch in batches])
+        return jax.jit(start_codebook, static_argnums=2)(key_for(run.seed, number, 1), z, vq.codebook_size)
 
     def step(state: TrainState, batch, number: int):
         strength = np.clip((number - cfg.warmup_steps) / max(cfg.ramp_steps, 1), 0.0, 1.0)
         if number == cfg.warmup_steps:
-            z = jnp.concatenate([z.reshape(-1, z.shape[-1]) for z in recent] or [encode(state.params, batch["pixels"]).reshape(-1, vq.code_width)])
-            state = with_codebook(state, jax.jit(start_codebook, static_argnums=2)(key_for(run.seed, number, 1), z, vq.codebook_size))
-            recent.clear()
+            state = with_codebook(state, first_codebook(state.params, number))
         state, metrics, z = update(state, batch, key_for(run.seed, number, 0), np.float32(strength))
-        if cfg.warmup_steps - cfg.start_batches <= number < cfg.warmup_steps:
-            recent.append(z)
         due = cfg.restart_every and number > cfg.warmup_steps and number % cfg.restart_every == 0
         if due and number < cfg.restart_until * run.steps:
             codebook, usage, moved = restart(key_for(run.seed, number, 2), state.params["tokenizer"]["codebook"], state.extra["usage"], z)
@@ -134,11 +149,6 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
     batches = DataIterator(rendered_dataset(data, run.seed, run.batch_size, transform=to_batch))
 
     def export(state: TrainState, directory, note):
-        export_model(directory, {"siglip_vq": (state.params["tokenizer"], vq)}, run.init_from, note, limits(config, vq))
+        export_model(directory, {"siglip_vq": (state.params["tokenizer"], vq)}, run.init_from, note, {"preprocess": limits})
 
     return Stage(state, batches, step, export, items_per_step=run.batch_size)
-
-
-def limits(config: ConfigDict, vq: Any) -> dict[str, Any]:
-    """Limits of input pictures that belong to the tokenizer, for model.json."""
-    return {"preprocess": build(ImageLimits, dict(config.preprocess) | {"patch_size": vq.patch}, "config.preprocess")}
