@@ -118,9 +118,7 @@ def decoder():
             sigma_std=1.0,
             train_text_encoders=True,
         ),
-        decode=dict(  # the model's defaults
-            steps=8, guidance=1.0, text_length=32, pooled_length=32, base_shift=0.5, max_shift=1.15, height=32, width=64
-        ),
+        decode=dict(steps=8, guidance=1.0, text_length=32, pooled_length=32, base_shift=0.5, max_shift=1.15),  # the model's defaults
         data=_rendered(),
     )
 

@@ -21,7 +21,6 @@ class DecodeConfig:
       steps: Euler steps. guidance: true classifier-free guidance between (semantics, prompt) and (zero semantics, empty prompt); 1 is off.
       text_length, pooled_length: token lengths of the T5 and the CLIP prompt.
       base_shift, max_shift: of the noise schedule at 256 and 4,096 tokens; see `flow_sigmas`.
-      height, width: pixels of a picture whose size nobody asked for.
     """
 
     steps: int = 28
@@ -30,8 +29,6 @@ class DecodeConfig:
     pooled_length: int = 77
     base_shift: float = 0.5
     max_shift: float = 1.15
-    height: int = 1152
-    width: int = 1152
 
     def __post_init__(self):
         if self.steps < 1:
