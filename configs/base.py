@@ -37,8 +37,8 @@ def _rendered():
     return dict(
         split="train",
         sizes=((32, 64), (32, 128)),  # pixels, height x width
-        weights=(0.5, 0.5),  # of the sizes
-        text_lengths=((2, 8), (9, 16)),  # characters of a sign, per size
+        weights=(0.7, 0.3),  # of the sizes
+        text_lengths=((3, 6), (12, 16)),  # characters of a sign, per size
         shapes=0.2,  # share of pictures with shapes instead of a sign
         pseudo_words=0.3,  # share of made-up words
         other_faces=0.0,  # share of signs not in the main face
@@ -78,12 +78,12 @@ def _next_token(stage, phase, learning_rate):
         transformer=dict(preset="tiny", dtype="float32", remat="none"),
         next_token=dict(
             phase=phase,  # a row of the freeze table: vision | all
-            generation=0.7,  # caption -> image
-            understanding=0.25,  # image + question -> answer
+            generation=0.8,  # caption -> image
+            understanding=0.15,  # image + question -> answer
             text=0.05,
             drop_prompt=0.1,  # generation without its caption, for guidance
             row_length=192,  # packed rows
-            rows=22,
+            rows=13,
             image_weight=1.0,
             target_share=1.0,  # room for targets of each kind per row
             chunk=0,  # positions per piece of the heads; 0: all at once

@@ -8,5 +8,5 @@ def get_config():
     c = base.pretrain("vision")
     c.run_dir = "runs/tiny/pretrain_1"
     c.init_from = "runs/tiny/decoder/model"
-    c.steps, c.batch_size = 60, 48
+    c.steps, c.batch_size = 20, 32
     return c

@@ -8,6 +8,6 @@ def get_config():
     c = base.pretrain("all")
     c.run_dir = "runs/tiny/pretrain_2"
     c.init_from = "runs/tiny/pretrain_1/model"
-    c.steps, c.batch_size = 1100, 48
+    c.steps, c.batch_size = 2400, 32
     c.data.pseudo_words = 0.6
     return c

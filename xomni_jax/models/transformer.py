@@ -88,7 +88,7 @@ PRESETS: dict[str, ARConfig] = {
     ),
     "tiny": ARConfig(
         vocab_size=384, mm_vocab_size=576, image_vocab_size=512, d_model=128, mlp_dim=384, n_heads=4, n_kv_heads=2,
-        head_dim=32, n_language_layers=3, n_adapter_layers=1, n_head_layers=1,
+        head_dim=32, n_language_layers=3, n_adapter_layers=1, n_head_layers=1, rope_theta=1e4,  # 1e6 tells few of 200 positions apart
     ),
 }  # fmt: skip
 
