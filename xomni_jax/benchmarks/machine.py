@@ -1,0 +1,47 @@
+"""What a measurement depends on beside the code: cores, threads, load, versions."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+
+def cores() -> int:
+    """Cores this process may use; both sides get a thread for each."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def xla_threads() -> int:
+    """Threads of XLA's CPU pool, counted where the system lists them (XLA makes one per core and offers no call that says so)."""
+    jax.block_until_ready(jax.numpy.zeros(()) + 1)  # the pool exists from the first computation on
+    names = []
+    for file in Path("/proc/self/task").glob("*/comm"):
+        try:
+            names.append(file.read_text())
+        except OSError:  # a thread that has just ended
+            continue
+    return sum("XLAEigen" in name for name in names) or cores()
+
+
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """Installed versions of distributions."""
+    return {name: importlib.metadata.version(name) for name in packages}
+
+
+def load() -> float | None:
+    """Runnable processes over the last minute; above the number of cores the machine is shared and only ratios mean something."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def describe() -> dict[str, Any]:
+    """Processor, cores, system."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return {"processor": model, "cores": cores(), "system": platform.platform(), "python": platform.python_version()}

@@ -1,0 +1,119 @@
+"""What a benchmark says: a table for people, the same as JSON for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from xomni_jax.benchmarks import machine
+from xomni_jax.benchmarks.timing import Result
+
+OURS = ("jax", "jaxlib", "flax")
+
+
+@dataclass(frozen=True)
+class Report:
+    """One benchmark's outcome: `text` is printed, `data` (JSON-able) is saved."""
+
+    text: str
+    data: dict[str, Any]
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns: the first to the left, the others to the right; the first row is the heading."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
+        return "  ".join(cells).rstrip()
+
+    return "\n".join([line(rows[0]), "  ".join("-" * width for width in widths), *map(line, rows[1:])])
+
+
+def duration(seconds: float) -> str:
+    """Seconds with a unit that fits: "850 us", "12.3 ms", "4.56 s"."""
+    for size, unit in ((1.0, "s"), (1e-3, "ms")):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"
+
+
+def machine_line(threads: str, loads: tuple[float | None, float | None]) -> str:
+    """One line on cores, threads and load; says so when the machine was busy with other things."""
+    said = machine.describe()
+    text = f"{said['processor'] or said['system']}, {threads}"
+    if None not in loads:
+        text += f"; load {loads[0]:g} before and {loads[1]:g} after"
+        if loads[0] > said["cores"]:
+            text += " (busy with other work: read the ratios, not the times)"
+    return text
+
+
+def comparison(
+    name: str,
+    title: str,
+    results: Sequence[Result],
+    peers: Sequence[str],
+    threads: tuple[int, int],
+    loads: tuple[float | None, float | None],
+    rest: str,
+) -> Report:
+    """The report of a benchmark against a peer.
+
+    Args:
+      title: what was done, with its sizes.
+      peers: distributions of the other side. threads: ours, theirs. loads: before, after.
+      rest: what, beside matrix products, takes our time (see `verdict`).
+    """
+    rows = [("", "ours", "peer", "peer / ours", "min to max", "pairs", "our rate", "first run: ours", "peer")]
+    for r in results:
+        j = r.as_json()
+        row = [r.case.name, duration(j["ours_seconds"]), duration(j["peer_seconds"]), f"{r.ratio:.2f}"]
+        row += [f"{r.ratios.min():.2f} to {r.ratios.max():.2f}", str(j["pairs"]), f"{j['rate']['ours']:.3g} {j['rate']['unit']}"]
+        rows.append((*row, duration(r.first_ours_s), duration(r.first_peer_s)))
+    ours, theirs = machine.versions(OURS), machine.versions(peers)
+    said = [f"{k} {v}" for k, v in ours.items()], [f"{k} {v}" for k, v in theirs.items()]
+    sentence = verdict(results, rest)
+    checks = ", ".join(f"{r.case.name} {r.difference:.1e} (limit {r.case.tolerance:g})" for r in results)
+    text = "\n".join(
+        [
+            f"{name}: {title}",
+            f"ours: {', '.join(said[0])}; peer: {', '.join(said[1])}",
+            machine_line(f"threads: ours {threads[0]}, peer {threads[1]}", loads),
+            f"differences before timing: {checks}",
+            "",
+            table(rows),
+            "",
+            "Medians of interleaved pairs; above 1 ours is faster. First runs, in which ours compiles, are not part of them.",
+            sentence,
+        ]
+    )
+    data = {
+        "benchmark": name,
+        "title": title,
+        "results": [r.as_json() for r in results],
+        "versions": {"ours": ours, "peer": theirs},
+        "threads": {"ours": threads[0], "peer": threads[1]},
+        "load": {"before": loads[0], "after": loads[1]},
+        "machine": machine.describe(),
+        "verdict": sentence,
+    }
+    return Report(text, data)
+
+
+def verdict(results: Sequence[Result], rest: str) -> str:
+    """Where ours is slower, and whether the matrix products or the rest explain it, by the yardsticks measured beside."""
+    cases, yardsticks = [r for r in results if not r.case.yardstick], [r for r in results if r.case.yardstick]
+    products = " and ".join(f"{y.ratio:.2f}" for y in yardsticks)
+    slower = [r for r in cases if r.ratio < 1]
+    if not slower:
+        return (
+            f"Ours is slower in no case here. Its matrix products alone have the ratio {products}; what a case gains beyond that "
+            "is one compiled program against operations that the peer launches one by one, an advantage that shrinks as the model grows."
+        )
+    names = ", ".join(f"{r.case.name} ({r.ratio:.2f})" for r in slower)
+    # The products explain a loss when they lose about as much themselves.
+    if any(y.ratio < 1 and y.ratio <= 1.25 * max(r.ratio for r in slower) for y in yardsticks):
+        return f"Ours is slower at {names} because XLA's matrix products are: the same products alone have the ratio {products}."
+    return f"Ours is slower at {names}, not for its matrix products (alone: {products}) but for the rest: {rest}."

@@ -1,0 +1,91 @@
+"""xomni bench: speed against transformers and diffusers on the same work, and the parts of a GRPO step."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from xomni_jax.assets import TINY_SFT
+
+NAMES = ("decode", "train", "mmdit", "grpo")
+_OPTIONS = {"decode": ("size",), "train": ("size",), "mmdit": ("size",), "grpo": ("model", "config")}
+
+EXAMPLE = """\
+Both sides do the same work with the same weights and all cores; results are compared before anything is timed:
+
+  xomni bench decode
+  xomni bench train --size small
+  xomni bench mmdit --json mmdit.json
+  xomni bench grpo
+
+decode  greedy decoding at batch 1 and 16, against transformers' Qwen2
+train   one train step with AdamW, against transformers' Qwen2
+mmdit   one forward pass of the decoder's transformer, against diffusers' FLUX
+grpo    seconds of a GRPO step in rollout, decode, reward and update; starts its reward services itself
+
+decode, train and mmdit need the extra [parity], grpo needs [rewards].
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The subcommand's own options."""
+    parser.add_argument("name", metavar="NAME", choices=NAMES, help="decode, train, mmdit or grpo")
+    parser.add_argument("--repeats", type=int, default=20, metavar="N", help="timed pairs per case; grpo: steps (default 20)")
+    parser.add_argument("--seconds", type=float, default=60.0, metavar="S", help="about the time for all pairs (default 60)")
+    parser.add_argument("--json", metavar="FILE", help="also write everything measured to this file")
+    models = parser.add_argument_group("decode, train, mmdit only")
+    models.add_argument("--size", choices=("tiny", "small"), help="width 128 or 512 (default tiny)")
+    grpo = parser.add_argument_group("grpo only")
+    grpo.add_argument("--model", metavar="DIR", help="model directory (default: the tiny model that ships with the package)")
+    grpo.add_argument("--config", metavar="FILE", help="whose shapes and rewards (default: configs/tiny/demo.py)")
+
+
+def run(args: argparse.Namespace, rest: list[str]) -> int:
+    """Measures, prints the table, writes the JSON. ValueError (one sentence): missing extra, bad option, sides that differ."""
+    from xomni_jax.benchmarks.timing import BenchError
+    from xomni_jax.checkpoint.store import write_json
+
+    if args.repeats < 1 or not args.seconds > 0:
+        raise BenchError(f"--repeats {args.repeats} and --seconds {args.seconds:g} must be above 0")
+    for option in ("size", "model", "config"):
+        if getattr(args, option) is not None and option not in _OPTIONS[args.name]:
+            owners = ", ".join(name for name in NAMES if option in _OPTIONS[name])
+            raise BenchError(f"--{option} belongs to bench {owners}; bench {args.name} does not take it")
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        raise BenchError(f"--json {args.json}: there is no folder {Path(args.json).parent}; make it first")
+    report = _grpo(args) if args.name == "grpo" else _comparison(args)
+    print(report.text)
+    if args.json:
+        write_json(Path(args.json), report.data)
+        print(f"written: {args.json}")
+    return 0
+
+
+def _comparison(args: argparse.Namespace) -> Any:
+    from xomni_jax.benchmarks import autoregressive, machine, mmdit, peers, report, timing
+
+    module, size = mmdit if args.name == "mmdit" else autoregressive, args.size or "tiny"
+    torch = peers.need(args.name, module.PACKAGES)[0]
+    before = machine.load()
+    if args.name == "mmdit":
+        (title, cases), why = mmdit.cases(*mmdit.SIZES[size]), mmdit.REST
+    elif args.name == "train":
+        (title, cases), why = autoregressive.train_cases(autoregressive.SIZES[size]), autoregressive.TRAIN_REST
+    else:
+        (title, cases), why = autoregressive.decode_cases(autoregressive.SIZES[size]), autoregressive.DECODE_REST
+    results = [timing.measure(case, args.repeats, args.seconds / len(cases)) for case in cases]
+    threads = machine.xla_threads(), torch.get_num_threads()
+    return report.comparison(args.name, title, results, module.PACKAGES, threads, (before, machine.load()), why)
+
+
+def _grpo(args: argparse.Namespace) -> Any:
+    from xomni_jax.benchmarks import grpo
+    from xomni_jax.checkpoint.store import read_model_json
+    from xomni_jax.training.config import load_config
+
+    config = load_config(args.config or grpo.DEMO)
+    with config.unlocked():
+        config.init_from = args.model or TINY_SFT
+    read_model_json(config.init_from)  # before any service is started
+    return grpo.run(config, args.repeats, args.seconds)
