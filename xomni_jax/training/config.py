@@ -180,7 +180,7 @@ def fits(value: Any, hint: Any) -> bool:
         return len(inner) == len(value) and all(map(fits, value, inner))
     if hint in (int, float):
         return isinstance(value, (int, hint)) and not isinstance(value, bool)
-    return not isinstance(hint, type) or isinstance(value, hint)
+    return hint is Any or not isinstance(hint, type) or isinstance(value, hint)
 
 
 def check_sections(config: ConfigDict, sections: Sequence[str], stage: str) -> None:
