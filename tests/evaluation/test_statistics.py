@@ -5,7 +5,14 @@ import itertools
 import numpy as np
 import pytest
 
-from xomni_jax.evaluation.statistics import best_of, best_of_weights, bootstrap_mean, paired_difference, paired_ratio, weighted_rows
+from xomni_jax.evaluation.statistics import (
+    best_of,
+    best_of_weights,
+    bootstrap_mean,
+    paired_difference,
+    paired_ratio,
+    weighted_rows,
+)
 
 
 def brute_force(metric, selection, n):

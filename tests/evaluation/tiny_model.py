@@ -29,15 +29,22 @@ CONFIGS = {
 }
 
 
+def random_params(name, cfg, seed):
+    """Noise in the shapes of a component, without compiling its initialisation."""
+    rng = np.random.default_rng(seed)
+    shapes = meta.unbox(jax.eval_shape(lambda: init_params(name, cfg, jax.random.key(0))))
+    return jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(x.dtype), shapes)
+
+
 def make_models(folder):
     """SFT and RL model directories that differ in the transformer alone, and a GRPO run's files."""
     for number, (name, cfg) in enumerate(CONFIGS.items()):
-        save_component(folder / "sft", name, meta.unbox(jax.jit(lambda: init_params(name, cfg, jax.random.key(number)))()), cfg)
+        save_component(folder / "sft", name, random_params(name, cfg, number), cfg)
     save_settings(folder / "sft", decode=DecodeConfig(steps=2, text_length=32, pooled_length=32), preprocess=TINY)
     shutil.copytree(TINY_TOKENIZER, folder / "sft" / "tokenizer")
     copy_components(folder / "sft", folder / "run" / "model", tuple(n for n in CONFIGS if n != "transformer"))
     cfg = CONFIGS["transformer"]
-    save_component(folder / "run" / "model", "transformer", meta.unbox(jax.jit(lambda: init_params("transformer", cfg, jax.random.key(9)))()), cfg)
+    save_component(folder / "run" / "model", "transformer", random_params("transformer", cfg, 9), cfg)
     write_run(folder / "run")
     return folder
 
@@ -48,9 +55,19 @@ def write_run(run, steps=5):
     lines = []
     for step in range(1, steps + 1):
         grow = step / steps
-        line = {"step": step, "reward/ocr/mean": 0.2 + 0.5 * grow, "reward/shapes/mean": 0.9, "reward/total/mean": 1.1 + 0.5 * grow}
+        line = {
+            "step": step,
+            "reward/ocr/mean": 0.2 + 0.5 * grow,
+            "reward/shapes/mean": 0.9,
+            "reward/total/mean": 1.1 + 0.5 * grow,
+        }
         line |= {"grpo/kl": 0.01 * grow, "grpo/entropy": 2 - grow, "image/edge_density": 30.0, "image/colour_entropy": 3.0}
-        line |= {"perf/rollout_s": 0.1 * step, "perf/decode_s": 0.3, "perf/reward_wait_s": 0.2, "perf/update_s": None if step == 1 else 0.4}
+        line |= {
+            "perf/rollout_s": 0.1 * step,
+            "perf/decode_s": 0.3,
+            "perf/reward_wait_s": 0.2,
+            "perf/update_s": None if step == 1 else 0.4,
+        }
         lines.append(json.dumps(line))
     (run / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 99, "rew')
     rewards = {"ocr": {"weight": 1.0}, "shapes": {"weight": 0.5}, "quality": {"weight": None}}

@@ -1,6 +1,6 @@
 """One cell of a comparison: P prompts x R pictures drawn one way, with everything measured on them, kept on disk.
 
-An interrupted evaluation goes on from the cells that are complete; a cell whose settings, models or services changed is made again.
+An interrupted evaluation goes on from the cells that are complete; one whose settings, models or services changed is made again.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zipfile
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
@@ -57,7 +59,7 @@ class Cell:
 
     Attributes:
       images: uint8 [P, R, H, W, 3].
-      metrics: name -> [P, R], NaN where it could not be had; metrics of services that were not asked are absent. Beside `METRICS`:
+      metrics: name -> [P, R], NaN where it could not be had; those of services that were not asked are absent. Beside `METRICS`:
         edge_density and, for pictures made from codes, reencode_agreement.
       colours: share of pixels per colour [P, R, 64].
       texts: what each reader read, reader -> [P, R] of str.
@@ -79,15 +81,23 @@ class Cell:
         counted = {REWARDS[s]: w for s, w in weights.items() if w and REWARDS.get(s) in self.metrics}
         if not counted:
             raise EvaluationError(
-                f"none of the rewards that the run was trained on ({', '.join(weights) or 'none'}) was measured here; pass the URL of its service"
+                f"none of the rewards that the run was trained on ({', '.join(weights) or 'none'}) was measured here; "
+                "pass the URL of its service"
             )
         return sum(weight * self.metrics[metric] for metric, weight in counted.items())
 
     def save(self, path: Path, key: str) -> None:
         """Writes the cell; readers see the whole file or none."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        arrays = {"key": np.array(key), "images": self.images, "colours": self.colours, "failures": np.array(json.dumps(self.failures))}
-        arrays |= {f"metric.{name}": value for name, value in self.metrics.items()} | {f"text.{name}": value for name, value in self.texts.items()}
+        arrays = {
+            "key": np.array(key),
+            "images": self.images,
+            "colours": self.colours,
+            "failures": np.array(json.dumps(self.failures)),
+        }
+        arrays |= {f"metric.{name}": value for name, value in self.metrics.items()} | {
+            f"text.{name}": value for name, value in self.texts.items()
+        }
         part = path.with_name(path.name + ".part")
         with part.open("wb") as file:
             np.savez_compressed(file, **arrays)
@@ -105,7 +115,7 @@ class Cell:
                 group = lambda prefix: {n.removeprefix(prefix): stored[n] for n in stored.files if n.startswith(prefix)}  # noqa: E731
                 failures = json.loads(str(stored["failures"]))
                 return cls(stored["images"], group("metric."), stored["colours"], group("text."), failures)
-        except (OSError, ValueError, KeyError, EOFError):
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
             return None
 
 
@@ -118,7 +128,9 @@ def directory_stamp(directory: str | Path) -> str:
     """Changes when any file of a model directory does: names, sizes and times, not contents."""
     root = Path(directory)
     files = sorted(p for p in root.rglob("*") if p.is_file())
-    return hashlib.sha256(repr([(str(p.relative_to(root)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]).encode()).hexdigest()[:16]
+    return hashlib.sha256(
+        repr([(str(p.relative_to(root)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]).encode()
+    ).hexdigest()[:16]
 
 
 def measure(
@@ -133,7 +145,7 @@ def measure(
 
     Args:
       name: of the cell, for messages.
-      chunks: (images [B, H, W, 3], codes [B, Y, X] or None, codes of the decoded images [B, Y, X] or None), in the order of `items`.
+      chunks: (images [B, H, W, 3], codes [B, Y, X] or None, codes of the decoded images or None), in the order of `items`.
       items: {"prompt", "targets"} per picture, pictures of a prompt side by side.
       prompts: P; len(items) = P * R.
       clients: service -> client; "ocr", "shapes", "second".
@@ -165,7 +177,9 @@ def measure(
         collect()
     table = lambda x: np.asarray(x).reshape(prompts, -1, *np.shape(x)[1:])  # noqa: E731
     pictures = table(np.concatenate(images))
-    metrics = {metric: table([_value(s, key) for s in done[service]]) for metric, (service, key) in METRICS.items() if service in clients}
+    metrics = {
+        metric: table([_value(s, key) for s in done[service]]) for metric, (service, key) in METRICS.items() if service in clients
+    }
     metrics["edge_density"] = edge_density(pictures).astype(np.float64)
     if agreement:
         metrics["reencode_agreement"] = table(np.concatenate(agreement))
@@ -185,7 +199,7 @@ def _failures(name: str, service: str, scores: Sequence[Score]) -> int:
     if len(failed) > MAX_FAILED * len(scores):
         reason = failed[0].error or "it says the pictures are none of its business"
         raise EvaluationError(
-            f"{name}: {len(failed)} of {len(scores)} pictures could not be scored by {service} ({reason}); mend the service and run the same "
-            "command again, finished parts are kept"
+            f"{name}: {len(failed)} of {len(scores)} pictures could not be scored by {service} ({reason}); "
+            "mend the service and run the same command again, finished parts are kept"
         )
     return len(failed)

@@ -51,11 +51,13 @@ def heldout_signs(prompts: int, size: tuple[int, int], lengths: tuple[int, int],
             examples = list(found.values())
             images = np.stack([e["image"] for e in examples])
             return Signs(images, tuple(found), tuple(e["targets"] for e in examples))
-    raise ValueError(f"there are only {len(found)} different held-out signs of {lengths[0]} to {lengths[1]} characters; ask for fewer prompts")
+    raise ValueError(
+        f"there are only {len(found)} different held-out signs of {lengths[0]} to {lengths[1]} characters; ask for fewer prompts"
+    )
 
 
 class Drawing:
-    """Draws the signs with either policy. Sample r of prompt p always has the same keys, and all pictures of a prompt the same noise."""
+    """Draws the signs with either policy. Sample r of prompt p always has the same keys, pictures of a prompt the same noise."""
 
     def __init__(self, sft: str | Path, rl: str | Path, signs: Signs, seed: int, chunk: int = 128):
         self.model, self.signs, self.seed, self.chunk = XOmni(sft), signs, seed, chunk
@@ -67,7 +69,9 @@ class Drawing:
                     "compare with the model that the run started from"
                 )
         if self.model.config("transformer") != other.config("transformer"):
-            raise EvaluationError(f"{rl}: its transformer has other sizes than that of {sft}; compare with the model that the run started from")
+            raise EvaluationError(
+                f"{rl}: its transformer has other sizes than that of {sft}; compare with the model that the run started from"
+            )
         self._other, self.grid = other, self.model.grid(*signs.images.shape[1:3])
         self.model.check_prompts(signs.captions, self.grid)
 
@@ -87,7 +91,9 @@ class Drawing:
         self.model.set_params("transformer", self._params[policy])
         parts = []
         for first in range(0, samples, at_once):
-            keys_PR = jax.vmap(lambda key: jax.vmap(lambda r: jax.random.fold_in(key, r))(jnp.arange(first, first + at_once)))(keys_P)
+            keys_PR = jax.vmap(lambda key: jax.vmap(lambda r: jax.random.fold_in(key, r))(jnp.arange(first, first + at_once)))(
+                keys_P
+            )
             parts.append(np.asarray(self.model.sample_codes(self.signs.captions, self.grid, keys_PR, sampling)["codes"]))
         return np.concatenate(parts, axis=1)
 

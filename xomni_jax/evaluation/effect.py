@@ -1,7 +1,7 @@
 """What reinforcement learning changed: SFT against RL on held-out prompts, with best-of-N, guidance and temperature in between.
 
-The paper's claim (X-Omni, arXiv 2507.22058, section 4.4): one sample after RL beats SFT's best of N. Best-of-N picks with the reward
-that RL trains on and knows the wanted text, so it is an oracle that nobody has when drawing; it bounds what choosing among SFT's
+The paper's claim (X-Omni, arXiv 2507.22058): one sample after RL beats SFT's best of N. Best-of-N picks with the reward that RL
+trains on and knows the wanted text, so it is an oracle that nobody has when drawing; it bounds what choosing among SFT's
 samples could give.
 """
 
@@ -33,7 +33,7 @@ class EffectConfig:
     """What is compared, and how.
 
     Attributes:
-      sft, rl: model directories; they share tokenizer and decoder. rl_run: the GRPO run that made `rl` (metrics.jsonl, config.json).
+      sft, rl: model directories; they share tokenizer and decoder. rl_run: the GRPO run that made `rl`.
       out: where report.json, report.html and the finished cells go.
       prompts: held-out signs. samples: of SFT per prompt, the largest best-of-N. rl_samples, sweep_samples: per prompt.
       guidance: of the AR part in the "on" setting; "off" is 1.
@@ -70,7 +70,9 @@ class EffectConfig:
         if self.prompts < 2:
             raise ValueError("prompts=1 gives no interval; use at least 2, better 64")
         if self.guidance == 1.0:
-            raise ValueError("guidance=1 is the setting without guidance, which is measured anyway; give another value, such as 2")
+            raise ValueError(
+                "guidance=1 is the setting without guidance, which is measured anyway; give another value, such as 2"
+            )
 
     def sampling(self, guidance: float, temperature: float | None = None) -> SamplingConfig:
         """How codes are drawn in one setting."""
@@ -105,14 +107,16 @@ class Effect:
 
 @contextlib.contextmanager
 def open_services(urls: Mapping[str, str]) -> Iterator[tuple[dict[str, RewardClient], dict[str, str]]]:
-    """Clients by role and the versions of what answers. `urls`: "ocr" (needed), "shapes", "second"; several URLs of one by commas.
+    """Clients by role and the versions of what answers. `urls`: "ocr" (needed), "shapes", "second"; several URLs by commas.
 
     Raises:
       EvaluationError: no OCR service is named.
       RewardServiceError: a service does not answer or serves something else.
     """
     if not urls.get("ocr"):
-        raise EvaluationError("no OCR service is given; start one with: xomni serve-reward ocr --port 8001, and pass --ocr http://127.0.0.1:8001")
+        raise EvaluationError(
+            "no OCR service is given; start one with: xomni serve-reward ocr --port 8001, and pass --ocr http://127.0.0.1:8001"
+        )
     with contextlib.ExitStack() as stack:
         clients, versions = {}, {}
         for role, scorer in SERVICES.items():
@@ -168,7 +172,9 @@ def measure_cells(config: EffectConfig, run: GRPORun, clients: Mapping[str, Any]
     swept = {g: [t for t in config.temperatures if t != config.temperature] for g in config.guidances()}
     shots = lambda t, n: 1 if t == 0 else n  # noqa: E731 - greedy samples of a prompt are all the same picture
     total = 2 + sum(
-        shots(config.temperature, config.samples) + shots(config.temperature, config.rl_samples) + sum(shots(t, config.sweep_samples) for t in ts)
+        shots(config.temperature, config.samples)
+        + shots(config.temperature, config.rl_samples)
+        + sum(shots(t, config.sweep_samples) for t in ts)
         for ts in swept.values()
     )
 
@@ -189,7 +195,9 @@ def measure_cells(config: EffectConfig, run: GRPORun, clients: Mapping[str, Any]
         def sampled(name: str, policy: str, sampling: SamplingConfig, samples: int) -> Cell:
             samples = shots(sampling.temperature, samples)
             chunks = lambda: drawing.pictures(drawing.codes(policy, sampling, samples))  # noqa: E731
-            return cell(name, samples, chunks, policy=stamps[policy], decoder=stamps["sft"], sampling=dataclasses.asdict(sampling))
+            return cell(
+                name, samples, chunks, policy=stamps[policy], decoder=stamps["sft"], sampling=dataclasses.asdict(sampling)
+            )
 
         real = cell("real", 1, drawing.real_pictures)
         reconstruction = cell("reconstruction", 1, lambda: drawing.pictures(drawing.real_codes()), decoder=stamps["sft"])
@@ -197,7 +205,9 @@ def measure_cells(config: EffectConfig, run: GRPORun, clients: Mapping[str, Any]
         for name, guidance in config.guidances().items():
             sft = sampled(f"{name}-sft", "sft", config.sampling(guidance), config.samples)
             rl = sampled(f"{name}-rl", "rl", config.sampling(guidance), config.rl_samples)
-            sweep = {t: sampled(f"{name}-sft-t{t:g}", "sft", config.sampling(guidance, t), config.sweep_samples) for t in swept[name]}
+            sweep = {
+                t: sampled(f"{name}-sft-t{t:g}", "sft", config.sampling(guidance, t), config.sweep_samples) for t in swept[name]
+            }
             if config.temperature in config.temperatures:
                 sweep[config.temperature] = sft
             settings[name] = Setting(reconstruction, sft, rl, {t: sweep[t] for t in sorted(sweep, reverse=True)})

@@ -28,7 +28,7 @@ METRIC_NAMES = {
     "colour_accuracy": "Colour accuracy",
     "second_reader_accuracy": "Second reader",
 }
-SHOWN_PROMPTS, SHOWN_SAMPLES = 12, 4
+SHOWN_PROMPTS, UNFOLDED_PROMPTS, SHOWN_SAMPLES = 12, 6, 4
 
 
 def write_report(effect: Effect, report: dict[str, Any], path: str | Path) -> Path:
@@ -47,22 +47,28 @@ def page(effect: Effect, report: dict[str, Any]) -> str:
     size = "x".join(map(str, config.size))
     body = [
         "<header><p class=over>X-Omni in JAX</p><h1>What reinforcement learning changed</h1>",
-        f"<p class=lead>A supervised model (SFT) drew {config.prompts} held-out signs of {config.lengths[0]} to {config.lengths[1]} characters "
-        f"at {size} pixels; then GRPO trained it for {report['grpo_steps']} steps on what text recognition reads in its decoded pictures, and the "
-        "result (RL) drew the same signs. Every picture below was read, measured and counted the same way, without choosing.</p></header>",
+        f"<p class=lead>A supervised model (SFT) drew {config.prompts} held-out signs of {config.lengths[0]} to "
+        f"{config.lengths[1]} characters at {size} pixels; then GRPO trained it for {report['grpo_steps']} steps on what text "
+        "recognition reads in its decoded pictures, and the result (RL) drew the same signs. Every picture below was read, measured and counted the same "
+        "way, without choosing.</p></header>",
         headline(report),
         section("Word accuracy", "".join(figure(overview(report[n]), setting_title(n, config.guidance)) for n in names), "two"),
+        before_and_after(effect),
         *(section(setting_title(n, config.guidance), setting_table(report, n)) for n in names),
         section("Training", training(effect.run), "two", "Per-step values of the run, faint, and their moving average."),
-        section("Before and after", grids(effect, "guidance_off"), "cards", grid_text(effect)),
-        f"<details><summary>The same with guidance {config.guidance:g}</summary>{section('', grids(effect, 'guidance_on'), 'cards')}</details>",
-        section("SFT by temperature", "".join(figure(sweep(report, n), setting_title(n, config.guidance)) for n in names), "two", sweep_text(report)),
+        section(
+            "SFT by temperature",
+            "".join(figure(sweep(report, n), setting_title(n, config.guidance)) for n in names),
+            "two",
+            sweep_text(report),
+        ),
         section("Is the reward being gamed?", statistics_tables(report), "two", STATISTICS_TEXT),
         section("How it was measured", method(report)),
     ]
     title = "What reinforcement learning changed"
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{title}</title><style>{style}</style></head><body><main>{''.join(body)}</main></body></html>\n"
     )
 
@@ -81,16 +87,24 @@ def headline(report: dict[str, Any]) -> str:
     ratio, best = (comparison["word_accuracy_ratio"][f"rl_to_{name}"] for name in ("sft", "sft_best_temperature"))
     colour = comparison["rl_minus"]["sft"]["colour_accuracy"]
     held = report["rl_holds_up_to_best_of"]
-    verdict = {0: "below a single SFT sample", 1: "above a single SFT sample"}.get(held, f"above best of {held}")
+    verdict = {0: "not above one SFT sample", 1: "above one SFT sample"}.get(held, f"above best of {held}")
+    beaten = comparison["rl_minus"]["sft" if held < 2 else f"sft_best_of_{held}"]["word_accuracy"]
+    by = f"by {points(beaten['value'])} points ({interval_text(beaten['ci95'], 100, '+.0f')}); SFT's best is picked by an oracle"
     cards = [
-        ("Words read right", f"{percent(off['sft']['word_accuracy'])} &rarr; {percent(off['rl']['word_accuracy'])}", "one SFT sample, one RL sample"),
-        ("RL over SFT", times(ratio["value"]), f"95% interval {times_range(ratio['ci95'])}"),
+        (
+            "Words read right",
+            f"{percent(off['sft']['word_accuracy'])} &rarr; {percent(off['rl']['word_accuracy'])}",
+            "one SFT sample, one RL sample",
+        ),
+        ("RL over SFT", times(ratio["value"]), f"95% interval {interval_text(ratio['ci95'])}"),
         (
             "RL over SFT at its best temperature",
             times(best["value"]),
-            f"temperature {comparison['sft_best_temperature']:g}" if comparison["sft_best_temperature"] is not None else "no sweep",
+            f"temperature {comparison['sft_best_temperature']:g}"
+            if comparison["sft_best_temperature"] is not None
+            else "no sweep",
         ),
-        ("One RL sample is", verdict, "best-of-N of SFT is picked by an oracle"),
+        ("One RL sample is", verdict, by),
         ("Colour", "not measured" if colour["value"] is None else f"{100 * colour['value']:+.1f} points", "RL minus SFT"),
     ]
     items = (f"<div class=card><p>{name}</p><strong>{value}</strong><small>{note}</small></div>" for name, value, note in cards)
@@ -100,7 +114,9 @@ def headline(report: dict[str, Any]) -> str:
 def overview(rows: dict[str, Any]) -> str:
     """Word accuracy of every row."""
     series = lambda name: 1 if name == "rl" else 2 if name == "reconstruction" else 0  # noqa: E731
-    return dot_chart([Dot(row_title(n), e["word_accuracy"], *(e["ci95"]["word_accuracy"] or (None, None)), series(n)) for n, e in rows.items()])
+    return dot_chart(
+        [Dot(row_title(n), e["word_accuracy"], *(e["ci95"]["word_accuracy"] or (None, None)), series(n)) for n, e in rows.items()]
+    )
 
 
 def setting_table(report: dict[str, Any], name: str) -> str:
@@ -110,17 +126,29 @@ def setting_table(report: dict[str, Any], name: str) -> str:
     for row, e in ({"real pictures": report["real_pictures"]} | report[name]).items():
         cells = "".join(f"<td>{decimal(e[m])}{interval(e['ci95'][m])}</td>" for m in SHOWN)
         difference = report["comparisons"][name]["rl_minus"].get(row, {}).get("word_accuracy")
-        gain = "<td></td>" if difference is None else f"<td>{points(difference['value'])}{interval(difference['ci95'], 100, '+.0f')}</td>"
+        gain = (
+            "<td></td>"
+            if difference is None
+            else f"<td>{points(difference['value'])}{interval(difference['ci95'], 100, '+.0f')}</td>"
+        )
         rows.append(f"<tr class={'rl' if row == 'rl' else 'row'}><th>{row_title(row)}</th>{cells}{gain}</tr>")
     left_out = {row_title(row): n for row, n in report["prompts_left_out"][name].items() if n}
     note = "".join(f"<p class=note>{n} prompts have too few scored samples for {row}.</p>" for row, n in left_out.items())
-    return scroll(f"<table><thead><tr><th></th>{head}<th>RL minus row, words, points</th></tr></thead><tbody>{''.join(rows)}</tbody></table>") + note
+    return (
+        scroll(
+            f"<table><thead><tr><th></th>{head}<th>RL minus row, words, points</th></tr></thead>"
+            f"<tbody>{''.join(rows)}</tbody></table>"
+        )
+        + note
+    )
 
 
 def training(run: GRPORun) -> str:
     """Curves of the run: rewards, KL, entropy, image statistics."""
     smooth = max(1, len(run.records) // 12)
-    rewards = sorted({k.split("/")[1] for r in run.records for k in r if k.startswith("reward/") and k.endswith("/mean")} - {"total"})
+    rewards = sorted(
+        {k.split("/")[1] for r in run.records for k in r if k.startswith("reward/") and k.endswith("/mean")} - {"total"}
+    )
     charts = {
         "Rewards": [Line(name, *run.curve(f"reward/{name}/mean"), smooth=smooth) for name in rewards],
         "KL to the SFT model": [Line("KL", *run.curve("grpo/kl"), smooth=smooth)],
@@ -138,7 +166,9 @@ def sweep(report: dict[str, Any], name: str) -> str:
     low, high = ([e["ci95"]["word_accuracy"][i] for e in entries] for i in (0, 1))
     line = Line("SFT", [e["temperature"] for e in entries], [e["word_accuracy"] for e in entries], low, high, dots=True)
     rl = report[name]["rl"]["word_accuracy"]
-    return line_chart([line], "temperature", (0.0, 1.0), None if rl is None else (f"RL, temperature {report['settings']['temperature']:g}", rl))
+    return line_chart(
+        [line], "temperature", (0.0, 1.0), None if rl is None else (f"RL, temperature {report['settings']['temperature']:g}", rl)
+    )
 
 
 def sweep_text(report: dict[str, Any]) -> str:
@@ -151,33 +181,43 @@ def sweep_text(report: dict[str, Any]) -> str:
     return " ".join(said) + " The choice is made on these same prompts, which flatters SFT."
 
 
-def grid_text(effect: Effect) -> str:
-    """What the cards show."""
-    return (
-        f"The first {min(SHOWN_PROMPTS, effect.config.prompts)} prompts, not a selection, with guidance off. Under each picture is what text "
-        f"recognition read in it. Best of {effect.config.samples} is picked by the reward, an oracle."
+def before_and_after(effect: Effect) -> str:
+    """The same prompts before and after, some unfolded, more to unfold, and all of them with guidance."""
+    text = (
+        "The first held-out prompts, not a selection, with guidance off. Under each picture is what text recognition read in it, "
+        f"green when right. Best of {effect.config.samples} is picked by the reward, an oracle."
     )
+    more = grids(effect, "guidance_off", slice(UNFOLDED_PROMPTS, SHOWN_PROMPTS))
+    more = f"<details><summary>More prompts</summary><div class=cards>{more}</div></details>" if more else ""
+    guided = f"<details><summary>The same with guidance {effect.config.guidance:g}</summary><div class=cards>"
+    guided += grids(effect, "guidance_on", slice(0, SHOWN_PROMPTS)) + "</div></details>"
+    shown = f"<div class=cards>{grids(effect, 'guidance_off', slice(0, UNFOLDED_PROMPTS))}</div>"
+    return section("Before and after", shown + more + guided, "", text)
 
 
-def grids(effect: Effect, name: str) -> str:
+def grids(effect: Effect, name: str, which: slice) -> str:
     """One card per prompt: reconstruction, SFT samples, the best of them, RL samples."""
     setting: Setting = effect.settings[name]
     selection_PR = setting.sft.selection(effect.run.weights)
     cards = []
-    for p, caption in enumerate(effect.signs.captions[:SHOWN_PROMPTS]):
+    for p in range(len(effect.signs.captions))[which]:
         wanted = effect.signs.targets[p]["text"]
         picks = [int(np.nanargmax(selection_PR[p]))] if np.isfinite(selection_PR[p]).any() else []
         lines = [
-            ("Real, through the codes", setting.reconstruction, [0]),
+            ("Real via codes", setting.reconstruction, [0]),
             (f"SFT, best of {effect.config.samples}", setting.sft, picks),
             ("SFT", setting.sft, range(min(SHOWN_SAMPLES, setting.sft.images.shape[1]))),
             ("RL", setting.rl, range(min(SHOWN_SAMPLES, setting.rl.images.shape[1]))),
         ]
-        rows = "".join(
-            f"<div class=strip><h4>{title}</h4><div class=pictures>{''.join(picture(cell, p, r, wanted) for r in which)}</div></div>"
-            for title, cell, which in lines
-        )
-        cards.append(f"<article><h3>{escape(caption)}</h3>{rows}</article>")
+        strips = [
+            f"<div class=strip><h4>{title}</h4>"
+            f"<div class=pictures>{''.join(picture(cell, p, r, wanted) for r in samples)}</div></div>"
+            for title, cell, samples in lines
+        ]
+        # The first two hold one picture each and share a line.
+        rows = f"<div class=pair>{''.join(strips[:2])}</div>{''.join(strips[2:])}"
+        wide = effect.config.size[1] >= 3 * effect.config.size[0]
+        cards.append(f"<article{' class=wide' * wide}><h3>{escape(effect.signs.captions[p])}</h3>{rows}</article>")
     return "".join(cards)
 
 
@@ -197,7 +237,12 @@ def picture(cell: Cell, p: int, r: int, wanted: Sequence[str]) -> str:
 
 def statistics_tables(report: dict[str, Any]) -> str:
     """Second reader and image statistics of every row."""
-    heads = {"second_reader_accuracy": "Second reader", "edge_density": "Edge density", "colour_entropy": "Colour entropy", "reencode_agreement": "Re-encode"}
+    heads = {
+        "second_reader_accuracy": "Second reader",
+        "edge_density": "Edge density",
+        "colour_entropy": "Colour entropy",
+        "reencode_agreement": "Re-encode",
+    }
     out = []
     for name, title in SETTING_NAMES.items():
         head = "".join(f"<th>{h}</th>" for h in heads.values())
@@ -207,7 +252,9 @@ def statistics_tables(report: dict[str, Any]) -> str:
             + "</tr>"
             for row, e in report["image_statistics"][name].items()
         )
-        out.append(f"<div><h3>{title}</h3>{scroll(f'<table><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table>')}</div>")
+        out.append(
+            f"<div><h3>{title}</h3>{scroll(f'<table><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table>')}</div>"
+        )
     return "".join(out)
 
 
@@ -217,12 +264,19 @@ def method(report: dict[str, Any]) -> str:
     failed = {name: {k: n for k, n in e.items() if k != "pictures" and n} for name, e in report["failures"].items()}
     failed = {name: e for name, e in failed.items() if e}
     told = "; ".join(f"{name}: " + ", ".join(f"{n} by {k}" for k, n in e.items()) for name, e in failed.items()) or "none"
-    times_ = {"first picture": report["first_image_seconds"], "evaluation": report["evaluation_seconds"], "whole job": report["wall_seconds"]}
+    times_ = {
+        "first picture": report["first_image_seconds"],
+        "evaluation": report["evaluation_seconds"],
+        "whole job": report["wall_seconds"],
+    }
     times_ |= {f"step, {part}": value for part, value in report["step_seconds"].items()}
     facts = {f"{name}, s": decimal(value, 2) for name, value in times_.items() if value is not None}
-    facts |= {"pictures not scored": escape(told)} | {k: escape(", ".join(map(str, v)) if isinstance(v, (list, tuple)) else str(v)) for k, v in report["settings"].items()}
+    facts |= {"pictures not scored": escape(told)} | {
+        k: escape(", ".join(map(str, v)) if isinstance(v, (list, tuple)) else str(v)) for k, v in report["settings"].items()
+    }
     rows = "".join(f"<tr><th>{escape(k)}</th><td>{v}</td></tr>" for k, v in facts.items())
-    return f"<ul>{lines}</ul><details><summary>Settings and times</summary>{scroll(f'<table class=facts><tbody>{rows}</tbody></table>')}</details>"
+    table = scroll(f"<table class=facts><tbody>{rows}</tbody></table>")
+    return f"<ul>{lines}</ul><details><summary>Settings and times</summary>{table}</details>"
 
 
 # ---- small pieces ----
@@ -273,11 +327,11 @@ def times(value: float | None) -> str:
     return "&ndash;" if value is None else f"{value:.2f}&times;"
 
 
-def times_range(pair: Sequence[float | None] | None) -> str:
-    """A ratio's interval; an open end is infinite."""
-    return "unknown" if pair is None else " to ".join("&infin;" if v is None else f"{v:.2f}" for v in pair)
-
-
 def interval(pair: Sequence[float | None] | None, scale: float = 1.0, form: str = ".2f") -> str:
     """An interval in small print."""
-    return "" if pair is None else f"<small>{' to '.join('&infin;' if v is None else format(scale * v, form) for v in pair)}</small>"
+    return "" if pair is None else f"<small>{interval_text(pair, scale, form)}</small>"
+
+
+def interval_text(pair: Sequence[float | None] | None, scale: float = 1.0, form: str = ".2f") -> str:
+    """An interval in words; an open end is infinite."""
+    return "unknown" if pair is None else " to ".join("&infin;" if v is None else format(scale * v, form) for v in pair)

@@ -1,4 +1,4 @@
-"""From measured cells to report.json: rows with intervals, paired comparisons, what failed, and the sentences that explain them."""
+"""From measured cells to report.json: rows with intervals, paired comparisons, failures, and the sentences that explain them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ import numpy as np
 
 from xomni_jax.evaluation.cells import REWARDS, Cell
 from xomni_jax.evaluation.pictures import colour_entropy
-from xomni_jax.evaluation.statistics import Interval, best_of_weights, bootstrap_mean, paired_difference, paired_ratio, weighted_rows
+from xomni_jax.evaluation.statistics import (
+    Interval,
+    best_of_weights,
+    bootstrap_mean,
+    paired_difference,
+    paired_ratio,
+    weighted_rows,
+)
 
 if TYPE_CHECKING:
     from xomni_jax.evaluation.effect import Effect, Setting
@@ -68,8 +75,11 @@ def summarise(effect: Effect, seconds: dict[str, float | None]) -> dict[str, Any
         "sft_temperature_sweep": {name: sweep_entries(setting, config.seed) for name, setting in effect.settings.items()},
         "image_statistics": {name: {row: image_entry(r) for row, r in rows[name].items()} for name in rows},
         "failures": {name: {"pictures": int(np.prod(c.images.shape[:2])), **c.failures} for name, c in cells.items()},
-        "prompts_left_out": {name: {row: int(np.isnan(r.weights_PR[:, 0]).sum()) for row, r in rows[name].items()} for name in rows},
-        "settings": dataclasses.asdict(config) | {"selection_weights": {s: w for s, w in weights.items() if measured(effect.real, s)}},
+        "prompts_left_out": {
+            name: {row: int(np.isnan(r.weights_PR[:, 0]).sum()) for row, r in rows[name].items()} for name in rows
+        },
+        "settings": dataclasses.asdict(config)
+        | {"selection_weights": {s: w for s, w in weights.items() if measured(effect.real, s)}},
         "prompts": list(effect.signs.captions),
         "notes": notes(effect),
     }
@@ -78,7 +88,9 @@ def summarise(effect: Effect, seconds: dict[str, float | None]) -> dict[str, Any
 def entry(row: Row, seed: int) -> dict[str, Any]:
     """Means of the shown metrics over prompts, with `ci95`: metric -> [low, high]."""
     intervals = {metric: bootstrap_mean(row.values(metric), seed) for metric in SHOWN}
-    return {metric: number(i.value) for metric, i in intervals.items()} | {"ci95": {metric: bounds(i) for metric, i in intervals.items()}}
+    return {metric: number(i.value) for metric, i in intervals.items()} | {
+        "ci95": {metric: bounds(i) for metric, i in intervals.items()}
+    }
 
 
 def compare(rows: dict[str, Row], setting: Setting, seed: int) -> dict[str, Any]:
@@ -96,7 +108,10 @@ def compare(rows: dict[str, Row], setting: Setting, seed: int) -> dict[str, Any]
         if row is None or not words > bootstrap_mean(row.values("word_accuracy")).value:
             break
         held = n
-    ratios = {name: paired_ratio(rl.values("word_accuracy"), others[name].values("word_accuracy"), seed) for name in ("sft", "sft_best_temperature")}
+    ratios = {
+        name: paired_ratio(rl.values("word_accuracy"), others[name].values("word_accuracy"), seed)
+        for name in ("sft", "sft_best_temperature")
+    }
     return {
         "rl_holds_up_to_best_of": held,
         "sft_best_temperature": best_t,
@@ -120,7 +135,9 @@ def best_temperature(setting: Setting) -> tuple[float | None, Cell]:
 
 def sweep_entries(setting: Setting, seed: int) -> list[dict[str, Any]]:
     """One entry per temperature, highest first."""
-    return [{"temperature": t, "samples": cell.images.shape[1]} | entry(plain_row(cell), seed) for t, cell in setting.sweep.items()]
+    return [
+        {"temperature": t, "samples": cell.images.shape[1]} | entry(plain_row(cell), seed) for t, cell in setting.sweep.items()
+    ]
 
 
 def image_entry(row: Row) -> dict[str, float | None]:
@@ -140,7 +157,7 @@ def notes(effect: Effect) -> list[str]:
     """What a reader has to know about the numbers, one sentence each."""
     config, run = effect.config, effect.run
     said = [
-        "sft_best_of_N is an oracle: it picks with the reward that RL trains on, which knows the wanted text; nobody has it when drawing.",
+        "sft_best_of_N is an oracle: it picks with the reward that RL trains on, which knows the wanted text; no user has that.",
         f"Best-of-N is the mean over all subsets of {config.samples} samples per prompt; equal scores share the pick.",
         "The best temperature of SFT is chosen on these same prompts, which flatters SFT.",
         "A picture that a service could not score is left out and counted under failures, never scored 0.",
@@ -153,7 +170,7 @@ def notes(effect: Effect) -> list[str]:
         said.append("colour_accuracy is null: no shapes service was given (--shapes).")
     absent = [name for name in run.weights if not measured(effect.real, name)]
     if absent:
-        said.append(f"The run was also trained on {', '.join(absent)}, which is not measured here and takes no part in best-of-N's choice.")
+        said.append(f"The run was also trained on {', '.join(absent)}, not measured here and without part in best-of-N's choice.")
     return said
 
 
@@ -187,10 +204,13 @@ def table_text(report: dict[str, Any]) -> str:
         for row, e in report[name].items():
             cells = [show(e[m]) + (f" [{show(e['ci95'][m][0])}, {show(e['ci95'][m][1])}]" if e["ci95"][m] else "") for m in SHOWN]
             lines.append(f"  {row:<16}" + "".join(f"{c:>22}" for c in cells))
-        sweep = ", ".join(f"{e['temperature']:g}: {show(e['word_accuracy']).strip()}" for e in report["sft_temperature_sweep"][name])
+        sweep = ", ".join(
+            f"{e['temperature']:g}: {show(e['word_accuracy']).strip()}" for e in report["sft_temperature_sweep"][name]
+        )
         c = report["comparisons"][name]
-        ratio = c["word_accuracy_ratio"]["rl_to_sft"]["value"]
+        ratio, held = c["word_accuracy_ratio"]["rl_to_sft"]["value"], c["rl_holds_up_to_best_of"]
+        times = "-" if ratio is None else f"{ratio:.2f}"
         lines.append(f"  SFT word accuracy by temperature: {sweep}")
-        lines.append(f"  one RL sample reads right {'-' if ratio is None else f'{ratio:.2f}'} times as often as one SFT sample; above best-of-N up to N = {c['rl_holds_up_to_best_of']}")
+        lines.append(f"  one RL sample reads right {times} times as often as one SFT sample; above best-of-N up to N = {held}")
         lines.append("")
     return "\n".join(lines)
