@@ -73,7 +73,7 @@ class Drawing:
                 f"{rl}: its transformer has other sizes than that of {sft}; compare with the model that the run started from"
             )
         self._other, self.grid = other, self.model.grid(*signs.images.shape[1:3])
-        self.model.check_prompts(signs.captions, self.grid)
+        self.model.check_prompts(signs.captions)
 
     @staticmethod
     def _note(model: XOmni, part: str) -> Any:

@@ -49,8 +49,8 @@ def page(effect: Effect, report: dict[str, Any]) -> str:
         "<header><p class=over>X-Omni in JAX</p><h1>What reinforcement learning changed</h1>",
         f"<p class=lead>A supervised model (SFT) drew {config.prompts} held-out signs of {config.lengths[0]} to "
         f"{config.lengths[1]} characters at {size} pixels; then GRPO trained it for {report['grpo_steps']} steps on what text "
-        "recognition reads in its decoded pictures, and the result (RL) drew the same signs. Every picture below was read, measured and counted the same "
-        "way, without choosing.</p></header>",
+        "recognition reads in its decoded pictures, and the result (RL) drew the same signs. Every picture below was read, measured "
+        "and counted the same way, without choosing.</p></header>",
         headline(report),
         section("Word accuracy", "".join(figure(overview(report[n]), setting_title(n, config.guidance)) for n in names), "two"),
         before_and_after(effect),
