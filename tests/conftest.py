@@ -13,6 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import pytest
 
+from tests.miniature import model_dir  # noqa: F401 - a fixture
 
 
 def pytest_collection_modifyitems(config, items):

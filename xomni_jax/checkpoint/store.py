@@ -13,7 +13,8 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -147,19 +148,41 @@ def load_component(directory: str | Path, name: str, wanted: Any, dtype: Any = N
     path = Path(directory).absolute() / name
     if not path.is_dir():
         raise CheckpointError(f"{path}: this model directory has no {name}; train or convert it first")
-    try:
+
+    def read():
         with ocp.StandardCheckpointer() as checkpointer:
-            stored = flatten(unwrap_metadata(checkpointer.metadata(path)))
-            expected = flatten(wanted)
+            metadata = unwrap_metadata(checkpointer.metadata(path))
+            if metadata is None:
+                raise ValueError("the list of its arrays is missing")
+            stored, expected = flatten(metadata), flatten(wanted)
             check_fit(path, stored, expected)
             target = {k: jax.ShapeDtypeStruct(v.shape, stored[k].dtype, sharding=v.sharding) for k, v in expected.items()}
-            params = checkpointer.restore(path, unflatten(target))
+            return checkpointer.restore(path, unflatten(target))
+
+    params, reason = reading(read)
+    if reason:
+        raise CheckpointError(f"{path}: cannot be read, it is incomplete or damaged ({reason}); restore it or write it again")
+    return params if dtype is None else jax.jit(lambda t: jax.tree.map(lambda x: x.astype(dtype), t), donate_argnums=0)(params)
+
+
+def reading(action: Callable[[], Any]) -> tuple[Any, str | None]:
+    """Runs a read through Orbax -> (result, None), or (None, in one line why it failed). A CheckpointError passes."""
+    try:
+        return action(), None
     except CheckpointError:
         raise
-    except Exception as e:  # Orbax raises many kinds for damaged files; the user needs the directory, not the kind
+    except Exception as e:  # noqa: BLE001 - many kinds for damaged files; the user needs the directory, not the kind
         reason = str(e).strip().splitlines()[0][:200] if str(e).strip() else type(e).__name__
-        raise CheckpointError(f"{path}: cannot be read, it is incomplete or damaged ({reason}); restore it or write it again") from e
-    return params if dtype is None else jax.jit(lambda t: jax.tree.map(lambda x: x.astype(dtype), t), donate_argnums=0)(params)
+    # When one array cannot be read, Orbax abandons the others' coroutines, and Python prints a traceback for each that failed too.
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        code = getattr(unraisable.object, "cr_code", None)
+        if code is None or "orbax" not in code.co_filename:
+            before(unraisable)
+
+    sys.unraisablehook = hook
+    return None, reason
 
 
 def unwrap_metadata(metadata: Any) -> Any:
@@ -204,16 +227,13 @@ class RunCheckpoints:
         step = self.latest() if step is None else step
         if step is None:
             raise CheckpointError(f"{self.directory}: no checkpoint to resume from")
-        try:
-            out = self.manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore())
-            )
-        except Exception as e:
-            reason = str(e).strip().splitlines()[0][:200] if str(e).strip() else type(e).__name__
+        wanted = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore())
+        out, reason = reading(lambda: self.manager.restore(step, args=wanted))
+        if reason:
             raise CheckpointError(
                 f"{self.directory / str(step)}: cannot be restored ({reason}); delete this step's folder to resume from an earlier one, "
                 "or start with another run_dir"
-            ) from e
+            )
         return step, out["state"], out["data"]
 
     def close(self) -> None:

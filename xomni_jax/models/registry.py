@@ -14,6 +14,7 @@ from xomni_jax.models.mmdit import MMDiT, MMDiTConfig
 from xomni_jax.models.siglip_vq import SigLIPVQ, SigLIPVQConfig
 from xomni_jax.models.text_encoders import CLIPTextConfig, CLIPTextEncoder, T5Config, T5Encoder
 from xomni_jax.models.transformer import ARConfig, ARTransformer
+from xomni_jax.sharding.rules import unconstrained
 
 
 class Component(NamedTuple):
@@ -53,4 +54,5 @@ def init_params(name: str, cfg: Any, key: jax.Array) -> Any:
     """
     row = COMPONENTS[name]
     inputs = row.inputs(cfg)
-    return row.module(cfg).init(key, *inputs, **row.options).get("params", {})
+    with unconstrained():
+        return row.module(cfg).init(key, *inputs, **row.options).get("params", {})

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import jax
 from flax import linen as nn
@@ -65,11 +66,18 @@ def spec_for(
 
 
 def constrain(x: jax.Array, *axes: str | None, name: str = "activation") -> jax.Array:
-    """Pins an activation to the table, by logical axis names. The identity where no mesh is set (see `use_mesh`)."""
+    """Pins an activation to the table, by logical axis names. The identity where no mesh is set (`jax.set_mesh`)."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec_for(name, x.shape, axes, mesh))
+
+
+@contextmanager
+def unconstrained() -> Iterator[None]:
+    """Within it `constrain` is the identity whatever mesh is set: for initialisation, which traces inputs of one row."""
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+        yield
 
 
 def param_shardings(boxed, mesh: Mesh):

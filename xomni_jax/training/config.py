@@ -75,6 +75,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
         if not hasattr(module, "get_config"):
             raise ConfigError(f"{path}: defines no get_config()")
         config = module.get_config()
+        if not isinstance(config, ConfigDict):
+            raise ConfigError(f"{path}: get_config returns {type(config).__name__}, not a ConfigDict")
     except ConfigError:
         raise
     except Exception as e:  # noqa: BLE001 - the file is the user's code: whatever it raises is theirs to mend
@@ -104,6 +106,8 @@ def apply_override(config: ConfigDict, override: str) -> None:
         known = ", ".join(sorted(node)) if isinstance(node, ConfigDict) else "nothing"
         raise ConfigError(f"config.{key}: unknown key; known here: {known}")
     default = node[last]
+    if isinstance(default, ConfigDict):
+        raise ConfigError(f"config.{key} is a section; set one of its keys: {', '.join(sorted(default))}")
     value = literal(text)
     if isinstance(default, bool) and not isinstance(value, bool):
         value = {"true": True, "false": False}.get(text.lower(), value)
@@ -169,13 +173,15 @@ def check_types(cls: type, values: Mapping[str, Any], where: str) -> None:
 def fits(value: Any, hint: Any) -> bool:
     """Whether a configuration value is of an annotated type."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
     if origin in (typing.Union, types.UnionType):
         return any(fits(value, h) for h in inner)
     if origin is typing.Literal:
         return value in inner
     if origin is tuple or hint is tuple:
-        if not isinstance(value, (list, tuple)):
-            return False
+        if not isinstance(value, (list, tuple)) or not inner:
+            return isinstance(value, (list, tuple))
         inner = inner[:1] * len(value) if inner[1:] in ((), (...,)) else inner
         return len(inner) == len(value) and all(map(fits, value, inner))
     if hint in (int, float):

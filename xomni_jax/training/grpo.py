@@ -190,7 +190,7 @@ class Rollouts:
         ids = [self.model.tokenizer.generation_prompt(p, *self.grid) for p in prompts]
         longest = max(range(len(ids)), key=lambda i: len(ids[i]))
         if len(ids[longest]) > self.cfg.prompt_length:
-            raise ConfigError(
+            raise StepRefused(
                 f"prompt {prompts[longest]!r} has {len(ids[longest])} tokens with its image prefix; raise config.rollout.prompt_length "
                 f"(now {self.cfg.prompt_length})"
             )

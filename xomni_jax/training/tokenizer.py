@@ -17,6 +17,7 @@ from xomni_jax.data.sources import rendered_dataset
 from xomni_jax.models import siglip_vq
 from xomni_jax.models.quantizer import dead_codes, restart_dead_codes, start_codebook
 from xomni_jax.sequence.tokenizer import MultimodalTokenizer
+from xomni_jax.sharding.rules import unconstrained
 from xomni_jax.training import understanding
 from xomni_jax.training.components import DataIterator, check_split, export_model, from_preset
 from xomni_jax.training.config import ConfigError, RunConfig, build
@@ -89,8 +90,8 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
     height, width = data.sizes[0]
 
     def init():
-        params = learner.init(jax.random.key(run.seed), jnp.zeros((1, height, width, 3)), jnp.zeros((1, 4), jnp.int32))["params"]
-        return params
+        with unconstrained():
+            return learner.init(jax.random.key(run.seed), jnp.zeros((1, height, width, 3)), jnp.zeros((1, 4), jnp.int32))["params"]
 
     optimizer = make_optimizer(build(OptimizerConfig, config.optimizer, "config.optimizer"), run.steps)
     # The running usage of codes lives beside the parameters' state, so that a resumed run restarts the same codes.

@@ -1,0 +1,86 @@
+"""xomni train: overrides reach the stage, and what is wrong is told before anything is written."""
+
+import sys
+
+import pytest
+
+from tests.cli.test_main import refusal, settings  # noqa: F401 - a fixture
+from tests.miniature import ROOT
+from xomni_jax.cli.main import main
+from xomni_jax.training import run as training_run
+
+SFT = f"--config={ROOT / 'configs' / 'tiny' / 'sft.py'}"
+GRPO = f"--config={ROOT / 'configs' / 'tiny' / 'grpo.py'}"
+
+MINIATURE = """
+from tests.miniature import stage_config
+
+def get_config():
+    return stage_config({file!r}, {run_dir!r}, "init_from={init_from}")
+"""
+
+
+@pytest.fixture
+def mini(tmp_path, model_dir, monkeypatch):
+    """A function file -> --config argument of a cut-down configuration that starts from the random model."""
+    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
+
+    def write(file):
+        path = tmp_path / f"{file}.py"
+        path.write_text(MINIATURE.format(file=file, run_dir=str(tmp_path / "run"), init_from=model_dir))
+        return f"--config={path}"
+
+    return write
+
+
+def test_overrides_reach_the_stage(monkeypatch):
+    seen = []
+    monkeypatch.setattr(training_run, "run_stage", seen.append)
+    assert main(["train", SFT, "--config.steps=3", "--config.optimizer.learning_rate=0.5", "--config.run_dir=elsewhere"]) == 0
+    assert (seen[0].steps, seen[0].optimizer.learning_rate, seen[0].run_dir, seen[0].stage) == (3, 0.5, "elsewhere", "sft")
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        (["--config=/nowhere.py"], "/nowhere.py: no such config file; the shipped ones are under configs/"),
+        ([SFT, "--config.stepz=3"], "config.stepz: unknown key; known here: batch_size"),
+        ([SFT, "--config.steps=three"], "config.steps=three: expected int, such as"),
+        ([SFT, "--config.steps=0"], "config.steps=0 must be at least 1"),
+        ([SFT, "--config.steps"], "override 'steps' has no value; write --config.steps=VALUE"),
+        ([SFT, "--steps=3"], "unknown argument '--steps=3'; overrides are written --config.KEY=VALUE"),
+        ([SFT, "--devices", "0"], "--devices 0 must be at least 1"),
+        ([SFT, "--config.init_from=/nowhere"], "/nowhere: no such directory; give a model directory"),
+        ([SFT, "--config.mesh.tensor=3"], "mesh tensor=3 needs a multiple of 3 devices, 8 are present; change config.mesh"),
+    ],
+)
+def test_what_is_wrong_is_told(arguments, told, capsys, tmp_path):
+    rest = [a for a in arguments if "=/nowhere.py" not in a]
+    run_dir = [f"--config.run_dir={tmp_path / 'run'}"] if rest == arguments else []
+    assert told in refusal(capsys, "train", *arguments, *run_dir)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "file, overrides, told",
+    [
+        ("sft", ["next_token.rows=6"], "config.next_token.rows=6 does not split over the 4 ways of config.mesh"),
+        ("grpo", [], "no reward service answers at http://127.0.0.1:8001 (ConnectError); start it with: xomni serve-reward ocr --port 8001"),
+        ("grpo", ["data.sizes=((16,64),)"], "16x64: the long side may have at most 48 pixels with this model"),
+        ("grpo", ["batch_size=6"], "leaves 6 prompts a chunk, which config.mesh cannot split 4 ways"),
+    ],
+)
+def test_what_only_the_stage_can_see(file, overrides, told, mini, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    assert told in refusal(capsys, "train", mini(file), *(f"--config.{o}" for o in overrides))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_model_to_start_from(mini, model_dir, tmp_path, capsys):
+    import shutil
+
+    shutil.copytree(model_dir, tmp_path / "model")
+    (tmp_path / "model" / "transformer" / "_METADATA").unlink()
+    told = refusal(capsys, "train", mini("sft"), f"--config.init_from={tmp_path / 'model'}")
+    assert f"{tmp_path / 'model' / 'transformer'}: cannot be read, it is incomplete or damaged" in told
+    assert not (tmp_path / "run").exists()

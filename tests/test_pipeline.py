@@ -1,0 +1,149 @@
+"""One object, text and pictures in and out: a picture depends on its seed, its place and its prompt alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import xomni_jax
+from tests.miniature import CODES, GRID, SIZE, configs
+from xomni_jax.sharding.mesh import make_mesh
+
+PROMPTS = ["a red sign", "a blue sign that says AB", "x"]
+
+
+@pytest.fixture(scope="module")
+def model(model_dir):
+    """On one device."""
+    return xomni_jax.load(model_dir)
+
+
+@pytest.fixture(scope="module")
+def pictures(model):
+    """Three prompts in one batch."""
+    return [np.asarray(p) for p in model.generate(PROMPTS, seed=5)]
+
+
+def test_generate_makes_one_picture_per_prompt_at_the_models_own_size(pictures):
+    assert [p.shape for p in pictures] == [(*SIZE, 3)] * 3 and pictures[0].dtype == np.uint8
+    assert not np.array_equal(pictures[0], pictures[1])
+
+
+def test_a_picture_does_not_depend_on_its_batch(model, pictures):
+    again = [np.asarray(p) for p in model.generate([PROMPTS[0], "another prompt", PROMPTS[2]], seed=5)]
+    np.testing.assert_array_equal(again[0], pictures[0])
+    np.testing.assert_array_equal(again[2], pictures[2])
+    assert not np.array_equal(model.generate(PROMPTS[:1], seed=6)[0], pictures[0])
+
+
+def test_the_mesh_changes_nothing(model_dir, pictures):
+    """Two ways: three prompts are padded to four rows, one picture to two, and cut off again."""
+    sharded = xomni_jax.load(model_dir, make_mesh({"fsdp": 2}, jax.devices()[:2]))
+    assert sharded.ways == 2
+    for ours, theirs in zip(sharded.generate(PROMPTS, seed=5), pictures, strict=True):
+        assert np.abs(np.asarray(ours).astype(int) - theirs).max() <= 1  # a rounding of the last bit
+    kernel = sharded.params("transformer")["language"]["mlp"]["gate_proj"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape) == (1, 32 // 2, 48)
+    assert sharded.encode([pictures[0]])[0].shape == GRID
+    assert sharded.fill(np.arange(3)).tolist() == [0, 1, 2, 0] and sharded.fill(np.arange(2)).tolist() == [0, 1]
+
+
+def test_codes_there_and_back(model, pictures):
+    codes = model.encode([pictures[0], np.zeros((16, 48, 3), np.uint8)])
+    assert codes[0].shape == GRID and codes[1].shape == (2, 6) and codes[0].max() < CODES
+    semantics = model.semantics(codes[0][None])
+    assert semantics.shape == (1, *GRID, configs()["siglip_vq"].width)
+    assert model.velocity(jnp.zeros((1, 8, 192)), jnp.ones(1), codes[0][None], [""]).shape == (1, 8, 192)
+    again = model.decode(codes[0][None], [PROMPTS[0]], seed=3)
+    assert again[0].size == (SIZE[1], SIZE[0])
+    np.testing.assert_array_equal(again[0], model.decode(codes[0][None], [PROMPTS[0]], seed=3)[0])
+    assert not np.array_equal(again[0], model.decode(codes[0][None], [PROMPTS[0]], seed=4)[0])
+
+
+def test_decoder_guidance_changes_the_picture(model):
+    import dataclasses
+
+    codes, noise = np.arange(8).reshape(1, *GRID), jnp.ones((1, 8, 192))
+    plain = model.decode_images(codes, ["a sign"], noise)
+    guided = model.decode_images(codes, ["a sign"], noise, dataclasses.replace(model.decode_config, guidance=3.0))
+    assert not np.array_equal(plain, guided)
+
+
+def test_logits_by_mode(model):
+    ids = np.array([[5, 6, 384 + 3, 384 + 9]])
+    text, image = np.asarray(model.logits(ids, "text")), np.asarray(model.logits(ids, "image"))
+    least = np.finfo(np.float32).min
+    assert text.shape == image.shape == (1, 4, 384 + 576)
+    assert (text[..., 384:] == least).all() and (text[..., :384] > least).all()
+    assert (image[..., :384] == least).all() and (image[..., 384 + CODES :] == least).all()
+    assert (image[..., 384 : 384 + CODES] > least).all()
+    net, params = model.module("transformer"), model.params("transformer")
+    hidden = net.apply({"params": params}, ids)
+    np.testing.assert_allclose(text[..., :384], net.apply({"params": params}, hidden, method="text_logits"), rtol=1e-5, atol=1e-6)
+
+
+def test_chat_answers_with_text(model, pictures):
+    answer = model.chat(pictures[0], "what does the sign say?", 4)
+    assert isinstance(answer, str) and len(answer) <= 4  # four byte tokens
+    assert model.answer(model.encode(pictures[:2]), ["one?", "two?"], 4)[0] == model.chat(pictures[0], "one?", 4)
+
+
+def test_a_cast_reaches_every_parameter(model_dir):
+    params = xomni_jax.load(model_dir, dtype=jnp.bfloat16).params("siglip_vq")
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ((["a sign"], 16, 30), "16x30 pixels are not whole 8x8 tokens; the nearest size that is: 16x32"),
+        ((["a sign"], 16, 64), "at most 48 pixels"),
+        ((["a sign"], 8, 40), "at most a factor of 4"),
+        ((["a sign"], 0, 32), "not whole 8x8 tokens"),
+        ((["a", " "],), "prompt 2 is empty"),
+        (([],), "no prompts given"),
+        (([40 * "sign "],), "tokens, this model's decoder takes 31; shorten it"),
+        ((["<MM-Token-3>"],), "contains the multimodal token <MM-Token-3>"),
+        ((["a"], None, None, -1), "seed=-1 must lie within"),
+    ],
+)
+def test_generate_refuses(model, arguments, words):
+    with pytest.raises(ValueError, match=words) as error:
+        model.generate(*arguments)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "codes, words",
+    [
+        (np.full((1, *GRID), CODES), f"must lie within 0..{CODES - 1}, got {CODES}..{CODES}"),
+        (np.full((1, *GRID), -1), "got -1..-1"),
+        (np.zeros(GRID, int), r"integers \[B, Y, X\], got int64 \(2, 4\)"),
+        (np.zeros((1, *GRID)), "integers"),
+        (np.zeros((0, *GRID), int), "integers"),
+    ],
+)
+def test_codes_are_checked(model, codes, words):
+    for use in (model.decode, model.semantics):
+        with pytest.raises(ValueError, match=words):
+            use(codes)
+
+
+def test_one_prompt_per_picture(model):
+    with pytest.raises(ValueError, match="2 prompts for 1 pictures' codes"):
+        model.decode(np.zeros((1, *GRID), int), ["a", "b"])
+
+
+def test_an_unknown_mode_is_refused(model):
+    with pytest.raises(ValueError, match="mode='both' is unknown"):
+        model.logits([[1]], "both")
+
+
+def test_a_missing_part_is_named_when_used(model_dir, tmp_path):
+    from xomni_jax.checkpoint.store import copy_components
+
+    copy_components(model_dir, tmp_path / "part", ("siglip_vq", "mmdit", "t5", "clip", "autoencoder"))
+    part = xomni_jax.load(tmp_path / "part")
+    assert part.decode(np.zeros((1, *GRID), int))[0].size == (32, 16)  # needs no transformer
+    with pytest.raises(ValueError, match="this model has no transformer"):
+        part.generate("a sign")

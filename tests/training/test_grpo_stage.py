@@ -1,0 +1,194 @@
+"""The GRPO stage as a run: services over HTTP, gates, stopping and going on."""
+
+import dataclasses
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+import xomni_jax
+from tests.miniature import CODES, GRID, SIZE, stage_config
+from tests.training.pixel_service import pixel_service
+from tests.training.test_stages import assert_same, metrics, params
+from xomni_jax.checkpoint.store import RunCheckpoints
+from xomni_jax.rewards.client import RewardClient
+from xomni_jax.sampling.logits import SamplingConfig
+from xomni_jax.training import grpo
+from xomni_jax.training.advantages import AdvantageConfig
+from xomni_jax.training.config import ConfigError
+from xomni_jax.training.preemption import StepRefused
+from xomni_jax.training.run import run_stage
+
+FREE = "http://127.0.0.1:9"  # the discard port: nobody answers
+
+
+def grpo_config(run_dir, model_dir, url, *overrides):
+    """Three steps of four prompts with four rollouts each; one reward. The URL of a test's service must not count as a change."""
+    rewards = (f"rewards.ocr.urls=('{url}',)", "rewards.shapes.weight=None", "optimizer.warmup_steps=0", "optimizer.learning_rate=0.01")
+    return stage_config("grpo", run_dir, f"init_from={model_dir}", *rewards, "save_every=1", *overrides)
+
+
+@pytest.fixture(scope="module")
+def service():
+    """One service for the runs that must be equal: its address is part of their configuration."""
+    with pixel_service() as running:
+        running.hooks = {}
+        running.before = lambda call: running.hooks.pop(call, lambda: None)()
+        yield running
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, model_dir, service):
+    """An uninterrupted run."""
+    run_dir = tmp_path_factory.mktemp("grpo") / "run"
+    assert run_stage(grpo_config(run_dir, model_dir, service.url)) == run_dir / "model"
+    return run_dir
+
+
+def test_a_run_learns_from_pixels(finished, model_dir):
+    lines = metrics(finished)
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    for line in lines:
+        assert line["grpo/logp_gap_max"] < 1e-4 and line["grpo/ratio_mean"] == pytest.approx(1)
+        assert 0 < line["reward/ocr/mean"] < 1 and line["reward/total/std"] > 0 and line["reward/masked_frac"] == 0
+        assert {"grpo/kl", "grpo/entropy", "image/edge_density", "image/colour_entropy", "optim/grad_norm", "loss/grpo"} <= set(line)
+    # On-policy the reference is the policy itself in the first step, and not afterwards.
+    assert abs(lines[0]["grpo/kl"]) < 1e-9 and lines[2]["grpo/kl"] > 0
+    timings = json.loads((finished / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {"perf/rollout_s", "perf/decode_s", "perf/reward_wait_s", "perf/update_s"} <= set(timings)
+    assert sorted(p.name for p in (finished / "images").glob("*")) == [f"step_{n:06d}.png" for n in (0, 2, 3)]
+    before = {k: np.asarray(v) for k, v in flat(xomni_jax.load(model_dir).params("transformer")).items()}
+    after = params(finished, "transformer")
+    assert not np.array_equal(before["mm_head/kernel"], after["mm_head/kernel"])
+    described = json.loads((finished / "model" / "model.json").read_text())
+    assert described["components"]["transformer"]["note"] == {"run": "grpo", "step": 3, "seed": 0}
+    assert described["settings"] == json.loads((model_dir / "model.json").read_text())["settings"]
+
+
+def flat(tree):
+    from xomni_jax.checkpoint.conversion import flatten
+
+    return flatten(tree)
+
+
+def test_ctrl_c_in_the_middle_of_a_step(finished, model_dir, service, tmp_path):
+    """The signal comes while the second step waits for its rewards."""
+    service.hooks[service.calls + 2] = lambda: os.kill(os.getpid(), signal.SIGINT)
+    config = grpo_config(tmp_path / "run", model_dir, service.url)
+    assert run_stage(config) is None
+    assert len(metrics(tmp_path / "run")) in (1, 2)
+    assert run_stage(config) == tmp_path / "run" / "model"
+    assert metrics(tmp_path / "run") == metrics(finished)
+    assert_same(params(tmp_path / "run", "transformer"), params(finished, "transformer"))
+
+
+def test_too_many_failures_stop_the_run_and_nothing_is_lost(finished, model_dir, service, tmp_path):
+    service.fails = lambda call: failing
+    failing = False
+
+    def fail():
+        nonlocal failing
+        failing = True
+
+    service.hooks[service.calls + 3] = fail
+    config = grpo_config(tmp_path / "run", model_dir, service.url, "save_every=100", "rollout.max_fail_frac=0.05")
+    with pytest.raises(StepRefused, match=r"6% of the rollouts of step 3 could not be scored \(limit config.rollout.max_fail_frac=5%\)"):
+        run_stage(config)
+    checkpoints = RunCheckpoints(tmp_path / "run" / "checkpoints")
+    assert checkpoints.latest() == 2
+    checkpoints.close()
+    failing = False
+    assert run_stage(config) == tmp_path / "run" / "model"
+    assert metrics(tmp_path / "run") == metrics(finished)
+
+
+def test_a_sampler_that_lies_about_its_log_probs_is_found(model_dir, service, tmp_path, monkeypatch):
+    draw = grpo.generate_codes
+
+    def tampered(*args, **kwargs):
+        out = draw(*args, **kwargs)
+        return out | {"logp": out["logp"].at[0, 1, 2].add(2e-3)}
+
+    monkeypatch.setattr(grpo, "generate_codes", tampered)
+    with pytest.raises(FloatingPointError, match=r"sampler and trainer differ by 2\.0\de-03 in a log-prob at step 1 \(limit 0.0001\)"):
+        run_stage(grpo_config(tmp_path / "run", model_dir, service.url, "grid_every=0"))
+    assert not (tmp_path / "run" / "model").exists()
+
+
+@pytest.fixture(scope="module")
+def model(model_dir):
+    """On one device."""
+    return xomni_jax.load(model_dir)
+
+
+def one_batch(model, service, cfg, sampling):
+    with RewardClient("ocr", service.url) as client:
+        make = grpo.Rollouts(model, GRID, sampling, model.decode_config, cfg, AdvantageConfig(), 3, {"ocr": client}, {"ocr": 1.0}, lambda: None)
+        rows, total, images, _ = make(model.params("transformer"), ["a red sign", "blue"], [{}, {}], jax.random.key(4))
+    return jax.tree.map(np.asarray, rows), total, images.reshape(2, 3, *SIZE, 3)
+
+
+def test_a_group_shares_its_noise(model, service):
+    """Greedy rollouts of a prompt have the same codes, so with the group's noise they are the same picture."""
+    greedy = SamplingConfig(temperature=0.0, top_k=0, min_p=0.0)
+    rows, total, images = one_batch(model, service, grpo.RolloutConfig(chunks=1), greedy)
+    codes = rows.codes_BT.reshape(2, 3, -1)
+    assert (codes == codes[:, :1]).all() and codes.max() < CODES
+    assert (images == images[:, :1]).all() and not np.array_equal(images[0, 0], images[1, 0])
+    assert (total.total_PR == total.total_PR[:, :1]).all()
+    _, _, images = one_batch(model, service, grpo.RolloutConfig(chunks=1, noise="independent"), greedy)
+    assert not np.array_equal(images[0, 0], images[0, 1])
+
+
+def test_chunks_change_nothing(model, service):
+    sampling = SamplingConfig(top_k=0, min_p=0.0)
+    one, two = (one_batch(model, service, grpo.RolloutConfig(chunks=n), sampling) for n in (1, 2))
+    np.testing.assert_array_equal(one[0].codes_BT, two[0].codes_BT)
+    np.testing.assert_allclose(one[0].sampler_logp_BT, two[0].sampler_logp_BT, rtol=1e-5, atol=1e-6)
+    assert np.abs(one[2].astype(int) - two[2]).max() <= 1
+    assert len(np.unique(one[0].codes_BT.reshape(6, -1), axis=0)) == 6  # rollouts differ
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        ([f"rewards.ocr.urls=('{FREE}',)"], f"no reward service answers at {FREE} .*xomni serve-reward ocr"),
+        (["rewards.ocr.urls=('localhost:80',)"], "must begin with http"),
+        (["rewards.ocr.weight=None"], "config.rewards: the weights are all None; give at least one"),
+        (["rewards.ocr.weight=heavy"], "config.rewards.ocr.weight=heavy: expected float"),
+        (["rewards.quality.weight=heavy"], "config.rewards.quality.weight='heavy': expected float | None"),
+        (["rollout.chunks=3"], "config.rollout.chunks=3 does not divide config.batch_size=4"),
+        (["rollout.chunks=2"], "leaves 2 prompts a chunk, which config.mesh cannot split 4 ways"),
+        (["rollout.micro_batch=3"], "config.rollout.micro_batch=3 does not divide the 16 rollouts"),
+        (["rollout.micro_batch=2"], "config.rollout.micro_batch: 2 rollouts at a time do not split over the 4 ways"),
+        (["grpo.updates_per_batch=3"], "config.grpo.updates_per_batch=3 does not divide the 16 rollouts"),
+        (["rollout.combine=sum"], "combine='sum' is unknown"),
+        (["rollout.prompt_length=12"], "raise config.rollout.prompt_length"),
+        (["data.sizes=((16,32),(32,32))", "data.weights=(1.0,1.0)", "data.text_lengths=((2,3),(2,3))"], "must hold one size"),
+        (["data.sizes=((16,64),)"], "16x64: the long side may have at most 48 pixels"),
+        (["decode.steps=0"], "config.decode: decode.steps=0 must be at least 1"),
+        (["grpo.kl_estimator=k4"], "config.grpo: kl_estimator='k4' is unknown"),
+        (["sampling.top_p=0.0"], "config.sampling: sampling top_p=0.0 is outside"),
+    ],
+)
+def test_nonsense_is_refused(overrides, words, model_dir, service, tmp_path):
+    with pytest.raises(ValueError, match=words) as error:
+        run_stage(grpo_config(tmp_path / "run", model_dir, service.url, *overrides))
+    assert "\n" not in str(error.value)
+    assert "prompt_length" in words or not (tmp_path / "run").exists()
+
+
+def test_a_service_of_another_kind_is_refused(model_dir, tmp_path):
+    with pixel_service("shapes") as other, pytest.raises(ValueError, match="serves 'shapes', not 'ocr'"):
+        run_stage(grpo_config(tmp_path / "run", model_dir, other.url))
+
+
+def test_misspelt_keys_of_a_reward_are_found(model_dir, service, tmp_path):
+    config = grpo_config(tmp_path / "run", model_dir, service.url).unlock()
+    config.rewards.ocr.wieght = 1.0
+    with pytest.raises(ConfigError, match="config.rewards.ocr.wieght: unknown key"):
+        run_stage(config)
+    assert dataclasses.is_dataclass(grpo.RewardConfig)

@@ -1,0 +1,239 @@
+"""The GRPO update: gradients by hand on a table policy, the real policy on meshes, and rollouts that replay."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from tests.miniature import CODES, configs, random_params
+from xomni_jax.models.registry import init_params
+from xomni_jax.models.transformer import ARTransformer
+from xomni_jax.sampling.decode import generate_codes
+from xomni_jax.sampling.logits import SamplingConfig
+from xomni_jax.sharding.mesh import make_mesh
+from xomni_jax.training.grpo import Policy, RolloutBatch, grpo_update
+from xomni_jax.training.grpo_loss import GRPOConfig
+from xomni_jax.training.optimizer import OptimizerConfig, make_optimizer
+from xomni_jax.training.state import TrainState, init_state
+
+P, R, T, S = 4, 2, 6, 7
+B = P * R
+
+
+# ---- a policy that is a table of log-probs, and an optimizer that adds the gradient: everything by hand ----
+class Table:
+    """logp[row], its rows found by `lengths_B`."""
+
+    def logp(self, params, batch):
+        """The rows of the batch, and an entropy."""
+        logp_BT = params["logp"][batch.lengths_B]
+        return logp_BT, jnp.zeros_like(logp_BT)
+
+
+class Descent:
+    """params - rate * gradient."""
+
+    def __init__(self, rate=1.0):
+        self.rate = rate
+
+    def update(self, grads, opt_state, params):
+        """As Optimizer's."""
+        return jax.tree.map(lambda p, g: p - self.rate * g, params, grads), opt_state, {}
+
+    def schedule(self, step):
+        """Constant."""
+        return self.rate
+
+
+def table_batch(rng, ok=None):
+    logp_BT = rng.normal(-2, 0.5, (B, T)).astype(np.float32)
+    zeros = jnp.zeros((B, T), jnp.int32)
+    adv_B, ok_B = rng.normal(size=B).astype(np.float32), np.ones(B, bool) if ok is None else ok
+    rows = RolloutBatch(zeros, jnp.arange(B), zeros, jnp.array(logp_BT), None, None, jnp.array(adv_B * ok_B), jnp.array(ok_B))
+    return {"logp": jnp.array(logp_BT)}, rows
+
+
+def table_update(params, rows, cfg, micro_batches=1, ref=None, rate=1.0):
+    state = TrainState(jnp.int32(0), params, (), {})
+    update = functools.partial(grpo_update, Table(), Descent(rate), cfg=cfg, micro_batches=micro_batches)
+    return jax.jit(lambda s, r, b: update(s, r, b, key=jax.random.key(1)))(state, ref, rows)
+
+
+def test_on_policy_gradient_by_hand(rng):
+    """-A_i / |o_i| / B for every token, whatever the clip; failed rollouts count in B but not in the sum."""
+    ok = np.arange(B) != 3
+    params, rows = table_batch(rng, ok)
+    state, metrics = table_update(params, rows, GRPOConfig(rollouts_per_prompt=R, kl_coef=0.0))
+    gradient_BT = np.asarray(params["logp"] - state.params["logp"])
+    np.testing.assert_allclose(gradient_BT, np.broadcast_to(-np.asarray(rows.adv_B)[:, None] * ok[:, None] / T / B, (B, T)), rtol=1e-4, atol=1e-7)
+    assert not gradient_BT[3].any()
+    assert metrics["grpo/ratio_mean"] == 1 and metrics["grpo/clip_frac"] == 0 and metrics["grpo/logp_gap_max"] == 0
+    np.testing.assert_allclose(metrics["loss/grpo"], -np.mean(np.asarray(rows.adv_B) * ok), rtol=1e-5, atol=1e-7)
+
+
+def test_gradient_of_the_kl_term_by_hand(rng):
+    params, rows = table_batch(rng)
+    rows = rows._replace(adv_B=jnp.zeros(B))
+    ref = {"logp": params["logp"] + jnp.array(rng.normal(0, 0.3, (B, T)), jnp.float32)}
+    state, metrics = table_update(params, rows, GRPOConfig(rollouts_per_prompt=R, kl_coef=0.5), ref=ref)
+    d_BT = np.asarray(ref["logp"] - params["logp"], np.float64)
+    np.testing.assert_allclose(params["logp"] - state.params["logp"], 0.5 * (1 - np.exp(d_BT)) / T / B, rtol=1e-3, atol=1e-7)
+    np.testing.assert_allclose(metrics["grpo/kl"], np.mean(np.exp(d_BT) - d_BT - 1), rtol=1e-4)
+
+
+@pytest.mark.parametrize("reduction", ["grpo", "dapo"])
+def test_micro_batches_equal_one_batch(rng, reduction):
+    params, rows = table_batch(rng, np.arange(B) % 3 != 1)
+    ref = {"logp": params["logp"] + 0.1}
+    cfg = GRPOConfig(rollouts_per_prompt=R, kl_coef=0.1, reduction=reduction)
+    (one, m1), (four, m4) = table_update(params, rows, cfg, 1, ref), table_update(params, rows, cfg, 4, ref)
+    np.testing.assert_allclose(four.params["logp"], one.params["logp"], rtol=1e-6)
+    for name in ("loss/grpo", "grpo/policy_loss", "grpo/logp_gap_max", "grpo/kl_max", "grpo/ratio_max"):
+        np.testing.assert_allclose(m4[name], m1[name], rtol=1e-5, atol=1e-7, err_msg=name)
+
+
+def test_several_updates_reuse_the_batch_and_clip(rng):
+    """Four minibatches of two rows: each row is used once, against the log-probs from before the first."""
+    params, rows = table_batch(rng)
+    cfg = GRPOConfig(rollouts_per_prompt=R, kl_coef=0.0, updates_per_batch=4)
+    state, metrics = table_update(params, rows, cfg)
+    assert state.step == 4
+    # With B rows one update would divide by B; with four minibatches each divides by B / 4.
+    expected_BT = -np.asarray(rows.adv_B)[:, None] / T / (B / 4) * np.ones(T)
+    np.testing.assert_allclose(params["logp"] - state.params["logp"], expected_BT, rtol=1e-4, atol=1e-6)
+    assert metrics["grpo/clip_frac"] == 0 and metrics["grpo/logp_gap_max"] == 0
+
+
+def test_a_policy_that_moved_too_far_is_clipped(rng):
+    """All rows share one log-prob, so every update moves all: from the second on the ratio leaves the clip range and nothing moves."""
+
+    class Shared(Table):
+        def logp(self, params, batch):
+            logp_BT = jnp.broadcast_to(params["logp"], (batch.adv_B.shape[0], T))
+            return logp_BT, jnp.zeros_like(logp_BT)
+
+    _, rows = table_batch(rng)
+    rows = rows._replace(adv_B=jnp.ones(B), sampler_logp_BT=jnp.full((B, T), -1.0))
+    state = TrainState(jnp.int32(0), {"logp": jnp.float32(-1.0)}, (), {})
+    cfg = GRPOConfig(rollouts_per_prompt=R, kl_coef=0.0, updates_per_batch=4, clip_high=0.2)
+    state, metrics = grpo_update(Shared(), Descent(0.5), state, None, rows, cfg, 1, jax.random.key(0))
+    # The first update has the gradient -1, so the log-prob rises by 0.5: ratio e^0.5 > 1.2 in the three that follow.
+    np.testing.assert_allclose(state.params["logp"], -0.5, rtol=1e-5)
+    np.testing.assert_allclose(metrics["grpo/clip_frac"], 0.75, rtol=1e-6)
+    np.testing.assert_allclose(metrics["grpo/ratio_max"], np.exp(0.5), rtol=1e-5)
+    assert metrics["grpo/logp_gap_max"] == 0  # of the first update, before anything moved
+
+
+def test_the_gap_is_that_of_scored_rollouts(rng):
+    params, rows = table_batch(rng, np.arange(B) != 2)
+    rows = rows._replace(sampler_logp_BT=rows.sampler_logp_BT.at[2].add(9.0).at[5, 1].add(-0.25))
+    _, metrics = table_update(params, rows, GRPOConfig(rollouts_per_prompt=R, kl_coef=0.0), 2)
+    np.testing.assert_allclose(metrics["grpo/logp_gap_max"], 0.25, rtol=1e-5)
+
+
+# ---- the real policy ----
+CONFIG = configs()["transformer"]
+MODEL = ARTransformer(CONFIG)
+CFG = GRPOConfig(rollouts_per_prompt=R, kl_coef=0.05)
+PLAIN = SamplingConfig(top_k=0, min_p=0.0)
+EVERYTHING = SamplingConfig(temperature=0.8, top_k=9, min_p=0.02, guidance=1.5)
+OPTIMIZER = make_optimizer(OptimizerConfig(1e-3, schedule="constant"), 10)
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Policy and reference."""
+    return random_params("transformer", CONFIG, 1), random_params("transformer", CONFIG, 2)
+
+
+def rollouts(params, sampling):
+    """A batch drawn by the policy, with advantages that a service might have led to."""
+    rng = np.random.default_rng(3)
+    ids_PS, lengths_P = rng.integers(0, 384, (P, S)).astype(np.int32), np.array([7, 3, 5, 1], np.int32)
+    negative = (np.full((1, 2), 3, np.int32), np.array([2], np.int32)) if sampling.guided else None
+    keys_PR = jax.vmap(lambda k: jax.random.split(k, R))(jax.random.split(jax.random.key(5), P))
+    draw = jax.jit(lambda p: generate_codes(MODEL, p, ids_PS, lengths_P, T, keys_PR, sampling, negative, return_kept=sampling.truncates))
+    out = jax.tree.map(lambda x: np.asarray(x).reshape(B, *x.shape[2:]), draw(params))
+    repeat = lambda x: np.repeat(x, R, axis=0)  # noqa: E731
+    return RolloutBatch(
+        repeat(ids_PS), repeat(lengths_P), out["codes"], out["logp"], out["kept"],
+        negative and tuple(np.repeat(x, B, axis=0) for x in negative), rng.normal(size=B).astype(np.float32), np.ones(B, bool),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def plain(params):
+    """Rollouts without truncation or guidance."""
+    return rollouts(params[0], PLAIN)
+
+
+def learn(params, batch, axes=None, sampling=PLAIN, cfg=CFG, micro_batches=1):
+    """One update on a mesh (None: one device) -> (state, metrics)."""
+    mesh = make_mesh(axes or {}, jax.devices() if axes else jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        state = init_state(lambda: init_params("transformer", CONFIG, jax.random.key(0)), OPTIMIZER, mesh)
+        shardings = jax.tree.map(lambda x: x.sharding, state.params)
+        # Copies: the state is donated, as in training.
+        state = state.replace(params=jax.device_put(jax.tree.map(np.asarray, params[0]), shardings))
+        ref = jax.device_put(jax.tree.map(np.asarray, params[1]), shardings)
+        policy = Policy(MODEL, sampling, 4)
+        update = jax.jit(lambda s, r, b: grpo_update(policy, OPTIMIZER, s, r, b, cfg, micro_batches, jax.random.key(2)), donate_argnums=0)
+        return update(state, ref, batch)
+
+
+@pytest.fixture(scope="module")
+def alone(params, plain):
+    """The update on one device."""
+    return learn(params, plain)
+
+
+def assert_learned_the_same(ours, theirs, rtol=2e-5):
+    (a, m), (b, n) = ours, theirs
+    assert m.keys() == n.keys()
+    for name in m:
+        # The gap is rounding itself, and so are moments of gradients that are zero by symmetry.
+        atol = 1e-5 if name == "grpo/logp_gap_max" else 1e-7
+        np.testing.assert_allclose(m[name], n[name], rtol=rtol, atol=atol, err_msg=name)
+    for x, y in zip(jax.tree.leaves(a.params), jax.tree.leaves(b.params), strict=True):
+        np.testing.assert_allclose(x, y, rtol=rtol, atol=2e-6)
+
+
+@pytest.mark.parametrize("axes", [{"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_a_mesh_learns_what_one_device_learns(axes, params, plain, alone):
+    state, metrics = learn(params, plain, axes)
+    assert_learned_the_same((state, metrics), alone)
+    kernel = state.params["language"]["mlp"]["gate_proj"]["kernel"]  # [layers, embed, mlp]
+    assert kernel.sharding.spec == PartitionSpec(None, ("fsdp",), ("tensor",))
+    assert kernel.addressable_shards[0].data.shape == (1, 32 // axes["fsdp"], 48 // 2)
+    moments = [x for x in jax.tree.leaves(state.opt_state) if x.shape == kernel.shape]
+    assert len(moments) >= 2 and all(x.sharding.shard_shape(x.shape) == kernel.sharding.shard_shape(kernel.shape) for x in moments)
+    assert metrics["loss/grpo"].sharding.is_fully_replicated
+
+
+def test_micro_batches_of_the_real_policy(params, plain, alone):
+    assert_learned_the_same(learn(params, plain, micro_batches=4), alone)
+
+
+def test_the_sampler_replays(alone, params):
+    """Rollouts with temperature, truncation and guidance give the trainer the log-probs the sampler had."""
+    assert alone[1]["grpo/logp_gap_max"] < 1e-4
+    batch = rollouts(params[0], EVERYTHING)
+    assert (np.unpackbits(batch.kept, axis=-1, count=CODES).sum(-1) <= 9).all()
+    state, metrics = learn(params, batch, sampling=EVERYTHING, cfg=GRPOConfig(rollouts_per_prompt=R, kl_coef=0.05, updates_per_batch=2))
+    assert metrics["grpo/logp_gap_max"] < 1e-4 and state.step == 2
+    assert np.isfinite([float(x) for x in metrics.values()]).all()
+    other = learn(params[::-1], batch, sampling=EVERYTHING)[1]
+    assert other["grpo/logp_gap_max"] > 1e-2  # another policy's rollouts do not pass
+
+
+def test_a_rollout_without_a_reward_has_no_influence(params, plain):
+    ok = np.arange(B) != 5
+    ours = plain._replace(ok_B=ok, adv_B=plain.adv_B * ok)
+    theirs = ours._replace(codes_BT=np.where(ok[:, None], ours.codes_BT, 0), sampler_logp_BT=np.where(ok[:, None], ours.sampler_logp_BT, -50))
+    assert not np.array_equal(ours.codes_BT, theirs.codes_BT)
+    (a, m), (b, n) = learn(params, ours), learn(params, theirs)
+    for x, y in zip(jax.tree.leaves((a.params, m)), jax.tree.leaves((b.params, n)), strict=True):
+        np.testing.assert_array_equal(x, y)
