@@ -37,7 +37,7 @@ def test_more_waiting_than_scoring_hides_nothing():
 @pytest.fixture
 def pretend(monkeypatch):
     """Fake services and stages; returns what they were asked."""
-    asked = SimpleNamespace(workers=None, steps=[], urls=[])
+    asked = SimpleNamespace(workers=None, steps=[], urls=[], closed=[])
 
     @contextmanager
     def running(workers):
@@ -63,7 +63,7 @@ def pretend(monkeypatch):
             waited = 0.5 if config.rollout.chunks == 1 else 0.125
             return state + 1, {"perf/rollout_s": 0.0, "perf/decode_s": 0.0, "perf/reward_wait_s": waited, "perf/update_s": 0.0}
 
-        return SimpleNamespace(state=jnp.float32(0), step=take, batches=iter(range(100)))
+        return SimpleNamespace(state=jnp.float32(0), step=take, batches=iter(range(100)), close=lambda: asked.closed.append(config.rollout.chunks))
 
     monkeypatch.setattr(grpo, "running", running)
     monkeypatch.setattr(grpo, "RewardClient", Client)
@@ -77,6 +77,7 @@ def test_steps_alternate_after_warm_up(pretend):
     assert pretend.workers == {"ocr": 2, "shapes": 1} and pretend.urls == [("http://127.0.0.1:1",)] * 2
     n = grpo.WARM_UPS + 3
     assert pretend.steps == [(chunks, i, i) for i in range(n) for chunks in (2, 1)]
+    assert pretend.closed == [2, 1]
     assert config.rollout.chunks == 2 and config.rewards.ocr.urls == ("http://127.0.0.1:8001",)  # the caller's is left alone
     data = json.loads(json.dumps(made.data))
     assert data["overlap"] == {"scoring_seconds": 0.5, "waited_seconds": 0.125, "hidden_share": 0.75}

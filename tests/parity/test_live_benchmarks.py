@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import pytest
 
 from xomni_jax.benchmarks import autoregressive, mmdit, peers
@@ -18,7 +17,6 @@ AR = ARConfig(
 )  # fmt: skip
 MMDIT = MMDiTConfig(
     in_channels=6, d_model=30, n_heads=3, axes_dims=(2, 2, 6), n_double=2, n_single=3, text_dim=11, pooled_dim=9, semantic_dim=7,
-    guidance_embed=True,
 )  # fmt: skip
 
 
@@ -37,27 +35,16 @@ def test_decoding_gives_the_same_tokens():
     assert tokens.shape == (3, 4) and len(set(tokens.ravel().tolist())) > 1
 
 
-def test_training_gives_the_same_losses():
-    check(autoregressive.train_cases(AR, batch=2, length=7))
-
-
-def test_one_update_too_few_is_noticed():
-    case = autoregressive.train_cases(AR, batch=2, length=7)[1][0]
+def test_training_gives_the_same_losses_until_one_side_is_a_step_ahead():
+    case = check(autoregressive.train_cases(AR, batch=2, length=7))[0]
     case.peer()
     with pytest.raises(BenchError, match="train step, 2 x 7: the two sides differ"):
         measure(case, repeats=1, seconds=1)
 
 
-def test_velocities_are_the_same():
-    check(mmdit.cases(MMDIT, (3, 4), batches=(1, 2), text=5))
-    check(mmdit.cases(dataclasses.replace(MMDIT, guidance_embed=False), (3, 4), batches=(2,), text=5))
-
-
-def test_other_weights_are_noticed(monkeypatch):
-    flux = peers.flux
-    monkeypatch.setattr(peers, "flux", lambda cfg, params: flux(cfg, jax.tree.map(lambda x: x * 1.001, params)))
-    with pytest.raises(BenchError, match="forward, batch 2: the two sides differ"):
-        measure(mmdit.cases(MMDIT, (3, 4), batches=(2,), text=5)[1][0], repeats=1, seconds=1)
+@pytest.mark.parametrize("guided", [True, False])
+def test_velocities_are_the_same(guided):
+    check(mmdit.cases(dataclasses.replace(MMDIT, guidance_embed=guided), (3, 4), batches=(2,), text=5))
 
 
 def test_a_model_with_vision_layers_is_no_qwen2():

@@ -33,7 +33,7 @@ class Trainer:
     """A GRPO stage that is stepped by hand."""
 
     def __init__(self, config: ConfigDict, mesh: jax.sharding.Mesh):
-        run = run_config(ConfigDict({k: v for k, v in config.items() if not isinstance(v, ConfigDict)}))
+        run = run_config(config)
         # The signal is never entered: Ctrl-C ends a benchmark at once, there is nothing to save.
         self.stage: Stage = grpo.make(config, run, mesh, StopSignal())
         self.state, self.number = self.stage.state, 0
@@ -86,8 +86,8 @@ def run(config: ConfigDict, repeats: int, seconds: float) -> Report:
                 steps["overlapped"].append(trainers["overlapped"].step())
                 busy = {name: busy[name] + _busy(client) - said[name] for name, client in clients.items()}
                 steps["serial"].append(trainers["serial"].step())
-        for client in clients.values():
-            client.close()
+        for closing in (*clients.values(), *(trainer.stage for trainer in trainers.values())):
+            closing.close()
     n = len(steps["serial"])
     return report(config, steps, {name: s / n for name, s in busy.items()}, warm_s, (before, machine.load()))
 
@@ -134,7 +134,7 @@ def report(
         rows.append((part, duration(s["step_seconds"][part]), share, duration(s["serial_step_seconds"][part])))
     o, gain, n = s["overlap"], s["serial_over_overlapped"], len(steps["serial"])
     rollouts = config.batch_size * config.grpo.rollouts_per_prompt
-    height, width = config.size
+    height, width = config.data.sizes[0]
     title = f"{config.batch_size} prompts x {config.grpo.rollouts_per_prompt} rollouts of {height}x{width} pixels"
     versions = machine.versions((*OURS, "rapidocr", "onnxruntime"))
     threads = f"threads: trainer {machine.xla_threads()}, " + ", ".join(f"{name} {count}" for name, count in workers.items())
@@ -146,7 +146,8 @@ def report(
         "",
         table(rows),
         "",
-        f"Medians of {n} steps of each kind, in turn: {rollouts / s['step_seconds']['step']:.3g} rollouts/s. reward: what the trainer waits.",
+        f"Medians of {n} steps of each kind, in turn: {rollouts / s['step_seconds']['step']:.3g} rollouts/s; "
+        "reward is what the trainer waits.",
         f"The first {WARM_UPS} steps of each, with compilation, took {duration(warm_s)} and are not counted.",
         f"Overlap: scoring takes {duration(o['scoring_seconds'])} after all is drawn, and when overlapped the trainer waits "
         f"{duration(o['waited_seconds'])}: {o['hidden_share']:.0%} is hidden.",

@@ -63,8 +63,10 @@ def qwen2(cfg: ARConfig, params: Mapping[str, Any]) -> Any:
     config = Qwen2Config(
         vocab_size=cfg.vocab_size, hidden_size=cfg.d_model, intermediate_size=cfg.mlp_dim, num_attention_heads=cfg.n_heads,
         num_key_value_heads=cfg.n_kv_heads, head_dim=cfg.head_dim, num_hidden_layers=cfg.n_language_layers,
-        rms_norm_eps=cfg.rms_eps, rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta}, tie_word_embeddings=False, attention_dropout=0.0,
-        bos_token_id=None, eos_token_id=None, pad_token_id=0,
+        rms_norm_eps=cfg.rms_eps, rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta},
+        tie_word_embeddings=False, attention_dropout=0.0,
+        bos_token_id=None, eos_token_id=None,
+        pad_token_id=None,  # its row of the embedding would get no gradient
     )  # fmt: skip
     model = Qwen2ForCausalLM(config)
     tensors = to_tensors(params, transformer_names.table(cfg)).items()

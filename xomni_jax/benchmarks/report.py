@@ -110,7 +110,7 @@ def verdict(results: Sequence[Result], rest: str) -> str:
     if not slower:
         return (
             f"Ours is slower in no case here. Its matrix products alone have the ratio {products}; what a case gains beyond that "
-            "is one compiled program against operations that the peer launches one by one, an advantage that shrinks as the model grows."
+            "is one compiled program against operations that the peer launches one by one: less and less as the model grows."
         )
     names = ", ".join(f"{r.case.name} ({r.ratio:.2f})" for r in slower)
     # The products explain a loss when they lose about as much themselves.

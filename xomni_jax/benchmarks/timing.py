@@ -93,8 +93,8 @@ def measure(case: Case, repeats: int, seconds: float) -> Result:
         worst = max(worst, difference := case.difference(ours, peer))
         if not difference <= case.tolerance:
             raise BenchError(
-                f"{case.name}: the two sides differ by {difference:.2e} (limit {case.tolerance:g}) in run {n + 1}, nothing was timed; "
-                "run the live parity tests (bash launch/test.sh --parity) with the installed versions"
+                f"{case.name}: the two sides differ by {difference:.2e} (limit {case.tolerance:g}) in run {n + 1}, "
+                "nothing was timed; run the live parity tests (bash launch/test.sh --parity) with the installed versions"
             )
     pairs, end = [], time.perf_counter() + seconds
     while len(pairs) < repeats and (len(pairs) < MIN_PAIRS or time.perf_counter() < end):

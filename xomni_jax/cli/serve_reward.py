@@ -23,11 +23,8 @@ Several replicas of one scorer may run on other ports or machines; give the trai
 """
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """Register the subcommand; `run` is its function."""
-    parser = subparsers.add_parser(
-        "serve-reward", help="run a scoring service", epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The subcommand's own options."""
     parser.add_argument("name", metavar="NAME", choices=NAMES, help="ocr, shapes, quality or tesseract")
     parser.add_argument("--port", type=int, default=8001, help="where to listen; 0 takes a free one (default 8001)")
     parser.add_argument(
