@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # English data of tesseract, the second reader. Installed through apt where that is possible; says so where it is not.
 set -euo pipefail
-if ls /usr/share/tesseract-ocr/*/tessdata/eng.traineddata "${TESSDATA_PREFIX:-/none}/eng.traineddata" 2>/dev/null | grep -q .; then exit 0; fi
+for data in /usr/share/tesseract-ocr/*/tessdata/eng.traineddata "${TESSDATA_PREFIX:-/none}/eng.traineddata"; do
+  [ ! -f "$data" ] || exit 0
+done
 if [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
   echo "installing tesseract-ocr-eng"
   { apt-get install -y -qq tesseract-ocr-eng || { apt-get update -qq && apt-get install -y -qq tesseract-ocr-eng; }; } > /dev/null 2>&1 && exit 0
