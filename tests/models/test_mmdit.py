@@ -39,7 +39,7 @@ def compare(arrays: dict[str, np.ndarray], cfg: MMDiTConfig = CFG) -> None:
     golden.assert_close(plain, arrays["out/velocity_without_semantics"], "velocity without semantics")
 
 
-@pytest.mark.parametrize("change", [dict(), dict(remat="full", query_chunk=5), dict(remat="dots", unroll=3)], ids=str)
+@pytest.mark.parametrize("change", [dict(), dict(remat="full", query_chunk=5, unroll=2)], ids=str)
 def test_golden(change):
     compare(golden.load("mmdit"), dataclasses.replace(CFG, **change))
 
@@ -63,7 +63,7 @@ def _random(cfg: MMDiTConfig, grid=(3, 4), B=4, S=5, seed=0):
 
 
 SMALL = MMDiTConfig(
-    in_channels=12, d_model=32, n_heads=4, axes_dims=(2, 2, 4), n_double=2, n_single=3, text_dim=10, pooled_dim=6, semantic_dim=14, remat="full"
+    in_channels=12, d_model=32, n_heads=4, axes_dims=(2, 2, 4), n_double=1, n_single=2, text_dim=10, pooled_dim=6, semantic_dim=14, remat="full"
 )
 
 
@@ -84,16 +84,21 @@ def test_mesh_does_not_change_velocity_or_gradients():
         spread = jax.device_put(params, shardings)
         (_, spread_velocity), spread_gradients = jax.jit(step, out_shardings=((None, None), shardings))(spread, arrays)
     kernel = spread["single_blocks"]["out"]["kernel"]
-    assert kernel.sharding.shard_shape(kernel.shape) == (3, 5, 2, 8, 8)
+    assert kernel.sharding.shard_shape(kernel.shape) == (2, 5, 2, 8, 8)
     golden.assert_close(spread_velocity, velocity, "velocity", 1e-5)
     jax.tree.map(lambda a, b: golden.assert_close(a, b, "gradient", 1e-4), spread_gradients, gradients)
 
 
 def test_starts_at_zero_velocity_with_a_gradient():
     inputs, _, _ = _random(SMALL)
-    params = nn.meta.unbox(MMDiT(SMALL).init(jax.random.key(1), *inputs)["params"])
-    loss = lambda p: jnp.mean((MMDiT(SMALL).apply({"params": p}, *inputs) - 1.0) ** 2)  # noqa: E731
-    value, gradients = jax.value_and_grad(loss)(params)
+
+    @jax.jit
+    def first_step():
+        params = nn.meta.unbox(MMDiT(SMALL).init(jax.random.key(1), *inputs)["params"])
+        loss = lambda p: jnp.mean((MMDiT(SMALL).apply({"params": p}, *inputs) - 1.0) ** 2)  # noqa: E731
+        return params, *jax.value_and_grad(loss)(params)
+
+    params, value, gradients = first_step()
     assert value == 1.0
     assert np.abs(gradients["out"]["kernel"]).max() > 0
     assert not np.any(params["siglip_embed"]["kernel"])
