@@ -65,7 +65,11 @@ def test_what_is_wrong_is_told(arguments, told, capsys, tmp_path):
     "file, overrides, told",
     [
         ("sft", ["next_token.rows=6"], "config.next_token.rows=6 does not split over the 4 ways of config.mesh"),
-        ("grpo", [], "no reward service answers at http://127.0.0.1:8001 (ConnectError); start it with: xomni serve-reward ocr --port 8001"),
+        (
+            "grpo",
+            ["rewards.ocr.urls=('http://127.0.0.1:9',)"],
+            "no reward service answers at http://127.0.0.1:9 (ConnectError); start it with: xomni serve-reward ocr --port 9",
+        ),
         ("grpo", ["data.sizes=((16,64),)"], "16x64: the long side may have at most 48 pixels with this model"),
         ("grpo", ["batch_size=6"], "leaves 6 prompts a chunk, which config.mesh cannot split 4 ways"),
     ],
