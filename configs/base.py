@@ -83,7 +83,7 @@ def _next_token(stage, phase, learning_rate):
             text=0.05,
             drop_prompt=0.1,  # generation without its caption, for guidance
             row_length=192,  # packed rows
-            rows=13,
+            rows=16,
             image_weight=1.0,
             target_share=1.0,  # room for targets of each kind per row
             chunk=0,  # positions per piece of the heads; 0: all at once

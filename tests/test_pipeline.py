@@ -84,7 +84,7 @@ def test_logits_by_mode(model):
 
 def test_chat_answers_with_text(model, pictures):
     answer = model.chat(pictures[0], "what does the sign say?", 4)
-    assert isinstance(answer, str) and len(answer) <= 4  # four byte tokens
+    assert isinstance(answer, str) and "<|" not in answer  # specials are left out
     assert model.answer(model.encode(pictures[:2]), ["one?", "two?"], 4)[0] == model.chat(pictures[0], "one?", 4)
 
 

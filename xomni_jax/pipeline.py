@@ -58,10 +58,13 @@ class XOmni:
         self.description = read_model_json(path)
         self.ways = int(np.prod([self.mesh.shape[a] for a in RULES["batch"]]))
         self._params: dict[str, Any] = {}
+        self._configs: dict[str, Any] = {}
 
     # ---- parts ----
     def config(self, name: str) -> Any:
         """Config dataclass of a component. Raises CheckpointError when the directory lacks it."""
+        if name in self._configs:
+            return self._configs[name]
         described = self.description["components"].get(name)
         if described is None:
             have = ", ".join(sorted(self.description["components"])) or "nothing"
@@ -83,9 +86,11 @@ class XOmni:
             self._params[name] = load_component(self.path, name, wanted, self.dtype) if jax.tree.leaves(wanted) else {}
         return self._params[name]
 
-    def set_params(self, name: str, params: Any) -> None:
-        """Uses these parameters from now on (a policy in training, say)."""
+    def set_params(self, name: str, params: Any, config: Any = None) -> None:
+        """Uses these parameters from now on (a policy in training, say); `config` for a component that the directory lacks."""
         self._params[name] = params
+        if config is not None:
+            self._configs[name] = config
 
     @functools.cached_property
     def tokenizer(self) -> MultimodalTokenizer:

@@ -9,5 +9,6 @@ def get_config():
     c.run_dir = "runs/tiny/pretrain_2"
     c.init_from = "runs/tiny/pretrain_1/model"
     c.steps, c.batch_size = 2400, 32
+    c.next_token.rows = 13
     c.data.pseudo_words = 0.6
     return c

@@ -43,11 +43,11 @@ def assert_close(actual, expected, name: str, tolerance: float = 1e-4) -> None:
 def assert_gradients(gradients, reference: dict[str, np.ndarray], table: conversion.Table, wanted, tolerance: float = 1e-4) -> None:
     """Compares every parameter's gradient with the reference's, brought over by the same table as the weights.
 
-    The scale is the larger of the parameter's own largest gradient and 1e-3 of the largest of all: a gradient that is zero in exact
-    arithmetic (a key bias under softmax) is rounding noise on both sides.
+    The scale is the larger of the parameter's own largest gradient and 1e-2 of the largest of all: a gradient that is zero in exact
+    arithmetic (a key bias under softmax) is rounding noise on both sides, here up to ten float32 ulps of the largest.
     """
     expected = conversion.flatten(conversion.to_params(reference, table, wanted))
-    floor = 1e-3 * max(np.abs(v).max() for v in expected.values())
+    floor = 1e-2 * max(np.abs(v).max() for v in expected.values())
     for path, value in conversion.flatten(gradients).items():
         error = np.abs(np.asarray(value) - expected[path]).max() / max(np.abs(expected[path]).max(), floor)
         assert error <= tolerance, f"gradient of {path}: relative error {error:.2e} > {tolerance}"

@@ -94,7 +94,7 @@ def test_missing_package_ends_with_one_sentence(tmp_path):
     env = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     done = subprocess.run(command("ocr", "--port", "0", "--workers", "1"), capture_output=True, text=True, timeout=60, env=env)
     assert done.returncode == 2
-    assert done.stderr.strip() == "xomni: scorer 'ocr' needs the package 'rapidocr': pip install 'xomni_jax[rewards]'"
+    assert done.stderr.strip() == "xomni serve-reward: scorer 'ocr' needs the package 'rapidocr': pip install 'xomni_jax[rewards]'"
 
 
 def test_sigterm_ends_cleanly_and_takes_the_workers_along(ocr):

@@ -33,8 +33,10 @@ def read_image(path: str) -> Image.Image:
     """A picture file as RGB. Raises ValueError in one sentence when it is missing or no picture."""
     try:
         with Image.open(path) as image:
+            image.verify()  # notices a cut file whatever Pillow is told about truncation elsewhere in the process
+        with Image.open(path) as image:
             return image.convert("RGB")
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; give a picture") from None
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as e:
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as e:
         raise ValueError(f"{path}: not a readable picture ({str(e).splitlines()[0]}); give a PNG, JPEG or WebP file") from None

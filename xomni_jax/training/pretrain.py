@@ -75,11 +75,11 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
 
     grid = None
     if "mmdit" in model.description["components"]:
-        grid = functools.partial(sample_grid, model, data)
+        grid = functools.partial(sample_grid, model, ar, data)
     return Stage(state, batches, step, export, grid, items_per_step=run.batch_size)
 
 
-def sample_grid(model: Any, data: RenderedConfig, state: TrainState, step: int, seed: int = 0) -> np.ndarray:
+def sample_grid(model: Any, ar: transformer.ARConfig, data: RenderedConfig, state: TrainState, step: int, seed: int = 0) -> np.ndarray:
     """Pictures of the policy for the first examples of its own data, one row of samples above one of the real pictures."""
     from xomni_jax.data.rendered import render_example
     from xomni_jax.pipeline import NOISE, picture_keys
@@ -87,7 +87,7 @@ def sample_grid(model: Any, data: RenderedConfig, state: TrainState, step: int, 
     size = data.sizes[0]
     examples = [render_example(seed + 1_000_003, i, data, size) for i in range(GRID_PROMPTS)]
     prompts = [e["caption"] for e in examples]
-    model.set_params("transformer", state.params)
+    model.set_params("transformer", state.params, ar)
     grid = model.grid(*size)
     codes = model.sample_codes(prompts, grid, picture_keys(seed, len(prompts))[:, None], SamplingConfig())["codes"][:, 0]
     images = np.asarray(model.decode_images(codes, prompts, model.noise(picture_keys(seed, len(prompts), NOISE), grid)))
