@@ -31,9 +31,11 @@ def run_row(run_dir: Path) -> dict[str, str]:
 
 
 def card(runs: Path, model: Path) -> str:
-    """The card's text."""
+    """The card's text. Raises ValueError when `runs` holds none of the stages."""
     description = json.loads((model / "model.json").read_text())
     rows = [run_row(runs / stage) for stage in STAGES if (runs / stage / "metrics.jsonl").is_file()]
+    if not rows:
+        raise ValueError(f"{runs} holds no runs; give the folder with {', '.join(STAGES)}")
     size = sum(f.stat().st_size for f in model.rglob("*") if f.is_file()) / 1e6
     head = "| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0])
     table = "\n".join("| " + " | ".join(row.values()) + " |" for row in rows)
