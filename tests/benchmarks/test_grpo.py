@@ -63,7 +63,8 @@ def pretend(monkeypatch):
             waited = 0.5 if config.rollout.chunks == 1 else 0.125
             return state + 1, {"perf/rollout_s": 0.0, "perf/decode_s": 0.0, "perf/reward_wait_s": waited, "perf/update_s": 0.0}
 
-        return SimpleNamespace(state=jnp.float32(0), step=take, batches=iter(range(100)), close=lambda: asked.closed.append(config.rollout.chunks))
+        close = lambda: asked.closed.append(config.rollout.chunks)  # noqa: E731
+        return SimpleNamespace(state=jnp.float32(0), step=take, batches=iter(range(100)), close=close)
 
     monkeypatch.setattr(grpo, "running", running)
     monkeypatch.setattr(grpo, "RewardClient", Client)

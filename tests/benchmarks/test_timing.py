@@ -26,7 +26,7 @@ def test_pairs_are_interleaved_and_the_first_side_changes():
     assert calls[:warm] == ["ours", "peer"] * timing.WARM_UPS
     pairs = [tuple(calls[i : i + 2]) for i in range(warm, len(calls), 2)]
     assert pairs == [("peer", "ours"), ("ours", "peer")] * 2
-    assert result.ours_s.shape == result.peer_s.shape == (4,)
+    assert result.ours_s.shape == result.peer_s.shape == (4,) and (result.ours_cpu_s > 0).all()
 
 
 def test_the_budget_ends_it_after_the_least_number_of_pairs():
@@ -43,10 +43,12 @@ def test_sides_that_differ_are_not_timed(values):
 
 
 def test_numbers_by_hand():
-    result = Result(case([]), np.array([1.0, 2.0, 4.0]), np.array([2.0, 8.0, 4.0]), 9.0, 3.0, 1e-6)
+    wall, cpu = (np.array([1.0, 2.0, 4.0]), np.array([2.0, 8.0, 4.0])), (np.full(3, 2.0), np.full(3, 5.0))
+    result = Result(case([]), *wall, *cpu, 9.0, 3.0, 1e-6)
     said = result.as_json()
     assert said["ratio"] == {"median": 2.0, "min": 1.0, "max": 4.0}
     assert (said["ours_seconds"], said["peer_seconds"], said["pairs"]) == (2.0, 4.0, 3)
+    assert said["cpu_ratio"] == 2.5
     assert said["rate"] == {"unit": "sums/s", "ours": 3.0, "peer": 1.5}
     assert said["first_run_seconds"] == {"ours": 9.0, "peer": 3.0}
     assert said["difference"] == {"largest": 1e-6, "tolerance": 1e-4}

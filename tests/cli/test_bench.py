@@ -14,7 +14,8 @@ from xomni_jax.cli.main import main
 
 @pytest.fixture
 def parser():
-    parser = argparse.ArgumentParser(prog="xomni bench", epilog=bench.EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="xomni bench", epilog=bench.EXAMPLE, formatter_class=raw)
     bench.add_arguments(parser)
     return parser
 
@@ -32,8 +33,8 @@ def test_a_missing_peer_names_the_extra(name, package, monkeypatch, capsys):
         monkeypatch.setitem(sys.modules, other, None if other == package else argparse)
     monkeypatch.setattr(argparse, "set_num_threads", lambda n: None, raising=False)
     assert main(["bench", name]) == 2
-    said = capsys.readouterr().err
-    assert said == f"xomni bench: bench {name} compares with {package}, which is not installed; pip install 'xomni_jax[parity]' brings it\n"
+    mend = "pip install 'xomni_jax[parity]' brings it"
+    assert capsys.readouterr().err == f"xomni bench: bench {name} compares with {package}, which is not installed; {mend}\n"
 
 
 @pytest.mark.parametrize(
@@ -65,4 +66,5 @@ def test_the_report_is_printed_and_written(parser, tmp_path, monkeypatch, capsys
     args = parser.parse_args(["grpo", "--model", str(tmp_path), "--repeats", "3", "--json", str(tmp_path / "out.json")])
     assert bench.run(args, []) == 0
     assert asked == {"init_from": str(tmp_path), "repeats": 3, "seconds": 60.0}
-    assert capsys.readouterr().out.startswith("a table\n") and json.loads((tmp_path / "out.json").read_text()) == {"benchmark": "grpo"}
+    assert capsys.readouterr().out.startswith("a table\n")
+    assert json.loads((tmp_path / "out.json").read_text()) == {"benchmark": "grpo"}

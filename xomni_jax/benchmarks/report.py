@@ -45,9 +45,15 @@ def machine_line(threads: str, loads: tuple[float | None, float | None]) -> str:
     text = f"{said['processor'] or said['system']}, {threads}"
     if None not in loads:
         text += f"; load {loads[0]:g} before and {loads[1]:g} after"
-        if loads[0] > said["cores"]:
-            text += " (busy with other work: read the ratios, not the times)"
-    return text
+    return text + (" (busy with other work)" if busy(loads) else "")
+
+
+def busy(loads: tuple[float | None, float | None]) -> bool:
+    """Whether other programs wanted the cores too when the measurement began.
+
+    Then even ratios of times mislead: threads that wait for one another after every operation suffer more than those that do not.
+    """
+    return loads[0] is not None and loads[0] > machine.cores()
 
 
 def comparison(
@@ -66,15 +72,16 @@ def comparison(
       peers: distributions of the other side. threads: ours, theirs. loads: before, after.
       rest: what, beside matrix products, takes our time (see `verdict`).
     """
-    rows = [("", "ours", "peer", "peer / ours", "min to max", "pairs", "our rate", "first run: ours", "peer")]
+    rows = [("", "ours", "peer", "peer / ours", "min to max", "by CPU time", "pairs", "our rate", "first run: ours", "peer")]
     for r in results:
         j = r.as_json()
         row = [r.case.name, duration(j["ours_seconds"]), duration(j["peer_seconds"]), f"{r.ratio:.2f}"]
-        row += [f"{r.ratios.min():.2f} to {r.ratios.max():.2f}", str(j["pairs"]), f"{j['rate']['ours']:.3g} {j['rate']['unit']}"]
+        row += [f"{r.ratios.min():.2f} to {r.ratios.max():.2f}", f"{r.cpu_ratio:.2f}", str(j["pairs"])]
+        row.append(f"{j['rate']['ours']:.3g} {j['rate']['unit']}")
         rows.append((*row, duration(r.first_ours_s), duration(r.first_peer_s)))
     ours, theirs = machine.versions(OURS), machine.versions(peers)
     said = [f"{k} {v}" for k, v in ours.items()], [f"{k} {v}" for k, v in theirs.items()]
-    sentence = verdict(results, rest)
+    sentence = verdict(results, rest, busy(loads))
     checks = ", ".join(f"{r.case.name} {r.difference:.1e} (limit {r.case.tolerance:g})" for r in results)
     text = "\n".join(
         [
@@ -102,18 +109,22 @@ def comparison(
     return Report(text, data)
 
 
-def verdict(results: Sequence[Result], rest: str) -> str:
-    """Where ours is slower, and whether the matrix products or the rest explain it, by the yardsticks measured beside."""
-    cases, yardsticks = [r for r in results if not r.case.yardstick], [r for r in results if r.case.yardstick]
-    products = " and ".join(f"{y.ratio:.2f}" for y in yardsticks)
-    slower = [r for r in cases if r.ratio < 1]
+def verdict(results: Sequence[Result], rest: str, by_cpu_time: bool = False) -> str:
+    """Where ours is slower, and whether the matrix products or the rest explain it, by the yardsticks measured beside.
+
+    `by_cpu_time`: judges by processor time, for a machine that was busy with other work.
+    """
+    judged = [(r, r.cpu_ratio if by_cpu_time else r.ratio) for r in results]
+    cases, yardsticks = ([(r, x) for r, x in judged if r.case.yardstick is kind] for kind in (False, True))
+    products = " and ".join(f"{x:.2f}" for _, x in yardsticks)
+    slower, said = [(r, x) for r, x in cases if x < 1], "By CPU time, since the machine was busy: ours" if by_cpu_time else "Ours"
     if not slower:
         return (
-            f"Ours is slower in no case here. Its matrix products alone have the ratio {products}; what a case gains beyond that "
+            f"{said} is slower in no case here. Its matrix products alone have the ratio {products}; what a case gains beyond that "
             "is one compiled program against operations that the peer launches one by one: less and less as the model grows."
         )
-    names = ", ".join(f"{r.case.name} ({r.ratio:.2f})" for r in slower)
+    names = ", ".join(f"{r.case.name} ({x:.2f})" for r, x in slower)
     # The products explain a loss when they lose about as much themselves.
-    if any(y.ratio < 1 and y.ratio <= 1.25 * max(r.ratio for r in slower) for y in yardsticks):
-        return f"Ours is slower at {names} because XLA's matrix products are: the same products alone have the ratio {products}."
-    return f"Ours is slower at {names}, not for its matrix products (alone: {products}) but for the rest: {rest}."
+    if any(y < 1 and y <= 1.25 * max(x for _, x in slower) for _, y in yardsticks):
+        return f"{said} is slower at {names} because XLA's matrix products are: the same products alone have the ratio {products}."
+    return f"{said} is slower at {names}, not for its matrix products (alone: {products}) but for the rest: {rest}."

@@ -42,11 +42,16 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """Seconds of the timed pairs [n] and of each side's first run (ours compiles in it); largest difference before timing."""
+    """Seconds of the timed pairs [n] and of each side's first run (ours compiles in it); largest difference before timing.
+
+    `ours_cpu_s`, `peer_cpu_s`: processor time over all threads, which other programs on the machine hardly change.
+    """
 
     case: Case
     ours_s: np.ndarray
     peer_s: np.ndarray
+    ours_cpu_s: np.ndarray
+    peer_cpu_s: np.ndarray
     first_ours_s: float
     first_peer_s: float
     difference: float
@@ -61,6 +66,11 @@ class Result:
         """The median ratio."""
         return float(np.median(self.ratios))
 
+    @property
+    def cpu_ratio(self) -> float:
+        """The median ratio of processor times, peer / ours."""
+        return float(np.median(self.peer_cpu_s / self.ours_cpu_s))
+
     def as_json(self) -> dict[str, Any]:
         """Everything measured."""
         ours, peer = float(np.median(self.ours_s)), float(np.median(self.peer_s))
@@ -71,11 +81,14 @@ class Result:
             "ours_seconds": ours,
             "peer_seconds": peer,
             "ratio": {"median": self.ratio, "min": float(self.ratios.min()), "max": float(self.ratios.max())},
+            "cpu_ratio": self.cpu_ratio,
             "rate": {"unit": f"{self.case.unit}/s", "ours": self.case.work / ours, "peer": self.case.work / peer},
             "first_run_seconds": {"ours": self.first_ours_s, "peer": self.first_peer_s},
             "difference": {"largest": self.difference, "tolerance": self.case.tolerance},
             "all_ours_seconds": self.ours_s.tolist(),
             "all_peer_seconds": self.peer_s.tolist(),
+            "all_ours_cpu_seconds": self.ours_cpu_s.tolist(),
+            "all_peer_cpu_seconds": self.peer_cpu_s.tolist(),
         }
 
 
@@ -87,8 +100,8 @@ def measure(case: Case, repeats: int, seconds: float) -> Result:
     """
     first, worst = (0.0, 0.0), 0.0
     for n in range(WARM_UPS):
-        ours_s, ours = _timed(lambda: jax.block_until_ready(case.ours()))
-        peer_s, peer = _timed(case.peer)
+        (ours_s, _), ours = _timed(lambda: jax.block_until_ready(case.ours()))
+        (peer_s, _), peer = _timed(case.peer)
         first = first if n else (ours_s, peer_s)
         worst = max(worst, difference := case.difference(ours, peer))
         if not difference <= case.tolerance:
@@ -102,14 +115,16 @@ def measure(case: Case, repeats: int, seconds: float) -> Result:
         # The side that goes first changes: whatever one leaves in the caches helps or hurts both alike.
         pair = {name: _timed(side)[0] for name, side in (sides if len(pairs) % 2 else sides[::-1])}
         pairs.append((pair["ours"], pair["peer"]))
-    return Result(case, *np.array(pairs).T, *first, worst)
+    wall, cpu = np.moveaxis(np.array(pairs), -1, 0)
+    return Result(case, *wall.T, *cpu.T, *first, worst)
 
 
-def _timed(run: Callable[[], Any]) -> tuple[float, Any]:
+def _timed(run: Callable[[], Any]) -> tuple[tuple[float, float], Any]:
+    """((seconds, processor seconds), what it returns)."""
     time.sleep(PAUSE)
-    began = time.perf_counter()
+    began, cpu = time.perf_counter(), time.process_time()
     out = run()
-    return time.perf_counter() - began, out
+    return (time.perf_counter() - began, max(time.process_time() - cpu, 1e-9)), out
 
 
 def relative_difference(ours: Any, peer: Any) -> float:
