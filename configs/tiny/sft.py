@@ -8,6 +8,6 @@ def get_config():
     c = base.sft()
     c.run_dir = "runs/tiny/sft"
     c.init_from = "runs/tiny/pretrain_3/model"
-    c.steps, c.batch_size = 100, 32
+    c.steps, c.batch_size = 40, 40
     c.data.pseudo_words = 0.0
     return c

@@ -1,6 +1,7 @@
 """The shipped model's card and the long run's bookkeeping, from runs written by hand."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -37,14 +38,15 @@ def test_collect_averages_over_evaluations_but_not_the_control(tmp_path):
     assert found["curves"]["grpo_0"] == {"step": [10, 20], **{n: [None, 1.5 if n == "reward/total/mean" else None] for n in long_run.CURVES}}
 
 
-def test_card_names_command_seed_steps_and_metrics(tmp_path):
+def test_card_names_command_seed_steps_and_metrics(tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[2])
     write_run(tmp_path / "runs" / "sft", [30.0, 60.0], **{"loss/image": 0.125})
     model = tmp_path / "model"
     model.mkdir()
     (model / "model.json").write_text(json.dumps({"components": {"transformer": {}}}))
     card.main([str(tmp_path / "runs"), str(model)])
     text = (model / "CARD.md").read_text()
-    assert "| sft | `xomni train --config=configs/tiny/sft.py` | 3 | 20 | 7 | 1.5 | loss/image 0.125 |" in text
+    assert "| sft | `xomni train --config=configs/tiny/sft.py --config.steps=20` | 3 | 20 | 7 | 1.5 | loss/image 0.125 |" in text
 
 
 def test_card_of_no_runs_is_refused(tmp_path):

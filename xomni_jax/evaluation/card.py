@@ -1,6 +1,6 @@
 """The card of a model that was made by a chain of runs: configs, seeds, commands, wall times and last metrics, read from the runs.
 
-python -m xomni_jax.evaluation.card RUNS MODEL writes MODEL/CARD.md.
+python -m xomni_jax.evaluation.card RUNS MODEL writes MODEL/CARD.md; run it where configs/ is.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+
+from xomni_jax.training.config import load_config
 
 STAGES = ("tokenizer", "decoder", "pretrain_1", "pretrain_2", "pretrain_3", "sft")
 SHOWN = ("loss/total", "loss/image", "loss/text", "loss/flow", "accuracy/answer", "accuracy/dense", "codes/perplexity")
@@ -19,9 +21,11 @@ def run_row(run_dir: Path) -> dict[str, str]:
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     last = lines[-1]
     spent = sum(line.get("perf/seconds", 0.0) for line in lines)
+    file = f"configs/tiny/{run_dir.name}.py"
+    cut = f" --config.steps={last['step']}" if load_config(file).steps != last["step"] else ""
     return {
         "stage": run_dir.name,
-        "command": f"`xomni train --config=configs/tiny/{run_dir.name}.py`",
+        "command": f"`xomni train --config={file}{cut}`",
         "seed": str(config["seed"]),
         "steps": str(last["step"]),
         "batch": str(config["batch_size"]),
