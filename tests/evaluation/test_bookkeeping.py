@@ -10,7 +10,7 @@ from xomni_jax.evaluation import card, long_run
 
 def write_run(path, seconds, stage="sft", **last):
     path.mkdir(parents=True)
-    (path / "config.json").write_text(json.dumps({"stage": stage, "seed": 3, "batch_size": 7}))
+    (path / "config.json").write_text(json.dumps({"stage": stage, "seed": 3, "batch_size": 7, "steps": 20}))
     lines = [{"step": 10 * (i + 1), "perf/seconds": s, "perf/step_s": s / 10} for i, s in enumerate(seconds)]
     lines[-1] |= last
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -22,12 +22,12 @@ def run_row(run_dir: Path) -> dict[str, str]:
     last = lines[-1]
     spent = sum(line.get("perf/seconds", 0.0) for line in lines)
     file = f"configs/tiny/{run_dir.name}.py"
-    cut = f" --config.steps={last['step']}" if load_config(file).steps != last["step"] else ""
+    cut = f" --config.steps={config['steps']}" if load_config(file).steps != config["steps"] else ""
     return {
         "stage": run_dir.name,
         "command": f"`xomni train --config={file}{cut}`",
         "seed": str(config["seed"]),
-        "steps": str(last["step"]),
+        "steps": str(config["steps"]),
         "batch": str(config["batch_size"]),
         "minutes": f"{spent / 60:.1f}",
         "last metrics": ", ".join(f"{name} {last[name]:.4g}" for name in SHOWN if last.get(name) is not None),
