@@ -26,14 +26,14 @@ FREE = "http://127.0.0.1:9"  # the discard port: nobody answers
 
 
 def grpo_config(run_dir, model_dir, url, *overrides):
-    """Three steps of four prompts with four rollouts each; one reward. The URL of a test's service must not count as a change."""
+    """Three steps of four prompts with four rollouts each; one reward."""
     rewards = (f"rewards.ocr.urls=('{url}',)", "rewards.shapes.weight=None", "optimizer.warmup_steps=0", "optimizer.learning_rate=0.01")
     return stage_config("grpo", run_dir, f"init_from={model_dir}", *rewards, "save_every=1", *overrides)
 
 
 @pytest.fixture(scope="module")
 def service():
-    """One service for the runs that must be equal: its address is part of their configuration."""
+    """One service for all runs; `hooks[n]` runs before its n-th answer."""
     with pixel_service() as running:
         running.hooks = {}
         running.before = lambda call: running.hooks.pop(call, lambda: None)()
