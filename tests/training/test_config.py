@@ -197,6 +197,11 @@ def test_what_may_change_between_sessions(tmp_path):
     later.steps, later.save_every, later.keep = 5, 6, 7
     save_resolved(later, tmp_path / "run")
     assert json.loads((tmp_path / "run" / "config.json").read_text())["steps"] == 5
+    grpo = load_config(ROOT / "configs" / "tiny" / "grpo.py")
+    save_resolved(grpo, tmp_path / "grpo")
+    grpo.unlock()
+    apply_override(grpo, "rewards.ocr.urls=('http://elsewhere:1',)")
+    save_resolved(grpo, tmp_path / "grpo")
     apply_override(later, "next_token.rows=8")
     with pytest.raises(ConfigError, match="started with config.next_token.rows=[0-9]+, now it is 8; use another run_dir or delete this one"):
         save_resolved(later, tmp_path / "run")

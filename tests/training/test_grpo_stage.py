@@ -26,14 +26,14 @@ FREE = "http://127.0.0.1:9"  # the discard port: nobody answers
 
 
 def grpo_config(run_dir, model_dir, url, *overrides):
-    """Three steps of four prompts with four rollouts each; one reward. The URL of a test's service must not count as a change."""
+    """Three steps of four prompts with four rollouts each; one reward."""
     rewards = (f"rewards.ocr.urls=('{url}',)", "rewards.shapes.weight=None", "optimizer.warmup_steps=0", "optimizer.learning_rate=0.01")
     return stage_config("grpo", run_dir, f"init_from={model_dir}", *rewards, "save_every=1", *overrides)
 
 
 @pytest.fixture(scope="module")
 def service():
-    """One service for the runs that must be equal: its address is part of their configuration."""
+    """One service for all runs; `hooks[n]` runs before its n-th answer."""
     with pixel_service() as running:
         running.hooks = {}
         running.before = lambda call: running.hooks.pop(call, lambda: None)()
@@ -124,32 +124,27 @@ def model(model_dir):
     return xomni_jax.load(model_dir)
 
 
-def one_batch(model, service, cfg, sampling):
+def one_batch(model, service, cfg):
+    """Greedy: the rollouts of a prompt have the same codes."""
+    greedy = SamplingConfig(temperature=0.0, top_k=0, min_p=0.0)
     with RewardClient("ocr", service.url) as client:
-        make = grpo.Rollouts(model, GRID, sampling, model.decode_config, cfg, AdvantageConfig(), 3, {"ocr": client}, {"ocr": 1.0}, lambda: None)
+        make = grpo.Rollouts(model, GRID, greedy, model.decode_config, cfg, AdvantageConfig(), 3, {"ocr": client}, {"ocr": 1.0}, lambda: None)
         rows, total, images, _ = make(model.params("transformer"), ["a red sign", "blue"], [{}, {}], jax.random.key(4))
     return jax.tree.map(np.asarray, rows), total, images.reshape(2, 3, *SIZE, 3)
 
 
 def test_a_group_shares_its_noise(model, service):
-    """Greedy rollouts of a prompt have the same codes, so with the group's noise they are the same picture."""
-    greedy = SamplingConfig(temperature=0.0, top_k=0, min_p=0.0)
-    rows, total, images = one_batch(model, service, grpo.RolloutConfig(chunks=1), greedy)
+    """With the group's noise, equal codes are the same picture; in one chunk or two."""
+    rows, total, images = one_batch(model, service, grpo.RolloutConfig(chunks=1))
     codes = rows.codes_BT.reshape(2, 3, -1)
     assert (codes == codes[:, :1]).all() and codes.max() < CODES
     assert (images == images[:, :1]).all() and not np.array_equal(images[0, 0], images[1, 0])
     assert (total.total_PR == total.total_PR[:, :1]).all()
-    _, _, images = one_batch(model, service, grpo.RolloutConfig(chunks=1, noise="independent"), greedy)
+    again, _, pictures = one_batch(model, service, grpo.RolloutConfig(chunks=2))
+    np.testing.assert_array_equal(again.codes_BT, rows.codes_BT)
+    assert np.abs(pictures.astype(int) - images).max() <= 1
+    _, _, images = one_batch(model, service, grpo.RolloutConfig(chunks=1, noise="independent"))
     assert not np.array_equal(images[0, 0], images[0, 1])
-
-
-def test_chunks_change_nothing(model, service):
-    sampling = SamplingConfig(top_k=0, min_p=0.0)
-    one, two = (one_batch(model, service, grpo.RolloutConfig(chunks=n), sampling) for n in (1, 2))
-    np.testing.assert_array_equal(one[0].codes_BT, two[0].codes_BT)
-    np.testing.assert_allclose(one[0].sampler_logp_BT, two[0].sampler_logp_BT, rtol=1e-5, atol=1e-6)
-    assert np.abs(one[2].astype(int) - two[2]).max() <= 1
-    assert len(np.unique(one[0].codes_BT.reshape(6, -1), axis=0)) == 6  # rollouts differ
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from xomni_jax.training.run import run_stage
 # file of configs/tiny -> (file whose model it starts from, overrides). Here "all" comes before "vision", to have something to freeze.
 CHAIN = {
     "tokenizer": ("", ["steps=4"]),
-    "decoder": ("tokenizer", []),
+    "decoder": ("tokenizer", ["mesh.data=8", "mesh.fsdp=1", "mesh.tensor=1", "batch_size=8"]),
     "pretrain_2": ("decoder", []),
     "pretrain_1": ("pretrain_2", []),
     "sft": ("pretrain_2", ["steps=4"]),

@@ -211,13 +211,14 @@ def run_config(config: ConfigDict) -> RunConfig:
 def save_resolved(config: ConfigDict, run_dir: Path) -> None:
     """Writes RUN/config.json; refuses to go on in a run directory that was made with another configuration.
 
-    The logging intervals may change between sessions of one run, and `steps`, to train on: schedules then follow the new length.
+    Logging intervals and the addresses of services may change between sessions of one run, they do not change what a step computes;
+    and `steps` may, to train on: schedules then follow the new length.
     """
-    path, free = run_dir / "config.json", {"steps", "log_every", "save_every", "grid_every", "keep"}
+    path = run_dir / "config.json"
     text = config.to_json_best_effort(indent=1, sort_keys=True)
     if path.is_file():
         old, new = flat(json.loads(path.read_text())), flat(json.loads(text))
-        changed = sorted(k for k in set(old) | set(new) if k not in free and old.get(k) != new.get(k))
+        changed = sorted(k for k in set(old) | set(new) if not may_change(k) and old.get(k) != new.get(k))
         if changed:
             raise ConfigError(
                 f"{run_dir}: this run was started with config.{changed[0]}={old.get(changed[0])!r}, now it is "
@@ -227,6 +228,11 @@ def save_resolved(config: ConfigDict, run_dir: Path) -> None:
     part = path.with_name("config.json.part")
     part.write_text(text + "\n")
     os.replace(part, path)
+
+
+def may_change(key: str) -> bool:
+    """Whether a run may be resumed with another value of this key."""
+    return key in ("steps", "log_every", "save_every", "grid_every", "keep") or key.endswith(".urls")
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
