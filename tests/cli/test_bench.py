@@ -42,6 +42,8 @@ def test_a_missing_peer_names_the_extra(name, package, monkeypatch, capsys):
     [
         ("decode --model somewhere", "--model belongs to bench grpo; bench decode does not take it"),
         ("grpo --size small", "--size belongs to bench decode, train, mmdit"),
+        ("grpo --threads 1", "--threads belongs to bench decode, train, mmdit"),
+        ("train --threads 9999", "--threads 9999: this process has .* cores; give a number from 1 to that"),
         ("train --repeats 0", "--repeats 0 and --seconds 60 must be above 0"),
         ("mmdit --seconds nan", "--seconds nan must be above 0"),
         ("mmdit --json /no/such/folder/a.json", "there is no folder /no/such/folder; make it first"),

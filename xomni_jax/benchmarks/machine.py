@@ -17,6 +17,19 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def use_cores(n: int) -> None:
+    """Keeps this process to `n` of its cores, and with it XLA's pool; only before the first computation.
+
+    Raises:
+      ValueError: there are fewer, or the system cannot do it.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        raise ValueError(f"--threads {n}: this system cannot keep a process to some of its cores; leave the option out")
+    if not 1 <= n <= cores():
+        raise ValueError(f"--threads {n}: this process has {cores()} cores; give a number from 1 to that")
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-n:])
+
+
 def xla_threads() -> int:
     """Threads of XLA's CPU pool, counted where the system lists them (XLA makes one per core and offers no call that says so)."""
     jax.block_until_ready(jax.numpy.zeros(()) + 1)  # the pool exists from the first computation on

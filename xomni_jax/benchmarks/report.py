@@ -45,13 +45,13 @@ def machine_line(threads: str, loads: tuple[float | None, float | None]) -> str:
     text = f"{said['processor'] or said['system']}, {threads}"
     if None not in loads:
         text += f"; load {loads[0]:g} before and {loads[1]:g} after"
-    return text + (" (busy with other work)" if busy(loads) else "")
+    return text + (" (busy with other work: --threads 1 and the ratio by CPU time suffer least)" if busy(loads) else "")
 
 
 def busy(loads: tuple[float | None, float | None]) -> bool:
     """Whether other programs wanted the cores too when the measurement began.
 
-    Then even ratios of times mislead: threads that wait for one another after every operation suffer more than those that do not.
+    Then even ratios mislead: torch's threads wait for one another after every operation, spinning while one has lost its core.
     """
     return loads[0] is not None and loads[0] > machine.cores()
 
@@ -120,11 +120,11 @@ def verdict(results: Sequence[Result], rest: str, by_cpu_time: bool = False) -> 
     slower, said = [(r, x) for r, x in cases if x < 1], "By CPU time, since the machine was busy: ours" if by_cpu_time else "Ours"
     if not slower:
         return (
-            f"{said} is slower in no case here. Its matrix products alone have the ratio {products}; what a case gains beyond that "
-            "is one compiled program against operations that the peer launches one by one: less and less as the model grows."
+            f"{said} is slower in no case here. Its matrix products alone have the ratio {products}; what a case gains beyond "
+            "that is one compiled program against operations that the peer launches one by one: less and less as the model grows."
         )
     names = ", ".join(f"{r.case.name} ({x:.2f})" for r, x in slower)
     # The products explain a loss when they lose about as much themselves.
     if any(y < 1 and y <= 1.25 * max(x for _, x in slower) for _, y in yardsticks):
-        return f"{said} is slower at {names} because XLA's matrix products are: the same products alone have the ratio {products}."
+        return f"{said} is slower at {names} because XLA's matrix products are: alone, they have the ratio {products}."
     return f"{said} is slower at {names}, not for its matrix products (alone: {products}) but for the rest: {rest}."

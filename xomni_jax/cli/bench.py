@@ -9,14 +9,14 @@ from typing import Any
 from xomni_jax.assets import TINY_SFT
 
 NAMES = ("decode", "train", "mmdit", "grpo")
-_OPTIONS = {"decode": ("size",), "train": ("size",), "mmdit": ("size",), "grpo": ("model", "config")}
+_OPTIONS = {"decode": ("size", "threads"), "train": ("size", "threads"), "mmdit": ("size", "threads"), "grpo": ("model", "config")}
 
 EXAMPLE = """\
 Both sides do the same work with the same weights and all cores; results are compared before anything is timed:
 
   xomni bench decode
   xomni bench train --size small
-  xomni bench mmdit --json mmdit.json
+  xomni bench mmdit --threads 1 --json mmdit.json
   xomni bench grpo
 
 decode  greedy decoding at batch 1 and 16, against transformers' Qwen2
@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=60.0, metavar="S", help="about the time for all pairs (default 60)")
     parser.add_argument("--json", metavar="FILE", help="also write everything measured to this file")
     models = parser.add_argument_group("decode, train, mmdit only")
+    models.add_argument("--threads", type=int, metavar="N", help="cores that both sides use (default: all)")
     models.add_argument("--size", choices=("tiny", "small"), help="width 128 or 512 (default tiny)")
     grpo = parser.add_argument_group("grpo only")
     grpo.add_argument("--model", metavar="DIR", help="model directory (default: the tiny model that ships with the package)")
@@ -43,17 +44,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:
     """Measures, prints the table, writes the JSON. ValueError (one sentence): missing extra, bad option, sides that differ."""
+    from xomni_jax.benchmarks import machine
     from xomni_jax.benchmarks.timing import BenchError
     from xomni_jax.checkpoint.store import write_json
 
     if args.repeats < 1 or not args.seconds > 0:
         raise BenchError(f"--repeats {args.repeats} and --seconds {args.seconds:g} must be above 0")
-    for option in ("size", "model", "config"):
+    for option in ("size", "threads", "model", "config"):
         if getattr(args, option) is not None and option not in _OPTIONS[args.name]:
             owners = ", ".join(name for name in NAMES if option in _OPTIONS[name])
             raise BenchError(f"--{option} belongs to bench {owners}; bench {args.name} does not take it")
     if args.json and not Path(args.json).absolute().parent.is_dir():
         raise BenchError(f"--json {args.json}: there is no folder {Path(args.json).parent}; make it first")
+    if args.threads is not None:
+        machine.use_cores(args.threads)
     report = _grpo(args) if args.name == "grpo" else _comparison(args)
     print(report.text)
     if args.json:
