@@ -43,15 +43,15 @@ def test_comparison_prints_and_saves_the_same():
     "cases, words",
     [
         ([("a", 2.0), ("products", 1.1)], "slower in no case here. Its matrix products alone have the ratio 1.10"),
-        ([("a", 2.0), ("b", 0.6), ("products", 0.7)], r"slower at b \(0.60\) because XLA's matrix products are: alone, they have the ratio 0.70"),
-        ([("a", 0.5), ("products", 1.2)], r"at a \(0.50\), not for its matrix products \(alone: 1.20\) but for .*: the rest is slow"),
+        ([("a", 2.0), ("b", 0.6), ("products", 0.7)], r"at b \(0.60\) because XLA's matrix products are: alone, they have the ratio 0.70"),
+        ([("a", 0.5), ("products", 1.2)], r"at a \(0.50\), not for its matrix products \(alone: 1.20\) but for .*: rest is slow"),
         ([("a", 0.5), ("products", 0.9)], "not for its matrix products"),
     ],
 )
 def test_the_sentence_follows_from_the_numbers(cases, words):
     results = [result(name, ratio, name == "products") for name, ratio in cases]
-    assert re.search(words, report.verdict(results, "the rest is slow"))
-    assert report.verdict(results, "", by_cpu_time=True).startswith("By CPU time, since the machine was busy: ours is slower in no")
+    assert re.search(words, report.verdict(results, "rest is slow"))
+    assert report.verdict(results, "", by_cpu_time=True).startswith("By CPU time, since the machine was busy: ours is slower in")
 
 
 def test_a_busy_machine_is_said():

@@ -9,7 +9,7 @@ from typing import Any
 from xomni_jax.assets import TINY_SFT
 
 NAMES = ("decode", "train", "mmdit", "grpo")
-_OPTIONS = {"decode": ("size", "threads"), "train": ("size", "threads"), "mmdit": ("size", "threads"), "grpo": ("model", "config")}
+_OPTIONS = dict.fromkeys(("decode", "train", "mmdit"), ("size", "threads")) | {"grpo": ("model", "config")}
 
 EXAMPLE = """\
 Both sides do the same work with the same weights and all cores; results are compared before anything is timed:
