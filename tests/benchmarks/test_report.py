@@ -43,7 +43,7 @@ def test_comparison_prints_and_saves_the_same():
     "cases, words",
     [
         ([("a", 2.0), ("products", 1.1)], "slower in no case here. Its matrix products alone have the ratio 1.10"),
-        ([("a", 2.0), ("b", 0.6), ("products", 0.7)], r"at b \(0.60\) because XLA's matrix products are: alone, they have the ratio 0.70"),
+        ([("a", 2.0), ("b", 0.6), ("products", 0.7)], r"at b \(0.60\) because XLA's matrix products are: alone, .* ratio 0.70"),
         ([("a", 0.5), ("products", 1.2)], r"at a \(0.50\), not for its matrix products \(alone: 1.20\) but for .*: rest is slow"),
         ([("a", 0.5), ("products", 0.9)], "not for its matrix products"),
     ],

@@ -31,8 +31,8 @@ SIZES: dict[str, ARConfig] = {
 }  # fmt: skip
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, schedule="constant", weight_decay=0.1)
 DECODE_REST = "every step writes the cache, and each product reads its layer's weights as a slice of the stacked ones"
-# By profile of the tiny step on one core: MLPs run at the speed of their products; attention and its projections, backward, do not.
-TRAIN_REST = "attention is separate products and a softmax, where torch has one fused kernel, and its projections are slow backward"
+# Timed part by part, tiny, one core: MLPs run at the speed of their products; attention and its projections, backward, do not.
+TRAIN_REST = "attention is separate products and a softmax, torch has one fused kernel, and its projections are slow backward"
 
 
 def size_of(cfg: ARConfig) -> str:
