@@ -142,7 +142,7 @@ def report(
     lines = [
         f"grpo: one step of {title}, model {config.init_from}",
         ", ".join(f"{k} {v}" for k, v in versions.items()),
-        machine_line(threads, loads),
+        machine_line(threads, None) + ("" if None in loads else f"; load {loads[0]:g} before and {loads[1]:g} after"),
         "",
         table(rows),
         "",

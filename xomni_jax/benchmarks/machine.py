@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,31 @@ def versions(packages: Sequence[str]) -> dict[str, str]:
 
 
 def load() -> float | None:
-    """Runnable processes over the last minute; above the number of cores the machine is shared and only ratios mean something."""
+    """Processes that wanted to run, averaged over the last minute; None where the system does not say."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+class Others:
+    """How much of the machine other programs take while something is measured. The load average cannot tell: it counts us too."""
+
+    def __init__(self):
+        self._began = _cpu_seconds(), time.process_time(), time.perf_counter()
+
+    def cores(self) -> float | None:
+        """Cores kept busy by other programs since this was made, on average; None where the system does not say."""
+        busy, own, now = _cpu_seconds(), time.process_time(), time.perf_counter()
+        if busy is None:
+            return None
+        return round(max(0.0, busy - self._began[0] - (own - self._began[1])) / max(now - self._began[2], 1e-9), 2)
+
+
+def _cpu_seconds() -> float | None:
+    """Processor seconds of all programs since the system started, with what a hypervisor took."""
+    stat = Path("/proc/stat")
+    if not stat.is_file():
+        return None
+    user, nice, system, _idle, _wait, irq, softirq, steal, *_ = map(int, stat.read_text().split("\n", 1)[0].split()[1:])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def describe() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from xomni_jax.benchmarks import machine
 from xomni_jax.benchmarks.timing import Result
 
+BUSY = 0.2  # cores taken by other programs, above which times mislead
 OURS = ("jax", "jaxlib", "flax")
 
 
@@ -39,21 +41,11 @@ def duration(seconds: float) -> str:
     return f"{seconds * 1e6:.3g} us"
 
 
-def machine_line(threads: str, loads: tuple[float | None, float | None]) -> str:
-    """One line on cores, threads and load; says so when the machine was busy with other things."""
+def machine_line(threads: str, others: float | None) -> str:
+    """One line on processor, threads, and the cores that other programs took meanwhile."""
     said = machine.describe()
     text = f"{said['processor'] or said['system']}, {threads}"
-    if None not in loads:
-        text += f"; load {loads[0]:g} before and {loads[1]:g} after"
-    return text + (" (busy with other work: --threads 1 and the ratio by CPU time suffer least)" if busy(loads) else "")
-
-
-def busy(loads: tuple[float | None, float | None]) -> bool:
-    """Whether other programs wanted the cores too when the measurement began.
-
-    Then even ratios mislead: torch's threads wait for one another after every operation, spinning while one has lost its core.
-    """
-    return loads[0] is not None and loads[0] > machine.cores()
+    return text if others is None else f"{text}; other programs took {others:g} of {os.cpu_count()} cores"
 
 
 def comparison(
@@ -62,14 +54,14 @@ def comparison(
     results: Sequence[Result],
     peers: Sequence[str],
     threads: tuple[int, int],
-    loads: tuple[float | None, float | None],
+    others: float | None,
     rest: str,
 ) -> Report:
     """The report of a benchmark against a peer.
 
     Args:
       title: what was done, with its sizes.
-      peers: distributions of the other side. threads: ours, theirs. loads: before, after.
+      peers: distributions of the other side. threads: ours, theirs. others: cores that other programs took.
       rest: what, beside matrix products, takes our time (see `verdict`).
     """
     rows = [("", "ours", "peer", "peer / ours", "min to max", "by CPU time", "pairs", "our rate", "first run: ours", "peer")]
@@ -81,13 +73,13 @@ def comparison(
         rows.append((*row, duration(r.first_ours_s), duration(r.first_peer_s)))
     ours, theirs = machine.versions(OURS), machine.versions(peers)
     said = [f"{k} {v}" for k, v in ours.items()], [f"{k} {v}" for k, v in theirs.items()]
-    sentence = verdict(results, rest, busy(loads))
+    sentence = verdict(results, rest, max(threads), others)
     checks = ", ".join(f"{r.case.name} {r.difference:.1e} (limit {r.case.tolerance:g})" for r in results)
     text = "\n".join(
         [
             f"{name}: {title}",
             f"ours: {', '.join(said[0])}; peer: {', '.join(said[1])}",
-            machine_line(f"threads: ours {threads[0]}, peer {threads[1]}", loads),
+            machine_line(f"threads: ours {threads[0]}, peer {threads[1]}", others),
             f"differences before timing: {checks}",
             "",
             table(rows),
@@ -102,18 +94,22 @@ def comparison(
         "results": [r.as_json() for r in results],
         "versions": {"ours": ours, "peer": theirs},
         "threads": {"ours": threads[0], "peer": threads[1]},
-        "load": {"before": loads[0], "after": loads[1]},
+        "other_programs_cores": others,
         "machine": machine.describe(),
         "verdict": sentence,
     }
     return Report(text, data)
 
 
-def verdict(results: Sequence[Result], rest: str, by_cpu_time: bool = False) -> str:
+def verdict(results: Sequence[Result], rest: str, threads: int = 1, others: float | None = None) -> str:
     """Where ours is slower, and whether the matrix products or the rest explain it, by the yardsticks measured beside.
 
-    `by_cpu_time`: judges by processor time, for a machine that was busy with other work.
+    On a busy machine processor time decides. With several threads nothing does there: torch's wait for one another after every
+    operation, spinning while one has lost its core, and lose many times what ours do.
     """
+    by_cpu_time = others is not None and others > BUSY
+    if by_cpu_time and threads > 1:
+        return f"No verdict: other programs took {others:g} cores, which slows torch most. Use an idle machine, or --threads 1."
     judged = [(r, r.cpu_ratio if by_cpu_time else r.ratio) for r in results]
     cases, yardsticks = ([(r, x) for r, x in judged if r.case.yardstick is kind] for kind in (False, True))
     products = " and ".join(f"{x:.2f}" for _, x in yardsticks)

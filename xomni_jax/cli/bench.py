@@ -71,7 +71,7 @@ def _comparison(args: argparse.Namespace) -> Any:
 
     module, size = mmdit if args.name == "mmdit" else autoregressive, args.size or "tiny"
     torch = peers.need(args.name, module.PACKAGES)[0]
-    before = machine.load()
+    others = machine.Others()
     if args.name == "mmdit":
         (title, cases), why = mmdit.cases(*mmdit.SIZES[size]), mmdit.REST
     elif args.name == "train":
@@ -80,7 +80,7 @@ def _comparison(args: argparse.Namespace) -> Any:
         (title, cases), why = autoregressive.decode_cases(autoregressive.SIZES[size]), autoregressive.DECODE_REST
     results = [timing.measure(case, args.repeats, args.seconds / len(cases)) for case in cases]
     threads = machine.xla_threads(), torch.get_num_threads()
-    return report.comparison(args.name, title, results, module.PACKAGES, threads, (before, machine.load()), why)
+    return report.comparison(args.name, title, results, module.PACKAGES, threads, others.cores(), why)
 
 
 def _grpo(args: argparse.Namespace) -> Any:
