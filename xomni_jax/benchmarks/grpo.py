@@ -178,6 +178,6 @@ def report(
 def _verdict(s: Mapping[str, Any], cores: int) -> str:
     slowest = max(PARTS, key=lambda part: s["shares"][part])
     gain = s["serial_over_overlapped"]["median"]
-    said = f"Most of a step is {slowest} ({s['shares'][slowest]:.0%}). "
+    said = f"The largest part of a step is {slowest} ({s['shares'][slowest]:.0%}). "
     said += f"Overlapping makes it {gain:.2f} times as fast" if gain > 1 else f"Overlapping does not shorten it here ({gain:.2f})"
     return f"{said}: trainer and services share {cores} cores, so scoring in the background slows what it hides behind."
