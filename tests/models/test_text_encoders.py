@@ -20,7 +20,7 @@ T5 = T5Config(**reference_t5.SIZES)
 CLIP = CLIPTextConfig(**reference_clip.SIZES)
 
 
-def _compare(arrays, model, table, loss, names) -> None:
+def _compare(arrays, model, table, loss, names, zero=()) -> None:
     wanted = golden.shapes(model, arrays["in/ids"])
     params = conversion.to_params(golden.part(arrays, "w"), table, wanted)
 
@@ -31,7 +31,7 @@ def _compare(arrays, model, table, loss, names) -> None:
     gradients, out = jax.jit(jax.grad(scalar, has_aux=True))(params)
     for name, value in zip(names, out if isinstance(out, tuple) else (out,)):
         golden.assert_close(value, arrays[f"out/{name}"], name)
-    golden.assert_gradients(gradients, golden.part(arrays, "grad"), table, wanted)
+    golden.assert_gradients(gradients, golden.part(arrays, "grad"), table, wanted, zero=zero)
 
 
 def compare_t5(arrays: dict[str, np.ndarray]) -> None:
@@ -45,7 +45,7 @@ def compare_clip(arrays: dict[str, np.ndarray]) -> None:
     def loss(out):
         return jnp.sum(out[0] * arrays["in/cotangent"]) + jnp.sum(out[1] * arrays["in/pooled_cotangent"])
 
-    _compare(arrays, CLIPTextEncoder(CLIP), clip.table(CLIP), loss, ["hidden", "pooled"])
+    _compare(arrays, CLIPTextEncoder(CLIP), clip.table(CLIP), loss, ["hidden", "pooled"], zero=("k_proj/bias",))
 
 
 def test_golden_t5():
