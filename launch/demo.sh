@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole of X-Omni at small size on this machine: first picture, reward services, GRPO, report.   bash launch/demo.sh [OUT]
-# About ten minutes on two cores. OUT (default runs/demo) gets report.html, report.json and the trained model.
+# OUT (default runs/demo) gets report.html, report.json and the trained model.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ "${1:-}" != -h ] && [ "${1:-}" != --help ] || { sed -n '2,3s/^# //p' "$0"; exit 0; }

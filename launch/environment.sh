@@ -16,7 +16,7 @@ environment() {
   . "$home/bin/activate"
   stamp="$home/installed-$extra-$(cksum < setup.py | cut -d' ' -f1)"
   if [ ! -f "$stamp" ]; then
-    echo "installing xomni_jax[$extra] into $home (once, about two minutes)"
+    echo "installing xomni_jax[$extra] into $home (once, this takes minutes)"
     python -m pip install --quiet --disable-pip-version-check -e ".[$extra]"
     touch "$stamp"
   fi

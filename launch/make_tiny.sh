@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes the tiny model that ships with the package again, stage by stage, and installs it.   bash launch/make_tiny.sh
-# About an hour on two idle cores. Every stage resumes when the script is started again.
+# Every stage resumes when the script is started again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh
