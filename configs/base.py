@@ -18,6 +18,7 @@ def _run(stage, learning_rate, **sections):
             keep=2,  # resumable checkpoints on disk
             mesh=dict(replica=1, data=1, fsdp=-1, tensor=1),  # -1: the remaining devices
             optimizer=dict(
+                name="adamw",  # or muon, for the transformer's stages
                 learning_rate=learning_rate,
                 warmup_steps=50,
                 schedule="cosine",  # constant | linear | cosine

@@ -10,5 +10,6 @@ def get_config():
     c.init_from = "runs/tiny/pretrain_1/model"
     c.steps, c.batch_size = 2400, 32
     c.next_token.rows = 13
-    c.data.pseudo_words = 0.6
+    c.data.weights, c.data.pseudo_words = (0.4, 0.6), 0.6
+    c.optimizer.name, c.optimizer.b1 = "muon", 0.95
     return c

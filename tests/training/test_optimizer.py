@@ -1,4 +1,4 @@
-"""Schedules, the freeze table, weight decay and clipping."""
+"""Schedules, the freeze table, weight decay, clipping and Muon."""
 
 import jax
 import jax.numpy as jnp
@@ -130,6 +130,45 @@ def test_a_component_without_parameters_can_be_frozen():
     assert new["autoencoder"] == {} and len(optimizer.trained(params)) == 4
 
 
+def newton_schulz(x: np.ndarray, steps: int = 5) -> np.ndarray:
+    """The quintic iteration towards the orthogonal factor, for a matrix with no more rows than columns."""
+    a, b, c = 3.4445, -4.775, 2.0315
+    x = x / np.linalg.norm(x)
+    for _ in range(steps):
+        y = x @ x.T
+        x = a * x + (b * y + c * y @ y) @ x
+    return x
+
+
+def test_muon_by_hand():
+    """The first update: kernels of the stacks are orthogonalised per layer, over all heads at once; the rest moves by
+    Adam with Nesterov's momentum."""
+    rng = np.random.default_rng(0)
+    shapes = {
+        "language": {
+            "attn": {"q_proj": {"kernel": (2, 5, 3, 4), "bias": (2, 3, 4)}, "o_proj": {"kernel": (2, 3, 2, 7)}},
+            "attn_norm": {"scale": (2, 5)},
+        },
+        "mm_head": {"kernel": (5, 6)},
+    }
+    draw = lambda shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    params, grads = (jax.tree.map(draw, shapes, is_leaf=lambda s: isinstance(s, tuple)) for _ in range(2))
+    cfg = OptimizerConfig(0.1, name="muon", schedule="constant", clip_norm=0.0)
+    new, _, _ = one_update(make_optimizer(cfg, 10), params, grads)
+    moved = jax.tree.map(lambda a, b: np.asarray(a) - b, new, params)
+
+    for name, rows, columns in (("q_proj", 5, 12), ("o_proj", 6, 7)):
+        got, grad = moved["language"]["attn"][name]["kernel"], grads["language"]["attn"][name]["kernel"]
+        for layer in range(2):
+            # float32 against float64, five cubic steps: 1e-4 of the largest entry.
+            expected = -0.1 * 0.2 * np.sqrt(columns) * newton_schulz(grad[layer].reshape(rows, columns).astype(np.float64))
+            np.testing.assert_allclose(got[layer].reshape(rows, columns), expected, atol=1e-4 * np.abs(expected).max())
+    for pick in (lambda t: t["mm_head"]["kernel"], lambda t: t["language"]["attn_norm"]["scale"], lambda t: t["language"]["attn"]["q_proj"]["bias"]):
+        # Nesterov's first step, debiased: (b1 m2 + (1 - b1) g) / sqrt(g^2) with m2 = (1 - b1) g / (1 - b1^2).
+        expected = -0.1 * np.sign(pick(grads)) * (0.9 * 0.1 / (1 - 0.9**2) + 0.1 / (1 - 0.9))
+        np.testing.assert_allclose(pick(moved), expected, rtol=1e-5)
+
+
 def test_training_nothing_is_refused():
     with pytest.raises(ValueError, match="no parameter learns: train patterns .'wen/.*paths look like 'new/kernel'"):
         make_optimizer(OptimizerConfig(0.1), 10, train=("wen/.*",)).transform.init(small_params())
@@ -138,6 +177,7 @@ def test_training_nothing_is_refused():
 @pytest.mark.parametrize(
     "fields, words",
     [
+        (dict(name="sgd"), "name='sgd' is unknown; use one of adamw, muon"),
         (dict(learning_rate=0.0), "learning_rate=0.0 must be positive"),
         (dict(schedule="step"), "schedule='step' is unknown"),
         (dict(warmup_steps=-1), "warmup_steps=-1"),

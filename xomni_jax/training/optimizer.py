@@ -1,4 +1,4 @@
-"""AdamW with a schedule, clipping and a freeze table by parameter path."""
+"""AdamW or Muon with a schedule, clipping and a freeze table by parameter path."""
 
 from __future__ import annotations
 
@@ -10,15 +10,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from optax import contrib
 
+from xomni_jax.models.transformer import STACKS
+
+NAMES = ("adamw", "muon")
 SCHEDULES = ("constant", "linear", "cosine")
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW.
+    """AdamW, or Muon for the matrices of the transformer's stacks and NAdamW for the rest.
 
     Attributes:
+      name: "adamw" or "muon" (Jordan 2024; momentum b1, updates scaled to AdamW's usual size as by Liu et al., arXiv 2502.16982,
+        so that one learning rate serves both).
       learning_rate: after warm-up. warmup_steps: linear from 0.
       schedule: from the end of the warm-up to the last step: "constant", "linear" or "cosine".
       final_fraction: of learning_rate, where linear and cosine end.
@@ -27,6 +33,7 @@ class OptimizerConfig:
     """
 
     learning_rate: float
+    name: str = "adamw"
     warmup_steps: int = 0
     schedule: str = "cosine"
     final_fraction: float = 0.1
@@ -36,6 +43,8 @@ class OptimizerConfig:
     clip_norm: float = 1.0
 
     def __post_init__(self):
+        if self.name not in NAMES:
+            raise ValueError(f"name={self.name!r} is unknown; use one of {', '.join(NAMES)}")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule={self.schedule!r} is unknown; use one of {', '.join(SCHEDULES)}")
         if not self.learning_rate > 0:
@@ -74,7 +83,7 @@ class Optimizer:
         self._train, self._freeze = tuple(train), tuple(freeze)
         adamw = optax.chain(
             optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity(),
-            optax.scale_by_adam(cfg.b1, cfg.b2),
+            scale_by_muon(cfg) if cfg.name == "muon" else optax.scale_by_adam(cfg.b1, cfg.b2),
             optax.add_decayed_weights(cfg.weight_decay, decays) if cfg.weight_decay else optax.identity(),
             optax.scale_by_learning_rate(self.schedule),
         )
@@ -124,6 +133,25 @@ class Optimizer:
 def make_optimizer(cfg: OptimizerConfig, steps: int, train: Sequence[str] = (".*",), freeze: Sequence[str] = ()) -> Optimizer:
     """The optimizer of a run of `steps` updates; what matches `train` and not `freeze` learns (see `stages.FREEZE`)."""
     return Optimizer(cfg, steps, train, freeze)
+
+
+def scale_by_muon(cfg: OptimizerConfig) -> optax.GradientTransformation:
+    """Orthogonalised Nesterov momentum for `muon_axes`, Adam with Nesterov momentum for the rest; like `scale_by_adam`, without learning rate and sign."""
+    # optax folds the learning rate in and turns the sign: -1 leaves the bare direction.
+    return contrib.muon(-1.0, beta=cfg.b1, adam_b1=cfg.b1, adam_b2=cfg.b2, consistent_rms=0.2, muon_weight_dimension_numbers=muon_axes)
+
+
+def muon_axes(params: Any) -> Any:
+    """The matrix that Muon sees in every kernel of the transformer's stacks, [layers, inputs.., outputs..]; None elsewhere."""
+
+    def axes(path, x):
+        stack, *_, leaf = names = path_name(path).split("/")
+        if stack not in STACKS or leaf != "kernel":
+            return None
+        inputs = 2 if "o_proj" in names else 1
+        return contrib.MuonDimensionNumbers(tuple(range(1, 1 + inputs)), tuple(range(1 + inputs, x.ndim)))
+
+    return jax.tree_util.tree_map_with_path(axes, params)
 
 
 def decays(params: Any) -> Any:

@@ -16,6 +16,9 @@ from xomni_jax.sharding.rules import param_shardings
 from xomni_jax.training.optimizer import Optimizer, path_name
 
 
+SMALL = 64  # values of an optimizer's own, such as coefficients, that may lie on every device
+
+
 @struct.dataclass
 class TrainState:
     """Everything a step changes.
@@ -74,7 +77,7 @@ def state_shardings(abstract: TrainState, shardings: Any, mesh: Mesh) -> TrainSt
         for param in ("/".join(parts[i:]) for i in range(len(parts))):
             if param in shapes and shapes[param] == leaf.shape:
                 return by_name[param]
-        if leaf.ndim:
+        if leaf.size > SMALL:
             raise ValueError(f"optimizer state {name}{leaf.shape} belongs to no parameter; every device would hold it whole")
         return everywhere
 
