@@ -7,5 +7,5 @@ def get_config():
     """The configuration."""
     c = base.tokenizer()
     c.run_dir = "runs/tiny/tokenizer"
-    c.steps, c.batch_size = 600, 48
+    c.steps, c.batch_size = 1200, 48
     return c
