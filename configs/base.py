@@ -83,7 +83,7 @@ def _next_token(stage, phase, learning_rate):
             understanding=0.15,  # image + question -> answer
             text=0.05,
             drop_prompt=0.1,  # generation without its caption, for guidance
-            row_length=192,  # packed rows
+            row_length=208,  # packed rows: two signs of 16 characters with their captions
             rows=16,
             image_weight=1.0,
             target_share=1.0,  # room for targets of each kind per row

@@ -8,5 +8,7 @@ def get_config():
     c = base.decoder()
     c.run_dir = "runs/tiny/decoder"
     c.init_from = "runs/tiny/tokenizer/model"
-    c.steps, c.batch_size = 1200, 32
+    c.steps, c.batch_size = 4000, 32
+    c.save_every, c.grid_every = 500, 500
+    c.decode.steps = 4
     return c

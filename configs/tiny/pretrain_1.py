@@ -8,7 +8,7 @@ def get_config():
     c = base.pretrain("vision")
     c.run_dir = "runs/tiny/pretrain_1"
     c.init_from = "runs/tiny/decoder/model"
-    c.steps, c.batch_size = 50, 32
+    c.steps, c.batch_size = 60, 32
     c.optimizer.warmup_steps = 20
     c.optimizer.name, c.optimizer.b1 = "muon", 0.95
     return c
