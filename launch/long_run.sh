@@ -25,8 +25,10 @@ if [ ! -d "$out/control/model" ]; then
 fi
 
 effect() {  # RL_MODEL RUN NAME SEED
+  # SFT's pictures depend on the sampling seed alone: drawn for the first policy, taken over for the others.
+  [ -d "$out/$3/cells" ] || [ ! -d "$out/effect_0_$4/cells" ] || { mkdir -p "$out/$3" && cp -r "$out/effect_0_$4/cells" "$out/$3/"; }
   [ -f "$out/$3/report.json" ] || xomni eval effect --sft "$sft" --rl "$1" --rl-run "$2" --size 32x128 --lengths 12-16 --prompts 256 --seed "$4" \
-    --ocr "$url_ocr" --shapes "$url_shapes" "${second[@]}" --out "$out/$3"
+    --rl-samples 2 --sweep-samples 1 --ocr "$url_ocr" --shapes "$url_shapes" "${second[@]}" --out "$out/$3"
 }
 for seed in 0 1 2; do
   for sampling in 0 1 2; do effect "$out/grpo_$seed/model" "$out/grpo_$seed" "effect_${seed}_${sampling}" "$sampling"; done

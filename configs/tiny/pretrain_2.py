@@ -8,7 +8,7 @@ def get_config():
     c = base.pretrain("all")
     c.run_dir = "runs/tiny/pretrain_2"
     c.init_from = "runs/tiny/pretrain_1/model"
-    c.steps, c.batch_size = 1200, 32
+    c.steps, c.batch_size = 950, 32
     c.next_token.rows = 14
     c.data.weights, c.data.pseudo_words = (0.4, 0.6), 0.6
     c.optimizer.name, c.optimizer.b1 = "muon", 0.95

@@ -8,7 +8,7 @@ def get_config():
     c = base.pretrain("all")
     c.run_dir = "runs/tiny/pretrain_3"
     c.init_from = "runs/tiny/pretrain_2/model"
-    c.steps, c.batch_size = 80, 32
+    c.steps, c.batch_size = 60, 32
     c.next_token.rows = 14
     c.optimizer.learning_rate, c.optimizer.schedule, c.optimizer.final_fraction = 5e-4, "linear", 0.0
     c.optimizer.warmup_steps = 10

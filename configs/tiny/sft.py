@@ -8,7 +8,7 @@ def get_config():
     c = base.sft()
     c.run_dir = "runs/tiny/sft"
     c.init_from = "runs/tiny/pretrain_3/model"
-    c.steps, c.batch_size = 80, 32
+    c.steps, c.batch_size = 60, 32
     c.next_token.rows = 14
     c.optimizer.warmup_steps = 20
     c.data.weights, c.data.pseudo_words = (0.5, 0.5), 0.3
