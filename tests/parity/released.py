@@ -18,10 +18,10 @@ from xomni_jax.sequence import TINY_TOKENIZER
 
 # The released geometry (16 pixels a token, VAE factor 8, 512 and 77 text ids) with small, odd and distinct widths.
 TRANSFORMER = dict(
-    vocab_size=384, mm_vocab_size=576, image_vocab_size=71, d_model=36, mlp_dim=52, n_heads=6, n_kv_heads=2, head_dim=10,
+    vocab_size=384, mm_vocab_size=576, image_vocab_size=311, d_model=36, mlp_dim=52, n_heads=6, n_kv_heads=2, head_dim=10,
     n_language_layers=3, n_adapter_layers=2, n_head_layers=1,
 )  # fmt: skip
-SIGLIP_VQ = dict(width=24, layers=2, heads=3, mlp=40, patch=16, pos_grid=5, codebook_size=71, code_width=10, conv_blocks=2, groups=4)
+SIGLIP_VQ = dict(width=24, layers=2, heads=3, mlp=40, patch=16, pos_grid=5, codebook_size=311, code_width=10, conv_blocks=2, groups=4)
 MMDIT = dict(in_channels=20, n_heads=3, head_dim=10, axes_dims=(2, 2, 6), n_double=2, n_single=3, text_dim=14, pooled_dim=15, semantic_dim=24)
 AUTOENCODER = dict(latent_channels=5, block_channels=(6, 10, 14, 10), layers_per_block=2, groups=2, scaling_factor=0.3611, shift_factor=0.1159)
 T5 = dict(d_model=14, n_layers=2, n_heads=3, head_dim=5, mlp_dim=18, n_buckets=32, max_distance=128)

@@ -162,19 +162,26 @@ def test_text_to_picture(whole, grid, sampling, settings, decoder_guidance):
 
 
 def test_generate_without_settings_is_the_released_script(whole):
-    """The defaults of `generate`, not only a configuration that spells them out."""
+    """The defaults of `generate`, not only a configuration that spells them out; both filters among them change these pictures."""
     save_settings(whole.directory, decode=DecodeConfig(steps=STEPS, guidance=1.5))
-    model = xomni_jax.load(whole.directory)
-    noise_TC = np.asarray(model.noise(picture_keys(0, 1, NOISE), (3, 4)))[0]
-    codes = whole.program.sample(PROMPTS[0], (3, 4), gumbel(picture_keys(0, 1), 12)[0], temperature=1.0, min_p=0.03, top_p=1.0, guidance_scale=1.0)
-    theirs = whole.program.decode(codes, PROMPTS[0], noise_TC, STEPS, 1.5)[-1]
-    assert np.abs(np.asarray(model.generate(PROMPTS[0], 48, 64)[0]).astype(int) - np.asarray(theirs)).max() <= 1
+    model, sample = xomni_jax.load(whole.directory), whole.program.sample
+    noise_BTC = np.asarray(model.noise(picture_keys(SEED, len(PROMPTS), NOISE), (3, 5)))
+    script = dict(temperature=1.0, min_p=0.03, top_p=1.0, guidance_scale=1.0)
+    changed = {"top_k": [], "min_p": []}
+    ours = model.generate(PROMPTS, 48, 80, SEED)
+    for prompt, noise_TV, noise_TC, picture in zip(PROMPTS, gumbel(picture_keys(SEED, len(PROMPTS)), 15), noise_BTC, ours, strict=True):
+        codes = sample(prompt, (3, 5), noise_TV, **script)
+        theirs = whole.program.decode(codes, prompt, noise_TC, STEPS, 1.5)[-1]
+        assert np.abs(np.asarray(picture).astype(int) - np.asarray(theirs)).max() <= 1
+        for name in changed:
+            changed[name].append(not np.array_equal(sample(prompt, (3, 5), noise_TV, **script | {name: 0}), codes))
+    assert all(map(any, changed.values())), changed
 
 
 def test_what_the_decoder_is_told_matters(whole):
     """Every condition of the reference moves its latents by far more than the tolerance above, so none of them could be lost."""
     decode, rng = whole.program.decode, np.random.default_rng(1)
-    codes, noise = rng.integers(0, 71, (3, 5)), rng.normal(size=(15, 20)).astype(np.float32)
+    codes, noise = rng.integers(0, 311, (3, 5)), rng.normal(size=(15, 20)).astype(np.float32)
     base = decode(codes, PROMPTS[0], noise, STEPS, 1.0)[0]
     others = {
         "prompt": decode(codes, PROMPTS[1], noise, STEPS, 1.0)[0],
