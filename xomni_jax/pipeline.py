@@ -118,7 +118,8 @@ class XOmni:
         if len(own) > cfg.vocab_size:
             raise CheckpointError(f"{folder}: {len(own)} tokens for an encoder of {cfg.vocab_size}; take both from one checkpoint")
         if name == "clip" and own.eos_token_id != cfg.eos_id:
-            raise CheckpointError(f"{folder}: ends texts with id {own.eos_token_id}, the encoder pools at {cfg.eos_id}; take both from one checkpoint")
+            ends = f"ends texts with id {own.eos_token_id}, the encoder pools at {cfg.eos_id}"
+            raise CheckpointError(f"{folder}: {ends}; take both from one checkpoint")
         return own
 
     @functools.cached_property
