@@ -1,12 +1,19 @@
 """One object, text and pictures in and out: a picture depends on its seed, its place and its prompt alone."""
 
+import json
+import shutil
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import xomni_jax
+from tests.encoder_tokenizers import CLIP_EOS, write_clip, write_t5
 from tests.miniature import CODES, GRID, SIZE, configs
+from xomni_jax.checkpoint.store import TOKENIZERS, CheckpointError, copy_components
+from xomni_jax.sequence import encoder_ids, fixed_length_ids, read_tokenizer
 from xomni_jax.sharding.mesh import make_mesh
 
 PROMPTS = ["a red sign", "a blue sign that says AB", "x"]
@@ -140,10 +147,82 @@ def test_an_unknown_mode_is_refused(model):
 
 
 def test_a_missing_part_is_named_when_used(model_dir, tmp_path):
-    from xomni_jax.checkpoint.store import copy_components
-
     copy_components(model_dir, tmp_path / "part", ("siglip_vq", "mmdit", "t5", "clip", "autoencoder"))
     part = xomni_jax.load(tmp_path / "part")
     assert part.decode(np.zeros((1, *GRID), int))[0].size == (32, 16)  # needs no transformer
     with pytest.raises(ValueError, match="this model has no transformer"):
         part.generate("a sign")
+
+
+@pytest.fixture
+def with_encoders(model_dir, tmp_path):
+    """A copy of the model whose text encoders have tokenizers of their own."""
+    directory = tmp_path / "with_encoders"
+    shutil.copytree(model_dir, directory)
+    write_t5(directory / "tokenizer_t5")
+    write_clip(directory / "tokenizer_clip")
+    description = json.loads((directory / "model.json").read_text())
+    description["components"]["clip"]["config"]["eos_id"] = CLIP_EOS
+    (directory / "model.json").write_text(json.dumps(description))
+    return directory
+
+
+def test_encoders_read_their_own_tokenizers(model, pictures, with_encoders):
+    own = xomni_jax.load(with_encoders)
+    t5, clip = own.text_ids(PROMPTS)
+    np.testing.assert_array_equal(t5, encoder_ids(read_tokenizer(with_encoders / "tokenizer_t5"), PROMPTS, 32))
+    np.testing.assert_array_equal(clip, encoder_ids(read_tokenizer(with_encoders / "tokenizer_clip"), PROMPTS, 16))
+    for ids, length in zip(model.text_ids(PROMPTS), (32, 16)):
+        np.testing.assert_array_equal(ids, fixed_length_ids(model.tokenizer, PROMPTS, length))
+    assert not np.array_equal(np.asarray(own.generate(PROMPTS, seed=5)[0]), pictures[0])
+
+
+def test_tokenizers_travel_with_the_components(with_encoders, tmp_path):
+    copy_components(with_encoders, tmp_path / "copy", ("t5", "clip"))
+    for name in TOKENIZERS:
+        assert {p.name for p in (tmp_path / "copy" / name).iterdir()} == {p.name for p in (with_encoders / name).iterdir()}
+
+
+def test_a_long_prompt_is_cut_for_an_encoder_with_its_own_tokenizer(with_encoders):
+    own = xomni_jax.load(with_encoders)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        own.check_prompts(["a red sign " * 10])  # 30 tokens for T5, far too many for CLIP: no news
+    with pytest.warns(UserWarning, match="prompt 2 .* has 33 tokens, this model's decoder takes 31: it is drawn whole"):
+        own.check_prompts(["a sign", "a red sign " * 11])
+
+
+@pytest.mark.parametrize(
+    "name, change, words",
+    [
+        ("clip", {}, f"ends texts with id {CLIP_EOS}, the encoder pools at 381; take both from one checkpoint"),
+        ("clip", {"vocab_size": 50}, f"{CLIP_EOS + 1} tokens for an encoder of 50"),
+        ("t5", {"vocab_size": 50}, "tokens for an encoder of 50; take both from one checkpoint"),
+    ],
+)
+def test_a_foreign_tokenizer_is_refused(model_dir, tmp_path, name, change, words):
+    copy_components(model_dir, tmp_path / "part", (name,))
+    {"t5": write_t5, "clip": write_clip}[name](tmp_path / "part" / f"tokenizer_{name}")
+    part = xomni_jax.load(tmp_path / "part")
+    config = part.description["components"][name]["config"]
+    config.update({"eos_id": 1} if change and name == "clip" else {}, **change)
+    with pytest.raises(CheckpointError, match=words):
+        part.encoder_tokenizer(name)
+
+
+def test_a_tokenizer_without_padding_is_refused(model_dir, tmp_path):
+    copy_components(model_dir, tmp_path / "part", ("t5",))
+    folder = tmp_path / "part" / "tokenizer_t5"
+    write_t5(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "pad_token"}))
+    with pytest.raises(CheckpointError, match="names no padding token; copy the whole folder of FLUX.1-dev"):
+        xomni_jax.load(tmp_path / "part").encoder_tokenizer("t5")
+
+
+def test_answer_ids_end_with_the_turn(model, pictures):
+    codes = model.encode(pictures[:1])
+    first = int(model.answer_ids(codes, ["one?"], 4)[0, 0])
+    model_ends = xomni_jax.load(model.path)
+    model_ends.tokenizer.end_of_turn = first  # whatever a random model says first
+    assert model_ends.answer_ids(codes, ["one?"], 4).tolist() == [[first, *[model.tokenizer.pad] * 3]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from xomni_jax.models.registry import COMPONENTS, init_params
 from xomni_jax.sampling.decode import generate_codes, generate_text
 from xomni_jax.sampling.decoder import DecodeConfig, Decoder, to_uint8
 from xomni_jax.sampling.logits import SamplingConfig
-from xomni_jax.sequence.tokenizer import MultimodalTokenizer, fixed_length_ids
+from xomni_jax.sequence.tokenizer import MultimodalTokenizer, encoder_ids, fixed_length_ids, read_tokenizer
 from xomni_jax.sharding.mesh import make_mesh
 from xomni_jax.sharding.rules import RULES, param_shardings
 
@@ -101,6 +102,26 @@ class XOmni:
             sizes = {name: getattr(c, name) for name in ("vocab_size", "image_vocab_size", "mm_vocab_size")}
         return MultimodalTokenizer.load(self.path / "tokenizer", **sizes)
 
+    @functools.cache
+    def encoder_tokenizer(self, name: str) -> Any:
+        """The own tokenizer of a text encoder ("t5" or "clip"), or None: then it reads the text tokenizer's ids.
+
+        Raises:
+          CheckpointError: the tokenizer and the encoder do not belong together.
+        """
+        folder = self.path / f"tokenizer_{name}"
+        if not folder.is_dir():
+            return None
+        own, cfg = read_tokenizer(folder), self.config(name)
+        if own.pad_token_id is None:
+            raise CheckpointError(f"{folder}: this tokenizer names no padding token; copy the whole folder of FLUX.1-dev")
+        if len(own) > cfg.vocab_size:
+            raise CheckpointError(f"{folder}: {len(own)} tokens for an encoder of {cfg.vocab_size}; take both from one checkpoint")
+        if name == "clip" and own.eos_token_id != cfg.eos_id:
+            ends = f"ends texts with id {own.eos_token_id}, the encoder pools at {cfg.eos_id}"
+            raise CheckpointError(f"{folder}: {ends}; take both from one checkpoint")
+        return own
+
     @functools.cached_property
     def decode_config(self) -> DecodeConfig:
         """The decoder's default settings."""
@@ -169,10 +190,15 @@ class XOmni:
 
         return jax.jit(sample)
 
-    def text_ids(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def text_ids(self, prompts: Sequence[str], cfg: DecodeConfig | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The prompts as T5 ids [B, S] and CLIP ids [B, S'], at the decoder's fixed lengths."""
-        c = self.decode_config
-        return tuple(fixed_length_ids(self.tokenizer, prompts, n) for n in (c.text_length, c.pooled_length))
+        c = cfg or self.decode_config
+
+        def ids(name: str, length: int) -> np.ndarray:
+            own = self.encoder_tokenizer(name)
+            return fixed_length_ids(self.tokenizer, prompts, length) if own is None else encoder_ids(own, prompts, length)
+
+        return ids("t5", c.text_length), ids("clip", c.pooled_length)
 
     def noise(self, keys_B: jax.Array, grid: tuple[int, int]) -> jax.Array:
         """Packed starting noise [B, T, C], one key a picture."""
@@ -181,9 +207,10 @@ class XOmni:
 
     def decode_images(self, codes_BYX: Any, prompts: Sequence[str], noise_BTC: Any, cfg: DecodeConfig | None = None) -> jax.Array:
         """Codes -> uint8 images [B, H, W, 3] on the device."""
-        rows = tuple(map(self.fill, (codes_BYX, *self.text_ids(prompts), noise_BTC)))
+        cfg = cfg or self.decode_config
+        rows = tuple(map(self.fill, (codes_BYX, *self.text_ids(prompts, cfg), noise_BTC)))
         with jax.set_mesh(self.mesh):
-            images = self._decode(cfg or self.decode_config)(self.params("siglip_vq"), self.decoder_params(), *rows, self.text_ids([""]))
+            images = self._decode(cfg)(self.params("siglip_vq"), self.decoder_params(), *rows, self.text_ids([""], cfg))
         return images[: len(codes_BYX)]
 
     @functools.cache
@@ -248,14 +275,23 @@ class XOmni:
         return self.decode(codes, prompts, seed=seed)
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
-        """Refuses prompts that are empty or longer than the decoder's text encoder takes."""
-        limit = self.decode_config.text_length - 1  # a padding token closes every row
+        """Refuses prompts that are empty or longer than the decoder's text encoder takes.
+
+        An encoder with its own tokenizer reads the beginning of a long prompt, as released: T5 with a warning, CLIP as a matter of course.
+        """
+        limit = self.decode_config.text_length - 1  # an end or padding token closes every row
+        own = self.encoder_tokenizer("t5")
         for i, prompt in enumerate(prompts):
             if not prompt.strip():
                 raise ValueError(f"prompt {i + 1} is empty; describe the picture")
             n = len(self.tokenizer.encode_text(prompt))
+            if own is not None:
+                n = len(own.encode(prompt, add_special_tokens=False, verbose=False))
             if n > limit:
-                raise ValueError(f"prompt {i + 1} ({prompt[:40]!r}...) has {n} tokens, this model's decoder takes {limit}; shorten it")
+                many = f"prompt {i + 1} ({prompt[:40]!r}...) has {n} tokens, this model's decoder takes {limit}"
+                if own is None:
+                    raise ValueError(f"{many}; shorten it")
+                warnings.warn(f"{many}: it is drawn whole, and decoded to pixels from its beginning", stacklevel=2)
 
     # ---- image to codes, codes to text ----
     def encode_pixels(self, pixels_BHWC: Any) -> jax.Array:
@@ -309,19 +345,22 @@ class XOmni:
         module = self.module(name)
         return jax.jit(lambda params, *inputs: module.apply({"params": params}, *inputs, method=method))
 
-    def chat(self, image: Image.Image | np.ndarray, question: str, max_tokens: int = 64) -> str:
-        """Answers a question about a picture, greedily, until the end of the turn."""
+    def chat(self, image: Image.Image | np.ndarray, question: str, max_tokens: int = 512) -> str:
+        """Answers a question about a picture, greedily, until the end of the turn or `max_tokens` (512 as released)."""
         if not question.strip():
             raise ValueError("the question is empty; ask something about the picture")
         return self.answer([self.encode([image])[0]], [question], max_tokens)[0]
 
-    def answer(self, codes: Sequence[np.ndarray], questions: Sequence[str], max_tokens: int = 64) -> list[str]:
+    def answer(self, codes: Sequence[np.ndarray], questions: Sequence[str], max_tokens: int = 512) -> list[str]:
         """Greedy answers to one question per picture, given its codes [Y, X]."""
+        return [self.tokenizer.decode_text(ids).strip() for ids in self.answer_ids(codes, questions, max_tokens)]
+
+    def answer_ids(self, codes: Sequence[np.ndarray], questions: Sequence[str], max_tokens: int = 512) -> np.ndarray:
+        """The answers' ids [B, max_tokens], each closed by the end of turn where it fits, then padding."""
         prompts = [self.tokenizer.understanding_prompt(c, q) for c, q in zip(codes, questions, strict=True)]
         ids_PS, lengths_P = map(self.fill, pad_prompts(prompts))
         with jax.set_mesh(self.mesh):
-            made = self._answerer(max_tokens)(self.params("transformer"), ids_PS, lengths_P)
-        return [self.tokenizer.decode_text(ids).strip() for ids in np.asarray(made)[: len(prompts)]]
+            return np.asarray(self._answerer(max_tokens)(self.params("transformer"), ids_PS, lengths_P))[: len(prompts)]
 
     @functools.cache
     def _answerer(self, max_tokens: int):

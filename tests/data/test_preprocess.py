@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from xomni_jax.data.preprocess import TINY, ImageLimits, ImageRejected, preprocess, target_size, to_pixels, to_uint8, token_grid
+from tests.parity import released
+from xomni_jax.data.preprocess import RELEASED, TINY, ImageLimits, ImageRejected, preprocess, target_size, to_pixels, to_uint8, token_grid
 
 
 @pytest.mark.parametrize(
@@ -64,3 +67,48 @@ def test_uint8_round_trip():
     levels = np.arange(256, dtype=np.uint8).reshape(1, 256, 1)
     np.testing.assert_array_equal(to_uint8(to_pixels(levels)), levels)
     np.testing.assert_array_equal(to_uint8(np.array([-9.0, 0.0, 9.0])), [0, 128, 255])
+
+
+def _accepted(width: int, height: int, limits: ImageLimits) -> tuple[int, int] | None:
+    try:
+        return target_size(width, height, limits)
+    except ImageRejected:
+        return None
+
+
+@pytest.mark.parametrize("limits", [RELEASED, ImageLimits(**released.LIMITS)], ids=["released", "small"])
+def test_any_size_is_treated_as_by_the_released_code(limits, rng):
+    """Two hundred sizes around the limits against the program written from the description, refusals included."""
+    taken = 0
+    for _ in range(200):
+        height = int(np.exp(rng.uniform(np.log(limits.min_short_size * 0.9), np.log(limits.long_size * 1.5))))
+        width = max(1, int(height * np.exp(rng.uniform(-1.2, 1.2))))
+        image = Image.fromarray(rng.integers(0, 256, (2, 3, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.NEAREST)
+        theirs = released.preprocess(image, dataclasses.asdict(limits))
+        assert _accepted(width, height, limits) == (None if theirs is None else theirs.shape[1::-1]), (width, height)
+        if theirs is not None:
+            taken += 1
+            np.testing.assert_array_equal(preprocess(image, limits), theirs)
+    assert 80 < taken < 200
+
+
+@pytest.mark.parametrize("size", [(127, 128), (128, 127), (128, 385), (385, 128), (128, 384), (1, 1), (383, 1153), (1153, 383)], ids=str)
+def test_the_limits_themselves(size):
+    theirs = released.preprocess(Image.new("RGB", size), dataclasses.asdict(RELEASED))
+    assert _accepted(*size, RELEASED) == (None if theirs is None else theirs.shape[1::-1])
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "1", "CMYK", "YCbCr"])
+def test_every_mode_is_treated_as_by_the_released_code(mode, rng):
+    image = Image.fromarray(rng.integers(0, 256, (151, 203, 3), dtype=np.uint8)).convert(mode)
+    np.testing.assert_array_equal(preprocess(image), released.preprocess(image, dataclasses.asdict(RELEASED)))
+
+
+@pytest.mark.parity
+def test_pixels_are_those_of_torch(rng):
+    """ToTensor and Normalize(0.5, 0.5), bit for bit."""
+    import torch
+
+    levels = rng.integers(0, 256, (7, 5, 3), dtype=np.uint8)
+    tensor = torch.from_numpy(levels).permute(2, 0, 1).to(torch.float32).div(255).sub(0.5).div(0.5)
+    np.testing.assert_array_equal(to_pixels(levels), tensor.permute(1, 2, 0).numpy())

@@ -7,13 +7,13 @@ import numpy as np
 SIZES = dict(latent_channels=5, block_channels=(6, 10, 14), layers_per_block=2, groups=2, scaling_factor=0.7, shift_factor=0.2)
 
 
-def outputs(seed: int = 0) -> dict[str, np.ndarray]:
-    """Weights, pixels [B, H, W, 3], posterior moments, scaled latents of a given z and their decoding; pictures channels-last."""
+def build(seed: int, s: dict = SIZES):
+    """The VAE with random weights."""
     import torch
     from diffusers import AutoencoderKL
 
     torch.manual_seed(seed)
-    s, n = SIZES, len(SIZES["block_channels"])
+    n = len(s["block_channels"])
     model = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * n, up_block_types=("UpDecoderBlock2D",) * n, block_out_channels=s["block_channels"],
         layers_per_block=s["layers_per_block"], latent_channels=s["latent_channels"], norm_num_groups=s["groups"],
@@ -21,6 +21,14 @@ def outputs(seed: int = 0) -> dict[str, np.ndarray]:
     ).eval()  # fmt: skip
     for p in model.parameters():
         torch.nn.init.normal_(p, mean=0.0, std=p[0].numel() ** -0.5 if p.ndim > 1 else 0.5)
+    return model
+
+
+def outputs(seed: int = 0) -> dict[str, np.ndarray]:
+    """Weights, pixels [B, H, W, 3], posterior moments, scaled latents of a given z and their decoding; pictures channels-last."""
+    import torch
+
+    model, s = build(seed), SIZES
     pixels, z = torch.rand(2, 3, 12, 20) * 2 - 1, torch.randn(2, s["latent_channels"], 3, 5)
     with torch.no_grad():
         posterior = model.encode(pixels).latent_dist

@@ -8,13 +8,12 @@ SIZES = dict(in_channels=6, n_heads=3, head_dim=10, axes_dims=(2, 2, 6), n_doubl
 GRID, TEXT, BATCH = (3, 4), 5, 2
 
 
-def outputs(seed: int = 0) -> dict[str, np.ndarray]:
-    """Weights, inputs, velocity with and without semantics, and gradients of sum(velocity * cotangent)."""
+def build(seed: int, s: dict = SIZES):
+    """The transformer with `siglip_embed` and random weights."""
     import torch
     from diffusers import FluxTransformer2DModel
 
     torch.manual_seed(seed)
-    s = SIZES
     model = FluxTransformer2DModel(
         in_channels=s["in_channels"], num_layers=s["n_double"], num_single_layers=s["n_single"], attention_head_dim=s["head_dim"],
         num_attention_heads=s["n_heads"], joint_attention_dim=s["text_dim"], pooled_projection_dim=s["pooled_dim"],
@@ -24,6 +23,14 @@ def outputs(seed: int = 0) -> dict[str, np.ndarray]:
     for p in model.parameters():
         # Norm scales away from one, and modulations large enough that a swapped chunk shows.
         torch.nn.init.normal_(p, mean=1.0 if p.ndim == 1 and p.shape[0] == s["head_dim"] else 0.0, std=0.2)
+    return model
+
+
+def outputs(seed: int = 0) -> dict[str, np.ndarray]:
+    """Weights, inputs, velocity with and without semantics, and gradients of sum(velocity * cotangent)."""
+    import torch
+
+    model, s = build(seed), SIZES
     Y, X = GRID
     inputs = {
         "latents": torch.randn(BATCH, Y * X, s["in_channels"]),

@@ -11,14 +11,13 @@ QUANTIZER_WEIGHT = 0.7
 SKIP = np.array([False, True, False])
 
 
-def _vit(seed: int):
+def build_vit(seed: int, s: dict = SIZES):
     """SiglipVisionModel with exact GELU, no final norm, no head, bilinear positions; features: the last layer's output."""
     import torch
     from torch.nn import functional as F
     from transformers import SiglipVisionConfig, SiglipVisionModel
 
     torch.manual_seed(seed)
-    s = SIZES
     model = SiglipVisionModel(
         SiglipVisionConfig(
             hidden_size=s["width"],
@@ -58,13 +57,12 @@ def _vit(seed: int):
     return vit, features
 
 
-def _projector(seed: int):
+def build_projector(seed: int, s: dict = SIZES):
     """Modules of the quantiser and the decoder behind it, by their released names."""
     import torch
     from torch import nn
 
     torch.manual_seed(seed + 1)
-    s = SIZES
 
     class Block(nn.Module):
         def __init__(self):
@@ -112,7 +110,7 @@ def _quantize(z, codebook, skip):
     return rows, codes, terms
 
 
-def _released(vit, projector, values) -> dict[str, np.ndarray]:
+def released_names(vit, projector, values) -> dict[str, np.ndarray]:
     """`values(parameter)` of parameters under its released key; q, k and v are apart in transformers, stacked in the release."""
     out = {
         "vit.pos_embed": values(vit.embeddings.position_embedding.weight)[None],
@@ -142,8 +140,8 @@ def outputs(seed: int = 0) -> dict[str, np.ndarray]:
     """
     import torch
 
-    vit, features = _vit(seed)
-    projector = _projector(seed)
+    vit, features = build_vit(seed)
+    projector = build_projector(seed)
     g = torch.Generator().manual_seed(seed + 2)
     s = SIZES
     pixels = torch.rand(BATCH, 3, ROWS * s["patch"], COLUMNS * s["patch"], generator=g) * 2 - 1
@@ -179,5 +177,5 @@ def outputs(seed: int = 0) -> dict[str, np.ndarray]:
         "out/from_codes": last(from_codes),
         "out/losses": np.array([t.item() for t in (*terms, loss)], np.float32),
     }
-    result |= {f"w/{k}": v for k, v in _released(vit, projector, lambda p: p.detach().numpy().copy()).items()}
-    return result | {f"grad/{k}": v for k, v in _released(vit, projector, lambda p: p.grad.numpy().copy()).items()}
+    result |= {f"w/{k}": v for k, v in released_names(vit, projector, lambda p: p.detach().numpy().copy()).items()}
+    return result | {f"grad/{k}": v for k, v in released_names(vit, projector, lambda p: p.grad.numpy().copy()).items()}

@@ -10,10 +10,9 @@ SIZES = dict(
 )  # fmt: skip
 
 
-def _config():
+def _config(s):
     from transformers import Qwen2Config
 
-    s = SIZES
     config = Qwen2Config(
         vocab_size=s["vocab_size"], hidden_size=s["d_model"], intermediate_size=s["mlp_dim"], num_attention_heads=s["n_heads"],
         num_key_value_heads=s["n_kv_heads"], head_dim=s["head_dim"], num_hidden_layers=s["n_language_layers"], rms_norm_eps=1e-6,
@@ -23,13 +22,13 @@ def _config():
     return config
 
 
-def _build(seed: int):
-    """A module whose state has the released key names, and its forward pass."""
+def build(seed: int, s: dict = SIZES):
+    """A module whose state has the released key names, and its forward pass: ids [B, L] -> (hidden, text logits, image logits)."""
     import torch
     from torch import nn
     from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm, Qwen2RotaryEmbedding
 
-    s, config = SIZES, _config()
+    config = _config(s)
     n_layers = s["n_adapter_layers"] + s["n_language_layers"] + s["n_head_layers"]
     net, net.model = nn.Module(), nn.Module()
     for kind, rows in (("lm", s["vocab_size"]), ("mm", s["mm_vocab_size"])):
@@ -68,7 +67,7 @@ def _plain(net, ids, cotangent) -> dict[str, np.ndarray]:
 
     a, n = SIZES["n_adapter_layers"], SIZES["n_language_layers"]
     names = {"model.embed_tokens.weight": "model.lm_embed_tokens.weight", "model.norm.weight": "model.lm_norm.weight"}
-    plain, state = Qwen2ForCausalLM(_config()), net.state_dict()
+    plain, state = Qwen2ForCausalLM(_config(SIZES)), net.state_dict()
     for i in range(n):
         prefix = f"model.layers.{i}."
         names |= {k: k.replace(prefix, f"model.layers.{a + i}.", 1) for k in plain.state_dict() if k.startswith(prefix)}
@@ -83,7 +82,7 @@ def outputs(seed: int = 0) -> dict[str, np.ndarray]:
     """Weights, a mixed and a text-only batch, outputs and gradients of sum(logits * cotangent) of both."""
     import torch
 
-    net, forward = _build(seed)
+    net, forward = build(seed)
     rng, s = np.random.default_rng(seed), SIZES
     ids = rng.integers(0, s["vocab_size"], (2, 11))
     ids[0, 3:8] = s["vocab_size"] + rng.integers(0, s["mm_vocab_size"], 5)

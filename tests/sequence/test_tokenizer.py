@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
+from tests.encoder_tokenizers import CLIP_BOS, CLIP_EOS, CLIP_TOKENS, write_clip, write_t5
 from xomni_jax.data import build_tiny_tokenizer, glyphs, rendered, words
-from xomni_jax.sequence import TINY_TOKENIZER, MultimodalTokenizer, fixed_length_ids
+from xomni_jax.sequence import TINY_TOKENIZER, MultimodalTokenizer, encoder_ids, fixed_length_ids, read_tokenizer
 
 CODES_YX = np.arange(15).reshape(3, 5) * 31 % 512
 
@@ -96,6 +97,27 @@ def test_fixed_length_ids(tok):
     letters = tok.encode_text("ABCDE").tolist()
     assert ids.tolist() == [letters[:2] + [pad] * 4, [pad] * 6, letters + [pad]]
     np.testing.assert_array_equal(fixed_length_ids(tok.text, ["AB", "", "ABCDEFGHIJ"], 6), ids)
+
+
+def test_encoder_ids_of_t5(tmp_path):
+    """The end token after the text, padding of its own after that; a long text is cut in front of its end token."""
+    write_t5(tmp_path / "t5")
+    t5 = read_tokenizer(tmp_path / "t5")
+    ids = encoder_ids(t5, ["a red  sign", "", "a red sign that says that"], 6)
+    assert ids.dtype == np.int32 and ids.tolist() == [[4, 5, 6, 1, 0, 0], [1, 0, 0, 0, 0, 0], [4, 5, 6, 7, 8, 1]]
+
+
+def test_encoder_ids_of_clip(tmp_path):
+    """Begin and end around the lower-cased text, filled with the end token."""
+    write_clip(tmp_path / "clip")
+    clip = read_tokenizer(tmp_path / "clip")
+    a, red, sign = (CLIP_TOKENS.index(t + "</w>") for t in ("a", "red", "sign"))
+    ids = encoder_ids(clip, ["A red Sign", "", "a red sign a red"], 6)
+    assert ids.tolist() == [
+        [CLIP_BOS, a, red, sign, CLIP_EOS, CLIP_EOS],
+        [CLIP_BOS] + [CLIP_EOS] * 5,
+        [CLIP_BOS, a, red, sign, a, CLIP_EOS],
+    ]
 
 
 def _without(tmp_path, drop=None, rename=None):

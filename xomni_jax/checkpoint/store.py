@@ -5,6 +5,8 @@ A model directory is what `xomni_jax.load` takes:
     DIR/model.json        format, and for every component its configuration and provenance; settings, such as the decoder's steps
     DIR/<component>/      Orbax tree of the component's parameters (see `models.registry` for the components)
     DIR/tokenizer/        the text tokenizer, as transformers saves it
+    DIR/tokenizer_t5/     the tokenizers of the decoder's T5 and CLIP (FLUX.1-dev's tokenizer_2 and tokenizer), each optional:
+    DIR/tokenizer_clip/     without its folder an encoder reads the text tokenizer's ids, as in the tiny model
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import orbax.checkpoint as ocp
 from xomni_jax.checkpoint.conversion import flatten, unflatten
 
 FORMAT = 1
+TOKENIZERS = ("tokenizer", "tokenizer_t5", "tokenizer_clip")
 
 
 class CheckpointError(ValueError):
@@ -120,7 +123,7 @@ def save_settings(directory: str | Path, **settings: Any) -> None:
 
 
 def copy_components(source: str | Path, target: str | Path, names: tuple[str, ...]) -> None:
-    """Copies components and the tokenizer of one model directory into another, as they are."""
+    """Copies components and the tokenizers of one model directory into another, as they are."""
     source, target = Path(source), Path(target)
     data = read_model_json(source)
     target.mkdir(parents=True, exist_ok=True)
@@ -132,8 +135,9 @@ def copy_components(source: str | Path, target: str | Path, names: tuple[str, ..
                 shutil.copytree(source / name, target / name, dirs_exist_ok=True)
             out["components"][name] = data["components"][name]
     out["settings"] = data.get("settings", {}) | out.get("settings", {})
-    if (source / "tokenizer").is_dir():
-        shutil.copytree(source / "tokenizer", target / "tokenizer", dirs_exist_ok=True)
+    for name in TOKENIZERS:
+        if (source / name).is_dir():
+            shutil.copytree(source / name, target / name, dirs_exist_ok=True)
     write_json(path, out)
 
 

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", metavar="IMAGE", help="a picture file (PNG, JPEG, WebP)")
     parser.add_argument("question", metavar="QUESTION")
     parser.add_argument("--model", default=TINY_SFT, metavar="DIR", help="model directory (default: the tiny model that ships with the package)")
-    parser.add_argument("--max-tokens", type=int, default=64, metavar="N", help="longest answer, in tokens (default 64)")
+    parser.add_argument("--max-tokens", type=int, default=512, metavar="N", help="longest answer, in tokens (default 512)")
 
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:

@@ -61,7 +61,7 @@ class Decoder:
         """Pixels [B, H, W, 3] in [-1, 1] -> packed latents [B, T, C]: what the MMDiT learns to produce."""
         return pack(self.autoencoder.apply({"params": params["autoencoder"]}, pixels_BHWC, method="encode"))
 
-    def decode(
+    def latents(
         self,
         params: Any,
         semantics_BYXD: jax.Array,
@@ -71,7 +71,7 @@ class Decoder:
         noise_BTC: jax.Array,
         cfg: DecodeConfig,
     ) -> jax.Array:
-        """Semantics to pixels [B, H, W, 3] in [-1, 1].
+        """Semantics to latents [B, 2Y, 2X, C], scaled.
 
         Args:
           semantics_BYXD: from `SigLIPVQ.semantics`.
@@ -89,9 +89,15 @@ class Decoder:
             return guided_velocity(lambda x, s, c: self.velocity(params, x, s, c, grid), latents_BTC, sigma_B, cond, negative, cfg.guidance)
 
         sigmas = flow_sigmas(cfg.steps, grid[0] * grid[1], base_shift=cfg.base_shift, max_shift=cfg.max_shift)
-        latents = unpack(euler_sample(velocity, noise_BTC, sigmas), grid)
-        pixels = self.autoencoder.apply({"params": params["autoencoder"]}, latents, method="decode")
-        return jnp.clip(pixels.astype(jnp.float32), -1.0, 1.0)
+        return unpack(euler_sample(velocity, noise_BTC, sigmas), grid)
+
+    def pixels(self, params: Any, latents_BYXC: jax.Array) -> jax.Array:
+        """Latents, scaled -> pixels [B, H, W, 3], float32, not clipped."""
+        return self.autoencoder.apply({"params": params["autoencoder"]}, latents_BYXC, method="decode").astype(jnp.float32)
+
+    def decode(self, params: Any, *args: Any) -> jax.Array:
+        """Semantics to pixels [B, H, W, 3] in [-1, 1]; arguments as for `latents`."""
+        return jnp.clip(self.pixels(params, self.latents(params, *args)), -1.0, 1.0)
 
 
 def to_uint8(pixels: jax.Array) -> jax.Array:

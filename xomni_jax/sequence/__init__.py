@@ -2,7 +2,7 @@
 
 from xomni_jax.sequence.packing import PackedBatch, Targets, pack, targets, unpack
 from xomni_jax.sequence.spans import ImageSpan, SpanError, TextSpan, parse, unparse
-from xomni_jax.sequence.tokenizer import TINY_TOKENIZER, MultimodalTokenizer, TokenSequence, fixed_length_ids
+from xomni_jax.sequence.tokenizer import TINY_TOKENIZER, MultimodalTokenizer, TokenSequence, encoder_ids, fixed_length_ids, read_tokenizer
 
 __all__ = [
     "TINY_TOKENIZER",
@@ -13,9 +13,11 @@ __all__ = [
     "Targets",
     "TextSpan",
     "TokenSequence",
+    "encoder_ids",
     "fixed_length_ids",
     "pack",
     "parse",
+    "read_tokenizer",
     "targets",
     "unpack",
     "unparse",

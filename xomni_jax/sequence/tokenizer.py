@@ -74,18 +74,7 @@ class MultimodalTokenizer:
     @classmethod
     def load(cls, path: str | Path = TINY_TOKENIZER, **sizes: int) -> MultimodalTokenizer:
         """Reads a local folder (default: the tiny tokenizer of this package); `sizes` as in the constructor. Never online."""
-        path = Path(path)
-        if not path.is_dir():
-            raise ValueError(f"The tokenizer folder {str(path)!r} does not exist; give the folder that holds tokenizer.json.")
-        from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-        try:
-            # tokenizer.json says everything; AutoTokenizer would first ask the model's config.json, whose type it may not know.
-            kind = PreTrainedTokenizerFast if (path / "tokenizer.json").is_file() else AutoTokenizer
-            text = kind.from_pretrained(str(path), local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"The folder {str(path)!r} holds no readable tokenizer ({str(error).splitlines()[0]}).") from error
-        return cls(text, **sizes)
+        return cls(read_tokenizer(path), **sizes)
 
     def encode_text(self, text: str) -> np.ndarray:
         """Plain text -> ids [L]. Raises ValueError when it spells a multimodal token, which only this class may place."""
@@ -165,8 +154,32 @@ class MultimodalTokenizer:
         return next((k for k in range(most) if table.get(f"<MM-Token-{k}>") != self.vocab_size + k), most)
 
 
+def read_tokenizer(path: str | Path) -> Any:
+    """The Hugging Face tokenizer of a local folder. Never online. ValueError when there is none."""
+    path = Path(path)
+    if not path.is_dir():
+        raise ValueError(f"The tokenizer folder {str(path)!r} does not exist; give the folder that holds tokenizer.json.")
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    try:
+        # tokenizer.json says everything; AutoTokenizer would first ask the model's config.json, whose type it may not know.
+        kind = PreTrainedTokenizerFast if (path / "tokenizer.json").is_file() else AutoTokenizer
+        return kind.from_pretrained(str(path), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"The folder {str(path)!r} holds no readable tokenizer ({str(error).splitlines()[0]}).") from error
+
+
+def encoder_ids(tokenizer: Any, texts: Sequence[str], length: int) -> np.ndarray:
+    """Texts -> ids int32 [B, length] by a text encoder's own Hugging Face tokenizer, as FLUX prepares them.
+
+    The tokenizer adds its specials (T5: end; CLIP: begin and end), cuts the text so that they fit, and fills with its padding token.
+    """
+    rows = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True)
+    return np.array(rows["input_ids"], np.int32)
+
+
 def fixed_length_ids(tokenizer: Any, texts: Sequence[str], length: int) -> np.ndarray:
-    """Texts -> ids int32 [B, length] for the decoder's text encoders: cut to fit, closed and filled with the padding token.
+    """Texts -> ids int32 [B, length] for text encoders that share the model's tokenizer: cut to fit, closed and filled with padding.
 
     `tokenizer` is a MultimodalTokenizer or a bare Hugging Face one. At least one padding token closes every row, which is the
     end-of-text position that CLIP pools.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -17,7 +18,6 @@ from xomni_jax.models.registry import COMPONENTS, init_params
 from xomni_jax.pipeline import picture_keys
 from xomni_jax.sampling.decoder import DecodeConfig, Decoder, to_uint8
 from xomni_jax.sampling.flow import Conditioning, flow_training_pair
-from xomni_jax.sequence.tokenizer import MultimodalTokenizer, fixed_length_ids
 from xomni_jax.training.components import DataIterator, PictureSize, check_split, export_model, open_model, stored_or_preset
 from xomni_jax.training.config import RunConfig, build
 from xomni_jax.training.loop import Stage, key_for, tile
@@ -89,7 +89,6 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
     stored = model.description["components"]
     configs = {n: stored_or_preset(model, n, config[n], presets[n], f"config.{n}") for n in presets}
     decoder = Decoder(**{name: COMPONENTS[name].module(c) for name, c in configs.items()})
-    text = MultimodalTokenizer.load(model.path / "tokenizer")
 
     def init():
         return {n: init_params(n, c, key_for(run.seed, i, 7)) for i, (n, c) in enumerate(configs.items())}
@@ -109,7 +108,7 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
         return state, metrics | optim
 
     update = jax.jit(update, donate_argnums=0)
-    ids = lambda prompts: tuple(fixed_length_ids(text, prompts, n) for n in (decode.text_length, decode.pooled_length))  # noqa: E731
+    ids = functools.partial(model.text_ids, cfg=decode)
     empty = ids([""])
     empties = tuple(np.repeat(x, model.ways, axis=0) for x in empty)  # as many rows as the mesh splits
 
