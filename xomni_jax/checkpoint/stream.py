@@ -1,0 +1,156 @@
+"""Streaming into Orbax: parameters that are never whole in memory, written as an ordinary checkpoint that Orbax restores on any mesh."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+
+from xomni_jax.checkpoint.assemble import Target, blocks_of, not_finite
+from xomni_jax.checkpoint.conversion import flatten, unflatten
+from xomni_jax.checkpoint.store import unwrap_metadata
+
+CHUNK_BYTES = 16 * 2**20  # small enough that a device which restores an eighth of a matrix does not read all of it
+
+# Told after every block: its bytes, and {source or parameter: "NaN" | "infinite"} of values that are no numbers.
+Progress = Callable[[int, dict[str, str]], None]
+
+
+def chunk_shape(shape: Sequence[int], itemsize: int, stacked: bool, limit: int = CHUNK_BYTES) -> tuple[int, ...]:
+    """Shape of what is stored as one piece: one layer at most, cut evenly along its largest axes until it is below `limit` bytes."""
+    chunk = [max(n, 1) for n in shape]
+    if stacked and chunk:
+        chunk[0] = 1
+    while math.prod(chunk) * itemsize > limit:
+        axis = max(range(len(chunk)), key=chunk.__getitem__)
+        factor = next(p for p in range(2, chunk[axis] + 1) if chunk[axis] % p == 0)
+        chunk[axis] //= factor
+    if stacked and chunk:  # small layers share a piece
+        chunk[0] = min(max(shape[0], 1), max(1, limit // (math.prod(chunk[1:]) * itemsize))) if chunk[1:] == list(shape[1:]) else 1
+    return tuple(chunk)
+
+
+def save_targets(directory: str | Path, targets: Iterable[Target], progress: Progress | None = None) -> None:
+    """Writes one component's parameters; every process of a multi-host run calls this and writes its share of the blocks.
+
+    The directory appears, whole, when all is written. At any time one block is made while the one before it is written.
+    """
+    registry = ocp.type_handlers.create_type_handler_registry((Target, _Writer(progress or (lambda n, odd: None))))
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, type_handler_registry=registry)
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(Path(directory).absolute(), args=ocp.args.PyTreeSave(unflatten({t.path: t for t in targets})))
+
+
+class _Writer(ocp.type_handlers.TypeHandler):
+    """Orbax asks it to write `Target` leaves; the result is what Orbax's own array handler would have written."""
+
+    def __init__(self, progress: Progress):
+        self.progress = progress
+
+    def typestr(self) -> str:
+        return "jax.Array"  # which handler restores it
+
+    async def serialize(self, values: Sequence[Target], infos: Sequence[Any], args: Any = None) -> list[Any]:
+        context = _context()
+        # In the order of the files, so that a disk reads forward; layers of one parameter stay together.
+        for target, info in sorted(zip(values, infos), key=lambda pair: _first_source(pair[0])):
+            await info.await_path_creation()
+            self._write(target, f"{_base(info.parent_dir)}ocdbt.process_{jax.process_index()}/", info.name, context)
+        return []
+
+    def _write(self, target: Target, base: str, name: str, context: ts.Context) -> None:
+        chunk = chunk_shape(target.shape, target.dtype.itemsize, target.stacked)
+        array = _create(base, name, target, chunk, context)
+        pending = None
+        for i, index in enumerate(blocks_of(target, chunk)):
+            if i % jax.process_count() != jax.process_index():
+                continue
+            block = target.read(index)
+            odd = self._odd(target, index, block)
+            target.release()
+            if pending is not None:
+                pending.result()
+            pending = array[index].write(block, can_reference_source_data_indefinitely=True)
+            self.progress(block.nbytes, odd)
+        if pending is not None:
+            pending.result()
+
+    def _odd(self, target: Target, index: tuple[slice, ...], block: np.ndarray) -> dict[str, str]:
+        kind = not_finite(block)
+        if kind is None:
+            return {}
+        spans = [range(*s.indices(n)) for s, n in zip(index, target.shape)]
+        found = {}
+        for rule in target.rules:
+            value, _ = target.rule_view(rule, spans)
+            kind = None if value is None else not_finite(value)
+            if kind:
+                found[target.sources.found(rule.source)] = kind
+        # Finite in the file, infinite here: the cast did it.
+        return found or {target.path: f"not finite as {target.dtype.name}"}
+
+    async def deserialize(self, infos: Any, args: Any = None) -> list[Any]:
+        raise NotImplementedError("targets are only written; arrays are restored by Orbax's own handler")
+
+    async def metadata(self, infos: Any) -> list[Any]:
+        raise NotImplementedError("targets are only written; metadata is read by Orbax's own handler")
+
+
+def _first_source(target: Target) -> tuple[str, str]:
+    if not target.rules:
+        return "", target.path
+    info = target.sources.infos[target.rules[0].source]
+    return str(info.file), info.key
+
+
+def _base(directory: Any) -> str:
+    path = str(directory).rstrip("/") + "/"
+    return path if "://" in path else f"file://{path}"
+
+
+def _context() -> ts.Context:
+    return ts.Context({"cache_pool": {"total_bytes_limit": 0}, "data_copy_concurrency": {"limit": 2}, "file_io_concurrency": {"limit": 4}})
+
+
+def _create(base: str, name: str, target: Target, chunk: tuple[int, ...], context: ts.Context) -> ts.TensorStore:
+    spec = {
+        "driver": "zarr",
+        # Orbax merges the processes' own OCDBT trees when all have written.
+        "kvstore": {"driver": "ocdbt", "base": base, "path": name + "/", "config": {"max_inline_value_bytes": 1024, "max_decoded_node_bytes": 10**8}},
+        # No compression: trained weights hardly shrink, and it would take most of the time.
+        "metadata": {"shape": target.shape, "chunks": chunk, "dtype": ts.dtype(target.dtype).name if target.dtype.name == "bfloat16" else target.dtype.str, "compressor": None, "fill_value": None},
+        "store_data_equal_to_fill_value": True,
+    }  # fmt: skip
+    return ts.open(spec, create=True, open=True, context=context).result()
+
+
+# ---- reading parts of what Orbax wrote ----
+class Stored:
+    """The arrays of one component's directory, opened one by one and read in parts; written by us or by Orbax alike.
+
+    Attributes:
+      arrays: {path: object with shape and dtype}.
+    """
+
+    def __init__(self, directory: str | Path):
+        self.directory = Path(directory).absolute()
+        with ocp.StandardCheckpointer() as checkpointer:
+            metadata = unwrap_metadata(checkpointer.metadata(self.directory))
+        if metadata is None:
+            raise ValueError("the list of its arrays is missing")
+        self.arrays: dict[str, Any] = flatten(metadata)
+
+    def read(self, path: str, index: Any = ...) -> np.ndarray:
+        """A rectangle of one array."""
+        name = path.replace("/", ".")
+        kvstore: dict[str, Any] = {"driver": "file", "path": f"{self.directory}/{name}/"}
+        if (self.directory / "manifest.ocdbt").exists():
+            kvstore = {"driver": "ocdbt", "base": _base(self.directory), "path": name + "/"}
+        spec = {"driver": "zarr", "kvstore": kvstore, "fill_missing_data_reads": False}
+        return ts.open(spec, open=True, context=_context()).result()[index].read().result()
