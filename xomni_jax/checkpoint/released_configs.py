@@ -93,7 +93,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 # ---- unified transformer ----
-def read_transformer(c: ConfigFile, vision: Mapping[str, int] | None, dtype: Any) -> ARConfig:
+def read_transformer(c: ConfigFile, vision: Mapping[str, int] | None) -> ARConfig:
     """Sizes of an X-Omni transformer; of a plain Qwen2.5 with `vision`, which gives what a language model has not."""
     for key, allowed, default in (("hidden_act", ("silu",), "silu"), ("use_sliding_window", (False,), False)):
         c.expect(key, *allowed, default=default)
@@ -115,7 +115,7 @@ def read_transformer(c: ConfigFile, vision: Mapping[str, int] | None, dtype: Any
         d_model=hidden, mlp_dim=c.size("intermediate_size"), n_heads=heads, n_kv_heads=c.size("num_key_value_heads", heads),
         head_dim=c.size("head_dim", hidden // heads), n_language_layers=layers,
         n_adapter_layers=vision["num_mm_adap_layers"], n_head_layers=vision["num_mm_head_layers"],
-        rope_theta=theta, rms_eps=c.number("rms_norm_eps", 1e-6), attention_chunk=CHUNK, dtype=dtype, param_dtype=dtype,
+        rope_theta=theta, rms_eps=c.number("rms_norm_eps", 1e-6), attention_chunk=CHUNK,
     )  # fmt: skip
 
 
@@ -134,7 +134,7 @@ def write_transformer(cfg: ARConfig) -> dict[str, Any]:
 
 
 # ---- decoder ----
-def read_mmdit(c: ConfigFile, semantic_dim: int, mlp_ratio: int, dtype: Any) -> MMDiTConfig:
+def read_mmdit(c: ConfigFile, semantic_dim: int, mlp_ratio: int) -> MMDiTConfig:
     """Sizes of the MMDiT from diffusers' config; the two it lacks come from tensors."""
     c.expect("patch_size", 1, default=1)
     c.expect("out_channels", None, c.data.get("in_channels"), default=None)
@@ -144,7 +144,7 @@ def read_mmdit(c: ConfigFile, semantic_dim: int, mlp_ratio: int, dtype: Any) -> 
         in_channels=c.size("in_channels"), d_model=heads * width, n_heads=heads, axes_dims=c.sizes("axes_dims_rope", (16, 56, 56)),
         n_double=c.size("num_layers"), n_single=c.size("num_single_layers"), text_dim=c.size("joint_attention_dim"),
         pooled_dim=c.size("pooled_projection_dim"), semantic_dim=semantic_dim, guidance_embed=bool(c.get("guidance_embeds", False)),
-        mlp_ratio=mlp_ratio, prediction=c.get("prediction", "velocity"), query_chunk=CHUNK, dtype=dtype, param_dtype=dtype,
+        mlp_ratio=mlp_ratio, prediction=c.get("prediction", "velocity"), query_chunk=CHUNK,
     )  # fmt: skip
 
 
@@ -159,7 +159,7 @@ def write_mmdit(cfg: MMDiTConfig) -> dict[str, Any]:
     return out if cfg.prediction == "velocity" else out | {"prediction": cfg.prediction}
 
 
-def read_vae(c: ConfigFile, dtype: Any) -> AutoencoderConfig:
+def read_vae(c: ConfigFile) -> AutoencoderConfig:
     """Sizes of the VAE from diffusers' config."""
     c.expect("act_fn", "silu", default="silu")
     c.expect("use_quant_conv", False, default=True)
@@ -171,7 +171,7 @@ def read_vae(c: ConfigFile, dtype: Any) -> AutoencoderConfig:
         AutoencoderConfig,
         pixel_channels=channels, latent_channels=c.size("latent_channels"), block_channels=c.sizes("block_out_channels"),
         layers_per_block=c.size("layers_per_block"), groups=c.size("norm_num_groups"), scaling_factor=c.number("scaling_factor"),
-        shift_factor=c.number("shift_factor", 0.0), query_chunk=2 * CHUNK, dtype=dtype, param_dtype=dtype,
+        shift_factor=c.number("shift_factor", 0.0), query_chunk=2 * CHUNK,
     )  # fmt: skip
 
 
@@ -188,14 +188,14 @@ def write_vae(cfg: AutoencoderConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def read_t5(c: ConfigFile, dtype: Any) -> T5Config:
+def read_t5(c: ConfigFile) -> T5Config:
     """Sizes of a T5 v1.1 encoder from transformers' config."""
     c.expect("feed_forward_proj", "gated-gelu")
     return c.build(
         T5Config,
         vocab_size=c.size("vocab_size"), d_model=c.size("d_model"), n_layers=c.size("num_layers"), n_heads=c.size("num_heads"),
         head_dim=c.size("d_kv"), mlp_dim=c.size("d_ff"), n_buckets=c.size("relative_attention_num_buckets", 32),
-        max_distance=c.size("relative_attention_max_distance", 128), dtype=dtype, param_dtype=dtype,
+        max_distance=c.size("relative_attention_max_distance", 128),
     )  # fmt: skip
 
 
@@ -211,7 +211,7 @@ def write_t5(cfg: T5Config) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def read_clip(c: ConfigFile, dtype: Any) -> CLIPTextConfig:
+def read_clip(c: ConfigFile) -> CLIPTextConfig:
     """Sizes of CLIP's text tower from transformers' config."""
     c.expect("hidden_act", "quick_gelu", default="quick_gelu")
     vocab, end = c.size("vocab_size"), c.size("eos_token_id", 49407)
@@ -220,7 +220,7 @@ def read_clip(c: ConfigFile, dtype: Any) -> CLIPTextConfig:
         vocab_size=vocab, d_model=c.size("hidden_size"), n_layers=c.size("num_hidden_layers"), n_heads=c.size("num_attention_heads"),
         mlp_dim=c.size("intermediate_size"), max_length=c.size("max_position_embeddings"),
         # OpenAI's files, FLUX.1's among them, say 2; transformers then pools at the largest id, which is the last of the vocabulary.
-        eos_id=vocab - 1 if end == 2 else end, dtype=dtype, param_dtype=dtype,
+        eos_id=vocab - 1 if end == 2 else end,
     )  # fmt: skip
 
 
@@ -234,25 +234,29 @@ def write_clip(cfg: CLIPTextConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
-# ---- how the model is run ----
-def read_preprocess(c: ConfigFile) -> ImageLimits:
-    """`vision_config.transform`."""
+# ---- how the model is run: only the fields that a file says ----
+def read_preprocess(c: ConfigFile) -> dict[str, Any]:
+    """`vision_config.transform` as fields of `ImageLimits`."""
     names = ("short_size", "long_size", "patch_size", "min_short_size", "max_aspect_ratio")
-    return c.build(ImageLimits, **{name: c.number(name) for name in names if c.data.get(name) is not None})
+    fields = {name: c.number(name) for name in names if c.data.get(name) is not None}
+    c.build(ImageLimits, **fields)
+    return fields
 
 
-def read_decode(c: ConfigFile | None, scheduler: ConfigFile | None, pooled_length: int | None) -> DecodeConfig:
-    """`vision_config.decoder` and FLUX.1's scheduler config; what neither says keeps its default."""
-    fields: dict[str, Any] = {} if pooled_length is None else {"pooled_length": pooled_length}
-    if c is not None:
-        fields |= {ours: c.number(key) for key, ours in (("num_inference_steps", "steps"), ("cfg_scale", "guidance")) if key in c.data}
-    if scheduler is not None:
-        scheduler.expect("base_image_seq_len", 256, default=256)
-        scheduler.expect("max_image_seq_len", 4096, default=4096)
-        scheduler.expect("use_dynamic_shifting", True, default=True)
-        scheduler.expect("shift_terminal", None, default=None)
-        fields |= {key: scheduler.number(key) for key in ("base_shift", "max_shift") if key in scheduler.data}
-    return (c or scheduler or ConfigFile(Path("."), {})).build(DecodeConfig, **fields)
+def read_decode(c: ConfigFile) -> dict[str, Any]:
+    """`vision_config.decoder` as fields of `DecodeConfig`."""
+    fields = {ours: c.number(key) for key, ours in (("num_inference_steps", "steps"), ("cfg_scale", "guidance")) if key in c.data}
+    c.build(DecodeConfig, **fields)
+    return fields
+
+
+def read_scheduler(c: ConfigFile) -> dict[str, Any]:
+    """FLUX.1's scheduler config as fields of `DecodeConfig`."""
+    c.expect("base_image_seq_len", 256, default=256)
+    c.expect("max_image_seq_len", 4096, default=4096)
+    c.expect("use_dynamic_shifting", True, default=True)
+    c.expect("shift_terminal", None, default=None)
+    return {key: c.number(key) for key in ("base_shift", "max_shift") if key in c.data}
 
 
 def write_scheduler(decode: Mapping[str, Any]) -> dict[str, Any]:

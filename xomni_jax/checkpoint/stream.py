@@ -41,7 +41,10 @@ def save_targets(directory: str | Path, targets: Iterable[Target], progress: Pro
 
     The directory appears, whole, when all is written. At any time one block is made while the one before it is written.
     """
-    registry = ocp.type_handlers.create_type_handler_registry((Target, _Writer(progress or (lambda n, odd: None))))
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (Target, _Writer(progress or (lambda n, odd: None))),
+        (jax.Array, ocp.type_handlers.ArrayHandler()),  # unused, but Orbax warns when it is missing
+    )
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, type_handler_registry=registry)
     with ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(Path(directory).absolute(), args=ocp.args.PyTreeSave(unflatten({t.path: t for t in targets})))
@@ -124,7 +127,7 @@ def _create(base: str, name: str, target: Target, chunk: tuple[int, ...], contex
         # Orbax merges the processes' own OCDBT trees when all have written.
         "kvstore": {"driver": "ocdbt", "base": base, "path": name + "/", "config": {"max_inline_value_bytes": 1024, "max_decoded_node_bytes": 10**8}},
         # No compression: trained weights hardly shrink, and it would take most of the time.
-        "metadata": {"shape": target.shape, "chunks": chunk, "dtype": ts.dtype(target.dtype).name if target.dtype.name == "bfloat16" else target.dtype.str, "compressor": None, "fill_value": None},
+        "metadata": {"shape": target.shape, "chunks": chunk, "dtype": "bfloat16" if target.dtype.name == "bfloat16" else target.dtype.str, "compressor": None, "fill_value": None},
         "store_data_equal_to_fill_value": True,
     }  # fmt: skip
     return ts.open(spec, create=True, open=True, context=context).result()
