@@ -12,8 +12,6 @@ import numpy as np
 class ConversionError(ValueError):
     """A checkpoint does not fit its table. The message is one sentence, or lists every problem, one a line."""
 
-    lists_problems = True
-
     @classmethod
     def of(cls, problems: Sequence[str]) -> ConversionError:
         """One error for all problems."""

@@ -182,6 +182,9 @@ def _xomni_parts(folder: Path, out: Release) -> dict[str, Callable[[], Found]]:
     c = ConfigFile(folder / "config.json")
     out.tokenizers["tokenizer"] = folder
     parts = {"transformer": lambda: _transformer(folder, c)}
+    if "hidden_size" not in c.data:
+        out.notes.append(f"{c.path}: describes no transformer, so none is read")
+        parts = {}
     if "vision_config" not in c.data:
         out.notes.append(f"{c.path}: no vision_config, so no image tokenizer and no decoder are read")
         return parts

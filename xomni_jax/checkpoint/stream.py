@@ -13,8 +13,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from xomni_jax.checkpoint.assemble import Target, blocks_of, not_finite
-from xomni_jax.checkpoint.conversion import flatten, unflatten
-from xomni_jax.checkpoint.store import unwrap_metadata
+from xomni_jax.checkpoint.conversion import unflatten
 
 CHUNK_BYTES = 16 * 2**20  # small enough that a device which restores an eighth of a matrix does not read all of it
 
@@ -131,29 +130,3 @@ def _create(base: str, name: str, target: Target, chunk: tuple[int, ...], contex
         "store_data_equal_to_fill_value": True,
     }  # fmt: skip
     return ts.open(spec, create=True, open=True, context=context).result()
-
-
-# ---- reading parts of what Orbax wrote ----
-class Stored:
-    """The arrays of one component's directory, opened one by one and read in parts; written by us or by Orbax alike.
-
-    Attributes:
-      arrays: {path: object with shape and dtype}.
-    """
-
-    def __init__(self, directory: str | Path):
-        self.directory = Path(directory).absolute()
-        with ocp.StandardCheckpointer() as checkpointer:
-            metadata = unwrap_metadata(checkpointer.metadata(self.directory))
-        if metadata is None:
-            raise ValueError("the list of its arrays is missing")
-        self.arrays: dict[str, Any] = flatten(metadata)
-
-    def read(self, path: str, index: Any = ...) -> np.ndarray:
-        """A rectangle of one array."""
-        name = path.replace("/", ".")
-        kvstore: dict[str, Any] = {"driver": "file", "path": f"{self.directory}/{name}/"}
-        if (self.directory / "manifest.ocdbt").exists():
-            kvstore = {"driver": "ocdbt", "base": _base(self.directory), "path": name + "/"}
-        spec = {"driver": "zarr", "kvstore": kvstore, "fill_missing_data_reads": False}
-        return ts.open(spec, open=True, context=_context()).result()[index].read().result()
