@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,10 @@ from xomni_jax.checkpoint.assemble import Target, targets_of
 from xomni_jax.checkpoint.conversion import ConversionError, problems
 from xomni_jax.checkpoint.conversion_report import Hashes, report_of
 from xomni_jax.checkpoint.new_tokenizer import extend_tokenizer
-from xomni_jax.checkpoint.released import TOKENIZER_FILES, Found, NewParts, Release, open_release
-from xomni_jax.checkpoint.store import FORMAT, CheckpointError, config_to_json, read_model_json, write_json
+from xomni_jax.checkpoint.released import TOKENIZER_FILES, Found, NewParts, Release, open_release, strangers
+from xomni_jax.checkpoint.store import FORMAT, CheckpointError, config_from_json, config_to_json, read_model_json, write_json
 from xomni_jax.checkpoint.stream import save_targets
+from xomni_jax.models.registry import COMPONENTS
 
 DTYPES: dict[str, np.dtype | None] = {"keep": None, "float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 REPORT, PROGRESS = "conversion.json", "progress.json"
@@ -46,13 +47,19 @@ class Plan:
         return sum(t.nbytes for targets in self.targets.values() for t in targets)
 
 
-def make_plan(release: Release, dtype: str = "keep") -> Plan:
+def make_plan(release: Release, dtype: str = "keep", there: Mapping[str, Any] | None = None) -> Plan:
     """Checks every key, shape and dtype of every component before anything is read or written.
+
+    Args:
+      dtype: a key of `DTYPES`. there: configs of the components that the target has already.
 
     Raises:
       ConversionError: listing every problem.
     """
-    found, plans = [], {}
+    there, plans = there or {}, {}
+    twice = sorted(set(there) & set(release.components))
+    found = [f"{name}: is in the target already; choose another --to, or other parts with --only" for name in twice]
+    found += strangers({**there, **{name: part.config for name, part in release.components.items()}})
     for name, part in release.components.items():
         wanted = part.wanted()
         wrong = problems(part.sources.infos, part.table, wanted, part.sources.found, part.sources.absent)
@@ -90,10 +97,12 @@ def convert(
     Raises:
       ConversionError: nothing was written.
     """
-    to, part = Path(to).absolute(), Path(to).absolute().with_name(Path(to).absolute().name + ".part")
+    to = Path(to).absolute()
+    part, there = to.with_name(to.name + ".part"), _there(to)
+    if "siglip_vq" in there:
+        parts = dataclasses.replace(parts, semantic_dim=there["siglip_vq"].width)
     release = open_release(xomni, flux, only, parts)
-    plan = make_plan(release, dtype)
-    _check_target(to, plan)
+    plan = make_plan(release, dtype, there)
     done = _prepare(part, plan, dtype)
     _check_space(to, sum(t.nbytes for name, targets in plan.targets.items() if name not in done for t in targets))
     for line in release.notes:
@@ -124,15 +133,14 @@ def _barrier(name: str) -> None:
         multihost_utils.sync_global_devices(f"xomni convert: {name}")
 
 
-def _check_target(to: Path, plan: Plan) -> None:
-    """Refuses a target that would be overwritten."""
+def _there(to: Path) -> dict[str, Any]:
+    """Configs of the components that the target has already; refuses what is no model directory."""
     if not to.exists() or (to.is_dir() and not any(to.iterdir())):
-        return
+        return {}
     if not (to / "model.json").is_file():
         raise ConversionError(f"{to}: is there and no model directory; choose another --to")
-    there = sorted(set(read_model_json(to)["components"]) & set(plan.targets))
-    if there:
-        raise ConversionError(f"{to}: already holds {', '.join(there)}; choose another --to, or other parts with --only")
+    components = read_model_json(to)["components"]
+    return {name: config_from_json(COMPONENTS[name].config, data["config"], f"{to}/model.json") for name, data in components.items()}
 
 
 def _check_space(to: Path, needed: int) -> None:

@@ -41,13 +41,17 @@ SIGLIP = ("siglip", "siglip2", "siglip_vision_model", "siglip2_vision_model")
 
 @dataclasses.dataclass(frozen=True)
 class NewParts:
-    """Sizes of what a plain model lacks (the released ones by default), and the seed it is drawn from."""
+    """Sizes of what a plain model lacks (the released ones by default), and the seed it is drawn from.
+
+    `semantic_dim`, of the decoder's semantic input, is the image tokenizer's width where that is known.
+    """
 
     image_vocab_size: int = 16384
     mm_vocab_size: int = 16448
     adapter_layers: int = 4
     head_layers: int = 4
     code_width: int = 2048
+    semantic_dim: int = MMDiTConfig.semantic_dim
     seed: int = 0
 
 
@@ -166,6 +170,25 @@ def open_release(xomni: str | Path | None, flux: str | Path | None, only: str | 
         out.tokenizers.pop("tokenizer", None)
     out.tokenizers = {k: v for k, v in out.tokenizers.items() if k == "tokenizer" or k.removeprefix("tokenizer_") in out.components}
     _settings(out, Path(xomni) if kind == "xomni" else None, Path(flux) if flux else None)
+    return out
+
+
+# Sizes that two components must share.
+SHARED = (
+    ("transformer", "image_vocab_size", "siglip_vq", "codebook_size"),
+    ("mmdit", "semantic_dim", "siglip_vq", "width"),
+    ("mmdit", "in_channels", "autoencoder", "packed_channels"),
+    ("mmdit", "text_dim", "t5", "d_model"),
+    ("mmdit", "pooled_dim", "clip", "d_model"),
+)
+
+
+def strangers(components: Mapping[str, Any]) -> list[str]:
+    """What keeps components ({name: config}) from being one model."""
+    out = []
+    for a, x, b, y in SHARED:
+        if a in components and b in components and (m := getattr(components[a], x)) != (n := getattr(components[b], y)):
+            out.append(f"{a}.{x}={m}, but {b}.{y}={n}; take both from checkpoints that belong together")
     return out
 
 
@@ -328,7 +351,7 @@ def _flux_parts(folder: Path, out: Release, plain: bool) -> dict[str, Callable[[
         return clip.table(cfg, "text_model." if any(key.startswith("text_model.") for key in sources.infos) else "")
 
     def decoder() -> Found:
-        width = out.components["siglip_vq"].config.width if "siglip_vq" in out.components else MMDiTConfig.semantic_dim
+        width = out.components["siglip_vq"].config.width if "siglip_vq" in out.components else out.parts.semantic_dim
         out.notes.append(f"{folder}: plain FLUX.1; its semantic input ({width} wide) starts at zero")
         return open_mmdit(folder / "transformer", width)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from xomni_jax.checkpoint.assemble import Target, blocks_of, not_finite
 from xomni_jax.checkpoint.conversion import unflatten
 
 CHUNK_BYTES = 16 * 2**20  # small enough that a device which restores an eighth of a matrix does not read all of it
+PENDING_BYTES = 32 * 2**20  # what may still be written while the next block is made
 
 # Told after every block: its bytes, and {source or parameter: "NaN" | "infinite"} of values that are no numbers.
 Progress = Callable[[int, dict[str, str]], None]
@@ -38,7 +40,7 @@ def chunk_shape(shape: Sequence[int], itemsize: int, stacked: bool, limit: int =
 def save_targets(directory: str | Path, targets: Iterable[Target], progress: Progress | None = None) -> None:
     """Writes one component's parameters; every process of a multi-host run calls this and writes its share of the blocks.
 
-    The directory appears, whole, when all is written. At any time one block is made while the one before it is written.
+    The directory appears, whole, when all is written. While one block is made, the one before it is written, or many small ones are.
     """
     registry = ocp.type_handlers.create_type_handler_registry(
         (Target, _Writer(progress or (lambda n, odd: None))),
@@ -59,29 +61,27 @@ class _Writer(ocp.type_handlers.TypeHandler):
         return "jax.Array"  # which handler restores it
 
     async def serialize(self, values: Sequence[Target], infos: Sequence[Any], args: Any = None) -> list[Any]:
-        context = _context()
+        context, pending = _context(), _Pending()
         # In the order of the files, so that a disk reads forward; layers of one parameter stay together.
-        for target, info in sorted(zip(values, infos), key=lambda pair: _first_source(pair[0])):
+        pairs = sorted(zip(values, infos), key=lambda pair: _first_source(pair[0]))
+        made = []
+        for target, info in pairs:
             await info.await_path_creation()
-            self._write(target, f"{_base(info.parent_dir)}ocdbt.process_{jax.process_index()}/", info.name, context)
+            made.append(_create(f"{_base(info.parent_dir)}ocdbt.process_{jax.process_index()}/", info.name, target, context))
+        for (target, _), array in zip(pairs, made):
+            self._write(target, array.result(), pending)
+        pending.drain(0)
         return []
 
-    def _write(self, target: Target, base: str, name: str, context: ts.Context) -> None:
-        chunk = chunk_shape(target.shape, target.dtype.itemsize, target.stacked)
-        array = _create(base, name, target, chunk, context)
-        pending = None
-        for i, index in enumerate(blocks_of(target, chunk)):
+    def _write(self, target: Target, array: ts.TensorStore, pending: _Pending) -> None:
+        for i, index in enumerate(blocks_of(target, array.chunk_layout.write_chunk.shape)):
             if i % jax.process_count() != jax.process_index():
                 continue
             block = target.read(index)
             odd = self._odd(target, index, block)
             target.release()
-            if pending is not None:
-                pending.result()
-            pending = array[index].write(block, can_reference_source_data_indefinitely=True)
+            pending.add(array[index].write(block, can_reference_source_data_indefinitely=True), block.nbytes)
             self.progress(block.nbytes, odd)
-        if pending is not None:
-            pending.result()
 
     def _odd(self, target: Target, index: tuple[slice, ...], block: np.ndarray) -> dict[str, str]:
         kind = not_finite(block)
@@ -104,6 +104,27 @@ class _Writer(ocp.type_handlers.TypeHandler):
         raise NotImplementedError("targets are only written; metadata is read by Orbax's own handler")
 
 
+class _Pending:
+    """Writes under way: many small ones, or one that is large."""
+
+    def __init__(self) -> None:
+        self.writes: deque[tuple[Any, int]] = deque()
+        self.nbytes = 0
+
+    def add(self, write: Any, nbytes: int) -> None:
+        """Takes one more; waits for the oldest until little but this one is under way."""
+        self.drain(PENDING_BYTES)
+        self.writes.append((write, nbytes))
+        self.nbytes += nbytes
+
+    def drain(self, limit: int) -> None:
+        """Waits until at most `limit` bytes are under way."""
+        while self.writes and (self.nbytes > limit or not limit):
+            write, nbytes = self.writes.popleft()
+            write.result()
+            self.nbytes -= nbytes
+
+
 def _first_source(target: Target) -> tuple[str, str]:
     if not target.rules:
         return "", target.path
@@ -120,7 +141,9 @@ def _context() -> ts.Context:
     return ts.Context({"cache_pool": {"total_bytes_limit": 0}, "data_copy_concurrency": {"limit": 2}, "file_io_concurrency": {"limit": 4}})
 
 
-def _create(base: str, name: str, target: Target, chunk: tuple[int, ...], context: ts.Context) -> ts.TensorStore:
+def _create(base: str, name: str, target: Target, context: ts.Context) -> Any:
+    """A future of the new, empty array."""
+    chunk = chunk_shape(target.shape, target.dtype.itemsize, target.stacked)
     spec = {
         "driver": "zarr",
         # Orbax merges the processes' own OCDBT trees when all have written.
@@ -129,4 +152,4 @@ def _create(base: str, name: str, target: Target, chunk: tuple[int, ...], contex
         "metadata": {"shape": target.shape, "chunks": chunk, "dtype": "bfloat16" if target.dtype.name == "bfloat16" else target.dtype.str, "compressor": None, "fill_value": None},
         "store_data_equal_to_fill_value": True,
     }  # fmt: skip
-    return ts.open(spec, create=True, open=True, context=context).result()
+    return ts.open(spec, create=True, open=True, context=context)

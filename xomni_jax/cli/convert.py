@@ -52,7 +52,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
         raise ValueError("neither --xomni nor --flux is given; say what to convert")
     if args.to is None and not args.plan:
         raise ValueError("--to is missing; say where the model directory goes, or --plan to look only")
-    parts = NewParts(args.image_vocab, args.mm_vocab, args.adapter_layers, args.head_layers, args.code_width, args.seed)
+    parts = NewParts(args.image_vocab, args.mm_vocab, args.adapter_layers, args.head_layers, args.code_width, seed=args.seed)
     small = next((k for k, v in vars(parts).items() if v < (k in ("image_vocab_size", "mm_vocab_size", "code_width"))), None)
     if small:
         raise ValueError(f"{small}={getattr(parts, small)} is too small; leave the option out for the released size")
