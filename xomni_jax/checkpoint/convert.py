@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 from xomni_jax.checkpoint.assemble import Target, targets_of
 from xomni_jax.checkpoint.conversion import ConversionError, problems
 from xomni_jax.checkpoint.conversion_report import Hashes, report_of
-from xomni_jax.checkpoint.new_tokenizer import extend_tokenizer
+from xomni_jax.checkpoint.new_tokenizer import extended
 from xomni_jax.checkpoint.released import TOKENIZER_FILES, Found, NewParts, Release, open_release, strangers
 from xomni_jax.checkpoint.store import FORMAT, CheckpointError, config_from_json, config_to_json, read_model_json, write_json
 from xomni_jax.checkpoint.stream import save_targets
@@ -103,8 +103,10 @@ def convert(
         parts = dataclasses.replace(parts, semantic_dim=there["siglip_vq"].width)
     release = open_release(xomni, flux, only, parts)
     plan = make_plan(release, dtype, there)
-    done = _prepare(part, plan, dtype)
+    text = _extended_tokenizer(release)
+    done = _done(part, plan, dtype)
     _check_space(to, sum(t.nbytes for name, targets in plan.targets.items() if name not in done for t in targets))
+    _prepare(part, done)
     for line in release.notes:
         say(line)
     odd = {key: kind for found in done.values() for key, kind in found.items()}
@@ -123,7 +125,7 @@ def convert(
             say(f"{name}: {len(targets)} arrays, {size / 1e9:.3f} GB in {seconds:.1f} s")
         _barrier("written")
         if jax.process_index() == 0:
-            _publish(part, to, plan, report_of(plan, hashes.all(), odd), say)
+            _publish(part, to, plan, report_of(plan, hashes.all(), odd), text, say)
     _barrier("published")
     return [f"{key}: holds values that are {kind}" for key, kind in sorted(odd.items())]
 
@@ -158,15 +160,19 @@ def _identity(plan: Plan, dtype: str) -> dict[str, Any]:
     return {"files": stats, "configs": configs, "dtype": dtype, "parts": dataclasses.asdict(plan.release.parts)}
 
 
-def _prepare(part: Path, plan: Plan, dtype: str) -> dict[str, dict[str, str]]:
-    """An empty TO.part, or the one of the same conversion interrupted -> {component that is whole: its odd tensors}."""
-    done: dict[str, dict[str, str]] = {}
+def _done(part: Path, plan: Plan, dtype: str) -> dict[str, dict[str, str]]:
+    """{component that an interrupted run of the same conversion left whole in TO.part: its odd tensors}."""
     try:
         progress = read_progress(part)
         if progress["identity"] == _identity(plan, dtype):
-            done = {name: odd for name, odd in progress["done"].items() if (part / name).is_dir()}
+            return {name: odd for name, odd in progress["done"].items() if (part / name).is_dir()}
     except (OSError, ValueError, KeyError):
         pass
+    return {}
+
+
+def _prepare(part: Path, done: Mapping[str, Any]) -> None:
+    """TO.part with nothing in it but what is done."""
     _barrier("looked")
     if jax.process_index() == 0:
         part.mkdir(parents=True, exist_ok=True)
@@ -174,7 +180,6 @@ def _prepare(part: Path, plan: Plan, dtype: str) -> dict[str, dict[str, str]]:
             if path.name not in (*done, PROGRESS):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
     _barrier("prepared")
-    return done
 
 
 def read_progress(part: Path) -> dict[str, Any]:
@@ -182,10 +187,12 @@ def read_progress(part: Path) -> dict[str, Any]:
     return json.loads((part / PROGRESS).read_text())
 
 
-def _publish(part: Path, to: Path, plan: Plan, report: dict[str, Any], say: Say) -> None:
+def _publish(part: Path, to: Path, plan: Plan, report: dict[str, Any], text: str | None, say: Say) -> None:
     release = plan.release
     for name, folder in release.tokenizers.items():
-        copy_tokenizer(folder, part / name, release, say)
+        copy_tokenizer(folder, part / name, say)
+        if name == "tokenizer" and text is not None:
+            (part / name / "tokenizer.json").write_text(text)
     data: dict[str, Any] = {"format": FORMAT, "components": {}, "settings": {}}
     if (to / "model.json").is_file():
         data = read_model_json(to) | {"settings": read_model_json(to).get("settings", {})}
@@ -227,17 +234,27 @@ def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     return {key: {**old.get(key, {}), **value} if isinstance(value, dict) else value for key, value in new.items()}
 
 
-def copy_tokenizer(folder: Path, target: Path, release: Release, say: Say) -> None:
-    """A tokenizer's files; a plain language model's gets the image tokens."""
+def copy_tokenizer(folder: Path, target: Path, say: Say) -> None:
+    """A tokenizer's files."""
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
-    names = TOKENIZER_FILES if target.name == "tokenizer" else [p.name for p in folder.iterdir() if p.is_file()]
+    names = tokenizer_files(folder) if target.name == "tokenizer" else [p.name for p in folder.iterdir() if p.is_file()]
     for name in names:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, target / name)
-    if not any(target.iterdir()):
+        shutil.copyfile(folder / name, target / name)
+    if not names:
         target.rmdir()
         say(f"{folder}: holds no tokenizer files; put them into {target.name}/ of the model directory before you generate")
-    elif release.extend and target.name == "tokenizer":
-        c = release.components["transformer"].config
-        extend_tokenizer(target, c.vocab_size, c.image_vocab_size, c.mm_vocab_size)
+
+
+def tokenizer_files(folder: Path) -> list[str]:
+    """Names of the text tokenizer's files in a directory that holds weights too."""
+    return [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+
+
+def _extended_tokenizer(release: Release) -> str | None:
+    """tokenizer.json of a plain language model with image tokens; None where there is nothing to extend."""
+    folder = release.tokenizers.get("tokenizer")
+    if not release.extend or folder is None or not tokenizer_files(folder):
+        return None
+    c = release.components["transformer"].config
+    return json.dumps(extended(folder / "tokenizer.json", c.vocab_size, c.image_vocab_size, c.mm_vocab_size), ensure_ascii=False) + "\n"

@@ -12,7 +12,7 @@ import numpy as np
 
 from xomni_jax.checkpoint.convert import make_plan
 from xomni_jax.checkpoint.conversion import ConversionError
-from xomni_jax.checkpoint.released import PARTS, Release, kind_of, open_release
+from xomni_jax.checkpoint.released import PARTS, NotThere, Release, kind_of, open_release
 from xomni_jax.checkpoint.released_model import is_released
 from xomni_jax.checkpoint.store import CheckpointError, config_to_json, read_model_json
 from xomni_jax.checkpoint.stored import Stored
@@ -63,9 +63,10 @@ def open_view(path: str | Path) -> View:
         try:
             release = open_release(*((None, path) if kind == "flux" else (path, None)), only)
             _add_release(view, release)
+        except NotThere:
+            continue
         except ConversionError as e:
-            if "the given directories hold no" not in str(e):
-                view.faults |= dict.fromkeys(names, str(e))
+            view.faults |= dict.fromkeys(names, str(e))
     return view
 
 
@@ -156,11 +157,10 @@ def _compare(name: str, a: Array, b: Array) -> Difference:
         x, y = (np.asarray(side.read(index), np.float32) for side in (a, b))
         both_nan = np.isnan(x) & np.isnan(y)
         gap = np.where((x == y) | both_nan, 0, np.abs(x - y))
+        gap[np.isnan(gap)] = np.inf  # a number against none
         count += int(np.count_nonzero(~((x == y) | both_nan)))
         absolute = max(absolute, float(np.max(gap, initial=0)))
         largest = max(largest, float(np.max(np.abs(np.where(np.isnan(x), 0, x)), initial=0)))
         a.release(), b.release()
-    if math.isnan(absolute):
-        absolute = math.inf
     note = "" if a.dtype == b.dtype else f"{a.dtype.name} and {b.dtype.name}"
     return Difference(name, absolute, absolute / largest if largest else (math.inf if absolute else 0.0), count, note)

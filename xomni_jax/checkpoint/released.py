@@ -23,7 +23,7 @@ import numpy as np
 from flax.linen import meta
 
 from xomni_jax.checkpoint import released_configs as configs
-from xomni_jax.checkpoint.assemble import Sources, usual_dtype
+from xomni_jax.checkpoint.assemble import FLOATS, Sources, usual_dtype
 from xomni_jax.checkpoint.conversion import ConversionError, Make, Table, flatten
 from xomni_jax.checkpoint.names import autoencoder, clip, mmdit, new, qwen2, siglip2, siglip_vq, t5, transformer
 from xomni_jax.checkpoint.released_configs import ConfigFile
@@ -37,6 +37,10 @@ PARTS = {"transformer": ("transformer",), "tokenizer": ("siglip_vq",), "decoder"
 HEADS = {"siglip2_giant_patch16_384": 16, "siglip_so400m_patch16_384": 16}  # the one size that no tensor shows
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja")
 SIGLIP = ("siglip", "siglip2", "siglip_vision_model", "siglip2_vision_model")
+
+
+class NotThere(ConversionError):
+    """The given directories are not of a kind that holds the wanted part."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +169,7 @@ def open_release(xomni: str | Path | None, flux: str | Path | None, only: str | 
     if problems:
         raise ConversionError.of(problems)
     if not out.components:
-        raise ConversionError(f"--only {only}: the given directories hold no {' or '.join(wanted)}; give --{'flux' if only in ('vae', 'text') else 'xomni'}")
+        raise NotThere(f"--only {only}: the given directories hold no {' or '.join(wanted)}; give --{'flux' if only in ('vae', 'text') else 'xomni'}")
     if "transformer" not in out.components:
         out.tokenizers.pop("tokenizer", None)
     out.tokenizers = {k: v for k, v in out.tokenizers.items() if k == "tokenizer" or k.removeprefix("tokenizer_") in out.components}
@@ -195,6 +199,7 @@ def strangers(components: Mapping[str, Any]) -> list[str]:
 def finish(name: str, config: Any, table: Table, sources: Sources, original: Mapping[str, Any], compute: str | None = None) -> Found:
     """A component whose config says the dtype that is stored and the one it computes in (`compute`, or the stored one)."""
     stored = usual_dtype(sources, table)
+    stored = stored if stored in FLOATS else np.dtype(np.float32)  # others are refused, or cast
     run = np.dtype(compute or stored)
     run = run if run == ml_dtypes.bfloat16 else np.dtype(np.float32)
     return Found(name, dataclasses.replace(config, dtype=run, param_dtype=stored), table, sources, dict(original))
@@ -208,10 +213,13 @@ def _xomni_parts(folder: Path, out: Release) -> dict[str, Callable[[], Found]]:
     if "hidden_size" not in c.data:
         out.notes.append(f"{c.path}: describes no transformer, so none is read")
         parts = {}
-    if "vision_config" not in c.data:
-        out.notes.append(f"{c.path}: no vision_config, so no image tokenizer and no decoder are read")
-        return parts
-    return parts | {"siglip_vq": lambda: _siglip_vq(folder, c.part("vision_config")), "mmdit": lambda: _mmdit(folder, c.part("vision_config"))}
+    vision = c.part("vision_config", {})
+    for section, name, what, read in (("encoder", "siglip_vq", "image tokenizer", _siglip_vq), ("decoder", "mmdit", "decoder", _mmdit)):
+        if section in vision.data:
+            parts[name] = lambda read=read: read(folder, vision)
+        else:
+            out.notes.append(f"{c.path}: no vision_config.{section}, so no {what} is read")
+    return parts
 
 
 def _transformer(folder: Path, c: ConfigFile) -> Found:

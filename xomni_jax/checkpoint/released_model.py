@@ -11,7 +11,7 @@ import numpy as np
 
 from xomni_jax.checkpoint.assemble import targets_of
 from xomni_jax.checkpoint.conversion import ConversionError, flatten, problems, unflatten
-from xomni_jax.checkpoint.released import PARTS, Found, kind_of, open_release
+from xomni_jax.checkpoint.released import PARTS, Found, NotThere, kind_of, open_release
 from xomni_jax.checkpoint.store import FORMAT, CheckpointError, config_to_json
 
 
@@ -39,6 +39,8 @@ class ReleasedModel:
         for only, names in PARTS.items():
             try:
                 release = open_release(path, flux, only)
+            except NotThere:
+                continue
             except ConversionError as e:  # said when the part is used
                 self.errors |= dict.fromkeys(names, str(e).splitlines()[0])
                 continue

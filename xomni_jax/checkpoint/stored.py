@@ -34,6 +34,7 @@ class Stored:
             raise CheckpointError(f"{self.directory}: cannot be read, it is incomplete or damaged ({reason}); restore it or write it again")
         self.arrays: dict[str, Any] = flatten(metadata)
         self._open: dict[str, ts.TensorStore] = {}
+        self._context = ts.Context({"cache_pool": {"total_bytes_limit": 16 * 2**20}})  # for the directory of arrays, which all share
         self._kept: dict[str, np.ndarray] = {}
 
     def _metadata(self) -> Any:
@@ -51,7 +52,7 @@ class Stored:
             if (self.directory / "manifest.ocdbt").exists():
                 kvstore = {"driver": "ocdbt", "base": base, "path": name + "/"}
             spec = {"driver": "zarr", "kvstore": kvstore, "fill_missing_data_reads": False}
-            self._open[path] = ts.open(spec, open=True, context=ts.Context({"cache_pool": {"total_bytes_limit": 0}})).result()
+            self._open[path] = ts.open(spec, open=True, context=self._context).result()
         return self._open[path]
 
     def read(self, path: str, index: Any = ...) -> np.ndarray:
