@@ -239,15 +239,26 @@ def not_finite(array: np.ndarray, block: int = 2**20) -> str | None:
     return "NaN" if worst > infinity else "infinite" if worst == infinity else None
 
 
-def blocks_of(target: Target, chunk: tuple[int, ...], limit: int = 128 * 2**20) -> Iterator[Index]:
-    """Rectangles that cover the parameter, in the order of the file, each of whole chunks and about `limit` bytes at most where chunks allow."""
-    axis = 0 if target.stacked else target.order[0] if target.shape else 0
+def blocks_of(target: Target, chunk: tuple[int, ...], limit: int = 32 * 2**20) -> Iterator[Index]:
+    """Rectangles that cover the parameter, in the order of the file, each of whole chunks and about `limit` bytes at most where chunks allow.
+
+    Several small layers of a stack are one block, a large layer is several; new parameters are drawn by whole layers.
+    """
     if not target.shape:
         yield ()
         return
-    slab = target.nbytes // max(target.shape[axis], 1) or 1
-    step = max(1, limit // (slab * chunk[axis])) * chunk[axis]
-    for start in range(0, target.shape[axis], step):
-        index = [slice(0, n) for n in target.shape]
-        index[axis] = slice(start, min(start + step, target.shape[axis]))
-        yield tuple(index)
+    whole = tuple(slice(0, n) for n in target.shape)
+    if not target.stacked:
+        yield from _cut(target, whole, target.order[0], chunk, limit)
+        return
+    for index in _cut(target, whole, 0, chunk, limit):
+        single = index[0].stop - index[0].start == 1
+        yield from _cut(target, index, target.order[1], chunk, limit) if single and target.rules and len(target.shape) > 1 else [index]
+
+
+def _cut(target: Target, index: Index, axis: int, chunk: tuple[int, ...], limit: int) -> Iterator[Index]:
+    """A rectangle cut along one axis."""
+    others = math.prod(s.stop - s.start for i, s in enumerate(index) if i != axis) * target.dtype.itemsize or 1
+    step = max(1, limit // (others * chunk[axis])) * chunk[axis]
+    for start in range(index[axis].start, index[axis].stop, step):
+        yield (*index[:axis], slice(start, min(start + step, index[axis].stop)), *index[axis + 1 :])
