@@ -180,7 +180,7 @@ def test_files_equal_the_package_s_byte_for_byte(tmp_path, metadata):
 
 
 def test_the_package_s_files_are_read_and_ours_by_it(tmp_path):
-    tensors = {k: v for k, v in everything().items() if not k.endswith(("FNUZ", "E8M0"))}  # its numpy side cannot load these
+    tensors = {k: v for k, v in everything().items() if "F8" not in k}  # its numpy side cannot load these
     (path,) = write_safetensors(tmp_path, tensors)
     file = SafetensorsFile(HERE, safetensors.numpy.save(tensors))
     theirs = safetensors.numpy.load_file(path)
