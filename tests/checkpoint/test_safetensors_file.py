@@ -89,6 +89,7 @@ WRONG = {
     "two objects": (raw(b"{}{}"), "its header is not JSON"),
     "not UTF-8": (raw(b'{"\xff": 1}'), "its header is not JSON"),
     "deep": (raw(b'{"a":' + b"[" * 900), "its header is not JSON"),
+    "deeper than Python recurses": (raw(b'{"a":' + b"[" * 1000 + b"]" * 1000 + b"}"), "its header is not JSON|'a' is not described"),
     "too many digits": (raw(b'{"a":' + b"9" * 5000 + b"}"), "its header is not JSON"),
     "key twice": (raw(b'{"a":' + json.dumps(entry()).encode() + b',"a":' + json.dumps(entry()).encode() + b"}", bytes(8)), "a comes twice"),
     "field twice": (raw(b'{"a":{"dtype":"F32","dtype":"I32","shape":[],"data_offsets":[0,4]}}', bytes(4)), "dtype comes twice"),
