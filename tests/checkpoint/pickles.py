@@ -3,8 +3,13 @@
 import io
 import struct
 import zipfile
+from pathlib import Path
 
 import numpy as np
+import pytest
+
+from xomni_jax.checkpoint.tensor_file import TensorFileError
+from xomni_jax.checkpoint.torch_file import TorchFile
 
 
 class Raw(bytes):
@@ -69,3 +74,21 @@ def archive(pickle: bytes, storages=None, root="archive", order=b"little", more=
             if data is not None:
                 file.writestr(zipfile.ZipInfo(f"{root}/{entry}"), data, method)
     return out.getvalue()
+
+
+HERE = Path("weights.pth")
+W = tensor((3, 4), (4, 1))
+
+
+def two_storages() -> dict:
+    """Two tensors, of typed and of plain bytes, and what is none."""
+    return {"a": W, "b": {"c": [tensor((2,), (3,), 1, storage("1", "torch.UntypedStorage", 16), "torch.float16"), 3, "x", None]}}
+
+
+def refused(data: bytes, words: str) -> str:
+    """The one sentence with which a file is refused."""
+    with pytest.raises(TensorFileError, match=words) as error:
+        TorchFile(HERE, data)
+    text = str(error.value)
+    assert text.startswith("weights.pth: ") and "\n" not in text and len(text) < 500, text
+    return text
