@@ -111,12 +111,15 @@ def disagreements(weight_map: dict[str, str], files: dict[str, TensorFile]) -> I
     """One sentence per key that the index and the (readable) shards do not place alike."""
     for key, name in weight_map.items():
         if name in files and key not in files[name].infos:
-            yield f"{show(key)} is not in {name}, where the index places it"
+            others = [other for other, file in files.items() if key in file.infos]
+            yield f"{show(key)} is not in {name}, where the index places it" + (f", but in {others[0]}" if others else "")
     for name, file in files.items():
         for key in file.infos:
-            if weight_map.get(key) != name:
-                where = f"places it in {weight_map[key]}" if key in weight_map else "does not list it"
-                yield f"{show(key)} is in {name}, the index {where}"
+            owner = weight_map.get(key)
+            if owner is None:
+                yield f"{show(key)} is in {name}, the index does not list it"
+            elif owner != name and owner in files and key in files[owner].infos:
+                yield f"{show(key)} is in {name} as well as in {owner}, where the index places it"
 
 
 def the_index(folder: Path) -> Path | None:

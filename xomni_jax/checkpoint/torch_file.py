@@ -41,7 +41,7 @@ class TorchFile(MappedFile):
         super().__init__(path, data)
         archive = ZipDirectory(self.path, self.data)
         root = archive_root(archive)
-        if (order := archive.read(f"{root}byteorder") if f"{root}byteorder" in archive.spans else b"little") != b"little":
+        if (order := archive.read(f"{root}byteorder") if f"{root}byteorder" in archive.entries else b"little") != b"little":
             raise archive.error(f"its byte order is {order[:20]!r}, only little is read", "save it again on a little-endian machine")
         program = archive.read(f"{root}data.pkl")
         top = unpickle(program, f"{self.path}: its pickle", len(self.data))
@@ -54,9 +54,9 @@ class TorchFile(MappedFile):
 
     def _add(self, key: str, tensor: Tensor, archive: ZipDirectory, entry: str) -> None:
         """Places one tensor, whose storage must be there in the promised size."""
-        if entry not in archive.spans:
+        if entry not in archive.entries:
             raise archive.error(f"{show(key)} lies in {show(entry)}, which is not in the file")
-        start, size = archive.spans[entry]
+        start, size = archive.span(entry)
         if size != tensor.storage.nbytes:
             raise archive.error(f"{show(key)} lies in {show(entry)} of {size} bytes, its pickle says {tensor.storage.nbytes}")
         width, count = tensor.dtype.itemsize, math.prod(tensor.shape)
@@ -71,11 +71,11 @@ class TorchFile(MappedFile):
 
 def archive_root(archive: ZipDirectory) -> str:
     """The folder inside the archive that torch.save put everything into, with its slash."""
-    roots = [name.removesuffix("data.pkl") for name in archive.spans if name.endswith("/data.pkl") and name.count("/") == 1]
+    roots = [name.removesuffix("data.pkl") for name in archive.entries if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(roots) != 1:
-        kind = " (it is a numpy .npz)" if any(name.endswith(".npy") for name in archive.spans) else ""
+        kind = " (it is a numpy .npz)" if any(name.endswith(".npy") for name in archive.entries) else ""
         raise archive.error(f"is a zip archive with {len(roots)} data.pkl, torch.save writes one{kind}", "give a file written by torch.save or safetensors")
-    if any(name.startswith((f"{roots[0]}code/", f"{roots[0]}constants.pkl")) for name in archive.spans):
+    if any(name.startswith((f"{roots[0]}code/", f"{roots[0]}constants.pkl")) for name in archive.entries):
         raise archive.error("is a TorchScript program", "save the module's state_dict with torch.save or as safetensors")
     return roots[0]
 

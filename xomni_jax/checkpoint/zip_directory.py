@@ -14,7 +14,7 @@ FULL16, FULL32 = 0xFFFF, 0xFFFFFFFF  # "see the zip64 record"
 
 
 class Entry(NamedTuple):
-    """One line of the central directory."""
+    """One line of the central directory, and where its data start."""
 
     name: str
     flags: int
@@ -22,38 +22,54 @@ class Entry(NamedTuple):
     packed: int
     size: int
     header: int
+    offset: int = 0
 
 
 class ZipDirectory:
-    """`spans`: {entry name: (offset, size)} of the data inside the archive.
+    """`entries`: {name: Entry} of an archive.
 
     Raises:
-      TensorFileError: at construction, for a truncated archive, compressed or encrypted entries, names that come twice, overlaps.
+      TensorFileError: at construction, for a truncated archive, entries that overlap, names that come twice.
     """
 
     def __init__(self, path: Path, data: mmap.mmap | bytes):
         self.path, self.data = path, data
-        self.spans: dict[str, tuple[int, int]] = {}
-        start, entries = self._entries()
-        end, last = 0, "the start"
-        for entry in sorted(entries, key=lambda e: e.header):
-            if entry.name in self.spans:
+        self.entries: dict[str, Entry] = {}
+        start, lines = self._lines()
+        end, last = 0, ""
+        for entry in sorted(lines, key=lambda e: e.header):
+            if entry.name in self.entries:
                 raise self.error(f"its entry {show(entry.name)} comes twice")
             if entry.header < end:  # also how a small "zip bomb" lets many names share the same bytes
                 raise self.error(f"its entries {show(last)} and {show(entry.name)} overlap")
-            offset = self._data_offset(entry)
-            end, last = offset + entry.size, entry.name
+            entry = entry._replace(offset=self._data_offset(entry))
+            end, last = entry.offset + entry.packed, entry.name
             if end > start:
                 raise self.error(f"its entry {show(entry.name)} reaches beyond the data")
-            self.spans[entry.name] = (offset, entry.size)
+            self.entries[entry.name] = entry
 
     def error(self, what: str, mend: str = "the file is damaged or cut off; download it again") -> TensorFileError:
         """An error that names the file."""
         return TensorFileError(f"{self.path}: {what}; {mend}")
 
+    def span(self, name: str) -> tuple[int, int]:
+        """(offset, size) of an entry's bytes in the file.
+
+        Raises:
+          TensorFileError: it is not there, compressed or encrypted.
+        """
+        if name not in self.entries:
+            raise self.error(f"its entry {show(name)} is not there")
+        entry = self.entries[name]
+        if entry.flags & 1:
+            raise self.error(f"its entry {show(name)} is encrypted", "save it again without a password")
+        if entry.method != 0 or entry.packed != entry.size:
+            raise self.error(f"its entry {show(name)} is compressed", "save it again with torch.save, which stores entries as they are")
+        return entry.offset, entry.size
+
     def read(self, name: str) -> bytes:
         """The bytes of a small entry."""
-        offset, size = self.spans[name]
+        offset, size = self.span(name)
         return bytes(self.data[offset : offset + size])
 
     def _unpack(self, form: str, offset: int) -> tuple[int, ...]:
@@ -79,7 +95,7 @@ class ZipDirectory:
             raise self.error("its zip directory points outside the file")
         return total, size, offset
 
-    def _entries(self) -> tuple[int, list[Entry]]:
+    def _lines(self) -> tuple[int, list[Entry]]:
         """(where the directory starts, its entries)."""
         total, size, start = self._end()
         at, end, entries = start, start + size, []
@@ -120,8 +136,4 @@ class ZipDirectory:
         name = bytes(self.data[entry.header + 30 : entry.header + 30 + n])
         if mark != LOCAL or name != entry.name.encode() or method != entry.method:
             raise self.error(f"its entry {show(entry.name)} is not where the zip directory says")
-        if entry.flags & 1:
-            raise self.error(f"its entry {show(entry.name)} is encrypted", "save it again without a password")
-        if entry.method != 0 or entry.packed != entry.size:
-            raise self.error(f"its entry {show(entry.name)} is compressed", "save it again with torch.save, which stores entries as they are")
         return entry.header + 30 + n + extra
