@@ -140,5 +140,6 @@ def _largest(parts: Parts) -> int:
     from xomni_jax.benchmarks.synthetic import BF16, F32, tensors
     from xomni_jax.checkpoint.names import mmdit, siglip_vq, transformer
 
-    rows = (("transformer", parts.transformer, transformer.table, BF16), ("siglip_vq", parts.siglip_vq, siglip_vq.table, F32), ("mmdit", parts.mmdit, mmdit.table, BF16))
-    return max(t.nbytes for name, cfg, table, dtype in rows for _, t in tensors(name, cfg, table(cfg), dtype))
+    kinds = {"transformer": (transformer, BF16), "siglip_vq": (siglip_vq, F32), "mmdit": (mmdit, BF16)}
+    configs = {name: getattr(parts, name) for name in kinds}
+    return max(t.nbytes for name, (names, dtype) in kinds.items() for _, t in tensors(name, configs[name], names.table(configs[name]), dtype))

@@ -201,7 +201,8 @@ def targets_of(
     for path, shape in wanted.items():
         mine = rules.get(path, [])
         kinds = {rule.source: np.dtype(sources.infos[rule.source].dtype) for rule in mine}
-        wrong += [f"{sources.found(key)}: {kind.name}, whole numbers or 8-bit floats are quantised weights; give the unquantised checkpoint" for key, kind in kinds.items() if not _is_float(kind)]
+        quantised = "whole numbers or 8-bit floats are quantised weights; give the unquantised checkpoint"
+        wrong += [f"{sources.found(key)}: {kind.name}, {quantised}" for key, kind in kinds.items() if not _is_float(kind)]
         first = next(iter(kinds.values()), usual)
         if dtype is None:
             odd = next((key for key, kind in kinds.items() if kind != first), None)

@@ -52,7 +52,8 @@ def report_of(plan: Plan, hashes: dict[str, str], odd: dict[str, str]) -> dict[s
                     | {"layer": rule.layer, "part": rule.part and rule.part[1], "transform": rule.fit.name, "stored_dtype": target.dtype.name}
                 )
             if target.make:
-                made.append({"target": target.path, "shape": list(target.shape), "how": target.make.how, "seed": target.seed, "stored_dtype": target.dtype.name})
+                how = {"how": target.make.how, "seed": target.seed, "stored_dtype": target.dtype.name}
+                made.append({"target": target.path, "shape": list(target.shape), **how})
         drops = {key: drop_of(key, part.table) for key in part.sources.infos}
         dropped = [{"file": str(part.sources.infos[k].file), "key": part.sources.infos[k].key, "reason": d.reason} for k, d in drops.items() if d]
         components[name] = {"taken": taken, "new": made, "dropped": dropped}

@@ -72,6 +72,16 @@ def make_plan(release: Release, dtype: str = "keep", there: Mapping[str, Any] | 
     return Plan(release, plans)
 
 
+def plan_for(
+    xomni: str | Path | None, flux: str | Path | None, to: str | Path | None, dtype: str = "keep", only: str | None = None, parts: NewParts = NewParts()
+) -> Plan:
+    """The plan of `convert` with the same arguments; without `to`, of a new directory."""
+    there = {} if to is None else _there(Path(to).absolute())
+    if "siglip_vq" in there:
+        parts = dataclasses.replace(parts, semantic_dim=there["siglip_vq"].width)
+    return make_plan(open_release(xomni, flux, only, parts), dtype, there)
+
+
 def cast(part: Found, dtype: np.dtype | None) -> Found:
     """The component with its config's dtypes changed, where a dtype is asked for: it is stored and computed in it."""
     return part if dtype is None else dataclasses.replace(part, config=dataclasses.replace(part.config, dtype=dtype, param_dtype=dtype))
@@ -98,11 +108,8 @@ def convert(
       ConversionError: nothing was written.
     """
     to = Path(to).absolute()
-    part, there = to.with_name(to.name + ".part"), _there(to)
-    if "siglip_vq" in there:
-        parts = dataclasses.replace(parts, semantic_dim=there["siglip_vq"].width)
-    release = open_release(xomni, flux, only, parts)
-    plan = make_plan(release, dtype, there)
+    part, plan = to.with_name(to.name + ".part"), plan_for(xomni, flux, to, dtype, only, parts)
+    release = plan.release
     text = _extended_tokenizer(release)
     done = _done(part, plan, dtype)
     _check_space(to, sum(t.nbytes for name, targets in plan.targets.items() if name not in done for t in targets))

@@ -177,7 +177,8 @@ class _Export:
         decoder.setdefault("upscale_factor", patch)
         run = self.settings("decode")
         decoder |= {key: run[ours] for key, ours in (("num_inference_steps", "steps"), ("cfg_scale", "guidance")) if ours in run}
-        self.write(self.folder / decoder["model_path"], "mmdit", mmdit.table(c), "diffusion_pytorch_model", self.original("mmdit") | configs.write_mmdit(c))
+        config = self.original("mmdit") | configs.write_mmdit(c)
+        self.write(self.folder / decoder["model_path"], "mmdit", mmdit.table(c), "diffusion_pytorch_model", config)
         if c.prediction != "velocity":
             self.say("mmdit: its last layer gives data, not velocity; diffusers would have to compute (latents - output) / sigma")
         vision["decoder"] = decoder
@@ -188,7 +189,8 @@ class _Export:
         if c.kind != "kl":
             self.say(f"autoencoder: the {c.kind} kind has no weights and no released form; left out")
             return
-        self.write(self.folder / "flux" / "vae", "autoencoder", autoencoder.table(c), "diffusion_pytorch_model", self.original("autoencoder") | configs.write_vae(c))
+        config = self.original("autoencoder") | configs.write_vae(c)
+        self.write(self.folder / "flux" / "vae", "autoencoder", autoencoder.table(c), "diffusion_pytorch_model", config)
 
     def _t5(self) -> None:
         c = self.config("t5")

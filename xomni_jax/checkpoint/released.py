@@ -36,6 +36,7 @@ from xomni_jax.models.siglip_vq import SigLIPVQConfig
 PARTS = {"transformer": ("transformer",), "tokenizer": ("siglip_vq",), "decoder": ("mmdit",), "vae": ("autoencoder",), "text": ("t5", "clip")}
 HEADS = {"siglip2_giant_patch16_384": 16, "siglip_so400m_patch16_384": 16}  # the one size that no tensor shows
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja")
+LORA_FILES = {"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors"}
 SIGLIP = ("siglip", "siglip2", "siglip_vision_model", "siglip2_vision_model")
 
 
@@ -115,7 +116,7 @@ def kind_of(folder: str | Path) -> str:
     has = {path.name for path in folder.iterdir()}
     strangers = (
         ("model.json" in has, "already a model directory of this package; use it as it is"),
-        (bool(has & {"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors"}), "a LoRA; merge it into its base model first"),
+        (bool(has & LORA_FILES), "a LoRA; merge it into its base model first"),
         (any(name.endswith(".gguf") for name in has), "a GGUF model (quantised for llama.cpp); give the safetensors it was made from"),
     )
     for is_it, what in strangers:
@@ -137,9 +138,8 @@ def kind_of(folder: str | Path) -> str:
         return "siglip2"
     if data.get("model_type") == "qwen2":
         return "qwen2"
-    raise ConversionError(
-        f"{folder}: is a {data.get('model_type') or data.get('_class_name') or 'model of an unnamed type'}; X-Omni, Qwen2.5 (qwen2), SigLIP2 and FLUX.1-dev are read"
-    )
+    kind = data.get("model_type") or data.get("_class_name") or "model of an unnamed type"
+    raise ConversionError(f"{folder}: is a {kind}; X-Omni, Qwen2.5 (qwen2), SigLIP2 and FLUX.1-dev are read")
 
 
 def open_release(xomni: str | Path | None, flux: str | Path | None, only: str | None = None, parts: NewParts = NewParts()) -> Release:
@@ -169,7 +169,8 @@ def open_release(xomni: str | Path | None, flux: str | Path | None, only: str | 
     if problems:
         raise ConversionError.of(problems)
     if not out.components:
-        raise NotThere(f"--only {only}: the given directories hold no {' or '.join(wanted)}; give --{'flux' if only in ('vae', 'text') else 'xomni'}")
+        mend = "flux" if only in ("vae", "text") else "xomni"
+        raise NotThere(f"--only {only}: the given directories hold no {' or '.join(wanted)}; give --{mend}")
     if "transformer" not in out.components:
         out.tokenizers.pop("tokenizer", None)
     out.tokenizers = {k: v for k, v in out.tokenizers.items() if k == "tokenizer" or k.removeprefix("tokenizer_") in out.components}
@@ -381,6 +382,8 @@ def _settings(out: Release, xomni: Path | None, flux: Path | None) -> None:
     decode: dict[str, Any] = {}
     if vision and "mmdit" in out.components and "decoder" in vision.data:
         decode |= configs.read_decode(vision.part("decoder"))
+        if (second := vision.part("decoder").get("cfg_scale_2", 1.0)) != 1.0:
+            out.notes.append(f"{vision.path}: vision_config.decoder.cfg_scale_2={second} is not used; cfg_scale alone guides the decoder")
     if flux and (flux / "scheduler").is_dir():
         decode |= configs.read_scheduler(ConfigFile(flux / "scheduler" / "scheduler_config.json"))
     if "clip" in out.components:

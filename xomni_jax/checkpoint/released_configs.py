@@ -106,7 +106,8 @@ def read_transformer(c: ConfigFile, vision: Mapping[str, int] | None) -> ARConfi
         vision = {key: c.size(key) for key in ("num_mm_adap_layers", "num_mm_head_layers", "mm_vocab_size", "image_vocab_size")}
         layers -= vision["num_mm_adap_layers"] + vision["num_mm_head_layers"]
         if layers < 1:
-            raise ConversionError(f"{c.path}: num_hidden_layers={c.size('num_hidden_layers')} leaves no language layer between {vision['num_mm_adap_layers']} adapters and {vision['num_mm_head_layers']} heads")
+            between = f"{vision['num_mm_adap_layers']} adapters and {vision['num_mm_head_layers']} heads"
+            raise ConversionError(f"{c.path}: num_hidden_layers={c.size('num_hidden_layers')} leaves no language layer between {between}")
     if not heads:
         raise ConversionError(f"{c.path}: num_attention_heads=0 is no number of heads")
     return c.build(

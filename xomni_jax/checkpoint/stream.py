@@ -144,12 +144,13 @@ def _context() -> ts.Context:
 def _create(base: str, name: str, target: Target, context: ts.Context) -> Any:
     """A future of the new, empty array."""
     chunk = chunk_shape(target.shape, target.dtype.itemsize, target.stacked)
+    kind = "bfloat16" if target.dtype.name == "bfloat16" else target.dtype.str
     spec = {
         "driver": "zarr",
         # Orbax merges the processes' own OCDBT trees when all have written.
         "kvstore": {"driver": "ocdbt", "base": base, "path": name + "/", "config": {"max_inline_value_bytes": 1024, "max_decoded_node_bytes": 10**8}},
         # No compression: trained weights hardly shrink, and it would take most of the time.
-        "metadata": {"shape": target.shape, "chunks": chunk, "dtype": "bfloat16" if target.dtype.name == "bfloat16" else target.dtype.str, "compressor": None, "fill_value": None},
+        "metadata": {"shape": target.shape, "chunks": chunk, "dtype": kind, "compressor": None, "fill_value": None},
         "store_data_equal_to_fill_value": True,
     }  # fmt: skip
     return ts.open(spec, create=True, open=True, context=context)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from xomni_jax.checkpoint.convert import DTYPES
+from xomni_jax.checkpoint.convert import DTYPES, convert, plan_for
 from xomni_jax.checkpoint.released import PARTS, NewParts
 
 EXAMPLE = """\
@@ -16,6 +16,8 @@ The directories are read as they were downloaded; nothing in them is run, and no
   a plain SigLIP2             an image tokenizer to train: quantizer, codebook and projector start at random
 
 --flux is FLUX.1-dev: VAE, text encoders, their tokenizers; without X-Omni its transformer too, with a semantic input that starts at zero.
+Training keeps its parameters in float32: convert what it starts from with --dtype float32.
+
 Everything is checked before anything is written: --plan prints what would be done. Work is done in TO.part: an interrupted conversion
 is gone on with by the same command, and TO appears when it is whole. A second conversion into TO adds parts that it has not yet.
 Beside the checkpoint, conversion.json says which tensor of which file (with its sha256) became what.
@@ -25,6 +27,9 @@ examples:
   xomni convert --xomni X-Omni-En --flux FLUX.1-dev --to models/xomni --plan
   xomni convert --xomni Qwen2.5-7B --to models/start
   xomni convert --xomni siglip2-giant-opt-patch16-384 --to models/start
+
+without a download, from a clone of this repository:
+  xomni export --from xomni_jax/assets/tiny_sft --to tiny_released && xomni convert --xomni tiny_released --to tiny_model
 """
 
 
@@ -53,15 +58,14 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     if args.to is None and not args.plan:
         raise ValueError("--to is missing; say where the model directory goes, or --plan to look only")
     parts = NewParts(args.image_vocab, args.mm_vocab, args.adapter_layers, args.head_layers, args.code_width, seed=args.seed)
-    small = next((k for k, v in vars(parts).items() if v < (k in ("image_vocab_size", "mm_vocab_size", "code_width"))), None)
+    least = {"image_vocab_size": 1, "mm_vocab_size": 1, "code_width": 1}
+    small = next((k for k, v in vars(parts).items() if v < least.get(k, 0)), None)
     if small:
         raise ValueError(f"{small}={getattr(parts, small)} is too small; leave the option out for the released size")
-    from xomni_jax.checkpoint.convert import convert, make_plan
     from xomni_jax.checkpoint.conversion_report import plan_lines
-    from xomni_jax.checkpoint.released import open_release
 
     if args.plan:
-        plan = make_plan(open_release(args.xomni, args.flux, args.only, parts), args.dtype)
+        plan = plan_for(args.xomni, args.flux, args.to, args.dtype, args.only, parts)
         for line in (*plan.release.notes, *plan_lines(plan)):
             print(line)
         print(f"nothing written; {plan.nbytes / 1e9:.3f} GB would be")
