@@ -140,7 +140,8 @@ class _Export:
         if "mmdit" in have:
             self._decoder(vision)
         if vision:
-            vision.setdefault("dtype", "bfloat16")
+            run = self.config("mmdit" if "mmdit" in have else "siglip_vq").dtype if self.dtype is None else self.dtype
+            vision.setdefault("dtype", np.dtype(run).name)
             config["vision_config"] = vision
         write_json(self.folder / "config.json", config)
 

@@ -55,7 +55,7 @@ class _Writer(ocp.type_handlers.TypeHandler):
     """Orbax asks it to write `Target` leaves; the result is what Orbax's own array handler would have written."""
 
     def __init__(self, progress: Progress):
-        self.progress = progress
+        self.progress, self.turn = progress, 0
 
     def typestr(self) -> str:
         return "jax.Array"  # which handler restores it
@@ -74,8 +74,9 @@ class _Writer(ocp.type_handlers.TypeHandler):
         return []
 
     def _write(self, target: Target, array: ts.TensorStore, pending: _Pending) -> None:
-        for i, index in enumerate(blocks_of(target, array.chunk_layout.write_chunk.shape)):
-            if i % jax.process_count() != jax.process_index():
+        for index in blocks_of(target, array.chunk_layout.write_chunk.shape):
+            self.turn += 1  # counted over all parameters alike on every host, so that each takes its share of the small ones too
+            if self.turn % jax.process_count() != jax.process_index():
                 continue
             block = target.read(index)
             odd = self._odd(target, index, block)
