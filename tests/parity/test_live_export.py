@@ -134,3 +134,49 @@ def test_files_that_torch_saved_are_converted(kind, tmp_path):
     ours = params["vit"]["blocks"]["fc2"]["kernel"][1].T if kind == "vit" else params["codebook"]
     np.testing.assert_array_equal(np.asarray(ours), state[key].numpy())
     assert jax.tree.leaves(params)
+
+
+def test_a_tower_that_transformers_saved_becomes_a_tokenizer(tmp_path, monkeypatch):
+    """Features of the converted image tower are those of transformers' own, with the tokenizer's GELU and positions."""
+    import torch
+
+    from tests.parity.reference_siglip_vq import SIZES, _vit
+    from xomni_jax.checkpoint.released import NewParts
+
+    monkeypatch.setitem(SIZES, "width", 96)  # the released projector has 32 groups
+    tower, features = _vit(3)
+    tower.save_pretrained(tmp_path / "siglip")
+    convert(tmp_path / "siglip", None, tmp_path / "out", parts=NewParts(19, 22, code_width=10), say=list)
+    model = xomni_jax.load(tmp_path / "out")
+    pixels = np.random.default_rng(0).uniform(-1, 1, (2, 12, 28, 3)).astype(np.float32)
+    ours = model.module("siglip_vq").apply({"params": model.params("siglip_vq")}, pixels, method="features")
+    with torch.no_grad():
+        close(ours, features(torch.from_numpy(pixels).permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+    assert model.config("siglip_vq").width == SIZES["width"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_language_model_that_transformers_saved_becomes_a_start(tied, tmp_path):
+    """Untrained vision layers around it change no text: its logits are those of transformers."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from xomni_jax.checkpoint.released import NewParts
+
+    torch.manual_seed(0)
+    rope = {"rope_type": "default", "rope_theta": 12345.0}
+    config = Qwen2Config(
+        vocab_size=23, hidden_size=24, intermediate_size=28, num_attention_heads=6, num_key_value_heads=2, num_hidden_layers=3,
+        rope_parameters=rope, tie_word_embeddings=tied, rms_norm_eps=1e-5,
+    )  # fmt: skip
+    peer = Qwen2ForCausalLM(config).eval()
+    with torch.no_grad():
+        for p in peer.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    peer.save_pretrained(tmp_path / "qwen")
+    convert(tmp_path / "qwen", None, tmp_path / "out", parts=NewParts(13, 16, 2, 1), say=list)
+    ids = np.random.default_rng(0).integers(0, 23, (2, 9))
+    model = xomni_jax.load(tmp_path / "out")
+    with torch.no_grad():
+        close(model.logits(ids, "text")[:, :, :23], peer(torch.tensor(ids)).logits)
+    assert model.config("transformer").rope_theta == 12345.0

@@ -324,19 +324,20 @@ def _qwen2_parts(folder: Path, out: Release) -> dict[str, Callable[[], Found]]:
 
 def _siglip2_parts(folder: Path, out: Release) -> dict[str, Callable[[], Found]]:
     def opened() -> Found:
-        top = ConfigFile(folder / "config.json")
-        c = top.part("vision_config") if "vision_config" in top.data else top
+        c = ConfigFile(folder / "config.json")
+        c = c.part("vision_config") if "vision_config" in c.data else c
         sources = Sources().add(open_sharded(folder))
-        at = "vision_model.embeddings."
+        top = "" if "embeddings.patch_embedding.weight" in sources.infos else "vision_model."
+        at = top + "embeddings."
         width, _, patch, _ = shape_of(sources, at + "patch_embedding.weight", 4)
         positions = shape_of(sources, at + "position_embedding.weight", 2)[0]
         cfg = c.build(
-            SigLIPVQConfig, width=width, layers=count(sources, r"vision_model\.encoder\.layers\.(\d+)\."), heads=c.size("num_attention_heads"),
-            mlp=shape_of(sources, "vision_model.encoder.layers.0.mlp.fc1.weight", 2)[0], patch=patch,
+            SigLIPVQConfig, width=width, layers=count(sources, re.escape(top) + r"encoder\.layers\.(\d+)\."), heads=c.size("num_attention_heads"),
+            mlp=shape_of(sources, top + "encoder.layers.0.mlp.fc1.weight", 2)[0], patch=patch,
             pos_grid=configs.side_of(positions, sources.found(at + "position_embedding.weight")),
             codebook_size=out.parts.image_vocab_size, code_width=out.parts.code_width,
         )  # fmt: skip
-        return finish("siglip_vq", cfg, siglip2.table(cfg), sources, {})
+        return finish("siglip_vq", cfg, siglip2.table(cfg, top), sources, {})
 
     out.notes.append(f"{folder}: a plain image tower; quantizer, codebook and projector start at random (seed {out.parts.seed})")
     return {"siglip_vq": opened}

@@ -10,20 +10,26 @@ from xomni_jax.checkpoint.conversion import CONV, COPY, TRANSPOSE, Drop, Fit, Ma
 from xomni_jax.checkpoint.names import new
 from xomni_jax.models.siglip_vq import SigLIPVQConfig
 
+# Behind the prefix of the image tower, then in the whole file.
+TOWER_DROPS = (
+    Drop(r"post_layernorm\..*", "a final norm the tokenizer does not apply: the last block's output is the feature"),
+    Drop(r"head\..*", "the pooling head of contrastive training"),
+    Drop(r"embeddings\.position_ids", "a constant range"),
+)
 DROPS = (
-    Drop(r"vision_model\.post_layernorm\..*", "a final norm the tokenizer does not apply: the last block's output is the feature"),
-    Drop(r"vision_model\.head\..*", "the pooling head of contrastive training"),
-    Drop(r"vision_model\.embeddings\.position_ids", "a constant range"),
     Drop(r"text_model\..*", "the text tower of contrastive training"),
     Drop(r"logit_(scale|bias)", "the temperature of contrastive training"),
 )
 
 
-def table(cfg: SigLIPVQConfig) -> Table:
-    """The image tower of `cfg`'s sizes below `vit/`, and how everything behind it starts."""
+def table(cfg: SigLIPVQConfig, prefix: str = "vision_model.") -> Table:
+    """The image tower of `cfg`'s sizes below `vit/`, and how everything behind it starts.
+
+    Towers saved alone by transformers 5 have no prefix: pass an empty one.
+    """
     grid, heads = cfg.pos_grid, (cfg.heads, cfg.head_dim)
     square = Fit(f"[{grid * grid},D] -> [{grid},{grid},D]", lambda p: p.reshape(grid, grid, -1), lambda p: p.reshape(grid * grid, -1))
-    source = "vision_model.embeddings."
+    source = f"{prefix}embeddings."
     rules = [
         Rule(source + "position_embedding.weight", "vit/pos_embed", square),
         Rule(source + "patch_embedding.weight", "vit/patch_embed/kernel", CONV),
@@ -37,7 +43,7 @@ def table(cfg: SigLIPVQConfig) -> Table:
         "mlp.fc2": ("fc2", "kernel", TRANSPOSE),
     }
     for i in range(cfg.layers):
-        source = f"vision_model.encoder.layers.{i}."
+        source = f"{prefix}encoder.layers.{i}."
         for name, (target, leaf, fit) in fits.items():
             rules.append(Rule(f"{source}{name}.weight", f"vit/blocks/{target}/{leaf}", fit, i))
             rules.append(Rule(f"{source}{name}.bias", f"vit/blocks/{target}/bias", layer=i))
@@ -45,7 +51,8 @@ def table(cfg: SigLIPVQConfig) -> Table:
             key = f"{source}self_attn.{name}_proj."
             rules.append(Rule(key + "weight", "vit/blocks/qkv/kernel", out_axes(*heads), i, (1, part)))
             rules.append(Rule(key + "bias", "vit/blocks/qkv/bias", bias_axes(*heads), i, (0, part)))
-    return Table(rules, DROPS, _new(cfg))
+    escaped = prefix.replace(".", r"\.")
+    return Table(rules, (*(Drop(escaped + d.pattern, d.reason) for d in TOWER_DROPS), *DROPS), _new(cfg))
 
 
 def _new(cfg: SigLIPVQConfig) -> list[Make]:
