@@ -12,7 +12,8 @@ from xomni_jax.checkpoint.conversion import ConversionError
 from xomni_jax.checkpoint.convert import convert, make_plan
 from xomni_jax.checkpoint.released import kind_of, open_release
 from xomni_jax.checkpoint.safetensors_file import write_safetensors
-from xomni_jax.checkpoint.tensors import open_sharded
+from xomni_jax.checkpoint.stored import Stored
+from xomni_jax.checkpoint.tensors import open_sharded, open_tensor_file
 from xomni_jax.checkpoint.torch_file import write_torch_file
 
 
@@ -103,7 +104,7 @@ def test_a_cut_file_is_named(name, copies, tmp_path):
         (dict(vision_config__encoder__siglip_name="vit_huge"), "siglip_name='vit_huge' is unknown, and no tensor shows its head count; known: siglip2_giant"),
         (dict(vision_config__encoder__codebook_dim=11), "codebook_dim=11, but the tensors have 10"),
         (dict(vision_config__encoder__siglip_name=None), "vision_config.encoder.siglip_name is missing"),
-        (dict(vision_config__dtype="int4"), "dtype='int4' is not supported"),
+        (dict(vision_config__dtype="half"), "vision_config.dtype='half' is not supported"),
         (dict(hidden_act="gelu"), "hidden_act='gelu' is not supported, only 'silu'"),
         (dict(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "rope_scaling.rope_type='yarn' is not supported, only 'default'"),
         (dict(num_attention_heads=None), "num_attention_heads is missing; take the config of the same checkpoint"),
@@ -218,6 +219,19 @@ def test_rotary_buffers_and_ranges_are_dropped_by_name(copies):
     rewrite(copies[1] / "text_encoder", lambda t: t | {"text_model.embeddings.position_ids": np.arange(11)[None]})
     rewrite(copies[1] / "text_encoder_2", lambda t: t | {"encoder.embed_tokens.weight": t["shared.weight"]})
     assert set(make_plan(open_release(*copies)).targets) == {"transformer", "siglip_vq", "mmdit", "autoencoder", "t5", "clip"}
+
+
+@pytest.mark.parametrize("wrapper", ["state_dict.", "module.visual."])
+def test_wrappers_around_the_tensors(wrapper, copies, converted, tmp_path):
+    """A training script's {"state_dict": ...} is looked through."""
+    for name in ("siglip2_giant", "projector"):
+        path = copies[0] / "vit" / f"{name}.pth"
+        file = open_tensor_file(path)
+        write_torch_file(path, {wrapper + k: np.array(file.read(k)) for k in file.infos})
+    convert(copies[0], None, tmp_path / "out", only="tokenizer", say=list)
+    for path, array in Stored(tmp_path / "out" / "siglip_vq").arrays.items():
+        ours, theirs = (Stored(folder / "siglip_vq").read(path) for folder in (tmp_path / "out", converted[0]))
+        assert array.shape == ours.shape and ours.tobytes() == theirs.tobytes()
 
 
 def test_t5_by_its_second_name(copies, tmp_path):

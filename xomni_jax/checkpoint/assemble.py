@@ -32,11 +32,17 @@ class Sources:
         self.places: dict[str, Path] = {}
         self._files: dict[str, tuple[Any, str]] = {}
 
-    def add(self, file: Any, prefix: str = "") -> Sources:
-        """All tensors of one `TensorFile`."""
+    def add(self, file: Any, prefix: str = "", known: str = "") -> Sources:
+        """All tensors of one `TensorFile`.
+
+        Args:
+          known: a key that it must hold; what a wrapper such as {"state_dict": ...} put before it is cut from all keys.
+        """
         self.places[prefix] = file.path
+        wrapper = next((key.removesuffix(known) for key in file.infos if known and (key == known or key.endswith("." + known))), "")
         for key, info in file.infos.items():
-            self.infos[prefix + key], self._files[prefix + key] = info, (file, key)
+            name = prefix + key.removeprefix(wrapper)
+            self.infos[name], self._files[name] = info, (file, key)
         return self
 
     def alias(self, name: str, of: str) -> None:

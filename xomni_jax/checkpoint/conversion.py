@@ -15,6 +15,7 @@ class ConversionError(ValueError):
     @classmethod
     def of(cls, problems: Sequence[str]) -> ConversionError:
         """One error for all problems."""
+        problems = list(dict.fromkeys(problems))
         return cls(problems[0] if len(problems) == 1 else f"{len(problems)} problems:\n  " + "\n  ".join(problems))
 
 

@@ -7,6 +7,9 @@ Only names, shapes and configs are read here. Layout of a released X-Omni direct
     <encoder.siglip_path>             the ViT (.pth)
     <encoder.projector_path>          quantizer and projector (.pth)
     <decoder.model_path>/             the MMDiT, as diffusers saves it
+
+The keys of vision_config are those that the published `modeling_xomni.py` and `modeling_siglip_tokenizer.py` read. The published ViT module was
+not at hand: should its file wrap its tensors in a dict of another name, the wrapper is found by the patch embedding within.
 """
 
 from __future__ import annotations
@@ -197,12 +200,11 @@ def strangers(components: Mapping[str, Any]) -> list[str]:
     return out
 
 
-def finish(name: str, config: Any, table: Table, sources: Sources, original: Mapping[str, Any], compute: str | None = None) -> Found:
-    """A component whose config says the dtype that is stored and the one it computes in (`compute`, or the stored one)."""
+def finish(name: str, config: Any, table: Table, sources: Sources, original: Mapping[str, Any]) -> Found:
+    """A component whose config says the dtype that is stored, and that it computes in: bfloat16 if that is stored, else float32."""
     stored = usual_dtype(sources, table)
     stored = stored if stored in FLOATS else np.dtype(np.float32)  # others are refused, or cast
-    run = np.dtype(compute or stored)
-    run = run if run == ml_dtypes.bfloat16 else np.dtype(np.float32)
+    run = stored if stored == ml_dtypes.bfloat16 else np.dtype(np.float32)
     return Found(name, dataclasses.replace(config, dtype=run, param_dtype=stored), table, sources, dict(original))
 
 
@@ -260,8 +262,8 @@ def _siglip_vq(folder: Path, vision: ConfigFile) -> Found:
     if not heads:
         raise ConversionError(f"{c.path}: {c.section}siglip_name={name!r} is unknown, and no tensor shows its head count; known: {', '.join(HEADS)}")
     sources = Sources()
-    for key, prefix in (("siglip_path", "vit."), ("projector_path", "vqproj.")):
-        sources.add(open_tensor_file(_below(folder, c, key)), prefix)
+    for key, prefix, known in (("siglip_path", "vit.", "patch_embed.proj.weight"), ("projector_path", "vqproj.", "quantize.embedding.weight")):
+        sources.add(open_tensor_file(_below(folder, c, key)), prefix, known)
     width, _, patch, _ = shape_of(sources, "vit.patch_embed.proj.weight", 4)
     positions = shape_of(sources, "vit.pos_embed", 3)[1]
     codes, code_width = shape_of(sources, "vqproj.quantize.embedding.weight", 2)
@@ -273,21 +275,19 @@ def _siglip_vq(folder: Path, vision: ConfigFile) -> Found:
     for key, size in (("z_channels", width), ("codebook_size", codes), ("codebook_dim", code_width)):
         if c.size(key, size) != size:
             raise ConversionError(f"{c.path}: {c.section}{key}={c.get(key)}, but the tensors have {size}; take config and weights from one checkpoint")
-    return finish("siglip_vq", cfg, siglip_vq.table(cfg), sources, vision.data, vision.get("dtype", None))
+    return run_as(vision, finish("siglip_vq", cfg, siglip_vq.table(cfg), sources, vision.data))
 
 
 def _mmdit(folder: Path, vision: ConfigFile) -> Found:
-    c = vision.part("decoder")
-    below = _below(folder, c, "model_path")
-    found = open_mmdit(below, None)
-    return dataclasses.replace(found, config=dataclasses.replace(found.config, dtype=_compute(vision, found.config)))
+    return run_as(vision, open_mmdit(_below(folder, vision.part("decoder"), "model_path"), None))
 
 
-def _compute(vision: ConfigFile, cfg: Any) -> Any:
-    name = vision.get("dtype", None)
-    if name not in (None, "float32", "float16", "bfloat16"):
-        raise ConversionError(f"{vision.path}: {vision.section}dtype={name!r} is not supported, only float32, float16 or bfloat16")
-    return cfg.dtype if name is None else np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else np.float32)
+def run_as(vision: ConfigFile, found: Found) -> Found:
+    """The component computing in `vision_config.dtype`, as the released code casts both vision parts; float16 becomes float32 here."""
+    if (name := vision.get("dtype", None)) is not None:
+        vision.expect("dtype", "float32", "float16", "bfloat16")
+    run = found.config.dtype if name is None else np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else np.float32)
+    return dataclasses.replace(found, config=dataclasses.replace(found.config, dtype=run))
 
 
 def open_mmdit(folder: Path, semantic_dim: int | None) -> Found:
