@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 
-def load(path: Any, mesh: Any = None, dtype: Any = None):
+def load(path: Any, mesh: Any = None, dtype: Any = None, flux: Any = None):
     """Opens a model directory as `pipeline.XOmni`; see there. Importing the package alone touches no device."""
     from xomni_jax.pipeline import load as open_model
 
-    return open_model(path, mesh, dtype)
+    return open_model(path, mesh, dtype, flux)

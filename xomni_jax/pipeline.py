@@ -15,6 +15,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from PIL import Image
 
+from xomni_jax.checkpoint.released_model import ReleasedModel, is_released
 from xomni_jax.checkpoint.store import CheckpointError, config_from_json, load_component, read_model_json
 from xomni_jax.data.preprocess import ImageLimits, preprocess
 from xomni_jax.models.registry import COMPONENTS, init_params
@@ -30,15 +31,16 @@ PROMPT_BUCKET = 16  # prompts are padded to a multiple of this, so that few leng
 NOISE = 1  # purpose of the decoder's key, beside the sampler's
 
 
-def load(path: str | Path, mesh: Mesh | None = None, dtype: Any = None) -> XOmni:
+def load(path: str | Path, mesh: Mesh | None = None, dtype: Any = None, flux: str | Path | None = None) -> XOmni:
     """Opens a model directory. Nothing but its description is read yet; a missing part is an error when it is used.
 
     Args:
-      path: a model directory (it holds model.json).
+      path: a model directory (it holds model.json), or a released PyTorch directory as it was downloaded, converted on the fly.
       mesh: where the parameters go; one device without it.
       dtype: casts every parameter; None keeps what is stored.
+      flux: the directory of FLUX.1-dev, beside a released directory: the VAE and text encoders are there.
     """
-    return XOmni(path, mesh, dtype)
+    return XOmni(path, mesh, dtype, flux)
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], multiple: int = PROMPT_BUCKET) -> tuple[np.ndarray, np.ndarray]:
@@ -53,10 +55,13 @@ def pad_prompts(prompts: Sequence[Sequence[int]], multiple: int = PROMPT_BUCKET)
 class XOmni:
     """One X-Omni model on one mesh: text and pictures in, text and pictures out."""
 
-    def __init__(self, path: str | Path, mesh: Mesh | None = None, dtype: Any = None):
+    def __init__(self, path: str | Path, mesh: Mesh | None = None, dtype: Any = None, flux: str | Path | None = None):
         self.path, self.dtype = Path(path), dtype
         self.mesh = make_mesh({}, jax.devices()[:1]) if mesh is None else mesh
-        self.description = read_model_json(path)
+        self.released = ReleasedModel(path, flux) if is_released(path) else None
+        if flux is not None and self.released is None:
+            raise CheckpointError(f"{path}: is a model directory, which has its own VAE and text encoders; leave flux out")
+        self.description = read_model_json(path) if self.released is None else self.released.description
         self.ways = int(np.prod([self.mesh.shape[a] for a in RULES["batch"]]))
         self._params: dict[str, Any] = {}
         self._configs: dict[str, Any] = {}
@@ -67,6 +72,8 @@ class XOmni:
         if name in self._configs:
             return self._configs[name]
         described = self.description["components"].get(name)
+        if described is None and self.released and name in self.released.errors:
+            raise CheckpointError(self.released.errors[name])
         if described is None:
             have = ", ".join(sorted(self.description["components"])) or "nothing"
             raise CheckpointError(f"{self.path}: this model has no {name} (it has {have}); train that stage, or use a complete model")
@@ -84,7 +91,8 @@ class XOmni:
             boxed = jax.eval_shape(lambda: init_params(name, cfg, jax.random.key(0)))
             shardings = param_shardings(boxed, self.mesh)
             wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.meta.unbox(boxed), shardings)
-            self._params[name] = load_component(self.path, name, wanted, self.dtype) if jax.tree.leaves(wanted) else {}
+            read = functools.partial(load_component, self.path) if self.released is None else self.released.load
+            self._params[name] = read(name, wanted, self.dtype) if jax.tree.leaves(wanted) else {}
         return self._params[name]
 
     def set_params(self, name: str, params: Any, config: Any = None) -> None:
@@ -100,7 +108,11 @@ class XOmni:
         if "transformer" in self.description["components"]:
             c = self.config("transformer")
             sizes = {name: getattr(c, name) for name in ("vocab_size", "image_vocab_size", "mm_vocab_size")}
-        return MultimodalTokenizer.load(self.path / "tokenizer", **sizes)
+        return MultimodalTokenizer.load(self.folder("tokenizer"), **sizes)
+
+    def folder(self, name: str) -> Path:
+        """The folder of a tokenizer: "tokenizer", "tokenizer_t5" or "tokenizer_clip"; it need not exist."""
+        return self.path / name if self.released is None else self.released.folders.get(name, self.path / name)
 
     @functools.cache
     def encoder_tokenizer(self, name: str) -> Any:

@@ -10,7 +10,13 @@ import numpy as np
 
 
 class ConversionError(ValueError):
-    """A checkpoint does not fit its table. The message lists every problem."""
+    """A checkpoint does not fit its table. The message is one sentence, or lists every problem, one a line."""
+
+    @classmethod
+    def of(cls, problems: Sequence[str]) -> ConversionError:
+        """One error for all problems."""
+        problems = list(dict.fromkeys(problems))
+        return cls(problems[0] if len(problems) == 1 else f"{len(problems)} problems:\n  " + "\n  ".join(problems))
 
 
 class Fit(NamedTuple):
@@ -42,12 +48,26 @@ def bias_axes(*sizes: int) -> Fit:
 
 
 class Rule(NamedTuple):
-    """One source key to one target: `target` is a "/"-joined parameter path, `layer` the row of a scanned (stacked) target."""
+    """One source key to one target: `target` is a "/"-joined parameter path, `layer` the row of a scanned (stacked) target.
+
+    `part` is (axis, index) within that row (or within the whole of an unstacked target): where the source keeps apart what is one
+    parameter here, such as the q of a fused qkv.
+    """
 
     source: str
     target: str
     fit: Fit = COPY
     layer: int | None = None
+    part: tuple[int, int] | None = None
+
+    def place(self, rank: int) -> tuple[int | slice, ...]:
+        """Index of this rule's values in its target of `rank` axes."""
+        index: list[int | slice] = [slice(None)] * rank
+        if self.layer is not None:
+            index[0] = self.layer
+        if self.part is not None:
+            index[self.part[0] + (self.layer is not None)] = self.part[1]
+        return tuple(index)
 
 
 class Drop(NamedTuple):
@@ -57,11 +77,24 @@ class Drop(NamedTuple):
     reason: str
 
 
+class Make(NamedTuple):
+    """A target that no source fills: a new parameter. `how` says how it starts, `draw` makes one layer of it (or all of an unstacked one).
+
+    `stacked`: the first axis of the target is the layers'.
+    """
+
+    target: str
+    how: str
+    draw: Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
+    stacked: bool = False
+
+
 class Table(NamedTuple):
     """All rules of one model."""
 
     rules: Sequence[Rule]
     drops: Sequence[Drop] = ()
+    makes: Sequence[Make] = ()
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -85,33 +118,86 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def plan(keys: Iterable[str], table: Table, wanted: Mapping[str, tuple[int, ...]]) -> list[Rule]:
-    """The rules that move `keys` into `wanted` ({path: shape}), complete before anything is read.
+def plan(sources: Iterable[str] | Mapping[str, Any], table: Table, wanted: Mapping[str, tuple[int, ...]]) -> list[Rule]:
+    """The rules that move `sources` into `wanted` ({path: shape}), complete before anything is read.
+
+    Args:
+      sources: keys, or {key: object with `shape`}, whose shapes are then checked too.
 
     Raises:
-      ConversionError: listing every key without a rule, every rule without a key, every target made twice, short or not at all.
+      ConversionError: see `problems`.
     """
-    keys, by_source, errors = set(keys), {}, []
+    found = problems(sources, table, wanted)
+    if found:
+        raise ConversionError.of(found)
+    return list(table.rules)
+
+
+def problems(
+    sources: Iterable[str] | Mapping[str, Any],
+    table: Table,
+    wanted: Mapping[str, tuple[int, ...]],
+    found: Callable[[str], str] = str,
+    absent: Callable[[str], str] | None = None,
+) -> list[str]:
+    """Every key without a rule, every rule without a key, every target made twice, short or not at all, every shape that does not fit.
+
+    Args:
+      found, absent: how a key that is there, and one that is not, are called in a message (with their files).
+    """
+    absent, keys, by_source, out = absent or found, set(sources), {}, []
     for rule in table.rules:
         if rule.source in by_source:
-            errors.append(f"{rule.source}: two rules")
+            out.append(f"{found(rule.source)}: two rules")
         by_source[rule.source] = rule
     for key in sorted(keys - set(by_source)):
-        if not any(re.fullmatch(drop.pattern, key) for drop in table.drops):
-            errors.append(f"{key}: in the checkpoint, no rule takes it")
-    errors += [f"{key}: missing from the checkpoint" for key in sorted(set(by_source) - keys)]
-    rows: dict[str, list[int | None]] = {}
+        if drop_of(key, table) is None:
+            out.append(f"{found(key)}: in the checkpoint, no rule takes it")
+    out += [f"{absent(key)}: missing from the checkpoint" for key in sorted(set(by_source) - keys)]
+    out += _coverage(table, wanted)
+    if isinstance(sources, Mapping):
+        for rule in table.rules:
+            if rule.source in keys and rule.target in wanted:
+                out += [f"{found(rule.source)}: {e}" for e in _misfit(rule, tuple(sources[rule.source].shape), wanted[rule.target])]
+    return out
+
+
+def drop_of(key: str, table: Table) -> Drop | None:
+    """The drop rule that takes a source key."""
+    return next((drop for drop in table.drops if re.fullmatch(drop.pattern, key)), None)
+
+
+def _coverage(table: Table, wanted: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """What is wrong with the table's targets."""
+    rows: dict[str, list[tuple[int | None, int | None]]] = {}
     for rule in table.rules:
-        rows.setdefault(rule.target, []).append(rule.layer)
-    errors += [f"{t}: in the table, not in the model" for t in sorted(set(rows) - set(wanted))]
-    errors += [f"{t}: in the model, no rule fills it" for t in sorted(set(wanted) - set(rows))]
+        rows.setdefault(rule.target, []).append((rule.layer, rule.part and rule.part[1]))
+    axes = {rule.target: rule.part[0] for rule in table.rules if rule.part}
+    made = [make.target for make in table.makes]
+    filled = set(rows) | set(made)
+    out = [f"{t}: in the table, not in the model" for t in sorted(filled - set(wanted))]
+    out += [f"{t}: in the model, no rule fills it" for t in sorted(set(wanted) - filled)]
+    out += [f"{t}: made twice" for t in sorted({t for t in made if made.count(t) > 1 or t in rows})]
     for target in sorted(set(rows) & set(wanted)):
-        expected = [None] if rows[target] == [None] else list(range(wanted[target][0]))
-        if sorted(rows[target], key=lambda r: -1 if r is None else r) != expected:
-            errors.append(f"{target}: filled by layers {rows[target]}, expected {expected}")
-    if errors:
-        raise ConversionError(f"{len(errors)} problems:\n  " + "\n  ".join(errors))
-    return list(table.rules)
+        stacked, shape = rows[target][0][0] is not None, wanted[target]
+        layers = range(shape[0]) if stacked else [None]
+        parts = range(shape[axes[target] + stacked]) if target in axes else [None]
+        expected = [(layer, part) for layer in layers for part in parts]
+        if sorted(rows[target], key=str) != sorted(expected, key=str):
+            got, want = ([r[0] if target not in axes else r for r in side] for side in (rows[target], expected))
+            out.append(f"{target}: filled by layers {got}, expected {want}")
+    return out
+
+
+def _misfit(rule: Rule, shape: tuple[int, ...], target: tuple[int, ...]) -> list[str]:
+    """[why a source of this shape does not fill the rule's place], or []. No values are touched: a zero-stride stand-in is reshaped."""
+    stand_in = np.broadcast_to(np.int8(0), shape)
+    expected = np.broadcast_to(np.int8(0), target)[rule.place(len(target))].shape
+    try:
+        got = rule.fit.to_jax(stand_in).shape
+    except (ValueError, IndexError):
+        return [f"shape {shape} cannot be turned {rule.fit.name}"]
+    return [] if got == expected else [f"shape {got} after {rule.fit.name}, {rule.target} wants {expected}"]
 
 
 def to_params(tensors: Mapping[str, np.ndarray], table: Table, wanted: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -119,20 +205,14 @@ def to_params(tensors: Mapping[str, np.ndarray], table: Table, wanted: Mapping[s
     flat: dict[str, np.ndarray] = {}
     for rule in plan(tensors, table, wanted):
         value, shape = rule.fit.to_jax(np.asarray(tensors[rule.source])), wanted[rule.target]
-        expected = shape if rule.layer is None else shape[1:]
-        if value.shape != tuple(expected):
-            raise ConversionError(f"{rule.source}: shape {value.shape} after {rule.fit.name}, {rule.target} wants {tuple(expected)}")
-        if rule.layer is None:
+        if rule.layer is None and rule.part is None:
             flat[rule.target] = np.ascontiguousarray(value)
         else:
-            flat.setdefault(rule.target, np.empty(shape, value.dtype))[rule.layer] = value
+            flat.setdefault(rule.target, np.empty(shape, value.dtype))[rule.place(len(shape))] = value
     return unflatten(flat)
 
 
 def to_tensors(params: Mapping[str, Any], table: Table) -> dict[str, np.ndarray]:
     """Linen parameters -> PyTorch tensors {key: array}, by the same table read backwards."""
     flat = flatten(params)
-    return {
-        rule.source: np.ascontiguousarray(rule.fit.to_torch(np.asarray(flat[rule.target] if rule.layer is None else flat[rule.target][rule.layer])))
-        for rule in table.rules
-    }
+    return {rule.source: np.ascontiguousarray(rule.fit.to_torch(np.asarray(flat[rule.target])[rule.place(np.ndim(flat[rule.target]))])) for rule in table.rules}

@@ -1,4 +1,4 @@
-"""xomni bench: speed against transformers and diffusers on the same work, and the parts of a GRPO step."""
+"""xomni bench: speed against transformers and diffusers on the same work, the parts of a GRPO step, the cost of a conversion."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 from xomni_jax.assets import TINY_SFT
 
-NAMES = ("decode", "train", "mmdit", "grpo")
-_OPTIONS = dict.fromkeys(("decode", "train", "mmdit"), ("size", "threads")) | {"grpo": ("model", "config")}
+NAMES = ("decode", "train", "mmdit", "grpo", "convert")
+_OPTIONS = dict.fromkeys(("decode", "train", "mmdit"), ("size", "threads")) | {"grpo": ("model", "config"), "convert": ("gb", "dir")}
 
 EXAMPLE = """\
 Both sides do the same work with the same weights and all cores; results are compared before anything is timed:
@@ -18,11 +18,13 @@ Both sides do the same work with the same weights and all cores; results are com
   xomni bench train --size small
   xomni bench mmdit --threads 1 --json mmdit.json
   xomni bench grpo
+  xomni bench convert --gb 4 --dir /tmp
 
 decode  greedy decoding at batch 1 and 16, against transformers' Qwen2
 train   one train step with AdamW, against transformers' Qwen2
 mmdit   one forward pass of the decoder's transformer, against diffusers' FLUX
 grpo    seconds of a GRPO step in rollout, decode, reward and update; starts its reward services itself
+convert peak memory and speed of xomni convert against a plain copy, on a released layout of random values that it writes and removes
 
 decode, train and mmdit need the extra [parity], grpo needs [rewards].
 """
@@ -30,8 +32,8 @@ decode, train and mmdit need the extra [parity], grpo needs [rewards].
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The subcommand's own options."""
-    parser.add_argument("name", metavar="NAME", choices=NAMES, help="decode, train, mmdit or grpo")
-    parser.add_argument("--repeats", type=int, default=20, metavar="N", help="timed pairs per case; grpo: steps (default 20)")
+    parser.add_argument("name", metavar="NAME", choices=NAMES, help="decode, train, mmdit, grpo or convert")
+    parser.add_argument("--repeats", type=int, default=20, metavar="N", help="most timed pairs per case; grpo: steps (default 20)")
     parser.add_argument("--seconds", type=float, default=60.0, metavar="S", help="about the time for all pairs (default 60)")
     parser.add_argument("--json", metavar="FILE", help="also write everything measured to this file")
     models = parser.add_argument_group("decode, train, mmdit only")
@@ -40,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     grpo = parser.add_argument_group("grpo only")
     grpo.add_argument("--model", metavar="DIR", help="model directory (default: the tiny model that ships with the package)")
     grpo.add_argument("--config", metavar="FILE", help="whose shapes and rewards (default: configs/tiny/demo.py)")
+    convert = parser.add_argument_group("convert only")
+    convert.add_argument("--gb", type=float, metavar="GB", help="least size of the checkpoint (default 4); three times that is needed on disk")
+    convert.add_argument("--dir", metavar="DIR", help="where it is written (default: the system's folder for temporary files)")
 
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:
@@ -50,7 +55,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
 
     if args.repeats < 1 or not args.seconds > 0:
         raise BenchError(f"--repeats {args.repeats} and --seconds {args.seconds:g} must be above 0")
-    for option in ("size", "threads", "model", "config"):
+    for option in ("size", "threads", "model", "config", "gb", "dir"):
         if getattr(args, option) is not None and option not in _OPTIONS[args.name]:
             owners = ", ".join(name for name in NAMES if option in _OPTIONS[name])
             raise BenchError(f"--{option} belongs to bench {owners}; bench {args.name} does not take it")
@@ -58,7 +63,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
         raise BenchError(f"--json {args.json}: there is no folder {Path(args.json).parent}; make it first")
     if args.threads is not None:
         machine.use_cores(args.threads)
-    report = _grpo(args) if args.name == "grpo" else _comparison(args)
+    report = {"grpo": _grpo, "convert": _convert}.get(args.name, _comparison)(args)
     print(report.text)
     if args.json:
         write_json(Path(args.json), report.data)
@@ -81,6 +86,18 @@ def _comparison(args: argparse.Namespace) -> Any:
     results = [timing.measure(case, args.repeats, args.seconds / len(cases)) for case in cases]
     threads = machine.xla_threads(), torch.get_num_threads()
     return report.comparison(args.name, title, results, module.PACKAGES, threads, others.cores(), why)
+
+
+def _convert(args: argparse.Namespace) -> Any:
+    from xomni_jax.benchmarks import convert
+    from xomni_jax.benchmarks.timing import BenchError
+
+    gb = 4.0 if args.gb is None else args.gb
+    if not gb > 0:
+        raise BenchError(f"--gb {gb:g} must be above 0")
+    if args.dir and not Path(args.dir).is_dir():
+        raise BenchError(f"--dir {args.dir}: there is no such folder; make it first")
+    return convert.run(gb, args.dir, args.repeats, args.seconds)
 
 
 def _grpo(args: argparse.Namespace) -> Any:

@@ -13,6 +13,9 @@ COMMANDS = {
     "chat": "ask a question about a picture",
     "train": "run a training stage: tokenizer, pretrain, sft, decoder, grpo",
     "eval": "measure trained models on held-out prompts and write a report",
+    "convert": "turn downloaded PyTorch checkpoints into a model directory",
+    "export": "turn a model directory back into the released PyTorch layout",
+    "inspect": "say what a checkpoint holds, or how two differ",
     "serve-reward": "start a reward service: ocr, shapes, quality",
     "rewards": "check running reward services, or score pictures with them",
     "bench": "compare speeds with transformers and diffusers on the same work",
@@ -61,7 +64,9 @@ def main(argv: list[str] | None = None) -> int:
             raise
         message = str(e.args[0]) if isinstance(e, KeyError) and e.args else str(e)
         first, *more = message.strip().splitlines() or [type(e).__name__]
-        if more and not isinstance(e, OSError):
+        if more and type(e).__module__.startswith("xomni_jax."):
+            first = message.strip()  # a list of problems, such as those of a conversion
+        elif more and not isinstance(e, OSError):
             # Ours are one sentence each; several lines come from inside a library and are nothing a user wrote wrongly.
             print(f"xomni {args.command}: internal error, {type(e).__name__}: {first} (XOMNI_DEBUG=1 shows where)", file=sys.stderr)
             return 1

@@ -1,0 +1,348 @@
+"""safetensors: by-hand bytes are read, our files equal the package's byte for byte, and a header is believed only if it is right throughout."""
+
+import json
+import os
+import struct
+import tracemalloc
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from tests.checkpoint.fuzzing import NUMBERS, fuzz
+from xomni_jax.checkpoint import tensor_file
+from xomni_jax.checkpoint.safetensors_file import DTYPES, MAX_HEADER, SafetensorsFile, write_safetensors
+from xomni_jax.checkpoint.tensor_file import LazyTensor, TensorFileError
+from xomni_jax.checkpoint.tensors import open_sharded
+
+HERE = Path("model.safetensors")
+
+
+def raw(header, data: bytes = b"", length: int | None = None) -> bytes:
+    """A file from its parts; `header` may be text that is no JSON."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def entry(dtype="F32", shape=(2,), offsets=(0, 8)) -> dict:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+def bits(dtype: np.dtype, n: int = 6) -> np.ndarray:
+    raw_ = np.arange(1, n * dtype.itemsize + 1, dtype=np.uint8)
+    return (raw_ % 2).astype(np.bool_) if dtype == np.bool_ else raw_.view(dtype)
+
+
+# ---- reading ----
+def test_a_file_by_hand():
+    data = np.array([1, 2, 3], np.float32).tobytes() + struct.pack("<h", -5)
+    file = SafetensorsFile(HERE, raw({"b": entry("I16", (), (12, 14)), "__metadata__": {"format": "pt"}, "a": entry("F32", (3, 1), (0, 12))}, data))
+    assert list(file.infos) == ["a", "b"] and file.metadata == {"format": "pt"}
+    info = file.infos["a"]
+    assert (info.file, info.key, info.dtype, info.shape, info.nbytes) == (HERE, "a", np.float32, (3, 1), 12)
+    np.testing.assert_array_equal(file.read("a"), [[1], [2], [3]])
+    assert file.read("b").shape == () and file.read("b") == -5 and not file.read("b").flags.writeable
+    with pytest.raises(TensorFileError, match="model.safetensors: has no tensor 'c'; it holds 2, such as 'a'"):
+        file.read("c")
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_every_dtype(name):
+    values = bits(DTYPES[name])
+    file = SafetensorsFile(HERE, raw({"w": entry(name, (3, 2), (0, values.nbytes))}, values.tobytes()))
+    assert file.infos["w"].dtype == DTYPES[name] and file.read("w").shape == (3, 2)
+    assert file.read("w").tobytes() == values.tobytes()
+
+
+def test_bfloat16_and_float8_are_the_numbers_they_should_be():
+    header = {"a": entry("BF16", (2,), (0, 4)), "b": entry("F8_E4M3", (2,), (4, 6)), "c": entry("F8_E5M2", (1,), (6, 7))}
+    file = SafetensorsFile(HERE, raw(header, struct.pack("<2H", 0x3F80, 0xC020) + b"\x38\x7e" + b"\x3e"))
+    assert file.read("a").astype(np.float32).tolist() == [1.0, -2.5]
+    assert file.read("b").astype(np.float32).tolist() == [1.0, 448.0] and file.read("c").astype(np.float32).tolist() == [1.5]
+
+
+def test_unaligned_and_empty_tensors():
+    header = {"a": entry("U8", (1,), (0, 1)), "b": entry("F32", (2,), (1, 9)), "c": entry("F64", (0, 5), (9, 9)), "d": entry("U8", (0,), (0, 0))}
+    file = SafetensorsFile(HERE, raw(header, b"\x07" + np.array([1, 2], np.float32).tobytes()))
+    assert file.read("b").tolist() == [1, 2] and file.read("c").shape == (0, 5) and file.read("d").size == 0
+
+
+def test_a_file_without_tensors():
+    assert SafetensorsFile(HERE, raw(b"{}      ")).infos == {}
+
+
+GOOD = {"a": entry(), "b": entry("I16", (2, 1), (8, 12))}
+DATA = bytes(12)
+DAMAGED = "the file is damaged or cut off; download it again"
+WRONG = {
+    "nothing": (b"", "its header should be 0 bytes long, 0 follow"),
+    "seven bytes": (b"\1\0\0\0\0\0\0", "its header should be 1 bytes long, 0 follow"),
+    "cut in the header": (raw(GOOD, DATA)[:60], r"its header should be \d+ bytes long, 52 follow"),
+    "cut in the data": (raw(GOOD, DATA)[:-1], r"its header describes \d+ bytes, it has \d+"),
+    "more data": (raw(GOOD, DATA + b"x"), r"its header describes \d+ bytes, it has \d+"),
+    "endless header": (raw(GOOD, DATA, 2**63), "its header should be 9223372036854775808 bytes long"),
+    "no object": (raw(b"[]"), "does not start with '{'"),
+    "space first": (raw(b" {}"), "does not start with '{'"),
+    "no JSON": (raw(b'{"a": }'), "its header is not JSON"),
+    "two objects": (raw(b"{}{}"), "its header is not JSON"),
+    "not UTF-8": (raw(b'{"\xff": 1}'), "its header is not JSON"),
+    "deep": (raw(b'{"a":' + b"[" * 900), "its header is not JSON"),
+    "deeper than Python recurses": (raw(b'{"a":' + b"[" * 1000 + b"]" * 1000 + b"}"), "its header is not JSON|'a' is not described"),
+    "too many digits": (raw(b'{"a":' + b"9" * 5000 + b"}"), "its header is not JSON"),
+    "key twice": (raw(b'{"a":' + json.dumps(entry()).encode() + b',"a":' + json.dumps(entry()).encode() + b"}", bytes(8)), "a comes twice"),
+    "field twice": (raw(b'{"a":{"dtype":"F32","dtype":"I32","shape":[],"data_offsets":[0,4]}}', bytes(4)), "dtype comes twice"),
+    "half a surrogate pair": (raw(b'{"\\ud800":' + json.dumps(entry()).encode() + b"}", bytes(8)), "is not valid Unicode"),
+    "metadata of numbers": (raw({"__metadata__": {"a": 1}}), "__metadata__ does not map strings to strings"),
+    "metadata in a list": (raw({"__metadata__": []}), "__metadata__ does not map strings to strings"),
+    "entry in a list": (raw({"a": []}), "'a' is not described by dtype, shape and data_offsets"),
+    "field missing": (raw({"a": {"dtype": "F32", "shape": []}}), "'a' is not described by"),
+    "field too many": (raw({"a": entry() | {"strides": [1]}}, bytes(8)), "'a' is not described by"),
+    "shape of text": (raw({"a": entry(shape="2")}, bytes(8)), "the shape of 'a' is not a list of at most 32 sizes"),
+    "negative size": (raw({"a": entry(shape=[-2])}, bytes(8)), "the shape of 'a' is not"),
+    "fraction": (raw({"a": entry(shape=[2.0])}, bytes(8)), "the shape of 'a' is not"),
+    "true": (raw({"a": entry(shape=[True], offsets=[0, 4])}, bytes(4)), "the shape of 'a' is not"),
+    "size of 64 bits": (raw({"a": entry(shape=[2**63, 0], offsets=[0, 0])}), "the shape of 'a' is not"),
+    "33 axes": (raw({"a": entry(shape=[1] * 33, offsets=[0, 4])}, bytes(4)), "the shape of 'a' is not"),
+    "three offsets": (raw({"a": entry(offsets=[0, 4, 8])}, bytes(8)), "the data_offsets of 'a' are not"),
+    "negative offset": (raw({"a": entry(offsets=[-8, 0])}, bytes(8)), "the data_offsets of 'a' are not"),
+    "backwards": (raw({"a": entry(offsets=[8, 0])}, bytes(8)), r"'a' is F32\[2\] but takes -8 bytes"),
+    "too short": (raw({"a": entry(shape=[3])}, bytes(8)), r"'a' is F32\[3\] but takes 8 bytes"),
+    "overflow": (raw({"a": entry(shape=[2**32, 2**32], offsets=[0, 0])}), r"'a' is F32\[4294967296, 4294967296\] but takes 0 bytes"),
+    "gap": (raw({"a": entry(), "b": entry(offsets=(9, 17))}, bytes(17)), "'b' starts at byte 9 of the data, 8 is next"),
+    "gap at the start": (raw({"a": entry(offsets=(1, 9))}, bytes(9)), "'a' starts at byte 1 of the data, 0 is next"),
+    "overlap": (raw({"a": entry(), "b": entry(offsets=(4, 12))}, bytes(12)), "'b' starts at byte 4 of the data, 8 is next"),
+    "same place": (raw({"a": entry(), "b": entry()}, bytes(8)), "'b' starts at byte 0 of the data, 8 is next"),
+    "lists of lists": (raw(b'{"a":[' + b"[]," * 5000 + b"[]]}"), "its header is no table of tensors"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_headers(what):
+    data, words = WRONG[what]
+    with pytest.raises(TensorFileError, match=words) as error:
+        SafetensorsFile(HERE, data)
+    text = str(error.value)
+    assert text.startswith("model.safetensors: ") and text.endswith(DAMAGED) and "\n" not in text and len(text) < 400
+
+
+@pytest.mark.parametrize(
+    "data, words",
+    [
+        (raw({"a": entry("F4")}, bytes(8)), "'a' has dtype 'F4', this reader knows U64, .*BOOL; store it in one of them"),
+        (raw({"a": entry("F32x" * 100)}, bytes(8)), r"'a' has dtype 'F32xF32xF32xF32xF32x'\.\.\., this reader"),
+        (raw({"a": entry(None)}, bytes(8)), "'a' has a dtype that is no string, this reader"),
+        (raw({"a": entry(shape=[0, 2**62, 2**62], offsets=[0, 0])}), "'a' has shape .*, too large for any machine"),
+    ],
+)
+def test_what_this_reader_does_not_know(data, words):
+    with pytest.raises(TensorFileError, match=words):
+        SafetensorsFile(HERE, data)
+
+
+def test_a_header_has_a_limit(tmp_path):
+    """The file is 100 MB of hole: nothing of it may be read before the length is refused."""
+    with open(tmp_path / "a.safetensors", "wb") as file:
+        file.write(struct.pack("<Q", MAX_HEADER + 1) + b"{")
+        file.truncate(MAX_HEADER + 100)
+    tracemalloc.start()
+    with pytest.raises(TensorFileError, match="its header is 100000001 bytes long, more than 100000000; split the file into shards"):
+        SafetensorsFile(tmp_path / "a.safetensors")
+    assert tracemalloc.get_traced_memory()[1] < 100_000
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("item", [b"[],", b"{},", b"9999,", b'"x",', b"null,", b"1.5,", b'"' + b"\xc3\xa9" * 20 + b'",'])
+def test_header_bombs(item):
+    """Parsed JSON is larger than its text; by how much is bounded."""
+    text = b'{"a":[' + item * (300_000 // len(item)) + b"0]}"
+    tracemalloc.start()
+    with pytest.raises(TensorFileError):
+        SafetensorsFile(HERE, raw(text))
+    assert tracemalloc.get_traced_memory()[1] < 16 * len(text)
+    tracemalloc.stop()
+
+
+# ---- writing ----
+def everything() -> dict[str, np.ndarray]:
+    """One array of every dtype in an order that is not the file's, and awkward names."""
+    out = {f"w{i % 5}.{name}": bits(dtype).reshape(2, 3) for i, (name, dtype) in enumerate(reversed(DTYPES.items()))}
+    return out | {'é "quoted"\n\x01/\u2028': np.array(7, np.float32), "empty": np.zeros((0, 3), np.int64), "B": bits(DTYPES["F32"])}
+
+
+@pytest.mark.parametrize("metadata", [None, {}, {"made": "by hand"}])
+def test_files_equal_the_package_s_byte_for_byte(tmp_path, metadata):
+    tensors = everything()
+    (path,) = write_safetensors(tmp_path, tensors, metadata=metadata)
+    theirs = safetensors.numpy.save(tensors, metadata={"format": "pt"} if metadata is None else metadata or None)
+    assert path == tmp_path / "model.safetensors" and path.read_bytes() == theirs
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_the_package_s_files_are_read_and_ours_by_it(tmp_path):
+    tensors = {k: v for k, v in everything().items() if "F8" not in k}  # its numpy side cannot load these
+    (path,) = write_safetensors(tmp_path, tensors)
+    file = SafetensorsFile(HERE, safetensors.numpy.save(tensors))
+    theirs = safetensors.numpy.load_file(path)
+    assert set(file.infos) == set(theirs) == set(tensors)
+    for key, value in tensors.items():
+        for got in (file.read(key), theirs[key]):
+            assert (got.dtype, got.shape, got.tobytes()) == (value.dtype, value.shape, value.tobytes()), key
+
+
+def test_arrays_in_other_orders(tmp_path, monkeypatch):
+    """Strides and byte order are put right, block by block."""
+    monkeypatch.setattr(tensor_file, "BLOCK_BYTES", 100)
+    base = np.arange(2 * 3 * 40, dtype=np.float32).reshape(2, 3, 40)
+    tensors = {"t": base.T, "r": base[:, ::-1], "big": base.astype(">f4"), "row": base[0, 0, ::3], "one": np.asfortranarray(base[:1])}
+    write_safetensors(tmp_path, tensors)
+    for key, value in safetensors.numpy.load_file(tmp_path / "model.safetensors").items():
+        np.testing.assert_array_equal(value, tensors[key])
+
+
+def shards(tmp_path) -> dict[str, list[str]]:
+    return {p.name: list(SafetensorsFile(p).infos) for p in sorted(tmp_path.glob("*.safetensors"))}
+
+
+def test_shards_and_index(tmp_path):
+    """10-byte tensors, 25 to a shard: two each; the large one stands alone; the index is the one Hugging Face writes."""
+    tensors = {k: np.full(n, i, np.uint8) for i, (k, n) in enumerate({"a": 10, "b": 10, "c": 10, "large": 30, "d": 10, "e": 10}.items())}
+    paths = write_safetensors(tmp_path, tensors, shard_bytes=25, name="diffusion_pytorch_model")
+    stem = "diffusion_pytorch_model-0000{}-of-00004.safetensors".format
+    assert [p.name for p in paths] == [stem(i) for i in (1, 2, 3, 4)]
+    assert shards(tmp_path) == {stem(1): ["a", "b"], stem(2): ["c"], stem(3): ["large"], stem(4): ["d", "e"]}
+    index = json.loads((tmp_path / "diffusion_pytorch_model.safetensors.index.json").read_text())
+    expected = {"a": stem(1), "b": stem(1), "c": stem(2), "large": stem(3), "d": stem(4), "e": stem(4)}
+    assert index == {"metadata": {"total_size": 80}, "weight_map": expected}
+    opened = open_sharded(tmp_path)
+    assert all(opened.read(k).tobytes() == v.tobytes() and opened.infos[k].file == tmp_path / expected[k] for k, v in tensors.items())
+
+
+@pytest.mark.parametrize("first, second", [(25, 10**9), (10**9, 25), (12, 25)])
+def test_another_layout_replaces_the_first(tmp_path, first, second):
+    """transformers prefers a single file to an index, so none of the old files may stay."""
+    old, new = {k: np.zeros(10, np.uint8) for k in "abcd"}, {k: np.ones(10, np.uint8) for k in "abcd"}
+    write_safetensors(tmp_path, old, first)
+    paths = write_safetensors(tmp_path, new, second)
+    assert set(shards(tmp_path)) == {p.name for p in paths}
+    assert (tmp_path / "model.safetensors.index.json").exists() == (len(paths) > 1)
+    assert all(open_sharded(tmp_path).read(k).all() for k in "abcd")
+
+
+@pytest.mark.parametrize("size_before, size_after", [(25, 25), (10**9, 25), (25, 10**9), (None, 25)])
+def test_a_write_killed_at_any_step_is_old_or_new_or_refused(tmp_path, monkeypatch, size_before, size_after):
+    """Every rename and removal is a point at which the process may die; at none does a reader see half of a result."""
+    old, new = {k: np.zeros(10, np.uint8) for k in "abcd"}, {k: np.ones(10, np.uint8) for k in "abcd"}
+    real_replace, real_unlink, seen = os.replace, Path.unlink, []
+
+    class Killed(BaseException):
+        pass
+
+    for step in range(30):
+        folder, left = tmp_path / str(step), [step]
+        if size_before:
+            write_safetensors(folder, old, size_before)
+
+        def counted(action, left=left):
+            def run(*args, **kwargs):
+                if left[0] <= 0:
+                    raise Killed
+                left[0] -= 1
+                return action(*args, **kwargs)
+
+            return run
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", counted(real_replace))
+            patch.setattr(Path, "unlink", counted(real_unlink))
+            try:
+                write_safetensors(folder, new, size_after)
+                done = True
+            except Killed:
+                done = False
+        try:
+            values = {int(open_sharded(folder).read(k)[0]) for k in "abcd"}
+            assert len(values) == 1, f"step {step}: half of each"
+            seen.append(values.pop())
+        except TensorFileError as e:
+            seen.append(str(e).split(": ", 1)[1])
+        if done:
+            break
+    assert done and seen[-1] == 1 and (seen[0] == 0 if size_before else "no model.safetensors" in seen[0] or "holds" in seen[0])
+    refused = [s for s in seen if isinstance(s, str)]
+    assert refused and all("shards without an index" in s or s.startswith("holds no ") for s in refused), seen
+    numbers = [s for s in seen if not isinstance(s, str)]
+    assert numbers == sorted(numbers), seen  # never back from new to old
+
+
+def test_a_failing_tensor_leaves_the_old_result(tmp_path):
+    write_safetensors(tmp_path, {"a": np.zeros(3)})
+    before = (tmp_path / "model.safetensors").read_bytes()
+    with pytest.raises(ZeroDivisionError):
+        write_safetensors(tmp_path, {"a": np.ones(3), "b": LazyTensor(np.float32, (1,), lambda: 1 / 0)}, shard_bytes=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"] and (tmp_path / "model.safetensors").read_bytes() == before
+
+
+def test_tensors_are_made_one_at_a_time(tmp_path):
+    n, made = 2**20, []
+
+    def make(i):
+        made.append(i)
+        return np.full((n, 2), i, np.float32)  # 8 MB
+
+    tracemalloc.start()
+    write_safetensors(tmp_path, {str(i): LazyTensor(np.float32, (n, 2), lambda i=i: make(i)) for i in range(6)}, shard_bytes=2**24)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert made == list(range(6)) and peak < 9 * 2**20, peak
+    assert len(list(tmp_path.glob("*.safetensors"))) == 3 and open_sharded(tmp_path).read("4")[-1, 1] == 4
+
+
+@pytest.mark.parametrize(
+    "key, tensor, words",
+    [
+        ("w", np.zeros(2, np.complex128), "'w' of dtype complex128 cannot be stored as safetensors; cast or rename it first"),
+        ("w", np.zeros(2, ml_dtypes.float4_e2m1fn), "'w' of dtype float4_e2m1fn cannot be stored"),
+        ("__metadata__", np.zeros(2), "'__metadata__' of dtype float64 cannot be stored"),
+        ("w", LazyTensor(np.float32, (3,), lambda: np.zeros(2, np.float32)), r"'w' came out as float32\[2\], float32\[3\] was promised"),
+        ("w", LazyTensor(np.float32, (2**58,), lambda: None), "GB are to be written, .* GB are free; free some space"),
+    ],
+)
+def test_what_cannot_be_written(tmp_path, key, tensor, words):
+    with pytest.raises(TensorFileError, match=words):
+        write_safetensors(tmp_path, {key: tensor})
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- fuzz ----
+HEADER = {"__metadata__": {"format": "pt"}, "a.weight": entry("F32", (2, 3), (0, 24)), "b": entry("BF16", (5,), (24, 34)), "c": entry("U8", (0, 7), (34, 34))}
+SEEDS = [raw(HEADER, bytes(34)), safetensors.numpy.save({"x": np.zeros((3, 0)), "y": np.arange(4, dtype=np.int8), "z": np.ones(2)})]
+
+
+def test_mutated_files():
+    """10,000 files with damage anywhere, most of it in the header."""
+    fuzz(lambda data: SafetensorsFile(HERE, data), SEEDS, runs=10_000, kinds=12, survivors=300)
+
+
+def test_mutated_headers():
+    """10,000 headers that are sound JSON: values replaced by others of the header or by strange ones."""
+    strange = [*NUMBERS, -1, 1.5, True, None, "", "F64", "F8_E4M3", "F4", [], {}, [2, 3], [0, 2**62], [[]], [1] * 40, {"dtype": 1}]
+
+    def mutate(rng, data, seeds):
+        header = json.loads(json.dumps(HEADER))
+        nodes = lambda v: [v] + [n for x in (v.values() if isinstance(v, dict) else v) if isinstance(x, (dict, list)) for n in nodes(x)]  # noqa: E731
+        for _ in range(rng.choice((1, 1, 2, 3))):
+            every = nodes(header)
+            node = rng.choice(every)
+            key = rng.choice(list(node) if isinstance(node, dict) else range(len(node))) if node else None
+            value = json.loads(json.dumps(rng.choice([*strange, *every])))
+            if isinstance(node, list):
+                node[:] = [*node, value] if key is None or rng.random() < 0.2 else node[:key] + [value] * rng.randrange(3) + node[key + 1 :]
+            elif key is not None and rng.random() < 0.7:
+                node[key] = value
+            else:
+                node[rng.choice(("a.weight", "x", "dtype", "shape", "__metadata__"))] = value
+        return raw(header, bytes(rng.choice((34, 34, 34, 0, 24, 35, 100))))
+
+    fuzz(lambda data: SafetensorsFile(HERE, data), SEEDS, runs=10_000, kinds=12, survivors=100, mutate=mutate)

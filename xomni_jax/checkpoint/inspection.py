@@ -1,0 +1,166 @@
+"""What a checkpoint holds, and how two differ: model directories and released ones alike, in our parameters' names."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xomni_jax.checkpoint.convert import make_plan
+from xomni_jax.checkpoint.conversion import ConversionError
+from xomni_jax.checkpoint.released import PARTS, NotThere, Release, kind_of, open_release
+from xomni_jax.checkpoint.released_model import is_released
+from xomni_jax.checkpoint.store import CheckpointError, config_to_json, read_model_json
+from xomni_jax.checkpoint.stored import Stored
+
+ALL = sum(PARTS.values(), ())
+BLOCK = 64 * 2**20  # bytes compared at a time
+
+
+@dataclasses.dataclass
+class Array:
+    """One parameter: its shape, dtype, and any rectangle of it."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[Any], np.ndarray]
+    release: Callable[[], None] = lambda: None
+
+
+@dataclasses.dataclass
+class View:
+    """A checkpoint as it is found.
+
+    Attributes:
+      configs: {component: JSON of its config}. arrays: {component: {path: Array}}. faults: {component: why it cannot be read}.
+    """
+
+    path: Path
+    kind: str
+    configs: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    arrays: dict[str, dict[str, Array]] = dataclasses.field(default_factory=dict)
+    faults: dict[str, str] = dataclasses.field(default_factory=dict)
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    tokenizers: list[str] = dataclasses.field(default_factory=list)
+
+
+def open_view(path: str | Path) -> View:
+    """Opens a directory of either kind; a component that cannot be read is a fault, not an error.
+
+    Raises:
+      CheckpointError, ConversionError: it is neither kind.
+    """
+    path = Path(path)
+    if not is_released(path) and (path / "model.json").is_file():
+        return _of_model(path)
+    kind = kind_of(path)
+    view = View(path, {"xomni": "released X-Omni", "qwen2": "plain Qwen2.5", "siglip2": "plain SigLIP2", "flux": "FLUX.1-dev"}[kind])
+    for only, names in PARTS.items():
+        try:
+            release = open_release(*((None, path) if kind == "flux" else (path, None)), only)
+            _add_release(view, release)
+        except NotThere:
+            continue
+        except ConversionError as e:
+            view.faults |= dict.fromkeys(names, str(e))
+    return view
+
+
+def _add_release(view: View, release: Release) -> None:
+    for name, targets in make_plan(release).targets.items():
+        view.configs[name] = config_to_json(release.components[name].config)
+        view.arrays[name] = {t.path: Array(t.shape, t.dtype, t.read, t.release) for t in targets}
+    view.settings |= release.settings
+    view.tokenizers += list(release.tokenizers)
+
+
+def _of_model(path: Path) -> View:
+    data = read_model_json(path)
+    view = View(path, "model directory", settings=data.get("settings", {}))
+    view.tokenizers = [name for name in ("tokenizer", "tokenizer_t5", "tokenizer_clip") if (path / name).is_dir()]
+    for name, described in data["components"].items():
+        view.configs[name] = described["config"]
+        if described["config"].get("kind") == "identity":
+            view.arrays[name] = {}
+            continue
+        try:
+            stored = Stored(path / name)
+        except CheckpointError as e:
+            view.faults[name] = str(e)
+            continue
+        view.arrays[name] = {
+            key: Array(tuple(a.shape), np.dtype(a.dtype), lambda index, stored=stored, key=key: stored.read(key, index)) for key, a in stored.arrays.items()
+        }
+    return view
+
+
+def describe(view: View) -> Iterator[str]:
+    """Lines: components with their parameter counts, dtypes and configs, settings, and what is missing for text to image and chat."""
+    yield f"{view.path}: {view.kind}"
+    for name in (n for n in ALL if n in view.arrays):
+        arrays = view.arrays[name].values()
+        dtypes = ", ".join(sorted({a.dtype.name for a in arrays})) or "no parameters"
+        count, size = sum(math.prod(a.shape) for a in arrays), sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays)
+        yield f"{name}: {count:,} parameters in {len(arrays)} arrays, {size / 1e9:.3f} GB, {dtypes}"
+        yield "  " + ", ".join(f"{k}={v}" for k, v in view.configs[name].items())
+    yield f"total: {sum(math.prod(a.shape) for arrays in view.arrays.values() for a in arrays.values()):,} parameters"
+    for name, fields in view.settings.items():
+        yield f"settings.{name}: " + ", ".join(f"{k}={v}" for k, v in fields.items())
+    for name, why in view.faults.items():
+        yield f"unreadable: {name}: {why}"
+    missing = [name for name in ALL if name not in view.arrays and name not in view.faults]
+    missing += [name for name in ("tokenizer",) if name not in view.tokenizers]
+    yield f"missing: {', '.join(missing)}" if missing else "missing: nothing"
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """How two arrays differ. `absolute`: largest |a - b|. `relative`: that over the largest |a|. `count`: values that differ."""
+
+    name: str
+    absolute: float
+    relative: float
+    count: int
+    note: str = ""
+
+
+def compare(a: View, b: View) -> Iterator[Difference]:
+    """Every parameter that differs in value, dtype or shape, or is in one checkpoint alone; a block at a time."""
+    for component in (n for n in ALL if n in a.arrays or n in b.arrays):
+        left, right = a.arrays.get(component, {}), b.arrays.get(component, {})
+        if not left or not right:
+            if left or right:
+                yield Difference(component, math.nan, math.nan, 0, f"only in {(a if left else b).path}")
+            continue
+        for key in sorted(set(left) | set(right)):
+            name = f"{component}/{key}"
+            if key not in left or key not in right:
+                yield Difference(name, math.nan, math.nan, 0, f"only in {(a if key in left else b).path}")
+            elif left[key].shape != right[key].shape:
+                yield Difference(name, math.nan, math.nan, 0, f"shapes {left[key].shape} and {right[key].shape}")
+            else:
+                found = _compare(name, left[key], right[key])
+                if found.count or found.note:
+                    yield found
+
+
+def _compare(name: str, a: Array, b: Array) -> Difference:
+    absolute, largest, count = 0.0, 0.0, 0
+    rows = a.shape[0] if a.shape else 1
+    step = max(1, int(BLOCK // max(1, math.prod(a.shape) * 4 // max(rows, 1))))
+    for start in range(0, rows, step):
+        index = (slice(start, min(start + step, rows)), *(slice(0, n) for n in a.shape[1:])) if a.shape else ()
+        x, y = (np.asarray(side.read(index), np.float32) for side in (a, b))
+        both_nan = np.isnan(x) & np.isnan(y)
+        gap = np.where((x == y) | both_nan, 0, np.abs(x - y))
+        gap[np.isnan(gap)] = np.inf  # a number against none
+        count += int(np.count_nonzero(~((x == y) | both_nan)))
+        absolute = max(absolute, float(np.max(gap, initial=0)))
+        largest = max(largest, float(np.max(np.abs(np.where(np.isnan(x), 0, x)), initial=0)))
+        a.release(), b.release()
+    note = "" if a.dtype == b.dtype else f"{a.dtype.name} and {b.dtype.name}"
+    return Difference(name, absolute, absolute / largest if largest else (math.inf if absolute else 0.0), count, note)

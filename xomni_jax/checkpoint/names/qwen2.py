@@ -1,0 +1,49 @@
+"""Names of a plain Qwen2.5 language model, from which an X-Omni starts: what is taken, and how what is new starts.
+
+Taken as it is: text embedding and head, final norm, all layers (they become the language stack). New, drawn at random: vision layers, image
+embedding, image head; the norm before that head starts at 1. Until trained, text is computed exactly as Qwen2.5 computes it, since text
+positions pass through vision layers unchanged.
+"""
+
+from __future__ import annotations
+
+import math
+
+from xomni_jax.checkpoint.conversion import Drop, Make, Table
+from xomni_jax.checkpoint.names import new
+from xomni_jax.checkpoint.names import transformer as released
+from xomni_jax.models.transformer import ARConfig
+
+RENAMED = {"model.lm_embed_tokens.weight": "model.embed_tokens.weight", "model.lm_norm.weight": "model.norm.weight", "lm_head.weight": "lm_head.weight"}
+DROPS = (Drop(r"model\.(rotary_emb|layers\.\d+\.self_attn\.rotary_emb)\.inv_freq", "computed from rope_theta"),)
+
+
+def table(cfg: ARConfig, std: float = 0.02) -> Table:
+    """Every tensor of the language model, and the new parameters.
+
+    Args:
+      cfg: sizes of the whole model, vision layers included.
+      std: of new embeddings, heads and projections (the language model's `initializer_range`); projections into the residual stream start
+        at std / sqrt(2 x all layers), so that 8 more layers leave its scale alone.
+    """
+    rules = []
+    for rule in released.table(cfg).rules:
+        if rule.target.startswith("language/"):
+            layer = f"model.layers.{rule.layer + cfg.n_adapter_layers}."
+            rules.append(rule._replace(source=rule.source.replace(layer, f"model.layers.{rule.layer}.", 1)))
+        elif rule.source in RENAMED:
+            rules.append(rule._replace(source=RENAMED[rule.source]))
+    makes = [Make("mm_embed/table", *new.normal(std)), Make("mm_head/kernel", *new.normal(std)), Make("mm_norm/scale", *new.constant(1))]
+    for stack in set(cfg.layers) - {"language"}:
+        makes += _stack(stack, std, std / math.sqrt(2 * cfg.n_layers))
+    return Table(rules, DROPS, makes)
+
+
+def _stack(stack: str, std: float, residual: float) -> list[Make]:
+    makes = [Make(f"{stack}/{name}_norm/scale", *new.constant(1), True) for name in ("attn", "mlp")]
+    for name in "qkv":
+        makes.append(Make(f"{stack}/attn/{name}_proj/kernel", *new.normal(std), True))
+        makes.append(Make(f"{stack}/attn/{name}_proj/bias", *new.constant(0), True))
+    makes.append(Make(f"{stack}/attn/o_proj/kernel", *new.normal(residual), True))
+    makes += [Make(f"{stack}/mlp/{name}_proj/kernel", *new.normal(std), True) for name in ("gate", "up")]
+    return [*makes, Make(f"{stack}/mlp/down_proj/kernel", *new.normal(residual), True)]

@@ -1,0 +1,276 @@
+"""`config.json` of the released directories, read into our config dataclasses and written again.
+
+Read strictly: what the modules here do not compute (another activation, scaled rotary positions, ...) is refused by file, key and value.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from xomni_jax.checkpoint.conversion import ConversionError
+from xomni_jax.data.preprocess import ImageLimits
+from xomni_jax.models.autoencoder import AutoencoderConfig
+from xomni_jax.models.mmdit import MMDiTConfig
+from xomni_jax.models.text_encoders import CLIPTextConfig, T5Config
+from xomni_jax.models.transformer import ARConfig
+from xomni_jax.sampling.decoder import DecodeConfig
+
+REQUIRED = object()
+CHUNK = 512  # queries per attention step of a converted transformer: bounds memory, changes no value
+
+
+class ConfigFile:
+    """A JSON object of settings whose complaints name the file and the key."""
+
+    def __init__(self, path: Path, data: Mapping[str, Any] | None = None, section: str = ""):
+        self.path, self.section = Path(path), section
+        self.data = read_json(self.path) if data is None else dict(data)
+
+    def get(self, key: str, default: Any = REQUIRED) -> Any:
+        """The value, or `default` where the key is missing or null."""
+        value = self.data.get(key)
+        if value is None and default is REQUIRED:
+            raise ConversionError(f"{self.path}: {self.section}{key} is missing; take the config of the same checkpoint as the weights")
+        return default if value is None else value
+
+    def size(self, key: str, default: Any = REQUIRED) -> int:
+        """A whole number of at least 0."""
+        value = self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ConversionError(f"{self.path}: {self.section}{key}={value!r} is no size; take the config of the same checkpoint as the weights")
+        return value
+
+    def number(self, key: str, default: Any = REQUIRED) -> float:
+        """A number."""
+        value = self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ConversionError(f"{self.path}: {self.section}{key}={value!r} is no number; take the config of the same checkpoint as the weights")
+        return value
+
+    def sizes(self, key: str, default: Any = REQUIRED) -> tuple[int, ...]:
+        """A list of whole numbers."""
+        value = self.get(key, default)
+        if not isinstance(value, (list, tuple)) or not all(type(n) is int for n in value):
+            raise ConversionError(f"{self.path}: {self.section}{key}={value!r} is no list of sizes; take the config of the same checkpoint as the weights")
+        return tuple(value)
+
+    def expect(self, key: str, *allowed: Any, default: Any = REQUIRED) -> None:
+        """Refuses a value that this package does not compute."""
+        value = self.get(key, default)
+        if value not in allowed:
+            raise ConversionError(f"{self.path}: {self.section}{key}={value!r} is not supported, only {' or '.join(map(repr, allowed))}")
+
+    def part(self, key: str, default: Any = REQUIRED) -> ConfigFile:
+        """A nested object."""
+        value = self.get(key, default)
+        if not isinstance(value, dict):
+            raise ConversionError(f"{self.path}: {self.section}{key} is no object; take the config of the same checkpoint as the weights")
+        return ConfigFile(self.path, value, f"{self.section}{key}.")
+
+    def build(self, cls: type, **fields: Any) -> Any:
+        """A config dataclass; what it refuses is said of this file."""
+        try:
+            return cls(**fields)
+        except ValueError as e:
+            raise ConversionError(f"{self.path}: {e}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. ConversionError in one sentence otherwise."""
+    try:
+        data = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConversionError(f"{path}: no such file; the directory is incomplete") from None
+    except (ValueError, OSError) as e:
+        raise ConversionError(f"{path}: not readable as JSON ({str(e).splitlines()[0]}); download it again") from None
+    if not isinstance(data, dict):
+        raise ConversionError(f"{path}: is no JSON object; download it again")
+    return data
+
+
+# ---- unified transformer ----
+def read_transformer(c: ConfigFile, vision: Mapping[str, int] | None) -> ARConfig:
+    """Sizes of an X-Omni transformer; of a plain Qwen2.5 with `vision`, which gives what a language model has not."""
+    for key, allowed, default in (("hidden_act", ("silu",), "silu"), ("use_sliding_window", (False,), False)):
+        c.expect(key, *allowed, default=default)
+    rope = c.part("rope_parameters", {}) if c.data.get("rope_parameters") else ConfigFile(c.path, c.data.get("rope_scaling") or {}, "rope_scaling.")
+    for key in ("rope_type", "type"):
+        rope.expect(key, "default", default="default")
+    theta = c.number("rope_theta", rope.number("rope_theta", 10_000.0))
+    hidden, heads, layers = c.size("hidden_size"), c.size("num_attention_heads"), c.size("num_hidden_layers")
+    if vision is None:
+        vision = {key: c.size(key) for key in ("num_mm_adap_layers", "num_mm_head_layers", "mm_vocab_size", "image_vocab_size")}
+        layers -= vision["num_mm_adap_layers"] + vision["num_mm_head_layers"]
+        if layers < 1:
+            between = f"{vision['num_mm_adap_layers']} adapters and {vision['num_mm_head_layers']} heads"
+            raise ConversionError(f"{c.path}: num_hidden_layers={c.size('num_hidden_layers')} leaves no language layer between {between}")
+    if not heads:
+        raise ConversionError(f"{c.path}: num_attention_heads=0 is no number of heads")
+    return c.build(
+        ARConfig,
+        vocab_size=c.size("vocab_size"), mm_vocab_size=vision["mm_vocab_size"], image_vocab_size=vision["image_vocab_size"],
+        d_model=hidden, mlp_dim=c.size("intermediate_size"), n_heads=heads, n_kv_heads=c.size("num_key_value_heads", heads),
+        head_dim=c.size("head_dim", hidden // heads), n_language_layers=layers,
+        n_adapter_layers=vision["num_mm_adap_layers"], n_head_layers=vision["num_mm_head_layers"],
+        rope_theta=theta, rms_eps=c.number("rms_norm_eps", 1e-6), attention_chunk=CHUNK,
+    )  # fmt: skip
+
+
+def write_transformer(cfg: ARConfig) -> dict[str, Any]:
+    """The released `config.json` without its vision section."""
+    return {
+        "architectures": ["XOmniForCausalLM"], "model_type": "x-omni",
+        "auto_map": {"AutoConfig": "configuration_xomni.XOmniConfig", "AutoModelForCausalLM": "modeling_xomni.XOmniForCausalLM"},
+        "vocab_size": cfg.vocab_size, "mm_vocab_size": cfg.mm_vocab_size, "image_vocab_size": cfg.image_vocab_size,
+        "hidden_size": cfg.d_model, "intermediate_size": cfg.mlp_dim, "num_attention_heads": cfg.n_heads,
+        "num_key_value_heads": cfg.n_kv_heads, "head_dim": cfg.head_dim, "num_hidden_layers": cfg.n_layers,
+        "num_mm_adap_layers": cfg.n_adapter_layers, "num_mm_head_layers": cfg.n_head_layers, "rope_theta": cfg.rope_theta,
+        "rms_norm_eps": cfg.rms_eps, "hidden_act": "silu", "attention_dropout": 0.0, "tie_word_embeddings": False,
+        "use_sliding_window": False, "mm_special_tokens": ["<SOM>", "<EOM>", "<IMAGE>"],
+    }  # fmt: skip
+
+
+# ---- decoder ----
+def read_mmdit(c: ConfigFile, semantic_dim: int, mlp_ratio: int) -> MMDiTConfig:
+    """Sizes of the MMDiT from diffusers' config; the two it lacks come from tensors."""
+    c.expect("patch_size", 1, default=1)
+    c.expect("out_channels", None, c.data.get("in_channels"), default=None)
+    heads, width = c.size("num_attention_heads"), c.size("attention_head_dim")
+    return c.build(
+        MMDiTConfig,
+        in_channels=c.size("in_channels"), d_model=heads * width, n_heads=heads, axes_dims=c.sizes("axes_dims_rope", (16, 56, 56)),
+        n_double=c.size("num_layers"), n_single=c.size("num_single_layers"), text_dim=c.size("joint_attention_dim"),
+        pooled_dim=c.size("pooled_projection_dim"), semantic_dim=semantic_dim, guidance_embed=bool(c.get("guidance_embeds", False)),
+        mlp_ratio=mlp_ratio, prediction=c.get("prediction", "velocity"), query_chunk=CHUNK,
+    )  # fmt: skip
+
+
+def write_mmdit(cfg: MMDiTConfig) -> dict[str, Any]:
+    """diffusers' config; `prediction` is ours and only written where it is not the released one."""
+    out = {
+        "_class_name": "FluxTransformer2DModel", "patch_size": 1, "in_channels": cfg.in_channels, "num_layers": cfg.n_double,
+        "num_single_layers": cfg.n_single, "attention_head_dim": cfg.head_dim, "num_attention_heads": cfg.n_heads,
+        "joint_attention_dim": cfg.text_dim, "pooled_projection_dim": cfg.pooled_dim, "guidance_embeds": cfg.guidance_embed,
+        "axes_dims_rope": list(cfg.axes_dims),
+    }  # fmt: skip
+    return out if cfg.prediction == "velocity" else out | {"prediction": cfg.prediction}
+
+
+def read_vae(c: ConfigFile) -> AutoencoderConfig:
+    """Sizes of the VAE from diffusers' config."""
+    c.expect("act_fn", "silu", default="silu")
+    c.expect("use_quant_conv", False, default=True)
+    c.expect("use_post_quant_conv", False, default=True)
+    c.expect("mid_block_add_attention", True, default=True)
+    channels = c.size("in_channels", 3)
+    c.expect("out_channels", channels, default=channels)
+    return c.build(
+        AutoencoderConfig,
+        pixel_channels=channels, latent_channels=c.size("latent_channels"), block_channels=c.sizes("block_out_channels"),
+        layers_per_block=c.size("layers_per_block"), groups=c.size("norm_num_groups"), scaling_factor=c.number("scaling_factor"),
+        shift_factor=c.number("shift_factor", 0.0), query_chunk=2 * CHUNK,
+    )  # fmt: skip
+
+
+def write_vae(cfg: AutoencoderConfig) -> dict[str, Any]:
+    """diffusers' config."""
+    n = len(cfg.block_channels)
+    return {
+        "_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": list(cfg.block_channels),
+        "down_block_types": ["DownEncoderBlock2D"] * n, "up_block_types": ["UpDecoderBlock2D"] * n, "force_upcast": True,
+        "in_channels": cfg.pixel_channels, "out_channels": cfg.pixel_channels, "latent_channels": cfg.latent_channels,
+        "layers_per_block": cfg.layers_per_block, "mid_block_add_attention": True, "norm_num_groups": cfg.groups,
+        "sample_size": 1024, "scaling_factor": cfg.scaling_factor, "shift_factor": cfg.shift_factor,
+        "use_quant_conv": False, "use_post_quant_conv": False,
+    }  # fmt: skip
+
+
+def read_t5(c: ConfigFile) -> T5Config:
+    """Sizes of a T5 v1.1 encoder from transformers' config."""
+    c.expect("feed_forward_proj", "gated-gelu")
+    return c.build(
+        T5Config,
+        vocab_size=c.size("vocab_size"), d_model=c.size("d_model"), n_layers=c.size("num_layers"), n_heads=c.size("num_heads"),
+        head_dim=c.size("d_kv"), mlp_dim=c.size("d_ff"), n_buckets=c.size("relative_attention_num_buckets", 32),
+        max_distance=c.size("relative_attention_max_distance", 128),
+    )  # fmt: skip
+
+
+def write_t5(cfg: T5Config) -> dict[str, Any]:
+    """transformers' config."""
+    return {
+        "architectures": ["T5EncoderModel"], "model_type": "t5", "vocab_size": cfg.vocab_size, "d_model": cfg.d_model,
+        "num_layers": cfg.n_layers, "num_decoder_layers": cfg.n_layers, "num_heads": cfg.n_heads, "d_kv": cfg.head_dim, "d_ff": cfg.mlp_dim,
+        "relative_attention_num_buckets": cfg.n_buckets, "relative_attention_max_distance": cfg.max_distance,
+        "feed_forward_proj": "gated-gelu", "is_gated_act": True, "dense_act_fn": "gelu_new", "layer_norm_epsilon": 1e-6,
+        "dropout_rate": 0.1, "is_encoder_decoder": True, "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0,
+        "tie_word_embeddings": False,
+    }  # fmt: skip
+
+
+def read_clip(c: ConfigFile) -> CLIPTextConfig:
+    """Sizes of CLIP's text tower from transformers' config."""
+    c.expect("hidden_act", "quick_gelu", default="quick_gelu")
+    vocab, end = c.size("vocab_size"), c.size("eos_token_id", 49407)
+    return c.build(
+        CLIPTextConfig,
+        vocab_size=vocab, d_model=c.size("hidden_size"), n_layers=c.size("num_hidden_layers"), n_heads=c.size("num_attention_heads"),
+        mlp_dim=c.size("intermediate_size"), max_length=c.size("max_position_embeddings"),
+        # OpenAI's files, FLUX.1's among them, say 2; transformers then pools at the largest id, which is the last of the vocabulary.
+        eos_id=vocab - 1 if end == 2 else end,
+    )  # fmt: skip
+
+
+def write_clip(cfg: CLIPTextConfig) -> dict[str, Any]:
+    """transformers' config."""
+    return {
+        "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "vocab_size": cfg.vocab_size, "hidden_size": cfg.d_model,
+        "num_hidden_layers": cfg.n_layers, "num_attention_heads": cfg.n_heads, "intermediate_size": cfg.mlp_dim,
+        "max_position_embeddings": cfg.max_length, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "eos_token_id": cfg.eos_id,
+        "bos_token_id": 0, "pad_token_id": 1, "projection_dim": cfg.d_model, "attention_dropout": 0.0,
+    }  # fmt: skip
+
+
+# ---- how the model is run: only the fields that a file says ----
+def read_preprocess(c: ConfigFile) -> dict[str, Any]:
+    """`vision_config.transform` as fields of `ImageLimits`."""
+    names = ("short_size", "long_size", "patch_size", "min_short_size", "max_aspect_ratio")
+    fields = {name: c.number(name) for name in names if c.data.get(name) is not None}
+    c.build(ImageLimits, **fields)
+    return fields
+
+
+def read_decode(c: ConfigFile) -> dict[str, Any]:
+    """`vision_config.decoder` as fields of `DecodeConfig`."""
+    fields = {ours: c.number(key) for key, ours in (("num_inference_steps", "steps"), ("cfg_scale", "guidance")) if key in c.data}
+    c.build(DecodeConfig, **fields)
+    return fields
+
+
+def read_scheduler(c: ConfigFile) -> dict[str, Any]:
+    """FLUX.1's scheduler config as fields of `DecodeConfig`."""
+    c.expect("base_image_seq_len", 256, default=256)
+    c.expect("max_image_seq_len", 4096, default=4096)
+    c.expect("use_dynamic_shifting", True, default=True)
+    c.expect("shift_terminal", None, default=None)
+    return {key: c.number(key) for key in ("base_shift", "max_shift") if key in c.data}
+
+
+def write_scheduler(decode: Mapping[str, Any]) -> dict[str, Any]:
+    """FLUX.1's scheduler config."""
+    return {
+        "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting": True,
+        "base_shift": decode.get("base_shift", 0.5), "max_shift": decode.get("max_shift", 1.15), "base_image_seq_len": 256, "max_image_seq_len": 4096,
+    }  # fmt: skip
+
+
+def side_of(n: int, what: str) -> int:
+    """Side of a square grid of n positions."""
+    side = math.isqrt(n)
+    if side * side != n:
+        raise ConversionError(f"{what}: {n} positions are no square grid")
+    return side

@@ -1,0 +1,87 @@
+"""What Orbax wrote, read in parts: one array, or one layer of a stacked one, at a time."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+
+from xomni_jax.checkpoint.conversion import flatten
+from xomni_jax.checkpoint.store import CheckpointError, reading, unwrap_metadata
+
+SMALL = 4 * 2**20  # bytes of an array that is read whole and kept
+
+
+class Stored:
+    """The arrays of one component's directory, written by a conversion or by a training run alike.
+
+    Attributes:
+      arrays: {path: object with shape and dtype}.
+      spill: a folder for arrays that are stored in pieces of many layers, and read layer by layer: each is unpacked there once.
+    """
+
+    def __init__(self, directory: str | Path, spill: str | Path | None = None):
+        self.directory, self.spill = Path(directory).absolute(), spill
+        if not self.directory.is_dir():
+            raise CheckpointError(f"{self.directory}: this model directory has no {self.directory.name}; train or convert it first")
+        metadata, reason = reading(self._metadata)
+        if reason:
+            raise CheckpointError(f"{self.directory}: cannot be read, it is incomplete or damaged ({reason}); restore it or write it again")
+        self.arrays: dict[str, Any] = flatten(metadata)
+        self._open: dict[str, ts.TensorStore] = {}
+        self._context = ts.Context({"cache_pool": {"total_bytes_limit": 16 * 2**20}})  # for the directory of arrays, which all share
+        self._kept: dict[str, np.ndarray] = {}
+
+    def _metadata(self) -> Any:
+        with ocp.StandardCheckpointer() as checkpointer:
+            metadata = unwrap_metadata(checkpointer.metadata(self.directory))
+        if metadata is None:
+            raise ValueError("the list of its arrays is missing")
+        return metadata
+
+    def store(self, path: str) -> ts.TensorStore:
+        """The open array."""
+        if path not in self._open:
+            name, base = path.replace("/", "."), f"file://{self.directory}/"
+            kvstore: dict[str, Any] = {"driver": "file", "path": f"{self.directory}/{name}/"}
+            if (self.directory / "manifest.ocdbt").exists():
+                kvstore = {"driver": "ocdbt", "base": base, "path": name + "/"}
+            spec = {"driver": "zarr", "kvstore": kvstore, "fill_missing_data_reads": False}
+            self._open[path] = ts.open(spec, open=True, context=self._context).result()
+        return self._open[path]
+
+    def read(self, path: str, index: Any = ...) -> np.ndarray:
+        """A rectangle of one array, or one layer of it by its number.
+
+        Raises:
+          CheckpointError: damaged.
+        """
+        out, reason = reading(lambda: self._read(path, index))
+        if reason:
+            raise CheckpointError(f"{self.directory}: {path} cannot be read, it is incomplete or damaged ({reason}); restore it or write it again")
+        return out
+
+    def _read(self, path: str, index: Any) -> np.ndarray:
+        if path in self._kept:
+            return self._kept[path][index]
+        store = self.store(path)
+        nbytes = math.prod(store.shape) * store.dtype.numpy_dtype.itemsize
+        if nbytes <= SMALL:
+            self._kept[path] = store.read().result()
+            return self._kept[path][index]
+        if isinstance(index, int) and self.spill is not None and store.chunk_layout.read_chunk.shape[0] > 1:
+            self._kept[path] = self._spilled(store)
+            return self._kept[path][index]
+        return store[index].read().result()
+
+    def _spilled(self, store: ts.TensorStore) -> np.ndarray:
+        file = tempfile.TemporaryFile(dir=self.spill)
+        whole = store.read().result()
+        file.write(np.ascontiguousarray(whole).reshape(-1).view(np.uint8).data)
+        file.flush()
+        return np.memmap(file, whole.dtype, "r", shape=whole.shape)

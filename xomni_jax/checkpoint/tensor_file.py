@@ -1,0 +1,208 @@
+"""What a file of tensors is to the rest of the package: names, shapes and dtypes at once; values as views of a memory map, one at a time."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+
+BLOCK_BYTES = 64 * 2**20  # writers copy at most this much of a strided array at a time
+MAX_RANK = 32
+
+
+class TensorFileError(ValueError):
+    """A file of tensors cannot be read or written. One sentence: the file, the key if one is concerned, and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor of a file, known without reading it."""
+
+    file: Path
+    key: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor's values: the product of `shape`, times the item size."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class LazyTensor(NamedTuple):
+    """A tensor to be written: `make` is called once, when its turn comes, and must return this dtype and shape."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it will take in the file."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+class TensorFile:
+    """Readable tensors: `infos` is complete before any value is read.
+
+    Attributes:
+      path: the file, or the folder of shards.
+      infos: {key: TensorInfo}, in the file's order.
+    """
+
+    path: Path
+    infos: dict[str, TensorInfo]
+
+    def read(self, key: str) -> np.ndarray:
+        """The tensor, shape and dtype as in `infos[key]`: a read-only view of the memory map, perhaps strided or unaligned."""
+        raise NotImplementedError
+
+    def release(self, key: str) -> None:
+        """Gives back the memory that reading `key` filled. Views stay valid: the pages come back from the file when touched."""
+        raise NotImplementedError
+
+    def info(self, key: str) -> TensorInfo:
+        """`infos[key]`.
+
+        Raises:
+          TensorFileError: no such key.
+        """
+        if key not in self.infos:
+            raise TensorFileError(f"{self.path}: has no tensor {show(key)}; it holds {len(self.infos)}, such as {show(next(iter(self.infos), ''))}")
+        return self.infos[key]
+
+
+class Place(NamedTuple):
+    """Where a tensor's first element lies in the file, and its strides; both in bytes."""
+
+    offset: int
+    strides: tuple[int, ...]
+
+
+class MappedFile(TensorFile):
+    """One memory-mapped file. Subclasses call `place` for every tensor they find and check the bounds before.
+
+    Args:
+      path: the file; every error names it.
+      data: its contents, mapped read-only from `path` when not given.
+    """
+
+    def __init__(self, path: str | Path, data: mmap.mmap | bytes | None = None):
+        self.path, self.infos = Path(path), {}
+        self.data = map_file(self.path) if data is None else data
+        self.places: dict[str, Place] = {}
+
+    def place(self, key: str, dtype: np.dtype, shape: tuple[int, ...], place: Place) -> None:
+        """Records one tensor, unless its sizes are more than numpy can describe, as those of an empty tensor may be."""
+        if math.prod(max(n, 1) for n in shape) * dtype.itemsize >= 2**63:
+            raise TensorFileError(f"{self.path}: {show(key)} has shape {list(shape)}, too large for any machine; the file is damaged, download it again")
+        self.infos[key], self.places[key] = TensorInfo(self.path, key, dtype, shape), place
+
+    def read(self, key: str) -> np.ndarray:
+        """See `TensorFile.read`."""
+        info, place = self.info(key), self.places[key]
+        if info.nbytes == 0:  # nothing to map, and numpy checks an offset at the very end of a buffer against one item
+            array = np.empty(info.shape, info.dtype)
+        else:
+            array = np.ndarray(info.shape, info.dtype, buffer=self.data, offset=place.offset, strides=place.strides)
+        array.flags.writeable = False
+        return array
+
+    def release(self, key: str) -> None:
+        """See `TensorFile.release`."""
+        info, (offset, strides) = self.info(key), self.places[key]
+        if isinstance(self.data, mmap.mmap) and info.nbytes:
+            end = offset + sum((n - 1) * s for n, s in zip(info.shape, strides, strict=True)) + info.dtype.itemsize
+            start = offset - offset % mmap.PAGESIZE
+            self.data.madvise(mmap.MADV_DONTNEED, start, end - start)
+
+
+def map_file(path: Path) -> mmap.mmap | bytes:
+    """The file's contents as a read-only memory map (b"" for an empty file, which cannot be mapped)."""
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+    except FileNotFoundError:
+        raise TensorFileError(f"{path}: no such file; check the path, or download it again") from None
+    except (OSError, ValueError) as e:
+        raise TensorFileError(f"{path}: cannot be opened ({e}); give a file that can be read") from None
+
+
+def contiguous_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """Strides in bytes of a C-ordered array."""
+    strides, step = [], itemsize
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+def show(text: str, limit: int = 120) -> str:
+    """A key or name from an untrusted file: quoted, on one line, printable, cut to `limit` characters."""
+    return repr(text) if len(text) <= limit else repr(text[:limit]) + "..."
+
+
+# ---- writing ----
+def as_lazy(tensors: Mapping[str, Any]) -> dict[str, LazyTensor]:
+    """Arrays become LazyTensors; dtypes are normalised to this machine's (little-endian) byte order, as both formats want."""
+    out = {}
+    for key, value in tensors.items():
+        lazy = value if isinstance(value, LazyTensor) else LazyTensor(value.dtype, value.shape, lambda value=value: value)
+        out[key] = lazy._replace(dtype=np.dtype(lazy.dtype).newbyteorder("="), shape=tuple(int(n) for n in lazy.shape))
+    return out
+
+
+def write_tensor(file: IO[bytes], path: Path, key: str, lazy: LazyTensor) -> None:
+    """Makes one tensor and writes its elements in C order; a strided one is copied a block at a time.
+
+    Raises:
+      TensorFileError: what was made is not what was promised (the header is written already).
+    """
+    array = np.asarray(lazy.make())
+    if array.dtype.newbyteorder("=") != lazy.dtype or array.shape != lazy.shape:
+        found, wanted = f"{array.dtype.name}{list(array.shape)}", f"{lazy.dtype.name}{list(lazy.shape)}"
+        raise TensorFileError(f"{path}: {show(key)} came out as {found}, {wanted} was promised; fix the maker of this tensor")
+    if array.flags.c_contiguous and array.dtype == lazy.dtype:
+        blocks = [array]
+    else:
+        rows = max(1, BLOCK_BYTES // max(1, array.nbytes // max(1, len(array)))) if array.ndim else 1
+        blocks = (array[i : i + rows] for i in range(0, len(array), rows)) if array.ndim else [array]
+    for block in blocks:
+        if block.size:  # uint8, since the buffer protocol does not know bfloat16
+            file.write(np.ascontiguousarray(block, lazy.dtype).reshape(-1).view(np.uint8).data)
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Refuses to start a write that cannot fit."""
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise TensorFileError(f"{folder}: {needed / 1e9:.2f} GB are to be written, {free / 1e9:.2f} GB are free; free some space or choose another disk")
+
+
+@contextmanager
+def part_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file `path`.part to write into, synced to disk at the end; removed if the writing fails. The caller renames it."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def publish(path: Path) -> None:
+    """`path`.part becomes `path`, at once."""
+    os.replace(path.with_name(path.name + ".part"), path)

@@ -1,0 +1,169 @@
+"""Opening tensors on disk: a file of a kind told by its content, or a folder of shards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xomni_jax.checkpoint.safetensors_file import SafetensorsFile, lora_only, unique
+from xomni_jax.checkpoint.tensor_file import LazyTensor, TensorFile, TensorFileError, TensorInfo, map_file, show
+from xomni_jax.checkpoint.torch_file import TorchFile
+
+__all__ = ["LazyTensor", "ShardedFolder", "TensorFile", "TensorFileError", "TensorInfo", "open_sharded", "open_tensor_file"]
+
+STEMS = ("model", "diffusion_pytorch_model")
+LISTED = 20  # problems shown of one folder
+# (first bytes, what it is, what to do)
+STRANGERS = (
+    (b"GGUF", "a GGUF file (quantised for llama.cpp)", "download the safetensors it was made from"),
+    (b"GGML", "a GGML file (quantised for llama.cpp)", "download the safetensors it was made from"),
+    (b"\x89HDF", "an HDF5 file", "convert it to safetensors"),
+    (b"\x93NUMPY", "a numpy .npy file", "convert it to safetensors"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the weights", "run `git lfs pull` in its repository"),
+    (b"<", "a web page, not the weights", "download it again, signed in if the model asks for it"),
+    (b"\x80", "a pickle outside a zip archive (PyTorch before 1.6)", "load it with torch and torch.save it again, or convert it to safetensors"),
+    (b"\x1f\x8b", "compressed with gzip", "unpack it first"),
+    (b"\x28\xb5\x2f\xfd", "compressed with zstd", "unpack it first"),
+)
+
+
+def open_tensor_file(path: str | Path) -> TensorFile:
+    """Opens a safetensors file or a zip file of torch.save, told apart by content, not by name.
+
+    Raises:
+      TensorFileError: anything else (GGUF, pickles outside a zip, LoRA matrices alone, ...) by name, or a damaged file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise TensorFileError(f"{path}: is a folder, a file is wanted; give the file inside, or open the folder as shards")
+    data = map_file(path)
+    head = bytes(data[:32])
+    if not head:
+        raise TensorFileError(f"{path}: is empty; download it again")
+    if head[8:9] == b"{":  # first, as a header length may look like any other mark; no zip archive has this byte here
+        file: TensorFile = SafetensorsFile(path, data)
+    elif head.startswith(b"PK"):
+        file = TorchFile(path, data)
+    else:
+        for start, kind, mend in STRANGERS:
+            if head.startswith(start):
+                raise TensorFileError(f"{path}: is {kind}; {mend}")
+        if path.suffix == ".safetensors":
+            raise TensorFileError(f"{path}: does not start like a safetensors file; download it again")
+        raise TensorFileError(f"{path}: is neither safetensors nor a zip file of torch.save; give one of these")
+    if lora_only(list(file.infos)):
+        raise TensorFileError(f"{path}: holds only LoRA matrices, such as {show(next(iter(file.infos)))}; merge them into their base model first")
+    return file
+
+
+class ShardedFolder(TensorFile):
+    """Several files as one. `infos[key].file` says where a tensor is."""
+
+    def __init__(self, path: Path, files: list[TensorFile]):
+        self.path, self.infos = path, {}
+        self.owners: dict[str, TensorFile] = {}
+        for file in files:
+            for key, info in file.infos.items():
+                self.infos[key], self.owners[key] = info, file
+
+    def read(self, key: str) -> np.ndarray:
+        """See `TensorFile.read`."""
+        self.info(key)
+        return self.owners[key].read(key)
+
+    def release(self, key: str) -> None:
+        """See `TensorFile.release`."""
+        self.info(key)
+        self.owners[key].release(key)
+
+
+def open_sharded(folder: str | Path) -> ShardedFolder:
+    """Opens a Hugging Face folder: its `*.safetensors.index.json` and the shards it names, or its single safetensors file.
+
+    Raises:
+      TensorFileError: not such a folder, or its index and shards disagree; every problem of the folder is listed.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise TensorFileError(f"{folder}: no such folder; give a folder with {STEMS[0]}.safetensors or its index")
+    index = the_index(folder)
+    if index is None:
+        return ShardedFolder(folder, [open_tensor_file(the_file(folder))])
+    weight_map = read_index(index)
+    files, problems = {}, []
+    for name in dict.fromkeys(weight_map.values()):
+        try:
+            files[name] = open_tensor_file(folder / name)
+        except TensorFileError as e:
+            problems.append(str(e))
+    problems += disagreements(weight_map, files)
+    if problems:
+        more = [f"and {len(problems) - LISTED} more"] if len(problems) > LISTED else []
+        raise TensorFileError("\n  ".join([f"{index}: {len(problems)} problems; download the folder again:", *problems[:LISTED], *more]))
+    return ShardedFolder(folder, list(files.values()))
+
+
+def disagreements(weight_map: dict[str, str], files: dict[str, TensorFile]) -> Iterator[str]:
+    """One sentence per key that the index and the (readable) shards do not place alike."""
+    for key, name in weight_map.items():
+        if name in files and key not in files[name].infos:
+            others = [other for other, file in files.items() if key in file.infos]
+            yield f"{show(key)} is not in {name}, where the index places it" + (f", but in {others[0]}" if others else "")
+    for name, file in files.items():
+        for key in file.infos:
+            owner = weight_map.get(key)
+            if owner is None:
+                yield f"{show(key)} is in {name}, the index does not list it"
+            elif owner != name and owner in files and key in files[owner].infos:
+                yield f"{show(key)} is in {name} as well as in {owner}, where the index places it"
+
+
+def the_index(folder: Path) -> Path | None:
+    """The folder's index; the usual names first, since a variant (such as fp16) may lie beside it."""
+    for stem in STEMS:
+        if (folder / f"{stem}.safetensors.index.json").is_file():
+            return folder / f"{stem}.safetensors.index.json"
+    found = sorted(folder.glob("*.safetensors.index.json"))
+    if len(found) > 1:
+        raise TensorFileError(f"{folder}: has {len(found)} indexes ({', '.join(p.name for p in found)}); leave the one to be read")
+    return found[0] if found else None
+
+
+def the_file(folder: Path) -> Path:
+    """The folder's only safetensors file, or a sentence that says what the folder is instead."""
+    for stem in STEMS:
+        if (folder / f"{stem}.safetensors").is_file():
+            return folder / f"{stem}.safetensors"
+    names = sorted(p.name for p in folder.iterdir())
+    kinds = (
+        (lambda n: n in ("adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"), "a LoRA", "merge it into its base first"),
+        (lambda n: n == "model_index.json", "a whole diffusers pipeline", "give one of its folders, such as transformer or vae"),
+        (lambda n: "-of-" in n and ".safetensors" in n, "shards without an index: copying or writing was interrupted", "fetch or write it again"),
+        (lambda n: n.endswith(".gguf"), "GGUF files", "download the safetensors they were made from"),
+        (lambda n: n.endswith((".bin", ".pth", ".pt", ".ckpt")), "PyTorch pickles", "give the file itself, or convert the folder to safetensors"),
+        (lambda n: n.endswith(".safetensors"), "a safetensors file of another name", "give the file itself"),
+    )
+    for fits, kind, mend in kinds:
+        for name in names:
+            if fits(name):
+                raise TensorFileError(f"{folder}: holds {kind} ({show(name)}), not model.safetensors or an index of shards; {mend}")
+    raise TensorFileError(f"{folder}: holds no {' or '.join(s + '.safetensors' for s in STEMS)} and no index of shards; give the model's folder")
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """{key: shard file name} of an index."""
+    try:
+        index: Any = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except (OSError, ValueError, RecursionError) as e:
+        raise TensorFileError(f"{path}: cannot be read as JSON ({show(str(e))}); download it again") from None
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
+        raise TensorFileError(f"{path}: has no weight_map from keys to files; download it again")
+    for key, name in weight_map.items():
+        if not name or Path(name).name != name or "\0" in name:  # an index must not reach into other folders
+            raise TensorFileError(f"{path}: places {show(key)} in {show(name)}, which is no file of this folder; download it again")
+    return weight_map

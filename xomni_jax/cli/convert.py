@@ -1,0 +1,76 @@
+"""xomni convert: downloaded PyTorch checkpoints into one model directory."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from xomni_jax.checkpoint.convert import DTYPES, convert, plan_for
+from xomni_jax.checkpoint.released import PARTS, NewParts
+
+EXAMPLE = """\
+The directories are read as they were downloaded; nothing in them is run, and no PyTorch is needed. --xomni may be:
+
+  X-Omni-En, -Zh, -SFT, -PT   transformer, image tokenizer and decoder, found through its config.json
+  a plain Qwen2.5             a transformer to train: vision layers, image embedding and image head start at random
+  a plain SigLIP2             an image tokenizer to train: quantizer, codebook and projector start at random
+
+--flux is FLUX.1-dev: VAE, text encoders, their tokenizers; without X-Omni its transformer too, with a semantic input that starts at zero.
+Training keeps its parameters in float32: convert what it starts from with --dtype float32.
+
+Everything is checked before anything is written: --plan prints what would be done. Work is done in TO.part: an interrupted conversion
+is gone on with by the same command, and TO appears when it is whole. A second conversion into TO adds parts that it has not yet.
+Beside the checkpoint, conversion.json says which tensor of which file (with its sha256) became what.
+
+examples:
+  xomni convert --xomni X-Omni-En --flux FLUX.1-dev --to models/xomni
+  xomni convert --xomni X-Omni-En --flux FLUX.1-dev --to models/xomni --plan
+  xomni convert --xomni Qwen2.5-7B --to models/start
+  xomni convert --xomni siglip2-giant-opt-patch16-384 --to models/start
+
+without a download, from a clone of this repository:
+  xomni export --from xomni_jax/assets/tiny_sft --to tiny_released && xomni convert --xomni tiny_released --to tiny_model
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The subcommand's own options."""
+    new = NewParts()
+    parser.add_argument("--xomni", metavar="DIR", help="X-Omni, a plain Qwen2.5, or a plain SigLIP2")
+    parser.add_argument("--flux", metavar="DIR", help="FLUX.1-dev")
+    parser.add_argument("--to", metavar="DIR", help="the model directory to make, or to add parts to")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="keep", help="of the stored parameters (default keep: as in the files)")
+    parser.add_argument("--only", choices=tuple(PARTS), help="one part; text means T5 and CLIP")
+    parser.add_argument("--plan", action="store_true", help="print what would become what, and stop")
+    start = parser.add_argument_group("what a plain model lacks")
+    start.add_argument("--image-vocab", type=int, default=new.image_vocab_size, metavar="N", help="image codes (default %(default)s)")
+    start.add_argument("--mm-vocab", type=int, default=new.mm_vocab_size, metavar="N", help="image codes, specials and spares (default %(default)s)")
+    start.add_argument("--adapter-layers", type=int, default=new.adapter_layers, metavar="N", help="vision layers before the language (default %(default)s)")
+    start.add_argument("--head-layers", type=int, default=new.head_layers, metavar="N", help="vision layers behind it (default %(default)s)")
+    start.add_argument("--code-width", type=int, default=new.code_width, metavar="N", help="width of a codebook row (default %(default)s)")
+    start.add_argument("--seed", type=int, default=new.seed, metavar="N", help="of what starts at random (default %(default)s)")
+
+
+def run(args: argparse.Namespace, rest: list[str]) -> int:
+    """Converts, or prints the plan. ValueError: one sentence, or every problem of the plan."""
+    if args.xomni is None and args.flux is None:
+        raise ValueError("neither --xomni nor --flux is given; say what to convert")
+    if args.to is None and not args.plan:
+        raise ValueError("--to is missing; say where the model directory goes, or --plan to look only")
+    parts = NewParts(args.image_vocab, args.mm_vocab, args.adapter_layers, args.head_layers, args.code_width, seed=args.seed)
+    least = {"image_vocab_size": 1, "mm_vocab_size": 1, "code_width": 1}
+    small = next((k for k, v in vars(parts).items() if v < least.get(k, 0)), None)
+    if small:
+        raise ValueError(f"{small}={getattr(parts, small)} is too small; leave the option out for the released size")
+    from xomni_jax.checkpoint.conversion_report import plan_lines
+
+    if args.plan:
+        plan = plan_for(args.xomni, args.flux, args.to, args.dtype, args.only, parts)
+        for line in (*plan.release.notes, *plan_lines(plan)):
+            print(line)
+        print(f"nothing written; {plan.nbytes / 1e9:.3f} GB would be")
+        return 0
+    for warning in convert(args.xomni, args.flux, args.to, args.dtype, args.only, parts):
+        print(f"warning: {warning}", file=sys.stderr)
+    print(f"written: {args.to}")
+    return 0
