@@ -121,7 +121,7 @@ class XOmni:
         Raises:
           CheckpointError: the tokenizer and the encoder do not belong together.
         """
-        folder = self.path / f"tokenizer_{name}"
+        folder = self.folder(f"tokenizer_{name}")
         if not folder.is_dir():
             return None
         own, cfg = read_tokenizer(folder), self.config(name)
