@@ -27,7 +27,7 @@ def _run(stage, learning_rate, **sections):
                 b2=0.95,
                 weight_decay=0.0,
                 clip_norm=1.0,
-                gain_rate=1.0,  # learning rate of norm gains and biases, in multiples of the others'
+                rates=(),  # (path pattern, multiple of learning_rate), such as (".*/(scale|bias)", 100.0)
             ),
             **sections,
         )

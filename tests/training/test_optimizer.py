@@ -57,12 +57,12 @@ def test_norms_and_biases_do_not_decay():
         assert decay == (path_name(path).rsplit("/", 1)[-1] not in ("scale", "bias")), path_name(path)
 
 
-def test_gains_and_biases_learn_at_their_own_rate():
+def test_rates_by_path_first_match_first():
     params = small_params()
     grads = jax.tree.map(lambda x: x + 0.5, params)
-    plain, fast = (one_update(make_optimizer(OptimizerConfig(0.01, schedule="constant", gain_rate=rate), 5, freeze=["old/bias"]), params, grads)[0] for rate in (1, 7))
+    plain, fast = (one_update(make_optimizer(OptimizerConfig(0.01, schedule="constant", rates=rates), 5, freeze=["old/bias"]), params, grads)[0] for rates in ((), ((".*/scale", 7.0), ("new/.*", 3.0), (".*/bias", 9.0))))
     moved = {name: (fast[a][b] - params[a][b]) / (plain[a][b] - params[a][b]) for name, a, b in (("kernel", "new", "kernel"), ("old", "old", "kernel"))}
-    np.testing.assert_allclose([float(jnp.mean(m)) for m in moved.values()], 1.0, rtol=1e-4)
+    np.testing.assert_allclose([float(jnp.mean(moved[name])) for name in ("kernel", "old")], [3.0, 1.0], rtol=1e-4)
     gain = lambda tree: tree["new"]["norm"]["scale"] - params["new"]["norm"]["scale"]  # noqa: E731
     np.testing.assert_allclose(gain(fast), 7 * gain(plain), rtol=1e-4)
     np.testing.assert_array_equal(fast["old"]["bias"], params["old"]["bias"])  # frozen all the same
@@ -188,7 +188,7 @@ def test_training_nothing_is_refused():
 @pytest.mark.parametrize(
     "fields, words",
     [
-        (dict(gain_rate=0.0), "gain_rate=0.0 must be positive"),
+        (dict(rates=((".*", 0.0),)), "has the factor 0.0, which must be positive"),
         (dict(name="sgd"), "name='sgd' is unknown; use one of adamw, muon"),
         (dict(learning_rate=0.0), "learning_rate=0.0 must be positive"),
         (dict(schedule="step"), "schedule='step' is unknown"),

@@ -30,9 +30,9 @@ class OptimizerConfig:
       final_fraction: of learning_rate, where linear and cosine end.
       b1, b2, weight_decay: of AdamW; norms and biases do not decay.
       clip_norm: global norm that gradients are scaled down to; 0 is off.
-      gain_rate: learning rate of norm gains and biases, in multiples of the others'. Adam moves every value by about the learning rate:
-        little for gains of about 1, much for kernels. Where gradients are mostly noise (RL with few samples a step), few values that move
-        far learn more, and forget less, than many that move a little.
+      rates: (path pattern, factor): learning rates in multiples of `learning_rate`; the first full match counts, others keep 1. Adam moves
+        every value by about the learning rate: little for norm gains of about 1, much for kernels. Where gradients are mostly noise (RL with
+        few samples a step), few values that move far learn more, and forget less, than many that move a little.
     """
 
     learning_rate: float
@@ -44,7 +44,7 @@ class OptimizerConfig:
     b2: float = 0.95
     weight_decay: float = 0.0
     clip_norm: float = 1.0
-    gain_rate: float = 1.0
+    rates: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self):
         if self.name not in NAMES:
@@ -59,8 +59,9 @@ class OptimizerConfig:
         for name in ("b1", "b2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
-        if not self.gain_rate > 0:
-            raise ValueError(f"gain_rate={self.gain_rate} must be positive; 1 treats all parameters alike")
+        for pattern, factor in self.rates:
+            if not factor > 0:
+                raise ValueError(f"rates: {pattern!r} has the factor {factor}, which must be positive; freezing is the stage's own business")
         if not 0 <= self.final_fraction <= 1:
             raise ValueError(f"final_fraction={self.final_fraction} is a share of learning_rate; give a number from 0 to 1")
 
@@ -90,7 +91,7 @@ class Optimizer:
         adamw = optax.chain(
             optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity(),
             scale_by_muon(cfg) if cfg.name == "muon" else optax.scale_by_adam(cfg.b1, cfg.b2),
-            scale_gains(cfg.gain_rate) if cfg.gain_rate != 1 else optax.identity(),
+            scale_by_path(cfg.rates) if cfg.rates else optax.identity(),
             optax.add_decayed_weights(cfg.weight_decay, decays) if cfg.weight_decay else optax.identity(),
             optax.scale_by_learning_rate(self.schedule),
         )
@@ -161,9 +162,13 @@ def muon_axes(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(axes, params)
 
 
-def scale_gains(factor: float) -> optax.GradientTransformation:
-    """Multiplies the updates of norm gains and biases."""
-    return optax.stateless(lambda updates, params: jax.tree.map(lambda kernel, u: u if kernel else factor * u, decays(updates), updates))
+def scale_by_path(rates: Sequence[tuple[str, float]]) -> optax.GradientTransformation:
+    """Multiplies the updates of parameters by the factor of the first pattern that matches their path."""
+
+    def scale(path, update):
+        return next((factor for pattern, factor in rates if re.fullmatch(pattern, path_name(path))), 1.0) * update
+
+    return optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(scale, updates))
 
 
 def decays(params: Any) -> Any:
