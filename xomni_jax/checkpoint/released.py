@@ -131,7 +131,7 @@ def kind_of(folder: str | Path) -> str:
             raise ConversionError(f"{folder}: is a diffusers pipeline ({name}); only FLUX.1-dev's belongs to X-Omni")
         return "flux"
     if "config.json" not in has:
-        if {"vae", "text_encoder_2"} <= has:
+        if {"vae", "text_encoder_2"} & has:
             return "flux"
         raise ConversionError(f"{folder}: holds no config.json; give the directory of a downloaded checkpoint")
     data = configs.read_json(folder / "config.json")
