@@ -48,6 +48,12 @@ def test_a_difference_is_one_line_and_exit_code_one(xomni, tmp_path, capsys):
     assert lines[1:] == ["1 of 145 parameters differ"]
 
 
+def test_a_missing_component_counts_with_all_its_parameters(xomni, tmp_path, capsys):
+    said(capsys, 0, "convert", "--xomni", xomni, "--to", tmp_path / "model", "--only", "tokenizer")
+    lines = said(capsys, 1, "inspect", tmp_path / "model", "--diff", xomni).out.splitlines()
+    assert lines == [f"transformer: only in {xomni}", f"mmdit: only in {xomni}", "109 of 145 parameters differ"]
+
+
 def test_the_plan_is_printed_and_nothing_written(xomni, tmp_path, capsys):
     told = said(capsys, 0, "convert", "--xomni", xomni, "--to", tmp_path / "model", "--only", "tokenizer", "--plan").out.splitlines()
     assert told[0].startswith("siglip_vq: 433,084 parameters in 36 arrays") and told[-1] == "nothing written; 0.002 GB would be"

@@ -119,13 +119,15 @@ def describe(view: View) -> Iterator[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """How two arrays differ. `absolute`: largest |a - b|. `relative`: that over the largest |a|. `count`: values that differ."""
+    """How two arrays differ. `absolute`: largest |a - b|. `relative`: that over the largest |a|. `count`: values that differ.
+    `parameters`: how many it speaks of, several for a component that one side lacks."""
 
     name: str
     absolute: float
     relative: float
     count: int
     note: str = ""
+    parameters: int = 1
 
 
 def compare(a: View, b: View) -> Iterator[Difference]:
@@ -134,7 +136,7 @@ def compare(a: View, b: View) -> Iterator[Difference]:
         left, right = a.arrays.get(component, {}), b.arrays.get(component, {})
         if not left or not right:
             if left or right:
-                yield Difference(component, math.nan, math.nan, 0, f"only in {(a if left else b).path}")
+                yield Difference(component, math.nan, math.nan, 0, f"only in {(a if left else b).path}", len(left or right))
             continue
         for key in sorted(set(left) | set(right)):
             name = f"{component}/{key}"

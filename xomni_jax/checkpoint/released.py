@@ -15,6 +15,7 @@ not at hand: should its file wrap its tensors in a dict of another name, the wra
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -101,6 +102,11 @@ class Release:
 
 def wanted_shapes(name: str, config: Any) -> dict[str, tuple[int, ...]]:
     """{path: shape} of a component's parameters; nothing is computed."""
+    return dict(_shapes(name, config))
+
+
+@functools.lru_cache(maxsize=32)  # tracing a model takes seconds
+def _shapes(name: str, config: Any) -> dict[str, tuple[int, ...]]:
     tree = meta.unbox(jax.eval_shape(lambda: init_params(name, config, jax.random.key(0))))
     return {path: tuple(leaf.shape) for path, leaf in flatten(tree).items()}
 
@@ -131,7 +137,7 @@ def kind_of(folder: str | Path) -> str:
             raise ConversionError(f"{folder}: is a diffusers pipeline ({name}); only FLUX.1-dev's belongs to X-Omni")
         return "flux"
     if "config.json" not in has:
-        if {"vae", "text_encoder_2"} <= has:
+        if {"vae", "text_encoder_2"} & has:
             return "flux"
         raise ConversionError(f"{folder}: holds no config.json; give the directory of a downloaded checkpoint")
     data = configs.read_json(folder / "config.json")

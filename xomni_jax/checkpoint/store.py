@@ -11,11 +11,12 @@ A model directory is what `xomni_jax.load` takes:
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import os
 import shutil
-import sys
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -169,24 +170,53 @@ def load_component(directory: str | Path, name: str, wanted: Any, dtype: Any = N
     return params if dtype is None else jax.jit(lambda t: jax.tree.map(lambda x: x.astype(dtype), t), donate_argnums=0)(params)
 
 
+class TidyLoop(asyncio.SelectorEventLoop):
+    """An event loop that leaves nothing behind when a read fails.
+
+    Orbax closes its loop at the first array that cannot be read. The coroutines of the others are abandoned, and their reads, which are
+    TensorStore's and run in threads of its own, report to a closed loop later: Python would print a traceback for each. Here the coroutines
+    are cancelled and end before the loop closes, as in `asyncio.run`, and a report that was already on its way is dropped.
+    """
+
+    def close(self) -> None:
+        while not self.is_running() and not self.is_closed() and (tasks := asyncio.all_tasks(self)):
+            for task in tasks:
+                task.cancel()
+            self.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        super().close()
+
+    def call_soon_threadsafe(self, callback: Callable[..., Any], *args: Any, context: Any = None) -> asyncio.Handle:
+        try:
+            return super().call_soon_threadsafe(callback, *args, context=context)
+        except RuntimeError:
+            if not self.is_closed():
+                raise
+            return asyncio.Handle(callback, args, self, context)  # which nothing will run
+
+
+class TidyLoops(asyncio.DefaultEventLoopPolicy):
+    """Makes `TidyLoop`s."""
+
+    def new_event_loop(self) -> asyncio.AbstractEventLoop:
+        return TidyLoop()
+
+
+ONE_READ = threading.RLock()  # the policy belongs to the process
+
+
 def reading(action: Callable[[], Any]) -> tuple[Any, str | None]:
     """Runs a read through Orbax -> (result, None), or (None, in one line why it failed). A CheckpointError passes."""
-    try:
-        return action(), None
-    except CheckpointError:
-        raise
-    except Exception as e:  # noqa: BLE001 - many kinds for damaged files; the user needs the directory, not the kind
-        reason = str(e).strip().splitlines()[0][:200] if str(e).strip() else type(e).__name__
-    # When one array cannot be read, Orbax abandons the others' coroutines, and Python prints a traceback for each that failed too.
-    before = sys.unraisablehook
-
-    def hook(unraisable: Any) -> None:
-        code = getattr(unraisable.object, "cr_code", None)
-        if code is None or "orbax" not in code.co_filename:
-            before(unraisable)
-
-    sys.unraisablehook = hook
-    return None, reason
+    with ONE_READ:
+        before = asyncio.get_event_loop_policy()
+        asyncio.set_event_loop_policy(TidyLoops())
+        try:
+            return action(), None
+        except CheckpointError:
+            raise
+        except Exception as e:  # noqa: BLE001 - many kinds for damaged files; the user needs the directory, not the kind
+            return None, str(e).strip().splitlines()[0][:200] if str(e).strip() else type(e).__name__
+        finally:
+            asyncio.set_event_loop_policy(before)
 
 
 def unwrap_metadata(metadata: Any) -> Any:

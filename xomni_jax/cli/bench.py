@@ -12,7 +12,7 @@ NAMES = ("decode", "train", "mmdit", "grpo", "convert")
 _OPTIONS = dict.fromkeys(("decode", "train", "mmdit"), ("size", "threads")) | {"grpo": ("model", "config"), "convert": ("gb", "dir")}
 
 EXAMPLE = """\
-Both sides do the same work with the same weights and all cores; results are compared before anything is timed:
+In decode, train and mmdit both sides do the same work with the same weights and all cores; results are compared before anything is timed.
 
   xomni bench decode
   xomni bench train --size small
@@ -24,7 +24,7 @@ decode  greedy decoding at batch 1 and 16, against transformers' Qwen2
 train   one train step with AdamW, against transformers' Qwen2
 mmdit   one forward pass of the decoder's transformer, against diffusers' FLUX
 grpo    seconds of a GRPO step in rollout, decode, reward and update; starts its reward services itself
-convert peak memory and speed of xomni convert against a plain copy, on a released layout of random values that it writes and removes
+convert  peak memory and speed of xomni convert against a plain copy, on a released layout of random values that it writes and removes
 
 decode, train and mmdit need the extra [parity], grpo needs [rewards].
 """

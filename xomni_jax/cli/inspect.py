@@ -36,7 +36,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
         for name, why in side.faults.items():
             raise ValueError(f"{name} cannot be compared: {why.splitlines()[0]}")
     for d in compare(view, other):
-        differing += 1
+        differing += d.parameters
         told = f"max abs {d.absolute:.3e}, relative {d.relative:.3e}, {d.count:,} values differ" if d.absolute == d.absolute else ""
         print(f"{d.name}: {'; '.join(filter(None, (told, d.note)))}")
     total = sum(len({*view.arrays.get(c, {}), *other.arrays.get(c, {})}) for c in {*view.arrays, *other.arrays})

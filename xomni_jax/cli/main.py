@@ -16,9 +16,9 @@ COMMANDS = {
     "convert": "turn downloaded PyTorch checkpoints into a model directory",
     "export": "turn a model directory back into the released PyTorch layout",
     "inspect": "say what a checkpoint holds, or how two differ",
-    "serve-reward": "start a reward service: ocr, shapes, quality",
+    "serve-reward": "start a reward service: ocr, shapes, quality, tesseract",
     "rewards": "check running reward services, or score pictures with them",
-    "bench": "compare speeds with transformers and diffusers on the same work",
+    "bench": "measure speed: against transformers and diffusers, of a GRPO step, of a conversion",
 }
 
 
