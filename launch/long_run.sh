@@ -24,14 +24,16 @@ if [ ! -d "$out/control/model" ]; then
   xomni train --config=configs/tiny/control.py --config.init_from="$sft" --config.run_dir="$out/control" --config.steps="$steps"
 fi
 
-effect() {  # RL_MODEL RUN NAME SEED
+effect() {  # RL_MODEL RUN NAME SEED      the second reader, slower than all the rest, reads the pictures of sampling seed 0
+  local reader=()
+  [ "$4" != 0 ] || reader=("${second[@]}")
   # SFT's pictures depend on the sampling seed alone: drawn for the first policy, taken over for the others.
   [ -d "$out/$3/cells" ] || [ ! -d "$out/effect_0_$4/cells" ] || { mkdir -p "$out/$3" && cp -r "$out/effect_0_$4/cells" "$out/$3/"; }
   [ -f "$out/$3/report.json" ] || xomni eval effect --sft "$sft" --rl "$1" --rl-run "$2" --size 32x128 --lengths 12-16 --prompts 256 --seed "$4" \
-    --rl-samples 2 --sweep-samples 1 --ocr "$url_ocr" --shapes "$url_shapes" "${second[@]}" --out "$out/$3"
+    --rl-samples 2 --sweep-samples 1 --ocr "$url_ocr" --shapes "$url_shapes" "${reader[@]}" --out "$out/$3"
 }
-for seed in 0 1 2; do
-  for sampling in 0 1 2; do effect "$out/grpo_$seed/model" "$out/grpo_$seed" "effect_${seed}_${sampling}" "$sampling"; done
+for sampling in 0 1 2; do
+  for seed in 0 1 2; do effect "$out/grpo_$seed/model" "$out/grpo_$seed" "effect_${seed}_${sampling}" "$sampling"; done
+  [ "$sampling" != 0 ] || effect "$out/control/model" "$out/control" effect_control 0
 done
-effect "$out/control/model" "$out/control" effect_control 0
 python -m xomni_jax.evaluation.long_run collect "$out" configs/tiny/results_grpo.json
