@@ -8,6 +8,7 @@ out=${1:-runs/demo}
 began=$(date +%s)
 . launch/environment.sh
 environment rewards
+keep_memory
 . launch/services.sh
 sft=xomni_jax/assets/tiny_sft
 mkdir -p "$out"

@@ -1,5 +1,4 @@
 # Sourced by the other scripts: a virtual environment of this checkout with the wanted extra, made once and kept while setup.py stays the same.
-# It also keeps freed memory in the process: a training step on a CPU allocates and frees hundreds of MB, and page faults take a third of its time.
 # usage: environment EXTRA [PYTHON]     afterwards `python` and `xomni` are the environment's own
 environment() {
   local extra=$1 wanted=${2:-} candidate found="" stamp
@@ -21,6 +20,10 @@ environment() {
     python -m pip install --quiet --disable-pip-version-check -e ".[$extra]"
     touch "$stamp"
   fi
+}
+
+# Keeps freed memory in the process, for training on a CPU: a step allocates and frees hundreds of MB, and page faults take a third of its time.
+keep_memory() {
   export MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
   export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 }

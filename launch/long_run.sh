@@ -7,6 +7,7 @@ cd "$(dirname "$0")/.."
 out=${1:-runs/long}
 . launch/environment.sh
 environment rewards
+keep_memory
 . launch/services.sh
 sft=xomni_jax/assets/tiny_sft
 mkdir -p "$out"

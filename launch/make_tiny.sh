@@ -5,6 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh
 environment rewards
+keep_memory
 for stage in tokenizer decoder pretrain_1 pretrain_2 pretrain_3 sft; do
   [ -d "runs/tiny/$stage/model" ] || xomni train --config="configs/tiny/$stage.py"
 done
