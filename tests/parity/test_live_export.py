@@ -140,11 +140,11 @@ def test_a_tower_that_transformers_saved_becomes_a_tokenizer(tmp_path, monkeypat
     """Features of the converted image tower are those of transformers' own, with the tokenizer's GELU and positions."""
     import torch
 
-    from tests.parity.reference_siglip_vq import SIZES, _vit
+    from tests.parity.reference_siglip_vq import SIZES, build_vit
     from xomni_jax.checkpoint.released import NewParts
 
     monkeypatch.setitem(SIZES, "width", 96)  # the released projector has 32 groups
-    tower, features = _vit(3)
+    tower, features = build_vit(3)
     tower.save_pretrained(tmp_path / "siglip")
     convert(tmp_path / "siglip", None, tmp_path / "out", parts=NewParts(19, 22, code_width=10), say=list)
     model = xomni_jax.load(tmp_path / "out")
