@@ -10,6 +10,7 @@ CORE = [
     "grain>=0.2.12,<0.3",
     "transformers>=5.0,<6",
     "tokenizers>=0.22,<0.24",
+    "jinja2>=3.1,<4",  # transformers renders chat templates with it and does not ask for it
     "numpy>=2.0,<3",
     "einops>=0.8,<0.9",
     "ml-collections>=1.0,<2",
