@@ -22,7 +22,7 @@ environment() {
   fi
 }
 
-# Keeps freed memory in the process, for training on a CPU: a step allocates and frees hundreds of MB, and page faults take a third of its time.
+# Keeps freed memory in the process, for training on a CPU: a step allocates and frees hundreds of MB, and page faults are a large part of its time.
 keep_memory() {
   export MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
   export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The long documented run: signs of 12 to 16 characters, three training seeds, three sampling seeds, 256 held-out prompts, and a control that
-# spends the same time on more supervised fine-tuning.   bash launch/long_run.sh [OUT]     Half an hour on two idle cores; every part resumes.
+# spends the same time on more supervised fine-tuning.   bash launch/long_run.sh [OUT]     About half an hour on two cores; every part resumes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ "${1:-}" != -h ] && [ "${1:-}" != --help ] || { sed -n '2,3s/^# //p' "$0"; exit 0; }

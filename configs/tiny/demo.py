@@ -11,7 +11,7 @@ def recipe():
     c.optimizer.learning_rate, c.optimizer.schedule, c.optimizer.final_fraction = 6e-5, "linear", 0.2
     c.optimizer.rates = (("mm_norm/scale", 600.0), (".*/(scale|bias)", 100.0))
     c.grpo.kl_coef = 0.03
-    c.decode.steps = 2  # reads as well as the model's own 4 and takes half the time
+    c.decode.steps = 2  # reads slightly worse than the model's own 4 and takes half the time
     c.data.pseudo_words = 0.5  # real words alone would be learned by heart
     return c
 
