@@ -72,3 +72,11 @@ def test_a_silent_model_loses_nothing(geneval, tmp_path):
         assert len(endpoint.asked) == 1 and len(cache.read_text().splitlines()) == 2
     with fake_endpoint("say  ") as endpoint, pytest.raises(SuiteError, match="as nothing"):
         with_rewrites(geneval, f"tiny-vlm@{endpoint.url}", tmp_path / "other").load(tmp_path)
+
+
+def test_after_a_failure_the_rest_is_not_asked(tmp_path):
+    row = {"tag": "colors", "include": [{"class": "cat", "count": 1}]}
+    write(tmp_path / "evaluation_metadata.jsonl", [row | {"prompt": f"cat {n}"} for n in range(40)])
+    with fake_endpoint("400") as endpoint, pytest.raises(JudgeUnavailable, match="refuses"):
+        with_rewrites(get_suite("geneval"), f"tiny-vlm@{endpoint.url}", tmp_path / "c").load(tmp_path)
+    assert len(endpoint.asked) < 40

@@ -13,7 +13,7 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from tqdm import tqdm
@@ -73,15 +73,17 @@ def _asked(items: Sequence[Item], endpoint: ChatEndpoint, cache: Path, instructi
     if not prompts:
         return rewritten
     cache.parent.mkdir(parents=True, exist_ok=True)
+    failure: SuiteError | None = None
 
     def ask(prompt: str) -> str:
+        if failure:
+            raise failure
         text = [{"type": "text", "text": instruction.format(prompt=prompt)}]
         reply = " ".join(endpoint.complete(text, _TOKENS, time.monotonic() + _MAX_WAIT).split()).strip('"')
         if not reply:
             raise SuiteError(f"{endpoint.model} rewrote {prompt!r} as nothing; use another model or instruction")
         return reply
 
-    failure: SuiteError | None = None
     try:
         endpoint.check()
         with ThreadPoolExecutor(_CONCURRENCY) as pool, cache.open("a", encoding="utf-8") as file:
@@ -94,9 +96,6 @@ def _asked(items: Sequence[Item], endpoint: ChatEndpoint, cache: Path, instructi
                     file.flush()
                 except SuiteError as error:  # the first one is raised when what is under way has been kept
                     failure = failure or error
-                    pool.shutdown(wait=False, cancel_futures=True)
-                except CancelledError:
-                    pass
     finally:
         endpoint.close()
     if failure:
