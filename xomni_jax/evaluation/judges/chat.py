@@ -73,7 +73,8 @@ class ChatEndpoint:
             pause = min(2 * pause, _LONGEST_PAUSE)
             self._closing.wait(max(0.0, min(rest, deadline - time.monotonic())))
         raise JudgeUnavailable(
-            f"{self.model} at {self.url} gives no usable reply ({reason}; {tries} failed tries); what is judged is kept, run the command again"
+            f"{self.model} at {self.url} gives no usable reply ({reason}; {tries} failed tries); "
+            "what is judged is kept, run the command again"
         )
 
     def close(self) -> None:
