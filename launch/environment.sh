@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: a virtual environment of this checkout with the wanted extra, made once and kept while setup.py stays the same.
 # usage: environment EXTRA [PYTHON]     afterwards `python` and `xomni` are the environment's own
 environment() {

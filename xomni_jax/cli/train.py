@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 from xomni_jax.training.config import ConfigError, load_config
 
@@ -17,7 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:
-    """Runs the stage; the run directory says what came of it."""
+    """Runs the stage; the run directory says what came of it.
+
+    A run that was stopped before its end and has saved is no failure, but not complete either: launchers, which start it again, set
+    XOMNI_STOPPED_CODE to tell the two apart.
+    """
     overrides = []
     for argument in rest:
         if not argument.startswith("--config."):
@@ -32,5 +37,5 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
         jax.config.update("jax_num_cpu_devices", args.devices)
     from xomni_jax.training.run import run_stage
 
-    run_stage(config)
-    return 0
+    finished = run_stage(config)
+    return 0 if finished else int(os.environ.get("XOMNI_STOPPED_CODE", "0"))
