@@ -95,6 +95,8 @@ cloud() {
   if [ -n "$dry" ]; then printf 'gcloud'; printf ' %q' "$@"; echo; else gcloud "$@" < /dev/null; fi
 }
 
+peek() { [ -z "$dry" ] && gcloud storage "$@" 2> /dev/null < /dev/null; }  # what the bucket holds; nothing in a dry run
+
 reason() { grep -v '^ *$' "$work/${1:-error}" | tail -n 1 | cut -c1-500; }  # what gcloud said last
 
 look() {  # sets state, and created, the time that tells one slice of this name from the next
@@ -174,7 +176,7 @@ obtain() {  # a slice that is ACTIVE, whatever is there now
 
 ship() {
   local archive=gs://$bucket/code/$commit.tar.gz
-  [ -n "$dry" ] || ! gcloud storage ls "$archive" > /dev/null 2>&1 < /dev/null || return 0
+  ! peek ls "$archive" > /dev/null || return 0
   git archive --format=tar.gz -o "$work/code.tar.gz" HEAD
   cloud storage cp "$work/code.tar.gz" "$archive" > "$work/output" 2> "$work/error" || die "cannot write to gs://$bucket: $(reason); is that bucket yours?"
   [ -z "$dry" ] || cat "$work/output"
@@ -197,7 +199,7 @@ start() {  # FOLDER; 1 when the slice cannot be reached
 }
 
 hosts() {  # FOLDER: sets started, ended (numbers of hosts), codes (of the ended) and shown (the host whose log is: the first that failed)
-  gcloud storage ls "$home/$1/" > "$work/list" 2> /dev/null < /dev/null || : > "$work/list"
+  peek ls "$home/$1/" > "$work/list" || : > "$work/list"
   started=$(grep -c '\.started$' "$work/list" || true)
   ended=$(grep -c '\.exit-[0-9]*$' "$work/list" || true)
   codes=$(sed -n 's/.*\.exit-\([0-9]*\)$/\1/p' "$work/list" | sort -un | tr '\n' ' ')
@@ -207,7 +209,7 @@ hosts() {  # FOLDER: sets started, ended (numbers of hosts), codes (of the ended
 failed() { echo "${codes#0 }" | sed 's/ *$//;s/ /, /g'; }  # the codes other than 0
 
 tail_of() {  # FOLDER LINES: the end of the shown host's log
-  gcloud storage cat --range=-20000 "$home/$1/$shown.log" 2> /dev/null < /dev/null | tr '\r' '\n' | grep -v '^ *$' | tail -n "$2" || true
+  peek cat --range=-20000 "$home/$1/$shown.log" | tr '\r' '\n' | grep -v '^ *$' | tail -n "$2" || true
 }
 
 follow() {  # FOLDER: 0 finished, 1 failed (codes says how), 3 the slice was taken away
@@ -227,12 +229,12 @@ follow() {  # FOLDER: 0 finished, 1 failed (codes says how), 3 the slice was tak
 }
 
 newest() {  # [CREATED]: the newest start (on that slice)
-  gcloud storage ls "$home/" 2> /dev/null < /dev/null | sed -n "s|.*/\(${1:-[0-9]*}-[0-9]*\)/\$|\1|p" | sort | tail -1 || true
+  peek ls "$home/" | sed -n "s|.*/\(${1:-[0-9]*}-[0-9]*\)/\$|\1|p" | sort | tail -1 || true
 }
 
 attachable() {  # FOLDER: whether this very command runs there, or has finished there
   local what
-  what=$(gcloud storage cat "$home/$1/command" 2> /dev/null < /dev/null) || return 1
+  what=$(peek cat "$home/$1/command") || return 1
   hosts "$1"
   [ "$what" != "$commit ${command[*]}" ] || { [ -z "${codes//[0 ]/}" ]; return; }
   [ "$ended" != 0 ] || die "$name is busy with another command (commit $what); wait for it, or take another name"
@@ -291,8 +293,8 @@ case $verb in
     [ -z "$shown" ] || tail_of "$folder" 1 ;;
   logs)
     folder=$(newest)
-    [ -n "$folder" ] || die "no logs under $home; was $name started with this bucket?"
-    mkdir -p "logs/$name"
+    [ -n "$folder$dry" ] || die "no logs under $home; was $name started with this bucket?"
+    [ -n "$dry" ] || mkdir -p "logs/$name"
     cloud storage rsync --recursive "$home" "logs/$name" 2> "$work/error" || die "the logs could not be copied: $(reason)"
     hosts "$folder"
     tail_of "$folder" 40

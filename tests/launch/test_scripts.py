@@ -1,6 +1,9 @@
 """What all launch scripts have in common: shellcheck, help, nothing that does not exist."""
 
+import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,3 +33,51 @@ def test_help_of_the_queue_ends_with_an_example_that_works():
     options = set(re.findall(r"^  (--[a-z-]+)|\| (--[a-z]+)", text, flags=re.M))
     assert {w for w in words[: words.index("--")] if w.startswith("--")} <= {o for pair in options for o in pair}
     assert (ROOT / words[-2].partition("=")[2]).is_file() or (ROOT / words[-1].partition("=")[2]).is_file()
+
+
+DOCUMENTS = [ROOT / "README.md", ROOT / "launch/README.md"]
+LINES = sorted({line for d in DOCUMENTS for line in re.findall(r"^((?:bash|python) launch/\S+ .*)$", d.read_text().replace("\\\n", " "), flags=re.M)})
+
+
+@pytest.mark.parametrize("line", [line for line in LINES if "queued_resource.sh" in line])
+def test_documented_commands_of_the_queue(line, tmp_path):
+    # In a clean checkout: what is shipped is a commit.
+    for folder in ("launch", "configs"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    git = ["git", "-c", "user.name=t", "-c", "user.email=t@t"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "all"]):
+        subprocess.run([*git, *words], cwd=tmp_path, check=True)
+    words = shlex.split(line)
+    words.insert(4, "--dry-run")
+    gcloud = tmp_path / "bin/gcloud"  # which a dry run does not call
+    gcloud.parent.mkdir()
+    gcloud.write_text("#!/bin/sh\necho called >&2\nexit 1\n")
+    gcloud.chmod(0o755)
+    done = subprocess.run(words, cwd=tmp_path, env=os.environ | {"PATH": f"{gcloud.parent}:{os.environ['PATH']}"}, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "" and "gcloud " in done.stdout, done.stderr
+    config = re.search(r"--config=(\S+)", line)
+    assert config is None or (ROOT / config[1]).is_file()
+
+
+@pytest.mark.parametrize("line", [line for line in LINES if "render.py" in line])
+def test_documented_manifests(line):
+    words = shlex.split(line.removesuffix(" | kubectl apply -f -"))
+    done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("apiVersion:"), done.stderr
+
+
+def test_documents_name_what_exists():
+    text = (ROOT / "launch/README.md").read_text()
+    for path in re.findall(r"\]\(([^)#]+)\)", text):
+        assert (ROOT / "launch" / path).exists(), path
+    headings = {h.lower().replace(" ", "-") for h in re.findall(r"^#+ (.*)$", text, flags=re.M)}
+    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= headings
+
+
+def test_images_copy_what_exists():
+    text = (ROOT / "launch/Dockerfile").read_text()
+    kept = {line[1:] for line in (ROOT / "launch/Dockerfile.dockerignore").read_text().splitlines() if line.startswith("!")}
+    copied = {line.split()[1] for line in text.splitlines() if line.startswith("COPY")}
+    assert copied == kept and all((ROOT / name).exists() for name in copied)
+    extras = set(re.findall(r"pip install -e '\.\[(\w+)\]'", text))
+    assert extras == {"tpu", "rewards"} and all(f'"{e}":' in (ROOT / "setup.py").read_text() for e in extras)
