@@ -25,7 +25,8 @@
 #
 # example (a small spot slice, the tiny model):
 #   bash launch/queued_resource.sh run tiny --accelerator v5litepod-16 --zone us-west4-a --bucket my-bucket --spot --dry-run -- \
-#     xomni train --distributed --config=configs/tiny/sft.py --config.run_dir=/bucket/runs/tiny
+#     xomni train --distributed --config=configs/tiny/sft.py --config.init_from=xomni_jax/assets/tiny_sft --config.next_token.rows=16 \
+#     --config.mesh.data=4 --config.mesh.fsdp=4 --config.run_dir=/bucket/runs/tiny
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -119,7 +120,7 @@ everywhere() {  # SCRIPT: on every host of every slice, again when the connectio
   local try
   for try in 1 2 3 4 5; do
     if cloud compute tpus queued-resources ssh "$name" "${where[@]}" --node=all --worker=all --batch-size=all \
-      "--ssh-flag=-o ServerAliveInterval=30" "--command=$1" > "$work/output" 2> "$work/error"; then
+      --quiet "--ssh-flag=-o ServerAliveInterval=30" "--command=$1" > "$work/output" 2> "$work/error"; then
       [ -z "$dry" ] || cat "$work/output"
       return 0
     fi
@@ -188,7 +189,7 @@ start() {  # FOLDER; 1 when the slice cannot be reached
   everywhere "set -e; if [ ! -f $code/complete ]; then mkdir -p $code; gcloud storage cp gs://$bucket/code/$commit.tar.gz - | tar -xz -C $code; touch $code/complete; fi; bash $code/launch/on_host.sh install $bucket" || return 1
   if [ ${#secrets[@]} -gt 0 ]; then
     (umask 077; for secret in "${secrets[@]}"; do printf '%s=%q\n' "$secret" "${!secret}"; done > "$work/secrets")
-    cloud compute tpus queued-resources scp "$work/secrets" "$name:.xomni_secrets" "${where[@]}" --node=all --worker=all --batch-size=all 2> "$work/error" \
+    cloud compute tpus queued-resources scp "$work/secrets" "$name:.xomni_secrets" "${where[@]}" --node=all --worker=all --batch-size=all --quiet 2> "$work/error" \
       || { say "scp failed: $(reason)"; return 1; }
     rm -f "$work/secrets"
   fi
@@ -213,7 +214,7 @@ tail_of() {  # FOLDER LINES: the end of the shown host's log
 }
 
 follow() {  # FOLDER: 0 finished, 1 failed (codes says how), 3 the slice was taken away
-  local line last="" patience=10
+  local line last="" patience=6
   while :; do
     hosts "$1"
     line=$(tail_of "$1" 1)
@@ -269,7 +270,7 @@ run() {
       3:*) say "the slice was taken away ($state); asking anew, the command resumes from its newest checkpoint" ;;
       *" 2 "*)
         tail_of "$folder" 15
-        die "the command line is wrong (exit code 2, log above); the slice is kept, it costs money until: $rid" ;;
+        die "the command cannot run like this (exit code 2, log above); the slice is kept, it costs money until: $rid" ;;
       1:" 75 "|1:" 0 75 ") say "the command was stopped and has saved; starting it again" ;;
       *)
         tail_of "$folder" 15

@@ -28,10 +28,12 @@ ACCELERATORS = {  # chip -> label of its node pools
 EXAMPLE = """\
 One slice, then two, on spot machines; a reader of text on CPUs, and a judge on GPUs:
 
-  python launch/gke/render.py train sft --slice v6e-64 --image IMAGE --bucket BUCKET -- \\
-      xomni train --distributed --config=configs/tiny/sft.py --config.run_dir=/bucket/runs/sft | kubectl apply -f -
-  python launch/gke/render.py train sft --slice v6e-64 --slices 2 --spot --image IMAGE --bucket BUCKET -- \\
-      xomni train --distributed --config=configs/tiny/sft.py --config.run_dir=/bucket/runs/sft | kubectl apply -f -
+  python launch/gke/render.py train sft --slice v6e-16 --image IMAGE --bucket BUCKET -- \\
+      xomni train --distributed --config=configs/tiny/sft.py --config.init_from=xomni_jax/assets/tiny_sft --config.next_token.rows=16 \\
+      --config.mesh.data=4 --config.mesh.fsdp=4 --config.run_dir=/bucket/runs/sft | kubectl apply -f -
+  python launch/gke/render.py train sft2 --slice v6e-16 --slices 2 --spot --image IMAGE --bucket BUCKET -- \\
+      xomni train --distributed --config=configs/tiny/sft.py --config.init_from=xomni_jax/assets/tiny_sft --config.next_token.rows=32 \\
+      --config.mesh.replica=2 --config.mesh.data=4 --config.mesh.fsdp=4 --config.run_dir=/bucket/runs/sft2 | kubectl apply -f -
   python launch/gke/render.py service ocr --image REWARD_IMAGE --replicas 4 --cpus 4 -- \\
       xomni serve-reward ocr --host 0.0.0.0 --port 8000 --workers 4 | kubectl apply -f -
   python launch/gke/render.py service judge --image vllm/vllm-openai:latest --gpu nvidia-h100-80gb --gpus 2 --secret judge -- \\

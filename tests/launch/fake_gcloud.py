@@ -15,7 +15,7 @@ import sys
 
 ROOT = pathlib.Path(os.environ["FAKE_CLOUD"])
 WHERE = {"--zone", "--project"}
-EVERYWHERE = WHERE | {"--node", "--worker", "--batch-size"}
+EVERYWHERE = WHERE | {"--node", "--worker", "--batch-size", "--quiet"}
 KNOWN = {
     "create": WHERE | {"--accelerator-type", "--runtime-version", "--node-id", "--node-count", "--node-prefix", "--spot", "--reserved"},
     "describe": WHERE | {"--format"},

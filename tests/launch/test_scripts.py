@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from xomni_jax.training.config import load_config
+
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(p.name for p in (ROOT / "launch").glob("*.sh"))
 
@@ -27,16 +29,10 @@ def test_help(script):
     assert done.returncode == 0 and f"bash launch/{script}" in done.stdout and "#!" not in done.stdout
 
 
-def test_help_of_the_queue_ends_with_an_example_that_works():
-    text = subprocess.run(["bash", "launch/queued_resource.sh", "--help"], cwd=ROOT, capture_output=True, text=True).stdout
-    words = text.rsplit("bash launch/queued_resource.sh run", 1)[1].replace("\\\n", " ").split()
-    options = set(re.findall(r"^  (--[a-z-]+)|\| (--[a-z]+)", text, flags=re.M))
-    assert {w for w in words[: words.index("--")] if w.startswith("--")} <= {o for pair in options for o in pair}
-    assert (ROOT / words[-2].partition("=")[2]).is_file() or (ROOT / words[-1].partition("=")[2]).is_file()
-
-
 DOCUMENTS = [ROOT / "README.md", ROOT / "launch/README.md"]
-LINES = sorted({line for d in DOCUMENTS for line in re.findall(r"^((?:bash|python) launch/\S+ .*)$", d.read_text().replace("\\\n", " "), flags=re.M)})
+HELP = subprocess.run(["bash", "launch/queued_resource.sh", "--help"], cwd=ROOT, capture_output=True, text=True).stdout.rpartition("example (")[2]
+TEXTS = [d.read_text() for d in DOCUMENTS] + [HELP]
+LINES = sorted({line for t in TEXTS for line in re.findall(r"^ *((?:bash|python) launch/\S+ .*)$", t.replace("\\\n", " "), flags=re.M)})
 
 
 @pytest.mark.parametrize("line", [line for line in LINES if "queued_resource.sh" in line])
@@ -55,8 +51,14 @@ def test_documented_commands_of_the_queue(line, tmp_path):
     gcloud.chmod(0o755)
     done = subprocess.run(words, cwd=tmp_path, env=os.environ | {"PATH": f"{gcloud.parent}:{os.environ['PATH']}"}, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "" and "gcloud " in done.stdout, done.stderr
-    config = re.search(r"--config=(\S+)", line)
-    assert config is None or (ROOT / config[1]).is_file()
+
+
+@pytest.mark.parametrize("line", [line for line in LINES if " -- xomni train" in re.sub(r"\s+", " ", line)])
+def test_documented_trainings(line):
+    words = shlex.split(line.split("|")[0])
+    (file,) = [w.removeprefix("--config=") for w in words if w.startswith("--config=")]
+    config = load_config(ROOT / file, [w.removeprefix("--config.") for w in words if w.startswith("--config.")])
+    assert (ROOT / config.init_from).is_dir()
 
 
 @pytest.mark.parametrize("line", [line for line in LINES if "render.py" in line])
