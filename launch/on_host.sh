@@ -16,7 +16,7 @@ find_python() {  # the images ship 3.10, too old; sets python
   python3 -m pip install --quiet --user uv
   export PATH="$HOME/.local/bin:$PATH"
   uv python install --quiet 3.12
-  python=$(uv python find 3.12)
+  python=$(uv python find --managed-python 3.12)
 }
 
 mount_bucket() {  # NAME
