@@ -60,7 +60,8 @@ start() {  # FOLDER SLICE SLICES -- COMMAND
   mkdir -p "$bucket/$folder"
   PATH="$(< "$HOME/xomni/bin"):$PATH"
   export PATH PYTHONPATH=$PWD PYTHONUNBUFFERED=1
-  export LIBTPU_INIT_ARGS=${LIBTPU_INIT_ARGS-$(python -m xomni_jax.sharding.xla_flags "$slice" --slices "$slices")}
+  [ -n "${LIBTPU_INIT_ARGS+set}" ] || LIBTPU_INIT_ARGS=$(python -m xomni_jax.sharding.xla_flags "$slice" --slices "$slices")
+  export LIBTPU_INIT_ARGS
   export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$bucket/xla}
   export XOMNI_STOPPED_CODE=75  # what a run that stopped before its end, and has saved, leaves with
   local secrets=$HOME/.xomni_secrets
