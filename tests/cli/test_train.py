@@ -40,6 +40,13 @@ def test_overrides_reach_the_stage(monkeypatch):
     assert (seen[0].steps, seen[0].optimizer.learning_rate, seen[0].run_dir, seen[0].stage) == (3, 0.5, "elsewhere", "sft")
 
 
+@pytest.mark.parametrize("model, code", [(None, 75), (ROOT, 0)])
+def test_launchers_tell_a_stopped_run_from_a_finished_one(monkeypatch, model, code):
+    monkeypatch.setenv("XOMNI_STOPPED_CODE", "75")
+    monkeypatch.setattr(training_run, "run_stage", lambda config: model)
+    assert main(["train", SFT]) == code
+
+
 @pytest.mark.parametrize(
     "arguments, told",
     [

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+from pathlib import Path
 
 from xomni_jax.training.config import ConfigError, load_config
 
@@ -32,5 +34,9 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
         jax.config.update("jax_num_cpu_devices", args.devices)
     from xomni_jax.training.run import run_stage
 
-    run_stage(config)
-    return 0
+    return exit_code(run_stage(config))
+
+
+def exit_code(model: Path | None) -> int:
+    """0, or what the launchers ask for in XOMNI_STOPPED_CODE when a run was stopped and has saved: it must count neither as complete nor as failed."""
+    return 0 if model else int(os.environ.get("XOMNI_STOPPED_CODE", "0"))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from xomni_jax.sharding.rules import MESH_AXES
@@ -37,7 +39,25 @@ def make_mesh(axes: Mapping[str, int] | None = None, devices=None) -> Mesh:
         asked = " x ".join(f"{name}={size}" for name, size in sizes.items() if size not in (1, -1)) or "1"
         needs = f"a multiple of {fixed}" if free else f"{fixed}"
         raise ValueError(f"mesh {asked} needs {needs} devices, {len(devices)} are present; change config.mesh")
-    return jax.make_mesh(tuple(sizes[a] for a in MESH_AXES), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    grid = arrange(tuple(sizes[a] for a in MESH_AXES), devices)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def arrange(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
+    """Devices in the shape of the mesh, neighbours on the torus where it allows. Between TPU slices runs the first axis, replica, alone.
+
+    Raises:
+      ValueError: there are several slices, and replica is not a multiple of their number.
+    """
+    slices = len({getattr(d, "slice_index", 0) for d in devices if d.platform == "tpu"})
+    if slices <= 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    if shape[0] % slices:
+        raise ValueError(
+            f"mesh replica={shape[0]} does not divide over {slices} slices, and no other axis may lie between them; use replica={slices} or a multiple"
+        )
+    within, between = (shape[0] // slices, *shape[1:]), (slices,) + (1,) * (len(shape) - 1)
+    return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
