@@ -63,7 +63,7 @@ def environment(args: argparse.Namespace, index: int, port: int) -> dict[str, st
 def show(index: int, pipe) -> None:
     """Prints a process's lines, and the states of a progress line, with its number in front."""
     for line in pipe:  # universal newlines: a progress line's carriage returns end lines as well
-        if line.strip():
+        if line.strip() and not line.startswith("[Gloo]"):  # which tells of every connection
             print(f"[{index}] {line.rstrip()}", flush=True)
 
 
