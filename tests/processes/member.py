@@ -41,7 +41,8 @@ def interleaved() -> Mesh:
 def rows_on_meshes() -> dict:
     """Batches from hosts' rows and back, and who has what."""
     out = {}
-    for name, mesh in {**{k: make_mesh(v) for k, v in MESHES.items()}, "interleaved": interleaved()}.items():
+    meshes = {name: make_mesh(axes) for name, axes in MESHES.items()}
+    for name, mesh in {**meshes, "interleaved": interleaved()}.items():
         rows, owned = arrays.local_rows(mesh, B), arrays.owned_rows(mesh, B)
         table = np.arange(B * 3, dtype=np.float32).reshape(B, 3)
         x = arrays.spread(mesh, table[rows], B)
@@ -71,7 +72,7 @@ def grpo(folder: Path, name: str, model: str, url: str, *overrides: str) -> obje
 def main(folder: Path) -> None:
     """The whole programme."""
     plan = json.loads((folder / "plan.json").read_text())
-    line = distributed.start({"config.seed": 0})
+    line = distributed.start({"config.seed": 0})  # launch/local.py sets the environment of one process, too
 
     def programme():
         index, model = jax.process_index(), plan["model"]
