@@ -18,7 +18,7 @@ SIGTERM are passed on: training saves at a step all processes agree on, and the 
 example:
   python launch/local.py --processes 2 --devices 4 -- xomni train --config=configs/tiny/sft.py --config.run_dir=runs/two --config.next_token.rows=16
 """
-GRACE = 15.0  # seconds the others have to end by themselves, with a message of their own, after one has failed
+GRACE = 10.0  # seconds the others have to end by themselves, with a message of their own, after one has failed
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -82,7 +82,7 @@ def start(args: argparse.Namespace) -> list[subprocess.Popen]:
 def watch(processes: list[subprocess.Popen]) -> int:
     """Waits for all; after a failure the others are ended. Returns the exit code of the first failure, or 0."""
     code, deadline = 0, float("inf")
-    while any(process.poll() is None for process in processes):
+    while None in [process.poll() for process in processes]:
         if not code and any(process.returncode for process in processes):
             time.sleep(0.2)  # one that was killed takes its neighbours along at once: it is the one to name
             code, deadline = tell_failure(processes), time.monotonic() + GRACE

@@ -21,7 +21,7 @@ def test_every_process_knows_its_place():
     assert len({p[3] for p in places}) == 1 and places[0][3].startswith("127.0.0.1:")
 
 
-def test_the_first_failure_counts_and_ends_the_others(monkeypatch):
+def test_the_first_failure_counts_and_ends_the_others():
     program = "import os, sys, time; index = int(os.environ['XOMNI_PROCESS']); time.sleep(0 if index else 600); sys.exit(7)"
     begun = time.monotonic()
     process = local(*PYTHON, program)
