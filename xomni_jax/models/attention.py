@@ -38,11 +38,16 @@ def attend(
       query_chunk: queries per step of plain; 0 takes all at once. With chunks the [L, S] scores never exist whole, neither forward nor
         backward: at 5,184 + 512 tokens and 24 heads they would be 3.1 GB per picture.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    # Without a mesh there is nothing to split the kernel over: initialisation traces the model so.
-    if bias is None and not mesh.empty and (kind == "splash" or (kind == "auto" and mesh.abstract_device.platform == "tpu")):
+    if bias is None and on_kernels(kind):
         return splash_attention(q_BLNH, k_BSKH, v_BSKH, scale=scale, causal=causal, segments_BL=segments_BL)
     return plain_attention(q_BLNH, k_BSKH, v_BSKH, scale, causal, segments_BL, bias, query_chunk)
+
+
+def on_kernels(kind: str) -> bool:
+    """Whether a model of this `attention` runs on the TPU kernels, here and now."""
+    mesh = jax.sharding.get_abstract_mesh()
+    # Without a mesh there is nothing to split a kernel over: initialisation traces the model so.
+    return not mesh.empty and (kind == "splash" or (kind == "auto" and mesh.abstract_device.platform == "tpu"))
 
 
 def plain_attention(q_BLNH, k_BSKH, v_BSKH, scale, causal, segments_BL, bias, query_chunk) -> jax.Array:

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from xomni_jax.models.attention import attend, check_attention
+from xomni_jax.models.attention import attend, check_attention, on_kernels
+from xomni_jax.models.decode_attention import step_kernel
 from xomni_jax.models.heads import Head, select
 from xomni_jax.models.layers import Dtype, Embed, Projection, RMSNorm
 from xomni_jax.sharding.rules import constrain
@@ -113,6 +114,7 @@ class Context:
     segments_BL: jax.Array | None = None
     lengths_B: jax.Array | None = None  # real tokens of each prompt
     column: jax.Array | None = None  # generated tokens already in the cache
+    stacked: tuple[jax.Array, ...] | None = None  # with kernels: the caches of all layers of the stack; `past` is then the layer's number
     collect: bool = struct.field(pytree_node=False, default=False)  # return keys and values
 
 
@@ -176,7 +178,11 @@ class Attention(nn.Module):
             new = (k_BLKH.swapaxes(1, 2), v_BLKH.swapaxes(1, 2)) if ctx.collect else None
         else:
             q_BLKGH = q_BLNH.reshape(*q_BLNH.shape[:2], c.n_kv_heads, c.n_heads // c.n_kv_heads, c.head_dim)
-            y_BLNH = step_attention(q_BLKGH, k_BLKH, v_BLKH, past, ctx.lengths_B, ctx.column).reshape(q_BLNH.shape)
+            if ctx.stacked is None:
+                y_BLKGH = step_attention(q_BLKGH, k_BLKH, v_BLKH, past, ctx.lengths_B, ctx.column)
+            else:
+                y_BLKGH = step_kernel(q_BLKGH, k_BLKH, v_BLKH, ctx.stacked, past, ctx.lengths_B, ctx.column)
+            y_BLNH = y_BLKGH.reshape(q_BLNH.shape)
             new = (k_BLKH, v_BLKH)
         out = Projection((c.d_model,), ("heads", "head_dim", "embed"), contract=2, init=_residual_init(c), name="o_proj", **dtypes)
         return out(y_BLNH), new
@@ -308,9 +314,12 @@ class ARTransformer(nn.Module):
 
     def _run(self, x_BLD: jax.Array, ctx: Context, past: dict[str, Any] | None = None) -> tuple[jax.Array, KV]:
         """All stacks in order, or those in `past`; new keys and values per stack (None where none are asked for)."""
-        new = {}
+        new, kernels = {}, on_kernels(self.cfg.attention)
         for name in self.cfg.layers if past is None else past:
-            x_BLD, new[name] = getattr(self, name)(x_BLD, past and past[name], ctx)
+            stack_past = past and past[name]
+            if past and kernels:  # a slice of the cache would be copied before a kernel reads it: give the whole and the layer's number
+                ctx, stack_past = ctx.replace(stacked=past[name]), jnp.arange(self.cfg.layers[name])
+            x_BLD, new[name] = getattr(self, name)(x_BLD, stack_past, ctx)
         return x_BLD, new
 
 
