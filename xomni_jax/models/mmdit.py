@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from xomni_jax.models.attention import attend, check_remat, stacked
+from xomni_jax.models.attention import attend, check_attention, check_remat, stacked
 from xomni_jax.models.layers import Dtype, LayerNorm, Projection, RMSNorm
 from xomni_jax.sharding.rules import constrain
 
@@ -32,6 +32,7 @@ class MMDiTConfig:
       theta: base of the rotary frequencies.
       prediction: what the last layer gives, "velocity" as released, or "data", from which the velocity follows. A narrow model on wide
         pixel patches cannot carry their noise through its residual stream; it need not when it predicts data.
+      attention: its implementation; see `attention.attend`.
       query_chunk: queries per attention step, 0 for all at once (see `attend`).
       unroll: blocks per step of the scans.
     """
@@ -49,6 +50,7 @@ class MMDiTConfig:
     mlp_ratio: int = 4
     theta: float = 10_000.0
     prediction: str = "velocity"
+    attention: str = "auto"
     query_chunk: int = 0
     unroll: int = 1
     dtype: Dtype = jnp.float32
@@ -57,6 +59,7 @@ class MMDiTConfig:
 
     def __post_init__(self):
         check_remat("mmdit", self.remat)
+        check_attention("mmdit", self.attention)
         if self.prediction not in ("velocity", "data"):
             raise ValueError(f"mmdit.prediction={self.prediction!r} is unknown; choose velocity or data")
         if self.d_model % self.n_heads:
@@ -201,7 +204,7 @@ class DoubleStreamBlock(nn.Module):
             for s, x, m, table in zip(("text", "image"), streams, mods, tables)
         ]
         q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(*qkv))
-        y_BLNH = attend(q, k, v, scale=c.head_dim**-0.5, query_chunk=c.query_chunk)
+        y_BLNH = attend(q, k, v, scale=c.head_dim**-0.5, kind=c.attention, query_chunk=c.query_chunk)
         out = []
         for s, x, m, y in zip(("text", "image"), streams, mods, (y_BLNH[:, :S], y_BLNH[:, S:])):
             x = x + m[2] * _linear(c, f"{s}_out", c.d_model, ("heads", "head_dim", "embed"), contract=2)(y)
@@ -222,7 +225,7 @@ class SingleStreamBlock(nn.Module):
         shift, scale, gate = Modulation(c, 3, name="modulation")(condition_BD)
         h_BLD = ModulatedNorm(c)(x_BLD, shift, scale)
         q, k, v = QKV(c, name="qkv")(h_BLD, cos_LH, sin_LH)
-        y_BLNH = attend(q, k, v, scale=c.head_dim**-0.5, query_chunk=c.query_chunk)
+        y_BLNH = attend(q, k, v, scale=c.head_dim**-0.5, kind=c.attention, query_chunk=c.query_chunk)
         # The hidden MLP is kept as (ratio, heads, head_dim): joined with the attention along an axis that no mesh splits, the joint
         # projection of the released weights stays one kernel and tensor parallelism needs no reshuffle.
         hidden = (c.mlp_ratio, c.n_heads, c.head_dim)
