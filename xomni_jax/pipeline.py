@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,21 @@ def pad_prompts(prompts: Sequence[Sequence[int]], multiple: int = PROMPT_BUCKET)
     for row, prompt in zip(ids, prompts):
         row[: len(prompt)] = prompt
     return ids, lengths
+
+
+def make_decode(vq: nn.Module, decoder: Decoder, cfg: DecodeConfig, ways: int) -> Callable[..., jax.Array]:
+    """The jitted decoder (tokenizer's parameters, decoder's, codes [B, Y, X], T5 ids, CLIP ids, noise, empty prompt's ids) -> uint8 images.
+
+    `ways`: over how many devices rows are split.
+    """
+
+    def decode(vq_params, params, codes_BYX, text_BS, pooled_BS, noise_BTC, empty):
+        semantics = vq.apply({"params": vq_params}, codes_BYX, method="semantics")
+        # The two rows of the empty prompt are repeated, so that they too split over a mesh.
+        empty = tuple(jnp.repeat(x, ways, axis=0) for x in empty)
+        return to_uint8(decoder.decode(params, semantics, text_BS, pooled_BS, empty, noise_BTC, cfg))
+
+    return jax.jit(decode)
 
 
 class XOmni:
@@ -227,15 +242,7 @@ class XOmni:
 
     @functools.cache
     def _decode(self, cfg: DecodeConfig):
-        vq, decoder = self.module("siglip_vq"), self.decoder
-
-        def decode(vq_params, params, codes_BYX, text_BS, pooled_BS, noise_BTC, empty):
-            semantics = vq.apply({"params": vq_params}, codes_BYX, method="semantics")
-            # The two rows of the empty prompt are repeated, so that they too split over a mesh.
-            empty = tuple(jnp.repeat(x, self.ways, axis=0) for x in empty)
-            return to_uint8(decoder.decode(params, semantics, text_BS, pooled_BS, empty, noise_BTC, cfg))
-
-        return jax.jit(decode)
+        return make_decode(self.module("siglip_vq"), self.decoder, cfg, self.ways)
 
     def decode(self, codes_BYX: Any, prompts: Sequence[str] | None = None, noise: Any = None, seed: int = 0) -> list[Image.Image]:
         """Codes [B, Y, X] -> pictures. Without `noise` [B, T, C] it is drawn from `seed`; without prompts they are empty."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from ml_collections import ConfigDict
 
 from xomni_jax.data.rendered import RenderedConfig, render_example
@@ -21,7 +23,7 @@ from xomni_jax.sampling.flow import Conditioning, flow_training_pair
 from xomni_jax.training.components import DataIterator, PictureSize, check_split, export_model, open_model, stored_or_preset
 from xomni_jax.training.config import RunConfig, build
 from xomni_jax.training.loop import Stage, key_for, tile
-from xomni_jax.training.optimizer import OptimizerConfig, make_optimizer
+from xomni_jax.training.optimizer import Optimizer, OptimizerConfig, make_optimizer
 from xomni_jax.training.preemption import StopSignal
 from xomni_jax.training.state import TrainState, init_state
 
@@ -79,6 +81,25 @@ def flow_loss(
     }
 
 
+def frozen_parts(cfg: DecoderTrainConfig, params: Any) -> tuple[str, ...]:
+    """Path patterns of the decoder's parts that do not learn."""
+    names = ("autoencoder",) if cfg.train_text_encoders else ("autoencoder", "t5", "clip")
+    return tuple(f"{name}/.*" for name in names if jax.tree.leaves(params[name]))  # the identity autoencoder has none
+
+
+def make_update(decoder: Decoder, vq: nn.Module, optimizer: Optimizer, cfg: DecoderTrainConfig) -> Callable[..., Any]:
+    """The jitted step (state, tokenizer's parameters, batch, key) -> (state, metrics); the state is donated."""
+
+    def update(state: TrainState, vq_params, batch, key):
+        codes_BYX = vq.apply({"params": vq_params}, batch["pixels"], method="encode")
+        semantics = vq.apply({"params": vq_params}, codes_BYX, method="semantics")
+        (_, metrics), grads = jax.value_and_grad(lambda p: flow_loss(decoder, p, batch, semantics, key, cfg), has_aux=True)(state.params)
+        state, optim = state.apply(optimizer, grads)
+        return state, metrics | optim
+
+    return jax.jit(update, donate_argnums=0)
+
+
 def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: StopSignal) -> Stage:
     """The decoder stage of a configuration."""
     cfg, data = build(DecoderTrainConfig, config.decoder, "config.decoder"), build(RenderedConfig, config.data, "config.data")
@@ -93,21 +114,13 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
     def init():
         return {n: init_params(n, c, key_for(run.seed, i, 7)) for i, (n, c) in enumerate(configs.items())}
 
-    frozen = ("autoencoder",) if cfg.train_text_encoders else ("autoencoder", "t5", "clip")
-    frozen = tuple(f"{name}/.*" for name in frozen if jax.tree.leaves(jax.eval_shape(init)[name]))  # the identity autoencoder has none
+    frozen = frozen_parts(cfg, jax.eval_shape(init))
     optimizer = make_optimizer(build(OptimizerConfig, config.optimizer, "config.optimizer"), run.steps, freeze=frozen)
     state = init_state(init, optimizer, mesh)
     state = state.replace(params={n: model.params(n) if n in stored else p for n, p in state.params.items()})
     vq, vq_params = model.module("siglip_vq"), model.params("siglip_vq")
 
-    def update(state: TrainState, vq_params, batch, key):
-        codes_BYX = vq.apply({"params": vq_params}, batch["pixels"], method="encode")
-        semantics = vq.apply({"params": vq_params}, codes_BYX, method="semantics")
-        (_, metrics), grads = jax.value_and_grad(lambda p: flow_loss(decoder, p, batch, semantics, key, cfg), has_aux=True)(state.params)
-        state, optim = state.apply(optimizer, grads)
-        return state, metrics | optim
-
-    update = jax.jit(update, donate_argnums=0)
+    update = make_update(decoder, vq, optimizer, cfg)
     ids = functools.partial(model.text_ids, cfg=decode)
     empty = ids([""])
     empties = tuple(np.repeat(x, model.ways, axis=0) for x in empty)  # as many rows as the mesh splits

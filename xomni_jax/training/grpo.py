@@ -169,6 +169,28 @@ def over_micro_batches(fn: Callable[[RolloutBatch], Any], batch: RolloutBatch, p
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), out)
 
 
+def make_update(policy: Policy, optimizer: Any, grpo: GRPOConfig, advantage: AdvantageConfig, parts: int) -> Callable[..., Any]:
+    """The jitted update (state, reference, batch, rewards [P, R], advantages [P, R] | None, key) -> (state, metrics); the state is donated."""
+
+    def update(state, ref_params, batch, reward_PR, given_PR, key):
+        adv_PR, metrics = group_advantages(reward_PR, batch.ok_B.reshape(reward_PR.shape), advantage)
+        adv_PR = adv_PR if given_PR is None else given_PR
+        batch = batch._replace(adv_B=adv_PR.reshape(-1))
+        state, learned = grpo_update(policy, optimizer, state, ref_params if grpo.kl_coef else None, batch, grpo, parts, key)
+        return state, metrics | learned
+
+    return jax.jit(update, donate_argnums=0)
+
+
+def make_sampler(net: nn.Module, n_codes: int, sampling: SamplingConfig) -> Callable[..., dict[str, jax.Array | None]]:
+    """The jitted rollout (params, prompt ids [P, S], lengths [P], keys [P, R], negative prompts | None) -> see `generate_codes`."""
+
+    def sample(params, ids_PS, lengths_P, keys_PR, negative):
+        return generate_codes(net, params, ids_PS, lengths_P, n_codes, keys_PR, sampling, negative, return_kept=sampling.truncates)
+
+    return jax.jit(sample)
+
+
 class Rollouts:
     """Samples, decodes and scores one batch of prompts, chunk by chunk, with scoring in the background."""
 
@@ -178,12 +200,7 @@ class Rollouts:
     ):  # fmt: skip
         self.model, self.grid, self.sampling, self.decode, self.cfg, self.advantage = model, grid, sampling, decode, cfg, advantage
         self.group, self.clients, self.weights, self.poll = group, clients, weights, poll
-        net, n_codes = model.module("transformer"), grid[0] * grid[1]
-
-        def sample(params, ids_PS, lengths_P, keys_PR, negative):
-            return generate_codes(net, params, ids_PS, lengths_P, n_codes, keys_PR, sampling, negative, return_kept=sampling.truncates)
-
-        self.sample = jax.jit(sample)
+        self.sample = make_sampler(model.module("transformer"), grid[0] * grid[1], sampling)
 
     def prompt_ids(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Generation prompts padded to the configured length."""
@@ -299,16 +316,9 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
     state = state.replace(params=jax.tree.map(jnp.copy, ref_params))
     clients, weights = open_clients(config.rewards, stop.check)
     rollouts = Rollouts(model, grid, sampling, decode, rollout, advantage, grpo.rollouts_per_prompt, clients, weights, stop.check)
-    parts = max(1, B // grpo.updates_per_batch // rollout.micro_batch) if rollout.micro_batch else 1
+    parts = micro_batches(run.batch_size, grpo, rollout)
 
-    def update(state, ref_params, batch, reward_PR, given_PR, key):
-        adv_PR, metrics = group_advantages(reward_PR, batch.ok_B.reshape(reward_PR.shape), advantage)
-        adv_PR = adv_PR if given_PR is None else given_PR
-        batch = batch._replace(adv_B=adv_PR.reshape(-1))
-        state, learned = grpo_update(policy, optimizer, state, ref_params if grpo.kl_coef else None, batch, grpo, parts, key)
-        return state, metrics | learned
-
-    update = jax.jit(update, donate_argnums=0)
+    update = make_update(policy, optimizer, grpo, advantage, parts)
 
     def step(state: TrainState, batch: dict[str, Any], number: int):
         key = key_for(run.seed, number, 0)
@@ -344,6 +354,12 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
         export_model(directory, {"transformer": (state.params, ar)}, run.init_from, note)
 
     return Stage(state, batches, step, export, grid_picture, items_per_step=B, close=lambda: close_all(clients))
+
+
+def micro_batches(prompts: int, grpo: GRPOConfig, rollout: RolloutConfig) -> int:
+    """Gradient accumulation steps of an update."""
+    minibatch = prompts * grpo.rollouts_per_prompt // grpo.updates_per_batch
+    return max(1, minibatch // rollout.micro_batch) if rollout.micro_batch else 1
 
 
 def check_divides(prompts: int, grpo: GRPOConfig, rollout: RolloutConfig, ways: int) -> None:

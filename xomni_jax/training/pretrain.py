@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,13 +22,24 @@ from xomni_jax.training.components import DataIterator, check_split, export_mode
 from xomni_jax.training.config import ConfigError, RunConfig, build
 from xomni_jax.training.loop import Stage, tile
 from xomni_jax.training.next_token import NextTokenConfig, build_sequences, next_token_loss, pack_batch
-from xomni_jax.training.optimizer import OptimizerConfig, make_optimizer
+from xomni_jax.training.optimizer import Optimizer, OptimizerConfig, make_optimizer
 from xomni_jax.training.preemption import StopSignal
 from xomni_jax.training.stages import FREEZE
 from xomni_jax.training.state import TrainState, init_state
 
 GRID_PROMPTS = 8
 SECTIONS = ("optimizer", "transformer", "next_token", "data")
+
+
+def make_update(net: nn.Module, optimizer: Optimizer, cfg: NextTokenConfig) -> Callable[..., Any]:
+    """The jitted step (state, packed batch) -> (state, metrics); the state is donated."""
+
+    def update(state: TrainState, batch):
+        (_, metrics), grads = jax.value_and_grad(lambda p: next_token_loss(net, p, batch, cfg), has_aux=True)(state.params)
+        state, optim = state.apply(optimizer, grads)
+        return state, metrics | optim
+
+    return jax.jit(update, donate_argnums=0)
 
 
 def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: StopSignal) -> Stage:
@@ -50,12 +62,7 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
     if old:
         state = state.replace(params=model.params("transformer"))
 
-    def update(state: TrainState, batch):
-        (_, metrics), grads = jax.value_and_grad(lambda p: next_token_loss(net, p, batch, cfg), has_aux=True)(state.params)
-        state, optim = state.apply(optimizer, grads)
-        return state, metrics | optim
-
-    update = jax.jit(update, donate_argnums=0)
+    update = make_update(net, optimizer, cfg)
 
     def to_batch(examples: dict[str, Any]):
         """Codes by the frozen tokenizer, then packed rows; the mixture's draws depend on the batch's own id."""
