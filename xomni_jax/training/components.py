@@ -21,7 +21,7 @@ from xomni_jax.training.config import ConfigError, check_types
 T = TypeVar("T")
 
 # How a stored model is computed, which a run may choose; everything else of a config says what the model is.
-COMPUTATION = ("dtype", "remat", "attention", "attention_chunk", "query_chunk", "chunk", "unroll")
+COMPUTATION = ("dtype", "param_dtype", "int8", "remat", "attention", "attention_chunk", "query_chunk", "chunk", "unroll")
 
 
 @dataclasses.dataclass(frozen=True)
