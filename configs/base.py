@@ -163,7 +163,9 @@ def grpo():
             max_logp_gap=1e-4,
             max_fail_frac=0.5,
             combine="sum_then_normalize",  # or normalize_then_sum
+            reference_dtype="float32",  # of the reference's matrices; bfloat16 halves them, and loses nothing where it is computed in
         ),
+        decoder_mesh=dict(replica=1, data=1, fsdp=0, tensor=1),  # devices of the decoder alone; a 0: it shares those of config.mesh
         decode=dict(steps=None, guidance=None),  # None: the model's own
         rewards=dict(  # weight None: not asked
             ocr=dict(urls=("http://127.0.0.1:8001",), weight=1.0),

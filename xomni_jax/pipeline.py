@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from PIL import Image
 from xomni_jax.checkpoint.released_model import ReleasedModel, is_released
 from xomni_jax.checkpoint.store import CheckpointError, config_from_json, load_component, read_model_json
 from xomni_jax.data.preprocess import ImageLimits, preprocess
+from xomni_jax.models.int8 import quantize
 from xomni_jax.models.registry import COMPONENTS, init_params
 from xomni_jax.sampling.decode import generate_codes, generate_text
 from xomni_jax.sampling.decoder import DecodeConfig, Decoder, to_uint8
@@ -71,7 +73,7 @@ class XOmni:
     """One X-Omni model on one mesh: text and pictures in, text and pictures out."""
 
     def __init__(self, path: str | Path, mesh: Mesh | None = None, dtype: Any = None, flux: str | Path | None = None):
-        self.path, self.dtype = Path(path), dtype
+        self.path, self.dtype, self._flux = Path(path), dtype, flux
         self.mesh = make_mesh({}, jax.devices()[:1]) if mesh is None else mesh
         self.released = ReleasedModel(path, flux) if is_released(path) else None
         if flux is not None and self.released is None:
@@ -80,6 +82,12 @@ class XOmni:
         self.ways = int(np.prod([self.mesh.shape[a] for a in RULES["batch"]]))
         self._params: dict[str, Any] = {}
         self._configs: dict[str, Any] = {}
+
+    def on(self, mesh: Mesh) -> XOmni:
+        """The same model on another mesh, with parameters of its own."""
+        other = XOmni(self.path, mesh, self.dtype, self._flux)
+        other._configs = dict(self._configs)
+        return other
 
     # ---- parts ----
     def config(self, name: str) -> Any:
@@ -102,13 +110,24 @@ class XOmni:
     def params(self, name: str) -> Any:
         """Parameters of a component, sharded over the mesh; restored once."""
         if name not in self._params:
-            cfg = self.config(name)
-            boxed = jax.eval_shape(lambda: init_params(name, cfg, jax.random.key(0)))
-            shardings = param_shardings(boxed, self.mesh)
-            wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.meta.unbox(boxed), shardings)
-            read = functools.partial(load_component, self.path) if self.released is None else self.released.load
-            self._params[name] = read(name, wanted, self.dtype) if jax.tree.leaves(wanted) else {}
+            self._params[name] = self._restore(name, self.config(name))
         return self._params[name]
+
+    def _restore(self, name: str, cfg: Any) -> Any:
+        boxed = jax.eval_shape(lambda: init_params(name, cfg, jax.random.key(0)))
+        shardings = param_shardings(boxed, self.mesh)
+        if getattr(cfg, "int8", False):
+            stored = self._restore(name, dataclasses.replace(cfg, int8=False))
+            return jax.jit(lambda params: quantize(params, boxed), out_shardings=shardings)(stored)
+        wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.meta.unbox(boxed), shardings)
+        read = functools.partial(load_component, self.path) if self.released is None else self.released.load
+        # A run that chose its own way of computing (`set_config`) chose the number format too.
+        dtype = cfg.param_dtype if self.dtype is None and name in self._configs else self.dtype
+        return read(name, wanted, dtype) if jax.tree.leaves(wanted) else {}
+
+    def release(self, name: str) -> None:
+        """Forgets a component's parameters; they are restored when they are asked for again."""
+        self._params.pop(name, None)
 
     def set_params(self, name: str, params: Any, config: Any = None) -> None:
         """Uses these parameters from now on (a policy in training, say); `config` for a component that the directory lacks."""

@@ -18,6 +18,7 @@ def get_config():
     c.mesh.fsdp, c.mesh.tensor = -1, 4
     c.batch_size, c.grpo.rollouts_per_prompt = 32, 16
     c.rollout.prompt_length, c.rollout.chunks = 448, 2  # with 5,184 codes: eleven blocks of 512 tokens
+    c.rollout.reference_dtype = "bfloat16"
     c.rollout.micro_batch, c.rollout.logit_chunk = 64, 1296
     c.decode.steps, c.decode.guidance = 28, 1.0
     c.data.sizes = ((1152, 1152),)

@@ -35,6 +35,7 @@ class MMDiTConfig:
       attention: its implementation; see `attention.attend`.
       query_chunk: queries per attention step, 0 for all at once (see `attend`).
       unroll: blocks per step of the scans.
+      int8: kernels are stored in 8 bits, for inference (see `models.int8`).
     """
 
     in_channels: int = 64
@@ -56,6 +57,7 @@ class MMDiTConfig:
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     remat: str = "none"
+    int8: bool = False
 
     def __post_init__(self):
         check_remat("mmdit", self.remat)
@@ -120,7 +122,7 @@ def sinusoidal(t_B: jax.Array, features: int = TIME_FEATURES) -> jax.Array:
 
 def _linear(cfg: MMDiTConfig, name: str, features, axes, *, contract: int = 1, bias: bool = True, **kw) -> Projection:
     features = (features,) if isinstance(features, int) else features
-    return Projection(features, axes, contract, bias, cfg.dtype, cfg.param_dtype, name=name, **kw)
+    return Projection(features, axes, contract, bias, cfg.dtype, cfg.param_dtype, name=name, int8=cfg.int8, **kw)
 
 
 class ConditionMLP(nn.Module):

@@ -36,11 +36,20 @@ def keys(mesh: Mesh, shape: tuple[int, ...], *axes: str | None) -> jax.ShapeDtyp
     return array(mesh, shape, jax.eval_shape(lambda: jax.random.key(0)).dtype, *axes)
 
 
+def boxed(name: str, cfg: Any) -> Any:
+    """Shapes of a component's parameters with their logical axes."""
+    return jax.eval_shape(lambda: init_params(name, cfg, jax.random.key(0)))
+
+
 def params(name: str, cfg: Any, mesh: Mesh) -> Any:
     """Parameters of a component."""
-    boxed = jax.eval_shape(lambda: init_params(name, cfg, jax.random.key(0)))
-    place = param_shardings(boxed, mesh)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.meta.unbox(boxed), place)
+    shapes = boxed(name, cfg)
+    return placed(nn.meta.unbox(shapes), param_shardings(shapes, mesh))
+
+
+def placed(shapes: Any, shardings: Any) -> Any:
+    """Shapes with their shardings."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
 def component(config: ConfigDict, name: str) -> Any:

@@ -73,13 +73,13 @@ def read(role: Role, stage: Stage, compiled: Compiled) -> Facts:
     """
     mesh, w = dict(stage.mesh.shape), role.work
     counted = flops.count(compiled.jaxpr)
-    resident = sum(abstract.bytes_per_device(tree) for name, tree in stage.resident.items() if name not in role.uses)
+    resident = sum(abstract.bytes_per_device(tree) for name, tree in stage.resident.items() if name not in (*role.uses, *role.gone))
     rows, moves, module = [], [], None
     if compiled.hlo is not None:
         module = hlo.parse(compiled.hlo)
         rows, moves = collectives.collectives(module, mesh), traffic.moves(module)
     step = sum(m.total for m in moves if m.times >= w.steps) / w.steps if w.steps > 1 else 0.0
-    repeated = [row for name in role.uses for row in abstract.repeated({name: stage.resident[name]}, LARGE)]
+    repeated = [row for name in role.uses if name in stage.resident for row in abstract.repeated({name: stage.resident[name]}, LARGE)]
     return Facts(
         role=role.name, about=role.about, key=compiled.key, seconds=round(compiled.seconds, 1),
         memory=compiled.memory and dataclasses.asdict(compiled.memory), needs=compiled.needs,

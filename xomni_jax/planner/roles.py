@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -18,6 +19,7 @@ from xomni_jax.planner.work import Work
 from xomni_jax.sampling.cache import prefill
 from xomni_jax.sampling.decoder import DecodeConfig, Decoder
 from xomni_jax.sampling.logits import SamplingConfig
+from xomni_jax.sharding.rules import ROLLOUT_RULES, param_shardings
 from xomni_jax.training import decoder as decoder_stage
 from xomni_jax.training import grpo as grpo_stage
 from xomni_jax.training import pretrain, tokenizer, understanding
@@ -40,6 +42,7 @@ class Role:
       name: what it is called on the command line. about: what it does, with its sizes.
       fn: the jitted function. args: abstract arguments with their shardings.
       work: the least it must do. uses: the resident groups among its arguments.
+      gone: resident groups that are not there while it runs.
       per_step: executions in a training step; 0 for a part of another role, looked at on its own.
       state: the donated argument, if any.
     """
@@ -50,6 +53,7 @@ class Role:
     args: tuple[Any, ...]
     work: Work
     uses: tuple[str, ...] = ()
+    gone: tuple[str, ...] = ()
     per_step: int = 1
     state: Any = None
 
@@ -68,15 +72,6 @@ class Stage:
     roles: dict[str, Role]
     resident: dict[str, Any]
     batch: int
-
-
-ROLES = {
-    "tokenizer": ("tokenizer-update",),
-    "pretrain": ("pretrain-update",),
-    "sft": ("sft-update",),
-    "decoder": ("decoder-update",),
-    "grpo": ("policy-update", "reference", "rollout", "prefill", "decoder", "text", "vae"),
-}
 
 
 def build_stage(config: ConfigDict, mesh: Mesh) -> Stage:
@@ -214,7 +209,11 @@ def _grpo(config: ConfigDict, mesh: Mesh) -> Stage:
     parts = grpo_stage.micro_batches(P, cfg, rolls)
     optimizer = make_optimizer(build(OptimizerConfig, config.optimizer, "config.optimizer"), run.steps * cfg.updates_per_batch)
     _, state = abstract_state(lambda: init_params("transformer", ar, jax.random.key(0)), optimizer, mesh)
-    net, reference = COMPONENTS["transformer"].module(ar), abstract.params("transformer", ar, mesh)
+    net, boxed = COMPONENTS["transformer"].module(ar), abstract.boxed("transformer", ar)
+    layout = grpo_stage.make_layout(boxed, mesh, ar.dtype, ROLLOUT_RULES)
+    sampler = abstract.placed(jax.eval_shape(layout, state.params), param_shardings(boxed, mesh, ROLLOUT_RULES))
+    kept_reference = grpo_stage.make_layout(boxed, mesh, rolls.reference_dtype)
+    reference = abstract.placed(jax.eval_shape(kept_reference, state.params), param_shardings(boxed, mesh)) if cfg.kl_coef else None
     policy = grpo_stage.Policy(net, sampling, rolls.logit_chunk)
 
     def ids(n, *shape):
@@ -227,7 +226,6 @@ def _grpo(config: ConfigDict, mesh: Mesh) -> Stage:
     )
     advantage = build(AdvantageConfig, config.advantage, "config.advantage")
     update = grpo_stage.make_update(policy, optimizer, cfg, advantage, parts)
-    has_reference = bool(cfg.kl_coef)
 
     def replay(params, batch):
         return grpo_stage.over_micro_batches(lambda b: policy.logp(params, b)[0], batch, parts)
@@ -236,27 +234,36 @@ def _grpo(config: ConfigDict, mesh: Mesh) -> Stage:
         return prefill(net, params, ids_PS, lengths_P)
 
     negative = (ids(part, S), ids(part)) if sampling.guided else None
-    rolled = (state.params, ids(part, S), ids(part), abstract.keys(mesh, (part, R), "batch"), negative)
+    rolled = (sampler, ids(part, S), ids(part), abstract.keys(mesh, (part, R), "batch"), negative)
     shape, chunk = f"{S} + {T} tokens", rolls.logit_chunk
     roles = [
-        Role("policy-update", f"{B} rollouts of {shape} in {parts} micro-batches, with reference" if has_reference else "", update,
+        Role("policy-update", f"{B} rollouts of {shape} in {parts} micro-batches" + (", with the reference's log-probs" if cfg.kl_coef else ""), update,
              (state, reference, batch, f32(P, R), None, abstract.keys(mesh, ())),
-             work.policy_update(ar, B, S, T, parts, sides, has_reference, chunk, mesh.shape), ("state", "reference"), state=state),
+             work.policy_update(ar, B, S, T, parts, sides, bool(cfg.kl_coef), chunk, mesh.shape), ("params", "optimizer", "reference"), ("sampler",),
+             state=state),
         Role("reference", f"log-probs of {B} rollouts of {shape}", jax.jit(replay), (reference, batch),
-             work.replay(ar, B, S, T, parts, sides, chunk, mesh.shape), ("reference",), per_step=0),
+             work.replay(ar, B, S, T, parts, sides, chunk, mesh.shape), ("reference",), ("sampler",), per_step=0),
+        Role("layout", "the policy's weights in the sampler's layout and number format", layout, (state.params,), Work(), ("params",), ("sampler",)),
         Role("rollout", f"{part} prompts x {R} rollouts of {shape}", grpo_stage.make_sampler(net, T, sampling), rolled,
-             work.rollout(ar, part, R, S, T, sides, mesh.shape), ("params",), per_step=rolls.chunks),
-        Role("prefill", f"{part} prompts of {S} tokens", jax.jit(first), (state.params, ids(part * sides, S), ids(part * sides)),
-             work.prefill(ar, part, S, sides), ("params",), per_step=0),
+             work.rollout(ar, part, R, S, T, sides, mesh.shape), ("sampler",), per_step=rolls.chunks),
+        Role("prefill", f"{part * sides} prompts of {S} tokens", jax.jit(first), (sampler, ids(part * sides, S), ids(part * sides)),
+             work.prefill(ar, part, S, sides), ("sampler",), per_step=0),
     ]  # fmt: skip
-    if not has_reference:
-        roles.pop(1)
-    frozen, more = _pictures(cfgs, grid, decode, part * R, rolls.chunks, mesh)
-    resident = {"params": state.params, "optimizer": state.opt_state, "reference": reference} | frozen
-    if not has_reference:
-        del resident["reference"]
-    roles[0].uses = ("params", "optimizer", *(("reference",) if has_reference else ()))
+    frozen, more = _pictures(cfgs, grid, decode, part * R, rolls.chunks, painter_mesh(config, mesh))
+    resident = {"params": state.params, "optimizer": state.opt_state, "reference": reference, "sampler": sampler}
+    if painter_mesh(config, mesh) is mesh:
+        resident |= frozen
+    if reference is None:
+        del roles[1], resident["reference"]
     return Stage(run.stage, mesh, {role.name: role for role in [*roles, *more]}, resident, B)
+
+
+def painter_mesh(config: ConfigDict, mesh: Mesh) -> Mesh:
+    """Where pictures are decoded: on the policy's mesh, or on devices of their own."""
+    apart = math.prod(config.decoder_mesh.values())
+    if not apart:
+        return mesh
+    raise ConfigError("config.decoder_mesh: plan the decoder's devices on their own, as the mesh of a smaller topology, and leave decoder_mesh.fsdp=0")
 
 
 def _pictures(cfgs: dict[str, Any], grid: tuple[int, int], cfg: DecodeConfig, rows: int, times: int, mesh: Mesh) -> tuple[dict[str, Any], list[Role]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -38,6 +38,24 @@ def make_mesh(axes: Mapping[str, int] | None = None, devices=None) -> Mesh:
         needs = f"a multiple of {fixed}" if free else f"{fixed}"
         raise ValueError(f"mesh {asked} needs {needs} devices, {len(devices)} are present; change config.mesh")
     return jax.make_mesh(tuple(sizes[a] for a in MESH_AXES), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+
+
+def split_devices(devices: Sequence[jax.Device], apart: int) -> tuple[list[jax.Device], list[jax.Device]]:
+    """(the rest, `apart` devices): equally many from every process, so that each takes part in both meshes.
+
+    Raises:
+      ValueError: the devices cannot be split so.
+    """
+    by_process: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        by_process.setdefault(device.process_index, []).append(device)
+    each, odd = divmod(apart, len(by_process))
+    least = min(map(len, by_process.values()))
+    if odd or not 0 < each < least:
+        fit = ", ".join(str(n * len(by_process)) for n in range(1, least)) or "no separate mesh"
+        raise ValueError(f"{apart} of {len(devices)} devices apart: {len(by_process)} processes with at least {least} devices each allow {fit}")
+    halves = [(own[:-each], own[-each:]) for own in by_process.values()]
+    return [d for rest, _ in halves for d in rest], [d for _, own in halves for d in own]
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

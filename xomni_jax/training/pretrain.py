@@ -61,7 +61,8 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
     optimizer = make_optimizer(build(OptimizerConfig, config.optimizer, "config.optimizer"), run.steps, train=FREEZE[phase])
     state = init_state(lambda: init_params("transformer", ar, jax.random.key(run.seed)), optimizer, mesh)
     if old:
-        state = state.replace(params=model.params("transformer"))
+        state = state.starting_from(model.params("transformer"))
+        model.release("transformer")
 
     update = make_update(net, optimizer, cfg)
 

@@ -33,6 +33,10 @@ class TrainState:
     opt_state: Any
     extra: Any
 
+    def starting_from(self, params: Any) -> TrainState:
+        """The same state with a copy of these parameters, in the state's own number formats."""
+        return self.replace(params=jax.tree.map(lambda mine, given: jnp.array(given, mine.dtype), self.params, params))
+
     def apply(self, optimizer: Optimizer, grads: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         """One optimizer update -> (new state, optim/ metrics)."""
         params, opt_state, metrics = optimizer.update(grads, self.opt_state, self.params)
