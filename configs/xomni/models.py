@@ -10,3 +10,10 @@ def released(c):
     for name, preset in presets.items():
         if name in c:
             c[name] = dict(preset=preset)
+
+
+def next_token(c, rows, row_length):
+    """Packed rows of the transformer's stages; rows split over data x fsdp. Heads run over pieces of 1,024 targets."""
+    c.mesh.fsdp, c.mesh.tensor = -1, 4
+    c.next_token.rows, c.next_token.row_length, c.next_token.chunk = rows, row_length, 1024
+    c.data.sizes, c.data.weights, c.data.text_lengths, c.data.shapes = ((1152, 1152), (768, 1152)), (0.7, 0.3), ((3, 6), (12, 16)), 0.0
