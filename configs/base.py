@@ -49,6 +49,11 @@ def _rendered():
     )
 
 
+def _stored(*components):
+    """Components as `init_from` holds them; further keys of a section say how it is computed (dtype, remat, ...)."""
+    return {name: dict(preset="stored") for name in components}
+
+
 def tokenizer():
     """SigLIP-VQ through understanding."""
     return _run(
@@ -109,6 +114,7 @@ def decoder():
     return _run(
         "decoder",
         1e-3,
+        **_stored("siglip_vq"),
         mmdit=dict(preset="tiny", dtype="float32", remat="none"),
         t5=dict(preset="tiny", dtype="float32"),
         clip=dict(preset="tiny", dtype="float32"),
@@ -130,6 +136,7 @@ def grpo():
     c = _run(
         "grpo",
         1e-6,
+        **_stored("transformer", "siglip_vq", "mmdit", "t5", "clip", "autoencoder"),
         grpo=dict(
             rollouts_per_prompt=16,  # G
             updates_per_batch=1,  # 1: on-policy

@@ -135,6 +135,10 @@ class XOmni:
         if config is not None:
             self._configs[name] = config
 
+    def set_config(self, name: str, config: Any) -> None:
+        """Computes a component in another way than it is stored (its sizes must be the stored ones); before its first use."""
+        self._configs[name] = config
+
     @functools.cached_property
     def tokenizer(self) -> MultimodalTokenizer:
         """The text tokenizer with its multimodal ids."""

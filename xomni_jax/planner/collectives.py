@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from xomni_jax.planner.hlo import Instruction, Module
+from xomni_jax.planner.hlo import HLOError, Instruction, Module
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all", "ragged-all-to-all")
 
@@ -77,18 +78,40 @@ def _collective(computation: str, kind: str, i: Instruction, mesh: Mapping[str, 
 
 
 def _group(text: str, devices: int) -> list[int]:
-    """Partition numbers of one group: listed, or in iota form `[groups, size]<=[dims]T(permutation)`."""
+    """Partition numbers of one group, in any of the spellings of HLO.
+
+    Raises:
+      HLOError: a spelling that is not known; guessing would give wrong axes.
+    """
     pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", text)
     if pairs:
         moved = [tuple(map(int, p.split(","))) for p in re.findall(r"(\d+,\d+)", pairs.group(1))]
         return list(next((p for p in moved if p[0] != p[1]), (0,)))
     iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
     if iota:
-        shape, dims, order = ([int(n) for n in g.split(",")] if g else None for g in iota.groups())
-        ids = np.arange(np.prod(dims)).reshape(dims)
-        return np.transpose(ids, order).reshape(shape)[0].tolist() if order else ids.reshape(shape)[0].tolist()
-    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", text)
-    return [int(n) for n in listed.group(1).split(",")] if listed and listed.group(1) else list(range(devices))
+        groups, *ids = (_numbers(g) for g in iota.groups())
+        return _iota(*ids).reshape(groups)[0].tolist()
+    named = re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{(.*?)\}", text)
+    if named:
+        sizes, *ids, axes = named.groups()
+        names, shape = zip(*((n, int(size)) for n, size in re.findall(r"'([^']+)'=(\d+)", sizes)))
+        chosen = re.findall(r"'([^']+)'", axes)
+        if ":" not in axes and set(chosen) <= set(names):
+            ids = (_numbers(g) for g in ids) if ids[0] else ([math.prod(shape)], None)
+            return _iota(*ids).reshape(shape)[tuple(slice(None) if n in chosen else 0 for n in names)].reshape(-1).tolist()
+    listed = re.search(r"replica_groups=\{(?:\{([\d,]*)\}|\})", text)
+    if listed:
+        return _numbers(listed.group(1)) or list(range(devices))
+    raise HLOError(f"a collective names its devices in an unknown way: {text[:200]}")
+
+
+def _numbers(text: str | None) -> list[int] | None:
+    return [int(n) for n in text.split(",")] if text else None
+
+
+def _iota(dims: list[int], order: list[int] | None) -> np.ndarray:
+    """0, 1, 2, ... in the shape `dims`, transposed."""
+    return np.arange(math.prod(dims)).reshape(dims).transpose(order or range(len(dims)))
 
 
 def _axes(group: Iterable[int], mesh: Mapping[str, int]) -> tuple[str, ...]:

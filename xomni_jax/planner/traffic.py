@@ -49,14 +49,9 @@ def moves(module: Module) -> list[Move]:
     return out
 
 
-def hbm_bytes(module: Module) -> int:
-    """Bytes read and written per run of the program."""
-    return sum(m.total for m in moves(module))
-
-
-def copies(module: Module, at_least: int) -> list[Move]:
+def copies(moved: list[Move], at_least: int) -> list[Move]:
     """Copies from HBM to HBM of at least so many bytes: what a buffer that is not updated in place, or changes its layout, costs."""
-    return [m for m in moves(module) if m.instruction.op in ("copy", "copy-start", "transpose") and m.written >= at_least]
+    return [m for m in moved if m.instruction.op in ("copy", "copy-start", "transpose") and m.read and m.written >= at_least]
 
 
 def _hbm(arrays: tuple[Array, ...]) -> int:

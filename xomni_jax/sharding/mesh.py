@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from xomni_jax.sharding.rules import MESH_AXES
@@ -37,7 +38,9 @@ def make_mesh(axes: Mapping[str, int] | None = None, devices=None) -> Mesh:
         asked = " x ".join(f"{name}={size}" for name, size in sizes.items() if size not in (1, -1)) or "1"
         needs = f"a multiple of {fixed}" if free else f"{fixed}"
         raise ValueError(f"mesh {asked} needs {needs} devices, {len(devices)} are present; change config.mesh")
-    return jax.make_mesh(tuple(sizes[a] for a in MESH_AXES), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    # Follows the torus where axes and torus factor; an axis of 4 on a torus of 8 x 8 has to split one of its sides.
+    grid = mesh_utils.create_device_mesh(tuple(sizes[a] for a in MESH_AXES), devices, allow_split_physical_axes=True)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def split_devices(devices: Sequence[jax.Device], apart: int) -> tuple[list[jax.Device], list[jax.Device]]:

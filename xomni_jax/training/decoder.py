@@ -15,12 +15,11 @@ from ml_collections import ConfigDict
 
 from xomni_jax.data.rendered import RenderedConfig, render_example
 from xomni_jax.data.sources import rendered_dataset
-from xomni_jax.models import autoencoder, mmdit, text_encoders
 from xomni_jax.models.registry import COMPONENTS, init_params
-from xomni_jax.pipeline import picture_keys
+from xomni_jax.pipeline import DECODER_PARTS, picture_keys
 from xomni_jax.sampling.decoder import DecodeConfig, Decoder, to_uint8
 from xomni_jax.sampling.flow import Conditioning, flow_training_pair
-from xomni_jax.training.components import DataIterator, PictureSize, check_split, export_model, open_model, stored_or_preset
+from xomni_jax.training.components import PRESETS, DataIterator, PictureSize, check_split, export_model, open_model, stored_or_preset
 from xomni_jax.training.config import RunConfig, build
 from xomni_jax.training.loop import Stage, key_for, tile
 from xomni_jax.training.optimizer import Optimizer, OptimizerConfig, make_optimizer
@@ -28,7 +27,7 @@ from xomni_jax.training.preemption import StopSignal
 from xomni_jax.training.state import TrainState, init_state
 
 GRID_IMAGES = 8
-SECTIONS = ("optimizer", "mmdit", "t5", "clip", "autoencoder", "decoder", "decode", "data")
+SECTIONS = ("optimizer", "siglip_vq", "mmdit", "t5", "clip", "autoencoder", "decoder", "decode", "data")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,9 +105,9 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
     decode = build(DecodeConfig, config.decode, "config.decode")
     check_split("config.batch_size", run.batch_size, mesh)
     model = open_model(run.init_from, ("siglip_vq",), mesh, run.stage)
-    presets = {"mmdit": mmdit.PRESETS, "t5": text_encoders.T5_PRESETS, "clip": text_encoders.CLIP_PRESETS, "autoencoder": autoencoder.PRESETS}
     stored = model.description["components"]
-    configs = {n: stored_or_preset(model, n, config[n], presets[n], f"config.{n}") for n in presets}
+    configs = {n: stored_or_preset(model, n, config[n], PRESETS[n], f"config.{n}") for n in DECODER_PARTS}
+    model.set_config("siglip_vq", stored_or_preset(model, "siglip_vq", config.siglip_vq, PRESETS["siglip_vq"], "config.siglip_vq"))
     decoder = Decoder(**{name: COMPONENTS[name].module(c) for name, c in configs.items()})
 
     def init():

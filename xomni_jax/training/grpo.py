@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from xomni_jax.data.rendered import RenderedConfig
 from xomni_jax.data.sources import rendered_dataset
 from xomni_jax.models.registry import init_params
-from xomni_jax.pipeline import XOmni, pad_prompts, picture_keys
+from xomni_jax.pipeline import DECODER_PARTS, XOmni, pad_prompts, picture_keys
 from xomni_jax.rewards.client import RewardClient
 from xomni_jax.rewards.combine import MODES, Combined, column, combine
 from xomni_jax.sampling.decode import generate_codes, replay_logp
@@ -26,7 +26,7 @@ from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sharding.mesh import make_mesh, split_devices
 from xomni_jax.sharding.rules import RULES, ROLLOUT_RULES, param_shardings
 from xomni_jax.training.advantages import AdvantageConfig, group_advantages
-from xomni_jax.training.components import DataIterator, export_model, open_model
+from xomni_jax.training.components import PRESETS, DataIterator, check_heads, export_model, open_model, stored_or_preset
 from xomni_jax.training.config import ConfigError, RunConfig, build
 from xomni_jax.training.grpo_loss import GRPOConfig, grpo_loss, join_metrics, loss_items
 from xomni_jax.training.loop import Stage, key_for, tile
@@ -35,7 +35,8 @@ from xomni_jax.training.preemption import StepRefused, StopSignal
 from xomni_jax.training.state import TrainState, init_state
 
 ROLLOUT, NOISE, SHUFFLE = 0, 1, 2  # purposes of a step's keys
-SECTIONS = ("decoder_mesh", "optimizer", "grpo", "advantage", "sampling", "rollout", "decode", "rewards", "data")
+MODELS = ("transformer", "siglip_vq", *DECODER_PARTS)
+SECTIONS = (*MODELS, "decoder_mesh", "optimizer", "grpo", "advantage", "sampling", "rollout", "decode", "rewards", "data")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -336,7 +337,10 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
     grpo, rollout = build(GRPOConfig, config.grpo, "config.grpo"), build(RolloutConfig, config.rollout, "config.rollout")
     advantage, sampling = build(AdvantageConfig, config.advantage, "config.advantage"), build(SamplingConfig, config.sampling, "config.sampling")
     data = build(RenderedConfig, config.data, "config.data")
-    model = open_model(run.init_from, ("transformer", "siglip_vq", "mmdit", "t5", "clip", "autoencoder"), mesh, run.stage)
+    model = open_model(run.init_from, MODELS, mesh, run.stage)
+    for name in MODELS:
+        model.set_config(name, stored_or_preset(model, name, config[name], PRESETS[name], f"config.{name}"))
+    check_heads(model.config("transformer").n_kv_heads, mesh)
     chosen = {k: v for k, v in config.decode.items() if v is not None}
     decode = build(DecodeConfig, dataclasses.asdict(model.decode_config) | chosen, "config.decode")
     painter = make_painter(config, model)

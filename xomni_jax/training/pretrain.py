@@ -18,7 +18,7 @@ from xomni_jax.models import transformer
 from xomni_jax.models.registry import init_params
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sequence.tokenizer import MultimodalTokenizer
-from xomni_jax.training.components import DataIterator, check_split, export_model, open_model, stored_or_preset
+from xomni_jax.training.components import DataIterator, check_heads, check_split, export_model, open_model, stored_or_preset
 from xomni_jax.training.config import ConfigError, RunConfig, build
 from xomni_jax.training.loop import Stage, tile
 from xomni_jax.training.next_token import NextTokenConfig, build_sequences, next_token_loss, pack_batch
@@ -53,6 +53,7 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
     model = open_model(run.init_from, ("siglip_vq",), mesh, run.stage)
     old = "transformer" in model.description["components"]
     ar = stored_or_preset(model, "transformer", config.transformer, transformer.PRESETS, "config.transformer")
+    check_heads(ar.n_kv_heads, mesh)
     sizes = dict(vocab_size=ar.vocab_size, image_vocab_size=ar.image_vocab_size, mm_vocab_size=ar.mm_vocab_size)
     text = MultimodalTokenizer.load(model.path / "tokenizer", **sizes)
     net = transformer.ARTransformer(ar)

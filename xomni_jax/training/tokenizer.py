@@ -96,6 +96,11 @@ def init_params(learner: understanding.TokenizerLearner, seed: int, size: tuple[
         return learner.init(jax.random.key(seed), jnp.zeros((1, *size, 3)), jnp.zeros((1, 4), jnp.int32))["params"]
 
 
+def even_usage(vq: siglip_vq.SigLIPVQConfig) -> dict[str, jax.Array]:
+    """The running usage of codes before anything is known."""
+    return {"usage": jnp.full((vq.codebook_size,), 1.0 / vq.codebook_size)}
+
+
 def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: StopSignal) -> Stage:
     """The tokenizer stage of a configuration."""
     if run.init_from:
@@ -110,8 +115,7 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
 
     optimizer = make_optimizer(build(OptimizerConfig, config.optimizer, "config.optimizer"), run.steps)
     # The running usage of codes lives beside the parameters' state, so that a resumed run restarts the same codes.
-    usage = jnp.full((vq.codebook_size,), 1.0 / vq.codebook_size)
-    state = init_state(lambda: init_params(learner, run.seed, data.sizes[0]), optimizer, mesh, extra={"usage": usage})
+    state = init_state(lambda: init_params(learner, run.seed, data.sizes[0]), optimizer, mesh, lambda: even_usage(vq))
 
     @jax.jit
     def encode(params, pixels):
