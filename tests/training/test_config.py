@@ -15,7 +15,7 @@ from xomni_jax.sampling.decoder import DecodeConfig
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sharding.rules import MESH_AXES
 from xomni_jax.training.advantages import AdvantageConfig
-from xomni_jax.training.components import from_preset
+from xomni_jax.training.components import STORED, from_preset
 from xomni_jax.training.config import ConfigError, RunConfig, apply_override, build, check_sections, load_config, run_config, save_resolved
 from xomni_jax.training.decoder import DecoderTrainConfig
 from xomni_jax.training.grpo import RewardConfig, RolloutConfig
@@ -25,7 +25,7 @@ from xomni_jax.training.optimizer import OptimizerConfig
 from xomni_jax.training.run import STAGES
 from xomni_jax.training.tokenizer import TokenizerConfig
 
-FILES = sorted((ROOT / "configs" / "tiny").glob("*.py"))
+FILES = [p for folder in ("tiny", "xomni") for p in sorted((ROOT / "configs" / folder).glob("*.py")) if p.stem not in ("__init__", "models")]
 READERS = {
     "optimizer": OptimizerConfig,
     "tokenizer": TokenizerConfig,
@@ -45,7 +45,7 @@ def fields(cls):
     return {f.name for f in dataclasses.fields(cls) if f.init}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", FILES, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_every_key_has_a_reader(path):
     config = load_config(path)
     run = run_config(config)
@@ -66,6 +66,8 @@ def test_every_key_has_a_reader(path):
         elif name == "next_token":
             assert set(section) == fields(NextTokenConfig) | {"phase"}
             build(NextTokenConfig, {k: v for k, v in section.items() if k != "phase"}, name)
+        elif section.get("preset") == STORED:
+            assert run.init_from and set(section) == {"preset"}
         elif "preset" in section:
             from_preset(section, PRESETS[name], name)
         elif name == "decode" and run.stage == "grpo":

@@ -35,6 +35,10 @@ RULES: dict[str, tuple[str, ...] | None] = {
     "channels_out": ("fsdp",),
 }
 
+# The transformer while it samples: whole along its width. A decode step lasts about as long as reading the weights once from HBM takes; split
+# over "fsdp" they would come over the network for every token.
+ROLLOUT_RULES = RULES | {"embed": None}
+
 
 def spec_for(
     name: str, shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh | AbstractMesh, rules: Mapping = RULES
@@ -80,7 +84,7 @@ def unconstrained() -> Iterator[None]:
         yield
 
 
-def param_shardings(boxed, mesh: Mesh):
+def param_shardings(boxed, mesh: Mesh, rules: Mapping = RULES):
     """NamedSharding tree of a boxed parameter tree, as `jax.eval_shape(model.init, ...)["params"]` returns it.
 
     Every parameter must name its logical axes (`nn.with_logical_partitioning`); an unnamed one is an error.
@@ -90,6 +94,6 @@ def param_shardings(boxed, mesh: Mesh):
         name = "/".join(str(getattr(p, "key", p)) for p in path)
         if not isinstance(leaf, nn.Partitioned):
             raise ValueError(f"{name}: parameter names no logical axes")
-        return NamedSharding(mesh, spec_for(name, leaf.value.shape, leaf.names, mesh))
+        return NamedSharding(mesh, spec_for(name, leaf.value.shape, leaf.names, mesh, rules))
 
     return jax.tree_util.tree_map_with_path(one, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
