@@ -381,13 +381,13 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
     chosen = {k: v for k, v in config.decode.items() if v is not None}
     decode = build(DecodeConfig, dataclasses.asdict(model.decode_config) | chosen, "config.decode")
     painter = make_painter(config, model)
-    if jax.process_count() > 1:  # each has its own rows of a chunk's pictures
-        check_split("config.batch_size x grpo.rollouts_per_prompt / rollout.chunks", B // rollout.chunks, painter.mesh)
     if len(data.sizes) != 1:
         raise ConfigError(f"config.data.sizes={data.sizes} must hold one size: rollouts have one static shape")
     grid = model.grid(*data.sizes[0])
     B = run.batch_size * grpo.rollouts_per_prompt
     check_divides(run.batch_size, grpo, rollout, model.ways)
+    if jax.process_count() > 1:  # each has its own rows of a chunk's pictures
+        check_split("config.batch_size x grpo.rollouts_per_prompt / rollout.chunks", B // rollout.chunks, painter.mesh)
 
     # ---- policy, reference ----
     ar, start = model.config("transformer"), model.params("transformer")
