@@ -1,88 +1,78 @@
 """Two processes are told to stop, and killed; the run goes on bit for bit. What keeps them from starting is one sentence."""
 
-import json
-import os
 import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from tests.miniature import ROOT
+from tests.processes import small
 from tests.processes.running import TRAIN, config_file, ended, environment, local
-from tests.training.pixel_service import pixel_service
-from tests.training.test_stages import assert_same, metrics, params
+from tests.training.test_stages import metrics
 
-# Both processes write down their number in the system, for the signals of the test.
-GRPO = """
+CONFIG = """
 import os
 from pathlib import Path
 from tests.processes import member
 
-folder = Path({folder!r})
-(folder / f"pid_{{os.environ['XOMNI_PROCESS']}}").write_text(str(os.getpid()))
-
 def get_config():
-    return member.grpo(folder, "run", {model!r}, {url!r}, "steps=3", "grid_every=0", "rollout.chunks=1", f"optimizer.learning_rate={rate}")
+    return member.sft(Path({folder!r}), "run", "/nowhere", f"optimizer.learning_rate={rate}")
 """
 
 
 @pytest.fixture(scope="module")
-def story(tmp_path_factory, model_dir):
-    """One run in three sessions (SIGTERM to one process in a wait for rewards, one killed, the rest) beside an uninterrupted one."""
+def story(tmp_path_factory):
+    """One run in three sessions (SIGTERM to one process while both wait, one process killed, the rest) beside an uninterrupted one."""
     root = tmp_path_factory.mktemp("stopping")
     sessions = {}
-    with pixel_service() as service:
-        hooks = {}
-        service.before = lambda call: hooks.pop(call, lambda: None)()
 
-        def session(name, folder):
-            config = config_file(folder, GRPO.format(folder=str(folder), model=str(model_dir), url=service.url, rate="0.01"))
-            process = local(*TRAIN, config)
-            told = ended(process)
-            sessions[name] = (process.returncode, told, metrics(root / folder / "run"))
+    def session(name, folder, order=""):
+        (root / folder).mkdir(exist_ok=True)
+        if order:
+            (root / folder / "order").write_text(order)
+        if order == "term":
+            (root / folder / "waits").touch()
+        process = local(sys.executable, "-m", "tests.processes.small", str(root / folder))
+        told = ended(process)
+        (root / folder / "waits").unlink(missing_ok=True)
+        sessions[name] = (process.returncode, told, metrics(root / folder / "run"))
 
-        def send(number, folder):
-            return lambda: os.kill(int((folder / "pid_1").read_text()), number)
-
-        straight, broken = root / "straight", root / "broken"
-        straight.mkdir(), broken.mkdir()
-        session("straight", straight)
-        # Two requests a step: the third is in the second step.
-        hooks[service.calls + 3] = send(signal.SIGTERM, broken)
-        session("told", broken)
-        hooks[service.calls + 1] = send(signal.SIGKILL, broken)
-        session("killed", broken)
-        session("rest", broken)
-    return sessions, straight / "run", broken / "run"
+    session("straight", "straight")
+    session("told", "broken", "term")
+    session("killed", "broken", "kill")
+    session("rest", "broken")
+    return sessions, root / "straight" / "run", root / "broken" / "run"
 
 
-def test_a_signal_to_one_stops_both_at_the_same_step(story):
+def test_a_signal_to_one_ends_the_waits_of_both_and_both_save_the_same_step(story):
     code, told, lines = story[0]["told"]
     assert code == 0, told
-    assert "[1] SIGTERM: saving at the end of this step" in told
-    stopped = [line for line in told.splitlines() if "stopped after step" in line]
-    # The second step was given up in its wait for rewards, or, had all rewards come already, made whole.
-    assert len(stopped) == 1 and f"stopped after step {len(lines)} of 3" in stopped[0] and len(lines) in (1, 2)
+    assert "[1] SIGTERM: saving at the end of this step" in told and "[0] SIGTERM" not in told
+    assert f"[0] stopped after step {small.TERM_AT} of {small.STEPS}, saved in" in told
+    assert [line["step"] for line in lines] == list(range(1, small.TERM_AT + 1))
 
 
 def test_when_one_is_killed_the_other_says_so_and_ends(story):
     code, told, lines = story[0]["killed"]
     assert code == 128 + signal.SIGKILL, told
+    assert f"after step {small.TERM_AT}" in told and lines[-1]["step"] == small.KILL_AT
     assert "process 1 was ended by SIGKILL; ending the others" in told
     assert "[0] xomni: process 1 is gone; process 0 ends too. The same command goes on from the newest checkpoint" in told
-    assert f"after step {len(story[0]['told'][2])}" in told and len(lines) < 3
+    assert "Traceback" not in told
 
 
 def test_the_run_is_the_uninterrupted_one_bit_for_bit(story):
     sessions, straight, broken = story
     assert sessions["straight"][0] == sessions["rest"][0] == 0, sessions["rest"][1]
-    assert metrics(broken) == metrics(straight) and len(metrics(straight)) == 3
-    assert_same(params(broken, "transformer"), params(straight, "transformer"))
+    assert metrics(broken) == metrics(straight) and len(metrics(straight)) == small.STEPS
+    ours, theirs = (np.load(path / "model" / "w.npy") for path in (broken, straight))
+    assert ours.tobytes() == theirs.tobytes() and not np.array_equal(ours, np.arange(128.0).reshape(8, 16) / 7)
 
 
-def test_another_configuration_on_one_host_is_refused(tmp_path, model_dir):
-    text = GRPO.format(folder=str(tmp_path), model=str(model_dir), url="http://127.0.0.1:9", rate="0.0{int(os.environ['XOMNI_PROCESS']) + 1}")
+def test_another_configuration_on_one_host_is_refused(tmp_path):
+    text = CONFIG.format(folder=str(tmp_path), rate="0.0{int(os.environ['XOMNI_PROCESS']) + 1}")
     process = local(*TRAIN, config_file(tmp_path, text))
     told = ended(process)
     assert process.returncode == 2
@@ -118,9 +108,9 @@ def free():
     return free_ports()
 
 
-def test_more_hosts_than_given(tmp_path, model_dir):
+def test_more_hosts_than_given(tmp_path):
     """A configuration for four devices a process, started with one."""
-    process = local(*TRAIN, config_file(tmp_path, GRPO.format(folder=str(tmp_path), model=str(model_dir), url="http://127.0.0.1:9", rate="0.01")), devices=1)
+    process = local(*TRAIN, config_file(tmp_path, CONFIG.format(folder=str(tmp_path), rate="0.01")), devices=1)
     told = ended(process)
     assert process.returncode == 2, told
     assert "mesh fsdp=2 x tensor=2 needs 4 devices, 2 are present; that is 2 hosts with 1 each; start it on 4 hosts, or change config.mesh" in told
