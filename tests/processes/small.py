@@ -19,7 +19,7 @@ from tests.training.test_loop import Counter
 from xomni_jax.cli.train import together
 from xomni_jax.sharding import distributed
 from xomni_jax.sharding.arrays import batch_sharding, local_rows, spread, whole
-from xomni_jax.sharding.mesh import make_mesh
+from xomni_jax.sharding.mesh import make_mesh, replicated
 from xomni_jax.training.config import RunConfig
 from xomni_jax.training.loop import Stage, train
 from xomni_jax.training.preemption import StopRequested, StopSignal
@@ -45,16 +45,15 @@ def make(folder: Path, stop: StopSignal) -> Stage:
     sharding = batch_sharding(mesh)
     rows = local_rows(mesh, ROWS)
 
-    @jax.jit
-    def create():
-        return TrainState(jnp.int32(0), {"w": jnp.arange(ROWS * 16.0).reshape(ROWS, 16) / 7}, (), {})
+    placed = TrainState(replicated(mesh), {"w": sharding}, (), {})
+    start = lambda: TrainState(jnp.int32(0), {"w": jnp.arange(ROWS * 16.0).reshape(ROWS, 16) / 7}, (), {})  # noqa: E731
 
-    @jax.jit
     def update(state, x):
         w = state.params["w"]
         w = jax.lax.with_sharding_constraint(w + 0.1 * jnp.sin(x + w.mean()), sharding)
         return state.replace(step=state.step + 1, params={"w": w}), {"loss/total": jnp.square(w).mean()}
 
+    update = jax.jit(update, out_shardings=(placed, replicated(mesh)))
     ordered = order(folder)
 
     def step(state, number, step_number):
@@ -84,7 +83,7 @@ def make(folder: Path, stop: StopSignal) -> Stage:
             directory.mkdir()
             np.save(directory / "w.npy", w)
 
-    return Stage(create(), Counter(), step, export)
+    return Stage(jax.jit(start, out_shardings=placed)(), Counter(), step, export)
 
 
 def main(folder: Path) -> None:
