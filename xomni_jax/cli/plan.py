@@ -11,7 +11,7 @@ EXAMPLE = """\
 Every program of a stage is compiled for the slice by the TPU compiler itself, without weights and without a TPU: minutes per role on one core.
 What was compiled once is kept; the same plan then takes seconds.
 
-  xomni plan --config=configs/tiny/sft.py --topology=cpu:8 --config.transformer.preset=tiny
+  xomni plan --config=configs/tiny/sft.py --topology=cpu:8 --config.next_token.rows=16
   xomni plan --config=configs/xomni/grpo.py --topology=v6e-64 --role rollout
   xomni plan --config=configs/xomni/sft.py --topology=v5p:2x4x4 --price 4.2 --html plan.html
   xomni plan --gates

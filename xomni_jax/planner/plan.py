@@ -35,7 +35,7 @@ class Proposal:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Everything a report says."""
+    """Everything a report says; `whole` when every role of a training step is in it."""
 
     stage: str
     topology: Topology
@@ -43,6 +43,7 @@ class Plan:
     versions: dict[str, str]
     facts: list[Facts]
     proposals: list[Proposal]
+    whole: bool
 
 
 def make_plan(
@@ -63,7 +64,8 @@ def make_plan(
     for f in found:
         if propose and f.fits_in > budget(topology, reserve):
             proposals += propose_for(config, f, topology, cache, reserve, quiet)
-    return Plan(stage.name, topology, dict(stage.mesh.shape), versions(topology), found, proposals)
+    whole = {r.name for r in stage.roles.values() if r.per_step} <= {f.role for f in found}
+    return Plan(stage.name, topology, dict(stage.mesh.shape), versions(topology), found, proposals, whole)
 
 
 def stage_on(config: ConfigDict, topology: Topology) -> Stage:

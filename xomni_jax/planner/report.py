@@ -33,7 +33,7 @@ def text(plan: Plan, reserve: float = RESERVE, price: float | None = None) -> st
         lines.append(f"{p.role} would fit in {p.needs / GIB:.1f} GiB with {' '.join('--config.' + o for o in p.overrides)} (compiled)")
     missing = [f.role for f in plan.facts if f.fits_in > budget(plan.topology, reserve) and f.role not in {p.role for p in plan.proposals}]
     lines += [f"{role} fits with none of the changes that were tried; take a larger slice" for role in missing]
-    return "\n".join([*lines, *step_lines(step(plan.facts, plan.topology, price))]).rstrip() + "\n"
+    return "\n".join([*lines, *step_lines(step(plan, price))]).rstrip() + "\n"
 
 
 def role_lines(f: Facts, plan: Plan, reserve: float) -> Iterator[str]:
@@ -102,7 +102,7 @@ def step_lines(s: Step | None) -> Iterator[str]:
 
 def as_json(plan: Plan, reserve: float = RESERVE, price: float | None = None) -> dict[str, Any]:
     """Everything, as plain data."""
-    s = step(plan.facts, plan.topology, price)
+    s = step(plan, price)
     out = dict(stage=plan.stage, topology=plan.topology.name, mesh=plan.mesh, versions=plan.versions, reserve=reserve, roles=[])
     for f in plan.facts:
         time = time_of(f, plan.topology)

@@ -161,8 +161,7 @@ def _sizes(config: ConfigDict) -> tuple[dict[str, Any], tuple[int, int], DecodeC
         raise ConfigError(f"config.data.sizes={config.data.sizes} must hold one size to be planned: a program has one static shape")
     patch = cfgs["siglip_vq"].patch
     grid = (config.data.sizes[0][0] // patch, config.data.sizes[0][1] // patch)
-    chosen = {k: v for k, v in config.decode.items() if v is not None}
-    return cfgs, grid, build(DecodeConfig, chosen, "config.decode")
+    return cfgs, grid, abstract.decode_settings(config)
 
 
 def _decoder(config: ConfigDict, mesh: Mesh) -> Stage:
