@@ -113,13 +113,13 @@ def test_a_proposal_is_what_was_compiled_and_fits(monkeypatch, tmp_path):
 def test_gates_write_their_table_and_notice_a_drift(tmp_path, monkeypatch):
     monkeypatch.setattr(gates, "FOLDER", tmp_path)
     (tmp_path / "grpo.py").write_text("")
-    (tmp_path / "README.md").write_text(f"before\n{gates.BEGIN}\nold\n{gates.END}\nafter\n")
+    (tmp_path / "README.md").write_text(f"before\n{gates.BEGIN}\nstale\n{gates.END}\nafter\n")
     memory = dict(arguments=0, outputs=0, temporaries=GIB, aliased=0, peak=2 * GIB)
     monkeypatch.setattr(gates, "GATES", (gates.Gate("grpo", "v6e-64"),))
     monkeypatch.setattr(gates, "plans", lambda *a: [fake(role="vae", memory=memory)])
     gates.run(tmp_path, None, 0.06)
     text = (tmp_path / "README.md").read_text()
-    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text and "| grpo v6e-64 | vae | 2.00 |" in text
+    assert text.startswith("before\n") and text.endswith("after\n") and "stale" not in text and "| grpo v6e-64 | vae | 2.00 |" in text
     numbers = gates.Numbers(tmp_path / "gates.json")
     numbers.add(gates.GATES[0], fake(role="vae", memory=memory | dict(peak=3 * GIB)), 0.06)
     assert [line for line in numbers.missed if "peak drifted" in line]

@@ -145,4 +145,5 @@ def prepare(topology: Topology) -> None:
     if topology.chip is None:
         import jax
 
-        jax.config.update("jax_num_cpu_devices", topology.size)
+        if jax.config.jax_num_cpu_devices < topology.size:
+            jax.config.update("jax_num_cpu_devices", topology.size)
