@@ -26,10 +26,10 @@ def caches(make, P: int, R: int, K: int, S: int, T: int, H: int):
 @pytest.mark.parametrize("column", [0, 70, 128])
 def test_equals_plain(rng, mesh, column):
     """Prompts of several lengths, filled and empty parts of the cache, query heads that do not fill a tile."""
-    P, R, K, G, S, T, H = 2, 3, 2, 3, 32, 128, 16
+    P, R, K, G, S, T, H = 2, 3, 2, 3, 530, 128, 16  # the prompt is no whole number of blocks
     make = lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
     q, k, v, past = make((P, R, K, G, H)), make((P, R, K, H)), make((P, R, K, H)), caches(make, P, R, K, S, T, H)
-    lengths, column = jnp.array([5, 32]), jnp.int32(column)
+    lengths, column = jnp.array([5, 530]), jnp.int32(column)
     # What lies behind the filled part may be anything.
     past = tuple(jnp.where((jnp.arange(T) < column)[:, None], x, 1e30) if x.ndim == 6 else x for x in past)
     for layer in range(LAYERS):

@@ -19,6 +19,7 @@ ROWS = 8  # query heads of a KV head are padded to this many: the rows of a floa
 TOKENS = 64  # lengths of the generated cache are multiples of this
 BLOCK_BYTES = 1 << 20  # of keys per grid step: large against the cost of a step, small against VMEM
 ROLLOUTS = 32  # of a prompt that one grid step may take
+PROMPT = 512  # tokens of the prompt in a grid step
 
 
 def step_kernel(
@@ -50,9 +51,9 @@ def _shard(q_PRKGH, k_PRKH, v_PRKH, prompt_k, prompt_v, made_k, made_v, layer, l
     P, R, K, G, H = q_PRKGH.shape
     S, T, rows = prompt_k.shape[3], made_k.shape[4], -(-G // ROWS) * ROWS
     r = R if R <= ROLLOUTS else _largest_divisor(R, ROWS, ROLLOUTS)
-    s = _largest_divisor(S, 16, 1024)
+    s = min(-(-S // 16) * 16, PROMPT)
     t = _largest_divisor(T, TOKENS, max(TOKENS, BLOCK_BYTES // (r * H * made_k.dtype.itemsize)))
-    in_prompt = S // s
+    in_prompt = -(-S // s)
 
     def prompt_block(p, k, _, i, layer, lengths, column):
         return layer[0], p, k, jnp.minimum(i, jnp.maximum(lengths[p] - 1, 0) // s), 0
@@ -120,7 +121,10 @@ def _kernel(layer, lengths, column, q, k, v, prompt_k, prompt_v, made_k, made_v,
         # All rollouts of the prompt are rows of one product.
         q_rows = q[...].astype(f32).reshape(r * rows, H).astype(dtype)
         scores = jax.lax.dot_general(q_rows, prompt_k[...], (((1,), (1,)), ((), ())), preferred_element_type=f32)
-        add(scores, at, length, lambda p: jnp.dot(p.astype(dtype), prompt_v[...], preferred_element_type=f32))
+        # The last block may reach behind the array: 0 x what is there would not be 0, were it no number.
+        index = at + jax.lax.broadcasted_iota(jnp.int32, prompt_v.shape, 0)
+        values = jnp.where(index < length, prompt_v[...], jnp.zeros_like(prompt_v))
+        add(scores, at, length, lambda p: jnp.dot(p.astype(dtype), values, preferred_element_type=f32))
 
     t = made_k.shape[1]
     behind = (i - in_prompt) * t

@@ -256,12 +256,17 @@ class Rollouts:
         ids_PS, lengths_P = self.prompt_ids(prompts)
         negative = pad_prompts([self.model.tokenizer.negative_prompt(*self.grid)] * P) if self.sampling.guided else None
         seconds = {"perf/rollout_s": 0.0, "perf/decode_s": 0.0}
-        made, images, waiting = [], [], []
+        made, images, waiting, ahead = [], [], [], None
+
+        def sampled(part: slice) -> dict[str, jax.Array | None]:
+            return self.sample(params, ids_PS[part], lengths_P[part], keys_PR[part], negative and tuple(x[part] for x in negative))
+
         for start in range(0, P, n):
             part = slice(start, start + n)
             began = time.perf_counter()
-            cut = negative and tuple(x[part] for x in negative)
-            out = jax.block_until_ready(self.sample(params, ids_PS[part], lengths_P[part], keys_PR[part], cut))
+            out = jax.block_until_ready(ahead or sampled(part))
+            # With devices of its own the decoder draws this chunk while the next one is sampled; else it would have to wait for it.
+            ahead = sampled(slice(start + n, start + 2 * n)) if self.painter is not self.model and start + n < P else None
             between = time.perf_counter()
             drawn = self.pictures(out["codes"], [p for p in prompts[part] for _ in range(R)], noise_keys_PR[part].reshape(-1))
             items = [{"prompt": p, "targets": t} for p, t in zip(prompts[part], targets[part]) for _ in range(R)]
