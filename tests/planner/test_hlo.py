@@ -146,3 +146,13 @@ ENTRY %main (p: bf16[2,5]) -> bf16[8,5] {
 """
     found = totals(collectives(hlo.parse(text), MESH))
     assert {kind: times for (kind, _), (times, *_) in found.items()} == {"all-gather": 1, "reduce-scatter": 1}
+
+
+def test_loop_bodies_may_use_the_number_of_a_collective_again():
+    """The same channel in two loops: two collectives."""
+    gather = "  %g{n} = bf16[8,5]{{1,0}} all-gather(%cache), channel_id=4, replica_groups=[2,4]<=[4,2]T(1,0), dimensions={{0}}\n"
+    text = LOOP.replace("  %moved = ", gather.format(n=1) + "  %moved = ").replace("  ROOT %loop = ", "  %loop = ")
+    body = text[text.index("%body ") : text.index("%cond ")].replace("%body ", "%body.2 ").replace("%g1", "%g2")
+    second = "  ROOT %again = (s32[]{}, bf16[7,8,4]{2,1,0}, bf16[100,4]{1,0}) while(%loop), condition=%cond, body=%body.2\n}"
+    text = text.replace("%cond ", body + "%cond ", 1).rstrip().removesuffix("}") + second
+    assert totals(collectives(hlo.parse(text), MESH))["all-gather", ("fsdp",)][0] == 14

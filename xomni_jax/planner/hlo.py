@@ -111,6 +111,22 @@ class Module:
                     todo += i.callees
         return found
 
+    @functools.cached_property
+    def owners(self) -> dict[str, str]:
+        """Computation -> the scheduled computation in whose fusions it stands (itself, for a scheduled one)."""
+        owners: dict[str, str] = {}
+
+        def visit(name: str, owner: str) -> None:
+            if owners.setdefault(name, owner) == owner:
+                for i in self.computations.get(name, ()):
+                    if not i.loop and i.op not in ("call", "conditional"):
+                        for callee in i.callees:
+                            visit(callee, owner)
+
+        for name in self.scheduled:
+            visit(name, name)
+        return owners
+
     def instructions(self) -> Iterator[tuple[str, Instruction]]:
         """(computation, instruction) of everything that runs at all."""
         for name, lines in self.computations.items():
