@@ -21,6 +21,7 @@ class Work:
       hbm_per_step: bytes a device must move for each of `steps` decoding steps (0: no such floor).
       gathered: bytes a device receives of weights split over fsdp, and reduced: of their gradients.
       logits: most positions whose logits should exist at once (0: not a matter of this role); vocabularies: the widths of the heads.
+      head_gathers: how often the heads may be gathered.
     """
 
     learned: float = 0.0
@@ -35,6 +36,7 @@ class Work:
     reduced: float = 0.0
     logits: int = 0
     vocabularies: tuple[int, ...] = ()
+    head_gathers: int = 0
 
     @property
     def useful(self) -> float:
@@ -68,7 +70,7 @@ def next_token(c: ARConfig, rows: int, length: int, targets: int, phase: str, ch
     gathered, reduced = fsdp_bytes(c, 1, heads, mesh, new if phase != "all" else c.n_layers)
     return Work(
         learned=learned, attention=3 * causal(c, rows, length), tokens=tokens, gathered=gathered, reduced=reduced,
-        logits=rows * (chunk or targets), vocabularies=(c.vocab_size, c.image_vocab_size),
+        logits=rows * (chunk or targets), vocabularies=(c.vocab_size, c.image_vocab_size), head_gathers=2,
     )  # fmt: skip
 
 
@@ -81,7 +83,7 @@ def policy_update(c: ARConfig, rows: int, prompt: int, codes: int, parts: int, s
     return Work(
         learned=6.0 * per_pass, forward=2.0 * per_pass if reference else 0.0,
         attention=(3 + reference) * sides * causal(c, rows, length), tokens=rows * length, gathered=gathered + passes, reduced=reduced,
-        logits=rows // parts * (chunk or codes), vocabularies=(c.image_vocab_size,),
+        logits=rows // parts * (chunk or codes), vocabularies=(c.image_vocab_size,), head_gathers=parts * (1 + reference),
     )  # fmt: skip
 
 
