@@ -21,8 +21,8 @@ class Chip:
       hbm: bytes that the compiler lets a program use.
       flops: bf16 operations per second. bandwidth: of HBM, bytes per second.
       link: bytes per second one way over one link. links: of a chip.
-      axes: dimensions of the torus. devices: JAX devices per chip. cloud: what its slices are called where they are rented, with what the number
-      counts: cores (two a chip) or chips.
+      axes: dimensions of the torus. devices: JAX devices per chip.
+      cloud: what its slices are called where they are rented. counts: what the number in that name counts, cores (two a chip) or chips.
       slices: usual layouts.
     """
 
@@ -129,7 +129,8 @@ def devices(topology: Topology) -> Sequence[Any]:
             raise ValueError(f"topology {topology.name} needs {topology.size} simulated devices, this process has {jax.device_count()}")
         return jax.devices()[: topology.size]
     if importlib.util.find_spec("libtpu") is None:
-        raise ValueError(f"topology {topology.name} needs libtpu to compile for it: pip install 'xomni_jax[plan]' brings it; cpu:8 works without")
+        extra = "pip install 'xomni_jax[plan]' brings it; cpu:8 works without"
+        raise ValueError(f"topology {topology.name} needs libtpu to compile for it: {extra}")
     from jax.experimental import topologies
 
     return topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices

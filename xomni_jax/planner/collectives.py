@@ -56,7 +56,8 @@ def collectives(module: Module, mesh: Mapping[str, int]) -> list[Collective]:
         if kind not in KINDS or not i.result:
             continue
         channel = re.search(r"channel_id=(\d+)", i.rest)
-        # An asynchronous collective is spread over up to three fusions of one loop body, each with a clone of it; other bodies use its number again.
+        # An asynchronous collective is spread over up to three fusions of one loop body, each with a clone of it; other bodies may use
+        # its number again.
         mark = (kind, channel.group(1), module.owners.get(name)) if channel else (kind, i.name, name)
         if mark in seen:
             continue

@@ -46,7 +46,7 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a computation. `rest` is everything after the operands; `number` is the value of a scalar constant, or a parameter's number."""
+    """One line of a computation. `rest` is everything after the operands; `number` is that of a scalar constant, or of a parameter."""
 
     name: str
     op: str
@@ -85,8 +85,8 @@ class Module:
 
     Attributes:
       computations: name -> instructions, in order. entry: the first to run.
-      times: name -> executions per run of the program. trips: loop body -> iterations. unknown: loop bodies whose iterations could not be read,
-        counted once.
+      times: name -> executions per run of the program. trips: loop body -> iterations.
+      unknown: loop bodies whose iterations could not be read, counted once.
     """
 
     computations: dict[str, list[Instruction]]

@@ -105,7 +105,8 @@ def propose_for(config: ConfigDict, f: Facts, topology: Topology, cache: Path, r
             continue  # not possible with the other settings
         tried += 1
         if not quiet:
-            print(f"{f.role} does not fit ({f.fits_in / GIB:.1f} of {room / GIB:.1f} GiB); trying {' '.join(overrides)}", file=sys.stderr, flush=True)
+            short = f"{f.role} does not fit ({f.fits_in / GIB:.1f} of {room / GIB:.1f} GiB)"
+            print(f"{short}; trying {' '.join(overrides)}", file=sys.stderr, flush=True)
         trial = facts_of(stage.roles[f.role], stage, topology, cache)
         if trial.fits_in <= room:
             return [Proposal(f.role, tuple(overrides), trial.fits_in)]
@@ -114,7 +115,7 @@ def propose_for(config: ConfigDict, f: Facts, topology: Topology, cache: Path, r
 
 def candidates(config: ConfigDict, role: str, topology: Topology) -> Iterator[list[str]]:
     """Changes worth trying, cheapest for the run first."""
-    section = {"decoder": "mmdit", "vae": "mmdit", "text": "mmdit", "decoder-update": "mmdit", "tokenizer-update": "siglip_vq"}.get(role, "transformer")
+    section = {"decoder-update": "mmdit", "tokenizer-update": "siglip_vq"}.get(role, "transformer")
     learns = role.endswith("update")
     remat = [f"{section}.remat=full"] if learns and config[section].get("remat", "") != "full" else []
     smaller = []
@@ -128,7 +129,11 @@ def candidates(config: ConfigDict, role: str, topology: Topology) -> Iterator[li
     elif learns:
         smaller = [[f"batch_size={config.batch_size // n}"] for n in (2, 4) if config.batch_size % n == 0]
     tensor = config.mesh.tensor
-    meshes = [[f"mesh.fsdp={topology.size // t}", f"mesh.tensor={t}", "mesh.data=1", "mesh.replica=1"] for t in (4, 2, 1) if t != tensor and topology.size % t == 0]
+    meshes = [
+        [f"mesh.fsdp={topology.size // t}", f"mesh.tensor={t}", "mesh.data=1", "mesh.replica=1"]
+        for t in (4, 2, 1)
+        if t != tensor and topology.size % t == 0
+    ]
     if remat:
         yield remat
     yield from smaller

@@ -1,7 +1,7 @@
 """The least time a role can take on a chip: the slowest of its operations, its HBM traffic and its collectives, all overlapped.
 
-Not a prediction of speed: compilers and chips fall short of it. Peaks are the published ones. A collective over a mesh axis is given both links
-of one ring of the torus; a replica axis between slices is not modelled.
+Not a prediction of speed: compilers and chips fall short of it. Peaks are the published ones. A collective over a mesh axis is given both
+links of one ring of the torus; a replica axis between slices is not modelled.
 """
 
 from __future__ import annotations

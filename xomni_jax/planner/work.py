@@ -74,7 +74,9 @@ def next_token(c: ARConfig, rows: int, length: int, targets: int, phase: str, ch
     )  # fmt: skip
 
 
-def policy_update(c: ARConfig, rows: int, prompt: int, codes: int, parts: int, sides: int, reference: bool, chunk: int, mesh: Mapping[str, int]) -> Work:
+def policy_update(
+    c: ARConfig, rows: int, prompt: int, codes: int, parts: int, sides: int, reference: bool, chunk: int, mesh: Mapping[str, int]
+) -> Work:
     """An update on rollouts: `sides` is 2 with guidance; the reference adds a pass without gradient."""
     length = prompt + codes
     per_pass = sides * rows * (length * c.n_layers * layer_weights(c) + codes * c.d_model * c.image_vocab_size)
@@ -97,8 +99,8 @@ def replay(c: ARConfig, rows: int, prompt: int, codes: int, parts: int, sides: i
 def fsdp_bytes(
     c: ARConfig, parts: int, heads: int, mesh: Mapping[str, int], learned_layers: int, passes: int = 3
 ) -> tuple[float, float]:
-    """(gathered, reduced) bytes of a device: per pass over the layers (forward, remat, backward) their weights in the compute dtype, the heads
-    once for each part of the batch; gradients reduced once, before they are scattered."""
+    """(gathered, reduced) bytes of a device: per pass over the layers (forward, remat, backward) their weights in the compute dtype, the
+    heads once for each part of the batch; gradients reduced once, before they are scattered."""
     if mesh["fsdp"] == 1:
         return 0.0, 0.0
     size = jnp.dtype(c.dtype).itemsize / mesh["tensor"]
@@ -125,5 +127,6 @@ def rollout(c: ARConfig, prompts: int, rollouts: int, prompt: int, codes: int, s
 
 def prefill(c: ARConfig, prompts: int, prompt: int, sides: int) -> Work:
     """The prompts' pass, once per prompt."""
-    return Work(forward=2.0 * prompts * sides * prompt * c.n_layers * layer_weights(c), attention=causal(c, prompts * sides, prompt), tokens=prompts * prompt)
+    rows = prompts * sides
+    return Work(forward=2.0 * rows * prompt * c.n_layers * layer_weights(c), attention=causal(c, rows, prompt), tokens=prompts * prompt)
 
