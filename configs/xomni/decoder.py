@@ -2,7 +2,8 @@
 
 Command, on every host: xomni train --config=configs/xomni/decoder.py
 Before: xomni plan --config=configs/xomni/decoder.py --topology=v6e-64
-Start from a model directory that holds FLUX.1-dev's parts beside the tokenizer. Expect pictures in RUN/images that follow the codes by step 2,000.
+Start from a model directory that holds FLUX.1-dev's parts beside the tokenizer.
+Expect pictures in RUN/images that follow the codes by step 2,000.
 """
 
 from configs import base

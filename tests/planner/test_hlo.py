@@ -65,6 +65,11 @@ def test_a_loop_of_another_form_is_said_to_be_unknown():
     assert module.unknown == ["body"] and module.times["body"] == 1
 
 
+def test_a_loop_that_says_how_often_it_runs_is_believed():
+    said = LOOP.replace("direction=LT", "direction=GT").replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"5"}}')
+    assert hlo.parse(said).trips == {"body": 5}
+
+
 def test_text_without_an_entry_is_refused():
     with pytest.raises(hlo.HLOError, match="no entry computation"):
         hlo.parse("HloModule empty")
@@ -146,3 +151,13 @@ ENTRY %main (p: bf16[2,5]) -> bf16[8,5] {
 """
     found = totals(collectives(hlo.parse(text), MESH))
     assert {kind: times for (kind, _), (times, *_) in found.items()} == {"all-gather": 1, "reduce-scatter": 1}
+
+
+def test_loop_bodies_may_use_the_number_of_a_collective_again():
+    """The same channel in two loops: two collectives."""
+    gather = "  %g{n} = bf16[8,5]{{1,0}} all-gather(%cache), channel_id=4, replica_groups=[2,4]<=[4,2]T(1,0), dimensions={{0}}\n"
+    text = LOOP.replace("  %moved = ", gather.format(n=1) + "  %moved = ").replace("  ROOT %loop = ", "  %loop = ")
+    body = text[text.index("%body ") : text.index("%cond ")].replace("%body ", "%body.2 ").replace("%g1", "%g2")
+    second = "  ROOT %again = (s32[]{}, bf16[7,8,4]{2,1,0}, bf16[100,4]{1,0}) while(%loop), condition=%cond, body=%body.2\n}"
+    text = text.replace("%cond ", body + "%cond ", 1).rstrip().removesuffix("}") + second
+    assert totals(collectives(hlo.parse(text), MESH))["all-gather", ("fsdp",)][0] == 14

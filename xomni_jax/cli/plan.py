@@ -8,10 +8,10 @@ from pathlib import Path
 from xomni_jax.training.config import ConfigError, load_config
 
 EXAMPLE = """\
-Every program of a stage is compiled for the slice by the TPU compiler itself, without weights and without a TPU: minutes per role on one core.
-What was compiled once is kept; the same plan then takes seconds.
+Every program of a stage is compiled for the slice by the TPU compiler itself, without weights and without a TPU: minutes per role on one
+core. What was compiled once is kept; the same plan then takes seconds.
 
-  xomni plan --config=configs/tiny/sft.py --topology=cpu:8 --config.transformer.preset=tiny
+  xomni plan --config=configs/tiny/sft.py --topology=cpu:8 --config.next_token.rows=16
   xomni plan --config=configs/xomni/grpo.py --topology=v6e-64 --role rollout
   xomni plan --config=configs/xomni/sft.py --topology=v5p:2x4x4 --price 4.2 --html plan.html
   xomni plan --gates
@@ -19,8 +19,8 @@ What was compiled once is kept; the same plan then takes seconds.
 roles: grpo has policy-update, reference (a part of it), rollout, prefill (a part of it), decoder, text and vae (parts of it);
        tokenizer, pretrain, sft and decoder have one update each.
 
-Topologies other than cpu:N need the extra [plan]. Times are the least the hardware allows, no measurement: what bounds a role, and MFU, tokens
-and images at most.
+Topologies other than cpu:N need the extra [plan]. Times are the least the hardware allows, no measurement: what bounds a role, and MFU,
+tokens and images at most.
 """
 
 
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--price", type=float, metavar="X", help="of one chip for an hour: adds what a step costs")
     parser.add_argument("--reserve", type=float, default=0.06, metavar="SHARE", help="of HBM that must stay free (default 0.06)")
     parser.add_argument("--cache", metavar="DIR", help="where compiled facts are kept (default ~/.cache/xomni_jax/plans)")
-    parser.add_argument("--gates", action="store_true", help="check the released configurations on their slices and rewrite configs/xomni/README.md's table")
+    parser.add_argument("--gates", action="store_true", help="check the released configurations, rewrite configs/xomni/README.md's table")
 
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:

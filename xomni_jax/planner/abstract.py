@@ -14,9 +14,10 @@ from ml_collections import ConfigDict
 
 from xomni_jax.checkpoint.store import config_from_json, read_model_json
 from xomni_jax.models.registry import COMPONENTS, init_params
+from xomni_jax.sampling.decoder import DecodeConfig
 from xomni_jax.sharding.rules import param_shardings, spec_for
 from xomni_jax.training.components import PRESETS, STORED, from_preset
-from xomni_jax.training.config import ConfigError
+from xomni_jax.training.config import ConfigError, build
 from xomni_jax.training.optimizer import path_name
 
 
@@ -69,6 +70,15 @@ def component(config: ConfigDict, name: str) -> Any:
             ) from None
         presets[STORED] = config_from_json(COMPONENTS[name].config, stored, f"{config.init_from}/model.json")
     return from_preset(section, presets, f"config.{name}")
+
+
+def decode_settings(config: ConfigDict) -> DecodeConfig:
+    """How pictures are decoded: the configuration's choices over those of the model it starts from, or the released ones without it."""
+    try:
+        own = read_model_json(config.init_from).get("settings", {}).get("decode", {})
+    except (OSError, ValueError):
+        own = {}
+    return build(DecodeConfig, own | {k: v for k, v in config.decode.items() if v is not None}, "config.decode")
 
 
 def leaves(tree: Any, name: str = "") -> Iterator[tuple[str, jax.ShapeDtypeStruct]]:

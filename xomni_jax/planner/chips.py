@@ -21,8 +21,8 @@ class Chip:
       hbm: bytes that the compiler lets a program use.
       flops: bf16 operations per second. bandwidth: of HBM, bytes per second.
       link: bytes per second one way over one link. links: of a chip.
-      axes: dimensions of the torus. devices: JAX devices per chip. cloud: what its slices are called where they are rented, with what the number
-      counts: cores (two a chip) or chips.
+      axes: dimensions of the torus. devices: JAX devices per chip.
+      cloud: what its slices are called where they are rented. counts: what the number in that name counts, cores (two a chip) or chips.
       slices: usual layouts.
     """
 
@@ -129,20 +129,24 @@ def devices(topology: Topology) -> Sequence[Any]:
             raise ValueError(f"topology {topology.name} needs {topology.size} simulated devices, this process has {jax.device_count()}")
         return jax.devices()[: topology.size]
     if importlib.util.find_spec("libtpu") is None:
-        raise ValueError(f"topology {topology.name} needs libtpu to compile for it: pip install 'xomni_jax[plan]' brings it; cpu:8 works without")
+        extra = "pip install 'xomni_jax[plan]' brings it; cpu:8 works without"
+        raise ValueError(f"topology {topology.name} needs libtpu to compile for it: {extra}")
     from jax.experimental import topologies
 
+    # Read when libtpu is loaded: it asks no cloud for metadata, and several processes may compile at once.
+    settings = dict(
+        TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE="v5litepod-16", ALLOW_MULTIPLE_LIBTPU_LOAD="1"
+    )
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
     return topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices
 
 
 def prepare(topology: Topology) -> None:
-    """Sets what must be set before jax starts its backend: no TPU is looked for, and several processes may load libtpu."""
+    """Before jax starts its backend: plans need the CPU alone, and as many simulated devices as they ask for."""
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     if topology.chip is None:
         import jax
 
-        jax.config.update("jax_num_cpu_devices", topology.size)
+        if jax.config.jax_num_cpu_devices < topology.size:
+            jax.config.update("jax_num_cpu_devices", topology.size)

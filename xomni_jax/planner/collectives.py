@@ -56,8 +56,9 @@ def collectives(module: Module, mesh: Mapping[str, int]) -> list[Collective]:
         if kind not in KINDS or not i.result:
             continue
         channel = re.search(r"channel_id=(\d+)", i.rest)
-        # An asynchronous collective is spread over up to three fusions, each with a clone of it.
-        mark = (kind, channel.group(1)) if channel else (kind, i.name)
+        # An asynchronous collective is spread over up to three fusions of one loop body, each with a clone of it; other bodies may use
+        # its number again.
+        mark = (kind, channel.group(1), module.owners.get(name)) if channel else (kind, i.name, name)
         if mark in seen:
             continue
         seen.add(mark)

@@ -17,10 +17,10 @@ class Facts:
     """One role, per device and execution unless said otherwise.
 
     Attributes:
-      memory: bytes by kind (None: it does not fit, the compiler needs `needs`), with `state`, the donated argument, and `resident`, what else
-        stays on the device meanwhile.
+      memory: bytes by kind (None: it does not fit, the compiler needs `needs`), with `state`, the donated argument, and `resident`, what
+        else stays on the device meanwhile.
       flops: counted over all devices, by kind; `learned`, `forward`, `attention` by arithmetic, over all devices.
-      logits: shape of the largest array of logits.
+      logits: shape of the largest array of logits; `logits_limit` positions and `head_gathers` gathers of the heads are due.
       collectives: rows of kind, axes, dtype, shape, times, bytes, sent (over all executions), source, largest first.
       hbm: bytes moved; `hbm_step` per decoding step, against `floor`.
       copies: copies from HBM to HBM of LARGE bytes and more. repeated: large weights that several devices hold, with how often.
@@ -46,6 +46,7 @@ class Facts:
     attention: float
     logits: tuple[int, ...]
     logits_limit: int
+    head_gathers: int
     collectives: list[dict[str, Any]]
     gathered: float
     reduced: float
@@ -86,11 +87,13 @@ def read(role: Role, stage: Stage, compiled: Compiled) -> Facts:
         state=abstract.bytes_per_device(role.state) if role.state is not None else 0, resident=resident, per_step=role.per_step,
         tokens=w.tokens, images=w.images, devices=stage.mesh.size, fsdp=mesh["fsdp"], flops=dataclasses.asdict(counted),
         learned=w.learned, forward=w.forward, attention=w.attention,
-        logits=flops.widest(compiled.jaxpr, frozenset(w.vocabularies)) if w.vocabularies else (), logits_limit=w.logits,
+        logits=flops.widest(compiled.jaxpr, frozenset(w.vocabularies)), logits_limit=w.logits, head_gathers=w.head_gathers,
         collectives=_merged(rows), gathered=w.gathered, reduced=w.reduced,
         hbm=sum(m.total for m in moves), hbm_step=step, floor=w.hbm_per_step, cache=w.cache, steps=w.steps,
-        copies=[dict(bytes=m.written, times=m.times, shape=str(m.instruction.result[0]), source=m.instruction.source)
-                for m in sorted(traffic.copies(moves, LARGE), key=lambda m: -m.written * m.times)],
+        copies=[
+            dict(bytes=m.written, times=m.times, shape=str(m.instruction.result[0]), source=m.instruction.source)
+            for m in sorted(traffic.copies(moves, LARGE), key=lambda m: -m.written * m.times)
+        ],
         repeated=[dict(name=n, shape=s, copies=c, bytes=b) for n, s, c, b in repeated],
         loops=sorted(set(module.trips.values())) if module else [], unknown=module.unknown if module else [],
     )  # fmt: skip
@@ -101,7 +104,8 @@ def _merged(rows: list[collectives.Collective]) -> list[dict[str, Any]]:
     out: dict[tuple, dict[str, Any]] = {}
     for c in rows:
         row = out.setdefault(
-            (c.kind, c.axes, c.dtype, c.shape, c.source), dict(kind=c.kind, axes=c.axes, dtype=c.dtype, shape=c.shape, source=c.source, times=0, bytes=0, sent=0.0)
+            (c.kind, c.axes, c.dtype, c.shape, c.source),
+            dict(kind=c.kind, axes=c.axes, dtype=c.dtype, shape=c.shape, source=c.source, times=0, bytes=0, sent=0.0),
         )
         row["times"] += c.times
         row["bytes"] += c.total

@@ -87,15 +87,16 @@ class Numbers:
         from xomni_jax.planner.compiled import versions
 
         topology = chips.parse(gate.topology)
-        place = self.kept.setdefault(", ".join(f"{k} {v}" for k, v in versions(topology).items()), {}).setdefault(f"{gate.config} {gate.topology}", {})
-        row = numbers(f, gate, reserve)
+        with_these = self.kept.setdefault(", ".join(f"{k} {v}" for k, v in versions(topology).items()), {})
+        where, row = f"{gate.config} {gate.topology}", numbers(f, gate, reserve)
+        place = with_these.setdefault(where, {})
         old = place.get(f.role, {})
         if old.get("key") != row["key"]:
             old = {}  # the program changed: these are its first numbers
         for name in KEPT:
             if old.get(name) and abs(row[name] / old[name] - 1) > DRIFT:
-                self.missed.append(f"{gate.config} {gate.topology} {f.role}: {name} drifted from {old[name]:.6g} to {row[name]:.6g} with the same versions")
-        self.missed += [f"{gate.config} {gate.topology} {f.role}: {c['name']} is {c['found']}, limit {c['limit']}" for c in row["checks"] if not c["ok"]]
+                self.missed.append(f"{where} {f.role}: {name} drifted from {old[name]:.6g} to {row[name]:.6g} with the same versions")
+        self.missed += [f"{where} {f.role}: {c['name']} is {c['found']}, limit {c['limit']}" for c in row["checks"] if not c["ok"]]
         place[f.role] = row
         write_json(self.path, self.kept)
 
@@ -105,7 +106,8 @@ def numbers(f: Facts, gate: Gate, reserve: float) -> dict[str, Any]:
     topology, m = chips.parse(gate.topology), f.memory or {}
     time = time_of(f, topology)
     return dict(
-        about=f.about, key=f.key, peak=m.get("peak", f.needs), temporaries=m.get("temporaries", 0), aliased=m.get("aliased", 0), resident=f.resident,
+        about=f.about, key=f.key, peak=m.get("peak", f.needs), temporaries=m.get("temporaries", 0), aliased=m.get("aliased", 0),
+        resident=f.resident,
         operations=f.flops["weights"] + f.flops["convolution"], attention=f.flops["attention"] + f.flops["kernels"], hbm=f.hbm,
         sent=sum(r["sent"] for r in f.collectives), seconds=time and time.total, bound=time and time.bound,
         checks=[dict(name=c.name, found=c.found, limit=c.limit, ok=c.ok) for c in checks(f, topology, reserve)],
@@ -125,14 +127,16 @@ def table(kept: dict[str, Any]) -> str:
     lines = []
     for versions, places in kept.items():
         lines += [f"\nCompiled with {versions}. Memory per chip: the role's peak and, with it, everything else that stays.\n"]
-        lines += ["| slice | role | peak GiB | with the rest | operations | HBM GiB | sent GiB | at best | checks |", "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+        lines += ["| slice | role | peak GiB | with the rest | operations | HBM GiB | sent GiB | at best | checks |", "| --- " * 9 + "|"]
         missed = []
         for place, roles in places.items():
             for role, r in roles.items():
                 bad = [c for c in r["checks"] if not c["ok"]]
                 seconds = f"{r['seconds']:.3g} s, {r['bound']}" if r["seconds"] else ""
-                cells = (place, role, f"{r['peak'] / GIB:.2f}", f"{(r['peak'] + r['resident']) / GIB:.2f}", f"{r['operations']:.3g}", f"{r['hbm'] / GIB:.1f}",
-                         f"{r['sent'] / GIB:.1f}", seconds, f"{len(bad)} missed" if bad else f"{len(r['checks'])} hold")  # fmt: skip
+                cells = (
+                    place, role, f"{r['peak'] / GIB:.2f}", f"{(r['peak'] + r['resident']) / GIB:.2f}", f"{r['operations']:.3g}",
+                    f"{r['hbm'] / GIB:.1f}", f"{r['sent'] / GIB:.1f}", seconds, f"{len(bad)} missed" if bad else f"{len(r['checks'])} hold",
+                )  # fmt: skip
                 lines.append("| " + " | ".join(cells) + " |")
                 missed += [f"- {place}, {role}: {c['name']} {c['found']}, limit {c['limit']}" for c in bad]
         lines += ["", *(["Missed:", "", *missed, ""] if missed else ["Nothing was missed.", ""])]

@@ -1,6 +1,6 @@
 """Reads an optimised HLO module: its computations, and how often each runs.
 
-Loops carry no trip count of their own; it is the constant that their condition compares the counter with.
+How often a loop runs is the constant that its condition compares the counter with; on a CPU the loop itself says it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*->.*\{\s*$")
 _INSTRUCTION = re.compile(r"^(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\(")
 _CALLS = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
+_KNOWN_TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 _LOOP = re.compile(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 
 
@@ -46,7 +47,7 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a computation. `rest` is everything after the operands; `number` is the value of a scalar constant, or a parameter's number."""
+    """One line of a computation. `rest` is everything after the operands; `number` is that of a scalar constant, or of a parameter."""
 
     name: str
     op: str
@@ -85,8 +86,8 @@ class Module:
 
     Attributes:
       computations: name -> instructions, in order. entry: the first to run.
-      times: name -> executions per run of the program. trips: loop body -> iterations. unknown: loop bodies whose iterations could not be read,
-        counted once.
+      times: name -> executions per run of the program. trips: loop body -> iterations.
+      unknown: loop bodies whose iterations could not be read, counted once.
     """
 
     computations: dict[str, list[Instruction]]
@@ -110,6 +111,22 @@ class Module:
                 elif i.op in ("call", "conditional"):
                     todo += i.callees
         return found
+
+    @functools.cached_property
+    def owners(self) -> dict[str, str]:
+        """Computation -> the scheduled computation in whose fusions it stands (itself, for a scheduled one)."""
+        owners: dict[str, str] = {}
+
+        def visit(name: str, owner: str) -> None:
+            if owners.setdefault(name, owner) == owner:
+                for i in self.computations.get(name, ()):
+                    if not i.loop and i.op not in ("call", "conditional"):
+                        for callee in i.callees:
+                            visit(callee, owner)
+
+        for name in self.scheduled:
+            visit(name, name)
+        return owners
 
     def instructions(self) -> Iterator[tuple[str, Instruction]]:
         """(computation, instruction) of everything that runs at all."""
@@ -177,7 +194,8 @@ def _count(module: Module, name: str, times: int) -> None:
     for i in module.computations.get(name, ()):
         if i.loop:
             condition, body = i.loop
-            trips = _trip_count(module.computations[condition])
+            known = _KNOWN_TRIPS.search(i.rest)
+            trips = int(known.group(1)) if known else _trip_count(module.computations[condition])
             if trips is None:
                 module.unknown.append(body)
             module.trips[body] = trips or 1

@@ -35,7 +35,7 @@ class Proposal:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Everything a report says."""
+    """Everything a report says; `whole` when every role of a training step is in it."""
 
     stage: str
     topology: Topology
@@ -43,6 +43,7 @@ class Plan:
     versions: dict[str, str]
     facts: list[Facts]
     proposals: list[Proposal]
+    whole: bool
 
 
 def make_plan(
@@ -63,7 +64,8 @@ def make_plan(
     for f in found:
         if propose and f.fits_in > budget(topology, reserve):
             proposals += propose_for(config, f, topology, cache, reserve, quiet)
-    return Plan(stage.name, topology, dict(stage.mesh.shape), versions(topology), found, proposals)
+    whole = {r.name for r in stage.roles.values() if r.per_step} <= {f.role for f in found}
+    return Plan(stage.name, topology, dict(stage.mesh.shape), versions(topology), found, proposals, whole)
 
 
 def stage_on(config: ConfigDict, topology: Topology) -> Stage:
@@ -103,7 +105,8 @@ def propose_for(config: ConfigDict, f: Facts, topology: Topology, cache: Path, r
             continue  # not possible with the other settings
         tried += 1
         if not quiet:
-            print(f"{f.role} does not fit ({f.fits_in / GIB:.1f} of {room / GIB:.1f} GiB); trying {' '.join(overrides)}", file=sys.stderr, flush=True)
+            short = f"{f.role} does not fit ({f.fits_in / GIB:.1f} of {room / GIB:.1f} GiB)"
+            print(f"{short}; trying {' '.join(overrides)}", file=sys.stderr, flush=True)
         trial = facts_of(stage.roles[f.role], stage, topology, cache)
         if trial.fits_in <= room:
             return [Proposal(f.role, tuple(overrides), trial.fits_in)]
@@ -112,7 +115,7 @@ def propose_for(config: ConfigDict, f: Facts, topology: Topology, cache: Path, r
 
 def candidates(config: ConfigDict, role: str, topology: Topology) -> Iterator[list[str]]:
     """Changes worth trying, cheapest for the run first."""
-    section = {"decoder": "mmdit", "vae": "mmdit", "text": "mmdit", "decoder-update": "mmdit", "tokenizer-update": "siglip_vq"}.get(role, "transformer")
+    section = {"decoder-update": "mmdit", "tokenizer-update": "siglip_vq"}.get(role, "transformer")
     learns = role.endswith("update")
     remat = [f"{section}.remat=full"] if learns and config[section].get("remat", "") != "full" else []
     smaller = []
@@ -126,7 +129,11 @@ def candidates(config: ConfigDict, role: str, topology: Topology) -> Iterator[li
     elif learns:
         smaller = [[f"batch_size={config.batch_size // n}"] for n in (2, 4) if config.batch_size % n == 0]
     tensor = config.mesh.tensor
-    meshes = [[f"mesh.fsdp={topology.size // t}", f"mesh.tensor={t}", "mesh.data=1", "mesh.replica=1"] for t in (4, 2, 1) if t != tensor and topology.size % t == 0]
+    meshes = [
+        [f"mesh.fsdp={topology.size // t}", f"mesh.tensor={t}", "mesh.data=1", "mesh.replica=1"]
+        for t in (4, 2, 1)
+        if t != tensor and topology.size % t == 0
+    ]
     if remat:
         yield remat
     yield from smaller

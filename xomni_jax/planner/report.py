@@ -31,9 +31,10 @@ def text(plan: Plan, reserve: float = RESERVE, price: float | None = None) -> st
         lines += [f"{f.role}: {f.about}", *(f"  {line}" for line in role_lines(f, plan, reserve)), ""]
     for p in plan.proposals:
         lines.append(f"{p.role} would fit in {p.needs / GIB:.1f} GiB with {' '.join('--config.' + o for o in p.overrides)} (compiled)")
-    missing = [f.role for f in plan.facts if f.fits_in > budget(plan.topology, reserve) and f.role not in {p.role for p in plan.proposals}]
+    helped = {p.role for p in plan.proposals}
+    missing = [f.role for f in plan.facts if f.fits_in > budget(plan.topology, reserve) and f.role not in helped]
     lines += [f"{role} fits with none of the changes that were tried; take a larger slice" for role in missing]
-    return "\n".join([*lines, *step_lines(step(plan.facts, plan.topology, price))]).rstrip() + "\n"
+    return "\n".join([*lines, *step_lines(step(plan, price))]).rstrip() + "\n"
 
 
 def role_lines(f: Facts, plan: Plan, reserve: float) -> Iterator[str]:
@@ -46,7 +47,8 @@ def role_lines(f: Facts, plan: Plan, reserve: float) -> Iterator[str]:
     yield f"operations  {counted}{against}"
     if f.memory is None:
         return
-    yield f"HBM         {f.hbm / GIB:.2f} GiB moved" + (f"; {f.hbm_step / GIB:.3f} a decoding step, floor {f.floor / GIB:.3f}" if f.floor else "")
+    a_step = f"; {f.hbm_step / GIB:.3f} a decoding step, floor {f.floor / GIB:.3f}" if f.floor else ""
+    yield f"HBM         {f.hbm / GIB:.2f} GiB moved{a_step}"
     yield from collective_lines(f)
     for row in f.repeated[:SHOWN]:
         yield f"repeated    {row['copies']} times: {row['name']} {'x'.join(map(str, row['shape']))}, {row['bytes'] / 2**20:.1f} MiB each"
@@ -65,7 +67,8 @@ def memory_line(f: Facts, room: float, simulated: bool) -> str:
     if simulated:
         return line
     free = (room - f.fits_in) / GIB
-    return f"{line}; {f.fits_in / GIB:.2f} of {room / GIB:.2f}: {f'fits, {free:.2f} free' if free >= 0 else f'DOES NOT FIT, {-free:.2f} too much'}"
+    verdict = f"fits, {free:.2f} free" if free >= 0 else f"DOES NOT FIT, {-free:.2f} too much"
+    return f"{line}; {f.fits_in / GIB:.2f} of {room / GIB:.2f}: {verdict}"
 
 
 def collective_lines(f: Facts) -> Iterator[str]:
@@ -94,15 +97,15 @@ def step_lines(s: Step | None) -> Iterator[str]:
     if s is None:
         return
     yield f"a step takes at least {s.seconds:.1f} s: " + ", ".join(f"{name} {t:.1f}" for name, t in s.times)
-    rates = [f"MFU at most {s.mfu:.0%}", f"{s.tokens_per_chip:,.0f} tokens/s/chip"] + ([f"{s.images_per_hour:,.0f} images/hour"] if s.images_per_hour else [])
-    yield ", ".join(rates)
+    images = f", {s.images_per_hour:,.0f} images/hour" if s.images_per_hour else ""
+    yield f"MFU at most {s.mfu:.0%}, {s.tokens_per_chip:,.0f} tokens/s/chip{images}"
     if s.dollars is not None:
         yield f"at least {s.dollars:.2f} a step at the given price per chip-hour"
 
 
 def as_json(plan: Plan, reserve: float = RESERVE, price: float | None = None) -> dict[str, Any]:
     """Everything, as plain data."""
-    s = step(plan.facts, plan.topology, price)
+    s = step(plan, price)
     out = dict(stage=plan.stage, topology=plan.topology.name, mesh=plan.mesh, versions=plan.versions, reserve=reserve, roles=[])
     for f in plan.facts:
         time = time_of(f, plan.topology)
@@ -120,9 +123,9 @@ def page(plan: Plan, reserve: float = RESERVE, price: float | None = None) -> st
     for f in plan.facts:
         lines = "\n".join(role_lines(f, plan, reserve))
         body.append(f"<h2>{html.escape(f.role)}</h2><p>{html.escape(f.about)}</p>{bar(f, room)}<pre>{html.escape(lines)}</pre>")
-    rest = text(dataclasses.replace(plan, facts=plan.facts), reserve, price).split("\n\n")[-1]
+    rest = text(plan, reserve, price).split("\n\n")[-1]
     body.append(f"<pre>{html.escape(rest)}</pre>")
-    style = "body{font:15px sans-serif;max-width:70em;margin:2em auto}pre{white-space:pre-wrap;background:#f5f5f5;padding:1em}h1{font-size:1.3em}"
+    style = "body{font:15px sans-serif;max-width:70em;margin:2em auto}pre{white-space:pre-wrap;background:#f5f5f5;padding:1em}"
     return f"<!doctype html><meta charset=utf-8><title>xomni plan</title><style>{style}</style>{''.join(body)}\n"
 
 

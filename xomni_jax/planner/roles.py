@@ -130,16 +130,15 @@ def _tokenizer(config: ConfigDict, mesh: Mesh) -> Stage:
     each = {"tokenizer/": tokens, "reader/head": text, "reader/layers": tokens + text, "reader/projector": tokens, "dense/": tokens}
     searched = 2.0 * tokens * vq.code_width * vq.codebook_size * (3 + 3)  # distances and assigned rows, forward and backward
     role = Role(
-        "tokenizer-update", f"{B} pictures of {size[0]}x{size[1]} with {text} tokens of text", tokenizer.make_update(learner, optimizer, cfg), args,
-        Work(learned=3 * dense(state.params, each) * B + searched * B, tokens=B * (tokens + text), images=B, logits=B * (read.chunk or text),
-             vocabularies=(read.vocab_size,)),
-        ("state",), state=state,
+        "tokenizer-update", f"{B} pictures of {size[0]}x{size[1]} with {text} tokens of text",
+        tokenizer.make_update(learner, optimizer, cfg), args,
+        Work(learned=3 * dense(state.params, each) * B + searched * B, tokens=B * (tokens + text), images=B), ("state",), state=state,
     )  # fmt: skip
     return Stage(run.stage, mesh, {role.name: role}, {"state": state}, B)
 
 
 def dense(params: Any, tokens: dict[str, int]) -> float:
-    """Forward operations, 2 x values x tokens, of all kernels; `tokens` by the start of the path, the first match counts, others see one."""
+    """Forward operations, 2 x values x tokens, of all kernels; `tokens` by the start of the path, one where none matches."""
     total = 0.0
     for name, x in abstract.leaves(params):
         if name.rsplit("/", 1)[-1] == "kernel":
@@ -161,8 +160,7 @@ def _sizes(config: ConfigDict) -> tuple[dict[str, Any], tuple[int, int], DecodeC
         raise ConfigError(f"config.data.sizes={config.data.sizes} must hold one size to be planned: a program has one static shape")
     patch = cfgs["siglip_vq"].patch
     grid = (config.data.sizes[0][0] // patch, config.data.sizes[0][1] // patch)
-    chosen = {k: v for k, v in config.decode.items() if v is not None}
-    return cfgs, grid, build(DecodeConfig, chosen, "config.decode")
+    return cfgs, grid, abstract.decode_settings(config)
 
 
 def _decoder(config: ConfigDict, mesh: Mesh) -> Stage:
@@ -186,10 +184,11 @@ def _decoder(config: ConfigDict, mesh: Mesh) -> Stage:
     }  # fmt: skip
     learned = 3 * dense(state.params["mmdit"], mmdit_tokens(T, S)) * B
     text = dense(state.params["t5"], {"": S}) * B + dense(state.params["clip"], {"": decode.pooled_length}) * B
-    encode = dense(vq_params, {"vit": T, "quant_conv": T, "post": T}) * B + 2.0 * T * B * cfgs["siglip_vq"].code_width * cfgs["siglip_vq"].codebook_size
+    searched = 2.0 * T * B * cfgs["siglip_vq"].code_width * cfgs["siglip_vq"].codebook_size
+    encode = dense(vq_params, {"vit": T, "quant_conv": T, "post": T}) * B + searched
     role = Role(
-        "decoder-update", f"{B} pictures of {config.data.sizes[0][0]}x{config.data.sizes[0][1]}", decoder_stage.make_update(decoder, vq, optimizer, cfg),
-        (state, vq_params, batch, abstract.keys(mesh, ())),
+        "decoder-update", f"{B} pictures of {config.data.sizes[0][0]}x{config.data.sizes[0][1]}",
+        decoder_stage.make_update(decoder, vq, optimizer, cfg), (state, vq_params, batch, abstract.keys(mesh, ())),
         Work(learned=learned + (2 * text if cfg.train_text_encoders else 0), forward=text + encode, tokens=B * (S + T), images=B),
         ("state", "siglip_vq"), state=state,
     )  # fmt: skip
@@ -198,7 +197,8 @@ def _decoder(config: ConfigDict, mesh: Mesh) -> Stage:
 
 def _grpo(config: ConfigDict, mesh: Mesh) -> Stage:
     run, cfg = run_config(config), build(GRPOConfig, config.grpo, "config.grpo")
-    rolls, sampling = build(grpo_stage.RolloutConfig, config.rollout, "config.rollout"), build(SamplingConfig, config.sampling, "config.sampling")
+    rolls = build(grpo_stage.RolloutConfig, config.rollout, "config.rollout")
+    sampling = build(SamplingConfig, config.sampling, "config.sampling")
     ar = abstract.component(config, "transformer")
     check_heads(ar.n_kv_heads, mesh)
     cfgs, grid, decode = _sizes(config)
@@ -221,9 +221,8 @@ def _grpo(config: ConfigDict, mesh: Mesh) -> Stage:
 
     kept = abstract.rows(mesh, (B, T, -(-ar.image_vocab_size // 8)), jnp.uint8) if sampling.truncates else None
     f32 = lambda *shape: abstract.rows(mesh, shape, jnp.float32)  # noqa: E731
-    batch = grpo_stage.RolloutBatch(
-        ids(B, S), ids(B), ids(B, T), f32(B, T), kept, (ids(B, S), ids(B)) if sampling.guided else None, f32(B), abstract.rows(mesh, (B,), jnp.bool_)
-    )
+    others, scored = (ids(B, S), ids(B)) if sampling.guided else None, abstract.rows(mesh, (B,), jnp.bool_)
+    batch = grpo_stage.RolloutBatch(ids(B, S), ids(B), ids(B, T), f32(B, T), kept, others, f32(B), scored)
     advantage = build(AdvantageConfig, config.advantage, "config.advantage")
     update = grpo_stage.make_update(policy, optimizer, cfg, advantage, parts)
 
@@ -237,13 +236,14 @@ def _grpo(config: ConfigDict, mesh: Mesh) -> Stage:
     rolled = (sampler, ids(part, S), ids(part), abstract.keys(mesh, (part, R), "batch"), negative)
     shape, chunk = f"{S} + {T} tokens", rolls.logit_chunk
     roles = [
-        Role("policy-update", f"{B} rollouts of {shape} in {parts} micro-batches" + (", with the reference's log-probs" if cfg.kl_coef else ""), update,
+        Role("policy-update", f"{B} rollouts of {shape} in {parts} micro-batches", update,
              (state, reference, batch, f32(P, R), None, abstract.keys(mesh, ())),
-             work.policy_update(ar, B, S, T, parts, sides, bool(cfg.kl_coef), chunk, mesh.shape), ("params", "optimizer", "reference"), ("sampler",),
-             state=state),
+             work.policy_update(ar, B, S, T, parts, sides, bool(cfg.kl_coef), chunk, mesh.shape), ("params", "optimizer", "reference"),
+             ("sampler",), state=state),
         Role("reference", f"log-probs of {B} rollouts of {shape}", jax.jit(replay), (reference, batch),
              work.replay(ar, B, S, T, parts, sides, chunk, mesh.shape), ("reference",), ("sampler",), per_step=0),
-        Role("layout", "the policy's weights in the sampler's layout and number format", layout, (state.params,), Work(), ("params",), ("sampler",)),
+        Role("layout", "the policy's weights in the sampler's layout and number format", layout, (state.params,), Work(), ("params",),
+             ("sampler",)),
         Role("rollout", f"{part} prompts x {R} rollouts of {shape}", grpo_stage.make_sampler(net, T, sampling), rolled,
              work.rollout(ar, part, R, S, T, sides, mesh.shape), ("sampler",), per_step=rolls.chunks),
         Role("prefill", f"{part * sides} prompts of {S} tokens", jax.jit(first), (sampler, ids(part * sides, S), ids(part * sides)),
@@ -263,14 +263,19 @@ def painter_mesh(config: ConfigDict, mesh: Mesh) -> Mesh:
     apart = math.prod(config.decoder_mesh.values())
     if not apart:
         return mesh
-    raise ConfigError("config.decoder_mesh: plan the decoder's devices on their own, as the mesh of a smaller topology, and leave decoder_mesh.fsdp=0")
+    raise ConfigError(
+        "config.decoder_mesh: only a shared mesh is planned; leave config.decoder_mesh.fsdp=0 and plan --role decoder on a smaller topology"
+    )
 
 
-def _pictures(cfgs: dict[str, Any], grid: tuple[int, int], cfg: DecodeConfig, rows: int, times: int, mesh: Mesh) -> tuple[dict[str, Any], list[Role]]:
+def _pictures(
+    cfgs: dict[str, Any], grid: tuple[int, int], cfg: DecodeConfig, rows: int, times: int, mesh: Mesh
+) -> tuple[dict[str, Any], list[Role]]:
     """The frozen decoder: codes to pixels in one program, and its text encoders and VAE on their own."""
     params = {name: abstract.params(name, c, mesh) for name, c in cfgs.items()}
     decoder = Decoder(**{name: COMPONENTS[name].module(cfgs[name]) for name in DECODER_PARTS})
-    vq, ways = COMPONENTS["siglip_vq"].module(cfgs["siglip_vq"]), mesh.shape["replica"] * mesh.shape["data"] * mesh.shape["fsdp"]
+    vq = COMPONENTS["siglip_vq"].module(cfgs["siglip_vq"])
+    ways = mesh.shape["replica"] * mesh.shape["data"] * mesh.shape["fsdp"]
     T, S, sides = grid[0] * grid[1], cfg.text_length, 2 if cfg.guidance != 1.0 else 1
     parts = {name: params[name] for name in DECODER_PARTS}
 
@@ -291,8 +296,8 @@ def _pictures(cfgs: dict[str, Any], grid: tuple[int, int], cfg: DecodeConfig, ro
         Role("decoder", f"{pictures}, {cfg.steps} steps, guidance {cfg.guidance:g}", decode,
              (params["siglip_vq"], parts, abstract.rows(mesh, (rows, *grid), jnp.int32), *texts, noise, empty), drawn,
              ("siglip_vq", *DECODER_PARTS), per_step=times),
-        Role("text", f"{rows} prompts of {S} and {cfg.pooled_length} tokens", jax.jit(lambda p, *ids: decoder.condition(p, *ids, None)), (parts, *texts),
-             Work(forward=rows * text, tokens=rows * S), DECODER_PARTS, per_step=0),
+        Role("text", f"{rows} prompts of {S} and {cfg.pooled_length} tokens", jax.jit(lambda p, *ids: decoder.condition(p, *ids, None)),
+             (parts, *texts), Work(forward=rows * text, tokens=rows * S), DECODER_PARTS, per_step=0),
         Role("vae", pictures, jax.jit(decoder.pixels), (parts, latents), Work(tokens=rows * T, images=rows), DECODER_PARTS, per_step=0),
     ]  # fmt: skip
     return params, roles

@@ -1,18 +1,19 @@
 """The least time a role can take on a chip: the slowest of its operations, its HBM traffic and its collectives, all overlapped.
 
-Not a prediction of speed: compilers and chips fall short of it. Peaks are the published ones. A collective over a mesh axis is given both links
-of one ring of the torus; a replica axis between slices is not modelled.
+Not a prediction of speed: compilers and chips fall short of it. Peaks are the published ones. A collective over a mesh axis is given both
+links of one ring of the torus; a replica axis between slices is not modelled.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from xomni_jax.planner.chips import Topology
 from xomni_jax.planner.facts import Facts
 
-TRAINING = ("policy-update", "sft-update", "pretrain-update", "tokenizer-update", "decoder-update")
+if TYPE_CHECKING:
+    from xomni_jax.planner.plan import Plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,21 +67,19 @@ def mfu(facts: Facts, seconds: float, topology: Topology) -> float:
     return useful / facts.devices / topology.chip.flops / seconds
 
 
-def step(all_facts: Sequence[Facts], topology: Topology, price: float | None) -> Step | None:
-    """The step that the roles make up; `price` is of one chip-hour. None when one of them has no time."""
-    roles = [f for f in all_facts if f.per_step]
-    times = [time_of(f, topology) for f in roles]
-    if not roles or any(t is None for t in times):
+def step(plan: Plan, price: float | None) -> Step | None:
+    """The step that the roles make up, one after the other; `price` is of one chip-hour. None where a role is missing or has no time."""
+    roles = [f for f in plan.facts if f.per_step]
+    times = [time_of(f, plan.topology) for f in roles]
+    if not plan.whole or any(t is None for t in times):
         return None
     seconds = [t.total * f.per_step for f, t in zip(roles, times)]
+    total, chips = sum(seconds), plan.topology.chips
     useful = sum((f.learned + f.forward + f.attention) * f.per_step for f in roles)
-    last = roles[0]
-    images = sum(f.images * f.per_step for f in roles if f.role == "decoder") or last.images
-    total = sum(seconds)
     return Step(
         tuple((f.role, s) for f, s in zip(roles, seconds)),
-        useful / last.devices / topology.chip.flops / total,
-        last.tokens / total / topology.chips,
-        images / total * 3600,
-        None if price is None else price * topology.chips * total / 3600,
+        useful / roles[0].devices / plan.topology.chip.flops / total,
+        max(f.tokens * f.per_step for f in roles) / total / chips,
+        max(f.images * f.per_step for f in roles) / total * 3600,
+        None if price is None else price * chips * total / 3600,
     )

@@ -1,7 +1,7 @@
 """An estimate of the HBM bytes a compiled program moves: what each scheduled instruction reads and writes, loops multiplied out.
 
-Fusions are looked into: an operand that is only sliced inside costs its slice, an update in place costs the update. Values in on-chip memory
-cost nothing. Tile padding and what hardware prefetches twice are not counted.
+Fusions are looked into: an operand that is only sliced inside costs its slice, an update in place costs the update. Values in on-chip
+memory cost nothing. Tile padding and what hardware prefetches twice are not counted.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import re
 from xomni_jax.planner.hlo import Array, Instruction, Module
 
 FREE = {
-    "parameter", "get-tuple-element", "tuple", "bitcast", "constant", "while", "conditional", "call", "after-all", "partition-id", "opt-barrier",
-    "copy-done", "slice-done", "dynamic-slice-done", "dynamic-update-slice-done", "collective-permute-done", "async-done", "all-gather-done",
-    "all-reduce-done",
+    "parameter", "get-tuple-element", "tuple", "bitcast", "constant", "while", "conditional", "call", "after-all", "partition-id",
+    "opt-barrier", "copy-done", "slice-done", "dynamic-slice-done", "dynamic-update-slice-done", "collective-permute-done", "async-done",
+    "all-gather-done", "all-reduce-done",
 }  # fmt: skip
 SEE_THROUGH = ("bitcast", "reshape", "get-tuple-element")
 

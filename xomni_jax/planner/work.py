@@ -21,6 +21,7 @@ class Work:
       hbm_per_step: bytes a device must move for each of `steps` decoding steps (0: no such floor).
       gathered: bytes a device receives of weights split over fsdp, and reduced: of their gradients.
       logits: most positions whose logits should exist at once (0: not a matter of this role); vocabularies: the widths of the heads.
+      head_gathers: how often the heads may be gathered.
     """
 
     learned: float = 0.0
@@ -35,6 +36,7 @@ class Work:
     reduced: float = 0.0
     logits: int = 0
     vocabularies: tuple[int, ...] = ()
+    head_gathers: int = 0
 
     @property
     def useful(self) -> float:
@@ -68,11 +70,13 @@ def next_token(c: ARConfig, rows: int, length: int, targets: int, phase: str, ch
     gathered, reduced = fsdp_bytes(c, 1, heads, mesh, new if phase != "all" else c.n_layers)
     return Work(
         learned=learned, attention=3 * causal(c, rows, length), tokens=tokens, gathered=gathered, reduced=reduced,
-        logits=rows * (chunk or targets), vocabularies=(c.vocab_size, c.image_vocab_size),
+        logits=rows * (chunk or targets), vocabularies=(c.vocab_size, c.image_vocab_size), head_gathers=2,
     )  # fmt: skip
 
 
-def policy_update(c: ARConfig, rows: int, prompt: int, codes: int, parts: int, sides: int, reference: bool, chunk: int, mesh: Mapping[str, int]) -> Work:
+def policy_update(
+    c: ARConfig, rows: int, prompt: int, codes: int, parts: int, sides: int, reference: bool, chunk: int, mesh: Mapping[str, int]
+) -> Work:
     """An update on rollouts: `sides` is 2 with guidance; the reference adds a pass without gradient."""
     length = prompt + codes
     per_pass = sides * rows * (length * c.n_layers * layer_weights(c) + codes * c.d_model * c.image_vocab_size)
@@ -81,7 +85,7 @@ def policy_update(c: ARConfig, rows: int, prompt: int, codes: int, parts: int, s
     return Work(
         learned=6.0 * per_pass, forward=2.0 * per_pass if reference else 0.0,
         attention=(3 + reference) * sides * causal(c, rows, length), tokens=rows * length, gathered=gathered + passes, reduced=reduced,
-        logits=rows // parts * (chunk or codes), vocabularies=(c.image_vocab_size,),
+        logits=rows // parts * (chunk or codes), vocabularies=(c.image_vocab_size,), head_gathers=parts * (1 + reference),
     )  # fmt: skip
 
 
@@ -95,8 +99,8 @@ def replay(c: ARConfig, rows: int, prompt: int, codes: int, parts: int, sides: i
 def fsdp_bytes(
     c: ARConfig, parts: int, heads: int, mesh: Mapping[str, int], learned_layers: int, passes: int = 3
 ) -> tuple[float, float]:
-    """(gathered, reduced) bytes of a device: per pass over the layers (forward, remat, backward) their weights in the compute dtype, the heads
-    once for each part of the batch; gradients reduced once, before they are scattered."""
+    """(gathered, reduced) bytes of a device: per pass over the layers (forward, remat, backward) their weights in the compute dtype, the
+    heads once for each part of the batch; gradients reduced once, before they are scattered."""
     if mesh["fsdp"] == 1:
         return 0.0, 0.0
     size = jnp.dtype(c.dtype).itemsize / mesh["tensor"]
@@ -123,5 +127,6 @@ def rollout(c: ARConfig, prompts: int, rollouts: int, prompt: int, codes: int, s
 
 def prefill(c: ARConfig, prompts: int, prompt: int, sides: int) -> Work:
     """The prompts' pass, once per prompt."""
-    return Work(forward=2.0 * prompts * sides * prompt * c.n_layers * layer_weights(c), attention=causal(c, prompts * sides, prompt), tokens=prompts * prompt)
+    rows = prompts * sides
+    return Work(forward=2.0 * rows * prompt * c.n_layers * layer_weights(c), attention=causal(c, rows, prompt), tokens=prompts * prompt)
 

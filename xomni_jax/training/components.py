@@ -26,7 +26,7 @@ T = TypeVar("T")
 STORED = "stored"  # the preset of a component as `init_from` holds it
 
 # How a stored model is computed, which a run may choose; everything else of a config says what the model is.
-COMPUTATION = ("dtype", "param_dtype", "int8", "remat", "attention", "attention_chunk", "query_chunk", "chunk", "unroll")
+COMPUTATION = ("dtype", "param_dtype", "int8", "remat", "attention", "attention_chunk", "query_chunk", "at_once", "chunk", "unroll")
 
 
 PRESETS: dict[str, Mapping[str, Any]] = {

@@ -21,7 +21,7 @@ from xomni_jax.sampling.decoder import DecodeConfig, Decoder, to_uint8
 from xomni_jax.sampling.flow import Conditioning, flow_training_pair
 from xomni_jax.sharding.arrays import spread, whole
 from xomni_jax.training.components import PRESETS, DataIterator, PictureSize, export_model, here, open_model, stored_or_preset
-from xomni_jax.training.config import RunConfig, build
+from xomni_jax.training.config import ConfigError, RunConfig, build
 from xomni_jax.training.loop import Stage, key_for, tile
 from xomni_jax.training.operations import FlopCount
 from xomni_jax.training.optimizer import Optimizer, OptimizerConfig, make_optimizer
@@ -109,6 +109,9 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
     model = open_model(run.init_from, ("siglip_vq",), mesh, run.stage)
     stored = model.description["components"]
     configs = {n: stored_or_preset(model, n, config[n], PRESETS[n], f"config.{n}") for n in DECODER_PARTS}
+    for name, c in configs.items():
+        if getattr(c, "int8", False):
+            raise ConfigError(f"config.{name}.int8=True: kernels in 8 bits cannot learn; leave it False here and set it where the model is frozen")
     model.set_config("siglip_vq", stored_or_preset(model, "siglip_vq", config.siglip_vq, PRESETS["siglip_vq"], "config.siglip_vq"))
     decoder = Decoder(**{name: COMPONENTS[name].module(c) for name, c in configs.items()})
 
