@@ -141,7 +141,8 @@ class Line:
         time.sleep(GRACE if "stopped:" in why else 0.0)
         if self._over:
             return
-        print(f"xomni: {why}; process {self.index} ends too. The same command goes on from the newest checkpoint", file=sys.stderr, flush=True)
+        # On a line of its own, below the progress line.
+        print(f"\nxomni: {why}; process {self.index} ends too. The same command goes on from the newest checkpoint", file=sys.stderr, flush=True)
         leave(LOST)
 
 
