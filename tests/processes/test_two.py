@@ -38,7 +38,7 @@ def runs(tmp_path_factory, model_dir):
         folder = root / name
         folder.mkdir()
         if name == "two":  # the first step of this run was made by one process
-            shutil.copytree(root / "one" / "sft", folder / "moved", ignore=shutil.ignore_patterns("model"))
+            shutil.copytree(root / "one" / "sft", folder / "moved", ignore=shutil.ignore_patterns("model", "config.json"))
             shutil.rmtree(folder / "moved" / "checkpoints" / "3")
         with pixel_service() as a, pixel_service() as b:
             services = [Pictures(a), Pictures(b)]
