@@ -14,8 +14,10 @@ def _run(stage, learning_rate, **sections):
             batch_size=64,  # examples per step over all devices; grpo: prompts per step
             log_every=10,
             save_every=200,
+            save_minutes=0.0,  # also save after so many minutes; 0: by steps alone
             grid_every=200,  # picture grids in RUN/images; 0: none
-            keep=2,  # resumable checkpoints on disk
+            keep=2,  # resumable checkpoints on disk, the newest
+            keep_every=0,  # and for good those of steps that this divides; 0: no others
             mesh=dict(replica=1, data=1, fsdp=-1, tensor=1),  # -1: the remaining devices
             optimizer=dict(
                 name="adamw",  # or muon, for the transformer's stages
@@ -47,6 +49,11 @@ def _rendered():
         centred=1.0,  # share of signs in the vertical middle
         on_grid=1.0,  # share of shape pictures whose shapes stand on the token grid
     )
+
+
+def _stored(*components):
+    """Components as `init_from` holds them; further keys of a section say how it is computed (dtype, remat, ...)."""
+    return {name: dict(preset="stored") for name in components}
 
 
 def tokenizer():
@@ -109,6 +116,7 @@ def decoder():
     return _run(
         "decoder",
         1e-3,
+        **_stored("siglip_vq"),
         mmdit=dict(preset="tiny", dtype="float32", remat="none"),
         t5=dict(preset="tiny", dtype="float32"),
         clip=dict(preset="tiny", dtype="float32"),
@@ -130,6 +138,7 @@ def grpo():
     c = _run(
         "grpo",
         1e-6,
+        **_stored("transformer", "siglip_vq", "mmdit", "t5", "clip", "autoencoder"),
         grpo=dict(
             rollouts_per_prompt=16,  # G
             updates_per_batch=1,  # 1: on-policy
@@ -156,7 +165,9 @@ def grpo():
             max_logp_gap=1e-4,
             max_fail_frac=0.5,
             combine="sum_then_normalize",  # or normalize_then_sum
+            reference_dtype="float32",  # of the reference's matrices; bfloat16 halves them, and loses nothing where it is computed in
         ),
+        decoder_mesh=dict(replica=1, data=1, fsdp=0, tensor=1),  # devices of the decoder alone; a 0: it shares those of config.mesh
         decode=dict(steps=None, guidance=None),  # None: the model's own
         rewards=dict(  # weight None: not asked
             ocr=dict(urls=("http://127.0.0.1:8001",), weight=1.0),

@@ -38,7 +38,11 @@ def make_mesh(axes: Mapping[str, int] | None = None, devices=None) -> Mesh:
     if math.prod(sizes.values()) != len(devices):
         asked = " x ".join(f"{name}={size}" for name, size in sizes.items() if size not in (1, -1)) or "1"
         needs = f"a multiple of {fixed}" if free else f"{fixed}"
-        raise ValueError(f"mesh {asked} needs {needs} devices, {len(devices)} are present; change config.mesh")
+        mend = "change config.mesh"
+        if math.prod(sizes.values()) > len(devices) and (hosts := jax.process_count()) > 1:
+            each = len(devices) // hosts
+            mend = f"that is {hosts} hosts with {each} each; start it on {-(-fixed // each)} hosts, or {mend}"
+        raise ValueError(f"mesh {asked} needs {needs} devices, {len(devices)} are present; {mend}")
     grid = arrange(tuple(sizes[a] for a in MESH_AXES), devices)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
@@ -58,6 +62,24 @@ def arrange(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray
         )
     within, between = (shape[0] // slices, *shape[1:]), (slices,) + (1,) * (len(shape) - 1)
     return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
+
+
+def split_devices(devices: Sequence[jax.Device], apart: int) -> tuple[list[jax.Device], list[jax.Device]]:
+    """(the rest, `apart` devices): equally many from every process, so that each takes part in both meshes.
+
+    Raises:
+      ValueError: the devices cannot be split so.
+    """
+    by_process: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        by_process.setdefault(device.process_index, []).append(device)
+    each, odd = divmod(apart, len(by_process))
+    least = min(map(len, by_process.values()))
+    if odd or not 0 < each < least:
+        fit = ", ".join(str(n * len(by_process)) for n in range(1, least)) or "no separate mesh"
+        raise ValueError(f"{apart} of {len(devices)} devices apart: {len(by_process)} processes with at least {least} devices each allow {fit}")
+    halves = [(own[:-each], own[-each:]) for own in by_process.values()]
+    return [d for rest, _ in halves for d in rest], [d for _, own in halves for d in own]
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -13,15 +13,30 @@ import jax
 import jax.numpy as jnp
 
 from xomni_jax.checkpoint.store import config_to_json, copy_components, read_model_json, save_component, save_settings
+from xomni_jax.models import autoencoder, mmdit, siglip_vq, text_encoders, transformer
 from xomni_jax.pipeline import XOmni
 from xomni_jax.sequence.tokenizer import TINY_TOKENIZER
+from xomni_jax.sharding.arrays import local_rows
+from xomni_jax.sharding.distributed import barrier
 from xomni_jax.sharding.rules import RULES
 from xomni_jax.training.config import ConfigError, check_types
 
 T = TypeVar("T")
 
+STORED = "stored"  # the preset of a component as `init_from` holds it
+
 # How a stored model is computed, which a run may choose; everything else of a config says what the model is.
-COMPUTATION = ("dtype", "remat", "attention_chunk", "query_chunk", "chunk", "unroll")
+COMPUTATION = ("dtype", "param_dtype", "int8", "remat", "attention", "attention_chunk", "query_chunk", "at_once", "chunk", "unroll")
+
+
+PRESETS: dict[str, Mapping[str, Any]] = {
+    "transformer": transformer.PRESETS,
+    "siglip_vq": siglip_vq.PRESETS,
+    "mmdit": mmdit.PRESETS,
+    "t5": text_encoders.T5_PRESETS,
+    "clip": text_encoders.CLIP_PRESETS,
+    "autoencoder": autoencoder.PRESETS,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +78,9 @@ def from_preset(section: Mapping[str, Any], presets: Mapping[str, T], where: str
 
 def stored_or_preset(model: XOmni, name: str, section: Mapping[str, Any], presets: Mapping[str, T], where: str) -> T:
     """Config of a component: the section's, which must describe the same model where `model` already has the component."""
-    wanted = from_preset(section, presets, where)
-    if name not in model.description["components"]:
+    has = name in model.description["components"]
+    wanted = from_preset(section, dict(presets) | ({STORED: model.config(name)} if has else {}), where)
+    if not has:
         return wanted
     stored = model.config(name)
     old, new = config_to_json(stored), config_to_json(wanted)
@@ -75,6 +91,14 @@ def stored_or_preset(model: XOmni, name: str, section: Mapping[str, Any], preset
     return wanted
 
 
+def check_heads(kv_heads: int, mesh: jax.sharding.Mesh) -> None:
+    """Refuses a tensor axis over which the heads of the transformer's keys and values do not split."""
+    ways = mesh.shape["tensor"]
+    if kv_heads % ways:
+        fit = ", ".join(str(n) for n in range(1, kv_heads + 1) if kv_heads % n == 0)
+        raise ConfigError(f"config.mesh.tensor={ways}: {kv_heads} key and value heads do not split {ways} ways; use {fit}, and fsdp for the rest")
+
+
 def check_split(key: str, size: int, mesh: jax.sharding.Mesh) -> None:
     """Refuses a batch that does not split evenly over the mesh; `key` is where its size is configured."""
     ways = math.prod(mesh.shape[axis] for axis in RULES["batch"])
@@ -83,6 +107,12 @@ def check_split(key: str, size: int, mesh: jax.sharding.Mesh) -> None:
             f"{key}={size} does not split over the {ways} ways of config.mesh (replica x data x fsdp); use a multiple of {ways}, "
             "or lower those axes"
         )
+
+
+def here(key: str, size: int, mesh: jax.sharding.Mesh) -> list[int]:
+    """The rows of a batch whose data this process loads; `key` is where its size is configured. Refuses what does not split evenly."""
+    check_split(key, size, mesh)
+    return local_rows(mesh, size)
 
 
 def open_model(init_from: str, needed: tuple[str, ...], mesh: jax.sharding.Mesh, stage: str) -> XOmni:
@@ -106,19 +136,24 @@ def export_model(
       settings: {name: dataclass} of defaults for running the model.
     """
     part = directory.with_name(directory.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    if init_from:
-        others = tuple(name for name in read_model_json(init_from)["components"] if name not in trained)
-        copy_components(init_from, part, others)
+    first = jax.process_index() == 0  # it alone copies files; every process writes its shards of the parameters
+    if first:
+        shutil.rmtree(part, ignore_errors=True)
+        if init_from:
+            others = tuple(name for name in read_model_json(init_from)["components"] if name not in trained)
+            copy_components(init_from, part, others)
+    barrier("copied")
     for name, (params, config) in trained.items():
         save_component(part, name, params, config, note)
-    if settings:
-        save_settings(part, **settings)
-    if not (part / "tokenizer").is_dir():
-        shutil.copytree(TINY_TOKENIZER, part / "tokenizer")
-    # The old model is replaced only by a whole new one.
-    shutil.rmtree(directory, ignore_errors=True)
-    part.rename(directory)
+    if first:
+        if settings:
+            save_settings(part, **settings)
+        if not (part / "tokenizer").is_dir():
+            shutil.copytree(TINY_TOKENIZER, part / "tokenizer")
+        # The old model is replaced only by a whole new one.
+        shutil.rmtree(directory, ignore_errors=True)
+        part.rename(directory)
+    barrier("exported")
 
 
 class DataIterator:

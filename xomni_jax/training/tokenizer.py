@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,12 +18,14 @@ from xomni_jax.data.sources import rendered_dataset
 from xomni_jax.models import siglip_vq
 from xomni_jax.models.quantizer import dead_codes, restart_dead_codes, start_codebook
 from xomni_jax.sequence.tokenizer import MultimodalTokenizer
+from xomni_jax.sharding.arrays import spread
 from xomni_jax.sharding.rules import unconstrained
 from xomni_jax.training import understanding
-from xomni_jax.training.components import DataIterator, check_split, export_model, from_preset
+from xomni_jax.training.components import DataIterator, export_model, from_preset, here
 from xomni_jax.training.config import ConfigError, RunConfig, build
 from xomni_jax.training.loop import Stage, key_for
-from xomni_jax.training.optimizer import OptimizerConfig, make_optimizer
+from xomni_jax.training.operations import FlopCount
+from xomni_jax.training.optimizer import Optimizer, OptimizerConfig, make_optimizer
 from xomni_jax.training.preemption import StopSignal
 from xomni_jax.training.state import TrainState, init_state
 
@@ -75,31 +78,9 @@ def answer_batch(examples: dict[str, Any], tokenizer: MultimodalTokenizer, lengt
     return ids_BL, mask_BL
 
 
-def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: StopSignal) -> Stage:
-    """The tokenizer stage of a configuration."""
-    if run.init_from:
-        raise ConfigError(f"config.init_from={run.init_from}: the tokenizer is the first stage and starts from nothing; leave it empty")
-    check_split("config.batch_size", run.batch_size, mesh)
-    cfg, data = build(TokenizerConfig, config.tokenizer, "config.tokenizer"), build(RenderedConfig, config.data, "config.data")
-    vq = from_preset(config.siglip_vq, siglip_vq.PRESETS, "config.siglip_vq")
-    read = dataclasses.replace(from_preset(config.reader, understanding.PRESETS, "config.reader"), dense_classes=N_COLUMN_CLASSES)
-    limits = build(ImageLimits, dict(config.preprocess) | {"patch_size": vq.patch}, "config.preprocess")
-    learner = understanding.TokenizerLearner(vq, read)
+def make_update(learner: understanding.TokenizerLearner, optimizer: Optimizer, cfg: TokenizerConfig) -> Callable[..., Any]:
+    """The jitted step (state, batch, key, strength of quantisation) -> (state, metrics, encoder outputs); the state is donated."""
     weights = understanding.Weights(cfg.answer_weight, cfg.dense_weight, cfg.quantizer_weight)
-    text = MultimodalTokenizer.load()
-    height, width = data.sizes[0]
-
-    def init():
-        with unconstrained():
-            return learner.init(jax.random.key(run.seed), jnp.zeros((1, height, width, 3)), jnp.zeros((1, 4), jnp.int32))["params"]
-
-    optimizer = make_optimizer(build(OptimizerConfig, config.optimizer, "config.optimizer"), run.steps)
-    # The running usage of codes lives beside the parameters' state, so that a resumed run restarts the same codes.
-    state = init_state(init, optimizer, mesh, extra={"usage": jnp.full((vq.codebook_size,), 1.0 / vq.codebook_size)})
-
-    @jax.jit
-    def encode(params, pixels):
-        return learner.apply({"params": params}, pixels, method=lambda m, x: m.tokenizer.outputs(x))
 
     def update(state: TrainState, batch, key, strength):
         grad = jax.value_and_grad(understanding.tokenizer_loss, has_aux=True)
@@ -108,7 +89,42 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
         usage = cfg.usage_decay * state.extra["usage"] + (1 - cfg.usage_decay) * aux.usage
         return state.replace(extra={"usage": usage}), aux.metrics | optim, aux.z
 
-    update = jax.jit(update, donate_argnums=0)
+    return jax.jit(update, donate_argnums=0)
+
+
+def init_params(learner: understanding.TokenizerLearner, seed: int, size: tuple[int, int]) -> Any:
+    """Boxed parameters of the tokenizer and its readers, for pictures of `size` pixels."""
+    with unconstrained():
+        return learner.init(jax.random.key(seed), jnp.zeros((1, *size, 3)), jnp.zeros((1, 4), jnp.int32))["params"]
+
+
+def even_usage(vq: siglip_vq.SigLIPVQConfig) -> dict[str, jax.Array]:
+    """The running usage of codes before anything is known."""
+    return {"usage": jnp.full((vq.codebook_size,), 1.0 / vq.codebook_size)}
+
+
+def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: StopSignal) -> Stage:
+    """The tokenizer stage of a configuration."""
+    if run.init_from:
+        raise ConfigError(f"config.init_from={run.init_from}: the tokenizer is the first stage and starts from nothing; leave it empty")
+    rows = here("config.batch_size", run.batch_size, mesh)
+    cfg, data = build(TokenizerConfig, config.tokenizer, "config.tokenizer"), build(RenderedConfig, config.data, "config.data")
+    vq = from_preset(config.siglip_vq, siglip_vq.PRESETS, "config.siglip_vq")
+    read = dataclasses.replace(from_preset(config.reader, understanding.PRESETS, "config.reader"), dense_classes=N_COLUMN_CLASSES)
+    limits = build(ImageLimits, dict(config.preprocess) | {"patch_size": vq.patch}, "config.preprocess")
+    learner = understanding.TokenizerLearner(vq, read)
+    text = MultimodalTokenizer.load()
+
+    optimizer = make_optimizer(build(OptimizerConfig, config.optimizer, "config.optimizer"), run.steps)
+    # The running usage of codes lives beside the parameters' state, so that a resumed run restarts the same codes.
+    state = init_state(lambda: init_params(learner, run.seed, data.sizes[0]), optimizer, mesh, lambda: even_usage(vq))
+
+    @jax.jit
+    def encode(params, pixels):
+        return learner.apply({"params": params}, pixels, method=lambda m, x: m.tokenizer.outputs(x))
+
+    flops = FlopCount()
+    update = flops(make_update(learner, optimizer, cfg))
 
     @jax.jit
     def restart(key, codebook, usage, z):
@@ -117,8 +133,9 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
 
     def first_codebook(params, number: int) -> jax.Array:
         # Batches of their own, not those that just passed: a run that was resumed here has not seen them.
-        batches = rendered_dataset(data, run.seed + CODEBOOK_SEED, run.batch_size, batches=cfg.start_batches, transform=to_batch, prefetch=0)
-        z = jnp.concatenate([encode(params, batch["pixels"]).reshape(-1, vq.code_width) for batch in batches])
+        seed, n = run.seed + CODEBOOK_SEED, cfg.start_batches
+        batches = rendered_dataset(data, seed, run.batch_size, rows=rows, batches=n, transform=to_batch, prefetch=0)
+        z = jnp.concatenate([encode(params, to_mesh(batch)["pixels"]).reshape(-1, vq.code_width) for batch in batches])
         return jax.jit(start_codebook, static_argnums=2)(key_for(run.seed, number, 1), z, vq.codebook_size)
 
     def step(state: TrainState, batch, number: int):
@@ -147,9 +164,12 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
             "loss_mask": mask_BL,
         }
 
-    batches = DataIterator(rendered_dataset(data, run.seed, run.batch_size, transform=to_batch))
+    def to_mesh(batch):
+        return spread(mesh, batch, run.batch_size)
+
+    batches = DataIterator(rendered_dataset(data, run.seed, run.batch_size, rows=rows, transform=to_batch), to_mesh)
 
     def export(state: TrainState, directory, note):
         export_model(directory, {"siglip_vq": (state.params["tokenizer"], vq)}, run.init_from, note, {"preprocess": limits})
 
-    return Stage(state, batches, step, export, items_per_step=run.batch_size)
+    return Stage(state, batches, step, export, items_per_step=run.batch_size, flops=lambda: flops.total)
