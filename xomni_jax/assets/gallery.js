@@ -32,7 +32,7 @@
   }
   form.addEventListener("submit", (event) => event.preventDefault());
   form.addEventListener("input", () => {
-    const state = Object.entries(show()).filter(([name, value]) => value && !(name === "sort" && value === "id"));
+    const state = Object.entries(show()).filter(([, value]) => value);
     history.replaceState(null, "", "#" + new URLSearchParams(state));
   });
   window.addEventListener("hashchange", read);

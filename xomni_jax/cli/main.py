@@ -13,6 +13,7 @@ COMMANDS = {
     "chat": "ask a question about a picture",
     "train": "run a training stage: tokenizer, pretrain, sft, decoder, grpo",
     "eval": "measure trained models on held-out prompts and write a report",
+    "compare": "paired differences between runs of one benchmark",
     "convert": "turn downloaded PyTorch checkpoints into a model directory",
     "export": "turn a model directory back into the released PyTorch layout",
     "inspect": "say what a checkpoint holds, or how two differ",

@@ -83,7 +83,7 @@ def read_eval_run(directory: str | Path) -> EvalRun:
                 raise SuiteError(f"{path / 'items.jsonl'}:{number}: not JSON; score the run again") from None
     if not items:
         raise SuiteError(f"{path / 'items.jsonl'}: no items; score the run again")
-    return EvalRun(path, _read(path / "settings.json"), _read(path / "results.json"), items)
+    return EvalRun(path, _read(path / "settings.json"), _read(path / "results.json"), sorted(items, key=lambda item: item["id"]))
 
 
 MAKE_ONE = "make a run first: xomni eval SUITE --model MODEL --data DATA --out RUN (xomni eval --help)"

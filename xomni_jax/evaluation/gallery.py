@@ -75,15 +75,17 @@ def gallery(run: EvalRun, pictures: dict[Shot, str]) -> str:
     return controls(run.categories) + f'<div id="items" class="items {"answers" if "answer" in run.items[0] else ""}">{shown}</div>'
 
 
-def controls(categories: Iterable[str]) -> str:
-    """Category, order and search; hidden where scripts do not run."""
+ORDERS = ("as published", "lowest score first", "highest score first")
+
+
+def controls(categories: Iterable[str], orders: Sequence[str] = ORDERS) -> str:
+    """Category, order (as listed, rising, falling) and search; hidden where scripts do not run."""
     names = sorted(set(categories) - {""})
     options = "".join(f"<option>{escape(name)}</option>" for name in names)
     select = f'<label>Category <select name="category"><option value="">all</option>{options}</select></label>' if names else ""
+    order = "".join(f'<option value="{value}">{name}</option>' for value, name in zip(("", "low", "high"), orders, strict=True))
     return (
-        f'<form id="controls" hidden>{select}'
-        '<label>Order <select name="sort"><option value="id">as published</option><option value="low">lowest score first</option>'
-        '<option value="high">highest score first</option></select></label>'
+        f'<form id="controls" hidden>{select}<label>Order <select name="sort">{order}</select></label>'
         '<label>Search <input name="find" type="search" placeholder="prompt, text, verdict"></label>'
         '<output aria-live="polite"></output></form>'
     )
@@ -99,14 +101,15 @@ def card(run: EvalRun, item: Item, pictures: dict[Shot, str]) -> str:
     return article(item, f'<div class="prompt">{folded(item["prompt"])}</div>{body}')
 
 
-def article(item: Item, body: str, sorted_by: float | None = None) -> str:
-    """The frame of an item, with what the script filters and sorts by."""
-    score = item.get("score")
-    by = score if sorted_by is None else sorted_by
-    badge = '<b class="score">not scored</b>' if score is None else f'<b class="score" style="--v:{score:.3f}">{score:.2f}</b>'
+def article(item: Item, body: str, by: float | None = None, badge: str = "") -> str:
+    """The frame of an item, with what the script filters and sorts by: `by` and its `badge`, or else the item's score."""
+    if not badge:
+        by = item.get("score")
+        badge = "not scored" if by is None else f"{by:.2f}"
     return (
         f'<article data-category="{escape(category(item))}" data-score="{"" if by is None else f"{by:.6g}"}">'
-        f"<h3>{badge} <span>{escape(item['id'])}</span> <small>{escape(category(item))}</small></h3>{body}</article>"
+        f'<h3><b class="score" style="--v:{by or 0:.3f}">{badge}</b> <span>{escape(item["id"])}</span> '
+        f"<small>{escape(category(item))}</small></h3>{body}</article>"
     )
 
 
