@@ -1,0 +1,242 @@
+"""One suite from data to result file: outputs by the model, replies by the judge, one aggregation. Stoppable at any point.
+
+Work is cut by item. Every process takes its share of the items, leaves out what anybody has finished, and appends what it finishes to a
+file of its own (see `run_directory`); whoever finds everything finished writes the results. What a result holds depends on the items
+alone: outputs on (model, settings, item, repeat) through static batches and counted keys, replies on the output, the aggregation on the
+records sorted by id.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from xomni_jax.evaluation.run_directory import RunDirectory, RunError, json_line
+from xomni_jax.evaluation.suite import Item, Judge, Suite, SuiteError
+from xomni_jax.training.preemption import StopSignal
+
+SAVERS = 4  # threads that compress pictures
+JUDGED_AT_ONCE = 4  # items in one call of a judge
+PICTURES = (".png", ".webp", ".jpg")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one process does of one suite.
+
+    Attributes:
+      items: the selected ones, in published order. data: says which data they were selected from, see `describe_data`.
+      share: (k, n): this process takes items k, k + n, ... of the selected ones.
+    """
+
+    suite: Suite
+    items: Sequence[Item]
+    data: Mapping[str, Any]
+    run: RunDirectory
+    share: tuple[int, int] = (0, 1)
+
+    @property
+    def worker(self) -> str:
+        """Name of this process's files."""
+        return f"{self.share[0] + 1}-of-{self.share[1]}"
+
+    def left(self, done: Mapping[str, Any]) -> list[Item]:
+        """This process's items that are not done."""
+        return [item for item in self.items[self.share[0] :: self.share[1]] if item.id not in done]
+
+    def outputs(self) -> dict[str, dict[str, Any]]:
+        """id -> record of every finished output whose files are still there."""
+        there = lambda record: all((self.run.path / name).is_file() for name in record.get("files", ()))  # noqa: E731
+        return {name: record for name, record in self.run.lines("parts").items() if there(record)}
+
+
+def load_items(suite: Suite, data: str | Path, limit: int | None, ids: Sequence[str]) -> tuple[list[Item], dict[str, Any]]:
+    """The selected items in published order, and a description of all the data.
+
+    Raises:
+      SuiteError: the data are missing or malformed, an id occurs twice, or one that was asked for is not there.
+    """
+    items = suite.load(Path(data))
+    known = {item.id for item in items}
+    if len(known) < len(items):
+        raise SuiteError(f"{suite.name}: {len(items) - len(known)} ids occur twice in {data}; ids must be unique")
+    facts = sorted(json_line({"id": i.id, "prompt": i.prompt, "fields": dict(i.fields)}) for i in items)
+    described = {"items": len(items), "sha256": hashlib.sha256("".join(facts).encode()).hexdigest()}
+    if unknown := [name for name in ids if name not in known]:
+        raise SuiteError(f"{suite.name} has no item {unknown[0]!r}; ids are such as {items[0].id!r}")
+    if ids:
+        items = [item for item in items if item.id in set(ids)]
+    return items[:limit], described
+
+
+# ---- outputs ----
+def generate(work: Work, generation: Any, stop: StopSignal) -> None:
+    """Draws this process's items and saves them in the official layout; pictures are compressed while the next ones are drawn."""
+    left = work.left(work.outputs())
+    overlong = set(generation.overlong(left))
+    batches = generation.batches(left)
+    staging = work.run.path / ".drawing" / work.worker
+    shutil.rmtree(staging, ignore_errors=True)
+    with _appending(work, "parts", "drawn", len(left)) as add, ThreadPoolExecutor(SAVERS) as pool:
+        saving: deque[list[Future]] = deque()
+        for drawn in generation.draw(batches):
+            saving.append([pool.submit(_save, work, staging, item, pictures) for item, pictures in drawn])
+            stopping = stop.requested
+            while len(saving) > (0 if stopping else 1):
+                add({**future.result(), "overlong": future.result()["id"] in overlong} for future in saving.popleft())
+            stop.check()
+        for futures in saving:
+            add({**future.result(), "overlong": future.result()["id"] in overlong} for future in futures)
+    shutil.rmtree(staging, ignore_errors=True)
+
+
+def answer(work: Work, answering: Any, stop: StopSignal) -> None:
+    """Answers this process's items."""
+    left = work.left(work.outputs())
+    with _appending(work, "parts", "answered", len(left)) as add:
+        for answers in answering.answer(answering.batches(left)):
+            add({"id": item.id, "answer": text, "fitted": changed} for item, text, changed in answers)
+            stop.check()
+
+
+def _save(work: Work, staging: Path, item: Item, pictures: Sequence[Image.Image]) -> dict[str, Any]:
+    """Saves the pictures of one item through a folder of its own, which tells the names of the suite's layout."""
+    folder = staging / hashlib.sha256(item.id.encode()).hexdigest()[:16]
+    work.suite.save(folder, item, pictures)
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    for name in names:
+        target = work.run.path / "images" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(folder / name, target)
+    shutil.rmtree(folder)
+    digest = hashlib.sha256()
+    for picture in pictures:
+        digest.update(repr(picture.size).encode() + picture.tobytes())
+    files = [f"images/{name}" for name in names if name.endswith(PICTURES)]
+    return {"id": item.id, "files": files, "pixels": digest.hexdigest()}
+
+
+# ---- replies ----
+def judge_outputs(work: Work, judge: Judge, stop: StopSignal) -> None:
+    """Has this process's items judged, a few at a time. The next pictures are opened meanwhile.
+
+    Raises:
+      SuiteError: pictures are missing (how many, and the first); the judge does not answer. What is judged stays.
+    """
+    left = work.left(work.run.lines("judged"))
+    _check_pictures(work, left)
+    remedy = f"give the judge that was used, or delete {work.run.path / 'judged'} to judge everything anew"
+    work.run.claim("judged/judge.json", {"name": judge.name, "settings": judge.settings}, remedy)
+    groups = [left[first : first + JUDGED_AT_ONCE] for first in range(0, len(left), JUDGED_AT_ONCE)]
+    with _appending(work, "judged", "judged", len(left)) as add, ThreadPoolExecutor(1) as pool:
+        opening = None
+        for number, group in enumerate(groups):
+            pictures = (opening or pool.submit(_open, work, group)).result()
+            opening = pool.submit(_open, work, groups[number + 1]) if number + 1 < len(groups) else None
+            questions = [work.suite.questions(item) for item, opened in zip(group, pictures) for _ in opened]
+            replies = iter(judge.ask([picture for opened in pictures for picture in opened], questions))
+            add({"id": item.id, "replies": [next(replies) for _ in opened]} for item, opened in zip(group, pictures))
+            stop.check()
+
+
+def _open(work: Work, items: Sequence[Item]) -> list[list[Image.Image]]:
+    return [work.suite.open(work.run.path / "images", item) for item in items]
+
+
+def _check_pictures(work: Work, items: Sequence[Item]) -> None:
+    """Before a judge is asked anything: are the pictures there, ours or somebody's in the official layout?"""
+    outputs, missing = work.outputs(), []
+    for item in items:
+        if item.id not in outputs:
+            try:
+                work.suite.open(work.run.path / "images", item)
+            except SuiteError as e:
+                missing.append((item.id, e))
+    if missing:
+        many = f"{len(missing)} of {len(work.items)} items have no pictures, the first is {missing[0][0]}"
+        raise SuiteError(f"{work.suite.name}: {many} ({missing[0][1]})")
+
+
+# ---- results ----
+def missing(work: Work) -> int:
+    """Selected items without what scoring needs, over all processes."""
+    done = work.run.lines("judged") if work.suite.judge else work.outputs()
+    return sum(item.id not in done for item in work.items)
+
+
+def write_results(work: Work, switches: Sequence[str]) -> dict[str, Any]:
+    """Scores every selected item once and aggregates, sorted by id. Everything must be there, see `missing`."""
+    suite, run = work.suite, work.run
+    outputs, judged = work.outputs(), run.lines("judged")
+    lines, records, unparsed = [], [], []
+    for item in sorted(work.items, key=lambda item: item.id):
+        output = outputs.get(item.id, {})
+        replies = judged[item.id]["replies"] if suite.judge else [output["answer"]]
+        record = suite.score(item, replies)
+        made = {"images": output.get("files", []), "replies": replies} if suite.task == "generate" else {"answer": output["answer"]}
+        shown = {"id": item.id, "prompt": item.prompt, "fields": dict(item.fields), **made}
+        apart = {name: record[name] for name in ("score", "verdicts")}
+        lines.append(json_line(shown | apart | {"record": {k: v for k, v in record.items() if k not in apart}}))
+        records.append({**record, "id": item.id, "fields": item.fields})
+        unparsed += [item.id] * bool(record["unparsed"])
+    made = [outputs.get(item.id, {}) for item in work.items]
+    found = suite.aggregate(records)
+    results = {
+        "suite": suite.name,
+        "title": suite.title,
+        "headline": {"name": found["headline"], "value": found["scores"][found["headline"]]},
+        "scores": found["scores"],
+        "categories": found["categories"],
+        "counts": {
+            "items": len(records),
+            "published": suite.published,
+            "outputs": len(records) * suite.repeats,
+            "unparsed": sum(record["unparsed"] for record in records),
+            "overlong prompts": sum(bool(output.get("overlong")) for output in made),
+            "fitted pictures": sum(bool(output.get("fitted")) for output in made),
+        },
+        "unparsed": unparsed,
+        "notes": found.get("notes", []),
+        "settings": run.read("settings.json") if (run.path / "settings.json").exists() else None,
+        "judge": run.read("judged/judge.json") if suite.judge else None,
+        "switches": sorted(switches),
+    }
+    run.write("items.jsonl", "".join(lines))
+    run.write("results.json", json.dumps(results, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
+    return results
+
+
+# ---- progress ----
+@contextmanager
+def _appending(work: Work, kind: str, verb: str, count: int) -> Iterator[Callable[[Iterable[Mapping[str, Any]]], None]]:
+    """Yields what stores finished records and moves the progress line. A full disk is one sentence."""
+    mine = len(work.items[work.share[0] :: work.share[1]])
+    title = f"{work.suite.name} {verb}" + (f" ({work.worker})" if work.share[1] > 1 else "")
+    bar = tqdm(total=mine, initial=mine - count, desc=title, unit="item", dynamic_ncols=True, mininterval=0.5, smoothing=0.1)
+    try:
+        with work.run.writer(kind, work.worker) as lines, bar:
+
+            def add(records: Iterable[Mapping[str, Any]]) -> None:
+                for record in records:
+                    lines.append(record)
+                    bar.update()
+
+            yield add
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        full = f"{work.run.path}: {os.strerror(e.errno)}; what is finished is kept"
+        raise RunError(f"{full}: make room or mend it, the same command goes on from there") from None
