@@ -26,11 +26,11 @@ def write_generate_run(folder, items=12, repeats=4, right=0.5, seed=0, suite="lo
             matches.append(sum(a == b for a, b in zip(words, read)))
         lines.append({
             "id": f"{i:04d}", "prompt": f'a {CATEGORIES[i % 3]} that says "{" ".join(words)}" & <more>', "images": images,
-            "fields": {"category": CATEGORIES[i % 3], "text": words}, "replies": replies,
+            "fields": {"category": CATEGORIES[i % 3], "text": words, "language": "en", "length": "short"}, "replies": replies,
             "verdicts": [f"{m} of 3 words" for m in matches], "score": sum(matches) / (3 * repeats),
-            "record": {"score": sum(matches) / (3 * repeats), "match": sum(matches), "gt": 3 * repeats},
+            "record": {"match": sum(matches), "gt": 3 * repeats, "unparsed": 0},
         })  # fmt: skip
-    return finish(folder, lines, suite, "LongText-Bench EN", "text accuracy", repeats=repeats, judge={"model": "by hand"}, **settings)
+    return finish(folder, lines, suite, "LongText-Bench EN", "text accuracy", repeats=repeats, judge={"name": "by hand", "settings": {"version": 1}}, **settings)
 
 
 def write_answer_run(folder, items=9, right=0.7, seed=0, suite="pope", **settings):
@@ -46,12 +46,12 @@ def write_answer_run(folder, items=9, right=0.7, seed=0, suite="pope", **setting
         if i % 2 == 0:
             Image.new("RGB", (200, 120), (20 * i, 90, 120)).save(folder / f"images/{i}.png")
             line["images"] = [f"images/{i}.png"]
-        lines.append(line | {"score": float(good), "record": {"score": float(good), "right": int(good)}})
+        lines.append(line | {"score": float(good), "record": {"right": int(good), "unparsed": 0}})
     return finish(folder, lines, suite, "POPE", "f1", judge=None, **settings)
 
 
 def finish(folder, lines, suite, title, headline, judge, **settings):
-    """settings.json, items.jsonl and results.json of the given lines; the headline is the mean score."""
+    """items.jsonl and results.json of the given lines; the headline is the mean score."""
     (folder / "items.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     categories = {
         c: {"score": float(np.mean(scores)), "items": len(scores)}
@@ -59,11 +59,11 @@ def finish(folder, lines, suite, title, headline, judge, **settings):
         if (scores := [line["score"] for line in lines if line["fields"]["category"] == c])
     }
     value = float(np.mean([line["score"] for line in lines]))
-    settings = {"suite": suite, "model": "models/tiny", "checkpoint": "0123456789abcdef", "data": "data/x", "guidance": 1.0} | settings
+    settings = {"suite": suite, "data": {"items": 160}, "model": {"path": "models/tiny", "sha256": "0123abcd"}, "seed": 1234} | settings
+    settings["sampling"] = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.03, "guidance": settings.pop("guidance", 1.0)}
     results = {
         "suite": suite, "title": title, "headline": {"name": headline, "value": value}, "scores": {headline: value},
-        "categories": categories, "counts": {"items": len(lines), "unparsed": 0}, "settings": settings, "judge": judge,
+        "categories": categories, "counts": {"items": len(lines), "unparsed": 0}, "unparsed": [], "notes": [], "settings": settings, "judge": judge, "switches": [],
     }  # fmt: skip
-    (folder / "settings.json").write_text(json.dumps(settings))
     (folder / "results.json").write_text(json.dumps(results))
     return folder

@@ -15,7 +15,6 @@ from xomni_jax.checkpoint.store import write_json
 from xomni_jax.evaluation.eval_run import EvalRun, read_eval_run, reading, same_items
 from xomni_jax.evaluation.gallery import article, controls, embed, folded, left_out, output_figures, picture_order, verdict
 from xomni_jax.evaluation.markup import decimal, document, interval, section, table, write_text
-from xomni_jax.evaluation.run_report import flat
 from xomni_jax.evaluation.statistics import bootstrap_mean, paired_difference, with_bounds
 from xomni_jax.evaluation.suite import SuiteError
 
@@ -81,7 +80,7 @@ def row(name: str, scores: Sequence[np.ndarray], seed: int) -> dict[str, Any]:
 
 def different_settings(runs: Sequence[EvalRun]) -> dict[str, list[Any]]:
     """Settings, judge included, that are not the same in all runs: name -> value per run."""
-    every = [flat(run.settings | {"judge": run.results.get("judge")}) for run in runs]
+    every = [run.facts for run in runs]
     names = dict.fromkeys(name for settings in every for name in settings)
     return {n: [s.get(n) for s in every] for n in names if len({repr(s.get(n)) for s in every}) > 1}
 

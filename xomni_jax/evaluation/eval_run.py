@@ -1,10 +1,10 @@
-"""A finished run of a suite, as its directory tells it: settings.json, items.jsonl, results.json, and the pictures."""
+"""A finished run of a suite, as its directory tells it: results.json, items.jsonl, and the pictures."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,11 @@ from PIL import Image
 from xomni_jax.evaluation.suite import SuiteError
 
 Item = dict[str, Any]  # a line of items.jsonl
+MAKE_ONE = "make a run first: xomni eval SUITE --model MODEL --data DATA --out RUN (xomni eval --help)"
+NOT_FINISHED = "the run is not finished; give the command that began it again, it goes on from there"
+# option of the command line -> the setting it becomes
+DRAWN = {name: name for name in ("height", "width", "seed")}
+DRAWN |= {name: f"sampling.{name}" for name in ("temperature", "top_k", "top_p", "min_p", "guidance")}
 
 
 class Shot(NamedTuple):
@@ -39,9 +44,19 @@ class EvalRun:
     """What a run measured; `items` are sorted by id."""
 
     path: Path
-    settings: dict[str, Any]
     results: dict[str, Any]
     items: list[Item]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decided the outputs; empty where another program drew the pictures."""
+        return self.results.get("settings") or {}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Settings, judge and switches on one level, such as "sampling.guidance" and "judge.name"."""
+        judge = self.results.get("judge") or {"name": "local rules"}
+        return flat(self.settings | {"judge": judge, "switches": self.results.get("switches") or "none"})
 
     @property
     def suite(self) -> str:
@@ -64,36 +79,54 @@ class EvalRun:
         return [category(item) for item in self.items]
 
 
-def read_eval_run(directory: str | Path) -> EvalRun:
+def read_eval_run(directory: str | Path, remedy: str = MAKE_ONE) -> EvalRun:
     """The run in a directory.
 
     Raises:
-      SuiteError: no run here, not scored yet, or a damaged file; the sentence says how to go on.
+      SuiteError: no run here or not finished, said with the `remedy`, or a damaged file.
     """
     path = Path(directory)
     if not (path / "results.json").is_file():
-        again = f"score it first: {command(_read(path / 'settings.json'), path)} --phase score" if _has_settings(path) else MAKE_ONE
-        raise SuiteError(f"{path}: no results.json here; {again}")
+        begun = path.is_dir() and any((path / name).is_dir() for name in ("parts", "judged"))
+        raise SuiteError(f"{path}: {NOT_FINISHED if begun else f'no results.json here; {remedy}'}")
+    try:
+        results = json.loads((path / "results.json").read_text(encoding="utf-8"))
+        missing = {"suite", "title", "headline", "scores", "categories"} - set(results)
+    except (ValueError, TypeError):
+        raise SuiteError(f"{path / 'results.json'}: not JSON; {NOT_FINISHED}") from None
+    if missing:
+        raise SuiteError(f"{path / 'results.json'}: has no {min(missing)!r}, so it is not from xomni eval SUITE; {remedy}")
     items = []
     with (path / "items.jsonl").open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 items.append(json.loads(line))
-            except ValueError:
-                raise SuiteError(f"{path / 'items.jsonl'}:{number}: not JSON; score the run again") from None
+                items[-1]["id"], items[-1]["prompt"], items[-1]["fields"], items[-1]["verdicts"], items[-1]["record"]
+            except (ValueError, TypeError, KeyError):
+                raise SuiteError(f"{path / 'items.jsonl'}, line {number}: no complete item; {NOT_FINISHED}") from None
     if not items:
-        raise SuiteError(f"{path / 'items.jsonl'}: no items; score the run again")
-    return EvalRun(path, _read(path / "settings.json"), _read(path / "results.json"), sorted(items, key=lambda item: item["id"]))
+        raise SuiteError(f"{path / 'items.jsonl'}: no items; {NOT_FINISHED}")
+    return EvalRun(path, results, sorted(items, key=lambda item: item["id"]))
 
 
-MAKE_ONE = "make a run first: xomni eval SUITE --model MODEL --data DATA --out RUN (xomni eval --help)"
+def command(suite: str, out: str | Path, settings: Mapping[str, Any], **changes: Any) -> str:
+    """The command line that makes a run with the settings of another one, some of them changed."""
+    known = flat(settings)
+    given = {"model": known.get("model.path", "MODEL"), "data": known.get("data.path") or "DATA"}
+    given |= {name: known[at] for name, at in DRAWN.items() if at in known} | changes
+    options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items())
+    return f"xomni eval {suite} {options} --out {out}"
 
 
-def command(settings: dict[str, Any], out: str | Path, **changes: Any) -> str:
-    """The command line that makes a run of these settings, some of them changed."""
-    known = {"model": "MODEL", "data": "DATA"} | settings | changes
-    options = [f"--{name.replace('_', '-')} {known[name]}" for name in ("model", "data", *changes) if name not in ()]
-    return f"xomni eval {known.get('suite', 'SUITE')} {' '.join(dict.fromkeys(options))} --out {out}"
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one level, names joined by dots."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+    return found
 
 
 def category(item: Item) -> str:
@@ -145,16 +178,3 @@ def same_items(runs: Sequence[EvalRun]) -> None:
 def examples(ids: set[str]) -> str:
     """The first few of many ids."""
     return ", ".join(sorted(ids)[:3]) + (", ..." if len(ids) > 3 else "")
-
-
-def _has_settings(path: Path) -> bool:
-    return (path / "settings.json").is_file()
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SuiteError(f"{path}: missing; {MAKE_ONE}") from None
-    except ValueError:
-        raise SuiteError(f"{path}: not JSON; score the run again") from None

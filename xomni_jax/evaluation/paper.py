@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
+from xomni_jax.evaluation.suites import get_suite
+
 OURS = "X-Omni"
 
 
@@ -18,13 +20,11 @@ class Place:
 
     Attributes:
       table: 1 to 4. column: of the headline number.
-      unit: the paper's number of a perfect result over ours, such as 100 where the paper prints percent and the scorer a share.
       parts: further columns of the table -> the category of our results that belongs there.
     """
 
     table: int
     column: str
-    unit: float = 1.0
     parts: Mapping[str, str] | None = None
 
     @property
@@ -32,23 +32,16 @@ class Place:
         """All columns of this suite, the headline last as in the paper."""
         return (*(self.parts or ()), self.column)
 
-    def ours(self, results: Mapping[str, Any]) -> dict[str, float | None]:
-        """Column -> value of a run in the paper's unit; None where the run has none."""
-        found = {column: results["categories"].get(name, {}).get("score") for column, name in (self.parts or {}).items()}
-        found[self.column] = results["headline"]["value"]
-        return {column: None if value is None else self.unit * value for column, value in found.items()}
-
 
 PLACES = {
     "oneig-text-en": Place(1, "OneIG EN"),
     "oneig-text-zh": Place(1, "OneIG ZH"),
     "longtext-en": Place(1, "LongText EN"),
     "longtext-zh": Place(1, "LongText ZH"),
-    "dpg": Place(2, "Overall", 1.0, {name.capitalize(): name for name in ("global", "entity", "attribute", "relation", "other")}),
+    "dpg": Place(2, "Overall", {name.capitalize(): name for name in ("global", "entity", "attribute", "relation", "other")}),
     "geneval": Place(
         3,
         "Overall",
-        1.0,
         {
             "Single": "single_object",
             "Two": "two_object",
@@ -58,11 +51,11 @@ PLACES = {
             "Colour attr.": "color_attr",
         },
     ),
-    "pope": Place(4, "POPE", 100.0),
-    "gqa": Place(4, "GQA", 100.0),
-    "mmbench": Place(4, "MMBench", 100.0),
-    "seedbench": Place(4, "SEED-Img", 100.0),
-    "docvqa": Place(4, "DocVQA", 100.0),
+    "pope": Place(4, "POPE"),
+    "gqa": Place(4, "GQA"),
+    "mmbench": Place(4, "MMBench"),
+    "seedbench": Place(4, "SEED-Img"),
+    "docvqa": Place(4, "DocVQA"),
     "ocrbench": Place(4, "OCRBench"),
 }
 
@@ -81,6 +74,16 @@ def values(suite: str) -> dict[str, dict[str, str | None]]:
     at = {column: table["columns"].index(column) for column in place.columns}
     rows = {model: {column: row[i] for column, i in at.items()} for model, row in table["rows"].items()}
     return {model: row for model, row in rows.items() if any(row.values())}
+
+
+def ours(results: Mapping[str, Any]) -> dict[str, str | None]:
+    """Column -> value of a run as the paper would print it; None where the run has none."""
+    suite = results["suite"]
+    place = PLACES[suite]
+    found = {column: results["categories"].get(name, {}).get("score") for column, name in (place.parts or {}).items()}
+    found[place.column] = results["headline"]["value"]
+    scale = get_suite(suite).paper_scale
+    return {column: None if value is None else as_printed(scale * value, suite) for column, value in found.items()}
 
 
 def as_printed(value: float, suite: str) -> str:

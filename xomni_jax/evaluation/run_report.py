@@ -69,10 +69,8 @@ def headline(run: EvalRun) -> str:
     cards = [(head["name"], number(head["value"]), f"{run.suite}, {len(run.items)} items")]
     if run.suite in paper.PLACES:
         place = paper.PLACES[run.suite]
-        ours = place.ours(results)[place.column]
         printed = paper.values(run.suite)[paper.OURS][place.column]
-        said = "no score" if ours is None else f"here {paper.as_printed(ours, run.suite)}"
-        cards.append(("X-Omni in the paper", printed, f"table {place.table}; {said}"))
+        cards.append(("X-Omni in the paper", printed, f"table {place.table}; here {paper.ours(results)[place.column] or 'no score'}"))
     if mean.prompts:
         between = interval_text((mean.low, mean.high), form=".3f")
         cards.append(("Mean score of an item", f"{mean.value:.3f}", f"95% over items: {between}"))
@@ -86,25 +84,11 @@ def headline(run: EvalRun) -> str:
 
 def settings_list(run: EvalRun) -> str:
     """Everything the run was made with; the judge included."""
-    facts = flat(run.settings) | {f"judge.{k}": v for k, v in flat({"": run.results.get("judge") or "local rules"}).items()}
-    facts = {name.rstrip("."): value for name, value in facts.items()}
     lines = (
         f"<div{' class=wide' * (len(str(value)) > 48)}><dt>{escape(name)}</dt><dd>{escape(str(value))}</dd></div>"
-        for name, value in facts.items()
+        for name, value in run.facts.items()
     )
     return f"<dl class=settings>{''.join(lines)}</dl>"
-
-
-def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as one level, names joined by dots."""
-    found: dict[str, Any] = {}
-    for name, value in settings.items():
-        full = f"{prefix}.{name}".strip(".") if prefix or name else ""
-        if isinstance(value, Mapping):
-            found |= flat(value, full)
-        else:
-            found[full] = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
-    return found
 
 
 def notes(run: EvalRun) -> str:
@@ -115,7 +99,7 @@ def notes(run: EvalRun) -> str:
 def against_paper(run: EvalRun) -> str:
     """The suite's columns of the paper's table, this run below."""
     place, rows = paper.PLACES[run.suite], paper.values(run.suite)
-    ours = {c: None if v is None else paper.as_printed(v, run.suite) for c, v in place.ours(run.results).items()}
+    ours = paper.ours(run.results)
     label = "This run"
     shown = {escape(model): [row[c] or "&ndash;" for c in place.columns] for model, row in rows.items()}
     shown[label] = [ours[c] or "&ndash;" for c in place.columns]
