@@ -23,6 +23,7 @@ from xomni_jax.sampling.decode import generate_codes, generate_text
 from xomni_jax.sampling.decoder import DecodeConfig, Decoder, to_uint8
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sequence.tokenizer import MultimodalTokenizer, encoder_ids, fixed_length_ids, read_tokenizer
+from xomni_jax.sharding.arrays import batch_sharding
 from xomni_jax.sharding.mesh import make_mesh
 from xomni_jax.sharding.rules import RULES, param_shardings
 
@@ -161,8 +162,8 @@ class XOmni:
 
     def fill(self, x_B: Any) -> jax.Array:
         """Repeats the first row until the rows split evenly over the mesh; whoever calls cuts the surplus off again."""
-        x_B = jnp.asarray(x_B)
-        return jnp.concatenate([x_B, jnp.repeat(x_B[:1], -len(x_B) % self.ways, axis=0)])
+        x_B, short = jnp.asarray(x_B), -len(x_B) % self.ways
+        return jnp.concatenate([x_B, jnp.repeat(x_B[:1], short, axis=0)]) if short else x_B
 
     # ---- text to image ----
     def grid(self, height: int, width: int) -> tuple[int, int]:
@@ -223,7 +224,7 @@ class XOmni:
         rows = tuple(map(self.fill, (codes_BYX, *self.text_ids(prompts, cfg), noise_BTC)))
         with jax.set_mesh(self.mesh):
             images = self._decode(cfg)(self.params("siglip_vq"), self.decoder_params(), *rows, self.text_ids([""], cfg))
-        return images[: len(codes_BYX)]
+        return images if len(images) == len(codes_BYX) else images[: len(codes_BYX)]
 
     @functools.cache
     def _decode(self, cfg: DecodeConfig):
@@ -235,7 +236,7 @@ class XOmni:
             empty = tuple(jnp.repeat(x, self.ways, axis=0) for x in empty)
             return to_uint8(decoder.decode(params, semantics, text_BS, pooled_BS, empty, noise_BTC, cfg))
 
-        return jax.jit(decode)
+        return jax.jit(decode, out_shardings=batch_sharding(self.mesh))  # each host takes its own pictures
 
     def decode(self, codes_BYX: Any, prompts: Sequence[str] | None = None, noise: Any = None, seed: int = 0) -> list[Image.Image]:
         """Codes [B, Y, X] -> pictures. Without `noise` [B, T, C] it is drawn from `seed`; without prompts they are empty."""

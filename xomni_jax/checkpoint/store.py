@@ -240,8 +240,9 @@ def check_fit(path: Path, stored: Mapping[str, Any], expected: Mapping[str, Any]
 class RunCheckpoints:
     """The resumable states of one training run: train state, data iterator and counters, saved together or not at all."""
 
-    def __init__(self, directory: str | Path, keep: int = 2):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+    def __init__(self, directory: str | Path, keep: int = 2, keep_every: int = 0):
+        """The newest `keep` stay, and those of steps that `keep_every` divides (0: no others)."""
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_every or None, enable_async_checkpointing=True)
         self.directory = Path(directory).absolute()
         self.manager = ocp.CheckpointManager(self.directory, options=options)
 

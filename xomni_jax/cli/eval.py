@@ -1,4 +1,4 @@
-"""xomni eval: measure trained models on held-out prompts and write a report."""
+"""xomni eval: the paper's benchmarks, and what reinforcement learning changed on held-out prompts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import sys
 import time
 from pathlib import Path
 
-EXAMPLE = (
+from xomni_jax.cli import eval_suite
+
+EXAMPLE = eval_suite.EXAMPLE
+_EFFECT_EXAMPLE = (
     "xomni eval effect --sft xomni_jax/assets/tiny_sft --rl runs/demo/grpo/model --rl-run runs/demo/grpo \\\n"
     "    --ocr http://127.0.0.1:8001 --shapes http://127.0.0.1:8002 --out runs/demo"
 )
@@ -27,13 +30,14 @@ and scores). When it is interrupted, the same command goes on from the finished 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The evaluations; so far one."""
+    """One subcommand per benchmark, `all`, and `effect`."""
     kinds = parser.add_subparsers(dest="evaluation", metavar="WHAT", required=True)
+    eval_suite.add_suites(kinds)
     effect = kinds.add_parser(
         "effect",
         help="what reinforcement learning changed: SFT against RL",
         description=_EFFECT,
-        epilog="example:\n  " + EXAMPLE,
+        epilog="example:\n  " + _EFFECT_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what = effect.add_argument_group("what is compared")
@@ -95,6 +99,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:
+    """Runs the evaluation that was asked for."""
+    return _effect(args) if args.evaluation == "effect" else eval_suite.run(args)
+
+
+def _effect(args: argparse.Namespace) -> int:
     """Measures, prints the tables, writes both reports."""
     from xomni_jax.evaluation.effect import EffectConfig, open_services, run_effect
     from xomni_jax.evaluation.report import write_report

@@ -58,9 +58,15 @@ class RunDirectory:
             except FileExistsError:
                 pass  # another process was first; compared below
             mine.unlink()
-        if found := _difference(self.read(name), value):
+        known = self.read(name)
+        self.check(name, {key: value.get(key) for key in {**known, **value}}, remedy)
+
+    def check(self, name: str, value: Mapping[str, Any], remedy: str) -> None:
+        """Refuses a value some keys of which differ from those in OUT/name. Raises RunError with `remedy`."""
+        known = self.read(name)
+        if found := _difference({key: known.get(key) for key in value}, json.loads(json.dumps(value))):
             key, old, new = found
-            raise RunError(f"{path}: {key} is {old}, this command has {new}; {remedy}")
+            raise RunError(f"{self.path / name}: {key} is {old}, this command has {new}; {remedy}")
 
     def read(self, name: str) -> dict[str, Any]:
         """The JSON object in OUT/name."""

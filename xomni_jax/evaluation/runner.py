@@ -38,7 +38,7 @@ class Work:
     """What one process does of one suite.
 
     Attributes:
-      items: the selected ones, in published order. data: says which data they were selected from, see `describe_data`.
+      items: the selected ones, in published order. data: says which data they were selected from, by number and hash.
       share: (k, n): this process takes items k, k + n, ... of the selected ones.
     """
 
@@ -63,13 +63,21 @@ class Work:
         return {name: record for name, record in self.run.lines("parts").items() if there(record)}
 
 
-def load_items(suite: Suite, data: str | Path, limit: int | None, ids: Sequence[str]) -> tuple[list[Item], dict[str, Any]]:
-    """The selected items in published order, and a description of all the data.
+def open_work(
+    suite: Suite,
+    data: str | Path,
+    out: str | Path,
+    limit: int | None = None,
+    ids: Sequence[str] = (),
+    share: tuple[int, int] = (0, 1),
+) -> Work:
+    """Reads the data and selects `ids`, or the first `limit` items.
 
     Raises:
       SuiteError: the data are missing or malformed, an id occurs twice, or one that was asked for is not there.
+      RunError: OUT was made from other data.
     """
-    items = suite.load(Path(data))
+    run, items = RunDirectory(out), suite.load(Path(data))
     known = {item.id for item in items}
     if len(known) < len(items):
         raise SuiteError(f"{suite.name}: {len(items) - len(known)} ids occur twice in {data}; ids must be unique")
@@ -77,9 +85,11 @@ def load_items(suite: Suite, data: str | Path, limit: int | None, ids: Sequence[
     described = {"items": len(items), "sha256": hashlib.sha256("".join(facts).encode()).hexdigest()}
     if unknown := [name for name in ids if name not in known]:
         raise SuiteError(f"{suite.name} has no item {unknown[0]!r}; ids are such as {items[0].id!r}")
-    if ids:
-        items = [item for item in items if item.id in set(ids)]
-    return items[:limit], described
+    selected = [item for item in items if item.id in set(ids)] if ids else items[:limit]
+    work = Work(suite, selected, described, run, share)
+    if (run.path / "settings.json").exists():
+        run.check("settings.json", {"suite": suite.name, "data": described}, "take another --out, or the data that it was begun with")
+    return work
 
 
 # ---- outputs ----

@@ -36,7 +36,11 @@ def make_mesh(axes: Mapping[str, int] | None = None, devices=None) -> Mesh:
     if math.prod(sizes.values()) != len(devices):
         asked = " x ".join(f"{name}={size}" for name, size in sizes.items() if size not in (1, -1)) or "1"
         needs = f"a multiple of {fixed}" if free else f"{fixed}"
-        raise ValueError(f"mesh {asked} needs {needs} devices, {len(devices)} are present; change config.mesh")
+        mend = "change config.mesh"
+        if math.prod(sizes.values()) > len(devices) and (hosts := jax.process_count()) > 1:
+            each = len(devices) // hosts
+            mend = f"that is {hosts} hosts with {each} each; start it on {-(-fixed // each)} hosts, or {mend}"
+        raise ValueError(f"mesh {asked} needs {needs} devices, {len(devices)} are present; {mend}")
     return jax.make_mesh(tuple(sizes[a] for a in MESH_AXES), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
 
 

@@ -17,18 +17,21 @@ from xomni_jax.data.rendered import RenderedConfig
 from xomni_jax.data.sources import rendered_dataset
 from xomni_jax.models.registry import init_params
 from xomni_jax.pipeline import XOmni, pad_prompts, picture_keys
-from xomni_jax.rewards.client import RewardClient
+from xomni_jax.rewards.client import RewardClient, Score
 from xomni_jax.rewards.combine import MODES, Combined, column, combine
 from xomni_jax.sampling.decode import generate_codes, replay_logp
 from xomni_jax.sampling.decoder import DecodeConfig
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.training.advantages import AdvantageConfig, group_advantages
-from xomni_jax.training.components import DataIterator, export_model, open_model
+from xomni_jax.sharding.arrays import owned_rows, rows_here, share, whole
+from xomni_jax.sharding.distributed import gather_json
+from xomni_jax.training.components import DataIterator, export_model, here, open_model
 from xomni_jax.training.config import ConfigError, RunConfig, build
 from xomni_jax.training.grpo_loss import GRPOConfig, grpo_loss, join_metrics, loss_items
 from xomni_jax.training.loop import Stage, key_for, tile
+from xomni_jax.training.operations import FlopCount
 from xomni_jax.training.optimizer import OptimizerConfig, make_optimizer
-from xomni_jax.training.preemption import StepRefused, StopSignal
+from xomni_jax.training.preemption import StepRefused, StopRequested, StopSignal
 from xomni_jax.training.state import TrainState, init_state
 
 ROLLOUT, NOISE, SHUFFLE = 0, 1, 2  # purposes of a step's keys
@@ -175,9 +178,11 @@ class Rollouts:
     def __init__(
         self, model: XOmni, grid: tuple[int, int], sampling: SamplingConfig, decode: DecodeConfig, cfg: RolloutConfig,
         advantage: AdvantageConfig, group: int, clients: Mapping[str, RewardClient], weights: Mapping[str, float], poll: Callable[[], None],
+        waiting: Callable[[], None] | None = None,
     ):  # fmt: skip
+        """`poll` raises StopRequested where all processes have agreed to; `waiting` may raise it earlier, within a wait for rewards."""
         self.model, self.grid, self.sampling, self.decode, self.cfg, self.advantage = model, grid, sampling, decode, cfg, advantage
-        self.group, self.clients, self.weights, self.poll = group, clients, weights, poll
+        self.group, self.clients, self.weights, self.poll, self.waiting = group, clients, weights, poll, waiting or poll
         net, n_codes = model.module("transformer"), grid[0] * grid[1]
 
         def sample(params, ids_PS, lengths_P, keys_PR, negative):
@@ -199,6 +204,7 @@ class Rollouts:
     def __call__(self, params: Any, prompts: Sequence[str], targets: Sequence[dict], key: jax.Array) -> tuple[RolloutBatch, Combined, np.ndarray, dict]:
         """One scored batch -> (rows without advantages, combined rewards, images [B, H, W, 3], timings)."""
         P, R, n = len(prompts), self.group, len(prompts) // self.cfg.chunks
+        mine = owned_rows(self.model.mesh, n * R)  # of a chunk: the pictures whose rewards this process asks for
         keys_P = jax.vmap(lambda p: jax.random.fold_in(jax.random.fold_in(key, ROLLOUT), p))(jnp.arange(P))
         keys_PR = jax.vmap(lambda k: jax.random.split(k, R))(keys_P)
         noise_keys_P = jax.vmap(lambda p: jax.random.fold_in(jax.random.fold_in(key, NOISE), p))(jnp.arange(P))
@@ -216,7 +222,8 @@ class Rollouts:
             out = jax.block_until_ready(self.sample(params, ids_PS[part], lengths_P[part], keys_PR[part], cut))
             between = time.perf_counter()
             drawn = self.pictures(out["codes"], [p for p in prompts[part] for _ in range(R)], noise_keys_PR[part].reshape(-1))
-            items = [{"prompt": p, "targets": t} for p, t in zip(prompts[part], targets[part]) for _ in range(R)]
+            drawn = rows_here(drawn, mine)
+            items = [{"prompt": prompts[start + row // R], "targets": targets[start + row // R]} for row in mine]
             seconds["perf/rollout_s"] += between - began
             seconds["perf/decode_s"] += time.perf_counter() - between
             waiting.append({name: client.score_async(list(drawn), items) for name, client in self.clients.items()})
@@ -224,10 +231,7 @@ class Rollouts:
             images.append(drawn)
             self.poll()
         began = time.perf_counter()
-        columns = {}
-        for name, client in self.clients.items():
-            scores = [s for chunk in waiting for s in client.wait(chunk[name], self.poll)]
-            columns[name] = column(scores, P)
+        columns = {name: column(scores, P) for name, scores in self.scores(waiting, mine, n * R).items()}
         seconds["perf/reward_wait_s"] = time.perf_counter() - began
         total = combine(columns, self.weights, self.cfg.combine, ddof=self.advantage.ddof, eps=self.advantage.eps)
         rows = lambda name: jnp.concatenate([m[name] for m in made]).reshape(P * R, *made[0][name].shape[2:])  # noqa: E731
@@ -238,20 +242,51 @@ class Rollouts:
         )  # fmt: skip
         return batch, total, np.concatenate(images), seconds
 
-    def pictures(self, codes_PRT: jax.Array, prompts: Sequence[str], noise_keys_B: jax.Array) -> np.ndarray:
-        """uint8 pictures [B, H, W, 3] of rollouts."""
+    def scores(self, waiting: Sequence[Mapping[str, Any]], mine: Sequence[int], n: int) -> dict[str, list[Score]]:
+        """{reward: a score for every rollout of the batch}: waits for this process's own and exchanges them with the others.
+
+        A stop is acted upon after the exchange, which all must make: whoever raised before would leave the others waiting.
+        """
+        try:
+            own = [{name: client.wait(chunk[name], self.waiting) for name, client in self.clients.items()} for chunk in waiting]
+        except StopRequested:
+            own = []
+        told = [{name: [(s.value, s.error) for s in scores] for name, scores in chunk.items()} for chunk in own]
+        table = gather_json({"rows": list(mine), "chunks": told})
+        self.poll()
+        out = {name: [None] * (n * len(waiting)) for name in self.clients}
+        for part in table:
+            for c, chunk in enumerate(part["chunks"]):
+                for name, scores in chunk.items():
+                    for row, (value, error) in zip(part["rows"], scores, strict=True):
+                        out[name][c * n + row] = Score(value, error)
+        return out
+
+    def pictures(self, codes_PRT: jax.Array, prompts: Sequence[str], noise_keys_B: jax.Array) -> jax.Array:
+        """uint8 pictures [B, H, W, 3] of rollouts, on the mesh."""
         codes_BYX = codes_PRT.reshape(-1, *self.grid)
-        return np.asarray(self.model.decode_images(codes_BYX, prompts, self.model.noise(noise_keys_B, self.grid), self.decode))
+        return self.model.decode_images(codes_BYX, prompts, self.model.noise(noise_keys_B, self.grid), self.decode)
 
 
 def image_statistics(images: np.ndarray) -> dict[str, float]:
     """What reward hacking would move: edge density (mean absolute gradient, 0..255) and entropy in bits of colours at 4 levels a channel."""
+    return join_statistics([image_sums(images)])
+
+
+def image_sums(images: np.ndarray) -> list[float]:
+    """What `image_statistics` are made of, to be added up over processes: pictures, mean gradients per picture, colours."""
     x = images.astype(np.float32)
-    edges = np.abs(np.diff(x, axis=1)).mean() + np.abs(np.diff(x, axis=2)).mean()
+    edges = np.abs(np.diff(x, axis=1)).mean((1, 2, 3)) + np.abs(np.diff(x, axis=2)).mean((1, 2, 3))
     level = images >> 6
     index = (level[..., 0].astype(np.int64) * 4 + level[..., 1]) * 4 + level[..., 2]
-    p = np.bincount(index.ravel(), minlength=64) / index.size
-    return {"image/edge_density": float(edges), "image/colour_entropy": float(-(p[p > 0] * np.log2(p[p > 0])).sum())}
+    return [len(images), float(edges.sum(dtype=np.float64)), *np.bincount(index.ravel(), minlength=64).tolist()]
+
+
+def join_statistics(sums: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Image statistics of all processes' pictures."""
+    n, edges, *colours = np.sum(sums, axis=0)
+    p = np.array(colours) / np.sum(colours)
+    return {"image/edge_density": float(edges / n), "image/colour_entropy": float(-(p[p > 0] * np.log2(p[p > 0])).sum())}
 
 
 def open_clients(section: Mapping[str, Any], poll: Callable[[], None]) -> tuple[dict[str, RewardClient], dict[str, float]]:
@@ -297,8 +332,10 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
     optimizer = make_optimizer(build(OptimizerConfig, config.optimizer, "config.optimizer"), run.steps * grpo.updates_per_batch)
     state = init_state(lambda: init_params("transformer", ar, jax.random.key(0)), optimizer, mesh)
     state = state.replace(params=jax.tree.map(jnp.copy, ref_params))
-    clients, weights = open_clients(config.rewards, stop.check)
-    rollouts = Rollouts(model, grid, sampling, decode, rollout, advantage, grpo.rollouts_per_prompt, clients, weights, stop.check)
+    clients, weights = open_clients(config.rewards, stop.check_waiting)
+    rollouts = Rollouts(
+        model, grid, sampling, decode, rollout, advantage, grpo.rollouts_per_prompt, clients, weights, stop.check, stop.check_waiting
+    )
     parts = max(1, B // grpo.updates_per_batch // rollout.micro_batch) if rollout.micro_batch else 1
 
     def update(state, ref_params, batch, reward_PR, given_PR, key):
@@ -308,7 +345,8 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
         state, learned = grpo_update(policy, optimizer, state, ref_params if grpo.kl_coef else None, batch, grpo, parts, key)
         return state, metrics | learned
 
-    update = jax.jit(update, donate_argnums=0)
+    flops = FlopCount()
+    update = flops(jax.jit(update, donate_argnums=0))
 
     def step(state: TrainState, batch: dict[str, Any], number: int):
         key = key_for(run.seed, number, 0)
@@ -327,7 +365,7 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
         if rollout.max_logp_gap and ar.dtype == jnp.float32 and gap > rollout.max_logp_gap:
             raise FloatingPointError(f"sampler and trainer differ by {gap:.2e} in a log-prob at step {number + 1} (limit {rollout.max_logp_gap:g})")
         seconds["perf/update_s"] = time.perf_counter() - began
-        return state, {k: v for k, v in total.stats.items() if np.isfinite(v)} | metrics | image_statistics(images) | seconds
+        return state, {k: v for k, v in total.stats.items() if np.isfinite(v)} | metrics | join_statistics(gather_json(image_sums(images))) | seconds
 
     def grid_picture(state: TrainState, number: int) -> np.ndarray:
         n = -(-2 // model.ways) * model.ways
@@ -336,14 +374,19 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
         ids_PS, lengths_P = rollouts.prompt_ids(batch["caption"])
         negative = pad_prompts([model.tokenizer.negative_prompt(*grid)] * n) if sampling.guided else None
         out = rollouts.sample(state.params, ids_PS, lengths_P, jax.vmap(lambda k: jax.random.split(k, 8))(keys_P), negative)
-        return tile(rollouts.pictures(out["codes"], [p for p in batch["caption"] for _ in range(8)], jnp.repeat(keys_P, 8)), columns=8)
+        return tile(whole(rollouts.pictures(out["codes"], [p for p in batch["caption"] for _ in range(8)], jnp.repeat(keys_P, 8))), columns=8)
 
-    batches = DataIterator(rendered_dataset(data, run.seed, run.batch_size))
+    prompts_here = here("config.batch_size", run.batch_size, mesh)
+
+    def to_batch(examples: dict[str, Any]) -> dict[str, list[Any]]:
+        return share({name: examples[name] for name in ("caption", "targets")}, prompts_here, run.batch_size)
+
+    batches = DataIterator(rendered_dataset(data, run.seed, run.batch_size, rows=prompts_here), to_batch)
 
     def export(state: TrainState, directory, note):
         export_model(directory, {"transformer": (state.params, ar)}, run.init_from, note)
 
-    return Stage(state, batches, step, export, grid_picture, items_per_step=B, close=lambda: close_all(clients))
+    return Stage(state, batches, step, export, grid_picture, items_per_step=B, close=lambda: close_all(clients), flops=lambda: flops.total)
 
 
 def check_divides(prompts: int, grpo: GRPOConfig, rollout: RolloutConfig, ways: int) -> None:

@@ -1,0 +1,205 @@
+"""xomni eval SUITE: one benchmark, or all whose data are there, from prompts to a result file."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from xomni_jax.assets import TINY_SFT
+from xomni_jax.evaluation.suites import PUBLISHED, SUITES, get_suite
+
+EXAMPLE = "xomni eval rendered-text --model xomni_jax/assets/tiny_sft --out runs/rendered-text --limit 8"
+_PHASES = """\
+Two phases, which may run apart and on different machines: --phase generate (or answer) runs the model, --phase score the judge or the
+local rules. Both append what is finished, item by item: after an interruption of any kind the same command goes on. Several processes
+share one OUT with --shard 1/N to N/N, at the same time or one after the other; whoever finishes last writes the results, which are the
+same to the byte however the work was cut. Seeds are per item and repeat: --ids X in another OUT draws item X alone, to the bit the same.
+
+OUT/results.json has the scores, counts and every setting, OUT/items.jsonl one line per item, OUT/images the pictures in the official
+layout. --phase score also judges pictures of another program that lie there.
+"""
+
+
+def add_suites(kinds: Any) -> None:
+    """A subcommand per suite, and `all`."""
+    for name in SUITES:
+        suite = get_suite(name)
+        drawn = f"{suite.repeats} picture{'s' * (suite.repeats > 1)} per prompt" if suite.task == "generate" else "greedy answers, local rules"
+        judged = f"judge: {suite.judge}" if suite.judge else ""
+        switches = "".join(f"\n  --switch {switch}: {what}" for switch, what in suite.switches.items())
+        facts = [f"{suite.title}: " + ", ".join(filter(None, (f"{suite.published} items" * bool(suite.published), drawn, judged))) + "."]
+        facts += [f"--data must hold {suite.files}." * bool(suite.files)]
+        facts += ["The official scorer's behaviour is the default; named departures from it:" + switches] * bool(switches)
+        sub = _parser(kinds, name, suite.title, "\n".join(filter(None, facts)) + "\n\n" + _PHASES)
+        _add_options(sub, {suite.task}, bool(suite.files))
+    about = f"Runs {', '.join(PUBLISHED)}: every one whose data lie in DATA or in DATA/SUITE, into OUT/SUITE. The others are named with what\nthey need.\n\n"
+    _add_options(_parser(kinds, "all", "every benchmark whose data are found", about + _PHASES), {"generate", "answer"}, True)
+
+
+def _parser(kinds: Any, name: str, line: str, description: str) -> argparse.ArgumentParser:
+    example = EXAMPLE if name.startswith("rendered") else f"xomni eval {name} --model MODEL --data DATA --out runs/{name}"
+    return kinds.add_parser(
+        name,
+        help=line,
+        description=description,
+        epilog="example:\n  " + example.replace("rendered-text", name),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _add_options(parser: argparse.ArgumentParser, tasks: set[str], data: bool) -> None:
+    parser.add_argument("--out", required=True, metavar="OUT", help="directory of the run; the same one to go on")
+    if data:
+        parser.add_argument("--data", required=True, metavar="DATA", help="directory of the published files")
+    parser.add_argument("--phase", choices=("all", *sorted(tasks, reverse=True), "score"), default="all", help="default: all")
+    which = parser.add_argument_group("which items")
+    which.add_argument("--limit", type=int, metavar="N", help="the first N items only")
+    which.add_argument("--ids", nargs="+", default=(), metavar="ID", help="these items only")
+    which.add_argument("--shard", type=_shard, default=(0, 1), metavar="K/N", help="this process is the K-th of N that share OUT (default 1/1)")
+    model = parser.add_argument_group("the model")
+    model.add_argument("--model", default=TINY_SFT, metavar="DIR", help="model directory (default: the tiny model that ships with the package)")
+    model.add_argument("--mesh", type=_mesh, default=None, metavar="AXIS=N,...", help="devices per mesh axis: data, fsdp, tensor (default: fsdp=-1, all)")
+    what = "pictures" if tasks == {"generate"} else "answers" if tasks == {"answer"} else "pictures or answers"
+    model.add_argument("--batch", type=_positive, default=16, metavar="N", help=f"{what} at a time, of each data-parallel part of the mesh (default 16)")
+    if "generate" in tasks:
+        drawing = parser.add_argument_group("drawing (the defaults are the released ones)")
+        drawing.add_argument("--decode-batch", type=_positive, default=16, metavar="N", help="pictures decoded to pixels at a time (default 16)")
+        drawing.add_argument("--height", type=_positive, metavar="PIXELS", help="default: the model's own (1152 as released)")
+        drawing.add_argument("--width", type=_positive, metavar="PIXELS", help="default: the model's own (1152 as released)")
+        drawing.add_argument("--seed", type=_seed, default=1234, help="the released command's 1234 by default")
+        drawing.add_argument("--temperature", type=float, default=1.0, help="of the image codes; 0 takes the likeliest (default 1)")
+        drawing.add_argument("--top-k", type=int, default=50, metavar="K", help="keep the K likeliest codes; 0 is off (default 50)")
+        drawing.add_argument("--top-p", type=float, default=1.0, metavar="P", help="keep the likeliest codes that hold P; 1 is off (default 1)")
+        drawing.add_argument("--min-p", type=float, default=0.03, metavar="P", help="drop codes below P times the likeliest (default 0.03)")
+        drawing.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance of the codes; 1 is off (default 1)")
+    scoring = parser.add_argument_group("scoring")
+    scoring.add_argument("--judge", default=None)
+    scoring.add_argument("--switch", action="append", default=[], metavar="NAME", help="a named departure from the official scorer, see above")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the phases of one suite, or of all; the last line says where the results are."""
+    from xomni_jax.evaluation.session import ModelOptions, ModelSession
+    from xomni_jax.sampling.logits import SamplingConfig
+    from xomni_jax.training.preemption import StopRequested, StopSignal
+
+    names = PUBLISHED if args.evaluation == "all" else (args.evaluation,)
+    drawing = {}
+    if hasattr(args, "seed"):
+        sampling = SamplingConfig(args.temperature, args.top_k, args.top_p, args.min_p, args.guidance)
+        drawing = {"height": args.height, "width": args.width, "seed": args.seed, "sampling": sampling, "decode_batch": args.decode_batch}
+    session = ModelSession(ModelOptions(args.model, args.mesh, batch=args.batch, **drawing))
+    with StopSignal() as stop:
+        try:
+            return _run_all(args, names, session, stop) if args.evaluation == "all" else _run_suite(args, names[0], session, stop)
+        except StopRequested:
+            print("stopped; what is finished is kept, the same command goes on from there", file=sys.stderr)
+            return 130
+
+
+def _run_suite(args: argparse.Namespace, name: str, session: Any, stop: Any) -> int:
+    """The phases of one suite."""
+    from xomni_jax.evaluation import runner
+
+    suite = get_suite(name, args.switch)
+    work = runner.open_work(suite, getattr(args, "data", None), args.out, args.limit, args.ids, args.shard)
+    results = _phases(args, work, session, stop)
+    if results is None:
+        print(f"{suite.name}: {runner.missing(work)} of {len(work.items)} items are not finished; results come with the last of them")
+        print(f"so far in {args.out}")
+        return 0
+    print(_summary(results, work))
+    print(f"results: {work.run.path / 'results.json'}")
+    return 0
+
+
+def _run_all(args: argparse.Namespace, names: tuple[str, ...], session: Any, stop: Any) -> int:
+    """The suites whose data are found; one that fails does not keep the others from running."""
+    from xomni_jax.evaluation import runner
+    from xomni_jax.evaluation.suite import SuiteError
+
+    absent, failed, done = [], [], []
+    for name in names:
+        suite, data = get_suite(name, [s for s in args.switch if s in get_suite(name).switches]), Path(args.data) / name
+        if args.phase not in ("all", suite.task, "score"):
+            continue
+        try:
+            work = runner.open_work(suite, data if data.is_dir() else args.data, Path(args.out) / name, args.limit, args.ids, args.shard)
+        except SuiteError as e:
+            absent.append(f"{name}: {e}")
+            continue
+        try:
+            results = _phases(args, work, session, stop)
+            done.append(f"{name}: {runner.missing(work)} items left" if results is None else _summary(results, work))
+        except ValueError as e:
+            failed.append(f"{name}: {e}")
+    print("\n".join([*(f"not run: {line}" for line in absent), *(f"failed: {line}" for line in failed), *done]))
+    print(f"results: {Path(args.out) / 'SUITE' / 'results.json'}")
+    return 2 if failed or not done else 0
+
+
+def _phases(args: argparse.Namespace, work: Any, session: Any, stop: Any) -> dict[str, Any] | None:
+    """Runs what was asked for; the results once every process's items are finished."""
+    from xomni_jax.evaluation import runner
+    from xomni_jax.evaluation.judges import open_judge
+
+    scoring = args.phase in ("all", "score")
+    # The judge comes first: that it is silent is better known before hours of drawing.
+    judge = open_judge(work.suite.judge, args.judge) if scoring and work.suite.judge else None
+    try:
+        if args.phase != "score":
+            session.run(work, stop)
+        if judge is not None:
+            runner.judge_outputs(work, judge, stop)
+    finally:
+        if judge is not None:
+            judge.close()
+    return runner.write_results(work, args.switch) if scoring and not runner.missing(work) else None
+
+
+def _summary(results: Mapping[str, Any], work: Any) -> str:
+    """The scores of a suite, and how many items they are made of."""
+    counts, switches = results["counts"], results["switches"]
+    of = f" of {counts['published']}" if counts["published"] else ""
+    lines = [f"{results['title']}: {results['headline']['name']} {_digits(results['headline']['value'])}"]
+    lines += [f"  {name}: {_digits(value)}" for name, value in results["scores"].items() if name != results["headline"]["name"]]
+    lines += [f"  {name}: {_digits(c['score'])} ({c['items']} items)" for name, c in results["categories"].items()]
+    lines += [f"  {counts['items']}{of} items, {counts['outputs']} outputs, each once; {counts['unparsed']} replies could not be read"]
+    lines += [f"  {n} {name}" for name, n in counts.items() if name in ("overlong prompts", "fitted pictures") and n]
+    lines += [f"  judge: {results['judge']['name']}"] * bool(results["judge"])
+    lines += [f"  switches: {', '.join(switches)}"] * bool(switches)
+    return "\n".join([*lines, *(f"  {note}" for note in results["notes"])])
+
+
+def _digits(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4f}"
+
+
+def _shard(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no share; write K/N with K from 1 to N, such as 1/2")
+    return int(found[1]) - 1, int(found[2])
+
+
+def _mesh(text: str) -> dict[str, int]:
+    found = [re.fullmatch(r"(\w+)=(-?\d+)", part.strip()) for part in text.split(",")]
+    if not all(found):
+        raise argparse.ArgumentTypeError(f"{text!r} is no mesh; write it like fsdp=4,tensor=2")
+    return {part[1]: int(part[2]) for part in found}
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdigit() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is no seed; give a number from 0 to {2**32 - 1}")
+    return int(text)
