@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from xomni_jax.cli import eval_suite
+from xomni_jax.cli import eval_study, eval_suite
 
 EXAMPLE = eval_suite.EXAMPLE
 _EFFECT_EXAMPLE = (
@@ -30,9 +30,12 @@ and scores). When it is interrupted, the same command goes on from the finished 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """One subcommand per benchmark, `all`, and `effect`."""
-    kinds = parser.add_subparsers(dest="evaluation", metavar="WHAT", required=True)
+    """One subcommand per benchmark, `all`, the studies, and `effect`."""
+    parser.add_argument("--paper-table", action="store_true", help="print the command behind each number of the paper's tables 1 to 4")
+    parser.add_argument("--runs", metavar="DIR", help="with --paper-table: where finished runs are, to print their numbers beside")
+    kinds = parser.add_subparsers(dest="evaluation", metavar="WHAT")
     eval_suite.add_suites(kinds)
+    eval_study.add_studies(kinds)
     effect = kinds.add_parser(
         "effect",
         help="what reinforcement learning changed: SFT against RL",
@@ -100,6 +103,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:
     """Runs the evaluation that was asked for."""
+    if args.paper_table:
+        from xomni_jax.evaluation.paper_table import find_runs, rows, table_text
+
+        print(table_text(rows(find_runs(args.runs) if args.runs else ())))
+        return 0
+    if args.evaluation is None:
+        raise ValueError("say what to evaluate, such as rendered-text, or give --paper-table; xomni eval --help lists all")
+    if args.evaluation in eval_study.STUDIES:
+        return eval_study.run(args)
     return _effect(args) if args.evaluation == "effect" else eval_suite.run(args)
 
 

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+STUDIES = ("guidance", "best-of-n")
 GUIDANCE_EXAMPLE = "xomni eval guidance runs/off runs/on --out runs/guidance"
 BEST_EXAMPLE = "xomni eval best-of-n --sft runs/sft --rl runs/rl --out runs/best-of-n"
 _GUIDANCE = """\

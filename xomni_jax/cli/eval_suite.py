@@ -113,7 +113,7 @@ def _run_suite(args: argparse.Namespace, name: str, session: Any, stop: Any) -> 
         print(f"so far in {args.out}")
         return 0
     print(_summary(results, work))
-    print(f"results: {work.run.path / 'results.json'}")
+    print(f"results: {work.run.path / 'results.json'}\nreport:  {work.run.path / 'report.html'}")
     return 0
 
 
@@ -146,6 +146,7 @@ def _phases(args: argparse.Namespace, work: Any, session: Any, stop: Any) -> dic
     """Runs what was asked for; the results once every process's items are finished."""
     from xomni_jax.evaluation import runner
     from xomni_jax.evaluation.judges import open_judge
+    from xomni_jax.evaluation.run_report import write_run_report
 
     scoring = args.phase in ("all", "score")
     # The judge comes first: that it is silent is better known before hours of drawing.
@@ -158,7 +159,11 @@ def _phases(args: argparse.Namespace, work: Any, session: Any, stop: Any) -> dic
     finally:
         if judge is not None:
             judge.close()
-    return runner.write_results(work, args.switch) if scoring and not runner.missing(work) else None
+    if not scoring or runner.missing(work):
+        return None
+    results = runner.write_results(work, args.switch)
+    write_run_report(work.run.path)
+    return results
 
 
 def _summary(results: Mapping[str, Any], work: Any) -> str:
