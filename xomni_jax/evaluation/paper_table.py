@@ -24,21 +24,14 @@ LEGEND = {
 }
 MODELS = {"en": "models/xomni-en", "zh": "models/xomni-zh"}  # converted from the released X-Omni-En and X-Omni-Zh
 DRAWING = {"height": 1152, "width": 1152, "temperature": 1.0, "top-k": 50, "top-p": 1.0, "min-p": 0.03, "guidance": 1.0, "seed": 1234}
-# Where the paper says four pictures per prompt, and what it does not say about a row.
-FOUR_STATED = ("longtext-en", "longtext-zh")
-UNSTATED = {
-    "oneig-text-en": ("which checkpoint",),
-    "oneig-text-zh": ("which checkpoint",),
-    "longtext-en": ("which checkpoint",),
-    "longtext-zh": ("which checkpoint",),
-    "dpg": ("which checkpoint",),
-    "geneval": ("which checkpoint", "the rewritten prompts, the rewriter and its instruction"),
-    "pope": ("which checkpoint", "the metric: mean F1 of the splits is taken", "the instruction after the question"),
-    "gqa": ("which checkpoint", "the instruction after the question"),
-    "mmbench": ("which checkpoint", "the version and the split: dev is what has answers"),
-    "seedbench": ("which checkpoint", "how a letter is read from the reply"),
-    "docvqa": ("which checkpoint", "the split: val is what has answers"),
-    "ocrbench": ("which checkpoint",),
+FOUR_STATED = ("longtext-en", "longtext-zh")  # the paper says four pictures per prompt
+# What else the paper does not say about a row, beside the settings that are marked.
+NOTES = {
+    "geneval": "the rewritten prompts, the rewriter and its instruction",
+    "pope": "the metric (mean F1 of the splits is taken)",
+    "mmbench": "the version and the split (dev is the one with answers)",
+    "seedbench": "how a letter is read from the reply",
+    "docvqa": "the split (val is the one with answers)",
 }
 
 
@@ -57,7 +50,6 @@ class Row(NamedTuple):
     suite: str
     settings: tuple[Setting, ...]
     command: str
-    unstated: tuple[str, ...]
     paper: dict[str, str | None]
     ours: dict[str, str | None]
     run: EvalRun | None
@@ -72,7 +64,7 @@ def rows(runs: Iterable[EvalRun] = ()) -> list[Row]:
     for suite, place in paper.PLACES.items():
         run, settings = best.get(suite), suite_settings(suite)
         ours = {} if run is None else paper.ours(run.results)
-        made.append(Row(place.table, suite, settings, command(suite), UNSTATED[suite], paper.values(suite)[paper.OURS], ours, run))
+        made.append(Row(place.table, suite, settings, command(suite), paper.values(suite)[paper.OURS], ours, run))
     return sorted(made, key=lambda row: row.table)
 
 
@@ -85,6 +77,7 @@ def suite_settings(name: str) -> tuple[Setting, ...]:
             checkpoint,
             Setting("decoding", "greedy", CODE),
             Setting("max_new_tokens", str(suite.max_new_tokens), BENCHMARK),
+            Setting("instruction after the question", "the suite's default", BENCHMARK),
         )
     repeats = Setting("images per prompt", str(suite.repeats), PAPER if name in FOUR_STATED else BENCHMARK)
     rewriting = Setting("rewriting", "yes" if name == "geneval" else "none", PAPER if name == "geneval" else OPEN)
@@ -159,7 +152,8 @@ def row_text(row: Row) -> list[str]:
     """The lines of one suite."""
     settings = ", ".join(f"{s.name} {s.value}{MARKS[s.source]}" for s in row.settings)
     lines = [f"{row.suite}: {get_suite(row.suite).title}", f"  {row.command}", f"  settings: {settings}"]
-    lines.append(f"  the paper does not say: {'; '.join(row.unstated)}")
+    unstated = [s.name for s in row.settings if s.source != PAPER] + [NOTES[row.suite]] * (row.suite in NOTES)
+    lines.append(f"  the paper does not say: {', '.join(unstated)}")
     lines.append("  paper: " + numbers(row.paper))
     if row.run is None:
         return [*lines, "  ours:  not run"]
