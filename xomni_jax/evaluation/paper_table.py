@@ -121,7 +121,7 @@ def departures(row: Row) -> list[str]:
     facts, published = row.run.facts, get_suite(row.suite).published
     said = [f"{len(row.run.items)} of {published} items"] if published and len(row.run.items) != published else []
     for setting in row.settings:
-        name = setting.name.replace("-", "_")
+        name = "repeats" if setting.name == "images per prompt" else setting.name.replace("-", "_")
         found = next((facts[at] for at in (name, f"sampling.{name}") if at in facts), None)
         if found is not None and str(found) != setting.value and not same_number(found, setting.value):
             said.append(f"{setting.name} {found}")
@@ -152,8 +152,8 @@ def row_text(row: Row) -> list[str]:
     """The lines of one suite."""
     settings = ", ".join(f"{s.name} {s.value}{MARKS[s.source]}" for s in row.settings)
     lines = [f"{row.suite}: {get_suite(row.suite).title}", f"  {row.command}", f"  settings: {settings}"]
-    unstated = [s.name for s in row.settings if s.source != PAPER] + [NOTES[row.suite]] * (row.suite in NOTES)
-    lines.append(f"  the paper does not say: {', '.join(unstated)}")
+    unstated = [s.name for s in row.settings if s.source != PAPER]
+    lines.append(f"  the paper does not say: {', '.join(filter(None, (*unstated, NOTES.get(row.suite))))}")
     lines.append("  paper: " + numbers(row.paper))
     if row.run is None:
         return [*lines, "  ours:  not run"]
