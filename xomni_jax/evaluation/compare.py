@@ -160,7 +160,7 @@ def page(runs: Sequence[EvalRun], comparison: dict[str, Any], out: Path) -> str:
     categories = [comparison["items"][i]["category"] for i in changed]
     listed = controls(categories, ORDERS) + f'<div id="items" class="items pairs">{cards}</div>' if changed else "<p>No score changed.</p>"
     body = [
-        f"<header><p class=over>X-Omni in JAX</p><h1>{escape(comparison['title'])}: {' against '.join(names[::-1])}</h1></header>",
+        f"<header><p class=over>X-Omni in JAX</p><h1>{escape(comparison['title'])}: {', '.join(names[1:])} against {names[0]}</h1></header>",
         section("Scores", difference_table(comparison, names), "", METHOD),
         section("What differs between the runs", settings_table(comparison, names)) if comparison["settings"] else "",
         section("What changed most", listed, "", said),
@@ -188,7 +188,8 @@ def signed(value: float | None) -> str:
 
 def settings_table(comparison: dict[str, Any], names: Sequence[str]) -> str:
     """Settings that differ, one column per run."""
-    return table(("", *names), [(escape(n), [escape(str(v)) for v in values]) for n, values in comparison["settings"].items()])
+    rows = [(escape(n), [escape(str(v)) for v in values]) for n, values in comparison["settings"].items()]
+    return f"<div class=wrap>{table(('', *names), rows)}</div>"
 
 
 def pair_card(runs: Sequence[EvalRun], names: Sequence[str], comparison: dict[str, Any], i: int, pictures: dict, out: Path) -> str:

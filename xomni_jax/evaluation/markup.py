@@ -71,7 +71,7 @@ def figure(svg: str, title: str) -> str:
 
 def scroll(table: str) -> str:
     """Wide tables scroll inside their own box."""
-    return f"<div class=scroll>{table}</div>"
+    return f"<div class=scroll tabindex=0>{table}</div>"
 
 
 def decimal(value: float | None, digits: int = 3) -> str:

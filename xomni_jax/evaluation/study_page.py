@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -75,7 +76,7 @@ def guidance_page(study: dict[str, Any]) -> str:
     parts = [
         header(study, "guidance off and on"),
         section("Scores", table(head, body), "", GUIDANCE_TEXT),
-        section("Mean score by guidance", figure(score_chart(rows, "guidance", "guidance", "SFT"), study["title"]), "two"),
+        section("Mean score by guidance", figure(score_chart(rows, "guidance", "guidance"), study["title"]), "few"),
         section("By category", table(("", *(f"guidance {r['guidance']:g}" for r in rows)), per)) if per else "",
         section("Runs", table(("", "run"), [(f"guidance {r['guidance']:g}", [escape(r["run"])]) for r in rows])),
     ]
@@ -110,14 +111,15 @@ def best_of_page(study: dict[str, Any]) -> str:
     ]
     body.append(("RL", [cell(study["rl"]["score"], ".4f"), "", f"{decimal(study['rl']['headline'], 4)}<small>all its samples</small>"]))
     level = None if study["rl"]["score"]["value"] is None else ("RL, one sample", study["rl"]["score"]["value"])
-    chart = score_chart(study["rows"], "n", "N", "SFT", level)
+    powers = [r | {"log2": math.log2(r["n"])} for r in study["rows"]]
+    chart = score_chart(powers, "log2", "N", level, {p["log2"]: str(p["n"]) for p in powers})
     note = f"{BEST_TEXT} {ORACLE if study['reward'] == 'score' else 'Picked by the reward ' + study['reward'] + '.'}"
     runs = [("SFT", [escape(", ".join(study["sft"]["runs"]))]), ("RL", [escape(", ".join(study["rl"]["runs"]))])]
     parts = [
         header(study, "one RL sample against the best of N"),
         f"<p class=lead>{escape(verdict(study))}</p>",
         section("Scores", table(head, body, ("RL",)), "", note),
-        section("Mean score of SFT's best of N", figure(chart, study["title"]), "two"),
+        section("Mean score of SFT's best of N", figure(chart, study["title"]), "few"),
         section("Runs", table(("", "runs"), runs)),
     ]
     return document(f"{study['title']}: best of N", "".join(parts), "gallery.css")
@@ -147,12 +149,12 @@ def header(study: dict[str, Any], what: str) -> str:
     )
 
 
-def score_chart(rows: Sequence[dict[str, Any]], x: str, x_label: str, label: str, level: tuple[str, float] | None = None) -> str:
+def score_chart(rows: Sequence[dict[str, Any]], x: str, x_label: str, level: Any = None, x_ticks: Any = None) -> str:
     """Mean scores with their band; empty when none is known."""
     known = [r for r in rows if r["score"]["value"] is not None]
     low, high = ([r["score"]["ci95"][end] for r in known] for end in (0, 1))
-    line = Line(label, [r[x] for r in known], [r["score"]["value"] for r in known], low, high, dots=True)
-    return line_chart([line], x_label, None, level)
+    line = Line("score", [r[x] for r in known], [r["score"]["value"] for r in known], low, high, dots=True)
+    return line_chart([line], x_label, None, level, x_ticks)
 
 
 def cell(estimated: dict[str, Any], form: str) -> str:
