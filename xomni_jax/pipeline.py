@@ -23,7 +23,7 @@ from xomni_jax.sampling.decode import generate_codes, generate_text
 from xomni_jax.sampling.decoder import DecodeConfig, Decoder, to_uint8
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sequence.tokenizer import MultimodalTokenizer, encoder_ids, fixed_length_ids, read_tokenizer
-from xomni_jax.sharding.arrays import batch_sharding
+from xomni_jax.sharding.arrays import batch_sharding, whole
 from xomni_jax.sharding.mesh import make_mesh
 from xomni_jax.sharding.rules import RULES, param_shardings
 
@@ -380,7 +380,7 @@ class XOmni:
         prompts = [self.tokenizer.understanding_prompt(c, q) for c, q in zip(codes, questions, strict=True)]
         ids_PS, lengths_P = map(self.fill, pad_prompts(prompts, multiple))
         with jax.set_mesh(self.mesh):
-            return np.asarray(self._answerer(max_tokens)(self.params("transformer"), ids_PS, lengths_P))[: len(prompts)]
+            return whole(self._answerer(max_tokens)(self.params("transformer"), ids_PS, lengths_P))[: len(prompts)]
 
     @functools.cache
     def _answerer(self, max_tokens: int):

@@ -83,67 +83,84 @@ def _add_options(parser: argparse.ArgumentParser, tasks: set[str], data: bool) -
 
 def run(args: argparse.Namespace) -> int:
     """Runs the phases of one suite, or of all; the last line says where the results are."""
+    from xomni_jax.cli.train import together
+    from xomni_jax.sharding import distributed
+
+    # Workers with shares of their own know nothing of each other; without, the processes of a slice hold one model together.
+    alone = args.phase == "score" or args.shard[1] > 1
+    line = None if alone else distributed.start({f"--{name}": str(value) for name, value in vars(args).items() if name != "run"})
+    if line is None:
+        return _run(args, None)
+    codes: list[int] = []
+    return together(line, lambda: codes.append(_run(args, line)), "eval") or codes[0]
+
+
+def _run(args: argparse.Namespace, line: Any) -> int:
     from xomni_jax.evaluation.session import ModelOptions, ModelSession
     from xomni_jax.sampling.logits import SamplingConfig
     from xomni_jax.training.preemption import StopRequested, StopSignal
 
-    names = PUBLISHED if args.evaluation == "all" else (args.evaluation,)
+    if line is not None and args.phase == "all":
+        raise ValueError("several JAX processes make outputs together but do not score them; add --phase generate or answer, then score in one process")
     drawing = {}
     if hasattr(args, "seed"):
         sampling = SamplingConfig(args.temperature, args.top_k, args.top_p, args.min_p, args.guidance)
         drawing = {"height": args.height, "width": args.width, "seed": args.seed, "sampling": sampling, "decode_batch": args.decode_batch}
-    session = ModelSession(ModelOptions(args.model, args.mesh, batch=args.batch, **drawing))
-    with StopSignal() as stop:
+    args.session = ModelSession(ModelOptions(args.model, args.mesh, batch=args.batch, **drawing))
+    args.process = (0, 1) if line is None else (line.index, line.count)
+    with StopSignal(line) as args.stop:
         try:
-            return _run_all(args, names, session, stop) if args.evaluation == "all" else _run_suite(args, names[0], session, stop)
+            return _run_all(args) if args.evaluation == "all" else _run_suite(args)
         except StopRequested:
             print("stopped; what is finished is kept, the same command goes on from there", file=sys.stderr)
             return 130
 
 
-def _run_suite(args: argparse.Namespace, name: str, session: Any, stop: Any) -> int:
+def _run_suite(args: argparse.Namespace) -> int:
     """The phases of one suite."""
-    from xomni_jax.evaluation import runner
-
-    suite = get_suite(name, args.switch)
-    work = runner.open_work(suite, getattr(args, "data", None), args.out, args.limit, args.ids, args.shard)
-    results = _phases(args, work, session, stop)
-    if results is None:
-        print(f"{suite.name}: {runner.missing(work)} of {len(work.items)} items are not finished; results come with the last of them")
-        print(f"so far in {args.out}")
-        return 0
-    print(_summary(results, work))
-    print(f"results: {work.run.path / 'results.json'}\nreport:  {work.run.path / 'report.html'}")
+    suite = get_suite(args.evaluation, args.switch)
+    work = _work(args, suite, getattr(args, "data", "."), args.out)
+    results = _phases(args, work)
+    print(_summary(results, work) if results else _unfinished(work))
+    print(f"results: {work.run.path / 'report.html'}, results.json, results.csv" if results else f"outputs so far: {work.run.path}")
     return 0
 
 
-def _run_all(args: argparse.Namespace, names: tuple[str, ...], session: Any, stop: Any) -> int:
+def _run_all(args: argparse.Namespace) -> int:
     """The suites whose data are found; one that fails does not keep the others from running."""
-    from xomni_jax.evaluation import runner
     from xomni_jax.evaluation.suite import SuiteError
 
     absent, failed, done = [], [], []
-    for name in names:
-        suite, data = get_suite(name, [s for s in args.switch if s in get_suite(name).switches]), Path(args.data) / name
+    for name in PUBLISHED:
+        suite = get_suite(name, [switch for switch in args.switch if switch in get_suite(name).switches])
         if args.phase not in ("all", suite.task, "score"):
             continue
+        data = Path(args.data) / name
         try:
-            work = runner.open_work(suite, data if data.is_dir() else args.data, Path(args.out) / name, args.limit, args.ids, args.shard)
+            work = _work(args, suite, data if data.is_dir() else args.data, Path(args.out) / name)
         except SuiteError as e:
-            absent.append(f"{name}: {e}")
+            absent.append(f"not run: {name}: {e}")
             continue
         try:
-            results = _phases(args, work, session, stop)
-            done.append(f"{name}: {runner.missing(work)} items left" if results is None else _summary(results, work))
+            results = _phases(args, work)
+            done.append(_summary(results, work) if results else _unfinished(work))
         except ValueError as e:
-            failed.append(f"{name}: {e}")
-    print("\n".join([*(f"not run: {line}" for line in absent), *(f"failed: {line}" for line in failed), *done]))
-    print(f"results: {Path(args.out) / 'SUITE' / 'results.json'}")
+            if args.process[1] > 1:
+                raise  # the others cannot know
+            failed.append(f"failed: {name}: {e}")
+    print("\n".join([*absent, *failed, *done]))
+    print(f"results: {Path(args.out)}/SUITE/report.html, results.json, results.csv")
     return 2 if failed or not done else 0
 
 
-def _phases(args: argparse.Namespace, work: Any, session: Any, stop: Any) -> dict[str, Any] | None:
-    """Runs what was asked for; the results once every process's items are finished."""
+def _work(args: argparse.Namespace, suite: Any, data: Any, out: Any) -> Any:
+    from xomni_jax.evaluation import runner
+
+    return runner.open_work(suite, data, out, args.limit, args.ids, args.shard, args.process)
+
+
+def _phases(args: argparse.Namespace, work: Any) -> dict[str, Any] | None:
+    """Runs what was asked for; the results once every worker's items are finished."""
     from xomni_jax.evaluation import runner
     from xomni_jax.evaluation.judges import open_judge
     from xomni_jax.evaluation.run_report import write_run_report
@@ -153,17 +170,31 @@ def _phases(args: argparse.Namespace, work: Any, session: Any, stop: Any) -> dic
     judge = open_judge(work.suite.judge, args.judge) if scoring and work.suite.judge else None
     try:
         if args.phase != "score":
-            session.run(work, stop)
+            args.session.run(work, args.stop)
         if judge is not None:
-            runner.judge_outputs(work, judge, stop)
+            runner.judge_outputs(work, judge, args.stop)
     finally:
         if judge is not None:
             judge.close()
-    if not scoring or runner.missing(work):
+    left = runner.missing(work) if scoring else 0
+    if left and judge is None and args.phase == "score":
+        raise ValueError(f"{work.suite.name}: {left} of {len(work.items)} items are not answered in {work.run.path}; run --phase answer")
+    if not scoring or left:
         return None
     results = runner.write_results(work, args.switch)
     write_run_report(work.run.path)
     return results
+
+
+def _unfinished(work: Any) -> str:
+    from xomni_jax.evaluation import runner
+
+    if not work.writes:
+        return f"{work.suite.name}: process {work.process[0]} is done"
+    left, of, verb = runner.missing(work), len(work.items), "judged" if work.suite.judge else "answered"
+    if left:
+        return f"{work.suite.name}: {of - left} of {of} items are {verb}; who finishes the last of them writes the results (--phase score)"
+    return f"{work.suite.name}: all {of} items are {verb}; --phase score writes the results"
 
 
 def _summary(results: Mapping[str, Any], work: Any) -> str:

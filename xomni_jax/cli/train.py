@@ -67,7 +67,7 @@ def facts(config: ConfigDict) -> dict[str, Any]:
     return {key: value for key, value in values.items() if not key.endswith(".urls")}
 
 
-def together(line: Any, action: Callable[[], Any]) -> int:
+def together(line: Any, action: Callable[[], Any], command: str = "train") -> int:
     """Runs the action of one of several processes; an error is told here and to the others, and ends the process without waiting for them."""
     from xomni_jax.cli.main import explain
     from xomni_jax.sharding.line import leave
@@ -76,7 +76,7 @@ def together(line: Any, action: Callable[[], Any]) -> int:
         action()
     except BaseException as e:  # noqa: BLE001 - whatever it is, the others must not wait
         try:
-            code = explain("train", e)
+            code = explain(command, e)
         except BaseException:  # noqa: BLE001
             traceback.print_exc()
             code = 1

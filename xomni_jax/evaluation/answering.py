@@ -14,6 +14,7 @@ from xomni_jax.data.preprocess import ImageLimits, preprocess, token_grid
 from xomni_jax.evaluation.batches import Batch, make_batches
 from xomni_jax.evaluation.suite import Item, SuiteError
 from xomni_jax.pipeline import XOmni
+from xomni_jax.sharding.arrays import whole
 
 STEPS = 4  # buckets per octave: a prompt is mostly its picture, and the prefill is most of the work
 OPENERS = 4  # threads that read pictures
@@ -108,6 +109,6 @@ class Answering:
             alike = [i for i, p in enumerate(pixels) if p.shape == shape]
             for first in range(0, len(alike), self.model.ways):
                 part = alike[first : first + self.model.ways]
-                for i, found in zip(part, np.asarray(self.model.encode_pixels(np.stack([pixels[i] for i in part])))):
+                for i, found in zip(part, whole(self.model.encode_pixels(np.stack([pixels[i] for i in part])))):
                     codes[i] = found
         return codes

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from tqdm import tqdm
 
-from xomni_jax.evaluation.eval_run import EvalRun, Item, Shot, category, reading, shots
+from xomni_jax.evaluation.eval_run import EvalRun, Item, Shot, category, outputs, reading, shots
 from xomni_jax.evaluation.markup import image_data
 
 SIDE = 320  # pixels of a thumbnail: large enough to read the text of a poster
@@ -115,10 +115,11 @@ def article(item: Item, body: str, by: float | None = None, badge: str = "") -> 
 
 def output_figures(run: EvalRun, item: Item, pictures: dict[Shot, str], root: Path | None = None) -> str:
     """The pictures of an item, each over its verdict and what was read in it. Links start from `root`, the folder of the page."""
+    drawn = [picture(shot, root or run.path, pictures) for shot in shots(run, item)]
+    drawn = drawn or [""] * outputs(item)  # judged pictures of another program are not listed
     return "".join(
-        f"<figure>{picture(shot, root or run.path, pictures)}"
-        f"<figcaption>{verdict(item, r)}{folded(reading(item, r)) or '&empty;'}</figcaption></figure>"
-        for r, shot in enumerate(shots(run, item))
+        f"<figure>{shown}<figcaption>{verdict(item, r)}{folded(reading(item, r)) or '&empty;'}</figcaption></figure>"
+        for r, shown in enumerate(drawn)
     )
 
 

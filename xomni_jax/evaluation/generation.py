@@ -13,6 +13,7 @@ from xomni_jax.evaluation.batches import Batch, item_keys, make_batches
 from xomni_jax.evaluation.suite import Item, SuiteError
 from xomni_jax.pipeline import NOISE, XOmni
 from xomni_jax.sampling.logits import SamplingConfig
+from xomni_jax.sharding.arrays import whole
 
 Drawn = list[tuple[Item, list[Image.Image]]]
 
@@ -95,6 +96,6 @@ class Generation:
         return pictures
 
     def _fetch(self, batch: Batch, parts: Sequence[jax.Array]) -> Drawn:
-        pictures = [Image.fromarray(image) for part in parts for image in np.asarray(part)]
+        pictures = [Image.fromarray(image) for part in parts for image in whole(part)]
         R = self.config.repeats
         return [(item, pictures[k * R : (k + 1) * R]) for k, item in enumerate(batch.items)]

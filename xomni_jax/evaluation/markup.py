@@ -28,7 +28,7 @@ def document(title: str, body: str, *more: str) -> str:
 def write_text(path: str | Path, text: str) -> Path:
     """Writes a text file; readers see the old one or the whole new one. Returns its path."""
     path = Path(path)
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")  # several processes may finish a run together
     part.write_text(text, encoding="utf-8", newline="")
     os.replace(part, path)
     return path

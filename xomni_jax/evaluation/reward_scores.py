@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from tqdm import tqdm
 
-from xomni_jax.evaluation.eval_run import EvalRun, shots
+from xomni_jax.evaluation.eval_run import EvalRun, outputs, shots
 from xomni_jax.evaluation.suite import SuiteError
 
 ITEMS_AT_ONCE = 4
@@ -56,6 +56,9 @@ def reward_scores(runs: Sequence[EvalRun], client: Client, version: str, kept: P
 
 def ask(client: Client, group: Sequence[tuple[EvalRun, int]]) -> list[list[float]]:
     """Values of the pictures of some items."""
+    for run, i in group:
+        if len(shots(run, run.items[i])) != outputs(run.items[i]):
+            raise SuiteError(f"{run.path}: item {run.items[i]['id']} lists no pictures, another program drew them; draw with xomni eval")
     wanted = [(run, run.items[i], shot) for run, i in group for shot in shots(run, run.items[i])]
     for run, item, shot in wanted:
         if not shot.path.is_file():

@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 from xomni_jax.evaluation.run_directory import RunDirectory, RunError, json_line
 from xomni_jax.evaluation.suite import Item, Judge, Suite, SuiteError
-from xomni_jax.training.preemption import StopSignal
+from xomni_jax.sharding.distributed import gather_json
+from xomni_jax.training.preemption import StopRequested, StopSignal
 
 SAVERS = 4  # threads that compress pictures
 JUDGED_AT_ONCE = 4  # items in one call of a judge
@@ -39,7 +40,8 @@ class Work:
 
     Attributes:
       items: the selected ones, in published order. data: says which data they were selected from, by number and hash.
-      share: (k, n): this process takes items k, k + n, ... of the selected ones.
+      share: (k, n): this worker takes items k, k + n, ... of the selected ones.
+      process: (k, n): which of n JAX processes this is, that make this share's outputs together on one mesh; the first one writes.
     """
 
     suite: Suite
@@ -47,15 +49,28 @@ class Work:
     data: Mapping[str, Any]
     run: RunDirectory
     share: tuple[int, int] = (0, 1)
+    process: tuple[int, int] = (0, 1)
 
     @property
     def worker(self) -> str:
-        """Name of this process's files."""
+        """Name of this worker's files."""
         return f"{self.share[0] + 1}-of-{self.share[1]}"
 
-    def left(self, done: Mapping[str, Any]) -> list[Item]:
-        """This process's items that are not done."""
-        return [item for item in self.items[self.share[0] :: self.share[1]] if item.id not in done]
+    @property
+    def writes(self) -> bool:
+        """Whether this process touches the run directory."""
+        return self.process[0] == 0
+
+    def mine(self) -> Sequence[Item]:
+        """This worker's items."""
+        return self.items[self.share[0] :: self.share[1]]
+
+    def left(self) -> list[Item]:
+        """This worker's items without outputs, the same on all its processes."""
+        ids = {item.id for item in self.mine()} - set(self.outputs()) if self.writes else set()
+        if self.process[1] > 1:
+            ids = set(gather_json(sorted(ids))[0])
+        return [item for item in self.mine() if item.id in ids]
 
     def outputs(self) -> dict[str, dict[str, Any]]:
         """id -> record of every finished output whose files are still there."""
@@ -70,6 +85,7 @@ def open_work(
     limit: int | None = None,
     ids: Sequence[str] = (),
     share: tuple[int, int] = (0, 1),
+    process: tuple[int, int] = (0, 1),
 ) -> Work:
     """Reads the data and selects `ids`, or the first `limit` items.
 
@@ -86,36 +102,41 @@ def open_work(
     if unknown := [name for name in ids if name not in known]:
         raise SuiteError(f"{suite.name} has no item {unknown[0]!r}; ids are such as {items[0].id!r}")
     selected = [item for item in items if item.id in set(ids)] if ids else items[:limit]
-    work = Work(suite, selected, described, run, share)
-    if (run.path / "settings.json").exists():
+    work = Work(suite, selected, described, run, share, process)
+    if work.writes and (run.path / "settings.json").exists():
         run.check("settings.json", {"suite": suite.name, "data": described}, "take another --out, or the data that it was begun with")
     return work
 
 
 # ---- outputs ----
 def generate(work: Work, generation: Any, stop: StopSignal) -> None:
-    """Draws this process's items and saves them in the official layout; pictures are compressed while the next ones are drawn."""
-    left = work.left(work.outputs())
-    overlong = set(generation.overlong(left))
-    batches = generation.batches(left)
+    """Draws this worker's items and saves them in the official layout; pictures are compressed while the next ones are drawn."""
+    left = work.left()
+    overlong, batches = set(generation.overlong(left)), generation.batches(left)
     staging = work.run.path / ".drawing" / work.worker
-    shutil.rmtree(staging, ignore_errors=True)
+    if work.writes:
+        shutil.rmtree(staging, ignore_errors=True)  # of a killed process
+
+    def save(item: Item, pictures: Sequence[Image.Image]) -> dict[str, Any]:
+        return {**_save(work, staging, item, pictures), "overlong": item.id in overlong}
+
     with _appending(work, "parts", "drawn", len(left)) as add, ThreadPoolExecutor(SAVERS) as pool:
         saving: deque[list[Future]] = deque()
         for drawn in generation.draw(batches):
-            saving.append([pool.submit(_save, work, staging, item, pictures) for item, pictures in drawn])
-            stopping = stop.requested
+            saving.append([pool.submit(save, *one) for one in drawn] if work.writes else [])
+            stopping = stop.reached()
             while len(saving) > (0 if stopping else 1):
-                add({**future.result(), "overlong": future.result()["id"] in overlong} for future in saving.popleft())
-            stop.check()
-        for futures in saving:
-            add({**future.result(), "overlong": future.result()["id"] in overlong} for future in futures)
-    shutil.rmtree(staging, ignore_errors=True)
+                add(future.result() for future in saving.popleft())
+            if stopping:
+                raise StopRequested
+        add(future.result() for futures in saving for future in futures)
+    if work.writes:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def answer(work: Work, answering: Any, stop: StopSignal) -> None:
-    """Answers this process's items."""
-    left = work.left(work.outputs())
+    """Answers this worker's items."""
+    left = work.left()
     with _appending(work, "parts", "answered", len(left)) as add:
         for answers in answering.answer(answering.batches(left)):
             add({"id": item.id, "answer": text, "fitted": changed} for item, text, changed in answers)
@@ -141,12 +162,13 @@ def _save(work: Work, staging: Path, item: Item, pictures: Sequence[Image.Image]
 
 # ---- replies ----
 def judge_outputs(work: Work, judge: Judge, stop: StopSignal) -> None:
-    """Has this process's items judged, a few at a time. The next pictures are opened meanwhile.
+    """Has this worker's items judged, a few at a time. The next pictures are opened meanwhile.
 
     Raises:
       SuiteError: pictures are missing (how many, and the first); the judge does not answer. What is judged stays.
     """
-    left = work.left(work.run.lines("judged"))
+    judged = work.run.lines("judged")
+    left = [item for item in work.mine() if item.id not in judged]
     _check_pictures(work, left)
     remedy = f"give the judge that was used, or delete {work.run.path / 'judged'} to judge everything anew"
     work.run.claim("judged/judge.json", {"name": judge.name, "settings": judge.settings}, remedy)
@@ -233,7 +255,10 @@ def write_results(work: Work, switches: Sequence[str]) -> dict[str, Any]:
 @contextmanager
 def _appending(work: Work, kind: str, verb: str, count: int) -> Iterator[Callable[[Iterable[Mapping[str, Any]]], None]]:
     """Yields what stores finished records and moves the progress line. A full disk is one sentence."""
-    mine = len(work.items[work.share[0] :: work.share[1]])
+    if not work.writes:
+        yield deque(maxlen=0).extend  # uses its argument up, which keeps the processes in step
+        return
+    mine = len(work.mine())
     title = f"{work.suite.name} {verb}" + (f" ({work.worker})" if work.share[1] > 1 else "")
     bar = tqdm(total=mine, initial=mine - count, desc=title, unit="item", dynamic_ncols=True, mininterval=0.5, smoothing=0.1)
     try:

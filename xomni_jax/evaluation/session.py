@@ -58,16 +58,20 @@ class ModelSession:
         """
         suite, o = work.suite, self.options
         check_images(work.items)
-        remedy = "take another --out, or the settings that it was begun with"
         if suite.task == "answer":
             answering = Answering(self.model, suite.name, o.batch, suite.max_new_tokens)
-            work.run.claim("settings.json", self.settings(work, {"max_new_tokens": suite.max_new_tokens}), remedy)
+            self.claim(work, {"max_new_tokens": suite.max_new_tokens})
             runner.answer(work, answering, stop)
         else:
             config = DrawConfig(*self.size(suite), o.seed, o.sampling, suite.repeats, o.batch, o.decode_batch)
             generation = Generation(self.model, suite.name, config)
-            work.run.claim("settings.json", self.settings(work, asdict(config)), remedy)
+            self.claim(work, asdict(config))
             runner.generate(work, generation, stop)
+
+    def claim(self, work: runner.Work, how: Mapping[str, Any]) -> None:
+        """Records the settings, or refuses a directory that has others."""
+        if work.writes:
+            work.run.claim("settings.json", self.settings(work, how), "take another --out, or the settings that it was begun with")
 
     def size(self, suite: Suite) -> tuple[int, int]:
         """Height and width of a suite's pictures."""
