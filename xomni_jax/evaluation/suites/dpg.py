@@ -15,6 +15,7 @@ The official judge is mPLUG-large (VQA, COCO). Any vision-language model behind 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,13 @@ SWITCHES = {
     "all-tiles": "category values over all four tiles, not only the last one",
 }
 Questions = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class QuestionedItem(Item):
+    """A prompt and what is asked about its pictures; None without dpg_bench.csv. Not a field: a run drawn without it can be scored."""
+
+    asked: Questions | None = None
 
 
 def suite(name: str, choices: Choices) -> Suite:
@@ -67,7 +75,7 @@ def load(data: Path, keep_first_row: bool = False) -> list[Item]:
         missing = [id for id, _, _ in prompts if id not in asked]
         if missing:
             raise SuiteError(f"{table} has no questions for {len(missing)} prompts, the first is {missing[0]!r}; download it again")
-    return check_unique([(Item(id, prompt, _fields(id, asked)), where) for id, prompt, where in prompts])
+    return check_unique([(_item(id, prompt, asked), where) for id, prompt, where in prompts])
 
 
 def read_questions(table: Path, keep_first_row: bool = False) -> dict[str, Questions]:
@@ -184,16 +192,16 @@ def _prompts(data: Path) -> list[tuple[str, str, str]]:
     return found
 
 
-def _fields(id: str, asked: Mapping[str, Questions] | None) -> dict[str, Any]:
-    """The category that the report groups by is where the prompt comes from: the letters its id begins with."""
+def _item(id: str, prompt: str, asked: Mapping[str, Questions] | None) -> QuestionedItem:
+    """The category to look at pictures by is where the prompt comes from: the letters its id begins with."""
     source = id.rstrip("0123456789") or "other"
-    return {"category": source} | ({} if asked is None else {"questions": asked[id]})
+    return QuestionedItem(id, prompt, {"category": source}, asked=None if asked is None else asked[id])
 
 
 def _asked(item: Item) -> Questions:
-    if "questions" not in item.fields:
+    if not isinstance(item, QuestionedItem) or item.asked is None:
         raise SuiteError(f"scoring DPG-Bench needs dpg_bench.csv in the data directory; get it from {_SOURCE}")
-    return item.fields["questions"]
+    return item.asked
 
 
 def _parents(row: Row) -> list[int]:

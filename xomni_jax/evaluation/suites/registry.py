@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 
 from xomni_jax.evaluation.suite import Suite, SuiteError
-from xomni_jax.evaluation.suites import docvqa, dpg, geneval, gqa, longtext, mmbench, ocrbench, oneig_text, pope, seedbench
+from xomni_jax.evaluation.suites import docvqa, dpg, geneval, gqa, longtext, mmbench, ocrbench, oneig_text, pope, rendered, seedbench
 from xomni_jax.evaluation.suites.choices import INSTRUCTIONS, Choices
 
 BUILDERS: dict[str, Callable[[str, Choices], Suite]] = {
@@ -23,6 +23,7 @@ BUILDERS: dict[str, Callable[[str, Choices], Suite]] = {
     "ocrbench": ocrbench.suite,
 }
 PUBLISHED = tuple(BUILDERS)  # what "all" means
+BUILDERS |= dict.fromkeys(("rendered-text", "rendered-shapes", "rendered-qa"), rendered.suite)
 
 
 def get_suite(name: str, switches: Iterable[str] = (), instructions: Mapping[str, str] | None = None) -> Suite:
