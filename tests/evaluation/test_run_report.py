@@ -70,7 +70,7 @@ def test_the_page_is_bounded_and_says_what_it_leaves_out(tmp_path):
     assert all(shot.path.stem.endswith(f"_{n // 6}") for n, shot in enumerate(order))  # first pictures first
     sizes = [len(data) for data in embed(order).values()]
     limit = sum(sizes[:7])
-    page = write_run_report(run, limit).read_text()
+    page = write_run_report(run, limit=limit).read_text()
     assert page.count("data:image/") == 7 and "7 of 18 pictures are on this page" in page and "The other 11 are linked" in page
     assert page.count('class="file"') == 11
     (run / "images" / "0000_0.png").unlink()
@@ -106,6 +106,9 @@ def test_answers_show_question_answer_and_verdict(tmp_path):
     for item in lines_of(run):
         card = re.search(rf"<span>{item['id']}</span>.*?</article>", page, re.S)[0]
         assert item["prompt"] in card and item["answer"] in card and item["verdicts"][0] in card
+    asked = {item["id"]: lambda n=n: Image.new("RGB", (64, 32), (n, 0, 0)) for n, item in enumerate(lines_of(run))}
+    page = write_run_report(run, asked).read_text()
+    assert page.count("data:image/png;base64,") == 9 and page.count("<a ") == 0
     # The paper prints percent, the scorer a share.
     share = json.loads((run / "results.json").read_text())["headline"]["value"]
     assert f"<th>This run</th><td>{100 * share:.1f}</td>" in page and "<th>X-Omni</th><td>89.3</td>" in page

@@ -182,7 +182,7 @@ def _phases(args: argparse.Namespace, work: Any) -> dict[str, Any] | None:
     if not scoring or left:
         return None
     results = runner.write_results(work, args.switch)
-    write_run_report(work.run.path)
+    write_run_report(work.run.path, {item.id: item.image for item in work.items if item.image is not None})
     return results
 
 

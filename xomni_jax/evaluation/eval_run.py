@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -22,15 +22,24 @@ DRAWN = {name: name for name in ("height", "width", "seed")}
 DRAWN |= {name: f"sampling.{name}" for name in ("temperature", "top_k", "top_p", "min_p", "guidance")}
 
 
-class Shot(NamedTuple):
-    """A picture: a file, or tile `k` of a file that holds side x side of them, row by row."""
+@dataclass(frozen=True)
+class Shot:
+    """A picture: a file, or tile `k` of a file that holds side x side of them, row by row, or what `opener` opens."""
 
     path: Path
     k: int = 0
     side: int = 1
+    opener: Callable[[], Image.Image] | None = field(default=None, compare=False)
+
+    @property
+    def exists(self) -> bool:
+        """Whether it can be opened."""
+        return self.opener is not None or self.path.is_file()
 
     def open(self) -> Image.Image:
         """The picture, RGB."""
+        if self.opener is not None:
+            return self.opener().convert("RGB")
         with Image.open(self.path) as whole:
             if self.side == 1:
                 return whole.convert("RGB")
@@ -41,11 +50,12 @@ class Shot(NamedTuple):
 
 @dataclass(frozen=True)
 class EvalRun:
-    """What a run measured; `items` are sorted by id."""
+    """What a run measured; `items` are sorted by id, `asked` opens the pictures that were asked about, where they are at hand."""
 
     path: Path
     results: dict[str, Any]
     items: list[Item]
+    asked: Mapping[str, Callable[[], Image.Image]] = field(default_factory=dict)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -141,6 +151,8 @@ def outputs(item: Item) -> int:
 
 def shots(run: EvalRun, item: Item) -> list[Shot]:
     """The kept pictures of an item: one per output, also where the official layout is one grid of them; of a question, its picture."""
+    if item["id"] in run.asked:
+        return [Shot(run.path / item["id"], opener=run.asked[item["id"]])]
     images = [run.path / name for name in item.get("images", ())]
     if len(images) == 1 < outputs(item):
         side = math.isqrt(outputs(item))

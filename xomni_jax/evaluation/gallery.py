@@ -17,6 +17,7 @@ from xomni_jax.evaluation.markup import image_data
 SIDE = 320  # pixels of a thumbnail: large enough to read the text of a poster
 LOSSLESS = 160  # pictures up to this size are kept as they are
 LONG = 220  # characters of a text that are shown before the rest is folded
+PIXEL = {False: "", True: " class=pixel"}
 PAGE_BYTES = 24 << 20
 
 
@@ -45,7 +46,7 @@ def embed(wanted: Sequence[Shot], limit: int = PAGE_BYTES) -> dict[Shot, str]:
     """Thumbnails in the given order as long as all together stay below `limit` bytes. Files that are gone are left out."""
     found, used = {}, 0
     for shot in tqdm(wanted, desc="thumbnails", unit="picture", dynamic_ncols=True, delay=2, leave=False):
-        if not shot.path.is_file():
+        if not shot.exists:
             continue
         data = thumbnail(shot)
         used += len(data)
@@ -57,12 +58,13 @@ def embed(wanted: Sequence[Shot], limit: int = PAGE_BYTES) -> dict[Shot, str]:
 
 def left_out(wanted: Sequence[Shot], found: dict[Shot, str], limit: int = PAGE_BYTES) -> str:
     """A sentence about the pictures that are not on the page; empty when all are."""
-    gone = sum(not shot.path.is_file() for shot in wanted)
+    gone = sum(not shot.exists for shot in wanted)
     said = []
     if more := len(wanted) - len(found) - gone:
         said.append(
-            f"{len(found)} of {len(wanted)} pictures are on this page, which is kept below {limit / 2**20:g} MB: the first of each "
-            f"item before any second, spread evenly over the run. The other {more} are linked: keep this page in its folder to open them."
+            f"{len(found)} of {len(wanted)} pictures are on this page, which is kept below {limit / 2**20:.3g} MB: the first of each "
+            f"item before any second, spread evenly over the run. The other {more} are "
+            + ("left out." if wanted[0].opener else "linked: keep this page in its folder to open them.")
         )
     if gone:
         said.append(f"{gone} pictures are no longer in the folder of the run.")
@@ -125,11 +127,17 @@ def output_figures(run: EvalRun, item: Item, pictures: dict[Shot, str], root: Pa
 
 def picture(shot: Shot, root: Path, pictures: dict[Shot, str]) -> str:
     """A thumbnail that opens the file beside the page; a link where the thumbnail was left out."""
+    if shot.opener is not None:
+        return f'<img{PIXEL[is_small(pictures[shot])]} loading="lazy" alt="" src="{pictures[shot]}">' if shot in pictures else ""
     link, name = quote(os.path.relpath(shot.path, root)), escape(shot.path.name)
     if shot not in pictures:
         return f'<a class="file" href="{link}">{name}</a>'
-    pixel = " class=pixel" * pictures[shot].startswith("data:image/png")
-    return f'<a href="{link}"><img{pixel} loading="lazy" alt="{name}" src="{pictures[shot]}"></a>'
+    return f'<a href="{link}"><img{PIXEL[is_small(pictures[shot])]} loading="lazy" alt="{name}" src="{pictures[shot]}"></a>'
+
+
+def is_small(data: str) -> bool:
+    """Whether a thumbnail is a picture of few pixels, kept as it is."""
+    return data.startswith("data:image/png")
 
 
 def verdict(item: Item, repeat: int) -> str:

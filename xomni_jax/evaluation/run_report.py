@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from xomni_jax.evaluation import paper
 from xomni_jax.evaluation.eval_run import EvalRun, category, outputs, read_eval_run, reading
@@ -16,16 +19,19 @@ from xomni_jax.evaluation.markup import document, interval_text, section, table,
 from xomni_jax.evaluation.statistics import bootstrap_mean
 
 
-def write_run_report(directory: str | Path, limit: int = PAGE_BYTES) -> Path:
+def write_run_report(
+    directory: str | Path, asked: Mapping[str, Callable[[], Image.Image]] | None = None, limit: int = PAGE_BYTES
+) -> Path:
     """Writes report.html and results.csv into the directory of a scored run and returns the path of the page.
 
     Args:
+      asked: item -> opens the picture that it asks about, of suites that answer.
       limit: bytes of pictures on the page.
 
     Raises:
       SuiteError: the directory holds no scored run.
     """
-    run = read_eval_run(directory)
+    run = dataclasses.replace(read_eval_run(directory), asked=asked or {})
     write_text(run.path / "results.csv", results_csv(run))
     return write_text(run.path / "report.html", page(run, limit))
 
