@@ -170,7 +170,11 @@ def reading(item: Item, repeat: int) -> str:
 
 
 def _reply(reply: Any) -> str:
-    return reply if isinstance(reply, str) else json.dumps(reply, ensure_ascii=False)
+    """Text as it is; a detector's boxes as their classes, confidences and colours."""
+    if isinstance(reply, str):
+        return reply
+    found = {name: [f"{box['score']:.2f} {box.get('color', '')}".strip() for box in boxes] for name, boxes in reply.items() if boxes}
+    return "; ".join(f"{name} {', '.join(boxes)}" for name, boxes in found.items()) or "nothing found"
 
 
 def same_items(runs: Sequence[EvalRun]) -> None:

@@ -72,7 +72,7 @@ def headline(run: EvalRun) -> str:
     """The numbers one came for."""
     results = run.results
     head, mean = results["headline"], bootstrap_mean(run.scores)
-    cards = [(head["name"], number(head["value"]), f"{run.suite}, {len(run.items)} items")]
+    cards = [(head["name"], number(head["value"]), run.suite)]
     if run.suite in paper.PLACES:
         place = paper.PLACES[run.suite]
         printed = paper.values(run.suite)[paper.OURS][place.column]
@@ -80,7 +80,10 @@ def headline(run: EvalRun) -> str:
     if mean.prompts:
         between = interval_text((mean.low, mean.high), form=".3f")
         cards.append(("Mean score of an item", f"{mean.value:.3f}", f"95% over items: {between}"))
-    cards += [(name.replace("_", " "), number(value), "") for name, value in results.get("counts", {}).items()]
+    counts = results.get("counts", {})
+    of = f"of {counts['published']} published" if counts.get("published") else ""
+    cards.append(("Items", str(len(run.items)), of))
+    cards += [(name, number(n), "") for name, n in counts.items() if name not in ("items", "published") and (n or name == "unparsed")]
     boxes = "".join(
         f"<div class=card><p>{escape(name)}</p><strong>{escape(value)}</strong><small>{escape(note)}</small></div>"
         for name, value, note in cards
@@ -92,9 +95,15 @@ def settings_list(run: EvalRun) -> str:
     """Everything the run was made with; the judge included."""
     lines = (
         f"<div{' class=wide' * (len(str(value)) > 48)}><dt>{escape(name)}</dt><dd>{escape(str(value))}</dd></div>"
-        for name, value in run.facts.items()
+        for name, value in sorted(run.facts.items(), key=lambda fact: rank(fact[0]))
     )
     return f"<dl class=settings>{''.join(lines)}</dl>"
+
+
+def rank(setting: str) -> int:
+    """What a reader looks for first comes first, what seldom matters last."""
+    first, last = ("suite", "model.", "judge.", "switches"), ("mesh.", "batch", "decode_batch", "device", "versions.")
+    return next((i - 9 for i, name in enumerate(first) if setting.startswith(name)), 1 if setting.startswith(last) else 0)
 
 
 def notes(run: EvalRun) -> str:
