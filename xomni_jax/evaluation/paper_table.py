@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from xomni_jax.evaluation import paper
 from xomni_jax.evaluation.eval_run import EvalRun, read_eval_run
+from xomni_jax.evaluation.judges.opening import OFFICIAL
 from xomni_jax.evaluation.suites import get_suite
 
 PAPER, CODE, BENCHMARK, OPEN = "paper", "released code", "benchmark", "not stated"
@@ -23,6 +24,8 @@ LEGEND = {
     OPEN: "not stated anywhere; the choice made here",
 }
 MODELS = {"en": "models/xomni-en", "zh": "models/xomni-zh"}  # converted from the released X-Omni-En and X-Omni-Zh
+VLM = "Qwen/Qwen2.5-VL-7B-Instruct"
+JUDGES = {"ocr": f"{VLM}@http://127.0.0.1:8000/v1", "vqa": f"{VLM}@http://127.0.0.1:8000/v1", "detector": "http://127.0.0.1:8003"}
 DRAWING = {"height": 1152, "width": 1152, "temperature": 1.0, "top-k": 50, "top-p": 1.0, "min-p": 0.03, "guidance": 1.0, "seed": 1234}
 FOUR_STATED = ("longtext-en", "longtext-zh")  # the paper says four pictures per prompt
 # What else the paper does not say about a row, beside the settings that are marked.
@@ -81,7 +84,13 @@ def suite_settings(name: str) -> tuple[Setting, ...]:
         )
     repeats = Setting("images per prompt", str(suite.repeats), PAPER if name in FOUR_STATED else BENCHMARK)
     rewriting = Setting("rewriting", "yes" if name == "geneval" else "none", PAPER if name == "geneval" else OPEN)
-    return (checkpoint, *(Setting(n, str(v), CODE) for n, v in DRAWING.items()), repeats, rewriting)
+    return (checkpoint, *(Setting(n, str(v), CODE) for n, v in DRAWING.items()), repeats, rewriting, judge_of(name))
+
+
+def judge_of(name: str) -> Setting:
+    """Who judges a suite that draws. DPG-Bench's own judge cannot be had as a service, a general model stands in for it."""
+    judges = {"geneval": Setting("judge", OFFICIAL["detector"], BENCHMARK), "dpg": Setting("judge", f"{VLM} in place of {OFFICIAL['vqa']}", OPEN)}
+    return judges.get(name) or Setting("judge", VLM, CODE if name in FOUR_STATED else BENCHMARK)
 
 
 def language_of(name: str) -> str:
@@ -100,9 +109,6 @@ def command(name: str) -> str:
     if suite.judge:
         options["judge"] = JUDGES[suite.judge]
     return f"xomni eval {name} " + " ".join(f"--{n} {v}" for n, v in options.items()) + f" --out runs/{name}"
-
-
-JUDGES = {"ocr": "JUDGE", "vqa": "JUDGE", "detector": "JUDGE"}
 
 
 def find_runs(directory: str | Path) -> list[EvalRun]:
