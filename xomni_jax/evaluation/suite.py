@@ -57,7 +57,7 @@ class Suite:
       name: as typed on the command line. title: as in the paper's tables.
       task: "generate": pictures are drawn from prompts; "answer": questions about pictures are answered.
       repeats: outputs per item (images per prompt); 1 for answers.
-      judge: "ocr", "detector" or "vqa" where outputs go to a judge; None where local rules read them.
+      judge: "ocr", "detector", "contours" or "vqa" where outputs go to a judge; None where local rules read them.
       load: (data directory) -> items in published order. Raises SuiteError.
       questions: item -> what the judge is asked about each of its outputs, one JSON-able request per reply; () without a judge.
       score: (item, outputs) -> record. `outputs` holds one entry per repeat: the judge's replies, or the model's answer (a string).
@@ -101,7 +101,8 @@ class Judge(Protocol):
 
     Attributes:
       name: for the result file, such as "pp-ocr" or the name of a model.
-      settings: JSON-able facts that belong beside a score: address-free name and version of the model, decoding, instruction.
+      settings: JSON-able facts that belong beside a score: version of the model, decoding, the judge that the benchmark names;
+        no address, so that the same judge elsewhere gives the same file.
     """
 
     name: str

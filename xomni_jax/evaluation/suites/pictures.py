@@ -72,10 +72,11 @@ def folders(repeats: int, metadata: str = "metadata") -> tuple[Save, Open]:
 
 
 def write(path: Path, picture: Image.Image) -> None:
-    """Save a picture under its name only once it is complete. WebP with Pillow's defaults, as OneIG-Bench saves it."""
+    """Save a picture under its name only once it is complete. WebP without loss: the judge sees what was drawn, and black stays black."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    picture.convert("RGB").save(part, {".png": "PNG", ".webp": "WEBP"}[path.suffix])
+    kind = {".png": {"format": "PNG"}, ".webp": {"format": "WEBP", "lossless": True}}[path.suffix]
+    picture.convert("RGB").save(part, **kind)
     os.replace(part, path)
 
 

@@ -180,9 +180,9 @@ def _table(path: Path, delimiter: str) -> Iterator[Row]:
 
 def _parquet(path: Path) -> Iterator[Row]:
     """Rows without their pictures: a column of image bytes becomes a ParquetPicture."""
-    parquet = _pyarrow()
+    pyarrow = _pyarrow()
     try:
-        file = parquet.ParquetFile(path)
+        file = pyarrow.parquet.ParquetFile(path)
         schema = file.schema_arrow
         pictures = [f.name for f in schema if "bytes" in str(f.type) and "struct" in str(f.type)]
         columns = [name for name in schema.names if name not in pictures]
@@ -192,7 +192,7 @@ def _parquet(path: Path) -> Iterator[Row]:
                 number += 1
                 found = {name: ParquetPicture(path, group, row, name) for name in pictures}
                 yield Row(values | found, f"{path} row {number}")
-    except parquet.lib.ArrowException as error:
+    except pyarrow.ArrowException as error:
         raise SuiteError(f"{path} is not a readable parquet file ({str(error).splitlines()[0]}); download it again") from error
 
 
@@ -219,15 +219,15 @@ class ParquetPicture:
 
 @functools.lru_cache(maxsize=2)
 def _row_group(path: Path, group: int, column: str) -> Any:
-    return _pyarrow().ParquetFile(path).read_row_group(group, columns=[column]).column(0)
+    return _pyarrow().parquet.ParquetFile(path).read_row_group(group, columns=[column]).column(0)
 
 
 def _pyarrow() -> Any:
     try:
-        import pyarrow.parquet as parquet
+        import pyarrow.parquet
     except ImportError as error:
         raise SuiteError("reading parquet needs the package pyarrow: pip install 'xomni_jax[eval]'") from error
-    return parquet
+    return pyarrow
 
 
 @dataclass(frozen=True)

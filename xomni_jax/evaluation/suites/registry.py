@@ -5,16 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 
 from xomni_jax.evaluation.suite import Suite, SuiteError
-from xomni_jax.evaluation.suites import geneval, longtext, ocrbench
+from xomni_jax.evaluation.suites import docvqa, dpg, geneval, gqa, longtext, mmbench, ocrbench, oneig_text, pope, rendered, seedbench
 from xomni_jax.evaluation.suites.choices import INSTRUCTIONS, Choices
 
 BUILDERS: dict[str, Callable[[str, Choices], Suite]] = {
     "longtext-en": longtext.suite,
     "longtext-zh": longtext.suite,
+    "oneig-text-en": oneig_text.suite,
+    "oneig-text-zh": oneig_text.suite,
     "geneval": geneval.suite,
+    "dpg": dpg.suite,
+    "pope": pope.suite,
+    "gqa": gqa.suite,
+    "mmbench": mmbench.suite,
+    "seedbench": seedbench.suite,
+    "docvqa": docvqa.suite,
     "ocrbench": ocrbench.suite,
 }
 PUBLISHED = tuple(BUILDERS)  # what "all" means
+BUILDERS |= dict.fromkeys(("rendered-text", "rendered-shapes", "rendered-qa"), rendered.suite)
 
 
 def get_suite(name: str, switches: Iterable[str] = (), instructions: Mapping[str, str] | None = None) -> Suite:
