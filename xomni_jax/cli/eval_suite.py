@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from xomni_jax.assets import TINY_SFT
+from xomni_jax.evaluation.judges.opening import HELP
 from xomni_jax.evaluation.suites import PUBLISHED, SUITES, get_suite
+from xomni_jax.evaluation.suites.choices import INSTRUCTIONS
 
 EXAMPLE = "xomni eval rendered-text --model xomni_jax/assets/tiny_sft --out runs/rendered-text --limit 8"
 _PHASES = """\
@@ -35,9 +37,9 @@ def add_suites(kinds: Any) -> None:
         facts += [f"--data must hold {suite.files}." * bool(suite.files)]
         facts += ["The official scorer's behaviour is the default; named departures from it:" + switches] * bool(switches)
         sub = _parser(kinds, name, suite.title, "\n".join(filter(None, facts)) + "\n\n" + _PHASES)
-        _add_options(sub, {suite.task}, bool(suite.files))
+        _add_options(sub, {suite.task}, bool(suite.files), f"what judges the pictures: {HELP[suite.judge]}" if suite.judge else "")
     about = f"Runs {', '.join(PUBLISHED)}: every one whose data lie in DATA or in DATA/SUITE, into OUT/SUITE. The others are named with what\nthey need.\n\n"
-    _add_options(_parser(kinds, "all", "every benchmark whose data are found", about + _PHASES), {"generate", "answer"}, True)
+    _add_options(_parser(kinds, "all", "every benchmark whose data are found", about + _PHASES), {"generate", "answer"}, True, "KIND=JUDGE, for each kind: " + "; ".join(f"{k}: {v}" for k, v in HELP.items()))
 
 
 def _parser(kinds: Any, name: str, line: str, description: str) -> argparse.ArgumentParser:
@@ -51,7 +53,7 @@ def _parser(kinds: Any, name: str, line: str, description: str) -> argparse.Argu
     )
 
 
-def _add_options(parser: argparse.ArgumentParser, tasks: set[str], data: bool) -> None:
+def _add_options(parser: argparse.ArgumentParser, tasks: set[str], data: bool, judges: str) -> None:
     parser.add_argument("--out", required=True, metavar="OUT", help="directory of the run; the same one to go on")
     if data:
         parser.add_argument("--data", required=True, metavar="DATA", help="directory of the published files")
@@ -77,8 +79,13 @@ def _add_options(parser: argparse.ArgumentParser, tasks: set[str], data: bool) -
         drawing.add_argument("--min-p", type=float, default=0.03, metavar="P", help="drop codes below P times the likeliest (default 0.03)")
         drawing.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance of the codes; 1 is off (default 1)")
     scoring = parser.add_argument_group("scoring")
-    scoring.add_argument("--judge", default=None)
+    if judges:
+        scoring.add_argument("--judge", action="append", metavar="JUDGE", help=judges)
+    wordings = ", ".join(INSTRUCTIONS)
     scoring.add_argument("--switch", action="append", default=[], metavar="NAME", help="a named departure from the official scorer, see above")
+    scoring.add_argument(
+        "--instruction", type=_instruction, action="append", default=[], metavar="NAME=FILE", help=f"word an instruction as in FILE; there are {wordings}"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -118,7 +125,7 @@ def _run(args: argparse.Namespace, line: Any) -> int:
 
 def _run_suite(args: argparse.Namespace) -> int:
     """The phases of one suite."""
-    suite = get_suite(args.evaluation, args.switch)
+    suite = get_suite(args.evaluation, args.switch, dict(args.instruction))
     work = _work(args, suite, getattr(args, "data", "."), args.out)
     results = _phases(args, work)
     print(_summary(results, work) if results else _unfinished(work))
@@ -132,7 +139,7 @@ def _run_all(args: argparse.Namespace) -> int:
 
     absent, failed, done = [], [], []
     for name in PUBLISHED:
-        suite = get_suite(name, [switch for switch in args.switch if switch in get_suite(name).switches])
+        suite = get_suite(name, [switch for switch in args.switch if switch in get_suite(name).switches], dict(args.instruction))
         if args.phase not in ("all", suite.task, "score"):
             continue
         data = Path(args.data) / name
@@ -167,7 +174,7 @@ def _phases(args: argparse.Namespace, work: Any) -> dict[str, Any] | None:
 
     scoring = args.phase in ("all", "score")
     # The judge comes first: that it is silent is better known before hours of drawing.
-    judge = open_judge(work.suite.judge, args.judge) if scoring and work.suite.judge else None
+    judge = open_judge(work.suite.judge, _judge(args, work.suite.judge)) if scoring and work.suite.judge else None
     try:
         if args.phase != "score":
             args.session.run(work, args.stop)
@@ -184,6 +191,20 @@ def _phases(args: argparse.Namespace, work: Any) -> dict[str, Any] | None:
     results = runner.write_results(work, args.switch)
     write_run_report(work.run.path, {item.id: item.image for item in work.items if item.image is not None})
     return results
+
+
+def _judge(args: argparse.Namespace, kind: str) -> str | None:
+    """What --judge says for one kind of judge: KIND=JUDGE, or a bare JUDGE where there is one suite. The last one counts."""
+    found = None
+    for text in args.judge or ():
+        named, is_named, spec = text.partition("=")
+        if is_named and named in HELP:
+            found = spec if named == kind else found
+        elif args.evaluation == "all":
+            raise ValueError(f"--judge {text}: several kinds of judges are asked; write KIND=JUDGE, with a kind of {', '.join(HELP)}")
+        else:
+            found = text
+    return found
 
 
 def _unfinished(work: Any) -> str:
@@ -220,6 +241,13 @@ def _shard(text: str) -> tuple[int, int]:
     if not found or not 1 <= int(found[1]) <= int(found[2]):
         raise argparse.ArgumentTypeError(f"{text!r} is no share; write K/N with K from 1 to N, such as 1/2")
     return int(found[1]) - 1, int(found[2])
+
+
+def _instruction(text: str) -> tuple[str, str]:
+    name, _, path = text.partition("=")
+    if name not in INSTRUCTIONS or not Path(path).is_file():
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FILE with a file that exists and a name of {', '.join(INSTRUCTIONS)}")
+    return name, Path(path).read_text(encoding="utf-8").rstrip("\n")
 
 
 def _mesh(text: str) -> dict[str, int]:

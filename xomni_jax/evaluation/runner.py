@@ -112,7 +112,7 @@ def open_work(
 def generate(work: Work, generation: Any, stop: StopSignal) -> None:
     """Draws this worker's items and saves them in the official layout; pictures are compressed while the next ones are drawn."""
     left = work.left()
-    overlong, batches = set(generation.overlong(left)), generation.batches(left)
+    batches, overlong = generation.batches(left), set(generation.overlong(left))
     staging = work.run.path / ".drawing" / work.worker
     if work.writes:
         shutil.rmtree(staging, ignore_errors=True)  # of a killed process
