@@ -17,7 +17,7 @@ OUT/compare.csv (one line per item).
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Runs, and where to write."""
-    parser.description = _HELP
+    parser.description += "\n\n" + _HELP
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories; the first is what the others are compared with")
     parser.add_argument("--out", metavar="OUT", help="folder for the page, the numbers and the items; without it a table is printed")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default 0)")

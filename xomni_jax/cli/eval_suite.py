@@ -21,8 +21,9 @@ local rules. Both append what is finished, item by item: after an interruption o
 share one OUT with --shard 1/N to N/N, at the same time or one after the other; whoever finishes last writes the results, which are the
 same to the byte however the work was cut. Seeds are per item and repeat: --ids X in another OUT draws item X alone, to the bit the same.
 
-OUT/results.json has the scores, counts and every setting, OUT/items.jsonl one line per item, OUT/images the pictures in the official
-layout. --phase score also judges pictures of another program that lie there.
+OUT/report.html is a page with the scores beside the paper's and every item, OUT/results.csv a line per output. OUT/results.json has the
+scores, counts and every setting, OUT/items.jsonl one line per item, OUT/images the pictures in the official layout.
+--phase score also judges pictures of another program that lie there.
 """
 
 
