@@ -93,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
     from xomni_jax.cli.train import together
     from xomni_jax.sharding import distributed
 
+    args.judges = _judges(args)
     # Workers with shares of their own know nothing of each other; without, the processes of a slice hold one model together.
     alone = args.phase == "score" or args.shard[1] > 1
     line = None if alone else distributed.start({f"--{name}": str(value) for name, value in vars(args).items() if name != "run"})
@@ -173,7 +174,7 @@ def _phases(args: argparse.Namespace, work: Any) -> dict[str, Any] | None:
 
     scoring = args.phase in ("all", "score")
     # The judge comes first: that it is silent is better known before hours of drawing.
-    judge = open_judge(work.suite.judge, _judge(args, work.suite.judge)) if scoring and work.suite.judge else None
+    judge = open_judge(work.suite.judge, args.judges.get(work.suite.judge)) if scoring and work.suite.judge else None
     try:
         if args.phase != "score":
             args.session.run(work, args.stop)
@@ -188,18 +189,18 @@ def _phases(args: argparse.Namespace, work: Any) -> dict[str, Any] | None:
     return runner.write_results(work, args.switch) if scoring and not left else None
 
 
-def _judge(args: argparse.Namespace, kind: str) -> str | None:
-    """What --judge says for one kind of judge: KIND=JUDGE, or a bare JUDGE where there is one suite. The last one counts."""
-    found = None
-    for text in args.judge or ():
-        named, is_named, spec = text.partition("=")
-        if is_named and named in HELP:
-            found = spec if named == kind else found
+def _judges(args: argparse.Namespace) -> dict[str, str]:
+    """What --judge says, by kind of judge: KIND=JUDGE, or a bare JUDGE where there is one suite."""
+    kinds = {}
+    for text in getattr(args, "judge", None) or ():
+        kind, named, spec = text.partition("=")
+        if named and kind in HELP:
+            kinds[kind] = spec
         elif args.evaluation == "all":
             raise ValueError(f"--judge {text}: several kinds of judges are asked; write KIND=JUDGE, with a kind of {', '.join(HELP)}")
         else:
-            found = text
-    return found
+            kinds[get_suite(args.evaluation).judge] = text
+    return kinds
 
 
 def _unfinished(work: Any) -> str:

@@ -16,7 +16,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,6 +132,8 @@ def generate(work: Work, generation: Any, stop: StopSignal) -> None:
         add(future.result() for futures in saving for future in futures)
     if work.writes:
         shutil.rmtree(staging, ignore_errors=True)
+        with suppress(OSError):
+            staging.parent.rmdir()  # unless another worker still uses it
 
 
 def answer(work: Work, answering: Any, stop: StopSignal) -> None:
