@@ -50,6 +50,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "rewards": REWARDS,
         "eval": EVAL,
+        "detector": REWARDS + ["torch>=2.13,<2.14"],  # of a service that runs on its own, never of the model's process
         "test": TEST + REWARDS + EVAL,
         "parity": TEST + REWARDS + EVAL + PARITY,
     },

@@ -16,7 +16,7 @@ COMMANDS = {
     "convert": "turn downloaded PyTorch checkpoints into a model directory",
     "export": "turn a model directory back into the released PyTorch layout",
     "inspect": "say what a checkpoint holds, or how two differ",
-    "serve-reward": "start a reward service: ocr, shapes, quality, tesseract",
+    "serve-reward": "start a scoring service: ocr, shapes, quality, tesseract, detector",
     "rewards": "check running reward services, or score pictures with them",
     "bench": "measure speed: against transformers and diffusers, of a GRPO step, of a conversion",
 }

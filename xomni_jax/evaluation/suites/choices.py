@@ -12,6 +12,8 @@ INSTRUCTIONS = {
     "If the image holds no text, reply: No text recognized",
     "yes-no": "{question} Reply with one word, yes or no.",
     "word": "{question}\nAnswer the question using a single word or phrase.",
+    "rewrite": "Rewrite this prompt for an image generator as one detailed English sentence. Keep every object, its number, its colour and "
+    "its position exactly as they are, add no further objects, and describe setting, light and style. Prompt: {prompt}",
     "letter": "Reply with the letter of the right option and nothing else.",
 }
 
