@@ -1,4 +1,4 @@
-"""How fast an evaluation makes outputs, in one process and shared by two: whole commands, as a user runs them."""
+"""How fast an evaluation makes outputs, in one process and shared by two that start together, once everything is compiled."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 from xomni_jax.benchmarks import machine
@@ -16,34 +16,18 @@ from xomni_jax.benchmarks.report import OURS, Report, duration, machine_line, ta
 from xomni_jax.benchmarks.timing import BenchError
 
 PROCESSES = (1, 2)
-SUITES = {"rendered-text": "generate", "rendered-qa": "answer"}
+SUITES = ("rendered-text", "rendered-qa")
 
 
 def run(model: str) -> Report:
-    """Makes the outputs of the rendered suites with every number of processes. BenchError repeats what a failing command said."""
+    """Makes the outputs of the rendered suites with every number of processes. BenchError repeats what a failing process said."""
     others, results = machine.Others(), []
-    for suite, phase in SUITES.items():
+    for suite in SUITES:
         for count in PROCESSES:
-            with tempfile.TemporaryDirectory() as out:
-                _outputs(model, suite, phase, count, out)
-                results.append({"suite": suite, "processes": count, **rate(_times(Path(out)))})
+            measured = _together(model, suite, count)
+            items, seconds = sum(m["items"] for m in measured), max(m["seconds"] for m in measured)
+            results.append({"suite": suite, "processes": count, "items": items, "seconds": seconds, "items_per_second": items / seconds})
     return report(model, results, others.cores())
-
-
-def rate(times: Sequence[Sequence[float]]) -> dict[str, float]:
-    """Items per second while all processes were at work: from the last one's first finished batch to the first one's last.
-
-    Args:
-      times: per process, when its items were finished, in seconds. What is finished before counts as starting up: programs are compiled.
-
-    Raises:
-      BenchError: the processes were not at work at the same time.
-    """
-    began, ended = max(t[0] for t in times), min(t[-1] for t in times)
-    items = sum(began < x <= ended for t in times for x in t)
-    if not items:
-        raise BenchError("the processes were not at work at the same time; try again on a machine with less to do")
-    return {"items_per_second": items / (ended - began), "items": items, "seconds": ended - began}
 
 
 def report(model: str, results: Sequence[dict[str, Any]], others: float | None) -> Report:
@@ -53,31 +37,59 @@ def report(model: str, results: Sequence[dict[str, Any]], others: float | None) 
     for r in results:
         speed = r["items_per_second"]
         rows.append((r["suite"], str(r["processes"]), f"{speed:.3g}", f"{speed / alone[r['suite']]:.2f}", str(r["items"]), duration(r["seconds"])))
-    lines = [f"eval: outputs of the rendered suites with {model}; an item of rendered-text is four pictures, one of rendered-qa an answer"]
-    lines += [machine_line(f"{machine.cores()} cores", others), "", table(rows), ""]
-    lines += ["Without start and first batch, in which programs are compiled. Processes on one machine share its cores: two are faster only",
-              "where one leaves some idle."]  # fmt: skip
+    lines = [
+        f"eval: outputs of the rendered suites with {model}",
+        machine_line(f"{machine.cores()} cores", others),
+        "",
+        table(rows),
+        "",
+        "An item of rendered-text is four pictures, one of rendered-qa an answer. All is done once before, so nothing is compiled. Processes",
+        "on one machine share its cores: two are faster only where one leaves some idle.",
+    ]
     data = {"benchmark": "eval", "model": model, "results": list(results), "versions": machine.versions(OURS)}
     return Report("\n".join(lines), data | {"other_programs_cores": others, "machine": machine.describe()})
 
 
-def _outputs(model: str, suite: str, phase: str, count: int, out: str) -> None:
-    """Runs one command per process, all at once."""
-    command = [sys.executable, "-m", "xomni_jax.cli.main", "eval", suite, "--phase", phase, "--model", model, "--out", out]
+def _together(model: str, suite: str, count: int) -> list[dict[str, float]]:
+    """What `count` processes measured, each with its share of the items, begun when all were ready."""
     with ExitStack() as stack:
-        logs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(count)]
-        shares = [[*command, "--shard", f"{k + 1}/{count}"] for k in range(count)]
-        started = [subprocess.Popen(c, stdout=log, stderr=log) for c, log in zip(shares, logs)]
-        try:
-            codes = [process.wait() for process in started]
-        finally:
-            for process in started:
-                process.kill()  # after an interruption
-        for code, log in zip(codes, logs):
-            if code:
+        started = []
+        for k in range(count):
+            log = stack.enter_context(tempfile.TemporaryFile("w+"))
+            command = [sys.executable, "-m", "xomni_jax.benchmarks.evaluation", model, suite, str(k), str(count)]
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+            stack.callback(process.kill)  # after an interruption
+            started.append((process, log))
+        for process, log in started:
+            if process.stdout.readline() != "ready\n":
+                process.wait()
                 log.seek(0)
-                raise BenchError(f"eval {suite} failed: {(log.read().strip().splitlines() or [f'exit code {code}'])[-1]}")
+                raise BenchError(f"eval {suite} failed: {(log.read().strip().splitlines() or [f'exit code {process.returncode}'])[-1]}")
+        for process, _ in started:
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        return [json.loads(process.communicate()[0]) for process, _ in started]
 
 
-def _times(out: Path) -> list[list[float]]:
-    return [[json.loads(line)["at"] for line in path.read_text().splitlines()] for path in sorted((out / "parts").glob("*.jsonl"))]
+def _measure(model: str, name: str, share: tuple[int, int]) -> None:
+    """One process: does its share once, says "ready", waits for a line, does it again and prints how long that took."""
+    from xomni_jax.evaluation.runner import open_work
+    from xomni_jax.evaluation.session import ModelOptions, ModelSession
+    from xomni_jax.evaluation.suites import get_suite
+    from xomni_jax.training.preemption import StopSignal
+
+    session = ModelSession(ModelOptions(model))
+    for timed in (False, True):
+        with tempfile.TemporaryDirectory() as out:
+            work = open_work(get_suite(name), "", out, share=share)
+            if timed:
+                print("ready", flush=True)
+                sys.stdin.readline()
+            began = time.perf_counter()
+            session.run(work, StopSignal())
+            seconds = time.perf_counter() - began
+    print(json.dumps({"items": len(work.mine()), "seconds": seconds}))
+
+
+if __name__ == "__main__":
+    _measure(sys.argv[1], sys.argv[2], (int(sys.argv[3]), int(sys.argv[4])))
