@@ -32,6 +32,7 @@ def test_every_command_is_accepted_and_names_its_settings():
         settings = {s.name: s.value for s in row.settings}
         assert args.model == ("models/xomni-zh" if row.suite.endswith("zh") else "models/xomni-en")
         assert settings["checkpoint"] == ("X-Omni-Zh" if row.suite.endswith("zh") else "X-Omni-En")
+        assert getattr(args, "rewrite", None) is not None if row.suite == "geneval" else not getattr(args, "rewrite", None)
         if suite.task == "generate":
             assert (args.height, args.width, args.seed) == (1152, 1152, 1234) and settings["images per prompt"] == str(suite.repeats) == "4"
             for name in ("height", "width", "seed", "temperature", "top-k", "top-p", "min-p", "guidance"):
@@ -64,6 +65,11 @@ def test_a_run_of_other_settings_is_not_passed_off_as_the_papers(tmp_path):
     (run / "items.jsonl").write_text("\n".join(line.replace('"id": "00', f'"id": "{k}0') for k in range(4) for line in lines))
     (row,) = [row for row in rows(find_runs(tmp_path)) if row.run]
     assert departures(row) == []
+    results = json.loads((run / "results.json").read_text())
+    results["settings"]["data"]["rewritten"] = True
+    (run / "results.json").write_text(json.dumps(results))
+    (row,) = [row for row in rows(find_runs(tmp_path)) if row.run]
+    assert departures(row) == ["rewriting yes"]
     (run / "results.json").unlink()
     make("b", items=9, repeats=1, height=32, guidance=2.0)
     (row,) = [row for row in rows(find_runs(tmp_path)) if row.run]

@@ -119,7 +119,7 @@ def test_a_whole_run(whole, data):
         assert item["images"] == [f"images/{item['id']}_{k}.png" for k in range(4)]
         assert len(item["replies"]) == len(item["verdicts"]) == 4
         assert len({Image.open(path / name).tobytes() for name in item["images"]}) == 4  # repeats differ
-    assert {p.name for p in path.iterdir()} == {"settings.json", "images", "parts", "judged", "items.jsonl", "results.json", ".drawing"}
+    assert {p.name for p in path.iterdir()} == {"settings.json", "images", "parts", "judged", "items.jsonl", "results.json"}
 
 
 def test_answers_of_pictures_that_the_limits_refuse(whole):
@@ -179,6 +179,9 @@ def test_other_settings_are_refused_by_name(session, data, whole, model_dir, tmp
     judge.settings = {"version": 2}
     with pytest.raises(RunError, match="judge.json: settings.version is 1, this command has 2; .*delete .*judged"):
         runner.judge_outputs(work_of(data, path), judge, StopAfter())
+    worded = runner.open_work(get_suite("longtext-en", (), {"ocr": "What do you read?"}), data, path)
+    with pytest.raises(RunError, match="judged: item 0000 was judged by other questions; give the data and --instruction of then"):
+        runner.missing(worded)
 
 
 def test_a_silent_judge_leaves_nothing_scored(whole, session, data, tmp_path):

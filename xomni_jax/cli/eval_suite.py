@@ -11,10 +11,12 @@ from typing import Any
 
 from xomni_jax.assets import TINY_SFT
 from xomni_jax.evaluation.judges.opening import HELP
-from xomni_jax.evaluation.suites import PUBLISHED, SUITES, get_suite
+from xomni_jax.evaluation.suites import PUBLISHED, SUITES, get_suite, with_rewrites
 from xomni_jax.evaluation.suites.choices import INSTRUCTIONS
+from xomni_jax.evaluation.suites.rewriting import FORMS
 
 EXAMPLE = "xomni eval rendered-text --model xomni_jax/assets/tiny_sft --out runs/rendered-text --limit 8"
+_JUDGES = {"detector": " --judge http://127.0.0.1:8003", "vqa": " --judge Qwen/Qwen2.5-VL-7B-Instruct@http://127.0.0.1:8000/v1"}
 _PHASES = """\
 Two phases, which may run apart and on different machines: --phase generate (or answer) runs the model, --phase score the judge or the
 local rules. Both append what is finished, item by item: after an interruption of any kind the same command goes on. Several processes
@@ -37,14 +39,14 @@ def add_suites(kinds: Any) -> None:
         facts = [f"{suite.title}: " + ", ".join(filter(None, (f"{suite.published} items" * bool(suite.published), drawn, judged))) + "."]
         facts += [f"--data must hold {suite.files}." * bool(suite.files)]
         facts += ["The official scorer's behaviour is the default; named departures from it:" + switches] * bool(switches)
-        sub = _parser(kinds, name, suite.title, "\n".join(filter(None, facts)) + "\n\n" + _PHASES)
-        _add_options(sub, {suite.task}, bool(suite.files), f"what judges the pictures: {HELP[suite.judge]}" if suite.judge else "")
-    about = f"Runs {', '.join(PUBLISHED)}: every one whose data lie in DATA or in DATA/SUITE, into OUT/SUITE. The others are named with what\nthey need.\n\n"
-    _add_options(_parser(kinds, "all", "every benchmark whose data are found", about + _PHASES), {"generate", "answer"}, True, "KIND=JUDGE, for each kind: " + "; ".join(f"{k}: {v}" for k, v in HELP.items()))
+        sub = _parser(kinds, name, suite.title, "\n".join(filter(None, facts)) + "\n\n" + _PHASES, _JUDGES.get(suite.judge, ""))
+        _add_options(sub, {suite.task}, bool(suite.files), f"what judges the pictures: {HELP[suite.judge]}" if suite.judge else "", bool(suite.switches))
+    about = f"Runs every one whose data lie in DATA or DATA/SUITE, into OUT/SUITE; the others are named with what they need:\n{', '.join(PUBLISHED)}.\n\n"
+    _add_options(_parser(kinds, "all", "every benchmark whose data are found", about + _PHASES), {"generate", "answer"}, True, "KIND=JUDGE, for each kind: " + "; ".join(f"{k}: {v}" for k, v in HELP.items()), True)
 
 
-def _parser(kinds: Any, name: str, line: str, description: str) -> argparse.ArgumentParser:
-    example = EXAMPLE if name.startswith("rendered") else f"xomni eval {name} --model MODEL --data DATA --out runs/{name}"
+def _parser(kinds: Any, name: str, line: str, description: str, judge: str = "") -> argparse.ArgumentParser:
+    example = EXAMPLE if name.startswith("rendered") else f"xomni eval {name} --model MODEL --data DATA --out runs/{name}{judge}"
     return kinds.add_parser(
         name,
         help=line,
@@ -54,7 +56,7 @@ def _parser(kinds: Any, name: str, line: str, description: str) -> argparse.Argu
     )
 
 
-def _add_options(parser: argparse.ArgumentParser, tasks: set[str], data: bool, judges: str) -> None:
+def _add_options(parser: argparse.ArgumentParser, tasks: set[str], data: bool, judges: str, switches: bool) -> None:
     parser.add_argument("--out", required=True, metavar="OUT", help="directory of the run; the same one to go on")
     if data:
         parser.add_argument("--data", required=True, metavar="DATA", help="directory of the published files")
@@ -79,11 +81,14 @@ def _add_options(parser: argparse.ArgumentParser, tasks: set[str], data: bool, j
         drawing.add_argument("--top-p", type=float, default=1.0, metavar="P", help="keep the likeliest codes that hold P; 1 is off (default 1)")
         drawing.add_argument("--min-p", type=float, default=0.03, metavar="P", help="drop codes below P times the likeliest (default 0.03)")
         drawing.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance of the codes; 1 is off (default 1)")
+        if tasks == {"generate"}:
+            drawing.add_argument("--rewrite", metavar="SOURCE", help=f"draw rewritten prompts, in both phases: {FORMS} (kept in OUT)")
     scoring = parser.add_argument_group("scoring")
     if judges:
         scoring.add_argument("--judge", action="append", metavar="JUDGE", help=judges)
     wordings = ", ".join(INSTRUCTIONS)
-    scoring.add_argument("--switch", action="append", default=[], metavar="NAME", help="a named departure from the official scorer, see above")
+    if switches:
+        scoring.add_argument("--switch", action="append", metavar="NAME", help="a named departure from the official scorer, see above")
     scoring.add_argument(
         "--instruction", type=_instruction, action="append", default=[], metavar="NAME=FILE", help=f"word an instruction as in FILE; there are {wordings}"
     )
@@ -94,6 +99,7 @@ def run(args: argparse.Namespace) -> int:
     from xomni_jax.cli.train import together
     from xomni_jax.sharding import distributed
 
+    args.judges, args.switches = _judges(args), getattr(args, "switch", None) or []
     # Workers with shares of their own know nothing of each other; without, the processes of a slice hold one model together.
     alone = args.phase == "score" or args.shard[1] > 1
     line = None if alone else distributed.start({f"--{name}": str(value) for name, value in vars(args).items() if name != "run"})
@@ -126,7 +132,9 @@ def _run(args: argparse.Namespace, line: Any) -> int:
 
 def _run_suite(args: argparse.Namespace) -> int:
     """The phases of one suite."""
-    suite = get_suite(args.evaluation, args.switch, dict(args.instruction))
+    suite, instructions = get_suite(args.evaluation, args.switches, dict(args.instruction)), {**INSTRUCTIONS, **dict(args.instruction)}
+    if rewrite := getattr(args, "rewrite", None):
+        suite = with_rewrites(suite, rewrite, Path(args.out) / "rewritten.jsonl", instructions["rewrite"])
     work = _work(args, suite, getattr(args, "data", "."), args.out)
     results = _phases(args, work)
     print(_summary(results, work) if results else _unfinished(work))
@@ -140,7 +148,7 @@ def _run_all(args: argparse.Namespace) -> int:
 
     absent, failed, done = [], [], []
     for name in PUBLISHED:
-        suite = get_suite(name, [switch for switch in args.switch if switch in get_suite(name).switches], dict(args.instruction))
+        suite = get_suite(name, [switch for switch in args.switches if switch in get_suite(name).switches], dict(args.instruction))
         if args.phase not in ("all", suite.task, "score"):
             continue
         data = Path(args.data) / name
@@ -164,7 +172,7 @@ def _run_all(args: argparse.Namespace) -> int:
 def _work(args: argparse.Namespace, suite: Any, data: Any, out: Any) -> Any:
     from xomni_jax.evaluation import runner
 
-    return runner.open_work(suite, data, out, args.limit, args.ids, args.shard, args.process)
+    return runner.open_work(suite, data, out, args.limit, args.ids, args.shard, args.process, bool(getattr(args, "rewrite", None)))
 
 
 def _phases(args: argparse.Namespace, work: Any) -> dict[str, Any] | None:
@@ -175,7 +183,7 @@ def _phases(args: argparse.Namespace, work: Any) -> dict[str, Any] | None:
 
     scoring = args.phase in ("all", "score")
     # The judge comes first: that it is silent is better known before hours of drawing.
-    judge = open_judge(work.suite.judge, _judge(args, work.suite.judge)) if scoring and work.suite.judge else None
+    judge = open_judge(work.suite.judge, args.judges.get(work.suite.judge)) if scoring and work.suite.judge else None
     try:
         if args.phase != "score":
             args.session.run(work, args.stop)
@@ -189,23 +197,24 @@ def _phases(args: argparse.Namespace, work: Any) -> dict[str, Any] | None:
         raise ValueError(f"{work.suite.name}: {left} of {len(work.items)} items are not answered in {work.run.path}; run --phase answer")
     if not scoring or left:
         return None
-    results = runner.write_results(work, args.switch)
+    switches = [switch for switch in args.switches if switch in work.suite.switches]
+    results = runner.write_results(work, switches, dict(args.instruction))
     write_run_report(work.run.path, {item.id: item.image for item in work.items if item.image is not None})
     return results
 
 
-def _judge(args: argparse.Namespace, kind: str) -> str | None:
-    """What --judge says for one kind of judge: KIND=JUDGE, or a bare JUDGE where there is one suite. The last one counts."""
-    found = None
-    for text in args.judge or ():
-        named, is_named, spec = text.partition("=")
-        if is_named and named in HELP:
-            found = spec if named == kind else found
+def _judges(args: argparse.Namespace) -> dict[str, str]:
+    """What --judge says, by kind of judge: KIND=JUDGE, or a bare JUDGE where there is one suite."""
+    kinds = {}
+    for text in getattr(args, "judge", None) or ():
+        kind, named, spec = text.partition("=")
+        if named and kind in HELP:
+            kinds[kind] = spec
         elif args.evaluation == "all":
             raise ValueError(f"--judge {text}: several kinds of judges are asked; write KIND=JUDGE, with a kind of {', '.join(HELP)}")
         else:
-            found = text
-    return found
+            kinds[get_suite(args.evaluation).judge] = text
+    return kinds
 
 
 def _unfinished(work: Any) -> str:

@@ -64,9 +64,10 @@ class EvalRun:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Settings, judge and switches on one level, such as "sampling.guidance" and "judge.name"."""
+        """Settings, judge, switches and wordings on one level, such as "sampling.guidance" and "judge.name"."""
         judge = self.results.get("judge") or {"name": "local rules"}
-        return flat(self.settings | {"judge": judge, "switches": self.results.get("switches") or "none"})
+        choices = {"switches": self.results.get("switches") or "none", "instruction": self.results.get("instructions") or {}}
+        return flat(self.settings | {"judge": judge} | choices)
 
     @property
     def suite(self) -> str:
@@ -123,6 +124,7 @@ def command(suite: str, out: str | Path, settings: Mapping[str, Any], **changes:
     """The command line that makes a run with the settings of another one, some of them changed."""
     known = flat(settings)
     given = {"model": known.get("model.path", "MODEL"), "data": known.get("data.path") or "DATA"}
+    given |= {"rewrite": "SOURCE"} if known.get("data.rewritten") else {}
     given |= {name: known[at] for name, at in DRAWN.items() if at in known} | changes
     options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items())
     return f"xomni eval {suite} {options} --out {out}"

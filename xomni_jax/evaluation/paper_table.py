@@ -105,7 +105,7 @@ def command(name: str) -> str:
     if suite.task == "generate":
         options |= DRAWING
     if name == "geneval":
-        options["rewritten"] = f"data/{name}/rewritten.jsonl"
+        options["rewrite"] = f"{VLM}@http://127.0.0.1:8000/v1"
     if suite.judge:
         options["judge"] = JUDGES[suite.judge]
     return f"xomni eval {name} " + " ".join(f"--{n} {v}" for n, v in options.items()) + f" --out runs/{name}"
@@ -126,6 +126,7 @@ def departures(row: Row) -> list[str]:
         return []
     facts, published = row.run.facts, get_suite(row.suite).published
     said = [f"{len(row.run.items)} of {published} items"] if published and len(row.run.items) != published else []
+    facts["rewriting"] = "yes" if facts.get("data.rewritten") else "none"
     for setting in row.settings:
         name = "repeats" if setting.name == "images per prompt" else setting.name.replace("-", "_")
         found = next((facts[at] for at in (name, f"sampling.{name}") if at in facts), None)

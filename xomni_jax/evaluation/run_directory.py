@@ -6,12 +6,12 @@
       images/            suites that draw: the pictures, in the benchmark's official layout
       parts/*.jsonl      finished outputs, one line per item, one file per process: {"id", "files" and "pixels"} or {"id", "answer"};
                          "files" are relative to OUT, "pixels" is the SHA-256 of the item's pictures
-      judged/*.jsonl     {"id", "replies"}: the judge's replies, one list per repeat
+      judged/*.jsonl     {"id", "replies", "asked"}: the judge's replies, one list per repeat, and a hash of the questions
       judged/judge.json  which judge, and how it was asked
       items.jsonl        at the end: one line per item, sorted by id: {"id", "prompt", "fields", "images" (relative paths: one per repeat, or
                          one where the official layout is a grid) or "answer", "replies", "score", "verdicts", "record"}
       results.json       at the end: {"suite", "title", "headline": {"name", "value"}, "scores", "categories", "counts", "unparsed" (ids of
-                         the items with replies that could not be read), "notes", "settings", "judge", "switches"}
+                         the items with replies that could not be read), "notes", "settings", "judge", "switches", "instructions"}
 
 A line is complete or absent: it is written in one piece and flushed to the disk, and a last line without its end is dropped, so a process
 may be killed at any time. Lines are read from all files, whoever wrote them: any number of processes may go on where others stopped.

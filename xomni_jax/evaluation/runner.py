@@ -16,7 +16,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,20 @@ class Work:
         there = lambda record: all((self.run.path / name).is_file() for name in record.get("files", ()))  # noqa: E731
         return {name: record for name, record in self.run.lines("parts").items() if there(record)}
 
+    def judged(self) -> dict[str, dict[str, Any]]:
+        """id -> record of every judged item. RunError when the judge was asked something else than would be asked now."""
+        records = self.run.lines("judged")
+        for item in self.items:
+            if item.id in records and records[item.id]["asked"] != asked(self.suite, item):
+                folder = self.run.path / "judged"
+                raise RunError(f"{folder}: item {item.id} was judged by other questions; give the data and --instruction of then, or delete {folder}")
+        return records
+
+
+def asked(suite: Suite, item: Item) -> str:
+    """A short name of what the judge is asked about an item."""
+    return hashlib.sha256(json.dumps(list(suite.questions(item)), sort_keys=True).encode()).hexdigest()[:16]
+
 
 def open_work(
     suite: Suite,
@@ -86,8 +100,9 @@ def open_work(
     ids: Sequence[str] = (),
     share: tuple[int, int] = (0, 1),
     process: tuple[int, int] = (0, 1),
+    rewritten: bool = False,
 ) -> Work:
-    """Reads the data and selects `ids`, or the first `limit` items.
+    """Reads the data and selects `ids`, or the first `limit` items; `rewritten` says that the suite's prompts are not the published ones.
 
     Raises:
       SuiteError: the data are missing or malformed, an id occurs twice, or one that was asked for is not there.
@@ -97,14 +112,15 @@ def open_work(
     known = {item.id for item in items}
     if len(known) < len(items):
         raise SuiteError(f"{suite.name}: {len(items) - len(known)} ids occur twice in {data}; ids must be unique")
-    facts = sorted(json_line({"id": i.id, "prompt": i.prompt, "fields": dict(i.fields)}) for i in items)
-    described = {"items": len(items), "sha256": hashlib.sha256("".join(facts).encode()).hexdigest()}
+    facts = sorted(json_line({"id": i.id, "prompt": i.prompt}) for i in items)  # not the truths: they decide no output
+    described = {"items": len(items), "rewritten": rewritten, "sha256": hashlib.sha256("".join(facts).encode()).hexdigest()}
     if unknown := [name for name in ids if name not in known]:
         raise SuiteError(f"{suite.name} has no item {unknown[0]!r}; ids are such as {items[0].id!r}")
     selected = [item for item in items if item.id in set(ids)] if ids else items[:limit]
     work = Work(suite, selected, described, run, share, process)
     if work.writes and (run.path / "settings.json").exists():
-        run.check("settings.json", {"suite": suite.name, "data": described}, "take another --out, or the data that it was begun with")
+        remedy = "take another --out, or the data, switches and rewritten prompts that it was begun with"
+        run.check("settings.json", {"suite": suite.name, "data": described}, remedy)
     return work
 
 
@@ -132,6 +148,8 @@ def generate(work: Work, generation: Any, stop: StopSignal) -> None:
         add(future.result() for futures in saving for future in futures)
     if work.writes:
         shutil.rmtree(staging, ignore_errors=True)
+        with suppress(OSError):
+            staging.parent.rmdir()  # unless another worker still uses it
 
 
 def answer(work: Work, answering: Any, stop: StopSignal) -> None:
@@ -167,7 +185,7 @@ def judge_outputs(work: Work, judge: Judge, stop: StopSignal) -> None:
     Raises:
       SuiteError: pictures are missing (how many, and the first); the judge does not answer. What is judged stays.
     """
-    judged = work.run.lines("judged")
+    judged = work.judged()
     left = [item for item in work.mine() if item.id not in judged]
     _check_pictures(work, left)
     remedy = f"give the judge that was used, or delete {work.run.path / 'judged'} to judge everything anew"
@@ -180,7 +198,8 @@ def judge_outputs(work: Work, judge: Judge, stop: StopSignal) -> None:
             opening = pool.submit(_open, work, groups[number + 1]) if number + 1 < len(groups) else None
             questions = [work.suite.questions(item) for item, opened in zip(group, pictures) for _ in opened]
             replies = iter(judge.ask([picture for opened in pictures for picture in opened], questions))
-            add({"id": item.id, "replies": [next(replies) for _ in opened]} for item, opened in zip(group, pictures))
+            made = [{"id": item.id, "replies": [next(replies) for _ in opened]} for item, opened in zip(group, pictures)]
+            add({**record, "asked": asked(work.suite, item)} for record, item in zip(made, group))
             stop.check()
 
 
@@ -205,14 +224,17 @@ def _check_pictures(work: Work, items: Sequence[Item]) -> None:
 # ---- results ----
 def missing(work: Work) -> int:
     """Selected items without what scoring needs, over all processes."""
-    done = work.run.lines("judged") if work.suite.judge else work.outputs()
+    done = work.judged() if work.suite.judge else work.outputs()
     return sum(item.id not in done for item in work.items)
 
 
-def write_results(work: Work, switches: Sequence[str]) -> dict[str, Any]:
-    """Scores every selected item once and aggregates, sorted by id. Everything must be there, see `missing`."""
+def write_results(work: Work, switches: Sequence[str] = (), instructions: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Scores every selected item once and aggregates, sorted by id. Everything must be there, see `missing`.
+
+    `switches` and `instructions` are the choices that made the suite what it is, for the record.
+    """
     suite, run = work.suite, work.run
-    outputs, judged = work.outputs(), run.lines("judged")
+    outputs, judged = work.outputs(), work.judged() if work.suite.judge else {}
     lines, records, unparsed = [], [], []
     for item in sorted(work.items, key=lambda item: item.id):
         output = outputs.get(item.id, {})
@@ -245,6 +267,7 @@ def write_results(work: Work, switches: Sequence[str]) -> dict[str, Any]:
         "settings": run.read("settings.json") if (run.path / "settings.json").exists() else None,
         "judge": run.read("judged/judge.json") if suite.judge else None,
         "switches": sorted(switches),
+        "instructions": dict(instructions or {}),
     }
     run.write("items.jsonl", "".join(lines))
     run.write("results.json", json.dumps(results, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
