@@ -138,7 +138,9 @@ def _run_suite(args: argparse.Namespace) -> int:
     work = _work(args, suite, getattr(args, "data", "."), args.out)
     results = _phases(args, work)
     print(_summary(results, work) if results else _unfinished(work))
-    print(f"results: {work.run.path / 'report.html'}, results.json, results.csv" if results else f"outputs so far: {work.run.path}")
+    if results:
+        print(f"report: {work.run.path / 'report.html'}, one line per output: {work.run.path / 'results.csv'}")
+    print(f"results: {work.run.path / 'results.json'}" if results else f"outputs so far: {work.run.path}")
     return 0
 
 
@@ -165,7 +167,7 @@ def _run_all(args: argparse.Namespace) -> int:
                 raise  # the others cannot know
             failed.append(f"failed: {name}: {e}")
     print("\n".join([*absent, *failed, *done]))
-    print(f"results: {Path(args.out)}/SUITE/report.html, results.json, results.csv")
+    print(f"results: {Path(args.out)}/SUITE/results.json, the pages are beside them")
     return 2 if failed or not done else 0
 
 
