@@ -68,9 +68,10 @@ def _add_options(parser: argparse.ArgumentParser, tasks: set[str], data: bool, j
     which.add_argument("--shard", type=_shard, default=(0, 1), metavar="K/N", help="this process is the K-th of N that share OUT (default 1/1)")
     model = parser.add_argument_group("the model")
     model.add_argument("--model", default=TINY_SFT, metavar="DIR", help="model directory (default: the tiny model that ships with the package)")
-    model.add_argument("--mesh", type=_mesh, default=None, metavar="AXIS=N,...", help="devices per mesh axis: data, fsdp, tensor (default: fsdp=-1, all)")
+    model.add_argument("--mesh", type=_mesh, metavar="AXIS=N,...", help="devices per mesh axis: data, fsdp, tensor (default: fsdp=-1, all)")
     what = "pictures" if tasks == {"generate"} else "answers" if tasks == {"answer"} else "pictures or answers"
-    model.add_argument("--batch", type=_positive, default=16, metavar="N", help=f"{what} at a time, of each data-parallel part of the mesh (default 16)")
+    at_a_time = f"{what} at a time, of each data-parallel part of the mesh (default 16)"
+    model.add_argument("--batch", type=_positive, default=16, metavar="N", help=at_a_time)
     if "generate" in tasks:
         drawing = parser.add_argument_group("drawing (the defaults are the released ones)")
         drawing.add_argument("--decode-batch", type=_positive, default=16, metavar="N", help="pictures decoded to pixels at a time (default 16)")
@@ -87,12 +88,10 @@ def _add_options(parser: argparse.ArgumentParser, tasks: set[str], data: bool, j
     scoring = parser.add_argument_group("scoring")
     if judges:
         scoring.add_argument("--judge", action="append", metavar="JUDGE", help=judges)
-    wordings = ", ".join(INSTRUCTIONS)
     if switches:
         scoring.add_argument("--switch", action="append", metavar="NAME", help="a named departure from the official scorer, see above")
-    scoring.add_argument(
-        "--instruction", type=_instruction, action="append", default=[], metavar="NAME=FILE", help=f"word an instruction as in FILE; there are {wordings}"
-    )
+    wording = f"word an instruction as in FILE; there are {', '.join(INSTRUCTIONS)}"
+    scoring.add_argument("--instruction", type=_instruction, action="append", default=[], metavar="NAME=FILE", help=wording)
 
 
 def run(args: argparse.Namespace) -> int:
