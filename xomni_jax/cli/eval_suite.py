@@ -34,15 +34,17 @@ def add_suites(kinds: Any) -> None:
     for name in SUITES:
         suite = get_suite(name)
         drawn = f"{suite.repeats} picture{'s' * (suite.repeats > 1)} per prompt" if suite.task == "generate" else "greedy answers, local rules"
-        judged = f"judge: {suite.judge}" if suite.judge else ""
-        switches = "".join(f"\n  --switch {switch}: {what}" for switch, what in suite.switches.items())
-        facts = [f"{suite.title}: " + ", ".join(filter(None, (f"{suite.published} items" * bool(suite.published), drawn, judged))) + "."]
-        facts += [f"--data must hold {suite.files}." * bool(suite.files)]
-        facts += ["The official scorer's behaviour is the default; named departures from it:" + switches] * bool(switches)
-        sub = _parser(kinds, name, suite.title, "\n".join(filter(None, facts)) + "\n\n" + _PHASES, _JUDGES.get(suite.judge, ""))
-        _add_options(sub, {suite.task}, bool(suite.files), f"what judges the pictures: {HELP[suite.judge]}" if suite.judge else "", bool(suite.switches))
-    about = f"Runs every one whose data lie in DATA or DATA/SUITE, into OUT/SUITE; the others are named with what they need:\n{', '.join(PUBLISHED)}.\n\n"
-    _add_options(_parser(kinds, "all", "every benchmark whose data are found", about + _PHASES), {"generate", "answer"}, True, "KIND=JUDGE, for each kind: " + "; ".join(f"{k}: {v}" for k, v in HELP.items()), True)
+        facts = [f"{suite.published} items" * bool(suite.published), drawn, f"judge: {suite.judge}" if suite.judge else ""]
+        lines = [f"{suite.title}: {', '.join(filter(None, facts))}."]
+        lines += [f"--data must hold {suite.files}."] * bool(suite.files)
+        lines += ["The official scorer's behaviour is the default; named departures from it:"] * bool(suite.switches)
+        lines += [f"  --switch {switch}: {what}" for switch, what in suite.switches.items()]
+        sub = _parser(kinds, name, suite.title, "\n".join(lines), _JUDGES.get(suite.judge, ""))
+        judges = f"what judges the pictures: {HELP[suite.judge]}" if suite.judge else ""
+        _add_options(sub, {suite.task}, bool(suite.files), judges, bool(suite.switches))
+    about = "Runs every one whose data lie in DATA or DATA/SUITE, into OUT/SUITE; the others are named with what they need:\n"
+    sub = _parser(kinds, "all", "every benchmark whose data are found", about + ", ".join(PUBLISHED) + ".")
+    _add_options(sub, {"generate", "answer"}, True, "KIND=JUDGE, for each kind: " + "; ".join(f"{k}: {v}" for k, v in HELP.items()), True)
 
 
 def _parser(kinds: Any, name: str, line: str, description: str, judge: str = "") -> argparse.ArgumentParser:
@@ -50,7 +52,7 @@ def _parser(kinds: Any, name: str, line: str, description: str, judge: str = "")
     return kinds.add_parser(
         name,
         help=line,
-        description=description,
+        description=f"{description}\n\n{_PHASES}",
         epilog="example:\n  " + example.replace("rendered-text", name),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -62,14 +64,15 @@ def _add_options(parser: argparse.ArgumentParser, tasks: set[str], data: bool, j
         parser.add_argument("--data", required=True, metavar="DATA", help="directory of the published files")
     parser.add_argument("--phase", choices=("all", *sorted(tasks, reverse=True), "score"), default="all", help="default: all")
     which = parser.add_argument_group("which items")
-    which.add_argument("--limit", type=int, metavar="N", help="the first N items only")
+    which.add_argument("--limit", type=_positive, metavar="N", help="the first N items only")
     which.add_argument("--ids", nargs="+", default=(), metavar="ID", help="these items only")
     which.add_argument("--shard", type=_shard, default=(0, 1), metavar="K/N", help="this process is the K-th of N that share OUT (default 1/1)")
     model = parser.add_argument_group("the model")
     model.add_argument("--model", default=TINY_SFT, metavar="DIR", help="model directory (default: the tiny model that ships with the package)")
-    model.add_argument("--mesh", type=_mesh, default=None, metavar="AXIS=N,...", help="devices per mesh axis: data, fsdp, tensor (default: fsdp=-1, all)")
+    model.add_argument("--mesh", type=_mesh, metavar="AXIS=N,...", help="devices per mesh axis: data, fsdp, tensor (default: fsdp=-1, all)")
     what = "pictures" if tasks == {"generate"} else "answers" if tasks == {"answer"} else "pictures or answers"
-    model.add_argument("--batch", type=_positive, default=16, metavar="N", help=f"{what} at a time, of each data-parallel part of the mesh (default 16)")
+    at_a_time = f"{what} at a time, of each data-parallel part of the mesh (default 16)"
+    model.add_argument("--batch", type=_positive, default=16, metavar="N", help=at_a_time)
     if "generate" in tasks:
         drawing = parser.add_argument_group("drawing (the defaults are the released ones)")
         drawing.add_argument("--decode-batch", type=_positive, default=16, metavar="N", help="pictures decoded to pixels at a time (default 16)")
@@ -86,12 +89,10 @@ def _add_options(parser: argparse.ArgumentParser, tasks: set[str], data: bool, j
     scoring = parser.add_argument_group("scoring")
     if judges:
         scoring.add_argument("--judge", action="append", metavar="JUDGE", help=judges)
-    wordings = ", ".join(INSTRUCTIONS)
     if switches:
         scoring.add_argument("--switch", action="append", metavar="NAME", help="a named departure from the official scorer, see above")
-    scoring.add_argument(
-        "--instruction", type=_instruction, action="append", default=[], metavar="NAME=FILE", help=f"word an instruction as in FILE; there are {wordings}"
-    )
+    wording = f"word an instruction as in FILE; there are {', '.join(INSTRUCTIONS)}"
+    scoring.add_argument("--instruction", type=_instruction, action="append", default=[], metavar="NAME=FILE", help=wording)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -115,7 +116,7 @@ def _run(args: argparse.Namespace, line: Any) -> int:
     from xomni_jax.training.preemption import StopRequested, StopSignal
 
     if line is not None and args.phase == "all":
-        raise ValueError("several JAX processes make outputs together but do not score them; add --phase generate or answer, then score in one process")
+        raise ValueError("several JAX processes make outputs together but do not score; add --phase generate or answer, then score in one process")
     drawing = {}
     if hasattr(args, "seed"):
         sampling = SamplingConfig(args.temperature, args.top_k, args.top_p, args.min_p, args.guidance)

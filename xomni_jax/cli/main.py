@@ -12,7 +12,7 @@ COMMANDS = {
     "generate": "draw pictures from prompts",
     "chat": "ask a question about a picture",
     "train": "run a training stage: tokenizer, pretrain, sft, decoder, grpo",
-    "eval": "measure trained models on held-out prompts and write a report",
+    "eval": "score models on the paper's benchmarks, and measure what reinforcement learning changed",
     "compare": "paired differences between runs of one benchmark",
     "convert": "turn downloaded PyTorch checkpoints into a model directory",
     "export": "turn a model directory back into the released PyTorch layout",

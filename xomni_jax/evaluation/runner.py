@@ -82,8 +82,8 @@ class Work:
         records = self.run.lines("judged")
         for item in self.items:
             if item.id in records and records[item.id]["asked"] != asked(self.suite, item):
-                folder = self.run.path / "judged"
-                raise RunError(f"{folder}: item {item.id} was judged by other questions; give the data and --instruction of then, or delete {folder}")
+                where = self.run.path / "judged"
+                raise RunError(f"{where}: item {item.id} was judged by other questions; give the data and --instruction of then, or delete {where}")
         return records
 
 
