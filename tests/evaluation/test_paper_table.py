@@ -52,7 +52,7 @@ def test_the_printed_table_marks_what_is_not_stated(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "paper: LongText EN 0.900" in said and "Position 0.71" in said and "temperature 1.0*" in said and "checkpoint X-Omni-En?" in said
     value = json.loads((tmp_path / "deep" / "lt" / "results.json").read_text())["headline"]["value"]
-    assert f"ours:  LongText EN {value:.3f}   ({tmp_path / 'deep' / 'lt'}, model 0123abcd)" in said  # the run of more items
+    assert f"ours:  LongText EN {value:.3f}   ({tmp_path / 'deep' / 'lt'}, model 0123abcd, judge by hand)" in said  # the run of more items
     share = json.loads((run / "results.json").read_text())["headline"]["value"]
     assert f"ours:  POPE {100 * share:.1f}" in said and said.count("not run") == 10
     assert "the paper does not say: checkpoint, height, width" in said

@@ -17,6 +17,7 @@ from xomni_jax.evaluation.eval_run import read_eval_run, shots
 from xomni_jax.evaluation.gallery import embed, folded, picture_order, spread
 from xomni_jax.evaluation.run_report import write_run_report
 from xomni_jax.evaluation.suite import SuiteError
+from xomni_jax.evaluation.suites import get_suite
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -156,6 +157,22 @@ def test_paper_tables_are_complete():
         "Single": "0.98", "Two": "0.95", "Counting": "0.84", "Colours": "0.95", "Position": "0.78", "Colour attr.": "0.77", "Overall": "0.88",
     }  # fmt: skip
     assert paper.values("docvqa")["MiniCPM-Llama3-V 2.5"] == {"DocVQA": "84.8"} and "VILA" not in paper.values("docvqa")
+
+
+def test_columns_of_the_paper_find_their_categories():
+    """What the suites call their categories is what the paper's columns look for."""
+    item = {"yes": 3, "asked": 4, "dropped": 0, "unparsed": 0, "fields": {}}
+    tile = {"global": [1, 2], "entity - whole": [3, 4], "attribute - color": [1, 1], "relation - spatial": [0, 1], "other - count": [1, 5]}
+    suite = get_suite("dpg")
+    found = suite.aggregate([item | {"id": "x", "last_tile": tile, "all_tiles": tile}])
+    results = {"suite": "dpg", "headline": {"value": found["scores"][found["headline"]]}, "categories": found["categories"]}
+    expected = {"Global": "50.00", "Entity": "75.00", "Attribute": "100.00", "Relation": "0.00", "Other": "20.00", "Overall": "75.00"}
+    assert paper.ours(results) == expected
+    tags = paper.PLACES["geneval"].parts.values()
+    records = [{"id": t, "fields": {"category": t}, "correct": n, "images": 6, "any": 1, "one": 1} for n, t in enumerate(tags)]
+    found = get_suite("geneval").aggregate(records)
+    results = {"suite": "geneval", "headline": {"value": found["scores"][found["headline"]]}, "categories": found["categories"]}
+    assert list(paper.ours(results).values()) == ["0.00", "0.17", "0.33", "0.50", "0.67", "0.83", "0.42"]
 
 
 def dom(page, fragment, profile):

@@ -166,7 +166,7 @@ def row_text(row: Row) -> list[str]:
         return [*lines, "  ours:  not run"]
     apart = departures(row)
     model = row.run.facts.get("model.sha256", "pictures of another program")
-    lines.append(f"  ours:  {numbers(row.ours)}   ({row.run.path}, model {str(model)[:12]})")
+    lines.append(f"  ours:  {numbers(row.ours)}   ({row.run.path}, model {str(model)[:12]}, judge {row.run.facts['judge.name']})")
     return [*lines, *([f"  not what the command above makes: {', '.join(apart)}"] if apart else [])]
 
 
