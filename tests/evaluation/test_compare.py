@@ -34,7 +34,8 @@ def interval_by_hand(differences, seed=0, resamples=2000):
 def three(tmp_path):
     """Runs a, b, c; b lost a score."""
     make = partial(write_generate_run, items=11, repeats=2)
-    a, b, c = make(tmp_path / "a", right=0.3), make(tmp_path / "b", right=0.6, seed=1), make(tmp_path / "c", right=0.6, seed=2, guidance=2.0)
+    a, b = make(tmp_path / "a", right=0.3), make(tmp_path / "b", right=0.6, seed=1)
+    c = make(tmp_path / "c", right=0.6, seed=2, guidance=2.0)
     rewrite(b, lambda lines: [line | {"score": None} if line["id"] == "0003" else line for line in lines])
     return a, b, c
 

@@ -168,10 +168,11 @@ def test_runs_that_are_no_experiment_are_refused(policies, tmp_path):
 
 def test_missing_runs_are_told_as_commands(policies, tmp_path, capsys):
     (first, _), (rl,) = policies
-    assert main(["eval", "best-of-n", "--sft", str(first), str(tmp_path / "x"), "--rl", str(tmp_path / "y"), "--out", str(tmp_path / "o")]) == 2
+    x, y, out = (str(tmp_path / name) for name in ("x", "y", "o"))
+    assert main(["eval", "best-of-n", "--sft", str(first), x, "--rl", y, "--out", out]) == 2
     said = capsys.readouterr().err.splitlines()
     assert said[0] == "xomni eval: 2 of 3 runs are not there or not finished; make them with"
-    assert said[1].startswith("  xomni eval longtext-en --model SFT ") and "--seed 1235" in said[1] and said[1].endswith(f"--out {tmp_path / 'x'}")
+    assert said[1].startswith("  xomni eval longtext-en --model SFT ") and "--seed 1235" in said[1] and said[1].endswith(f"--out {x}")
     assert "--model RL " in said[2] and "--seed 1234" in said[2] and not (tmp_path / "o").exists()
     assert main(["eval", "best-of-n", "--sft", "a", "--rl", "b", "--out", "o", "--reward", "ocr=http://127.0.0.1:9"]) == 2
     with pytest.raises(SystemExit):

@@ -159,13 +159,14 @@ def page(runs: Sequence[EvalRun], comparison: dict[str, Any], out: Path) -> str:
     said = f"The {len(changed)} items whose score changed most, {names[0]} first. {left_out(wanted, pictures)}"
     categories = [comparison["items"][i]["category"] for i in changed]
     listed = controls(categories, ORDERS) + f'<div id="items" class="items pairs">{cards}</div>' if changed else "<p>No score changed.</p>"
+    title = f"{escape(comparison['title'])}: {', '.join(names[1:])} against {names[0]}"
     body = [
-        f"<header><p class=over>X-Omni in JAX</p><h1>{escape(comparison['title'])}: {', '.join(names[1:])} against {names[0]}</h1></header>",
+        f"<header><p class=over>X-Omni in JAX</p><h1>{title}</h1></header>",
         section("Scores", difference_table(comparison, names), "", METHOD),
         section("What differs between the runs", settings_table(comparison, names)) if comparison["settings"] else "",
         section("What changed most", listed, "", said),
     ]
-    return document(f"{comparison['title']}: {', '.join(run['name'] for run in comparison['runs'])}", "".join(body), "gallery.css", "gallery.js")
+    return document(title, "".join(body), "gallery.css", "gallery.js")
 
 
 def difference_table(comparison: dict[str, Any], names: Sequence[str]) -> str:

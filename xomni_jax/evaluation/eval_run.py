@@ -189,7 +189,8 @@ def same_items(runs: Sequence[EvalRun]) -> None:
             )
         mine, theirs = {i["id"] for i in first.items}, {i["id"] for i in run.items}
         if mine != theirs:
-            told = [f"{len(ids)} only in {path} ({examples(ids)})" for path, ids in ((first.path, mine - theirs), (run.path, theirs - mine)) if ids]
+            apart = {first.path: mine - theirs, run.path: theirs - mine}
+            told = [f"{len(ids)} only in {path} ({examples(ids)})" for path, ids in apart.items() if ids]
             raise SuiteError(f"the runs hold different items: {', '.join(told)}; make both with the same data and --limit")
 
 

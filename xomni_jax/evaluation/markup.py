@@ -14,14 +14,14 @@ from PIL import Image
 
 
 def document(title: str, body: str, *more: str) -> str:
-    """A whole page that needs no other file. `more` names assets beside report.css: further styles, and scripts for the end."""
+    """A whole page that needs no other file. Title and body are HTML; `more` names assets beside report.css: further styles, and scripts for the end."""
     read = lambda name: (resources.files("xomni_jax") / "assets" / name).read_text(encoding="utf-8")  # noqa: E731
     style = "".join(read(name) for name in ("report.css", *more) if name.endswith(".css"))
     script = "".join(f"<script>{read(name)}</script>" for name in more if name.endswith(".js"))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{style}</style></head><body><main>{body}</main>{script}</body></html>\n"
+        f"<title>{title}</title><style>{style}</style></head><body><main>{body}</main>{script}</body></html>\n"
     )
 
 

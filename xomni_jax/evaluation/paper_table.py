@@ -89,8 +89,11 @@ def suite_settings(name: str) -> tuple[Setting, ...]:
 
 def judge_of(name: str) -> Setting:
     """Who judges a suite that draws. DPG-Bench's own judge cannot be had as a service, a general model stands in for it."""
-    judges = {"geneval": Setting("judge", OFFICIAL["detector"], BENCHMARK), "dpg": Setting("judge", f"{VLM} in place of {OFFICIAL['vqa']}", OPEN)}
-    return judges.get(name) or Setting("judge", VLM, CODE if name in FOUR_STATED else BENCHMARK)
+    if name == "geneval":
+        return Setting("judge", OFFICIAL["detector"], BENCHMARK)
+    if name == "dpg":
+        return Setting("judge", f"{VLM} in place of {OFFICIAL['vqa']}", OPEN)
+    return Setting("judge", VLM, CODE if name.startswith("longtext") else BENCHMARK)
 
 
 def language_of(name: str) -> str:

@@ -65,7 +65,7 @@ def page(run: EvalRun, limit: int = PAGE_BYTES) -> str:
         section("By category", bars(run.results["categories"])) if run.results["categories"] else "",
         section("Every item", gallery(run, pictures), "", left_out(wanted, pictures, limit)),
     ]
-    return document(f"{run.results['title']}: {run.name}", "".join(body), "gallery.css", "gallery.js")
+    return document(escape(f"{run.results['title']}: {run.name}"), "".join(body), "gallery.css", "gallery.js")
 
 
 def headline(run: EvalRun) -> str:

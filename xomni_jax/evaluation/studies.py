@@ -38,7 +38,8 @@ def read_runs(directories: Sequence[str | Path], changes: Sequence[Mapping[str, 
     if missing:
         suite, settings = (runs[0].suite, runs[0].settings) if runs else ("SUITE", {})
         lines = [command(suite, directories[i], settings, **changes[i]) for i in missing]
-        raise SuiteError(f"{len(missing)} of {len(directories)} runs are not there or not finished; make them with\n  " + "\n  ".join(lines))
+        many = f"{len(missing)} of {len(directories)} runs are not there or not finished"
+        raise SuiteError("\n  ".join([f"{many}; make them with", *lines]))
     same_items(runs)
     if "answer" in runs[0].items[0]:
         raise SuiteError(f"{runs[0].suite} answers questions; this study is about suites that draw, such as longtext-en")
@@ -144,7 +145,12 @@ def best_of_study(
     return about(sft[0], seed) | {
         "reward": reward,
         "sft": {"runs": [str(run.path) for run in sft], "samples": samples},
-        "rl": {"runs": [str(run.path) for run in rl], "samples": rl_PR.shape[1], "score": single, "headline": rl[0].results["headline"]["value"]},
+        "rl": {
+            "runs": [str(run.path) for run in rl],
+            "samples": rl_PR.shape[1],
+            "score": single,
+            "headline": rl[0].results["headline"]["value"] if len(rl) == 1 else None,
+        },
         "rows": rows,
         "left_out": [n for n in BEST_OF if n > samples],
         "rl_holds_up_to_best_of": held_up_to(single["value"], rows),
@@ -169,7 +175,9 @@ def more_samples(run: EvalRun) -> str:
 def pooled_scores(runs: Sequence[EvalRun]) -> np.ndarray:
     """The suite's score of every single output [P, R], runs side by side; NaN where an output has none."""
     suite = get_suite(runs[0].suite, runs[0].results.get("switches") or ())
-    rows = [[output_record(suite, run.items[i], r)["score"] for run in runs for r in range(outputs(run.items[i]))] for i in range(len(runs[0].items))]
+    rows = []
+    for items in zip(*(run.items for run in runs)):
+        rows.append([output_record(suite, item, r)["score"] for item in items for r in range(outputs(item))])
     if len({len(row) for row in rows}) > 1:
         raise SuiteError(f"{runs[0].path}: items have different numbers of outputs; draw them with one setting of repeats")
     return np.array([[np.nan if score is None else score for score in row] for row in rows], np.float64)

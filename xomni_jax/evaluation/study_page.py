@@ -80,7 +80,7 @@ def guidance_page(study: dict[str, Any]) -> str:
         section("By category", table(("", *(f"guidance {r['guidance']:g}" for r in rows)), per)) if per else "",
         section("Runs", table(("", "run"), [(f"guidance {r['guidance']:g}", [escape(r["run"])]) for r in rows])),
     ]
-    return document(f"{study['title']}: guidance", "".join(parts), "gallery.css")
+    return document(f"{escape(study['title'])}: guidance", "".join(parts), "gallery.css")
 
 
 # ---- best of N ----
@@ -122,15 +122,18 @@ def best_of_page(study: dict[str, Any]) -> str:
         section("Mean score of SFT's best of N", figure(chart, study["title"]), "few"),
         section("Runs", table(("", "runs"), runs)),
     ]
-    return document(f"{study['title']}: best of N", "".join(parts), "gallery.css")
+    return document(f"{escape(study['title'])}: best of N", "".join(parts), "gallery.css")
 
 
 def verdict(study: dict[str, Any]) -> str:
     """Up to which N one RL sample holds, in words, and which N could not be measured."""
     held, largest = study["rl_holds_up_to_best_of"], study["rows"][-1]["n"]
-    said = "One RL sample scores " + {0: "no higher than one SFT sample", 1: "above one SFT sample, not above the best of 2"}.get(
-        held, f"above the best of {held} SFT samples" + (", the most there are" if held == largest else f", not above the best of {2 * held}")
-    )
+    said = "One RL sample scores "
+    if held == 0:
+        said += "no higher than one SFT sample"
+    else:
+        said += "above one SFT sample" if held == 1 else f"above the best of {held} SFT samples"
+        said += "" if held == largest else f", not above the best of {2 * held}"
     out = study["left_out"]
     return said + (f". Best of {', '.join(map(str, out))} needs more than {study['sft']['samples']} samples per item" if out else "") + "."
 
