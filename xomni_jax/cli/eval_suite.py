@@ -232,7 +232,7 @@ def _summary(results: Mapping[str, Any], work: Any) -> str:
     lines += [f"  {name}: {_digits(c['score'])} ({c['items']} items)" for name, c in results["categories"].items()]
     lines += [f"  {counts['items']}{of} items, {counts['outputs']} outputs, each once; {counts['unparsed']} replies could not be read"]
     lines += [f"  {n} {name}" for name, n in counts.items() if name in ("overlong prompts", "fitted pictures") and n]
-    lines += [f"  judge: {results['judge']['name']}"] * bool(results["judge"])
+    lines += [f"  judge: {results['judge']['name']}"] if results["judge"] else []
     lines += [f"  switches: {', '.join(switches)}"] * bool(switches)
     return "\n".join([*lines, *(f"  {note}" for note in results["notes"])])
 
