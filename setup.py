@@ -35,6 +35,7 @@ REWARDS = [
 ]
 EVAL = ["rapidfuzz>=3.9,<4", "pyarrow>=18,<26"]  # parquet is how several understanding benchmarks are published
 TEST = ["pytest>=8,<10", "pytest-xdist>=3.6,<4"]
+PLAN = ["jax[tpu]>=0.10,<0.13"]  # brings libtpu, the TPU compiler, which needs no TPU
 PARITY = ["torch>=2.13,<2.14", "diffusers>=0.34,<0.50", "sentencepiece>=0.2,<0.3"]
 
 setup(
@@ -47,12 +48,13 @@ setup(
     package_data={"xomni_jax": ["assets/**/*"]},
     install_requires=CORE,
     extras_require={
-        "tpu": ["jax[tpu]>=0.10,<0.13"],
+        "tpu": PLAN,
         "rewards": REWARDS,
+        "plan": PLAN,
         "eval": EVAL,
         "detector": REWARDS + ["torch>=2.13,<2.14"],  # of a service that runs on its own, never of the model's process
-        "test": TEST + REWARDS + EVAL,
-        "parity": TEST + REWARDS + EVAL + PARITY,
+        "test": TEST + REWARDS + EVAL + PLAN,
+        "parity": TEST + REWARDS + EVAL + PLAN + PARITY,
     },
     entry_points={"console_scripts": ["xomni = xomni_jax.cli.main:main"]},
 )

@@ -51,6 +51,11 @@ def _rendered():
     )
 
 
+def _stored(*components):
+    """Components as `init_from` holds them; further keys of a section say how it is computed (dtype, remat, ...)."""
+    return {name: dict(preset="stored") for name in components}
+
+
 def tokenizer():
     """SigLIP-VQ through understanding."""
     return _run(
@@ -111,6 +116,7 @@ def decoder():
     return _run(
         "decoder",
         1e-3,
+        **_stored("siglip_vq"),
         mmdit=dict(preset="tiny", dtype="float32", remat="none"),
         t5=dict(preset="tiny", dtype="float32"),
         clip=dict(preset="tiny", dtype="float32"),
@@ -132,6 +138,7 @@ def grpo():
     c = _run(
         "grpo",
         1e-6,
+        **_stored("transformer", "siglip_vq", "mmdit", "t5", "clip", "autoencoder"),
         grpo=dict(
             rollouts_per_prompt=16,  # G
             updates_per_batch=1,  # 1: on-policy
@@ -158,7 +165,9 @@ def grpo():
             max_logp_gap=1e-4,
             max_fail_frac=0.5,
             combine="sum_then_normalize",  # or normalize_then_sum
+            reference_dtype="float32",  # of the reference's matrices; bfloat16 halves them, and loses nothing where it is computed in
         ),
+        decoder_mesh=dict(replica=1, data=1, fsdp=0, tensor=1),  # devices of the decoder alone; a 0: it shares those of config.mesh
         decode=dict(steps=None, guidance=None),  # None: the model's own
         rewards=dict(  # weight None: not asked
             ocr=dict(urls=("http://127.0.0.1:8001",), weight=1.0),

@@ -18,7 +18,7 @@ SIGTERM are passed on: training saves at a step all processes agree on, and the 
 example:
   python launch/local.py --processes 2 --devices 4 -- xomni train --config=configs/tiny/sft.py --config.run_dir=runs/two --config.next_token.rows=16
 """
-GRACE = 15.0  # seconds the others have to end by themselves, with a message of their own, after one has failed
+GRACE = 10.0  # seconds the others have to end by themselves, with a message of their own, after one has failed
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -63,7 +63,7 @@ def environment(args: argparse.Namespace, index: int, port: int) -> dict[str, st
 def show(index: int, pipe) -> None:
     """Prints a process's lines, and the states of a progress line, with its number in front."""
     for line in pipe:  # universal newlines: a progress line's carriage returns end lines as well
-        if line.strip():
+        if line.strip() and not line.startswith("[Gloo]"):  # which tells of every connection
             print(f"[{index}] {line.rstrip()}", flush=True)
 
 
@@ -81,22 +81,27 @@ def start(args: argparse.Namespace) -> list[subprocess.Popen]:
 
 def watch(processes: list[subprocess.Popen]) -> int:
     """Waits for all; after a failure the others are ended. Returns the exit code of the first failure, or 0."""
-    code, ended, deadline = 0, set(), None
-    while len(ended) < len(processes):
-        for index, process in enumerate(processes):
-            if index in ended or process.poll() is None:
-                continue
-            ended.add(index)
-            if process.returncode and not code:
-                code = process.returncode if process.returncode > 0 else 128 - process.returncode
-                how = f"failed with exit code {code}" if process.returncode > 0 else f"was ended by {signal.Signals(-process.returncode).name}"
-                print(f"process {index} {how}; ending the others", file=sys.stderr, flush=True)
-                deadline = time.monotonic() + GRACE
-        if deadline and time.monotonic() > deadline:
+    code, deadline = 0, float("inf")
+    while None in [process.poll() for process in processes]:
+        if not code and any(process.returncode for process in processes):
+            time.sleep(0.2)  # one that was killed takes its neighbours along at once: it is the one to name
+            code, deadline = tell_failure(processes), time.monotonic() + GRACE
+        if time.monotonic() > deadline:
             for process in processes:
                 process.kill()
         time.sleep(0.05)
-    return code
+    return code or tell_failure(processes)
+
+
+def tell_failure(processes: list[subprocess.Popen]) -> int:
+    """Says which process failed, one that was ended by a signal before others -> its exit code; 0 if none did."""
+    failed = [(process.poll(), index) for index, process in enumerate(processes) if process.poll()]
+    if not failed:
+        return 0
+    status, index = min(failed, key=lambda one: (one[0] > 0, one[1]))
+    how = f"failed with exit code {status}" if status > 0 else f"was ended by {signal.Signals(-status).name}"
+    print(f"process {index} {how}; ending the others", file=sys.stderr, flush=True)
+    return status if status > 0 else 128 - status
 
 
 def main(argv: list[str]) -> int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,15 @@ from PIL import Image
 from xomni_jax.checkpoint.released_model import ReleasedModel, is_released
 from xomni_jax.checkpoint.store import CheckpointError, config_from_json, load_component, read_model_json
 from xomni_jax.data.preprocess import ImageLimits, preprocess
+from xomni_jax.models.int8 import quantize
 from xomni_jax.models.registry import COMPONENTS, init_params
 from xomni_jax.sampling.decode import generate_codes, generate_text
 from xomni_jax.sampling.decoder import DecodeConfig, Decoder, to_uint8
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sequence.tokenizer import MultimodalTokenizer, encoder_ids, fixed_length_ids, read_tokenizer
-from xomni_jax.sharding.arrays import batch_sharding, whole
+from xomni_jax.sharding.arrays import whole
 from xomni_jax.sharding.mesh import make_mesh
-from xomni_jax.sharding.rules import RULES, param_shardings
+from xomni_jax.sharding.rules import RULES, constrain, param_shardings
 
 DECODER_PARTS = ("mmdit", "t5", "clip", "autoencoder")
 PROMPT_BUCKET = 16  # prompts are padded to a multiple of this, so that few lengths are compiled
@@ -53,11 +55,27 @@ def pad_prompts(prompts: Sequence[Sequence[int]], multiple: int = PROMPT_BUCKET)
     return ids, lengths
 
 
+def make_decode(vq: nn.Module, decoder: Decoder, cfg: DecodeConfig, ways: int) -> Callable[..., jax.Array]:
+    """The jitted decoder (tokenizer's parameters, decoder's, codes [B, Y, X], T5 ids, CLIP ids, noise, empty prompt's ids) -> uint8 images.
+
+    `ways`: over how many devices rows are split.
+    """
+
+    def decode(vq_params, params, codes_BYX, text_BS, pooled_BS, noise_BTC, empty):
+        semantics = vq.apply({"params": vq_params}, codes_BYX, method="semantics")
+        # The two rows of the empty prompt are repeated, so that they too split over a mesh.
+        empty = tuple(jnp.repeat(x, ways, axis=0) for x in empty)
+        images = to_uint8(decoder.decode(params, semantics, text_BS, pooled_BS, empty, noise_BTC, cfg))
+        return constrain(images, "batch", None, None, None, name="pictures")  # each host takes its own
+
+    return jax.jit(decode)
+
+
 class XOmni:
     """One X-Omni model on one mesh: text and pictures in, text and pictures out."""
 
     def __init__(self, path: str | Path, mesh: Mesh | None = None, dtype: Any = None, flux: str | Path | None = None):
-        self.path, self.dtype = Path(path), dtype
+        self.path, self.dtype, self._flux = Path(path), dtype, flux
         self.mesh = make_mesh({}, jax.devices()[:1]) if mesh is None else mesh
         self.released = ReleasedModel(path, flux) if is_released(path) else None
         if flux is not None and self.released is None:
@@ -66,6 +84,12 @@ class XOmni:
         self.ways = int(np.prod([self.mesh.shape[a] for a in RULES["batch"]]))
         self._params: dict[str, Any] = {}
         self._configs: dict[str, Any] = {}
+
+    def on(self, mesh: Mesh) -> XOmni:
+        """The same model on another mesh, with parameters of its own."""
+        other = XOmni(self.path, mesh, self.dtype, self._flux)
+        other._configs = dict(self._configs)
+        return other
 
     # ---- parts ----
     def config(self, name: str) -> Any:
@@ -88,19 +112,34 @@ class XOmni:
     def params(self, name: str) -> Any:
         """Parameters of a component, sharded over the mesh; restored once."""
         if name not in self._params:
-            cfg = self.config(name)
-            boxed = jax.eval_shape(lambda: init_params(name, cfg, jax.random.key(0)))
-            shardings = param_shardings(boxed, self.mesh)
-            wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.meta.unbox(boxed), shardings)
-            read = functools.partial(load_component, self.path) if self.released is None else self.released.load
-            self._params[name] = read(name, wanted, self.dtype) if jax.tree.leaves(wanted) else {}
+            self._params[name] = self._restore(name, self.config(name))
         return self._params[name]
+
+    def _restore(self, name: str, cfg: Any) -> Any:
+        boxed = jax.eval_shape(lambda: init_params(name, cfg, jax.random.key(0)))
+        shardings = param_shardings(boxed, self.mesh)
+        if getattr(cfg, "int8", False):
+            stored = self._restore(name, dataclasses.replace(cfg, int8=False))
+            return jax.jit(lambda params: quantize(params, boxed), out_shardings=shardings)(stored)
+        wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.meta.unbox(boxed), shardings)
+        read = functools.partial(load_component, self.path) if self.released is None else self.released.load
+        # A run that chose its own way of computing (`set_config`) chose the number format too.
+        dtype = cfg.param_dtype if self.dtype is None and name in self._configs else self.dtype
+        return read(name, wanted, dtype) if jax.tree.leaves(wanted) else {}
+
+    def release(self, name: str) -> None:
+        """Forgets a component's parameters; they are restored when they are asked for again."""
+        self._params.pop(name, None)
 
     def set_params(self, name: str, params: Any, config: Any = None) -> None:
         """Uses these parameters from now on (a policy in training, say); `config` for a component that the directory lacks."""
         self._params[name] = params
         if config is not None:
             self._configs[name] = config
+
+    def set_config(self, name: str, config: Any) -> None:
+        """Computes a component in another way than it is stored (its sizes must be the stored ones); before its first use."""
+        self._configs[name] = config
 
     @functools.cached_property
     def tokenizer(self) -> MultimodalTokenizer:
@@ -228,15 +267,7 @@ class XOmni:
 
     @functools.cache
     def _decode(self, cfg: DecodeConfig):
-        vq, decoder = self.module("siglip_vq"), self.decoder
-
-        def decode(vq_params, params, codes_BYX, text_BS, pooled_BS, noise_BTC, empty):
-            semantics = vq.apply({"params": vq_params}, codes_BYX, method="semantics")
-            # The two rows of the empty prompt are repeated, so that they too split over a mesh.
-            empty = tuple(jnp.repeat(x, self.ways, axis=0) for x in empty)
-            return to_uint8(decoder.decode(params, semantics, text_BS, pooled_BS, empty, noise_BTC, cfg))
-
-        return jax.jit(decode, out_shardings=batch_sharding(self.mesh))  # each host takes its own pictures
+        return make_decode(self.module("siglip_vq"), self.decoder, cfg, self.ways)
 
     def decode(self, codes_BYX: Any, prompts: Sequence[str] | None = None, noise: Any = None, seed: int = 0) -> list[Image.Image]:
         """Codes [B, Y, X] -> pictures. Without `noise` [B, T, C] it is drawn from `seed`; without prompts they are empty."""

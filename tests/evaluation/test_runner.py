@@ -1,18 +1,23 @@
 """The runner on a miniature model: shares, stops and resumption leave the results as they are, to the byte; what is wrong is said."""
 
+import dataclasses
 import errno
 import json
+import math
 import os
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from xomni_jax.evaluation import runner
+from xomni_jax.evaluation import session as session_module
 from xomni_jax.evaluation.run_directory import RunError
 from xomni_jax.evaluation.session import ModelOptions, ModelSession
 from xomni_jax.evaluation.suite import JudgeUnavailable, SuiteError
 from xomni_jax.evaluation.suites import get_suite
+from xomni_jax.sharding.mesh import make_mesh
 from xomni_jax.training.preemption import StopRequested, StopSignal
 
 WORDS = ("CAT", "DOG", "SUN", "SKY", "TREE", "MILK", "OPEN")
@@ -52,16 +57,18 @@ class StopAfter(StopSignal):
 def data(tmp_path_factory):
     """Prompts in two length buckets, and questions about pictures of several shapes, two of which the model's limits refuse."""
     folder = tmp_path_factory.mktemp("data")
+    prompts = [f'a sign that says "{w}"' + LONG * (i % 3 == 0) for i, w in enumerate(WORDS)]
     rows = [
-        {"category": "sign", "length": "short", "prompt": f'a sign that says "{w}"' + LONG * (i % 3 == 0), "text": [w], "prompt_id": 3 * i}
-        for i, w in enumerate(WORDS)
+        {"category": "sign", "length": "short", "prompt": prompt, "text": [w], "prompt_id": 3 * i}
+        for i, (w, prompt) in enumerate(zip(WORDS, prompts))
     ]
     (folder / "text_prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     sizes = [(32, 16), (16, 16), (90, 8), (32, 16), (5, 5)]
     entries = []
     for i, size in enumerate(sizes):
         Image.new("RGB", size, (40 * i, 0, 200)).save(folder / f"{i}.png")
-        entries.append({"dataset_name": "svt", "id": i, "image_path": f"{i}.png", "question": "what?", "answers": "x", "type": "Regular Text Recognition"})
+        kind = {"dataset_name": "svt", "type": "Regular Text Recognition"}
+        entries.append({**kind, "id": i, "image_path": f"{i}.png", "question": "what?", "answers": "x"})
     (folder / "OCRBench.json").write_text(json.dumps(entries))
     return folder
 
@@ -72,13 +79,12 @@ def session(model_dir):
     return ModelSession(ModelOptions(str(model_dir), {"fsdp": 1}, batch=8, decode_batch=3))
 
 
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    """The session's mesh is of one device among the eight that tests simulate."""
-    from xomni_jax.evaluation import session
-    from xomni_jax.sharding.mesh import make_mesh
-
-    monkeypatch.setattr(session, "make_mesh", lambda axes: make_mesh(axes, __import__("jax").devices()[: int(np.prod(list(axes.values())))]))
+@pytest.fixture(scope="module", autouse=True)
+def few_devices():
+    """Meshes are of as many devices as their axes say, among the eight that tests simulate."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(session_module, "make_mesh", lambda axes: make_mesh(axes, jax.devices()[: math.prod(axes.values())]))
+        yield
 
 
 def work_of(data, out, name="longtext-en", **how):
@@ -99,12 +105,10 @@ def complete(session, work, stop=None, judge=None):
 
 
 @pytest.fixture(scope="module")
-def whole(session, data, tmp_path_factory):
+def whole(few_devices, session, data, tmp_path_factory):
     """Results of one undisturbed process, by suite."""
     root = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patched:
-        one_device.__wrapped__(patched) if hasattr(one_device, "__wrapped__") else None
-        return {name: (root / name, complete(session, work_of(data, root / name, name))) for name in ("longtext-en", "ocrbench")}
+    return {name: (root / name, complete(session, work_of(data, root / name, name))) for name in ("longtext-en", "ocrbench")}
 
 
 def test_a_whole_run(whole, data):
@@ -233,8 +237,6 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(whole, session, data, tmp
 
 def test_unreadable_replies_are_counted_and_listed(data, tmp_path, whole, session):
     """A suite whose score cannot read some replies says which items they are of."""
-    import dataclasses
-
     suite = get_suite("longtext-en")
     unreadable = lambda item, outputs: suite.score(item, outputs) | {"unparsed": 2 * (item.id == "0006")}  # noqa: E731
     work = dataclasses.replace(work_of(data, whole["longtext-en"][0]), suite=dataclasses.replace(suite, score=unreadable))

@@ -34,7 +34,8 @@ def folders(tmp_path_factory):
     tokens = write_clip(root / "clip")
     text = {"vocab_size": tokens, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
             "bos_token_id": tokens - 2, "eos_token_id": tokens - 1}  # fmt: skip
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 16}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 32, "patch_size": 16}
     CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(root / "clip")
     return str(root / "mask2former"), str(root / "clip")
 
@@ -101,7 +102,8 @@ def test_over_http_as_a_judge(folders):
     with service("detector", "--detector", folders[0], "--clip", folders[1], "--workers", "1", "--short-side", "64") as (_, url):
         judge = open_judge("detector", url)
         (reply,), (other,) = judge.ask([picture, picture], [[asking()], [asking(classes=["dog"], coloured=[])]])
-        assert reply == scored(build("detector", {"detector": folders[0], "clip": folders[1], "short_side": 64}))[1]["detections"] and set(other) == {"dog"}
+        here = build("detector", {"detector": folders[0], "clip": folders[1], "short_side": 64})
+        assert reply == scored(here)[1]["detections"] and set(other) == {"dog"}
         assert judge.settings["version"].endswith("/short-side-64") and "Mask2Former" in judge.settings["official judge"]
         judge.close()
 

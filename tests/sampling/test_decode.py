@@ -61,6 +61,17 @@ def test_cached_decoding_equals_the_full_forward():
             np.testing.assert_allclose(steps[t][:, r], expected[rows, LENGTHS + t], rtol=1e-4, atol=1e-4)
 
 
+def test_the_kernels_decode_the_same():
+    """Prefill and decode steps on the TPU kernels, interpreted, on a mesh."""
+    ids, lengths, keys = IDS[:2], LENGTHS[:2], keys_of(2, 2)
+    expected = generate(PARAMS, ids, lengths, keys, 3, FREE)
+    model = ARTransformer(dataclasses.replace(CFG, attention="splash"))
+    with jax.set_mesh(make_mesh(dict(data=2), jax.devices()[:2])):
+        got = jax.jit(lambda p: generate_codes(model, p, ids, lengths, 3, keys, FREE))(PARAMS)
+    np.testing.assert_array_equal(got["codes"], expected["codes"])
+    np.testing.assert_allclose(got["logp"], expected["logp"], atol=1e-4)
+
+
 def test_append_codes_follows_the_prompt_at_once():
     got = append_codes(jnp.array([[5, 6, 9], [7, 9, 9]]), jnp.array([2, 1]), jnp.array([[0, 3], [1, 2]]), 10)
     assert got.tolist() == [[5, 6, 10, 13, 0], [7, 11, 12, 0, 0]]

@@ -1,5 +1,7 @@
 """One strict table: what the compiler would quietly replicate is refused, and what is pinned really is split."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +11,8 @@ from jax.sharding import PartitionSpec
 
 from tests.miniature import configs
 from xomni_jax.models.registry import COMPONENTS, init_params
-from xomni_jax.sharding.mesh import make_mesh, replicated
-from xomni_jax.sharding.rules import MESH_AXES, RULES, constrain, param_shardings, spec_for, unconstrained
+from xomni_jax.sharding.mesh import make_mesh, replicated, split_devices
+from xomni_jax.sharding.rules import MESH_AXES, RULES, constrain, map_rows, param_shardings, spec_for, unconstrained
 
 
 @pytest.fixture(scope="module")
@@ -131,3 +133,31 @@ def test_meshes(axes, shape):
 def test_meshes_that_do_not_fit(axes, words):
     with pytest.raises(ValueError, match=words):
         make_mesh(axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeDevice:
+    """A device of one process."""
+
+    id: int
+    process_index: int
+
+
+def test_devices_apart_come_from_every_process():
+    devices = [FakeDevice(i, i // 4) for i in range(8)]
+    rest, apart = split_devices(devices, 2)
+    assert [d.id for d in rest] == [0, 1, 2, 4, 5, 6] and [d.id for d in apart] == [3, 7]
+    for wrong in (1, 8, 0):
+        with pytest.raises(ValueError, match="2 processes with at least 4 devices each allow 2, 4, 6"):
+            split_devices(devices, wrong)
+
+
+@pytest.mark.parametrize("rows", [16, 8, 4])
+def test_rows_in_pieces(mesh, rows):
+    """The same values in the same order, whether rows split over all devices, once or several times, or not at all."""
+    x = jnp.arange(rows * 3.0).reshape(rows, 3)
+    double = lambda x: jnp.concatenate([x, 2 * x], axis=1)  # noqa: E731
+    with jax.set_mesh(mesh):
+        got = jax.jit(lambda x: map_rows(double, x, 1))(x)
+    np.testing.assert_array_equal(got, double(x))
+    np.testing.assert_array_equal(map_rows(double, x, 2), double(x))

@@ -15,7 +15,7 @@ from xomni_jax.sampling.decoder import DecodeConfig
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sharding.rules import MESH_AXES
 from xomni_jax.training.advantages import AdvantageConfig
-from xomni_jax.training.components import from_preset
+from xomni_jax.training.components import STORED, from_preset
 from xomni_jax.training.config import ConfigError, RunConfig, apply_override, build, check_sections, load_config, run_config, save_resolved
 from xomni_jax.training.decoder import DecoderTrainConfig
 from xomni_jax.training.grpo import RewardConfig, RolloutConfig
@@ -25,7 +25,7 @@ from xomni_jax.training.optimizer import OptimizerConfig
 from xomni_jax.training.run import STAGES
 from xomni_jax.training.tokenizer import TokenizerConfig
 
-FILES = sorted((ROOT / "configs" / "tiny").glob("*.py"))
+FILES = [p for folder in ("tiny", "xomni") for p in sorted((ROOT / "configs" / folder).glob("*.py")) if p.stem not in ("__init__", "models")]
 READERS = {
     "optimizer": OptimizerConfig,
     "tokenizer": TokenizerConfig,
@@ -45,7 +45,7 @@ def fields(cls):
     return {f.name for f in dataclasses.fields(cls) if f.init}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", FILES, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_every_key_has_a_reader(path):
     config = load_config(path)
     run = run_config(config)
@@ -55,7 +55,7 @@ def test_every_key_has_a_reader(path):
     for name, section in config.items():
         if not isinstance(section, ConfigDict):
             continue
-        if name == "mesh":
+        if name in ("mesh", "decoder_mesh"):
             assert set(section) == set(MESH_AXES)
         elif name == "rewards":
             for reward in section.values():
@@ -66,6 +66,8 @@ def test_every_key_has_a_reader(path):
         elif name == "next_token":
             assert set(section) == fields(NextTokenConfig) | {"phase"}
             build(NextTokenConfig, {k: v for k, v in section.items() if k != "phase"}, name)
+        elif section.get("preset") == STORED:
+            assert run.init_from and set(section) == {"preset"}
         elif "preset" in section:
             from_preset(section, PRESETS[name], name)
         elif name == "decode" and run.stage == "grpo":
@@ -78,7 +80,7 @@ def test_every_key_has_a_reader(path):
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_every_file_says_how_to_run_it(path):
     said = ast.get_docstring(ast.parse(path.read_text()))
-    assert f"configs/tiny/{path.name}" in said or "launch/" in said
+    assert f"configs/{path.parent.name}/{path.name}" in said or "launch/" in said
 
 
 def test_the_stages_of_the_shipped_files_follow_one_another():
@@ -118,7 +120,7 @@ def test_a_field_of_a_preset_may_be_overridden():
 @pytest.mark.parametrize(
     "override, words",
     [
-        ("stepz=7", "config.stepz: unknown key; known here: advantage, batch_size, "),
+        ("stepz=7", "config.stepz: unknown key; known here: advantage, autoencoder, batch_size, "),
         ("optimizer.rate=7", "config.optimizer.rate: unknown key; known here: b1, "),
         ("optimiser.rate=7", "config.optimiser.rate: no section 'optimiser'; known here: "),
         ("steps.more=7", "config.steps.more: unknown key; known here: nothing"),

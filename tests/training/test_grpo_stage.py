@@ -6,6 +6,7 @@ import os
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,8 +15,12 @@ from tests.miniature import CODES, GRID, SIZE, stage_config
 from tests.training.pixel_service import pixel_service
 from tests.training.test_stages import assert_same, metrics, params
 from xomni_jax.checkpoint.store import RunCheckpoints
+from xomni_jax.models.registry import init_params
+from xomni_jax.models.transformer import ARTransformer
 from xomni_jax.rewards.client import RewardClient
 from xomni_jax.sampling.logits import SamplingConfig
+from xomni_jax.sharding.mesh import make_mesh
+from xomni_jax.sharding.rules import ROLLOUT_RULES, param_shardings
 from xomni_jax.training import grpo
 from xomni_jax.training.advantages import AdvantageConfig
 from xomni_jax.training.config import ConfigError
@@ -124,11 +129,11 @@ def model(model_dir):
     return xomni_jax.load(model_dir)
 
 
-def one_batch(model, service, cfg):
+def one_batch(model, service, cfg, painter=None):
     """Greedy: the rollouts of a prompt have the same codes."""
     greedy = SamplingConfig(temperature=0.0, top_k=0, min_p=0.0)
     with RewardClient("ocr", service.url) as client:
-        make = grpo.Rollouts(model, GRID, greedy, model.decode_config, cfg, AdvantageConfig(), 3, {"ocr": client}, {"ocr": 1.0}, lambda: None)
+        make = grpo.Rollouts(model, painter or model, GRID, greedy, model.decode_config, cfg, AdvantageConfig(), 3, {"ocr": client}, {"ocr": 1.0}, lambda: None)
         rows, total, images, _ = make(model.params("transformer"), ["a red sign", "blue"], [{}, {}], jax.random.key(4))
     return jax.tree.map(np.asarray, rows), total, images.reshape(2, 3, *SIZE, 3)
 
@@ -145,6 +150,35 @@ def test_a_group_shares_its_noise(model, service):
     assert np.abs(pictures.astype(int) - images).max() <= 1
     _, _, images = one_batch(model, service, grpo.RolloutConfig(chunks=1, noise="independent"))
     assert not np.array_equal(images[0, 0], images[0, 1])
+
+
+def test_a_decoder_on_devices_of_its_own_draws_the_same(model, service):
+    shared, _, images = one_batch(model, service, grpo.RolloutConfig(chunks=2))
+    apart = model.on(make_mesh(dict(data=2), jax.devices()[6:]))
+    rows, _, pictures = one_batch(model, service, grpo.RolloutConfig(chunks=2), apart)
+    np.testing.assert_array_equal(rows.codes_BT, shared.codes_BT)
+    assert np.abs(pictures.astype(int) - images).max() <= 1
+    used = {d for x in jax.tree.leaves(apart.decoder_params()) for d in x.sharding.device_set}
+    assert used == set(jax.devices()[6:])
+
+
+def test_the_samplers_layout_computes_the_same(model):
+    """bfloat16 matrices whole along their width; norm gains keep float32, so that sampler and trainer agree bit for bit."""
+    net = model.module("transformer")
+    mesh = make_mesh(dict(fsdp=4, tensor=2))
+    boxed = jax.eval_shape(lambda: init_params("transformer", net.cfg, jax.random.key(0)))
+    params = jax.device_put(model.params("transformer"), param_shardings(boxed, mesh))
+    placed = grpo.make_layout(boxed, mesh, jnp.bfloat16, ROLLOUT_RULES)(params)
+    for (path, x), want in zip(jax.tree_util.tree_leaves_with_path(placed), jax.tree.leaves(params)):
+        assert x.dtype == (jnp.float32 if path[-1].key == "scale" else jnp.bfloat16)
+        assert "fsdp" not in str(x.sharding.spec)
+        np.testing.assert_array_equal(x, np.asarray(want).astype(x.dtype))
+    assert "fsdp" in str(params["language"]["mlp"]["up_proj"]["kernel"].sharding.spec)
+    small = ARTransformer(dataclasses.replace(net.cfg, dtype=jnp.bfloat16))
+    ids = np.arange(8, dtype=np.int32)[None] % 7
+    run = jax.jit(lambda p: small.apply({"params": p}, ids))
+    as_stored = jax.tree.map(np.asarray, (params, placed))
+    np.testing.assert_array_equal(run(as_stored[0]), run(as_stored[1]))
 
 
 @pytest.mark.parametrize(

@@ -217,6 +217,7 @@ def test_fewer_steps_than_were_made_are_refused(finished):
         ("sft", ["stage=dreams"], "config.stage='dreams' is unknown; use one of tokenizer"),
         ("decoder", ["batch_size=5"], "config.batch_size=5 does not split over the 4 ways"),
         ("decoder", ["decoder.sigma=normal"], "sigma='normal' is unknown"),
+        ("decoder", ["mmdit.int8=True"], "config.mmdit.int8=True: kernels in 8 bits cannot learn"),
         ("decoder", ["mmdit.axes_dims=(2,2,2)"], "config.mmdit: mmdit.axes_dims"),
         ("tokenizer", ["batch_size=6"], "config.batch_size=6 does not split"),
         ("tokenizer", ["siglip_vq.dtype=float31"], "config.siglip_vq.dtype='float31' is no number format"),

@@ -106,7 +106,7 @@ def check_placed(state: TrainState, axes: dict) -> None:
 
 def test_the_start_is_sharded():
     """Nothing large exists whole: each of eight devices holds an eighth of a matrix from its birth."""
-    state = init_state(init, optimizer(), make_mesh(dict(fsdp=8)), extra={"usage": jnp.arange(3.0)})
+    state = init_state(init, optimizer(), make_mesh(dict(fsdp=8)), extra=lambda: {"usage": jnp.arange(3.0)})
     kernel = state.params["block"]["up"]["kernel"]
     assert {s.data.shape for s in kernel.addressable_shards} == {(D // 8, F)}
     assert state.extra["usage"].sharding.is_fully_replicated and int(state.step) == 0

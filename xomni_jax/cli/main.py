@@ -19,6 +19,7 @@ COMMANDS = {
     "inspect": "say what a checkpoint holds, or how two differ",
     "serve-reward": "start a scoring service: ocr, shapes, quality, tesseract, detector",
     "rewards": "check running reward services, or score pictures with them",
+    "plan": "compile a run for a slice that is not there: does it fit, what bounds it, what it costs",
     "bench": "measure speed: against transformers and diffusers, of a GRPO step, of a conversion",
 }
 
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(os.path.expanduser("~"), ".cache", "xomni_jax", "xla"))
     parser = build_parser()
     args, rest = parser.parse_known_args()
-    if rest and args.command != "train":
+    if rest and args.command not in ("train", "plan"):
         parser.error(f"unknown argument {rest[0]}; see xomni {args.command} --help")
     try:
         return args.run(args, rest) or 0

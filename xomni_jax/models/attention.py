@@ -1,45 +1,92 @@
-"""Softmax attention with float32 scores, and the scan that stacks equal blocks."""
+"""Attention of every model behind one interface, and the scan that stacks equal blocks."""
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from xomni_jax.models.heads import map_chunks
+from xomni_jax.models.splash import splash_attention
+
 REMAT = ("none", "full", "dots")
+ATTENTION = ("auto", "plain", "splash")
 
 
 def attend(
-    q_BLNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, *, scale: float, bias: jax.Array | None = None, query_chunk: int = 0
+    q_BLNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    *,
+    scale: float,
+    kind: str = "plain",
+    causal: bool = False,
+    segments_BL: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    query_chunk: int = 0,
 ) -> jax.Array:
-    """softmax(q k^T * scale + bias) v, scores and softmax in float32; [B, L, N, H] -> [B, L, N, H] in v's dtype.
+    """softmax(q k^T * scale + bias) v with float32 scores; N is a multiple of K. -> [B, L, N, H] in v's dtype.
 
     Args:
-      bias: float32, broadcastable to [B, N, L, S]; not with `query_chunk`.
-      query_chunk: queries per step; 0 takes all at once. With chunks the [L, S] scores never exist whole, neither forward nor backward:
-        at 5,184 + 512 tokens and 24 heads they would be 3.1 GB per picture.
+      kind: "plain" computes the scores with XLA; "splash" is the TPU kernel, which never writes them to memory (without a bias, and under
+        `jax.set_mesh`; interpreted where the mesh is not of TPUs); "auto" takes splash exactly on a mesh of TPUs.
+      causal: a query sees keys up to its own index.
+      segments_BL: a token sees its own segment only; 0 marks padding, whose outputs are finite rubbish.
+      bias: float32, broadcastable to [B, N, L, S]; plain only, not with `query_chunk`.
+      query_chunk: queries per step of plain; 0 takes all at once. With chunks the [L, S] scores never exist whole, neither forward nor
+        backward: at 5,184 + 512 tokens and 24 heads they would be 3.1 GB per picture.
     """
+    if bias is None and on_kernels(kind):
+        return splash_attention(q_BLNH, k_BSKH, v_BSKH, scale=scale, causal=causal, segments_BL=segments_BL)
+    return plain_attention(q_BLNH, k_BSKH, v_BSKH, scale, causal, segments_BL, bias, query_chunk)
 
-    def rows(q_BLNH):
-        s_BNLS = jnp.einsum("BLNH,BSNH->BNLS", q_BLNH, k_BSNH, preferred_element_type=jnp.float32) * scale
-        s_BNLS = s_BNLS if bias is None else s_BNLS + bias
-        # Normalised after the product with v, on H values per query instead of S: half the time of a plain softmax on a CPU.
-        p_BNLS = jnp.exp(s_BNLS - jax.lax.stop_gradient(jnp.max(s_BNLS, axis=-1, keepdims=True)))
-        total_BLN1 = jnp.sum(p_BNLS, axis=-1).swapaxes(1, 2)[..., None]
-        y_BLNH = jnp.einsum("BNLS,BSNH->BLNH", p_BNLS.astype(v_BSNH.dtype), v_BSNH, preferred_element_type=jnp.float32)
-        return (y_BLNH / total_BLN1).astype(v_BSNH.dtype)
 
-    B, L, N, H = q_BLNH.shape
-    if not query_chunk or query_chunk >= L:
-        return rows(q_BLNH)
-    if bias is not None:
+def on_kernels(kind: str) -> bool:
+    """Whether a model of this `attention` runs on the TPU kernels, here and now."""
+    mesh = jax.sharding.get_abstract_mesh()
+    # Without a mesh there is nothing to split a kernel over: initialisation traces the model so.
+    return not mesh.empty and (kind == "splash" or (kind == "auto" and mesh.abstract_device.platform == "tpu"))
+
+
+def plain_attention(q_BLNH, k_BSKH, v_BSKH, scale, causal, segments_BL, bias, query_chunk) -> jax.Array:
+    """`attend` by matrix products; see there."""
+    if bias is not None and query_chunk:
         raise ValueError("attend: a bias is not supported together with query_chunk; leave one of them out")
-    chunks = -(-L // query_chunk)
-    # Padded query rows give finite values that are cut off below.
-    q_BLNH = jnp.pad(q_BLNH, ((0, 0), (0, chunks * query_chunk - L), (0, 0), (0, 0)))
-    q_by_chunk = q_BLNH.reshape(B, chunks, query_chunk, N, H).swapaxes(0, 1)
-    y_by_chunk = jax.lax.map(jax.checkpoint(rows), q_by_chunk)
-    return y_by_chunk.swapaxes(0, 1).reshape(B, chunks * query_chunk, N, H)[:, :L]
+    B, L, S, K = *q_BLNH.shape[:2], *k_BSKH.shape[1:3]
+    grouped_BLKGH = q_BLNH.reshape(B, L, K, -1, q_BLNH.shape[-1])
+    if bias is not None:
+        bias = jnp.broadcast_to(bias, (*bias.shape[:-3], K * grouped_BLKGH.shape[3], L, S)).reshape(*bias.shape[:-3], K, -1, L, S)
+
+    limits = []  # (an index per query, which keys a query of that index sees)
+    if causal:
+        limits.append((jnp.broadcast_to(jnp.arange(L), (B, L)), lambda row_BC: row_BC[:, :, None] >= jnp.arange(S)))
+    if segments_BL is not None:
+        key_B1S = segments_BL[:, None]
+        limits.append((segments_BL, lambda segment_BC: (segment_BC[:, :, None] == key_B1S) & (key_B1S > 0)))
+
+    def rows(q_BCKGH, *indices):
+        # float32 scores: over 5,184 keys a bf16 softmax drops small weights and drifts from the released log-probs.
+        s_BKGCS = jnp.einsum("BCKGH,BSKH->BKGCS", q_BCKGH, k_BSKH, preferred_element_type=jnp.float32) * scale
+        s_BKGCS = s_BKGCS if bias is None else s_BKGCS + bias
+        if limits:
+            mask_BCS = functools.reduce(jnp.logical_and, [sees(index) for index, (_, sees) in zip(indices, limits)])
+            # A finite minimum: a fully masked row (padding) gives finite rubbish, never NaN gradients.
+            s_BKGCS = jnp.where(mask_BCS[:, None, None], s_BKGCS, jnp.finfo(jnp.float32).min)
+        # Normalised after the product with v, on H values per query instead of S: a CPU takes half the time of a plain softmax.
+        p_BKGCS = jnp.exp(s_BKGCS - jax.lax.stop_gradient(jnp.max(s_BKGCS, axis=-1, keepdims=True)))
+        total_BCKG1 = jnp.moveaxis(jnp.sum(p_BKGCS, axis=-1), 3, 1)[..., None]
+        y_BCKGH = jnp.einsum("BKGCS,BSKH->BCKGH", p_BKGCS.astype(v_BSKH.dtype), v_BSKH, preferred_element_type=jnp.float32)
+        return (y_BCKGH / total_BCKG1).astype(v_BSKH.dtype)
+
+    return map_chunks(rows, (grouped_BLKGH, *(index for index, _ in limits)), query_chunk).reshape(q_BLNH.shape[:3] + v_BSKH.shape[-1:])
+
+
+def check_attention(model: str, attention: str) -> None:
+    """Raises ValueError unless `attention` is one of ATTENTION."""
+    if attention not in ATTENTION:
+        raise ValueError(f"{model}.attention={attention!r} is unknown; choose one of {', '.join(ATTENTION)}")
 
 
 def stacked(block: type[nn.Module], length: int, remat: str, broadcast: int = 0, unroll: int = 1) -> type[nn.Module]:

@@ -28,6 +28,7 @@ class Projection(nn.Module):
       bias: whether to add a bias over the output axes.
       dtype: compute dtype. param_dtype: storage dtype.
       init: kernel initialiser of a 2-D (in, out) matrix.
+      int8: the kernel is int8 with a float32 scale per output, from `int8.quantize`; it cannot be trained.
     """
 
     features: Sequence[int]
@@ -37,6 +38,7 @@ class Projection(nn.Module):
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     init: Callable = nn.initializers.lecun_normal()
+    int8: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -45,9 +47,13 @@ class Projection(nn.Module):
         def init(key, shape, dtype):
             return self.init(key, (math.prod(into), math.prod(out)), dtype).reshape(shape)
 
-        kernel = self.param("kernel", named(init, *self.axes), into + out, self.param_dtype)
+        kernel_init, kernel_dtype = (nn.initializers.zeros, jnp.int8) if self.int8 else (init, self.param_dtype)
+        kernel = self.param("kernel", named(kernel_init, *self.axes), into + out, kernel_dtype)
         dims = tuple(range(x.ndim - self.contract, x.ndim)), tuple(range(self.contract))
         y = jax.lax.dot_general(x.astype(self.dtype), kernel.astype(self.dtype), (dims, ((), ())))
+        if self.int8:
+            scale = self.param("kernel_scale", named(nn.initializers.ones, *self.axes[self.contract :]), out, jnp.float32)
+            y = (y * scale).astype(self.dtype)
         if self.bias:
             b = self.param("bias", named(nn.initializers.zeros, *self.axes[self.contract :]), out, self.param_dtype)
             y = y + b.astype(self.dtype)

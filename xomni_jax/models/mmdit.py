@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from xomni_jax.models.attention import attend, check_remat, stacked
+from xomni_jax.models.attention import attend, check_attention, check_remat, stacked
 from xomni_jax.models.layers import Dtype, LayerNorm, Projection, RMSNorm
 from xomni_jax.sharding.rules import constrain
 
@@ -32,8 +32,10 @@ class MMDiTConfig:
       theta: base of the rotary frequencies.
       prediction: what the last layer gives, "velocity" as released, or "data", from which the velocity follows. A narrow model on wide
         pixel patches cannot carry their noise through its residual stream; it need not when it predicts data.
+      attention: its implementation; see `attention.attend`.
       query_chunk: queries per attention step, 0 for all at once (see `attend`).
       unroll: blocks per step of the scans.
+      int8: kernels are stored in 8 bits, for inference (see `models.int8`).
     """
 
     in_channels: int = 64
@@ -49,14 +51,17 @@ class MMDiTConfig:
     mlp_ratio: int = 4
     theta: float = 10_000.0
     prediction: str = "velocity"
+    attention: str = "auto"
     query_chunk: int = 0
     unroll: int = 1
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     remat: str = "none"
+    int8: bool = False
 
     def __post_init__(self):
         check_remat("mmdit", self.remat)
+        check_attention("mmdit", self.attention)
         if self.prediction not in ("velocity", "data"):
             raise ValueError(f"mmdit.prediction={self.prediction!r} is unknown; choose velocity or data")
         if self.d_model % self.n_heads:
@@ -117,7 +122,7 @@ def sinusoidal(t_B: jax.Array, features: int = TIME_FEATURES) -> jax.Array:
 
 def _linear(cfg: MMDiTConfig, name: str, features, axes, *, contract: int = 1, bias: bool = True, **kw) -> Projection:
     features = (features,) if isinstance(features, int) else features
-    return Projection(features, axes, contract, bias, cfg.dtype, cfg.param_dtype, name=name, **kw)
+    return Projection(features, axes, contract, bias, cfg.dtype, cfg.param_dtype, name=name, int8=cfg.int8, **kw)
 
 
 class ConditionMLP(nn.Module):
@@ -201,7 +206,7 @@ class DoubleStreamBlock(nn.Module):
             for s, x, m, table in zip(("text", "image"), streams, mods, tables)
         ]
         q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(*qkv))
-        y_BLNH = attend(q, k, v, scale=c.head_dim**-0.5, query_chunk=c.query_chunk)
+        y_BLNH = attend(q, k, v, scale=c.head_dim**-0.5, kind=c.attention, query_chunk=c.query_chunk)
         out = []
         for s, x, m, y in zip(("text", "image"), streams, mods, (y_BLNH[:, :S], y_BLNH[:, S:])):
             x = x + m[2] * _linear(c, f"{s}_out", c.d_model, ("heads", "head_dim", "embed"), contract=2)(y)
@@ -222,7 +227,7 @@ class SingleStreamBlock(nn.Module):
         shift, scale, gate = Modulation(c, 3, name="modulation")(condition_BD)
         h_BLD = ModulatedNorm(c)(x_BLD, shift, scale)
         q, k, v = QKV(c, name="qkv")(h_BLD, cos_LH, sin_LH)
-        y_BLNH = attend(q, k, v, scale=c.head_dim**-0.5, query_chunk=c.query_chunk)
+        y_BLNH = attend(q, k, v, scale=c.head_dim**-0.5, kind=c.attention, query_chunk=c.query_chunk)
         # The hidden MLP is kept as (ratio, heads, head_dim): joined with the attention along an axis that no mesh splits, the joint
         # projection of the released weights stays one kernel and tensor parallelism needs no reshuffle.
         hidden = (c.mlp_ratio, c.n_heads, c.head_dim)

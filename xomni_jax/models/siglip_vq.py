@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from xomni_jax.models.attention import check_remat
+from xomni_jax.models.attention import check_attention, check_remat
 from xomni_jax.models.layers import Conv, GroupNorm, Projection, named
 from xomni_jax.models.quantizer import Quantized, nearest_codes, normalize, quantize_train
 from xomni_jax.models.vit import ViT
@@ -27,6 +27,7 @@ class SigLIPVQConfig:
       skip_probability: chance per image that training skips quantisation.
       temperature: of the soft assignment. beta: weight of the codebook loss.
       norm_eps: of the ViT's LayerNorm.
+      attention: its implementation; see `attention.attend`.
       query_chunk: attention rows scored at a time (0: all); by default a sixth of the released 72 x 72 tokens.
       remat: what the ViT's backward pass recomputes: "none", "full" or "dots" (everything but matmul outputs).
     """
@@ -45,6 +46,7 @@ class SigLIPVQConfig:
     temperature: float = 2.0
     beta: float = 0.25
     norm_eps: float = 1e-6
+    attention: str = "auto"
     query_chunk: int = 864
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -58,6 +60,7 @@ class SigLIPVQConfig:
         if not 0.0 <= self.skip_probability <= 1.0:
             raise ValueError(f"SigLIPVQConfig: skip_probability={self.skip_probability} is not a probability; use 0 to 1")
         check_remat("SigLIPVQConfig", self.remat)
+        check_attention("SigLIPVQConfig", self.attention)
 
     @property
     def head_dim(self) -> int:

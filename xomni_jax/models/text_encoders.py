@@ -31,6 +31,7 @@ class T5Config:
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     remat: str = "none"
+    int8: bool = False  # kernels are stored in 8 bits, for inference (see `models.int8`)
 
     def __post_init__(self):
         check_remat("t5", self.remat)
@@ -52,6 +53,7 @@ class CLIPTextConfig:
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     remat: str = "none"
+    int8: bool = False  # kernels are stored in 8 bits, for inference (see `models.int8`)
 
     def __post_init__(self):
         check_remat("clip", self.remat)
@@ -89,7 +91,7 @@ def relative_buckets(L: int, n_buckets: int, max_distance: int) -> np.ndarray:
 
 def _linear(cfg, name: str, features, axes, *, contract: int = 1, bias: bool = False, **kw) -> Projection:
     features = (features,) if isinstance(features, int) else features
-    return Projection(features, axes, contract, bias, cfg.dtype, cfg.param_dtype, name=name, **kw)
+    return Projection(features, axes, contract, bias, cfg.dtype, cfg.param_dtype, name=name, int8=cfg.int8, **kw)
 
 
 class SelfAttention(nn.Module):

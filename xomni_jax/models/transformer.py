@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from xomni_jax.models.heads import Head, map_chunks, select
+from xomni_jax.models.attention import attend, check_attention, on_kernels
+from xomni_jax.models.decode_attention import step_kernel
+from xomni_jax.models.heads import Head, select
 from xomni_jax.models.layers import Dtype, Embed, Projection, RMSNorm
 from xomni_jax.sharding.rules import constrain
 
@@ -26,8 +28,8 @@ class ARConfig:
     """Sizes of an `ARTransformer`.
 
     Text ids are 0..vocab_size-1; multimodal ids follow: `image_vocab_size` image codes, then specials and spares up to
-    `mm_vocab_size`. `remat` is "none", "full" or "dots"; `attention_chunk` bounds the scores of a full forward to that many
-    queries at a time (0: all at once); `unroll` is the number of layers per step of the scan over them.
+    `mm_vocab_size`. `remat` is "none", "full" or "dots"; `attention` is the implementation (see `attention.attend`), and
+    `attention_chunk` bounds the scores of a plain full forward to that many queries at a time (0: all at once); `unroll` is the number of layers per step of the scan over them.
     """
 
     vocab_size: int
@@ -43,6 +45,7 @@ class ARConfig:
     n_head_layers: int
     rope_theta: float = 1e6
     rms_eps: float = 1e-6
+    attention: str = "auto"
     attention_chunk: int = 0
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
@@ -60,6 +63,7 @@ class ARConfig:
             )
         if self.remat not in ("none", *REMAT):
             raise ValueError(f"ARConfig.remat={self.remat!r} is unknown; use none, full or dots")
+        check_attention("ARConfig", self.attention)
         if self.n_language_layers < 1 or self.n_adapter_layers < 0 or self.n_head_layers < 0:
             raise ValueError("ARConfig needs n_language_layers >= 1 and n_adapter_layers, n_head_layers >= 0; correct the layer counts")
         if self.unroll < 1:
@@ -110,6 +114,7 @@ class Context:
     segments_BL: jax.Array | None = None
     lengths_B: jax.Array | None = None  # real tokens of each prompt
     column: jax.Array | None = None  # generated tokens already in the cache
+    stacked: tuple[jax.Array, ...] | None = None  # with kernels: the caches of all layers of the stack; `past` is then the layer's number
     collect: bool = struct.field(pytree_node=False, default=False)  # return keys and values
 
 
@@ -121,31 +126,6 @@ def apply_rope(x_BLNH: jax.Array, positions_BL: jax.Array, theta: float) -> jax.
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     a, b = jnp.split(x_BLNH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BLNH.dtype)
-
-
-def full_attention(
-    q_BLKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segments_BL: jax.Array | None = None, chunk: int = 0
-) -> jax.Array:
-    """Causal attention over whole sequences, only inside equal segments, never to segment 0 (padding). -> [B, L, K, G, H]."""
-    B, L, H = *q_BLKGH.shape[:2], q_BLKGH.shape[-1]
-    row_BL = jnp.broadcast_to(jnp.arange(L), (B, L))
-
-    def attend(q_BCKGH, row_BC, *segments_BC):
-        mask_BCS = row_BC[:, :, None] >= jnp.arange(L)
-        for segment_BC in segments_BC:
-            mask_BCS &= (segment_BC[:, :, None] == segments_BL[:, None, :]) & (segments_BL[:, None, :] > 0)
-        # float32 scores: over 5,184 keys a bf16 softmax drops small weights and drifts from the released log-probs.
-        s_BKGCS = jnp.einsum("BCKGH,BSKH->BKGCS", q_BCKGH, k_BSKH, preferred_element_type=jnp.float32) * H**-0.5
-        # A finite minimum: a fully masked row (padding) gives finite rubbish, never NaN gradients.
-        s_BKGCS = jnp.where(mask_BCS[:, None, None], s_BKGCS, jnp.finfo(jnp.float32).min)
-        # Normalised after the product with v, on H values per query instead of S: a CPU takes half the time of a plain softmax.
-        p_BKGCS = jnp.exp(s_BKGCS - jax.lax.stop_gradient(jnp.max(s_BKGCS, axis=-1, keepdims=True)))
-        total_BCKG1 = jnp.moveaxis(jnp.sum(p_BKGCS, axis=-1), 3, 1)[..., None]
-        y_BCKGH = jnp.einsum("BKGCS,BSKH->BCKGH", p_BKGCS.astype(v_BSKH.dtype), v_BSKH, preferred_element_type=jnp.float32)
-        return (y_BCKGH / total_BCKG1).astype(v_BSKH.dtype)
-
-    arrays = (q_BLKGH, row_BL) if segments_BL is None else (q_BLKGH, row_BL, segments_BL)
-    return map_chunks(attend, arrays, chunk)
 
 
 def step_attention(
@@ -190,15 +170,22 @@ class Attention(nn.Module):
         q_BLNH, k_BLKH = heads("q_proj", "heads", c.n_heads), heads("k_proj", "kv_heads", c.n_kv_heads)
         v_BLKH = heads("v_proj", "kv_heads", c.n_kv_heads)
         q_BLNH, k_BLKH = (apply_rope(t, ctx.positions_BL, c.rope_theta) for t in (q_BLNH, k_BLKH))
-        q_BLKGH = q_BLNH.reshape(*q_BLNH.shape[:2], c.n_kv_heads, c.n_heads // c.n_kv_heads, c.head_dim)
         if past is None:
-            y_BLKGH = full_attention(q_BLKGH, k_BLKH, v_BLKH, ctx.segments_BL, c.attention_chunk)
+            y_BLNH = attend(
+                q_BLNH, k_BLKH, v_BLKH, scale=c.head_dim**-0.5, kind=c.attention, causal=True,
+                segments_BL=ctx.segments_BL, query_chunk=c.attention_chunk,
+            )  # fmt: skip
             new = (k_BLKH.swapaxes(1, 2), v_BLKH.swapaxes(1, 2)) if ctx.collect else None
         else:
-            y_BLKGH = step_attention(q_BLKGH, k_BLKH, v_BLKH, past, ctx.lengths_B, ctx.column)
+            q_BLKGH = q_BLNH.reshape(*q_BLNH.shape[:2], c.n_kv_heads, c.n_heads // c.n_kv_heads, c.head_dim)
+            if ctx.stacked is None:
+                y_BLKGH = step_attention(q_BLKGH, k_BLKH, v_BLKH, past, ctx.lengths_B, ctx.column)
+            else:
+                y_BLKGH = step_kernel(q_BLKGH, k_BLKH, v_BLKH, ctx.stacked, past, ctx.lengths_B, ctx.column)
+            y_BLNH = y_BLKGH.reshape(q_BLNH.shape)
             new = (k_BLKH, v_BLKH)
         out = Projection((c.d_model,), ("heads", "head_dim", "embed"), contract=2, init=_residual_init(c), name="o_proj", **dtypes)
-        return out(y_BLKGH.reshape(q_BLNH.shape)), new
+        return out(y_BLNH), new
 
 
 class MLP(nn.Module):
@@ -327,9 +314,12 @@ class ARTransformer(nn.Module):
 
     def _run(self, x_BLD: jax.Array, ctx: Context, past: dict[str, Any] | None = None) -> tuple[jax.Array, KV]:
         """All stacks in order, or those in `past`; new keys and values per stack (None where none are asked for)."""
-        new = {}
+        new, kernels = {}, on_kernels(self.cfg.attention)
         for name in self.cfg.layers if past is None else past:
-            x_BLD, new[name] = getattr(self, name)(x_BLD, past and past[name], ctx)
+            stack_past = past and past[name]
+            if past and kernels:  # a slice of the cache would be copied before a kernel reads it: give the whole and the layer's number
+                ctx, stack_past = ctx.replace(stacked=past[name]), jnp.arange(self.cfg.layers[name])
+            x_BLD, new[name] = getattr(self, name)(x_BLD, stack_past, ctx)
         return x_BLD, new
 
 

@@ -56,7 +56,7 @@ class ViTBlock(nn.Module):
         qkv_BLSNH = Projection((3, c.heads, c.head_dim), ("embed", None, "heads", "head_dim"), name="qkv", **kind)(h_BLD)
         qkv_BLSNH = constrain(qkv_BLSNH, "batch", "length", None, "heads", "head_dim", name="vit qkv")
         q_BLNH, k_BLNH, v_BLNH = (qkv_BLSNH[:, :, i] for i in range(3))
-        h_BLNH = attend(q_BLNH, k_BLNH, v_BLNH, scale=c.head_dim**-0.5, query_chunk=c.query_chunk)
+        h_BLNH = attend(q_BLNH, k_BLNH, v_BLNH, scale=c.head_dim**-0.5, kind=c.attention, query_chunk=c.query_chunk)
         x_BLD = x_BLD + Projection((c.width,), ("heads", "head_dim", "embed"), contract=2, name="proj", **kind)(h_BLNH)
 
         h_BLD = LayerNorm(name="norm2", **norm)(x_BLD)

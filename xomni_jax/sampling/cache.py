@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from xomni_jax.models.attention import on_kernels
+from xomni_jax.models.decode_attention import TOKENS
 from xomni_jax.models.transformer import KV, ARConfig, ARTransformer
 from xomni_jax.sharding.rules import constrain
 
@@ -43,7 +45,10 @@ class GeneratedCache:
 
     @classmethod
     def empty(cls, cfg: ARConfig, prompts: int, rollouts: int, tokens: int, vision: bool = True) -> GeneratedCache:
-        """Room for `tokens` tokens in the compute dtype. `vision=False`: for the language layers alone."""
+        """Room for at least `tokens` tokens in the compute dtype. `vision=False`: for the language layers alone."""
+
+        # With kernels a block of tokens must fit the cache a whole number of times.
+        tokens += -tokens % TOKENS if on_kernels(cfg.attention) else 0
 
         def zeros(layers: int) -> jax.Array:
             shape = (layers, prompts, rollouts, cfg.n_kv_heads, tokens, cfg.head_dim)

@@ -11,6 +11,7 @@ from flax import linen as nn
 
 from xomni_jax.models.autoencoder import pack, unpack
 from xomni_jax.sampling.flow import Conditioning, euler_sample, flow_sigmas, guided_velocity, null_conditioning
+from xomni_jax.sharding.rules import map_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Decoder:
 
     def encode(self, params: Any, pixels_BHWC: jax.Array) -> jax.Array:
         """Pixels [B, H, W, 3] in [-1, 1] -> packed latents [B, T, C]: what the MMDiT learns to produce."""
-        return pack(self.autoencoder.apply({"params": params["autoencoder"]}, pixels_BHWC, method="encode"))
+        return pack(self._autoencode(params, "encode", pixels_BHWC))
 
     def latents(
         self,
@@ -93,7 +94,11 @@ class Decoder:
 
     def pixels(self, params: Any, latents_BYXC: jax.Array) -> jax.Array:
         """Latents, scaled -> pixels [B, H, W, 3], float32, not clipped."""
-        return self.autoencoder.apply({"params": params["autoencoder"]}, latents_BYXC, method="decode").astype(jnp.float32)
+        return self._autoencode(params, "decode", latents_BYXC).astype(jnp.float32)
+
+    def _autoencode(self, params: Any, method: str, x_BYXC: jax.Array) -> jax.Array:
+        fn = lambda x: self.autoencoder.apply({"params": params["autoencoder"]}, x, method=method)  # noqa: E731
+        return map_rows(fn, x_BYXC, self.autoencoder.cfg.at_once)
 
     def decode(self, params: Any, *args: Any) -> jax.Array:
         """Semantics to pixels [B, H, W, 3] in [-1, 1]; arguments as for `latents`."""

@@ -20,7 +20,9 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def rows_of(mesh: Mesh, n: int) -> dict[int, list[int]]:
-    """{process: the rows of a batch of n that its devices hold, in order}. n splits evenly over the mesh."""
+    """{process: the rows of a batch of n that its devices hold, in order}. With several processes n splits evenly over the mesh."""
+    if jax.process_count() == 1:
+        return {0: list(range(n))}
     held: dict[int, set[int]] = {}
     for device, (rows, *_) in batch_sharding(mesh).devices_indices_map((n,)).items():
         held.setdefault(device.process_index, set()).update(range(*rows.indices(n)))
@@ -52,7 +54,7 @@ def rows_here(x: jax.Array, rows: Sequence[int]) -> np.ndarray:
     held: dict[int, np.ndarray] = {}
     for shard in x.addressable_shards:
         held.update(zip(range(*shard.index[0].indices(x.shape[0])), np.asarray(shard.data)))
-    return np.stack([held[row] for row in rows])
+    return np.stack([held[row] for row in rows]) if rows else np.zeros((0, *x.shape[1:]), x.dtype)
 
 
 def whole(x: jax.Array) -> np.ndarray:

@@ -181,7 +181,8 @@ class Hub:
             raise LineError(f"process 0 cannot listen on port {port} ({error.strerror}); end what uses it, or give another address") from None
         self._members: dict[int, socket.socket] = {}
         self._at: dict[int, int] = {}
-        self._asked, self._left, self._lock = False, set(), threading.Lock()
+        self._asked = self._agreed = False
+        self._left, self._lock = set(), threading.Lock()
         threading.Thread(target=self._roll_call, name="hub", daemon=True).start()
 
     def _roll_call(self) -> None:
@@ -241,7 +242,8 @@ class Hub:
     def _answer(self, index: int, polls: int) -> None:
         with self._lock:
             self._at[index] = polls
-            due = self._asked and len(self._at) == self.count
+            due = self._asked and not self._agreed and len(self._at) == self.count
+            self._agreed |= due
         if due:
             self._tell_all({"stop": max(self._at.values()) + 1})
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from xomni_jax.sharding.rules import MESH_AXES
@@ -41,7 +42,27 @@ def make_mesh(axes: Mapping[str, int] | None = None, devices=None) -> Mesh:
             each = len(devices) // hosts
             mend = f"that is {hosts} hosts with {each} each; start it on {-(-fixed // each)} hosts, or {mend}"
         raise ValueError(f"mesh {asked} needs {needs} devices, {len(devices)} are present; {mend}")
-    return jax.make_mesh(tuple(sizes[a] for a in MESH_AXES), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    # Follows the torus where axes and torus factor; an axis of 4 on a torus of 8 x 8 has to split one of its sides.
+    grid = mesh_utils.create_device_mesh(tuple(sizes[a] for a in MESH_AXES), devices, allow_split_physical_axes=True)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def split_devices(devices: Sequence[jax.Device], apart: int) -> tuple[list[jax.Device], list[jax.Device]]:
+    """(the rest, `apart` devices): equally many from every process, so that each takes part in both meshes.
+
+    Raises:
+      ValueError: the devices cannot be split so.
+    """
+    by_process: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        by_process.setdefault(device.process_index, []).append(device)
+    each, odd = divmod(apart, len(by_process))
+    least = min(map(len, by_process.values()))
+    if odd or not 0 < each < least:
+        fit = ", ".join(str(n * len(by_process)) for n in range(1, least)) or "no separate mesh"
+        raise ValueError(f"{apart} of {len(devices)} devices apart: {len(by_process)} processes with at least {least} devices each allow {fit}")
+    halves = [(own[:-each], own[-each:]) for own in by_process.values()]
+    return [d for rest, _ in halves for d in rest], [d for _, own in halves for d in own]
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

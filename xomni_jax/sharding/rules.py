@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import jax
@@ -16,6 +16,7 @@ MESH_AXES = ("replica", "data", "fsdp", "tensor")
 RULES: dict[str, tuple[str, ...] | None] = {
     # activations
     "batch": ("replica", "data", "fsdp"),
+    "pictures": ("replica", "data", "fsdp", "tensor"),  # rows of a convolutional model, which has nothing to split over "tensor"
     "length": None,
     "cache": None,
     "residual": None,  # the model width of an activation; parameters call theirs "embed"
@@ -34,6 +35,10 @@ RULES: dict[str, tuple[str, ...] | None] = {
     "channels_in": None,
     "channels_out": ("fsdp",),
 }
+
+# The transformer while it samples: whole along its width. A decode step lasts about as long as reading the weights once from HBM takes; split
+# over "fsdp" they would come over the network for every token.
+ROLLOUT_RULES = RULES | {"embed": None}
 
 
 def spec_for(
@@ -73,6 +78,25 @@ def constrain(x: jax.Array, *axes: str | None, name: str = "activation") -> jax.
     return jax.lax.with_sharding_constraint(x, spec_for(name, x.shape, axes, mesh))
 
 
+def map_rows(fn: Callable[[jax.Array], jax.Array], x: jax.Array, at_once: int) -> jax.Array:
+    """fn(x) for rows on their own, `at_once` per device of the mesh in scope at a time; 0: all together.
+
+    Rows are dealt out in turn, so that those of a device stay there, and spread over the tensor axis as well, where they divide.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    ways = 1 if mesh.empty else mesh.size
+    if not at_once or len(x) % (ways * at_once) or len(x) == at_once:
+        return fn(x)
+
+    def piece(rows: jax.Array) -> jax.Array:
+        rows = constrain(rows, "pictures", *(None,) * (rows.ndim - 1), name="pictures")
+        out = fn(rows)
+        return constrain(out, "batch", *(None,) * (out.ndim - 1), name="pictures")
+
+    out = jax.lax.map(piece, x.reshape(-1, len(x) // (ways * at_once), *x.shape[1:]).swapaxes(0, 1))
+    return out.swapaxes(0, 1).reshape(-1, *out.shape[2:])
+
+
 @contextmanager
 def unconstrained() -> Iterator[None]:
     """Within it `constrain` is the identity whatever mesh is set: for initialisation, which traces inputs of one row."""
@@ -80,7 +104,7 @@ def unconstrained() -> Iterator[None]:
         yield
 
 
-def param_shardings(boxed, mesh: Mesh):
+def param_shardings(boxed, mesh: Mesh, rules: Mapping = RULES):
     """NamedSharding tree of a boxed parameter tree, as `jax.eval_shape(model.init, ...)["params"]` returns it.
 
     Every parameter must name its logical axes (`nn.with_logical_partitioning`); an unnamed one is an error.
@@ -90,6 +114,6 @@ def param_shardings(boxed, mesh: Mesh):
         name = "/".join(str(getattr(p, "key", p)) for p in path)
         if not isinstance(leaf, nn.Partitioned):
             raise ValueError(f"{name}: parameter names no logical axes")
-        return NamedSharding(mesh, spec_for(name, leaf.value.shape, leaf.names, mesh))
+        return NamedSharding(mesh, spec_for(name, leaf.value.shape, leaf.names, mesh, rules))
 
     return jax.tree_util.tree_map_with_path(one, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from xomni_jax.checkpoint.store import config_to_json, copy_components, read_model_json, save_component, save_settings
+from xomni_jax.models import autoencoder, mmdit, siglip_vq, text_encoders, transformer
 from xomni_jax.pipeline import XOmni
 from xomni_jax.sequence.tokenizer import TINY_TOKENIZER
 from xomni_jax.sharding.arrays import local_rows
@@ -22,8 +23,20 @@ from xomni_jax.training.config import ConfigError, check_types
 
 T = TypeVar("T")
 
+STORED = "stored"  # the preset of a component as `init_from` holds it
+
 # How a stored model is computed, which a run may choose; everything else of a config says what the model is.
-COMPUTATION = ("dtype", "remat", "attention_chunk", "query_chunk", "chunk", "unroll")
+COMPUTATION = ("dtype", "param_dtype", "int8", "remat", "attention", "attention_chunk", "query_chunk", "at_once", "chunk", "unroll")
+
+
+PRESETS: dict[str, Mapping[str, Any]] = {
+    "transformer": transformer.PRESETS,
+    "siglip_vq": siglip_vq.PRESETS,
+    "mmdit": mmdit.PRESETS,
+    "t5": text_encoders.T5_PRESETS,
+    "clip": text_encoders.CLIP_PRESETS,
+    "autoencoder": autoencoder.PRESETS,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +78,9 @@ def from_preset(section: Mapping[str, Any], presets: Mapping[str, T], where: str
 
 def stored_or_preset(model: XOmni, name: str, section: Mapping[str, Any], presets: Mapping[str, T], where: str) -> T:
     """Config of a component: the section's, which must describe the same model where `model` already has the component."""
-    wanted = from_preset(section, presets, where)
-    if name not in model.description["components"]:
+    has = name in model.description["components"]
+    wanted = from_preset(section, dict(presets) | ({STORED: model.config(name)} if has else {}), where)
+    if not has:
         return wanted
     stored = model.config(name)
     old, new = config_to_json(stored), config_to_json(wanted)
@@ -75,6 +89,14 @@ def stored_or_preset(model: XOmni, name: str, section: Mapping[str, Any], preset
         k = differs[0]
         raise ConfigError(f"{where}.{k}={new[k]!r}, but the {name} of {model.path} has {old[k]!r}; give the section the stored sizes")
     return wanted
+
+
+def check_heads(kv_heads: int, mesh: jax.sharding.Mesh) -> None:
+    """Refuses a tensor axis over which the heads of the transformer's keys and values do not split."""
+    ways = mesh.shape["tensor"]
+    if kv_heads % ways:
+        fit = ", ".join(str(n) for n in range(1, kv_heads + 1) if kv_heads % n == 0)
+        raise ConfigError(f"config.mesh.tensor={ways}: {kv_heads} key and value heads do not split {ways} ways; use {fit}, and fsdp for the rest")
 
 
 def check_split(key: str, size: int, mesh: jax.sharding.Mesh) -> None:

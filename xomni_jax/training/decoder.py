@@ -4,31 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from ml_collections import ConfigDict
 
 from xomni_jax.data.rendered import RenderedConfig, render_example
 from xomni_jax.data.sources import rendered_dataset
-from xomni_jax.models import autoencoder, mmdit, text_encoders
 from xomni_jax.models.registry import COMPONENTS, init_params
-from xomni_jax.pipeline import picture_keys
+from xomni_jax.pipeline import DECODER_PARTS, picture_keys
 from xomni_jax.sampling.decoder import DecodeConfig, Decoder, to_uint8
 from xomni_jax.sampling.flow import Conditioning, flow_training_pair
 from xomni_jax.sharding.arrays import spread, whole
-from xomni_jax.training.components import DataIterator, PictureSize, export_model, here, open_model, stored_or_preset
-from xomni_jax.training.config import RunConfig, build
+from xomni_jax.training.components import PRESETS, DataIterator, PictureSize, export_model, here, open_model, stored_or_preset
+from xomni_jax.training.config import ConfigError, RunConfig, build
 from xomni_jax.training.loop import Stage, key_for, tile
 from xomni_jax.training.operations import FlopCount
-from xomni_jax.training.optimizer import OptimizerConfig, make_optimizer
+from xomni_jax.training.optimizer import Optimizer, OptimizerConfig, make_optimizer
 from xomni_jax.training.preemption import StopSignal
 from xomni_jax.training.state import TrainState, init_state
 
 GRID_IMAGES = 8
-SECTIONS = ("optimizer", "mmdit", "t5", "clip", "autoencoder", "decoder", "decode", "data")
+SECTIONS = ("optimizer", "siglip_vq", "mmdit", "t5", "clip", "autoencoder", "decoder", "decode", "data")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,26 +82,14 @@ def flow_loss(
     }
 
 
-def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: StopSignal) -> Stage:
-    """The decoder stage of a configuration."""
-    cfg, data = build(DecoderTrainConfig, config.decoder, "config.decoder"), build(RenderedConfig, config.data, "config.data")
-    decode = build(DecodeConfig, config.decode, "config.decode")
-    rows = here("config.batch_size", run.batch_size, mesh)
-    model = open_model(run.init_from, ("siglip_vq",), mesh, run.stage)
-    presets = {"mmdit": mmdit.PRESETS, "t5": text_encoders.T5_PRESETS, "clip": text_encoders.CLIP_PRESETS, "autoencoder": autoencoder.PRESETS}
-    stored = model.description["components"]
-    configs = {n: stored_or_preset(model, n, config[n], presets[n], f"config.{n}") for n in presets}
-    decoder = Decoder(**{name: COMPONENTS[name].module(c) for name, c in configs.items()})
+def frozen_parts(cfg: DecoderTrainConfig, params: Any) -> tuple[str, ...]:
+    """Path patterns of the decoder's parts that do not learn."""
+    names = ("autoencoder",) if cfg.train_text_encoders else ("autoencoder", "t5", "clip")
+    return tuple(f"{name}/.*" for name in names if jax.tree.leaves(params[name]))  # the identity autoencoder has none
 
-    def init():
-        return {n: init_params(n, c, key_for(run.seed, i, 7)) for i, (n, c) in enumerate(configs.items())}
 
-    frozen = ("autoencoder",) if cfg.train_text_encoders else ("autoencoder", "t5", "clip")
-    frozen = tuple(f"{name}/.*" for name in frozen if jax.tree.leaves(jax.eval_shape(init)[name]))  # the identity autoencoder has none
-    optimizer = make_optimizer(build(OptimizerConfig, config.optimizer, "config.optimizer"), run.steps, freeze=frozen)
-    state = init_state(init, optimizer, mesh)
-    state = state.replace(params={n: model.params(n) if n in stored else p for n, p in state.params.items()})
-    vq, vq_params = model.module("siglip_vq"), model.params("siglip_vq")
+def make_update(decoder: Decoder, vq: nn.Module, optimizer: Optimizer, cfg: DecoderTrainConfig) -> Callable[..., Any]:
+    """The jitted step (state, tokenizer's parameters, batch, key) -> (state, metrics); the state is donated."""
 
     def update(state: TrainState, vq_params, batch, key):
         codes_BYX = vq.apply({"params": vq_params}, batch["pixels"], method="encode")
@@ -109,8 +98,34 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
         state, optim = state.apply(optimizer, grads)
         return state, metrics | optim
 
+    return jax.jit(update, donate_argnums=0)
+
+
+def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: StopSignal) -> Stage:
+    """The decoder stage of a configuration."""
+    cfg, data = build(DecoderTrainConfig, config.decoder, "config.decoder"), build(RenderedConfig, config.data, "config.data")
+    decode = build(DecodeConfig, config.decode, "config.decode")
+    rows = here("config.batch_size", run.batch_size, mesh)
+    model = open_model(run.init_from, ("siglip_vq",), mesh, run.stage)
+    stored = model.description["components"]
+    configs = {n: stored_or_preset(model, n, config[n], PRESETS[n], f"config.{n}") for n in DECODER_PARTS}
+    for name, c in configs.items():
+        if getattr(c, "int8", False):
+            raise ConfigError(f"config.{name}.int8=True: kernels in 8 bits cannot learn; leave it False here and set it where the model is frozen")
+    model.set_config("siglip_vq", stored_or_preset(model, "siglip_vq", config.siglip_vq, PRESETS["siglip_vq"], "config.siglip_vq"))
+    decoder = Decoder(**{name: COMPONENTS[name].module(c) for name, c in configs.items()})
+
+    def init():
+        return {n: init_params(n, c, key_for(run.seed, i, 7)) for i, (n, c) in enumerate(configs.items())}
+
+    frozen = frozen_parts(cfg, jax.eval_shape(init))
+    optimizer = make_optimizer(build(OptimizerConfig, config.optimizer, "config.optimizer"), run.steps, freeze=frozen)
+    state = init_state(init, optimizer, mesh)
+    state = state.replace(params={n: model.params(n) if n in stored else p for n, p in state.params.items()})
+    vq, vq_params = model.module("siglip_vq"), model.params("siglip_vq")
+
     flops = FlopCount()
-    update = flops(jax.jit(update, donate_argnums=0))
+    update = flops(make_update(decoder, vq, optimizer, cfg))
     ids = functools.partial(model.text_ids, cfg=decode)
     empty = ids([""])
     empties = tuple(np.repeat(x, model.ways, axis=0) for x in empty)  # as many rows as the mesh splits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,16 +17,18 @@ from ml_collections import ConfigDict
 from xomni_jax.data.rendered import RenderedConfig
 from xomni_jax.data.sources import rendered_dataset
 from xomni_jax.models.registry import init_params
-from xomni_jax.pipeline import XOmni, pad_prompts, picture_keys
+from xomni_jax.pipeline import DECODER_PARTS, XOmni, pad_prompts, picture_keys
 from xomni_jax.rewards.client import RewardClient, Score
 from xomni_jax.rewards.combine import MODES, Combined, column, combine
 from xomni_jax.sampling.decode import generate_codes, replay_logp
 from xomni_jax.sampling.decoder import DecodeConfig
 from xomni_jax.sampling.logits import SamplingConfig
-from xomni_jax.training.advantages import AdvantageConfig, group_advantages
 from xomni_jax.sharding.arrays import owned_rows, rows_here, share, whole
 from xomni_jax.sharding.distributed import gather_json
-from xomni_jax.training.components import DataIterator, export_model, here, open_model
+from xomni_jax.sharding.mesh import make_mesh, split_devices
+from xomni_jax.sharding.rules import RULES, ROLLOUT_RULES, param_shardings
+from xomni_jax.training.advantages import AdvantageConfig, group_advantages
+from xomni_jax.training.components import PRESETS, DataIterator, check_heads, check_split, export_model, here, open_model, stored_or_preset
 from xomni_jax.training.config import ConfigError, RunConfig, build
 from xomni_jax.training.grpo_loss import GRPOConfig, grpo_loss, join_metrics, loss_items
 from xomni_jax.training.loop import Stage, key_for, tile
@@ -35,7 +38,8 @@ from xomni_jax.training.preemption import StepRefused, StopRequested, StopSignal
 from xomni_jax.training.state import TrainState, init_state
 
 ROLLOUT, NOISE, SHUFFLE = 0, 1, 2  # purposes of a step's keys
-SECTIONS = ("optimizer", "grpo", "advantage", "sampling", "rollout", "decode", "rewards", "data")
+MODELS = ("transformer", "siglip_vq", *DECODER_PARTS)
+SECTIONS = (*MODELS, "decoder_mesh", "optimizer", "grpo", "advantage", "sampling", "rollout", "decode", "rewards", "data")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +55,7 @@ class RolloutConfig:
       max_logp_gap: before the first update, sampler and trainer may differ by this much in any float32 log-prob; 0 turns the gate off.
       max_fail_frac: a step in which more than this share of rollouts could not be scored stops the run.
       combine: sum_then_normalize | normalize_then_sum.
+      reference_dtype: number format that the reference's matrices are kept in: the one they are computed in loses nothing.
     """
 
     prompt_length: int = 48
@@ -61,6 +66,7 @@ class RolloutConfig:
     max_logp_gap: float = 1e-4
     max_fail_frac: float = 0.5
     combine: str = "sum_then_normalize"
+    reference_dtype: str = "float32"
 
     def __post_init__(self):
         if self.noise not in ("group", "independent"):
@@ -69,6 +75,8 @@ class RolloutConfig:
             raise ValueError(f"chunks={self.chunks} must be at least 1")
         if self.combine not in MODES:
             raise ValueError(f"combine={self.combine!r} is unknown; use {' or '.join(MODES)}")
+        if self.reference_dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"reference_dtype={self.reference_dtype!r} is unknown; use float32 or bfloat16")
         for name in ("micro_batch", "logit_chunk", "max_logp_gap"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative; 0 turns it off")
@@ -172,23 +180,64 @@ def over_micro_batches(fn: Callable[[RolloutBatch], Any], batch: RolloutBatch, p
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), out)
 
 
+def make_update(policy: Policy, optimizer: Any, grpo: GRPOConfig, advantage: AdvantageConfig, parts: int) -> Callable[..., Any]:
+    """The jitted update (state, reference, batch, rewards [P, R], advantages [P, R] | None, key) -> (state, metrics); the state is donated."""
+
+    def update(state, ref_params, batch, reward_PR, given_PR, key):
+        adv_PR, metrics = group_advantages(reward_PR, batch.ok_B.reshape(reward_PR.shape), advantage)
+        adv_PR = adv_PR if given_PR is None else given_PR
+        batch = batch._replace(adv_B=adv_PR.reshape(-1))
+        state, learned = grpo_update(policy, optimizer, state, ref_params, batch, grpo, parts, key)
+        return state, metrics | learned
+
+    return jax.jit(update, donate_argnums=0)
+
+
+def make_sampler(net: nn.Module, n_codes: int, sampling: SamplingConfig) -> Callable[..., dict[str, jax.Array | None]]:
+    """The jitted rollout (params, prompt ids [P, S], lengths [P], keys [P, R], negative prompts | None) -> see `generate_codes`."""
+
+    def sample(params, ids_PS, lengths_P, keys_PR, negative):
+        return generate_codes(net, params, ids_PS, lengths_P, n_codes, keys_PR, sampling, negative, return_kept=sampling.truncates)
+
+    return jax.jit(sample)
+
+
+def make_layout(boxed: Any, mesh: jax.sharding.Mesh, dtype: Any, rules: Mapping = RULES) -> Callable[[Any], Any]:
+    """The jitted change of a transformer's parameters to another number format and layout.
+
+    Args:
+      boxed: parameters with their logical axes, shapes are enough. mesh: where they are, and stay.
+      dtype: of what the model computes in its own dtype; norm gains, which it reads in float32, keep theirs.
+      rules: ROLLOUT_RULES for the sampler, which then computes what the trainer does, bit for bit.
+    """
+    here = param_shardings(boxed, mesh)
+
+    def cast(path, x, sharding):
+        x = x if path[-1].key == "scale" else x.astype(dtype)
+        # Pinned where it lies: the cast comes before the way over the network, not after.
+        return jax.lax.with_sharding_constraint(x, sharding)
+
+    return jax.jit(lambda params: jax.tree_util.tree_map_with_path(cast, params, here), out_shardings=param_shardings(boxed, mesh, rules))
+
+
 class Rollouts:
     """Samples, decodes and scores one batch of prompts, chunk by chunk, with scoring in the background."""
 
     def __init__(
-        self, model: XOmni, grid: tuple[int, int], sampling: SamplingConfig, decode: DecodeConfig, cfg: RolloutConfig,
+        self, model: XOmni, painter: XOmni, grid: tuple[int, int], sampling: SamplingConfig, decode: DecodeConfig, cfg: RolloutConfig,
         advantage: AdvantageConfig, group: int, clients: Mapping[str, RewardClient], weights: Mapping[str, float], poll: Callable[[], None],
         waiting: Callable[[], None] | None = None,
     ):  # fmt: skip
-        """`poll` raises StopRequested where all processes have agreed to; `waiting` may raise it earlier, within a wait for rewards."""
-        self.model, self.grid, self.sampling, self.decode, self.cfg, self.advantage = model, grid, sampling, decode, cfg, advantage
+        """`model` samples codes and `painter` decodes them: the same, or one on a mesh of its own.
+
+        `poll` raises StopRequested where all processes have agreed to; `waiting` may raise it earlier, within a wait for rewards.
+        """
+        self.model, self.painter, self.grid, self.sampling, self.decode = model, painter, grid, sampling, decode
+        self.cfg, self.advantage = cfg, advantage
         self.group, self.clients, self.weights, self.poll, self.waiting = group, clients, weights, poll, waiting or poll
-        net, n_codes = model.module("transformer"), grid[0] * grid[1]
-
-        def sample(params, ids_PS, lengths_P, keys_PR, negative):
-            return generate_codes(net, params, ids_PS, lengths_P, n_codes, keys_PR, sampling, negative, return_kept=sampling.truncates)
-
-        self.sample = jax.jit(sample)
+        net = model.module("transformer")
+        boxed = jax.eval_shape(lambda: init_params("transformer", net.cfg, jax.random.key(0)))
+        self.layout, self.sample = make_layout(boxed, model.mesh, net.cfg.dtype, ROLLOUT_RULES), make_sampler(net, grid[0] * grid[1], sampling)
 
     def prompt_ids(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Generation prompts padded to the configured length."""
@@ -202,9 +251,10 @@ class Rollouts:
         return pad_prompts(ids, self.cfg.prompt_length)
 
     def __call__(self, params: Any, prompts: Sequence[str], targets: Sequence[dict], key: jax.Array) -> tuple[RolloutBatch, Combined, np.ndarray, dict]:
-        """One scored batch -> (rows without advantages, combined rewards, images [B, H, W, 3], timings)."""
+        """One scored batch under the policy's parameters -> (rows without advantages, combined rewards, images [B, H, W, 3], timings)."""
+        params = self.layout(params)
         P, R, n = len(prompts), self.group, len(prompts) // self.cfg.chunks
-        mine = owned_rows(self.model.mesh, n * R)  # of a chunk: the pictures whose rewards this process asks for
+        mine = owned_rows(self.painter.mesh, n * R)  # of a chunk: the pictures whose rewards this process asks for
         keys_P = jax.vmap(lambda p: jax.random.fold_in(jax.random.fold_in(key, ROLLOUT), p))(jnp.arange(P))
         keys_PR = jax.vmap(lambda k: jax.random.split(k, R))(keys_P)
         noise_keys_P = jax.vmap(lambda p: jax.random.fold_in(jax.random.fold_in(key, NOISE), p))(jnp.arange(P))
@@ -214,12 +264,17 @@ class Rollouts:
         ids_PS, lengths_P = self.prompt_ids(prompts)
         negative = pad_prompts([self.model.tokenizer.negative_prompt(*self.grid)] * P) if self.sampling.guided else None
         seconds = {"perf/rollout_s": 0.0, "perf/decode_s": 0.0}
-        made, images, waiting = [], [], []
+        made, images, waiting, ahead = [], [], [], None
+
+        def sampled(part: slice) -> dict[str, jax.Array | None]:
+            return self.sample(params, ids_PS[part], lengths_P[part], keys_PR[part], negative and tuple(x[part] for x in negative))
+
         for start in range(0, P, n):
             part = slice(start, start + n)
             began = time.perf_counter()
-            cut = negative and tuple(x[part] for x in negative)
-            out = jax.block_until_ready(self.sample(params, ids_PS[part], lengths_P[part], keys_PR[part], cut))
+            out = jax.block_until_ready(ahead or sampled(part))
+            # With devices of its own the decoder draws this chunk while the next one is sampled; else it would have to wait for it.
+            ahead = sampled(slice(start + n, start + 2 * n)) if self.painter is not self.model and start + n < P else None
             between = time.perf_counter()
             drawn = self.pictures(out["codes"], [p for p in prompts[part] for _ in range(R)], noise_keys_PR[part].reshape(-1))
             drawn = rows_here(drawn, mine)
@@ -265,7 +320,10 @@ class Rollouts:
     def pictures(self, codes_PRT: jax.Array, prompts: Sequence[str], noise_keys_B: jax.Array) -> jax.Array:
         """uint8 pictures [B, H, W, 3] of rollouts, on the mesh."""
         codes_BYX = codes_PRT.reshape(-1, *self.grid)
-        return self.model.decode_images(codes_BYX, prompts, self.model.noise(noise_keys_B, self.grid), self.decode)
+        noise = self.painter.noise(noise_keys_B, self.grid)
+        if self.painter is not self.model:  # arrays of one mesh are no arguments of a program on another
+            codes_BYX, noise = whole(codes_BYX), np.asarray(noise)
+        return self.painter.decode_images(codes_BYX, prompts, noise, self.decode)
 
 
 def image_statistics(images: np.ndarray) -> dict[str, float]:
@@ -316,37 +374,37 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
     grpo, rollout = build(GRPOConfig, config.grpo, "config.grpo"), build(RolloutConfig, config.rollout, "config.rollout")
     advantage, sampling = build(AdvantageConfig, config.advantage, "config.advantage"), build(SamplingConfig, config.sampling, "config.sampling")
     data = build(RenderedConfig, config.data, "config.data")
-    model = open_model(run.init_from, ("transformer", "siglip_vq", "mmdit", "t5", "clip", "autoencoder"), mesh, run.stage)
+    model = open_model(run.init_from, MODELS, mesh, run.stage)
+    for name in MODELS:
+        model.set_config(name, stored_or_preset(model, name, config[name], PRESETS[name], f"config.{name}"))
+    check_heads(model.config("transformer").n_kv_heads, mesh)
     chosen = {k: v for k, v in config.decode.items() if v is not None}
     decode = build(DecodeConfig, dataclasses.asdict(model.decode_config) | chosen, "config.decode")
+    painter = make_painter(config, model)
     if len(data.sizes) != 1:
         raise ConfigError(f"config.data.sizes={data.sizes} must hold one size: rollouts have one static shape")
     grid = model.grid(*data.sizes[0])
     B = run.batch_size * grpo.rollouts_per_prompt
     check_divides(run.batch_size, grpo, rollout, model.ways)
+    if jax.process_count() > 1:  # each has its own rows of a chunk's pictures
+        check_split("config.batch_size x grpo.rollouts_per_prompt / rollout.chunks", B // rollout.chunks, painter.mesh)
 
     # ---- policy, reference ----
-    ref_params = model.params("transformer")
-    ar = model.config("transformer")
+    ar, start = model.config("transformer"), model.params("transformer")
     policy = Policy(model.module("transformer"), sampling, rollout.logit_chunk)
     optimizer = make_optimizer(build(OptimizerConfig, config.optimizer, "config.optimizer"), run.steps * grpo.updates_per_batch)
-    state = init_state(lambda: init_params("transformer", ar, jax.random.key(0)), optimizer, mesh)
-    state = state.replace(params=jax.tree.map(jnp.copy, ref_params))
+    init = lambda: init_params("transformer", ar, jax.random.key(0))  # noqa: E731
+    state = init_state(init, optimizer, mesh).starting_from(start)
+    ref_params = make_layout(jax.eval_shape(init), mesh, rollout.reference_dtype)(start) if grpo.kl_coef else None
+    model.release("transformer")  # policy and reference are copies
+    del start
     clients, weights = open_clients(config.rewards, stop.check_waiting)
-    rollouts = Rollouts(
-        model, grid, sampling, decode, rollout, advantage, grpo.rollouts_per_prompt, clients, weights, stop.check, stop.check_waiting
-    )
-    parts = max(1, B // grpo.updates_per_batch // rollout.micro_batch) if rollout.micro_batch else 1
-
-    def update(state, ref_params, batch, reward_PR, given_PR, key):
-        adv_PR, metrics = group_advantages(reward_PR, batch.ok_B.reshape(reward_PR.shape), advantage)
-        adv_PR = adv_PR if given_PR is None else given_PR
-        batch = batch._replace(adv_B=adv_PR.reshape(-1))
-        state, learned = grpo_update(policy, optimizer, state, ref_params if grpo.kl_coef else None, batch, grpo, parts, key)
-        return state, metrics | learned
+    group = grpo.rollouts_per_prompt
+    rollouts = Rollouts(model, painter, grid, sampling, decode, rollout, advantage, group, clients, weights, stop.check, stop.check_waiting)
+    parts = micro_batches(run.batch_size, grpo, rollout)
 
     flops = FlopCount()
-    update = flops(jax.jit(update, donate_argnums=0))
+    update = flops(make_update(policy, optimizer, grpo, advantage, parts))
 
     def step(state: TrainState, batch: dict[str, Any], number: int):
         key = key_for(run.seed, number, 0)
@@ -373,8 +431,9 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
         keys_P = picture_keys(run.seed, n)
         ids_PS, lengths_P = rollouts.prompt_ids(batch["caption"])
         negative = pad_prompts([model.tokenizer.negative_prompt(*grid)] * n) if sampling.guided else None
-        out = rollouts.sample(state.params, ids_PS, lengths_P, jax.vmap(lambda k: jax.random.split(k, 8))(keys_P), negative)
-        return tile(whole(rollouts.pictures(out["codes"], [p for p in batch["caption"] for _ in range(8)], jnp.repeat(keys_P, 8))), columns=8)
+        out = rollouts.sample(rollouts.layout(state.params), ids_PS, lengths_P, jax.vmap(lambda k: jax.random.split(k, 8))(keys_P), negative)
+        pictures = rollouts.pictures(out["codes"], [p for p in batch["caption"] for _ in range(8)], jnp.repeat(keys_P, 8))
+        return tile(whole(pictures), columns=8)
 
     prompts_here = here("config.batch_size", run.batch_size, mesh)
 
@@ -387,6 +446,21 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
         export_model(directory, {"transformer": (state.params, ar)}, run.init_from, note)
 
     return Stage(state, batches, step, export, grid_picture, items_per_step=B, close=lambda: close_all(clients), flops=lambda: flops.total)
+
+
+def micro_batches(prompts: int, grpo: GRPOConfig, rollout: RolloutConfig) -> int:
+    """Gradient accumulation steps of an update."""
+    minibatch = prompts * grpo.rollouts_per_prompt // grpo.updates_per_batch
+    return max(1, minibatch // rollout.micro_batch) if rollout.micro_batch else 1
+
+
+def make_painter(config: ConfigDict, model: XOmni) -> XOmni:
+    """The model that decodes pictures: `model`, or one on `config.decoder_mesh`, whose devices the policy's mesh leaves out."""
+    apart = math.prod(config.decoder_mesh.values())
+    if not apart:
+        return model
+    _, devices = split_devices(jax.devices(), apart)
+    return model.on(make_mesh(dict(config.decoder_mesh), devices))
 
 
 def check_divides(prompts: int, grpo: GRPOConfig, rollout: RolloutConfig, ways: int) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from xomni_jax.planner.flops import count
 from xomni_jax.training.config import ConfigError
 
 LARGE = 1 << 20  # bytes of an array that gets a line at start-up, the five largest in any case
@@ -84,7 +85,7 @@ class FlopCount:
         def counted(*args: Any) -> Any:
             nonlocal flops
             if flops is None:
-                flops = matmul_flops(fn.trace(*args).jaxpr.jaxpr)
+                flops = count(fn.trace(*args).jaxpr).total
             self.total += flops
             return fn(*args)
 
@@ -126,25 +127,6 @@ class Meter:
         stats = jax.local_devices()[0].memory_stats() or {}
         names = {"bytes_in_use": "memory/in_use_gb", "peak_bytes_in_use": "memory/peak_gb", "bytes_limit": "memory/limit_gb"}
         return out | {ours: stats[theirs] / 1e9 for theirs, ours in names.items() if theirs in stats}
-
-
-def matmul_flops(jaxpr: Any) -> float:
-    """Floating point operations of the matrix products and convolutions of a jaxpr, loops counted as often as they run."""
-    total = 0.0
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "dot_general":
-            (contract, _), _ = eqn.params["dimension_numbers"]
-            inner = math.prod(eqn.invars[0].aval.shape[i] for i in contract)
-            total += 2.0 * inner * eqn.outvars[0].aval.size
-        elif eqn.primitive.name == "conv_general_dilated":
-            kernel = eqn.invars[1].aval
-            out_features = eqn.params["dimension_numbers"].rhs_spec[0]
-            total += 2.0 * eqn.outvars[0].aval.size * kernel.size / kernel.shape[out_features]
-        times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
-        inside = [matmul_flops(getattr(p, "jaxpr", p)) for v in eqn.params.values() for p in (v if isinstance(v, (tuple, list)) else (v,))
-                  if hasattr(getattr(p, "jaxpr", p), "eqns")]  # fmt: skip
-        total += times * (max(inside, default=0.0) if eqn.primitive.name == "cond" else sum(inside))
-    return total
 
 
 # ---- compiling ----

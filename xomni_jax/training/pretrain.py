@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,18 +19,29 @@ from xomni_jax.models.registry import init_params
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sequence.tokenizer import MultimodalTokenizer
 from xomni_jax.sharding.arrays import share, spread, whole
-from xomni_jax.training.components import DataIterator, export_model, here, open_model, stored_or_preset
+from xomni_jax.training.components import DataIterator, check_heads, export_model, here, open_model, stored_or_preset
 from xomni_jax.training.config import ConfigError, RunConfig, build
 from xomni_jax.training.loop import Stage, tile
 from xomni_jax.training.next_token import NextTokenConfig, build_sequences, next_token_loss, pack_batch
 from xomni_jax.training.operations import FlopCount
-from xomni_jax.training.optimizer import OptimizerConfig, make_optimizer
+from xomni_jax.training.optimizer import Optimizer, OptimizerConfig, make_optimizer
 from xomni_jax.training.preemption import StopSignal
 from xomni_jax.training.stages import FREEZE
 from xomni_jax.training.state import TrainState, init_state
 
 GRID_PROMPTS = 8
 SECTIONS = ("optimizer", "transformer", "next_token", "data")
+
+
+def make_update(net: nn.Module, optimizer: Optimizer, cfg: NextTokenConfig) -> Callable[..., Any]:
+    """The jitted step (state, packed batch) -> (state, metrics); the state is donated."""
+
+    def update(state: TrainState, batch):
+        (_, metrics), grads = jax.value_and_grad(lambda p: next_token_loss(net, p, batch, cfg), has_aux=True)(state.params)
+        state, optim = state.apply(optimizer, grads)
+        return state, metrics | optim
+
+    return jax.jit(update, donate_argnums=0)
 
 
 def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: StopSignal) -> Stage:
@@ -45,6 +57,7 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
     model = open_model(run.init_from, ("siglip_vq",), mesh, run.stage)
     old = "transformer" in model.description["components"]
     ar = stored_or_preset(model, "transformer", config.transformer, transformer.PRESETS, "config.transformer")
+    check_heads(ar.n_kv_heads, mesh)
     sizes = dict(vocab_size=ar.vocab_size, image_vocab_size=ar.image_vocab_size, mm_vocab_size=ar.mm_vocab_size)
     text = MultimodalTokenizer.load(model.path / "tokenizer", **sizes)
     net = transformer.ARTransformer(ar)
@@ -52,15 +65,11 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
     optimizer = make_optimizer(build(OptimizerConfig, config.optimizer, "config.optimizer"), run.steps, train=FREEZE[phase])
     state = init_state(lambda: init_params("transformer", ar, jax.random.key(run.seed)), optimizer, mesh)
     if old:
-        state = state.replace(params=model.params("transformer"))
-
-    def update(state: TrainState, batch):
-        (_, metrics), grads = jax.value_and_grad(lambda p: next_token_loss(net, p, batch, cfg), has_aux=True)(state.params)
-        state, optim = state.apply(optimizer, grads)
-        return state, metrics | optim
+        state = state.starting_from(model.params("transformer"))
+        model.release("transformer")
 
     flops = FlopCount()
-    update = flops(jax.jit(update, donate_argnums=0))
+    update = flops(make_update(net, optimizer, cfg))
 
     def to_batch(examples: dict[str, Any]):
         """Codes by the frozen tokenizer, then packed rows; the mixture's draws depend on the batch's own id.

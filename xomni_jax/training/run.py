@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -10,7 +12,7 @@ from ml_collections import ConfigDict
 
 from xomni_jax.sharding.distributed import description
 from xomni_jax.sharding.line import Line
-from xomni_jax.sharding.mesh import make_mesh
+from xomni_jax.sharding.mesh import make_mesh, split_devices
 from xomni_jax.training.config import ConfigError, check_sections, run_config, save_resolved
 from xomni_jax.training.loop import train
 from xomni_jax.training.operations import placement, say
@@ -40,10 +42,19 @@ def run_stage(config: ConfigDict, line: Line | None = None, profile: tuple[int, 
         raise ConfigError(f"config.stage={run.stage!r} is unknown; use one of {', '.join(STAGES)}")
     module = importlib.import_module(STAGES[run.stage])
     check_sections(config, ("mesh", *module.SECTIONS), run.stage)
-    mesh = make_mesh(dict(config.mesh))
+    mesh = policy_mesh(config)
     print(f"{run.stage}: {description()}, mesh {dict(mesh.shape)}, output in {run.run_dir}", flush=True)
     with StopSignal(line) as stop, jax.set_mesh(mesh):
         stage = module.make(config, run, mesh, stop)
         say("\n".join(["weights:", *placement(stage.state.params, mesh)]))
         save_resolved(config, Path(run.run_dir), write=jax.process_index() == 0)
         return train(run, stage, stop, profile)
+
+
+def policy_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """The mesh of what is trained: `config.mesh` over all devices, without those of `config.decoder_mesh` where a stage has one."""
+    devices = jax.devices() if devices is None else devices
+    apart = math.prod(config.decoder_mesh.values()) if "decoder_mesh" in config else 0
+    if apart:
+        devices, _ = split_devices(devices, apart)
+    return make_mesh(dict(config.mesh), devices)

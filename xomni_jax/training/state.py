@@ -33,6 +33,10 @@ class TrainState:
     opt_state: Any
     extra: Any
 
+    def starting_from(self, params: Any) -> TrainState:
+        """The same state with a copy of these parameters, in the state's own number formats."""
+        return self.replace(params=jax.tree.map(lambda mine, given: jnp.array(given, mine.dtype), self.params, params))
+
     def apply(self, optimizer: Optimizer, grads: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         """One optimizer update -> (new state, optim/ metrics)."""
         params, opt_state, metrics = optimizer.update(grads, self.opt_state, self.params)
@@ -40,24 +44,32 @@ class TrainState:
         return self.replace(step=self.step + 1, params=params, opt_state=opt_state), metrics
 
 
+def abstract_state(
+    init: Callable[[], Any], optimizer: Optimizer, mesh: Mesh, extra: Callable[[], Mapping[str, jax.Array]] = dict
+) -> tuple[Callable[[], TrainState], TrainState]:
+    """(what creates a fresh state, the state's shapes with their shardings); arguments as of `init_state`."""
+    shardings = param_shardings(jax.eval_shape(init), mesh)
+
+    def create():
+        params = nn.meta.unbox(init())
+        return TrainState(jnp.int32(0), params, optimizer.transform.init(params), dict(extra()))
+
+    abstract = jax.eval_shape(create)
+    placed = state_shardings(abstract, shardings, mesh)
+    return create, jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placed)
+
+
 def init_state(
-    init: Callable[[], Any], optimizer: Optimizer, mesh: Mesh, extra: Mapping[str, jax.Array] | None = None
+    init: Callable[[], Any], optimizer: Optimizer, mesh: Mesh, extra: Callable[[], Mapping[str, jax.Array]] = dict
 ) -> TrainState:
     """A fresh state, every array born with its sharding: nothing large exists unsharded.
 
     Args:
       init: makes the boxed parameters (they name their logical axes).
-      extra: small arrays, replicated.
+      extra: makes small arrays, replicated.
     """
-    boxed = jax.eval_shape(init)
-    shardings = param_shardings(boxed, mesh)
-
-    def create():
-        params = nn.meta.unbox(init())
-        return TrainState(jnp.int32(0), params, optimizer.transform.init(params), dict(extra or {}))
-
-    abstract = jax.eval_shape(create)
-    return jax.jit(create, out_shardings=state_shardings(abstract, shardings, mesh))()
+    create, abstract = abstract_state(init, optimizer, mesh, extra)
+    return jax.jit(create, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))()
 
 
 def state_shardings(abstract: TrainState, shardings: Any, mesh: Mesh) -> TrainState:

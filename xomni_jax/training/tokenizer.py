@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ from xomni_jax.training.components import DataIterator, export_model, from_prese
 from xomni_jax.training.config import ConfigError, RunConfig, build
 from xomni_jax.training.loop import Stage, key_for
 from xomni_jax.training.operations import FlopCount
-from xomni_jax.training.optimizer import OptimizerConfig, make_optimizer
+from xomni_jax.training.optimizer import Optimizer, OptimizerConfig, make_optimizer
 from xomni_jax.training.preemption import StopSignal
 from xomni_jax.training.state import TrainState, init_state
 
@@ -77,6 +78,31 @@ def answer_batch(examples: dict[str, Any], tokenizer: MultimodalTokenizer, lengt
     return ids_BL, mask_BL
 
 
+def make_update(learner: understanding.TokenizerLearner, optimizer: Optimizer, cfg: TokenizerConfig) -> Callable[..., Any]:
+    """The jitted step (state, batch, key, strength of quantisation) -> (state, metrics, encoder outputs); the state is donated."""
+    weights = understanding.Weights(cfg.answer_weight, cfg.dense_weight, cfg.quantizer_weight)
+
+    def update(state: TrainState, batch, key, strength):
+        grad = jax.value_and_grad(understanding.tokenizer_loss, has_aux=True)
+        (_, aux), grads = grad(state.params, batch, key, learner=learner, strength=strength, weights=weights)
+        state, optim = state.apply(optimizer, grads)
+        usage = cfg.usage_decay * state.extra["usage"] + (1 - cfg.usage_decay) * aux.usage
+        return state.replace(extra={"usage": usage}), aux.metrics | optim, aux.z
+
+    return jax.jit(update, donate_argnums=0)
+
+
+def init_params(learner: understanding.TokenizerLearner, seed: int, size: tuple[int, int]) -> Any:
+    """Boxed parameters of the tokenizer and its readers, for pictures of `size` pixels."""
+    with unconstrained():
+        return learner.init(jax.random.key(seed), jnp.zeros((1, *size, 3)), jnp.zeros((1, 4), jnp.int32))["params"]
+
+
+def even_usage(vq: siglip_vq.SigLIPVQConfig) -> dict[str, jax.Array]:
+    """The running usage of codes before anything is known."""
+    return {"usage": jnp.full((vq.codebook_size,), 1.0 / vq.codebook_size)}
+
+
 def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: StopSignal) -> Stage:
     """The tokenizer stage of a configuration."""
     if run.init_from:
@@ -87,31 +113,18 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
     read = dataclasses.replace(from_preset(config.reader, understanding.PRESETS, "config.reader"), dense_classes=N_COLUMN_CLASSES)
     limits = build(ImageLimits, dict(config.preprocess) | {"patch_size": vq.patch}, "config.preprocess")
     learner = understanding.TokenizerLearner(vq, read)
-    weights = understanding.Weights(cfg.answer_weight, cfg.dense_weight, cfg.quantizer_weight)
     text = MultimodalTokenizer.load()
-    height, width = data.sizes[0]
-
-    def init():
-        with unconstrained():
-            return learner.init(jax.random.key(run.seed), jnp.zeros((1, height, width, 3)), jnp.zeros((1, 4), jnp.int32))["params"]
 
     optimizer = make_optimizer(build(OptimizerConfig, config.optimizer, "config.optimizer"), run.steps)
     # The running usage of codes lives beside the parameters' state, so that a resumed run restarts the same codes.
-    state = init_state(init, optimizer, mesh, extra={"usage": jnp.full((vq.codebook_size,), 1.0 / vq.codebook_size)})
+    state = init_state(lambda: init_params(learner, run.seed, data.sizes[0]), optimizer, mesh, lambda: even_usage(vq))
 
     @jax.jit
     def encode(params, pixels):
         return learner.apply({"params": params}, pixels, method=lambda m, x: m.tokenizer.outputs(x))
 
-    def update(state: TrainState, batch, key, strength):
-        grad = jax.value_and_grad(understanding.tokenizer_loss, has_aux=True)
-        (_, aux), grads = grad(state.params, batch, key, learner=learner, strength=strength, weights=weights)
-        state, optim = state.apply(optimizer, grads)
-        usage = cfg.usage_decay * state.extra["usage"] + (1 - cfg.usage_decay) * aux.usage
-        return state.replace(extra={"usage": usage}), aux.metrics | optim, aux.z
-
     flops = FlopCount()
-    update = flops(jax.jit(update, donate_argnums=0))
+    update = flops(make_update(learner, optimizer, cfg))
 
     @jax.jit
     def restart(key, codebook, usage, z):

@@ -54,7 +54,8 @@ def test_a_passing_trouble_is_retried(trouble):
 
 @pytest.mark.parametrize("trouble", ["500", "garbage", "two choices", "drop"])
 def test_a_lasting_trouble_is_no_score(trouble):
-    with fake_endpoint(trouble) as endpoint, pytest.raises(JudgeUnavailable, match="no usable reply .*3 failed tries.*run the command again"):
+    message = "no usable reply .*3 failed tries.*run the command again"
+    with fake_endpoint(trouble) as endpoint, pytest.raises(JudgeUnavailable, match=message):
         judge(endpoint).ask([PICTURE], [[ASK]])
 
 
@@ -89,8 +90,9 @@ def test_one_failure_among_many_fails_the_batch_and_keeps_order_otherwise():
 def test_the_endpoint_is_checked_before_anything_is_drawn():
     with fake_endpoint("401") as endpoint, pytest.raises(JudgeUnavailable, match="environment variable OPENAI_API_KEY"):
         judge(endpoint)
-    with fake_endpoint("say x", models=["other"]) as endpoint, pytest.raises(JudgeUnavailable, match="has no model 'tiny-vlm'; it serves other"):
-        judge(endpoint)
+    with fake_endpoint("say x", models=["other"]) as endpoint:
+        with pytest.raises(JudgeUnavailable, match="has no model 'tiny-vlm'; it serves other"):
+            judge(endpoint)
     with fake_endpoint("say x", models=None) as endpoint:
         assert judge(endpoint).ask([PICTURE], [[ASK]]) == [["x"]]
         gone = endpoint.url
@@ -98,7 +100,9 @@ def test_the_endpoint_is_checked_before_anything_is_drawn():
         open_judge("vqa", f"tiny-vlm@{gone}")
 
 
-@pytest.mark.parametrize(("reply", "read"), [("Yes.", "yes"), (" no\n", "no"), ("YES!", "yes"), ("maybe", "maybe"), ("yes it is", "yes it is")])
+@pytest.mark.parametrize(
+    ("reply", "read"), [("Yes.", "yes"), (" no\n", "no"), ("YES!", "yes"), ("maybe", "maybe"), ("yes it is", "yes it is")]
+)
 def test_yes_and_no_are_recognised(reply, read):
     with fake_endpoint(f"say {reply}") as endpoint:
         assert judge(endpoint).ask([PICTURE], [[ASK | {"answers": ["yes", "no"]}]]) == [[read]]

@@ -25,7 +25,8 @@ def write(path, rows):
 
 
 def test_from_a_file_by_id_or_prompt(geneval, tmp_path):
-    spec = write(tmp_path / "r.jsonl", [{"id": "00001", "rewritten": "a dog at dawn"}, {"prompt": "a photo of a cat", "rewritten": "a cat"}])
+    rows = [{"id": "00001", "rewritten": "a dog at dawn"}, {"prompt": "a photo of a cat", "rewritten": "a cat"}]
+    spec = write(tmp_path / "r.jsonl", rows)
     items = with_rewrites(geneval, spec, tmp_path / "cache.jsonl").load(tmp_path)
     assert [i.prompt for i in items] == ["a cat", "a dog at dawn"] and not (tmp_path / "cache.jsonl").exists()
     assert items[0].fields["metadata"]["prompt"] == "a photo of a cat"  # what is scored and saved stays the row

@@ -144,7 +144,8 @@ def test_letters_beyond_the_examples():
 
 
 def mmbench_rows():
-    base = {"question": "What?", "hint": "nan", "A": "cat", "B": "dog", "C": "", "D": "", "answer": "A", "category": "x", "l2-category": "y"}
+    base = {"question": "What?", "hint": "nan", "A": "cat", "B": "dog", "C": "", "D": "", "answer": "A"}
+    base |= {"category": "x", "l2-category": "y"}
     turned = {"A": "dog", "B": "cat", "answer": "B"}
     return [
         {"index": 7} | base | {"image": png(RED)},
@@ -222,6 +223,9 @@ def test_seedbench_keeps_pictures_only(tmp_path):
     (item,) = suite.load(tmp_path)
     assert item.id == "101_0" and first_pixel(item) == RED and item.prompt.startswith("What?\nA. 1\nB. 2\nC. 3\nD. 4\n")
     assert suite.aggregate(as_records(suite, [item], [["(B)"]]))["scores"] == {"accuracy": 0.0}
+    (tmp_path / "data" / "test-00000-of-00002.parquet").unlink()
+    with pytest.raises(SuiteError, match="holds 1 of the 2 files like test-00001-of-00002.parquet; download the others too"):
+        suite.load(tmp_path)
     other = get_suite("seedbench", ["vlmevalkit"])
     assert other.aggregate(as_records(other, [item], [["(B)"]]))["scores"] == {"accuracy": 1.0}
 
@@ -235,7 +239,8 @@ def test_anls(example):
 
 
 def test_docvqa_parquet_and_tsv(tmp_path):
-    row = {"questionId": "11", "question": "Which year?", "answers": ["1987", "87"], "image": png(RED), "question_types": ["form", "layout"]}
+    row = {"questionId": "11", "question": "Which year?", "answers": ["1987", "87"], "image": png(RED)}
+    row |= {"question_types": ["form", "layout"]}
     write_parquet(tmp_path / "DocVQA" / "validation-00000-of-00001.parquet", [row, row | {"questionId": "12"}])
     suite = get_suite("docvqa")
     items = suite.load(tmp_path)

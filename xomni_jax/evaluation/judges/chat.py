@@ -7,13 +7,13 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import httpx
 from PIL import Image
 
-from xomni_jax.evaluation.judges.preparing import encoded, is_skipped
+from xomni_jax.evaluation.judges.preparing import encoded, format_of, is_skipped
 from xomni_jax.evaluation.suite import JudgeUnavailable
 
 KEY = "OPENAI_API_KEY"  # the only place a key is taken from; servers of one's own need none
@@ -73,7 +73,8 @@ class ChatEndpoint:
             pause = min(2 * pause, _LONGEST_PAUSE)
             self._closing.wait(max(0.0, min(rest, deadline - time.monotonic())))
         raise JudgeUnavailable(
-            f"{self.model} at {self.url} gives no usable reply ({reason}; {tries} failed tries); what is judged is kept, run the command again"
+            f"{self.model} at {self.url} gives no usable reply ({reason}; {tries} failed tries); "
+            "what is judged is kept, run the command again"
         )
 
     def close(self) -> None:
@@ -102,8 +103,11 @@ class ChatJudge:
 
     def ask(self, pictures: Sequence[Image.Image], questions: Sequence[Sequence[Any]]) -> list[list[Any]]:
         """See Judge; a reply is a string, or None for a picture that is left out."""
-        deadline = time.monotonic() + self._max_wait
-        tasks = [[self._threads.submit(self._reply, p, q, deadline) for q in asked] for p, asked in zip(pictures, questions, strict=True)]
+        deadline, submit = time.monotonic() + self._max_wait, self._threads.submit
+        pairs = list(zip(pictures, questions, strict=True))
+        # Each picture is encoded once, however many questions are asked; these tasks are first in the queue, so nobody waits for ever.
+        urls = [{kind: submit(_data_url, p, kind) for kind in {format_of(q) for q in asked}} for p, asked in pairs]
+        tasks = [[submit(self._reply, p, q, url, deadline) for q in asked] for (p, asked), url in zip(pairs, urls)]
         try:
             return [[task.result() for task in of_picture] for of_picture in tasks]
         except JudgeUnavailable:
@@ -116,15 +120,18 @@ class ChatJudge:
         self._endpoint.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _reply(self, picture: Image.Image, question: Mapping[str, Any], deadline: float) -> str | None:
+    def _reply(self, picture: Image.Image, question: Mapping[str, Any], urls: Mapping[str, Future[str]], deadline: float) -> str | None:
         if is_skipped(picture, question):
             return None
-        data, kind = encoded(picture, question)
-        url = f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
+        url = urls[format_of(question)].result()
         content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question["instruction"]}]
         reply = self._endpoint.complete(content, question["max_tokens"], deadline)
         plain = reply.strip().rstrip(".!").strip().lower()
         return plain if plain in question.get("answers", ()) else reply
+
+
+def _data_url(picture: Image.Image, kind: str) -> str:
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(encoded(picture, kind)).decode('ascii')}"
 
 
 def _text(message: Any) -> str:

@@ -17,7 +17,8 @@ OFFICIAL = {
 HELP = {
     "ocr": "pp-ocr (local, the default), or MODEL@URL of an OpenAI-compatible endpoint",
     "vqa": "MODEL@URL of an OpenAI-compatible endpoint, such as Qwen/Qwen2.5-VL-7B-Instruct@http://127.0.0.1:8000/v1",
-    "detector": "URL of a detector, or several with commas; start one with: xomni serve-reward detector --detector DIR --clip DIR --port 8003",
+    "detector": "URL of a detector, or several with commas; "
+    "start one with: xomni serve-reward detector --detector DIR --clip DIR --port 8003",
     "contours": "contours (local, the default)",
 }
 

@@ -14,16 +14,19 @@ def is_skipped(picture: Image.Image, question: Mapping[str, Any]) -> bool:
     return question.get("black") == "skip" and picture.convert("RGB").getextrema() == ((0, 0),) * 3
 
 
-def encoded(picture: Image.Image, question: Mapping[str, Any]) -> tuple[bytes, str]:
-    """The picture as the file that the question asks for (PNG, or JPEG with Pillow's defaults) and its media type."""
-    kind = question.get("format", "PNG")
+def format_of(question: Mapping[str, Any]) -> str:
+    """The kind of file that the question wants the picture to be: PNG, or JPEG with Pillow's defaults."""
+    return question.get("format", "PNG")
+
+
+def encoded(picture: Image.Image, kind: str) -> bytes:
+    """The picture as a file."""
     out = io.BytesIO()
-    picture.convert("RGB").save(out, kind)
-    return out.getvalue(), f"image/{kind.lower()}"
+    picture.convert("RGB").save(out, kind, **({"compress_level": 1} if kind == "PNG" else {}))
+    return out.getvalue()
 
 
 def seen(picture: Image.Image, question: Mapping[str, Any]) -> Image.Image:
     """The picture after that encoding, as a judge would see it."""
-    if question.get("format", "PNG") == "PNG":
-        return picture.convert("RGB")
-    return Image.open(io.BytesIO(encoded(picture, question)[0])).convert("RGB")
+    kind = format_of(question)
+    return picture.convert("RGB") if kind == "PNG" else Image.open(io.BytesIO(encoded(picture, kind))).convert("RGB")

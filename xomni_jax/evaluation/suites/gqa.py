@@ -45,9 +45,8 @@ def load(data: Path, template: str) -> list[Item]:
     paths = find(data, ("GQA", "gqa"), patterns, FILES)
     if paths[0].suffix == ".tsv":
         return check_unique([(_item(row, image, template), row.where) for row, image in rows_with_pictures(paths)])
-    pictures = {
-        row.text("id"): image for row, image in rows_with_pictures(find(data, ("GQA", "gqa"), ("testdev_balanced_images/*.parquet",), FILES))
-    }
+    stored = find(data, ("GQA", "gqa"), ("testdev_balanced_images/*.parquet",), FILES)
+    pictures = {row.text("id"): image for row, image in rows_with_pictures(stored)}
     rows = list(read_rows(paths))
     missing = next((row for row in rows if row.text("imageId") not in pictures), None)
     if missing:

@@ -14,7 +14,8 @@ from typing import Any
 
 from xomni_jax.evaluation.suite import Item, Record, Suite, SuiteError
 from xomni_jax.evaluation.suites.choices import Choices
-from xomni_jax.evaluation.suites.reading import FilePicture, Row, check_unique, find, read_rows
+from xomni_jax.evaluation.suites.reading import Row, check_unique, find, read_rows
+from xomni_jax.evaluation.suites.stored import FilePicture
 from xomni_jax.evaluation.suites.sums import ratios_by
 
 FORMULAS = "HME100k"

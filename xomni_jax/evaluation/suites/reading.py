@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import ast
-import base64
-import binascii
 import csv
 import functools
-import io
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from xomni_jax.evaluation.suite import Item, SuiteError
+from xomni_jax.evaluation.suites.stored import ParquetPicture, pyarrow
 
 _MISSING = object()
 _ABSENT = (None, "", "nan")  # how a table writes "no value"
@@ -98,8 +95,17 @@ def find(data: Path, folders: Sequence[str], patterns: Sequence[str], files: str
         for root in (data, *(data / folder for folder in folders)):
             found = sorted(p for p in root.glob(pattern) if p.is_file())
             if found:
+                _check_shards(found)
                 return found
     raise SuiteError(f"{data} has no {' or '.join(patterns)}; it must hold {files}")
+
+
+def _check_shards(paths: Sequence[Path]) -> None:
+    """SuiteError when files named NAME-00000-of-00003 are fewer than they say: a part would be taken for the whole."""
+    shards = [found for found in (re.search(r"-(\d+)-of-(\d+)\.", path.name) for path in paths) if found]
+    if shards and {int(s[1]) for s in shards} != set(range(int(shards[0][2]))):
+        count = int(shards[0][2])
+        raise SuiteError(f"{paths[0].parent} holds {len(shards)} of the {count} files like {paths[0].name}; download the others too")
 
 
 def read_rows(paths: Path | Iterable[Path]) -> Iterator[Row]:
@@ -180,9 +186,9 @@ def _table(path: Path, delimiter: str) -> Iterator[Row]:
 
 def _parquet(path: Path) -> Iterator[Row]:
     """Rows without their pictures: a column of image bytes becomes a ParquetPicture."""
-    pyarrow = _pyarrow()
+    arrow = pyarrow()
     try:
-        file = pyarrow.parquet.ParquetFile(path)
+        file = arrow.parquet.ParquetFile(path)
         schema = file.schema_arrow
         pictures = [f.name for f in schema if "bytes" in str(f.type) and "struct" in str(f.type)]
         columns = [name for name in schema.names if name not in pictures]
@@ -192,84 +198,8 @@ def _parquet(path: Path) -> Iterator[Row]:
                 number += 1
                 found = {name: ParquetPicture(path, group, row, name) for name in pictures}
                 yield Row(values | found, f"{path} row {number}")
-    except pyarrow.ArrowException as error:
+    except arrow.ArrowException as error:
         raise SuiteError(f"{path} is not a readable parquet file ({str(error).splitlines()[0]}); download it again") from error
-
-
-@dataclass(frozen=True)
-class ParquetPicture:
-    """A picture inside a parquet file (a struct of bytes and path, or a list of them); read with its row group, once."""
-
-    path: Path
-    group: int
-    row: int
-    column: str
-
-    def __call__(self) -> Image.Image:
-        """The picture, RGB. SuiteError when it has no bytes or cannot be decoded."""
-        value = _row_group(self.path, self.group, self.column)[self.row].as_py()
-        value = value[0] if isinstance(value, list) and value else value
-        if not isinstance(value, dict) or not value.get("bytes"):
-            raise SuiteError(f"{self} holds no picture; download the file again")
-        return decode(value["bytes"], str(self))
-
-    def __str__(self) -> str:
-        return f"{self.path} row group {self.group} row {self.row + 1}, {self.column}"
-
-
-@functools.lru_cache(maxsize=2)
-def _row_group(path: Path, group: int, column: str) -> Any:
-    return _pyarrow().parquet.ParquetFile(path).read_row_group(group, columns=[column]).column(0)
-
-
-def _pyarrow() -> Any:
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise SuiteError("reading parquet needs the package pyarrow: pip install 'xomni_jax[eval]'") from error
-    return pyarrow
-
-
-@dataclass(frozen=True)
-class FilePicture:
-    """A picture that lies in a file of its own. `mend` says where a user gets it."""
-
-    path: Path
-    mend: str
-
-    def exists(self) -> bool:
-        """Whether the file is there, without reading it."""
-        return self.path.is_file()
-
-    def __call__(self) -> Image.Image:
-        """The picture, RGB."""
-        if not self.exists():
-            raise SuiteError(f"the picture {self} is missing")
-        return decode(self.path.read_bytes(), str(self.path))
-
-    def __str__(self) -> str:
-        return f"{self.path} ({self.mend})"
-
-
-def base64_picture(text: str, where: str) -> Callable[[], Image.Image]:
-    """A picture held as base64 in a table."""
-
-    def open_picture() -> Image.Image:
-        try:
-            data = base64.b64decode(text, validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise SuiteError(f"{where}: the picture is not base64; download the file again") from error
-        return decode(data, where)
-
-    return open_picture
-
-
-def decode(data: bytes, where: str) -> Image.Image:
-    """RGB picture of an encoded file. SuiteError naming `where`."""
-    try:
-        return Image.open(io.BytesIO(data)).convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise SuiteError(f"{where}: the picture cannot be read ({type(error).__name__}); download it again") from error
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from xomni_jax.evaluation.suite import SuiteError
-from xomni_jax.evaluation.suites.reading import ParquetPicture, Row, base64_picture, read_rows
+from xomni_jax.evaluation.suites.reading import Row, read_rows
+from xomni_jax.evaluation.suites.stored import ParquetPicture, base64_picture
 
 _REFERENCE = 64  # a base64 field no longer than this is the index of the row that holds the picture
 

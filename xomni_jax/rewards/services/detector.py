@@ -23,7 +23,8 @@ COCO = tuple(
     "horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,"
     "baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,"
     "orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,potted plant,bed,dining table,toilet,tv,laptop,computer mouse,tv remote,"
-    "computer keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush".split(",")
+    "computer keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,book,clock,vase,scissors,teddy bear,hair drier,"
+    "toothbrush".split(",")
 )
 _TEMPLATES = ("a photo of a {c} {name}", "a photo of a {c}-colored {name}", "a photo of a {c} object")
 SHORT_SIDE = 800  # of the picture that the detector sees
@@ -56,8 +57,9 @@ class DetectorScorer:
         torch = need("torch", self.name, extra="detector")
         torch.set_num_threads(1)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self._detector = Mask2Former(_directory("--detector", detector, "facebook/mask2former-swin-small-coco-instance"), device, short_side)
-        self._colours = ClipColours(_directory("--clip", clip, "openai/clip-vit-large-patch14"), device)
+        detector_folder = _directory("--detector", detector, "facebook/mask2former-swin-small-coco-instance")
+        clip_folder = _directory("--clip", clip, "openai/clip-vit-large-patch14")
+        self._detector, self._colours = Mask2Former(detector_folder, device, short_side), ClipColours(clip_folder, device)
         self.version = f"mask2former-{self._detector.digest}/clip-{self._colours.digest}"
         self.version += f"/short-side-{short_side}" if short_side != SHORT_SIDE else ""
 

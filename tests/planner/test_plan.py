@@ -1,0 +1,164 @@
+"""A plan end to end: on simulated devices, and ahead of time for slices that are not there."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tests.planner import narrow
+from xomni_jax.cli.main import main
+from xomni_jax.planner import chips, gates, plan, report
+from xomni_jax.planner.check import checks
+from xomni_jax.planner.chips import GIB
+from xomni_jax.planner.compiled import compile_role, needed
+from xomni_jax.planner.flops import count
+from xomni_jax.sharding.mesh import make_mesh
+from xomni_jax.training.config import ConfigError
+
+CPU = chips.parse("cpu:4")
+UNCUT = {"policy-update": ["rollout.logit_chunk=0"], "sft-update": ["next_token.chunk=0"]}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("plans")
+
+
+def made(config, topology, roles, cache):
+    return plan.make_plan(config, chips.parse(topology), roles, cache, reserve=0.06, propose=False, quiet=True)
+
+
+def verdicts(facts, topology):
+    return {c.name: (c.ok, c.found) for c in checks(facts, chips.parse(topology))}
+
+
+def test_the_text_encoders_on_simulated_devices(cache):
+    """Operations by arithmetic: every kernel once per token."""
+    (f,) = made(narrow.grpo("mesh.tensor=1"), "cpu:4", ["text"], cache).facts
+    assert f.flops["weights"] == pytest.approx(f.forward, rel=1e-3)
+    assert f.memory["arguments"] > 0 and not f.unknown
+
+
+def test_all_roles_are_the_trainers_own(cache):
+    stage = plan.stage_on(narrow.grpo(), CPU)
+    assert list(stage.roles) == ["policy-update", "reference", "layout", "rollout", "prefill", "decoder", "text", "vae"]
+    assert {r.name for r in stage.roles.values() if r.per_step} == {"policy-update", "layout", "rollout", "decoder"}
+    assert stage.roles["policy-update"].fn.__module__ == stage.roles["rollout"].fn.__module__ == "xomni_jax.training.grpo"
+    # Without a penalty there is no reference, neither as a role nor in memory.
+    free = plan.stage_on(narrow.grpo("grpo.kl_coef=0.0"), CPU)
+    assert "reference" not in free.roles and "reference" not in free.resident
+
+
+@pytest.mark.parametrize("config, role", [(narrow.grpo, "policy-update"), (narrow.sft, "sft-update")])
+def test_updates_cost_what_arithmetic_says(config, role):
+    """Nothing recomputed: 6ND of the update and 2ND of the reference, exactly."""
+    stage = plan.stage_on(config("transformer.remat=none", *UNCUT[role]), CPU)
+    found, w = count(stage.roles[role].fn.trace(*stage.roles[role].args).jaxpr), stage.roles[role].work
+    assert found.weights == pytest.approx(w.learned + w.forward, rel=1e-3)
+
+
+def test_what_is_compiled_is_kept(cache, tmp_path):
+    fn, mesh = jax.jit(lambda x: x @ x), make_mesh({"fsdp": 4}, jax.devices()[:4])
+    args = (jax.ShapeDtypeStruct((8, 8), jnp.float32),)
+    first, again = (compile_role(fn, args, mesh, CPU, tmp_path) for _ in range(2))
+    assert (first.cached, again.cached) == (False, True)
+    assert (first.hlo, first.memory, first.key) == (again.hlo, again.memory, again.key)
+    other = compile_role(jax.jit(lambda x: x @ x + 1), args, mesh, CPU, tmp_path)
+    assert other.key != first.key and not other.cached
+
+
+def test_what_the_compiler_says_it_would_need():
+    said = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (31.22G) exceeds available HBM (15.75G)."
+    assert needed(said) == int(31.22 * GIB)
+
+
+def test_an_update_for_a_slice_that_is_not_there(cache):
+    """Narrow, on v5e:2x2: the checks of the full size hold, and the plan reads as text, page and JSON."""
+    made_plan = made(narrow.sft(), "v5e:2x2", ["sft-update"], cache)
+    (f,) = made_plan.facts
+    found = verdicts(f, "v5e:2x2")
+    held = {"memory", "loops understood", "operations / 6ND, attention apart", "positions with logits at once", "state updated in place",
+            "float32 weight gathers", "all-to-all in the layer loop"}  # fmt: skip
+    assert {name for name in held if not found[name][0]} == set()
+    text = report.text(made_plan, price=1.0)
+    assert "sft on v5e:2x2 (v5litepod-4, 4 chips), mesh fsdp 2 x tensor 2" in text and "bound by" in text and "a step" in text
+    assert "<svg" in report.page(made_plan) and json.loads(json.dumps(report.as_json(made_plan)))["roles"][0]["role"] == "sft-update"
+
+
+def test_decoding_for_a_slice_that_is_not_there(cache):
+    """Narrow, on v5e:2x2: nothing as large as the cache is copied, no weight is gathered in the loop."""
+    (f,) = made(narrow.grpo(), "v5e:2x2", ["rollout"], cache).facts
+    found = verdicts(f, "v5e:2x2")
+    for name in ("memory", "loops understood", "copies as large as a layer's cache", "weights gathered in the decoding loop"):
+        assert found[name][0], found[name]
+    assert f.steps in f.loops
+
+
+def fake(**changes):
+    """Facts of a role that was never compiled."""
+    fields = {f.name: 0 for f in dataclasses.fields(plan.Facts)} | dict(
+        role="policy-update", about="", key="k", memory=None, needs=40 * GIB, flops=dict(weights=1e15, attention=0.0, convolution=0.0, kernels=0.0), devices=4, per_step=1, copies=[], collectives=[],
+        repeated=[], loops=[], unknown=[], logits=(),
+    )  # fmt: skip
+    return plan.Facts(**fields | changes)
+
+
+def test_a_proposal_is_what_was_compiled_and_fits(monkeypatch, tmp_path):
+    """The first change with which it fits, in the order of what it costs the run."""
+    asked = []
+
+    def facts_of(role, stage, topology, cache):
+        asked.append(role.about)
+        return fake(needs=int((40 if len(asked) < 2 else 10) * GIB))
+
+    monkeypatch.setattr(plan, "facts_of", facts_of)
+    monkeypatch.setattr(chips, "devices", lambda topology: jax.devices()[:4])
+    (found,) = plan.propose_for(narrow.grpo("rollout.micro_batch=16"), fake(), chips.parse("v6e:2x2"), tmp_path, 0.06, True)
+    assert found.overrides == ("rollout.micro_batch=4",) and found.needs == 10 * GIB
+    assert "in 2 micro-batches" in asked[0] and "in 4 micro-batches" in asked[1]
+
+
+def test_gates_write_their_table_and_notice_a_drift(tmp_path, monkeypatch):
+    monkeypatch.setattr(gates, "FOLDER", tmp_path)
+    (tmp_path / "grpo.py").write_text("")
+    (tmp_path / "README.md").write_text(f"before\n{gates.BEGIN}\nstale\n{gates.END}\nafter\n")
+    memory = dict(arguments=0, outputs=0, temporaries=GIB, aliased=0, peak=2 * GIB)
+    monkeypatch.setattr(gates, "GATES", (gates.Gate("grpo", "v6e-64"),))
+    monkeypatch.setattr(gates, "plans", lambda *a: [fake(role="vae", memory=memory)])
+    gates.run(tmp_path, None, 0.06)
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "stale" not in text and "| grpo v6e-64 | vae | 2.00 |" in text
+    numbers = gates.Numbers(tmp_path / "gates.json")
+    numbers.add(gates.GATES[0], fake(role="vae", memory=memory | dict(peak=3 * GIB)), 0.06)
+    assert [line for line in numbers.missed if "peak drifted" in line]
+
+
+def test_an_impossible_mesh_is_refused_with_the_sizes_that_would_work():
+    with pytest.raises(ConfigError, match="config.mesh.tensor=4: 2 key and value heads do not split 4 ways; use 1, 2, and fsdp for the rest"):
+        plan.stage_on(narrow.grpo("mesh.tensor=4"), CPU)
+    with pytest.raises(ConfigError, match=r"cpu:4 \(4 devices\): mesh fsdp=3 x tensor=2 needs 6 devices, 4 are present"):
+        plan.stage_on(narrow.sft("mesh.fsdp=3"), CPU)
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("--config=configs/tiny/sft.py --topology=v9-4", "topology 'v9-4' is unknown; known are v4:{2x2x1,"),
+        ("--config=configs/none.py --topology=cpu:8", "configs/none.py: no such config file"),
+        ("--config=configs/tiny/sft.py", "--config and --topology are needed"),
+        ("--config=configs/tiny/sft.py --topology=cpu:8 --price 0", "--price 0 must be above 0"),
+        ("--config=configs/tiny/sft.py --topology=cpu:8 --reserve 1", "--reserve 1 is a share of HBM"),
+        ("--config=configs/tiny/sft.py --topology=cpu:8 --json /no/such/a.json", "there is no folder /no/such; make it first"),
+        ("--config=configs/tiny/sft.py --topology=cpu:8 --steps 3", "unknown argument '--steps'; overrides are written --config.KEY=VALUE"),
+        ("--config=configs/tiny/sft.py --topology=cpu:2 --role rollout", "--role rollout: stage sft has no such role; it has sft-update, and all"),
+        ("--config=configs/tiny/grpo.py --topology=cpu:8", "config.transformer.preset=stored, but config.init_from=runs/tiny/sft/model holds no transformer"),
+        ("--gates --role vae", "--gates plans the released configurations as they are"),
+        ("--gates --topology v6e:2x2", "no gate is on it; they are on v5p-64, v6e-64, v5e-256"),
+    ],
+)
+def test_errors_are_one_sentence(line, words, capsys):
+    assert main(["plan", *line.split()]) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 1 and words in err[0], err

@@ -1,0 +1,103 @@
+"""What a role should hold, role by role: the checks that a plan prints and the gates that a release keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+from xomni_jax.planner.chips import GIB, Topology
+from xomni_jax.planner.facts import Facts
+
+RESERVE = 0.06  # of HBM: the runtime's own buffers and what fragmentation loses
+MIB = 2**20
+LAYER = re.compile(r"/(adapters|language|heads|layers|blocks|double_blocks|single_blocks)/")  # of an operation inside a stack's loop
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One claim about a role: what was found against its limit. `ok` is None where it does not apply."""
+
+    name: str
+    found: str
+    limit: str
+    ok: bool
+
+
+def budget(topology: Topology, reserve: float = RESERVE) -> float:
+    """Bytes a role may use of a device; endless on a CPU."""
+    return topology.chip.hbm * (1 - reserve) if topology.chip else math.inf
+
+
+def checks(f: Facts, topology: Topology, reserve: float = RESERVE) -> Iterator[Check]:
+    """Everything that can be said of a role, in reading order."""
+    yield _memory(f, budget(topology, reserve))
+    if f.memory is None:
+        return
+    yield Check("loops understood", f"{len(f.unknown)} unknown", "0", not f.unknown)
+    if f.learned:
+        yield from _update(f)
+    elif f.role == "rollout":
+        yield from _decode(f)
+    elif f.forward:
+        ratio = (f.flops["weights"] + f.flops["convolution"]) / f.forward
+        yield Check("operations / arithmetic", f"{ratio:.3f}", "1.05", ratio <= 1.05)
+
+
+def _memory(f: Facts, room: float) -> Check:
+    limit = "none" if math.isinf(room) else f"{room / GIB:.2f} GiB"
+    return Check("memory", f"{f.fits_in / GIB:.2f} GiB", limit, f.fits_in <= room)
+
+
+def _update(f: Facts) -> Iterator[Check]:
+    ratio = (f.flops["weights"] - f.forward) / f.learned
+    if f.role in ("policy-update", "sft-update", "pretrain-update"):
+        yield Check("operations / 6ND, attention apart", f"{ratio:.3f}", "1.35", ratio <= 1.35)
+        yield from _heads(f)
+    alias = f.memory["aliased"] / f.state if f.state else 1.0
+    yield Check("state updated in place", f"{alias:.1%}", "100%", 0.995 <= alias <= 1.02)
+    yield from _collectives(f)
+
+
+def _heads(f: Facts) -> Iterator[Check]:
+    positions = math.prod(f.logits[:-1]) if f.logits else 0
+    yield Check("positions with logits at once", f"{positions:,}", f"{f.logits_limit:,}", positions <= f.logits_limit)
+    gathers = sum(r["times"] for r in f.collectives if r["kind"] == "all-gather" and "head_kernel" in r["source"])
+    yield Check("head gathers", f"{gathers}", f"{f.head_gathers}, one a micro-batch and pass", gathers <= f.head_gathers)
+
+
+def _collectives(f: Facts) -> Iterator[Check]:
+    wide = [r for r in f.collectives if r["kind"] == "all-gather" and r["dtype"] == "f32" and _one(r) > MIB and is_weight(r)]
+    yield Check("float32 weight gathers", f"{sum(r['times'] for r in wide)}", "0", not wide)
+    inside = [r for r in f.collectives if r["kind"] == "all-to-all" and LAYER.search(r["source"])]
+    yield Check("all-to-all in the layer loop", f"{sum(r['times'] for r in inside)}", "0", not inside)
+    if f.gathered:
+        got, bound = weight_bytes(f), (f.gathered + f.reduced) * (f.fsdp - 1) / f.fsdp
+        yield Check("FSDP bytes / theory", f"{got / bound:.3f} ({got / GIB:.1f} GiB)", "1.15", got <= 1.15 * bound)
+
+
+def weight_bytes(f: Facts) -> float:
+    """Bytes a device sends of weights and their gradients over fsdp, a ring each; collectives too small for a weight are left out."""
+    return sum(r["sent"] for r in f.collectives if is_weight(r) and _one(r) > MIB / 4)
+
+
+def is_weight(row: dict) -> bool:
+    """Whether a collective moves a parameter, as far as its place in the program tells."""
+    return "fsdp" in row["axes"] and row["kind"] in ("all-gather", "reduce-scatter", "all-reduce", "collective-permute")
+
+
+def _one(row: dict) -> float:
+    return row["bytes"] / row["times"]
+
+
+def _decode(f: Facts) -> Iterator[Check]:
+    ratio = f.hbm_step / f.floor
+    yield Check("HBM bytes a step / (weights + cache)", f"{ratio:.3f}", "1.10", ratio <= 1.10)
+    # The cache is made inside the program: it is the largest part of what exists beside the arguments.
+    over = (f.memory["peak"] - f.memory["arguments"] - f.cache) / f.cache
+    yield Check("memory beside weights and cache", f"{over:.1%} of the cache", "2%", over <= 0.02)
+    large = [c for c in f.copies if c["bytes"] > f.cache / 200 and c["times"] > 1]
+    yield Check("copies as large as a layer's cache", f"{sum(c['times'] for c in large)}", "0", not large)
+    inside = [r for r in f.collectives if r["times"] >= f.steps and "fsdp" in r["axes"] and r["kind"] == "all-gather" and _one(r) > MIB]
+    yield Check("weights gathered in the decoding loop", f"{sum(r['times'] for r in inside)}", "0", not inside)

@@ -1,0 +1,152 @@
+"""What a chip has, what its slices are called, and the device descriptions of a slice that is not there."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One generation, counted per JAX device.
+
+    Attributes:
+      hbm: bytes that the compiler lets a program use.
+      flops: bf16 operations per second. bandwidth: of HBM, bytes per second.
+      link: bytes per second one way over one link. links: of a chip.
+      axes: dimensions of the torus. devices: JAX devices per chip.
+      cloud: what its slices are called where they are rented. counts: what the number in that name counts, cores (two a chip) or chips.
+      slices: usual layouts.
+    """
+
+    name: str
+    hbm: int
+    flops: float
+    bandwidth: float
+    link: float
+    links: int
+    axes: int
+    devices: int
+    cloud: tuple[str, ...]
+    counts: str
+    slices: tuple[str, ...]
+
+
+_FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16")
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v4", int(15.25 * GIB), 137.5e12, 600e9, 45e9, 6, 3, 2, ("v4",), "cores", _CUBES),
+        Chip("v5e", int(15.75 * GIB), 197e12, 819e9, 45e9, 4, 2, 1, ("v5litepod", "v5e"), "chips", _FLAT),
+        Chip("v5p", int(95.74 * GIB), 459e12, 2765e9, 90e9, 6, 3, 1, ("v5p",), "cores", _CUBES),
+        Chip("v6e", int(31.25 * GIB), 918e12, 1640e9, 90e9, 4, 2, 1, ("v6e",), "chips", _FLAT),
+        Chip("tpu7x", int(94.75 * GIB), 1153.5e12, 3690e9, 90e9, 6, 3, 2, ("tpu7x",), "cores", _CUBES),
+    )
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """A slice: `v5p:2x4x4`, or `cpu:8` for simulated devices. `chip` is None on a CPU, whose speed and memory are nobody's plan."""
+
+    name: str
+    chip: Chip | None
+    size: int
+
+    @property
+    def cloud(self) -> str:
+        """What the slice is called where it is rented."""
+        if self.chip is None:
+            return self.name
+        chips = self.size // self.chip.devices
+        return f"{self.chip.cloud[0]}-{chips * 2 if self.chip.counts == 'cores' else chips}"
+
+    @property
+    def chips(self) -> int:
+        """Chips of the slice."""
+        return self.size // (self.chip.devices if self.chip else 1)
+
+
+def parse(name: str) -> Topology:
+    """A topology by its name: `v6e:8x8`, as rented `v6e-64`, `v5p-64`, `v5litepod-256`, or `cpu:8`.
+
+    Raises:
+      ValueError: it is unknown; the message lists what is known.
+    """
+    text = name.strip().lower()
+    if found := re.fullmatch(r"cpu:([1-9]\d*)", text):
+        return Topology(text, None, int(found.group(1)))
+    if found := re.fullmatch(r"([a-z0-9]+)-(\d+)", text):
+        text = _from_cloud(*found.groups()) or text
+    kind, _, layout = text.partition(":")
+    chip = CHIPS.get(kind)
+    if chip and re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", layout):
+        sides = [int(n) for n in layout.split("x")]
+        whole_hosts = len(sides) == chip.axes and all(n % 2 == 0 for n in sides[:2])
+        if whole_hosts:
+            return Topology(text, chip, math.prod(sides) * chip.devices)
+        raise ValueError(f"topology {name!r}: a {kind} slice has {chip.axes} sides, the first two even; such as {kind}:{chip.slices[3]}")
+    raise ValueError(f"topology {name!r} is unknown; {known()}")
+
+
+def known() -> str:
+    """All topologies in one sentence."""
+    rows = "; ".join(f"{c.name}:{{{','.join(c.slices)}}}" for c in CHIPS.values())
+    return f"known are {rows}; cpu:N for simulated devices; and names as rented, such as v5p-64, v6e-64, v5litepod-256"
+
+
+def _from_cloud(kind: str, number: str) -> str | None:
+    """`v5p`, `64` -> `v5p:2x4x4`: the usual layout of so many chips."""
+    chip = next((c for c in CHIPS.values() if kind in (*c.cloud, c.name)), None)
+    if chip is None:
+        return None
+    chips = int(number) / (2 if chip.counts == "cores" else 1)
+    layouts = [s for s in chip.slices if math.prod(map(int, s.split("x"))) == chips]
+    if not layouts:
+        sizes = [math.prod(map(int, s.split("x"))) * (2 if chip.counts == "cores" else 1) for s in chip.slices]
+        raise ValueError(f"topology '{kind}-{number}' is unknown; slices of {kind}: {', '.join(f'{kind}-{n}' for n in sizes)}")
+    return f"{chip.name}:{layouts[0]}"
+
+
+def devices(topology: Topology) -> Sequence[Any]:
+    """Devices to build a mesh of: descriptions of the slice's chips, or simulated CPU devices.
+
+    Raises:
+      ValueError: libtpu is not installed, or fewer CPU devices are simulated than asked for.
+    """
+    import jax
+
+    if topology.chip is None:
+        if jax.device_count() < topology.size:
+            raise ValueError(f"topology {topology.name} needs {topology.size} simulated devices, this process has {jax.device_count()}")
+        return jax.devices()[: topology.size]
+    if importlib.util.find_spec("libtpu") is None:
+        extra = "pip install 'xomni_jax[plan]' brings it; cpu:8 works without"
+        raise ValueError(f"topology {topology.name} needs libtpu to compile for it: {extra}")
+    from jax.experimental import topologies
+
+    # Read when libtpu is loaded: it asks no cloud for metadata, and several processes may compile at once.
+    settings = dict(
+        TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE="v5litepod-16", ALLOW_MULTIPLE_LIBTPU_LOAD="1"
+    )
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices
+
+
+def prepare(topology: Topology) -> None:
+    """Before jax starts its backend: plans need the CPU alone, and as many simulated devices as they ask for."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    if topology.chip is None:
+        import jax
+
+        if jax.config.jax_num_cpu_devices < topology.size:
+            jax.config.update("jax_num_cpu_devices", topology.size)

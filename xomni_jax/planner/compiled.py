@@ -1,0 +1,121 @@
+"""Ahead-of-time compilation, and the cache of what came of it.
+
+The compilation cache of jax cannot serve a slice that is not there. What is kept here is not the program but what it says of itself: its
+optimised HLO text and its memory, under a hash of the StableHLO text, the topology, the options and the versions of jax, jaxlib and libtpu.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from xomni_jax.planner.chips import GIB, Topology
+
+# Without it large products with sharded weights become loops of permutes that hide how often a weight is gathered.
+OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+PACKAGES = ("jax", "jaxlib", "libtpu")
+_SIZE = re.compile(r"([\d.]+)([KMGT])")
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes a device needs, by kind; `peak` is what must fit at once."""
+
+    arguments: int
+    outputs: int
+    temporaries: int
+    aliased: int
+    peak: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What a compiled program says of itself.
+
+    Attributes:
+      key: of the cache. jaxpr: of the traced program.
+      memory, hlo: None when the compiler found that it does not fit; then `needs` has the bytes it named.
+      seconds: of the compilation, also when it was found in the cache.
+    """
+
+    key: str
+    jaxpr: Any
+    memory: Memory | None
+    hlo: str | None
+    needs: int
+    seconds: float
+    cached: bool
+
+
+def versions(topology: Topology) -> dict[str, str]:
+    """Versions that decide what the compiler makes of a program."""
+    names = PACKAGES if topology.chip else PACKAGES[:2]
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+def compile_role(fn: Any, args: tuple[Any, ...], mesh: jax.sharding.Mesh, topology: Topology, cache: Path) -> Compiled:
+    """Traces, lowers and compiles a jitted function for a topology; takes the compiler's answer from the cache where it has one."""
+    platform = {} if topology.chip is None else {"lowering_platforms": ("tpu",)}
+    options = OPTIONS if topology.chip else {}
+    with jax.set_mesh(mesh):
+        traced = fn.trace(*args)
+        lowered = traced.lower(**platform)
+        key = _key(lowered.as_text(), topology, options)
+        stored = cache / f"{key}.json"
+        if stored.is_file():
+            return _read(stored, key, traced.jaxpr)
+        began = time.perf_counter()
+        memory, hlo, needs = _compile(lowered, options)
+    entry = {"memory": memory and dataclasses.asdict(memory), "needs": needs, "seconds": time.perf_counter() - began}
+    _write(stored, entry, hlo)
+    return Compiled(key, traced.jaxpr, memory, hlo, needs, entry["seconds"], False)
+
+
+def _compile(lowered: Any, options: dict[str, str]) -> tuple[Memory | None, str | None, int]:
+    try:
+        compiled = lowered.compile(compiler_options=options or None)
+    except jax.errors.JaxRuntimeError as e:
+        if "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        return None, None, needed(str(e))
+    m = compiled.memory_analysis()
+    sizes = [getattr(m, f"{kind}_size_in_bytes") for kind in ("argument", "output", "temp", "alias")]
+    peak = getattr(m, "peak_memory_in_bytes", 0) or sizes[0] + sizes[1] + sizes[2] - sizes[3]
+    return Memory(*sizes, peak), compiled.as_text(), 0
+
+
+def needed(message: str) -> int:
+    """Bytes that the compiler's refusal says it would need; 0 where it names none."""
+    found = _SIZE.findall(message.split("exceeds available")[0].split("Exceeded")[0]) if message else []
+    unit = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
+    return int(max((float(n) * unit[u] for n, u in found), default=0))
+
+
+def _key(text: str, topology: Topology, options: dict[str, str]) -> str:
+    said = json.dumps([topology.name, options, versions(topology)], sort_keys=True)
+    return hashlib.sha256((said + text).encode()).hexdigest()[:24]
+
+
+def _read(path: Path, key: str, jaxpr: Any) -> Compiled:
+    entry = json.loads(path.read_text())
+    hlo = gzip.decompress(path.with_suffix(".hlo.gz").read_bytes()).decode() if entry["memory"] else None
+    return Compiled(key, jaxpr, entry["memory"] and Memory(**entry["memory"]), hlo, entry["needs"], entry["seconds"], True)
+
+
+def _write(path: Path, entry: dict[str, Any], hlo: str | None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if hlo is not None:
+        path.with_suffix(".hlo.gz").write_bytes(gzip.compress(hlo.encode(), 6))
+    part = path.with_suffix(f".part{os.getpid()}")
+    part.write_text(json.dumps(entry))
+    part.replace(path)  # the entry counts from here on

@@ -1,0 +1,113 @@
+"""What a compiled role was found to do, beside what it must do: plain numbers, ready for JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from xomni_jax.planner import abstract, collectives, flops, hlo, traffic
+from xomni_jax.planner.compiled import Compiled
+from xomni_jax.planner.roles import Role, Stage
+
+LARGE = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """One role, per device and execution unless said otherwise.
+
+    Attributes:
+      memory: bytes by kind (None: it does not fit, the compiler needs `needs`), with `state`, the donated argument, and `resident`, what
+        else stays on the device meanwhile.
+      flops: counted over all devices, by kind; `learned`, `forward`, `attention` by arithmetic, over all devices.
+      logits: shape of the largest array of logits; `logits_limit` positions and `head_gathers` gathers of the heads are due.
+      collectives: rows of kind, axes, dtype, shape, times, bytes, sent (over all executions), source, largest first.
+      hbm: bytes moved; `hbm_step` per decoding step, against `floor`.
+      copies: copies from HBM to HBM of LARGE bytes and more. repeated: large weights that several devices hold, with how often.
+      loops: trip counts. unknown: loops that were counted once because theirs could not be read.
+    """
+
+    role: str
+    about: str
+    key: str
+    seconds: float
+    memory: dict[str, int] | None
+    needs: int
+    state: int
+    resident: int
+    per_step: int
+    tokens: int
+    images: int
+    devices: int
+    fsdp: int
+    flops: dict[str, float]
+    learned: float
+    forward: float
+    attention: float
+    logits: tuple[int, ...]
+    logits_limit: int
+    head_gathers: int
+    collectives: list[dict[str, Any]]
+    gathered: float
+    reduced: float
+    hbm: int
+    hbm_step: float
+    floor: float
+    cache: float
+    steps: int
+    copies: list[dict[str, Any]]
+    repeated: list[dict[str, Any]]
+    loops: list[int]
+    unknown: list[str]
+
+    @property
+    def fits_in(self) -> int:
+        """Bytes that must be free: the program's peak and what else stays on the device."""
+        return (self.memory["peak"] if self.memory else self.needs) + self.resident
+
+
+def read(role: Role, stage: Stage, compiled: Compiled) -> Facts:
+    """The facts of a compiled role.
+
+    Raises:
+      HLOError: the compiler's text is not understood.
+    """
+    mesh, w = dict(stage.mesh.shape), role.work
+    counted = flops.count(compiled.jaxpr)
+    resident = sum(abstract.bytes_per_device(tree) for name, tree in stage.resident.items() if name not in (*role.uses, *role.gone))
+    rows, moves, module = [], [], None
+    if compiled.hlo is not None:
+        module = hlo.parse(compiled.hlo)
+        rows, moves = collectives.collectives(module, mesh), traffic.moves(module)
+    step = sum(m.total for m in moves if m.times >= w.steps) / w.steps if w.steps > 1 else 0.0
+    repeated = [row for name in role.uses if name in stage.resident for row in abstract.repeated({name: stage.resident[name]}, LARGE)]
+    return Facts(
+        role=role.name, about=role.about, key=compiled.key, seconds=round(compiled.seconds, 1),
+        memory=compiled.memory and dataclasses.asdict(compiled.memory), needs=compiled.needs,
+        state=abstract.bytes_per_device(role.state) if role.state is not None else 0, resident=resident, per_step=role.per_step,
+        tokens=w.tokens, images=w.images, devices=stage.mesh.size, fsdp=mesh["fsdp"], flops=dataclasses.asdict(counted),
+        learned=w.learned, forward=w.forward, attention=w.attention,
+        logits=flops.widest(compiled.jaxpr, frozenset(w.vocabularies)), logits_limit=w.logits, head_gathers=w.head_gathers,
+        collectives=_merged(rows), gathered=w.gathered, reduced=w.reduced,
+        hbm=sum(m.total for m in moves), hbm_step=step, floor=w.hbm_per_step, cache=w.cache, steps=w.steps,
+        copies=[
+            dict(bytes=m.written, times=m.times, shape=str(m.instruction.result[0]), source=m.instruction.source)
+            for m in sorted(traffic.copies(moves, LARGE), key=lambda m: -m.written * m.times)
+        ],
+        repeated=[dict(name=n, shape=s, copies=c, bytes=b) for n, s, c, b in repeated],
+        loops=sorted(set(module.trips.values())) if module else [], unknown=module.unknown if module else [],
+    )  # fmt: skip
+
+
+def _merged(rows: list[collectives.Collective]) -> list[dict[str, Any]]:
+    """Collectives of one kind, shape and place in the program, added up."""
+    out: dict[tuple, dict[str, Any]] = {}
+    for c in rows:
+        row = out.setdefault(
+            (c.kind, c.axes, c.dtype, c.shape, c.source),
+            dict(kind=c.kind, axes=c.axes, dtype=c.dtype, shape=c.shape, source=c.source, times=0, bytes=0, sent=0.0),
+        )
+        row["times"] += c.times
+        row["bytes"] += c.total
+        row["sent"] += c.sent * c.times
+    return sorted(out.values(), key=lambda r: -r["bytes"])

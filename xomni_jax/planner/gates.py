@@ -1,0 +1,143 @@
+"""The released configurations on their slices: every role compiled, checked, and written down as the table of configs/xomni/README.md.
+
+Numbers are kept beside it, in gates.json, for every set of versions; those of the same versions must not drift from what is kept there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from xomni_jax.planner import chips
+from xomni_jax.planner.check import checks
+from xomni_jax.planner.chips import GIB
+from xomni_jax.planner.facts import Facts
+from xomni_jax.planner.roofline import time_of
+from xomni_jax.training.config import ConfigError, load_config
+
+FOLDER = Path("configs/xomni")
+BEGIN, END = "<!-- gates: written by `xomni plan --gates` -->", "<!-- end of gates -->"
+DRIFT = 0.02  # share by which a number may differ from the one kept for the same versions
+KEPT = ("peak", "temporaries", "aliased", "operations", "attention", "hbm", "sent")
+
+
+class Gate(NamedTuple):
+    """One configuration on one slice, with the settings that are of that slice."""
+
+    config: str
+    topology: str
+    overrides: tuple[str, ...] = ()
+
+
+GATES = (
+    Gate("grpo", "v5p-64"),
+    Gate("grpo", "v6e-64"),
+    Gate("grpo", "v5e-256", ("batch_size=64", "rollout.chunks=1")),
+    Gate("sft", "v5p-64"),
+    Gate("sft", "v6e-64"),
+    Gate("sft", "v5e-256"),
+)
+
+
+def run(cache: Path, only: str | None, reserve: float) -> Path:
+    """Compiles what the cache does not hold, rewrites the numbers and the table after every role, and returns the table's path.
+
+    Raises:
+      ConfigError: this is not the repository's root, or no gate is on the topology `only`.
+    """
+    if not (FOLDER / "grpo.py").is_file():
+        raise ConfigError(f"{FOLDER}: not here; run it in the repository's root")
+    wanted = chips.parse(only).name if only else None
+    gates = [g for g in GATES if wanted in (None, chips.parse(g.topology).name)]
+    if not gates:
+        raise ConfigError(f"--topology {only}: no gate is on it; they are on {', '.join(dict.fromkeys(g.topology for g in GATES))}")
+    numbers = Numbers(FOLDER / "gates.json")
+    for gate in gates:
+        for facts in plans(gate, cache, reserve):
+            numbers.add(gate, facts, reserve)
+            write_table(FOLDER / "README.md", numbers)
+    for line in numbers.missed:
+        print(line)
+    return FOLDER / "README.md"
+
+
+def plans(gate: Gate, cache: Path, reserve: float) -> Iterator[Facts]:
+    """The facts of every role of a gate, one after the other."""
+    topology = chips.parse(gate.topology)
+    chips.prepare(topology)
+    from xomni_jax.planner.plan import make_plan, stage_on
+
+    config = load_config(FOLDER / f"{gate.config}.py", gate.overrides)
+    for role in stage_on(config, topology).roles:
+        yield make_plan(config, topology, [role], cache, reserve, propose=False).facts[0]
+
+
+class Numbers:
+    """gates.json: {versions: {"config topology": {role: numbers}}}, and what this run found against it."""
+
+    def __init__(self, path: Path):
+        self.path, self.missed = path, []
+        self.kept: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+
+    def add(self, gate: Gate, f: Facts, reserve: float) -> None:
+        """Takes in one role's facts; a drift from what is kept for these versions is a miss."""
+        from xomni_jax.checkpoint.store import write_json
+        from xomni_jax.planner.compiled import versions
+
+        topology = chips.parse(gate.topology)
+        with_these = self.kept.setdefault(", ".join(f"{k} {v}" for k, v in versions(topology).items()), {})
+        where, row = f"{gate.config} {gate.topology}", numbers(f, gate, reserve)
+        place = with_these.setdefault(where, {})
+        old = place.get(f.role, {})
+        if old.get("key") != row["key"]:
+            old = {}  # the program changed: these are its first numbers
+        for name in KEPT:
+            if old.get(name) and abs(row[name] / old[name] - 1) > DRIFT:
+                self.missed.append(f"{where} {f.role}: {name} drifted from {old[name]:.6g} to {row[name]:.6g} with the same versions")
+        self.missed += [f"{where} {f.role}: {c['name']} is {c['found']}, limit {c['limit']}" for c in row["checks"] if not c["ok"]]
+        place[f.role] = row
+        write_json(self.path, self.kept)
+
+
+def numbers(f: Facts, gate: Gate, reserve: float) -> dict[str, Any]:
+    """What is kept of a role."""
+    topology, m = chips.parse(gate.topology), f.memory or {}
+    time = time_of(f, topology)
+    return dict(
+        about=f.about, key=f.key, peak=m.get("peak", f.needs), temporaries=m.get("temporaries", 0), aliased=m.get("aliased", 0),
+        resident=f.resident,
+        operations=f.flops["weights"] + f.flops["convolution"], attention=f.flops["attention"] + f.flops["kernels"], hbm=f.hbm,
+        sent=sum(r["sent"] for r in f.collectives), seconds=time and time.total, bound=time and time.bound,
+        checks=[dict(name=c.name, found=c.found, limit=c.limit, ok=c.ok) for c in checks(f, topology, reserve)],
+    )  # fmt: skip
+
+
+def write_table(path: Path, numbers: Numbers) -> None:
+    """Rewrites what stands between the marks of the README; the rest of it stays."""
+    text = path.read_text() if path.is_file() else f"{BEGIN}\n{END}\n"
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    path.write_text(f"{before}{BEGIN}\n{table(numbers.kept)}{END}{after}")
+
+
+def table(kept: dict[str, Any]) -> str:
+    """The table of every set of versions, then what was missed with its size."""
+    lines = []
+    for versions, places in kept.items():
+        lines += [f"\nCompiled with {versions}. Memory per chip: the role's peak and, with it, everything else that stays.\n"]
+        lines += ["| slice | role | peak GiB | with the rest | operations | HBM GiB | sent GiB | at best | checks |", "| --- " * 9 + "|"]
+        missed = []
+        for place, roles in places.items():
+            for role, r in roles.items():
+                bad = [c for c in r["checks"] if not c["ok"]]
+                seconds = f"{r['seconds']:.3g} s, {r['bound']}" if r["seconds"] else ""
+                cells = (
+                    place, role, f"{r['peak'] / GIB:.2f}", f"{(r['peak'] + r['resident']) / GIB:.2f}", f"{r['operations']:.3g}",
+                    f"{r['hbm'] / GIB:.1f}", f"{r['sent'] / GIB:.1f}", seconds, f"{len(bad)} missed" if bad else f"{len(r['checks'])} hold",
+                )  # fmt: skip
+                lines.append("| " + " | ".join(cells) + " |")
+                missed += [f"- {place}, {role}: {c['name']} {c['found']}, limit {c['limit']}" for c in bad]
+        lines += ["", *(["Missed:", "", *missed, ""] if missed else ["Nothing was missed.", ""])]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,162 @@
+"""A plan: the roles of a configuration compiled for a topology, and what would fit where one does not."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from xomni_jax.planner import chips
+from xomni_jax.planner.check import budget
+from xomni_jax.planner.chips import GIB, Topology
+from xomni_jax.planner.compiled import compile_role, versions
+from xomni_jax.planner.facts import Facts, read
+from xomni_jax.planner.roles import Role, Stage, build_stage, choose
+from xomni_jax.sharding.mesh import make_mesh
+from xomni_jax.training.config import ConfigError, apply_override
+
+TRIALS = 4  # proposals that are compiled for one role at most
+
+
+@dataclasses.dataclass(frozen=True)
+class Proposal:
+    """Changes of the configuration with which a role was found to fit, and what it then needs."""
+
+    role: str
+    overrides: tuple[str, ...]
+    needs: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything a report says; `whole` when every role of a training step is in it."""
+
+    stage: str
+    topology: Topology
+    mesh: dict[str, int]
+    versions: dict[str, str]
+    facts: list[Facts]
+    proposals: list[Proposal]
+    whole: bool
+
+
+def make_plan(
+    config: ConfigDict, topology: Topology, roles: Iterable[str], cache: Path, reserve: float, propose: bool = True, quiet: bool = False
+) -> Plan:
+    """Compiles the roles and reads their facts; for what does not fit, looks for what would.
+
+    Raises:
+      ConfigError: the configuration or its mesh is impossible on this topology.
+    """
+    stage, found, proposals = stage_on(config, topology), [], []
+    wanted = choose(stage, roles)
+    with tqdm(total=len(wanted), desc="compiling", unit="role", disable=quiet, file=sys.stderr) as bar:
+        for role in wanted:
+            with ticking(bar, f"{role.name} for {topology.name}"):
+                found.append(facts_of(role, stage, topology, cache))
+            bar.update()
+    for f in found:
+        if propose and f.fits_in > budget(topology, reserve):
+            proposals += propose_for(config, f, topology, cache, reserve, quiet)
+    whole = {r.name for r in stage.roles.values() if r.per_step} <= {f.role for f in found}
+    return Plan(stage.name, topology, dict(stage.mesh.shape), versions(topology), found, proposals, whole)
+
+
+def stage_on(config: ConfigDict, topology: Topology) -> Stage:
+    """The stage of a configuration on the mesh it asks for."""
+    return build_stage(config, mesh_on(config, topology))
+
+
+def mesh_on(config: ConfigDict, topology: Topology) -> Mesh:
+    """The configuration's mesh over the topology's devices.
+
+    Raises:
+      ConfigError: it does not fill the topology; the message says which sizes would.
+    """
+    try:
+        return make_mesh(dict(config.mesh), chips.devices(topology))
+    except ValueError as e:
+        raise ConfigError(f"{topology.name} ({topology.size} devices): {e}") from None
+
+
+def facts_of(role: Role, stage: Stage, topology: Topology, cache: Path) -> Facts:
+    """Compiles one role and reads it."""
+    return read(role, stage, compile_role(role.fn, role.args, stage.mesh, topology, cache))
+
+
+def propose_for(config: ConfigDict, f: Facts, topology: Topology, cache: Path, reserve: float, quiet: bool) -> list[Proposal]:
+    """The first change, of those that are likely to help, with which the role fits; compiled to be sure."""
+    room, tried = budget(topology, reserve), 0
+    for overrides in candidates(config, f.role, topology):
+        if tried == TRIALS:
+            break
+        changed = ConfigDict(config.to_dict())
+        try:
+            for override in overrides:
+                apply_override(changed, override)
+            stage = stage_on(changed, topology)
+        except ValueError:
+            continue  # not possible with the other settings
+        tried += 1
+        if not quiet:
+            short = f"{f.role} does not fit ({f.fits_in / GIB:.1f} of {room / GIB:.1f} GiB)"
+            print(f"{short}; trying {' '.join(overrides)}", file=sys.stderr, flush=True)
+        trial = facts_of(stage.roles[f.role], stage, topology, cache)
+        if trial.fits_in <= room:
+            return [Proposal(f.role, tuple(overrides), trial.fits_in)]
+    return []
+
+
+def candidates(config: ConfigDict, role: str, topology: Topology) -> Iterator[list[str]]:
+    """Changes worth trying, cheapest for the run first."""
+    section = {"decoder-update": "mmdit", "tokenizer-update": "siglip_vq"}.get(role, "transformer")
+    learns = role.endswith("update")
+    remat = [f"{section}.remat=full"] if learns and config[section].get("remat", "") != "full" else []
+    smaller = []
+    if role in ("policy-update", "reference"):
+        rows = config.rollout.micro_batch or config.batch_size * config.grpo.rollouts_per_prompt // config.grpo.updates_per_batch
+        smaller = [[f"rollout.micro_batch={rows // n}"] for n in (2, 4, 8) if rows % n == 0]
+    elif role in ("rollout", "prefill", "decoder", "vae", "text"):
+        smaller = [[f"rollout.chunks={config.rollout.chunks * n}"] for n in (2, 4)]
+    elif role == "sft-update" or role == "pretrain-update":
+        smaller = [[f"next_token.rows={config.next_token.rows // n}"] for n in (2, 4) if config.next_token.rows % n == 0]
+    elif learns:
+        smaller = [[f"batch_size={config.batch_size // n}"] for n in (2, 4) if config.batch_size % n == 0]
+    tensor = config.mesh.tensor
+    meshes = [
+        [f"mesh.fsdp={topology.size // t}", f"mesh.tensor={t}", "mesh.data=1", "mesh.replica=1"]
+        for t in (4, 2, 1)
+        if t != tensor and topology.size % t == 0
+    ]
+    if remat:
+        yield remat
+    yield from smaller
+    yield from meshes
+    for few in smaller[:2]:
+        yield from (few + mesh for mesh in meshes)
+
+
+class ticking:
+    """Keeps a progress bar's clock running while the compiler is at work."""
+
+    def __init__(self, bar: tqdm, what: str):
+        self.bar, self.done = bar, threading.Event()
+        bar.set_postfix_str(what)
+        self.thread = threading.Thread(target=self._tick, daemon=True)
+
+    def _tick(self) -> None:
+        while not self.done.wait(2.0):
+            self.bar.refresh()
+
+    def __enter__(self) -> None:
+        self.thread.start()
+
+    def __exit__(self, *_) -> None:
+        self.done.set()
+        self.thread.join()

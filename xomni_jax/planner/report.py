@@ -1,0 +1,142 @@
+"""A plan in words: as text for the terminal, as JSON, as one HTML page."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+from collections.abc import Iterator
+from typing import Any
+
+from xomni_jax.planner.check import RESERVE, budget, checks
+from xomni_jax.planner.chips import GIB
+from xomni_jax.planner.facts import Facts
+from xomni_jax.planner.plan import Plan
+from xomni_jax.planner.roofline import Step, Time, mfu, step, time_of
+
+SHOWN = 6  # rows of collectives and of repeated weights
+
+
+def head(plan: Plan) -> str:
+    """One line: what was planned."""
+    t = plan.topology
+    mesh = " x ".join(f"{axis} {n}" for axis, n in plan.mesh.items() if n > 1) or "one device"
+    rented = f"{t.cloud}, {t.chips} chips" if t.chip else "simulated"
+    return f"{plan.stage} on {t.name} ({rented}), mesh {mesh}; {', '.join(f'{k} {v}' for k, v in plan.versions.items())}"
+
+
+def text(plan: Plan, reserve: float = RESERVE, price: float | None = None) -> str:
+    """The whole report."""
+    lines = [head(plan), ""]
+    for f in plan.facts:
+        lines += [f"{f.role}: {f.about}", *(f"  {line}" for line in role_lines(f, plan, reserve)), ""]
+    for p in plan.proposals:
+        lines.append(f"{p.role} would fit in {p.needs / GIB:.1f} GiB with {' '.join('--config.' + o for o in p.overrides)} (compiled)")
+    helped = {p.role for p in plan.proposals}
+    missing = [f.role for f in plan.facts if f.fits_in > budget(plan.topology, reserve) and f.role not in helped]
+    lines += [f"{role} fits with none of the changes that were tried; take a larger slice" for role in missing]
+    return "\n".join([*lines, *step_lines(step(plan, price))]).rstrip() + "\n"
+
+
+def role_lines(f: Facts, plan: Plan, reserve: float) -> Iterator[str]:
+    """A role's lines: memory, operations, HBM, collectives, repeated weights, time, checks."""
+    room = budget(plan.topology, reserve)
+    yield memory_line(f, room, plan.topology.chip is None)
+    counted = ", ".join(f"{kind} {n:.4g}" for kind, n in f.flops.items() if n)
+    by_hand = f.learned + f.forward
+    against = f"; by arithmetic {by_hand:.4g} without attention" if by_hand else ""
+    yield f"operations  {counted}{against}"
+    if f.memory is None:
+        return
+    a_step = f"; {f.hbm_step / GIB:.3f} a decoding step, floor {f.floor / GIB:.3f}" if f.floor else ""
+    yield f"HBM         {f.hbm / GIB:.2f} GiB moved{a_step}"
+    yield from collective_lines(f)
+    for row in f.repeated[:SHOWN]:
+        yield f"repeated    {row['copies']} times: {row['name']} {'x'.join(map(str, row['shape']))}, {row['bytes'] / 2**20:.1f} MiB each"
+    time = time_of(f, plan.topology)
+    if time:
+        yield time_line(f, time, plan)
+    for c in checks(f, plan.topology, reserve):
+        yield f"{'ok    ' if c.ok else 'MISSED'}      {c.name}: {c.found}, limit {c.limit}"
+
+
+def memory_line(f: Facts, room: float, simulated: bool) -> str:
+    """Memory by kind, and whether it fits."""
+    kinds = f.memory or {}
+    parts = ", ".join(f"{kind} {size / GIB:.2f}" for kind, size in kinds.items()) or f"the compiler needs {f.needs / GIB:.1f}"
+    line = f"memory GiB  {parts}; beside it {f.resident / GIB:.2f} stay"
+    if simulated:
+        return line
+    free = (room - f.fits_in) / GIB
+    verdict = f"fits, {free:.2f} free" if free >= 0 else f"DOES NOT FIT, {-free:.2f} too much"
+    return f"{line}; {f.fits_in / GIB:.2f} of {room / GIB:.2f}: {verdict}"
+
+
+def collective_lines(f: Facts) -> Iterator[str]:
+    """Collectives by kind and axes, then the largest weights' theory."""
+    sums: dict[tuple, list[float]] = {}
+    for r in f.collectives:
+        row = sums.setdefault((r["kind"], tuple(r["axes"])), [0, 0.0, 0.0])
+        for n, key in enumerate(("times", "bytes", "sent")):
+            row[n] += r[key]
+    for (kind, axes), (times, size, sent) in sorted(sums.items(), key=lambda row: -row[1][2])[:SHOWN]:
+        yield f"collective  {kind} over {'+'.join(axes) or 'none'}: {times:,} times, {size / GIB:.2f} GiB, {sent / GIB:.2f} sent"
+    if f.gathered:
+        yield f"by theory   weights gathered over fsdp {f.gathered / GIB:.2f} GiB, gradients reduced {f.reduced / GIB:.2f}"
+
+
+def time_line(f: Facts, time: Time, plan: Plan) -> str:
+    """The roofline of one execution."""
+    parts = f"operations {time.operations:.3g} s, HBM {time.hbm:.3g}, collectives {time.collectives:.3g}"
+    useful = mfu(f, time.total, plan.topology) if f.learned + f.forward else 0.0
+    rate = f", {f.tokens / time.total / plan.topology.chips:,.0f} tokens/s/chip" if f.tokens else ""
+    return f"at best     {time.total:.3g} s, bound by {time.bound} ({parts}); MFU at most {useful:.0%}{rate}"
+
+
+def step_lines(s: Step | None) -> Iterator[str]:
+    """The step as a whole."""
+    if s is None:
+        return
+    yield f"a step takes at least {s.seconds:.1f} s: " + ", ".join(f"{name} {t:.1f}" for name, t in s.times)
+    images = f", {s.images_per_hour:,.0f} images/hour" if s.images_per_hour else ""
+    yield f"MFU at most {s.mfu:.0%}, {s.tokens_per_chip:,.0f} tokens/s/chip{images}"
+    if s.dollars is not None:
+        yield f"at least {s.dollars:.2f} a step at the given price per chip-hour"
+
+
+def as_json(plan: Plan, reserve: float = RESERVE, price: float | None = None) -> dict[str, Any]:
+    """Everything, as plain data."""
+    s = step(plan, price)
+    out = dict(stage=plan.stage, topology=plan.topology.name, mesh=plan.mesh, versions=plan.versions, reserve=reserve, roles=[])
+    for f in plan.facts:
+        time = time_of(f, plan.topology)
+        row = dataclasses.asdict(f) | {"checks": [dataclasses.asdict(c) for c in checks(f, plan.topology, reserve)]}
+        out["roles"].append(row | {"roofline": time and dataclasses.asdict(time) | {"total": time.total, "bound": time.bound}})
+    out["proposals"] = [dataclasses.asdict(p) for p in plan.proposals]
+    out["step"] = s and dataclasses.asdict(s) | {"seconds": s.seconds}
+    return out
+
+
+def page(plan: Plan, reserve: float = RESERVE, price: float | None = None) -> str:
+    """One HTML page without scripts or other files: a bar of memory and the same lines per role."""
+    room = budget(plan.topology, reserve)
+    body = [f"<h1>{html.escape(head(plan))}</h1>"]
+    for f in plan.facts:
+        lines = "\n".join(role_lines(f, plan, reserve))
+        body.append(f"<h2>{html.escape(f.role)}</h2><p>{html.escape(f.about)}</p>{bar(f, room)}<pre>{html.escape(lines)}</pre>")
+    rest = text(plan, reserve, price).split("\n\n")[-1]
+    body.append(f"<pre>{html.escape(rest)}</pre>")
+    style = "body{font:15px sans-serif;max-width:70em;margin:2em auto}pre{white-space:pre-wrap;background:#f5f5f5;padding:1em}"
+    return f"<!doctype html><meta charset=utf-8><title>xomni plan</title><style>{style}</style>{''.join(body)}\n"
+
+
+def bar(f: Facts, room: float) -> str:
+    """Memory against the room, as an SVG bar."""
+    if f.memory is None or room == float("inf"):
+        return ""
+    width, left, parts = 600, 0.0, []
+    for size, colour, name in ((f.memory["peak"], "#4477aa", "the program"), (f.resident, "#ccbb44", "beside it")):
+        w = width * size / max(room, f.fits_in)
+        parts.append(f'<rect x="{left:.1f}" width="{w:.1f}" height="18" fill="{colour}"><title>{name}: {size / GIB:.2f} GiB</title></rect>')
+        left += w
+    limit = width * room / max(room, f.fits_in)
+    return f'<svg width="{width + 2}" height="18">{"".join(parts)}<rect x="{limit:.1f}" width="2" height="18" fill="#aa3377"/></svg>'

@@ -1,0 +1,85 @@
+"""The least time a role can take on a chip: the slowest of its operations, its HBM traffic and its collectives, all overlapped.
+
+Not a prediction of speed: compilers and chips fall short of it. Peaks are the published ones. A collective over a mesh axis is given both
+links of one ring of the torus; a replica axis between slices is not modelled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from xomni_jax.planner.chips import Topology
+from xomni_jax.planner.facts import Facts
+
+if TYPE_CHECKING:
+    from xomni_jax.planner.plan import Plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Time:
+    """Seconds of one execution by what bounds it."""
+
+    operations: float
+    hbm: float
+    collectives: float
+
+    @property
+    def total(self) -> float:
+        """Everything overlapped."""
+        return max(self.operations, self.hbm, self.collectives)
+
+    @property
+    def bound(self) -> str:
+        """What takes longest."""
+        return max(("operations", "hbm", "collectives"), key=lambda kind: getattr(self, kind))
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A whole training step: `times` are (role, seconds in the step)."""
+
+    times: tuple[tuple[str, float], ...]
+    mfu: float
+    tokens_per_chip: float
+    images_per_hour: float
+    dollars: float | None
+
+    @property
+    def seconds(self) -> float:
+        """Of all roles, one after the other."""
+        return sum(t for _, t in self.times)
+
+
+def time_of(facts: Facts, topology: Topology) -> Time | None:
+    """None where there is nothing to divide by: on a CPU, or when the role was not compiled."""
+    chip = topology.chip
+    if chip is None or facts.memory is None:
+        return None
+    sent = sum(row["sent"] for row in facts.collectives)
+    operations = sum(facts.flops.values()) / facts.devices / chip.flops
+    return Time(operations, facts.hbm / chip.bandwidth, sent / (2 * chip.link))
+
+
+def mfu(facts: Facts, seconds: float, topology: Topology) -> float:
+    """Share of the peak that useful operations (6ND, causal attention halved, nothing recomputed) reach in so many seconds."""
+    useful = facts.learned + facts.forward + facts.attention
+    return useful / facts.devices / topology.chip.flops / seconds
+
+
+def step(plan: Plan, price: float | None) -> Step | None:
+    """The step that the roles make up, one after the other; `price` is of one chip-hour. None where a role is missing or has no time."""
+    roles = [f for f in plan.facts if f.per_step]
+    times = [time_of(f, plan.topology) for f in roles]
+    if not plan.whole or any(t is None for t in times):
+        return None
+    seconds = [t.total * f.per_step for f, t in zip(roles, times)]
+    total, chips = sum(seconds), plan.topology.chips
+    useful = sum((f.learned + f.forward + f.attention) * f.per_step for f in roles)
+    return Step(
+        tuple((f.role, s) for f, s in zip(roles, seconds)),
+        useful / roles[0].devices / plan.topology.chip.flops / total,
+        max(f.tokens * f.per_step for f in roles) / total / chips,
+        max(f.images * f.per_step for f in roles) / total * 3600,
+        None if price is None else price * chips * total / 3600,
+    )

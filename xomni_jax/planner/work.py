@@ -1,0 +1,132 @@
+"""How much work a step is by arithmetic alone: what the counted operations, bytes and collectives are held against."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+
+from xomni_jax.models.transformer import ARConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """The least that one execution of a role must do.
+
+    Attributes:
+      learned: operations of forward and backward with weights, 6 x parameters x tokens. forward: of passes without a gradient, 2 x.
+      attention: of attention products, causal ones halved.
+      tokens: that the execution reads or makes. images: that it finishes.
+      hbm_per_step: bytes a device must move for each of `steps` decoding steps (0: no such floor).
+      gathered: bytes a device receives of weights split over fsdp, and reduced: of their gradients.
+      logits: most positions whose logits should exist at once (0: not a matter of this role); vocabularies: the widths of the heads.
+      head_gathers: how often the heads may be gathered.
+    """
+
+    learned: float = 0.0
+    forward: float = 0.0
+    attention: float = 0.0
+    tokens: int = 0
+    images: int = 0
+    hbm_per_step: float = 0.0
+    cache: float = 0.0
+    steps: int = 1
+    gathered: float = 0.0
+    reduced: float = 0.0
+    logits: int = 0
+    vocabularies: tuple[int, ...] = ()
+    head_gathers: int = 0
+
+    @property
+    def useful(self) -> float:
+        """Operations that count for model FLOPs utilisation."""
+        return self.learned + self.forward + self.attention
+
+
+def layer_weights(c: ARConfig) -> int:
+    """Matrix values of one decoder layer."""
+    return 2 * c.d_model * c.n_heads * c.head_dim + 2 * c.d_model * c.n_kv_heads * c.head_dim + 3 * c.d_model * c.mlp_dim
+
+
+def last_product(c: ARConfig) -> int:
+    """Matrix values of a layer's last product, which full remat does not repeat."""
+    return c.d_model * c.mlp_dim
+
+
+def causal(c: ARConfig, rows: int, length: int) -> float:
+    """Operations of causal attention, forward, over whole rows."""
+    return 2.0 * rows * length * length * c.n_heads * c.head_dim * c.n_layers
+
+
+def next_token(c: ARConfig, rows: int, length: int, targets: int, phase: str, chunk: int, mesh: Mapping[str, int]) -> Work:
+    """A step of pre-training or fine-tuning: every target row runs through both heads."""
+    tokens, heads = rows * length, c.d_model * (c.vocab_size + c.image_vocab_size)
+    share = 6 if phase == "all" else 4  # with frozen language layers their gradients pass, but no weight's is formed
+    new = c.n_adapter_layers + c.n_head_layers
+    layers = layer_weights(c) * (6 * new + share * c.n_language_layers)
+    text_head = 6 if phase == "all" else 4
+    learned = layers * tokens + rows * targets * c.d_model * (text_head * c.vocab_size + 6 * c.image_vocab_size)
+    gathered, reduced = fsdp_bytes(c, 1, heads, mesh, new if phase != "all" else c.n_layers)
+    return Work(
+        learned=learned, attention=3 * causal(c, rows, length), tokens=tokens, gathered=gathered, reduced=reduced,
+        logits=rows * (chunk or targets), vocabularies=(c.vocab_size, c.image_vocab_size), head_gathers=2,
+    )  # fmt: skip
+
+
+def policy_update(
+    c: ARConfig, rows: int, prompt: int, codes: int, parts: int, sides: int, reference: bool, chunk: int, mesh: Mapping[str, int]
+) -> Work:
+    """An update on rollouts: `sides` is 2 with guidance; the reference adds a pass without gradient."""
+    length = prompt + codes
+    per_pass = sides * rows * (length * c.n_layers * layer_weights(c) + codes * c.d_model * c.image_vocab_size)
+    gathered, reduced = fsdp_bytes(c, parts, c.d_model * c.image_vocab_size, mesh, c.n_layers)
+    passes = fsdp_bytes(c, parts, c.d_model * c.image_vocab_size, mesh, 0, passes=1)[0] if reference else 0.0
+    return Work(
+        learned=6.0 * per_pass, forward=2.0 * per_pass if reference else 0.0,
+        attention=(3 + reference) * sides * causal(c, rows, length), tokens=rows * length, gathered=gathered + passes, reduced=reduced,
+        logits=rows // parts * (chunk or codes), vocabularies=(c.image_vocab_size,), head_gathers=parts * (1 + reference),
+    )  # fmt: skip
+
+
+def replay(c: ARConfig, rows: int, prompt: int, codes: int, parts: int, sides: int, chunk: int, mesh: Mapping[str, int]) -> Work:
+    """Log-probs of rollouts without a gradient."""
+    whole = policy_update(c, rows, prompt, codes, parts, sides, True, chunk, mesh)
+    gathered, _ = fsdp_bytes(c, parts, c.d_model * c.image_vocab_size, mesh, 0, passes=1)
+    return dataclasses.replace(whole, learned=0.0, attention=whole.attention / 4, gathered=gathered, reduced=0.0)
+
+
+def fsdp_bytes(
+    c: ARConfig, parts: int, heads: int, mesh: Mapping[str, int], learned_layers: int, passes: int = 3
+) -> tuple[float, float]:
+    """(gathered, reduced) bytes of a device: per pass over the layers (forward, remat, backward) their weights in the compute dtype, the
+    heads once for each part of the batch; gradients reduced once, before they are scattered."""
+    if mesh["fsdp"] == 1:
+        return 0.0, 0.0
+    size = jnp.dtype(c.dtype).itemsize / mesh["tensor"]
+    layer = layer_weights(c) * size
+    gathered = parts * (passes * c.n_layers * layer + heads * size)
+    return gathered, (parts * (learned_layers * layer + heads * size) if learned_layers else 0.0)
+
+
+def rollout(c: ARConfig, prompts: int, rollouts: int, prompt: int, codes: int, sides: int, mesh: Mapping[str, int]) -> Work:
+    """Sampling: in each step the weights are read once, and the whole cache, as in the last step when it is full."""
+    batch, tensor = mesh["replica"] * mesh["data"] * mesh["fsdp"], mesh["tensor"]
+    n = prompts * rollouts * sides
+    decode = 2.0 * n * codes * (c.n_layers * layer_weights(c) + c.d_model * c.image_vocab_size)
+    prefill = 2.0 * prompts * sides * prompt * c.n_layers * layer_weights(c)
+    weights = 2.0 * (c.n_layers * layer_weights(c) + c.d_model * c.image_vocab_size) / tensor
+    token = c.n_layers * 2 * c.n_kv_heads * c.head_dim * 2
+    cache = (prompts * sides * prompt + n * codes) * token / batch / tensor
+    attention = 4.0 * n * codes * (prompt + codes / 2) * c.n_heads * c.head_dim * c.n_layers
+    return Work(
+        forward=decode + prefill, attention=attention, tokens=prompts * rollouts * codes, images=prompts * rollouts,
+        hbm_per_step=weights + cache, cache=cache, steps=codes,
+    )  # fmt: skip
+
+
+def prefill(c: ARConfig, prompts: int, prompt: int, sides: int) -> Work:
+    """The prompts' pass, once per prompt."""
+    rows = prompts * sides
+    return Work(forward=2.0 * rows * prompt * c.n_layers * layer_weights(c), attention=causal(c, rows, prompt), tokens=prompts * prompt)
+
