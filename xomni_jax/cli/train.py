@@ -59,7 +59,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     line = distributed.start(facts(config), args.distributed)
     if line is None:
         return exit_code(run_stage(config, **options))
-    return together(line, lambda: run_stage(config, line=line, **options))
+    return together(line, lambda: exit_code(run_stage(config, line=line, **options)))
 
 
 def facts(config: ConfigDict) -> dict[str, Any]:
@@ -68,16 +68,16 @@ def facts(config: ConfigDict) -> dict[str, Any]:
     return {key: value for key, value in values.items() if not key.endswith(".urls")}
 
 
-def together(line: Any, action: Callable[[], Path | None]) -> int:
-    """Runs the action of one of several processes; an error is told here and to the others, and ends the process without waiting for them."""
+def together(line: Any, action: Callable[[], int], command: str = "train") -> int:
+    """Runs the action of one of several processes, which gives the exit code; an error is told here and to the others, and ends the process without waiting for them."""
     from xomni_jax.cli.main import explain
     from xomni_jax.sharding.line import leave
 
     try:
-        code = exit_code(action())
+        code = action()
     except BaseException as e:  # noqa: BLE001 - whatever it is, the others must not wait
         try:
-            code = explain("train", e)
+            code = explain(command, e)
         except BaseException:  # noqa: BLE001
             traceback.print_exc()
             code = 1
