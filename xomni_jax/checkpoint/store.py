@@ -253,7 +253,9 @@ class RunCheckpoints:
     def save(self, step: int, state: Any, data: Mapping[str, Any], wait: bool = False) -> None:
         """Starts an asynchronous save; `wait` blocks until it is on disk. A step already saved is left alone."""
         if step not in self.manager.all_steps():
-            self.manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(dict(data))))
+            args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(dict(data)))
+            # Without force Orbax skips, silently and on each process by its own clock, a save that comes while another is being written.
+            self.manager.save(step, args=args, force=True)
         if wait:
             self.manager.wait_until_finished()
 
