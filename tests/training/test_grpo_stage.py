@@ -162,6 +162,17 @@ def test_a_decoder_on_devices_of_its_own_draws_the_same(model, service):
     assert used == set(jax.devices()[6:])
 
 
+def test_frozen_models_in_8_bits_draw_nearly_the_same(model, service):
+    shared, _, images = one_batch(model, service, grpo.RolloutConfig(chunks=2))
+    small = model.on(model.mesh)
+    for name in ("mmdit", "t5"):
+        small.set_config(name, dataclasses.replace(model.config(name), int8=True))
+    _, _, pictures = one_batch(model, service, grpo.RolloutConfig(chunks=2), small)
+    kernels = [x for path, x in jax.tree_util.tree_leaves_with_path(small.params("mmdit")) if path[-1].key == "kernel"]
+    assert {x.dtype for x in kernels} == {jnp.dtype("int8")} and all(x.dtype == jnp.float32 for x in jax.tree.leaves(model.params("mmdit")))
+    assert 0 < np.abs(pictures.astype(float) - images).mean() < 4  # of 255
+
+
 def test_the_samplers_layout_computes_the_same(model):
     """bfloat16 matrices whole along their width; norm gains keep float32, so that sampler and trainer agree bit for bit."""
     net = model.module("transformer")
