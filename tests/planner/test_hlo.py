@@ -65,6 +65,11 @@ def test_a_loop_of_another_form_is_said_to_be_unknown():
     assert module.unknown == ["body"] and module.times["body"] == 1
 
 
+def test_a_loop_that_says_how_often_it_runs_is_believed():
+    said = LOOP.replace("direction=LT", "direction=GT").replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"5"}}')
+    assert hlo.parse(said).trips == {"body": 5}
+
+
 def test_text_without_an_entry_is_refused():
     with pytest.raises(hlo.HLOError, match="no entry computation"):
         hlo.parse("HloModule empty")

@@ -13,10 +13,12 @@ from xomni_jax.planner import chips, gates, plan, report
 from xomni_jax.planner.check import checks
 from xomni_jax.planner.chips import GIB
 from xomni_jax.planner.compiled import compile_role, needed
+from xomni_jax.planner.flops import count
 from xomni_jax.sharding.mesh import make_mesh
 from xomni_jax.training.config import ConfigError
 
 CPU = chips.parse("cpu:4")
+UNCUT = {"policy-update": ["rollout.logit_chunk=0"], "sft-update": ["next_token.chunk=0"]}
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +49,14 @@ def test_all_roles_are_the_trainers_own(cache):
     # Without a penalty there is no reference, neither as a role nor in memory.
     free = plan.stage_on(narrow.grpo("grpo.kl_coef=0.0"), CPU)
     assert "reference" not in free.roles and "reference" not in free.resident
+
+
+@pytest.mark.parametrize("config, role", [(narrow.grpo, "policy-update"), (narrow.sft, "sft-update")])
+def test_updates_cost_what_arithmetic_says(config, role):
+    """Nothing recomputed: 6ND of the update and 2ND of the reference, exactly."""
+    stage = plan.stage_on(config("transformer.remat=none", *UNCUT[role]), CPU)
+    found, w = count(stage.roles[role].fn.trace(*stage.roles[role].args).jaxpr), stage.roles[role].work
+    assert found.weights == pytest.approx(w.learned + w.forward, rel=1e-3)
 
 
 def test_what_is_compiled_is_kept(cache, tmp_path):

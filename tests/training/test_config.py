@@ -55,7 +55,7 @@ def test_every_key_has_a_reader(path):
     for name, section in config.items():
         if not isinstance(section, ConfigDict):
             continue
-        if name == "mesh":
+        if name in ("mesh", "decoder_mesh"):
             assert set(section) == set(MESH_AXES)
         elif name == "rewards":
             for reward in section.values():
@@ -80,7 +80,7 @@ def test_every_key_has_a_reader(path):
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_every_file_says_how_to_run_it(path):
     said = ast.get_docstring(ast.parse(path.read_text()))
-    assert f"configs/tiny/{path.name}" in said or "launch/" in said
+    assert f"configs/{path.parent.name}/{path.name}" in said or "launch/" in said
 
 
 def test_the_stages_of_the_shipped_files_follow_one_another():
@@ -120,7 +120,7 @@ def test_a_field_of_a_preset_may_be_overridden():
 @pytest.mark.parametrize(
     "override, words",
     [
-        ("stepz=7", "config.stepz: unknown key; known here: advantage, batch_size, "),
+        ("stepz=7", "config.stepz: unknown key; known here: advantage, autoencoder, batch_size, "),
         ("optimizer.rate=7", "config.optimizer.rate: unknown key; known here: b1, "),
         ("optimiser.rate=7", "config.optimiser.rate: no section 'optimiser'; known here: "),
         ("steps.more=7", "config.steps.more: unknown key; known here: nothing"),

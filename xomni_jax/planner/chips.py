@@ -133,16 +133,18 @@ def devices(topology: Topology) -> Sequence[Any]:
         raise ValueError(f"topology {topology.name} needs libtpu to compile for it: {extra}")
     from jax.experimental import topologies
 
+    # Read when libtpu is loaded: it asks no cloud for metadata, and several processes may compile at once.
+    settings = dict(
+        TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE="v5litepod-16", ALLOW_MULTIPLE_LIBTPU_LOAD="1"
+    )
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
     return topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices
 
 
 def prepare(topology: Topology) -> None:
-    """Sets what must be set before jax starts its backend: no TPU is looked for, and several processes may load libtpu."""
+    """Before jax starts its backend: plans need the CPU alone, and as many simulated devices as they ask for."""
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     if topology.chip is None:
         import jax
 
