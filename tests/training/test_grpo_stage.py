@@ -25,7 +25,7 @@ from xomni_jax.training import grpo
 from xomni_jax.training.advantages import AdvantageConfig
 from xomni_jax.training.config import ConfigError
 from xomni_jax.training.preemption import StepRefused
-from xomni_jax.training.run import run_stage
+from xomni_jax.training.run import policy_mesh, run_stage
 
 FREE = "http://127.0.0.1:9"  # the discard port: nobody answers
 
@@ -160,6 +160,17 @@ def test_a_decoder_on_devices_of_its_own_draws_the_same(model, service):
     assert np.abs(pictures.astype(int) - images).max() <= 1
     used = {d for x in jax.tree.leaves(apart.decoder_params()) for d in x.sharding.device_set}
     assert used == set(jax.devices()[6:])
+
+
+def test_a_decoder_mesh_takes_its_devices_from_the_policys(model, tmp_path):
+    config = stage_config("grpo", tmp_path, "mesh.fsdp=3", "mesh.tensor=2", "decoder_mesh.fsdp=2")
+    policy, decoder = policy_mesh(config), grpo.make_painter(config, model)
+    assert policy.shape["fsdp"] == 3 and decoder is not model and decoder.mesh.shape["fsdp"] == 2
+    assert set(policy.devices.flat) == set(jax.devices()[:6]) and set(decoder.mesh.devices.flat) == set(jax.devices()[6:])
+    shared = stage_config("grpo", tmp_path)
+    assert policy_mesh(shared).size == 8 and grpo.make_painter(shared, model) is model
+    with pytest.raises(ValueError, match="8 of 8 devices apart"):
+        policy_mesh(stage_config("grpo", tmp_path, "decoder_mesh.fsdp=8"))
 
 
 def test_frozen_models_in_8_bits_draw_nearly_the_same(model, service):
