@@ -151,7 +151,7 @@ class ticking:
         self.thread = threading.Thread(target=self._tick, daemon=True)
 
     def _tick(self) -> None:
-        while not self.done.wait(2.0):
+        while not self.done.wait(2.0 if sys.stderr.isatty() else 60.0):
             self.bar.refresh()
 
     def __enter__(self) -> None:
