@@ -56,7 +56,7 @@ def run(cache: Path, only: str | None, reserve: float) -> Path:
         raise ConfigError(f"--topology {only}: no gate is on it; they are on {', '.join(dict.fromkeys(g.topology for g in GATES))}")
     numbers = Numbers(FOLDER / "gates.json")
     for gate in gates:
-        for facts in plans(gate, cache, reserve):
+        for facts in plans(gate, cache):
             numbers.add(gate, facts, reserve)
             write_table(FOLDER / "README.md", numbers)
     for line in numbers.missed:
@@ -64,15 +64,14 @@ def run(cache: Path, only: str | None, reserve: float) -> Path:
     return FOLDER / "README.md"
 
 
-def plans(gate: Gate, cache: Path, reserve: float) -> Iterator[Facts]:
+def plans(gate: Gate, cache: Path) -> Iterator[Facts]:
     """The facts of every role of a gate, one after the other."""
     topology = chips.parse(gate.topology)
     chips.prepare(topology)
-    from xomni_jax.planner.plan import make_plan, stage_on
+    from xomni_jax.planner.plan import compile_all, stage_on
 
-    config = load_config(FOLDER / f"{gate.config}.py", gate.overrides)
-    for role in stage_on(config, topology).roles:
-        yield make_plan(config, topology, [role], cache, reserve, propose=False).facts[0]
+    stage = stage_on(load_config(FOLDER / f"{gate.config}.py", gate.overrides), topology)
+    yield from compile_all(stage, stage.roles.values(), topology, cache)
 
 
 class Numbers:
