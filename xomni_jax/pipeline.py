@@ -25,8 +25,9 @@ from xomni_jax.sampling.decode import generate_codes, generate_text
 from xomni_jax.sampling.decoder import DecodeConfig, Decoder, to_uint8
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sequence.tokenizer import MultimodalTokenizer, encoder_ids, fixed_length_ids, read_tokenizer
+from xomni_jax.sharding.arrays import whole
 from xomni_jax.sharding.mesh import make_mesh
-from xomni_jax.sharding.rules import RULES, param_shardings
+from xomni_jax.sharding.rules import RULES, constrain, param_shardings
 
 DECODER_PARTS = ("mmdit", "t5", "clip", "autoencoder")
 PROMPT_BUCKET = 16  # prompts are padded to a multiple of this, so that few lengths are compiled
@@ -64,7 +65,8 @@ def make_decode(vq: nn.Module, decoder: Decoder, cfg: DecodeConfig, ways: int) -
         semantics = vq.apply({"params": vq_params}, codes_BYX, method="semantics")
         # The two rows of the empty prompt are repeated, so that they too split over a mesh.
         empty = tuple(jnp.repeat(x, ways, axis=0) for x in empty)
-        return to_uint8(decoder.decode(params, semantics, text_BS, pooled_BS, empty, noise_BTC, cfg))
+        images = to_uint8(decoder.decode(params, semantics, text_BS, pooled_BS, empty, noise_BTC, cfg))
+        return constrain(images, "batch", None, None, None, name="pictures")  # each host takes its own
 
     return jax.jit(decode)
 
@@ -199,8 +201,8 @@ class XOmni:
 
     def fill(self, x_B: Any) -> jax.Array:
         """Repeats the first row until the rows split evenly over the mesh; whoever calls cuts the surplus off again."""
-        x_B = jnp.asarray(x_B)
-        return jnp.concatenate([x_B, jnp.repeat(x_B[:1], -len(x_B) % self.ways, axis=0)])
+        x_B, short = jnp.asarray(x_B), -len(x_B) % self.ways
+        return jnp.concatenate([x_B, jnp.repeat(x_B[:1], short, axis=0)]) if short else x_B
 
     # ---- text to image ----
     def grid(self, height: int, width: int) -> tuple[int, int]:
@@ -216,10 +218,10 @@ class XOmni:
         return height // p, width // p
 
     def sample_codes(
-        self, prompts: Sequence[str], grid: tuple[int, int], keys_PR: jax.Array, sampling: SamplingConfig
+        self, prompts: Sequence[str], grid: tuple[int, int], keys_PR: jax.Array, sampling: SamplingConfig, multiple: int = PROMPT_BUCKET
     ) -> dict[str, jax.Array]:
         """R samples of every prompt: {"codes": [P, R, Y, X], "logp": [P, R, T]}; the row of keys decides a sample, not its batch."""
-        ids_PS, lengths_P = pad_prompts([self.tokenizer.generation_prompt(p, *grid) for p in prompts])
+        ids_PS, lengths_P = pad_prompts([self.tokenizer.generation_prompt(p, *grid) for p in prompts], multiple)
         negative = None
         if sampling.guidance != 1.0:
             negative = pad_prompts([self.tokenizer.negative_prompt(*grid)] * len(prompts))
@@ -261,7 +263,7 @@ class XOmni:
         rows = tuple(map(self.fill, (codes_BYX, *self.text_ids(prompts, cfg), noise_BTC)))
         with jax.set_mesh(self.mesh):
             images = self._decode(cfg)(self.params("siglip_vq"), self.decoder_params(), *rows, self.text_ids([""], cfg))
-        return images[: len(codes_BYX)]
+        return images if len(images) == len(codes_BYX) else images[: len(codes_BYX)]
 
     @functools.cache
     def _decode(self, cfg: DecodeConfig):
@@ -326,14 +328,17 @@ class XOmni:
         for i, prompt in enumerate(prompts):
             if not prompt.strip():
                 raise ValueError(f"prompt {i + 1} is empty; describe the picture")
-            n = len(self.tokenizer.encode_text(prompt))
-            if own is not None:
-                n = len(own.encode(prompt, add_special_tokens=False, verbose=False))
+            n = self.decoder_tokens(prompt)
             if n > limit:
                 many = f"prompt {i + 1} ({prompt[:40]!r}...) has {n} tokens, this model's decoder takes {limit}"
                 if own is None:
                     raise ValueError(f"{many}; shorten it")
                 warnings.warn(f"{many}: it is drawn whole, and decoded to pixels from its beginning", stacklevel=2)
+
+    def decoder_tokens(self, prompt: str) -> int:
+        """Tokens of a prompt as the decoder's text encoder counts them, without its specials."""
+        own = self.encoder_tokenizer("t5")
+        return len(self.tokenizer.encode_text(prompt) if own is None else own.encode(prompt, add_special_tokens=False, verbose=False))
 
     # ---- image to codes, codes to text ----
     def encode_pixels(self, pixels_BHWC: Any) -> jax.Array:
@@ -393,16 +398,20 @@ class XOmni:
             raise ValueError("the question is empty; ask something about the picture")
         return self.answer([self.encode([image])[0]], [question], max_tokens)[0]
 
-    def answer(self, codes: Sequence[np.ndarray], questions: Sequence[str], max_tokens: int = 512) -> list[str]:
-        """Greedy answers to one question per picture, given its codes [Y, X]."""
-        return [self.tokenizer.decode_text(ids).strip() for ids in self.answer_ids(codes, questions, max_tokens)]
+    def answer(
+        self, codes: Sequence[np.ndarray], questions: Sequence[str], max_tokens: int = 512, multiple: int = PROMPT_BUCKET
+    ) -> list[str]:
+        """Greedy answers to one question per picture, given its codes [Y, X]; prompts are padded to a multiple of `multiple`."""
+        return [self.tokenizer.decode_text(ids).strip() for ids in self.answer_ids(codes, questions, max_tokens, multiple)]
 
-    def answer_ids(self, codes: Sequence[np.ndarray], questions: Sequence[str], max_tokens: int = 512) -> np.ndarray:
+    def answer_ids(
+        self, codes: Sequence[np.ndarray], questions: Sequence[str], max_tokens: int = 512, multiple: int = PROMPT_BUCKET
+    ) -> np.ndarray:
         """The answers' ids [B, max_tokens], each closed by the end of turn where it fits, then padding."""
         prompts = [self.tokenizer.understanding_prompt(c, q) for c, q in zip(codes, questions, strict=True)]
-        ids_PS, lengths_P = map(self.fill, pad_prompts(prompts))
+        ids_PS, lengths_P = map(self.fill, pad_prompts(prompts, multiple))
         with jax.set_mesh(self.mesh):
-            return np.asarray(self._answerer(max_tokens)(self.params("transformer"), ids_PS, lengths_P))[: len(prompts)]
+            return whole(self._answerer(max_tokens)(self.params("transformer"), ids_PS, lengths_P))[: len(prompts)]
 
     @functools.cache
     def _answerer(self, max_tokens: int):

@@ -11,6 +11,6 @@ def get_config():
     c = demo.recipe()
     c.run_dir = "runs/tiny/grpo"
     c.init_from = "runs/tiny/sft/model"
-    c.steps = 150
+    c.steps = 300
     c.data.sizes, c.data.text_lengths = ((32, 128),), ((12, 16),)
     return c

@@ -258,6 +258,15 @@ def test_a_damaged_state_says_what_to_delete(tmp_path):
     checkpoints.close()
 
 
+def test_a_save_that_meets_another_is_not_left_out(tmp_path, monkeypatch):
+    checkpoints = RunCheckpoints(tmp_path)
+    monkeypatch.setattr(checkpoints.manager, "is_saving_in_progress", lambda: True)
+    checkpoints.save(1, state(mesh_of(1)), {})
+    checkpoints.save(2, state(mesh_of(1)), {}, wait=True)
+    assert list(checkpoints.manager.all_steps()) == [1, 2]
+    checkpoints.close()
+
+
 def test_nothing_to_resume(tmp_path):
     checkpoints = RunCheckpoints(tmp_path)
     with pytest.raises(CheckpointError, match="no checkpoint to resume from"):

@@ -55,3 +55,61 @@ def test_help_ends_with_an_example(capsys):
         main(["eval", "effect", "--help"])
     said = capsys.readouterr().out
     assert "oracle" in said and said.rstrip().endswith("--out runs/demo")
+
+
+# ---- suites ----
+def test_help_of_a_suite_names_its_files_judge_and_switches(capsys):
+    with pytest.raises(SystemExit):
+        main(["eval", "longtext-en", "--help"])
+    said = capsys.readouterr().out
+    for words in ("text_prompts.jsonl from github.com/X-Omni-Team/X-Omni", "pp-ocr (local, the default)", "clean-replies", "--phase score"):
+        assert words in said
+    assert said.rstrip().endswith("xomni eval longtext-en --model MODEL --data DATA --out runs/longtext-en")
+    with pytest.raises(SystemExit):
+        main(["eval", "rendered-qa", "--help"])
+    said = capsys.readouterr().out
+    assert "--data" not in said and "--seed" not in said and "--judge" not in said  # no option that it does not read
+
+
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        ("--shard=0/2", "write K/N with K from 1 to N"),
+        ("--shard=3/2", "write K/N"),
+        ("--mesh=fsdp", "write it like fsdp=4,tensor=2"),
+        ("--batch=0", "'0' is no number from 1 on"),
+        ("--seed=-1", "give a number from 0 to 4294967295"),
+        ("--instruction=ocr=/no/file", "is not NAME=FILE with a file that exists"),
+        ("--phase=answer", "invalid choice: 'answer'"),
+    ],
+)
+def test_wrong_values_of_a_suite_say_how(wrong, said, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse("longtext-en", "--data=a", "--out=b", wrong)
+    assert stopped.value.code == 2 and said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["longtext-en", "--data=/no/data"], "the data directory /no/data does not exist; it must hold text_prompts.jsonl from github.com"),
+        (["rendered-text", "--switch=x"], "rendered-text has no switch 'x'; it has clean-replies"),
+        (["rendered-text", "--ids", "x"], "rendered-text has no item 'x'; ids are such as '0000'"),
+        (["rendered-text", "--judge=what"], "a judge of kind 'ocr' is needed and --judge what was given"),
+        (["rendered-text", "--judge=m@http://127.0.0.1:9/v1"], "no model answers at http://127.0.0.1:9/v1"),
+        (["rendered-text", "--model=/no/model"], "/no/model: no such directory"),
+        (["rendered-text", "--min-p=2"], "min_p"),
+        (["all", "--data=/", "--judge=pp-ocr"], "write KIND=JUDGE"),
+    ],
+)
+def test_a_suite_that_cannot_run_is_one_sentence_and_leaves_nothing(arguments, said, tmp_path, capsys):
+    assert main(["eval", *arguments, f"--out={tmp_path / 'out'}"]) == 2
+    captured = capsys.readouterr()
+    assert said in captured.out + captured.err and "Traceback" not in captured.err and captured.err.count("\n") <= 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_all_names_what_is_absent(tmp_path, capsys):
+    assert main(["eval", "all", f"--data={tmp_path}", f"--out={tmp_path / 'out'}"]) == 2
+    said = capsys.readouterr().out
+    assert said.count("not run: ") == 12 and "not run: pope: " in said and "coco_pope" in said

@@ -40,6 +40,13 @@ def test_overrides_reach_the_stage(monkeypatch):
     assert (seen[0].steps, seen[0].optimizer.learning_rate, seen[0].run_dir, seen[0].stage) == (3, 0.5, "elsewhere", "sft")
 
 
+@pytest.mark.parametrize("model, code", [(None, 75), (ROOT, 0)])
+def test_launchers_tell_a_stopped_run_from_a_finished_one(monkeypatch, model, code):
+    monkeypatch.setenv("XOMNI_STOPPED_CODE", "75")
+    monkeypatch.setattr(training_run, "run_stage", lambda config: model)
+    assert main(["train", SFT]) == code
+
+
 @pytest.mark.parametrize(
     "arguments, told",
     [
@@ -50,6 +57,8 @@ def test_overrides_reach_the_stage(monkeypatch):
         ([SFT, "--config.steps"], "override 'steps' has no value; write --config.steps=VALUE"),
         ([SFT, "--steps=3"], "unknown argument '--steps=3'; overrides are written --config.KEY=VALUE"),
         ([SFT, "--devices", "0"], "--devices 0 must be at least 1"),
+        ([SFT, "--profile-steps", "8-3"], "--profile-steps 8-3: give two step numbers, such as 3-8"),
+        ([SFT, "--profile-steps", "3-8", "--config.steps=5"], "--profile-steps 3-8: the run has 5 steps; name two of them"),
         ([SFT, "--config.init_from=/nowhere", "--config.next_token.rows=16"], "/nowhere: no such directory; give a model directory"),
         ([SFT, "--config.init_from=/nowhere"], "config.next_token.rows=14 does not split over the 8 ways of config.mesh"),
         ([SFT, "--config.mesh.tensor=3"], "mesh tensor=3 needs a multiple of 3 devices, 8 are present; change config.mesh"),

@@ -35,7 +35,7 @@ def test_restored_iterator_continues(prefetch):
 
 def test_shards_cover_every_batch_once():
     whole = _take(iter(rendered_dataset(CONFIG, seed=1, batch_size=6)), 8)
-    shards = [_take(iter(rendered_dataset(CONFIG, seed=1, batch_size=6, shard_index=i, shard_count=3)), 8) for i in range(3)]
+    shards = [_take(iter(rendered_dataset(CONFIG, seed=1, batch_size=6, rows=(2 * i, 2 * i + 1))), 8) for i in range(3)]
     for n, batch in enumerate(whole):
         parts = [s[n] for s in shards]
         assert [k for p in parts for k in p["id"]] == batch["id"]
@@ -59,7 +59,7 @@ def test_counted_and_transformed():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match=r"batch_size=5 does not divide over 2 hosts; use a multiple of 2\."):
-        rendered_dataset(CONFIG, 0, 5, shard_count=2)
-    with pytest.raises(ValueError, match=r"batch_size=4, shard 2 of 2: need a batch and 0 <= shard_index < shard_count\."):
-        rendered_dataset(CONFIG, 0, 4, shard_index=2, shard_count=2)
+    with pytest.raises(ValueError, match=r"batch_size=4, rows \(3, 4\): need rows from 0 to below batch_size"):
+        rendered_dataset(CONFIG, 0, 4, rows=(3, 4))
+    with pytest.raises(ValueError, match=r"batch_size=0, rows \(\)"):
+        rendered_dataset(CONFIG, 0, 0)

@@ -20,6 +20,7 @@ class PixelService(ThreadingHTTPServer):
     def __init__(self, scorer: str, fails: Callable[[int], bool], before: Callable[[int], None]):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.scorer, self.fails, self.before, self.calls = scorer, fails, before, 0
+        self.heard: Callable[[list[bytes]], None] = lambda images: None
         self.url = f"http://127.0.0.1:{self.server_port}"
 
 
@@ -49,6 +50,7 @@ class _Handler(BaseHTTPRequestHandler):
         """/score."""
         message = msgpack.unpackb(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.calls += 1
+        self.server.heard(message["images"])
         self.server.before(self.server.calls)
         scores: list[float | None] = [zlib.crc32(image) / 2**32 for image in message["images"]]
         errors: list[str | None] = [None] * len(scores)

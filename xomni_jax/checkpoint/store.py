@@ -240,8 +240,9 @@ def check_fit(path: Path, stored: Mapping[str, Any], expected: Mapping[str, Any]
 class RunCheckpoints:
     """The resumable states of one training run: train state, data iterator and counters, saved together or not at all."""
 
-    def __init__(self, directory: str | Path, keep: int = 2):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+    def __init__(self, directory: str | Path, keep: int = 2, keep_every: int = 0):
+        """The newest `keep` stay, and those of steps that `keep_every` divides (0: no others)."""
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_every or None, enable_async_checkpointing=True)
         self.directory = Path(directory).absolute()
         self.manager = ocp.CheckpointManager(self.directory, options=options)
 
@@ -252,7 +253,9 @@ class RunCheckpoints:
     def save(self, step: int, state: Any, data: Mapping[str, Any], wait: bool = False) -> None:
         """Starts an asynchronous save; `wait` blocks until it is on disk. A step already saved is left alone."""
         if step not in self.manager.all_steps():
-            self.manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(dict(data))))
+            args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(dict(data)))
+            # Without force Orbax skips, silently and on each process by its own clock, a save that comes while another is being written.
+            self.manager.save(step, args=args, force=True)
         if wait:
             self.manager.wait_until_finished()
 

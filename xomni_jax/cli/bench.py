@@ -8,8 +8,12 @@ from typing import Any
 
 from xomni_jax.assets import TINY_SFT
 
-NAMES = ("decode", "train", "mmdit", "grpo", "convert")
-_OPTIONS = dict.fromkeys(("decode", "train", "mmdit"), ("size", "threads")) | {"grpo": ("model", "config"), "convert": ("gb", "dir")}
+NAMES = ("decode", "train", "mmdit", "grpo", "convert", "eval")
+_OPTIONS = dict.fromkeys(("decode", "train", "mmdit"), ("size", "threads")) | {
+    "grpo": ("model", "config"),
+    "convert": ("gb", "dir"),
+    "eval": ("model",),
+}
 
 EXAMPLE = """\
 In decode, train and mmdit both sides do the same work with the same weights and all cores; results are compared before anything is timed.
@@ -19,12 +23,14 @@ In decode, train and mmdit both sides do the same work with the same weights and
   xomni bench mmdit --threads 1 --json mmdit.json
   xomni bench grpo
   xomni bench convert --gb 4 --dir /tmp
+  xomni bench eval
 
 decode  greedy decoding at batch 1 and 16, against transformers' Qwen2
 train   one train step with AdamW, against transformers' Qwen2
 mmdit   one forward pass of the decoder's transformer, against diffusers' FLUX
 grpo    seconds of a GRPO step in rollout, decode, reward and update; starts its reward services itself
 convert  peak memory and speed of xomni convert against a plain copy, on a released layout of random values that it writes and removes
+eval    items per second of xomni eval on the rendered suites, in one process and shared by two
 
 decode, train and mmdit need the extra [parity], grpo needs [rewards].
 """
@@ -32,14 +38,14 @@ decode, train and mmdit need the extra [parity], grpo needs [rewards].
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The subcommand's own options."""
-    parser.add_argument("name", metavar="NAME", choices=NAMES, help="decode, train, mmdit, grpo or convert")
+    parser.add_argument("name", metavar="NAME", choices=NAMES, help=", ".join(NAMES))
     parser.add_argument("--repeats", type=int, default=20, metavar="N", help="most timed pairs per case; grpo: steps (default 20)")
     parser.add_argument("--seconds", type=float, default=60.0, metavar="S", help="about the time for all pairs (default 60)")
     parser.add_argument("--json", metavar="FILE", help="also write everything measured to this file")
     models = parser.add_argument_group("decode, train, mmdit only")
     models.add_argument("--threads", type=int, metavar="N", help="cores that both sides use (default: all)")
     models.add_argument("--size", choices=("tiny", "small"), help="width 128 or 512 (default tiny)")
-    grpo = parser.add_argument_group("grpo only")
+    grpo = parser.add_argument_group("grpo only; --model also for eval")
     grpo.add_argument("--model", metavar="DIR", help="model directory (default: the tiny model that ships with the package)")
     grpo.add_argument("--config", metavar="FILE", help="whose shapes and rewards (default: configs/tiny/demo.py)")
     convert = parser.add_argument_group("convert only")
@@ -63,7 +69,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
         raise BenchError(f"--json {args.json}: there is no folder {Path(args.json).parent}; make it first")
     if args.threads is not None:
         machine.use_cores(args.threads)
-    report = {"grpo": _grpo, "convert": _convert}.get(args.name, _comparison)(args)
+    report = {"grpo": _grpo, "convert": _convert, "eval": _eval}.get(args.name, _comparison)(args)
     print(report.text)
     if args.json:
         write_json(Path(args.json), report.data)
@@ -98,6 +104,12 @@ def _convert(args: argparse.Namespace) -> Any:
     if args.dir and not Path(args.dir).is_dir():
         raise BenchError(f"--dir {args.dir}: there is no such folder; make it first")
     return convert.run(gb, args.dir, args.repeats, args.seconds)
+
+
+def _eval(args: argparse.Namespace) -> Any:
+    from xomni_jax.benchmarks import evaluation
+
+    return evaluation.run(args.model or TINY_SFT)
 
 
 def _grpo(args: argparse.Namespace) -> Any:

@@ -1,4 +1,4 @@
-"""xomni eval: measure trained models on held-out prompts and write a report."""
+"""xomni eval: the paper's benchmarks, and what reinforcement learning changed on held-out prompts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import sys
 import time
 from pathlib import Path
 
-EXAMPLE = (
+from xomni_jax.cli import eval_study, eval_suite
+
+EXAMPLE = eval_suite.EXAMPLE
+_EFFECT_EXAMPLE = (
     "xomni eval effect --sft xomni_jax/assets/tiny_sft --rl runs/demo/grpo/model --rl-run runs/demo/grpo \\\n"
     "    --ocr http://127.0.0.1:8001 --shapes http://127.0.0.1:8002 --out runs/demo"
 )
@@ -27,13 +30,17 @@ and scores). When it is interrupted, the same command goes on from the finished 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The evaluations; so far one."""
-    kinds = parser.add_subparsers(dest="evaluation", metavar="WHAT", required=True)
+    """One subcommand per benchmark, `all`, the studies, and `effect`."""
+    parser.add_argument("--paper-table", action="store_true", help="print the command behind each number of the paper's tables 1 to 4")
+    parser.add_argument("--runs", metavar="DIR", help="with --paper-table: where finished runs are, to print their numbers beside")
+    kinds = parser.add_subparsers(dest="evaluation", metavar="WHAT")
+    eval_suite.add_suites(kinds)
+    eval_study.add_studies(kinds)
     effect = kinds.add_parser(
         "effect",
         help="what reinforcement learning changed: SFT against RL",
         description=_EFFECT,
-        epilog="example:\n  " + EXAMPLE,
+        epilog="example:\n  " + _EFFECT_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what = effect.add_argument_group("what is compared")
@@ -95,6 +102,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:
+    """Runs the evaluation that was asked for."""
+    if args.paper_table:
+        from xomni_jax.evaluation.paper_table import find_runs, rows, table_text
+
+        print(table_text(rows(find_runs(args.runs) if args.runs else ())))
+        return 0
+    if args.evaluation is None:
+        raise ValueError("say what to evaluate, such as rendered-text, or give --paper-table; xomni eval --help lists all")
+    if args.evaluation in eval_study.STUDIES:
+        return eval_study.run(args)
+    return _effect(args) if args.evaluation == "effect" else eval_suite.run(args)
+
+
+def _effect(args: argparse.Namespace) -> int:
     """Measures, prints the tables, writes both reports."""
     from xomni_jax.evaluation.effect import EffectConfig, open_services, run_effect
     from xomni_jax.evaluation.report import write_report

@@ -12,11 +12,12 @@ COMMANDS = {
     "generate": "draw pictures from prompts",
     "chat": "ask a question about a picture",
     "train": "run a training stage: tokenizer, pretrain, sft, decoder, grpo",
-    "eval": "measure trained models on held-out prompts and write a report",
+    "eval": "score models on the paper's benchmarks, and measure what reinforcement learning changed",
+    "compare": "paired differences between runs of one benchmark",
     "convert": "turn downloaded PyTorch checkpoints into a model directory",
     "export": "turn a model directory back into the released PyTorch layout",
     "inspect": "say what a checkpoint holds, or how two differ",
-    "serve-reward": "start a reward service: ocr, shapes, quality, tesseract",
+    "serve-reward": "start a scoring service: ocr, shapes, quality, tesseract, detector",
     "rewards": "check running reward services, or score pictures with them",
     "plan": "compile a run for a slice that is not there: does it fit, what bounds it, what it costs",
     "bench": "measure speed: against transformers and diffusers, of a GRPO step, of a conversion",
@@ -55,24 +56,29 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unknown argument {rest[0]}; see xomni {args.command} --help")
     try:
         return args.run(args, rest) or 0
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, ValueError, OSError, FloatingPointError, KeyError) as e:
+        return explain(args.command, e)
+
+
+def explain(command: str, e: BaseException) -> int:
+    """Tells an error that a user can mend in one sentence -> exit code. Any other is raised again."""
+    if isinstance(e, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
+    if isinstance(e, BrokenPipeError):
         return 1
-    except (ValueError, OSError, FloatingPointError, KeyError) as e:
-        if os.environ.get("XOMNI_DEBUG"):
-            raise
-        message = str(e.args[0]) if isinstance(e, KeyError) and e.args else str(e)
-        first, *more = message.strip().splitlines() or [type(e).__name__]
-        if more and type(e).__module__.startswith("xomni_jax."):
-            first = message.strip()  # a list of problems, such as those of a conversion
-        elif more and not isinstance(e, OSError):
-            # Ours are one sentence each; several lines come from inside a library and are nothing a user wrote wrongly.
-            print(f"xomni {args.command}: internal error, {type(e).__name__}: {first} (XOMNI_DEBUG=1 shows where)", file=sys.stderr)
-            return 1
-        print(f"xomni {args.command}: {first}", file=sys.stderr)
-        return 2
+    if os.environ.get("XOMNI_DEBUG") or not isinstance(e, (ValueError, OSError, FloatingPointError, KeyError)):
+        raise e
+    message = str(e.args[0]) if isinstance(e, KeyError) and e.args else str(e)
+    first, *more = message.strip().splitlines() or [type(e).__name__]
+    if more and type(e).__module__.startswith("xomni_jax."):
+        first = message.strip()  # a list of problems, such as those of a conversion
+    elif more and not isinstance(e, OSError):
+        # Ours are one sentence each; several lines come from inside a library and are nothing a user wrote wrongly.
+        print(f"xomni {command}: internal error, {type(e).__name__}: {first} (XOMNI_DEBUG=1 shows where)", file=sys.stderr)
+        return 1
+    print(f"xomni {command}: {first}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-NAMES = ("ocr", "shapes", "quality", "tesseract")
-_OPTIONS = {"ocr": ("mode", "formula", "second"), "quality": ("references",)}
+NAMES = ("ocr", "shapes", "quality", "tesseract", "detector")
+_OPTIONS = {"ocr": ("mode", "formula", "second"), "quality": ("references",), "detector": ("detector", "clip", "device", "short_side")}
 
 EXAMPLE = """\
 A service scores pictures over HTTP; the trainer and the evaluations ask it. Start one per reward, in a terminal of its own:
@@ -18,6 +18,7 @@ ocr      reads the picture (PP-OCR) and compares the text with targets["text"]
 shapes   colour of the ground, and count, shape and colour of drawn objects
 quality  likeness to rendered pictures: notices noise, blur, compression; needs no target
 tesseract  reads with another program than ocr does: a second opinion for evaluations (xomni eval effect --second URL)
+detector   finds objects and their colours (Mask2Former and CLIP, with torch): the judge of xomni eval geneval --judge URL
 
 Several replicas of one scorer may run on other ports or machines; give the trainer all their URLs.
 """
@@ -25,7 +26,7 @@ Several replicas of one scorer may run on other ports or machines; give the trai
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The subcommand's own options."""
-    parser.add_argument("name", metavar="NAME", choices=NAMES, help="ocr, shapes, quality or tesseract")
+    parser.add_argument("name", metavar="NAME", choices=NAMES, help="ocr, shapes, quality, tesseract or detector")
     parser.add_argument("--port", type=int, default=8001, help="where to listen; 0 takes a free one (default 8001)")
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in (default 127.0.0.1)"
@@ -45,6 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     quality.add_argument(
         "--references", metavar="DIR", help="pictures that count as good (default: 400 rendered training pictures)"
     )
+    detector = parser.add_argument_group("detector only")
+    detector.add_argument("--detector", metavar="DIR", help="local copy of facebook/mask2former-swin-small-coco-instance")
+    detector.add_argument("--clip", metavar="DIR", help="local copy of openai/clip-vit-large-patch14")
+    detector.add_argument(
+        "--short-side", type=int, metavar="PIXELS", help="of the picture that is searched (default 800, as official; less is quicker)"
+    )
+    detector.add_argument("--device", help="where torch runs, such as cuda:0 (default: a GPU when there is one, else the CPU)")
 
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:
@@ -56,6 +64,6 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     for option in options:
         if option not in _OPTIONS.get(args.name, ()):
             owner = next(name for name, names in _OPTIONS.items() if option in names)
-            raise ServiceError(f"--{option} belongs to {owner}; serve-reward {args.name} does not take it")
+            raise ServiceError(f"--{option.replace('_', '-')} belongs to {owner}; serve-reward {args.name} does not take it")
     serve(ServiceConfig(args.name, options, workers=args.workers), args.host, args.port)
     return 0

@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-from xomni_jax.training.config import ConfigError, load_config
+from ml_collections import ConfigDict
+
+from xomni_jax.training.config import ConfigError, flat, load_config
 
 EXAMPLE = "xomni train --config=configs/tiny/sft.py --config.run_dir=runs/my_sft --config.steps=200"
 
@@ -13,7 +21,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """--config FILE and any number of --config.key=value."""
     parser.add_argument("--config", required=True, metavar="FILE", help="a file with get_config(); see configs/")
     parser.add_argument("--devices", type=int, metavar="N", help="simulate N CPU devices (to try a mesh on one machine)")
-    parser.usage = "xomni train --config=FILE [--config.KEY=VALUE ...] [--devices N]"
+    parser.add_argument(
+        "--distributed", action="store_true",
+        help="one of several processes, which JAX finds by itself (TPU slice, Slurm); launch/local.py and GKE need no flag",
+    )  # fmt: skip
+    parser.add_argument("--profile-steps", metavar="A-B", help="trace steps A to B in RUN/profile, for xprof or TensorBoard; such as 3-8")
+    parser.add_argument(
+        "--compilation-cache", metavar="DIR", help="keep compiled programs here (default $JAX_COMPILATION_CACHE_DIR); on a pod, where every host sees it"
+    )
+    parser.usage = "xomni train --config=FILE [--config.KEY=VALUE ...] [--devices N] [--distributed] [--profile-steps A-B] [--compilation-cache DIR]"
 
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:
@@ -24,13 +40,53 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
             raise ConfigError(f"unknown argument {argument!r}; overrides are written --config.KEY=VALUE")
         overrides.append(argument.removeprefix("--config."))
     config = load_config(args.config, overrides)
+    options: dict[str, Any] = {}
+    if args.profile_steps:
+        from xomni_jax.training.operations import profile_range
+
+        options["profile"] = profile_range(args.profile_steps)
+    import jax
+
     if args.devices is not None:
         if args.devices < 1:
             raise ConfigError(f"--devices {args.devices} must be at least 1")
-        import jax
-
         jax.config.update("jax_num_cpu_devices", args.devices)
+    if args.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", args.compilation_cache)
+    from xomni_jax.sharding import distributed
     from xomni_jax.training.run import run_stage
 
-    run_stage(config)
-    return 0
+    line = distributed.start(facts(config), args.distributed)
+    if line is None:
+        return exit_code(run_stage(config, **options))
+    return together(line, lambda: exit_code(run_stage(config, line=line, **options)))
+
+
+def facts(config: ConfigDict) -> dict[str, Any]:
+    """What every process of a run must have been given alike. The addresses of services are a host's own."""
+    values = flat(json.loads(config.to_json_best_effort()), "config.")
+    return {key: value for key, value in values.items() if not key.endswith(".urls")}
+
+
+def together(line: Any, action: Callable[[], int], command: str = "train") -> int:
+    """Runs the action of one of several processes, which gives the exit code; an error is told here and to the others, and ends the process without waiting for them."""
+    from xomni_jax.cli.main import explain
+    from xomni_jax.sharding.line import leave
+
+    try:
+        code = action()
+    except BaseException as e:  # noqa: BLE001 - whatever it is, the others must not wait
+        try:
+            code = explain(command, e)
+        except BaseException:  # noqa: BLE001
+            traceback.print_exc()
+            code = 1
+        line.fail((str(e).strip().splitlines() or [type(e).__name__])[0])
+        leave(code)
+    line.close()
+    return code
+
+
+def exit_code(model: Path | None) -> int:
+    """0, or what the launchers ask for in XOMNI_STOPPED_CODE when a run was stopped and has saved: it must count neither as complete nor as failed."""
+    return 0 if model else int(os.environ.get("XOMNI_STOPPED_CODE", "0"))

@@ -19,33 +19,27 @@ def rendered_dataset(
     seed: int,
     batch_size: int,
     *,
-    shard_index: int = 0,
-    shard_count: int = 1,
+    rows: Sequence[int] | None = None,
     batches: int | None = None,
     transform: Callable[[dict[str, Any]], Any] | None = None,
     prefetch: int = 2,
 ) -> grain.IterDataset:
     """Batches of rendered examples as a grain IterDataset, endless unless `batches` says how many.
 
-    `batch_size` counts examples over all hosts; each of `shard_count` hosts gets its own `batch_size / shard_count` of every
-    batch, in order, so the data does not depend on the number of hosts. All examples of a batch have one size, drawn by weight
-    per batch and the same on every host: shapes are static and every batch is full. `transform` maps a collated batch (see
+    `batch_size` counts examples over all hosts; `rows` are those of every batch that this host renders (None: all), so that batches do
+    not depend on the number of hosts, nor does an iterator's state: it counts batches. All examples of a batch have one size, drawn by
+    weight per batch and the same on every host: shapes are static and every batch is full. `transform` maps a collated batch (see
     `collate`). One thread renders `prefetch` batches ahead; 0 renders in the caller's thread. Iterators have `get_state()` and
-    `set_state()`. Raises ValueError when the batch does not divide over the hosts.
+    `set_state()`. Raises ValueError when there is no batch, or a row that it has not.
     """
-    if batch_size < 1 or not 0 <= shard_index < shard_count:
-        raise ValueError(
-            f"batch_size={batch_size}, shard {shard_index} of {shard_count}: need a batch and 0 <= shard_index < shard_count."
-        )
-    if batch_size % shard_count:
-        raise ValueError(f"batch_size={batch_size} does not divide over {shard_count} hosts; use a multiple of {shard_count}.")
-    local = batch_size // shard_count
+    rows = range(batch_size) if rows is None else tuple(rows)
+    if not rows or min(rows) < 0 or max(rows) >= batch_size:
+        raise ValueError(f"batch_size={batch_size}, rows {tuple(rows)}: need rows from 0 to below batch_size")
 
     def batch(number: int) -> dict[str, Any]:
         number = int(number)
         size = draw_size(seed, number, config)
-        first = number * batch_size + shard_index * local
-        return collate([render_example(seed, first + k, config, size) for k in range(local)])
+        return collate([render_example(seed, number * batch_size + row, config, size) for row in rows])
 
     dataset = grain.MapDataset.range(_ENDLESS if batches is None else batches).map(batch)
     if transform is not None:

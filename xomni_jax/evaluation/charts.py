@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
@@ -54,9 +54,16 @@ def moving_average(y: Sequence[float], width: int) -> np.ndarray:
 
 
 def line_chart(
-    lines: Sequence[Line], x_label: str, y_range: tuple[float, float] | None = None, level: tuple[str, float] | None = None
+    lines: Sequence[Line],
+    x_label: str,
+    y_range: tuple[float, float] | None = None,
+    level: tuple[str, float] | None = None,
+    x_ticks: Mapping[float, str] | None = None,
 ) -> str:
-    """Lines over a common x axis as SVG; `level` is a labelled horizontal line. An empty string without any point."""
+    """Lines over a common x axis as SVG; `level` is a labelled horizontal line, `x_ticks` are labels at given places.
+
+    An empty string without any point.
+    """
     lines = [line for line in lines if len(line.x)]
     if not lines:
         return ""
@@ -72,8 +79,8 @@ def line_chart(
     py = lambda y: TOP + (high - y) / (high - low) * (HEIGHT - TOP - BOTTOM)  # noqa: E731
 
     parts = [_grid([(py(t), f"{t:g}") for t in ticks(low, high)])]
-    for t in ticks(x_low, x_high, 6):
-        parts.append(f'<text class="tick" x="{px(t):.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{t:g}</text>')
+    for t, label in (x_ticks or {t: f"{t:g}" for t in ticks(x_low, x_high, 6)}).items():
+        parts.append(f'<text class="tick" x="{px(t):.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{label}</text>')
     parts.append(
         f'<text class="tick" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x_label)}</text>'
     )

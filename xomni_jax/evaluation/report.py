@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import base64
-import io
-import os
 from collections.abc import Sequence
 from html import escape
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +14,21 @@ from xomni_jax.evaluation.cells import Cell
 from xomni_jax.evaluation.charts import Dot, Line, dot_chart, line_chart
 from xomni_jax.evaluation.effect import Effect, Setting
 from xomni_jax.evaluation.grpo_run import GRPORun
+from xomni_jax.evaluation.markup import (
+    decimal,
+    document,
+    facts_table,
+    figure,
+    image_data,
+    interval,
+    interval_text,
+    percent,
+    points,
+    scroll,
+    section,
+    times,
+    write_text,
+)
 from xomni_jax.evaluation.summary import SHOWN
 from xomni_jax.rewards.text_metrics import is_exact
 
@@ -32,17 +43,12 @@ SHOWN_PROMPTS, UNFOLDED_PROMPTS, SHOWN_SAMPLES = 12, 6, 4
 
 
 def write_report(effect: Effect, report: dict[str, Any], path: str | Path) -> Path:
-    """Writes the page and returns its path; readers see the old page or the whole new one."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    part.write_text(page(effect, report), encoding="utf-8")
-    os.replace(part, path)
-    return path
+    """Writes the page and returns its path."""
+    return write_text(path, page(effect, report))
 
 
 def page(effect: Effect, report: dict[str, Any]) -> str:
     """The whole page as HTML."""
-    style = (resources.files("xomni_jax") / "assets" / "report.css").read_text()
     config, names = effect.config, list(SETTING_NAMES)
     size = "x".join(map(str, config.size))
     body = [
@@ -65,12 +71,7 @@ def page(effect: Effect, report: dict[str, Any]) -> str:
         section("Is the reward being gamed?", statistics_tables(report), "two", STATISTICS_TEXT),
         section("How it was measured", method(report)),
     ]
-    title = "What reinforcement learning changed"
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{style}</style></head><body><main>{''.join(body)}</main></body></html>\n"
-    )
+    return document("What reinforcement learning changed", "".join(body))
 
 
 # ---- parts of the page ----
@@ -223,14 +224,12 @@ def grids(effect: Effect, name: str, which: slice) -> str:
 
 def picture(cell: Cell, p: int, r: int, wanted: Sequence[str]) -> str:
     """One picture with what was read in it, marked when right."""
-    buffer = io.BytesIO()
-    Image.fromarray(cell.images[p, r]).save(buffer, "PNG", optimize=True)
     text = str(cell.texts["ocr"][p, r])
-    data, right = base64.b64encode(buffer.getvalue()).decode(), is_exact(list(wanted), text)
+    right = is_exact(list(wanted), text)
     mark, said = ("right", "&#10003; ") if right else ("wrong", "")
-    width = cell.images.shape[3]
+    width, data = cell.images.shape[3], image_data(Image.fromarray(cell.images[p, r]), "PNG", optimize=True)
     return (
-        f'<figure class="{mark}"><img width="{2 * width}" alt="{escape(text) or "unread"}" src="data:image/png;base64,{data}">'
+        f'<figure class="{mark}"><img width="{2 * width}" alt="{escape(text) or "unread"}" src="{data}">'
         f"<figcaption>{said}{escape(text) or '&empty;'}</figcaption></figure>"
     )
 
@@ -271,31 +270,11 @@ def method(report: dict[str, Any]) -> str:
     }
     times_ |= {f"step, {part}": value for part, value in report["step_seconds"].items()}
     facts = {f"{name}, s": decimal(value, 2) for name, value in times_.items() if value is not None}
-    facts |= {"pictures not scored": escape(told)} | {
-        k: escape(", ".join(map(str, v)) if isinstance(v, (list, tuple)) else str(v)) for k, v in report["settings"].items()
-    }
-    rows = "".join(f"<tr><th>{escape(k)}</th><td>{v}</td></tr>" for k, v in facts.items())
-    table = scroll(f"<table class=facts><tbody>{rows}</tbody></table>")
-    return f"<ul>{lines}</ul><details><summary>Settings and times</summary>{table}</details>"
+    facts |= {"pictures not scored": told} | report["settings"]
+    return f"<ul>{lines}</ul><details><summary>Settings and times</summary>{facts_table(facts)}</details>"
 
 
-# ---- small pieces ----
-def section(title: str, content: str, layout: str = "", text: str = "") -> str:
-    """A titled section; `layout` is a class of the inner box."""
-    head = f"<h2>{title}</h2>" if title else ""
-    return f"<section>{head}{f'<p>{escape(text)}</p>' if text else ''}<div class='{layout}'>{content}</div></section>"
-
-
-def figure(svg: str, title: str) -> str:
-    """A chart under its title; nothing when there is no chart."""
-    return f"<div class=chart><h3>{escape(title)}</h3>{svg}</div>" if svg else ""
-
-
-def scroll(table: str) -> str:
-    """Wide tables scroll inside their own box."""
-    return f"<div class=scroll>{table}</div>"
-
-
+# ---- names ----
 def setting_title(name: str, guidance: float) -> str:
     """Guidance off, or on with its value."""
     return SETTING_NAMES[name] + (f" ({guidance:g})" if name == "guidance_on" else "")
@@ -305,33 +284,3 @@ def row_title(row: str) -> str:
     """Name of a row for readers."""
     known = {"reconstruction": "Reconstruction", "sft": "SFT", "rl": "RL", "real pictures": "Real pictures"}
     return known.get(row) or "SFT best of " + row.rpartition("_")[2]
-
-
-def decimal(value: float | None, digits: int = 3) -> str:
-    """A number, or a dash."""
-    return "&ndash;" if value is None else f"{value:.{digits}f}"
-
-
-def percent(value: float | None) -> str:
-    """A share in percent."""
-    return "&ndash;" if value is None else f"{100 * value:.0f}%"
-
-
-def points(value: float | None) -> str:
-    """A difference of shares in points."""
-    return "&ndash;" if value is None else f"{100 * value:+.0f}"
-
-
-def times(value: float | None) -> str:
-    """A ratio."""
-    return "&ndash;" if value is None else f"{value:.2f}&times;"
-
-
-def interval(pair: Sequence[float | None] | None, scale: float = 1.0, form: str = ".2f") -> str:
-    """An interval in small print."""
-    return "" if pair is None else f"<small>{interval_text(pair, scale, form)}</small>"
-
-
-def interval_text(pair: Sequence[float | None] | None, scale: float = 1.0, form: str = ".2f") -> str:
-    """An interval in words; an open end is infinite."""
-    return "unknown" if pair is None else " to ".join("&infin;" if v is None else format(scale * v, form) for v in pair)

@@ -6,7 +6,7 @@ P prompts, R samples per prompt. NaN means "not known" everywhere: it is left ou
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -108,6 +108,21 @@ def paired_ratio(a_P: np.ndarray, b_P: np.ndarray, seed: int = 0, resamples: int
     # A resample without any success in b has an infinite ratio; it belongs to the upper end.
     ratios = np.divide(top, bottom, out=np.full(len(top), np.inf), where=bottom > 0)
     return Interval(float(a.mean() / b.mean()), *_percentiles(ratios, level), int(a.size))
+
+
+def number(value: float) -> float | None:
+    """JSON has no NaN or infinity."""
+    return float(value) if math.isfinite(value) else None
+
+
+def bounds(interval: Interval) -> list[float | None] | None:
+    """[low, high], or None when nothing was measured."""
+    return None if math.isnan(interval.value) else [number(interval.low), number(interval.high)]
+
+
+def with_bounds(interval: Interval) -> dict[str, Any]:
+    """A value with its interval."""
+    return {"value": number(interval.value), "ci95": bounds(interval)}
 
 
 def _pair(a_P: np.ndarray, b_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

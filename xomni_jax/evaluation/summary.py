@@ -11,12 +11,14 @@ import numpy as np
 from xomni_jax.evaluation.cells import REWARDS, Cell
 from xomni_jax.evaluation.pictures import colour_entropy
 from xomni_jax.evaluation.statistics import (
-    Interval,
     best_of_weights,
     bootstrap_mean,
+    bounds,
+    number,
     paired_difference,
     paired_ratio,
     weighted_rows,
+    with_bounds,
 )
 
 if TYPE_CHECKING:
@@ -177,21 +179,6 @@ def notes(effect: Effect) -> list[str]:
 def measured(cell: Cell, service: str) -> bool:
     """Whether a cell holds the reward of a service."""
     return REWARDS.get(service) in cell.metrics
-
-
-def number(value: float) -> float | None:
-    """JSON has no NaN or infinity."""
-    return float(value) if math.isfinite(value) else None
-
-
-def bounds(interval: Interval) -> list[float | None] | None:
-    """[low, high], or None when nothing was measured."""
-    return None if math.isnan(interval.value) else [number(interval.low), number(interval.high)]
-
-
-def with_bounds(interval: Interval) -> dict[str, Any]:
-    """A value with its interval."""
-    return {"value": number(interval.value), "ci95": bounds(interval)}
 
 
 def table_text(report: dict[str, Any]) -> str:

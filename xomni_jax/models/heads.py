@@ -30,7 +30,7 @@ class Head(nn.Module):
         self.kernel = self.param("kernel", init, (self.features, self.vocab), self.param_dtype)
 
     def weight(self, rows: int | None = None) -> jax.Array:
-        """The kernel of the first `rows` ids, [D, rows] in the compute dtype, gathered over the width for training.
+        """The kernel of the first `rows` ids, [D, rows] in the compute dtype, gathered over the width.
 
         Call it once before a chunked loss: inside the chunk loop the compiler would gather the whole head per chunk.
         """
@@ -39,8 +39,8 @@ class Head(nn.Module):
         return constrain(kernel_DV, None, "vocab", name="head")
 
     def __call__(self, x: jax.Array, rows: int | None = None) -> jax.Array:
-        """Float32 logits of the first `rows` ids (all without it). A sampler's head is whole along its width already."""
-        return head_logits(x, constrain(self.kernel.astype(self.dtype)[:, :rows], None, "vocab", name="head"))
+        """Float32 logits of the first `rows` ids (all without it)."""
+        return head_logits(x, self.weight(rows))
 
 
 def head_logits(x: jax.Array, kernel_DV: jax.Array) -> jax.Array:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -37,10 +38,30 @@ def make_mesh(axes: Mapping[str, int] | None = None, devices=None) -> Mesh:
     if math.prod(sizes.values()) != len(devices):
         asked = " x ".join(f"{name}={size}" for name, size in sizes.items() if size not in (1, -1)) or "1"
         needs = f"a multiple of {fixed}" if free else f"{fixed}"
-        raise ValueError(f"mesh {asked} needs {needs} devices, {len(devices)} are present; change config.mesh")
-    # Follows the torus where axes and torus factor; an axis of 4 on a torus of 8 x 8 has to split one of its sides.
-    grid = mesh_utils.create_device_mesh(tuple(sizes[a] for a in MESH_AXES), devices, allow_split_physical_axes=True)
+        mend = "change config.mesh"
+        if math.prod(sizes.values()) > len(devices) and (hosts := jax.process_count()) > 1:
+            each = len(devices) // hosts
+            mend = f"that is {hosts} hosts with {each} each; start it on {-(-fixed // each)} hosts, or {mend}"
+        raise ValueError(f"mesh {asked} needs {needs} devices, {len(devices)} are present; {mend}")
+    grid = arrange(tuple(sizes[a] for a in MESH_AXES), devices)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def arrange(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
+    """Devices in the shape of the mesh, neighbours on the torus where it allows. Between TPU slices runs the first axis, replica, alone.
+
+    Raises:
+      ValueError: there are several slices, and replica is not a multiple of their number.
+    """
+    slices = len({getattr(d, "slice_index", 0) for d in devices if d.platform == "tpu"})
+    if slices <= 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    if shape[0] % slices:
+        raise ValueError(
+            f"mesh replica={shape[0]} does not divide over {slices} slices, and no other axis may lie between them; use replica={slices} or a multiple"
+        )
+    within, between = (shape[0] // slices, *shape[1:]), (slices,) + (1,) * (len(shape) - 1)
+    return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
 
 
 def split_devices(devices: Sequence[jax.Device], apart: int) -> tuple[list[jax.Device], list[jax.Device]]:

@@ -16,6 +16,8 @@ from xomni_jax.checkpoint.store import config_to_json, copy_components, read_mod
 from xomni_jax.models import autoencoder, mmdit, siglip_vq, text_encoders, transformer
 from xomni_jax.pipeline import XOmni
 from xomni_jax.sequence.tokenizer import TINY_TOKENIZER
+from xomni_jax.sharding.arrays import local_rows
+from xomni_jax.sharding.distributed import barrier
 from xomni_jax.sharding.rules import RULES
 from xomni_jax.training.config import ConfigError, check_types
 
@@ -107,6 +109,12 @@ def check_split(key: str, size: int, mesh: jax.sharding.Mesh) -> None:
         )
 
 
+def here(key: str, size: int, mesh: jax.sharding.Mesh) -> list[int]:
+    """The rows of a batch whose data this process loads; `key` is where its size is configured. Refuses what does not split evenly."""
+    check_split(key, size, mesh)
+    return local_rows(mesh, size)
+
+
 def open_model(init_from: str, needed: tuple[str, ...], mesh: jax.sharding.Mesh, stage: str) -> XOmni:
     """The model directory a stage starts from; refuses one that lacks what the stage needs."""
     if not init_from:
@@ -128,19 +136,24 @@ def export_model(
       settings: {name: dataclass} of defaults for running the model.
     """
     part = directory.with_name(directory.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    if init_from:
-        others = tuple(name for name in read_model_json(init_from)["components"] if name not in trained)
-        copy_components(init_from, part, others)
+    first = jax.process_index() == 0  # it alone copies files; every process writes its shards of the parameters
+    if first:
+        shutil.rmtree(part, ignore_errors=True)
+        if init_from:
+            others = tuple(name for name in read_model_json(init_from)["components"] if name not in trained)
+            copy_components(init_from, part, others)
+    barrier("copied")
     for name, (params, config) in trained.items():
         save_component(part, name, params, config, note)
-    if settings:
-        save_settings(part, **settings)
-    if not (part / "tokenizer").is_dir():
-        shutil.copytree(TINY_TOKENIZER, part / "tokenizer")
-    # The old model is replaced only by a whole new one.
-    shutil.rmtree(directory, ignore_errors=True)
-    part.rename(directory)
+    if first:
+        if settings:
+            save_settings(part, **settings)
+        if not (part / "tokenizer").is_dir():
+            shutil.copytree(TINY_TOKENIZER, part / "tokenizer")
+        # The old model is replaced only by a whole new one.
+        shutil.rmtree(directory, ignore_errors=True)
+        part.rename(directory)
+    barrier("exported")
 
 
 class DataIterator:

@@ -35,7 +35,8 @@ class RunConfig:
       steps: optimizer updates (for grpo: rollout batches).
       batch_size: examples per step over all devices (for grpo: prompts per step).
       log_every, save_every, grid_every: in steps; 0 turns grids off.
-      keep: how many resumable checkpoints stay on disk.
+      save_minutes: a checkpoint also after so many minutes, at the next logged step; 0: by steps alone.
+      keep, keep_every: the newest `keep` resumable checkpoints stay on disk, and those of steps that `keep_every` divides; 0: no others.
     """
 
     stage: str
@@ -47,12 +48,17 @@ class RunConfig:
     log_every: int = 10
     save_every: int = 200
     grid_every: int = 200
+    save_minutes: float = 0.0
     keep: int = 2
+    keep_every: int = 0
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"config.{name}={getattr(self, name)} must be at least 1")
+        for name in ("save_minutes", "keep_every"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"config.{name}={getattr(self, name)} must not be negative; 0 turns it off")
         if not self.run_dir:
             raise ConfigError("config.run_dir is empty; name a folder for the run's output")
 
@@ -208,11 +214,11 @@ def run_config(config: ConfigDict) -> RunConfig:
     return build(RunConfig, {k: v for k, v in config.items() if not isinstance(v, ConfigDict)}, "config")
 
 
-def save_resolved(config: ConfigDict, run_dir: Path) -> None:
+def save_resolved(config: ConfigDict, run_dir: Path, write: bool = True) -> None:
     """Writes RUN/config.json; refuses to go on in a run directory that was made with another configuration.
 
     Logging intervals and the addresses of services may change between sessions of one run, they do not change what a step computes;
-    and `steps` may, to train on: schedules then follow the new length.
+    and `steps` may, to train on: schedules then follow the new length. Without `write` it only compares: one process of a run writes.
     """
     path = run_dir / "config.json"
     text = config.to_json_best_effort(indent=1, sort_keys=True)
@@ -224,6 +230,8 @@ def save_resolved(config: ConfigDict, run_dir: Path) -> None:
                 f"{run_dir}: this run was started with config.{changed[0]}={old.get(changed[0])!r}, now it is "
                 f"{new.get(changed[0])!r}; use another run_dir or delete this one"
             )
+    if not write:
+        return
     run_dir.mkdir(parents=True, exist_ok=True)
     part = path.with_name("config.json.part")
     part.write_text(text + "\n")
@@ -232,7 +240,7 @@ def save_resolved(config: ConfigDict, run_dir: Path) -> None:
 
 def may_change(key: str) -> bool:
     """Whether a run may be resumed with another value of this key."""
-    return key in ("steps", "log_every", "save_every", "grid_every", "keep") or key.endswith(".urls")
+    return key in ("steps", "log_every", "save_every", "save_minutes", "grid_every", "keep", "keep_every") or key.endswith(".urls")
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -19,9 +19,11 @@ from xomni_jax.models.registry import COMPONENTS, init_params
 from xomni_jax.pipeline import DECODER_PARTS, picture_keys
 from xomni_jax.sampling.decoder import DecodeConfig, Decoder, to_uint8
 from xomni_jax.sampling.flow import Conditioning, flow_training_pair
-from xomni_jax.training.components import PRESETS, DataIterator, PictureSize, check_split, export_model, open_model, stored_or_preset
+from xomni_jax.sharding.arrays import spread, whole
+from xomni_jax.training.components import PRESETS, DataIterator, PictureSize, export_model, here, open_model, stored_or_preset
 from xomni_jax.training.config import ConfigError, RunConfig, build
 from xomni_jax.training.loop import Stage, key_for, tile
+from xomni_jax.training.operations import FlopCount
 from xomni_jax.training.optimizer import Optimizer, OptimizerConfig, make_optimizer
 from xomni_jax.training.preemption import StopSignal
 from xomni_jax.training.state import TrainState, init_state
@@ -103,7 +105,7 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
     """The decoder stage of a configuration."""
     cfg, data = build(DecoderTrainConfig, config.decoder, "config.decoder"), build(RenderedConfig, config.data, "config.data")
     decode = build(DecodeConfig, config.decode, "config.decode")
-    check_split("config.batch_size", run.batch_size, mesh)
+    rows = here("config.batch_size", run.batch_size, mesh)
     model = open_model(run.init_from, ("siglip_vq",), mesh, run.stage)
     stored = model.description["components"]
     configs = {n: stored_or_preset(model, n, config[n], PRESETS[n], f"config.{n}") for n in DECODER_PARTS}
@@ -122,16 +124,20 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
     state = state.replace(params={n: model.params(n) if n in stored else p for n, p in state.params.items()})
     vq, vq_params = model.module("siglip_vq"), model.params("siglip_vq")
 
-    update = make_update(decoder, vq, optimizer, cfg)
+    flops = FlopCount()
+    update = flops(make_update(decoder, vq, optimizer, cfg))
     ids = functools.partial(model.text_ids, cfg=decode)
     empty = ids([""])
     empties = tuple(np.repeat(x, model.ways, axis=0) for x in empty)  # as many rows as the mesh splits
 
     def to_batch(examples: dict[str, Any]) -> dict[str, Any]:
         text_BS, pooled_BS = ids(examples["caption"])
-        return {"pixels": examples["image"].astype(np.float32) / 127.5 - 1.0, "text": text_BS, "pooled": pooled_BS, "empty": empty}
+        return {"pixels": examples["image"].astype(np.float32) / 127.5 - 1.0, "text": text_BS, "pooled": pooled_BS}
 
-    batches = DataIterator(rendered_dataset(data, run.seed, run.batch_size, transform=to_batch))
+    def to_mesh(batch: dict[str, Any]) -> dict[str, Any]:
+        return spread(mesh, batch, run.batch_size) | {"empty": empty}
+
+    batches = DataIterator(rendered_dataset(data, run.seed, run.batch_size, rows=rows, transform=to_batch), to_mesh)
 
     def step(state: TrainState, batch, number: int):
         return update(state, vq_params, batch, key_for(run.seed, number, 0))
@@ -151,10 +157,10 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
         noise = jax.vmap(lambda k: jax.random.normal(k, noise_shape))(picture_keys(run.seed, n))
         pixels = real.astype(np.float32) / 127.5 - 1.0
         drawn = reconstruct(state.params, vq_params, pixels, *ids([e["caption"] for e in examples]), noise)
-        return tile(np.concatenate([np.asarray(drawn), real]), columns=n)
+        return tile(np.concatenate([whole(drawn), real]), columns=n)
 
     def export(state: TrainState, directory, note):
         trained = {name: (state.params.get(name, {}), c) for name, c in configs.items()}
         export_model(directory, trained, run.init_from, note, {"decode": decode, "size": PictureSize(*data.sizes[0])})
 
-    return Stage(state, batches, step, export, grid, items_per_step=run.batch_size)
+    return Stage(state, batches, step, export, grid, items_per_step=run.batch_size, flops=lambda: flops.total)

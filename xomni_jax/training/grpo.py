@@ -18,20 +18,23 @@ from xomni_jax.data.rendered import RenderedConfig
 from xomni_jax.data.sources import rendered_dataset
 from xomni_jax.models.registry import init_params
 from xomni_jax.pipeline import DECODER_PARTS, XOmni, pad_prompts, picture_keys
-from xomni_jax.rewards.client import RewardClient
+from xomni_jax.rewards.client import RewardClient, Score
 from xomni_jax.rewards.combine import MODES, Combined, column, combine
 from xomni_jax.sampling.decode import generate_codes, replay_logp
 from xomni_jax.sampling.decoder import DecodeConfig
 from xomni_jax.sampling.logits import SamplingConfig
+from xomni_jax.sharding.arrays import owned_rows, rows_here, share, whole
+from xomni_jax.sharding.distributed import gather_json
 from xomni_jax.sharding.mesh import make_mesh, split_devices
 from xomni_jax.sharding.rules import RULES, ROLLOUT_RULES, param_shardings
 from xomni_jax.training.advantages import AdvantageConfig, group_advantages
-from xomni_jax.training.components import PRESETS, DataIterator, check_heads, export_model, open_model, stored_or_preset
+from xomni_jax.training.components import PRESETS, DataIterator, check_heads, check_split, export_model, here, open_model, stored_or_preset
 from xomni_jax.training.config import ConfigError, RunConfig, build
 from xomni_jax.training.grpo_loss import GRPOConfig, grpo_loss, join_metrics, loss_items
 from xomni_jax.training.loop import Stage, key_for, tile
+from xomni_jax.training.operations import FlopCount
 from xomni_jax.training.optimizer import OptimizerConfig, make_optimizer
-from xomni_jax.training.preemption import StepRefused, StopSignal
+from xomni_jax.training.preemption import StepRefused, StopRequested, StopSignal
 from xomni_jax.training.state import TrainState, init_state
 
 ROLLOUT, NOISE, SHUFFLE = 0, 1, 2  # purposes of a step's keys
@@ -223,11 +226,15 @@ class Rollouts:
     def __init__(
         self, model: XOmni, painter: XOmni, grid: tuple[int, int], sampling: SamplingConfig, decode: DecodeConfig, cfg: RolloutConfig,
         advantage: AdvantageConfig, group: int, clients: Mapping[str, RewardClient], weights: Mapping[str, float], poll: Callable[[], None],
+        waiting: Callable[[], None] | None = None,
     ):  # fmt: skip
-        """`model` samples codes and `painter` decodes them: the same, or one on a mesh of its own."""
+        """`model` samples codes and `painter` decodes them: the same, or one on a mesh of its own.
+
+        `poll` raises StopRequested where all processes have agreed to; `waiting` may raise it earlier, within a wait for rewards.
+        """
         self.model, self.painter, self.grid, self.sampling, self.decode = model, painter, grid, sampling, decode
         self.cfg, self.advantage = cfg, advantage
-        self.group, self.clients, self.weights, self.poll = group, clients, weights, poll
+        self.group, self.clients, self.weights, self.poll, self.waiting = group, clients, weights, poll, waiting or poll
         net = model.module("transformer")
         boxed = jax.eval_shape(lambda: init_params("transformer", net.cfg, jax.random.key(0)))
         self.layout, self.sample = make_layout(boxed, model.mesh, net.cfg.dtype, ROLLOUT_RULES), make_sampler(net, grid[0] * grid[1], sampling)
@@ -247,6 +254,7 @@ class Rollouts:
         """One scored batch under the policy's parameters -> (rows without advantages, combined rewards, images [B, H, W, 3], timings)."""
         params = self.layout(params)
         P, R, n = len(prompts), self.group, len(prompts) // self.cfg.chunks
+        mine = owned_rows(self.painter.mesh, n * R)  # of a chunk: the pictures whose rewards this process asks for
         keys_P = jax.vmap(lambda p: jax.random.fold_in(jax.random.fold_in(key, ROLLOUT), p))(jnp.arange(P))
         keys_PR = jax.vmap(lambda k: jax.random.split(k, R))(keys_P)
         noise_keys_P = jax.vmap(lambda p: jax.random.fold_in(jax.random.fold_in(key, NOISE), p))(jnp.arange(P))
@@ -269,7 +277,8 @@ class Rollouts:
             ahead = sampled(slice(start + n, start + 2 * n)) if self.painter is not self.model and start + n < P else None
             between = time.perf_counter()
             drawn = self.pictures(out["codes"], [p for p in prompts[part] for _ in range(R)], noise_keys_PR[part].reshape(-1))
-            items = [{"prompt": p, "targets": t} for p, t in zip(prompts[part], targets[part]) for _ in range(R)]
+            drawn = rows_here(drawn, mine)
+            items = [{"prompt": prompts[start + row // R], "targets": targets[start + row // R]} for row in mine]
             seconds["perf/rollout_s"] += between - began
             seconds["perf/decode_s"] += time.perf_counter() - between
             waiting.append({name: client.score_async(list(drawn), items) for name, client in self.clients.items()})
@@ -277,10 +286,7 @@ class Rollouts:
             images.append(drawn)
             self.poll()
         began = time.perf_counter()
-        columns = {}
-        for name, client in self.clients.items():
-            scores = [s for chunk in waiting for s in client.wait(chunk[name], self.poll)]
-            columns[name] = column(scores, P)
+        columns = {name: column(scores, P) for name, scores in self.scores(waiting, mine, n * R).items()}
         seconds["perf/reward_wait_s"] = time.perf_counter() - began
         total = combine(columns, self.weights, self.cfg.combine, ddof=self.advantage.ddof, eps=self.advantage.eps)
         rows = lambda name: jnp.concatenate([m[name] for m in made]).reshape(P * R, *made[0][name].shape[2:])  # noqa: E731
@@ -291,23 +297,54 @@ class Rollouts:
         )  # fmt: skip
         return batch, total, np.concatenate(images), seconds
 
-    def pictures(self, codes_PRT: jax.Array, prompts: Sequence[str], noise_keys_B: jax.Array) -> np.ndarray:
-        """uint8 pictures [B, H, W, 3] of rollouts."""
+    def scores(self, waiting: Sequence[Mapping[str, Any]], mine: Sequence[int], n: int) -> dict[str, list[Score]]:
+        """{reward: a score for every rollout of the batch}: waits for this process's own and exchanges them with the others.
+
+        A stop is acted upon after the exchange, which all must make: whoever raised before would leave the others waiting.
+        """
+        try:
+            own = [{name: client.wait(chunk[name], self.waiting) for name, client in self.clients.items()} for chunk in waiting]
+        except StopRequested:
+            own = []
+        told = [{name: [(s.value, s.error) for s in scores] for name, scores in chunk.items()} for chunk in own]
+        table = gather_json({"rows": list(mine), "chunks": told})
+        self.poll()
+        out = {name: [None] * (n * len(waiting)) for name in self.clients}
+        for part in table:
+            for c, chunk in enumerate(part["chunks"]):
+                for name, scores in chunk.items():
+                    for row, (value, error) in zip(part["rows"], scores, strict=True):
+                        out[name][c * n + row] = Score(value, error)
+        return out
+
+    def pictures(self, codes_PRT: jax.Array, prompts: Sequence[str], noise_keys_B: jax.Array) -> jax.Array:
+        """uint8 pictures [B, H, W, 3] of rollouts, on the mesh."""
         codes_BYX = codes_PRT.reshape(-1, *self.grid)
         noise = self.painter.noise(noise_keys_B, self.grid)
         if self.painter is not self.model:  # arrays of one mesh are no arguments of a program on another
-            codes_BYX, noise = np.asarray(codes_BYX), np.asarray(noise)
-        return np.asarray(self.painter.decode_images(codes_BYX, prompts, noise, self.decode))
+            codes_BYX, noise = whole(codes_BYX), np.asarray(noise)
+        return self.painter.decode_images(codes_BYX, prompts, noise, self.decode)
 
 
 def image_statistics(images: np.ndarray) -> dict[str, float]:
     """What reward hacking would move: edge density (mean absolute gradient, 0..255) and entropy in bits of colours at 4 levels a channel."""
+    return join_statistics([image_sums(images)])
+
+
+def image_sums(images: np.ndarray) -> list[float]:
+    """What `image_statistics` are made of, to be added up over processes: pictures, mean gradients per picture, colours."""
     x = images.astype(np.float32)
-    edges = np.abs(np.diff(x, axis=1)).mean() + np.abs(np.diff(x, axis=2)).mean()
+    edges = np.abs(np.diff(x, axis=1)).mean((1, 2, 3)) + np.abs(np.diff(x, axis=2)).mean((1, 2, 3))
     level = images >> 6
     index = (level[..., 0].astype(np.int64) * 4 + level[..., 1]) * 4 + level[..., 2]
-    p = np.bincount(index.ravel(), minlength=64) / index.size
-    return {"image/edge_density": float(edges), "image/colour_entropy": float(-(p[p > 0] * np.log2(p[p > 0])).sum())}
+    return [len(images), float(edges.sum(dtype=np.float64)), *np.bincount(index.ravel(), minlength=64).tolist()]
+
+
+def join_statistics(sums: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Image statistics of all processes' pictures."""
+    n, edges, *colours = np.sum(sums, axis=0)
+    p = np.array(colours) / np.sum(colours)
+    return {"image/edge_density": float(edges / n), "image/colour_entropy": float(-(p[p > 0] * np.log2(p[p > 0])).sum())}
 
 
 def open_clients(section: Mapping[str, Any], poll: Callable[[], None]) -> tuple[dict[str, RewardClient], dict[str, float]]:
@@ -349,6 +386,8 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
     grid = model.grid(*data.sizes[0])
     B = run.batch_size * grpo.rollouts_per_prompt
     check_divides(run.batch_size, grpo, rollout, model.ways)
+    if jax.process_count() > 1:  # each has its own rows of a chunk's pictures
+        check_split("config.batch_size x grpo.rollouts_per_prompt / rollout.chunks", B // rollout.chunks, painter.mesh)
 
     # ---- policy, reference ----
     ar, start = model.config("transformer"), model.params("transformer")
@@ -359,11 +398,13 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
     ref_params = make_layout(jax.eval_shape(init), mesh, rollout.reference_dtype)(start) if grpo.kl_coef else None
     model.release("transformer")  # policy and reference are copies
     del start
-    clients, weights = open_clients(config.rewards, stop.check)
-    rollouts = Rollouts(model, painter, grid, sampling, decode, rollout, advantage, grpo.rollouts_per_prompt, clients, weights, stop.check)
+    clients, weights = open_clients(config.rewards, stop.check_waiting)
+    group = grpo.rollouts_per_prompt
+    rollouts = Rollouts(model, painter, grid, sampling, decode, rollout, advantage, group, clients, weights, stop.check, stop.check_waiting)
     parts = micro_batches(run.batch_size, grpo, rollout)
 
-    update = make_update(policy, optimizer, grpo, advantage, parts)
+    flops = FlopCount()
+    update = flops(make_update(policy, optimizer, grpo, advantage, parts))
 
     def step(state: TrainState, batch: dict[str, Any], number: int):
         key = key_for(run.seed, number, 0)
@@ -382,7 +423,7 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
         if rollout.max_logp_gap and ar.dtype == jnp.float32 and gap > rollout.max_logp_gap:
             raise FloatingPointError(f"sampler and trainer differ by {gap:.2e} in a log-prob at step {number + 1} (limit {rollout.max_logp_gap:g})")
         seconds["perf/update_s"] = time.perf_counter() - began
-        return state, {k: v for k, v in total.stats.items() if np.isfinite(v)} | metrics | image_statistics(images) | seconds
+        return state, {k: v for k, v in total.stats.items() if np.isfinite(v)} | metrics | join_statistics(gather_json(image_sums(images))) | seconds
 
     def grid_picture(state: TrainState, number: int) -> np.ndarray:
         n = -(-2 // model.ways) * model.ways
@@ -391,14 +432,20 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
         ids_PS, lengths_P = rollouts.prompt_ids(batch["caption"])
         negative = pad_prompts([model.tokenizer.negative_prompt(*grid)] * n) if sampling.guided else None
         out = rollouts.sample(rollouts.layout(state.params), ids_PS, lengths_P, jax.vmap(lambda k: jax.random.split(k, 8))(keys_P), negative)
-        return tile(rollouts.pictures(out["codes"], [p for p in batch["caption"] for _ in range(8)], jnp.repeat(keys_P, 8)), columns=8)
+        pictures = rollouts.pictures(out["codes"], [p for p in batch["caption"] for _ in range(8)], jnp.repeat(keys_P, 8))
+        return tile(whole(pictures), columns=8)
 
-    batches = DataIterator(rendered_dataset(data, run.seed, run.batch_size))
+    prompts_here = here("config.batch_size", run.batch_size, mesh)
+
+    def to_batch(examples: dict[str, Any]) -> dict[str, list[Any]]:
+        return share({name: examples[name] for name in ("caption", "targets")}, prompts_here, run.batch_size)
+
+    batches = DataIterator(rendered_dataset(data, run.seed, run.batch_size, rows=prompts_here), to_batch)
 
     def export(state: TrainState, directory, note):
         export_model(directory, {"transformer": (state.params, ar)}, run.init_from, note)
 
-    return Stage(state, batches, step, export, grid_picture, items_per_step=B, close=lambda: close_all(clients))
+    return Stage(state, batches, step, export, grid_picture, items_per_step=B, close=lambda: close_all(clients), flops=lambda: flops.total)
 
 
 def micro_batches(prompts: int, grpo: GRPOConfig, rollout: RolloutConfig) -> int:

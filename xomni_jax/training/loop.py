@@ -14,10 +14,14 @@ import numpy as np
 from PIL import Image
 
 from xomni_jax.checkpoint.store import RunCheckpoints
+from xomni_jax.sharding.distributed import gather_json
 from xomni_jax.training.config import ConfigError, RunConfig
 from xomni_jax.training.metrics import MetricWriter, Progress
+from xomni_jax.training.operations import CompileLog, Meter, Profile, say
 from xomni_jax.training.preemption import StepRefused, StopRequested, StopSignal
 from xomni_jax.training.state import TrainState
+
+WARM_UP = 2  # steps of a session that may compile
 
 
 @dataclasses.dataclass
@@ -32,6 +36,7 @@ class Stage:
       grid: (state, step number) -> uint8 [H, W, 3] picture for the run folder, or None.
       items_per_step: examples or samples one step handles, for the rate.
       close: frees what the stage holds (connections), however the run ends.
+      flops: matrix products of all steps so far, see `operations.FlopCount`.
     """
 
     state: TrainState
@@ -41,6 +46,7 @@ class Stage:
     grid: Callable[[TrainState, int], np.ndarray] | None = None
     items_per_step: int = 1
     close: Callable[[], None] = lambda: None
+    flops: Callable[[], float] = lambda: 0.0
 
 
 def key_for(seed: int, step: int, purpose: int) -> jax.Array:
@@ -48,9 +54,10 @@ def key_for(seed: int, step: int, purpose: int) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), purpose)
 
 
-def train(run: RunConfig, stage: Stage, stop: StopSignal) -> Path | None:
+def train(run: RunConfig, stage: Stage, stop: StopSignal, profile: tuple[int, int] | None = None) -> Path | None:
     """Runs a stage to its last step, resuming from the newest checkpoint of its run directory.
 
+    `profile`: first and last step, from 1, of a trace in RUN/profile.
     Returns the directory of the final model, or None when stopped early (then everything is saved).
 
     Raises:
@@ -60,16 +67,20 @@ def train(run: RunConfig, stage: Stage, stop: StopSignal) -> Path | None:
     with contextlib.ExitStack() as ending:
         ending.callback(stage.close)
         run_dir = Path(run.run_dir)
-        checkpoints = RunCheckpoints(run_dir / "checkpoints", keep=run.keep)
+        meter, compiled = Meter(stage.flops), ending.enter_context(CompileLog())
+        trace = Profile(profile, run_dir / "profile")
+        ending.callback(trace.close)
+        checkpoints = RunCheckpoints(run_dir / "checkpoints", keep=run.keep, keep_every=run.keep_every)
         ending.callback(checkpoints.close)
         state, batches, first = stage.state, stage.batches, 0
 
         # ---- resume ----
         if checkpoints.latest() is not None:
             abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-            first, state, data = checkpoints.restore(abstract)
+            with meter.aside():
+                first, state, data = checkpoints.restore(abstract)
             batches.set_state(data)
-            print(f"resuming {run_dir} after step {first}", flush=True)
+            say(f"resuming {run_dir} after step {first}")
         if first > run.steps:
             raise ConfigError(f"config.steps={run.steps}: {run_dir} has already made {first} steps; raise it or use another run_dir")
 
@@ -77,29 +88,43 @@ def train(run: RunConfig, stage: Stage, stop: StopSignal) -> Path | None:
         writer = MetricWriter(run_dir, resume_step=first)
         ending.callback(writer.close)
         step, data, metrics, refused = first, batches.get_state(), {}, None
-        draw_grid(stage, state, run, writer, step)
+        with meter.aside():
+            draw_grid(stage, state, run, writer, step)
         progress = Progress(run.stage, first, run.steps, stage.items_per_step)
-        logged, logged_at = step, time.perf_counter()
+        logged, logged_at, compiling = step, time.perf_counter(), 0.0
+        saved_at = time.monotonic()
         try:
-            while step < run.steps and not stop.requested:
-                batch = next(batches)
-                state, metrics = stage.step(state, batch, step)
+            while step < run.steps and not stop.reached():
+                trace.before(step + 1)
+                compiled.since()
+                so_far = compiled.seconds
+                with jax.profiler.StepTraceAnnotation(run.stage, step_num=step + 1):
+                    batch = next(batches)
+                    state, metrics = stage.step(state, batch, step)
                 step, data = step + 1, batches.get_state()
-                logs, saves = step % run.log_every == 0 or step == run.steps, step % run.save_every == 0 and step < run.steps
+                trace.after(step, metrics)
+                compiling += compiled.seconds - so_far
+                if (names := compiled.since()) and step > first + WARM_UP:
+                    progress.say(f"step {step} compiled again: {', '.join(names[-3:])}; shapes that change cost this time whenever they come")
+                logs = step % run.log_every == 0 or step == run.steps
+                saves = step < run.steps and (step % run.save_every == 0 or logs and time_to_save(run, saved_at))
                 if logs or saves:  # what is about to be saved must be finite
                     scalars = finite_scalars(metrics, step, checkpoints)
                 if logs:
                     now = time.perf_counter()  # the metrics above have waited for the device
                     scalars |= {"perf/seconds": now - logged_at, "perf/step_s": (now - logged_at) / (step - logged)}
+                    scalars |= meter.scalars(now - logged_at, compiling)
                     logged, logged_at = step, now
                     writer.write(step, scalars)
                     progress.show(step, scalars)
                 else:
                     progress.advance(step)
-                if saves:
-                    checkpoints.save(step, state, data)
-                if run.grid_every and step % run.grid_every == 0 and step < run.steps:
-                    draw_grid(stage, state, run, writer, step)
+                with meter.aside():
+                    if saves:
+                        checkpoints.save(step, state, data)
+                        saved_at = time.monotonic()
+                    if run.grid_every and step % run.grid_every == 0 and step < run.steps:
+                        draw_grid(stage, state, run, writer, step)
         except StopRequested:
             pass  # raised inside a wait, before the step changed anything: `state` and `data` are those of `step`
         except StepRefused as e:
@@ -113,12 +138,17 @@ def train(run: RunConfig, stage: Stage, stop: StopSignal) -> Path | None:
         if refused is not None:
             raise refused
         if step < run.steps:
-            print(f"stopped after step {step} of {run.steps}, saved in {run_dir / 'checkpoints'}; the same command goes on from here", flush=True)
+            say(f"stopped after step {step} of {run.steps}, saved in {run_dir / 'checkpoints'}; the same command goes on from here")
             return None
         draw_grid(stage, state, run, writer, step)
         stage.export(state, run_dir / "model", {"run": run.stage, "step": step, "seed": run.seed})
-        print(f"finished: model in {run_dir / 'model'}, metrics in {run_dir / 'metrics.jsonl'}", flush=True)
+        say(f"finished: model in {run_dir / 'model'}, metrics in {run_dir / 'metrics.jsonl'}")
         return run_dir / "model"
+
+
+def time_to_save(run: RunConfig, saved_at: float) -> bool:
+    """Whether `save_minutes` have passed since the last save, by the clock of process 0."""
+    return bool(run.save_minutes) and gather_json(time.monotonic() - saved_at >= 60 * run.save_minutes)[0]
 
 
 def finite_scalars(metrics: Mapping[str, Any], step: int, checkpoints: RunCheckpoints) -> dict[str, float]:
@@ -139,6 +169,8 @@ def draw_grid(stage: Stage, state: TrainState, run: RunConfig, writer: MetricWri
     if stage.grid is None or not run.grid_every:
         return
     picture = stage.grid(state, step)
+    if jax.process_index() != 0:
+        return
     folder = Path(run.run_dir) / "images"
     folder.mkdir(parents=True, exist_ok=True)
     Image.fromarray(picture).save(folder / f"step_{step:06d}.png")

@@ -84,6 +84,11 @@ class Progress:
         self._bar.set_postfix(shown, refresh=False)
         self.advance(step)
 
+    def say(self, text: str) -> None:
+        """Prints above the line."""
+        if not self._bar.disable:
+            self._bar.write(text)
+
     def close(self) -> None:
         """Ends the line."""
         self._bar.close()

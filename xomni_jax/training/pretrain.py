@@ -18,10 +18,12 @@ from xomni_jax.models import transformer
 from xomni_jax.models.registry import init_params
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sequence.tokenizer import MultimodalTokenizer
-from xomni_jax.training.components import DataIterator, check_heads, check_split, export_model, open_model, stored_or_preset
+from xomni_jax.sharding.arrays import share, spread, whole
+from xomni_jax.training.components import DataIterator, check_heads, export_model, here, open_model, stored_or_preset
 from xomni_jax.training.config import ConfigError, RunConfig, build
 from xomni_jax.training.loop import Stage, tile
 from xomni_jax.training.next_token import NextTokenConfig, build_sequences, next_token_loss, pack_batch
+from xomni_jax.training.operations import FlopCount
 from xomni_jax.training.optimizer import Optimizer, OptimizerConfig, make_optimizer
 from xomni_jax.training.preemption import StopSignal
 from xomni_jax.training.stages import FREEZE
@@ -49,7 +51,9 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
     if phase not in FREEZE:
         raise ConfigError(f"config.next_token.phase={phase!r} is unknown; use one of {', '.join(FREEZE)}")
     cfg, data = build(NextTokenConfig, section, "config.next_token"), build(RenderedConfig, config.data, "config.data")
-    check_split("config.next_token.rows", cfg.rows, mesh)
+    packed_rows = here("config.next_token.rows", cfg.rows, mesh)
+    # One process fills the batch of pictures up until it splits; several have their rows each.
+    rows = here("config.batch_size", run.batch_size, mesh) if jax.process_count() > 1 else None
     model = open_model(run.init_from, ("siglip_vq",), mesh, run.stage)
     old = "transformer" in model.description["components"]
     ar = stored_or_preset(model, "transformer", config.transformer, transformer.PRESETS, "config.transformer")
@@ -64,15 +68,22 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
         state = state.starting_from(model.params("transformer"))
         model.release("transformer")
 
-    update = make_update(net, optimizer, cfg)
+    flops = FlopCount()
+    update = flops(make_update(net, optimizer, cfg))
 
     def to_batch(examples: dict[str, Any]):
-        """Codes by the frozen tokenizer, then packed rows; the mixture's draws depend on the batch's own id."""
-        codes = np.asarray(model.encode_pixels(examples["image"].astype(np.float32) / 127.5 - 1.0))
-        rng = np.random.default_rng([run.seed, *map(ord, examples["id"][0])])
-        return pack_batch(build_sequences(examples, codes, text, cfg, rng), text, cfg)
+        """Codes by the frozen tokenizer, then packed rows; the mixture's draws depend on the batch's own id.
 
-    batches = DataIterator(rendered_dataset(data, run.seed, run.batch_size), to_batch)
+        Packing looks at the whole batch: codes and texts, which are small, go to every process, and each keeps its own packed rows.
+        """
+        pixels = examples["image"].astype(np.float32) / 127.5 - 1.0
+        codes = whole(model.encode_pixels(pixels if rows is None else spread(mesh, pixels, run.batch_size)))
+        texts = share({name: examples[name] for name in ("id", "caption", "question", "answer")}, rows, run.batch_size)
+        rng = np.random.default_rng([run.seed, *map(ord, texts["id"][0])])
+        packed, counts = pack_batch(build_sequences(texts, codes, text, cfg, rng), text, cfg)
+        return spread(mesh, jax.tree.map(lambda x: x[packed_rows], packed), cfg.rows), counts
+
+    batches = DataIterator(rendered_dataset(data, run.seed, run.batch_size, rows=rows), to_batch)
 
     def step(state: TrainState, batch, number: int):
         packed, counts = batch
@@ -85,7 +96,7 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
     grid = None
     if "mmdit" in model.description["components"]:
         grid = functools.partial(sample_grid, model, ar, data)
-    return Stage(state, batches, step, export, grid, items_per_step=run.batch_size)
+    return Stage(state, batches, step, export, grid, items_per_step=run.batch_size, flops=lambda: flops.total)
 
 
 def sample_grid(model: Any, ar: transformer.ARConfig, data: RenderedConfig, state: TrainState, step: int, seed: int = 0) -> np.ndarray:
@@ -99,5 +110,5 @@ def sample_grid(model: Any, ar: transformer.ARConfig, data: RenderedConfig, stat
     model.set_params("transformer", state.params, ar)
     grid = model.grid(*size)
     codes = model.sample_codes(prompts, grid, picture_keys(seed, len(prompts))[:, None], SamplingConfig())["codes"][:, 0]
-    images = np.asarray(model.decode_images(codes, prompts, model.noise(picture_keys(seed, len(prompts), NOISE), grid)))
+    images = whole(model.decode_images(codes, prompts, model.noise(picture_keys(seed, len(prompts), NOISE), grid)))
     return tile(np.concatenate([images, np.stack([e["image"] for e in examples])]), columns=GRID_PROMPTS)

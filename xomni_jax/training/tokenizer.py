@@ -18,11 +18,13 @@ from xomni_jax.data.sources import rendered_dataset
 from xomni_jax.models import siglip_vq
 from xomni_jax.models.quantizer import dead_codes, restart_dead_codes, start_codebook
 from xomni_jax.sequence.tokenizer import MultimodalTokenizer
+from xomni_jax.sharding.arrays import spread
 from xomni_jax.sharding.rules import unconstrained
 from xomni_jax.training import understanding
-from xomni_jax.training.components import DataIterator, check_split, export_model, from_preset
+from xomni_jax.training.components import DataIterator, export_model, from_preset, here
 from xomni_jax.training.config import ConfigError, RunConfig, build
 from xomni_jax.training.loop import Stage, key_for
+from xomni_jax.training.operations import FlopCount
 from xomni_jax.training.optimizer import Optimizer, OptimizerConfig, make_optimizer
 from xomni_jax.training.preemption import StopSignal
 from xomni_jax.training.state import TrainState, init_state
@@ -105,7 +107,7 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
     """The tokenizer stage of a configuration."""
     if run.init_from:
         raise ConfigError(f"config.init_from={run.init_from}: the tokenizer is the first stage and starts from nothing; leave it empty")
-    check_split("config.batch_size", run.batch_size, mesh)
+    rows = here("config.batch_size", run.batch_size, mesh)
     cfg, data = build(TokenizerConfig, config.tokenizer, "config.tokenizer"), build(RenderedConfig, config.data, "config.data")
     vq = from_preset(config.siglip_vq, siglip_vq.PRESETS, "config.siglip_vq")
     read = dataclasses.replace(from_preset(config.reader, understanding.PRESETS, "config.reader"), dense_classes=N_COLUMN_CLASSES)
@@ -121,7 +123,8 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
     def encode(params, pixels):
         return learner.apply({"params": params}, pixels, method=lambda m, x: m.tokenizer.outputs(x))
 
-    update = make_update(learner, optimizer, cfg)
+    flops = FlopCount()
+    update = flops(make_update(learner, optimizer, cfg))
 
     @jax.jit
     def restart(key, codebook, usage, z):
@@ -130,8 +133,9 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
 
     def first_codebook(params, number: int) -> jax.Array:
         # Batches of their own, not those that just passed: a run that was resumed here has not seen them.
-        batches = rendered_dataset(data, run.seed + CODEBOOK_SEED, run.batch_size, batches=cfg.start_batches, transform=to_batch, prefetch=0)
-        z = jnp.concatenate([encode(params, batch["pixels"]).reshape(-1, vq.code_width) for batch in batches])
+        seed, n = run.seed + CODEBOOK_SEED, cfg.start_batches
+        batches = rendered_dataset(data, seed, run.batch_size, rows=rows, batches=n, transform=to_batch, prefetch=0)
+        z = jnp.concatenate([encode(params, to_mesh(batch)["pixels"]).reshape(-1, vq.code_width) for batch in batches])
         return jax.jit(start_codebook, static_argnums=2)(key_for(run.seed, number, 1), z, vq.codebook_size)
 
     def step(state: TrainState, batch, number: int):
@@ -160,9 +164,12 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
             "loss_mask": mask_BL,
         }
 
-    batches = DataIterator(rendered_dataset(data, run.seed, run.batch_size, transform=to_batch))
+    def to_mesh(batch):
+        return spread(mesh, batch, run.batch_size)
+
+    batches = DataIterator(rendered_dataset(data, run.seed, run.batch_size, rows=rows, transform=to_batch), to_mesh)
 
     def export(state: TrainState, directory, note):
         export_model(directory, {"siglip_vq": (state.params["tokenizer"], vq)}, run.init_from, note, {"preprocess": limits})
 
-    return Stage(state, batches, step, export, items_per_step=run.batch_size)
+    return Stage(state, batches, step, export, items_per_step=run.batch_size, flops=lambda: flops.total)

@@ -13,6 +13,7 @@ SCORERS: dict[str, str] = {  # name -> "module:class"; imported only when served
     "shapes": "xomni_jax.rewards.services.shapes:ShapesScorer",
     "quality": "xomni_jax.rewards.services.quality:QualityScorer",
     "tesseract": "xomni_jax.rewards.services.tesseract:TesseractScorer",
+    "detector": "xomni_jax.rewards.services.detector:DetectorScorer",
 }
 
 
@@ -39,10 +40,10 @@ def build(name: str, options: dict[str, Any] | None = None) -> Scorer:
     return getattr(need(module, name), cls)(**(options or {}))
 
 
-def need(module: str, scorer: str) -> ModuleType:
-    """Import a module a scorer depends on. ServiceError when its package is not installed."""
+def need(module: str, scorer: str, extra: str = "rewards") -> ModuleType:
+    """Import a module a scorer depends on. ServiceError when its package, part of `extra`, is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         missing = error.name or module
-        raise ServiceError(f"scorer {scorer!r} needs the package {missing!r}: pip install 'xomni_jax[rewards]'") from error
+        raise ServiceError(f"scorer {scorer!r} needs the package {missing!r}: pip install 'xomni_jax[{extra}]'") from error

@@ -66,6 +66,10 @@ class ShapesScorer:
 
     def find(self, image: np.ndarray) -> list[Found]:
         """Objects on the ground of a picture, uint8 [Y, X, 3]."""
+        return [found for found, _ in self.locate(image)]
+
+    def locate(self, image: np.ndarray) -> list[tuple[Found, tuple[float, float, float, float]]]:
+        """The objects with their boxes (left, top, right, bottom) in pixels."""
         cv2 = self._cv2
         large = cv2.resize(image, None, fx=_SCALE, fy=_SCALE, interpolation=cv2.INTER_CUBIC)
         ink = ink_mask(large).astype(np.uint8)
@@ -79,7 +83,9 @@ class ShapesScorer:
             cv2.drawContours(inside, [contour], -1, 1, -1)
             core = cv2.erode(inside, np.ones((_SCALE + 1, _SCALE + 1), np.uint8))  # away from the anti-aliased edge
             pixels = large[(core if core.any() else inside).astype(bool)]
-            found.append(Found(self._shape(contour, area), str(nearest_names(np.median(pixels, axis=0)))))
+            left, top, width, height = (v / _SCALE for v in cv2.boundingRect(contour))
+            kind = Found(self._shape(contour, area), str(nearest_names(np.median(pixels, axis=0))))
+            found.append((kind, (left, top, left + width, top + height)))
         return found
 
     def _shape(self, contour: np.ndarray, area: float) -> str:

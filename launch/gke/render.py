@@ -1,0 +1,142 @@
+"""Writes the Kubernetes manifests of a training run and of its reward services to standard output, for `kubectl apply -f -`.
+
+The templates beside this file are ordinary YAML; here their values are checked and filled in. Needs Python 3.11 and this checkout, nothing installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import string
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1]))
+
+from xomni_jax.sharding.slices import parse  # noqa: E402
+from xomni_jax.sharding.xla_flags import libtpu_init_args  # noqa: E402
+
+ACCELERATORS = {  # chip -> label of its node pools
+    "v4": "tpu-v4-podslice",
+    "v5e": "tpu-v5-lite-podslice",
+    "v5p": "tpu-v5p-slice",
+    "v6e": "tpu-v6e-slice",
+    "tpu7x": "tpu7x",
+}
+EXAMPLE = """\
+One slice, then two, on spot machines; a reader of text on CPUs, and a judge on GPUs:
+
+  python launch/gke/render.py train sft --slice v6e-16 --image IMAGE --bucket BUCKET -- \\
+      xomni train --distributed --config=configs/tiny/sft.py --config.init_from=xomni_jax/assets/tiny_sft --config.next_token.rows=16 \\
+      --config.mesh.data=4 --config.mesh.fsdp=4 --config.run_dir=/bucket/runs/sft | kubectl apply -f -
+  python launch/gke/render.py train sft2 --slice v6e-16 --slices 2 --spot --image IMAGE --bucket BUCKET -- \\
+      xomni train --distributed --config=configs/tiny/sft.py --config.init_from=xomni_jax/assets/tiny_sft --config.next_token.rows=32 \\
+      --config.mesh.replica=2 --config.mesh.data=4 --config.mesh.fsdp=4 --config.run_dir=/bucket/runs/sft2 | kubectl apply -f -
+  python launch/gke/render.py service ocr --image REWARD_IMAGE --replicas 4 --cpus 4 -- \\
+      xomni serve-reward ocr --host 0.0.0.0 --port 8000 --workers 4 | kubectl apply -f -
+  python launch/gke/render.py service judge --image vllm/vllm-openai:latest --gpu nvidia-h100-80gb --gpus 2 --secret judge -- \\
+      vllm serve Qwen/Qwen2.5-VL-32B-Instruct --port 8000 --tensor-parallel-size 2 | kubectl apply -f -
+
+To see a manifest, leave `| kubectl apply -f -` away; it holds no secret. Secrets and settings are objects of the cluster, made from this shell's
+environment (launch/README.md): --secret and --config-map name them, and each of their keys becomes an environment variable of the command.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="render.py", description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = parser.add_subparsers(dest="kind", metavar="train|service", required=True)
+    train = kinds.add_parser("train", help="a JobSet: one command on every host of one or more TPU slices")
+    train.add_argument("--slice", required=True, help="each slice's size, such as v6e-64, v5p-64, v5litepod-256, tpu7x-128")
+    train.add_argument("--slices", type=int, default=1, metavar="N", help="how many train together (default 1)")
+    train.add_argument("--spot", action="store_true", help="on spot machines")
+    train.add_argument("--bucket", required=True, help="the bucket every host has at /bucket: models, runs, compiled programs")
+    train.add_argument("--service-account", default="xomni", metavar="NAME", help="who may write there (default xomni)")
+    train.add_argument("--restarts", type=int, default=100, metavar="N", help="of the whole run, after preemptions and failures (default 100)")
+    service = kinds.add_parser("service", help="a Deployment and a Service: a command that answers HTTP")
+    service.add_argument("--replicas", type=int, default=1, metavar="N", help="pods behind one address (default 1)")
+    service.add_argument("--port", type=int, default=8000, help="where the command listens (default 8000)")
+    service.add_argument("--cpus", type=int, default=4, metavar="N", help="cores of each pod (default 4)")
+    service.add_argument("--memory", default="8Gi", metavar="SIZE", help="of each pod (default 8Gi)")
+    service.add_argument("--gpu", metavar="TYPE", help="such as nvidia-l4 or nvidia-h100-80gb; without it: CPUs alone")
+    service.add_argument("--gpus", type=int, default=1, metavar="N", help="of each pod, with --gpu (default 1)")
+    for kind in (train, service):
+        kind.add_argument("name", help="of the run or service: lower-case letters, digits, dashes")
+        kind.add_argument("--image", required=True, help="container image, see launch/Dockerfile")
+        kind.add_argument("--secret", action="append", default=[], metavar="NAME", help="a Secret of the cluster; may be repeated")
+        kind.add_argument("--config-map", action="append", default=[], metavar="NAME", help="a ConfigMap of the cluster; may be repeated")
+        kind.formatter_class, kind.epilog = argparse.RawDescriptionHelpFormatter, EXAMPLE
+    return parser
+
+
+def train_values(args: argparse.Namespace) -> dict:
+    """What train.yaml needs."""
+    tpu = parse(args.slice)
+    if args.slices > 1 and tpu.hosts == 1:
+        raise ValueError(f"--slices {args.slices}: slices of one host, such as {tpu.name}, cannot train together; take a larger --slice")
+    labels = {
+        "cloud.google.com/gke-tpu-accelerator": ACCELERATORS[tpu.chip],
+        "cloud.google.com/gke-tpu-topology": "x".join(map(str, tpu.topology)),
+    }
+    spot = {"key": "cloud.google.com/gke-spot", "operator": "Equal", "value": "true", "effect": "NoSchedule"}
+    return {
+        "slices": args.slices,
+        "hosts": tpu.hosts,
+        "chips_per_host": tpu.chips_per_host,
+        "node_selector": labels | ({spot["key"]: "true"} if args.spot else {}),
+        "tolerations": [spot] if args.spot else [],
+        "libtpu_init_args": libtpu_init_args(args.slice, args.slices),
+        "bucket": args.bucket.removeprefix("gs://").rstrip("/"),
+        "service_account": args.service_account,
+        "restarts": args.restarts,
+    }
+
+
+def service_values(args: argparse.Namespace) -> dict:
+    """What service.yaml needs."""
+    size = {"cpu": str(args.cpus), "memory": args.memory}
+    gpus = {"nvidia.com/gpu": args.gpus} if args.gpu else {}
+    return {
+        "replicas": args.replicas,
+        "port": args.port,
+        "node_selector": {"cloud.google.com/gke-accelerator": args.gpu} if args.gpu else {},
+        "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}] if args.gpu else [],
+        "requests": size | gpus,
+        "limits": {"memory": args.memory} | gpus,
+    }
+
+
+def render(argv: list[str]) -> str:
+    """The manifest of a command line.
+
+    Raises:
+      ValueError: a value that the cluster would refuse, or that cannot work.
+    """
+    options, dashes, command = argv, "", []
+    if "--" in argv:
+        at = argv.index("--")
+        options, dashes, command = argv[:at], "--", argv[at + 1 :]
+    args = build_parser().parse_args(options)
+    if not command:
+        raise ValueError(f"the command is missing{' after' if dashes else '; write it after'} --, such as -- xomni train --distributed --config=FILE")
+    for name in (args.name, *args.secret, *args.config_map):
+        if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", name):
+            raise ValueError(f"{name!r}: names are at most 40 lower-case letters, digits and dashes, and start with a letter")
+    for key in ("slices", "restarts", "replicas", "cpus", "gpus"):
+        if getattr(args, key, 1) < (key != "restarts"):
+            raise ValueError(f"--{key} {getattr(args, key)} must be at least {int(key != 'restarts')}")
+    values = train_values(args) if args.kind == "train" else service_values(args)
+    values |= {"name": args.name, "image": args.image, "command": command}
+    values["env_from"] = [{"secretRef": {"name": n}} for n in args.secret] + [{"configMapRef": {"name": n}} for n in args.config_map]
+    template = string.Template((HERE / f"{args.kind}.yaml").read_text().split("\n", 2)[2])  # without the lines about the template
+    return template.substitute({key: json.dumps(value, ensure_ascii=False) for key, value in values.items()})  # JSON is YAML, and quotes whatever comes
+
+
+if __name__ == "__main__":
+    try:
+        print(render(sys.argv[1:]), end="")
+    except ValueError as e:
+        print(f"render.py: {e}", file=sys.stderr)
+        sys.exit(2)

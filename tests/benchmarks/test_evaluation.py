@@ -1,0 +1,21 @@
+"""The evaluation benchmark: its table, and one measurement in processes of their own."""
+
+import pytest
+
+from xomni_jax.benchmarks import evaluation
+from xomni_jax.benchmarks.timing import BenchError
+
+
+def test_the_table():
+    results = [
+        {"suite": "rendered-text", "processes": n, "items_per_second": rate, "items": 90, "seconds": 90 / rate} for n, rate in ((1, 10.0), (2, 15.0))
+    ]
+    report = evaluation.report("a/model", results, 0.5)
+    lines = [line.split() for line in report.text.splitlines() if line.startswith("rendered-text")]
+    assert lines == [["rendered-text", "1", "10", "1.00", "90", "9", "s"], ["rendered-text", "2", "15", "1.50", "90", "6", "s"]]
+    assert report.data["results"] == results and report.data["model"] == "a/model"
+
+
+def test_a_failing_process_says_why():
+    with pytest.raises(BenchError, match="eval rendered-qa failed: .*/no/model: no such directory"):
+        evaluation._together("/no/model", "rendered-qa", 1)

@@ -1,0 +1,85 @@
+"""The commands behind the paper's tables: complete, accepted by the command line, and beside the runs that there are."""
+
+import argparse
+import json
+import shlex
+
+import pytest
+
+from tests.evaluation.made_runs import write_answer_run, write_generate_run
+from xomni_jax.cli import eval as eval_command
+from xomni_jax.cli.main import main
+from xomni_jax.evaluation import paper
+from xomni_jax.evaluation.paper_table import OPEN, PAPER, departures, find_runs, rows
+from xomni_jax.evaluation.suites import PUBLISHED, get_suite
+
+
+def parse(command):
+    """The arguments that a printed command gives."""
+    words = shlex.split(command)
+    assert words[:2] == ["xomni", "eval"]
+    parser = argparse.ArgumentParser()
+    eval_command.add_arguments(parser)
+    return parser.parse_args(words[2:])
+
+
+def test_every_command_is_accepted_and_names_its_settings():
+    made = rows()
+    assert {row.suite for row in made} == set(paper.PLACES) == set(PUBLISHED)
+    assert [row.table for row in made] == [1, 1, 1, 1, 2, 3, 4, 4, 4, 4, 4, 4]
+    for row in made:
+        args, suite = parse(row.command), get_suite(row.suite)
+        settings = {s.name: s.value for s in row.settings}
+        assert args.model == ("models/xomni-zh" if row.suite.endswith("zh") else "models/xomni-en")
+        assert settings["checkpoint"] == ("X-Omni-Zh" if row.suite.endswith("zh") else "X-Omni-En")
+        assert getattr(args, "rewrite", None) is not None if row.suite == "geneval" else not getattr(args, "rewrite", None)
+        if suite.task == "generate":
+            assert (args.height, args.width, args.seed) == (1152, 1152, 1234) and settings["images per prompt"] == str(suite.repeats) == "4"
+            for name in ("height", "width", "seed", "temperature", "top-k", "top-p", "min-p", "guidance"):
+                assert float(settings[name]) == getattr(args, name.replace("-", "_"))
+        else:
+            assert settings["max_new_tokens"] == str(suite.max_new_tokens)
+        assert any(s.source == OPEN for s in row.settings)
+    stated = {(row.suite, s.name) for row in made for s in row.settings if s.source == PAPER}
+    assert stated == {("geneval", "rewriting"), ("longtext-en", "images per prompt"), ("longtext-zh", "images per prompt")}
+
+
+def test_the_printed_table_marks_what_is_not_stated(tmp_path, capsys):
+    write_generate_run(tmp_path / "deep" / "lt", items=3, height=1152, width=1152, repeats=4)
+    write_generate_run(tmp_path / "small", items=2)
+    run = write_answer_run(tmp_path / "pope", items=9)
+    assert main(["eval", "--paper-table", "--runs", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "paper: LongText EN 0.900" in said and "Position 0.71" in said and "temperature 1.0*" in said and "checkpoint X-Omni-En?" in said
+    value = json.loads((tmp_path / "deep" / "lt" / "results.json").read_text())["headline"]["value"]
+    assert f"ours:  LongText EN {value:.3f}   ({tmp_path / 'deep' / 'lt'}, model 0123abcd, judge by hand)" in said  # the run of more items
+    share = json.loads((run / "results.json").read_text())["headline"]["value"]
+    assert f"ours:  POPE {100 * share:.1f}" in said and said.count("not run") == 10
+    assert "the paper does not say: checkpoint, height, width" in said
+
+
+def test_a_run_of_other_settings_is_not_passed_off_as_the_papers(tmp_path):
+    make = lambda name, **how: write_generate_run(tmp_path / name, size=(8, 8), width=1152, **how)  # noqa: E731
+    run = make("a", items=40, repeats=4, height=1152)
+    lines = (run / "items.jsonl").read_text().splitlines()
+    (run / "items.jsonl").write_text("\n".join(line.replace('"id": "00', f'"id": "{k}0') for k in range(4) for line in lines))
+    (row,) = [row for row in rows(find_runs(tmp_path)) if row.run]
+    assert departures(row) == []
+    results = json.loads((run / "results.json").read_text())
+    results["settings"]["data"]["rewritten"] = True
+    (run / "results.json").write_text(json.dumps(results))
+    (row,) = [row for row in rows(find_runs(tmp_path)) if row.run]
+    assert departures(row) == ["rewriting yes"]
+    (run / "results.json").unlink()
+    make("b", items=9, repeats=1, height=32, guidance=2.0)
+    (row,) = [row for row in rows(find_runs(tmp_path)) if row.run]
+    assert departures(row) == ["9 of 160 items", "height 32", "guidance 2.0", "images per prompt 1"]
+
+
+def test_no_directory_of_runs(tmp_path, capsys):
+    assert main(["eval", "--paper-table", "--runs", str(tmp_path / "none")]) == 2
+    assert "is no directory; give the one that holds the run directories" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["eval", "--help"])
+    assert "--paper-table" in capsys.readouterr().out
+    assert main(["eval"]) == 2 and "say what to evaluate" in capsys.readouterr().err

@@ -1,0 +1,262 @@
+"""The runner on a miniature model: shares, stops and resumption leave the results as they are, to the byte; what is wrong is said."""
+
+import dataclasses
+import errno
+import json
+import math
+import os
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from xomni_jax.evaluation import runner
+from xomni_jax.evaluation import session as session_module
+from xomni_jax.evaluation.run_directory import RunError
+from xomni_jax.evaluation.session import ModelOptions, ModelSession
+from xomni_jax.evaluation.suite import JudgeUnavailable, SuiteError
+from xomni_jax.evaluation.suites import get_suite
+from xomni_jax.sharding.mesh import make_mesh
+from xomni_jax.training.preemption import StopRequested, StopSignal
+
+WORDS = ("CAT", "DOG", "SUN", "SKY", "TREE", "MILK", "OPEN")
+LONG = " on a wall of grey stone beside a road"
+
+
+class PixelJudge:
+    """Reads the wanted word where the picture is dark in its first corner."""
+
+    name, settings = "pixels", {"version": 1}
+
+    def __init__(self, answers=10**9):
+        self.answers = answers
+
+    def ask(self, pictures, questions):
+        """Goes silent after `answers` calls."""
+        self.answers -= 1
+        if self.answers < 0:
+            raise JudgeUnavailable("the judge at http://x does not answer; start it, and run the same command again")
+        return [[" ".join(w for w in WORDS if (np.asarray(p).sum() + len(w)) % 2) for _ in asked] for p, asked in zip(pictures, questions)]
+
+
+class StopAfter(StopSignal):
+    """Asks for a stop at the n-th poll."""
+
+    def __init__(self, polls=10**9):
+        super().__init__()
+        self.polls = polls
+
+    def reached(self):
+        """Counts."""
+        self.polls -= 1
+        return self.polls < 0
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Prompts in two length buckets, and questions about pictures of several shapes, two of which the model's limits refuse."""
+    folder = tmp_path_factory.mktemp("data")
+    prompts = [f'a sign that says "{w}"' + LONG * (i % 3 == 0) for i, w in enumerate(WORDS)]
+    rows = [
+        {"category": "sign", "length": "short", "prompt": prompt, "text": [w], "prompt_id": 3 * i}
+        for i, (w, prompt) in enumerate(zip(WORDS, prompts))
+    ]
+    (folder / "text_prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sizes = [(32, 16), (16, 16), (90, 8), (32, 16), (5, 5)]
+    entries = []
+    for i, size in enumerate(sizes):
+        Image.new("RGB", size, (40 * i, 0, 200)).save(folder / f"{i}.png")
+        kind = {"dataset_name": "svt", "type": "Regular Text Recognition"}
+        entries.append({**kind, "id": i, "image_path": f"{i}.png", "question": "what?", "answers": "x"})
+    (folder / "OCRBench.json").write_text(json.dumps(entries))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def session(model_dir):
+    """One model for all runs, so that its programs are compiled once."""
+    return ModelSession(ModelOptions(str(model_dir), {"fsdp": 1}, batch=8, decode_batch=3))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_devices():
+    """Meshes are of as many devices as their axes say, among the eight that tests simulate."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(session_module, "make_mesh", lambda axes: make_mesh(axes, jax.devices()[: math.prod(axes.values())]))
+        yield
+
+
+def work_of(data, out, name="longtext-en", **how):
+    """As a command opens it."""
+    return runner.open_work(get_suite(name), data, out, **how)
+
+
+def complete(session, work, stop=None, judge=None):
+    """All phases of one worker; the results' bytes when everything is there."""
+    stop = stop or StopAfter()
+    session.run(work, stop)
+    if work.suite.judge:
+        runner.judge_outputs(work, judge or PixelJudge(), stop)
+    if runner.missing(work):
+        return None
+    runner.write_results(work, [])
+    return (work.run.path / "results.json").read_bytes(), (work.run.path / "items.jsonl").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def whole(few_devices, session, data, tmp_path_factory):
+    """Results of one undisturbed process, by suite."""
+    root = tmp_path_factory.mktemp("whole")
+    return {name: (root / name, complete(session, work_of(data, root / name, name))) for name in ("longtext-en", "ocrbench")}
+
+
+def test_a_whole_run(whole, data):
+    path, (results, items) = whole["longtext-en"]
+    results, items = json.loads(results), [json.loads(line) for line in items.splitlines()]
+    assert results["counts"] == {"items": 7, "published": 160, "outputs": 28, "unparsed": 0, "overlong prompts": 3, "fitted pictures": 0}
+    assert [item["id"] for item in items] == sorted(f"{3 * i:04d}" for i in range(7))
+    assert results["headline"]["value"] == sum(i["record"]["match"] for i in items) / sum(i["record"]["gt"] for i in items)
+    assert results["settings"]["sampling"] == {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.03, "guidance": 1.0}
+    assert (results["settings"]["seed"], results["settings"]["height"], results["settings"]["width"]) == (1234, 16, 32)
+    for item in items:
+        assert item["images"] == [f"images/{item['id']}_{k}.png" for k in range(4)]
+        assert len(item["replies"]) == len(item["verdicts"]) == 4
+        assert len({Image.open(path / name).tobytes() for name in item["images"]}) == 4  # repeats differ
+    assert {p.name for p in path.iterdir()} == {"settings.json", "images", "parts", "judged", "items.jsonl", "results.json"}
+
+
+def test_answers_of_pictures_that_the_limits_refuse(whole):
+    results, items = map(bytes.decode, whole["ocrbench"][1])
+    assert json.loads(results)["counts"]["fitted pictures"] == 2
+    assert [type(json.loads(line)["answer"]) for line in items.splitlines()] == [str] * 5
+
+
+@pytest.mark.parametrize("name, shares, stops", [("longtext-en", 2, (1, 0, 2)), ("longtext-en", 3, (0,)), ("ocrbench", 2, (0,)), ("ocrbench", 3, ())])
+def test_any_cut_gives_the_same_bytes(whole, session, data, tmp_path, name, shares, stops):
+    """Workers in reverse order, stopped at polls and gone on with, and a torn line in between."""
+    found = None
+    for k in reversed(range(shares)):
+        for polls in (*stops, 10**9):
+            work = work_of(data, tmp_path, name, share=(k, shares))
+            try:
+                found = complete(session, work, StopAfter(polls))
+            except StopRequested:
+                with (tmp_path / "parts" / f"{work.worker}.jsonl").open("a") as torn:
+                    torn.write('{"id": "00')
+    assert found == whole[name][1]
+    lines = [line for file in (tmp_path / "parts").glob("*.jsonl") for line in file.read_text().splitlines()]
+    assert len(lines) == len({json.loads(line)["id"] for line in lines}) == len(work_of(data, tmp_path, name).items)
+
+
+def test_an_item_alone_equals_the_item_in_its_batch(whole, session, data, tmp_path):
+    path, (_, items) = whole["longtext-en"]
+    for name in ("0003", "0009"):  # one of each length bucket
+        session.run(work_of(data, tmp_path / name, ids=[name]), StopAfter())
+        for k in range(4):
+            assert (tmp_path / name / f"images/{name}_{k}.png").read_bytes() == (path / f"images/{name}_{k}.png").read_bytes()
+        assert len(list((tmp_path / name / "images").iterdir())) == 4
+
+
+def test_data_parallel_devices_draw_the_same(whole, data, model_dir, tmp_path):
+    """The batch is counted per data-parallel part, so every part computes in the shapes of one device."""
+    spread = ModelSession(ModelOptions(str(model_dir), {"data": 2}, batch=8, decode_batch=3))
+    for name in ("longtext-en", "ocrbench"):
+        assert complete(spread, work_of(data, tmp_path / name, name)) == whole[name][1]
+
+
+def test_a_part_first_and_the_rest_later(whole, session, data, tmp_path):
+    part = complete(session, work_of(data, tmp_path, limit=3))
+    assert json.loads(part[0])["counts"]["items"] == 3
+    assert complete(session, work_of(data, tmp_path)) == whole["longtext-en"][1]
+
+
+def test_other_settings_are_refused_by_name(session, data, whole, model_dir, tmp_path):
+    path = whole["longtext-en"][0]
+    other = ModelSession(ModelOptions(str(model_dir), {"fsdp": 1}, batch=8, decode_batch=3, seed=3))
+    with pytest.raises(RunError, match="settings.json: seed is 1234, this command has 3; take another --out"):
+        other.run(work_of(data, path), StopAfter())
+    (tmp_path / "text_prompts.jsonl").write_text((data / "text_prompts.jsonl").read_text().replace("CAT", "COW"))
+    with pytest.raises(RunError, match="settings.json: data.sha256 is "):
+        work_of(tmp_path, path)
+    judge = PixelJudge()
+    judge.settings = {"version": 2}
+    with pytest.raises(RunError, match="judge.json: settings.version is 1, this command has 2; .*delete .*judged"):
+        runner.judge_outputs(work_of(data, path), judge, StopAfter())
+    worded = runner.open_work(get_suite("longtext-en", (), {"ocr": "What do you read?"}), data, path)
+    with pytest.raises(RunError, match="judged: item 0000 was judged by other questions; give the data and --instruction of then"):
+        runner.missing(worded)
+
+
+def test_a_silent_judge_leaves_nothing_scored(whole, session, data, tmp_path):
+    work = work_of(data, tmp_path)
+    session.run(work, StopAfter())
+    with pytest.raises(JudgeUnavailable, match="does not answer"):
+        runner.judge_outputs(work, PixelJudge(answers=1), StopAfter())
+    assert runner.missing(work) == 3 and not (tmp_path / "results.json").exists()  # four were judged in the one call
+    assert complete(session, work) == whole["longtext-en"][1]
+
+
+def test_missing_pictures_are_counted_and_named(whole, session, data, tmp_path):
+    work = work_of(data, tmp_path)
+    session.run(work, StopAfter())
+    (tmp_path / "images/0006_1.png").unlink()
+    with pytest.raises(SuiteError, match=r"1 of 7 items have no pictures, the first is 0006 \(the picture .*0006_1\.png is missing"):
+        runner.judge_outputs(work, PixelJudge(), StopAfter())
+    assert not (tmp_path / "judged").exists()
+    assert complete(session, work) == whole["longtext-en"][1]  # drawn again, and the same
+
+
+def test_pictures_of_another_program_are_scored(whole, data, tmp_path):
+    source, (_, items) = whole["longtext-en"]
+    os.makedirs(tmp_path / "images")
+    for picture in (source / "images").iterdir():
+        os.link(picture, tmp_path / "images" / picture.name)
+    work = work_of(data, tmp_path)
+    runner.judge_outputs(work, PixelJudge(), StopAfter())
+    results = runner.write_results(work, [])
+    assert results["settings"] is None and results["headline"] == json.loads(whole["longtext-en"][1][0])["headline"]
+
+
+def test_a_full_disk_is_one_sentence_and_loses_nothing(whole, session, data, tmp_path, monkeypatch):
+    work, replace = work_of(data, tmp_path), os.replace
+    room = iter(range(14))
+
+    def until_full(source, target):
+        if str(target).startswith(str(tmp_path / "images")) and next(room, None) is None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", until_full)
+        with pytest.raises(RunError, match="No space left on device; what is finished is kept: make room"):
+            session.run(work, StopAfter())
+    assert 0 < len(work.outputs()) < 7
+    assert complete(session, work) == whole["longtext-en"][1]
+
+
+def test_unreadable_replies_are_counted_and_listed(data, tmp_path, whole, session):
+    """A suite whose score cannot read some replies says which items they are of."""
+    suite = get_suite("longtext-en")
+    unreadable = lambda item, outputs: suite.score(item, outputs) | {"unparsed": 2 * (item.id == "0006")}  # noqa: E731
+    work = dataclasses.replace(work_of(data, whole["longtext-en"][0]), suite=dataclasses.replace(suite, score=unreadable))
+    results = runner.write_results(work, [])
+    assert results["counts"]["unparsed"] == 2 and results["unparsed"] == ["0006"]
+    assert runner.write_results(work_of(data, whole["longtext-en"][0]), [])["unparsed"] == []
+
+
+def test_ids_that_do_not_fit(data, tmp_path):
+    with pytest.raises(SuiteError, match="longtext-en has no item '99'; ids are such as '0000'"):
+        work_of(data, tmp_path, ids=["99"])
+    rows = (data / "text_prompts.jsonl").read_text().splitlines()
+    (tmp_path / "text_prompts.jsonl").write_text("\n".join([*rows, rows[2]]))
+    with pytest.raises(SuiteError, match=r"text_prompts.jsonl line 8: the id '0006' was used before, at .* line 3"):
+        work_of(tmp_path, tmp_path / "out")
+
+
+def test_prompts_that_cannot_be_drawn_are_named(session, data, tmp_path):
+    rows = [json.loads(line) for line in (data / "text_prompts.jsonl").read_text().splitlines()]
+    rows[1]["prompt"] = "a <SOM>"
+    (tmp_path / "text_prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(SuiteError, match="item 0003: The text 'a <SOM>' contains the multimodal token <SOM>"):
+        session.run(work_of(tmp_path, tmp_path / "out"), StopAfter())

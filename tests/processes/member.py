@@ -1,0 +1,96 @@
+"""One of two real processes (or the only one, to compare with): everything that needs a second one and no signal, in one start-up. What it finds is written for the test.
+
+python -m tests.processes.member FOLDER, started by launch/local.py; FOLDER/plan.json says which model and services.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from tests.miniature import configs, stage_config
+from xomni_jax.checkpoint.store import save_component
+from xomni_jax.cli.train import together
+from xomni_jax.data.rendered import RenderedConfig
+from xomni_jax.data.sources import rendered_dataset
+from xomni_jax.pipeline import XOmni
+from xomni_jax.sharding import arrays, distributed
+from xomni_jax.sharding.mesh import make_mesh
+from xomni_jax.sharding.rules import MESH_AXES
+from xomni_jax.training.run import run_stage
+
+B = 8
+MESHES = {
+    "fsdp": dict(fsdp=4),
+    "fsdp and tensor": dict(fsdp=2, tensor=2),
+    "tensor across processes": dict(tensor=4),
+}
+
+
+def interleaved() -> Mesh:
+    """As a slice's topology may order devices: neighbours on the mesh are of different processes."""
+    devices = np.array(jax.devices()).reshape(2, 2).T.reshape(1, 1, 4, 1)
+    return Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+
+
+def rows_on_meshes() -> dict:
+    """Batches from hosts' rows and back, and who has what."""
+    out = {}
+    meshes = {name: make_mesh(axes) for name, axes in MESHES.items()}
+    for name, mesh in {**meshes, "interleaved": interleaved()}.items():
+        rows, owned = arrays.local_rows(mesh, B), arrays.owned_rows(mesh, B)
+        table = np.arange(B * 3, dtype=np.float32).reshape(B, 3)
+        x = arrays.spread(mesh, table[rows], B)
+        data = next(iter(rendered_dataset(RenderedConfig(), 5, B, rows=rows, prefetch=0)))
+        out[name] = {
+            "rows": rows,
+            "owned": owned,
+            "whole": arrays.whole(x).tolist(),
+            "here": arrays.rows_here(x, rows).tolist(),
+            "sum": float(jax.jit(lambda x: (x * x).sum())(x)),
+            "shared": arrays.share({"id": data["id"]}, rows, B)["id"],
+        }
+    return out
+
+
+def sft(folder: Path, name: str, model: str, *overrides: str) -> object:
+    """The SFT stage cut down."""
+    return stage_config("sft", folder / name, f"init_from={model}", "steps=3", "grid_every=0", "mesh.fsdp=2", *overrides)
+
+
+def grpo(folder: Path, name: str, model: str, url: str, *overrides: str) -> object:
+    """The GRPO stage cut down; one reward."""
+    rewards = (f"rewards.ocr.urls=('{url}',)", "rewards.shapes.weight=None", "optimizer.warmup_steps=0", "optimizer.learning_rate=0.01")
+    return stage_config("grpo", folder / name, f"init_from={model}", *rewards, "steps=2", "save_every=1", "grid_every=2", "mesh.fsdp=2", *overrides)
+
+
+def main(folder: Path) -> None:
+    """The whole programme."""
+    plan = json.loads((folder / "plan.json").read_text())
+    line = distributed.start({"config.seed": 0})  # launch/local.py sets the environment of one process, too
+
+    def programme():
+        index, model = jax.process_index(), plan["model"]
+        out = {"description": distributed.description(), "values": distributed.gather_json({"a": ["x" * 3000, index]}), "meshes": rows_on_meshes()}
+        # A component that one process wrote, written again by two.
+        mesh = make_mesh(dict(fsdp=2, tensor=2))
+        params = XOmni(model, mesh).params("siglip_vq")
+        kernel = params["vit"]["blocks"]["fc1"]["kernel"]
+        out["kernel"] = [kernel.size, [s.data.size for s in kernel.addressable_shards]]
+        save_component(folder / "copy", "siglip_vq", params, configs()["siglip_vq"])
+        run_stage(sft(folder, "sft", model), line=line)
+        if (folder / "moved").is_dir():
+            run_stage(sft(folder, "moved", model), line=line)  # one process has made the first step
+        run_stage(grpo(folder, "grpo", model, plan["urls"][index]), line=line)
+        (folder / f"out_{index}.json").write_text(json.dumps(out))
+
+    together(line, programme)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

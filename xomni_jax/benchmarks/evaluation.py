@@ -1,0 +1,95 @@
+"""How fast an evaluation makes outputs, in one process and shared by two that start together, once everything is compiled."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from xomni_jax.benchmarks import machine
+from xomni_jax.benchmarks.report import OURS, Report, duration, machine_line, table
+from xomni_jax.benchmarks.timing import BenchError
+
+PROCESSES = (1, 2)
+SUITES = ("rendered-text", "rendered-qa")
+
+
+def run(model: str) -> Report:
+    """Makes the outputs of the rendered suites with every number of processes. BenchError repeats what a failing process said."""
+    others, results = machine.Others(), []
+    for suite in SUITES:
+        for count in PROCESSES:
+            measured = _together(model, suite, count)
+            items, seconds = sum(m["items"] for m in measured), max(m["seconds"] for m in measured)
+            results.append({"suite": suite, "processes": count, "items": items, "seconds": seconds, "items_per_second": items / seconds})
+    return report(model, results, others.cores())
+
+
+def report(model: str, results: Sequence[dict[str, Any]], others: float | None) -> Report:
+    """The table and the same as JSON."""
+    rows = [("", "processes", "items/s", "times one process", "items", "in")]
+    alone = {r["suite"]: r["items_per_second"] for r in results if r["processes"] == 1}
+    for r in results:
+        speed = r["items_per_second"]
+        rows.append((r["suite"], str(r["processes"]), f"{speed:.3g}", f"{speed / alone[r['suite']]:.2f}", str(r["items"]), duration(r["seconds"])))
+    lines = [
+        f"eval: outputs of the rendered suites with {model}",
+        machine_line(f"{machine.cores()} cores", others),
+        "",
+        table(rows),
+        "",
+        "An item of rendered-text is four pictures, one of rendered-qa an answer. All is done once before, so nothing is compiled. Processes",
+        "on one machine share its cores: two are faster only where one leaves some idle.",
+    ]
+    data = {"benchmark": "eval", "model": model, "results": list(results), "versions": machine.versions(OURS)}
+    return Report("\n".join(lines), data | {"other_programs_cores": others, "machine": machine.describe()})
+
+
+def _together(model: str, suite: str, count: int) -> list[dict[str, float]]:
+    """What `count` processes measured, each with its share of the items, begun when all were ready."""
+    with ExitStack() as stack:
+        started = []
+        for k in range(count):
+            log = stack.enter_context(tempfile.TemporaryFile("w+"))
+            command = [sys.executable, "-m", "xomni_jax.benchmarks.evaluation", model, suite, str(k), str(count)]
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+            stack.callback(process.kill)  # after an interruption
+            started.append((process, log))
+        for process, log in started:
+            if process.stdout.readline() != "ready\n":
+                process.wait()
+                log.seek(0)
+                raise BenchError(f"eval {suite} failed: {(log.read().strip().splitlines() or [f'exit code {process.returncode}'])[-1]}")
+        for process, _ in started:
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        return [json.loads(process.communicate()[0]) for process, _ in started]
+
+
+def _measure(model: str, name: str, share: tuple[int, int]) -> None:
+    """One process: does its share once, says "ready", waits for a line, does it again and prints how long that took."""
+    from xomni_jax.evaluation.runner import open_work
+    from xomni_jax.evaluation.session import ModelOptions, ModelSession
+    from xomni_jax.evaluation.suites import get_suite
+    from xomni_jax.training.preemption import StopSignal
+
+    session = ModelSession(ModelOptions(model))
+    for timed in (False, True):
+        with tempfile.TemporaryDirectory() as out:
+            work = open_work(get_suite(name), "", out, share=share)
+            if timed:
+                print("ready", flush=True)
+                sys.stdin.readline()
+            began = time.perf_counter()
+            session.run(work, StopSignal())
+            seconds = time.perf_counter() - began
+    print(json.dumps({"items": len(work.mine()), "seconds": seconds}))
+
+
+if __name__ == "__main__":
+    _measure(sys.argv[1], sys.argv[2], (int(sys.argv[3]), int(sys.argv[4])))

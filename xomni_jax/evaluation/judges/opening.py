@@ -1,0 +1,49 @@
+"""From the text of --judge to a judge."""
+
+from __future__ import annotations
+
+from xomni_jax.evaluation.judges.chat import ChatEndpoint, ChatJudge
+from xomni_jax.evaluation.judges.detection import DetectorJudge
+from xomni_jax.evaluation.judges.local import ContoursJudge, PPOCRJudge
+from xomni_jax.evaluation.suite import Judge, SuiteError
+
+LOCAL = {"ocr": ("pp-ocr", PPOCRJudge), "contours": ("contours", ContoursJudge)}
+# The judge that the benchmark's numbers were made with; it stands beside the one that was used.
+OFFICIAL = {
+    "ocr": "Qwen2.5-VL-7B-Instruct",
+    "vqa": "mPLUG-large fine-tuned for VQA on COCO",
+    "detector": "Mask2Former Swin-S (COCO instances) and CLIP ViT-L/14",
+}
+HELP = {
+    "ocr": "pp-ocr (local, the default), or MODEL@URL of an OpenAI-compatible endpoint",
+    "vqa": "MODEL@URL of an OpenAI-compatible endpoint, such as Qwen/Qwen2.5-VL-7B-Instruct@http://127.0.0.1:8000/v1",
+    "detector": "URL of a detector, or several with commas; "
+    "start one with: xomni serve-reward detector --detector DIR --clip DIR --port 8003",
+    "contours": "contours (local, the default)",
+}
+
+
+def open_judge(kind: str, spec: str | None = None) -> Judge:
+    """The judge of a suite's kind ("ocr", "vqa", "detector", "contours"); None takes the local one.
+
+    SuiteError when there is none or `spec` does not name one of that kind; JudgeUnavailable when it does not answer.
+    """
+    if kind not in HELP:
+        raise SuiteError(f"there is no judge of kind {kind!r}; kinds are {', '.join(HELP)}")
+    judge = _open(kind, spec)
+    if kind in OFFICIAL:
+        judge.settings = judge.settings | {"official judge": OFFICIAL[kind]}
+    return judge
+
+
+def _open(kind: str, spec: str | None) -> Judge:
+    name, local = LOCAL.get(kind, (None, None))
+    if local is not None and spec in (None, name):
+        return local()
+    model, at, url = (spec or "").rpartition("@")
+    if kind in ("ocr", "vqa") and at and model and url.startswith(("http://", "https://")):
+        return ChatJudge(ChatEndpoint(model, url))
+    if kind == "detector" and spec and not at and spec.startswith(("http://", "https://")):
+        return DetectorJudge(spec.split(","))
+    given = f"--judge {spec}" if spec else "no --judge"
+    raise SuiteError(f"a judge of kind {kind!r} is needed and {given} was given; it can be {HELP[kind]}")

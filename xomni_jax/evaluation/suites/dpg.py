@@ -1,0 +1,212 @@
+"""DPG-Bench (TencentQQGYLab/ELLA): questions about dense prompts, answered yes or no for each of four tiles.
+
+A tile's score is the share of its questions answered `yes`, where a question whose parent has no `yes` is set to 0; the zeros cascade
+in the order of the file. 100 x the mean over prompts is the score.
+
+Kept as officially written, each with a switch that mends it:
+* The reader skips the first data row. Its item loses proposition 1, and is dropped whole when another question needs that one as a
+  parent: published numbers average 1064 prompts. `keep-first-row` reads it.
+* Category values come from the last tile alone and from before dependencies are applied, hence higher than the score.
+  `all-tiles` takes all tiles; either way the other variant stands among the scores.
+
+The official judge is mPLUG-large (VQA, COCO). Any vision-language model behind the "vqa" judge can stand in for it; results name it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xomni_jax.evaluation.suite import Item, Record, Suite, SuiteError
+from xomni_jax.evaluation.suites import pictures
+from xomni_jax.evaluation.suites.choices import Choices
+from xomni_jax.evaluation.suites.reading import Row, check_unique, find, read_rows
+from xomni_jax.evaluation.suites.sums import unparsed_notes
+
+REPEATS = 4
+_SOURCE = "github.com/TencentQQGYLab/ELLA, folder dpg_bench"
+FILES = f"the folder prompts (one text file per item) and dpg_bench.csv, both from {_SOURCE}; drawing needs only the prompts"
+SWITCHES = {
+    "keep-first-row": "read the first row of dpg_bench.csv, which the official reader skips",
+    "all-tiles": "category values over all four tiles, not only the last one",
+}
+Questions = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class QuestionedItem(Item):
+    """A prompt and what is asked about its pictures; None without dpg_bench.csv. Not a field: a run drawn without it can be scored."""
+
+    asked: Questions | None = None
+
+
+def suite(name: str, choices: Choices) -> Suite:
+    """dpg."""
+    save, open_ = pictures.grid(REPEATS, ".png")
+    return Suite(
+        name=name,
+        title="DPG-Bench",
+        task="generate",
+        repeats=REPEATS,
+        judge="vqa",
+        load=lambda data: load(data, choices.on("keep-first-row")),
+        questions=lambda item: questions(item, choices.instruction("yes-no")),
+        score=score,
+        aggregate=lambda records: aggregate(records, choices.on("all-tiles")),
+        save=save,
+        open=open_,
+        published=1065,
+        files=FILES,
+        switches=SWITCHES,
+    )
+
+
+def load(data: Path, keep_first_row: bool = False) -> list[Item]:
+    """Prompts, with their questions when dpg_bench.csv is there."""
+    prompts = _prompts(data)
+    try:
+        (table,) = find(data, ("dpg_bench",), ("dpg_bench.csv",), FILES)
+    except SuiteError:
+        asked = None
+    else:
+        asked = read_questions(table, keep_first_row)
+        missing = [id for id, _, _ in prompts if id not in asked]
+        if missing:
+            raise SuiteError(f"{table} has no questions for {len(missing)} prompts, the first is {missing[0]!r}; download it again")
+    return check_unique([(_item(id, prompt, asked), where) for id, prompt, where in prompts])
+
+
+def read_questions(table: Path, keep_first_row: bool = False) -> dict[str, Questions]:
+    """{item: its questions in the order of the file}; the first row's is marked "skipped" unless kept.
+
+    As officially, a proposition given twice is the later one, and an item that comes again further down starts anew.
+    """
+    asked: dict[str, dict[int, dict[str, Any]]] = {}
+    before = None
+    for number, row in enumerate(read_rows(table)):
+        id, proposition = row.text("item_id"), row.number("proposition_id")
+        if id != before:
+            asked[id] = {}
+        asked[id][proposition] = {
+            "proposition": proposition,
+            "parents": _parents(row),
+            "category": row.text("tuple").split("(")[0].strip(),
+            "question": row.text("question_natural_language"),
+            "skipped": number == 0 and not keep_first_row,
+        }
+        before = id
+    return {id: list(of_item.values()) for id, of_item in asked.items()}
+
+
+def questions(item: Item, instruction: str) -> tuple[dict[str, Any], ...]:
+    """One request per question of the item. SuiteError when dpg_bench.csv was not there."""
+    return tuple(
+        {"instruction": instruction.format(question=q["question"]), "question": q["question"], "max_tokens": 8, "answers": ["yes", "no"]}
+        for q in _asked(item)
+    )
+
+
+def score(item: Item, outputs: Sequence[Any]) -> Record:
+    """yes: right answers after dependencies over all tiles, asked: their number; by category the two variants of [right, asked]."""
+    asked = _asked(item)
+    read = [q for q in asked if not q["skipped"]]
+    tiles = [dict(zip((q["proposition"] for q in asked), (reply == "yes" for reply in replies), strict=True)) for replies in outputs]
+    dropped = not read or any(_depended(read, tile)[1] for tile in tiles)
+    counted = [_depended(asked if dropped else read, tile)[0] for tile in tiles]  # a dropped item still gets a score of its own
+    wrong = ["; ".join(q["question"] for q in asked if not c.get(q["proposition"], True)) for c in counted]
+    yes, number = sum(sum(c.values()) for c in counted), sum(len(c) for c in counted)
+    return {
+        "score": yes / number,
+        "yes": yes,
+        "asked": number,
+        "dropped": int(dropped),
+        "last_tile": _by_category(read, tiles[-1:]),
+        "all_tiles": _by_category(read, tiles),
+        "verdicts": [f"{sum(c.values())} of {len(c)}" + (f"; not: {w}" if w else "") for c, w in zip(counted, wrong)],
+        "unparsed": sum(reply not in ("yes", "no") for replies in outputs for reply in replies),
+    }
+
+
+def aggregate(records: Sequence[Record], all_tiles: bool = False) -> dict[str, Any]:
+    """The score, and values of the broad (L1) and fine (L2) categories, times 100."""
+    counted = [r for r in records if not r["dropped"]]
+    if not counted:
+        raise SuiteError("DPG-Bench: no prompt is left, the official reader drops the first one; use the switch keep-first-row")
+    variants = ("all_tiles", "last_tile") if all_tiles else ("last_tile", "all_tiles")
+    (broad, fine), (other, _) = (_categories(counted, variant) for variant in variants)
+    named = "last tile" if all_tiles else "all tiles"
+    scores = {"score": 100 * sum(r["yes"] / r["asked"] for r in counted) / len(counted)}
+    scores |= {name: value["score"] for name, value in fine.items()}
+    scores |= {f"{name} ({named})": value["score"] for name, value in other.items()}
+    notes = [f"{r['id']} is left out, as by the official reader, which skips its first question." for r in records if r["dropped"]]
+    notes += unparsed_notes(records, "no")
+    return {"headline": "score", "scores": scores, "categories": broad, "notes": notes}
+
+
+def _depended(asked: Questions, answers: Mapping[int, bool]) -> tuple[dict[int, bool], bool]:
+    """Answers after dependencies, and whether a parent was looked up that was not read: there the official scorer fails."""
+    found = {q["proposition"]: answers[q["proposition"]] for q in asked}
+    failed = False
+    for q in asked:
+        for parent in filter(None, q["parents"]):
+            failed |= parent not in found
+            if not found.get(parent, True):
+                found[q["proposition"]] = False
+                break
+    return found, failed
+
+
+def _by_category(asked: Questions, tiles: Sequence[Mapping[int, bool]]) -> dict[str, list[int]]:
+    """{category: [right, asked]} of answers before dependencies."""
+    found: dict[str, list[int]] = {}
+    for q in asked:
+        sums = found.setdefault(q["category"], [0, 0])
+        sums[0] += sum(tile[q["proposition"]] for tile in tiles)
+        sums[1] += len(tiles)
+    return found
+
+
+def _categories(records: Sequence[Record], variant: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """L1 and L2 values, times 100; "items" are answers."""
+    sums: dict[str, dict[str, list[int]]] = {"L1": {}, "L2": {}}
+    for record in records:
+        for name, (right, asked) in record[variant].items():
+            for level, key in (("L1", name.split("-")[0].strip()), ("L2", name)):
+                entry = sums[level].setdefault(key, [0, 0])
+                entry[0], entry[1] = entry[0] + right, entry[1] + asked
+    broad, fine = ({k: {"score": 100 * a / n, "items": n} for k, (a, n) in sorted(s.items())} for s in sums.values())
+    return broad, fine
+
+
+def _prompts(data: Path) -> list[tuple[str, str, str]]:
+    """(id, prompt, where) from the published text files or from one jsonl with item_id and prompt."""
+    paths = find(data, ("dpg_bench",), ("prompts/*.txt", "prompts.jsonl"), FILES)
+    if paths[0].suffix == ".jsonl":
+        return [(row.text("item_id"), row.text("prompt"), row.where) for row in read_rows(paths[0])]
+    found = [(p.stem, p.read_text(encoding="utf-8").strip(), str(p)) for p in paths]
+    empty = [where for _, prompt, where in found if not prompt]
+    if empty:
+        raise SuiteError(f"{empty[0]} is empty; download it again")
+    return found
+
+
+def _item(id: str, prompt: str, asked: Mapping[str, Questions] | None) -> QuestionedItem:
+    """The category to look at pictures by is where the prompt comes from: the letters its id begins with."""
+    source = id.rstrip("0123456789") or "other"
+    return QuestionedItem(id, prompt, {"category": source}, asked=None if asked is None else asked[id])
+
+
+def _asked(item: Item) -> Questions:
+    if not isinstance(item, QuestionedItem) or item.asked is None:
+        raise SuiteError(f"scoring DPG-Bench needs dpg_bench.csv in the data directory; get it from {_SOURCE}")
+    return item.asked
+
+
+def _parents(row: Row) -> list[int]:
+    text = str(row.get("dependency", kind=(str, int)))
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise SuiteError(f"{row.where}: the field 'dependency' is {text!r}, not proposition numbers with commas") from None

@@ -1,0 +1,186 @@
+"""GenEval (djghosh13/geneval): does a detector find the objects, counts, colours and positions that the prompt asks for?
+
+Four pictures per prompt; the judge reports detections, the rules here decide. Kept as officially written: confidence must be strictly
+greater than 0.3, for the tag counting than 0.9 (by the tag, not by whether something is excluded); at most 16 boxes per class; only
+as many as asked for, the most confident ones, are looked at for colour and position. Overall is the mean of the tags' means.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from xomni_jax.evaluation.suite import Item, Record, Suite, SuiteError
+from xomni_jax.evaluation.suites import pictures
+from xomni_jax.evaluation.suites.choices import Choices
+from xomni_jax.evaluation.suites.reading import Row, check_unique, find, read_rows
+from xomni_jax.evaluation.suites.sums import ratio, ratios_by
+
+REPEATS = 4
+COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+RELATIONS = ("left of", "right of", "above", "below")
+FILES = "evaluation_metadata.jsonl from github.com/djghosh13/geneval, folder prompts"
+_CONFIDENCE, _COUNTING_CONFIDENCE, _MOST_BOXES = 0.3, 0.9, 16
+_SHRINK = 0.1  # share of both boxes' sizes that an offset must exceed to be one
+
+Box = Mapping[str, Any]  # {"box": [x1, y1, x2, y2], "score": confidence, "color": name where it was asked for}
+Detections = Mapping[str, Sequence[Box]]
+
+
+def suite(name: str, choices: Choices) -> Suite:
+    """geneval."""
+    save, open_ = pictures.folders(REPEATS)
+    return Suite(
+        name=name,
+        title="GenEval",
+        task="generate",
+        repeats=REPEATS,
+        judge="detector",
+        load=load,
+        questions=questions,
+        score=score,
+        aggregate=aggregate,
+        save=save,
+        open=open_,
+        published=553,
+        files=FILES,
+    )
+
+
+def load(data: Path) -> list[Item]:
+    """Items of the published jsonl; the id is the row's index with five digits, the official folder's name."""
+    paths = find(data, ("geneval", "prompts"), ("evaluation_metadata.jsonl",), FILES)
+    return check_unique([(_item(n, row), row.where) for n, row in enumerate(read_rows(paths))])
+
+
+def questions(item: Item) -> tuple[dict[str, Any], ...]:
+    """One request: the classes that matter, those whose colour is asked for, and what is worth reporting."""
+    metadata = item.fields["metadata"]
+    clauses = [*metadata["include"], *metadata.get("exclude", ())]
+    return (
+        {
+            "classes": sorted({c["class"] for c in clauses}),
+            "coloured": sorted({c["class"] for c in clauses if "color" in c}),
+            "min_score": _CONFIDENCE,
+            "at_most": _MOST_BOXES,
+        },
+    )
+
+
+def kept(found: Detections, tag: str) -> dict[str, list[Box]]:
+    """The boxes that count, most confident first."""
+    least = _COUNTING_CONFIDENCE if tag == "counting" else _CONFIDENCE
+    sure = {name: sorted((b for b in boxes if b["score"] > least), key=lambda b: -b["score"]) for name, boxes in found.items()}
+    return {name: boxes[:_MOST_BOXES] for name, boxes in sure.items() if boxes}
+
+
+def relations(a: Sequence[float], b: Sequence[float]) -> list[str]:
+    """What box a is to box b, of RELATIONS; two can hold at once, none when the offset is small beside the boxes. y grows down."""
+    offset = [((a[i] + a[i + 2]) - (b[i] + b[i + 2])) / 2 for i in (0, 1)]
+    sizes = [abs(a[i + 2] - a[i]) + abs(b[i + 2] - b[i]) for i in (0, 1)]
+    reduced = [math.copysign(max(abs(o) - _SHRINK * s, 0.0), o) for o, s in zip(offset, sizes)]
+    if all(abs(r) < 1e-3 for r in reduced):
+        return []
+    x, y = (r / math.sqrt(offset[0] ** 2 + offset[1] ** 2) for r in reduced)  # by the length of the offset that was not reduced
+    holds = {"left of": x < -0.5, "right of": x > 0.5, "above": y < -0.5, "below": y > 0.5}
+    return sorted(name for name in RELATIONS if holds[name])
+
+
+def judge(metadata: Mapping[str, Any], found: Detections) -> tuple[bool, str]:
+    """Whether a picture shows what its row asks for, and what is wrong with it, in the official scorer's words."""
+    boxes = kept(found, metadata["tag"])
+    reasons: list[str] = []
+    passed: list[list[Box] | None] = []
+    for clause in metadata["include"]:
+        used = boxes.get(clause["class"], [])[: clause["count"]]
+        wrong = _presence(clause, used) or _colour(clause, used) or _position(clause, used, passed)
+        passed.append(None if wrong else used)
+        reasons += [wrong] if wrong else []
+    for clause in metadata.get("exclude", ()):
+        number = len(boxes.get(clause["class"], ()))
+        if number >= clause["count"]:
+            reasons.append(f"expected {clause['class']}<{clause['count']}, found {number}")
+    return not reasons, "\n".join(reasons)
+
+
+def score(item: Item, outputs: Sequence[Any]) -> Record:
+    """correct: right pictures of the item; images: judged ones."""
+    verdicts = [judge(item.fields["metadata"], found) for (found,) in outputs]
+    right = sum(correct for correct, _ in verdicts)
+    return {
+        "score": right / len(outputs),
+        "correct": right,
+        "images": len(outputs),
+        "any": int(right > 0),
+        "one": 1,
+        "verdicts": ["correct" if correct else reason for correct, reason in verdicts],
+        "unparsed": 0,
+    }
+
+
+def aggregate(records: Sequence[Record]) -> dict[str, Any]:
+    """Per tag the mean over pictures; overall the unweighted mean of the tags."""
+    tags = ratios_by(records, "category", "correct", "images")
+    overall = sum(t["score"] for t in tags.values()) / len(tags)
+    scores = {
+        "overall": overall,
+        "correct images": ratio(records, "correct", "images"),
+        "prompts with a correct image": ratio(records, "any", "one"),
+    }
+    return {"headline": "overall", "scores": scores, "categories": tags}
+
+
+def _presence(clause: Mapping[str, Any], used: Sequence[Box]) -> str:
+    if len(used) >= clause["count"]:
+        return ""
+    return f"expected {clause['class']}>={clause['count']}, found {len(used)}"
+
+
+def _colour(clause: Mapping[str, Any], used: Sequence[Box]) -> str:
+    wanted = clause.get("color")
+    seen = [box["color"] for box in used] if wanted else []
+    if not wanted or seen.count(wanted) >= clause["count"]:
+        return ""
+    listed = ", ".join(f"{seen.count(c)} {c}" for c in COLOURS if c in seen)
+    return f"expected {wanted} {clause['class']}>={clause['count']}, found {seen.count(wanted)} {wanted}; and {listed}"
+
+
+def _position(clause: Mapping[str, Any], used: Sequence[Box], passed: Sequence[Sequence[Box] | None]) -> str:
+    if "position" not in clause:
+        return ""
+    relation, target = clause["position"]
+    if passed[target] is None:
+        return f"no target for {clause['class']} to be {relation}"
+    for box in used:
+        for other in passed[target] or ():
+            holds = relations(box["box"], other["box"])
+            if relation not in holds:
+                return f"expected {clause['class']} {relation} target, found {' and '.join(holds)} target"
+    return ""
+
+
+def _item(number: int, row: Row) -> Item:
+    for clauses, needed in (("include", True), ("exclude", False)):
+        given = row.get(clauses, kind=list) if needed else row.get(clauses, kind=list, default=[])
+        if needed and not given:
+            raise SuiteError(f"{row.where}: 'include' is empty, so every picture would be right")
+        for n, clause in enumerate(given):
+            _check_clause(clause, n, f"{row.where}: {clauses} clause {n}")
+    tag = row.text("tag")
+    return Item(f"{number:05d}", row.text("prompt"), {"category": tag, "metadata": row.values})
+
+
+def _check_clause(clause: Any, number: int, where: str) -> None:
+    if not isinstance(clause, dict) or not isinstance(clause.get("class"), str):
+        raise SuiteError(f"{where} names no class")
+    if not isinstance(clause.get("count"), int) or clause["count"] < 1:
+        raise SuiteError(f"{where} has count {clause.get('count')!r}, not a whole number from 1")
+    if clause.get("color", COLOURS[0]) not in COLOURS:
+        raise SuiteError(f"{where} asks for the colour {clause['color']!r}, which is not one of {', '.join(COLOURS)}")
+    position = clause.get("position")
+    if position is not None and not (
+        isinstance(position, list) and len(position) == 2 and position[0] in RELATIONS and position[1] in range(number)
+    ):
+        raise SuiteError(f"{where} has the position {position!r}, not [relation, index of an earlier clause]")

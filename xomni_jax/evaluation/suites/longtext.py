@@ -1,0 +1,109 @@
+"""LongText-Bench (X-Omni, arXiv 2507.22058, section 4.3.1): how much of a long text appears in the picture.
+
+Four pictures per prompt, read by an OCR model; recall of words (English, lower-cased) or characters (Chinese, case kept), as a ratio
+of sums over all pictures. Order and extra text cost nothing. The official judge is Qwen2.5-VL-7B-Instruct with at most 1024 new
+tokens; its exact instruction stands in the scorer (X-Omni-Team/X-Omni, textbench), ours says the same.
+
+Kept as the official scorer has it: only `No text recognized.` with the full stop is removed from a reply, and the OCR model's stray
+word `addCriterion` stays, because the cleaning restarts from the raw reply; `clean-replies` is the loop as it was meant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from xomni_jax.evaluation.suite import Item, Record, Suite, SuiteError
+from xomni_jax.evaluation.suites import pictures, texts
+from xomni_jax.evaluation.suites.choices import Choices
+from xomni_jax.evaluation.suites.reading import Row, check_unique, find, read_rows
+from xomni_jax.evaluation.suites.sums import ratio, ratios_by
+
+REPEATS = 4
+_FILES = {"en": "text_prompts.jsonl", "zh": "text_prompts_zh.jsonl"}
+_SOURCE = "from github.com/X-Omni-Team/X-Omni, folder textbench (also the Hugging Face dataset X-Omni/LongText-Bench)"
+SWITCHES = {"clean-replies": "remove addCriterion and 'No text recognized' with or without the full stop before counting"}
+
+
+def suite(name: str, choices: Choices) -> Suite:
+    """longtext-en or longtext-zh."""
+    language = name.removeprefix("longtext-")
+    files = f"{_FILES[language]} {_SOURCE}"
+    save, open_ = pictures.numbered(REPEATS)
+    question = {"instruction": choices.instruction("ocr"), "max_tokens": 1024}
+    return Suite(
+        name=name,
+        title=f"LongText-Bench {language.upper()}",
+        task="generate",
+        repeats=REPEATS,
+        judge="ocr",
+        load=lambda data: load(data, language, files),
+        questions=lambda item: (question,),
+        score=lambda item, outputs: score(item, outputs, choices.on("clean-replies")),
+        aggregate=aggregate,
+        save=save,
+        open=open_,
+        published=160,
+        files=files,
+        switches=SWITCHES,
+    )
+
+
+def load(data: Path, language: str, files: str) -> list[Item]:
+    """Items of the published jsonl. The id is prompt_id with four digits: a key with gaps, not a row number."""
+    paths = find(data, ("longtext_bench", "textbench"), (_FILES[language],), files)
+    return check_unique([(_item(row, language), row.where) for row in read_rows(paths)])
+
+
+def tokens(text: str, language: str) -> list[str]:
+    """What is counted: words of English, single characters of Chinese."""
+    if language == "zh":
+        return list(texts.without_space(texts.kept(text)))
+    return texts.collapse(texts.kept(text)).lower().split()
+
+
+def clean(reply: str, thorough: bool = False) -> str:
+    """The judge's reply without its phrase for "nothing"; `thorough` as it was meant."""
+    if thorough:
+        reply = reply.replace(texts.HALLUCINATION, "")
+        return "" if reply.strip().rstrip(".") == texts.NO_TEXT.rstrip(".") else reply.replace(texts.NO_TEXT, "")
+    return reply.replace(texts.NO_TEXT, "")
+
+
+def score(item: Item, outputs: Sequence[Any], thorough: bool = False) -> Record:
+    """match and gt: tokens found and wanted, summed over the item's pictures."""
+    language = item.fields["language"]
+    wanted = tokens(" ".join(item.fields["text"]), language)
+    read = [clean(reply, thorough) for (reply,) in outputs]
+    found = [texts.matches(wanted, tokens(reply, language)) for reply in read]
+    gt = len(wanted) * len(outputs)
+    unit = "characters" if language == "zh" else "words"
+    return {
+        "score": sum(found) / gt,
+        "match": sum(found),
+        "gt": gt,
+        "read": read,
+        "verdicts": [f"{n} of {len(wanted)} {unit}" for n in found],
+        "unparsed": 0,
+    }
+
+
+def aggregate(records: Sequence[Record]) -> dict[str, Any]:
+    """Text accuracy: all matches over all wanted tokens (not a mean of ratios), by category and by length."""
+    return {
+        "headline": "text accuracy",
+        "scores": {
+            "text accuracy": ratio(records, "match", "gt"),
+            **{f"{k} prompts": v["score"] for k, v in ratios_by(records, "length", "match", "gt").items()},
+        },
+        "categories": ratios_by(records, "category", "match", "gt"),
+    }
+
+
+def _item(row: Row, language: str) -> Item:
+    text = row.strings("text")
+    if not tokens(" ".join(text), language):
+        raise SuiteError(f"{row.where}: the ground truth {text!r} holds nothing that is counted")
+    fields = {"text": text, "language": language, "category": row.text("category"), "length": row.text("length")}
+    return Item(f"{row.number('prompt_id'):04d}", row.text("prompt"), fields)

@@ -1,0 +1,85 @@
+"""OCRBench (Yuliang-Liu/MultimodalOCR): 1000 questions about text in pictures, a point for each answer found in the reply.
+
+The question is the prompt, nothing added; greedy, at most 128 new tokens (lmms-eval; the original script takes 100). An answer
+counts when it is a substring of the reply, both stripped, lower-cased and with newlines as spaces; for handwritten formulas
+(HME100k) case matters and spaces go. So "42" is found in "1420": long replies help, which is the benchmark's rule.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from xomni_jax.evaluation.suite import Item, Record, Suite, SuiteError
+from xomni_jax.evaluation.suites.choices import Choices
+from xomni_jax.evaluation.suites.reading import Row, check_unique, find, read_rows
+from xomni_jax.evaluation.suites.stored import FilePicture
+from xomni_jax.evaluation.suites.sums import ratios_by
+
+FORMULAS = "HME100k"
+_SOURCE = "github.com/Yuliang-Liu/MultimodalOCR, folder OCRBench"
+FILES = f"OCRBench.json from {_SOURCE}, and the folder OCRBench_Images that is linked there, unpacked beside it"
+SWITCHES = {"half-width": "fold full-width ASCII to half-width in answers and replies, as current versions of lmms-eval do"}
+_HALF_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: 0x20}
+
+
+def suite(name: str, choices: Choices) -> Suite:
+    """ocrbench."""
+    return Suite(
+        name=name,
+        title="OCRBench",
+        task="answer",
+        load=load,
+        score=lambda item, outputs: score(item, outputs, choices.on("half-width")),
+        aggregate=aggregate,
+        max_new_tokens=128,
+        published=1000,
+        files=FILES,
+        switches=SWITCHES,
+    )
+
+
+def load(data: Path) -> list[Item]:
+    """Items of OCRBench.json; `id` repeats between its source datasets, so the dataset's name is put before it."""
+    (path,) = find(data, ("ocrbench", "OCRBench"), ("OCRBench.json",), FILES)
+    folder = next((f for f in (path.parent / "OCRBench_Images", path.parent / "images") if f.is_dir()), path.parent)
+    return check_unique([(_item(row, folder), row.where) for row in read_rows(path)])
+
+
+def is_right(dataset: str, answers: Sequence[str], reply: str, half_width: bool = False) -> bool:
+    """Whether any answer stands in the reply."""
+    if half_width:
+        reply, answers = reply.translate(_HALF_WIDTH), [a.translate(_HALF_WIDTH) for a in answers]
+
+    def plain(text: str) -> str:
+        if dataset == FORMULAS:
+            return text.strip().replace("\n", " ").replace(" ", "")
+        return text.lower().strip().replace("\n", " ")
+
+    return any(plain(answer) in plain(reply) for answer in answers)
+
+
+def score(item: Item, outputs: Sequence[Any], half_width: bool = False) -> Record:
+    """right: 0 or 1."""
+    right = int(is_right(item.fields["dataset"], item.fields["answers"], outputs[0], half_width))
+    wanted = json.dumps(item.fields["answers"], ensure_ascii=False)
+    return {"score": float(right), "right": right, "one": 1, "verdicts": ["right" if right else f"wanted {wanted}"], "unparsed": 0}
+
+
+def aggregate(records: Sequence[Record]) -> dict[str, Any]:
+    """Points: one per right answer, out of 1000 when the data is complete; categories are shares."""
+    points = sum(r["right"] for r in records)
+    scores = {"points": points, "accuracy": points / len(records)}
+    return {"headline": "points", "scores": scores, "categories": ratios_by(records, "category", "right", "one")}
+
+
+def _item(row: Row, folder: Path) -> Item:
+    answers = row.strings("answers")
+    if not all(a.strip() for a in answers):
+        raise SuiteError(f"{row.where}: an answer is empty, and an empty answer is found in every reply")
+    dataset = row.text("dataset_name")
+    image = FilePicture(folder / row.text("image_path"), f"get it with {FILES}")
+    fields = {"category": row.text("type"), "dataset": dataset, "answers": answers}
+    return Item(f"{dataset}-{row.number('id'):05d}", row.text("question"), fields, image)

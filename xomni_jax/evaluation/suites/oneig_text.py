@@ -1,0 +1,168 @@
+"""OneIG-Bench, text rendering (OneIG-Bench/OneIG-Benchmark): edit distance, completion and word accuracy, and their composite.
+
+Four pictures per prompt as one 2x2 grid; each tile is read by the OCR model (officially Qwen2.5-VL-7B-Instruct, given the tile as a
+JPEG, with 256 new tokens for a ground truth of more than 60 pieces, else 128). Case matters; whether words or characters are
+counted is decided for each string. The composite is computed once from the means over all pictures.
+
+Kept as officially written: a tile that is entirely black is a failed picture and takes no part; a prompt of black tiles only is scored
+with the texts read for the prompt before it (officially an error when it is the first). `leave-out-black` leaves such a prompt out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rapidfuzz.distance import Levenshtein
+
+from xomni_jax.evaluation.suite import Item, Record, Suite, SuiteError
+from xomni_jax.evaluation.suites import pictures, texts
+from xomni_jax.evaluation.suites.choices import Choices
+from xomni_jax.evaluation.suites.reading import Row, check_unique, find, read_rows
+from xomni_jax.evaluation.suites.sums import group_by, ratio
+
+REPEATS = 4
+_FOLDERS = ("oneig_bench", "scripts/text", "oneig_bench/scripts/text")
+_PROMPTS = {"en": "OneIG-Bench.csv", "zh": "OneIG-Bench-ZH.csv"}
+_TEXTS = {"en": "text_content.csv", "zh": "text_content_zh.csv"}
+_SOURCE = "from github.com/OneIG-Bench/OneIG-Benchmark (its root and its folder scripts/text; CC BY-NC 4.0)"
+_MAX_DISTANCE = {"en": 100, "zh": 50}  # where the composite stops counting edits
+_LONG = 60  # pieces of ground truth above which the judge may write more
+SWITCHES = {"leave-out-black": "leave out a prompt whose tiles are all black instead of scoring it with its neighbour's texts"}
+
+
+def suite(name: str, choices: Choices) -> Suite:
+    """oneig-text-en or oneig-text-zh."""
+    language = name.removeprefix("oneig-text-")
+    files = f"{_PROMPTS[language]} and {_TEXTS[language]} {_SOURCE}"
+    save, open_ = pictures.grid(REPEATS, ".webp")
+    return Suite(
+        name=name,
+        title=f"OneIG-Bench text {language.upper()}",
+        task="generate",
+        repeats=REPEATS,
+        judge="ocr",
+        load=lambda data: load(data, language, files),
+        questions=lambda item: (question(item, choices.instruction("ocr")),),
+        score=score,
+        aggregate=lambda records: aggregate(records, language, choices.on("leave-out-black")),
+        save=save,
+        open=open_,
+        published=200,
+        files=files,
+        switches=SWITCHES,
+    )
+
+
+def load(data: Path, language: str, files: str) -> list[Item]:
+    """The text rendering prompts in the order of the ground truth file, joined by id. The id stays a string: "000"."""
+    (prompts,), (wanted,) = (find(data, _FOLDERS, (names[language],), files) for names in (_PROMPTS, _TEXTS))
+    by_id = {r.text("id"): r for r in read_rows(prompts) if r.get("category") == "Text_Rendering"}
+    return check_unique([(_item(row, by_id, prompts), row.where) for row in read_rows(wanted)])
+
+
+def question(item: Item, instruction: str) -> dict[str, Any]:
+    """What the OCR judge is asked: "black" has it return None for a picture that is entirely black."""
+    return {"instruction": instruction, "max_tokens": max_tokens(item.fields["text_content"]), "black": "skip", "format": "JPEG"}
+
+
+def max_tokens(text_content: str) -> int:
+    """Room for the judge's reply, by the length of the ground truth as it stands in the file."""
+    return 256 if len(text_content.split()) > _LONG else 128
+
+
+def clean(reply: str) -> str:
+    """The judge's reply without its stray word and its phrase for "nothing"."""
+    return reply.replace(texts.HALLUCINATION, "").replace(texts.NO_TEXT, "")
+
+
+def normalise(text: str) -> str:
+    """What is compared; the brackets, quotes and commas of a list's notation go like any other sign."""
+    text = texts.kept(text)
+    return texts.without_space(text) if texts.is_chinese(text) else texts.collapse(text)
+
+
+def measure(text_content: str, replies: Sequence[str]) -> dict[str, int]:
+    """Sums over pictures: edits, exact ones, matched and wanted words (characters where the ground truth is Chinese)."""
+    wanted, found = normalise(text_content), [normalise(r) for r in replies]
+    split = list if texts.is_chinese(wanted) else str.split
+    distances = [Levenshtein.distance(f, wanted) for f in found]
+    return {
+        "edits": sum(distances),
+        "exact": distances.count(0),
+        "match": sum(texts.matches(split(wanted), split(f)) for f in found),
+        "gt": len(split(wanted)) * len(found),
+        "images": len(found),
+    }
+
+
+def score(item: Item, outputs: Sequence[Any]) -> Record:
+    """The sums of `measure` over the item's pictures that are not black, and what was read in them. Score: share of words found."""
+    content = item.fields["text_content"]
+    replies = [reply for (reply,) in outputs]
+    read = [clean(r) for r in replies if r is not None]
+    sums = measure(content, read)
+    return {
+        **sums,
+        "score": sums["match"] / sums["gt"] if read else 0.0,
+        "black": replies.count(None),
+        "read": ["" if r is None else clean(r) for r in replies],
+        "counted": read,
+        "verdicts": [_verdict(content, r) for r in replies],
+        "unparsed": 0,
+    }
+
+
+def aggregate(records: Sequence[Record], language: str, leave_out_black: bool = False) -> dict[str, Any]:
+    """ED and CR are means over pictures, WAC a ratio of sums; the composite joins the three."""
+    counted, notes = _without_black_prompts(records, leave_out_black)
+    scores = composite(counted, language)
+    groups = {n: {"score": composite(r, language)["text score"], "items": len(r)} for n, r in group_by(counted, "category").items()}
+    return {"headline": "text score", "scores": scores, "categories": groups, "notes": notes}
+
+
+def composite(records: Sequence[Mapping[str, Any]], language: str) -> dict[str, float]:
+    """text score = 1 - min(M, ED) (1 - CR) (1 - WAC) / M with M = 100 (English) or 50 (Chinese)."""
+    distance, exact, words = (ratio(records, a, b) for a, b in (("edits", "images"), ("exact", "images"), ("match", "gt")))
+    most = _MAX_DISTANCE[language]
+    text_score = 1 - min(most, distance) * (1 - exact) * (1 - words) / most
+    return {"text score": text_score, "ED": distance, "CR": exact, "WAC": words}
+
+
+def _without_black_prompts(records: Sequence[Record], leave_out: bool) -> tuple[list[Record], list[str]]:
+    """Records that count, and sentences about the others."""
+    counted: list[Record] = []
+    notes: list[str] = []
+    before: Sequence[str] = ()
+    for record in records:
+        if record["images"]:
+            before = record["counted"]
+            counted.append(record)
+        elif leave_out or not before:
+            notes.append(f"All pictures of {record['id']} are black; it is left out.")
+        else:
+            notes.append(f"All pictures of {record['id']} are black; as officially, it is scored with the texts of the prompt before it.")
+            counted.append({**record, **measure(record["fields"]["text_content"], before)})
+    if not counted:
+        raise SuiteError("all pictures of all prompts are black; there is nothing to score")
+    return counted, notes
+
+
+def _verdict(content: str, reply: str | None) -> str:
+    if reply is None:
+        return "black picture, left out"
+    sums = measure(content, [clean(reply)])
+    unit = "characters" if texts.is_chinese(normalise(content)) else "words"
+    return f"{sums['match']} of {sums['gt']} {unit}, {sums['edits']} edits"
+
+
+def _item(row: Row, by_id: Mapping[str, Row], prompts: Path) -> Item:
+    id = row.text("id")
+    if id not in by_id:
+        raise SuiteError(f"{row.where}: the id {id!r} is not among the text rendering prompts of {prompts}")
+    content, prompt = row.text("text_content"), by_id[id]
+    row.strings("text_content", spelled=True)
+    if not normalise(content):
+        raise SuiteError(f"{row.where}: the ground truth {content!r} holds nothing that is counted")
+    return Item(id, prompt.text("prompt_en", "prompt_cn"), {"category": prompt.text("class"), "text_content": content})

@@ -1,0 +1,151 @@
+"""POPE (RUCAIBox/POPE): is there a chair in the image? Three splits of 3000 questions that differ in how absent objects were drawn.
+
+Headline: the mean over the splits of the official F1 of "yes", accuracy beside it. The official parser keeps what stands before the
+first full stop, deletes commas, splits at single spaces and says no when `No`, `no` or `not` is among the words, else yes: "NO" is a yes.
+The readings of lmms-eval and VLMEvalKit are computed from the same answers and stand among the scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from xomni_jax.evaluation.suite import Item, Record, Suite, SuiteError
+from xomni_jax.evaluation.suites.choices import Choices
+from xomni_jax.evaluation.suites.reading import Row, check_unique, find, read_rows
+from xomni_jax.evaluation.suites.stored import FilePicture
+from xomni_jax.evaluation.suites.sums import group_by
+
+SPLITS = ("random", "popular", "adversarial")
+FILES = (
+    "coco_pope_random.json, coco_pope_popular.json and coco_pope_adversarial.json from github.com/RUCAIBox/POPE, folder output/coco, "
+    "and the folder val2014 of the COCO 2014 validation images (cocodataset.org)"
+)
+SWITCHES = {"single-word": "append lmms-eval's request for a single word or phrase to each question"}
+_PUNCTUATION = str.maketrans(dict.fromkeys("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~", " "))
+
+
+def suite(name: str, choices: Choices) -> Suite:
+    """pope."""
+    template = choices.instruction("word") if choices.on("single-word") else "{question}"
+    return Suite(
+        name=name,
+        title="POPE",
+        task="answer",
+        load=lambda data: load(data, template),
+        score=score,
+        aggregate=aggregate,
+        max_new_tokens=128,
+        published=9000,
+        paper_scale=100.0,
+        files=FILES,
+        switches=SWITCHES,
+    )
+
+
+def load(data: Path, template: str = "{question}") -> list[Item]:
+    """All questions; the id is the split and question_id, which alone repeats between the splits."""
+    items = []
+    for split in SPLITS:
+        (path,) = find(data, ("pope", "output/coco"), (f"coco_pope_{split}.json",), FILES)
+        folder = next((f for f in (Path(data) / "val2014", path.parent / "val2014") if f.is_dir()), path.parent)
+        items += [(_item(row, split, folder, template), row.where) for row in read_rows(path)]
+    return check_unique(items)
+
+
+def official(answer: str) -> str:
+    """yes or no by the official parser; nothing is undecided."""
+    words = answer.split(".")[0].replace(",", "").split(" ")
+    return "no" if {"No", "no", "not"} & set(words) else "yes"
+
+
+def lmms_eval(answer: str) -> str:
+    """The reply as lmms-eval compares it with the label; other words than yes and no are neither."""
+    return answer.lower().strip()
+
+
+def vlmevalkit(answer: str) -> str:
+    """Yes or No when one of the words stands in the reply and the other does not, else Unknown."""
+    words = answer.lower().translate(_PUNCTUATION).split()
+    yes, no = "yes" in words, "no" in words
+    return "Unknown" if yes == no else "Yes" if yes else "No"
+
+
+_READERS: dict[str, Callable[[str], str]] = {
+    "official": official,
+    "lmms-eval": lmms_eval,
+    "VLMEvalKit": lambda answer: "yes" if vlmevalkit(answer) == "Yes" else "no",  # its rating takes Unknown for No
+}
+
+
+def score(item: Item, outputs: Sequence[Any]) -> Record:
+    """For each way of reading the reply [true positive, false positive, true negative, false negative]; neither yes nor no: all 0."""
+    label, read = item.fields["label"], {name: reader(outputs[0]) for name, reader in _READERS.items()}
+    counts = {name: _counts(label, answer) for name, answer in read.items()}
+    right = read["official"] == label
+    undecided = vlmevalkit(outputs[0]) == "Unknown"
+    verdict = f"{'right' if right else 'wrong'}: read as {read['official']}" + (", though it says neither or both" if undecided else "")
+    return {"score": float(right), "counts": counts, "undecided": int(undecided), "verdicts": [verdict], "unparsed": 0}
+
+
+def aggregate(records: Sequence[Record]) -> dict[str, Any]:
+    """Mean F1 and accuracy over the splits, the numbers of each split, and the other readings."""
+    splits = group_by(records, "category")
+    by_split = {split: metrics(rows, "official") for split, rows in splits.items()}
+    scores = {f"mean {name}": _mean(m[name] for m in by_split.values()) for name in ("F1", "accuracy")}
+    for reader in ("lmms-eval", "VLMEvalKit"):
+        others = [metrics(rows, reader) for rows in splits.values()]
+        scores |= {f"mean {name} ({reader})": _mean(m[name] for m in others) for name in ("F1", "accuracy")}
+    scores |= {f"{name}, {split}": value for split, m in by_split.items() for name, value in m.items()}
+    categories = {split: {"score": by_split[split]["F1"], "items": len(rows)} for split, rows in splits.items()}
+    return {"headline": "mean F1", "scores": scores, "categories": categories, "notes": _notes(records, splits)}
+
+
+def metrics(records: Sequence[Record], reader: str) -> dict[str, float]:
+    """F1, accuracy, precision and recall of yes, and the yes ratio (of the answers; lmms-eval takes it of the labels).
+
+    A ratio whose divisor is 0 is 0, where the official scorer stops with an error.
+    """
+    tp, fp, tn, fn = (sum(r["counts"][reader][k] for r in records) for k in range(4))
+    precision, recall = _share(tp, tp + fp), _share(tp, tp + fn)
+    labels = sum(r["fields"]["label"] == "yes" for r in records)
+    return {
+        "F1": _share(2 * precision * recall, precision + recall),
+        "accuracy": (tp + tn) / len(records),
+        "precision": precision,
+        "recall": recall,
+        "yes ratio": (labels if reader == "lmms-eval" else tp + fp) / len(records),
+    }
+
+
+def _counts(label: str, answer: str) -> list[int]:
+    outcomes = (("yes", "yes"), ("no", "yes"), ("no", "no"), ("yes", "no"))
+    return [int((label, answer) == outcome) for outcome in outcomes]
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
+
+
+def _mean(values: Any) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def _notes(records: Sequence[Record], splits: dict[str, list[Record]]) -> list[str]:
+    notes = [f"The official scorer divides by 0 in {s}: nothing was right or asked with yes." for s, r in splits.items() if not
+             sum(x["counts"]["official"][0] for x in r)]  # fmt: skip
+    missing = [s for s in SPLITS if s not in splits]
+    notes += [f"Without {', '.join(missing)}: the mean is over {', '.join(splits)}."] if missing else []
+    undecided = sum(r["undecided"] for r in records)
+    return notes + ([f"{undecided} answers say neither yes nor no, or both; the official parser decides them."] if undecided else [])
+
+
+def _item(row: Row, split: str, folder: Path, template: str) -> Item:
+    label, question = row.text("label"), row.text("text")
+    if label not in ("yes", "no"):
+        raise SuiteError(f"{row.where}: the label is {label!r}, not yes or no")
+    image = FilePicture(folder / row.text("image"), "a COCO 2014 validation image; its folder val2014 belongs into the data directory")
+    fields = {"category": split, "label": label}
+    return Item(f"{split}-{row.number('question_id'):05d}", template.format(question=question), fields, image)

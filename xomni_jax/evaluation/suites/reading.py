@@ -1,0 +1,211 @@
+"""Rows of the published files: jsonl, json, csv, tsv and parquet, each row knowing its file and line, pictures read when asked for."""
+
+from __future__ import annotations
+
+import ast
+import csv
+import functools
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xomni_jax.evaluation.suite import Item, SuiteError
+from xomni_jax.evaluation.suites.stored import ParquetPicture, pyarrow
+
+_MISSING = object()
+_ABSENT = (None, "", "nan")  # how a table writes "no value"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a file; `where` is "FILE line N" for error messages."""
+
+    values: dict[str, Any]
+    where: str
+
+    def get(self, *names: str, kind: type | tuple[type, ...] = str, default: Any = _MISSING) -> Any:
+        """The value of the first of `names` that the row has. SuiteError when none has one, or when it is of another kind."""
+        value = next((self.values[n] for n in names if self.values.get(n) is not None), None)
+        if value is None:
+            if default is not _MISSING:
+                return default
+            raise SuiteError(f"{self.where}: the field {' or '.join(map(repr, names))} is missing")
+        if not isinstance(value, kind) or isinstance(value, bool):
+            kinds = kind if isinstance(kind, tuple) else (kind,)
+            raise SuiteError(
+                f"{self.where}: the field {names[0]!r} is {type(value).__name__}, not {' or '.join(k.__name__ for k in kinds)}"
+            )
+        return value
+
+    def text(self, *names: str) -> str:
+        """A string that is more than white space."""
+        value = str(self.get(*names, kind=(str, int, float)))
+        if not value.strip():
+            raise SuiteError(f"{self.where}: the field {names[0]!r} is empty")
+        return value
+
+    def number(self, *names: str) -> int:
+        """A whole number, also one written as text, as in a table."""
+        value = self.get(*names, kind=(str, int, float))
+        try:
+            number = int(float(value))
+            if number == float(value):
+                return number
+        except (ValueError, OverflowError):
+            pass
+        raise SuiteError(f"{self.where}: the field {names[0]!r} is {value!r}, not a whole number")
+
+    def optional(self, *names: str) -> str:
+        """A string, "" where the table has no value (also written nan)."""
+        value = self.get(*names, kind=(str, int, float), default="")
+        return "" if value in _ABSENT or value != value else str(value)
+
+    def strings(self, *names: str, spelled: bool = False) -> list[str]:
+        """A list of strings; a single one is a list of one. `spelled`: text is the written form of a Python list, as in a table."""
+        value = self.get(*names, kind=(str, list, int, float))
+        if isinstance(value, str) and spelled:
+            value = literal_list(value, self.where, names[0])
+        values = [str(v) for v in value] if isinstance(value, list) else [str(value)]
+        if not values:
+            raise SuiteError(f"{self.where}: the field {names[0]!r} is an empty list")
+        return values
+
+
+def literal_list(text: str, where: str, name: str) -> list[Any]:
+    """The Python list that `text` spells. SuiteError otherwise; nothing is executed."""
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+        raise SuiteError(f"{where}: the field {name!r} is not the text of a list: {text[:60]!r}") from error
+    if not isinstance(value, list):
+        raise SuiteError(f"{where}: the field {name!r} is {type(value).__name__}, not a list")
+    return value
+
+
+def find(data: Path, folders: Sequence[str], patterns: Sequence[str], files: str) -> list[Path]:
+    """Files of the first of `patterns` found in the data directory or in one of its `folders`, sorted. SuiteError saying `files`."""
+    data = Path(data)
+    if not data.is_dir():
+        raise SuiteError(f"the data directory {data} does not exist; it must hold {files}")
+    for pattern in patterns:
+        for root in (data, *(data / folder for folder in folders)):
+            found = sorted(p for p in root.glob(pattern) if p.is_file())
+            if found:
+                _check_shards(found)
+                return found
+    raise SuiteError(f"{data} has no {' or '.join(patterns)}; it must hold {files}")
+
+
+def _check_shards(paths: Sequence[Path]) -> None:
+    """SuiteError when files named NAME-00000-of-00003 are fewer than they say: a part would be taken for the whole."""
+    shards = [found for found in (re.search(r"-(\d+)-of-(\d+)\.", path.name) for path in paths) if found]
+    if shards and {int(s[1]) for s in shards} != set(range(int(shards[0][2]))):
+        count = int(shards[0][2])
+        raise SuiteError(f"{paths[0].parent} holds {len(shards)} of the {count} files like {paths[0].name}; download the others too")
+
+
+def read_rows(paths: Path | Iterable[Path]) -> Iterator[Row]:
+    """Rows of one file or of the shards of one, by the ending of the name. SuiteError with file and line for what cannot be read."""
+    for path in [paths] if isinstance(paths, Path) else paths:
+        reader = _READERS.get(path.suffix)
+        if reader is None:
+            raise SuiteError(f"{path} is of a kind that is not read here; known endings are {', '.join(_READERS)}")
+        try:
+            yield from reader(path)
+        except UnicodeDecodeError as error:
+            raise SuiteError(f"{path} is not UTF-8 text (byte {error.start}); download it again") from error
+        except OSError as error:
+            raise SuiteError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def check_unique(items: Sequence[tuple[Item, str]]) -> list[Item]:
+    """The items of (item, where) pairs. SuiteError when there are none or when two have one id."""
+    if not items:
+        raise SuiteError("the file holds no rows for this suite; download it again")
+    seen: dict[str, str] = {}
+    for item, where in items:
+        if item.id in seen:
+            raise SuiteError(f"{where}: the id {item.id!r} was used before, at {seen[item.id]}; ids must be unique")
+        seen[item.id] = where
+    return [item for item, _ in items]
+
+
+def _jsonl(path: Path) -> Iterator[Row]:
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                where = f"{path} line {number}"
+                try:
+                    values = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise SuiteError(f"{where} is not JSON ({error}); mend the line or download the file again") from error
+                yield _row(values, where)
+
+
+def _json(path: Path) -> Iterator[Row]:
+    """A list of objects; some published files that end in .json hold one object per line instead."""
+    text = path.read_text(encoding="utf-8-sig")
+    if not text.lstrip().startswith("["):
+        yield from _jsonl(path)
+        return
+    try:
+        entries = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise SuiteError(f"{path} line {getattr(error, 'lineno', 1)} is not JSON ({error}); download the file again") from error
+    for number, values in enumerate(entries, 1):
+        yield _row(values, f"{path} entry {number}")
+
+
+def _row(values: Any, where: str) -> Row:
+    if not isinstance(values, dict):
+        raise SuiteError(f"{where} is {type(values).__name__}, not an object with named fields")
+    return Row(values, where)
+
+
+def _table(path: Path, delimiter: str) -> Iterator[Row]:
+    csv.field_size_limit(sys.maxsize)  # a base64 picture is one field
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.reader(file, delimiter=delimiter, strict=True)
+        try:
+            header = next(rows, None)
+            if not header:
+                raise SuiteError(f"{path} is empty; download it again")
+            for fields in rows:
+                where = f"{path} line {rows.line_num}"
+                if fields and len(fields) != len(header):
+                    raise SuiteError(f"{where} has {len(fields)} fields, the header has {len(header)}; mend the line")
+                if fields:
+                    yield Row(dict(zip(header, fields)), where)
+        except csv.Error as error:
+            raise SuiteError(f"{path} line {rows.line_num}: {error}; mend the quotes or download the file again") from error
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    """Rows without their pictures: a column of image bytes becomes a ParquetPicture."""
+    arrow = pyarrow()
+    try:
+        file = arrow.parquet.ParquetFile(path)
+        schema = file.schema_arrow
+        pictures = [f.name for f in schema if "bytes" in str(f.type) and "struct" in str(f.type)]
+        columns = [name for name in schema.names if name not in pictures]
+        number = 0
+        for group in range(file.num_row_groups):
+            for row, values in enumerate(file.read_row_group(group, columns=columns).to_pylist()):
+                number += 1
+                found = {name: ParquetPicture(path, group, row, name) for name in pictures}
+                yield Row(values | found, f"{path} row {number}")
+    except arrow.ArrowException as error:
+        raise SuiteError(f"{path} is not a readable parquet file ({str(error).splitlines()[0]}); download it again") from error
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    ".jsonl": _jsonl,
+    ".json": _json,
+    ".csv": functools.partial(_table, delimiter=","),
+    ".tsv": functools.partial(_table, delimiter="\t"),
+    ".parquet": _parquet,
+}

@@ -1,0 +1,40 @@
+"""Aggregates of integers over records, and the sentence about replies that could not be read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from xomni_jax.evaluation.suite import Record
+
+Group = Callable[[Record], str]
+
+
+def ratio(records: Sequence[Record], part: str, whole: str) -> float:
+    """Sum of one integer over the sum of another."""
+    return sum(r[part] for r in records) / sum(r[whole] for r in records)
+
+
+def ratios_by(records: Sequence[Record], key: str | Group, part: str, whole: str, scale: float = 1.0) -> dict[str, dict[str, Any]]:
+    """The ratio within each value of a field (or of a function of the record): {value: {"score", "items"}}, in order of value."""
+    groups = group_by(records, key)
+    return {name: {"score": scale * ratio(rows, part, whole), "items": len(rows)} for name, rows in groups.items()}
+
+
+def group_by(records: Sequence[Record], key: str | Group) -> dict[str, list[Record]]:
+    """Records by a field, names sorted."""
+    name = (lambda r: str(r["fields"].get(key, ""))) if isinstance(key, str) else key
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(name(record), []).append(record)
+    return dict(sorted(groups.items()))
+
+
+def unparsed_notes(records: Sequence[Record], counted_as: str) -> list[str]:
+    """One sentence with the number of replies that could not be read and the items they belong to; none when all could."""
+    listed = [r["id"] for r in records if r["unparsed"]]
+    if not listed:
+        return []
+    shown = ", ".join(listed[:20]) + (f" and {len(listed) - 20} more" if len(listed) > 20 else "")
+    total = sum(r["unparsed"] for r in records)
+    return [f"{total} replies of {len(listed)} items could not be read and count as {counted_as}: {shown}."]

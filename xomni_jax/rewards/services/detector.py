@@ -1,0 +1,225 @@
+"""GenEval's judge as a service: Mask2Former finds objects, CLIP names their colours. The only service that needs torch.
+
+Both models are read from local directories in the layout of transformers. Size, padding and the choice of boxes are those of
+mmdetection's Mask2Former, which the official scorer runs; the released transformers weights are Facebook's, not mmdetection's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from xomni_jax.rewards.services.base import ServiceError, need
+
+COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+# The detector's 80 classes in its order, under the names that GenEval's prompts use.
+COCO = tuple(
+    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,bench,bird,cat,dog,"
+    "horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,"
+    "baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,"
+    "orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,potted plant,bed,dining table,toilet,tv,laptop,computer mouse,tv remote,"
+    "computer keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,book,clock,vase,scissors,teddy bear,hair drier,"
+    "toothbrush".split(",")
+)
+_TEMPLATES = ("a photo of a {c} {name}", "a photo of a {c}-colored {name}", "a photo of a {c} object")
+SHORT_SIDE = 800  # of the picture that the detector sees
+_LONGEST, _DIVISOR = 5 / 3, 32  # the long side is at most 1333 to 800; padded to whole 32s
+_MEAN, _STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+_CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+_BACKGROUND = "#999"
+_MOST_INSTANCES = 100
+
+
+class Instance(NamedTuple):
+    """One detection: class name, confidence, box (left, top, right, bottom) and mask, bool [Y, X]."""
+
+    name: str
+    score: float
+    box: tuple[float, float, float, float]
+    mask: np.ndarray
+
+
+class DetectorScorer:
+    """Detections for targets["detect"] = {"classes", "coloured", "min_score", "at_most"}; the rules are the suite's.
+
+    Detail: "detections" = {class: [{"box", "score", "color"}]}, most confident first; colours only of the "coloured" classes. The
+    score is the share of the classes that were found at all. Another `short_side` than the official one is part of the version.
+    """
+
+    name = "detector"
+
+    def __init__(self, detector: str | None = None, clip: str | None = None, device: str | None = None, short_side: int = SHORT_SIDE):
+        torch = need("torch", self.name, extra="detector")
+        torch.set_num_threads(1)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        detector_folder = _directory("--detector", detector, "facebook/mask2former-swin-small-coco-instance")
+        clip_folder = _directory("--clip", clip, "openai/clip-vit-large-patch14")
+        self._detector, self._colours = Mask2Former(detector_folder, device, short_side), ClipColours(clip_folder, device)
+        self.version = f"mask2former-{self._detector.digest}/clip-{self._colours.digest}"
+        self.version += f"/short-side-{short_side}" if short_side != SHORT_SIDE else ""
+
+    def score(self, image: np.ndarray, item: dict[str, Any]) -> tuple[float | None, dict[str, Any]]:
+        """See Scorer. ValueError when a class is asked for that the detector does not know."""
+        request = item["targets"].get("detect")
+        if not request:
+            return None, {}
+        picture, wanted = Image.fromarray(image), request["classes"]
+        unknown = set(wanted) - set(self._detector.names)
+        if unknown:
+            raise ValueError(f"the detector knows no {', '.join(sorted(unknown))}; its {len(self._detector.names)} classes are fixed")
+        found: dict[str, list[Instance]] = {name: [] for name in wanted}
+        for instance in sorted(self._detector.find(picture), key=lambda i: -i.score):
+            if instance.name in found and instance.score > request["min_score"] and len(found[instance.name]) < request["at_most"]:
+                found[instance.name].append(instance)
+        detections = {name: self._described(picture, name, of, name in request["coloured"]) for name, of in found.items()}
+        return sum(map(bool, found.values())) / len(found), {"detections": detections}
+
+    def _described(self, picture: Image.Image, name: str, instances: Sequence[Instance], coloured: bool) -> list[dict[str, Any]]:
+        colours = self._colours.name_of(picture, instances, name) if coloured and instances else [None] * len(instances)
+        return [{"box": list(i.box), "score": i.score} | ({"color": c} if c else {}) for i, c in zip(instances, colours)]
+
+
+class Mask2Former:
+    """Instance segmentation with a transformers checkpoint."""
+
+    def __init__(self, folder: Path, device: str, short_side: int = SHORT_SIDE):
+        self._torch, self._short_side = need("torch", "detector", extra="detector"), short_side
+        self._model = _pretrained("Mask2FormerForUniversalSegmentation", folder).to(device)
+        self._device, self.digest = device, _digest(folder)
+        labels = self._model.config.id2label
+        self.names = COCO if len(labels) == len(COCO) else tuple(labels[n] for n in range(len(labels)))
+
+    def find(self, picture: Image.Image) -> list[Instance]:
+        """Every instance that the model proposes, confident or not."""
+        torch = self._torch
+        width, height = fitted(picture.size, self._short_side)
+        pixels = _normalised(torch, picture.resize((width, height), Image.Resampling.BILINEAR), _MEAN, _STD, 1.0)
+        padded = [-(-side // _DIVISOR) * _DIVISOR for side in (height, width)]
+        pixels = torch.nn.functional.pad(pixels, (0, padded[1] - width, 0, padded[0] - height))
+        with torch.inference_mode():
+            said = self._model(pixel_values=pixels.to(self._device))
+            masks = torch.nn.functional.interpolate(said.masks_queries_logits, padded, mode="bilinear", align_corners=False)
+            masks = masks[..., :height, :width]
+            masks = torch.nn.functional.interpolate(masks, picture.size[::-1], mode="bilinear", align_corners=False)
+            chosen = choose_instances(torch, said.class_queries_logits[0], masks[0])
+        return [Instance(self.names[label], score, box, mask) for label, score, box, mask in chosen]
+
+
+def fitted(size: tuple[int, int], short_side: int = SHORT_SIDE) -> tuple[int, int]:
+    """Width and height that the detector sees of a picture of `size` (width, height)."""
+    scale = min(short_side / min(size), int(short_side * _LONGEST) / max(size))
+    return int(size[0] * scale + 0.5), int(size[1] * scale + 0.5)
+
+
+def choose_instances(torch: Any, classes_QC: Any, masks_QYX: Any) -> list[tuple[int, float, tuple[float, ...], np.ndarray]]:
+    """(class, confidence, box, mask) of the 100 likeliest (query, class) pairs; the last class is "nothing".
+
+    Confidence is the class's probability times the mean mask probability inside the mask; a box ends one pixel after its mask.
+    """
+    chances_QC = classes_QC.float().softmax(-1)[:, :-1]
+    best, index = chances_QC.flatten().topk(min(_MOST_INSTANCES, chances_QC.numel()))
+    found = []
+    for chance, pair in zip(best.tolist(), index.tolist()):
+        query, label = divmod(pair, chances_QC.shape[1])
+        inside = masks_QYX[query] > 0
+        area = inside.sum().item()
+        if not area:
+            continue
+        sure = (masks_QYX[query].float().sigmoid() * inside).sum().item() / (area + 1e-6)
+        rows, columns = (inside.any(axis).nonzero().flatten() for axis in (1, 0))
+        box = (float(columns[0]), float(rows[0]), float(columns[-1]) + 1, float(rows[-1]) + 1)
+        found.append((label, chance * sure, box, inside.cpu().numpy()))
+    return found
+
+
+class ClipColours:
+    """Zero-shot colour of objects: three templates averaged per colour, the likeliest colour wins."""
+
+    def __init__(self, folder: Path, device: str):
+        self._torch = need("torch", "detector", extra="detector")
+        self._model = _pretrained("CLIPModel", folder).to(device)
+        self._tokenizer = _pretrained("CLIPTokenizer", folder)
+        self._device, self.digest = device, _digest(folder)
+        self._size = self._model.config.vision_config.image_size
+        self._texts: dict[str, Any] = {}
+
+    def name_of(self, picture: Image.Image, instances: Sequence[Instance], name: str) -> list[str]:
+        """The colour of each instance of the class `name`, everything outside its mask painted grey."""
+        torch = self._torch
+        pixels = torch.cat([self._pixels(crop(picture, i)) for i in instances])
+        with torch.inference_mode():
+            images_BD = _unit(_features(self._model.get_image_features(pixel_values=pixels.to(self._device))))
+            best = (images_BD @ self._text_features(name).T).argmax(-1)
+        return [COLOURS[n] for n in best.tolist()]
+
+    def _text_features(self, name: str) -> Any:
+        """[colours, D], unit length."""
+        if name not in self._texts:
+            lines = [t.format(c=c, name=name) for c in COLOURS for t in _TEMPLATES]
+            tokens = self._tokenizer(lines, padding=True, return_tensors="pt").to(self._device)
+            each = _unit(_features(self._model.get_text_features(**tokens))).reshape(len(COLOURS), len(_TEMPLATES), -1)
+            self._texts[name] = _unit(each.mean(1))
+        return self._texts[name]
+
+    def _pixels(self, picture: Image.Image) -> Any:
+        """Short side to the model's size, the middle cut out."""
+        scale = self._size / min(picture.size)
+        width, height = (max(self._size, round(side * scale)) for side in picture.size)
+        left, top = (width - self._size) // 2, (height - self._size) // 2
+        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+        picture = picture.crop((left, top, left + self._size, top + self._size))
+        return _normalised(self._torch, picture, _CLIP_MEAN, _CLIP_STD, 255.0)
+
+
+def crop(picture: Image.Image, instance: Instance) -> Image.Image:
+    """The instance's box with its background painted grey."""
+    blank = Image.new("RGB", picture.size, _BACKGROUND)
+    return Image.composite(picture, blank, Image.fromarray(instance.mask)).crop(instance.box)
+
+
+def _normalised(torch: Any, picture: Image.Image, mean: Sequence[float], std: Sequence[float], scale: float) -> Any:
+    """float32 [1, 3, Y, X]."""
+    pixels_YXC = (np.asarray(picture.convert("RGB"), np.float32) / scale - np.float32(mean)) / np.float32(std)
+    return torch.from_numpy(pixels_YXC.transpose(2, 0, 1)[None].copy())
+
+
+def _features(said: Any) -> Any:
+    """Projected features; versions of transformers return them bare or as the pooler output."""
+    return said if hasattr(said, "shape") else said.pooler_output
+
+
+def _unit(features: Any) -> Any:
+    return features / features.norm(dim=-1, keepdim=True)
+
+
+def _pretrained(kind: str, folder: Path) -> Any:
+    """A model (ready to run) or tokenizer from a local directory. ServiceError when it cannot be read."""
+    transformers = need("transformers", "detector", extra="detector")
+    try:
+        made = getattr(transformers, kind).from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ServiceError(f"{folder} holds no {kind} that transformers can read ({first}); download the model again") from error
+    return made.eval() if hasattr(made, "eval") else made
+
+
+def _directory(option: str, folder: str | None, model: str) -> Path:
+    if not folder or not Path(folder).is_dir():
+        given = f"{folder} is no directory" if folder else "it was not given"
+        raise ServiceError(f"scorer 'detector' needs {option} DIR, a local copy of {model} from Hugging Face; {given}")
+    return Path(folder)
+
+
+def _digest(folder: Path) -> str:
+    """Short hash of the weights: which judge it was, wherever its directory lay."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin")):
+        with path.open("rb") as file:
+            while part := file.read(1 << 20):
+                digest.update(part)
+    return digest.hexdigest()[:12]

@@ -1,0 +1,130 @@
+"""Start-up of a run over several processes: one per host of a slice, or several on one machine.
+
+Process counts come from the environment, in this order:
+
+    XOMNI_PROCESSES, XOMNI_PROCESS, JAX_COORDINATOR_ADDRESS   number of processes, index of this one, host:port of process 0 (launch/local.py sets them)
+    --distributed, JAX_COORDINATOR_ADDRESS alone, or          JAX finds the others by itself: TPU metadata, GKE, Slurm
+    several TPU_WORKER_HOSTNAMES, MEGASCALE_NUM_SLICES > 1
+    none of these                                             one process
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from xomni_jax.sharding.line import Line, LineError, split_address
+
+DEADLINE = 300.0  # seconds for all processes to arrive; XOMNI_START_TIMEOUT changes it
+HEARTBEAT = 60  # seconds after which JAX takes a silent process for dead
+FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # compiled into every program: they must agree, too
+
+
+def start(config: Mapping[str, Any], distributed: bool = False) -> Line | None:
+    """Joins the processes of a run, before any device is used. None for a run of one process.
+
+    Args:
+      config: the flat resolved configuration, {"config.seed": 0, ...}, which must be the same everywhere.
+      distributed: the user says that there are several processes.
+
+    Raises:
+      LineError: the settings contradict each other, somebody did not come, or somebody was started with something else.
+    """
+    facts = dict(config) | {"the version of xomni_jax": version("xomni_jax"), "the version of jax": jax.__version__}
+    facts |= {name: os.environ.get(name, "") for name in FLAGS}
+    deadline = number("XOMNI_START_TIMEOUT", DEADLINE)
+    asked = {name: os.environ.get(name) for name in ("JAX_COORDINATOR_ADDRESS", "XOMNI_PROCESSES", "XOMNI_PROCESS")}
+    if asked["XOMNI_PROCESSES"] or asked["XOMNI_PROCESS"]:
+        lacking = [name for name, value in asked.items() if not value]
+        if lacking:
+            raise LineError(f"{lacking[0]} is not set; a run of several processes needs {', '.join(asked)} (launch/local.py sets them)")
+        count, index = int(number("XOMNI_PROCESSES")), int(number("XOMNI_PROCESS"))
+        if not 0 <= index < count:
+            raise LineError(f"XOMNI_PROCESS={index} of XOMNI_PROCESSES={count}: processes are numbered from 0 to {count - 1}")
+        return _explicit(asked["JAX_COORDINATOR_ADDRESS"], index, count, facts, deadline)
+    if distributed or asked["JAX_COORDINATOR_ADDRESS"] or several_workers():
+        return _detected(facts, deadline)
+    return None
+
+
+def _explicit(address: str, index: int, count: int, facts: Mapping[str, Any], deadline: float) -> Line:
+    """Everything is given: the roll is called before JAX starts, which would end the process where somebody is missing."""
+    host, port = split_address(address)
+    line = Line(f"{host}:{port + 1}", index, count, facts, deadline)
+    _initialize(deadline, coordinator_address=address, num_processes=count, process_id=index, cluster_detection_method="deactivate")
+    return line
+
+
+def _detected(facts: Mapping[str, Any], deadline: float) -> Line:
+    """JAX finds the others; then they tell each other where process 0 listens."""
+    print(f"waiting up to {deadline:g} s for the other processes", flush=True)
+    try:
+        _initialize(deadline)
+    except (RuntimeError, ValueError) as e:
+        told = str(e).strip().splitlines()[0]
+        raise LineError(
+            f"no several processes were found ({told}); leave --distributed out on one machine, or set JAX_COORDINATOR_ADDRESS, XOMNI_PROCESSES and XOMNI_PROCESS"
+        ) from None
+    with socket.create_server(("", 0)) as probe:
+        mine = f"{socket.gethostbyname(socket.gethostname())}:{probe.getsockname()[1]}"
+    return Line(gather_json(mine)[0], jax.process_index(), jax.process_count(), facts, deadline)
+
+
+def _initialize(deadline: float, **settings: Any) -> None:
+    jax.distributed.initialize(initialization_timeout=int(deadline), heartbeat_timeout_seconds=HEARTBEAT, **settings)
+
+
+def several_workers() -> bool:
+    """Whether the environment of a TPU slice (GKE sets it) names more than this host."""
+    slices = os.environ.get("MEGASCALE_NUM_SLICES", "")
+    return "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or (slices.isdigit() and int(slices) > 1)
+
+
+def description() -> str:
+    """Which kind of start was chosen, with indices and device counts: a line for the log."""
+    devices = f"{jax.device_count()} {jax.devices()[0].platform} devices"
+    if jax.process_count() == 1:
+        return f"one process, {devices}"
+    return f"process {jax.process_index()} of {jax.process_count()}, {jax.local_device_count()} of {devices}"
+
+
+def gather_json(value: Any) -> list[Any]:
+    """The values of all processes, by index. Every process must call it; small things only."""
+    if jax.process_count() == 1:
+        return [value]
+    data = json.dumps(value).encode()
+    sizes = multihost_utils.process_allgather(np.array([len(data)], np.int32)).ravel()
+    room = 1 << max(10, int(sizes.max() - 1).bit_length())  # few sizes: each is compiled once
+    table = multihost_utils.process_allgather(np.frombuffer(data.ljust(room), np.uint8))
+    return [json.loads(bytes(row[:size])) for row, size in zip(table.reshape(len(sizes), room), sizes)]
+
+
+def barrier(name: str) -> None:
+    """Waits until every process is here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def version(package: str) -> str:
+    """Of an installed package; "source" where it is used without being installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "source"
+
+
+def number(name: str, default: float | None = None) -> float:
+    """A number from the environment."""
+    text = os.environ.get(name, default)
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        raise LineError(f"{name}={text!r} is no number") from None
