@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from tests.miniature import ROOT
 from tests.planner import narrow
 from xomni_jax.cli.main import main
 from xomni_jax.planner import chips, gates, plan, report
@@ -133,6 +134,13 @@ def test_gates_write_their_table_and_notice_a_drift(tmp_path, monkeypatch):
     numbers = gates.Numbers(tmp_path / "gates.json")
     numbers.add(gates.GATES[0], fake(role="vae", memory=memory | dict(peak=3 * GIB)), 0.06)
     assert [line for line in numbers.missed if "peak drifted" in line]
+
+
+def test_the_table_says_what_the_numbers_say_and_what_is_missing():
+    numbers = json.loads((ROOT / "configs" / "xomni" / "gates.json").read_text())
+    assert f"{gates.BEGIN}\n{gates.table(numbers)}{gates.END}" in (ROOT / "configs" / "xomni" / "README.md").read_text()
+    stages = {"grpo": narrow.grpo, "sft": narrow.sft}
+    assert {name: tuple(plan.stage_on(config(), CPU).roles) for name, config in stages.items()} == gates.ROLES
 
 
 def test_an_impossible_mesh_is_refused_with_the_sizes_that_would_work():
