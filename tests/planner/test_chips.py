@@ -28,7 +28,7 @@ def test_names(given, name, devices, rented):
     "given, words",
     [
         ("v9:2x2", "topology 'v9:2x2' is unknown; known are v4:{2x2x1,.*v6e:{2x2,2x4,4x4,4x8,8x8,8x16,16x16}.*cpu:N"),
-        ("v5p-63", "topology 'v5p-63' is unknown; slices of v5p: v5p-8, v5p-16, v5p-32, v5p-64"),
+        ("v5p-63", "'v5p-63' is no slice of v5p; there are v5p-8, v5p-16, v5p-32, v5p-64"),
         ("v6e:3x3", "a v6e slice has 2 sides, the first two even; such as v6e:4x8"),
         ("v5p:4x4", "a v5p slice has 3 sides"),
         ("cpu:0", "known are"),

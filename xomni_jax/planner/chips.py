@@ -10,6 +10,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from xomni_jax.sharding import slices
+
 GIB = 2**30
 
 
@@ -22,8 +24,6 @@ class Chip:
       flops: bf16 operations per second. bandwidth: of HBM, bytes per second.
       link: bytes per second one way over one link.
       axes: dimensions of the torus. devices: JAX devices per chip.
-      cloud: what its slices are called where they are rented. counts: what the number in that name counts, cores (two a chip) or chips.
-      slices: usual layouts.
     """
 
     name: str
@@ -33,21 +33,21 @@ class Chip:
     link: float
     axes: int
     devices: int
-    cloud: tuple[str, ...]
-    counts: str
-    slices: tuple[str, ...]
+
+    @property
+    def slices(self) -> tuple[str, ...]:
+        """Usual layouts of whole hosts."""
+        return tuple("x".join(map(str, sides)) for sides in slices.TOPOLOGIES[self.name] if math.prod(sides) >= 4)
 
 
-_FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16")
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", int(15.25 * GIB), 137.5e12, 600e9, 45e9, 3, 2, ("v4",), "cores", _CUBES),
-        Chip("v5e", int(15.75 * GIB), 197e12, 819e9, 45e9, 2, 1, ("v5litepod", "v5e"), "chips", _FLAT),
-        Chip("v5p", int(95.74 * GIB), 459e12, 2765e9, 90e9, 3, 1, ("v5p",), "cores", _CUBES),
-        Chip("v6e", int(31.25 * GIB), 918e12, 1640e9, 90e9, 2, 1, ("v6e",), "chips", _FLAT),
-        Chip("tpu7x", int(94.75 * GIB), 1153.5e12, 3690e9, 90e9, 3, 2, ("tpu7x",), "cores", _CUBES),
+        Chip("v4", int(15.25 * GIB), 137.5e12, 600e9, 45e9, 3, 2),
+        Chip("v5e", int(15.75 * GIB), 197e12, 819e9, 45e9, 2, 1),
+        Chip("v5p", int(95.74 * GIB), 459e12, 2765e9, 90e9, 3, 1),
+        Chip("v6e", int(31.25 * GIB), 918e12, 1640e9, 90e9, 2, 1),
+        Chip("tpu7x", int(94.75 * GIB), 1153.5e12, 3690e9, 90e9, 3, 2),
     )
 }
 
@@ -65,8 +65,7 @@ class Topology:
         """What the slice is called where it is rented."""
         if self.chip is None:
             return self.name
-        chips = self.size // self.chip.devices
-        return f"{self.chip.cloud[0]}-{chips * 2 if self.chip.counts == 'cores' else chips}"
+        return slices.Slice(self.chip.name, tuple(map(int, self.name.split(":")[1].split("x")))).name
 
     @property
     def chips(self) -> int:
@@ -83,8 +82,9 @@ def parse(name: str) -> Topology:
     text = name.strip().lower()
     if found := re.fullmatch(r"cpu:([1-9]\d*)", text):
         return Topology(text, None, int(found.group(1)))
-    if found := re.fullmatch(r"([a-z0-9]+)-(\d+)", text):
-        text = _from_cloud(*found.groups()) or text
+    if re.fullmatch(rf"({'|'.join((*CHIPS, *slices.PREFIXES.values()))})-\d+", text):
+        rented = slices.parse(text)
+        text = f"{rented.chip}:{'x'.join(map(str, rented.topology))}"
     kind, _, layout = text.partition(":")
     chip = CHIPS.get(kind)
     if chip and re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", layout):
@@ -100,19 +100,6 @@ def known() -> str:
     """All topologies in one sentence."""
     rows = "; ".join(f"{c.name}:{{{','.join(c.slices)}}}" for c in CHIPS.values())
     return f"known are {rows}; cpu:N for simulated devices; and names as rented, such as v5p-64, v6e-64, v5litepod-256"
-
-
-def _from_cloud(kind: str, number: str) -> str | None:
-    """`v5p`, `64` -> `v5p:2x4x4`: the usual layout of so many chips."""
-    chip = next((c for c in CHIPS.values() if kind in (*c.cloud, c.name)), None)
-    if chip is None:
-        return None
-    chips = int(number) / (2 if chip.counts == "cores" else 1)
-    layouts = [s for s in chip.slices if math.prod(map(int, s.split("x"))) == chips]
-    if not layouts:
-        sizes = [math.prod(map(int, s.split("x"))) * (2 if chip.counts == "cores" else 1) for s in chip.slices]
-        raise ValueError(f"topology '{kind}-{number}' is unknown; slices of {kind}: {', '.join(f'{kind}-{n}' for n in sizes)}")
-    return f"{chip.name}:{layouts[0]}"
 
 
 def devices(topology: Topology) -> Sequence[Any]:
