@@ -1,16 +1,12 @@
-"""Two processes are told to stop, and killed; the run goes on bit for bit. What keeps them from starting is one sentence."""
+"""What keeps several processes from starting is one sentence."""
 
-import signal
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 
 from tests.miniature import ROOT
-from tests.processes import small
 from tests.processes.running import TRAIN, config_file, ended, environment, local
-from tests.training.test_stages import metrics
 
 CONFIG = """
 import os
@@ -20,55 +16,6 @@ from tests.processes import member
 def get_config():
     return member.sft(Path({folder!r}), "run", "/nowhere", f"optimizer.learning_rate={rate}")
 """
-
-
-@pytest.fixture(scope="module")
-def story(tmp_path_factory):
-    """One run in three sessions (SIGTERM to one process while both wait, one process killed, the rest) beside an uninterrupted one."""
-    root = tmp_path_factory.mktemp("stopping")
-    sessions = {}
-
-    def session(name, folder, order=""):
-        (root / folder).mkdir(exist_ok=True)
-        if order:
-            (root / folder / "order").write_text(order)
-        if order == "term":
-            (root / folder / "waits").touch()
-        process = local(sys.executable, "-m", "tests.processes.small", str(root / folder))
-        told = ended(process)
-        (root / folder / "waits").unlink(missing_ok=True)
-        sessions[name] = (process.returncode, told, metrics(root / folder / "run"))
-
-    session("straight", "straight")
-    session("told", "broken", "term")
-    session("killed", "broken", "kill")
-    session("rest", "broken")
-    return sessions, root / "straight" / "run", root / "broken" / "run"
-
-
-def test_a_signal_to_one_ends_the_waits_of_both_and_both_save_the_same_step(story):
-    code, told, lines = story[0]["told"]
-    assert code == 0, told
-    assert "[1] SIGTERM: saving at the end of this step" in told and "[0] SIGTERM" not in told
-    assert f"[0] stopped after step {small.TERM_AT} of {small.STEPS}, saved in" in told
-    assert [line["step"] for line in lines] == list(range(1, small.TERM_AT + 1))
-
-
-def test_when_one_is_killed_the_other_says_so_and_ends(story):
-    code, told, lines = story[0]["killed"]
-    assert code == 128 + signal.SIGKILL, told
-    assert f"after step {small.TERM_AT}" in told and lines[-1]["step"] == small.KILL_AT
-    assert "process 1 was ended by SIGKILL; ending the others" in told
-    assert "[0] xomni: process 1 is gone; process 0 ends too. The same command goes on from the newest checkpoint" in told
-    assert "Traceback" not in told
-
-
-def test_the_run_is_the_uninterrupted_one_bit_for_bit(story):
-    sessions, straight, broken = story
-    assert sessions["straight"][0] == sessions["rest"][0] == 0, sessions["rest"][1]
-    assert metrics(broken) == metrics(straight) and len(metrics(straight)) == small.STEPS
-    ours, theirs = (np.load(path / "model" / "w.npy") for path in (broken, straight))
-    assert ours.tobytes() == theirs.tobytes() and not np.array_equal(ours, np.arange(128.0).reshape(8, 16) / 7)
 
 
 def test_another_configuration_on_one_host_is_refused(tmp_path):
