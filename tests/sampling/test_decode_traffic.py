@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from tests.topologies import tpu_mesh
 from xomni_jax.models.registry import init_params
 from xomni_jax.models.transformer import PRESETS, ARTransformer
-from xomni_jax.planner import hlo, traffic
+from xomni_jax.planner import collectives, hlo, traffic
 from xomni_jax.sampling.decode import generate_codes
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sharding.rules import ROLLOUT_RULES, param_shardings, spec_for
@@ -46,12 +46,16 @@ def test_weights_and_cache_are_read_once(topology):
 
     module = hlo.parse(compiled.as_text())
     assert not module.unknown
-    step = sum(m.total for m in traffic.moves(module) if m.times >= CODES) / CODES
+    moved = traffic.moves(module)
+    step = sum(m.total for m in moved if m.times >= CODES) / CODES
     read = [params[name] for name in cfg.layers] + [params["mm_head"]["kernel"]]
     weights = sum(x.dtype.itemsize * x.size for x in jax.tree.leaves(read)) / 4
     cache = cfg.n_layers * 2 * 2 * cfg.n_kv_heads // 4 * cfg.head_dim * PROMPTS // 2 * (PROMPT + ROLLOUTS * CODES)
     assert 0.98 * (weights + cache) < step < 1.1 * (weights + cache)
-    assert not traffic.copies(module, cache // 100)
+    assert not traffic.copies(moved, cache // 100)
+    # The weights are whole along their width already.
+    gathered = [c for c in collectives.collectives(module, dict(mesh.shape)) if c.kind == "all-gather" and "fsdp" in c.axes]
+    assert not gathered
     memory = compiled.memory_analysis()
     # The cache lives inside the program; beside it and the arguments there is next to nothing.
     assert memory.peak_memory_in_bytes - memory.argument_size_in_bytes - cache < 0.02 * cache

@@ -25,7 +25,7 @@ from xomni_jax.training import grpo
 from xomni_jax.training.advantages import AdvantageConfig
 from xomni_jax.training.config import ConfigError
 from xomni_jax.training.preemption import StepRefused
-from xomni_jax.training.run import run_stage
+from xomni_jax.training.run import policy_mesh, run_stage
 
 FREE = "http://127.0.0.1:9"  # the discard port: nobody answers
 
@@ -160,6 +160,28 @@ def test_a_decoder_on_devices_of_its_own_draws_the_same(model, service):
     assert np.abs(pictures.astype(int) - images).max() <= 1
     used = {d for x in jax.tree.leaves(apart.decoder_params()) for d in x.sharding.device_set}
     assert used == set(jax.devices()[6:])
+
+
+def test_a_decoder_mesh_takes_its_devices_from_the_policys(model, tmp_path):
+    config = stage_config("grpo", tmp_path, "mesh.fsdp=3", "mesh.tensor=2", "decoder_mesh.fsdp=2")
+    policy, decoder = policy_mesh(config), grpo.make_painter(config, model)
+    assert policy.shape["fsdp"] == 3 and decoder is not model and decoder.mesh.shape["fsdp"] == 2
+    assert set(policy.devices.flat) == set(jax.devices()[:6]) and set(decoder.mesh.devices.flat) == set(jax.devices()[6:])
+    shared = stage_config("grpo", tmp_path)
+    assert policy_mesh(shared).size == 8 and grpo.make_painter(shared, model) is model
+    with pytest.raises(ValueError, match="8 of 8 devices apart"):
+        policy_mesh(stage_config("grpo", tmp_path, "decoder_mesh.fsdp=8"))
+
+
+def test_frozen_models_in_8_bits_draw_nearly_the_same(model, service):
+    shared, _, images = one_batch(model, service, grpo.RolloutConfig(chunks=2))
+    small = model.on(model.mesh)
+    for name in ("mmdit", "t5"):
+        small.set_config(name, dataclasses.replace(model.config(name), int8=True))
+    _, _, pictures = one_batch(model, service, grpo.RolloutConfig(chunks=2), small)
+    kernels = [x for path, x in jax.tree_util.tree_leaves_with_path(small.params("mmdit")) if path[-1].key == "kernel"]
+    assert {x.dtype for x in kernels} == {jnp.dtype("int8")} and all(x.dtype == jnp.float32 for x in jax.tree.leaves(model.params("mmdit")))
+    assert 0 < np.abs(pictures.astype(float) - images).mean() < 4  # of 255
 
 
 def test_the_samplers_layout_computes_the_same(model):

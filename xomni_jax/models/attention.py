@@ -54,10 +54,12 @@ def plain_attention(q_BLNH, k_BSKH, v_BSKH, scale, causal, segments_BL, bias, qu
     """`attend` by matrix products; see there."""
     if bias is not None and query_chunk:
         raise ValueError("attend: a bias is not supported together with query_chunk; leave one of them out")
-    B, L, S, K = *q_BLNH.shape[:2], *k_BSKH.shape[1:3]
-    grouped_BLKGH = q_BLNH.reshape(B, L, K, -1, q_BLNH.shape[-1])
-    if bias is not None:
-        bias = jnp.broadcast_to(bias, (*bias.shape[:-3], K * grouped_BLKGH.shape[3], L, S)).reshape(*bias.shape[:-3], K, -1, L, S)
+    B, L, N, H = q_BLNH.shape
+    S, K = k_BSKH.shape[1:3]
+    # One query head per KV head leaves the axis G out, which would cost a CPU transpositions.
+    G, over, q = ("", (1,), q_BLNH) if N == K else ("G", (1, 2), q_BLNH.reshape(B, L, K, N // K, H))
+    if bias is not None and G:
+        bias = jnp.broadcast_to(bias, (*bias.shape[:-3], N, L, S)).reshape(*bias.shape[:-3], K, N // K, L, S)
 
     limits = []  # (an index per query, which keys a query of that index sees)
     if causal:
@@ -66,21 +68,21 @@ def plain_attention(q_BLNH, k_BSKH, v_BSKH, scale, causal, segments_BL, bias, qu
         key_B1S = segments_BL[:, None]
         limits.append((segments_BL, lambda segment_BC: (segment_BC[:, :, None] == key_B1S) & (key_B1S > 0)))
 
-    def rows(q_BCKGH, *indices):
+    def rows(q, *indices):
         # float32 scores: over 5,184 keys a bf16 softmax drops small weights and drifts from the released log-probs.
-        s_BKGCS = jnp.einsum("BCKGH,BSKH->BKGCS", q_BCKGH, k_BSKH, preferred_element_type=jnp.float32) * scale
+        s_BKGCS = jnp.einsum(f"BCK{G}H,BSKH->BK{G}CS", q, k_BSKH, preferred_element_type=jnp.float32) * scale
         s_BKGCS = s_BKGCS if bias is None else s_BKGCS + bias
         if limits:
             mask_BCS = functools.reduce(jnp.logical_and, [sees(index) for index, (_, sees) in zip(indices, limits)])
             # A finite minimum: a fully masked row (padding) gives finite rubbish, never NaN gradients.
-            s_BKGCS = jnp.where(mask_BCS[:, None, None], s_BKGCS, jnp.finfo(jnp.float32).min)
+            s_BKGCS = jnp.where(jnp.expand_dims(mask_BCS, over), s_BKGCS, jnp.finfo(jnp.float32).min)
         # Normalised after the product with v, on H values per query instead of S: a CPU takes half the time of a plain softmax.
         p_BKGCS = jnp.exp(s_BKGCS - jax.lax.stop_gradient(jnp.max(s_BKGCS, axis=-1, keepdims=True)))
-        total_BCKG1 = jnp.moveaxis(jnp.sum(p_BKGCS, axis=-1), 3, 1)[..., None]
-        y_BCKGH = jnp.einsum("BKGCS,BSKH->BCKGH", p_BKGCS.astype(v_BSKH.dtype), v_BSKH, preferred_element_type=jnp.float32)
+        total_BCKG1 = jnp.moveaxis(jnp.sum(p_BKGCS, axis=-1), -1, 1)[..., None]
+        y_BCKGH = jnp.einsum(f"BK{G}CS,BSKH->BCK{G}H", p_BKGCS.astype(v_BSKH.dtype), v_BSKH, preferred_element_type=jnp.float32)
         return (y_BCKGH / total_BCKG1).astype(v_BSKH.dtype)
 
-    return map_chunks(rows, (grouped_BLKGH, *(index for index, _ in limits)), query_chunk).reshape(q_BLNH.shape[:3] + v_BSKH.shape[-1:])
+    return map_chunks(rows, (q, *(index for index, _ in limits)), query_chunk).reshape(B, L, N, v_BSKH.shape[-1])
 
 
 def check_attention(model: str, attention: str) -> None:

@@ -91,7 +91,8 @@ def unpack(tokens_BTC: jax.Array, grid: tuple[int, int]) -> jax.Array:
 
 def _conv(cfg: AutoencoderConfig, name: str, features: int, kernel: int = 3, **kw) -> Conv:
     padding = kw.pop("padding", SAME if kernel == 3 else ((0, 0), (0, 0)))
-    return Conv(features, kernel, padding=padding, dtype=cfg.dtype, param_dtype=cfg.param_dtype, name=name, **kw)
+    # Whole on every device: the weights are small (0.2 GB in bfloat16), frozen, and not all of their widths would split.
+    return Conv(features, kernel, padding=padding, out_axis=None, dtype=cfg.dtype, param_dtype=cfg.param_dtype, name=name, **kw)
 
 
 def _norm(cfg: AutoencoderConfig, name: str) -> GroupNorm:
@@ -174,7 +175,7 @@ class Decoder(nn.Module):
             if i < len(c.block_channels) - 1:
                 nearest = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
                 x = _conv(c, f"up_{i}_sample", features)(nearest)
-        return _conv(c, "conv_out", c.pixel_channels, out_axis=None)(nn.silu(_norm(c, "norm_out")(x)))
+        return _conv(c, "conv_out", c.pixel_channels)(nn.silu(_norm(c, "norm_out")(x)))
 
 
 class Autoencoder(nn.Module):

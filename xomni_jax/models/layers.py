@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+
+from xomni_jax.sharding.rules import constrain
 
 Dtype = Any
 
@@ -153,4 +156,27 @@ class Embed(nn.Module):
     @nn.compact
     def __call__(self, ids: jax.Array) -> jax.Array:
         table = self.param("table", named(self.init, "vocab", "embed"), (self.rows, self.features), self.param_dtype)
-        return jnp.take(table, ids, axis=0, mode="clip").astype(self.dtype)
+        return lookup(table, ids, self.rows, self.dtype, self.param_dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def lookup(table_VD: jax.Array, ids: jax.Array, rows: int, dtype: Dtype, param_dtype: Dtype) -> jax.Array:
+    """Rows of a table by id, [...] -> [..., D] in `dtype`; ids are clamped to 0..rows-1.
+
+    Sharded over both axes the table would be looked up with all-to-alls of activations, and its gradient gathered in float32. Here it is
+    gathered over its width in `dtype`, and the gradient, summed in float32, is scattered once.
+    """
+    return jnp.take(constrain(table_VD.astype(dtype), "vocab", None, name="table"), ids, axis=0, mode="clip")
+
+
+def _lookup_forward(table_VD, ids, rows, dtype, param_dtype):
+    return lookup(table_VD, ids, rows, dtype, param_dtype), ids
+
+
+def _lookup_backward(rows, dtype, param_dtype, ids, gradient):
+    total_VD = jnp.zeros((rows, gradient.shape[-1]), jnp.float32).at[jnp.clip(ids, 0, rows - 1)].add(gradient.astype(jnp.float32))
+    total_VD = constrain(constrain(total_VD, "vocab", None, name="table"), "vocab", "embed", name="table")
+    return total_VD.astype(param_dtype), None
+
+
+lookup.defvjp(_lookup_forward, _lookup_backward)
