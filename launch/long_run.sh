@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The long documented run: signs of 12 to 16 characters, three training seeds, three sampling seeds, 256 held-out prompts, and a control that
-# spends the same time on more supervised fine-tuning.   bash launch/long_run.sh [OUT]     About an hour on two cores; every part resumes.
+# spends the same time on more supervised fine-tuning.   bash launch/long_run.sh [OUT]     About half an hour on two cores; every part resumes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ "${1:-}" != -h ] && [ "${1:-}" != --help ] || { sed -n '2,3s/^# //p' "$0"; exit 0; }
@@ -25,11 +25,13 @@ if [ ! -d "$out/control/model" ]; then
   xomni train --config=configs/tiny/control.py --config.init_from="$sft" --config.run_dir="$out/control" --config.steps="$steps"
 fi
 
-effect() {  # RL_MODEL RUN NAME SEED
+effect() {  # RL_MODEL RUN NAME SEED      the second reader, slower than all the rest, reads the pictures of sampling seed 0
+  local reader=()
+  [ "$4" != 0 ] || reader=("${second[@]}")
   # SFT's pictures depend on the sampling seed alone: drawn for the first policy, taken over for the others.
   [ -d "$out/$3/cells" ] || [ ! -d "$out/effect_0_$4/cells" ] || { mkdir -p "$out/$3" && cp -r "$out/effect_0_$4/cells" "$out/$3/"; }
   [ -f "$out/$3/report.json" ] || xomni eval effect --sft "$sft" --rl "$1" --rl-run "$2" --size 32x128 --lengths 12-16 --prompts 256 --seed "$4" \
-    --rl-samples 2 --sweep-samples 1 --ocr "$url_ocr" --shapes "$url_shapes" "${second[@]}" --out "$out/$3"
+    --rl-samples 2 --sweep-samples 1 --ocr "$url_ocr" --shapes "$url_shapes" "${reader[@]}" --out "$out/$3"
 }
 for sampling in 0 1 2; do
   for seed in 0 1 2; do effect "$out/grpo_$seed/model" "$out/grpo_$seed" "effect_${seed}_${sampling}" "$sampling"; done

@@ -11,7 +11,7 @@ from xomni_jax.models.transformer import ARConfig
 from xomni_jax.training.config import load_config
 
 SIZES = dict(
-    vocab_size=640, mm_vocab_size=576, image_vocab_size=512, d_model=256, mlp_dim=384, n_heads=4, n_kv_heads=2, head_dim=128,
+    vocab_size=640, mm_vocab_size=576, image_vocab_size=528, d_model=256, mlp_dim=384, n_heads=4, n_kv_heads=2, head_dim=128,
     n_language_layers=3, n_adapter_layers=2, n_head_layers=2,
 )  # fmt: skip
 

@@ -3,7 +3,7 @@
 import pytest
 
 from xomni_jax.planner import hlo
-from xomni_jax.planner.collectives import collectives, totals
+from xomni_jax.planner.collectives import collectives
 from xomni_jax.planner.traffic import copies, moves
 
 # A loop of 7 whose body slices a layer out of a stack in a fusion, multiplies, and writes one row of a cache in place.
@@ -149,8 +149,8 @@ ENTRY %main (p: bf16[2,5]) -> bf16[8,5] {
   ROOT %c = bf16[8,5]{1,0} fusion(%b), kind=kCustom, calls=%all-reduce-scatter.1
 }
 """
-    found = totals(collectives(hlo.parse(text), MESH))
-    assert {kind: times for (kind, _), (times, *_) in found.items()} == {"all-gather": 1, "reduce-scatter": 1}
+    found = collectives(hlo.parse(text), MESH)
+    assert sorted((c.kind, c.times) for c in found) == [("all-gather", 1), ("reduce-scatter", 1)]
 
 
 def test_loop_bodies_may_use_the_number_of_a_collective_again():
@@ -160,4 +160,4 @@ def test_loop_bodies_may_use_the_number_of_a_collective_again():
     body = text[text.index("%body ") : text.index("%cond ")].replace("%body ", "%body.2 ").replace("%g1", "%g2")
     second = "  ROOT %again = (s32[]{}, bf16[7,8,4]{2,1,0}, bf16[100,4]{1,0}) while(%loop), condition=%cond, body=%body.2\n}"
     text = text.replace("%cond ", body + "%cond ", 1).rstrip().removesuffix("}") + second
-    assert totals(collectives(hlo.parse(text), MESH))["all-gather", ("fsdp",)][0] == 14
+    assert [(c.axes, c.times) for c in collectives(hlo.parse(text), MESH)] == [(("fsdp",), 7), (("fsdp",), 7)]

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from tests.miniature import ROOT
 from tests.planner import narrow
 from xomni_jax.cli.main import main
 from xomni_jax.planner import chips, gates, plan, report
@@ -135,6 +136,13 @@ def test_gates_write_their_table_and_notice_a_drift(tmp_path, monkeypatch):
     assert [line for line in numbers.missed if "peak drifted" in line]
 
 
+def test_the_table_says_what_the_numbers_say_and_what_is_missing():
+    numbers = json.loads((ROOT / "configs" / "xomni" / "gates.json").read_text())
+    assert f"{gates.BEGIN}\n{gates.table(numbers)}{gates.END}" in (ROOT / "configs" / "xomni" / "README.md").read_text()
+    stages = {"grpo": narrow.grpo, "sft": narrow.sft}
+    assert {name: tuple(plan.stage_on(config(), CPU).roles) for name, config in stages.items()} == gates.ROLES
+
+
 def test_an_impossible_mesh_is_refused_with_the_sizes_that_would_work():
     with pytest.raises(ConfigError, match="config.mesh.tensor=4: 2 key and value heads do not split 4 ways; use 1, 2, and fsdp for the rest"):
         plan.stage_on(narrow.grpo("mesh.tensor=4"), CPU)
@@ -153,7 +161,7 @@ def test_an_impossible_mesh_is_refused_with_the_sizes_that_would_work():
         ("--config=configs/tiny/sft.py --topology=cpu:8 --json /no/such/a.json", "there is no folder /no/such; make it first"),
         ("--config=configs/tiny/sft.py --topology=cpu:8 --steps 3", "unknown argument '--steps'; overrides are written --config.KEY=VALUE"),
         ("--config=configs/tiny/sft.py --topology=cpu:2 --role rollout", "--role rollout: stage sft has no such role; it has sft-update, and all"),
-        ("--config=configs/tiny/grpo.py --topology=cpu:8", "config.transformer.preset=stored, but config.init_from=runs/tiny/sft/model holds no transformer"),
+        ("--config=configs/tiny/grpo.py --config.init_from=no/model --topology=cpu:8", "config.transformer.preset=stored, but config.init_from=no/model holds no transformer"),
         ("--gates --role vae", "--gates plans the released configurations as they are"),
         ("--gates --topology v6e:2x2", "no gate is on it; they are on v5p-64, v6e-64, v5e-256"),
     ],

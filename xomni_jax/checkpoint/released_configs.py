@@ -172,7 +172,7 @@ def read_vae(c: ConfigFile) -> AutoencoderConfig:
         AutoencoderConfig,
         pixel_channels=channels, latent_channels=c.size("latent_channels"), block_channels=c.sizes("block_out_channels"),
         layers_per_block=c.size("layers_per_block"), groups=c.size("norm_num_groups"), scaling_factor=c.number("scaling_factor"),
-        shift_factor=c.number("shift_factor", 0.0), query_chunk=2 * CHUNK,
+        shift_factor=c.number("shift_factor", 0.0), query_chunk=2 * CHUNK, at_once=1,
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ core. What was compiled once is kept; the same plan then takes seconds.
   xomni plan --config=configs/xomni/sft.py --topology=v5p:2x4x4 --price 4.2 --html plan.html
   xomni plan --gates
 
-roles: grpo has policy-update, reference (a part of it), rollout, prefill (a part of it), decoder, text and vae (parts of it);
+roles: grpo has policy-update, reference (a part of it), layout, rollout, prefill (a part of it), decoder, text and vae (parts of it);
        tokenizer, pretrain, sft and decoder have one update each.
 
 Topologies other than cpu:N need the extra [plan]. Times are the least the hardware allows, no measurement: what bounds a role, and MFU,

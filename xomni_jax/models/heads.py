@@ -34,8 +34,7 @@ class Head(nn.Module):
 
         Call it once before a chunked loss: inside the chunk loop the compiler would gather the whole head per chunk.
         """
-        # Split as stored after the slice: its gradient is then scattered at once, not summed whole on every device first.
-        kernel_DV = constrain(self.kernel.astype(self.dtype)[:, :rows], "embed", "vocab", name="head")
+        kernel_DV = self.kernel.astype(self.dtype)[:, :rows]
         return constrain(kernel_DV, None, "vocab", name="head")
 
     def __call__(self, x: jax.Array, rows: int | None = None) -> jax.Array:

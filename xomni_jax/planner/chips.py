@@ -20,7 +20,7 @@ class Chip:
     Attributes:
       hbm: bytes that the compiler lets a program use.
       flops: bf16 operations per second. bandwidth: of HBM, bytes per second.
-      link: bytes per second one way over one link. links: of a chip.
+      link: bytes per second one way over one link.
       axes: dimensions of the torus. devices: JAX devices per chip.
       cloud: what its slices are called where they are rented. counts: what the number in that name counts, cores (two a chip) or chips.
       slices: usual layouts.
@@ -31,7 +31,6 @@ class Chip:
     flops: float
     bandwidth: float
     link: float
-    links: int
     axes: int
     devices: int
     cloud: tuple[str, ...]
@@ -44,11 +43,11 @@ _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", int(15.25 * GIB), 137.5e12, 600e9, 45e9, 6, 3, 2, ("v4",), "cores", _CUBES),
-        Chip("v5e", int(15.75 * GIB), 197e12, 819e9, 45e9, 4, 2, 1, ("v5litepod", "v5e"), "chips", _FLAT),
-        Chip("v5p", int(95.74 * GIB), 459e12, 2765e9, 90e9, 6, 3, 1, ("v5p",), "cores", _CUBES),
-        Chip("v6e", int(31.25 * GIB), 918e12, 1640e9, 90e9, 4, 2, 1, ("v6e",), "chips", _FLAT),
-        Chip("tpu7x", int(94.75 * GIB), 1153.5e12, 3690e9, 90e9, 6, 3, 2, ("tpu7x",), "cores", _CUBES),
+        Chip("v4", int(15.25 * GIB), 137.5e12, 600e9, 45e9, 3, 2, ("v4",), "cores", _CUBES),
+        Chip("v5e", int(15.75 * GIB), 197e12, 819e9, 45e9, 2, 1, ("v5litepod", "v5e"), "chips", _FLAT),
+        Chip("v5p", int(95.74 * GIB), 459e12, 2765e9, 90e9, 3, 1, ("v5p",), "cores", _CUBES),
+        Chip("v6e", int(31.25 * GIB), 918e12, 1640e9, 90e9, 2, 1, ("v6e",), "chips", _FLAT),
+        Chip("tpu7x", int(94.75 * GIB), 1153.5e12, 3690e9, 90e9, 3, 2, ("tpu7x",), "cores", _CUBES),
     )
 }
 

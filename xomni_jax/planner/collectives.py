@@ -119,12 +119,3 @@ def _axes(group: Iterable[int], mesh: Mapping[str, int]) -> tuple[str, ...]:
     """Mesh axes along which the members of a group differ: partitions are numbered row by row through the mesh."""
     places = np.stack(np.unravel_index(list(group), tuple(mesh.values())))
     return tuple(name for name, at in zip(mesh, places) if len(set(at.tolist())) > 1)
-
-
-def totals(rows: Iterable[Collective]) -> dict[tuple[str, tuple[str, ...]], tuple[int, int, float]]:
-    """{(kind, axes): (executions, bytes, bytes sent per device)}, largest first."""
-    out: dict[tuple[str, tuple[str, ...]], tuple[int, int, float]] = {}
-    for c in rows:
-        times, size, sent = out.get((c.kind, c.axes), (0, 0, 0.0))
-        out[c.kind, c.axes] = (times + c.times, size + c.total, sent + c.sent * c.times)
-    return dict(sorted(out.items(), key=lambda row: -row[1][1]))

@@ -64,7 +64,11 @@ def versions(topology: Topology) -> dict[str, str]:
 
 
 def compile_role(fn: Any, args: tuple[Any, ...], mesh: jax.sharding.Mesh, topology: Topology, cache: Path) -> Compiled:
-    """Traces, lowers and compiles a jitted function for a topology; takes the compiler's answer from the cache where it has one."""
+    """Traces, lowers and compiles a jitted function for a topology; takes the compiler's answer from the cache where it has one.
+
+    Raises:
+      ValueError: the compiler refuses the program for another reason than its size.
+    """
     platform = {} if topology.chip is None else {"lowering_platforms": ("tpu",)}
     options = OPTIONS if topology.chip else {}
     with jax.set_mesh(mesh):
@@ -85,8 +89,8 @@ def _compile(lowered: Any, options: dict[str, str]) -> tuple[Memory | None, str 
     try:
         compiled = lowered.compile(compiler_options=options or None)
     except jax.errors.JaxRuntimeError as e:
-        if "RESOURCE_EXHAUSTED" not in str(e):
-            raise
+        if "RESOURCE_EXHAUSTED" not in str(e) or "vmem" in str(e).lower():
+            raise ValueError(f"the compiler refuses the program: {str(e).strip().splitlines()[0]}") from e
         return None, None, needed(str(e))
     m = compiled.memory_analysis()
     sizes = [getattr(m, f"{kind}_size_in_bytes") for kind in ("argument", "output", "temp", "alias")]

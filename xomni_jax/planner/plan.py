@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from jax.sharding import Mesh
@@ -54,18 +54,23 @@ def make_plan(
     Raises:
       ConfigError: the configuration or its mesh is impossible on this topology.
     """
-    stage, found, proposals = stage_on(config, topology), [], []
-    wanted = choose(stage, roles)
-    with tqdm(total=len(wanted), desc="compiling", unit="role", disable=quiet, file=sys.stderr) as bar:
-        for role in wanted:
-            with ticking(bar, f"{role.name} for {topology.name}"):
-                found.append(facts_of(role, stage, topology, cache))
-            bar.update()
+    stage, proposals = stage_on(config, topology), []
+    found = list(compile_all(stage, choose(stage, roles), topology, cache, quiet))
     for f in found:
         if propose and f.fits_in > budget(topology, reserve):
             proposals += propose_for(config, f, topology, cache, reserve, quiet)
     whole = {r.name for r in stage.roles.values() if r.per_step} <= {f.role for f in found}
     return Plan(stage.name, topology, dict(stage.mesh.shape), versions(topology), found, proposals, whole)
+
+
+def compile_all(stage: Stage, roles: Collection[Role], topology: Topology, cache: Path, quiet: bool = False) -> Iterator[Facts]:
+    """The facts of roles, one after the other, under a progress bar."""
+    with tqdm(total=len(roles), desc=f"{stage.name} on {topology.name}", unit="role", disable=quiet, file=sys.stderr) as bar:
+        for role in roles:
+            with ticking(bar, role.name):
+                facts = facts_of(role, stage, topology, cache)
+            bar.update()
+            yield facts
 
 
 def stage_on(config: ConfigDict, topology: Topology) -> Stage:
@@ -151,7 +156,7 @@ class ticking:
         self.thread = threading.Thread(target=self._tick, daemon=True)
 
     def _tick(self) -> None:
-        while not self.done.wait(2.0):
+        while not self.done.wait(2.0 if sys.stderr.isatty() else 60.0):
             self.bar.refresh()
 
     def __enter__(self) -> None:

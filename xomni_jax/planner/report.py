@@ -87,9 +87,9 @@ def collective_lines(f: Facts) -> Iterator[str]:
 def time_line(f: Facts, time: Time, plan: Plan) -> str:
     """The roofline of one execution."""
     parts = f"operations {time.operations:.3g} s, HBM {time.hbm:.3g}, collectives {time.collectives:.3g}"
-    useful = mfu(f, time.total, plan.topology) if f.learned + f.forward else 0.0
+    useful = f"; MFU at most {mfu(f, time.total, plan.topology):.0%}" if f.learned + f.forward else ""
     rate = f", {f.tokens / time.total / plan.topology.chips:,.0f} tokens/s/chip" if f.tokens else ""
-    return f"at best     {time.total:.3g} s, bound by {time.bound} ({parts}); MFU at most {useful:.0%}{rate}"
+    return f"at best     {time.total:.3g} s, bound by {time.bound} ({parts}){useful}{rate}"
 
 
 def step_lines(s: Step | None) -> Iterator[str]:

@@ -64,14 +64,12 @@ class Stage:
 
     Attributes:
       resident: group -> arrays that stay on the devices through a whole step, whichever role runs.
-      batch: rollouts or examples of a step.
     """
 
     name: str
     mesh: Mesh
     roles: dict[str, Role]
     resident: dict[str, Any]
-    batch: int
 
 
 def build_stage(config: ConfigDict, mesh: Mesh) -> Stage:
@@ -105,7 +103,7 @@ def _next_token(config: ConfigDict, mesh: Mesh) -> Stage:
         pretrain.make_update(COMPONENTS["transformer"].module(ar), optimizer, cfg), (state, batch),
         work.next_token(ar, B, L, M, phase, cfg.chunk, mesh.shape), ("state",), state=state,
     )  # fmt: skip
-    return Stage(run.stage, mesh, {role.name: role}, {"state": state}, B)
+    return Stage(run.stage, mesh, {role.name: role}, {"state": state})
 
 
 def _tokenizer(config: ConfigDict, mesh: Mesh) -> Stage:
@@ -134,7 +132,7 @@ def _tokenizer(config: ConfigDict, mesh: Mesh) -> Stage:
         tokenizer.make_update(learner, optimizer, cfg), args,
         Work(learned=3 * dense(state.params, each) * B + searched * B, tokens=B * (tokens + text), images=B), ("state",), state=state,
     )  # fmt: skip
-    return Stage(run.stage, mesh, {role.name: role}, {"state": state}, B)
+    return Stage(run.stage, mesh, {role.name: role}, {"state": state})
 
 
 def dense(params: Any, tokens: dict[str, int]) -> float:
@@ -192,7 +190,7 @@ def _decoder(config: ConfigDict, mesh: Mesh) -> Stage:
         Work(learned=learned + (2 * text if cfg.train_text_encoders else 0), forward=text + encode, tokens=B * (S + T), images=B),
         ("state", "siglip_vq"), state=state,
     )  # fmt: skip
-    return Stage(run.stage, mesh, {role.name: role}, {"state": state, "siglip_vq": vq_params}, B)
+    return Stage(run.stage, mesh, {role.name: role}, {"state": state, "siglip_vq": vq_params})
 
 
 def _grpo(config: ConfigDict, mesh: Mesh) -> Stage:
@@ -255,7 +253,7 @@ def _grpo(config: ConfigDict, mesh: Mesh) -> Stage:
         resident |= frozen
     if reference is None:
         del roles[1], resident["reference"]
-    return Stage(run.stage, mesh, {role.name: role for role in [*roles, *more]}, resident, B)
+    return Stage(run.stage, mesh, {role.name: role for role in [*roles, *more]}, resident)
 
 
 def painter_mesh(config: ConfigDict, mesh: Mesh) -> Mesh:
