@@ -2,7 +2,9 @@
 
 import sys
 
+import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from tests.cli.test_main import refusal, settings  # noqa: F401 - a fixture
 from tests.miniature import ROOT
@@ -38,6 +40,20 @@ def test_overrides_reach_the_stage(monkeypatch):
     monkeypatch.setattr(training_run, "run_stage", seen.append)
     assert main(["train", SFT, "--config.steps=3", "--config.optimizer.learning_rate=0.5", "--config.run_dir=elsewhere"]) == 0
     assert (seen[0].steps, seen[0].optimizer.learning_rate, seen[0].run_dir, seen[0].stage) == (3, 0.5, "elsewhere", "sft")
+
+
+def test_compiled_programs_are_kept_where_the_user_says(monkeypatch, tmp_path):
+    monkeypatch.setattr(training_run, "run_stage", lambda config: jax.jit(lambda x: jax.numpy.sin(x) * 7.25)(1.0))
+    before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
+    try:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        compilation_cache.reset_cache()  # which keeps the folder it was first used with
+        main(["train", SFT, "--compilation-cache", str(tmp_path)])
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before[0])
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
+        compilation_cache.reset_cache()
+    assert any("lambda" in path.name for path in tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("model, code", [(None, 75), (ROOT, 0)])

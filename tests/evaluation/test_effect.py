@@ -17,7 +17,7 @@ from xomni_jax.evaluation.grpo_run import read_run
 from xomni_jax.evaluation.pictures import colour_entropy, colour_histogram, edge_density
 from xomni_jax.sampling.decoder import DecodeConfig
 from xomni_jax.sampling.logits import SamplingConfig
-from xomni_jax.training.grpo import image_statistics
+from xomni_jax.training.image_statistics import image_statistics
 
 
 def config(folder, out, **changes):

@@ -66,27 +66,31 @@ def sft(folder: Path, name: str, model: str, *overrides: str) -> object:
 def grpo(folder: Path, name: str, model: str, url: str, *overrides: str) -> object:
     """The GRPO stage cut down; one reward."""
     rewards = (f"rewards.ocr.urls=('{url}',)", "rewards.shapes.weight=None", "optimizer.warmup_steps=0", "optimizer.learning_rate=0.01")
-    return stage_config("grpo", folder / name, f"init_from={model}", *rewards, "steps=2", "save_every=1", "grid_every=2", "mesh.fsdp=2", *overrides)
+    return stage_config("grpo", folder / name, f"init_from={model}", *rewards, "steps=2", "grid_every=0", "mesh.fsdp=2", *overrides)
+
+
+def among_several(folder: Path, model: str) -> dict:
+    """What only several processes can show."""
+    out = {"values": distributed.gather_json({"a": ["x" * 3000, jax.process_index()]}), "meshes": rows_on_meshes()}
+    # A component that one process wrote, written again by two.
+    params = XOmni(model, make_mesh(dict(fsdp=2, tensor=2))).params("siglip_vq")
+    kernel = params["vit"]["blocks"]["fc1"]["kernel"]
+    save_component(folder / "copy", "siglip_vq", params, configs()["siglip_vq"])
+    return out | {"kernel": [kernel.size, [s.data.size for s in kernel.addressable_shards]]}
 
 
 def main(folder: Path) -> None:
-    """The whole programme."""
+    """The whole programme. What FOLDER already holds of a run is gone on with."""
     plan = json.loads((folder / "plan.json").read_text())
     line = distributed.start({"config.seed": 0})  # launch/local.py sets the environment of one process, too
 
     def programme():
-        index, model = jax.process_index(), plan["model"]
-        out = {"description": distributed.description(), "values": distributed.gather_json({"a": ["x" * 3000, index]}), "meshes": rows_on_meshes()}
-        # A component that one process wrote, written again by two.
-        mesh = make_mesh(dict(fsdp=2, tensor=2))
-        params = XOmni(model, mesh).params("siglip_vq")
-        kernel = params["vit"]["blocks"]["fc1"]["kernel"]
-        out["kernel"] = [kernel.size, [s.data.size for s in kernel.addressable_shards]]
-        save_component(folder / "copy", "siglip_vq", params, configs()["siglip_vq"])
+        index, several, model = jax.process_index(), jax.process_count() > 1, plan["model"]
+        out = {"description": distributed.description()} | (among_several(folder, model) if several else {})
         run_stage(sft(folder, "sft", model), line=line)
         if (folder / "moved").is_dir():
-            run_stage(sft(folder, "moved", model), line=line)  # one process has made the first step
-        run_stage(grpo(folder, "grpo", model, plan["urls"][index]), line=line)
+            run_stage(sft(folder, "moved", model), line=line)
+        run_stage(grpo(folder, "grpo", model, plan["urls"][index], f"grid_every={2 if several else 0}"), line=line)
         (folder / f"out_{index}.json").write_text(json.dumps(out))
 
     together(line, programme)

@@ -1,66 +1,142 @@
-"""Two real processes against one, on the same mesh: same batches, same steps, same files; rewards asked once a picture."""
+"""Two real processes against one, on the same mesh: same batches, same steps, same files; rewards asked once a picture. And stopped, and killed."""
 
 import json
+import os
 import shutil
+import signal
 import sys
 import threading
+from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
 import pytest
 
 import xomni_jax
-from tests.processes.running import ended, local
+from tests.processes.running import TRAIN, config_file, ended, local
 from tests.training.pixel_service import pixel_service
-from tests.training.test_stages import metrics, params
+from tests.training.test_stages import assert_same, metrics, params
+from xomni_jax.checkpoint.store import RunCheckpoints
 from xomni_jax.data.rendered import RenderedConfig
 from xomni_jax.data.sources import rendered_dataset
 
+MEMBER = [sys.executable, "-m", "tests.processes.member"]
+STEP = 16  # pictures of a step of GRPO: 4 prompts x 4 rollouts
 
-class Pictures:
-    """A reward service that remembers what it was asked."""
+# Configurations for `xomni train`.
+TOLD = """
+import json, os
+from pathlib import Path
+from tests.processes import member
 
-    def __init__(self, service):
-        self.url, self.seen, lock = service.url, [], threading.Lock()
+folder, index = Path({folder!r}), int(os.environ["XOMNI_PROCESS"])
+(folder / f"process_{{index}}").write_text(str(os.getpid()))
 
-        def heard(images):
-            with lock:
-                self.seen += images
+def get_config():
+    plan = json.loads((folder / "plan.json").read_text())
+    return member.grpo(folder, "grpo", plan["model"], plan["urls"][index])
+"""
+KILLED = """
+import json, os, signal, time
+from pathlib import Path
+from tests.processes import member
+from xomni_jax.training.metrics import MetricWriter
 
-        service.heard = heard
+folder, write = Path({folder!r}), MetricWriter.write
+
+def killed(self, step, scalars):
+    write(self, step, scalars)
+    while step == 3 and not (folder / "sft" / "checkpoints" / "2").is_dir():
+        time.sleep(0.01)
+    if step == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+if os.environ["XOMNI_PROCESS"] == "1" and not (folder / "again").exists():
+    MetricWriter.write = killed
+
+def get_config():
+    return member.sft(folder, "sft", json.loads((folder / "plan.json").read_text())["model"])
+"""
+
+
+class Session(NamedTuple):
+    """One start of one or two processes."""
+
+    code: int
+    told: str
+    asked: tuple[list, list]  # pictures that the service of each process was given
+    steps: dict  # stage -> the steps it has logged by then
+
+
+def session(folder, model, *command, processes=2, tells=False):
+    """Runs a command with a reward service for each process. With `tells` process 1 gets SIGTERM once both wait for the second step's rewards."""
+    asked, both_wait, over = ([], []), threading.Barrier(2), threading.Event()
+
+    def before(call):
+        if tells and call == 2:
+            if both_wait.wait(600) == 0:
+                os.kill(int((folder / "process_1").read_text()), signal.SIGTERM)
+            over.wait(600)
+
+    with pixel_service(before=before) as a, pixel_service(before=before) as b:
+        a.heard, b.heard = asked[0].extend, asked[1].extend
+        (folder / "plan.json").write_text(json.dumps({"model": str(model), "urls": [a.url, b.url]}))
+        try:
+            process = local(*command, processes=processes, devices=4 // processes)
+            told = ended(process)
+        finally:
+            over.set()
+    steps = {stage: [line["step"] for line in metrics(folder / stage)] for stage in ("sft", "grpo") if (folder / stage).is_dir()}
+    return Session(process.returncode, told, asked, steps)
+
+
+def taken_along(run, target):
+    """A run as far as its checkpoints go, in another folder."""
+    shutil.copytree(run, target, ignore=shutil.ignore_patterns("model", "config.json", "tensorboard"))
+
+
+class Runs(NamedTuple):
+    """Folders by name, and sessions: `told` and `killed` are broken off, `rest` ends what was killed, `one` what was told; `two` is not broken."""
+
+    root: Path
+    sessions: dict
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, model_dir):
-    """{"one", "two": folder of the same programme in one process and in two}, {"one", "two": what each service was asked}."""
-    root, asked = tmp_path_factory.mktemp("processes"), {}
-    for name, processes in (("one", 1), ("two", 2)):
-        folder = root / name
+    """Everything that needs processes, in five starts."""
+    root, done = tmp_path_factory.mktemp("processes"), {}
+    told, killed, one, two = (root / name for name in ("told", "killed", "one", "two"))
+    for folder in (told, killed, one, two):
         folder.mkdir()
-        if name == "two":  # the first step of this run was made by one process
-            shutil.copytree(root / "one" / "sft", folder / "moved", ignore=shutil.ignore_patterns("model", "config.json"))
-            shutil.rmtree(folder / "moved" / "checkpoints" / "3")
-        with pixel_service() as a, pixel_service() as b:
-            services = [Pictures(a), Pictures(b)]
-            plan = {"model": str(model_dir), "urls": [s.url for s in services]}
-            (folder / "plan.json").write_text(json.dumps(plan))
-            process = local(sys.executable, "-m", "tests.processes.member", str(folder), processes=processes, devices=4 // processes)
-            told = ended(process)
-            assert process.returncode == 0, told
-            asked[name] = [s.seen for s in services]
-        (folder / "told").write_text(told)
-    return {name: root / name for name in asked}, asked
+    done["told"] = session(told, model_dir, *TRAIN, config_file(told, TOLD.format(folder=str(told))), tells=True)
+    taken_along(told / "grpo", one / "grpo")
+    done["one"] = session(one, model_dir, *MEMBER, str(one), processes=1)
+    taken_along(one / "sft", two / "moved")
+    shutil.rmtree(two / "moved" / "checkpoints" / "3")
+    done["two"] = session(two, model_dir, *MEMBER, str(two))
+    command = [*TRAIN, config_file(killed, KILLED.format(folder=str(killed)))]
+    done["killed"] = session(killed, model_dir, *command)
+    (killed / "again").touch()
+    done["rest"] = session(killed, model_dir, *command)
+    return Runs(root, done)
+
+
+@pytest.mark.parametrize("name", ["one", "two", "rest"])
+def test_runs_end_well(name, runs):
+    assert runs.sessions[name].code == 0, runs.sessions[name].told
 
 
 def found(runs, name, index=0):
     """What a process wrote down."""
-    return json.loads((runs[0][name] / f"out_{index}.json").read_text())
+    return json.loads((runs.root / name / f"out_{index}.json").read_text())
 
 
 def test_the_log_says_which_start_was_chosen(runs):
     assert found(runs, "one")["description"] == "one process, 4 cpu devices"
     assert [found(runs, "two", i)["description"] for i in (0, 1)] == [f"process {i} of 2, 2 of 4 cpu devices" for i in (0, 1)]
-    told = (runs[0]["two"] / "told").read_text()
+    told = runs.sessions["two"].told
     assert "[1] sft: process 1 of 2, 2 of 4 cpu devices, mesh" in told and "all 2 processes ended well" in told
     # What concerns the run is said once.
     for once in ("finished: model in", "weights:", "mm_embed/table 576x32 float32 P('tensor', 'fsdp') 18.4 KB a device"):
@@ -104,9 +180,11 @@ def alike(one, two, rtol=2e-5):
 
 @pytest.mark.parametrize("stage", ["sft", "grpo"])
 def test_steps_are_those_of_one_process(stage, runs):
-    one, two = runs[0]["one"] / stage, runs[0]["two"] / stage
+    """The first step of GRPO was made by two in both."""
+    one, two = runs.root / "one" / stage, runs.root / "two" / stage
     alike(metrics(one), metrics(two))
     ours, theirs = params(one, "transformer"), params(two, "transformer")
+    assert ours.keys() == theirs.keys()
     for name in ours:
         np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, atol=2e-5, err_msg=name)
     described = [json.loads((path / "model" / "model.json").read_text()) for path in (one, two)]
@@ -114,11 +192,12 @@ def test_steps_are_those_of_one_process(stage, runs):
 
 
 def test_every_picture_is_scored_once_and_by_its_own_process(runs):
-    """Two steps of 4 prompts x 4 rollouts: 32 pictures; each process asks its own service for its half of them."""
-    one, two = runs[1]["one"], runs[1]["two"]
-    assert len(one[0]) == 32 and not one[1]
-    assert [len(seen) for seen in two] == [16, 16]
-    assert sorted(one[0]) == sorted(two[0] + two[1])
+    """Each of two asks its own service for its half of a step's pictures."""
+    one, two = runs.sessions["one"].asked, runs.sessions["two"].asked
+    assert len(one[0]) == STEP and not one[1]
+    assert [len(seen) for seen in two] == [STEP, STEP]
+    second = two[0][STEP // 2 :] + two[1][STEP // 2 :]
+    assert sorted(one[0]) == sorted(second) and len(set(second)) > STEP // 2
 
 
 def test_no_process_holds_whole_parameters(runs):
@@ -129,20 +208,54 @@ def test_no_process_holds_whole_parameters(runs):
 
 
 def test_a_checkpoint_of_one_process_is_continued_by_two(runs):
-    moved, alone = runs[0]["two"] / "moved", runs[0]["two"] / "sft"
-    assert f"resuming {moved} after step 2" in (runs[0]["two"] / "told").read_text()
+    moved, alone = runs.root / "two" / "moved", runs.root / "two" / "sft"
+    assert f"resuming {moved} after step 2" in runs.sessions["two"].told
     alike(metrics(moved), metrics(alone))
+
+
+def test_a_checkpoint_of_two_processes_is_continued_by_one(runs):
+    """What came of it is compared above."""
+    assert f"resuming {runs.root / 'one' / 'grpo'} after step 1" in runs.sessions["one"].told
 
 
 def test_what_two_processes_wrote_one_reads(runs, model_dir):
     """A component, and the model directory of a whole run."""
-    ours, theirs = (xomni_jax.load(path).params("siglip_vq") for path in (runs[0]["two"] / "copy", model_dir))
+    ours, theirs = (xomni_jax.load(path).params("siglip_vq") for path in (runs.root / "two" / "copy", model_dir))
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
-    assert params(runs[0]["two"] / "sft", "mmdit").keys() == params(runs[0]["one"] / "sft", "mmdit").keys()
+    assert params(runs.root / "two" / "sft", "mmdit").keys() == params(runs.root / "one" / "sft", "mmdit").keys()
 
 
 def test_one_file_of_metrics_and_one_folder_of_events(runs):
     for stage in ("sft", "grpo"):
-        folder = runs[0]["two"] / stage
+        folder = runs.root / "two" / stage
         assert len(list((folder / "tensorboard").iterdir())) == 1 and not list(folder.rglob("*.part"))
-    assert sorted(p.name for p in (runs[0]["two"] / "grpo" / "images").iterdir()) == ["step_000000.png", "step_000002.png"]
+    assert sorted(p.name for p in (runs.root / "two" / "grpo" / "images").iterdir()) == ["step_000000.png", "step_000002.png"]
+
+
+# ---- stopped and killed ----
+def test_a_signal_to_one_ends_the_waits_of_both_and_both_save_the_same_step(runs):
+    code, told, asked, steps = runs.sessions["told"]
+    assert code == 0, told
+    assert "[1] SIGTERM: saving at the end of this step" in told and "[0] SIGTERM" not in told
+    assert f"[0] stopped after step 1 of 2, saved in {runs.root / 'told' / 'grpo' / 'checkpoints'}" in told
+    assert steps["grpo"] == [1] and asked == runs.sessions["two"].asked
+    checkpoints = RunCheckpoints(runs.root / "told" / "grpo" / "checkpoints")
+    assert checkpoints.manager.all_steps() == [1]
+    checkpoints.close()
+
+
+def test_when_one_is_killed_the_other_says_so_and_ends(runs):
+    code, told, _, steps = runs.sessions["killed"]
+    assert code == 128 + signal.SIGKILL, told
+    assert steps["sft"][:2] == [1, 2]
+    assert "process 1 was ended by SIGKILL; ending the others" in told
+    assert "[0] xomni: process 1 is gone; process 0 ends too. The same command goes on from the newest checkpoint" in told
+    assert "Traceback" not in told
+
+
+def test_a_killed_run_goes_on_bit_for_bit(runs):
+    """The restarted run against the one that nothing happened to."""
+    broken, straight = runs.root / "killed" / "sft", runs.root / "two" / "sft"
+    assert f"resuming {broken} after step 2" in runs.sessions["rest"].told
+    assert metrics(broken) == metrics(straight) and [line["step"] for line in metrics(straight)] == [1, 2, 3]
+    assert_same(params(broken, "transformer"), params(straight, "transformer"))

@@ -1,14 +1,19 @@
 """The client against services that fail in every way: waits are bounded, nothing is guessed, good neighbours are kept."""
 
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 
 import numpy as np
 import pytest
 
+from tests.miniature import ROOT
 from tests.rewards.fake_service import fake_service
 from tests.rewards.pictures import ocr_item, sign
+from tests.training.pixel_service import pixel_service
 from xomni_jax.rewards.client import RewardClient, RewardServiceError
 
 FAST = {"backoff": 0.01, "timeout": 0.5, "max_wait": 5.0}
@@ -158,6 +163,34 @@ def test_close_completes_queued_work():
         futures = [c.score_async(images(4), items(4)) for _ in range(3)]
         c.close()
         assert all(x.failed for f in futures for x in f.result(timeout=5))
+
+
+LEAVES = """
+from xomni_jax.rewards.client import RewardClient
+
+class Told(Exception):
+    pass
+
+def told():
+    raise Told
+
+with RewardClient("ocr", {url!r}, timeout=600, max_wait=600, poll=told) as client:
+    try:
+        client.score([b"0"], [{{}}])
+    except Told:
+        print("told to stop")
+"""
+
+
+def test_a_process_that_is_told_to_stop_does_not_stay_for_an_answer():
+    over = threading.Event()
+    with pixel_service(before=lambda call: over.wait(600)) as s:
+        command = [sys.executable, "-c", LEAVES.format(url=s.url)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=dict(os.environ, PYTHONPATH=str(ROOT)))
+        finally:
+            over.set()
+    assert (done.returncode, done.stdout, done.stderr) == (0, "told to stop\n", "")
 
 
 def test_pictures_that_cannot_be_sent_fail_alone():

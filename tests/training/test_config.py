@@ -18,10 +18,11 @@ from xomni_jax.training.advantages import AdvantageConfig
 from xomni_jax.training.components import STORED, from_preset
 from xomni_jax.training.config import ConfigError, RunConfig, apply_override, build, check_sections, load_config, run_config, save_resolved
 from xomni_jax.training.decoder import DecoderTrainConfig
-from xomni_jax.training.grpo import RewardConfig, RolloutConfig
 from xomni_jax.training.grpo_loss import GRPOConfig
 from xomni_jax.training.next_token import NextTokenConfig
 from xomni_jax.training.optimizer import OptimizerConfig
+from xomni_jax.training.rewards import RewardConfig
+from xomni_jax.training.rollouts import RolloutConfig
 from xomni_jax.training.run import STAGES
 from xomni_jax.training.tokenizer import TokenizerConfig
 

@@ -21,10 +21,11 @@ from xomni_jax.rewards.client import RewardClient
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sharding.mesh import make_mesh
 from xomni_jax.sharding.rules import ROLLOUT_RULES, param_shardings
-from xomni_jax.training import grpo
+from xomni_jax.training import grpo, rollouts
 from xomni_jax.training.advantages import AdvantageConfig
 from xomni_jax.training.config import ConfigError
 from xomni_jax.training.preemption import StepRefused
+from xomni_jax.training.rewards import RewardConfig
 from xomni_jax.training.run import policy_mesh, run_stage
 
 FREE = "http://127.0.0.1:9"  # the discard port: nobody answers
@@ -111,13 +112,13 @@ def test_too_many_failures_stop_the_run_and_nothing_is_lost(finished, model_dir,
 
 
 def test_a_sampler_that_lies_about_its_log_probs_is_found(model_dir, service, tmp_path, monkeypatch):
-    draw = grpo.generate_codes
+    draw = rollouts.generate_codes
 
     def tampered(*args, **kwargs):
         out = draw(*args, **kwargs)
         return out | {"logp": out["logp"].at[0, 1, 2].add(2e-3)}
 
-    monkeypatch.setattr(grpo, "generate_codes", tampered)
+    monkeypatch.setattr(rollouts, "generate_codes", tampered)
     with pytest.raises(FloatingPointError, match=r"sampler and trainer differ by 2\.0\de-03 in a log-prob at step 1 \(limit 0.0001\)"):
         run_stage(grpo_config(tmp_path / "run", model_dir, service.url, "grid_every=0"))
     assert not (tmp_path / "run" / "model").exists()
@@ -133,29 +134,29 @@ def one_batch(model, service, cfg, painter=None):
     """Greedy: the rollouts of a prompt have the same codes."""
     greedy = SamplingConfig(temperature=0.0, top_k=0, min_p=0.0)
     with RewardClient("ocr", service.url) as client:
-        make = grpo.Rollouts(model, painter or model, GRID, greedy, model.decode_config, cfg, AdvantageConfig(), 3, {"ocr": client}, {"ocr": 1.0}, lambda: None)
+        make = rollouts.Rollouts(model, painter or model, GRID, greedy, model.decode_config, cfg, AdvantageConfig(), 3, {"ocr": client}, {"ocr": 1.0}, lambda: None)
         rows, total, images, _ = make(model.params("transformer"), ["a red sign", "blue"], [{}, {}], jax.random.key(4))
     return jax.tree.map(np.asarray, rows), total, images.reshape(2, 3, *SIZE, 3)
 
 
 def test_a_group_shares_its_noise(model, service):
     """With the group's noise, equal codes are the same picture; in one chunk or two."""
-    rows, total, images = one_batch(model, service, grpo.RolloutConfig(chunks=1))
+    rows, total, images = one_batch(model, service, rollouts.RolloutConfig(chunks=1))
     codes = rows.codes_BT.reshape(2, 3, -1)
     assert (codes == codes[:, :1]).all() and codes.max() < CODES
     assert (images == images[:, :1]).all() and not np.array_equal(images[0, 0], images[1, 0])
     assert (total.total_PR == total.total_PR[:, :1]).all()
-    again, _, pictures = one_batch(model, service, grpo.RolloutConfig(chunks=2))
+    again, _, pictures = one_batch(model, service, rollouts.RolloutConfig(chunks=2))
     np.testing.assert_array_equal(again.codes_BT, rows.codes_BT)
     assert np.abs(pictures.astype(int) - images).max() <= 1
-    _, _, images = one_batch(model, service, grpo.RolloutConfig(chunks=1, noise="independent"))
+    _, _, images = one_batch(model, service, rollouts.RolloutConfig(chunks=1, noise="independent"))
     assert not np.array_equal(images[0, 0], images[0, 1])
 
 
 def test_a_decoder_on_devices_of_its_own_draws_the_same(model, service):
-    shared, _, images = one_batch(model, service, grpo.RolloutConfig(chunks=2))
+    shared, _, images = one_batch(model, service, rollouts.RolloutConfig(chunks=2))
     apart = model.on(make_mesh(dict(data=2), jax.devices()[6:]))
-    rows, _, pictures = one_batch(model, service, grpo.RolloutConfig(chunks=2), apart)
+    rows, _, pictures = one_batch(model, service, rollouts.RolloutConfig(chunks=2), apart)
     np.testing.assert_array_equal(rows.codes_BT, shared.codes_BT)
     assert np.abs(pictures.astype(int) - images).max() <= 1
     used = {d for x in jax.tree.leaves(apart.decoder_params()) for d in x.sharding.device_set}
@@ -174,11 +175,11 @@ def test_a_decoder_mesh_takes_its_devices_from_the_policys(model, tmp_path):
 
 
 def test_frozen_models_in_8_bits_draw_nearly_the_same(model, service):
-    shared, _, images = one_batch(model, service, grpo.RolloutConfig(chunks=2))
+    shared, _, images = one_batch(model, service, rollouts.RolloutConfig(chunks=2))
     small = model.on(model.mesh)
     for name in ("mmdit", "t5"):
         small.set_config(name, dataclasses.replace(model.config(name), int8=True))
-    _, _, pictures = one_batch(model, service, grpo.RolloutConfig(chunks=2), small)
+    _, _, pictures = one_batch(model, service, rollouts.RolloutConfig(chunks=2), small)
     kernels = [x for path, x in jax.tree_util.tree_leaves_with_path(small.params("mmdit")) if path[-1].key == "kernel"]
     assert {x.dtype for x in kernels} == {jnp.dtype("int8")} and all(x.dtype == jnp.float32 for x in jax.tree.leaves(model.params("mmdit")))
     assert 0 < np.abs(pictures.astype(float) - images).mean() < 4  # of 255
@@ -190,7 +191,7 @@ def test_the_samplers_layout_computes_the_same(model):
     mesh = make_mesh(dict(fsdp=4, tensor=2))
     boxed = jax.eval_shape(lambda: init_params("transformer", net.cfg, jax.random.key(0)))
     params = jax.device_put(model.params("transformer"), param_shardings(boxed, mesh))
-    placed = grpo.make_layout(boxed, mesh, jnp.bfloat16, ROLLOUT_RULES)(params)
+    placed = rollouts.make_layout(boxed, mesh, jnp.bfloat16, ROLLOUT_RULES)(params)
     for (path, x), want in zip(jax.tree_util.tree_leaves_with_path(placed), jax.tree.leaves(params)):
         assert x.dtype == (jnp.float32 if path[-1].key == "scale" else jnp.bfloat16)
         assert "fsdp" not in str(x.sharding.spec)
@@ -242,4 +243,4 @@ def test_misspelt_keys_of_a_reward_are_found(model_dir, service, tmp_path):
     config.rewards.ocr.wieght = 1.0
     with pytest.raises(ConfigError, match="config.rewards.ocr.wieght: unknown key"):
         run_stage(config)
-    assert dataclasses.is_dataclass(grpo.RewardConfig)
+    assert dataclasses.is_dataclass(RewardConfig)

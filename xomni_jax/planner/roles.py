@@ -27,8 +27,10 @@ from xomni_jax.training.advantages import AdvantageConfig
 from xomni_jax.training.components import check_heads, check_split, from_preset
 from xomni_jax.training.config import ConfigError, build, check_sections, run_config
 from xomni_jax.training.grpo_loss import GRPOConfig
+from xomni_jax.training.grpo_update import Policy, RolloutBatch, make_update, over_micro_batches
 from xomni_jax.training.next_token import NextTokenConfig, PackedTargets
 from xomni_jax.training.optimizer import OptimizerConfig, make_optimizer
+from xomni_jax.training.rollouts import RolloutConfig, make_layout, make_sampler
 from xomni_jax.training.run import STAGES
 from xomni_jax.training.stages import FREEZE
 from xomni_jax.training.state import abstract_state
@@ -195,7 +197,7 @@ def _decoder(config: ConfigDict, mesh: Mesh) -> Stage:
 
 def _grpo(config: ConfigDict, mesh: Mesh) -> Stage:
     run, cfg = run_config(config), build(GRPOConfig, config.grpo, "config.grpo")
-    rolls = build(grpo_stage.RolloutConfig, config.rollout, "config.rollout")
+    rolls = build(RolloutConfig, config.rollout, "config.rollout")
     sampling = build(SamplingConfig, config.sampling, "config.sampling")
     ar = abstract.component(config, "transformer")
     check_heads(ar.n_kv_heads, mesh)
@@ -208,11 +210,11 @@ def _grpo(config: ConfigDict, mesh: Mesh) -> Stage:
     optimizer = make_optimizer(build(OptimizerConfig, config.optimizer, "config.optimizer"), run.steps * cfg.updates_per_batch)
     _, state = abstract_state(lambda: init_params("transformer", ar, jax.random.key(0)), optimizer, mesh)
     net, boxed = COMPONENTS["transformer"].module(ar), abstract.boxed("transformer", ar)
-    layout = grpo_stage.make_layout(boxed, mesh, ar.dtype, ROLLOUT_RULES)
+    layout = make_layout(boxed, mesh, ar.dtype, ROLLOUT_RULES)
     sampler = abstract.placed(jax.eval_shape(layout, state.params), param_shardings(boxed, mesh, ROLLOUT_RULES))
-    kept_reference = grpo_stage.make_layout(boxed, mesh, rolls.reference_dtype)
+    kept_reference = make_layout(boxed, mesh, rolls.reference_dtype)
     reference = abstract.placed(jax.eval_shape(kept_reference, state.params), param_shardings(boxed, mesh)) if cfg.kl_coef else None
-    policy = grpo_stage.Policy(net, sampling, rolls.logit_chunk)
+    policy = Policy(net, sampling, rolls.logit_chunk)
 
     def ids(n, *shape):
         return abstract.rows(mesh, (n, *shape), jnp.int32)
@@ -220,12 +222,12 @@ def _grpo(config: ConfigDict, mesh: Mesh) -> Stage:
     kept = abstract.rows(mesh, (B, T, -(-ar.image_vocab_size // 8)), jnp.uint8) if sampling.truncates else None
     f32 = lambda *shape: abstract.rows(mesh, shape, jnp.float32)  # noqa: E731
     others, scored = (ids(B, S), ids(B)) if sampling.guided else None, abstract.rows(mesh, (B,), jnp.bool_)
-    batch = grpo_stage.RolloutBatch(ids(B, S), ids(B), ids(B, T), f32(B, T), kept, others, f32(B), scored)
+    batch = RolloutBatch(ids(B, S), ids(B), ids(B, T), f32(B, T), kept, others, f32(B), scored)
     advantage = build(AdvantageConfig, config.advantage, "config.advantage")
-    update = grpo_stage.make_update(policy, optimizer, cfg, advantage, parts)
+    update = make_update(policy, optimizer, cfg, advantage, parts)
 
     def replay(params, batch):
-        return grpo_stage.over_micro_batches(lambda b: policy.logp(params, b)[0], batch, parts)
+        return over_micro_batches(lambda b: policy.logp(params, b)[0], batch, parts)
 
     def first(params, ids_PS, lengths_P):
         return prefill(net, params, ids_PS, lengths_P)
@@ -242,7 +244,7 @@ def _grpo(config: ConfigDict, mesh: Mesh) -> Stage:
              work.replay(ar, B, S, T, parts, sides, chunk, mesh.shape), ("reference",), ("sampler",), per_step=0),
         Role("layout", "the policy's weights in the sampler's layout and number format", layout, (state.params,), Work(), ("params",),
              ("sampler",)),
-        Role("rollout", f"{part} prompts x {R} rollouts of {shape}", grpo_stage.make_sampler(net, T, sampling), rolled,
+        Role("rollout", f"{part} prompts x {R} rollouts of {shape}", make_sampler(net, T, sampling), rolled,
              work.rollout(ar, part, R, S, T, sides, mesh.shape), ("sampler",), per_step=rolls.chunks),
         Role("prefill", f"{part * sides} prompts of {S} tokens", jax.jit(first), (sampler, ids(part * sides, S), ids(part * sides)),
              work.prefill(ar, part, S, sides), ("sampler",), per_step=0),

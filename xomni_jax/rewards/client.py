@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import queue
 import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,7 +107,11 @@ class RewardClient:
         self._closing = threading.Event()
         # trust_env off: a proxy meant for the outside world must not swallow requests to a neighbour.
         self._http = httpx.Client(trust_env=False, limits=httpx.Limits(max_connections=None))
-        self._threads = ThreadPoolExecutor(max(2, 2 * len(self._replicas)), thread_name_prefix=f"reward-{name}")
+        self._chunks: queue.SimpleQueue[tuple[_Job, list[Any], list[Any], int] | None] = queue.SimpleQueue()
+        self._threads = max(2, 2 * len(self._replicas))
+        for n in range(self._threads):
+            # Daemons: the interpreter joins those of an executor, and a process told to stop would stay until its last request times out.
+            threading.Thread(target=self._work, name=f"reward-{name}-{n}", daemon=True).start()
 
     def __enter__(self) -> RewardClient:
         return self
@@ -116,7 +122,11 @@ class RewardClient:
     def close(self) -> None:
         """Abandon what is under way and free the connections."""
         self._closing.set()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._abandon(self._chunks.get_nowait())
+        for _ in range(self._threads):
+            self._chunks.put(None)
         self._http.close()
 
     def health(self) -> list[dict[str, Any]]:
@@ -140,11 +150,8 @@ class RewardClient:
         starts = range(0, len(images), self.chunk)
         job.open_chunks = len(starts)
         for start in starts:
-            rows = range(start, min(start + self.chunk, len(images)))
-            chunk = [images[n] for n in rows], [items[n] for n in rows], start
-            task = self._threads.submit(self._run_chunk, job, *chunk)
-            # Closing cancels what has not begun; its future must complete all the same.
-            task.add_done_callback(lambda t, s=start, r=rows: job.finish(s, [_CLOSED] * len(r)) if t.cancelled() else None)
+            end = start + self.chunk
+            self._chunks.put((job, list(images[start:end]), list(items[start:end]), start))
         if not images:
             job.done.set_result([])
         return job.done
@@ -157,6 +164,21 @@ class RewardClient:
                 return future.result(self._poll_every if poll else None)
             except TimeoutError:
                 poll()
+
+    def _work(self) -> None:
+        """A thread's life: chunk after chunk."""
+        while (task := self._chunks.get()) is not None:
+            if self._closing.is_set():
+                self._abandon(task)
+            else:
+                self._run_chunk(*task)
+
+    @staticmethod
+    def _abandon(task: tuple[_Job, list[Any], list[Any], int] | None) -> None:
+        """A chunk that closing has left unsent: its future must complete all the same."""
+        if task is not None:
+            job, images, _, start = task
+            job.finish(start, [_CLOSED] * len(images))
 
     def _run_chunk(self, job: _Job, images: list[Any], items: list[dict[str, Any]], start: int) -> None:
         scores: list[Score | None] = [None] * len(images)

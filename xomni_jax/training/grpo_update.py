@@ -1,0 +1,119 @@
+"""GRPO's update: log-probs of rollouts replayed under the policy, their loss, and optimizer steps in micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from xomni_jax.sampling.decode import replay_logp
+from xomni_jax.sampling.logits import SamplingConfig
+from xomni_jax.training.advantages import AdvantageConfig, group_advantages
+from xomni_jax.training.grpo_loss import GRPOConfig, grpo_loss, join_metrics, loss_items
+from xomni_jax.training.state import TrainState
+
+
+class RolloutBatch(NamedTuple):
+    """Everything the update needs, one row per rollout, rollouts of a prompt side by side.
+
+    `kept` [B, T, bytes] only where sampling truncates; `negative` (ids, lengths) only where it is guided.
+    """
+
+    ids_BS: jax.Array
+    lengths_B: jax.Array
+    codes_BT: jax.Array
+    sampler_logp_BT: jax.Array
+    kept: jax.Array | None
+    negative: tuple[jax.Array, jax.Array] | None
+    adv_B: jax.Array
+    ok_B: jax.Array
+
+
+class Policy(NamedTuple):
+    """The policy network with how it samples: what a log-prob of a rollout depends on."""
+
+    model: nn.Module
+    sampling: SamplingConfig
+    chunk: int
+
+    def logp(self, params: Any, batch: RolloutBatch) -> tuple[jax.Array, jax.Array]:
+        """Log-prob and entropy [B, T] of the sampled codes under `params`, replaying the sampler."""
+        b = batch
+        return replay_logp(self.model, params, b.ids_BS, b.lengths_B, b.codes_BT, self.sampling, b.kept, b.negative, self.chunk)
+
+
+def split_rows(rows: Any, parts: int) -> Any:
+    """[B, ...] -> [parts, B / parts, ...] for every array, dealt out in turn: a batch axis split over a mesh stays where it is."""
+    return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), rows)
+
+
+def grpo_update(
+    policy: Policy,
+    optimizer: Any,
+    state: TrainState,
+    ref_params: Any,
+    batch: RolloutBatch,
+    cfg: GRPOConfig,
+    micro_batches: int = 1,
+    key: jax.Array | None = None,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """`updates_per_batch` optimizer updates on one batch of rollouts; with one, the batch is on-policy and the ratio is 1.
+
+    With several, old log-probs are computed once before the first, and the rows are shuffled by `key` into as many minibatches.
+    Gradients are accumulated over `micro_batches` and equal those of the whole batch. Metrics of several updates are joined,
+    except `grpo/logp_gap_max`: trainer against sampler in the first update, before anything has changed.
+    """
+    several = cfg.updates_per_batch > 1
+    old = over_micro_batches(lambda b: policy.logp(state.params, b)[0], batch, micro_batches) if several else None
+    ref = None if ref_params is None else over_micro_batches(lambda b: policy.logp(ref_params, b)[0], batch, micro_batches)
+
+    def one_update(state: TrainState, rows: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        mask = lambda b: jnp.broadcast_to(b.ok_B[:, None], b.codes_BT.shape)  # noqa: E731
+        n_items = loss_items(mask(rows[0]), cfg)
+
+        def loss(params, part):
+            b, old, ref = part
+            logp_BT, entropy_BT = policy.logp(params, b)
+            value, metrics = grpo_loss(logp_BT, old, ref, b.adv_B, mask(b), cfg, n_items, entropy_BT)
+            gap = jnp.max(jnp.where(mask(b), jnp.abs(logp_BT - b.sampler_logp_BT), 0.0))
+            return value, metrics | {"grpo/logp_gap_max": gap}
+
+        def accumulate(carry, part):
+            (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params, part)
+            return (jax.tree.map(jnp.add, carry[0], grads), carry[1] + value), metrics
+
+        zeros = jax.tree.map(jnp.zeros_like, state.params)
+        (grads, value), metrics = jax.lax.scan(accumulate, (zeros, jnp.float32(0.0)), split_rows(rows, micro_batches))
+        state, optim = state.apply(optimizer, grads)
+        return state, join_metrics(metrics) | optim | {"loss/grpo": value}
+
+    rows = (batch, old, ref)
+    if not several:
+        return one_update(state, rows)
+    order_B = jax.random.permutation(key, batch.adv_B.shape[0])
+    minibatches = split_rows(jax.tree.map(lambda x: x[order_B], rows), cfg.updates_per_batch)
+    state, stacked = jax.lax.scan(one_update, state, minibatches)
+    joined = {name: (jnp.max if name.endswith("_max") else jnp.mean)(value) for name, value in stacked.items()}
+    return state, joined | {"grpo/logp_gap_max": stacked["grpo/logp_gap_max"][0]}
+
+
+def over_micro_batches(fn: Callable[[RolloutBatch], Any], batch: RolloutBatch, parts: int) -> Any:
+    """fn over the rows in `parts` pieces, one after the other, joined again; no gradient flows."""
+    out = jax.lax.map(lambda b: jax.lax.stop_gradient(fn(b)), split_rows(batch, parts))
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), out)
+
+
+def make_update(policy: Policy, optimizer: Any, grpo: GRPOConfig, advantage: AdvantageConfig, parts: int) -> Callable[..., Any]:
+    """The jitted update (state, reference, batch, rewards [P, R], advantages [P, R] | None, key) -> (state, metrics); the state is donated."""
+
+    def update(state, ref_params, batch, reward_PR, given_PR, key):
+        adv_PR, metrics = group_advantages(reward_PR, batch.ok_B.reshape(reward_PR.shape), advantage)
+        adv_PR = adv_PR if given_PR is None else given_PR
+        batch = batch._replace(adv_B=adv_PR.reshape(-1))
+        state, learned = grpo_update(policy, optimizer, state, ref_params, batch, grpo, parts, key)
+        return state, metrics | learned
+
+    return jax.jit(update, donate_argnums=0)

@@ -1,0 +1,202 @@
+"""Rollouts of GRPO: a batch of prompts is sampled, decoded to pixels and scored, chunk by chunk."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from xomni_jax.models.registry import init_params
+from xomni_jax.pipeline import XOmni, pad_prompts
+from xomni_jax.rewards.client import RewardClient, Score
+from xomni_jax.rewards.combine import MODES, Combined, column, combine
+from xomni_jax.sampling.decode import generate_codes
+from xomni_jax.sampling.decoder import DecodeConfig
+from xomni_jax.sampling.logits import SamplingConfig
+from xomni_jax.sharding.arrays import owned_rows, rows_here, whole
+from xomni_jax.sharding.distributed import gather_json
+from xomni_jax.sharding.rules import RULES, ROLLOUT_RULES, param_shardings
+from xomni_jax.training.advantages import AdvantageConfig
+from xomni_jax.training.grpo_update import RolloutBatch
+from xomni_jax.training.preemption import StepRefused, StopRequested
+
+ROLLOUT, NOISE = 0, 1  # purposes of a step's keys; the update's is SHUFFLE
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    """How a batch of rollouts is made and used.
+
+    Attributes:
+      prompt_length: prompts are padded to this many tokens; a longer one is an error.
+      noise: "group": the rollouts of a prompt share the decoder's noise, so that reward differences come from codes; "independent".
+      chunks: parts of the batch; while one is being scored the next one is sampled and decoded.
+      micro_batch: rollouts per gradient accumulation step of the update; 0 is all at once.
+      logit_chunk: positions per piece of the image head.
+      max_logp_gap: before the first update, sampler and trainer may differ by this much in any float32 log-prob; 0 turns the gate off.
+      max_fail_frac: a step in which more than this share of rollouts could not be scored stops the run.
+      combine: sum_then_normalize | normalize_then_sum.
+      reference_dtype: number format that the reference's matrices are kept in: the one they are computed in loses nothing.
+    """
+
+    prompt_length: int = 48
+    noise: str = "group"
+    chunks: int = 2
+    micro_batch: int = 0
+    logit_chunk: int = 0
+    max_logp_gap: float = 1e-4
+    max_fail_frac: float = 0.5
+    combine: str = "sum_then_normalize"
+    reference_dtype: str = "float32"
+
+    def __post_init__(self):
+        if self.noise not in ("group", "independent"):
+            raise ValueError(f"noise={self.noise!r} is unknown; use group or independent")
+        if self.chunks < 1:
+            raise ValueError(f"chunks={self.chunks} must be at least 1")
+        if self.combine not in MODES:
+            raise ValueError(f"combine={self.combine!r} is unknown; use {' or '.join(MODES)}")
+        if self.reference_dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"reference_dtype={self.reference_dtype!r} is unknown; use float32 or bfloat16")
+        for name in ("micro_batch", "logit_chunk", "max_logp_gap"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative; 0 turns it off")
+
+
+def make_sampler(net: nn.Module, n_codes: int, sampling: SamplingConfig) -> Callable[..., dict[str, jax.Array | None]]:
+    """The jitted rollout (params, prompt ids [P, S], lengths [P], keys [P, R], negative prompts | None) -> see `generate_codes`."""
+
+    def sample(params, ids_PS, lengths_P, keys_PR, negative):
+        return generate_codes(net, params, ids_PS, lengths_P, n_codes, keys_PR, sampling, negative, return_kept=sampling.truncates)
+
+    return jax.jit(sample)
+
+
+def make_layout(boxed: Any, mesh: jax.sharding.Mesh, dtype: Any, rules: Mapping = RULES) -> Callable[[Any], Any]:
+    """The jitted change of a transformer's parameters to another number format and layout.
+
+    Args:
+      boxed: parameters with their logical axes, shapes are enough. mesh: where they are, and stay.
+      dtype: of what the model computes in its own dtype; norm gains, which it reads in float32, keep theirs.
+      rules: ROLLOUT_RULES for the sampler, which then computes what the trainer does, bit for bit.
+    """
+    here = param_shardings(boxed, mesh)
+
+    def cast(path, x, sharding):
+        x = x if path[-1].key == "scale" else x.astype(dtype)
+        # Pinned where it lies: the cast comes before the way over the network, not after.
+        return jax.lax.with_sharding_constraint(x, sharding)
+
+    return jax.jit(lambda params: jax.tree_util.tree_map_with_path(cast, params, here), out_shardings=param_shardings(boxed, mesh, rules))
+
+
+class Rollouts:
+    """Samples, decodes and scores one batch of prompts, chunk by chunk, with scoring in the background."""
+
+    def __init__(
+        self, model: XOmni, painter: XOmni, grid: tuple[int, int], sampling: SamplingConfig, decode: DecodeConfig, cfg: RolloutConfig,
+        advantage: AdvantageConfig, group: int, clients: Mapping[str, RewardClient], weights: Mapping[str, float], poll: Callable[[], None],
+        waiting: Callable[[], None] | None = None,
+    ):  # fmt: skip
+        """`model` samples codes and `painter` decodes them: the same, or one on a mesh of its own.
+
+        `poll` raises StopRequested where all processes have agreed to; `waiting` may raise it earlier, within a wait for rewards.
+        """
+        self.model, self.painter, self.grid, self.sampling, self.decode = model, painter, grid, sampling, decode
+        self.cfg, self.advantage = cfg, advantage
+        self.group, self.clients, self.weights, self.poll, self.waiting = group, clients, weights, poll, waiting or poll
+        net = model.module("transformer")
+        boxed = jax.eval_shape(lambda: init_params("transformer", net.cfg, jax.random.key(0)))
+        self.layout, self.sample = make_layout(boxed, model.mesh, net.cfg.dtype, ROLLOUT_RULES), make_sampler(net, grid[0] * grid[1], sampling)
+
+    def prompt_ids(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Generation prompts padded to the configured length."""
+        ids = [self.model.tokenizer.generation_prompt(p, *self.grid) for p in prompts]
+        longest = max(range(len(ids)), key=lambda i: len(ids[i]))
+        if len(ids[longest]) > self.cfg.prompt_length:
+            raise StepRefused(
+                f"prompt {prompts[longest]!r} has {len(ids[longest])} tokens with its image prefix; raise config.rollout.prompt_length "
+                f"(now {self.cfg.prompt_length})"
+            )
+        return pad_prompts(ids, self.cfg.prompt_length)
+
+    def __call__(self, params: Any, prompts: Sequence[str], targets: Sequence[dict], key: jax.Array) -> tuple[RolloutBatch, Combined, np.ndarray, dict]:
+        """One scored batch under the policy's parameters -> (rows without advantages, combined rewards, images [B, H, W, 3], timings)."""
+        params = self.layout(params)
+        P, R, n = len(prompts), self.group, len(prompts) // self.cfg.chunks
+        mine = owned_rows(self.painter.mesh, n * R)  # of a chunk: the pictures whose rewards this process asks for
+        keys_P = jax.vmap(lambda p: jax.random.fold_in(jax.random.fold_in(key, ROLLOUT), p))(jnp.arange(P))
+        keys_PR = jax.vmap(lambda k: jax.random.split(k, R))(keys_P)
+        noise_keys_P = jax.vmap(lambda p: jax.random.fold_in(jax.random.fold_in(key, NOISE), p))(jnp.arange(P))
+        noise_keys_PR = (
+            jnp.broadcast_to(noise_keys_P[:, None], (P, R)) if self.cfg.noise == "group" else jax.vmap(lambda k: jax.random.split(k, R))(noise_keys_P)
+        )
+        ids_PS, lengths_P = self.prompt_ids(prompts)
+        negative = pad_prompts([self.model.tokenizer.negative_prompt(*self.grid)] * P) if self.sampling.guided else None
+        seconds = {"perf/rollout_s": 0.0, "perf/decode_s": 0.0}
+        made, images, waiting, ahead = [], [], [], None
+
+        def sampled(part: slice) -> dict[str, jax.Array | None]:
+            return self.sample(params, ids_PS[part], lengths_P[part], keys_PR[part], negative and tuple(x[part] for x in negative))
+
+        for start in range(0, P, n):
+            part = slice(start, start + n)
+            began = time.perf_counter()
+            out = jax.block_until_ready(ahead or sampled(part))
+            # With devices of its own the decoder draws this chunk while the next one is sampled; else it would have to wait for it.
+            ahead = sampled(slice(start + n, start + 2 * n)) if self.painter is not self.model and start + n < P else None
+            between = time.perf_counter()
+            drawn = self.pictures(out["codes"], [p for p in prompts[part] for _ in range(R)], noise_keys_PR[part].reshape(-1))
+            drawn = rows_here(drawn, mine)
+            items = [{"prompt": prompts[start + row // R], "targets": targets[start + row // R]} for row in mine]
+            seconds["perf/rollout_s"] += between - began
+            seconds["perf/decode_s"] += time.perf_counter() - between
+            waiting.append({name: client.score_async(list(drawn), items) for name, client in self.clients.items()})
+            made.append(out)
+            images.append(drawn)
+            self.poll()
+        began = time.perf_counter()
+        columns = {name: column(scores, P) for name, scores in self.scores(waiting, mine, n * R).items()}
+        seconds["perf/reward_wait_s"] = time.perf_counter() - began
+        total = combine(columns, self.weights, self.cfg.combine, ddof=self.advantage.ddof, eps=self.advantage.eps)
+        rows = lambda name: jnp.concatenate([m[name] for m in made]).reshape(P * R, *made[0][name].shape[2:])  # noqa: E731
+        repeat = lambda x: jnp.repeat(jnp.asarray(x), R, axis=0)  # noqa: E731
+        batch = RolloutBatch(
+            repeat(ids_PS), repeat(lengths_P), rows("codes"), rows("logp"), rows("kept") if self.sampling.truncates else None,
+            negative and tuple(map(repeat, negative)), jnp.zeros(P * R), jnp.asarray(total.ok_PR.reshape(-1)),
+        )  # fmt: skip
+        return batch, total, np.concatenate(images), seconds
+
+    def scores(self, waiting: Sequence[Mapping[str, Any]], mine: Sequence[int], n: int) -> dict[str, list[Score]]:
+        """{reward: a score for every rollout of the batch}: waits for this process's own and exchanges them with the others.
+
+        A stop is acted upon after the exchange, which all must make: whoever raised before would leave the others waiting.
+        """
+        try:
+            own = [{name: client.wait(chunk[name], self.waiting) for name, client in self.clients.items()} for chunk in waiting]
+        except StopRequested:
+            own = []
+        told = [{name: [(s.value, s.error) for s in scores] for name, scores in chunk.items()} for chunk in own]
+        table = gather_json({"rows": list(mine), "chunks": told})
+        self.poll()
+        out = {name: [None] * (n * len(waiting)) for name in self.clients}
+        for part in table:
+            for c, chunk in enumerate(part["chunks"]):
+                for name, scores in chunk.items():
+                    for row, (value, error) in zip(part["rows"], scores, strict=True):
+                        out[name][c * n + row] = Score(value, error)
+        return out
+
+    def pictures(self, codes_PRT: jax.Array, prompts: Sequence[str], noise_keys_B: jax.Array) -> jax.Array:
+        """uint8 pictures [B, H, W, 3] of rollouts, on the mesh."""
+        codes_BYX = codes_PRT.reshape(-1, *self.grid)
+        noise = self.painter.noise(noise_keys_B, self.grid)
+        if self.painter is not self.model:  # arrays of one mesh are no arguments of a program on another
+            codes_BYX, noise = whole(codes_BYX), np.asarray(noise)
+        return self.painter.decode_images(codes_BYX, prompts, noise, self.decode)
