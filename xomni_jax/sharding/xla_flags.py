@@ -38,11 +38,12 @@ class Flag:
     multislice: bool = False
 
 
+# Asynchronous collective fusion is for v5e alone: libtpu 0.0.52 refuses it on other chips (wrong results, hangs), though older guides set it there.
 # Compiler defaults improve: with every new libtpu measure each group again and drop what no longer helps.
 FLAGS = (
-    Flag("xla_tpu_enable_async_collective_fusion", "true", _TRAINED_ON, "runs a collective beside the matmul that does not need it yet"),
-    Flag("xla_tpu_enable_async_collective_fusion_fuse_all_gather", "true", _TRAINED_ON, "the same for FSDP's weight gathers, the bulk of our traffic"),
-    Flag("xla_tpu_enable_async_collective_fusion_multiple_steps", "true", _TRAINED_ON, "lets one gather stretch over several matmuls; a layer's are short"),
+    Flag("xla_tpu_enable_async_collective_fusion", "true", ("v5e",), "runs a collective beside the matmul that does not need it yet"),
+    Flag("xla_tpu_enable_async_collective_fusion_fuse_all_gather", "true", ("v5e",), "the same for FSDP's weight gathers, the bulk of our traffic"),
+    Flag("xla_tpu_enable_async_collective_fusion_multiple_steps", "true", ("v5e",), "lets one gather stretch over several matmuls; a layer's are short"),
     Flag("xla_tpu_overlap_compute_collective_tc", "true", _TRAINED_ON, "lets the TensorCore compute while it drives a collective"),
     Flag("xla_enable_async_all_gather", "true", _TRAINED_ON, "splits gathers into start and done, without which nothing can be moved between"),
     Flag("xla_tpu_megacore_fusion_allow_ags", "false", ("v5p",), "keeps gathers out of fusions over both cores, where they would block again"),
