@@ -64,7 +64,9 @@ def show(index: int, pipe) -> None:
     """Prints a process's lines, and the states of a progress line, with its number in front."""
     for line in pipe:  # universal newlines: a progress line's carriage returns end lines as well
         if line.strip() and not line.startswith("[Gloo]"):  # which tells of every connection
-            print(f"[{index}] {line.rstrip()}", flush=True)
+            # One write: print would write the end of the line apart, and another reader's line could come between.
+            sys.stdout.write(f"[{index}] {line.rstrip()}\n")
+            sys.stdout.flush()
 
 
 def start(args: argparse.Namespace) -> list[subprocess.Popen]:
