@@ -26,8 +26,10 @@ def pope(folder):
 
 def gqa_parquet(folder):
     """Questions and pictures in files of their own."""
-    write_parquet(folder / "testdev_balanced_images" / "testdev-00000-of-00001.parquet", [{"id": "n1", "image": RED}, {"id": "n2", "image": BLUE}])
-    rows = [{"id": f"20{n}", "question": "Which animal?", "answer": "cat", "imageId": f"n{n}", "types": {"structural": "query"}} for n in (1, 2)]
+    pictures = [{"id": "n1", "image": RED}, {"id": "n2", "image": BLUE}]
+    write_parquet(folder / "testdev_balanced_images" / "testdev-00000-of-00001.parquet", pictures)
+    question = {"question": "Which animal?", "answer": "cat", "types": {"structural": "query"}}
+    rows = [question | {"id": f"20{n}", "imageId": f"n{n}"} for n in (1, 2)]
     write_parquet(folder / "testdev_balanced_instructions" / "testdev-00000-of-00001.parquet", rows)
 
 
@@ -40,7 +42,8 @@ def gqa_tsv(folder):
 def mmbench_tsv(folder):
     """Two questions, one of them with its options rotated."""
     turned = {"A": "dog", "B": "cat", "answer": "B"}
-    rows = [{"index": 7} | OPTIONS | {"image": RED}, {"index": 1_000_007} | OPTIONS | turned | {"image": "7"}, {"index": 8} | OPTIONS | {"image": BLUE}]
+    changes = ({"index": 7, "image": RED}, {"index": 1_000_007, "image": "7"} | turned, {"index": 8, "image": BLUE})
+    rows = [{"index": 0} | OPTIONS | change for change in changes]
     write_tsv(folder / "MMBench_DEV_EN_V11.tsv", rows)
 
 
@@ -73,7 +76,8 @@ def ocrbench(folder):
     """One json beside a folder of pictures."""
     (folder / "OCRBench_Images").mkdir()
     (folder / "OCRBench_Images" / "a.png").write_bytes(BLUE)
-    kind = {"dataset_name": "svt", "type": "Regular Text Recognition", "image_path": "a.png", "question": "what is written?", "answers": "x"}
+    kind = {"dataset_name": "svt", "type": "Regular Text Recognition", "image_path": "a.png"}
+    kind |= {"question": "what is written?", "answers": "x"}
     (folder / "OCRBench.json").write_text(json.dumps([kind | {"id": n} for n in range(3)]))
 
 

@@ -41,7 +41,8 @@ def test_from_prompts_to_page(folders, model_dir, tmp_path, monkeypatch, capsys)
     assert capsys.readouterr().out.splitlines()[-1] == f"results: {out / 'results.json'}"
     for n, row in enumerate(ROWS):  # the official folders
         folder = out / "images" / f"{n:05d}"
-        assert sorted(str(p.relative_to(folder)) for p in folder.rglob("*.*")) == ["metadata.jsonl", *(f"samples/{k:04d}.png" for k in range(4))]
+        files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*"))
+        assert files == ["metadata.jsonl", *(f"samples/{k:04d}.png" for k in range(4))]
         assert [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()] == [row]
     results, items = json.loads((out / "results.json").read_text()), [json.loads(x) for x in (out / "items.jsonl").read_text().splitlines()]
     scorer = build("detector", {"detector": folders[0], "clip": folders[1], "short_side": 64})

@@ -12,7 +12,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class FakeEndpoint(ThreadingHTTPServer):
-    """Steps: "say TEXT", "by content" (yes or no), 400, 401, 429, 500, garbage, "no choice", "two choices", "no text", drop, hang; `asked` keeps every body."""
+    """A server of scripted replies; `asked` keeps every body.
+
+    Steps: "say TEXT", "by content" (yes or no), 400, 401, 429, 500, garbage, "no choice", "two choices", "no text", drop, hang.
+    """
 
     daemon_threads = True
 
