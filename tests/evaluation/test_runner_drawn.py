@@ -71,7 +71,7 @@ def oneig(folder):
     """Prompts and texts lie in two tables."""
     kind = {"category": "Text_Rendering", "class": "poster design"}
     table(folder / "OneIG-Bench.csv", [kind | {"id": name, "prompt_en": f"a poster, {name}"} for name in ("000", "001")])
-    table(folder / "text_content.csv", [{"id": "000", "text_content": "yes"}, {"id": "001", "text_content": "no way"}])
+    table(folder / "text_content.csv", [{"id": "000", "text_content": "['yes']"}, {"id": "001", "text_content": "['no way']"}])
     return 4
 
 
