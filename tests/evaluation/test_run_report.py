@@ -63,6 +63,16 @@ def test_csv_has_one_line_per_output(tmp_path):
     assert [tuple(row[k] for k in ("id", "repeat", "prompt", "image", "text", "verdict", "item_score")) for row in rows] == expected
 
 
+def test_csv_keeps_every_sign_of_an_answer(tmp_path):
+    run = write_answer_run(tmp_path / "run", items=2)
+    first, second = lines_of(run)
+    first["answer"] = 'a\rb\r\n"c", \u2028d'
+    (run / "items.jsonl").write_text(json.dumps(first) + "\n" + json.dumps(second) + "\n")
+    write_run_report(run)
+    with (run / "results.csv").open(newline="", encoding="utf-8") as file:
+        assert [row["text"] for row in csv.DictReader(file)] == [first["answer"], second["answer"]]
+
+
 def test_the_page_is_bounded_and_says_what_it_leaves_out(tmp_path):
     run = write_generate_run(tmp_path / "run", items=6, repeats=3)
     read = read_eval_run(run)

@@ -39,7 +39,7 @@ def write_run_report(
 def results_csv(run: EvalRun) -> str:
     """One line per output: item, repeat, what it was asked, what was read or answered, verdict, score of the item."""
     file = io.StringIO()
-    rows = csv.writer(file, lineterminator="\n")
+    rows = csv.writer(file, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")  # Python before 3.13 leaves a bare carriage return unquoted
     rows.writerow(("id", "repeat", "category", "prompt", "image", "text", "verdict", "item_score"))
     for item in run.items:
         images = item.get("images", ())

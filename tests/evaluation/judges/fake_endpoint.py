@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import threading
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class FakeEndpoint(ThreadingHTTPServer):
-    """Steps: "say TEXT", 400, 401, 429, 500, garbage, "no choice", "two choices", "no text", drop, hang; `asked` keeps every body."""
+    """A server of scripted replies; `asked` keeps every body.
+
+    Steps: "say TEXT", "by content" (yes or no), 400, 401, 429, 500, garbage, "no choice", "two choices", "no text", drop, hang.
+    """
 
     daemon_threads = True
 
@@ -65,6 +69,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(int(step), {"error": "a sentence from the server"}, {"Retry-After": "0"})
         elif step == "garbage":
             self._answer(200, b"<html>")
+        elif step == "by content":  # the same question about the same picture has the same reply, whenever it is asked
+            choice["message"]["content"] = ("no", "yes")[zlib.crc32(json.dumps(body).encode()) % 2]
+            self._answer(200, {"choices": [choice]})
         elif step == "slow":
             time.sleep(0.3)
             self._answer(200, {"choices": [choice]})
