@@ -69,7 +69,11 @@ def _add_options(parser: argparse.ArgumentParser, tasks: set[str], data: bool, j
     which.add_argument("--shard", type=_shard, default=(0, 1), metavar="K/N", help="this process is the K-th of N that share OUT (default 1/1)")
     model = parser.add_argument_group("the model")
     model.add_argument("--model", default=TINY_SFT, metavar="DIR", help="model directory (default: the tiny model that ships with the package)")
-    model.add_argument("--mesh", type=_mesh, metavar="AXIS=N,...", help="devices per mesh axis: data, fsdp, tensor (default: fsdp=-1, all)")
+    # Over several processes a sum that is split has another order than within one: a code that is nearly a tie may then be drawn otherwise.
+    exact = "data=N gives the same outputs to the bit with any number of processes, and so does --shard"
+    model.add_argument(
+        "--mesh", type=_mesh, metavar="AXIS=N,...", help=f"devices per mesh axis: data, fsdp, tensor (default: fsdp=-1, all); {exact}"
+    )
     what = "pictures" if tasks == {"generate"} else "answers" if tasks == {"answer"} else "pictures or answers"
     at_a_time = f"{what} at a time, of each data-parallel part of the mesh (default 16)"
     model.add_argument("--batch", type=_positive, default=16, metavar="N", help=at_a_time)
