@@ -183,3 +183,27 @@ def grpo():
     c.data.sizes, c.data.weights, c.data.text_lengths, c.data.shapes = ((32, 64),), (1.0,), ((3, 6),), 0.0
     c.data.pseudo_words = 0.0
     return c
+
+
+def inference():
+    """Drawing and answering: what `xomni generate`, `chat` and `eval` take with --config. Their own options come on top."""
+    return ConfigDict(
+        dict(
+            stage="inference",
+            model="xomni_jax/assets/tiny_sft",
+            height=None,  # pixels; None: the model's own
+            width=None,
+            temperature=1.0,
+            top_k=50,  # as released; 0: off
+            top_p=1.0,
+            min_p=0.03,  # as released
+            guidance=1.0,
+            batch=16,  # pictures or answers at a time, of each data-parallel part of the mesh
+            decode_batch=16,  # pictures decoded to pixels at a time
+            prompt_length=512,  # tokens that a plan counts on, with the image prefix
+            max_tokens=32,  # of an answer, that a plan counts on
+            mesh=dict(replica=1, data=1, fsdp=-1, tensor=1),
+            decode=dict(steps=None, guidance=None),  # None: the model's own
+            **_stored("transformer", "siglip_vq", "mmdit", "t5", "clip", "autoencoder"),
+        )
+    )

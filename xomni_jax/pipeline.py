@@ -27,7 +27,7 @@ from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sequence.tokenizer import MultimodalTokenizer, encoder_ids, fixed_length_ids, read_tokenizer
 from xomni_jax.sharding.arrays import whole
 from xomni_jax.sharding.mesh import make_mesh
-from xomni_jax.sharding.rules import RULES, constrain, param_shardings
+from xomni_jax.sharding.rules import ROLLOUT_RULES, RULES, constrain, param_shardings
 
 DECODER_PARTS = ("mmdit", "t5", "clip", "autoencoder")
 PROMPT_BUCKET = 16  # prompts are padded to a multiple of this, so that few lengths are compiled
@@ -55,6 +55,20 @@ def pad_prompts(prompts: Sequence[Sequence[int]], multiple: int = PROMPT_BUCKET)
     return ids, lengths
 
 
+def make_sampler(net: nn.Module, n_codes: int, sampling: SamplingConfig) -> Callable[..., dict[str, jax.Array]]:
+    """The jitted sampler of `XOmni.sample_codes` (parameters, prompt ids, lengths, keys, negative prompts | None) -> see `generate_codes`."""
+
+    def sample(params, ids_PS, lengths_P, keys_PR, negative):
+        return generate_codes(net, params, ids_PS, lengths_P, n_codes, keys_PR, sampling, negative=negative)
+
+    return jax.jit(sample)
+
+
+def make_answerer(net: nn.Module, max_tokens: int, stop: int, pad: int) -> Callable[..., jax.Array]:
+    """The jitted `XOmni.answer_ids` (parameters, prompt ids [P, S], lengths [P]) -> ids [P, max_tokens]."""
+    return jax.jit(lambda params, ids_PS, lengths_P: generate_text(net, params, ids_PS, lengths_P, max_tokens, (stop,), pad))
+
+
 def make_decode(vq: nn.Module, decoder: Decoder, cfg: DecodeConfig, ways: int) -> Callable[..., jax.Array]:
     """The jitted decoder (tokenizer's parameters, decoder's, codes [B, Y, X], T5 ids, CLIP ids, noise, empty prompt's ids) -> uint8 images.
 
@@ -74,8 +88,11 @@ def make_decode(vq: nn.Module, decoder: Decoder, cfg: DecodeConfig, ways: int) -
 class XOmni:
     """One X-Omni model on one mesh: text and pictures in, text and pictures out."""
 
-    def __init__(self, path: str | Path, mesh: Mesh | None = None, dtype: Any = None, flux: str | Path | None = None):
-        self.path, self.dtype, self._flux = Path(path), dtype, flux
+    def __init__(
+        self, path: str | Path, mesh: Mesh | None = None, dtype: Any = None, flux: str | Path | None = None, training: bool = False
+    ):
+        """See `load`. `training`: the transformer is split as it learns, not as it samples."""
+        self.path, self.dtype, self._flux, self._training = Path(path), dtype, flux, training
         self.mesh = make_mesh({}, jax.devices()[:1]) if mesh is None else mesh
         self.released = ReleasedModel(path, flux) if is_released(path) else None
         if flux is not None and self.released is None:
@@ -87,7 +104,7 @@ class XOmni:
 
     def on(self, mesh: Mesh) -> XOmni:
         """The same model on another mesh, with parameters of its own."""
-        other = XOmni(self.path, mesh, self.dtype, self._flux)
+        other = XOmni(self.path, mesh, self.dtype, self._flux, self._training)
         other._configs = dict(self._configs)
         return other
 
@@ -117,7 +134,7 @@ class XOmni:
 
     def _restore(self, name: str, cfg: Any) -> Any:
         boxed = jax.eval_shape(lambda: init_params(name, cfg, jax.random.key(0)))
-        shardings = param_shardings(boxed, self.mesh)
+        shardings = param_shardings(boxed, self.mesh, ROLLOUT_RULES if name == "transformer" and not self._training else RULES)
         if getattr(cfg, "int8", False):
             stored = self._restore(name, dataclasses.replace(cfg, int8=False))
             return jax.jit(lambda params: quantize(params, boxed), out_shardings=shardings)(stored)
@@ -235,12 +252,7 @@ class XOmni:
 
     @functools.cache
     def _sampler(self, n_codes: int, sampling: SamplingConfig):
-        model = self.module("transformer")
-
-        def sample(params, ids_PS, lengths_P, keys_PR, negative):
-            return generate_codes(model, params, ids_PS, lengths_P, n_codes, keys_PR, sampling, negative=negative)
-
-        return jax.jit(sample)
+        return make_sampler(self.module("transformer"), n_codes, sampling)
 
     def text_ids(self, prompts: Sequence[str], cfg: DecodeConfig | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The prompts as T5 ids [B, S] and CLIP ids [B, S'], at the decoder's fixed lengths."""
@@ -415,8 +427,7 @@ class XOmni:
 
     @functools.cache
     def _answerer(self, max_tokens: int):
-        model, stop, pad = self.module("transformer"), (self.tokenizer.end_of_turn,), self.tokenizer.pad
-        return jax.jit(lambda params, ids_PS, lengths_P: generate_text(model, params, ids_PS, lengths_P, max_tokens, stop, pad))
+        return make_answerer(self.module("transformer"), max_tokens, self.tokenizer.end_of_turn, self.tokenizer.pad)
 
 
 def picture_keys(seed: int, n: int, purpose: int = 0) -> jax.Array:

@@ -6,7 +6,7 @@ import argparse
 
 from PIL import Image, UnidentifiedImageError
 
-from xomni_jax.assets import TINY_SFT
+from xomni_jax.cli.inference import add_model, settle
 
 EXAMPLE = 'xomni chat pictures/000_a_red_sign_that_says_HELLO.png "what does the sign say?"'
 
@@ -15,17 +15,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Picture, question, model."""
     parser.add_argument("image", metavar="IMAGE", help="a picture file (PNG, JPEG, WebP)")
     parser.add_argument("question", metavar="QUESTION")
-    parser.add_argument("--model", default=TINY_SFT, metavar="DIR", help="model directory (default: the tiny model that ships with the package)")
+    add_model(parser, "", "one device")
     parser.add_argument("--max-tokens", type=int, default=512, metavar="N", help="longest answer, in tokens (default 512)")
 
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:
     """Prints the answer."""
-    from xomni_jax.pipeline import load
+    from xomni_jax.inference import open_model
+    from xomni_jax.sharding.mesh import make_mesh
 
     if args.max_tokens < 1:
         raise ValueError(f"--max-tokens {args.max_tokens} must be at least 1")
-    print(load(args.model).chat(read_image(args.image), args.question, args.max_tokens))
+    settle(args)
+    model = open_model(args.model, args.mesh and make_mesh(args.mesh), args.sections)
+    print(model.chat(read_image(args.image), args.question, args.max_tokens))
     return 0
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from xomni_jax.assets import TINY_SFT
+from xomni_jax.cli.inference import EXACT, add_drawing, add_model, positive, settle
 from xomni_jax.evaluation.judges.opening import HELP
 from xomni_jax.evaluation.suites import PUBLISHED, SUITES, get_suite, with_rewrites
 from xomni_jax.evaluation.suites.choices import INSTRUCTIONS
@@ -64,30 +64,19 @@ def _add_options(parser: argparse.ArgumentParser, tasks: set[str], data: bool, j
         parser.add_argument("--data", required=True, metavar="DATA", help="directory of the published files")
     parser.add_argument("--phase", choices=("all", *sorted(tasks, reverse=True), "score"), default="all", help="default: all")
     which = parser.add_argument_group("which items")
-    which.add_argument("--limit", type=_positive, metavar="N", help="the first N items only")
+    which.add_argument("--limit", type=positive, metavar="N", help="the first N items only")
     which.add_argument("--ids", nargs="+", default=(), metavar="ID", help="these items only")
     which.add_argument("--shard", type=_shard, default=(0, 1), metavar="K/N", help="this process is the K-th of N that share OUT (default 1/1)")
     model = parser.add_argument_group("the model")
-    model.add_argument("--model", default=TINY_SFT, metavar="DIR", help="model directory (default: the tiny model that ships with the package)")
-    # Over several processes a sum that is split has another order than within one: a code that is nearly a tie may then be drawn otherwise.
-    exact = "data=N gives the same outputs to the bit with any number of processes, and so does --shard"
-    model.add_argument(
-        "--mesh", type=_mesh, metavar="AXIS=N,...", help=f"devices per mesh axis: data, fsdp, tensor (default: fsdp=-1, all); {exact}"
-    )
+    add_model(model, f"; {EXACT}, and so does --shard", "fsdp=-1, all")
     what = "pictures" if tasks == {"generate"} else "answers" if tasks == {"answer"} else "pictures or answers"
     at_a_time = f"{what} at a time, of each data-parallel part of the mesh (default 16)"
-    model.add_argument("--batch", type=_positive, default=16, metavar="N", help=at_a_time)
+    model.add_argument("--batch", type=positive, metavar="N", help=at_a_time)
     if "generate" in tasks:
         drawing = parser.add_argument_group("drawing (the defaults are the released ones)")
-        drawing.add_argument("--decode-batch", type=_positive, default=16, metavar="N", help="pictures decoded to pixels at a time (default 16)")
-        drawing.add_argument("--height", type=_positive, metavar="PIXELS", help="default: the model's own (1152 as released)")
-        drawing.add_argument("--width", type=_positive, metavar="PIXELS", help="default: the model's own (1152 as released)")
+        drawing.add_argument("--decode-batch", type=positive, metavar="N", help="pictures decoded to pixels at a time (default 16)")
+        add_drawing(drawing)
         drawing.add_argument("--seed", type=_seed, default=1234, help="the released command's 1234 by default")
-        drawing.add_argument("--temperature", type=float, default=1.0, help="of the image codes; 0 takes the likeliest (default 1)")
-        drawing.add_argument("--top-k", type=int, default=50, metavar="K", help="keep the K likeliest codes; 0 is off (default 50)")
-        drawing.add_argument("--top-p", type=float, default=1.0, metavar="P", help="keep the likeliest codes that hold P; 1 is off (default 1)")
-        drawing.add_argument("--min-p", type=float, default=0.03, metavar="P", help="drop codes below P times the likeliest (default 0.03)")
-        drawing.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance of the codes; 1 is off (default 1)")
         if tasks == {"generate"}:
             drawing.add_argument("--rewrite", metavar="SOURCE", help=f"draw rewritten prompts, in both phases: {FORMS} (kept in OUT)")
     scoring = parser.add_argument_group("scoring")
@@ -104,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
     from xomni_jax.cli.train import together
     from xomni_jax.sharding import distributed
 
+    settle(args)
     args.judges, args.switches = _judges(args), getattr(args, "switch", None) or []
     # Workers with shares of their own know nothing of each other; without, the processes of a slice hold one model together.
     alone = args.phase == "score" or args.shard[1] > 1
@@ -124,7 +114,7 @@ def _run(args: argparse.Namespace, line: Any) -> int:
     if hasattr(args, "seed"):
         sampling = SamplingConfig(args.temperature, args.top_k, args.top_p, args.min_p, args.guidance)
         drawing = {"height": args.height, "width": args.width, "seed": args.seed, "sampling": sampling, "decode_batch": args.decode_batch}
-    args.session = ModelSession(ModelOptions(args.model, args.mesh, batch=args.batch, **drawing))
+    args.session = ModelSession(ModelOptions(args.model, args.mesh, args.sections, batch=args.batch, **drawing))
     args.process = (0, 1) if line is None else (line.index, line.count)
     with StopSignal(line) as args.stop:
         try:
@@ -264,19 +254,6 @@ def _instruction(text: str) -> tuple[str, str]:
     if name not in INSTRUCTIONS or not Path(path).is_file():
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FILE with a file that exists and a name of {', '.join(INSTRUCTIONS)}")
     return name, Path(path).read_text(encoding="utf-8").rstrip("\n")
-
-
-def _mesh(text: str) -> dict[str, int]:
-    found = [re.fullmatch(r"(\w+)=(-?\d+)", part.strip()) for part in text.split(",")]
-    if not all(found):
-        raise argparse.ArgumentTypeError(f"{text!r} is no mesh; write it like fsdp=4,tensor=2")
-    return {part[1]: int(part[2]) for part in found}
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
-    return int(text)
 
 
 def _seed(text: str) -> int:

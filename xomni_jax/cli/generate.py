@@ -7,7 +7,7 @@ import re
 import time
 from pathlib import Path
 
-from xomni_jax.assets import TINY_SFT
+from xomni_jax.cli.inference import add_drawing, add_model, settle
 
 EXAMPLE = """xomni generate 'a red sign that says "HELLO"' 'two blue circles on white' --out pictures"""
 
@@ -15,27 +15,23 @@ EXAMPLE = """xomni generate 'a red sign that says "HELLO"' 'two blue circles on 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Prompts, size, sampling, output."""
     parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="what to draw; one picture each")
-    parser.add_argument("--model", default=TINY_SFT, metavar="DIR", help="model directory (default: the tiny model that ships with the package)")
-    parser.add_argument("--height", type=int, metavar="PIXELS", help="default: the model's own")
-    parser.add_argument("--width", type=int, metavar="PIXELS", help="default: the model's own")
+    add_model(parser, "", "one device")
+    add_drawing(parser)
     parser.add_argument("--seed", type=int, default=0, help="picture i depends on the seed, i and its prompt alone (default 0)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the image codes; 0 takes the likeliest (default 1)")
-    parser.add_argument("--top-k", type=int, default=50, help="keep the k likeliest codes; 0 is off (default 50, as released)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest codes that hold this probability (default 1: off)")
-    parser.add_argument("--min-p", type=float, default=0.03, help="drop codes below this share of the likeliest one (default 0.03, as released)")
-    parser.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance of the codes; 1 is off (default 1, as released)")
     parser.add_argument("--out", default="pictures", metavar="DIR", help="folder for the pictures (default: pictures)")
 
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:
     """Draws and saves; the last line says where."""
-    from xomni_jax.pipeline import load
+    from xomni_jax.inference import open_model
+    from xomni_jax.sharding.mesh import make_mesh
 
     began = time.perf_counter()
+    settle(args)
     out = Path(args.out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; give a folder")
-    model = load(args.model)
+    model = open_model(args.model, args.mesh and make_mesh(args.mesh), args.sections)
     images = model.generate(
         args.prompts, args.height, args.width, args.seed, args.temperature, args.top_k, args.top_p, args.min_p, args.guidance
     )

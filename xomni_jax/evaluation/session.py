@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 
 from xomni_jax.evaluation import runner
 from xomni_jax.evaluation.answering import Answering
 from xomni_jax.evaluation.generation import DrawConfig, Generation
 from xomni_jax.evaluation.suite import Suite, check_images
-from xomni_jax.pipeline import XOmni, load
+from xomni_jax.inference import PARTS, open_model
+from xomni_jax.pipeline import XOmni
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sharding.mesh import make_mesh
 from xomni_jax.training.preemption import StopSignal
@@ -31,6 +33,7 @@ class ModelOptions:
 
     path: str
     mesh: Mapping[str, int] | None = None
+    config: ConfigDict | None = None  # of inference: how components are computed
     height: int | None = None
     width: int | None = None
     seed: int = 1234
@@ -48,7 +51,7 @@ class ModelSession:
     @functools.cached_property
     def model(self) -> XOmni:
         """The model on its mesh."""
-        return load(self.options.path, make_mesh(self.options.mesh))
+        return open_model(self.options.path, make_mesh(self.options.mesh), self.options.config)
 
     def run(self, work: runner.Work, stop: StopSignal) -> None:
         """Makes this process's outputs.
@@ -88,6 +91,7 @@ class ModelSession:
             "model": {"path": str(self.options.path), "sha256": self.checkpoint_hash},
             "batch": self.options.batch,
             **how,
+            **({"computed": {name: config[name].to_dict() for name in ("decode", *PARTS)}} if (config := self.options.config) else {}),
             "mesh": {axis: mesh[axis] for axis in ("fsdp", "tensor")},
             "device": f"{device.platform} {device.device_kind}",
             "versions": {name: importlib.metadata.version(name) for name in VERSIONS},

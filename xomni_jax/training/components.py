@@ -123,7 +123,7 @@ def open_model(init_from: str, needed: tuple[str, ...], mesh: jax.sharding.Mesh,
     missing = [name for name in needed if name not in have]
     if missing:
         raise ConfigError(f"config.init_from={init_from}: this model has no {missing[0]}; stage {stage} needs {', '.join(needed)}")
-    return XOmni(init_from, mesh)
+    return XOmni(init_from, mesh, training=True)
 
 
 def export_model(

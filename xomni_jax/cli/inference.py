@@ -1,0 +1,55 @@
+"""Options that the commands of inference share: the model, its mesh, and how it draws."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import Any
+
+# Over several processes a sum that is split has another order than within one: a code that is nearly a tie may then be drawn otherwise.
+EXACT = "data=N gives the same outputs to the bit with any number of processes"
+
+
+def add_model(parser: Any, mesh: str, default: str) -> None:
+    """--config, --model and --mesh; `mesh` says more about the last, `default` what it is without."""
+    parser.add_argument("--config", metavar="FILE", help="a configuration of inference, such as configs/xomni/generate.py; other options come on top")
+    parser.add_argument("--model", metavar="DIR", help="model directory (default: the tiny model that ships with the package)")
+    parser.add_argument("--mesh", type=_mesh, metavar="AXIS=N,...", help=f"devices per mesh axis: data, fsdp, tensor (default: {default}){mesh}")
+
+
+def add_drawing(parser: Any) -> None:
+    """Size and sampling; the defaults are the released ones."""
+    parser.add_argument("--height", type=positive, metavar="PIXELS", help="default: the model's own (1152 as released)")
+    parser.add_argument("--width", type=positive, metavar="PIXELS", help="default: the model's own (1152 as released)")
+    parser.add_argument("--temperature", type=float, help="of the image codes; 0 takes the likeliest (default 1)")
+    parser.add_argument("--top-k", type=int, metavar="K", help="keep the K likeliest codes; 0 is off (default 50)")
+    parser.add_argument("--top-p", type=float, metavar="P", help="keep the likeliest codes that hold this probability; 1 is off (default 1)")
+    parser.add_argument("--min-p", type=float, metavar="P", help="drop codes below P times the likeliest (default 0.03)")
+    parser.add_argument("--guidance", type=float, help="classifier-free guidance of the codes; 1 is off (default 1)")
+
+
+def settle(args: argparse.Namespace) -> None:
+    """Fills the options that were not given, from --config or with the defaults; `args.sections` becomes the configuration, or None."""
+    from xomni_jax.inference import InferenceConfig, read_config, settings
+
+    args.sections = read_config(args.config) if args.config else None
+    found = settings(args.sections) if args.config else InferenceConfig()
+    for name, value in vars(found).items():
+        if name in args and getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.config and args.mesh is None:
+        args.mesh = dict(args.sections.mesh)
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on."""
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
+    return int(text)
+
+
+def _mesh(text: str) -> dict[str, int]:
+    found = [re.fullmatch(r"(\w+)=(-?\d+)", part.strip()) for part in text.split(",")]
+    if not all(found):
+        raise argparse.ArgumentTypeError(f"{text!r} is no mesh; write it like fsdp=4,tensor=2")
+    return {part[1]: int(part[2]) for part in found}
