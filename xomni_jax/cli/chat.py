@@ -21,11 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:
     """Prints the answer."""
-    from xomni_jax.pipeline import load
+    from xomni_jax.pipeline import XOmni
 
     if args.max_tokens < 1:
         raise ValueError(f"--max-tokens {args.max_tokens} must be at least 1")
-    print(load(args.model).chat(read_image(args.image), args.question, args.max_tokens))
+    print(XOmni(args.model).chat(read_image(args.image), args.question, args.max_tokens))
     return 0
 
 

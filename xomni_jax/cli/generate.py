@@ -29,13 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:
     """Draws and saves; the last line says where."""
-    from xomni_jax.pipeline import load
+    from xomni_jax.pipeline import XOmni
 
     began = time.perf_counter()
     out = Path(args.out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; give a folder")
-    model = load(args.model)
+    model = XOmni(args.model)
     images = model.generate(
         args.prompts, args.height, args.width, args.seed, args.temperature, args.top_k, args.top_p, args.min_p, args.guidance
     )
