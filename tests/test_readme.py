@@ -1,5 +1,6 @@
-"""The README's commands parse, its files exist, and its Python runs against names that exist."""
+"""The documents' commands and the examples of every --help parse, their configuration keys exist, and so do the README's files."""
 
+import argparse
 import re
 import shlex
 from pathlib import Path
@@ -7,17 +8,22 @@ from pathlib import Path
 import pytest
 
 from xomni_jax.cli import main as cli
+from xomni_jax.training.config import load_config
 
 ROOT = Path(__file__).parents[1]
-TEXT = (ROOT / "README.md").read_text()
-JOINED = TEXT.replace("\\\n", " ")
-COMMANDS = sorted(set(re.findall(r"(?:^|`)(xomni [a-z][^`\n]*)", JOINED, flags=re.M)))
+DOCUMENTS = [ROOT / "README.md", ROOT / "launch/README.md", *sorted(ROOT.glob("configs/*/README.md"))]
+TEXT = DOCUMENTS[0].read_text()
 
 
-@pytest.mark.parametrize("line", COMMANDS)
-def test_command_parses(line, monkeypatch):
+def commands(text):
+    """What a reader may type: a line, or between backticks; also behind -- and &&. Without those that stand for any command."""
+    found = re.findall(r"(?:^ *|`|-- +|&& )(xomni [a-z-]+ [^`\n|&]*)", text.replace("\\\n", " "), flags=re.M)
+    return sorted({line.strip() for line in found if "..." not in line and "=FILE" not in line})
+
+
+def parse(line, monkeypatch):
+    """As `xomni` would; overrides must name keys that exist."""
     words = shlex.split(line, comments=True)[1:]
-    words = [w for w in words if w != "&"]
     monkeypatch.setattr("sys.argv", ["xomni", *words])
     parser = cli.build_parser()
     if "--help" in words:
@@ -25,9 +31,36 @@ def test_command_parses(line, monkeypatch):
             parser.parse_known_args(words)
         return
     args, rest = parser.parse_known_args(words)
-    assert all(r.startswith("--config.") for r in rest)
-    if args.command == "train":
-        assert (ROOT / args.config).is_file()
+    assert all(word.startswith("--config.") for word in rest)
+    if args.command in ("train", "plan") and args.config:
+        load_config(ROOT / args.config, [word.removeprefix("--config.") for word in rest])
+
+
+@pytest.mark.parametrize("line", sorted({line for document in DOCUMENTS for line in commands(document.read_text())}))
+def test_command_parses(line, monkeypatch):
+    parse(line, monkeypatch)
+
+
+def kinds_of_eval(monkeypatch):
+    """The subcommands of xomni eval."""
+    monkeypatch.setattr("sys.argv", ["xomni", "eval"])
+    (eval_parser,) = [action.choices["eval"] for action in cli.build_parser()._actions if isinstance(action, argparse._SubParsersAction)]
+    (kinds,) = [action.choices for action in eval_parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return list(kinds)
+
+
+def test_every_help_ends_with_an_example_and_all_its_examples_parse(capsys, monkeypatch):
+    kinds = kinds_of_eval(monkeypatch)
+    assert len(kinds) >= 19  # the suites, all, the studies and effect
+    for words in [[name] for name in cli.COMMANDS] + [["eval", kind] for kind in kinds]:
+        monkeypatch.setattr("sys.argv", ["xomni", *words, "--help"])
+        with pytest.raises(SystemExit):
+            cli.build_parser().parse_args([*words, "--help"])
+        said = capsys.readouterr().out.split("\n\n", 1)[1]  # without the usage
+        last = said.replace("\\\n", " ").rstrip().splitlines()[-1]
+        assert commands(last) and " ".join(["xomni", *words]) in said, words
+        for line in commands(said):
+            parse(line, monkeypatch)
 
 
 def test_files_and_links_exist():
@@ -36,11 +69,3 @@ def test_files_and_links_exist():
             assert (ROOT / path).exists(), path
     for path in re.findall(r"bash (launch/\S+\.sh)", TEXT):
         assert (ROOT / path).is_file(), path
-
-
-def test_every_subcommand_has_help_with_an_example(capsys, monkeypatch):
-    for name in cli.COMMANDS:
-        monkeypatch.setattr("sys.argv", ["xomni", name, "--help"])
-        with pytest.raises(SystemExit):
-            cli.build_parser().parse_args([name, "--help"])
-        assert "xomni " + name in capsys.readouterr().out.split("usage:", 1)[1].split("\n", 3)[-1], name

@@ -11,7 +11,10 @@ from typing import Any
 
 
 def load(path: Any, mesh: Any = None, dtype: Any = None, flux: Any = None):
-    """Opens a model directory as `pipeline.XOmni`; see there. Importing the package alone touches no device."""
-    from xomni_jax.pipeline import load as open_model
+    """Opens a model directory, or a released one as it was downloaded; the arguments are those of `parts.ModelParts`.
 
-    return open_model(path, mesh, dtype, flux)
+    Importing the package alone touches no device.
+    """
+    from xomni_jax.pipeline import XOmni
+
+    return XOmni(path, mesh, dtype, flux)

@@ -13,8 +13,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from xomni_jax.assets import TINY_SFT
-from xomni_jax.pipeline import DECODER_PARTS, XOmni, load
+from xomni_jax.pipeline import XOmni
 from xomni_jax.sampling.decoder import DecodeConfig
+from xomni_jax.sampling.pixels import DECODER_PARTS
 from xomni_jax.training.components import PRESETS, check_heads, stored_or_preset
 from xomni_jax.training.config import ConfigError, build, check_sections, load_config
 
@@ -80,7 +81,7 @@ def open_model(path: str | Path, mesh: Mesh | None = None, config: Mapping | Non
     Raises:
       ConfigError: a section describes another model than the directory holds.
     """
-    model = load(path, mesh)
+    model = XOmni(path, mesh)
     for name in (n for n in PARTS if config is not None and n in model.description["components"]):
         model.set_config(name, stored_or_preset(model, name, config[name], PRESETS[name], f"config.{name}"))
     if config is not None:

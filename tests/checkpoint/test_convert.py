@@ -20,8 +20,9 @@ from xomni_jax.checkpoint import convert as module
 from xomni_jax.checkpoint.conversion import ConversionError, flatten, to_params
 from xomni_jax.checkpoint.convert import convert, make_plan
 from xomni_jax.checkpoint.conversion_report import plan_lines
+from xomni_jax.checkpoint.found import NewParts, wanted_shapes
 from xomni_jax.checkpoint.names import autoencoder, clip, mmdit, siglip_vq, t5, transformer
-from xomni_jax.checkpoint.released import NewParts, open_release, wanted_shapes
+from xomni_jax.checkpoint.released import open_release
 from xomni_jax.checkpoint.safetensors_file import write_safetensors
 from xomni_jax.checkpoint.store import read_model_json
 from xomni_jax.checkpoint.stored import Stored

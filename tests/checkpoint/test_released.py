@@ -10,7 +10,8 @@ import pytest
 from tests.checkpoint import released_dirs as dirs
 from xomni_jax.checkpoint.conversion import ConversionError
 from xomni_jax.checkpoint.convert import convert, make_plan
-from xomni_jax.checkpoint.released import kind_of, open_release
+from xomni_jax.checkpoint.kinds import kind_of
+from xomni_jax.checkpoint.released import open_release
 from xomni_jax.checkpoint.safetensors_file import write_safetensors
 from xomni_jax.checkpoint.stored import Stored
 from xomni_jax.checkpoint.tensors import open_sharded, open_tensor_file

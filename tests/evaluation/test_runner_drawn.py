@@ -12,7 +12,7 @@ from xomni_jax.cli.main import main
 from xomni_jax.evaluation import judges, runner, session
 from xomni_jax.evaluation.judges.chat import ChatEndpoint
 from xomni_jax.evaluation.run_directory import RunDirectory
-from xomni_jax.pipeline import load
+from xomni_jax.pipeline import XOmni
 from xomni_jax.sharding.mesh import make_mesh
 
 CAT = {"tag": "single_object", "include": [{"class": "cat", "count": 1}], "prompt": "a photo of a cat"}
@@ -24,8 +24,8 @@ def one_model():
     """Opened once for all commands, on one device."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(session, "make_mesh", lambda axes: make_mesh({}, jax.devices()[:1]))
-        opened = functools.cache(lambda path: load(path, make_mesh({}, jax.devices()[:1])))
-        patched.setattr(session, "load", lambda path, mesh: opened(path))
+        opened = functools.cache(lambda path: XOmni(path, make_mesh({}, jax.devices()[:1])))
+        patched.setattr(session, "XOmni", lambda path, mesh: opened(path))
         yield
 
 
@@ -125,7 +125,11 @@ def test_rewritten_prompts_are_drawn_and_the_row_is_scored(model_dir, tmp_path, 
     spec = jsonl(tmp_path / "rewritten.jsonl", [{"id": name, "rewritten": text} for name, text in rewritten.items()])
     other = jsonl(tmp_path / "other.jsonl", [{"id": name, "rewritten": text + "!"} for name, text in rewritten.items()])
     plain, out = tmp_path / "plain", tmp_path / "out"
-    assert command("geneval", model_dir, tmp_path, plain, "--phase", "generate") == 0
+    rest = "the other shares of --shard hold the rest"
+    judge = "judge them with the same command and --phase score --judge http://127.0.0.1:8003"
+    for share, done in (("1/2", f"1 of 2 items are drawn in {plain}; {rest}"), ("2/2", f"2 of 2 items are drawn in {plain}; {judge}")):
+        assert command("geneval", model_dir, tmp_path, plain, "--phase", "generate", "--shard", share) == 0
+        assert capsys.readouterr().out.splitlines()[-1] == f"geneval: {done}"
     assert command("geneval", model_dir, tmp_path, out, "--phase", "generate", "--rewrite", str(spec)) == 0
     drawn, before = RunDirectory(out).lines("parts"), RunDirectory(plain).lines("parts")
     assert all(drawn[name]["pixels"] != before[name]["pixels"] for name in rewritten)

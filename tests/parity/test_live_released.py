@@ -19,8 +19,8 @@ from xomni_jax.checkpoint.names import autoencoder, clip, mmdit, siglip_vq, t5, 
 from xomni_jax.checkpoint.store import save_component, save_settings
 from xomni_jax.data.preprocess import ImageLimits, ImageRejected
 from xomni_jax.models.registry import COMPONENTS, init_params
-from xomni_jax.pipeline import NOISE, picture_keys
 from xomni_jax.sampling.decoder import DecodeConfig
+from xomni_jax.sampling.keys import NOISE, picture_keys
 from xomni_jax.sampling.logits import SamplingConfig
 
 pytestmark = pytest.mark.parity

@@ -13,8 +13,8 @@ import numpy as np
 
 from xomni_jax.checkpoint import released_configs as configs
 from xomni_jax.checkpoint.conversion import Table
+from xomni_jax.checkpoint.found import wanted_shapes
 from xomni_jax.checkpoint.names import mmdit, siglip_vq, transformer
-from xomni_jax.checkpoint.released import wanted_shapes
 from xomni_jax.checkpoint.safetensors_file import write_safetensors
 from xomni_jax.checkpoint.store import write_json
 from xomni_jax.checkpoint.tensors import LazyTensor

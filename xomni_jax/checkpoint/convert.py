@@ -23,12 +23,14 @@ from jax.experimental import multihost_utils
 from xomni_jax.checkpoint.assemble import Target, targets_of
 from xomni_jax.checkpoint.conversion import ConversionError, problems
 from xomni_jax.checkpoint.conversion_report import Hashes, report_of
+from xomni_jax.checkpoint.found import Found, NewParts, Release
 from xomni_jax.checkpoint.new_tokenizer import extended
-from xomni_jax.checkpoint.released import TOKENIZER_FILES, Found, NewParts, Release, open_release, strangers
+from xomni_jax.checkpoint.released import open_release, strangers
 from xomni_jax.checkpoint.store import FORMAT, CheckpointError, config_from_json, config_to_json, read_model_json, write_json
 from xomni_jax.checkpoint.stream import save_targets
 from xomni_jax.models.registry import COMPONENTS
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja")
 DTYPES: dict[str, np.dtype | None] = {"keep": None, "float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 REPORT, PROGRESS = "conversion.json", "progress.json"
 Say = Callable[[str], None]

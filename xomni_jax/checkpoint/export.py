@@ -21,7 +21,8 @@ from xomni_jax.checkpoint.assemble import copy_strided
 from xomni_jax.checkpoint.conversion import ConversionError, Rule, Table
 from xomni_jax.checkpoint.convert import DTYPES
 from xomni_jax.checkpoint.names import autoencoder, clip, mmdit, siglip_vq, t5, transformer
-from xomni_jax.checkpoint.released import HEADS, PARTS
+from xomni_jax.checkpoint.released import PARTS
+from xomni_jax.checkpoint.released_xomni import HEADS
 from xomni_jax.checkpoint.safetensors_file import write_safetensors
 from xomni_jax.checkpoint.store import CheckpointError, config_from_json, read_model_json, write_json
 from xomni_jax.checkpoint.stored import Stored

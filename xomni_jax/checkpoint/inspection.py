@@ -12,7 +12,9 @@ import numpy as np
 
 from xomni_jax.checkpoint.convert import make_plan
 from xomni_jax.checkpoint.conversion import ConversionError
-from xomni_jax.checkpoint.released import PARTS, NotThere, Release, kind_of, open_release
+from xomni_jax.checkpoint.found import Release
+from xomni_jax.checkpoint.kinds import kind_of
+from xomni_jax.checkpoint.released import PARTS, NotThere, open_release
 from xomni_jax.checkpoint.released_model import is_released
 from xomni_jax.checkpoint.store import CheckpointError, config_to_json, read_model_json
 from xomni_jax.checkpoint.stored import Stored

@@ -11,7 +11,9 @@ import numpy as np
 
 from xomni_jax.checkpoint.assemble import targets_of
 from xomni_jax.checkpoint.conversion import ConversionError, flatten, problems, unflatten
-from xomni_jax.checkpoint.released import PARTS, Found, NotThere, kind_of, open_release
+from xomni_jax.checkpoint.found import Found
+from xomni_jax.checkpoint.kinds import kind_of
+from xomni_jax.checkpoint.released import PARTS, NotThere, open_release
 from xomni_jax.checkpoint.store import FORMAT, CheckpointError, config_to_json
 
 

@@ -18,21 +18,22 @@ _OPTIONS = dict.fromkeys(("decode", "train", "mmdit"), ("size", "threads")) | {
 EXAMPLE = """\
 In decode, train and mmdit both sides do the same work with the same weights and all cores; results are compared before anything is timed.
 
+decode  greedy decoding at batch 1 and 16, against transformers' Qwen2
+train   one train step with AdamW, against transformers' Qwen2
+mmdit   one forward pass of the decoder's transformer, against diffusers' FLUX
+grpo    seconds of a GRPO step in rollout, decode, reward and update; starts its reward services itself
+convert peak memory and speed of xomni convert against a plain copy, on a released layout of random values that it writes and removes
+eval    items per second of xomni eval on the rendered suites, in one process and shared by two
+
+decode, train and mmdit need the extra [parity], grpo needs [rewards].
+
+examples:
   xomni bench decode
   xomni bench train --size small
   xomni bench mmdit --threads 1 --json mmdit.json
   xomni bench grpo
   xomni bench convert --gb 4 --dir /tmp
   xomni bench eval
-
-decode  greedy decoding at batch 1 and 16, against transformers' Qwen2
-train   one train step with AdamW, against transformers' Qwen2
-mmdit   one forward pass of the decoder's transformer, against diffusers' FLUX
-grpo    seconds of a GRPO step in rollout, decode, reward and update; starts its reward services itself
-convert  peak memory and speed of xomni convert against a plain copy, on a released layout of random values that it writes and removes
-eval    items per second of xomni eval on the rendered suites, in one process and shared by two
-
-decode, train and mmdit need the extra [parity], grpo needs [rewards].
 """
 
 

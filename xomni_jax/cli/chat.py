@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:
     """Prints the answer."""
+<<<<<<< HEAD
     from xomni_jax.inference import open_model
     from xomni_jax.sharding.mesh import make_mesh
 
@@ -29,6 +30,13 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     settle(args)
     model = open_model(args.model, args.mesh and make_mesh(args.mesh), args.sections)
     print(model.chat(read_image(args.image), args.question, args.max_tokens))
+=======
+    from xomni_jax.pipeline import XOmni
+
+    if args.max_tokens < 1:
+        raise ValueError(f"--max-tokens {args.max_tokens} must be at least 1")
+    print(XOmni(args.model).chat(read_image(args.image), args.question, args.max_tokens))
+>>>>>>> findings
     return 0
 
 

@@ -6,7 +6,8 @@ import argparse
 import sys
 
 from xomni_jax.checkpoint.convert import DTYPES, convert, plan_for
-from xomni_jax.checkpoint.released import PARTS, NewParts
+from xomni_jax.checkpoint.found import NewParts
+from xomni_jax.checkpoint.released import PARTS
 
 EXAMPLE = """\
 The directories are read as they were downloaded; nothing in them is run, and no PyTorch is needed. --xomni may be:

@@ -22,7 +22,7 @@ text: an oracle. Start the services first, each in a terminal of its own:
 
   xomni serve-reward ocr --port 8001
   xomni serve-reward shapes --port 8002
-  xomni serve-reward tesseract --port 8004      (a second opinion, optional: --second http://127.0.0.1:8004)
+  xomni serve-reward tesseract --port 8004      # a second opinion, optional: --second http://127.0.0.1:8004
 
 Results: OUT/report.html (one page, opens anywhere), OUT/report.json (all numbers with 95% intervals), OUT/cells/*.npz (pictures
 and scores). When it is interrupted, the same command goes on from the finished cells.

@@ -16,7 +16,7 @@ from xomni_jax.evaluation.suites.choices import INSTRUCTIONS
 from xomni_jax.evaluation.suites.rewriting import FORMS
 
 EXAMPLE = "xomni eval rendered-text --model xomni_jax/assets/tiny_sft --out runs/rendered-text --limit 8"
-_JUDGES = {"detector": " --judge http://127.0.0.1:8003", "vqa": " --judge Qwen/Qwen2.5-VL-7B-Instruct@http://127.0.0.1:8000/v1"}
+_JUDGES = {"detector": "http://127.0.0.1:8003", "vqa": "Qwen/Qwen2.5-VL-7B-Instruct@http://127.0.0.1:8000/v1"}  # of examples
 _PHASES = """\
 Two phases, which may run apart and on different machines: --phase generate (or answer) runs the model, --phase score the judge or the
 local rules. Both append what is finished, item by item: after an interruption of any kind the same command goes on. Several processes
@@ -39,7 +39,7 @@ def add_suites(kinds: Any) -> None:
         lines += [f"--data must hold {suite.files}."] * bool(suite.files)
         lines += ["The official scorer's behaviour is the default; named departures from it:"] * bool(suite.switches)
         lines += [f"  --switch {switch}: {what}" for switch, what in suite.switches.items()]
-        sub = _parser(kinds, name, suite.title, "\n".join(lines), _JUDGES.get(suite.judge, ""))
+        sub = _parser(kinds, name, suite.title, "\n".join(lines), _example_judge(suite.judge))
         judges = f"what judges the pictures: {HELP[suite.judge]}" if suite.judge else ""
         _add_options(sub, {suite.task}, bool(suite.files), judges, bool(suite.switches))
     about = "Runs every one whose data lie in DATA or DATA/SUITE, into OUT/SUITE; the others are named with what they need:\n"
@@ -131,10 +131,12 @@ def _run_suite(args: argparse.Namespace) -> int:
         suite = with_rewrites(suite, rewrite, Path(args.out) / "rewritten.jsonl", instructions["rewrite"])
     work = _work(args, suite, getattr(args, "data", "."), args.out)
     results = _phases(args, work)
-    print(_summary(results, work) if results else _unfinished(work))
-    if results:
-        print(f"report: {work.run.path / 'report.html'}, one line per output: {work.run.path / 'results.csv'}")
-    print(f"results: {work.run.path / 'results.json'}" if results else f"outputs so far: {work.run.path}")
+    if not results:
+        print(_unfinished(args, work))
+        return 0
+    print(_summary(results, work))
+    print(f"report: {work.run.path / 'report.html'}, one line per output: {work.run.path / 'results.csv'}")
+    print(f"results: {work.run.path / 'results.json'}")
     return 0
 
 
@@ -142,7 +144,7 @@ def _run_all(args: argparse.Namespace) -> int:
     """The suites whose data are found; one that fails does not keep the others from running."""
     from xomni_jax.evaluation.suite import SuiteError
 
-    absent, failed, done = [], [], []
+    absent, failed, unfinished, scored = [], [], [], []
     for name in PUBLISHED:
         suite = get_suite(name, [switch for switch in args.switches if switch in get_suite(name).switches], dict(args.instruction))
         if args.phase not in ("all", suite.task, "score"):
@@ -155,14 +157,15 @@ def _run_all(args: argparse.Namespace) -> int:
             continue
         try:
             results = _phases(args, work)
-            done.append(_summary(results, work) if results else _unfinished(work))
+            (scored if results else unfinished).append(_summary(results, work) if results else _unfinished(args, work))
         except ValueError as e:
             if args.process[1] > 1:
                 raise  # the others cannot know
             failed.append(f"failed: {name}: {e}")
-    print("\n".join([*absent, *failed, *done]))
-    print(f"results: {Path(args.out)}/SUITE/results.json, the pages are beside them")
-    return 2 if failed or not done else 0
+    print("\n".join([*absent, *failed, *scored, *unfinished]))
+    if scored:
+        print(f"results: {Path(args.out)}/SUITE/results.json, the pages are beside them")
+    return 2 if failed or not scored + unfinished else 0
 
 
 def _work(args: argparse.Namespace, suite: Any, data: Any, out: Any) -> Any:
@@ -213,15 +216,28 @@ def _judges(args: argparse.Namespace) -> dict[str, str]:
     return kinds
 
 
-def _unfinished(work: Any) -> str:
+def _unfinished(args: argparse.Namespace, work: Any) -> str:
+    """What was finished, where it lies and what comes next."""
     from xomni_jax.evaluation import runner
 
+    suite, of, scoring = work.suite, len(work.items), args.phase in ("all", "score")
     if not work.writes:
-        return f"{work.suite.name}: process {work.process[0]} is done"
-    left, of, verb = runner.missing(work), len(work.items), "judged" if work.suite.judge else "answered"
+        return f"{suite.name}: process {work.process[0]} is done"
+    left = runner.missing(work, judged=scoring)
+    verb = "judged" if scoring and suite.judge else "drawn" if suite.task == "generate" else "answered"
+    done = f"{suite.name}: {of - left} of {of} items are {verb} in {work.run.path}"
+    if scoring:
+        return f"{done}; who finishes the last of them writes the results"
     if left:
-        return f"{work.suite.name}: {of - left} of {of} items are {verb}; who finishes the last of them writes the results (--phase score)"
-    return f"{work.suite.name}: all {of} items are {verb}; --phase score writes the results"
+        return f"{done}; the other shares of --shard hold the rest"
+    judge = "" if suite.judge in args.judges else _example_judge(suite.judge, args.evaluation == "all")
+    alone = " in one process" if work.process[1] > 1 else ""
+    return f"{done}; {'judge' if suite.judge else 'score'} them with the same command and --phase score{judge}{alone}"
+
+
+def _example_judge(kind: str | None, named: bool = False) -> str:
+    """What a command needs to say about a judge that has no default."""
+    return f" --judge {f'{kind}=' * named}{_JUDGES[kind]}" if kind in _JUDGES else ""
 
 
 def _summary(results: Mapping[str, Any], work: Any) -> str:

@@ -18,7 +18,7 @@ examples:
   xomni export --from models/xomni --to X-Omni-mine
   xomni export --from runs/grpo/model --to X-Omni-mine --only transformer --dtype bfloat16 --shard-gb 2
   xomni export --from models/xomni --to X-Omni-mine --pth
-  xomni export --from xomni_jax/assets/tiny_sft --to tiny_released      (from a clone of this repository)
+  xomni export --from xomni_jax/assets/tiny_sft --to tiny_released      # from a clone of this repository
 """
 
 

@@ -23,15 +23,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:
     """Draws and saves; the last line says where."""
+<<<<<<< HEAD
     from xomni_jax.inference import open_model
     from xomni_jax.sharding.mesh import make_mesh
+=======
+    from xomni_jax.pipeline import XOmni
+>>>>>>> findings
 
     began = time.perf_counter()
     settle(args)
     out = Path(args.out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; give a folder")
+<<<<<<< HEAD
     model = open_model(args.model, args.mesh and make_mesh(args.mesh), args.sections)
+=======
+    model = XOmni(args.model)
+>>>>>>> findings
     images = model.generate(
         args.prompts, args.height, args.width, args.seed, args.temperature, args.top_k, args.top_p, args.min_p, args.guidance
     )

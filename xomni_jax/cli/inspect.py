@@ -12,7 +12,7 @@ examples:
   xomni inspect models/xomni
   xomni inspect X-Omni-En
   xomni inspect models/xomni --diff X-Omni-mine
-  xomni inspect xomni_jax/assets/tiny_sft      (from a clone of this repository)
+  xomni inspect xomni_jax/assets/tiny_sft      # from a clone of this repository
 """
 
 

@@ -11,16 +11,17 @@ EXAMPLE = """\
 Every program of a stage is compiled for the slice by the TPU compiler itself, without weights and without a TPU: minutes per role on one
 core. What was compiled once is kept; the same plan then takes seconds.
 
-  xomni plan --config=configs/tiny/sft.py --topology=cpu:8 --config.next_token.rows=16
-  xomni plan --config=configs/xomni/grpo.py --topology=v6e-64 --role rollout
-  xomni plan --config=configs/xomni/sft.py --topology=v5p:2x4x4 --price 4.2 --html plan.html
-  xomni plan --gates
-
 roles: grpo has policy-update, reference (a part of it), layout, rollout, prefill (a part of it), decoder, text and vae (parts of it);
        tokenizer, pretrain, sft and decoder have one update each.
 
 Topologies other than cpu:N need the extra [plan]. Times are the least the hardware allows, no measurement: what bounds a role, and MFU,
 tokens and images at most.
+
+examples:
+  xomni plan --config=configs/tiny/sft.py --topology=cpu:8 --config.next_token.rows=16
+  xomni plan --config=configs/xomni/grpo.py --topology=v6e-64 --role rollout
+  xomni plan --config=configs/xomni/sft.py --topology=v5p:2x4x4 --price 4.2 --html plan.html
+  xomni plan --gates
 """
 
 

@@ -6,13 +6,13 @@ import argparse
 from pathlib import Path
 
 EXAMPLE = """\
+Several replicas of one scorer: ocr=http://host-a:8001,http://host-b:8001
+
 Start a service, then ask it:
 
   xomni serve-reward ocr --port 8001
   xomni rewards ocr=http://127.0.0.1:8001
   xomni rewards ocr=http://127.0.0.1:8001 --image sign.png --text HELLO
-
-Several replicas of one scorer: ocr=http://host-a:8001,http://host-b:8001
 """
 
 

@@ -8,11 +8,7 @@ NAMES = ("ocr", "shapes", "quality", "tesseract", "detector")
 _OPTIONS = {"ocr": ("mode", "formula", "second"), "quality": ("references",), "detector": ("detector", "clip", "device", "short_side")}
 
 EXAMPLE = """\
-A service scores pictures over HTTP; the trainer and the evaluations ask it. Start one per reward, in a terminal of its own:
-
-  xomni serve-reward ocr --port 8001
-  xomni serve-reward shapes --port 8002
-  curl http://127.0.0.1:8001/health
+A service scores pictures over HTTP; the trainer and the evaluations ask it.
 
 ocr      reads the picture (PP-OCR) and compares the text with targets["text"]
 shapes   colour of the ground, and count, shape and colour of drawn objects
@@ -21,6 +17,12 @@ tesseract  reads with another program than ocr does: a second opinion for evalua
 detector   finds objects and their colours (Mask2Former and CLIP, with torch): the judge of xomni eval geneval --judge URL
 
 Several replicas of one scorer may run on other ports or machines; give the trainer all their URLs.
+
+Start one per reward, in a terminal of its own:
+
+  xomni serve-reward ocr --port 8001
+  xomni serve-reward shapes --port 8002
+  xomni rewards ocr=http://127.0.0.1:8001 shapes=http://127.0.0.1:8002
 """
 
 

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from xomni_jax.training.config import ConfigError, flat, load_config
 
-EXAMPLE = "xomni train --config=configs/tiny/sft.py --config.run_dir=runs/my_sft --config.steps=200"
+EXAMPLE = "xomni train --config=configs/tiny/sft.py --config.init_from=xomni_jax/assets/tiny_sft --config.run_dir=runs/my_sft --config.steps=200"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,8 +15,10 @@ import numpy as np
 from xomni_jax.data.preprocess import to_pixels
 from xomni_jax.data.rendered import RenderedConfig, render_example
 from xomni_jax.evaluation.cells import EvaluationError
-from xomni_jax.pipeline import DECODER_PARTS, NOISE, XOmni, picture_keys
+from xomni_jax.pipeline import XOmni
+from xomni_jax.sampling.keys import NOISE, picture_keys
 from xomni_jax.sampling.logits import SamplingConfig
+from xomni_jax.sampling.pixels import DECODER_PARTS
 
 POLICIES = ("sft", "rl")
 SAMPLER_ROWS = 256  # rollouts in one call of the sampler

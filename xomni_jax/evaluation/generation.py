@@ -11,7 +11,8 @@ from PIL import Image
 
 from xomni_jax.evaluation.batches import Batch, item_keys, make_batches
 from xomni_jax.evaluation.suite import Item, SuiteError
-from xomni_jax.pipeline import NOISE, XOmni
+from xomni_jax.pipeline import XOmni
+from xomni_jax.sampling.keys import NOISE
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sharding.arrays import whole
 

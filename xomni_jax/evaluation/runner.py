@@ -222,9 +222,9 @@ def _check_pictures(work: Work, items: Sequence[Item]) -> None:
 
 
 # ---- results ----
-def missing(work: Work) -> int:
-    """Selected items without what scoring needs, over all processes."""
-    done = work.judged() if work.suite.judge else work.outputs()
+def missing(work: Work, judged: bool = True) -> int:
+    """Selected items without what scoring needs, or without outputs where `judged` is off, over all processes."""
+    done = work.judged() if judged and work.suite.judge else work.outputs()
     return sum(item.id not in done for item in work.items)
 
 

@@ -13,12 +13,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from xomni_jax.models.registry import COMPONENTS, init_params
-from xomni_jax.pipeline import DECODER_PARTS, make_decode
 from xomni_jax.planner import abstract, work
 from xomni_jax.planner.work import Work
 from xomni_jax.sampling.cache import prefill
 from xomni_jax.sampling.decoder import DecodeConfig, Decoder
 from xomni_jax.sampling.logits import SamplingConfig
+from xomni_jax.sampling.pixels import DECODER_PARTS, make_decode
 from xomni_jax.sharding.rules import ROLLOUT_RULES, param_shardings
 from xomni_jax.training import decoder as decoder_stage
 from xomni_jax.training import grpo as grpo_stage

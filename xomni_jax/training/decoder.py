@@ -16,9 +16,10 @@ from ml_collections import ConfigDict
 from xomni_jax.data.rendered import RenderedConfig, render_example
 from xomni_jax.data.sources import rendered_dataset
 from xomni_jax.models.registry import COMPONENTS, init_params
-from xomni_jax.pipeline import DECODER_PARTS, picture_keys
 from xomni_jax.sampling.decoder import DecodeConfig, Decoder, to_uint8
 from xomni_jax.sampling.flow import Conditioning, flow_training_pair
+from xomni_jax.sampling.keys import picture_keys
+from xomni_jax.sampling.pixels import DECODER_PARTS
 from xomni_jax.sharding.arrays import spread, whole
 from xomni_jax.training.components import PRESETS, DataIterator, PictureSize, export_model, here, open_model, stored_or_preset
 from xomni_jax.training.config import ConfigError, RunConfig, build

@@ -15,9 +15,12 @@ from ml_collections import ConfigDict
 from xomni_jax.data.rendered import RenderedConfig
 from xomni_jax.data.sources import rendered_dataset
 from xomni_jax.models.registry import init_params
-from xomni_jax.pipeline import DECODER_PARTS, XOmni, picture_keys, pad_prompts
+from xomni_jax.pipeline import XOmni
 from xomni_jax.sampling.decoder import DecodeConfig
+from xomni_jax.sampling.keys import picture_keys
 from xomni_jax.sampling.logits import SamplingConfig
+from xomni_jax.sampling.pixels import DECODER_PARTS
+from xomni_jax.sequence.padding import pad_prompts
 from xomni_jax.sharding.arrays import share, whole
 from xomni_jax.sharding.distributed import gather_json
 from xomni_jax.sharding.mesh import make_mesh, split_devices

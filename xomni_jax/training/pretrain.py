@@ -102,7 +102,7 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
 def sample_grid(model: Any, ar: transformer.ARConfig, data: RenderedConfig, state: TrainState, step: int, seed: int = 0) -> np.ndarray:
     """Pictures of the policy for the first examples of its own data, one row of samples above one of the real pictures."""
     from xomni_jax.data.rendered import render_example
-    from xomni_jax.pipeline import NOISE, picture_keys
+    from xomni_jax.sampling.keys import NOISE, picture_keys
 
     size = data.sizes[0]
     examples = [render_example(seed + 1_000_003, i, data, size) for i in range(GRID_PROMPTS)]

@@ -13,12 +13,13 @@ import numpy as np
 from flax import linen as nn
 
 from xomni_jax.models.registry import init_params
-from xomni_jax.pipeline import XOmni, pad_prompts
+from xomni_jax.pipeline import XOmni
 from xomni_jax.rewards.client import RewardClient, Score
 from xomni_jax.rewards.combine import MODES, Combined, column, combine
 from xomni_jax.sampling.decode import generate_codes
 from xomni_jax.sampling.decoder import DecodeConfig
 from xomni_jax.sampling.logits import SamplingConfig
+from xomni_jax.sequence.padding import pad_prompts
 from xomni_jax.sharding.arrays import owned_rows, rows_here, whole
 from xomni_jax.sharding.distributed import gather_json
 from xomni_jax.sharding.rules import RULES, ROLLOUT_RULES, param_shardings

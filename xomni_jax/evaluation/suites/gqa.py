@@ -14,7 +14,7 @@ from typing import Any
 from xomni_jax.evaluation.suite import Item, Record, Suite, SuiteError
 from xomni_jax.evaluation.suites.choices import Choices
 from xomni_jax.evaluation.suites.reading import Row, check_unique, find, read_rows
-from xomni_jax.evaluation.suites.sums import ratio, ratios_by
+from xomni_jax.evaluation.suites.sums import ratio, right_or_wrong, share_right
 from xomni_jax.evaluation.suites.tables import rows_with_pictures
 
 FILES = (
@@ -62,18 +62,14 @@ def equal(answer: str, reply: str) -> bool:
 def score(item: Item, outputs: Sequence[Any]) -> Record:
     """right and stripped: 0 or 1 by the two ways of comparing. The answer reaches both stripped."""
     answer, reply = item.fields["answer"], outputs[0].strip()
-    right, stripped = int(equal(answer, reply)), int(answer.lower().strip() == reply.lower())
-    verdict = "right" if right else f"wanted {answer}"
-    return {"score": float(right), "right": right, "stripped": stripped, "one": 1, "verdicts": [verdict], "unparsed": 0}
+    return right_or_wrong(equal(answer, reply), f"wanted {answer}") | {"stripped": int(answer.lower().strip() == reply.lower())}
 
 
 def aggregate(records: Sequence[Record]) -> dict[str, Any]:
     """Exact match, over all questions and by their structural type."""
-    return {
-        "headline": "exact match",
-        "scores": {"exact match": ratio(records, "right", "one"), "exact match (VLMEvalKit)": ratio(records, "stripped", "one")},
-        "categories": ratios_by(records, "category", "right", "one"),
-    }
+    found = share_right(records, "exact match")
+    found["scores"]["exact match (VLMEvalKit)"] = ratio(records, "stripped", "one")
+    return found
 
 
 def _item(row: Row, image: Callable[[], Any], template: str) -> Item:

@@ -16,7 +16,7 @@ from xomni_jax.evaluation.suite import Item, Record, Suite, SuiteError
 from xomni_jax.evaluation.suites import letters
 from xomni_jax.evaluation.suites.choices import Choices
 from xomni_jax.evaluation.suites.reading import Row, check_unique, find
-from xomni_jax.evaluation.suites.sums import group_by, unparsed_notes
+from xomni_jax.evaluation.suites.sums import group_by, right_or_wrong, unparsed_notes
 from xomni_jax.evaluation.suites.tables import rows_with_pictures
 
 FILES = (
@@ -83,9 +83,8 @@ def answer_of(row: Row, options: Mapping[str, str]) -> str:
 def score(item: Item, outputs: Sequence[Any], extract: Callable[[str, Mapping[str, str]], str | None]) -> Record:
     """right: this rotation alone; undecided replies are wrong and counted as unparsed."""
     chosen, wanted = extract(outputs[0], item.fields["options"]), item.fields["answer"]
-    right = int(chosen == wanted)
     verdict = f"read as {chosen}, wanted {wanted}" if chosen else f"undecided, wanted {wanted}"
-    return {"score": float(right), "right": right, "one": 1, "verdicts": ["right" if right else verdict], "unparsed": int(chosen is None)}
+    return right_or_wrong(chosen == wanted, verdict, chosen is None)
 
 
 def aggregate(records: Sequence[Record]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from xomni_jax.evaluation.suite import Item, Record, Suite, SuiteError
 from xomni_jax.evaluation.suites.choices import Choices
 from xomni_jax.evaluation.suites.reading import Row, check_unique, find, read_rows
 from xomni_jax.evaluation.suites.stored import FilePicture
-from xomni_jax.evaluation.suites.sums import ratios_by
+from xomni_jax.evaluation.suites.sums import ratios_by, right_or_wrong
 
 FORMULAS = "HME100k"
 _SOURCE = "github.com/Yuliang-Liu/MultimodalOCR, folder OCRBench"
@@ -63,9 +63,9 @@ def is_right(dataset: str, answers: Sequence[str], reply: str, half_width: bool 
 
 def score(item: Item, outputs: Sequence[Any], half_width: bool = False) -> Record:
     """right: 0 or 1."""
-    right = int(is_right(item.fields["dataset"], item.fields["answers"], outputs[0], half_width))
+    right = is_right(item.fields["dataset"], item.fields["answers"], outputs[0], half_width)
     wanted = json.dumps(item.fields["answers"], ensure_ascii=False)
-    return {"score": float(right), "right": right, "one": 1, "verdicts": ["right" if right else f"wanted {wanted}"], "unparsed": 0}
+    return right_or_wrong(right, f"wanted {wanted}")
 
 
 def aggregate(records: Sequence[Record]) -> dict[str, Any]:

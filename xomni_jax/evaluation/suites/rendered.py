@@ -19,7 +19,7 @@ from xomni_jax.data.rendered import NUMBERS, Example, RenderedConfig, render_exa
 from xomni_jax.evaluation.suite import Item, Record, Suite
 from xomni_jax.evaluation.suites import geneval, longtext
 from xomni_jax.evaluation.suites.choices import Choices
-from xomni_jax.evaluation.suites.sums import ratio, ratios_by
+from xomni_jax.evaluation.suites.sums import right_or_wrong, share_right
 
 ITEMS = 96
 SIZE = (32, 64)
@@ -42,7 +42,8 @@ def _shapes_suite(name: str, choices: Choices) -> Suite:
 
 
 def _qa_suite(name: str, choices: Choices) -> Suite:
-    return Suite(name, "", "answer", lambda data: _items(0.5, _qa_item), _score, _aggregate, max_new_tokens=16)
+    aggregate = functools.partial(share_right, name="exact match")
+    return Suite(name, "", "answer", lambda data: _items(0.5, _qa_item), _score, aggregate, max_new_tokens=16)
 
 
 def _items(shapes: float, make: Any) -> list[Item]:
@@ -80,13 +81,4 @@ def _picture(index: int, config: RenderedConfig) -> Image.Image:
 
 def _score(item: Item, outputs: Sequence[Any]) -> Record:
     wanted = item.fields["answer"]
-    right = int(outputs[0].strip().lower() == wanted.lower())
-    return {"score": float(right), "right": right, "one": 1, "verdicts": ["right" if right else f"wanted {wanted}"], "unparsed": 0}
-
-
-def _aggregate(records: Sequence[Record]) -> dict[str, Any]:
-    return {
-        "headline": "exact match",
-        "scores": {"exact match": ratio(records, "right", "one")},
-        "categories": ratios_by(records, "category", "right", "one"),
-    }
+    return right_or_wrong(outputs[0].strip().lower() == wanted.lower(), f"wanted {wanted}")

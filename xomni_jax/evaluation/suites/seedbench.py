@@ -14,7 +14,7 @@ from xomni_jax.evaluation.suite import Item, Record, Suite, SuiteError
 from xomni_jax.evaluation.suites import letters
 from xomni_jax.evaluation.suites.choices import Choices
 from xomni_jax.evaluation.suites.reading import Row, check_unique, find
-from xomni_jax.evaluation.suites.sums import ratio, ratios_by, unparsed_notes
+from xomni_jax.evaluation.suites.sums import right_or_wrong, share_right, unparsed_notes
 from xomni_jax.evaluation.suites.tables import rows_with_pictures
 
 FILES = "data/test-*.parquet of the Hugging Face dataset lmms-lab/SEED-Bench, or VLMEvalKit's SEEDBench_IMG.tsv"
@@ -53,20 +53,13 @@ def score(item: Item, outputs: Sequence[Any], vlmevalkit: bool = False) -> Recor
     """right: 0 or 1. Only the switch's extraction can be undecided."""
     chosen = letters.vlmevalkit(outputs[0], item.fields["options"]) if vlmevalkit else first_character(outputs[0])
     wanted = item.fields["answer"]
-    right = int((chosen or "").lower() == wanted.lower())
-    verdict = "right" if right else f"{chosen or 'nothing'!r}, wanted {wanted}"
-    unparsed = int(vlmevalkit and chosen is None)
-    return {"score": float(right), "right": right, "one": 1, "verdicts": [verdict], "unparsed": unparsed}
+    right = (chosen or "").lower() == wanted.lower()
+    return right_or_wrong(right, f"{chosen or 'nothing'!r}, wanted {wanted}", vlmevalkit and chosen is None)
 
 
 def aggregate(records: Sequence[Record]) -> dict[str, Any]:
     """Accuracy, over all questions and by their type."""
-    return {
-        "headline": "accuracy",
-        "scores": {"accuracy": ratio(records, "right", "one")},
-        "categories": ratios_by(records, "category", "right", "one"),
-        "notes": unparsed_notes(records, "wrong"),
-    }
+    return share_right(records, "accuracy") | {"notes": unparsed_notes(records, "wrong")}
 
 
 def _item(row: Row, image: Callable[[], Any], request: str) -> Item:

@@ -30,6 +30,17 @@ def group_by(records: Sequence[Record], key: str | Group) -> dict[str, list[Reco
     return dict(sorted(groups.items()))
 
 
+def right_or_wrong(right: bool, otherwise: str, unparsed: bool = False) -> Record:
+    """The record of an answer; `otherwise` is the verdict on one that is wrong."""
+    return {"score": float(right), "right": int(right), "one": 1, "verdicts": ["right" if right else otherwise], "unparsed": int(unparsed)}
+
+
+def share_right(records: Sequence[Record], name: str) -> dict[str, Any]:
+    """The aggregate of such records: how many are right, over all of them and by category."""
+    share = {name: ratio(records, "right", "one")}
+    return {"headline": name, "scores": share, "categories": ratios_by(records, "category", "right", "one")}
+
+
 def unparsed_notes(records: Sequence[Record], counted_as: str) -> list[str]:
     """One sentence with the number of replies that could not be read and the items they belong to; none when all could."""
     listed = [r["id"] for r in records if r["unparsed"]]

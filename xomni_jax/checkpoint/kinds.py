@@ -1,0 +1,51 @@
+"""What kind of checkpoint a directory holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from xomni_jax.checkpoint.conversion import ConversionError
+from xomni_jax.checkpoint.released_configs import read_json
+
+LORA_FILES = {"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors"}
+SIGLIP = ("siglip", "siglip2", "siglip_vision_model", "siglip2_vision_model")
+
+
+def kind_of(folder: str | Path) -> str:
+    """"xomni", "qwen2", "siglip2" or "flux"; what is something else is named.
+
+    Raises:
+      ConversionError: one sentence.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        raise ConversionError(f"{folder}: no such directory; give the directory of a downloaded checkpoint")
+    if not folder.is_dir():
+        raise ConversionError(f"{folder}: is a file; give the directory of a downloaded checkpoint")
+    has = {path.name for path in folder.iterdir()}
+    strangers = (
+        ("model.json" in has, "already a model directory of this package; use it as it is"),
+        (bool(has & LORA_FILES), "a LoRA; merge it into its base model first"),
+        (any(name.endswith(".gguf") for name in has), "a GGUF model (quantised for llama.cpp); give the safetensors it was made from"),
+    )
+    for is_it, what in strangers:
+        if is_it:
+            raise ConversionError(f"{folder}: is {what}")
+    if "model_index.json" in has:
+        name = read_json(folder / "model_index.json").get("_class_name")
+        if not str(name).startswith("Flux"):
+            raise ConversionError(f"{folder}: is a diffusers pipeline ({name}); only FLUX.1-dev's belongs to X-Omni")
+        return "flux"
+    if "config.json" not in has:
+        if {"vae", "text_encoder_2"} & has:
+            return "flux"
+        raise ConversionError(f"{folder}: holds no config.json; give the directory of a downloaded checkpoint")
+    data = read_json(folder / "config.json")
+    if isinstance(data.get("vision_config"), dict) and "encoder" in data["vision_config"] or data.get("model_type") == "x-omni":
+        return "xomni"
+    if data.get("model_type") in SIGLIP:
+        return "siglip2"
+    if data.get("model_type") == "qwen2":
+        return "qwen2"
+    kind = data.get("model_type") or data.get("_class_name") or "model of an unnamed type"
+    raise ConversionError(f"{folder}: is a {kind}; X-Omni, Qwen2.5 (qwen2), SigLIP2 and FLUX.1-dev are read")

@@ -1,0 +1,168 @@
+"""The parts of a model directory on one mesh: configs, modules, parameters, tokenizers, settings. Each loads when first used."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from xomni_jax.checkpoint.released_model import ReleasedModel, is_released
+from xomni_jax.checkpoint.store import CheckpointError, config_from_json, load_component, read_model_json
+from xomni_jax.data.preprocess import ImageLimits
+from xomni_jax.models.int8 import quantize
+from xomni_jax.models.registry import COMPONENTS, init_params
+from xomni_jax.sampling.decoder import DecodeConfig, Decoder
+from xomni_jax.sampling.pixels import DECODER_PARTS
+from xomni_jax.sequence.tokenizer import MultimodalTokenizer, read_tokenizer
+from xomni_jax.sharding.mesh import make_mesh
+from xomni_jax.sharding.rules import ROLLOUT_RULES, RULES, param_shardings
+
+
+class ModelParts:
+    """What `pipeline.XOmni` is made of. Nothing but the description is read at first; a missing part is an error when it is used.
+
+    Args:
+      path: a model directory (it holds model.json), or a released PyTorch directory as it was downloaded, converted on the fly.
+      mesh: where the parameters go; one device without it.
+      dtype: casts every parameter; None keeps what is stored.
+      flux: the directory of FLUX.1-dev, beside a released directory: the VAE and text encoders are there.
+      training: the transformer's parameters are split as it learns, not as it samples.
+    """
+
+    def __init__(
+        self, path: str | Path, mesh: Mesh | None = None, dtype: Any = None, flux: str | Path | None = None, training: bool = False
+    ):
+        self.path, self.dtype, self._flux, self._training = Path(path), dtype, flux, training
+        self.mesh = make_mesh({}, jax.devices()[:1]) if mesh is None else mesh
+        self.released = ReleasedModel(path, flux) if is_released(path) else None
+        if flux is not None and self.released is None:
+            raise CheckpointError(f"{path}: is a model directory, which has its own VAE and text encoders; leave flux out")
+        self.description = read_model_json(path) if self.released is None else self.released.description
+        self.ways = int(np.prod([self.mesh.shape[a] for a in RULES["batch"]]))
+        self._params: dict[str, Any] = {}
+        self._configs: dict[str, Any] = {}
+
+    def on(self, mesh: Mesh) -> Self:
+        """The same model on another mesh, with parameters of its own."""
+        other = type(self)(self.path, mesh, self.dtype, self._flux, self._training)
+        other._configs = dict(self._configs)
+        return other
+
+    def config(self, name: str) -> Any:
+        """Config dataclass of a component. Raises CheckpointError when the directory lacks it."""
+        if name in self._configs:
+            return self._configs[name]
+        described = self.description["components"].get(name)
+        if described is None and self.released and name in self.released.errors:
+            raise CheckpointError(self.released.errors[name])
+        if described is None:
+            have = ", ".join(sorted(self.description["components"])) or "nothing"
+            raise CheckpointError(f"{self.path}: this model has no {name} (it has {have}); train that stage, or use a complete model")
+        return config_from_json(COMPONENTS[name].config, described["config"], f"{self.path}/model.json")
+
+    @functools.cache
+    def module(self, name: str) -> nn.Module:
+        """The linen module of a component."""
+        return COMPONENTS[name].module(self.config(name))
+
+    def params(self, name: str) -> Any:
+        """Parameters of a component, sharded over the mesh; restored once."""
+        if name not in self._params:
+            self._params[name] = self._restore(name, self.config(name))
+        return self._params[name]
+
+    def _restore(self, name: str, cfg: Any) -> Any:
+        boxed = jax.eval_shape(lambda: init_params(name, cfg, jax.random.key(0)))
+        shardings = param_shardings(boxed, self.mesh, ROLLOUT_RULES if name == "transformer" and not self._training else RULES)
+        if getattr(cfg, "int8", False):
+            stored = self._restore(name, dataclasses.replace(cfg, int8=False))
+            return jax.jit(lambda params: quantize(params, boxed), out_shardings=shardings)(stored)
+        wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.meta.unbox(boxed), shardings)
+        read = functools.partial(load_component, self.path) if self.released is None else self.released.load
+        # A run that chose its own way of computing (`set_config`) chose the number format too.
+        dtype = cfg.param_dtype if self.dtype is None and name in self._configs else self.dtype
+        return read(name, wanted, dtype) if jax.tree.leaves(wanted) else {}
+
+    def release(self, name: str) -> None:
+        """Forgets a component's parameters; they are restored when they are asked for again."""
+        self._params.pop(name, None)
+
+    def set_params(self, name: str, params: Any, config: Any = None) -> None:
+        """Uses these parameters from now on (a policy in training, say); `config` for a component that the directory lacks."""
+        self._params[name] = params
+        if config is not None:
+            self._configs[name] = config
+
+    def set_config(self, name: str, config: Any) -> None:
+        """Computes a component in another way than it is stored (its sizes must be the stored ones); before its first use."""
+        self._configs[name] = config
+
+    @functools.cached_property
+    def tokenizer(self) -> MultimodalTokenizer:
+        """The text tokenizer with its multimodal ids."""
+        sizes = {}
+        if "transformer" in self.description["components"]:
+            c = self.config("transformer")
+            sizes = {name: getattr(c, name) for name in ("vocab_size", "image_vocab_size", "mm_vocab_size")}
+        return MultimodalTokenizer.load(self.folder("tokenizer"), **sizes)
+
+    def folder(self, name: str) -> Path:
+        """The folder of a tokenizer: "tokenizer", "tokenizer_t5" or "tokenizer_clip"; it need not exist."""
+        return self.path / name if self.released is None else self.released.folders.get(name, self.path / name)
+
+    @functools.cache
+    def encoder_tokenizer(self, name: str) -> Any:
+        """The own tokenizer of a text encoder ("t5" or "clip"), or None: then it reads the text tokenizer's ids.
+
+        Raises:
+          CheckpointError: the tokenizer and the encoder do not belong together.
+        """
+        folder = self.folder(f"tokenizer_{name}")
+        if not folder.is_dir():
+            return None
+        own, cfg = read_tokenizer(folder), self.config(name)
+        if own.pad_token_id is None:
+            raise CheckpointError(f"{folder}: this tokenizer names no padding token; copy the whole folder of FLUX.1-dev")
+        if len(own) > cfg.vocab_size:
+            raise CheckpointError(f"{folder}: {len(own)} tokens for an encoder of {cfg.vocab_size}; take both from one checkpoint")
+        if name == "clip" and own.eos_token_id != cfg.eos_id:
+            ends = f"ends texts with id {own.eos_token_id}, the encoder pools at {cfg.eos_id}"
+            raise CheckpointError(f"{folder}: {ends}; take both from one checkpoint")
+        return own
+
+    @functools.cached_property
+    def decode_config(self) -> DecodeConfig:
+        """The decoder's default settings."""
+        return config_from_json(DecodeConfig, self.description.get("settings", {}).get("decode", {}), f"{self.path}/model.json")
+
+    @functools.cached_property
+    def preprocess_config(self) -> ImageLimits:
+        """Limits and rounding of input images."""
+        stored = self.description.get("settings", {}).get("preprocess", {})
+        return config_from_json(ImageLimits, stored, f"{self.path}/model.json")
+
+    @functools.cached_property
+    def decoder(self) -> Decoder:
+        """The diffusion decoder's modules."""
+        return Decoder(*(self.module(name) for name in DECODER_PARTS))
+
+    def decoder_params(self) -> dict[str, Any]:
+        """Parameters of the diffusion decoder's parts."""
+        return {name: self.params(name) for name in DECODER_PARTS}
+
+    @property
+    def patch(self) -> int:
+        """Pixels per token along a side."""
+        return self.config("siglip_vq").patch
+
+    def fill(self, x_B: Any) -> jax.Array:
+        """Repeats the first row until the rows split evenly over the mesh; whoever calls cuts the surplus off again."""
+        x_B, short = jnp.asarray(x_B), -len(x_B) % self.ways
+        return jnp.concatenate([x_B, jnp.repeat(x_B[:1], short, axis=0)]) if short else x_B

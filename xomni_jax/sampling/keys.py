@@ -1,0 +1,16 @@
+"""Keys of pictures: which random numbers a picture is drawn from."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+NOISE = 1  # purpose of the decoder's key, beside the sampler's
+
+
+def picture_keys(seed: int, n: int, purpose: int = 0) -> jax.Array:
+    """One key per picture [n], from (seed, purpose, index): a picture can be drawn again alone."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed} must lie within 0..{2**32 - 1}")
+    root = jax.random.fold_in(jax.random.key(seed), purpose)
+    return jax.vmap(lambda i: jax.random.fold_in(root, i))(jnp.arange(n))
