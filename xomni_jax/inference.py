@@ -36,7 +36,6 @@ class InferenceConfig:
       prompt_length, max_tokens: tokens of a prompt with its image prefix, and of an answer, that a plan counts on.
     """
 
-    stage: str = STAGE
     model: str = TINY_SFT
     height: int | None = None
     width: int | None = None
@@ -51,10 +50,8 @@ class InferenceConfig:
     max_tokens: int = 32
 
     def __post_init__(self):
-        if self.stage != STAGE:
-            raise ConfigError(f"config.stage={self.stage!r}: generate, chat and eval take a configuration of stage {STAGE}, as configs/xomni/generate.py")
         for name in ("height", "width", "batch", "decode_batch", "prompt_length", "max_tokens"):
-            if (getattr(self, name) or 1) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"config.{name}={getattr(self, name)} must be at least 1")
 
 
@@ -65,6 +62,8 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
       ConfigError: there is none, it is of another stage, or a key or section is unknown or missing.
     """
     config = load_config(path, overrides)
+    if config.get("stage") != STAGE:
+        raise ConfigError(f"{path}: is of stage {config.get('stage')!r}; give one of stage {STAGE!r}, such as configs/xomni/generate.py")
     settings(config)
     check_sections(config, SECTIONS, STAGE)
     return config
@@ -72,7 +71,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
 
 def settings(config: ConfigDict) -> InferenceConfig:
     """The plain keys of a configuration."""
-    return build(InferenceConfig, {k: v for k, v in config.items() if not isinstance(v, ConfigDict)}, "config")
+    return build(InferenceConfig, {k: v for k, v in config.items() if k != "stage" and not isinstance(v, ConfigDict)}, "config")
 
 
 def open_model(path: str | Path, mesh: Mesh | None = None, config: Mapping | None = None) -> XOmni:

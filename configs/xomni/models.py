@@ -1,5 +1,7 @@
 """The released sizes of every component, and how pods compute them."""
 
+from configs import base
+
 
 def released(c):
     """Sets the model sections that a configuration has."""
@@ -17,3 +19,14 @@ def next_token(c, rows, row_length):
     c.mesh.fsdp, c.mesh.tensor = -1, 4
     c.next_token.rows, c.next_token.row_length, c.next_token.chunk = rows, row_length, 1024
     c.data.sizes, c.data.weights, c.data.text_lengths, c.data.shapes = ((1152, 1152), (768, 1152)), (0.7, 0.3), ((3, 6), (12, 16)), 0.0
+
+
+def inference():
+    """Drawing and answering with the released model; nothing is kept in float32."""
+    c = base.inference()
+    c.model = "models/xomni"
+    released(c)
+    c.transformer.param_dtype = "bfloat16"
+    c.mesh.fsdp, c.mesh.tensor = -1, 4
+    c.decode.steps = 28
+    return c

@@ -6,7 +6,7 @@ import argparse
 
 from PIL import Image, UnidentifiedImageError
 
-from xomni_jax.cli.inference import add_model, settle
+from xomni_jax.cli.inference import add_model, opened
 
 EXAMPLE = 'xomni chat pictures/000_a_red_sign_that_says_HELLO.png "what does the sign say?"'
 
@@ -21,22 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:
     """Prints the answer."""
-<<<<<<< HEAD
-    from xomni_jax.inference import open_model
-    from xomni_jax.sharding.mesh import make_mesh
-
     if args.max_tokens < 1:
         raise ValueError(f"--max-tokens {args.max_tokens} must be at least 1")
-    settle(args)
-    model = open_model(args.model, args.mesh and make_mesh(args.mesh), args.sections)
-    print(model.chat(read_image(args.image), args.question, args.max_tokens))
-=======
-    from xomni_jax.pipeline import XOmni
-
-    if args.max_tokens < 1:
-        raise ValueError(f"--max-tokens {args.max_tokens} must be at least 1")
-    print(XOmni(args.model).chat(read_image(args.image), args.question, args.max_tokens))
->>>>>>> findings
+    print(opened(args).chat(read_image(args.image), args.question, args.max_tokens))
     return 0
 
 

@@ -7,7 +7,7 @@ import re
 import time
 from pathlib import Path
 
-from xomni_jax.cli.inference import add_drawing, add_model, settle
+from xomni_jax.cli.inference import add_drawing, add_model, opened
 
 EXAMPLE = """xomni generate 'a red sign that says "HELLO"' 'two blue circles on white' --out pictures"""
 
@@ -23,23 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:
     """Draws and saves; the last line says where."""
-<<<<<<< HEAD
-    from xomni_jax.inference import open_model
-    from xomni_jax.sharding.mesh import make_mesh
-=======
-    from xomni_jax.pipeline import XOmni
->>>>>>> findings
-
     began = time.perf_counter()
-    settle(args)
     out = Path(args.out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; give a folder")
-<<<<<<< HEAD
-    model = open_model(args.model, args.mesh and make_mesh(args.mesh), args.sections)
-=======
-    model = XOmni(args.model)
->>>>>>> findings
+    model = opened(args)
     images = model.generate(
         args.prompts, args.height, args.width, args.seed, args.temperature, args.top_k, args.top_p, args.min_p, args.guidance
     )

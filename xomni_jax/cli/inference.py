@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from xomni_jax.pipeline import XOmni
 
 # Over several processes a sum that is split has another order than within one: a code that is nearly a tie may then be drawn otherwise.
 EXACT = "data=N gives the same outputs to the bit with any number of processes"
@@ -39,6 +42,15 @@ def settle(args: argparse.Namespace) -> None:
             setattr(args, name, value)
     if args.config and args.mesh is None:
         args.mesh = dict(args.sections.mesh)
+
+
+def opened(args: argparse.Namespace) -> XOmni:
+    """The model that the options name, on its mesh; settles them first."""
+    from xomni_jax.inference import open_model
+    from xomni_jax.sharding.mesh import make_mesh
+
+    settle(args)
+    return open_model(args.model, make_mesh(args.mesh) if args.mesh else None, args.sections)
 
 
 def positive(text: str) -> int:
