@@ -158,6 +158,7 @@ def grpo():
         sampling=dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, guidance=1.0),  # of the rollouts
         rollout=dict(
             prompt_length=32,  # tokens with the image prefix; a longer prompt is an error
+            segment=512,  # most codes drawn between two looks for a signal to stop
             noise="group",  # decoder noise per prompt group, or independent
             chunks=2,  # one is scored while the next is sampled
             micro_batch=0,  # rollouts per accumulation step; 0: all at once

@@ -98,6 +98,16 @@ def map_chunks(fn: Callable[..., Any], arrays: Sequence[jax.Array], chunk: int) 
     return jax.tree.map(join, out)
 
 
+def with_head(params: Any, name: str, dtype: Dtype) -> Any:
+    """An `ARTransformer`'s parameters with one head ("lm_head" or "mm_head") in the compute dtype and gathered over the width.
+
+    For what goes over a batch in parts: each part would gather it again.
+    """
+    with jax.named_scope("head_kernel"):
+        kernel_DV = constrain(params[name]["kernel"].astype(dtype), None, "vocab", name="head")
+    return {**params, name: {"kernel": kernel_DV}}
+
+
 def select(x_BLD: jax.Array, positions_BM: jax.Array) -> jax.Array:
     """Rows of a sequence by position: [B, L, D], [B, M] -> [B, M, D]. Positions outside 0..L-1 are clamped (mask them later)."""
     positions_BM = jnp.clip(positions_BM, 0, x_BLD.shape[1] - 1)

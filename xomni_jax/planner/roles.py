@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from xomni_jax.models.registry import COMPONENTS, init_params
 from xomni_jax.planner import abstract, work
 from xomni_jax.planner.work import Work
-from xomni_jax.sampling.cache import prefill
+from xomni_jax.sampling.cache import GENERATED_AXES, PROMPT_AXES
 from xomni_jax.sampling.decoder import DecodeConfig, Decoder
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sampling.pixels import DECODER_PARTS, make_decode
@@ -27,10 +27,10 @@ from xomni_jax.training.advantages import AdvantageConfig
 from xomni_jax.training.components import check_heads, check_split, from_preset
 from xomni_jax.training.config import ConfigError, build, check_sections, run_config
 from xomni_jax.training.grpo_loss import GRPOConfig
-from xomni_jax.training.grpo_update import Policy, RolloutBatch, make_update, over_micro_batches
+from xomni_jax.training.grpo_update import Policy, RolloutBatch, frozen_logp, make_update
 from xomni_jax.training.next_token import NextTokenConfig, PackedTargets
 from xomni_jax.training.optimizer import OptimizerConfig, make_optimizer
-from xomni_jax.training.rollouts import RolloutConfig, make_layout, make_sampler
+from xomni_jax.training.rollouts import RolloutConfig, Sampler, make_layout
 from xomni_jax.training.run import STAGES
 from xomni_jax.training.stages import FREEZE
 from xomni_jax.training.state import abstract_state
@@ -211,7 +211,7 @@ def _grpo(config: ConfigDict, mesh: Mesh) -> Stage:
     _, state = abstract_state(lambda: init_params("transformer", ar, jax.random.key(0)), optimizer, mesh)
     net, boxed = COMPONENTS["transformer"].module(ar), abstract.boxed("transformer", ar)
     layout = make_layout(boxed, mesh, ar.dtype, ROLLOUT_RULES)
-    sampler = abstract.placed(jax.eval_shape(layout, state.params), param_shardings(boxed, mesh, ROLLOUT_RULES))
+    weights = abstract.placed(jax.eval_shape(layout, state.params), param_shardings(boxed, mesh, ROLLOUT_RULES))
     kept_reference = make_layout(boxed, mesh, rolls.reference_dtype)
     reference = abstract.placed(jax.eval_shape(kept_reference, state.params), param_shardings(boxed, mesh)) if cfg.kl_coef else None
     policy = Policy(net, sampling, rolls.logit_chunk)
@@ -225,37 +225,40 @@ def _grpo(config: ConfigDict, mesh: Mesh) -> Stage:
     batch = RolloutBatch(ids(B, S), ids(B), ids(B, T), f32(B, T), kept, others, f32(B), scored)
     advantage = build(AdvantageConfig, config.advantage, "config.advantage")
     update = make_update(policy, optimizer, cfg, advantage, parts)
-
-    def replay(params, batch):
-        return over_micro_batches(lambda b: policy.logp(params, b)[0], batch, parts)
-
-    def first(params, ids_PS, lengths_P):
-        return prefill(net, params, ids_PS, lengths_P)
-
-    negative = (ids(part, S), ids(part)) if sampling.guided else None
-    rolled = (sampler, ids(part, S), ids(part), abstract.keys(mesh, (part, R), "batch"), negative)
+    replay = jax.jit(lambda params, batch: frozen_logp(policy, params, batch, parts))
+    draws, keys = Sampler(net, T, sampling, rolls.segment), abstract.keys(mesh, (part, R), "batch")
+    prompts = (weights, ids(part, S), ids(part), keys, (ids(part, S), ids(part)) if sampling.guided else None)
+    with jax.set_mesh(mesh):  # the kernels want other sizes of a cache
+        prompt_cache, rolling = _as_left(jax.eval_shape(draws.start, *prompts), mesh)
     shape, chunk = f"{S} + {T} tokens", rolls.logit_chunk
     roles = [
         Role("policy-update", f"{B} rollouts of {shape} in {parts} micro-batches", update,
              (state, reference, batch, f32(P, R), None, abstract.keys(mesh, ())),
              work.policy_update(ar, B, S, T, parts, sides, bool(cfg.kl_coef), chunk, mesh.shape), ("params", "optimizer", "reference"),
              ("sampler",), state=state),
-        Role("reference", f"log-probs of {B} rollouts of {shape}", jax.jit(replay), (reference, batch),
+        Role("reference", f"log-probs of {B} rollouts of {shape}", replay, (reference, batch),
              work.replay(ar, B, S, T, parts, sides, chunk, mesh.shape), ("reference",), ("sampler",), per_step=0),
         Role("layout", "the policy's weights in the sampler's layout and number format", layout, (state.params,), Work(), ("params",),
              ("sampler",)),
-        Role("rollout", f"{part} prompts x {R} rollouts of {shape}", make_sampler(net, T, sampling), rolled,
-             work.rollout(ar, part, R, S, T, sides, mesh.shape), ("sampler",), per_step=rolls.chunks),
-        Role("prefill", f"{part * sides} prompts of {S} tokens", jax.jit(first), (sampler, ids(part * sides, S), ids(part * sides)),
-             work.prefill(ar, part, S, sides), ("sampler",), per_step=0),
+        Role("rollout", f"{draws.segment} codes of {part} prompts x {R} rollouts of {shape}", draws.draw, (weights, prompt_cache, rolling, keys),
+             work.rollout(ar, part, R, S, T, draws.segment, sides, mesh.shape), ("sampler",), per_step=rolls.chunks * draws.segments,
+             state=rolling),
+        Role("prefill", f"{part * sides} prompts of {S} tokens", draws.start, prompts, work.prefill(ar, part, S, sides), ("sampler",),
+             per_step=rolls.chunks),
     ]  # fmt: skip
     frozen, more = _pictures(cfgs, grid, decode, part * R, rolls.chunks, painter_mesh(config, mesh))
-    resident = {"params": state.params, "optimizer": state.opt_state, "reference": reference, "sampler": sampler}
+    resident = {"params": state.params, "optimizer": state.opt_state, "reference": reference, "sampler": weights}
     if painter_mesh(config, mesh) is mesh:
         resident |= frozen
     if reference is None:
         del roles[1], resident["reference"]
     return Stage(run.stage, mesh, {role.name: role for role in [*roles, *more]}, resident)
+
+
+def _as_left(shapes: Any, mesh: Mesh) -> Any:
+    """Caches and hidden states placed as a program of the sampler leaves them, and the next one finds them."""
+    axes = {len(names): names for names in (PROMPT_AXES, GENERATED_AXES)}
+    return jax.tree.map(lambda x: abstract.array(mesh, x.shape, x.dtype, *axes.get(x.ndim, ("batch",)[: x.ndim])), shapes)
 
 
 def painter_mesh(config: ConfigDict, mesh: Mesh) -> Mesh:

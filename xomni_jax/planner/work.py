@@ -21,7 +21,7 @@ class Work:
       hbm_per_step: bytes a device must move for each of `steps` decoding steps (0: no such floor).
       gathered: bytes a device receives of weights split over fsdp, and reduced: of their gradients.
       logits: most positions whose logits should exist at once (0: not a matter of this role); vocabularies: the widths of the heads.
-      head_gathers: how often the heads may be gathered.
+      head_gathers: heads that are needed whole, counted once for each set of weights.
     """
 
     learned: float = 0.0
@@ -85,7 +85,7 @@ def policy_update(
     return Work(
         learned=6.0 * per_pass, forward=2.0 * per_pass if reference else 0.0,
         attention=(3 + reference) * sides * causal(c, rows, length), tokens=rows * length, gathered=gathered + passes, reduced=reduced,
-        logits=rows // parts * (chunk or codes), vocabularies=(c.image_vocab_size,), head_gathers=parts * (1 + reference),
+        logits=rows // parts * (chunk or codes), vocabularies=(c.image_vocab_size,), head_gathers=1 + reference,
     )  # fmt: skip
 
 
@@ -93,36 +93,37 @@ def replay(c: ARConfig, rows: int, prompt: int, codes: int, parts: int, sides: i
     """Log-probs of rollouts without a gradient."""
     whole = policy_update(c, rows, prompt, codes, parts, sides, True, chunk, mesh)
     gathered, _ = fsdp_bytes(c, parts, c.d_model * c.image_vocab_size, mesh, 0, passes=1)
-    return dataclasses.replace(whole, learned=0.0, attention=whole.attention / 4, gathered=gathered, reduced=0.0)
+    return dataclasses.replace(whole, learned=0.0, attention=whole.attention / 4, gathered=gathered, reduced=0.0, head_gathers=1)
 
 
 def fsdp_bytes(
     c: ARConfig, parts: int, heads: int, mesh: Mapping[str, int], learned_layers: int, passes: int = 3
 ) -> tuple[float, float]:
     """(gathered, reduced) bytes of a device: per pass over the layers (forward, remat, backward) their weights in the compute dtype, the
-    heads once for each part of the batch; gradients reduced once, before they are scattered."""
+    heads once; gradients reduced once for each part of the batch, before they are scattered."""
     if mesh["fsdp"] == 1:
         return 0.0, 0.0
     size = jnp.dtype(c.dtype).itemsize / mesh["tensor"]
     layer = layer_weights(c) * size
-    gathered = parts * (passes * c.n_layers * layer + heads * size)
+    gathered = parts * passes * c.n_layers * layer + heads * size
     return gathered, (parts * (learned_layers * layer + heads * size) if learned_layers else 0.0)
 
 
-def rollout(c: ARConfig, prompts: int, rollouts: int, prompt: int, codes: int, sides: int, mesh: Mapping[str, int]) -> Work:
-    """Sampling: in each step the weights are read once, and the whole cache, as in the last step when it is full."""
+def rollout(
+    c: ARConfig, prompts: int, rollouts: int, prompt: int, codes: int, segment: int, sides: int, mesh: Mapping[str, int]
+) -> Work:
+    """A segment of sampling: in each step the weights are read once, and the whole cache, as in the last step when it is full. Attention is
+    that of the mean segment."""
     batch, tensor = mesh["replica"] * mesh["data"] * mesh["fsdp"], mesh["tensor"]
     n = prompts * rollouts * sides
-    decode = 2.0 * n * codes * (c.n_layers * layer_weights(c) + c.d_model * c.image_vocab_size)
-    prefill = 2.0 * prompts * sides * prompt * c.n_layers * layer_weights(c)
+    decode = 2.0 * n * segment * (c.n_layers * layer_weights(c) + c.d_model * c.image_vocab_size)
     weights = 2.0 * (c.n_layers * layer_weights(c) + c.d_model * c.image_vocab_size) / tensor
     token = c.n_layers * 2 * c.n_kv_heads * c.head_dim * 2
     cache = (prompts * sides * prompt + n * codes) * token / batch / tensor
-    attention = 4.0 * n * codes * (prompt + codes / 2) * c.n_heads * c.head_dim * c.n_layers
+    attention = 4.0 * n * segment * (prompt + codes / 2) * c.n_heads * c.head_dim * c.n_layers
     return Work(
-        forward=decode + prefill, attention=attention, tokens=prompts * rollouts * codes, images=prompts * rollouts,
-        hbm_per_step=weights + cache, cache=cache, steps=codes,
-    )  # fmt: skip
+        forward=decode, attention=attention, tokens=prompts * rollouts * segment, hbm_per_step=weights + cache, cache=cache, steps=segment
+    )
 
 
 def prefill(c: ARConfig, prompts: int, prompt: int, sides: int) -> Work:

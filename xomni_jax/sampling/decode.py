@@ -6,13 +6,33 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from xomni_jax.models.heads import head_logits, map_chunks, select, token_logp
 from xomni_jax.models.transformer import ARTransformer
-from xomni_jax.sampling.cache import GeneratedCache, decode, prefill
+from xomni_jax.sampling.cache import GENERATED_AXES, GeneratedCache, PromptCache, decode, prefill
 from xomni_jax.sampling.logits import GREEDY, SamplingConfig, draw, guide, temper
+from xomni_jax.sharding.rules import constrain
 
 Prompts = tuple[jax.Array, jax.Array]  # right-padded ids [P or 1, S] and lengths [P or 1]
+
+
+@struct.dataclass
+class RolloutState:
+    """R rollouts of P prompts (with guidance also of their negative ones) under way.
+
+    Attributes:
+      hidden_PRD: what the next code is drawn from.
+      cache: keys and values of the codes so far; its column is their number.
+    """
+
+    hidden_PRD: jax.Array
+    cache: GeneratedCache
+
+    def pinned(self) -> RolloutState:
+        """The same, placed by the table: from call to call every array stays where it was, so that all calls are one program."""
+        kv = jax.tree.map(lambda x: constrain(x, *GENERATED_AXES, name="generated cache"), self.cache.kv)
+        return RolloutState(constrain(self.hidden_PRD, "batch", None, "residual", name="hidden"), self.cache.replace(kv=kv))
 
 
 def pack_kept(kept: jax.Array) -> jax.Array:
@@ -61,26 +81,57 @@ def generate_codes(
     Raises:
       ValueError: guidance without a negative prompt.
     """
-    cfg, (P, R) = model.cfg, keys_PR.shape[:2]
+    prompt, state = start_codes(model, params, prompt_ids_PS, lengths_P, n_codes, keys_PR.shape[1], sampling, negative)
+    return draw_codes(model, params, prompt, state, n_codes, keys_PR, sampling, return_kept)[1]
+
+
+def start_codes(
+    model: ARTransformer,
+    params,
+    prompt_ids_PS: jax.Array,
+    lengths_P: jax.Array,
+    n_codes: int,
+    rollouts: int,
+    sampling: SamplingConfig,
+    negative: Prompts | None = None,
+) -> tuple[PromptCache, RolloutState]:
+    """Runs the prompts: what all rollouts of them share, and rollouts with no code yet and room for `n_codes`. See `generate_codes`."""
     if sampling.guided:
         prompt_ids_PS, lengths_P = _with_negative(prompt_ids_PS, lengths_P, negative, sampling)
     hidden_PD, prompt = prefill(model, params, prompt_ids_PS, lengths_P)
-    cache = GeneratedCache.empty(cfg, hidden_PD.shape[0], R, n_codes)
-    hidden_PRD = jnp.broadcast_to(hidden_PD[:, None], (hidden_PD.shape[0], R, cfg.d_model))
+    hidden_PRD = jnp.broadcast_to(hidden_PD[:, None], (hidden_PD.shape[0], rollouts, hidden_PD.shape[1]))
+    cache = GeneratedCache.empty(model.cfg, hidden_PD.shape[0], rollouts, n_codes)
+    return prompt, RolloutState(hidden_PRD, cache).pinned()
 
-    def step(carry, t):
-        hidden_PRD, cache = carry
-        logits = model.apply({"params": params}, hidden_PRD, method="image_logits")
+
+def draw_codes(
+    model: ARTransformer,
+    params,
+    prompt: PromptCache,
+    state: RolloutState,
+    n: int,
+    keys_PR: jax.Array,
+    sampling: SamplingConfig,
+    return_kept: bool = False,
+) -> tuple[RolloutState, dict[str, jax.Array | None]]:
+    """Draws the next `n` (static) codes of rollouts, and returns them as `generate_codes` does.
+
+    Donate `state`, or the cache is copied. However a picture's codes are split into calls, they are the same, bit for bit.
+    """
+    P = keys_PR.shape[0]
+
+    def step(state: RolloutState, _):
+        logits = model.apply({"params": params}, state.hidden_PRD, method="image_logits")
         pair = logits.reshape(P, -1, *logits.shape[1:])  # conditional rows, and with guidance the negative ones
         scores_PRV = guide(pair[:, 0], pair[:, 1] if sampling.guided else None, sampling.guidance)
-        codes_PR, logp_PR, kept_PRV = draw(scores_PRV, _fold_in(keys_PR, t), sampling)
-        ids = jnp.repeat(codes_PR + cfg.vocab_size, pair.shape[1], axis=0)
-        hidden_PRD, cache = decode(model, params, ids, prompt, cache)
-        return (hidden_PRD, cache), (codes_PR, logp_PR, pack_kept(kept_PRV) if return_kept else None)
+        codes_PR, logp_PR, kept_PRV = draw(scores_PRV, _fold_in(keys_PR, state.cache.column), sampling)
+        ids = jnp.repeat(codes_PR + model.cfg.vocab_size, pair.shape[1], axis=0)
+        state = RolloutState(*decode(model, params, ids, prompt, state.cache))
+        return state, (codes_PR, logp_PR, pack_kept(kept_PRV) if return_kept else None)
 
-    _, out = jax.lax.scan(step, (hidden_PRD, cache), jnp.arange(n_codes))
+    state, out = jax.lax.scan(step, state, length=n)
     codes, logp, kept = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), out)
-    return {"codes": codes, "logp": logp, "kept": kept}
+    return state.pinned(), {"codes": codes, "logp": logp, "kept": kept}
 
 
 def generate_text(

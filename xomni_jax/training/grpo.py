@@ -105,7 +105,8 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
         keys_P = picture_keys(run.seed, n)
         ids_PS, lengths_P = rollouts.prompt_ids(batch["caption"])
         negative = pad_prompts([model.tokenizer.negative_prompt(*grid)] * n) if sampling.guided else None
-        out = rollouts.sample(rollouts.layout(state.params), ids_PS, lengths_P, jax.vmap(lambda k: jax.random.split(k, 8))(keys_P), negative)
+        keys_PR = jax.vmap(lambda k: jax.random.split(k, 8))(keys_P)
+        out = rollouts.sampler(rollouts.layout(state.params), ids_PS, lengths_P, keys_PR, negative, stop.check)
         pictures = rollouts.pictures(out["codes"], [p for p in batch["caption"] for _ in range(8)], jnp.repeat(keys_P, 8))
         return tile(whole(pictures), columns=8)
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from xomni_jax.models.heads import with_head
 from xomni_jax.sampling.decode import replay_logp
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.training.advantages import AdvantageConfig, group_advantages
@@ -39,6 +40,10 @@ class Policy(NamedTuple):
     sampling: SamplingConfig
     chunk: int
 
+    def ready(self, params: Any) -> Any:
+        """Parameters for many calls of `logp`: the image head is gathered once for all of them."""
+        return with_head(params, "mm_head", self.model.cfg.dtype)
+
     def logp(self, params: Any, batch: RolloutBatch) -> tuple[jax.Array, jax.Array]:
         """Log-prob and entropy [B, T] of the sampled codes under `params`, replaying the sampler."""
         b = batch
@@ -67,8 +72,8 @@ def grpo_update(
     except `grpo/logp_gap_max`: trainer against sampler in the first update, before anything has changed.
     """
     several = cfg.updates_per_batch > 1
-    old = over_micro_batches(lambda b: policy.logp(state.params, b)[0], batch, micro_batches) if several else None
-    ref = None if ref_params is None else over_micro_batches(lambda b: policy.logp(ref_params, b)[0], batch, micro_batches)
+    old = frozen_logp(policy, state.params, batch, micro_batches) if several else None
+    ref = None if ref_params is None else frozen_logp(policy, ref_params, batch, micro_batches)
 
     def one_update(state: TrainState, rows: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         mask = lambda b: jnp.broadcast_to(b.ok_B[:, None], b.codes_BT.shape)  # noqa: E731
@@ -81,9 +86,11 @@ def grpo_update(
             gap = jnp.max(jnp.where(mask(b), jnp.abs(logp_BT - b.sampler_logp_BT), 0.0))
             return value, metrics | {"grpo/logp_gap_max": gap}
 
+        params, back = jax.vjp(policy.ready, state.params)
+
         def accumulate(carry, part):
-            (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params, part)
-            return (jax.tree.map(jnp.add, carry[0], grads), carry[1] + value), metrics
+            (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, part)
+            return (jax.tree.map(jnp.add, carry[0], back(grads)[0]), carry[1] + value), metrics
 
         zeros = jax.tree.map(jnp.zeros_like, state.params)
         (grads, value), metrics = jax.lax.scan(accumulate, (zeros, jnp.float32(0.0)), split_rows(rows, micro_batches))
@@ -100,10 +107,11 @@ def grpo_update(
     return state, joined | {"grpo/logp_gap_max": stacked["grpo/logp_gap_max"][0]}
 
 
-def over_micro_batches(fn: Callable[[RolloutBatch], Any], batch: RolloutBatch, parts: int) -> Any:
-    """fn over the rows in `parts` pieces, one after the other, joined again; no gradient flows."""
-    out = jax.lax.map(lambda b: jax.lax.stop_gradient(fn(b)), split_rows(batch, parts))
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), out)
+def frozen_logp(policy: Policy, params: Any, batch: RolloutBatch, parts: int) -> jax.Array:
+    """Log-probs [B, T] of the rollouts, computed in `parts` pieces one after the other; no gradient flows."""
+    params = policy.ready(params)
+    out = jax.lax.map(lambda b: jax.lax.stop_gradient(policy.logp(params, b)[0]), split_rows(batch, parts))
+    return out.swapaxes(0, 1).reshape(batch.codes_BT.shape)
 
 
 def make_update(policy: Policy, optimizer: Any, grpo: GRPOConfig, advantage: AdvantageConfig, parts: int) -> Callable[..., Any]:

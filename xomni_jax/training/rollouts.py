@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from xomni_jax.models.registry import init_params
 from xomni_jax.pipeline import XOmni
 from xomni_jax.rewards.client import RewardClient, Score
 from xomni_jax.rewards.combine import MODES, Combined, column, combine
-from xomni_jax.sampling.decode import generate_codes
+from xomni_jax.sampling.decode import draw_codes, start_codes
 from xomni_jax.sampling.decoder import DecodeConfig
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sequence.padding import pad_prompts
@@ -36,6 +37,7 @@ class RolloutConfig:
 
     Attributes:
       prompt_length: prompts are padded to this many tokens; a longer one is an error.
+      segment: a picture's codes are drawn at most so many at a time, by the largest divisor of their number; in between a stop is noticed.
       noise: "group": the rollouts of a prompt share the decoder's noise, so that reward differences come from codes; "independent".
       chunks: parts of the batch; while one is being scored the next one is sampled and decoded.
       micro_batch: rollouts per gradient accumulation step of the update; 0 is all at once.
@@ -47,6 +49,7 @@ class RolloutConfig:
     """
 
     prompt_length: int = 48
+    segment: int = 512
     noise: str = "group"
     chunks: int = 2
     micro_batch: int = 0
@@ -59,8 +62,9 @@ class RolloutConfig:
     def __post_init__(self):
         if self.noise not in ("group", "independent"):
             raise ValueError(f"noise={self.noise!r} is unknown; use group or independent")
-        if self.chunks < 1:
-            raise ValueError(f"chunks={self.chunks} must be at least 1")
+        for name in ("chunks", "segment"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.combine not in MODES:
             raise ValueError(f"combine={self.combine!r} is unknown; use {' or '.join(MODES)}")
         if self.reference_dtype not in ("float32", "bfloat16"):
@@ -70,13 +74,40 @@ class RolloutConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative; 0 turns it off")
 
 
-def make_sampler(net: nn.Module, n_codes: int, sampling: SamplingConfig) -> Callable[..., dict[str, jax.Array | None]]:
-    """The jitted rollout (params, prompt ids [P, S], lengths [P], keys [P, R], negative prompts | None) -> see `generate_codes`."""
+class Sampler:
+    """Rollouts in segments of equal length: the programs, and the loop over them. Between segments the caller may stop.
 
-    def sample(params, ids_PS, lengths_P, keys_PR, negative):
-        return generate_codes(net, params, ids_PS, lengths_P, n_codes, keys_PR, sampling, negative, return_kept=sampling.truncates)
+    Attributes:
+      segment, segments: codes of one, and how many make a picture.
+      start: the jitted (params, prompt ids [P, S], lengths [P], keys [P, R], negative prompts | None) -> `start_codes`.
+      draw: the jitted (params, prompt cache, state, keys) -> `draw_codes` of a segment; the state is donated: the cache never moves.
+    """
 
-    return jax.jit(sample)
+    def __init__(self, net: nn.Module, n_codes: int, sampling: SamplingConfig, segment: int):
+        """`segment`: the most codes of one."""
+        self.segment = max(n for n in range(1, min(segment, n_codes) + 1) if n_codes % n == 0)
+        self.segments = n_codes // self.segment
+
+        def start(params, ids_PS, lengths_P, keys_PR, negative):
+            return start_codes(net, params, ids_PS, lengths_P, n_codes, keys_PR.shape[1], sampling, negative)
+
+        def draw(params, prompt, state, keys_PR):
+            return draw_codes(net, params, prompt, state, self.segment, keys_PR, sampling, return_kept=sampling.truncates)
+
+        self.start, self.draw = jax.jit(start), jax.jit(draw, donate_argnums=2)
+
+    def __call__(self, params, ids_PS, lengths_P, keys_PR, negative, between: Callable[[], None]) -> dict[str, jax.Array | None]:
+        """What `generate_codes` returns. `between` is called between segments, with at most one of them under way; it may raise."""
+        prompt, state = self.start(params, ids_PS, lengths_P, keys_PR, negative)
+        made: list[dict[str, jax.Array | None]] = []
+        for n in range(self.segments):
+            if n > 1:  # the device always has the next one waiting; with all of them waiting, a stop would wait for all
+                jax.block_until_ready(made[n - 2]["codes"])
+            if n:
+                between()
+            state, out = self.draw(params, prompt, state, keys_PR)
+            made.append(out)
+        return made[0] if self.segments == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=2), *made)
 
 
 def make_layout(boxed: Any, mesh: jax.sharding.Mesh, dtype: Any, rules: Mapping = RULES) -> Callable[[Any], Any]:
@@ -97,6 +128,16 @@ def make_layout(boxed: Any, mesh: jax.sharding.Mesh, dtype: Any, rules: Mapping 
     return jax.jit(lambda params: jax.tree_util.tree_map_with_path(cast, params, here), out_shardings=param_shardings(boxed, mesh, rules))
 
 
+@contextlib.contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Adds the time that passes within to `seconds[name]`."""
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[name] += time.perf_counter() - began
+
+
 class Rollouts:
     """Samples, decodes and scores one batch of prompts, chunk by chunk, with scoring in the background."""
 
@@ -107,14 +148,16 @@ class Rollouts:
     ):  # fmt: skip
         """`model` samples codes and `painter` decodes them: the same, or one on a mesh of its own.
 
-        `poll` raises StopRequested where all processes have agreed to; `waiting` may raise it earlier, within a wait for rewards.
+        `poll` raises StopRequested where all processes have agreed to; `waiting` may raise it earlier, within a wait for rewards. It is
+        called between segments of codes and after each chunk.
         """
         self.model, self.painter, self.grid, self.sampling, self.decode = model, painter, grid, sampling, decode
         self.cfg, self.advantage = cfg, advantage
         self.group, self.clients, self.weights, self.poll, self.waiting = group, clients, weights, poll, waiting or poll
         net = model.module("transformer")
         boxed = jax.eval_shape(lambda: init_params("transformer", net.cfg, jax.random.key(0)))
-        self.layout, self.sample = make_layout(boxed, model.mesh, net.cfg.dtype, ROLLOUT_RULES), make_sampler(net, grid[0] * grid[1], sampling)
+        self.layout = make_layout(boxed, model.mesh, net.cfg.dtype, ROLLOUT_RULES)
+        self.sampler = Sampler(net, grid[0] * grid[1], sampling, cfg.segment)
 
     def prompt_ids(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Generation prompts padded to the configured length."""
@@ -141,27 +184,33 @@ class Rollouts:
         ids_PS, lengths_P = self.prompt_ids(prompts)
         negative = pad_prompts([self.model.tokenizer.negative_prompt(*self.grid)] * P) if self.sampling.guided else None
         seconds = {"perf/rollout_s": 0.0, "perf/decode_s": 0.0}
-        made, images, waiting, ahead = [], [], [], None
+        made, drawing, images, waiting = [], [], [], []
 
-        def sampled(part: slice) -> dict[str, jax.Array | None]:
-            return self.sample(params, ids_PS[part], lengths_P[part], keys_PR[part], negative and tuple(x[part] for x in negative))
+        def send(wait: bool = False) -> None:
+            """Gives pictures to the scorers, those that are drawn already or all."""
+            while drawing and (wait or drawing[0].is_ready()):
+                with timed(seconds, "perf/decode_s"):
+                    images.append(rows_here(drawing.pop(0), mine))
+                asked = [(len(images) - 1) * n + row // R for row in mine]
+                items = [{"prompt": prompts[p], "targets": targets[p]} for p in asked]
+                waiting.append({name: client.score_async(list(images[-1]), items) for name, client in self.clients.items()})
+
+        def between() -> None:
+            self.poll()
+            send()
 
         for start in range(0, P, n):
             part = slice(start, start + n)
-            began = time.perf_counter()
-            out = jax.block_until_ready(ahead or sampled(part))
-            # With devices of its own the decoder draws this chunk while the next one is sampled; else it would have to wait for it.
-            ahead = sampled(slice(start + n, start + 2 * n)) if self.painter is not self.model and start + n < P else None
-            between = time.perf_counter()
-            drawn = self.pictures(out["codes"], [p for p in prompts[part] for _ in range(R)], noise_keys_PR[part].reshape(-1))
-            drawn = rows_here(drawn, mine)
-            items = [{"prompt": prompts[start + row // R], "targets": targets[start + row // R]} for row in mine]
-            seconds["perf/rollout_s"] += between - began
-            seconds["perf/decode_s"] += time.perf_counter() - between
-            waiting.append({name: client.score_async(list(drawn), items) for name, client in self.clients.items()})
+            with timed(seconds, "perf/rollout_s"):
+                others = negative and tuple(x[part] for x in negative)
+                out = jax.block_until_ready(self.sampler(params, ids_PS[part], lengths_P[part], keys_PR[part], others, between))
+            with timed(seconds, "perf/decode_s"):
+                drawing.append(self.pictures(out["codes"], [p for p in prompts[part] for _ in range(R)], noise_keys_PR[part].reshape(-1)))
             made.append(out)
-            images.append(drawn)
+            # With devices of its own the decoder draws this chunk while the next one is sampled, which would else wait for it.
+            send(wait=self.painter is self.model)
             self.poll()
+        send(wait=True)
         began = time.perf_counter()
         columns = {name: column(scores, P) for name, scores in self.scores(waiting, mine, n * R).items()}
         seconds["perf/reward_wait_s"] = time.perf_counter() - began
