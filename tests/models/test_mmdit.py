@@ -16,7 +16,7 @@ from xomni_jax.checkpoint import conversion
 from xomni_jax.checkpoint.names.mmdit import table
 from xomni_jax.models.mmdit import PRESETS, MMDiT, MMDiTConfig, apply_rope, rope_tables
 from xomni_jax.sharding.mesh import make_mesh
-from xomni_jax.sharding.rules import param_shardings
+from xomni_jax.sharding.rules import map_rows, param_shardings
 
 CFG = MMDiTConfig(d_model=SIZES["n_heads"] * SIZES["head_dim"], **{k: v for k, v in SIZES.items() if k != "head_dim"})
 
@@ -67,14 +67,15 @@ def _step(params, arrays, target):
     latents, sigma, text, pooled, semantics = arrays
 
     def loss(params):
-        velocity = MMDiT(SMALL).apply({"params": params}, latents, sigma, text, pooled, (3, 4), semantics)
+        velocity = map_rows(lambda x: MMDiT(SMALL).apply({"params": params}, *x[:4], (3, 4), x[4]), (latents, sigma, text, pooled, semantics))
         return jnp.mean((velocity - target) ** 2), velocity
 
     return jax.value_and_grad(loss, has_aux=True)(params)
 
 
-def test_mesh_does_not_change_velocity_or_gradients():
-    inputs, boxed, params = _random(SMALL)
+@pytest.mark.parametrize("rows", [4, 8], ids=["split over heads", "spread over all devices"])
+def test_mesh_does_not_change_velocity_or_gradients(rows):
+    inputs, boxed, params = _random(SMALL, B=rows)
     arrays = (*inputs[:4], inputs[5])
     (_, velocity), gradients = _step(params, arrays, 1.0)
     mesh = make_mesh(dict(fsdp=4, tensor=2))

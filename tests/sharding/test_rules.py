@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from tests.miniature import configs
 from xomni_jax.models.registry import COMPONENTS, init_params
 from xomni_jax.sharding.mesh import make_mesh, replicated, split_devices
-from xomni_jax.sharding.rules import MESH_AXES, RULES, constrain, map_rows, param_shardings, spec_for, unconstrained
+from xomni_jax.sharding.rules import MESH_AXES, RULES, activation_spec, constrain, map_rows, param_shardings, spec_for, unconstrained
 
 
 @pytest.fixture(scope="module")
@@ -152,12 +152,25 @@ def test_devices_apart_come_from_every_process():
             split_devices(devices, wrong)
 
 
-@pytest.mark.parametrize("rows", [16, 8, 4])
-def test_rows_in_pieces(mesh, rows):
-    """The same values in the same order, whether rows split over all devices, once or several times, or not at all."""
-    x = jnp.arange(rows * 3.0).reshape(rows, 3)
-    double = lambda x: jnp.concatenate([x, 2 * x], axis=1)  # noqa: E731
+ALL, BATCH = PartitionSpec(("data", "fsdp", "tensor"), None), PartitionSpec(("data", "fsdp"), ("tensor",))
+
+
+@pytest.mark.parametrize(
+    "rows, at_once, piece, spec",
+    [(16, 1, 8, ALL), (8, 1, 8, ALL), (48, 4, 24, ALL), (40, 4, 8, ALL), (16, 0, 16, ALL), (12, 2, 4, BATCH), (4, 2, 4, BATCH), (6, 1, 6, BATCH)],
+)
+def test_rows_in_pieces(mesh, rows, at_once, piece, spec):
+    """The same values in the same order, whether rows split over all devices, over those of a batch, in pieces, or not at all."""
+    tree = (jnp.arange(rows * 3.0).reshape(rows, 3), {"more": jnp.arange(rows), "none": None})
+
+    def fn(tree):
+        seen.append((len(tree[0]), activation_spec("x", (8, 2), ("batch", "heads"), mesh)))
+        return {"sum": tree[0].sum(1) + tree[1]["more"]}
+
+    seen = []
     with jax.set_mesh(mesh):
-        got = jax.jit(lambda x: map_rows(double, x, 1))(x)
-    np.testing.assert_array_equal(got, double(x))
-    np.testing.assert_array_equal(map_rows(double, x, 2), double(x))
+        got = jax.jit(lambda tree: map_rows(fn, tree, at_once))(tree)
+    assert set(seen) == {(piece, spec)}
+    assert activation_spec("x", (8, 2), ("batch", "heads"), mesh) == BATCH
+    np.testing.assert_array_equal(got["sum"], np.arange(rows * 3).reshape(rows, 3).sum(1) + np.arange(rows))
+    np.testing.assert_array_equal(map_rows(fn, tree, 5)["sum"], got["sum"])

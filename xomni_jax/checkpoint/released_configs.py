@@ -145,7 +145,7 @@ def read_mmdit(c: ConfigFile, semantic_dim: int, mlp_ratio: int) -> MMDiTConfig:
         in_channels=c.size("in_channels"), d_model=heads * width, n_heads=heads, axes_dims=c.sizes("axes_dims_rope", (16, 56, 56)),
         n_double=c.size("num_layers"), n_single=c.size("num_single_layers"), text_dim=c.size("joint_attention_dim"),
         pooled_dim=c.size("pooled_projection_dim"), semantic_dim=semantic_dim, guidance_embed=bool(c.get("guidance_embeds", False)),
-        mlp_ratio=mlp_ratio, prediction=c.get("prediction", "velocity"), query_chunk=CHUNK,
+        mlp_ratio=mlp_ratio, prediction=c.get("prediction", "velocity"), query_chunk=CHUNK, at_once=4,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 
-from xomni_jax.sharding.rules import spec_for
+from xomni_jax.sharding.rules import activation_spec
 
 LANES = 128  # of a vector register: what lengths and head widths are padded to
 BLOCKS = (1024, 896, 768, 640, 512, 384)  # queries or keys per block, largest first; 1,024 x 1,024 float32 scores fit every generation
@@ -33,12 +33,12 @@ def splash_attention(
     if segments_BL is None and pad and not causal:  # causal queries do not see what is padded behind them
         segments_BL = jnp.ones(q_BLNH.shape[:2], jnp.int32)
     specs = tuple(
-        spec_for("attention", x.shape, ("batch", "length", axis, "head_dim"), mesh)
+        activation_spec("attention", x.shape, ("batch", "length", axis, "head_dim"), mesh)
         for x, axis in ((q_BLNH, "heads"), (k_BLKH, "kv_heads"), (v_BLKH, "kv_heads"))
     )
     arrays = (q_BLNH, k_BLKH, v_BLKH)
     if segments_BL is not None:
-        arrays, specs = (*arrays, segments_BL), (*specs, spec_for("segments", segments_BL.shape, ("batch", "length"), mesh))
+        arrays, specs = (*arrays, segments_BL), (*specs, activation_spec("segments", segments_BL.shape, ("batch", "length"), mesh))
     shard = functools.partial(_shard, scale=scale, causal=causal, interpret=mesh.abstract_device.platform != "tpu")
     # Mosaic kernels are not partitioned automatically, and have no rule for varying axes.
     return jax.shard_map(shard, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)

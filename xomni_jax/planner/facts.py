@@ -19,6 +19,7 @@ class Facts:
     Attributes:
       memory: bytes by kind (None: it does not fit, the compiler needs `needs`), with `state`, the donated argument, and `resident`, what
         else stays on the device meanwhile.
+      apart: it runs on the decoder's own devices.
       flops: counted over all devices, by kind; `learned`, `forward`, `attention` by arithmetic, over all devices.
       logits: shape of the largest array of logits; `logits_limit` positions and `head_gathers` gathers of the heads are due.
       collectives: rows of kind, axes, dtype, shape, times, bytes, sent (over all executions), source, largest first.
@@ -35,6 +36,7 @@ class Facts:
     needs: int
     state: int
     resident: int
+    apart: bool
     per_step: int
     tokens: int
     images: int
@@ -72,9 +74,10 @@ def read(role: Role, stage: Stage, compiled: Compiled) -> Facts:
     Raises:
       HLOError: the compiler's text is not understood.
     """
-    mesh, w = dict(stage.mesh.shape), role.work
-    counted = flops.count(compiled.jaxpr)
-    resident = sum(abstract.bytes_per_device(tree) for name, tree in stage.resident.items() if name not in (*role.uses, *role.gone))
+    where, w = stage.mesh_of(role), role.work
+    mesh, counted = dict(where.shape), flops.count(compiled.jaxpr)
+    others = (tree for name, tree in stage.resident.items() if name not in (*role.uses, *role.gone))
+    resident = sum(abstract.bytes_per_device(tree, where) for tree in others)
     rows, moves, module = [], [], None
     if compiled.hlo is not None:
         module = hlo.parse(compiled.hlo)
@@ -84,8 +87,9 @@ def read(role: Role, stage: Stage, compiled: Compiled) -> Facts:
     return Facts(
         role=role.name, about=role.about, key=compiled.key, seconds=round(compiled.seconds, 1),
         memory=compiled.memory and dataclasses.asdict(compiled.memory), needs=compiled.needs,
-        state=abstract.bytes_per_device(role.state) if role.state is not None else 0, resident=resident, per_step=role.per_step,
-        tokens=w.tokens, images=w.images, devices=stage.mesh.size, fsdp=mesh["fsdp"], flops=dataclasses.asdict(counted),
+        state=abstract.bytes_per_device(role.state) if role.state is not None else 0, resident=resident, apart=role.apart,
+        per_step=role.per_step,
+        tokens=w.tokens, images=w.images, devices=where.size, fsdp=mesh["fsdp"], flops=dataclasses.asdict(counted),
         learned=w.learned, forward=w.forward, attention=w.attention,
         logits=flops.widest(compiled.jaxpr, frozenset(w.vocabularies)), logits_limit=w.logits, head_gathers=w.head_gathers,
         collectives=_merged(rows), gathered=w.gathered, reduced=w.reduced,

@@ -8,18 +8,19 @@ import threading
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from xomni_jax.planner import chips
+from xomni_jax.planner.abstract import component
 from xomni_jax.planner.check import budget
 from xomni_jax.planner.chips import GIB, Topology
 from xomni_jax.planner.compiled import compile_role, versions
 from xomni_jax.planner.facts import Facts, read
 from xomni_jax.planner.roles import Role, Stage, build_stage, choose
-from xomni_jax.sharding.mesh import make_mesh
 from xomni_jax.training.config import ConfigError, apply_override
+from xomni_jax.training.grpo import own_mesh
+from xomni_jax.training.run import policy_mesh
 
 TRIALS = 4  # proposals that are compiled for one role at most
 
@@ -35,11 +36,12 @@ class Proposal:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Everything a report says; `whole` when every role of a training step is in it."""
+    """Everything a report says; `whole` when every role of a training step is in it, `apart` the mesh of a decoder with its own devices."""
 
     stage: str
     topology: Topology
     mesh: dict[str, int]
+    apart: dict[str, int]
     versions: dict[str, str]
     facts: list[Facts]
     proposals: list[Proposal]
@@ -60,7 +62,8 @@ def make_plan(
         if propose and f.fits_in > budget(topology, reserve):
             proposals += propose_for(config, f, topology, cache, reserve, quiet)
     whole = {r.name for r in stage.roles.values() if r.per_step} <= {f.role for f in found}
-    return Plan(stage.name, topology, dict(stage.mesh.shape), versions(topology), found, proposals, whole)
+    apart = dict(stage.apart.shape) if stage.apart else {}
+    return Plan(stage.name, topology, dict(stage.mesh.shape), apart, versions(topology), found, proposals, whole)
 
 
 def compile_all(stage: Stage, roles: Collection[Role], topology: Topology, cache: Path, quiet: bool = False) -> Iterator[Facts]:
@@ -74,31 +77,28 @@ def compile_all(stage: Stage, roles: Collection[Role], topology: Topology, cache
 
 
 def stage_on(config: ConfigDict, topology: Topology) -> Stage:
-    """The stage of a configuration on the mesh it asks for."""
-    return build_stage(config, mesh_on(config, topology))
-
-
-def mesh_on(config: ConfigDict, topology: Topology) -> Mesh:
-    """The configuration's mesh over the topology's devices.
+    """The stage of a configuration on the meshes it asks for.
 
     Raises:
-      ConfigError: it does not fill the topology; the message says which sizes would.
+      ConfigError: they do not fill the topology; the message says which sizes would.
     """
+    devices = chips.devices(topology)
     try:
-        return make_mesh(dict(config.mesh), chips.devices(topology))
+        mesh, apart = policy_mesh(config, devices), own_mesh(config, devices) if "decoder_mesh" in config else None
     except ValueError as e:
         raise ConfigError(f"{topology.name} ({topology.size} devices): {e}") from None
+    return build_stage(config, mesh, apart)
 
 
 def facts_of(role: Role, stage: Stage, topology: Topology, cache: Path) -> Facts:
     """Compiles one role and reads it."""
-    return read(role, stage, compile_role(role.fn, role.args, stage.mesh, topology, cache))
+    return read(role, stage, compile_role(role.fn, role.args, stage.mesh_of(role), topology, cache))
 
 
 def propose_for(config: ConfigDict, f: Facts, topology: Topology, cache: Path, reserve: float, quiet: bool) -> list[Proposal]:
     """The first change, of those that are likely to help, with which the role fits; compiled to be sure."""
     room, tried = budget(topology, reserve), 0
-    for overrides in candidates(config, f.role, topology):
+    for overrides in candidates(config, f):
         if tried == TRIALS:
             break
         changed = ConfigDict(config.to_dict())
@@ -118,26 +118,28 @@ def propose_for(config: ConfigDict, f: Facts, topology: Topology, cache: Path, r
     return []
 
 
-def candidates(config: ConfigDict, role: str, topology: Topology) -> Iterator[list[str]]:
-    """Changes worth trying, cheapest for the run first."""
+def candidates(config: ConfigDict, f: Facts) -> Iterator[list[str]]:
+    """Changes worth trying for a role, cheapest for the run first."""
+    role, mesh = f.role, "decoder_mesh" if f.apart else "mesh"
     section = {"decoder-update": "mmdit", "tokenizer-update": "siglip_vq"}.get(role, "transformer")
     learns = role.endswith("update")
-    remat = [f"{section}.remat=full"] if learns and config[section].get("remat", "") != "full" else []
+    remat = [f"{section}.remat=full"] if learns and component(config, section).remat != "full" else []
     smaller = []
     if role in ("policy-update", "reference"):
         rows = config.rollout.micro_batch or config.batch_size * config.grpo.rollouts_per_prompt // config.grpo.updates_per_batch
         smaller = [[f"rollout.micro_batch={rows // n}"] for n in (2, 4, 8) if rows % n == 0]
     elif role in ("rollout", "prefill", "decoder", "vae", "text"):
-        smaller = [[f"rollout.chunks={config.rollout.chunks * n}"] for n in (2, 4)]
+        part = {"decoder": "mmdit", "vae": "autoencoder"}.get(role)
+        pieces = [[f"{part}.at_once=1"]] if part and component(config, part).at_once != 1 else []
+        smaller = pieces + [[f"rollout.chunks={config.rollout.chunks * n}"] for n in (2, 4)]
     elif role == "sft-update" or role == "pretrain-update":
         smaller = [[f"next_token.rows={config.next_token.rows // n}"] for n in (2, 4) if config.next_token.rows % n == 0]
     elif learns:
         smaller = [[f"batch_size={config.batch_size // n}"] for n in (2, 4) if config.batch_size % n == 0]
-    tensor = config.mesh.tensor
     meshes = [
-        [f"mesh.fsdp={topology.size // t}", f"mesh.tensor={t}", "mesh.data=1", "mesh.replica=1"]
+        [f"{mesh}.fsdp={f.devices // t}", f"{mesh}.tensor={t}", f"{mesh}.data=1", f"{mesh}.replica=1"]
         for t in (4, 2, 1)
-        if t != tensor and topology.size % t == 0
+        if t != config[mesh].tensor and f.devices % t == 0
     ]
     if remat:
         yield remat

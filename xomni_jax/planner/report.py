@@ -19,7 +19,8 @@ SHOWN = 6  # rows of collectives and of repeated weights
 def head(plan: Plan) -> str:
     """One line: what was planned."""
     t = plan.topology
-    mesh = " x ".join(f"{axis} {n}" for axis, n in plan.mesh.items() if n > 1) or "one device"
+    mesh, apart = (" x ".join(f"{axis} {n}" for axis, n in m.items() if n > 1) or "one device" for m in (plan.mesh, plan.apart))
+    mesh += f" and, for the decoder, {apart}" if plan.apart else ""
     rented = f"{t.cloud}, {t.chips} chips" if t.chip else "simulated"
     return f"{plan.stage} on {t.name} ({rented}), mesh {mesh}; {', '.join(f'{k} {v}' for k, v in plan.versions.items())}"
 
@@ -88,7 +89,8 @@ def time_line(f: Facts, time: Time, plan: Plan) -> str:
     """The roofline of one execution."""
     parts = f"operations {time.operations:.3g} s, HBM {time.hbm:.3g}, collectives {time.collectives:.3g}"
     useful = f"; MFU at most {mfu(f, time.total, plan.topology):.0%}" if f.learned + f.forward else ""
-    rate = f", {f.tokens / time.total / plan.topology.chips:,.0f} tokens/s/chip" if f.tokens else ""
+    chips = f.devices // plan.topology.chip.devices
+    rate = f", {f.tokens / time.total / chips:,.0f} tokens/s/chip" if f.tokens else ""
     return f"at best     {time.total:.3g} s, bound by {time.bound} ({parts}){useful}{rate}"
 
 
@@ -96,7 +98,9 @@ def step_lines(s: Step | None) -> Iterator[str]:
     """The step as a whole."""
     if s is None:
         return
-    yield f"a step takes at least {s.seconds:.1f} s: " + ", ".join(f"{name} {t:.1f}" for name, t in s.times)
+    yield f"a step takes at least {s.seconds:.1f} s: " + ", ".join(f"{name} {t:.1f}" for name, t in s.times) + (
+        f"; {s.overlapped:.1f} s of it side by side" if s.overlapped else ""
+    )
     images = f", {s.images_per_hour:,.0f} images/hour" if s.images_per_hour else ""
     yield f"MFU at most {s.mfu:.0%}, {s.tokens_per_chip:,.0f} tokens/s/chip{images}"
     if s.dollars is not None:
@@ -106,7 +110,7 @@ def step_lines(s: Step | None) -> Iterator[str]:
 def as_json(plan: Plan, reserve: float = RESERVE, price: float | None = None) -> dict[str, Any]:
     """Everything, as plain data."""
     s = step(plan, price)
-    out = dict(stage=plan.stage, topology=plan.topology.name, mesh=plan.mesh, versions=plan.versions, reserve=reserve, roles=[])
+    out = dict(stage=plan.stage, topology=plan.topology.name, mesh=plan.mesh, decoder_mesh=plan.apart, versions=plan.versions, reserve=reserve, roles=[])
     for f in plan.facts:
         time = time_of(f, plan.topology)
         row = dataclasses.asdict(f) | {"checks": [dataclasses.asdict(c) for c in checks(f, plan.topology, reserve)]}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -47,6 +46,7 @@ class Role:
       gone: resident groups that are not there while it runs.
       per_step: executions in a training step; 0 for a part of another role, looked at on its own.
       state: the donated argument, if any.
+      apart: it runs on the decoder's own devices.
     """
 
     name: str
@@ -58,24 +58,31 @@ class Role:
     gone: tuple[str, ...] = ()
     per_step: int = 1
     state: Any = None
+    apart: bool = False
 
 
 @dataclasses.dataclass
 class Stage:
-    """The roles of a configuration on one mesh.
+    """The roles of a configuration.
 
     Attributes:
-      resident: group -> arrays that stay on the devices through a whole step, whichever role runs.
+      mesh: of the policy, and of everything else. apart: of a decoder with devices of its own.
+      resident: group -> arrays that stay on their devices through a whole step, whichever role runs.
     """
 
     name: str
     mesh: Mesh
     roles: dict[str, Role]
     resident: dict[str, Any]
+    apart: Mesh | None = None
+
+    def mesh_of(self, role: Role) -> Mesh:
+        """Where a role runs."""
+        return self.apart if role.apart else self.mesh
 
 
-def build_stage(config: ConfigDict, mesh: Mesh) -> Stage:
-    """The roles of a training configuration.
+def build_stage(config: ConfigDict, mesh: Mesh, apart: Mesh | None = None) -> Stage:
+    """The roles of a training configuration; `apart` is the decoder's own mesh.
 
     Raises:
       ConfigError: the configuration is one the trainer would refuse as well.
@@ -85,7 +92,9 @@ def build_stage(config: ConfigDict, mesh: Mesh) -> Stage:
         raise ConfigError(f"config.stage={stage!r} is unknown; use one of {', '.join(STAGES)}")
     module = {"tokenizer": tokenizer, "decoder": decoder_stage, "grpo": grpo_stage}.get(stage, pretrain)
     check_sections(config, ("mesh", *module.SECTIONS), stage)
-    return {"tokenizer": _tokenizer, "decoder": _decoder, "grpo": _grpo}.get(stage, _next_token)(config, mesh)
+    if stage == "grpo":
+        return _grpo(config, mesh, apart)
+    return {"tokenizer": _tokenizer, "decoder": _decoder}.get(stage, _next_token)(config, mesh)
 
 
 def _next_token(config: ConfigDict, mesh: Mesh) -> Stage:
@@ -195,7 +204,7 @@ def _decoder(config: ConfigDict, mesh: Mesh) -> Stage:
     return Stage(run.stage, mesh, {role.name: role}, {"state": state, "siglip_vq": vq_params})
 
 
-def _grpo(config: ConfigDict, mesh: Mesh) -> Stage:
+def _grpo(config: ConfigDict, mesh: Mesh, apart: Mesh | None) -> Stage:
     run, cfg = run_config(config), build(GRPOConfig, config.grpo, "config.grpo")
     rolls = build(RolloutConfig, config.rollout, "config.rollout")
     sampling = build(SamplingConfig, config.sampling, "config.sampling")
@@ -246,29 +255,18 @@ def _grpo(config: ConfigDict, mesh: Mesh) -> Stage:
         Role("prefill", f"{part * sides} prompts of {S} tokens", draws.start, prompts, work.prefill(ar, part, S, sides), ("sampler",),
              per_step=rolls.chunks),
     ]  # fmt: skip
-    frozen, more = _pictures(cfgs, grid, decode, part * R, rolls.chunks, painter_mesh(config, mesh))
-    resident = {"params": state.params, "optimizer": state.opt_state, "reference": reference, "sampler": weights}
-    if painter_mesh(config, mesh) is mesh:
-        resident |= frozen
+    frozen, more = _pictures(cfgs, grid, decode, part * R, rolls.chunks, apart or mesh)
+    more = [dataclasses.replace(role, apart=apart is not None) for role in more]
+    resident = {"params": state.params, "optimizer": state.opt_state, "reference": reference, "sampler": weights} | frozen
     if reference is None:
         del roles[1], resident["reference"]
-    return Stage(run.stage, mesh, {role.name: role for role in [*roles, *more]}, resident)
+    return Stage(run.stage, mesh, {role.name: role for role in [*roles, *more]}, resident, apart)
 
 
 def _as_left(shapes: Any, mesh: Mesh) -> Any:
     """Caches and hidden states placed as a program of the sampler leaves them, and the next one finds them."""
     axes = {len(names): names for names in (PROMPT_AXES, GENERATED_AXES)}
     return jax.tree.map(lambda x: abstract.array(mesh, x.shape, x.dtype, *axes.get(x.ndim, ("batch",)[: x.ndim])), shapes)
-
-
-def painter_mesh(config: ConfigDict, mesh: Mesh) -> Mesh:
-    """Where pictures are decoded: on the policy's mesh, or on devices of their own."""
-    apart = math.prod(config.decoder_mesh.values())
-    if not apart:
-        return mesh
-    raise ConfigError(
-        "config.decoder_mesh: only a shared mesh is planned; leave config.decoder_mesh.fsdp=0 and plan --role decoder on a smaller topology"
-    )
 
 
 def _pictures(
@@ -279,6 +277,7 @@ def _pictures(
     decoder = Decoder(**{name: COMPONENTS[name].module(cfgs[name]) for name in DECODER_PARTS})
     vq = COMPONENTS["siglip_vq"].module(cfgs["siglip_vq"])
     ways = mesh.shape["replica"] * mesh.shape["data"] * mesh.shape["fsdp"]
+    rows += -rows % ways  # as the pipeline fills them up
     T, S, sides = grid[0] * grid[1], cfg.text_length, 2 if cfg.guidance != 1.0 else 1
     parts = {name: params[name] for name in DECODER_PARTS}
 

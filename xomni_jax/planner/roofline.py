@@ -37,9 +37,11 @@ class Time:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A whole training step: `times` are (role, seconds in the step)."""
+    """A whole training step: `times` are (role, seconds in the step), `overlapped` the seconds in which a decoder on its own devices
+    works beside the rollout."""
 
     times: tuple[tuple[str, float], ...]
+    overlapped: float
     mfu: float
     tokens_per_chip: float
     images_per_hour: float
@@ -47,8 +49,8 @@ class Step:
 
     @property
     def seconds(self) -> float:
-        """Of all roles, one after the other."""
-        return sum(t for _, t in self.times)
+        """Of all roles, one after the other but for what overlaps."""
+        return sum(t for _, t in self.times) - self.overlapped
 
 
 def time_of(facts: Facts, topology: Topology) -> Time | None:
@@ -68,17 +70,21 @@ def mfu(facts: Facts, seconds: float, topology: Topology) -> float:
 
 
 def step(plan: Plan, price: float | None) -> Step | None:
-    """The step that the roles make up, one after the other; `price` is of one chip-hour. None where a role is missing or has no time."""
+    """The step that the roles make up; `price` is of one chip-hour. None where a role is missing or has no time."""
     roles = [f for f in plan.facts if f.per_step]
     times = [time_of(f, plan.topology) for f in roles]
     if not plan.whole or any(t is None for t in times):
         return None
     seconds = [t.total * f.per_step for f, t in zip(roles, times)]
-    total, chips = sum(seconds), plan.topology.chips
+    # While a chunk of the batch is decoded, the next one is sampled.
+    beside = [t.total * (f.per_step - 1) for f, t in zip(roles, times) if f.role in ("rollout", "decoder")]
+    overlapped = min(beside) if any(f.apart for f in roles) else 0.0
+    total, chips = sum(seconds) - overlapped, plan.topology.chips
     useful = sum((f.learned + f.forward + f.attention) * f.per_step for f in roles)
     return Step(
         tuple((f.role, s) for f, s in zip(roles, seconds)),
-        useful / roles[0].devices / plan.topology.chip.flops / total,
+        overlapped,
+        useful / plan.topology.size / plan.topology.chip.flops / total,
         max(f.tokens * f.per_step for f in roles) / total / chips,
         max(f.images * f.per_step for f in roles) / total * 3600,
         None if price is None else price * chips * total / 3600,

@@ -81,16 +81,20 @@ class Decoder:
         """
         grid = semantics_BYXD.shape[1:3]
         cond = self.condition(params, text_BS, pooled_BS, semantics_BYXD)
-        negative = None
-        if cfg.guidance != 1.0:
-            nothing = self.condition(params, *empty, None)
-            negative = null_conditioning(cond, nothing.text_BSE[0], nothing.pooled_BE[0])
-
-        def velocity(latents_BTC, sigma_B):
-            return guided_velocity(lambda x, s, c: self.velocity(params, x, s, c, grid), latents_BTC, sigma_B, cond, negative, cfg.guidance)
-
+        nothing = self.condition(params, *empty, None) if cfg.guidance != 1.0 else None
         sigmas = flow_sigmas(cfg.steps, grid[0] * grid[1], base_shift=cfg.base_shift, max_shift=cfg.max_shift)
-        return unpack(euler_sample(velocity, noise_BTC, sigmas), grid)
+
+        def denoise(rows):
+            noise_BTC, cond = rows
+            negative = nothing and null_conditioning(cond, nothing.text_BSE[0], nothing.pooled_BE[0])
+
+            def velocity(latents_BTC, sigma_B):
+                conditioned = lambda x, s, c: self.velocity(params, x, s, c, grid)  # noqa: E731
+                return guided_velocity(conditioned, latents_BTC, sigma_B, cond, negative, cfg.guidance)
+
+            return euler_sample(velocity, noise_BTC, sigmas)
+
+        return unpack(map_rows(denoise, (noise_BTC, cond), self.mmdit.cfg.at_once), grid)
 
     def pixels(self, params: Any, latents_BYXC: jax.Array) -> jax.Array:
         """Latents, scaled -> pixels [B, H, W, 3], float32, not clipped."""

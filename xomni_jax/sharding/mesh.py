@@ -54,6 +54,8 @@ def arrange(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray
       ValueError: there are several slices, and replica is not a multiple of their number.
     """
     slices = len({getattr(d, "slice_index", 0) for d in devices if d.platform == "tpu"})
+    if slices == 1 and has_holes(devices):
+        return np.array(sorted(devices, key=lambda d: (*d.coords, d.core_on_chip))).reshape(shape)
     if slices <= 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     if shape[0] % slices:
@@ -62,6 +64,12 @@ def arrange(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray
         )
     within, between = (shape[0] // slices, *shape[1:]), (slices,) + (1,) * (len(shape) - 1)
     return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
+
+
+def has_holes(devices: Sequence[jax.Device]) -> bool:
+    """Whether the devices of a slice leave some of their cuboid out, as those of a decoder apart do: then no axis follows the torus."""
+    sides = (max(c) - min(c) + 1 for c in zip(*((*d.coords, d.core_on_chip) for d in devices)))
+    return math.prod(sides) != len(devices)
 
 
 def split_devices(devices: Sequence[jax.Device], apart: int) -> tuple[list[jax.Device], list[jax.Device]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
 
 import jax
 from flax import linen as nn
@@ -16,7 +18,6 @@ MESH_AXES = ("replica", "data", "fsdp", "tensor")
 RULES: dict[str, tuple[str, ...] | None] = {
     # activations
     "batch": ("replica", "data", "fsdp"),
-    "pictures": ("replica", "data", "fsdp", "tensor"),  # rows of a convolutional model, which has nothing to split over "tensor"
     "length": None,
     "cache": None,
     "residual": None,  # the model width of an activation; parameters call theirs "embed"
@@ -39,6 +40,12 @@ RULES: dict[str, tuple[str, ...] | None] = {
 # The transformer while it samples: whole along its width. A decode step lasts about as long as reading the weights once from HBM takes; split
 # over "fsdp" they would come over the network for every token.
 ROLLOUT_RULES = RULES | {"embed": None}
+
+# Activations of models that take many rows at a time: rows are split over "tensor" too, and nothing else is. Weights lie as RULES say and are
+# gathered layer by layer: 0.4 GB a layer of the MMDiT, where a split over heads would exchange 35 MB a picture and projection.
+SPREAD_RULES = dict.fromkeys(RULES) | {"batch": MESH_AXES}
+
+_acting: ContextVar[Mapping] = ContextVar("rules of activations", default=RULES)
 
 
 def spec_for(
@@ -73,28 +80,50 @@ def spec_for(
 def constrain(x: jax.Array, *axes: str | None, name: str = "activation") -> jax.Array:
     """Pins an activation to the table, by logical axis names. The identity where no mesh is set (`jax.set_mesh`)."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return x
-    return jax.lax.with_sharding_constraint(x, spec_for(name, x.shape, axes, mesh))
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, activation_spec(name, x.shape, axes, mesh))
 
 
-def map_rows(fn: Callable[[jax.Array], jax.Array], x: jax.Array, at_once: int) -> jax.Array:
-    """fn(x) for rows on their own, `at_once` per device of the mesh in scope at a time; 0: all together.
+def activation_spec(name: str, shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """`spec_for` an activation: by RULES, or by SPREAD_RULES within `map_rows`."""
+    return spec_for(name, shape, axes, mesh, _acting.get())
 
-    Rows are dealt out in turn, so that those of a device stay there, and spread over the tensor axis as well, where they divide.
+
+@contextmanager
+def acting(rules: Mapping) -> Iterator[None]:
+    """Within it activations are split by another table."""
+    token = _acting.set(rules)
+    try:
+        yield
+    finally:
+        _acting.reset(token)
+
+
+def map_rows(fn: Callable[[Any], Any], rows: Any, at_once: int = 0) -> Any:
+    """fn(rows) for a tree of arrays whose rows do not depend on each other, at most `at_once` per device at a time; 0: all together.
+
+    Rows are spread over every device of the mesh in scope (SPREAD_RULES); where their number does not divide over all of them, they stay
+    split as any batch is. Pieces are of equal size and rows are dealt out in turn, so that those of a device stay there.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    ways = 1 if mesh.empty else mesh.size
-    if not at_once or len(x) % (ways * at_once) or len(x) == at_once:
-        return fn(x)
+    mesh, n = jax.sharding.get_abstract_mesh(), len(jax.tree.leaves(rows)[0])
+    rules = RULES if mesh.empty or n % mesh.size else SPREAD_RULES
+    each, odd = divmod(n, math.prod(mesh.shape.get(axis, 1) for axis in rules["batch"]))
+    if odd:
+        return fn(rows)
+    pieces = next(k for k in range(1, each + 1) if each % k == 0 and (not at_once or each // k <= at_once))
 
-    def piece(rows: jax.Array) -> jax.Array:
-        rows = constrain(rows, "pictures", *(None,) * (rows.ndim - 1), name="pictures")
-        out = fn(rows)
-        return constrain(out, "batch", *(None,) * (out.ndim - 1), name="pictures")
+    def piece(rows: Any) -> Any:
+        with acting(rules):
+            out = fn(jax.tree.map(pinned, rows))
+        return jax.tree.map(pinned, out)
 
-    out = jax.lax.map(piece, x.reshape(-1, len(x) // (ways * at_once), *x.shape[1:]).swapaxes(0, 1))
-    return out.swapaxes(0, 1).reshape(-1, *out.shape[2:])
+    def pinned(x: jax.Array) -> jax.Array:
+        return constrain(x, "batch", *(None,) * (x.ndim - 1), name="rows")
+
+    if pieces == 1:
+        return piece(rows)
+    dealt = jax.tree.map(lambda x: x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1), rows)
+    out = jax.lax.map(piece, dealt)
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), out)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from xomni_jax.sampling.flow import Conditioning, flow_training_pair
 from xomni_jax.sampling.keys import picture_keys
 from xomni_jax.sampling.pixels import DECODER_PARTS
 from xomni_jax.sharding.arrays import spread, whole
+from xomni_jax.sharding.rules import map_rows
 from xomni_jax.training.components import PRESETS, DataIterator, PictureSize, export_model, here, open_model, stored_or_preset
 from xomni_jax.training.config import ConfigError, RunConfig, build
 from xomni_jax.training.loop import Stage, key_for, tile
@@ -73,7 +74,8 @@ def flow_loss(
     text_BS = jnp.where(drop_B[:, None], batch["empty"][0], batch["text"])
     pooled_BS = jnp.where(drop_B[:, None], batch["empty"][1], batch["pooled"])
     cond: Conditioning = decoder.condition(params, text_BS, pooled_BS, jnp.where(drop_B[:, None, None, None], 0.0, semantics_BYXD))
-    v_BTC = decoder.velocity(params, noisy_BTC, sigma_B, cond, semantics_BYXD.shape[1:3])
+    velocity = lambda rows: decoder.velocity(params, *rows, semantics_BYXD.shape[1:3])  # noqa: E731
+    v_BTC = map_rows(velocity, (noisy_BTC, sigma_B, cond))
     error_B = jnp.mean((v_BTC - target_BTC) ** 2, axis=(1, 2))
     loss = jnp.mean(error_B)
     return loss, {

@@ -1,0 +1,78 @@
+"""Decoding in pieces and spread over a mesh: the same latents as all at once on one device."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from tests.miniature import GRID, configs
+from tests.models import golden
+from xomni_jax.models.registry import COMPONENTS, init_params
+from xomni_jax.pipeline import DECODER_PARTS
+from xomni_jax.sampling.decoder import DecodeConfig, Decoder
+from xomni_jax.sharding.mesh import make_mesh
+from xomni_jax.sharding.rules import param_shardings
+
+B, T, SEQUENCE, POOLED = 16, GRID[0] * GRID[1], 6, 5
+CONFIGS = configs()
+
+
+@pytest.fixture(scope="module")
+def boxed():
+    """Shapes of the decoder's parameters with their logical axes."""
+    return jax.eval_shape(lambda: {name: init_params(name, CONFIGS[name], jax.random.key(0)) for name in DECODER_PARTS})
+
+
+@pytest.fixture(scope="module")
+def inputs(boxed):
+    """Parameters away from their zero start, and 16 pictures' semantics, prompts, empty prompt and noise."""
+    rng = np.random.default_rng(3)
+    params = jax.tree.map(lambda x: 0.1 * rng.standard_normal(x.shape).astype(np.float32), nn.meta.unbox(boxed))
+    ids = lambda n, length: rng.integers(1, 60, (n, length)).astype(np.int32)  # noqa: E731
+    semantics = rng.standard_normal((B, *GRID, CONFIGS["mmdit"].semantic_dim)).astype(np.float32)
+    noise = rng.standard_normal((B, T, CONFIGS["mmdit"].in_channels)).astype(np.float32)
+    return params, semantics, ids(B, SEQUENCE), ids(B, POOLED), (ids(8, SEQUENCE)[:1].repeat(8, 0), ids(1, POOLED).repeat(8, 0)), noise
+
+
+def decoder(at_once: int) -> Decoder:
+    changed = CONFIGS | {"mmdit": dataclasses.replace(CONFIGS["mmdit"], at_once=at_once)}
+    return Decoder(**{name: COMPONENTS[name].module(changed[name]) for name in DECODER_PARTS})
+
+
+def drawn(inputs, rows: int, at_once: int, guidance: float):
+    params, semantics, text, pooled, empty, noise = inputs
+    run = jax.jit(decoder(at_once).latents, static_argnums=6)
+    return run(params, semantics[:rows], text[:rows], pooled[:rows], empty, noise[:rows], DecodeConfig(steps=3, guidance=guidance))
+
+
+@pytest.fixture(scope="module")
+def whole(inputs):
+    """All pictures at once on one device: {guidance: latents}."""
+    return {guidance: np.asarray(drawn(inputs, B, 0, guidance)) for guidance in (1.0, 3.0)}
+
+
+@pytest.mark.parametrize(
+    "rows, at_once, guidance",
+    [
+        (16, 0, 1.0),  # two pictures a device, over the tensor axis too
+        (16, 1, 3.0),  # one at a time
+        (4, 0, 1.0),  # too few for all devices: heads are split instead
+        (8, 2, 3.0),  # two would be more than there are
+        (12, 1, 1.0),  # three at a time per device of the batch's axes
+    ],
+)
+def test_pieces_and_a_mesh_change_nothing(inputs, boxed, whole, rows, at_once, guidance):
+    mesh = make_mesh(dict(fsdp=4, tensor=2))
+    params = jax.device_put(inputs[0], param_shardings(boxed, mesh))
+    with jax.set_mesh(mesh):
+        latents = drawn((params, *inputs[1:]), rows, at_once, guidance)
+    golden.assert_close(latents, whole[guidance][:rows], "latents", 1e-5)
+
+
+def test_pieces_on_one_device_change_nothing(inputs, whole):
+    """Five pictures at most make four pieces of four."""
+    golden.assert_close(drawn(inputs, B, 5, 1.0), whole[1.0], "latents", 1e-5)
