@@ -9,7 +9,6 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
@@ -22,7 +21,7 @@ from xomni_jax.sampling.decoder import DecodeConfig, Decoder
 from xomni_jax.sampling.pixels import DECODER_PARTS
 from xomni_jax.sequence.tokenizer import MultimodalTokenizer, read_tokenizer
 from xomni_jax.sharding.mesh import make_mesh
-from xomni_jax.sharding.rules import ROLLOUT_RULES, RULES, param_shardings
+from xomni_jax.sharding.rules import ROLLOUT_RULES, RULES, param_shardings, row_ways
 
 
 class ModelParts:
@@ -45,7 +44,7 @@ class ModelParts:
         if flux is not None and self.released is None:
             raise CheckpointError(f"{path}: is a model directory, which has its own VAE and text encoders; leave flux out")
         self.description = read_model_json(path) if self.released is None else self.released.description
-        self.ways = int(np.prod([self.mesh.shape[a] for a in RULES["batch"]]))
+        self.ways = row_ways(self.mesh)
         self._params: dict[str, Any] = {}
         self._configs: dict[str, Any] = {}
 

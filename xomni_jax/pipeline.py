@@ -14,7 +14,7 @@ from PIL import Image
 
 from xomni_jax.data.preprocess import preprocess
 from xomni_jax.parts import ModelParts
-from xomni_jax.sampling.decode import generate_codes, generate_text
+from xomni_jax.sampling.decode import generate_codes, make_answerer
 from xomni_jax.sampling.decoder import DecodeConfig
 from xomni_jax.sampling.keys import NOISE, picture_keys
 from xomni_jax.sampling.logits import SamplingConfig
@@ -238,5 +238,4 @@ class XOmni(ModelParts):
 
     @functools.cache
     def _answerer(self, max_tokens: int):
-        model, stop, pad = self.module("transformer"), (self.tokenizer.end_of_turn,), self.tokenizer.pad
-        return jax.jit(lambda params, ids_PS, lengths_P: generate_text(model, params, ids_PS, lengths_P, max_tokens, stop, pad))
+        return make_answerer(self.module("transformer"), max_tokens, self.tokenizer.end_of_turn, self.tokenizer.pad)

@@ -12,7 +12,7 @@ Every program of a stage is compiled for the slice by the TPU compiler itself, w
 core. What was compiled once is kept; the same plan then takes seconds.
 
 roles: grpo has policy-update, reference (a part of it), layout, rollout, prefill (a part of it), decoder, text and vae (parts of it);
-       tokenizer, pretrain, sft and decoder have one update each.
+       tokenizer, pretrain, sft and decoder have one update each; inference has rollout, prefill, decoder, text, vae and answer.
 
 Topologies other than cpu:N need the extra [plan]. Times are the least the hardware allows, no measurement: what bounds a role, and MFU,
 tokens and images at most.
@@ -20,6 +20,7 @@ tokens and images at most.
 examples:
   xomni plan --config=configs/tiny/sft.py --topology=cpu:8 --config.next_token.rows=16
   xomni plan --config=configs/xomni/grpo.py --topology=v6e-64 --role rollout
+  xomni plan --config=configs/xomni/generate.py --topology=v5litepod-8
   xomni plan --config=configs/xomni/sft.py --topology=v5p:2x4x4 --price 4.2 --html plan.html
   xomni plan --gates
 """
@@ -28,7 +29,7 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The subcommand's own options."""
     parser.usage = "xomni plan (--config=FILE --topology=NAME | --gates) [--role ROLE] [--config.KEY=VALUE ...] [...]"
-    parser.add_argument("--config", metavar="FILE", help="a training configuration; see configs/")
+    parser.add_argument("--config", metavar="FILE", help="a configuration of training or of inference; see configs/")
     parser.add_argument("--topology", metavar="NAME", help="v6e:8x8, or as rented: v6e-64, v5p-64, v5litepod-256; cpu:8 simulates")
     parser.add_argument("--role", action="append", metavar="ROLE", help="one role; may be repeated (default: all)")
     parser.add_argument("--json", metavar="FILE", help="also write everything to this file")

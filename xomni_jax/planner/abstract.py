@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from xomni_jax.checkpoint.store import config_from_json, read_model_json
 from xomni_jax.models.registry import COMPONENTS, init_params
 from xomni_jax.sampling.decoder import DecodeConfig
-from xomni_jax.sharding.rules import param_shardings, spec_for
+from xomni_jax.sharding.rules import RULES, param_shardings, spec_for
 from xomni_jax.training.components import PRESETS, STORED, from_preset
 from xomni_jax.training.config import ConfigError, build
 from xomni_jax.training.optimizer import path_name
@@ -42,15 +42,20 @@ def boxed(name: str, cfg: Any) -> Any:
     return jax.eval_shape(lambda: init_params(name, cfg, jax.random.key(0)))
 
 
-def params(name: str, cfg: Any, mesh: Mesh) -> Any:
+def params(name: str, cfg: Any, mesh: Mesh, rules: Mapping = RULES) -> Any:
     """Parameters of a component."""
     shapes = boxed(name, cfg)
-    return placed(nn.meta.unbox(shapes), param_shardings(shapes, mesh))
+    return placed(nn.meta.unbox(shapes), param_shardings(shapes, mesh, rules))
 
 
 def placed(shapes: Any, shardings: Any) -> Any:
     """Shapes with their shardings."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def model_of(config: ConfigDict) -> str:
+    """The model directory that a run starts from, or that inference uses."""
+    return config.model if "model" in config else config.init_from
 
 
 def component(config: ConfigDict, name: str) -> Any:
@@ -59,23 +64,23 @@ def component(config: ConfigDict, name: str) -> Any:
     Raises:
       ConfigError: the section takes what is stored, and there is no such model on this machine.
     """
-    section, presets = config[name], dict(PRESETS[name])
+    section, presets, source = config[name], dict(PRESETS[name]), model_of(config)
     if section.get("preset") == STORED:
         try:
-            stored = read_model_json(config.init_from)["components"][name]["config"]
+            stored = read_model_json(source)["components"][name]["config"]
         except (OSError, ValueError, KeyError):
             raise ConfigError(
-                f"config.{name}.preset=stored, but config.init_from={config.init_from or 'nothing'} holds no {name} on this machine; "
+                f"config.{name}.preset=stored, but {source or 'config.init_from'} holds no {name} on this machine; "
                 f"name a preset: {', '.join(presets)}"
             ) from None
-        presets[STORED] = config_from_json(COMPONENTS[name].config, stored, f"{config.init_from}/model.json")
+        presets[STORED] = config_from_json(COMPONENTS[name].config, stored, f"{source}/model.json")
     return from_preset(section, presets, f"config.{name}")
 
 
 def decode_settings(config: ConfigDict) -> DecodeConfig:
     """How pictures are decoded: the configuration's choices over those of the model it starts from, or the released ones without it."""
     try:
-        own = read_model_json(config.init_from).get("settings", {}).get("decode", {})
+        own = read_model_json(model_of(config)).get("settings", {}).get("decode", {})
     except (OSError, ValueError):
         own = {}
     return build(DecodeConfig, own | {k: v for k, v in config.decode.items() if v is not None}, "config.decode")

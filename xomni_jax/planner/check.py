@@ -35,7 +35,7 @@ def checks(f: Facts, topology: Topology, reserve: float = RESERVE) -> Iterator[C
     yield _memory(f, budget(topology, reserve))
     if f.memory is None:
         return
-    yield Check("loops understood", f"{len(f.unknown)} unknown", "0", not f.unknown)
+    yield Check("loops understood", f"{len(f.unknown)} unknown", str(f.open_loops), len(f.unknown) <= f.open_loops)
     if f.learned:
         yield from _update(f)
     elif f.role == "rollout":

@@ -25,7 +25,8 @@ class Facts:
       collectives: rows of kind, axes, dtype, shape, times, bytes, sent (over all executions), source, largest first.
       hbm: bytes moved; `hbm_step` per decoding step, against `floor`.
       copies: copies from HBM to HBM of LARGE bytes and more. repeated: large weights that several devices hold, with how often.
-      loops: trip counts. unknown: loops that were counted once because theirs could not be read.
+      loops: trip counts. unknown: loops that were counted once because theirs could not be read, of
+        which `open_loops` are due.
     """
 
     role: str
@@ -61,6 +62,7 @@ class Facts:
     repeated: list[dict[str, Any]]
     loops: list[int]
     unknown: list[str]
+    open_loops: int
 
     @property
     def fits_in(self) -> int:
@@ -100,6 +102,7 @@ def read(role: Role, stage: Stage, compiled: Compiled) -> Facts:
         ],
         repeated=[dict(name=n, shape=s, copies=c, bytes=b) for n, s, c, b in repeated],
         loops=sorted(set(module.trips.values())) if module else [], unknown=module.unknown if module else [],
+        open_loops=w.open_loops,
     )  # fmt: skip
 
 

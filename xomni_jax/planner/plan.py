@@ -128,10 +128,10 @@ def candidates(config: ConfigDict, f: Facts) -> Iterator[list[str]]:
     if role in ("policy-update", "reference"):
         rows = config.rollout.micro_batch or config.batch_size * config.grpo.rollouts_per_prompt // config.grpo.updates_per_batch
         smaller = [[f"rollout.micro_batch={rows // n}"] for n in (2, 4, 8) if rows % n == 0]
-    elif role in ("rollout", "prefill", "decoder", "vae", "text"):
+    elif role in ("rollout", "prefill", "answer", "decoder", "vae", "text"):
         part = {"decoder": "mmdit", "vae": "autoencoder"}.get(role)
         pieces = [[f"{part}.at_once=1"]] if part and component(config, part).at_once != 1 else []
-        smaller = pieces + [[f"rollout.chunks={config.rollout.chunks * n}"] for n in (2, 4)]
+        smaller = pieces + [fewer(config, role, n) for n in (2, 4)]
     elif role == "sft-update" or role == "pretrain-update":
         smaller = [[f"next_token.rows={config.next_token.rows // n}"] for n in (2, 4) if config.next_token.rows % n == 0]
     elif learns:
@@ -147,6 +147,14 @@ def candidates(config: ConfigDict, f: Facts) -> Iterator[list[str]]:
     yield from meshes
     for few in smaller[:2]:
         yield from (few + mesh for mesh in meshes)
+
+
+def fewer(config: ConfigDict, role: str, n: int) -> list[str]:
+    """A change with which a role draws an n-th of its pictures at a time."""
+    if "rollout" in config:
+        return [f"rollout.chunks={config.rollout.chunks * n}"]
+    key = "decode_batch" if role in ("decoder", "vae", "text") else "batch"
+    return [f"{key}={max(1, config[key] // n)}"]
 
 
 class ticking:

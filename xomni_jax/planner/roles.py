@@ -12,13 +12,14 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from xomni_jax.models.registry import COMPONENTS, init_params
+from xomni_jax.models.transformer import ARConfig
 from xomni_jax.planner import abstract, work
 from xomni_jax.planner.work import Work
 from xomni_jax.sampling.cache import GENERATED_AXES, PROMPT_AXES
 from xomni_jax.sampling.decoder import DecodeConfig, Decoder
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sampling.pixels import DECODER_PARTS, make_decode
-from xomni_jax.sharding.rules import ROLLOUT_RULES, param_shardings
+from xomni_jax.sharding.rules import ROLLOUT_RULES, param_shardings, row_ways
 from xomni_jax.training import decoder as decoder_stage
 from xomni_jax.training import grpo as grpo_stage
 from xomni_jax.training import pretrain, tokenizer, understanding
@@ -87,9 +88,13 @@ def build_stage(config: ConfigDict, mesh: Mesh, apart: Mesh | None = None) -> St
     Raises:
       ConfigError: the configuration is one the trainer would refuse as well.
     """
+    if config.get("stage") == "inference":
+        from xomni_jax.planner.inference import build as build_inference
+
+        return build_inference(config, mesh)
     stage = run_config(config).stage
     if stage not in STAGES:
-        raise ConfigError(f"config.stage={stage!r} is unknown; use one of {', '.join(STAGES)}")
+        raise ConfigError(f"config.stage={stage!r} is unknown; use one of {', '.join(STAGES)}, inference")
     module = {"tokenizer": tokenizer, "decoder": decoder_stage, "grpo": grpo_stage}.get(stage, pretrain)
     check_sections(config, ("mesh", *module.SECTIONS), stage)
     if stage == "grpo":
@@ -211,8 +216,7 @@ def _grpo(config: ConfigDict, mesh: Mesh, apart: Mesh | None) -> Stage:
     ar = abstract.component(config, "transformer")
     check_heads(ar.n_kv_heads, mesh)
     cfgs, grid, decode = _sizes(config)
-    ways = mesh.shape["replica"] * mesh.shape["data"] * mesh.shape["fsdp"]
-    grpo_stage.check_divides(run.batch_size, cfg, rolls, ways)
+    grpo_stage.check_divides(run.batch_size, cfg, rolls, row_ways(mesh))
     P, R, S, T = run.batch_size, cfg.rollouts_per_prompt, rolls.prompt_length, grid[0] * grid[1]
     B, part, sides = P * R, P // rolls.chunks, 2 if sampling.guided else 1
     parts = grpo_stage.micro_batches(P, cfg, rolls)
@@ -235,10 +239,6 @@ def _grpo(config: ConfigDict, mesh: Mesh, apart: Mesh | None) -> Stage:
     advantage = build(AdvantageConfig, config.advantage, "config.advantage")
     update = make_update(policy, optimizer, cfg, advantage, parts)
     replay = jax.jit(lambda params, batch: frozen_logp(policy, params, batch, parts))
-    draws, keys = Sampler(net, T, sampling, rolls.segment), abstract.keys(mesh, (part, R), "batch")
-    prompts = (weights, ids(part, S), ids(part), keys, (ids(part, S), ids(part)) if sampling.guided else None)
-    with jax.set_mesh(mesh):  # the kernels want other sizes of a cache
-        prompt_cache, rolling = _as_left(jax.eval_shape(draws.start, *prompts), mesh)
     shape, chunk = f"{S} + {T} tokens", rolls.logit_chunk
     roles = [
         Role("policy-update", f"{B} rollouts of {shape} in {parts} micro-batches", update,
@@ -249,13 +249,9 @@ def _grpo(config: ConfigDict, mesh: Mesh, apart: Mesh | None) -> Stage:
              work.replay(ar, B, S, T, parts, sides, chunk, mesh.shape), ("reference",), ("sampler",), per_step=0),
         Role("layout", "the policy's weights in the sampler's layout and number format", layout, (state.params,), Work(), ("params",),
              ("sampler",)),
-        Role("rollout", f"{draws.segment} codes of {part} prompts x {R} rollouts of {shape}", draws.draw, (weights, prompt_cache, rolling, keys),
-             work.rollout(ar, part, R, S, T, draws.segment, sides, mesh.shape), ("sampler",), per_step=rolls.chunks * draws.segments,
-             state=rolling),
-        Role("prefill", f"{part * sides} prompts of {S} tokens", draws.start, prompts, work.prefill(ar, part, S, sides), ("sampler",),
-             per_step=rolls.chunks),
+        *sampling_roles(ar, weights, sampling, (part, R, S, T), rolls.segment, rolls.chunks, mesh),
     ]  # fmt: skip
-    frozen, more = _pictures(cfgs, grid, decode, part * R, rolls.chunks, apart or mesh)
+    frozen, more = picture_roles(cfgs, grid, decode, part * R, rolls.chunks, apart or mesh)
     more = [dataclasses.replace(role, apart=apart is not None) for role in more]
     resident = {"params": state.params, "optimizer": state.opt_state, "reference": reference, "sampler": weights} | frozen
     if reference is None:
@@ -269,14 +265,32 @@ def _as_left(shapes: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda x: abstract.array(mesh, x.shape, x.dtype, *axes.get(x.ndim, ("batch",)[: x.ndim])), shapes)
 
 
-def _pictures(
+def sampling_roles(
+    ar: ARConfig, weights: Any, sampling: SamplingConfig, sizes: tuple[int, int, int, int], segment: int, times: int, mesh: Mesh
+) -> list[Role]:
+    """The sampler's programs, `times` each picture of a step; `sizes`: prompts, rollouts of each, tokens of a prompt, codes of a picture."""
+    (P, R, S, T), sides = sizes, 2 if sampling.guided else 1
+    draws, keys = Sampler(COMPONENTS["transformer"].module(ar), T, sampling, segment), abstract.keys(mesh, (P, R), "batch")
+    ids = lambda *shape: abstract.rows(mesh, (P, *shape), jnp.int32)  # noqa: E731
+    prompts = (weights, ids(S), ids(), keys, (ids(S), ids()) if sampling.guided else None)
+    with jax.set_mesh(mesh):  # the kernels want other sizes of a cache
+        cache, state = _as_left(jax.eval_shape(draws.start, *prompts), mesh)
+    return [
+        Role("rollout", f"{draws.segment} codes of {P} prompts x {R} rollouts of {S} + {T} tokens", draws.draw, (weights, cache, state, keys),
+             work.rollout(ar, P, R, S, T, draws.segment, sides, mesh.shape), ("sampler",), per_step=times * draws.segments, state=state),
+        Role("prefill", f"{P * sides} prompts of {S} tokens", draws.start, prompts, work.prefill(ar, P, S, sides), ("sampler",),
+             per_step=times),
+    ]  # fmt: skip
+
+
+def picture_roles(
     cfgs: dict[str, Any], grid: tuple[int, int], cfg: DecodeConfig, rows: int, times: int, mesh: Mesh
 ) -> tuple[dict[str, Any], list[Role]]:
     """The frozen decoder: codes to pixels in one program, and its text encoders and VAE on their own."""
     params = {name: abstract.params(name, c, mesh) for name, c in cfgs.items()}
     decoder = Decoder(**{name: COMPONENTS[name].module(cfgs[name]) for name in DECODER_PARTS})
     vq = COMPONENTS["siglip_vq"].module(cfgs["siglip_vq"])
-    ways = mesh.shape["replica"] * mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = row_ways(mesh)
     rows += -rows % ways  # as the pipeline fills them up
     T, S, sides = grid[0] * grid[1], cfg.text_length, 2 if cfg.guidance != 1.0 else 1
     parts = {name: params[name] for name in DECODER_PARTS}

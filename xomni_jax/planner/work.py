@@ -22,6 +22,7 @@ class Work:
       gathered: bytes a device receives of weights split over fsdp, and reduced: of their gradients.
       logits: most positions whose logits should exist at once (0: not a matter of this role); vocabularies: the widths of the heads.
       head_gathers: heads that are needed whole, counted once for each set of weights.
+      open_loops: loops that end when their data say so, counted once.
     """
 
     learned: float = 0.0
@@ -37,6 +38,7 @@ class Work:
     logits: int = 0
     vocabularies: tuple[int, ...] = ()
     head_gathers: int = 0
+    open_loops: int = 0
 
     @property
     def useful(self) -> float:
@@ -124,6 +126,13 @@ def rollout(
     return Work(
         forward=decode, attention=attention, tokens=prompts * rollouts * segment, hbm_per_step=weights + cache, cache=cache, steps=segment
     )
+
+
+def answer(c: ARConfig, rows: int, prompt: int) -> Work:
+    """Reading the questions and one token of the answers, which end when they end; only the language layers see new tokens."""
+    read = prefill(c, rows, prompt, 1)
+    new = 2.0 * rows * (c.n_language_layers * layer_weights(c) + c.d_model * c.vocab_size)
+    return dataclasses.replace(read, forward=read.forward + new, tokens=rows * (prompt + 1), open_loops=1)
 
 
 def prefill(c: ARConfig, prompts: int, prompt: int, sides: int) -> Work:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -184,6 +184,11 @@ def generate_text(
     cache = GeneratedCache.empty(model.cfg, P, 1, max_new, vision=False)
     empty = jnp.full((P, max_new), pad_id, jnp.int32)
     return jax.lax.while_loop(unfinished, step, (jnp.int32(0), hidden_PD[:, None], cache, empty, jnp.zeros(P, bool)))[3]
+
+
+def make_answerer(model: ARTransformer, max_new: int, stop_id: int, pad_id: int) -> Callable[..., jax.Array]:
+    """The jitted greedy `generate_text` (params, prompt ids [P, S], lengths [P]) -> ids [P, max_new]."""
+    return jax.jit(lambda params, ids_PS, lengths_P: generate_text(model, params, ids_PS, lengths_P, max_new, (stop_id,), pad_id))
 
 
 def replay_logp(

@@ -77,6 +77,11 @@ def spec_for(
     return PartitionSpec(*entries)
 
 
+def row_ways(mesh: Mesh | AbstractMesh) -> int:
+    """Parts that the rows of a batch are split into."""
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
+
+
 def constrain(x: jax.Array, *axes: str | None, name: str = "activation") -> jax.Array:
     """Pins an activation to the table, by logical axis names. The identity where no mesh is set (`jax.set_mesh`)."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ from xomni_jax.pipeline import XOmni
 from xomni_jax.sequence.tokenizer import TINY_TOKENIZER
 from xomni_jax.sharding.arrays import local_rows
 from xomni_jax.sharding.distributed import barrier
-from xomni_jax.sharding.rules import RULES
+from xomni_jax.sharding.rules import row_ways
 from xomni_jax.training.config import ConfigError, check_types
 
 T = TypeVar("T")
@@ -101,7 +100,7 @@ def check_heads(kv_heads: int, mesh: jax.sharding.Mesh) -> None:
 
 def check_split(key: str, size: int, mesh: jax.sharding.Mesh) -> None:
     """Refuses a batch that does not split evenly over the mesh; `key` is where its size is configured."""
-    ways = math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    ways = row_ways(mesh)
     if size % ways:
         raise ConfigError(
             f"{key}={size} does not split over the {ways} ways of config.mesh (replica x data x fsdp); use a multiple of {ways}, "
