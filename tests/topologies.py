@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 
-import jax
 import pytest
 
 from xomni_jax.sharding.mesh import make_mesh

@@ -7,7 +7,6 @@ from pathlib import Path
 import jax
 import pytest
 
-from xomni_jax.assets import TINY_SFT
 from xomni_jax.cli.main import main
 from xomni_jax.evaluation import session
 from xomni_jax.sharding.mesh import make_mesh

@@ -8,7 +8,7 @@ NAMES = ("ocr", "shapes", "quality", "tesseract", "detector")
 _OPTIONS = {"ocr": ("mode", "formula", "second"), "quality": ("references",), "detector": ("detector", "clip", "device", "short_side")}
 
 EXAMPLE = """\
-A service scores pictures over HTTP; the trainer and the evaluations ask it.
+A service scores pictures over HTTP; the trainer and the evaluations ask it. GET /health says how it is.
 
 ocr      reads the picture (PP-OCR) and compares the text with targets["text"]
 shapes   colour of the ground, and count, shape and colour of drawn objects

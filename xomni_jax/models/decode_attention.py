@@ -6,7 +6,6 @@ The kernel takes the caches of a whole stack and the number of the layer: a slic
 from __future__ import annotations
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp

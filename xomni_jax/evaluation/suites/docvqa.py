@@ -17,7 +17,7 @@ from rapidfuzz.distance import Levenshtein
 from xomni_jax.evaluation.suite import Item, Record, Suite, SuiteError
 from xomni_jax.evaluation.suites.choices import Choices
 from xomni_jax.evaluation.suites.reading import Row, check_unique, find
-from xomni_jax.evaluation.suites.sums import group_by
+from xomni_jax.evaluation.suites.sums import group_by, mean
 from xomni_jax.evaluation.suites.tables import rows_with_pictures
 
 FILES = "DocVQA/validation-*.parquet of the Hugging Face dataset lmms-lab/DocVQA, or VLMEvalKit's DocVQA_VAL.tsv"
@@ -65,8 +65,8 @@ def aggregate(records: Sequence[Record]) -> dict[str, Any]:
     groups = {t: [r for r in records if t in r["fields"]["types"]] for t in types} or group_by(records, "category")
     return {
         "headline": "ANLS",
-        "scores": {"ANLS": _mean(records)},
-        "categories": {name: {"score": _mean(rows), "items": len(rows)} for name, rows in groups.items()},
+        "scores": {"ANLS": mean(records, "score")},
+        "categories": {name: {"score": mean(rows, "score"), "items": len(rows)} for name, rows in groups.items()},
     }
 
 
@@ -74,10 +74,6 @@ def _distance(answer: str, reply: str) -> float:
     distance = Levenshtein.distance(*(" ".join(text.strip().lower().split()) for text in (answer, reply)))
     length = max(len(answer), len(reply))
     return distance / length if length else 0.0
-
-
-def _mean(records: Sequence[Record]) -> float:
-    return sum(r["score"] for r in records) / len(records)
 
 
 def _item(row: Row, image: Callable[[], Any], template: str) -> Item:

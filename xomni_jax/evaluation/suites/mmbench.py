@@ -16,7 +16,7 @@ from xomni_jax.evaluation.suite import Item, Record, Suite, SuiteError
 from xomni_jax.evaluation.suites import letters
 from xomni_jax.evaluation.suites.choices import Choices
 from xomni_jax.evaluation.suites.reading import Row, check_unique, find
-from xomni_jax.evaluation.suites.sums import group_by, right_or_wrong, unparsed_notes
+from xomni_jax.evaluation.suites.sums import group_by, mean, right_or_wrong, unparsed_notes
 from xomni_jax.evaluation.suites.tables import rows_with_pictures
 
 FILES = (
@@ -92,18 +92,14 @@ def aggregate(records: Sequence[Record]) -> dict[str, Any]:
     groups = list(group_by(records, lambda r: str(r["fields"]["group"])).values())
     hits = [{"fields": g[0]["fields"], "hit": int(all(r["right"] for r in g))} for g in groups]
     scores = {
-        "circular accuracy": _share(hits),
-        "accuracy of single rotations": sum(r["right"] for r in records) / len(records),
+        "circular accuracy": mean(hits, "hit"),
+        "accuracy of single rotations": mean(records, "right"),
         "undecided": sum(r["unparsed"] for r in records),
     }
-    scores |= {f"l2: {name}": _share(h) for name, h in group_by(hits, "l2_category").items() if name}
-    categories = {name: {"score": _share(h), "items": len(h)} for name, h in group_by(hits, "category").items()}
+    scores |= {f"l2: {name}": mean(h, "hit") for name, h in group_by(hits, "l2_category").items() if name}
+    categories = {name: {"score": mean(h, "hit"), "items": len(h)} for name, h in group_by(hits, "category").items()}
     notes = unparsed_notes(records, "wrong")
     return {"headline": "circular accuracy", "scores": scores, "categories": categories, "notes": notes}
-
-
-def _share(hits: Sequence[Mapping[str, Any]]) -> float:
-    return sum(h["hit"] for h in hits) / len(hits)
 
 
 def _item(row: Row, image: Callable[[], Any], prompt_of: Callable[[Row, Mapping[str, str]], str]) -> Item:

@@ -15,6 +15,11 @@ def ratio(records: Sequence[Record], part: str, whole: str) -> float:
     return sum(r[part] for r in records) / sum(r[whole] for r in records)
 
 
+def mean(records: Sequence[Record], part: str) -> float:
+    """Mean of one number."""
+    return sum(r[part] for r in records) / len(records)
+
+
 def ratios_by(records: Sequence[Record], key: str | Group, part: str, whole: str, scale: float = 1.0) -> dict[str, dict[str, Any]]:
     """The ratio within each value of a field (or of a function of the record): {value: {"score", "items"}}, in order of value."""
     groups = group_by(records, key)
