@@ -56,6 +56,13 @@ def test_flags_come_before_the_file_and_the_file_before_the_released_values(conf
     }  # fmt: skip
 
 
+def test_overrides_change_the_file(config_file, capsys):
+    assert main(["generate", "a", "--config", str(config_file), "--config.decode.steps=0"]) == 2
+    assert "config.decode: decode.steps=0 must be at least 1" in capsys.readouterr().err
+    assert "none is given; add --config=FILE" in refusal(capsys, "generate", "a", "--config.decode.steps=1")
+    assert "unknown argument '--colour'; overrides are written --config.KEY=VALUE" in refusal(capsys, "generate", "a", "--colour")
+
+
 def test_components_are_computed_as_the_file_says(config_file, model_dir):
     model = open_model(model_dir, config=read_config(config_file))
     assert model.config("transformer").dtype == jnp.bfloat16 and model.decode_config.steps == 1

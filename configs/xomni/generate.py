@@ -1,4 +1,4 @@
-"""Drawing and chatting on one host. Slice: v6e-8; v5litepod-8 with --config.mmdit.int8=True --config.t5.int8=True in the file.
+"""Drawing and chatting on one host. Slice: v6e-8, or v5litepod-8 with --config.mmdit.int8=True --config.t5.int8=True.
 
 Command: xomni generate --config=configs/xomni/generate.py 'a shop sign that says "OPEN"'
 Before: xomni plan --config=configs/xomni/generate.py --topology=v6e-8

@@ -47,7 +47,7 @@ def test_the_overview_lists_every_command(capsys):
     assert all(name in told for name in COMMANDS)
 
 
-@pytest.mark.parametrize("arguments", [[], ["paint"], ["generate"], ["generate", "a", "--colour", "red"], ["generate", "a", "--seed", "x"]])
+@pytest.mark.parametrize("arguments", [[], ["paint"], ["generate"], ["inspect", "a", "--colour", "red"], ["generate", "a", "--seed", "x"]])
 def test_a_wrong_command_line_is_two(arguments, capsys):
     with pytest.raises(SystemExit) as done:
         main(arguments)

@@ -162,7 +162,7 @@ def test_an_impossible_mesh_is_refused_with_the_sizes_that_would_work():
         ("--config=configs/tiny/sft.py --topology=cpu:8 --json /no/such/a.json", "there is no folder /no/such; make it first"),
         ("--config=configs/tiny/sft.py --topology=cpu:8 --steps 3", "unknown argument '--steps'; overrides are written --config.KEY=VALUE"),
         ("--config=configs/tiny/sft.py --topology=cpu:2 --role rollout", "--role rollout: stage sft has no such role; it has sft-update, and all"),
-        ("--config=configs/tiny/grpo.py --config.init_from=no/model --topology=cpu:8", "config.transformer.preset=stored, but config.init_from=no/model holds no transformer"),
+        ("--config=configs/tiny/grpo.py --config.init_from=no/model --topology=cpu:8", "config.transformer.preset=stored, but no/model holds no transformer"),
         ("--gates --role vae", "--gates plans the released configurations as they are"),
         ("--gates --topology v6e:2x2", "no gate is on it; they are on v5p-64, v6e-64, v5e-256"),
     ],

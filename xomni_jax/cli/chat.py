@@ -23,7 +23,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     """Prints the answer."""
     if args.max_tokens < 1:
         raise ValueError(f"--max-tokens {args.max_tokens} must be at least 1")
-    print(opened(args).chat(read_image(args.image), args.question, args.max_tokens))
+    print(opened(args, rest).chat(read_image(args.image), args.question, args.max_tokens))
     return 0
 
 

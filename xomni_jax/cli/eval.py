@@ -112,7 +112,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
         raise ValueError("say what to evaluate, such as rendered-text, or give --paper-table; xomni eval --help lists all")
     if args.evaluation in eval_study.STUDIES:
         return eval_study.run(args)
-    return _effect(args) if args.evaluation == "effect" else eval_suite.run(args)
+    return _effect(args) if args.evaluation == "effect" else eval_suite.run(args, rest)
 
 
 def _effect(args: argparse.Namespace) -> int:

@@ -69,6 +69,8 @@ def _add_options(parser: argparse.ArgumentParser, tasks: set[str], data: bool, j
     which.add_argument("--shard", type=_shard, default=(0, 1), metavar="K/N", help="this process is the K-th of N that share OUT (default 1/1)")
     model = parser.add_argument_group("the model")
     add_model(model, f"; {EXACT}, and so does --shard", "fsdp=-1, all")
+    what = "one of several processes that hold one model together, which JAX finds by itself (TPU slice, Slurm)"
+    model.add_argument("--distributed", action="store_true", help=what)
     what = "pictures" if tasks == {"generate"} else "answers" if tasks == {"answer"} else "pictures or answers"
     at_a_time = f"{what} at a time, of each data-parallel part of the mesh (default 16)"
     model.add_argument("--batch", type=positive, metavar="N", help=at_a_time)
@@ -88,16 +90,16 @@ def _add_options(parser: argparse.ArgumentParser, tasks: set[str], data: bool, j
     scoring.add_argument("--instruction", type=_instruction, action="append", default=[], metavar="NAME=FILE", help=wording)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, rest: list[str]) -> int:
     """Runs the phases of one suite, or of all; the last line says where the results are."""
     from xomni_jax.cli.train import together
     from xomni_jax.sharding import distributed
 
-    settle(args)
+    settle(args, rest)
     args.judges, args.switches = _judges(args), getattr(args, "switch", None) or []
     # Workers with shares of their own know nothing of each other; without, the processes of a slice hold one model together.
     alone = args.phase == "score" or args.shard[1] > 1
-    line = None if alone else distributed.start({f"--{name}": str(value) for name, value in vars(args).items() if name != "run"})
+    line = None if alone else distributed.start({f"--{name}": str(value) for name, value in vars(args).items() if name != "run"}, args.distributed)
     if line is None:
         return _run(args, None)
     return together(line, lambda: _run(args, line), "eval")

@@ -27,7 +27,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     out = Path(args.out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; give a folder")
-    model = opened(args)
+    model = opened(args, rest)
     images = model.generate(
         args.prompts, args.height, args.width, args.seed, args.temperature, args.top_k, args.top_p, args.min_p, args.guidance
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ EXACT = "data=N gives the same outputs to the bit with any number of processes"
 
 def add_model(parser: Any, mesh: str, default: str) -> None:
     """--config, --model and --mesh; `mesh` says more about the last, `default` what it is without."""
-    parser.add_argument("--config", metavar="FILE", help="a configuration of inference, such as configs/xomni/generate.py; other options come on top")
+    parser.add_argument("--config", metavar="FILE", help="a configuration of inference, such as configs/xomni/generate.py; --config.KEY=VALUE changes it, other options come on top")
     parser.add_argument("--model", metavar="DIR", help="model directory (default: the tiny model that ships with the package)")
     parser.add_argument("--mesh", type=_mesh, metavar="AXIS=N,...", help=f"devices per mesh axis: data, fsdp, tensor (default: {default}){mesh}")
 
@@ -31,11 +32,16 @@ def add_drawing(parser: Any) -> None:
     parser.add_argument("--guidance", type=float, help="classifier-free guidance of the codes; 1 is off (default 1)")
 
 
-def settle(args: argparse.Namespace) -> None:
-    """Fills the options that were not given, from --config or with the defaults; `args.sections` becomes the configuration, or None."""
+def settle(args: argparse.Namespace, rest: Sequence[str] = ()) -> None:
+    """Fills the options that were not given, from --config and its overrides `rest`, or with the defaults; `args.sections` becomes the
+    configuration, or None."""
     from xomni_jax.inference import InferenceConfig, read_config, settings
+    from xomni_jax.training.config import ConfigError, read_overrides
 
-    args.sections = read_config(args.config) if args.config else None
+    overrides = read_overrides(rest)
+    if overrides and not args.config:
+        raise ConfigError(f"--config.{overrides[0]} changes a configuration, and none is given; add --config=FILE")
+    args.sections = read_config(args.config, overrides) if args.config else None
     found = settings(args.sections) if args.config else InferenceConfig()
     for name, value in vars(found).items():
         if name in args and getattr(args, name) is None:
@@ -44,12 +50,12 @@ def settle(args: argparse.Namespace) -> None:
         args.mesh = dict(args.sections.mesh)
 
 
-def opened(args: argparse.Namespace) -> XOmni:
+def opened(args: argparse.Namespace, rest: Sequence[str]) -> XOmni:
     """The model that the options name, on its mesh; settles them first."""
     from xomni_jax.inference import open_model
     from xomni_jax.sharding.mesh import make_mesh
 
-    settle(args)
+    settle(args, rest)
     return open_model(args.model, make_mesh(args.mesh) if args.mesh else None, args.sections)
 
 

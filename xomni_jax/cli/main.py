@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(os.path.expanduser("~"), ".cache", "xomni_jax", "xla"))
     parser = build_parser()
     args, rest = parser.parse_known_args()
-    if rest and args.command not in ("train", "plan"):
+    if rest and "config" not in args:
         parser.error(f"unknown argument {rest[0]}; see xomni {args.command} --help")
     try:
         return args.run(args, rest) or 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from xomni_jax.training.config import ConfigError, load_config
+from xomni_jax.training.config import ConfigError, load_config, read_overrides
 
 EXAMPLE = """\
 Every program of a stage is compiled for the slice by the TPU compiler itself, without weights and without a TPU: minutes per role on one
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     """Plans, prints the report, writes the files. ValueError (one sentence) for what cannot be planned."""
     from xomni_jax.planner import chips
 
-    overrides = [check_override(a) for a in rest]
+    overrides = read_overrides(rest)
     if not 0 <= args.reserve < 1:
         raise ConfigError(f"--reserve {args.reserve:g} is a share of HBM; give a number from 0 to below 1")
     if args.price is not None and not args.price > 0:
@@ -72,13 +72,6 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
         Path(args.html).write_text(report.page(plan, args.reserve, args.price))
     print("written: " + ", ".join(filter(None, (args.json, args.html, f"{cache} (what was compiled)"))))
     return 0
-
-
-def check_override(argument: str) -> str:
-    """`--config.key=value` without its dashes."""
-    if not argument.startswith("--config."):
-        raise ConfigError(f"unknown argument {argument!r}; overrides are written --config.KEY=VALUE")
-    return argument.removeprefix("--config.")
 
 
 def run_gates(args: argparse.Namespace, cache: Path, overrides: list[str]) -> int:

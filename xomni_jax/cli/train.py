@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from xomni_jax.training.config import ConfigError, flat, load_config
+from xomni_jax.training.config import ConfigError, flat, load_config, read_overrides
 
 EXAMPLE = "xomni train --config=configs/tiny/sft.py --config.init_from=xomni_jax/assets/tiny_sft --config.run_dir=runs/my_sft --config.steps=200"
 
@@ -34,12 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:
     """Runs the stage; the run directory says what came of it."""
-    overrides = []
-    for argument in rest:
-        if not argument.startswith("--config."):
-            raise ConfigError(f"unknown argument {argument!r}; overrides are written --config.KEY=VALUE")
-        overrides.append(argument.removeprefix("--config."))
-    config = load_config(args.config, overrides)
+    config = load_config(args.config, read_overrides(rest))
     options: dict[str, Any] = {}
     if args.profile_steps:
         from xomni_jax.training.operations import profile_range

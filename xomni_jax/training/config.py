@@ -94,6 +94,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
     return config.lock()
 
 
+def read_overrides(arguments: Sequence[str]) -> list[str]:
+    """`--config.key=value` arguments without their dashes. ConfigError for any other argument."""
+    for argument in arguments:
+        if not argument.startswith("--config."):
+            raise ConfigError(f"unknown argument {argument!r}; overrides are written --config.KEY=VALUE")
+    return [argument.removeprefix("--config.") for argument in arguments]
+
+
 def apply_override(config: ConfigDict, override: str) -> None:
     """Sets one `section.key=value`; the value is a Python literal, or a bare string where the default is one."""
     key, eq, text = override.partition("=")
