@@ -45,7 +45,14 @@ def test_the_text_encoders_on_simulated_devices(cache):
 def test_all_roles_are_the_trainers_own(cache):
     stage = plan.stage_on(narrow.grpo(), CPU)
     assert list(stage.roles) == ["policy-update", "reference", "layout", "rollout", "prefill", "decoder", "text", "vae"]
-    assert {r.name for r in stage.roles.values() if r.per_step} == {"policy-update", "layout", "rollout", "decoder"}
+    assert {r.name: r.per_step for r in stage.roles.values() if r.per_step} == {
+        "policy-update": 1, "layout": 1, "rollout": 1, "prefill": 1, "decoder": 1
+    }  # fmt: skip
+    # 64 codes in segments of at most 24.
+    halves = plan.stage_on(narrow.grpo("rollout.segment=24", "rollout.chunks=2"), CPU)
+    assert (halves.roles["rollout"].per_step, halves.roles["rollout"].work.steps, halves.roles["prefill"].per_step) == (8, 16, 2)
+    whole, part = stage.roles["rollout"].work, halves.roles["rollout"].work
+    assert (part.forward * 8, part.tokens * 8) == (whole.forward, whole.tokens)
     places = [stage.roles[name].fn.__module__ for name in ("policy-update", "rollout")]
     assert places == ["xomni_jax.training.grpo_update", "xomni_jax.training.rollouts"]
     # Without a penalty there is no reference, neither as a role nor in memory.
@@ -59,6 +66,12 @@ def test_updates_cost_what_arithmetic_says(config, role):
     stage = plan.stage_on(config("transformer.remat=none", *UNCUT[role]), CPU)
     found, w = count(stage.roles[role].fn.trace(*stage.roles[role].args).jaxpr), stage.roles[role].work
     assert found.weights == pytest.approx(w.learned + w.forward, rel=1e-3)
+
+
+def test_a_head_is_gathered_once_for_all_micro_batches(cache):
+    """Four of them, on simulated devices: the policy's and the reference's."""
+    (f,) = made(narrow.grpo("rollout.micro_batch=4", "transformer.attention=plain"), "cpu:4", ["policy-update"], cache).facts
+    assert verdicts(f, "cpu:4")["head gathers"] == (True, "2") and 4 in f.loops
 
 
 def test_what_is_compiled_is_kept(cache, tmp_path):
@@ -93,7 +106,7 @@ def test_decoding_for_a_slice_that_is_not_there(cache):
     """Narrow, on v5e:2x2: nothing as large as the cache is copied, no weight is gathered in the loop."""
     (f,) = made(narrow.grpo(), "v5e:2x2", ["rollout"], cache).facts
     found = verdicts(f, "v5e:2x2")
-    for name in ("memory", "loops understood", "copies as large as a layer's cache", "weights gathered in the decoding loop"):
+    for name in ("memory", "loops understood", "cache updated in place", "copies as large as a layer's cache", "weights gathered in the decoding loop"):
         assert found[name][0], found[name]
     assert f.steps in f.loops
 

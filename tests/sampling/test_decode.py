@@ -14,7 +14,7 @@ from tests.models.test_transformer import CFG as BASE
 from tests.models.test_transformer import random_params
 from xomni_jax.models.transformer import ARTransformer
 from xomni_jax.sampling.cache import GeneratedCache, decode, prefill
-from xomni_jax.sampling.decode import append_codes, generate_codes, generate_text, replay_logp, unpack_kept
+from xomni_jax.sampling.decode import append_codes, draw_codes, generate_codes, generate_text, replay_logp, start_codes, unpack_kept
 from xomni_jax.sampling.logits import GREEDY, SamplingConfig
 from xomni_jax.sharding.mesh import make_mesh
 from xomni_jax.sharding.rules import param_shardings
@@ -70,6 +70,21 @@ def test_the_kernels_decode_the_same():
         got = jax.jit(lambda p: generate_codes(model, p, ids, lengths, 3, keys, FREE))(PARAMS)
     np.testing.assert_array_equal(got["codes"], expected["codes"])
     np.testing.assert_allclose(got["logp"], expected["logp"], atol=1e-4)
+
+
+@pytest.mark.parametrize("sampling", [FREE, SamplingConfig(top_k=6, guidance=2.5)], ids=["free", "guided"])
+def test_codes_drawn_in_segments_are_the_same_bit_for_bit(sampling):
+    keys, negative, kept = keys_of(3, 2), NEGATIVE if sampling.guided else None, sampling.truncates
+    whole = generate(PARAMS, IDS, LENGTHS, keys, 6, sampling, negative, kept)
+    start = jax.jit(lambda params: start_codes(MODEL, params, IDS, LENGTHS, 6, 2, sampling, negative))
+    draw = jax.jit(lambda params, prompt, state: draw_codes(MODEL, params, prompt, state, 2, keys, sampling, kept), donate_argnums=2)
+    prompt, state = start(PARAMS)
+    parts = []
+    for _ in range(3):
+        state, out = draw(PARAMS, prompt, state)
+        parts.append(out)
+    assert state.cache.column == 6 and (whole["kept"] is not None) == kept
+    jax.tree.map(lambda want, *got: np.testing.assert_array_equal(np.concatenate(got, axis=2), want), whole, *parts)
 
 
 def test_append_codes_follows_the_prompt_at_once():

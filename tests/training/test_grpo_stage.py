@@ -20,10 +20,11 @@ from xomni_jax.models.transformer import ARTransformer
 from xomni_jax.rewards.client import RewardClient
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sharding.mesh import make_mesh
-from xomni_jax.sharding.rules import ROLLOUT_RULES, param_shardings
+from xomni_jax.sharding.rules import param_shardings
 from xomni_jax.training import grpo, rollouts
 from xomni_jax.training.advantages import AdvantageConfig
 from xomni_jax.training.config import ConfigError
+from xomni_jax.training.operations import CompileLog
 from xomni_jax.training.preemption import StepRefused
 from xomni_jax.training.rewards import RewardConfig
 from xomni_jax.training.run import policy_mesh, run_stage
@@ -91,6 +92,51 @@ def test_ctrl_c_in_the_middle_of_a_step(finished, model_dir, service, tmp_path):
     assert_same(params(tmp_path / "run", "transformer"), params(finished, "transformer"))
 
 
+@pytest.mark.parametrize("call, steps", [(1, 0), (3, 1)], ids=["picture", "step"])
+def test_a_signal_in_the_middle_of_a_rollout(call, steps, finished, model_dir, service, tmp_path, monkeypatch):
+    """It ends after the segment: in the picture before the first step or in the second step, which leaves no trace and is made again."""
+    sample, counted, let = rollouts.Sampler.__call__, [], service.calls
+
+    def told(self, *args):
+        *args, between = args
+        counted.append(0)
+
+        def signalled():
+            counted[-1] += 1
+            if len(counted) == call and counted[-1] == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            between()
+
+        return sample(self, *args, signalled)
+
+    monkeypatch.setattr(rollouts.Sampler, "__call__", told)
+    config = grpo_config(tmp_path / "run", model_dir, service.url, "rollout.segment=3")  # 8 codes: four segments of 2
+    assert run_stage(config) is None
+    assert counted == [3] * (call - 1) + [2] and service.calls - let == steps
+    monkeypatch.undo()
+    assert run_stage(config) == tmp_path / "run" / "model"
+    assert metrics(tmp_path / "run") == metrics(finished)
+    assert_same(params(tmp_path / "run", "transformer"), params(finished, "transformer"))
+
+
+def test_segments_are_one_program(model):
+    """On a mesh what one call leaves is what the next one expects, so that nothing is compiled again or copied."""
+    net, mesh = model.module("transformer"), make_mesh(dict(fsdp=4, tensor=2))
+    boxed = jax.eval_shape(lambda: init_params("transformer", net.cfg, jax.random.key(0)))
+    params = rollouts.make_layout(boxed, mesh, jnp.float32, CODES)(jax.device_put(model.params("transformer"), param_shardings(boxed, mesh)))
+    args = params, np.full((4, 3), 3, np.int32), np.full(4, 3, np.int32), jax.random.split(jax.random.key(1), (4, 2)), None
+    with jax.set_mesh(mesh), CompileLog() as log:
+        sampler = rollouts.Sampler(net, 8, SamplingConfig(top_k=0, min_p=0.0), 3)
+        assert (sampler.segment, sampler.segments) == (2, 4)
+        out = sampler(*args, lambda: None)
+        assert sum("draw" in name for name in log.since()) == 1
+        prompt, state = sampler.start(*args)
+        places = lambda s: [x.data.unsafe_buffer_pointer() for x in s.cache.kv["language"][0].addressable_shards]  # noqa: E731
+        before = places(state)
+        assert places(sampler.draw(params, prompt, state, args[3])[0]) == before
+    assert out["codes"].shape == (4, 2, 8)
+
+
 def test_too_many_failures_stop_the_run_and_nothing_is_lost(finished, model_dir, service, tmp_path):
     service.fails = lambda call: failing
     failing = False
@@ -112,13 +158,13 @@ def test_too_many_failures_stop_the_run_and_nothing_is_lost(finished, model_dir,
 
 
 def test_a_sampler_that_lies_about_its_log_probs_is_found(model_dir, service, tmp_path, monkeypatch):
-    draw = rollouts.generate_codes
+    draw = rollouts.draw_codes
 
     def tampered(*args, **kwargs):
-        out = draw(*args, **kwargs)
-        return out | {"logp": out["logp"].at[0, 1, 2].add(2e-3)}
+        state, out = draw(*args, **kwargs)
+        return state, out | {"logp": out["logp"].at[0, 1, 2].add(2e-3)}
 
-    monkeypatch.setattr(rollouts, "generate_codes", tampered)
+    monkeypatch.setattr(rollouts, "draw_codes", tampered)
     with pytest.raises(FloatingPointError, match=r"sampler and trainer differ by 2\.0\de-03 in a log-prob at step 1 \(limit 0.0001\)"):
         run_stage(grpo_config(tmp_path / "run", model_dir, service.url, "grid_every=0"))
     assert not (tmp_path / "run" / "model").exists()
@@ -191,12 +237,15 @@ def test_the_samplers_layout_computes_the_same(model):
     mesh = make_mesh(dict(fsdp=4, tensor=2))
     boxed = jax.eval_shape(lambda: init_params("transformer", net.cfg, jax.random.key(0)))
     params = jax.device_put(model.params("transformer"), param_shardings(boxed, mesh))
-    placed = rollouts.make_layout(boxed, mesh, jnp.bfloat16, ROLLOUT_RULES)(params)
-    for (path, x), want in zip(jax.tree_util.tree_leaves_with_path(placed), jax.tree.leaves(params)):
+    assert "fsdp" in str(params["language"]["mlp"]["up_proj"]["kernel"].sharding.spec)
+    placed = rollouts.make_layout(boxed, mesh, jnp.bfloat16, CODES)(params)
+    # Of the heads only what draws codes.
+    assert set(params) - set(placed) == {"lm_head"} and placed["mm_head"]["kernel"].shape[1] == CODES < params["mm_head"]["kernel"].shape[1]
+    wanted = {name: params[name] for name in placed} | {"mm_head": {"kernel": params["mm_head"]["kernel"][:, :CODES]}}
+    for (path, x), want in zip(jax.tree_util.tree_leaves_with_path(placed), jax.tree.leaves(wanted), strict=True):
         assert x.dtype == (jnp.float32 if path[-1].key == "scale" else jnp.bfloat16)
         assert "fsdp" not in str(x.sharding.spec)
         np.testing.assert_array_equal(x, np.asarray(want).astype(x.dtype))
-    assert "fsdp" in str(params["language"]["mlp"]["up_proj"]["kernel"].sharding.spec)
     small = ARTransformer(dataclasses.replace(net.cfg, dtype=jnp.bfloat16))
     ids = np.arange(8, dtype=np.int32)[None] % 7
     run = jax.jit(lambda p: small.apply({"params": p}, ids))
@@ -218,6 +267,7 @@ def test_the_samplers_layout_computes_the_same(model):
         (["rollout.micro_batch=2"], "config.rollout.micro_batch: 2 rollouts at a time do not split over the 4 ways"),
         (["grpo.updates_per_batch=3"], "config.grpo.updates_per_batch=3 does not divide the 16 rollouts"),
         (["rollout.combine=sum"], "combine='sum' is unknown"),
+        (["rollout.segment=0"], "config.rollout: segment=0 must be at least 1"),
         (["rollout.prompt_length=12"], "raise config.rollout.prompt_length"),
         (["data.sizes=((16,32),(32,32))", "data.weights=(1.0,1.0)", "data.text_lengths=((2,3),(2,3))"], "must hold one size"),
         (["data.sizes=((16,64),)"], "16x64: the long side may have at most 48 pixels"),

@@ -28,6 +28,10 @@ B = P * R
 class Table:
     """logp[row], its rows found by `lengths_B`."""
 
+    def ready(self, params):
+        """There is no head to gather."""
+        return params
+
     def logp(self, params, batch):
         """The rows of the batch, and an entropy."""
         logp_BT = params["logp"][batch.lengths_B]

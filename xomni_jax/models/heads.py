@@ -30,16 +30,35 @@ class Head(nn.Module):
         self.kernel = self.param("kernel", init, (self.features, self.vocab), self.param_dtype)
 
     def weight(self, rows: int | None = None) -> jax.Array:
-        """The kernel of the first `rows` ids, [D, rows] in the compute dtype, gathered over the width.
-
-        Call it once before a chunked loss: inside the chunk loop the compiler would gather the whole head per chunk.
-        """
-        kernel_DV = self.kernel.astype(self.dtype)[:, :rows]
-        return constrain(kernel_DV, None, "vocab", name="head")
+        """The kernel of the first `rows` ids, [D, rows], see `whole_width`."""
+        return whole_width(self.kernel, self.dtype, rows)
 
     def __call__(self, x: jax.Array, rows: int | None = None) -> jax.Array:
         """Float32 logits of the first `rows` ids (all without it)."""
         return head_logits(x, self.weight(rows))
+
+
+def whole_width(kernel_DV: jax.Array, dtype: Dtype, rows: int | None = None) -> jax.Array:
+    """A head's kernel of the first `rows` ids, [D, rows] in the compute dtype, gathered over the width.
+
+    Call it once before a loop: inside one, of chunks, parts or steps, the compiler would gather the whole head every time.
+    """
+    return constrain(kernel_DV.astype(dtype)[:, :rows], None, "vocab", name="head")
+
+
+def head_kernel(params: Any, which: str, cfg: Any) -> jax.Array:
+    """Kernel [D, V] of the "text" or "image" head of an `ARTransformer` of this config, see `whole_width`.
+
+    The parameters may hold it in this form already (`with_image_head`, or a sampler's): then nothing is done.
+    """
+    name, rows = ("lm_head", cfg.vocab_size) if which == "text" else ("mm_head", cfg.image_vocab_size)
+    with jax.named_scope("head_kernel"):
+        return whole_width(params[name]["kernel"], cfg.dtype, rows)
+
+
+def with_image_head(params: Any, cfg: Any) -> Any:
+    """The parameters with the image head as `head_kernel` gives it, for everything that is done with them from here on."""
+    return {**params, "mm_head": {"kernel": head_kernel(params, "image", cfg)}}
 
 
 def head_logits(x: jax.Array, kernel_DV: jax.Array) -> jax.Array:
@@ -98,16 +117,6 @@ def map_chunks(fn: Callable[..., Any], arrays: Sequence[jax.Array], chunk: int) 
     return jax.tree.map(join, out)
 
 
-def with_head(params: Any, name: str, dtype: Dtype) -> Any:
-    """An `ARTransformer`'s parameters with one head ("lm_head" or "mm_head") in the compute dtype and gathered over the width.
-
-    For what goes over a batch in parts: each part would gather it again.
-    """
-    with jax.named_scope("head_kernel"):
-        kernel_DV = constrain(params[name]["kernel"].astype(dtype), None, "vocab", name="head")
-    return {**params, name: {"kernel": kernel_DV}}
-
-
 def select(x_BLD: jax.Array, positions_BM: jax.Array) -> jax.Array:
     """Rows of a sequence by position: [B, L, D], [B, M] -> [B, M, D]. Positions outside 0..L-1 are clamped (mask them later)."""
     positions_BM = jnp.clip(positions_BM, 0, x_BLD.shape[1] - 1)
@@ -115,7 +124,7 @@ def select(x_BLD: jax.Array, positions_BM: jax.Array) -> jax.Array:
 
 
 def _head_logp(model, params, which: str, hidden_BMD, targets_BM, chunk) -> tuple[jax.Array, jax.Array]:
-    kernel_DV = model.apply({"params": params}, which, method="head_kernel")
+    kernel_DV = head_kernel(params, which, model.cfg)
     return map_chunks(lambda h, y: token_logp(head_logits(h, kernel_DV), y), (hidden_BMD, targets_BM), chunk)
 
 

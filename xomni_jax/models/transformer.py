@@ -260,10 +260,6 @@ class ARTransformer(nn.Module):
         """[..., D] -> float32 logits over image codes [..., image_vocab_size]; multimodal specials cannot be drawn."""
         return self.mm_head(hidden, self.cfg.image_vocab_size)
 
-    def head_kernel(self, which: str) -> jax.Array:
-        """Kernel [D, V] of the "text" or "image" head in the compute dtype, for chunked losses (`models.heads`)."""
-        return self.lm_head.weight() if which == "text" else self.mm_head.weight(self.cfg.image_vocab_size)
-
     def prefill(self, ids_PS: jax.Array, lengths_P: jax.Array) -> tuple[jax.Array, KV]:
         """Runs right-padded prompts and keeps their keys and values.
 

@@ -19,7 +19,7 @@ from xomni_jax.sampling.cache import GENERATED_AXES, PROMPT_AXES
 from xomni_jax.sampling.decoder import DecodeConfig, Decoder
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sampling.pixels import DECODER_PARTS, make_decode
-from xomni_jax.sharding.rules import ROLLOUT_RULES, param_shardings, row_ways
+from xomni_jax.sharding.rules import row_ways
 from xomni_jax.training import decoder as decoder_stage
 from xomni_jax.training import grpo as grpo_stage
 from xomni_jax.training import pretrain, tokenizer, understanding
@@ -223,10 +223,10 @@ def _grpo(config: ConfigDict, mesh: Mesh, apart: Mesh | None) -> Stage:
     optimizer = make_optimizer(build(OptimizerConfig, config.optimizer, "config.optimizer"), run.steps * cfg.updates_per_batch)
     _, state = abstract_state(lambda: init_params("transformer", ar, jax.random.key(0)), optimizer, mesh)
     net, boxed = COMPONENTS["transformer"].module(ar), abstract.boxed("transformer", ar)
-    layout = make_layout(boxed, mesh, ar.dtype, ROLLOUT_RULES)
-    weights = abstract.placed(jax.eval_shape(layout, state.params), param_shardings(boxed, mesh, ROLLOUT_RULES))
+    layout = make_layout(boxed, mesh, ar.dtype, ar.image_vocab_size)
+    weights = jax.eval_shape(layout, state.params)
     kept_reference = make_layout(boxed, mesh, rolls.reference_dtype)
-    reference = abstract.placed(jax.eval_shape(kept_reference, state.params), param_shardings(boxed, mesh)) if cfg.kl_coef else None
+    reference = jax.eval_shape(kept_reference, state.params) if cfg.kl_coef else None
     policy = Policy(net, sampling, rolls.logit_chunk)
 
     def ids(n, *shape):

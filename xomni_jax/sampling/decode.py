@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from xomni_jax.models.heads import head_logits, map_chunks, select, token_logp
+from xomni_jax.models.heads import head_kernel, head_logits, map_chunks, select, token_logp
 from xomni_jax.models.transformer import ARTransformer
 from xomni_jax.sampling.cache import GENERATED_AXES, GeneratedCache, PromptCache, decode, prefill
 from xomni_jax.sampling.logits import GREEDY, SamplingConfig, draw, guide, temper
@@ -118,10 +118,10 @@ def draw_codes(
 
     Donate `state`, or the cache is copied. However a picture's codes are split into calls, they are the same, bit for bit.
     """
-    P = keys_PR.shape[0]
+    P, kernel_DV = keys_PR.shape[0], head_kernel(params, "image", model.cfg)
 
     def step(state: RolloutState, _):
-        logits = model.apply({"params": params}, state.hidden_PRD, method="image_logits")
+        logits = head_logits(state.hidden_PRD, kernel_DV)
         pair = logits.reshape(P, -1, *logits.shape[1:])  # conditional rows, and with guidance the negative ones
         scores_PRV = guide(pair[:, 0], pair[:, 1] if sampling.guided else None, sampling.guidance)
         codes_PR, logp_PR, kept_PRV = draw(scores_PRV, _fold_in(keys_PR, state.cache.column), sampling)
@@ -221,7 +221,7 @@ def replay_logp(
     cfg, prompts = model.cfg, [(prompt_ids_BS, lengths_B)]
     if sampling.guided:
         prompts.append(_rows_of(negative, prompt_ids_BS.shape[0], sampling))
-    kernel_DV = model.apply({"params": params}, "image", method="head_kernel")
+    kernel_DV = head_kernel(params, "image", cfg)
     hidden = [_hidden_before_codes(model, params, ids, lengths, codes_BT) for ids, lengths in prompts]
 
     def piece(codes_BC, *arrays):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from xomni_jax.models.heads import with_head
+from xomni_jax.models.heads import with_image_head
 from xomni_jax.sampling.decode import replay_logp
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.training.advantages import AdvantageConfig, group_advantages
@@ -42,7 +42,7 @@ class Policy(NamedTuple):
 
     def ready(self, params: Any) -> Any:
         """Parameters for many calls of `logp`: the image head is gathered once for all of them."""
-        return with_head(params, "mm_head", self.model.cfg.dtype)
+        return with_image_head(params, self.model.cfg)
 
     def logp(self, params: Any, batch: RolloutBatch) -> tuple[jax.Array, jax.Array]:
         """Log-prob and entropy [B, T] of the sampled codes under `params`, replaying the sampler."""

@@ -110,22 +110,30 @@ class Sampler:
         return made[0] if self.segments == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=2), *made)
 
 
-def make_layout(boxed: Any, mesh: jax.sharding.Mesh, dtype: Any, rules: Mapping = RULES) -> Callable[[Any], Any]:
-    """The jitted change of a transformer's parameters to another number format and layout.
+def make_layout(boxed: Any, mesh: jax.sharding.Mesh, dtype: Any, codes: int = 0) -> Callable[[Any], Any]:
+    """The jitted change of a transformer's parameters to another number format and, for the sampler, another layout.
 
     Args:
       boxed: parameters with their logical axes, shapes are enough. mesh: where they are, and stay.
       dtype: of what the model computes in its own dtype; norm gains, which it reads in float32, keep theirs.
-      rules: ROLLOUT_RULES for the sampler, which then computes what the trainer does, bit for bit.
+      codes: for the sampler: ROLLOUT_RULES, and of the heads the image's, with so many rows. It computes what the trainer does, bit for bit.
     """
-    here = param_shardings(boxed, mesh)
+    here, there = param_shardings(boxed, mesh), param_shardings(boxed, mesh, ROLLOUT_RULES if codes else RULES)
 
     def cast(path, x, sharding):
         x = x if path[-1].key == "scale" else x.astype(dtype)
         # Pinned where it lies: the cast comes before the way over the network, not after.
         return jax.lax.with_sharding_constraint(x, sharding)
 
-    return jax.jit(lambda params: jax.tree_util.tree_map_with_path(cast, params, here), out_shardings=param_shardings(boxed, mesh, rules))
+    def layout(params):
+        out = jax.tree_util.tree_map_with_path(cast, params, here)
+        if codes:  # cut here, or every program that draws would make a copy of its own
+            out["mm_head"] = {"kernel": out["mm_head"]["kernel"][:, :codes]}
+        return {name: out[name] for name in there}
+
+    if codes:
+        del there["lm_head"]
+    return jax.jit(layout, out_shardings=there)
 
 
 @contextlib.contextmanager
@@ -156,7 +164,7 @@ class Rollouts:
         self.group, self.clients, self.weights, self.poll, self.waiting = group, clients, weights, poll, waiting or poll
         net = model.module("transformer")
         boxed = jax.eval_shape(lambda: init_params("transformer", net.cfg, jax.random.key(0)))
-        self.layout = make_layout(boxed, model.mesh, net.cfg.dtype, ROLLOUT_RULES)
+        self.layout = make_layout(boxed, model.mesh, net.cfg.dtype, net.cfg.image_vocab_size)
         self.sampler = Sampler(net, grid[0] * grid[1], sampling, cfg.segment)
 
     def prompt_ids(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
