@@ -18,7 +18,7 @@ from xomni_jax.planner.work import Work
 from xomni_jax.sampling.cache import prefill
 from xomni_jax.sampling.decoder import DecodeConfig, Decoder
 from xomni_jax.sampling.logits import SamplingConfig
-from xomni_jax.sharding.rules import ROLLOUT_RULES, param_shardings
+from xomni_jax.sharding.rules import ROLLOUT_RULES, SPREAD_RULES, param_shardings, row_pieces
 from xomni_jax.training import decoder as decoder_stage
 from xomni_jax.training import grpo as grpo_stage
 from xomni_jax.training import pretrain, tokenizer, understanding
@@ -67,7 +67,7 @@ class Stage:
 
     Attributes:
       mesh: of the policy, and of everything else. apart: of a decoder with devices of its own.
-      resident: group -> arrays that stay on their devices through a whole step, whichever role runs.
+      resident: group -> arrays that stay on their devices through a whole step, whichever role runs. moved: groups that lie on `apart`.
     """
 
     name: str
@@ -75,6 +75,7 @@ class Stage:
     roles: dict[str, Role]
     resident: dict[str, Any]
     apart: Mesh | None = None
+    moved: tuple[str, ...] = ()
 
     def mesh_of(self, role: Role) -> Mesh:
         """Where a role runs."""
@@ -263,7 +264,7 @@ def _grpo(config: ConfigDict, mesh: Mesh, apart: Mesh | None) -> Stage:
     resident = {"params": state.params, "optimizer": state.opt_state, "reference": reference, "sampler": sampler} | frozen
     if reference is None:
         del roles[1], resident["reference"]
-    return Stage(run.stage, mesh, {role.name: role for role in [*roles, *more]}, resident, apart)
+    return Stage(run.stage, mesh, {role.name: role for role in [*roles, *more]}, resident, apart, tuple(frozen) if apart else ())
 
 
 def _pictures(
@@ -290,7 +291,10 @@ def _pictures(
     semantics = dense(params["siglip_vq"], {"post": T, "vit": 0, "quant": 0})
     pictures = f"{rows} pictures of {grid[0] * cfgs['siglip_vq'].patch}x{grid[1] * cfgs['siglip_vq'].patch}"
     decode = make_decode(vq, decoder, cfg, ways)
-    drawn = Work(forward=rows * (steps + text + semantics), tokens=rows * T, images=rows)
+    rules, pieces = row_pieces(rows, cfgs["mmdit"].at_once, mesh)
+    gathered = cfg.steps * pieces * sum(x.size * abstract.item_size(x.dtype) for _, x in abstract.leaves(params["mmdit"]))
+    gathered = gathered if rules is SPREAD_RULES and mesh.shape["fsdp"] * mesh.shape["tensor"] > 1 else 0.0
+    drawn = Work(forward=rows * (steps + text + semantics), tokens=rows * T, images=rows, gathered=gathered)
     roles = [
         Role("decoder", f"{pictures}, {cfg.steps} steps, guidance {cfg.guidance:g}", decode,
              (params["siglip_vq"], parts, abstract.rows(mesh, (rows, *grid), jnp.int32), *texts, noise, empty), drawn,
