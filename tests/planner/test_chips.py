@@ -48,3 +48,14 @@ def test_without_libtpu_the_extra_is_named(monkeypatch):
 def test_too_few_simulated_devices():
     with pytest.raises(ValueError, match="cpu:4096 needs 4096 simulated devices, this process has"):
         chips.devices(chips.parse("cpu:4096"))
+
+
+@pytest.mark.parametrize("whole, size, slice_", [("v6e:8x8", 48, "v6e:6x8"), ("v5p:2x4x4", 8, "v5p:2x2x2"), ("tpu7x:4x4x4", 64, "tpu7x:2x4x4"), ("cpu:8", 3, "cpu:3")])
+def test_a_part_of_a_slice_is_the_most_compact_of_its_size(whole, size, slice_):
+    part = chips.part(chips.parse(whole), size)
+    assert (part.name, part.size) == (slice_, size)
+
+
+def test_a_part_that_is_no_slice():
+    with pytest.raises(ValueError, match="15 of v6e:8x8's 64 devices are no v6e slice of their own, which planning needs"):
+        chips.part(chips.parse("v6e:8x8"), 15)

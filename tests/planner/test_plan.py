@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from tests.miniature import ROOT
 from tests.planner import narrow
 from xomni_jax.cli.main import main
-from xomni_jax.planner import chips, gates, plan, report
+from xomni_jax.planner import abstract, chips, gates, plan, report, roofline
 from xomni_jax.planner.check import checks
 from xomni_jax.planner.chips import GIB
 from xomni_jax.planner.compiled import compile_role, needed
@@ -111,6 +112,49 @@ def test_decoding_for_a_slice_that_is_not_there(cache):
     assert f.steps in f.loops
 
 
+def test_the_decoder_gathers_weights_and_exchanges_no_activations(cache):
+    """Narrow, on simulated devices: within the MMDiT's blocks nothing but weights is gathered, each once a step, and what else is exchanged
+    is a vector a picture."""
+    (f,) = made(narrow.grpo(), "cpu:4", ["decoder"], cache).facts
+    inside = [r for r in f.collectives if re.search("(double|single)_blocks", r["source"])]
+    weights = [r for r in inside if r["kind"] == "all-gather"]
+    assert {a for r in weights for a in r["axes"]} == {"fsdp", "tensor"}
+    # Of what a device lacks of two steps' weights; those of modulations are split instead, as for any tensor parallelism.
+    assert 0.5 < sum(r["sent"] for r in weights) / (0.75 * f.gathered) < 1
+    vector = 16 * 128 * 4  # 16 pictures, width 128, float32
+    assert max(r["bytes"] / r["times"] for r in inside if r["kind"] != "all-gather") <= vector
+    assert verdicts(f, "cpu:4")["sent / weights"][0]
+
+
+def test_a_decoder_on_devices_of_its_own(cache):
+    """Both meshes, and what stays on each; on a slice both parts are planned as slices."""
+    apart = narrow.grpo("mesh.tensor=1", "decoder_mesh.fsdp=2", "rollout.chunks=2")
+    made_plan = made(apart, "cpu:4", ["text", "prefill"], cache)
+    text, first = made_plan.facts
+    assert (text.apart, text.devices, first.apart, first.devices) == (True, 2, False, 2)
+    stage = plan.stage_on(apart, CPU)
+    held = lambda *names: sum(abstract.bytes_per_device(stage.resident[name]) for name in names)  # noqa: E731
+    assert text.resident == held("siglip_vq") and first.resident == held("params", "optimizer", "reference")
+    assert set(stage.apart.devices.flat).isdisjoint(stage.mesh.devices.flat)
+    assert "mesh fsdp 2 and, for the decoder, fsdp 2" in report.head(made_plan)
+    slices = plan.stage_on(narrow.grpo("decoder_mesh.fsdp=8", "batch_size=8"), chips.parse("v6e:4x4"))
+    assert (slices.mesh.size, slices.apart.size) == (8, 8) and {d.device_kind for d in slices.apart.devices.flat} == {"TPU v6 lite"}
+    with pytest.raises(ConfigError, match=r"v6e:4x4 \(16 devices\): 5 of 16 devices apart: 4 processes with at least 4 devices each allow 4, 8, 12"):
+        plan.stage_on(narrow.grpo("decoder_mesh.fsdp=5"), chips.parse("v6e:4x4"))
+
+
+def test_a_decoder_apart_works_beside_the_rollout():
+    """Two chunks: the first is decoded while the second is sampled."""
+    topology, memory = chips.parse("v6e:2x2"), dict(peak=0)
+    rows = [("layout", 1, 1, False), ("rollout", 10, 2, False), ("decoder", 4, 2, True), ("policy-update", 7, 1, False)]
+    facts = [
+        fake(role=role, hbm=seconds * topology.chip.bandwidth, per_step=times, apart=apart, memory=memory)
+        for role, seconds, times, apart in rows
+    ]
+    step = roofline.step(plan.Plan("grpo", topology, {}, {}, {}, facts, [], True), price=None)
+    assert (step.overlapped, step.seconds) == (4, 1 + 20 + 8 + 7 - 4)
+
+
 def fake(**changes):
     """Facts of a role that was never compiled."""
     fields = {f.name: 0 for f in dataclasses.fields(plan.Facts)} | dict(
@@ -133,6 +177,18 @@ def test_a_proposal_is_what_was_compiled_and_fits(monkeypatch, tmp_path):
     (found,) = plan.propose_for(narrow.grpo("rollout.micro_batch=16"), fake(), chips.parse("v6e:2x2"), tmp_path, 0.06, True)
     assert found.overrides == ("rollout.micro_batch=4",) and found.needs == 10 * GIB
     assert "in 2 micro-batches" in asked[0] and "in 4 micro-batches" in asked[1]
+
+
+def test_a_proposal_for_real(cache, monkeypatch):
+    """Smaller chunks, found by compiling them, when the first chunk does not fit."""
+    (f,) = made(narrow.grpo(), "cpu:4", ["prefill"], cache).facts
+    monkeypatch.setattr(plan, "budget", lambda topology, reserve: f.fits_in - 1)
+    found = plan.make_plan(narrow.grpo(), CPU, ["prefill"], cache, reserve=0.06, quiet=True)
+    (proposal,) = found.proposals
+    assert proposal.overrides == ("rollout.chunks=2",) and proposal.needs < f.fits_in
+    (again,) = made(narrow.grpo(*proposal.overrides), "cpu:4", ["prefill"], cache).facts
+    assert again.fits_in == proposal.needs
+    assert "prefill would fit in 0.0 GiB with --config.rollout.chunks=2 (compiled)" in report.text(found)
 
 
 def test_gates_write_their_table_and_notice_a_drift(tmp_path, monkeypatch):

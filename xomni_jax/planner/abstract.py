@@ -92,10 +92,9 @@ def leaves(tree: Any, name: str = "") -> Iterator[tuple[str, jax.ShapeDtypeStruc
         yield "/".join(filter(None, (name, path_name(path)))), leaf
 
 
-def bytes_per_device(tree: Any, mesh: Mesh | None = None) -> int:
-    """Bytes a device holds of a tree; with `mesh`, one of its devices."""
-    here = (x for _, x in leaves(tree) if mesh in (None, x.sharding.mesh))
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * item_size(x.dtype) for x in here)
+def bytes_per_device(tree: Any) -> int:
+    """Bytes a device holds of a tree."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * item_size(x.dtype) for _, x in leaves(tree))
 
 
 def item_size(dtype: Any) -> int:

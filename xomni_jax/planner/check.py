@@ -43,6 +43,10 @@ def checks(f: Facts, topology: Topology, reserve: float = RESERVE) -> Iterator[C
     elif f.forward:
         ratio = (f.flops["weights"] + f.flops["convolution"]) / f.forward
         yield Check("operations / arithmetic", f"{ratio:.3f}", "1.05", ratio <= 1.05)
+    if f.role == "decoder" and f.gathered:
+        sent = sum(r["sent"] for r in f.collectives)
+        limit = "1.15, the MMDiT's weights gathered once a step and piece"
+        yield Check("sent / weights", f"{sent / f.gathered:.3f} ({sent / GIB:.1f} GiB)", limit, sent <= 1.15 * f.gathered)
 
 
 def _memory(f: Facts, room: float) -> Check:

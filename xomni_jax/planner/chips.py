@@ -96,6 +96,29 @@ def parse(name: str) -> Topology:
     raise ValueError(f"topology {name!r} is unknown; {known()}")
 
 
+def part(topology: Topology, size: int) -> Topology:
+    """So many devices of a topology as a slice of their own, the most compact: the compiler knows whole slices only.
+
+    Raises:
+      ValueError: none has as many.
+    """
+    chip = topology.chip
+    if chip is None:
+        return Topology(f"cpu:{size}", None, size)
+    chips_needed, odd = divmod(size, chip.devices)
+    sides = [s for s in _layouts(chips_needed, chip.axes) if not odd and all(n % 2 == 0 for n in s[:2])]
+    if not sides:
+        raise ValueError(f"{size} of {topology.name}'s {topology.size} devices are no {chip.name} slice of their own, which planning needs")
+    return parse(f"{chip.name}:{'x'.join(map(str, min(sides, key=sum)))}")
+
+
+def _layouts(chips: int, axes: int) -> list[tuple[int, ...]]:
+    """Every box of so many chips."""
+    if axes == 1:
+        return [(chips,)]
+    return [(n, *rest) for n in range(1, chips + 1) if chips % n == 0 for rest in _layouts(chips // n, axes - 1)]
+
+
 def known() -> str:
     """All topologies in one sentence."""
     rows = "; ".join(f"{c.name}:{{{','.join(c.slices)}}}" for c in CHIPS.values())

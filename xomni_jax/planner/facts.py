@@ -78,8 +78,8 @@ def read(role: Role, stage: Stage, compiled: Compiled) -> Facts:
     """
     where, w = stage.mesh_of(role), role.work
     mesh, counted = dict(where.shape), flops.count(compiled.jaxpr)
-    others = (tree for name, tree in stage.resident.items() if name not in (*role.uses, *role.gone))
-    resident = sum(abstract.bytes_per_device(tree, where) for tree in others)
+    others = [name for name in stage.resident if name not in (*role.uses, *role.gone) and role.apart == (name in stage.moved)]
+    resident = sum(abstract.bytes_per_device(stage.resident[name]) for name in others)
     rows, moves, module = [], [], None
     if compiled.hlo is not None:
         module = hlo.parse(compiled.hlo)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 import threading
 from collections.abc import Collection, Iterable, Iterator
@@ -18,9 +19,8 @@ from xomni_jax.planner.chips import GIB, Topology
 from xomni_jax.planner.compiled import compile_role, versions
 from xomni_jax.planner.facts import Facts, read
 from xomni_jax.planner.roles import Role, Stage, build_stage, choose
+from xomni_jax.sharding.mesh import make_mesh, split_devices
 from xomni_jax.training.config import ConfigError, apply_override
-from xomni_jax.training.grpo import own_mesh
-from xomni_jax.training.run import policy_mesh
 
 TRIALS = 4  # proposals that are compiled for one role at most
 
@@ -82,9 +82,14 @@ def stage_on(config: ConfigDict, topology: Topology) -> Stage:
     Raises:
       ConfigError: they do not fill the topology; the message says which sizes would.
     """
-    devices = chips.devices(topology)
+    size = math.prod(config.decoder_mesh.values()) if "decoder_mesh" in config else 0
+    devices, own = chips.devices(topology), []
     try:
-        mesh, apart = policy_mesh(config, devices), own_mesh(config, devices) if "decoder_mesh" in config else None
+        if size:
+            devices, own = split_devices(devices, size)
+        if size and topology.chip:  # the parts of a slice are compiled for as slices of as many chips
+            devices, own = (chips.devices(chips.part(topology, len(part))) for part in (devices, own))
+        mesh, apart = make_mesh(dict(config.mesh), devices), make_mesh(dict(config.decoder_mesh), own) if size else None
     except ValueError as e:
         raise ConfigError(f"{topology.name} ({topology.size} devices): {e}") from None
     return build_stage(config, mesh, apart)

@@ -19,7 +19,7 @@ from xomni_jax.sampling.cache import GENERATED_AXES, PROMPT_AXES
 from xomni_jax.sampling.decoder import DecodeConfig, Decoder
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sampling.pixels import DECODER_PARTS, make_decode
-from xomni_jax.sharding.rules import row_ways
+from xomni_jax.sharding.rules import SPREAD_RULES, row_pieces, row_ways
 from xomni_jax.training import decoder as decoder_stage
 from xomni_jax.training import grpo as grpo_stage
 from xomni_jax.training import pretrain, tokenizer, understanding
@@ -68,7 +68,7 @@ class Stage:
 
     Attributes:
       mesh: of the policy, and of everything else. apart: of a decoder with devices of its own.
-      resident: group -> arrays that stay on their devices through a whole step, whichever role runs.
+      resident: group -> arrays that stay on their devices through a whole step, whichever role runs. moved: groups that lie on `apart`.
     """
 
     name: str
@@ -76,6 +76,7 @@ class Stage:
     roles: dict[str, Role]
     resident: dict[str, Any]
     apart: Mesh | None = None
+    moved: tuple[str, ...] = ()
 
     def mesh_of(self, role: Role) -> Mesh:
         """Where a role runs."""
@@ -256,7 +257,7 @@ def _grpo(config: ConfigDict, mesh: Mesh, apart: Mesh | None) -> Stage:
     resident = {"params": state.params, "optimizer": state.opt_state, "reference": reference, "sampler": weights} | frozen
     if reference is None:
         del roles[1], resident["reference"]
-    return Stage(run.stage, mesh, {role.name: role for role in [*roles, *more]}, resident, apart)
+    return Stage(run.stage, mesh, {role.name: role for role in [*roles, *more]}, resident, apart, tuple(frozen) if apart else ())
 
 
 def _as_left(shapes: Any, mesh: Mesh) -> Any:
@@ -307,7 +308,10 @@ def picture_roles(
     semantics = dense(params["siglip_vq"], {"post": T, "vit": 0, "quant": 0})
     pictures = f"{rows} pictures of {grid[0] * cfgs['siglip_vq'].patch}x{grid[1] * cfgs['siglip_vq'].patch}"
     decode = make_decode(vq, decoder, cfg, ways)
-    drawn = Work(forward=rows * (steps + text + semantics), tokens=rows * T, images=rows)
+    rules, pieces = row_pieces(rows, cfgs["mmdit"].at_once, mesh)
+    gathered = cfg.steps * pieces * sum(x.size * abstract.item_size(x.dtype) for _, x in abstract.leaves(params["mmdit"]))
+    gathered = gathered if rules is SPREAD_RULES and mesh.shape["fsdp"] * mesh.shape["tensor"] > 1 else 0.0
+    drawn = Work(forward=rows * (steps + text + semantics), tokens=rows * T, images=rows, gathered=gathered)
     roles = [
         Role("decoder", f"{pictures}, {cfg.steps} steps, guidance {cfg.guidance:g}", decode,
              (params["siglip_vq"], parts, abstract.rows(mesh, (rows, *grid), jnp.int32), *texts, noise, empty), drawn,

@@ -106,15 +106,11 @@ def acting(rules: Mapping) -> Iterator[None]:
 def map_rows(fn: Callable[[Any], Any], rows: Any, at_once: int = 0) -> Any:
     """fn(rows) for a tree of arrays whose rows do not depend on each other, at most `at_once` per device at a time; 0: all together.
 
-    Rows are spread over every device of the mesh in scope (SPREAD_RULES); where their number does not divide over all of them, they stay
-    split as any batch is. Pieces are of equal size and rows are dealt out in turn, so that those of a device stay there.
+    How they are split is said at `row_pieces`. Rows are dealt out in turn, so that those of a device stay there.
     """
-    mesh, n = jax.sharding.get_abstract_mesh(), len(jax.tree.leaves(rows)[0])
-    rules = RULES if mesh.empty or n % mesh.size else SPREAD_RULES
-    each, odd = divmod(n, math.prod(mesh.shape.get(axis, 1) for axis in rules["batch"]))
-    if odd:
+    rules, pieces = row_pieces(len(jax.tree.leaves(rows)[0]), at_once, jax.sharding.get_abstract_mesh())
+    if not pieces:
         return fn(rows)
-    pieces = next(k for k in range(1, each + 1) if each % k == 0 and (not at_once or each // k <= at_once))
 
     def piece(rows: Any) -> Any:
         with acting(rules):
@@ -129,6 +125,19 @@ def map_rows(fn: Callable[[Any], Any], rows: Any, at_once: int = 0) -> Any:
     dealt = jax.tree.map(lambda x: x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1), rows)
     out = jax.lax.map(piece, dealt)
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), out)
+
+
+def row_pieces(n: int, at_once: int, mesh: Mesh | AbstractMesh) -> tuple[Mapping, int]:
+    """(table, number of equal pieces) for n rows of `map_rows`.
+
+    Rows are spread over every device of the mesh (SPREAD_RULES); where their number does not divide over all of them, they stay split as
+    any batch is (RULES); where it does not divide over those axes either, they are not cut (no pieces).
+    """
+    rules = RULES if mesh.empty or n % mesh.size else SPREAD_RULES
+    each, odd = divmod(n, math.prod(mesh.shape.get(axis, 1) for axis in rules["batch"]))
+    if odd:
+        return rules, 0
+    return rules, next(k for k in range(1, each + 1) if each % k == 0 and (not at_once or each // k <= at_once))
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -132,14 +131,11 @@ def micro_batches(prompts: int, grpo: GRPOConfig, rollout: RolloutConfig) -> int
 
 def make_painter(config: ConfigDict, model: XOmni) -> XOmni:
     """The model that decodes pictures: `model`, or one on `config.decoder_mesh`, whose devices the policy's mesh leaves out."""
-    mesh = own_mesh(config, jax.devices())
-    return model.on(mesh) if mesh else model
-
-
-def own_mesh(config: ConfigDict, devices: Sequence[jax.Device]) -> jax.sharding.Mesh | None:
-    """The mesh of `config.decoder_mesh`; None where the decoder shares the policy's."""
     apart = math.prod(config.decoder_mesh.values())
-    return make_mesh(dict(config.decoder_mesh), split_devices(devices, apart)[1]) if apart else None
+    if not apart:
+        return model
+    _, devices = split_devices(jax.devices(), apart)
+    return model.on(make_mesh(dict(config.decoder_mesh), devices))
 
 
 def check_divides(prompts: int, grpo: GRPOConfig, rollout: RolloutConfig, ways: int) -> None:
