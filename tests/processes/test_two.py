@@ -178,7 +178,7 @@ def alike(one, two, rtol=2e-5):
             np.testing.assert_allclose(a[name], b[name], rtol=rtol, atol=2e-6, err_msg=f"{name} of step {a['step']}")
 
 
-@pytest.mark.parametrize("stage", ["sft", "grpo"])
+@pytest.mark.parametrize("stage", ["sft", "grpo", "apart"])
 def test_steps_are_those_of_one_process(stage, runs):
     """The first step of GRPO was made by two in both."""
     one, two = runs.root / "one" / stage, runs.root / "two" / stage
@@ -192,10 +192,12 @@ def test_steps_are_those_of_one_process(stage, runs):
 
 
 def test_every_picture_is_scored_once_and_by_its_own_process(runs):
-    """Each of two asks its own service for its half of a step's pictures."""
+    """Each of two asks its own service for its half of a step's pictures: both steps of GRPO; both of the run with a decoder apart, and its second again."""
     one, two = runs.sessions["one"].asked, runs.sessions["two"].asked
-    assert len(one[0]) == STEP and not one[1]
-    assert [len(seen) for seen in two] == [STEP, STEP]
+    assert len(one[0]) == 3 * STEP and not one[1]
+    assert [len(seen) for seen in two] == [STEP + STEP + STEP // 2] * 2
+    assert two[0][-STEP // 2 :] == two[0][-STEP : -STEP // 2] and two[1][-STEP // 2 :] == two[1][-STEP : -STEP // 2]
+    one, two = (one[0][:STEP], one[1]), [seen[:STEP] for seen in two]
     second = two[0][STEP // 2 :] + two[1][STEP // 2 :]
     assert sorted(one[0]) == sorted(second) and len(set(second)) >= STEP // 2
 
@@ -205,6 +207,15 @@ def test_no_process_holds_whole_parameters(runs):
     for index in (0, 1):
         size, parts = found(runs, "two", index)["kernel"]
         assert parts == [size // 4] * 2
+
+
+def test_a_decoder_on_devices_of_its_own(runs):
+    """What its run is compared with, above, was gone on with after its first step."""
+    run, straight = runs.root / "two" / "apart", runs.root / "two" / "apart_straight"
+    assert f"resuming {run} after step 1" in runs.sessions["two"].told
+    assert metrics(run) == metrics(straight) and [line["step"] for line in metrics(run)] == [1, 2]
+    assert all(0 <= line["grpo/logp_gap_max"] < 1e-4 and line["reward/masked_frac"] == 0 for line in metrics(run))
+    assert_same(params(run, "transformer"), params(straight, "transformer"))
 
 
 def test_a_checkpoint_of_one_process_is_continued_by_two(runs):
@@ -238,7 +249,7 @@ def test_a_signal_to_one_ends_the_waits_of_both_and_both_save_the_same_step(runs
     assert code == 0, told
     assert "[1] SIGTERM: saving at the end of this step" in told and "[0] SIGTERM" not in told
     assert f"[0] stopped after step 1 of 2, saved in {runs.root / 'told' / 'grpo' / 'checkpoints'}" in told
-    assert steps["grpo"] == [1] and asked == runs.sessions["two"].asked
+    assert steps["grpo"] == [1] and asked == tuple(seen[:STEP] for seen in runs.sessions["two"].asked)
     checkpoints = RunCheckpoints(runs.root / "told" / "grpo" / "checkpoints")
     assert checkpoints.manager.all_steps() == [1]
     checkpoints.close()

@@ -10,6 +10,7 @@ Process counts come from the environment, in this order:
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import socket
@@ -18,13 +19,17 @@ from importlib import metadata
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax._src.distributed import global_state  # the client and its address are not public
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, PartitionSpec
 
 from xomni_jax.sharding.line import Line, LineError, split_address
 
 DEADLINE = 300.0  # seconds for all processes to arrive; XOMNI_START_TIMEOUT changes it
 HEARTBEAT = 60  # seconds after which JAX takes a silent process for dead
+MEETINGS = itertools.count()  # numbers the barriers, which all pass in the same order
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # compiled into every program: they must agree, too
 
 
@@ -73,13 +78,32 @@ def _detected(facts: Mapping[str, Any], deadline: float) -> Line:
         raise LineError(
             f"no several processes were found ({told}); leave --distributed out on one machine, or set JAX_COORDINATOR_ADDRESS, XOMNI_PROCESSES and XOMNI_PROCESS"
         ) from None
+    # Where all have just reached process 0. By its own name it may know itself as 127.0.0.1 alone.
+    host, _ = split_address(global_state.coordinator_address)
     with socket.create_server(("", 0)) as probe:
-        mine = f"{socket.gethostbyname(socket.gethostname())}:{probe.getsockname()[1]}"
+        mine = f"{host}:{probe.getsockname()[1]}"
     return Line(gather_json(mine)[0], jax.process_index(), jax.process_count(), facts, deadline)
 
 
 def _initialize(deadline: float, **settings: Any) -> None:
     jax.distributed.initialize(initialization_timeout=int(deadline), heartbeat_timeout_seconds=HEARTBEAT, **settings)
+
+
+def connect(mesh: Mesh) -> None:
+    """Opens the connections for a mesh's collectives between CPU processes, while all are here; elsewhere there is nothing to open.
+
+    Gloo opens them when a group of devices first exchanges something, waits 30 seconds for the others, and cannot be told to wait longer: a process
+    that is slow to compile or to read would end the run. Over an open connection it waits half an hour.
+    """
+    if jax.process_count() == 1 or jax.devices()[0].platform != "cpu":
+        return
+    axes = [name for name, size in mesh.shape.items() if size > 1]
+    groups = [group for n in range(1, len(axes) + 1) for group in itertools.combinations(axes, n)]
+    sums = jax.shard_map(lambda: [jax.lax.psum(jnp.ones(()), group) for group in groups], mesh=mesh, in_specs=(), out_specs=PartitionSpec())
+    meet = jax.jit(sums).lower().compile()  # before the wait: what follows takes no time
+    global_state.client.wait_at_barrier(f"connect {next(MEETINGS)}", int(1000 * number("XOMNI_START_TIMEOUT", DEADLINE)))
+    jax.block_until_ready(meet())
+    barrier("connected")  # whose groups are others
 
 
 def several_workers() -> bool:
