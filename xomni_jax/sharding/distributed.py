@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import socket
 from collections.abc import Mapping
 from importlib import metadata
@@ -104,6 +105,28 @@ def connect(mesh: Mesh) -> None:
     global_state.client.wait_at_barrier(f"connect {next(MEETINGS)}", int(1000 * number("XOMNI_START_TIMEOUT", DEADLINE)))
     jax.block_until_ready(meet())
     barrier("connected")  # whose groups are others
+
+
+def unanswered(error: BaseException) -> str | None:
+    """What the failure of an exchange between processes means, in one sentence; None for any other error.
+
+    JAX tells of it alike wherever it happens, such as in the reading of a checkpoint, and for a process that is slow, hangs, was cut off or has ended.
+    """
+    text = str(error)
+    if not isinstance(error, jax.errors.JaxRuntimeError) or not re.search(r"Gloo \S+.* failed|Barrier timed out", text):
+        return None
+    who, process_of = "another process", {device.id: device.process_index for device in jax.devices()}
+    if key := re.search(r"gloo/([\d,]+)/(\d+)", text):  # the devices of a group, and whose place among them was not there
+        who = f"process {process_of.get(int(key[1].split(',')[int(key[2])]), '?')}"
+    elif names := re.search(r"timed out task names:\s+(\d+)", text):
+        who = f"process {names[1]}"
+    waited = re.search(r"duration: ([\d.]+)s|waiting (\d+)ms", text)
+    within = f" within {float(waited[1] or float(waited[2]) / 1000):.3g} s" if waited else ""
+    what = "has closed its connection" if "closed by peer" in text else f"did not answer{within}"
+    return (
+        f"{who} {what}: it has ended, hangs, or is starved of processor time, and its own output may say which. Once it can run, the same command "
+        "goes on from what was saved (XOMNI_DEBUG=1 shows what was waited for)"
+    )
 
 
 def several_workers() -> bool:
