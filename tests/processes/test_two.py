@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import xomni_jax
-from tests.processes.running import TRAIN, config_file, ended, local
+from tests.processes.running import SLURM, TRAIN, config_file, ended, local
 from tests.training.pixel_service import pixel_service
 from tests.training.test_stages import assert_same, metrics, params
 from xomni_jax.checkpoint.store import RunCheckpoints
@@ -52,7 +52,7 @@ def killed(self, step, scalars):
     if step == 3:
         os.kill(os.getpid(), signal.SIGKILL)
 
-if os.environ["XOMNI_PROCESS"] == "1" and not (folder / "again").exists():
+if os.environ.get("XOMNI_PROCESS") == "1" and not (folder / "again").exists():
     MetricWriter.write = killed
 
 def get_config():
@@ -119,7 +119,7 @@ def runs(tmp_path_factory, model_dir):
     command = [*TRAIN, config_file(killed, KILLED.format(folder=str(killed)))]
     done["killed"] = session(killed, model_dir, *command)
     (killed / "again").touch()
-    done["rest"] = session(killed, model_dir, *command)
+    done["rest"] = session(killed, model_dir, *SLURM, *command, "--distributed")
     return Runs(root, done)
 
 
@@ -197,9 +197,8 @@ def test_every_picture_is_scored_once_and_by_its_own_process(runs):
     assert len(one[0]) == 3 * STEP and not one[1]
     assert [len(seen) for seen in two] == [STEP + STEP + STEP // 2] * 2
     assert two[0][-STEP // 2 :] == two[0][-STEP : -STEP // 2] and two[1][-STEP // 2 :] == two[1][-STEP : -STEP // 2]
-    one, two = (one[0][:STEP], one[1]), [seen[:STEP] for seen in two]
-    second = two[0][STEP // 2 :] + two[1][STEP // 2 :]
-    assert sorted(one[0]) == sorted(second) and len(set(second)) >= STEP // 2
+    second = two[0][STEP // 2 : STEP] + two[1][STEP // 2 : STEP]
+    assert sorted(one[0][:STEP]) == sorted(second) and len(set(second)) >= STEP // 2
 
 
 def test_no_process_holds_whole_parameters(runs):
@@ -265,8 +264,10 @@ def test_when_one_is_killed_the_other_says_so_and_ends(runs):
 
 
 def test_a_killed_run_goes_on_bit_for_bit(runs):
-    """The restarted run against the one that nothing happened to."""
+    """The restarted run, whose processes find each other by Slurm's variables alone, against the one that nothing happened to."""
+    told = runs.sessions["rest"].told
+    assert all(f"[{i}] waiting up to 120 s for the other processes" in told and f"[{i}] sft: process {i} of 2, 2 of 4 cpu devices" in told for i in (0, 1))
     broken, straight = runs.root / "killed" / "sft", runs.root / "two" / "sft"
-    assert f"resuming {broken} after step 2" in runs.sessions["rest"].told
+    assert f"resuming {broken} after step 2" in told
     assert metrics(broken) == metrics(straight) and [line["step"] for line in metrics(straight)] == [1, 2, 3]
     assert_same(params(broken, "transformer"), params(straight, "transformer"))
