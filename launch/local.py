@@ -14,11 +14,13 @@ import time
 EXAMPLE = """\
 The processes' output is shown with their numbers in front. When one fails, the others are ended and its exit code is this command's. Ctrl-C and
 SIGTERM are passed on: training saves at a step all processes agree on, and the same command goes on from there.
+Exit codes: 0 all ended well, or stopped and saved (then $XOMNI_STOPPED_CODE where it is set); 130 interrupted; else that of the first that failed.
 
 example:
   python launch/local.py --processes 2 --devices 4 -- xomni train --config=configs/tiny/sft.py --config.run_dir=runs/two --config.next_token.rows=16
 """
 GRACE = 10.0  # seconds the others have to end by themselves, with a message of their own, after one has failed
+SAVED = int(os.environ.get("XOMNI_STOPPED_CODE", "0"))  # what a run that was stopped and has saved leaves with
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -81,37 +83,47 @@ def start(args: argparse.Namespace) -> list[subprocess.Popen]:
     ]  # fmt: skip
 
 
-def watch(processes: list[subprocess.Popen]) -> int:
-    """Waits for all; after a failure the others are ended. Returns the exit code of the first failure, or 0."""
+def watch(processes: list[subprocess.Popen], told: list[int]) -> int:
+    """Waits for all; after a failure the others are ended. Returns the exit code of the first failure, or that of all.
+
+    `told`: the signals that were passed on by now.
+    """
     code, deadline = 0, float("inf")
     while None in [process.poll() for process in processes]:
-        if not code and any(process.returncode for process in processes):
+        if not code and any(process.returncode not in (None, 0, SAVED) for process in processes):
             time.sleep(0.2)  # one that was killed takes its neighbours along at once: it is the one to name
-            code, deadline = tell_failure(processes), time.monotonic() + GRACE
+            code, deadline = tell_failure(processes, told), time.monotonic() + GRACE
         if time.monotonic() > deadline:
             for process in processes:
                 process.kill()
         time.sleep(0.05)
-    return code or tell_failure(processes)
+    return code or tell_failure(processes, told) or max(process.returncode for process in processes)
 
 
-def tell_failure(processes: list[subprocess.Popen]) -> int:
+def tell_failure(processes: list[subprocess.Popen], told: list[int]) -> int:
     """Says which process failed, one that was ended by a signal before others -> its exit code; 0 if none did."""
-    failed = [(process.poll(), index) for index, process in enumerate(processes) if process.poll()]
+    failed = [(process.poll(), index) for index, process in enumerate(processes) if process.poll() not in (None, 0, SAVED)]
     if not failed:
         return 0
     status, index = min(failed, key=lambda one: (one[0] > 0, one[1]))
+    code = status if status > 0 else 128 - status
     how = f"failed with exit code {status}" if status > 0 else f"was ended by {signal.Signals(-status).name}"
-    print(f"process {index} {how}; ending the others", file=sys.stderr, flush=True)
-    return status if status > 0 else 128 - status
+    print(f"process {index} {'stopped' if stopped(code, told) else how}; ending the others", file=sys.stderr, flush=True)
+    return code
+
+
+def stopped(code: int, told: list[int]) -> bool:
+    """Whether an exit code is that of a process which was told to end, and did."""
+    return code == 128 + signal.SIGINT or code - 128 in told or code == SAVED and bool(code or told)
 
 
 def main(argv: list[str]) -> int:
     """Starts, shows, waits."""
     args = parse(argv)
-    processes = start(args)
+    processes, told = start(args), []
 
     def pass_on(number: int, _frame) -> None:
+        told.append(number)
         for process in processes:
             if process.poll() is None:
                 process.send_signal(number)
@@ -121,10 +133,11 @@ def main(argv: list[str]) -> int:
     readers = [threading.Thread(target=show, args=(i, p.stdout), daemon=True) for i, p in enumerate(processes)]
     for reader in readers:
         reader.start()
-    code = watch(processes)
+    code = watch(processes, told)
     for reader in readers:
         reader.join(timeout=5)
-    print(f"all {len(processes)} processes ended well" if code == 0 else f"exit code {code}", flush=True)
+    how = "stopped" if stopped(code, told) else "ended well" if code == 0 else "failed"
+    print(f"all {len(processes)} processes {how}" if code in (0, SAVED) else f"{how}, exit code {code}", flush=True)
     return code
 
 

@@ -83,8 +83,8 @@ class XOmni(ModelParts):
     def decode_images(self, codes_BYX: Any, prompts: Sequence[str], noise_BTC: Any, cfg: DecodeConfig | None = None) -> jax.Array:
         """Codes -> uint8 images [B, H, W, 3] on the device."""
         cfg = cfg or self.decode_config
-        rows = tuple(map(self.fill, (codes_BYX, *self.text_ids(prompts, cfg), noise_BTC)))
-        with jax.set_mesh(self.mesh):
+        with jax.set_mesh(self.mesh):  # in which the rows are made, too: a caller may work on another
+            rows = tuple(map(self.fill, (codes_BYX, *self.text_ids(prompts, cfg), noise_BTC)))
             images = self._decode(cfg)(self.params("siglip_vq"), self.decoder_params(), *rows, self.text_ids([""], cfg))
         return images if len(images) == len(codes_BYX) else images[: len(codes_BYX)]
 

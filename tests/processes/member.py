@@ -6,6 +6,7 @@ python -m tests.processes.member FOLDER, started by launch/local.py; FOLDER/plan
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from xomni_jax.data.rendered import RenderedConfig
 from xomni_jax.data.sources import rendered_dataset
 from xomni_jax.pipeline import XOmni
 from xomni_jax.sharding import arrays, distributed
+from xomni_jax.sharding.line import Line
 from xomni_jax.sharding.mesh import make_mesh
 from xomni_jax.sharding.rules import MESH_AXES
 from xomni_jax.training.run import run_stage
@@ -69,6 +71,20 @@ def grpo(folder: Path, name: str, model: str, url: str, *overrides: str) -> obje
     return stage_config("grpo", folder / name, f"init_from={model}", *rewards, "steps=2", "grid_every=0", "mesh.fsdp=2", *overrides)
 
 
+def apart(folder: Path, model: str, url: str, line: Line | None) -> None:
+    """GRPO whose decoder has devices of its own; broken off before its second step was saved, and gone on with."""
+    config = grpo(folder, "apart", model, url, "mesh.tensor=1", "decoder_mesh.fsdp=2", "save_every=1")
+    run_stage(config, line=line)
+    if jax.process_count() > 1:
+        if jax.process_index() == 0:
+            run = folder / "apart"
+            shutil.copytree(run, folder / "apart_straight")
+            shutil.rmtree(run / "model")
+            shutil.rmtree(run / "checkpoints" / "2")
+        distributed.barrier("broken off")
+        run_stage(config, line=line)
+
+
 def among_several(folder: Path, model: str) -> dict:
     """What only several processes can show."""
     out = {"values": distributed.gather_json({"a": ["x" * 3000, jax.process_index()]}), "meshes": rows_on_meshes()}
@@ -91,6 +107,7 @@ def main(folder: Path) -> None:
         if (folder / "moved").is_dir():
             run_stage(sft(folder, "moved", model), line=line)
         run_stage(grpo(folder, "grpo", model, plan["urls"][index], f"grid_every={2 if several else 0}"), line=line)
+        apart(folder, model, plan["urls"][index], line)
         (folder / f"out_{index}.json").write_text(json.dumps(out))
 
     together(line, programme)

@@ -12,6 +12,14 @@ from tests.miniature import ROOT
 LOCAL = [sys.executable, str(ROOT / "launch" / "local.py")]
 TRAIN = [sys.executable, "-m", "xomni_jax.cli.main", "train"]
 
+# Before a command of launch/local.py: tells it where it is as srun does, and nothing else.
+SLURM = ["sh", "-c", """
+export SLURM_JOB_ID=1 SLURM_STEP_NODELIST=localhost SLURM_NTASKS=$XOMNI_PROCESSES SLURM_PROCID=$XOMNI_PROCESS SLURM_LOCALID=$XOMNI_PROCESS
+export JAX_COORDINATOR_PORT=${JAX_COORDINATOR_ADDRESS##*:}
+unset JAX_COORDINATOR_ADDRESS XOMNI_PROCESSES XOMNI_PROCESS
+exec "$@"
+""", "srun"]  # fmt: skip
+
 
 def local(*command: str, processes: int = 2, devices: int = 2, **variables: str) -> subprocess.Popen:
     """launch/local.py with a command, its output and errors together."""

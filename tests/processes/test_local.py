@@ -30,11 +30,20 @@ def test_the_first_failure_counts_and_ends_the_others():
     assert time.monotonic() - begun < 60
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_are_passed_on(number):
+@pytest.mark.parametrize(
+    "number, answer, code, last",
+    [
+        (signal.SIGTERM, "sys.exit(0)", 0, "all 2 processes stopped"),
+        (signal.SIGINT, "sys.exit(130)", 130, "stopped, exit code 130"),
+        (signal.SIGTERM, "signal.signal(number, signal.SIG_DFL); os.kill(os.getpid(), number)", 143, "stopped, exit code 143"),
+        (signal.SIGTERM, "sys.exit(3)", 3, "failed, exit code 3"),
+    ],
+)
+def test_signals_are_passed_on(number, answer, code, last):
+    """Who was told to end, and did, has not failed."""
     program = (
-        "import signal, sys, time\n"
-        "def stop(number, frame):\n    print('stopped by', number, flush=True); sys.exit(0)\n"
+        "import os, signal, sys, time\n"
+        f"def stop(number, frame):\n    print('stopped by', number, flush=True); {answer}\n"
         f"signal.signal({int(number)}, stop); print('ready', flush=True); time.sleep(600)"
     )
     process = local(*PYTHON, program)
@@ -42,7 +51,15 @@ def test_signals_are_passed_on(number):
         assert "ready" in process.stdout.readline()
     process.send_signal(number)
     told = ended(process, 60)
-    assert process.returncode == 0 and all(f"[{i}] stopped by {int(number)}" in told for i in (0, 1))
+    assert process.returncode == code and told.splitlines()[-1] == last and all(f"[{i}] stopped by {int(number)}" in told for i in (0, 1))
+    assert ("failed" in told) == (code == 3) and "was ended by" not in told
+
+
+def test_one_that_has_saved_leaves_the_others_their_time():
+    """The code that launchers ask for; a signal that came to the processes themselves."""
+    program = "import os, sys, time; index = int(os.environ['XOMNI_PROCESS']); time.sleep(0 if index else 2); print('saved', flush=True); sys.exit(75)"
+    process = local(*PYTHON, program, XOMNI_STOPPED_CODE="75")
+    assert ended(process, 60).splitlines() == ["[1] saved", "[0] saved", "all 2 processes stopped"] and process.returncode == 75
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import xomni_jax
-from tests.processes.running import TRAIN, config_file, ended, local
+from tests.processes.running import SLURM, TRAIN, config_file, ended, local
 from tests.training.pixel_service import pixel_service
 from tests.training.test_stages import assert_same, metrics, params
 from xomni_jax.checkpoint.store import RunCheckpoints
@@ -52,7 +52,7 @@ def killed(self, step, scalars):
     if step == 3:
         os.kill(os.getpid(), signal.SIGKILL)
 
-if os.environ["XOMNI_PROCESS"] == "1" and not (folder / "again").exists():
+if os.environ.get("XOMNI_PROCESS") == "1" and not (folder / "again").exists():
     MetricWriter.write = killed
 
 def get_config():
@@ -119,7 +119,7 @@ def runs(tmp_path_factory, model_dir):
     command = [*TRAIN, config_file(killed, KILLED.format(folder=str(killed)))]
     done["killed"] = session(killed, model_dir, *command)
     (killed / "again").touch()
-    done["rest"] = session(killed, model_dir, *command)
+    done["rest"] = session(killed, model_dir, *SLURM, *command, "--distributed")
     return Runs(root, done)
 
 
@@ -178,7 +178,7 @@ def alike(one, two, rtol=2e-5):
             np.testing.assert_allclose(a[name], b[name], rtol=rtol, atol=2e-6, err_msg=f"{name} of step {a['step']}")
 
 
-@pytest.mark.parametrize("stage", ["sft", "grpo"])
+@pytest.mark.parametrize("stage", ["sft", "grpo", "apart"])
 def test_steps_are_those_of_one_process(stage, runs):
     """The first step of GRPO was made by two in both."""
     one, two = runs.root / "one" / stage, runs.root / "two" / stage
@@ -192,12 +192,13 @@ def test_steps_are_those_of_one_process(stage, runs):
 
 
 def test_every_picture_is_scored_once_and_by_its_own_process(runs):
-    """Each of two asks its own service for its half of a step's pictures."""
+    """Each of two asks its own service for its half of a step's pictures: both steps of GRPO; both of the run with a decoder apart, and its second again."""
     one, two = runs.sessions["one"].asked, runs.sessions["two"].asked
-    assert len(one[0]) == STEP and not one[1]
-    assert [len(seen) for seen in two] == [STEP, STEP]
-    second = two[0][STEP // 2 :] + two[1][STEP // 2 :]
-    assert sorted(one[0]) == sorted(second) and len(set(second)) >= STEP // 2
+    assert len(one[0]) == 3 * STEP and not one[1]
+    assert [len(seen) for seen in two] == [STEP + STEP + STEP // 2] * 2
+    assert two[0][-STEP // 2 :] == two[0][-STEP : -STEP // 2] and two[1][-STEP // 2 :] == two[1][-STEP : -STEP // 2]
+    second = two[0][STEP // 2 : STEP] + two[1][STEP // 2 : STEP]
+    assert sorted(one[0][:STEP]) == sorted(second) and len(set(second)) >= STEP // 2
 
 
 def test_no_process_holds_whole_parameters(runs):
@@ -205,6 +206,15 @@ def test_no_process_holds_whole_parameters(runs):
     for index in (0, 1):
         size, parts = found(runs, "two", index)["kernel"]
         assert parts == [size // 4] * 2
+
+
+def test_a_decoder_on_devices_of_its_own(runs):
+    """What its run is compared with, above, was gone on with after its first step."""
+    run, straight = runs.root / "two" / "apart", runs.root / "two" / "apart_straight"
+    assert f"resuming {run} after step 1" in runs.sessions["two"].told
+    assert metrics(run) == metrics(straight) and [line["step"] for line in metrics(run)] == [1, 2]
+    assert all(0 <= line["grpo/logp_gap_max"] < 1e-4 and line["reward/masked_frac"] == 0 for line in metrics(run))
+    assert_same(params(run, "transformer"), params(straight, "transformer"))
 
 
 def test_a_checkpoint_of_one_process_is_continued_by_two(runs):
@@ -238,7 +248,7 @@ def test_a_signal_to_one_ends_the_waits_of_both_and_both_save_the_same_step(runs
     assert code == 0, told
     assert "[1] SIGTERM: saving at the end of this step" in told and "[0] SIGTERM" not in told
     assert f"[0] stopped after step 1 of 2, saved in {runs.root / 'told' / 'grpo' / 'checkpoints'}" in told
-    assert steps["grpo"] == [1] and asked == runs.sessions["two"].asked
+    assert steps["grpo"] == [1] and asked == tuple(seen[:STEP] for seen in runs.sessions["two"].asked)
     checkpoints = RunCheckpoints(runs.root / "told" / "grpo" / "checkpoints")
     assert checkpoints.manager.all_steps() == [1]
     checkpoints.close()
@@ -254,8 +264,10 @@ def test_when_one_is_killed_the_other_says_so_and_ends(runs):
 
 
 def test_a_killed_run_goes_on_bit_for_bit(runs):
-    """The restarted run against the one that nothing happened to."""
+    """The restarted run, whose processes find each other by Slurm's variables alone, against the one that nothing happened to."""
+    told = runs.sessions["rest"].told
+    assert all(f"[{i}] waiting up to 120 s for the other processes" in told and f"[{i}] sft: process {i} of 2, 2 of 4 cpu devices" in told for i in (0, 1))
     broken, straight = runs.root / "killed" / "sft", runs.root / "two" / "sft"
-    assert f"resuming {broken} after step 2" in runs.sessions["rest"].told
+    assert f"resuming {broken} after step 2" in told
     assert metrics(broken) == metrics(straight) and [line["step"] for line in metrics(straight)] == [1, 2, 3]
     assert_same(params(broken, "transformer"), params(straight, "transformer"))

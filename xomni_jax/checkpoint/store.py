@@ -205,13 +205,16 @@ ONE_READ = threading.RLock()  # the policy belongs to the process
 
 
 def reading(action: Callable[[], Any]) -> tuple[Any, str | None]:
-    """Runs a read through Orbax -> (result, None), or (None, in one line why it failed). A CheckpointError passes."""
+    """Runs a read through Orbax -> (result, None), or (None, in one line why it failed).
+
+    What is not the files' fault passes: a CheckpointError, and errors of JAX's runtime, such as too little memory or a process that does not answer.
+    """
     with ONE_READ:
         before = asyncio.get_event_loop_policy()
         asyncio.set_event_loop_policy(TidyLoops())
         try:
             return action(), None
-        except CheckpointError:
+        except (CheckpointError, jax.errors.JaxRuntimeError):
             raise
         except Exception as e:  # noqa: BLE001 - many kinds for damaged files; the user needs the directory, not the kind
             return None, str(e).strip().splitlines()[0][:200] if str(e).strip() else type(e).__name__

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -66,17 +68,22 @@ def facts(config: ConfigDict) -> dict[str, Any]:
 def together(line: Any, action: Callable[[], int], command: str = "train") -> int:
     """Runs the action of one of several processes, which gives the exit code; an error is told here and to the others, and ends the process without waiting for them."""
     from xomni_jax.cli.main import explain
-    from xomni_jax.sharding.line import leave
+    from xomni_jax.sharding.distributed import unanswered
+    from xomni_jax.sharding.line import LOST, leave
 
     try:
         code = action()
     except BaseException as e:  # noqa: BLE001 - whatever it is, the others must not wait
+        silent = None if os.environ.get("XOMNI_DEBUG") else unanswered(e)
         try:
-            code = explain(command, e)
+            if silent:
+                time.sleep(1.0)  # where the process is gone, the line says so, names it and ends this one
+                print(f"\nxomni {command}: {silent}", file=sys.stderr)
+            code = LOST if silent else explain(command, e)
         except BaseException:  # noqa: BLE001
             traceback.print_exc()
             code = 1
-        line.fail((str(e).strip().splitlines() or [type(e).__name__])[0])
+        line.fail(silent or (str(e).strip().splitlines() or [type(e).__name__])[0])
         leave(code)
     line.close()
     return code

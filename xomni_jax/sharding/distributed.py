@@ -10,21 +10,27 @@ Process counts come from the environment, in this order:
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
 import socket
 from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax._src.distributed import global_state  # the client and its address are not public
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, PartitionSpec
 
 from xomni_jax.sharding.line import Line, LineError, split_address
 
 DEADLINE = 300.0  # seconds for all processes to arrive; XOMNI_START_TIMEOUT changes it
 HEARTBEAT = 60  # seconds after which JAX takes a silent process for dead
+MEETINGS = itertools.count()  # numbers the barriers, which all pass in the same order
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # compiled into every program: they must agree, too
 
 
@@ -73,13 +79,54 @@ def _detected(facts: Mapping[str, Any], deadline: float) -> Line:
         raise LineError(
             f"no several processes were found ({told}); leave --distributed out on one machine, or set JAX_COORDINATOR_ADDRESS, XOMNI_PROCESSES and XOMNI_PROCESS"
         ) from None
+    # Where all have just reached process 0. By its own name it may know itself as 127.0.0.1 alone.
+    host, _ = split_address(global_state.coordinator_address)
     with socket.create_server(("", 0)) as probe:
-        mine = f"{socket.gethostbyname(socket.gethostname())}:{probe.getsockname()[1]}"
+        mine = f"{host}:{probe.getsockname()[1]}"
     return Line(gather_json(mine)[0], jax.process_index(), jax.process_count(), facts, deadline)
 
 
 def _initialize(deadline: float, **settings: Any) -> None:
     jax.distributed.initialize(initialization_timeout=int(deadline), heartbeat_timeout_seconds=HEARTBEAT, **settings)
+
+
+def connect(mesh: Mesh) -> None:
+    """Opens the connections for a mesh's collectives between CPU processes, while all are here; elsewhere there is nothing to open.
+
+    Gloo opens them when a group of devices first exchanges something, waits 30 seconds for the others, and cannot be told to wait longer: a process
+    that is slow to compile or to read would end the run. Over an open connection it waits half an hour.
+    """
+    if jax.process_count() == 1 or jax.devices()[0].platform != "cpu":
+        return
+    axes = [name for name, size in mesh.shape.items() if size > 1]
+    groups = [group for n in range(1, len(axes) + 1) for group in itertools.combinations(axes, n)]
+    sums = jax.shard_map(lambda: [jax.lax.psum(jnp.ones(()), group) for group in groups], mesh=mesh, in_specs=(), out_specs=PartitionSpec())
+    meet = jax.jit(sums).lower().compile()  # before the wait: what follows takes no time
+    global_state.client.wait_at_barrier(f"connect {next(MEETINGS)}", int(1000 * number("XOMNI_START_TIMEOUT", DEADLINE)))
+    jax.block_until_ready(meet())
+    barrier("connected")  # whose groups are others
+
+
+def unanswered(error: BaseException) -> str | None:
+    """What the failure of an exchange between processes means, in one sentence; None for any other error.
+
+    JAX tells of it alike wherever it happens, such as in the reading of a checkpoint, and for a process that is slow, hangs, was cut off or has ended.
+    """
+    text = str(error)
+    if not isinstance(error, jax.errors.JaxRuntimeError) or not re.search(r"Gloo \S+.* failed|Barrier timed out", text):
+        return None
+    who, process_of = "another process", {device.id: device.process_index for device in jax.devices()}
+    if key := re.search(r"gloo/([\d,]+)/(\d+)", text):  # the devices of a group, and whose place among them was not there
+        who = f"process {process_of.get(int(key[1].split(',')[int(key[2])]), '?')}"
+    elif names := re.search(r"timed out task names:\s+(\d+)", text):
+        who = f"process {names[1]}"
+    waited = re.search(r"duration: ([\d.]+)s|waiting (\d+)ms", text)
+    within = f" within {float(waited[1] or float(waited[2]) / 1000):.3g} s" if waited else ""
+    what = "has closed its connection" if "closed by peer" in text else f"did not answer{within}"
+    return (
+        f"{who} {what}: it has ended, hangs, or is starved of processor time, and its own output may say which. Once it can run, the same command "
+        "goes on from what was saved (XOMNI_DEBUG=1 shows what was waited for)"
+    )
 
 
 def several_workers() -> bool:

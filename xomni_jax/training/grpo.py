@@ -22,7 +22,7 @@ from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sampling.pixels import DECODER_PARTS
 from xomni_jax.sequence.padding import pad_prompts
 from xomni_jax.sharding.arrays import share, whole
-from xomni_jax.sharding.distributed import gather_json
+from xomni_jax.sharding.distributed import connect, gather_json
 from xomni_jax.sharding.mesh import make_mesh, split_devices
 from xomni_jax.training.advantages import AdvantageConfig
 from xomni_jax.training.components import PRESETS, DataIterator, check_heads, check_split, export_model, here, open_model, stored_or_preset
@@ -135,7 +135,9 @@ def make_painter(config: ConfigDict, model: XOmni) -> XOmni:
     if not apart:
         return model
     _, devices = split_devices(jax.devices(), apart)
-    return model.on(make_mesh(dict(config.decoder_mesh), devices))
+    mesh = make_mesh(dict(config.decoder_mesh), devices)
+    connect(mesh)
+    return model.on(mesh)
 
 
 def check_divides(prompts: int, grpo: GRPOConfig, rollout: RolloutConfig, ways: int) -> None:

@@ -256,5 +256,5 @@ class Rollouts:
         codes_BYX = codes_PRT.reshape(-1, *self.grid)
         noise = self.painter.noise(noise_keys_B, self.grid)
         if self.painter is not self.model:  # arrays of one mesh are no arguments of a program on another
-            codes_BYX, noise = whole(codes_BYX), np.asarray(noise)
+            codes_BYX, noise = whole(codes_BYX), whole(noise)
         return self.painter.decode_images(codes_BYX, prompts, noise, self.decode)

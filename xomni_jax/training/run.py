@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from xomni_jax.sharding.distributed import description
+from xomni_jax.sharding.distributed import connect, description
 from xomni_jax.sharding.line import Line
 from xomni_jax.sharding.mesh import make_mesh, split_devices
 from xomni_jax.training.config import ConfigError, check_sections, run_config, save_resolved
@@ -44,6 +44,7 @@ def run_stage(config: ConfigDict, line: Line | None = None, profile: tuple[int, 
     check_sections(config, ("mesh", *module.SECTIONS), run.stage)
     mesh = policy_mesh(config)
     print(f"{run.stage}: {description()}, mesh {dict(mesh.shape)}, output in {run.run_dir}", flush=True)
+    connect(mesh)
     with StopSignal(line) as stop, jax.set_mesh(mesh):
         stage = module.make(config, run, mesh, stop)
         say("\n".join(["weights:", *placement(stage.state.params, mesh)]))

@@ -1,0 +1,71 @@
+"""What JAX says when an exchange between processes fails, in words; the sentences on the right are what a user reads."""
+
+import sys
+
+import jax
+import pytest
+
+from xomni_jax.checkpoint.store import CheckpointError, RunCheckpoints
+from xomni_jax.cli import train
+from xomni_jax.sharding import line as lines
+from xomni_jax.sharding.distributed import unanswered
+
+# As jax 0.10 and jaxlib's gloo word them.
+NOBODY = (
+    "UNKNOWN: Gloo context initialization failed: DEADLINE_EXCEEDED: GetKeyValue() timed out with key: cpu:gloo/{devices}/1 and duration: 29.99999995s "
+    "[type.googleapis.com/tensorflow.CoordinationServiceError='']"
+)
+SLOW = "UNKNOWN: Gloo AllGather failed: [external/gloo/gloo/transport/tcp/unbound_buffer.cc:132] Timed out waiting 4000ms for send operation to complete"
+UNREACHED = "UNKNOWN: Gloo context initialization failed: [external/gloo/gloo/transport/tcp/pair.h:311] Connect timeout [none]"
+CLOSED = "UNKNOWN: Gloo AllGather failed: [external/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:5542"
+BARRIER = (
+    "DEADLINE_EXCEEDED: Barrier timed out. Id: hm::0. This usually happens because a task triggered the barrier too early or too slowly. Please look at the "
+    "task logs (both timed out and first task) to debug further.\n# of tasks that reached the barrier: 1/2.\nThe first task at the barrier: 0. Some timed out "
+    "task names:\n1\n\n\nRPC: /xla.coordination.CoordinationService/Barrier [type.googleapis.com/tensorflow.CoordinationServiceError='']"
+)
+
+
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        (NOBODY.format(devices="0,2"), "process 0 did not answer within 30 s: it has ended, hangs, or is starved of processor time"),
+        (SLOW, "another process did not answer within 4 s: "),
+        (UNREACHED, "another process did not answer: "),
+        (CLOSED, "another process has closed its connection: it has ended"),
+        (BARRIER, "process 1 did not answer: "),
+    ],
+)
+def test_who_did_not_answer(text, sentence):
+    told = unanswered(jax.errors.JaxRuntimeError(text))
+    assert told.startswith(sentence) and "Once it can run, the same command goes on from what was saved" in told and "\n" not in told
+
+
+@pytest.mark.parametrize("error", [jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"), ValueError(SLOW), CheckpointError("damaged")])
+def test_other_errors_are_left_alone(error):
+    assert unanswered(error) is None
+
+
+class Alone:
+    """The line of a process whose neighbours hear nothing."""
+
+    def fail(self, why):
+        self.why = why
+
+
+def test_a_silent_process_is_not_taken_for_a_damaged_checkpoint(tmp_path, monkeypatch, capsys):
+    """The exchange fails where it does on a busy machine: inside Orbax, in the middle of a restore."""
+    checkpoints = RunCheckpoints(tmp_path / "checkpoints")
+    checkpoints.save(1, {"x": jax.numpy.ones(2)}, {}, wait=True)
+
+    def restore(*args, **kwargs):
+        raise jax.errors.JaxRuntimeError(NOBODY.format(devices="0,2"))
+
+    monkeypatch.setattr(checkpoints.manager, "restore", restore)
+    monkeypatch.setattr(lines, "leave", sys.exit)
+    line = Alone()
+    with pytest.raises(SystemExit) as end:
+        train.together(line, lambda: checkpoints.restore({"x": jax.ShapeDtypeStruct((2,), "float32")}))
+    told = capsys.readouterr().err.strip()
+    assert told.startswith("xomni train: process 0 did not answer within 30 s: ") and "\n" not in told and str(tmp_path) not in told
+    assert end.value.code == 1 and told.endswith(line.why)
+    checkpoints.close()
