@@ -18,6 +18,7 @@ from xomni_jax.evaluation.generation import DrawConfig, Generation
 from xomni_jax.evaluation.suite import Suite, check_images
 from xomni_jax.pipeline import XOmni, load
 from xomni_jax.sampling.logits import SamplingConfig
+from xomni_jax.sharding.distributed import connect
 from xomni_jax.sharding.mesh import make_mesh
 from xomni_jax.training.preemption import StopSignal
 
@@ -48,7 +49,9 @@ class ModelSession:
     @functools.cached_property
     def model(self) -> XOmni:
         """The model on its mesh."""
-        return load(self.options.path, make_mesh(self.options.mesh))
+        mesh = make_mesh(self.options.mesh)
+        connect(mesh)
+        return load(self.options.path, mesh)
 
     def run(self, work: runner.Work, stop: StopSignal) -> None:
         """Makes this process's outputs.

@@ -57,10 +57,11 @@ class Line:
         self._socket.settimeout(deadline + 10)
         try:
             answer = json.loads(self._lines.readline() or "{}")
-        except OSError:
+        except (OSError, ValueError):  # ValueError: whoever answers there is none of ours
             answer = {}
         if not answer.get("go"):
-            raise LineError(answer.get("refused") or f"process 0 at {address} ended before everybody had arrived; its output says why")
+            ended = f"process 0 at {address} ended before everybody had arrived; its output says why. Without any, something else answers at that address"
+            raise LineError(answer.get("refused") or ended)
         self._socket.settimeout(None)
         self._polls = 0
         self._target: int | None = None
