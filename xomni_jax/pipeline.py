@@ -14,11 +14,12 @@ from PIL import Image
 
 from xomni_jax.data.preprocess import preprocess
 from xomni_jax.parts import ModelParts
-from xomni_jax.sampling.decode import generate_codes, make_answerer
+from xomni_jax.sampling.decode import make_answerer
 from xomni_jax.sampling.decoder import DecodeConfig
 from xomni_jax.sampling.keys import NOISE, picture_keys
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sampling.pixels import make_decode
+from xomni_jax.sampling.sampler import Sampler
 from xomni_jax.sequence.padding import PROMPT_BUCKET, pad_prompts
 from xomni_jax.sequence.tokenizer import encoder_ids, fixed_length_ids
 from xomni_jax.sharding.arrays import whole
@@ -57,13 +58,8 @@ class XOmni(ModelParts):
         return {"codes": out["codes"][:P].reshape(P, R, *grid), "logp": out["logp"][:P]}
 
     @functools.cache
-    def _sampler(self, n_codes: int, sampling: SamplingConfig):
-        model = self.module("transformer")
-
-        def sample(params, ids_PS, lengths_P, keys_PR, negative):
-            return generate_codes(model, params, ids_PS, lengths_P, n_codes, keys_PR, sampling, negative=negative)
-
-        return jax.jit(sample)
+    def _sampler(self, n_codes: int, sampling: SamplingConfig) -> Sampler:
+        return Sampler(self.module("transformer"), n_codes, sampling)
 
     def text_ids(self, prompts: Sequence[str], cfg: DecodeConfig | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The prompts as T5 ids [B, S] and CLIP ids [B, S'], at the decoder's fixed lengths."""

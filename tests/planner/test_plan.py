@@ -55,7 +55,7 @@ def test_all_roles_are_the_trainers_own(cache):
     whole, part = stage.roles["rollout"].work, halves.roles["rollout"].work
     assert (part.forward * 8, part.tokens * 8) == (whole.forward, whole.tokens)
     places = [stage.roles[name].fn.__module__ for name in ("policy-update", "rollout")]
-    assert places == ["xomni_jax.training.grpo_update", "xomni_jax.training.rollouts"]
+    assert places == ["xomni_jax.training.grpo_update", "xomni_jax.sampling.sampler"]
     # Without a penalty there is no reference, neither as a role nor in memory.
     free = plan.stage_on(narrow.grpo("grpo.kl_coef=0.0"), CPU)
     assert "reference" not in free.roles and "reference" not in free.resident

@@ -62,3 +62,31 @@ def test_more_hosts_than_given(tmp_path):
     assert process.returncode == 2, told
     assert "mesh fsdp=2 x tensor=2 needs 4 devices, 2 are present; that is 2 hosts with 1 each; start it on 4 hosts, or change config.mesh" in told
     assert not (tmp_path / "run").exists()
+
+
+SLOW = """
+import time
+import jax
+from xomni_jax.cli.train import together
+from xomni_jax.sharding import distributed
+from xomni_jax.sharding.mesh import make_mesh
+
+line = distributed.start({})
+
+def programme():
+    distributed.connect(make_mesh(dict(fsdp=2, tensor=2)))
+    if jax.process_index() == 1:
+        time.sleep(600)
+    distributed.barrier("late")
+
+together(line, programme)
+"""
+
+
+def test_a_process_that_does_not_answer():
+    """Real connections, over which nothing comes; half an hour's patience is made two seconds."""
+    process = local(sys.executable, "-c", SLOW, XLA_FLAGS="--xla_cpu_collective_timeout_seconds=2")
+    told = ended(process)
+    assert process.returncode == 1, told
+    sentence = "another process did not answer within 2 s: it has ended, hangs, or is starved of processor time"
+    assert f"[0] xomni train: {sentence}" in told and f"[1] xomni: process 0 stopped: {sentence}" in told and "Traceback" not in told

@@ -1,5 +1,6 @@
-"""What JAX says when an exchange between processes fails, in words; the sentences on the right are what a user reads."""
+"""Starting with others that JAX finds, and what its errors mean when an exchange with them fails."""
 
+import socket
 import sys
 
 import jax
@@ -8,7 +9,30 @@ import pytest
 from xomni_jax.checkpoint.store import CheckpointError, RunCheckpoints
 from xomni_jax.cli import train
 from xomni_jax.sharding import line as lines
-from xomni_jax.sharding.distributed import unanswered
+from xomni_jax.sharding.distributed import start, unanswered
+from xomni_jax.sharding.line import LineError
+
+SLURM = dict(SLURM_JOB_ID="1", SLURM_STEP_NODELIST="localhost", SLURM_NTASKS="2", SLURM_LOCALID="0")
+
+
+@pytest.mark.parametrize(
+    "variables, sentence",
+    [
+        (dict(SLURM, SLURM_PROCID="0"), "1 of 2 processes arrived within 1 s (0); missing: 1. Start the same command on every host"),
+        (dict(SLURM, SLURM_PROCID="1"), "process 1 cannot reach process 0 at localhost:{port} within 1 s (Connection refused); start all processes"),
+        ({}, "no several processes were found: this is no TPU slice, Slurm or Open MPI job that JAX knows; leave --distributed out on one machine"),
+    ],
+)
+def test_the_others_do_not_come_or_are_none(variables, sentence, monkeypatch):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    for name, value in (variables | dict(JAX_COORDINATOR_PORT=str(port - 1), XOMNI_START_TIMEOUT="1")).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(LineError) as error:
+        start({}, distributed=True)
+    assert str(error.value).startswith(sentence.format(port=port))
+
 
 # As jax 0.10 and jaxlib's gloo word them.
 NOBODY = (

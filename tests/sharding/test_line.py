@@ -51,6 +51,19 @@ def until(condition, seconds=10.0):
     assert condition()
 
 
+def test_something_else_answers(address):
+    """Such as a proxy."""
+    host, port = split_address(address)
+
+    def proxy(server):
+        with server, server.accept()[0] as connection:
+            connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+    threading.Thread(target=proxy, args=(socket.create_server((host, port)),)).start()
+    with pytest.raises(LineError, match=f"process 0 at {address} ended before everybody had arrived; .*something else answers at that address"):
+        Line(address, 1, 2, {}, 5.0)
+
+
 def test_all_stop_at_the_same_poll(address, left):
     """Three processes at their own pace; one is told to stop somewhere on the way."""
     lines = together(address, [{"a": 1}] * 3)

@@ -21,6 +21,7 @@ from xomni_jax.rewards.client import RewardClient
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sharding.mesh import make_mesh
 from xomni_jax.sharding.rules import param_shardings
+from xomni_jax.sampling import sampler as sampler_module
 from xomni_jax.training import grpo, rollouts
 from xomni_jax.training.advantages import AdvantageConfig
 from xomni_jax.training.config import ConfigError
@@ -158,13 +159,13 @@ def test_too_many_failures_stop_the_run_and_nothing_is_lost(finished, model_dir,
 
 
 def test_a_sampler_that_lies_about_its_log_probs_is_found(model_dir, service, tmp_path, monkeypatch):
-    draw = rollouts.draw_codes
+    draw = sampler_module.draw_codes
 
     def tampered(*args, **kwargs):
         state, out = draw(*args, **kwargs)
         return state, out | {"logp": out["logp"].at[0, 1, 2].add(2e-3)}
 
-    monkeypatch.setattr(rollouts, "draw_codes", tampered)
+    monkeypatch.setattr(sampler_module, "draw_codes", tampered)
     with pytest.raises(FloatingPointError, match=r"sampler and trainer differ by 2\.0\de-03 in a log-prob at step 1 \(limit 0.0001\)"):
         run_stage(grpo_config(tmp_path / "run", model_dir, service.url, "grid_every=0"))
     assert not (tmp_path / "run" / "model").exists()

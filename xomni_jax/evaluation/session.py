@@ -20,6 +20,7 @@ from xomni_jax.evaluation.suite import Suite, check_images
 from xomni_jax.inference import PARTS, open_model
 from xomni_jax.pipeline import XOmni
 from xomni_jax.sampling.logits import SamplingConfig
+from xomni_jax.sharding.distributed import connect
 from xomni_jax.sharding.mesh import make_mesh
 from xomni_jax.training.preemption import StopSignal
 
@@ -51,7 +52,9 @@ class ModelSession:
     @functools.cached_property
     def model(self) -> XOmni:
         """The model on its mesh."""
-        return open_model(self.options.path, make_mesh(self.options.mesh), self.options.config)
+        mesh = make_mesh(self.options.mesh)
+        connect(mesh)
+        return open_model(self.options.path, mesh, self.options.config)
 
     def run(self, work: runner.Work, stop: StopSignal) -> None:
         """Makes this process's outputs.

@@ -11,12 +11,12 @@ from xomni_jax.planner import abstract, work
 from xomni_jax.planner.roles import Role, Stage, picture_roles, sampling_roles
 from xomni_jax.sampling.decode import make_answerer
 from xomni_jax.sampling.logits import SamplingConfig
+from xomni_jax.sampling.sampler import SEGMENT
 from xomni_jax.sharding.rules import ROLLOUT_RULES, row_ways
 from xomni_jax.training.components import check_heads
 from xomni_jax.training.config import ConfigError, check_sections
 
 SIZE = 1152  # pixels of a side, of the released model
-SEGMENT = 512
 
 
 def build(config: ConfigDict, mesh: Mesh) -> Stage:

@@ -19,6 +19,7 @@ from xomni_jax.sampling.cache import GENERATED_AXES, PROMPT_AXES
 from xomni_jax.sampling.decoder import DecodeConfig, Decoder
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sampling.pixels import DECODER_PARTS, make_decode
+from xomni_jax.sampling.sampler import Sampler
 from xomni_jax.sharding.rules import SPREAD_RULES, row_pieces, row_ways
 from xomni_jax.training import decoder as decoder_stage
 from xomni_jax.training import grpo as grpo_stage
@@ -30,7 +31,7 @@ from xomni_jax.training.grpo_loss import GRPOConfig
 from xomni_jax.training.grpo_update import Policy, RolloutBatch, frozen_logp, make_update
 from xomni_jax.training.next_token import NextTokenConfig, PackedTargets
 from xomni_jax.training.optimizer import OptimizerConfig, make_optimizer
-from xomni_jax.training.rollouts import RolloutConfig, Sampler, make_layout
+from xomni_jax.training.rollouts import RolloutConfig, make_layout
 from xomni_jax.training.run import STAGES
 from xomni_jax.training.stages import FREEZE
 from xomni_jax.training.state import abstract_state
@@ -250,7 +251,7 @@ def _grpo(config: ConfigDict, mesh: Mesh, apart: Mesh | None) -> Stage:
              work.replay(ar, B, S, T, parts, sides, chunk, mesh.shape), ("reference",), ("sampler",), per_step=0),
         Role("layout", "the policy's weights in the sampler's layout and number format", layout, (state.params,), Work(), ("params",),
              ("sampler",)),
-        *sampling_roles(ar, weights, sampling, (part, R, S, T), rolls.segment, rolls.chunks, mesh),
+        *sampling_roles(ar, weights, sampling, (part, R, S, T), rolls.segment, rolls.chunks, mesh, sampling.truncates),
     ]  # fmt: skip
     frozen, more = picture_roles(cfgs, grid, decode, part * R, rolls.chunks, apart or mesh)
     more = [dataclasses.replace(role, apart=apart is not None) for role in more]
@@ -267,11 +268,13 @@ def _as_left(shapes: Any, mesh: Mesh) -> Any:
 
 
 def sampling_roles(
-    ar: ARConfig, weights: Any, sampling: SamplingConfig, sizes: tuple[int, int, int, int], segment: int, times: int, mesh: Mesh
+    ar: ARConfig, weights: Any, sampling: SamplingConfig, sizes: tuple[int, int, int, int], segment: int, times: int, mesh: Mesh,
+    kept: bool = False,
 ) -> list[Role]:
-    """The sampler's programs, `times` each picture of a step; `sizes`: prompts, rollouts of each, tokens of a prompt, codes of a picture."""
+    """The sampler's programs, run `times` in a step. `sizes`: prompts, rollouts of each, tokens of a prompt, codes of a picture; `kept`: for a
+    replay."""
     (P, R, S, T), sides = sizes, 2 if sampling.guided else 1
-    draws, keys = Sampler(COMPONENTS["transformer"].module(ar), T, sampling, segment), abstract.keys(mesh, (P, R), "batch")
+    draws, keys = Sampler(COMPONENTS["transformer"].module(ar), T, sampling, segment, kept), abstract.keys(mesh, (P, R), "batch")
     ids = lambda *shape: abstract.rows(mesh, (P, *shape), jnp.int32)  # noqa: E731
     prompts = (weights, ids(S), ids(), keys, (ids(S), ids()) if sampling.guided else None)
     with jax.set_mesh(mesh):  # the kernels want other sizes of a cache

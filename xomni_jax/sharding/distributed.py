@@ -3,7 +3,7 @@
 Process counts come from the environment, in this order:
 
     XOMNI_PROCESSES, XOMNI_PROCESS, JAX_COORDINATOR_ADDRESS   number of processes, index of this one, host:port of process 0 (launch/local.py sets them)
-    --distributed, JAX_COORDINATOR_ADDRESS alone, or          JAX finds the others by itself: TPU metadata, GKE, Slurm
+    --distributed, JAX_COORDINATOR_ADDRESS alone, or          JAX finds the others by itself: TPU metadata, GKE, Slurm, Open MPI
     several TPU_WORKER_HOSTNAMES, MEGASCALE_NUM_SLICES > 1
     none of these                                             one process
 """
@@ -14,7 +14,6 @@ import itertools
 import json
 import os
 import re
-import socket
 from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
@@ -22,7 +21,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src.distributed import global_state  # the client and its address are not public
+from jax._src.clusters import ClusterEnv  # neither is public
+from jax._src.distributed import global_state
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, PartitionSpec
 
@@ -62,32 +62,29 @@ def start(config: Mapping[str, Any], distributed: bool = False) -> Line | None:
 
 
 def _explicit(address: str, index: int, count: int, facts: Mapping[str, Any], deadline: float) -> Line:
-    """Everything is given: the roll is called before JAX starts, which would end the process where somebody is missing."""
+    """The roll is called on the port after the coordinator's before JAX starts, which would end the process where somebody is missing."""
     host, port = split_address(address)
     line = Line(f"{host}:{port + 1}", index, count, facts, deadline)
-    _initialize(deadline, coordinator_address=address, num_processes=count, process_id=index, cluster_detection_method="deactivate")
+    jax.distributed.initialize(
+        address, count, index, cluster_detection_method="deactivate", initialization_timeout=int(deadline), heartbeat_timeout_seconds=HEARTBEAT
+    )
     return line
 
 
 def _detected(facts: Mapping[str, Any], deadline: float) -> Line:
-    """JAX finds the others; then they tell each other where process 0 listens."""
+    """JAX knows the others from what surrounds the process; its own roll call would end the process where somebody is missing."""
     print(f"waiting up to {deadline:g} s for the other processes", flush=True)
+    asked = os.environ.get("JAX_COORDINATOR_ADDRESS")
     try:
-        _initialize(deadline)
+        address, count, index, _ = ClusterEnv.auto_detect_unset_distributed_params(asked, None, None, None, None, int(deadline))
     except (RuntimeError, ValueError) as e:
-        told = str(e).strip().splitlines()[0]
+        raise LineError(f"the other processes are not known ({str(e).strip().splitlines()[0]}); see that this host's name and network are set up") from None
+    if None in (address, count, index):
         raise LineError(
-            f"no several processes were found ({told}); leave --distributed out on one machine, or set JAX_COORDINATOR_ADDRESS, XOMNI_PROCESSES and XOMNI_PROCESS"
-        ) from None
-    # Where all have just reached process 0. By its own name it may know itself as 127.0.0.1 alone.
-    host, _ = split_address(global_state.coordinator_address)
-    with socket.create_server(("", 0)) as probe:
-        mine = f"{host}:{probe.getsockname()[1]}"
-    return Line(gather_json(mine)[0], jax.process_index(), jax.process_count(), facts, deadline)
-
-
-def _initialize(deadline: float, **settings: Any) -> None:
-    jax.distributed.initialize(initialization_timeout=int(deadline), heartbeat_timeout_seconds=HEARTBEAT, **settings)
+            "no several processes were found: this is no TPU slice, Slurm or Open MPI job that JAX knows; leave --distributed out on one machine, or set "
+            "JAX_COORDINATOR_ADDRESS, XOMNI_PROCESSES and XOMNI_PROCESS"
+        )
+    return _explicit(address, index, count, facts, deadline)
 
 
 def connect(mesh: Mesh) -> None:

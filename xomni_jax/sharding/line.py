@@ -57,10 +57,11 @@ class Line:
         self._socket.settimeout(deadline + 10)
         try:
             answer = json.loads(self._lines.readline() or "{}")
-        except OSError:
+        except (OSError, ValueError):  # ValueError: whoever answers there is none of ours
             answer = {}
         if not answer.get("go"):
-            raise LineError(answer.get("refused") or f"process 0 at {address} ended before everybody had arrived; its output says why")
+            ended = f"process 0 at {address} ended before everybody had arrived; its output says why. Without any, something else answers at that address"
+            raise LineError(answer.get("refused") or ended)
         self._socket.settimeout(None)
         self._polls = 0
         self._target: int | None = None
@@ -88,13 +89,14 @@ class Line:
 
     # ---- leaving ----
     def fail(self, why: str) -> None:
-        """Tells the others that this process ends with an error, so that they do not wait for it."""
+        """Tells the others that this process ends with an error, so that they do not wait for it. Process 0 lets them end first."""
         self._over = True
         try:
             self._send({"failed": why})
-            time.sleep(0.2)  # the hub, if it is here, passes it on
         except OSError:
-            pass
+            return
+        if self._hub is not None:
+            self._hub.outlast(GRACE + 2)
 
     def close(self) -> None:
         """Leaves in good order."""
@@ -143,6 +145,8 @@ class Line:
             return
         # On a line of its own, below the progress line.
         print(f"\nxomni: {why}; process {self.index} ends too. The same command goes on from the newest checkpoint", file=sys.stderr, flush=True)
+        if self._hub is not None:
+            self._hub.outlast(2.0)
         leave(LOST)
 
 
@@ -185,6 +189,12 @@ class Hub:
         self._asked = self._agreed = False
         self._left, self._lock = set(), threading.Lock()
         threading.Thread(target=self._roll_call, name="hub", daemon=True).start()
+
+    def outlast(self, seconds: float) -> None:
+        """Waits for the others to leave. JAX's service is in this process: whoever is there when it closes is ended with a stack trace."""
+        end = time.monotonic() + seconds
+        while not self._left.issuperset(range(1, self.count)) and time.monotonic() < end:
+            time.sleep(0.05)
 
     def _roll_call(self) -> None:
         facts, end = {}, time.monotonic() + self.deadline

@@ -11,15 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
 from xomni_jax.models.registry import init_params
 from xomni_jax.pipeline import XOmni
 from xomni_jax.rewards.client import RewardClient, Score
 from xomni_jax.rewards.combine import MODES, Combined, column, combine
-from xomni_jax.sampling.decode import draw_codes, start_codes
 from xomni_jax.sampling.decoder import DecodeConfig
 from xomni_jax.sampling.logits import SamplingConfig
+from xomni_jax.sampling.sampler import SEGMENT, Sampler
 from xomni_jax.sequence.padding import pad_prompts
 from xomni_jax.sharding.arrays import owned_rows, rows_here, whole
 from xomni_jax.sharding.distributed import gather_json
@@ -49,7 +48,7 @@ class RolloutConfig:
     """
 
     prompt_length: int = 48
-    segment: int = 512
+    segment: int = SEGMENT
     noise: str = "group"
     chunks: int = 2
     micro_batch: int = 0
@@ -72,42 +71,6 @@ class RolloutConfig:
         for name in ("micro_batch", "logit_chunk", "max_logp_gap"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative; 0 turns it off")
-
-
-class Sampler:
-    """Rollouts in segments of equal length: the programs, and the loop over them. Between segments the caller may stop.
-
-    Attributes:
-      segment, segments: codes of one, and how many make a picture.
-      start: the jitted (params, prompt ids [P, S], lengths [P], keys [P, R], negative prompts | None) -> `start_codes`.
-      draw: the jitted (params, prompt cache, state, keys) -> `draw_codes` of a segment; the state is donated: the cache never moves.
-    """
-
-    def __init__(self, net: nn.Module, n_codes: int, sampling: SamplingConfig, segment: int):
-        """`segment`: the most codes of one."""
-        self.segment = max(n for n in range(1, min(segment, n_codes) + 1) if n_codes % n == 0)
-        self.segments = n_codes // self.segment
-
-        def start(params, ids_PS, lengths_P, keys_PR, negative):
-            return start_codes(net, params, ids_PS, lengths_P, n_codes, keys_PR.shape[1], sampling, negative)
-
-        def draw(params, prompt, state, keys_PR):
-            return draw_codes(net, params, prompt, state, self.segment, keys_PR, sampling, return_kept=sampling.truncates)
-
-        self.start, self.draw = jax.jit(start), jax.jit(draw, donate_argnums=2)
-
-    def __call__(self, params, ids_PS, lengths_P, keys_PR, negative, between: Callable[[], None]) -> dict[str, jax.Array | None]:
-        """What `generate_codes` returns. `between` is called between segments, with at most one of them under way; it may raise."""
-        prompt, state = self.start(params, ids_PS, lengths_P, keys_PR, negative)
-        made: list[dict[str, jax.Array | None]] = []
-        for n in range(self.segments):
-            if n > 1:  # the device always has the next one waiting; with all of them waiting, a stop would wait for all
-                jax.block_until_ready(made[n - 2]["codes"])
-            if n:
-                between()
-            state, out = self.draw(params, prompt, state, keys_PR)
-            made.append(out)
-        return made[0] if self.segments == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=2), *made)
 
 
 def make_layout(boxed: Any, mesh: jax.sharding.Mesh, dtype: Any, codes: int = 0) -> Callable[[Any], Any]:
@@ -165,7 +128,7 @@ class Rollouts:
         net = model.module("transformer")
         boxed = jax.eval_shape(lambda: init_params("transformer", net.cfg, jax.random.key(0)))
         self.layout = make_layout(boxed, model.mesh, net.cfg.dtype, net.cfg.image_vocab_size)
-        self.sampler = Sampler(net, grid[0] * grid[1], sampling, cfg.segment)
+        self.sampler = Sampler(net, grid[0] * grid[1], sampling, cfg.segment, return_kept=sampling.truncates)
 
     def prompt_ids(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Generation prompts padded to the configured length."""

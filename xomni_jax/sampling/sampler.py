@@ -1,0 +1,51 @@
+"""Image codes of many rollouts, in segments between which the caller may stop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from xomni_jax.sampling.decode import draw_codes, start_codes
+from xomni_jax.sampling.logits import SamplingConfig
+
+SEGMENT = 512  # codes
+
+
+class Sampler:
+    """Rollouts in segments of equal length: the programs, and the loop over them. Between segments the caller may stop.
+
+    Attributes:
+      segment, segments: codes of one, and how many make a picture.
+      start: the jitted (params, prompt ids [P, S], lengths [P], keys [P, R], negative prompts | None) -> `start_codes`.
+      draw: the jitted (params, prompt cache, state, keys) -> `draw_codes` of a segment; the state is donated: the cache never moves.
+    """
+
+    def __init__(self, net: nn.Module, n_codes: int, sampling: SamplingConfig, segment: int = SEGMENT, return_kept: bool = False):
+        """`segment`: the most codes of one. `return_kept`: see `generate_codes`."""
+        self.segment = max(n for n in range(1, min(segment, n_codes) + 1) if n_codes % n == 0)
+        self.segments = n_codes // self.segment
+
+        def start(params, ids_PS, lengths_P, keys_PR, negative):
+            return start_codes(net, params, ids_PS, lengths_P, n_codes, keys_PR.shape[1], sampling, negative)
+
+        def draw(params, prompt, state, keys_PR):
+            return draw_codes(net, params, prompt, state, self.segment, keys_PR, sampling, return_kept)
+
+        self.start, self.draw = jax.jit(start), jax.jit(draw, donate_argnums=2)
+
+    def __call__(self, params, ids_PS, lengths_P, keys_PR, negative, between: Callable[[], None] | None = None):
+        """What `generate_codes` returns. `between` is called between segments, with at most one of them under way; it may raise.
+        Without it nothing is waited for."""
+        prompt, state = self.start(params, ids_PS, lengths_P, keys_PR, negative)
+        made: list[dict[str, jax.Array | None]] = []
+        for n in range(self.segments):
+            if n > 1 and between:  # the device always has the next one waiting; with all of them waiting, a stop would wait for all
+                jax.block_until_ready(made[n - 2]["codes"])
+            if n and between:
+                between()
+            state, out = self.draw(params, prompt, state, keys_PR)
+            made.append(out)
+        return made[0] if self.segments == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=2), *made)
