@@ -49,7 +49,7 @@ def test_the_mesh_changes_nothing(model_dir, pictures):
     assert sharded.ways == 2
     for ours, theirs in zip(sharded.generate(PROMPTS, seed=5), pictures, strict=True):
         assert np.abs(np.asarray(ours).astype(int) - theirs).max() <= 1  # a rounding of the last bit
-    kernel = sharded.params("siglip_vq")["vit"]["layers"]["mlp"]["up"]["kernel"]
+    kernel = sharded.params("siglip_vq")["vit"]["blocks"]["fc1"]["kernel"]
     assert kernel.sharding.shard_shape(kernel.shape) == (1, 32 // 2, 48)
     assert sharded.encode([pictures[0]])[0].shape == GRID
     assert sharded.fill(np.arange(3)).tolist() == [0, 1, 2, 0] and sharded.fill(np.arange(2)).tolist() == [0, 1]

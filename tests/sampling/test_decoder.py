@@ -12,8 +12,8 @@ from flax import linen as nn
 from tests.miniature import GRID, configs
 from tests.models import golden
 from xomni_jax.models.registry import COMPONENTS, init_params
-from xomni_jax.sampling.pixels import DECODER_PARTS
 from xomni_jax.sampling.decoder import DecodeConfig, Decoder
+from xomni_jax.sampling.pixels import DECODER_PARTS
 from xomni_jax.sharding.mesh import make_mesh
 from xomni_jax.sharding.rules import param_shardings
 

@@ -18,10 +18,10 @@ from xomni_jax.checkpoint.store import RunCheckpoints
 from xomni_jax.models.registry import init_params
 from xomni_jax.models.transformer import ARTransformer
 from xomni_jax.rewards.client import RewardClient
+from xomni_jax.sampling import sampler as sampler_module
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sharding.mesh import make_mesh
 from xomni_jax.sharding.rules import param_shardings
-from xomni_jax.sampling import sampler as sampler_module
 from xomni_jax.training import grpo, rollouts
 from xomni_jax.training.advantages import AdvantageConfig
 from xomni_jax.training.config import ConfigError
