@@ -49,8 +49,12 @@ class Decoder:
 
     def condition(self, params: Any, text_BS: jax.Array, pooled_BS: jax.Array, semantics_BYXD: jax.Array | None) -> Conditioning:
         """Encodes prompts given as T5 ids and CLIP ids, beside the semantics in row-major token order."""
-        text_BSE = self.t5.apply({"params": params["t5"]}, text_BS)
-        _, pooled_BE = self.clip.apply({"params": params["clip"]}, pooled_BS)
+
+        def encode(ids):
+            _, pooled_BE = self.clip.apply({"params": params["clip"]}, ids[1])
+            return self.t5.apply({"params": params["t5"]}, ids[0]), pooled_BE
+
+        text_BSE, pooled_BE = map_rows(encode, (text_BS, pooled_BS))
         tokens = None if semantics_BYXD is None else semantics_BYXD.reshape(semantics_BYXD.shape[0], -1, semantics_BYXD.shape[-1])
         return Conditioning(text_BSE, pooled_BE, tokens)
 
