@@ -259,6 +259,8 @@ def _grpo(config: ConfigDict, mesh: Mesh, apart: Mesh | None) -> Stage:
         Role("prefill", f"{part * sides} prompts of {S} tokens", jax.jit(first), (sampler, ids(part * sides, S), ids(part * sides)),
              work.prefill(ar, part, S, sides), ("sampler",), per_step=0),
     ]  # fmt: skip
+    if apart is not None and len({d.process_index for d in apart.devices.flat}) > 1:
+        check_split("config.batch_size x grpo.rollouts_per_prompt / rollout.chunks", part * R, apart)
     frozen, more = _pictures(cfgs, grid, decode, part * R, rolls.chunks, apart or mesh)
     more = [dataclasses.replace(role, apart=apart is not None) for role in more]
     resident = {"params": state.params, "optimizer": state.opt_state, "reference": reference, "sampler": sampler} | frozen
