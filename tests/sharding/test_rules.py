@@ -10,6 +10,7 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec
 
 from tests.miniature import configs
+from tests.topologies import tpu_mesh
 from xomni_jax.models.registry import COMPONENTS, init_params
 from xomni_jax.sharding.mesh import make_mesh, replicated, split_devices
 from xomni_jax.sharding.rules import MESH_AXES, RULES, activation_spec, constrain, map_rows, param_shardings, spec_for, unconstrained
@@ -150,6 +151,11 @@ def test_devices_apart_come_from_every_process():
     for wrong in (1, 8, 0):
         with pytest.raises(ValueError, match="2 processes with at least 4 devices each allow 2, 4, 6"):
             split_devices(devices, wrong)
+
+
+def test_devices_apart_make_meshes_though_both_leave_holes_in_the_slice():
+    rest, apart = split_devices(list(tpu_mesh("v6e:4x4", fsdp=16).devices.flat), 4)
+    assert make_mesh({"fsdp": -1, "tensor": 2}, rest).shape["fsdp"] == 6 and make_mesh({"fsdp": 2, "tensor": 2}, apart).size == 4
 
 
 ALL, BATCH = PartitionSpec(("data", "fsdp", "tensor"), None), PartitionSpec(("data", "fsdp"), ("tensor",))

@@ -82,7 +82,8 @@ def collective_lines(f: Facts) -> Iterator[str]:
     for (kind, axes), (times, size, sent) in sorted(sums.items(), key=lambda row: -row[1][2])[:SHOWN]:
         yield f"collective  {kind} over {'+'.join(axes) or 'none'}: {times:,} times, {size / GIB:.2f} GiB, {sent / GIB:.2f} sent"
     if f.gathered:
-        yield f"by theory   weights gathered {f.gathered / GIB:.2f} GiB, gradients reduced {f.reduced / GIB:.2f}"
+        reduced = f", gradients reduced {f.reduced / GIB:.2f}" if f.reduced else ""
+        yield f"by theory   weights gathered {f.gathered / GIB:.2f} GiB{reduced}"
 
 
 def time_line(f: Facts, time: Time, plan: Plan) -> str:

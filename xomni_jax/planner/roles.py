@@ -253,6 +253,8 @@ def _grpo(config: ConfigDict, mesh: Mesh, apart: Mesh | None) -> Stage:
              ("sampler",)),
         *sampling_roles(ar, weights, sampling, (part, R, S, T), rolls.segment, rolls.chunks, mesh, sampling.truncates),
     ]  # fmt: skip
+    if apart is not None and len({d.process_index for d in apart.devices.flat}) > 1:
+        check_split("config.batch_size x grpo.rollouts_per_prompt / rollout.chunks", part * R, apart)
     frozen, more = picture_roles(cfgs, grid, decode, part * R, rolls.chunks, apart or mesh)
     more = [dataclasses.replace(role, apart=apart is not None) for role in more]
     resident = {"params": state.params, "optimizer": state.opt_state, "reference": reference, "sampler": weights} | frozen
