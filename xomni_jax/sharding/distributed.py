@@ -78,7 +78,8 @@ def _detected(facts: Mapping[str, Any], deadline: float) -> Line:
     try:
         address, count, index, _ = ClusterEnv.auto_detect_unset_distributed_params(asked, None, None, None, None, int(deadline))
     except (RuntimeError, ValueError) as e:
-        raise LineError(f"the other processes are not known ({str(e).strip().splitlines()[0]}); see that this host's name and network are set up") from None
+        told = str(e).strip().splitlines()[0]
+        raise LineError(f"the other processes are not known ({told}); see that this host's name and network are set up") from None
     if None in (address, count, index):
         raise LineError(
             "no several processes were found: this is no TPU slice, Slurm or Open MPI job that JAX knows; leave --distributed out on one machine, or set "
@@ -98,9 +99,10 @@ def connect(mesh: Mesh) -> None:
     axes = [name for name, size in mesh.shape.items() if size > 1]
     groups = [group for n in range(1, len(axes) + 1) for group in itertools.combinations(axes, n)]
     sums = jax.shard_map(lambda: [jax.lax.psum(jnp.ones(()), group) for group in groups], mesh=mesh, in_specs=(), out_specs=PartitionSpec())
-    meet = jax.jit(sums).lower().compile()  # before the wait: what follows takes no time
-    global_state.client.wait_at_barrier(f"connect {next(MEETINGS)}", int(1000 * number("XOMNI_START_TIMEOUT", DEADLINE)))
-    jax.block_until_ready(meet())
+    with jax.set_mesh(mesh):  # a caller may work on another
+        meet = jax.jit(sums).lower().compile()  # before the wait: what follows takes no time
+        global_state.client.wait_at_barrier(f"connect {next(MEETINGS)}", int(1000 * number("XOMNI_START_TIMEOUT", DEADLINE)))
+        jax.block_until_ready(meet())
     barrier("connected")  # whose groups are others
 
 
