@@ -119,8 +119,9 @@ def test_the_decoder_gathers_weights_and_exchanges_no_activations(cache):
     inside = [r for r in f.collectives if re.search("(double|single)_blocks", r["source"])]
     weights = [r for r in inside if r["kind"] == "all-gather"]
     assert {a for r in weights for a in r["axes"]} == {"fsdp", "tensor"}
-    # Of what a device lacks of two steps' weights; those of modulations are split instead, as for any tensor parallelism.
-    assert 0.5 < sum(r["sent"] for r in weights) / (0.75 * f.gathered) < 1
+    # Of what a device lacks of the weights, for one step of the two or for both: the CPU's compiler may move gathers out of their loop. The
+    # weights of modulations are split instead, as for any tensor parallelism.
+    assert 0.25 < sum(r["sent"] for r in weights) / (0.75 * f.gathered) < 1
     vector = 16 * 128 * 4  # 16 pictures, width 128, float32
     assert max(r["bytes"] / r["times"] for r in inside if r["kind"] != "all-gather") <= vector
     assert verdicts(f, "cpu:4")["sent / weights"][0]
