@@ -17,7 +17,8 @@ SIGTERM are passed on: training saves at a step all processes agree on, and the 
 Exit codes: 0 all ended well, or stopped and saved (then $XOMNI_STOPPED_CODE where it is set); 130 interrupted; else that of the first that failed.
 
 example:
-  python launch/local.py --processes 2 --devices 4 -- xomni train --config=configs/tiny/sft.py --config.run_dir=runs/two --config.next_token.rows=16
+  python launch/local.py --processes 2 --devices 4 -- xomni train --config=configs/tiny/sft.py --config.run_dir=runs/two \\
+      --config.init_from=xomni_jax/assets/tiny_sft --config.next_token.rows=16 --config.steps=20
 """
 GRACE = 10.0  # seconds the others have to end by themselves, with a message of their own, after one has failed
 SAVED = int(os.environ.get("XOMNI_STOPPED_CODE", "0"))  # what a run that was stopped and has saved leaves with
