@@ -70,7 +70,7 @@ def test_updates_cost_what_arithmetic_says(config, role):
 
 def test_a_head_is_gathered_once_for_all_micro_batches(cache):
     """Four of them, on simulated devices: the policy's and the reference's."""
-    (f,) = made(narrow.grpo("rollout.micro_batch=4", "transformer.attention=plain"), "cpu:4", ["policy-update"], cache).facts
+    (f,) = made(narrow.grpo("rollout.micro_batch=4"), "cpu:4", ["policy-update"], cache).facts
     assert verdicts(f, "cpu:4")["head gathers"] == (True, "2") and 4 in f.loops
 
 
