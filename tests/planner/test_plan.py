@@ -106,7 +106,8 @@ def test_decoding_for_a_slice_that_is_not_there(cache):
     """Narrow, on v5e:2x2: nothing as large as the cache is copied, no weight is gathered in the loop."""
     (f,) = made(narrow.grpo(), "v5e:2x2", ["rollout"], cache).facts
     found = verdicts(f, "v5e:2x2")
-    for name in ("memory", "loops understood", "cache updated in place", "copies as large as a layer's cache", "weights gathered in the decoding loop"):
+    held = ("memory", "loops understood", "cache updated in place", "copies as large as a layer's cache", "weights gathered in the decoding loop")
+    for name in held:
         assert found[name][0], found[name]
     assert f.steps in f.loops
 
