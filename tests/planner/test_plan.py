@@ -71,7 +71,7 @@ def test_updates_cost_what_arithmetic_says(config, role):
 
 def test_a_head_is_gathered_once_for_all_micro_batches(cache):
     """Four of them, on simulated devices: the policy's and the reference's."""
-    (f,) = made(narrow.grpo("rollout.micro_batch=4", "transformer.attention=plain"), "cpu:4", ["policy-update"], cache).facts
+    (f,) = made(narrow.grpo("rollout.micro_batch=4"), "cpu:4", ["policy-update"], cache).facts
     assert verdicts(f, "cpu:4")["head gathers"] == (True, "2") and 4 in f.loops
 
 
@@ -107,7 +107,8 @@ def test_decoding_for_a_slice_that_is_not_there(cache):
     """Narrow, on v5e:2x2: nothing as large as the cache is copied, no weight is gathered in the loop."""
     (f,) = made(narrow.grpo(), "v5e:2x2", ["rollout"], cache).facts
     found = verdicts(f, "v5e:2x2")
-    for name in ("memory", "loops understood", "cache updated in place", "copies as large as a layer's cache", "weights gathered in the decoding loop"):
+    held = ("memory", "loops understood", "cache updated in place", "copies as large as a layer's cache", "weights gathered in the decoding loop")
+    for name in held:
         assert found[name][0], found[name]
     assert f.steps in f.loops
 

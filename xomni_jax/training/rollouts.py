@@ -79,7 +79,7 @@ def make_layout(boxed: Any, mesh: jax.sharding.Mesh, dtype: Any, codes: int = 0)
     Args:
       boxed: parameters with their logical axes, shapes are enough. mesh: where they are, and stay.
       dtype: of what the model computes in its own dtype; norm gains, which it reads in float32, keep theirs.
-      codes: for the sampler: ROLLOUT_RULES, and of the heads the image's, with so many rows. It computes what the trainer does, bit for bit.
+      codes: for the sampler: ROLLOUT_RULES, and of the heads so many rows of the image's. It computes what the trainer does, bit for bit.
     """
     here, there = param_shardings(boxed, mesh), param_shardings(boxed, mesh, ROLLOUT_RULES if codes else RULES)
 
