@@ -59,7 +59,10 @@ def rows_here(x: jax.Array, rows: Sequence[int]) -> np.ndarray:
 
 def whole(x: jax.Array) -> np.ndarray:
     """All of a (small) array on every host."""
-    return np.asarray(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    with jax.set_mesh(x.sharding.mesh):  # a caller may work on another
+        return multihost_utils.process_allgather(x, tiled=True)
 
 
 def share(columns: Mapping[str, Sequence[Any]], rows: Sequence[int], n: int) -> dict[str, list[Any]]:
