@@ -13,8 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from xomni_jax.checkpoint.store import write_json
-
 CURVES = ("reward/total/mean", "reward/ocr/mean", "reward/shapes/mean", "grpo/kl", "grpo/entropy", "image/edge_density", "image/colour_entropy")
 CELLS = ("reconstruction", "sft", "sft_best_of_2", "sft_best_of_4", "sft_best_of_8", "sft_best_of_16", "rl")
 
@@ -57,7 +55,7 @@ def main(arguments: list[str]) -> None:
     if command == "steps":
         print(equal_steps(Path(rest[0]), Path(rest[1])))
     else:
-        write_json(Path(rest[1]), collect(Path(rest[0])))
+        Path(rest[1]).write_text(json.dumps(collect(Path(rest[0])), separators=(",", ":"), sort_keys=True) + "\n")  # curves: 18,000 lines otherwise
         print(rest[1])
 
 
