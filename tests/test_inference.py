@@ -1,12 +1,14 @@
 """Configurations of inference: where options come from, how components are computed, and what is refused."""
 
 import argparse
+import dataclasses
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from tests.cli.test_main import refusal
 from tests.miniature import ROOT
@@ -99,6 +101,8 @@ def test_the_sampler_reads_its_weights_at_home(model_dir):
 def test_the_released_sizes(name):
     config = read_config(ROOT / "configs" / "xomni" / f"{name}.py")
     assert settings(config).model == "models/xomni" and config.mesh.tensor == 4
+    keys = {key for key, value in config.items() if not isinstance(value, ConfigDict)}
+    assert keys == {f.name for f in dataclasses.fields(InferenceConfig)} | {"stage"}
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,8 @@ from xomni_jax.training.rollouts import RolloutConfig
 from xomni_jax.training.run import STAGES
 from xomni_jax.training.tokenizer import TokenizerConfig
 
-FILES = [p for folder in ("tiny", "xomni") for p in sorted((ROOT / "configs" / folder).glob("*.py")) if p.stem not in ("__init__", "models")]
+NOT_TRAINING = ("__init__", "models", "generate", "evaluate")
+FILES = [p for folder in ("tiny", "xomni") for p in sorted((ROOT / "configs" / folder).glob("*.py")) if p.stem not in NOT_TRAINING]
 READERS = {
     "optimizer": OptimizerConfig,
     "tokenizer": TokenizerConfig,
