@@ -117,11 +117,12 @@ def test_the_decoder_gathers_weights_and_exchanges_no_activations(cache):
     """Narrow, on simulated devices: within the MMDiT's blocks weights are gathered, each once a step, and what else is exchanged is less
     than the smallest activation."""
     (f,) = made(narrow.grpo("mmdit.unroll=1", "mmdit.n_double=2"), "cpu:4", ["decoder"], cache).facts
-    inside = [r for r in f.collectives if re.search("(double|single)_blocks", r["source"])]
+    inside = [r for r in f.collectives if re.search("MMDiT/while/body|(double|single)_blocks", r["source"])]
     weights = [r for r in inside if r["kind"] == "all-gather"]
     assert {a for r in weights for a in r["axes"]} == {"fsdp", "tensor"}
-    # Of what a device lacks of two steps' weights; those of modulations are split instead, as for any tensor parallelism.
-    assert 0.5 < sum(r["sent"] for r in weights) / (0.75 * f.gathered) < 1
+    # Of what a device lacks of two steps' weights; those of modulations are split instead, as for any tensor parallelism, and with jax 0.12 the
+    # CPU's compiler splits those of attention too.
+    assert 0.2 < sum(r["sent"] for r in weights) / (0.75 * f.gathered) < 1
     modulations = 16 * 6 * 128 * 4  # six vectors of width 128 for each of 16 pictures, float32
     assert max(r["bytes"] / r["times"] for r in inside if r["kind"] != "all-gather") <= modulations
     assert verdicts(f, "cpu:4")["sent / weights"][0]
