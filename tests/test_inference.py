@@ -105,6 +105,10 @@ def test_the_released_sizes(name):
     assert keys == {f.name for f in dataclasses.fields(InferenceConfig)} | {"stage"}
 
 
+def test_it_is_no_training(config_file, capsys):
+    assert "config.stage='inference' trains nothing; give this file to" in refusal(capsys, "train", f"--config={config_file}")
+
+
 @pytest.mark.parametrize(
     "change, told",
     [

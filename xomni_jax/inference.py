@@ -81,11 +81,12 @@ def open_model(path: str | Path, mesh: Mesh | None = None, config: Mapping | Non
       ConfigError: a section describes another model than the directory holds.
     """
     model = XOmni(path, mesh)
-    for name in (n for n in PARTS if config is not None and n in model.description["components"]):
+    if config is None:
+        return model
+    for name in (n for n in PARTS if n in model.description["components"]):
         model.set_config(name, stored_or_preset(model, name, config[name], PRESETS[name], f"config.{name}"))
-    if config is not None:
-        if "transformer" in model.description["components"]:
-            check_heads(model.config("transformer").n_kv_heads, model.mesh)
-        chosen = {k: v for k, v in config["decode"].items() if v is not None}
-        model.decode_config = build(DecodeConfig, dataclasses.asdict(model.decode_config) | chosen, "config.decode")
+        if name == "transformer":
+            check_heads(model.config(name).n_kv_heads, model.mesh)
+    chosen = {k: v for k, v in config["decode"].items() if v is not None}
+    model.decode_config = build(DecodeConfig, dataclasses.asdict(model.decode_config) | chosen, "config.decode")
     return model

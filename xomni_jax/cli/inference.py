@@ -16,9 +16,11 @@ EXACT = "data=N gives the same outputs to the bit with any number of processes"
 
 def add_model(parser: Any, mesh: str, default: str) -> None:
     """--config, --model and --mesh; `mesh` says more about the last, `default` what it is without."""
-    parser.add_argument("--config", metavar="FILE", help="a configuration of inference, such as configs/xomni/generate.py; --config.KEY=VALUE changes it, other options come on top")
+    what = "a configuration of inference, such as configs/xomni/generate.py; --config.KEY=VALUE changes it, other options come on top"
+    parser.add_argument("--config", metavar="FILE", help=what)
     parser.add_argument("--model", metavar="DIR", help="model directory (default: the tiny model that ships with the package)")
-    parser.add_argument("--mesh", type=_mesh, metavar="AXIS=N,...", help=f"devices per mesh axis: data, fsdp, tensor (default: {default}){mesh}")
+    what = f"devices per mesh axis: data, fsdp, tensor (default: {default}){mesh}"
+    parser.add_argument("--mesh", type=_mesh, metavar="AXIS=N,...", help=what)
 
 
 def add_drawing(parser: Any) -> None:
@@ -27,7 +29,7 @@ def add_drawing(parser: Any) -> None:
     parser.add_argument("--width", type=positive, metavar="PIXELS", help="default: the model's own (1152 as released)")
     parser.add_argument("--temperature", type=float, help="of the image codes; 0 takes the likeliest (default 1)")
     parser.add_argument("--top-k", type=int, metavar="K", help="keep the K likeliest codes; 0 is off (default 50)")
-    parser.add_argument("--top-p", type=float, metavar="P", help="keep the likeliest codes that hold this probability; 1 is off (default 1)")
+    parser.add_argument("--top-p", type=float, metavar="P", help="keep the likeliest codes that hold P; 1 is off (default 1)")
     parser.add_argument("--min-p", type=float, metavar="P", help="drop codes below P times the likeliest (default 0.03)")
     parser.add_argument("--guidance", type=float, help="classifier-free guidance of the codes; 1 is off (default 1)")
 

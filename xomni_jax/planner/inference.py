@@ -37,7 +37,8 @@ def build(config: ConfigDict, mesh: Mesh) -> Stage:
     weights = abstract.params("transformer", ar, mesh, ROLLOUT_RULES)
     rows, T = c.batch * row_ways(mesh), grid[0] * grid[1]
     decoded = min(c.decode_batch, c.batch)
-    frozen, pictures = picture_roles(cfgs, grid, abstract.decode_settings(config), decoded * row_ways(mesh), -(-c.batch // decoded), mesh)
+    decode, times = abstract.decode_settings(config), -(-c.batch // decoded)
+    frozen, pictures = picture_roles(cfgs, grid, decode, decoded * row_ways(mesh), times, mesh)
     asked, net = c.prompt_length + T, COMPONENTS["transformer"].module(ar)
     answer = Role(
         "answer", f"up to {c.max_tokens} tokens to each of {rows} questions of {asked} tokens with their pictures",

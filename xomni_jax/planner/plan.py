@@ -12,7 +12,8 @@ from pathlib import Path
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from xomni_jax.planner import chips
+from xomni_jax.inference import STAGE
+from xomni_jax.planner import chips, inference
 from xomni_jax.planner.abstract import component
 from xomni_jax.planner.check import budget
 from xomni_jax.planner.chips import GIB, Topology
@@ -92,7 +93,7 @@ def stage_on(config: ConfigDict, topology: Topology) -> Stage:
         mesh, apart = make_mesh(dict(config.mesh), devices), make_mesh(dict(config.decoder_mesh), own) if size else None
     except ValueError as e:
         raise ConfigError(f"{topology.name} ({topology.size} devices): {e}") from None
-    return build_stage(config, mesh, apart)
+    return inference.build(config, mesh) if config.stage == STAGE else build_stage(config, mesh, apart)
 
 
 def facts_of(role: Role, stage: Stage, topology: Topology, cache: Path) -> Facts:

@@ -90,10 +90,6 @@ def build_stage(config: ConfigDict, mesh: Mesh, apart: Mesh | None = None) -> St
     Raises:
       ConfigError: the configuration is one the trainer would refuse as well.
     """
-    if config.get("stage") == "inference":
-        from xomni_jax.planner.inference import build as build_inference
-
-        return build_inference(config, mesh)
     stage = run_config(config).stage
     if stage not in STAGES:
         raise ConfigError(f"config.stage={stage!r} is unknown; use one of {', '.join(STAGES)}, inference")

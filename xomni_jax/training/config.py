@@ -218,7 +218,13 @@ def check_sections(config: ConfigDict, sections: Sequence[str], stage: str) -> N
 
 
 def run_config(config: ConfigDict) -> RunConfig:
-    """The shared part of a configuration: its top-level plain keys."""
+    """The shared part of a configuration: its top-level plain keys.
+
+    Raises:
+      ConfigError: a key is unknown, or the configuration is one of inference.
+    """
+    if config.get("stage") == "inference":
+        raise ConfigError("config.stage='inference' trains nothing; give this file to xomni generate, chat, eval or plan")
     return build(RunConfig, {k: v for k, v in config.items() if not isinstance(v, ConfigDict)}, "config")
 
 
