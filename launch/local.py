@@ -28,7 +28,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """The command line; what follows -- is the command."""
     parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=2, metavar="N", help="processes to start, 2 by default")
-    parser.add_argument("--devices", type=int, default=4, metavar="M", help="simulated CPU devices of each, 4 by default: the mesh has N x M")
+    parser.add_argument(
+        "--devices", type=int, default=4, metavar="M", help="simulated CPU devices of each, 4 by default: the mesh has N x M"
+    )
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="what every process runs")
     args = parser.parse_args(argv)
     args.command = args.command[1:] if args.command[:1] == ["--"] else args.command

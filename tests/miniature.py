@@ -76,10 +76,21 @@ def stage_config(file: str, run_dir: Path | str, *overrides: str) -> ConfigDict:
     """configs/tiny/FILE.py cut down; three steps of four examples, a checkpoint after the second."""
     config = load_config(ROOT / "configs" / "tiny" / f"{file}.py").unlock()
     for name in config:
-        config[name] = {**config[name], **SECTIONS.get(name, {}), **CHANGES.get(name, {})} if isinstance(config[name], ConfigDict) else config[name]
+        config[name] = (
+            {**config[name], **SECTIONS.get(name, {}), **CHANGES.get(name, {})} if isinstance(config[name], ConfigDict) else config[name]
+        )
     if file == "decoder":
         config.decode.update(DECODE)
-    for override in (f"run_dir={run_dir}", "init_from=", "steps=3", "batch_size=4", "log_every=1", "save_every=2", "grid_every=2", *overrides):
+    for override in (
+        f"run_dir={run_dir}",
+        "init_from=",
+        "steps=3",
+        "batch_size=4",
+        "log_every=1",
+        "save_every=2",
+        "grid_every=2",
+        *overrides,
+    ):
         apply(config, override)
     return config.lock()
 

@@ -79,7 +79,20 @@ def test_the_command_draws_what_the_file_says(config_file, tmp_path, capsys):
 
 def test_an_evaluation_notes_how_it_was_computed(config_file, tmp_path, capsys):
     out = tmp_path / "run"
-    arguments = ["eval", "rendered-text", "--config", str(config_file), "--mesh", "data=1,fsdp=-1", "--out", str(out), "--limit", "1", "--phase", "generate"]
+    arguments = [
+        "eval",
+        "rendered-text",
+        "--config",
+        str(config_file),
+        "--mesh",
+        "data=1,fsdp=-1",
+        "--out",
+        str(out),
+        "--limit",
+        "1",
+        "--phase",
+        "generate",
+    ]
     assert main(arguments) == 0
     noted = json.loads((out / "settings.json").read_text())
     assert noted["computed"]["mmdit"]["int8"] is True and noted["computed"]["decode"]["steps"] == 1

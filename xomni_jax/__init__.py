@@ -1,8 +1,8 @@
 """X-Omni in JAX: discrete autoregressive image generation, trained with reinforcement learning.
 
-    import xomni_jax
-    model = xomni_jax.load(path)
-    model.generate('a red sign that says "HELLO"')[0].show()
+import xomni_jax
+model = xomni_jax.load(path)
+model.generate('a red sign that says "HELLO"')[0].show()
 """
 
 from __future__ import annotations

@@ -106,7 +106,9 @@ class XOmni(ModelParts):
         if codes_BYX.ndim != 3 or not codes_BYX.size or not np.issubdtype(codes_BYX.dtype, np.integer):
             raise ValueError(f"codes must be integers [B, Y, X], got {codes_BYX.dtype} {codes_BYX.shape}")
         if codes_BYX.min() < 0 or codes_BYX.max() >= size:
-            raise ValueError(f"codes must lie within 0..{size - 1}, got {codes_BYX.min()}..{codes_BYX.max()}; take them from this model's encode")
+            raise ValueError(
+                f"codes must lie within 0..{size - 1}, got {codes_BYX.min()}..{codes_BYX.max()}; take them from this model's encode"
+            )
         return codes_BYX.astype(np.int32)
 
     def generate(

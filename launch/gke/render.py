@@ -46,7 +46,9 @@ environment (launch/README.md): --secret and --config-map name them, and each of
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="render.py", description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="render.py", description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     kinds = parser.add_subparsers(dest="kind", metavar="train|service", required=True)
     train = kinds.add_parser("train", help="a JobSet: one command on every host of one or more TPU slices")
     train.add_argument("--slice", required=True, help="each slice's size, such as v6e-64, v5p-64, v5litepod-256, tpu7x-128")
@@ -54,7 +56,9 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--spot", action="store_true", help="on spot machines")
     train.add_argument("--bucket", required=True, help="the bucket every host has at /bucket: models, runs, compiled programs")
     train.add_argument("--service-account", default="xomni", metavar="NAME", help="who may write there (default xomni)")
-    train.add_argument("--restarts", type=int, default=100, metavar="N", help="of the whole run, after preemptions and failures (default 100)")
+    train.add_argument(
+        "--restarts", type=int, default=100, metavar="N", help="of the whole run, after preemptions and failures (default 100)"
+    )
     service = kinds.add_parser("service", help="a Deployment and a Service: a command that answers HTTP")
     service.add_argument("--replicas", type=int, default=1, metavar="N", help="pods behind one address (default 1)")
     service.add_argument("--port", type=int, default=8000, help="where the command listens (default 8000)")
@@ -120,7 +124,9 @@ def render(argv: list[str]) -> str:
         options, dashes, command = argv[:at], "--", argv[at + 1 :]
     args = build_parser().parse_args(options)
     if not command:
-        raise ValueError(f"the command is missing{' after' if dashes else '; write it after'} --, such as -- xomni train --distributed --config=FILE")
+        raise ValueError(
+            f"the command is missing{' after' if dashes else '; write it after'} --, such as -- xomni train --distributed --config=FILE"
+        )
     for name in (args.name, *args.secret, *args.config_map):
         if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", name):
             raise ValueError(f"{name!r}: names are at most 40 lower-case letters, digits and dashes, and start with a letter")
@@ -131,7 +137,9 @@ def render(argv: list[str]) -> str:
     values |= {"name": args.name, "image": args.image, "command": command}
     values["env_from"] = [{"secretRef": {"name": n}} for n in args.secret] + [{"configMapRef": {"name": n}} for n in args.config_map]
     template = string.Template((HERE / f"{args.kind}.yaml").read_text().split("\n", 2)[2])  # without the lines about the template
-    return template.substitute({key: json.dumps(value, ensure_ascii=False) for key, value in values.items()})  # JSON is YAML, and quotes whatever comes
+    return template.substitute(
+        {key: json.dumps(value, ensure_ascii=False) for key, value in values.items()}
+    )  # JSON is YAML, and quotes whatever comes
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from xomni_jax.benchmarks.timing import BenchError
 
 def test_the_table():
     results = [
-        {"suite": "rendered-text", "processes": n, "items_per_second": rate, "items": 90, "seconds": 90 / rate} for n, rate in ((1, 10.0), (2, 15.0))
+        {"suite": "rendered-text", "processes": n, "items_per_second": rate, "items": 90, "seconds": 90 / rate}
+        for n, rate in ((1, 10.0), (2, 15.0))
     ]
     report = evaluation.report("a/model", results, 0.5)
     lines = [line.split() for line in report.text.splitlines() if line.startswith("rendered-text")]

@@ -47,7 +47,9 @@ def mutate(rng: random.Random, data: bytes, seeds: Sequence[bytes]) -> bytes:
     return bytes(out)
 
 
-def fuzz(opening: Callable[[bytes], MappedFile], seeds: Sequence[bytes], runs: int, kinds: int, survivors: int, mutate: Callable = mutate) -> Counter:
+def fuzz(
+    opening: Callable[[bytes], MappedFile], seeds: Sequence[bytes], runs: int, kinds: int, survivors: int, mutate: Callable = mutate
+) -> Counter:
     """Opens `runs` mutations and reads all they hold.
 
     Fails on any exception but TensorFileError, a tensor larger than the file, memory beyond the file's size (measured for every tenth),

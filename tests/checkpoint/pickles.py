@@ -23,7 +23,9 @@ def code(value) -> Raw:
     if value is None or isinstance(value, bool):
         return Raw({None: b"N", True: b"\x88", False: b"\x89"}[value])
     if isinstance(value, int):
-        return Raw(b"J" + struct.pack("<i", value) if -(2**31) <= value < 2**31 else b"\x8a\x0a" + value.to_bytes(10, "little", signed=True))
+        return Raw(
+            b"J" + struct.pack("<i", value) if -(2**31) <= value < 2**31 else b"\x8a\x0a" + value.to_bytes(10, "little", signed=True)
+        )
     if isinstance(value, float):
         return Raw(b"G" + struct.pack(">d", value))
     if isinstance(value, str):
@@ -53,7 +55,11 @@ def storage(key="0", kind="torch.FloatStorage", count=12, device="cpu") -> Raw:
 def tensor(shape, strides, offset=0, of=None, dtype=None, more=()) -> Raw:
     """_rebuild_tensor_v2, or v3 when `dtype` is given."""
     args = (of or storage(), offset, shape, strides, False, call("collections.OrderedDict"))
-    return call("torch._utils._rebuild_tensor_v2", *args, *more) if dtype is None else call("torch._utils._rebuild_tensor_v3", *args, name(dtype), *more)
+    return (
+        call("torch._utils._rebuild_tensor_v2", *args, *more)
+        if dtype is None
+        else call("torch._utils._rebuild_tensor_v3", *args, name(dtype), *more)
+    )
 
 
 def program(value) -> bytes:

@@ -88,7 +88,11 @@ def vit(s: dict) -> dict[str, tuple[int, ...]]:
 
 
 def projector(s: dict, d: int) -> dict[str, tuple[int, ...]]:
-    out = conv("quant_conv", s["width"], d, 1) | conv("post_quant_conv", d, s["width"], 1) | {"quantize.embedding.weight": (s["codes"], s["width"])}
+    out = (
+        conv("quant_conv", s["width"], d, 1)
+        | conv("post_quant_conv", d, s["width"], 1)
+        | {"quantize.embedding.weight": (s["codes"], s["width"])}
+    )
     for i in range(s["blocks"]):
         for n in (1, 2):
             out |= conv(f"post_conv.{i}.conv{n}", d, d, 3) | norm(f"post_conv.{i}.norm{n}", d)
@@ -172,7 +176,12 @@ def clip(s: dict) -> dict[str, tuple[int, ...]]:
         at = f"{top}encoder.layers.{i}."
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
             out |= linear(f"{at}self_attn.{name}", d, d)
-        out |= norm(at + "layer_norm1", d) | norm(at + "layer_norm2", d) | linear(at + "mlp.fc1", s["mlp"], d) | linear(at + "mlp.fc2", d, s["mlp"])
+        out |= (
+            norm(at + "layer_norm1", d)
+            | norm(at + "layer_norm2", d)
+            | linear(at + "mlp.fc1", s["mlp"], d)
+            | linear(at + "mlp.fc2", d, s["mlp"])
+        )
     return out
 
 
@@ -184,7 +193,12 @@ def siglip(s: dict, heads: int = 3) -> dict[str, tuple[int, ...]]:
         at = f"{top}encoder.layers.{i}."
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
             out |= linear(f"{at}self_attn.{name}", d, d)
-        out |= norm(at + "layer_norm1", d) | norm(at + "layer_norm2", d) | linear(at + "mlp.fc1", s["mlp"], d) | linear(at + "mlp.fc2", d, s["mlp"])
+        out |= (
+            norm(at + "layer_norm1", d)
+            | norm(at + "layer_norm2", d)
+            | linear(at + "mlp.fc1", s["mlp"], d)
+            | linear(at + "mlp.fc2", d, s["mlp"])
+        )
     out |= norm(f"{top}post_layernorm", d) | {f"{top}head.probe": (1, 1, d), "logit_scale": (1,), "logit_bias": (1,)}
     return out | {"text_model.embeddings.token_embedding.weight": (5, d)}
 
@@ -302,14 +316,22 @@ def write_qwen(folder: Path, tied: bool = False) -> Path:
     """A plain Qwen2.5."""
     s = SMALL["ar"]
     config = {k: v for k, v in ar_config(s).items() if not k.startswith(("num_mm", "mm_", "image_"))}
-    config |= {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "num_hidden_layers": s["language"], "tie_word_embeddings": tied, "initializer_range": 0.02}
+    config |= {
+        "model_type": "qwen2",
+        "architectures": ["Qwen2ForCausalLM"],
+        "num_hidden_layers": s["language"],
+        "tie_word_embeddings": tied,
+        "initializer_range": 0.02,
+    }
     write_json(folder / "config.json", config)
     tensors = drawn(qwen(s), seed=9)
     if tied:
         del tensors["lm_head.weight"]
     write_safetensors(folder, tensors)
     tokenizer = json.loads((TINY_TOKENIZER / "tokenizer.json").read_text())
-    tokenizer["added_tokens"] = [t for t in tokenizer["added_tokens"] if "MM-Token" not in t["content"] and t["content"] not in ("<SOM>", "<EOM>", "<IMAGE>")]
+    tokenizer["added_tokens"] = [
+        t for t in tokenizer["added_tokens"] if "MM-Token" not in t["content"] and t["content"] not in ("<SOM>", "<EOM>", "<IMAGE>")
+    ]
     write_json(folder / "tokenizer.json", tokenizer)
     shutil.copyfile(TINY_TOKENIZER / "tokenizer_config.json", folder / "tokenizer_config.json")
     return folder

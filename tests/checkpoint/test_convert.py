@@ -18,8 +18,8 @@ from tests.checkpoint import released_dirs as dirs
 from tests.miniature import ROOT
 from xomni_jax.checkpoint import convert as module
 from xomni_jax.checkpoint.conversion import ConversionError, flatten, to_params
-from xomni_jax.checkpoint.convert import convert, make_plan
 from xomni_jax.checkpoint.conversion_report import plan_lines
+from xomni_jax.checkpoint.convert import convert, make_plan
 from xomni_jax.checkpoint.found import NewParts, wanted_shapes
 from xomni_jax.checkpoint.names import autoencoder, clip, mmdit, siglip_vq, t5, transformer
 from xomni_jax.checkpoint.released import open_release
@@ -37,7 +37,13 @@ def tensors_of(xomni, flux):
     read = lambda file: {k: np.array(file.read(k)) for k in file.infos}  # noqa: E731
     vit = {f"vit.{k}": v for k, v in read(open_tensor_file(xomni / "vit" / "siglip2_giant.pth")).items()}
     projector = {f"vqproj.{k}": v for k, v in read(open_tensor_file(xomni / "vit" / "projector.pth")).items()}
-    folders = {"transformer": xomni, "mmdit": xomni / "mmdit", "autoencoder": flux / "vae", "t5": flux / "text_encoder_2", "clip": flux / "text_encoder"}
+    folders = {
+        "transformer": xomni,
+        "mmdit": xomni / "mmdit",
+        "autoencoder": flux / "vae",
+        "t5": flux / "text_encoder_2",
+        "clip": flux / "text_encoder",
+    }
     return {name: read(open_sharded(folder)) for name, folder in folders.items()} | {"siglip_vq": vit | projector}
 
 
@@ -102,7 +108,9 @@ def test_the_plan_is_a_table(released):
 
 def test_the_report_says_what_became_of_every_tensor(released, converted):
     report = json.loads((converted[0] / "conversion.json").read_text())
-    weights = [p for folder in released for p in folder.rglob("*") if p.suffix in (".safetensors", ".pth") and p.parent.name != "transformer"]
+    weights = [
+        p for folder in released for p in folder.rglob("*") if p.suffix in (".safetensors", ".pth") and p.parent.name != "transformer"
+    ]
     assert set(report["files"]) == set(map(str, weights)) and len(weights) > 10
     for file, digest in report["files"].items():
         assert hashlib.sha256(Path(file).read_bytes()).hexdigest() == digest
@@ -130,7 +138,13 @@ def test_a_plain_qwen_becomes_an_xomni(tmp_path):
     assert not np.array_equal(made["adapters/attn/o_proj/kernel"][0], made["adapters/attn/o_proj/kernel"][1])
     assert {v.dtype for v in made.values()} == {np.dtype(ml_dtypes.bfloat16)}
     new = json.loads((tmp_path / "out" / "conversion.json").read_text())["components"]["transformer"]["new"]
-    assert {"target": "mm_embed/table", "shape": [22, 20], "how": "normal, standard deviation 0.02", "seed": 0, "stored_dtype": "bfloat16"} in new
+    assert {
+        "target": "mm_embed/table",
+        "shape": [22, 20],
+        "how": "normal, standard deviation 0.02",
+        "seed": 0,
+        "stored_dtype": "bfloat16",
+    } in new
     tokenizer = xomni_jax.load(tmp_path / "out").tokenizer
     assert tokenizer.image_ids(np.full((1, 2), 12))[-3:].tolist() == [396, 396, tokenizer.eom] and tokenizer.som == 384 + 13
 

@@ -33,7 +33,11 @@ def pairs(released, back, pth=False):
         yield ours, read(open_sharded((released[1] if ours.startswith("flux") else released[0]) / theirs)), read(open_sharded(back / ours))
     for name in ("siglip2_giant", "projector"):
         original = read(open_tensor_file(released[0] / "vit" / f"{name}.pth"))
-        yield name, {k: v for k, v in original.items() if k not in DROPPED}, read(open_tensor_file(back / "vit" / f"{name}.{'pth' if pth else 'safetensors'}"))
+        yield (
+            name,
+            {k: v for k, v in original.items() if k not in DROPPED},
+            read(open_tensor_file(back / "vit" / f"{name}.{'pth' if pth else 'safetensors'}")),
+        )
 
 
 @pytest.mark.parametrize("pth", [False, True])
@@ -49,7 +53,10 @@ def test_every_tensor_comes_back(pth, released, converted, tmp_path):
             config["vision_config"]["encoder"][key] = config["vision_config"]["encoder"][key].replace(".safetensors", ".pth")
     assert original.items() <= config.items()
     for ours, theirs in list(FOLDERS.items())[1:]:
-        back, was = (json.loads((f / "config.json").read_text()) for f in (tmp_path / "back" / ours, (released[1] if "flux" in ours else released[0]) / theirs))
+        back, was = (
+            json.loads((f / "config.json").read_text())
+            for f in (tmp_path / "back" / ours, (released[1] if "flux" in ours else released[0]) / theirs)
+        )
         assert was.items() <= back.items(), ours
     scheduler = json.loads((tmp_path / "back" / "flux" / "scheduler" / "scheduler_config.json").read_text())
     assert scheduler.items() >= dirs.SCHEDULER.items()
@@ -89,7 +96,10 @@ def test_a_trained_model_is_exported_without_an_original(model_dir, tmp_path):
 def test_a_cast_is_asked_for(dtype, released, converted, tmp_path):
     export(converted[0], tmp_path / "back", dtype, "tokenizer", say=list)
     original = read(open_tensor_file(released[0] / "vit" / "projector.pth"))
-    same(read(open_tensor_file(tmp_path / "back" / "vit" / "projector.safetensors")), {k: v.astype(np.dtype(dtype)) for k, v in original.items()})
+    same(
+        read(open_tensor_file(tmp_path / "back" / "vit" / "projector.safetensors")),
+        {k: v.astype(np.dtype(dtype)) for k, v in original.items()},
+    )
     assert sorted(os.listdir(tmp_path / "back")) == ["config.json", "vit"]
 
 
@@ -98,7 +108,9 @@ def test_plain_models_are_exported_as_xomni(tmp_path):
     convert(dirs.write_siglip(tmp_path / "siglip"), None, tmp_path / "out", parts=START, say=list)
     export(tmp_path / "out", tmp_path / "back", say=list)
     language, tensors = read(open_sharded(tmp_path / "qwen")), read(open_sharded(tmp_path / "back"))
-    assert tensors["model.layers.3.mlp.up_proj.weight"].tobytes() == language["model.layers.1.mlp.up_proj.weight"].tobytes()  # behind two adapters
+    assert (
+        tensors["model.layers.3.mlp.up_proj.weight"].tobytes() == language["model.layers.1.mlp.up_proj.weight"].tobytes()
+    )  # behind two adapters
     assert set(tensors) == set(dirs.ar(dirs.SMALL["ar"] | dict(adapters=2, tail=1)))
     vit = read(open_tensor_file(tmp_path / "back" / "tokenizer_vit" / "siglip.safetensors"))
     q = read(open_sharded(tmp_path / "siglip"))["vision_model.encoder.layers.1.self_attn.q_proj.weight"]
@@ -119,7 +131,10 @@ def test_stacks_in_one_piece_are_unpacked_once(tmp_path, monkeypatch):
     export(tmp_path / "model", tmp_path / "back", say=list)
     flat, tensors = flatten(params), read(open_sharded(tmp_path / "back"))
     np.testing.assert_array_equal(tensors["model.layers.3.mlp.gate_proj.weight"], np.asarray(flat["language/mlp/gate_proj/kernel"])[2].T)
-    assert jnp.asarray(tensors["lm_head.weight"]).shape == (23, 20) and sorted(os.listdir(tmp_path / "back")) == ["config.json", "model.safetensors"]
+    assert jnp.asarray(tensors["lm_head.weight"]).shape == (23, 20) and sorted(os.listdir(tmp_path / "back")) == [
+        "config.json",
+        "model.safetensors",
+    ]
 
 
 def test_what_cannot_be_exported(converted, tmp_path, monkeypatch):

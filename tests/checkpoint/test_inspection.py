@@ -33,7 +33,10 @@ def test_released_directories_are_described(released):
 
 def test_the_shipped_model_is_described():
     lines = list(describe(open_view("xomni_jax/assets/tiny_sft")))
-    assert any(line.startswith("autoencoder: 0 parameters in 0 arrays, 0.000 GB, no parameters") for line in lines) and lines[-1] == "missing: nothing"
+    assert (
+        any(line.startswith("autoencoder: 0 parameters in 0 arrays, 0.000 GB, no parameters") for line in lines)
+        and lines[-1] == "missing: nothing"
+    )
 
 
 def test_a_damaged_part_is_said(released, converted, tmp_path):

@@ -51,7 +51,10 @@ def test_kinds(released, tmp_path):
         ({"adapter_config.json": {}, "adapter_model.safetensors": {}}, "is a LoRA; merge it into its base model first"),
         ({"pytorch_lora_weights.safetensors": {}}, "is a LoRA; merge it"),
         ({"model-q4.gguf": {}}, r"is a GGUF model \(quantised for llama.cpp\); give the safetensors it was made from"),
-        ({"model_index.json": {"_class_name": "StableDiffusionPipeline"}}, r"is a diffusers pipeline \(StableDiffusionPipeline\); only FLUX.1-dev's"),
+        (
+            {"model_index.json": {"_class_name": "StableDiffusionPipeline"}},
+            r"is a diffusers pipeline \(StableDiffusionPipeline\); only FLUX.1-dev's",
+        ),
         ({"model.json": {}}, "is already a model directory of this package; use it as it is"),
         ({"config.json": {"model_type": "llama"}}, r"is a llama; X-Omni, Qwen2.5 \(qwen2\), SigLIP2 and FLUX.1-dev are read"),
         ({"config.json": {"model_type": "qwen2_5_vl"}}, "is a qwen2_5_vl; X-Omni"),
@@ -99,10 +102,19 @@ def test_a_cut_file_is_named(name, copies, tmp_path):
 @pytest.mark.parametrize(
     "change, words",
     [
-        (dict(vision_config__encoder__siglip_path="vit/gone.pth"), "vit/gone.pth: no such file, but config.json names it as vision_config.encoder.siglip_path"),
+        (
+            dict(vision_config__encoder__siglip_path="vit/gone.pth"),
+            "vit/gone.pth: no such file, but config.json names it as vision_config.encoder.siglip_path",
+        ),
         (dict(vision_config__encoder__siglip_path="/etc/passwd"), "siglip_path='/etc/passwd' is no path within the directory"),
-        (dict(vision_config__decoder__model_path="../flux/transformer"), "model_path='../flux/transformer' is no path within the directory"),
-        (dict(vision_config__encoder__siglip_name="vit_huge"), "siglip_name='vit_huge' is unknown, and no tensor shows its head count; known: siglip2_giant"),
+        (
+            dict(vision_config__decoder__model_path="../flux/transformer"),
+            "model_path='../flux/transformer' is no path within the directory",
+        ),
+        (
+            dict(vision_config__encoder__siglip_name="vit_huge"),
+            "siglip_name='vit_huge' is unknown, and no tensor shows its head count; known: siglip2_giant",
+        ),
         (dict(vision_config__encoder__codebook_dim=11), "codebook_dim=11, but the tensors have 10"),
         (dict(vision_config__encoder__siglip_name=None), "vision_config.encoder.siglip_name is missing"),
         (dict(vision_config__dtype="half"), "vision_config.dtype='half' is not supported"),
@@ -184,7 +196,10 @@ def test_values_that_are_no_numbers_are_warned_of(copies, tmp_path):
     rewrite(copies[0], spoil)
     warnings = convert(*copies, tmp_path / "out", only="transformer", say=list)
     file = f"{copies[0]}/model.safetensors"
-    assert warnings == [f"{file}: mm_head.weight: holds values that are infinite", f"{file}: model.layers.4.mlp.up_proj.weight: holds values that are NaN"]
+    assert warnings == [
+        f"{file}: mm_head.weight: holds values that are infinite",
+        f"{file}: model.layers.4.mlp.up_proj.weight: holds values that are NaN",
+    ]
     assert json.loads((tmp_path / "out" / "conversion.json").read_text())["not_finite"] == {f"{file}: mm_head.weight": "infinite", f"{file}: model.layers.4.mlp.up_proj.weight": "NaN"}  # fmt: skip
 
 

@@ -112,7 +112,9 @@ def test_keys_that_do_not_fit_are_said_when_the_part_is_used(even, tmp_path):
 
     broken = shutil.copytree(even[0], tmp_path / "x")
     dirs.edit_config(broken, intermediate_size=25)
-    with pytest.raises(CheckpointError, match=r"shape \(24, 16\) after .* \(and 17 more problems; xomni convert --plan lists them\)|\(16, 24\)"):
+    with pytest.raises(
+        CheckpointError, match=r"shape \(24, 16\) after .* \(and 17 more problems; xomni convert --plan lists them\)|\(16, 24\)"
+    ):
         xomni_jax.load(broken).params("transformer")
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from tests.checkpoint import released_dirs as dirs
-from xomni_jax.checkpoint.convert import make_plan
 from xomni_jax.checkpoint.conversion_report import plan_lines
+from xomni_jax.checkpoint.convert import make_plan
 from xomni_jax.checkpoint.released import open_release
 from xomni_jax.models import autoencoder, mmdit, siglip_vq, text_encoders, transformer
 
@@ -109,7 +109,11 @@ def test_every_key_is_consumed_and_every_parameter_filled(plan):
     }  # fmt: skip
     for name, targets in plan.targets.items():
         taken = [rule.source.removeprefix("vit.").removeprefix("vqproj.") for t in targets for rule in t.rules]
-        dropped = {"norm.weight", "norm.bias", *(k for k in shapes[name] if k.startswith(("attn_pool", "head")))} if name == "siglip_vq" else set()
+        dropped = (
+            {"norm.weight", "norm.bias", *(k for k in shapes[name] if k.startswith(("attn_pool", "head")))}
+            if name == "siglip_vq"
+            else set()
+        )
         assert sorted(taken) == sorted(set(shapes[name]) - dropped) and not any(t.make for t in targets)
     sources = {name: sum(len(t.rules) for t in targets) for name, targets in plan.targets.items()}
     by_hand = {"transformer": 36 * 12 + 6, "siglip_vq": 40 * 12 + 3 + 5 + 2 * 8, "mmdit": 19 * 32 + 38 * 14 + 21, "autoencoder": 106 + 138}

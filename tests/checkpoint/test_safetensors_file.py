@@ -38,7 +38,9 @@ def bits(dtype: np.dtype, n: int = 6) -> np.ndarray:
 # ---- reading ----
 def test_a_file_by_hand():
     data = np.array([1, 2, 3], np.float32).tobytes() + struct.pack("<h", -5)
-    file = SafetensorsFile(HERE, raw({"b": entry("I16", (), (12, 14)), "__metadata__": {"format": "pt"}, "a": entry("F32", (3, 1), (0, 12))}, data))
+    file = SafetensorsFile(
+        HERE, raw({"b": entry("I16", (), (12, 14)), "__metadata__": {"format": "pt"}, "a": entry("F32", (3, 1), (0, 12))}, data)
+    )
     assert list(file.infos) == ["a", "b"] and file.metadata == {"format": "pt"}
     info = file.infos["a"]
     assert (info.file, info.key, info.dtype, info.shape, info.nbytes) == (HERE, "a", np.float32, (3, 1), 12)
@@ -64,7 +66,12 @@ def test_bfloat16_and_float8_are_the_numbers_they_should_be():
 
 
 def test_unaligned_and_empty_tensors():
-    header = {"a": entry("U8", (1,), (0, 1)), "b": entry("F32", (2,), (1, 9)), "c": entry("F64", (0, 5), (9, 9)), "d": entry("U8", (0,), (0, 0))}
+    header = {
+        "a": entry("U8", (1,), (0, 1)),
+        "b": entry("F32", (2,), (1, 9)),
+        "c": entry("F64", (0, 5), (9, 9)),
+        "d": entry("U8", (0,), (0, 0)),
+    }
     file = SafetensorsFile(HERE, raw(header, b"\x07" + np.array([1, 2], np.float32).tobytes()))
     assert file.read("b").tolist() == [1, 2] and file.read("c").shape == (0, 5) and file.read("d").size == 0
 
@@ -316,7 +323,12 @@ def test_what_cannot_be_written(tmp_path, key, tensor, words):
 
 
 # ---- fuzz ----
-HEADER = {"__metadata__": {"format": "pt"}, "a.weight": entry("F32", (2, 3), (0, 24)), "b": entry("BF16", (5,), (24, 34)), "c": entry("U8", (0, 7), (34, 34))}
+HEADER = {
+    "__metadata__": {"format": "pt"},
+    "a.weight": entry("F32", (2, 3), (0, 24)),
+    "b": entry("BF16", (5,), (24, 34)),
+    "c": entry("U8", (0, 7), (34, 34)),
+}
 SEEDS = [raw(HEADER, bytes(34)), safetensors.numpy.save({"x": np.zeros((3, 0)), "y": np.arange(4, dtype=np.int8), "z": np.ones(2)})]
 
 

@@ -16,7 +16,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 import xomni_jax
 from tests.miniature import ROOT, configs
 from xomni_jax.checkpoint.store import (
-    CheckpointError, RunCheckpoints, config_from_json, config_to_json, copy_components, load_component, read_model_json, reading,
+    CheckpointError,
+    RunCheckpoints,
+    config_from_json,
+    config_to_json,
+    copy_components,
+    load_component,
+    read_model_json,
+    reading,
     save_component,
 )  # fmt: skip
 from xomni_jax.models.siglip_vq import SigLIPVQConfig
@@ -36,7 +43,9 @@ def tree(mesh=None):
 
 
 def wanted(like, mesh):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("fsdp", "tensor"))), like)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("fsdp", "tensor"))), like
+    )
 
 
 def mesh_of(n):
@@ -108,7 +117,9 @@ DAMAGE = {
 def test_damage_is_one_sentence(tmp_path, damage):
     save_component(tmp_path, "siglip_vq", tree(), CONFIG)
     DAMAGE[damage](tmp_path / "siglip_vq")
-    with pytest.raises(CheckpointError, match="siglip_vq: cannot be read, it is incomplete or damaged .*; restore it or write it again") as error:
+    with pytest.raises(
+        CheckpointError, match="siglip_vq: cannot be read, it is incomplete or damaged .*; restore it or write it again"
+    ) as error:
         load_component(tmp_path, "siglip_vq", wanted(tree(), mesh_of(1)))
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
 

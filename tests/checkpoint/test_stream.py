@@ -13,11 +13,25 @@ import pytest
 from tests.miniature import ROOT
 from xomni_jax.checkpoint.assemble import Sources, Target, blocks_of, copy_strided, not_finite, targets_of
 from xomni_jax.checkpoint.conversion import (
-    CONV, TRANSPOSE, ConversionError, Drop, Make, Rule, Table, bias_axes, flatten, in_axes, out_axes, plan, problems, to_params, to_tensors,
+    CONV,
+    TRANSPOSE,
+    ConversionError,
+    Drop,
+    Make,
+    Rule,
+    Table,
+    bias_axes,
+    flatten,
+    in_axes,
+    out_axes,
+    plan,
+    problems,
+    to_params,
+    to_tensors,
 )  # fmt: skip
 from xomni_jax.checkpoint.names import new
-from xomni_jax.checkpoint.stream import chunk_shape, save_targets
 from xomni_jax.checkpoint.stored import Stored
+from xomni_jax.checkpoint.stream import chunk_shape, save_targets
 
 FITS = [(TRANSPOSE, (6, 35)), (out_axes(2, 3), (6, 35)), (in_axes(5, 7), (6, 35)), (out_axes(3, 2, 1), (6, 35)), (bias_axes(2, 3), (6,)), (CONV, (6, 5, 3, 2))]  # fmt: skip
 
@@ -40,12 +54,22 @@ class Memory:
 
 def small(rng):
     """Tensors, table and shapes with every kind of rule: stacked, joined, plain, new."""
-    tensors = {f"l.{i}.w": rng.normal(size=(6, 10)).astype(ml_dtypes.bfloat16) for i in range(3)} | {"e": rng.normal(size=(7, 5)).astype(np.float32)}
+    tensors = {f"l.{i}.w": rng.normal(size=(6, 10)).astype(ml_dtypes.bfloat16) for i in range(3)} | {
+        "e": rng.normal(size=(7, 5)).astype(np.float32)
+    }
     tensors |= {f"l.{i}.{n}": rng.normal(size=(4, 9)).astype(np.float32) for i in range(3) for n in "qkv"}
     rules = [Rule(f"l.{i}.w", "layers/w/kernel", out_axes(2, 3), i) for i in range(3)] + [Rule("e", "embed/table", TRANSPOSE)]
     rules += [Rule(f"l.{i}.{n}", "layers/qkv/kernel", out_axes(2, 2), i, (1, p)) for i in range(3) for p, n in enumerate("qkv")]
-    table = Table(rules, [Drop("x.*", "unused")], [Make("new/kernel", *new.normal(1.0)), Make("stack/kernel", *new.normal(1.0), stacked=True)])
-    shapes = {"layers/w/kernel": (3, 10, 2, 3), "embed/table": (5, 7), "layers/qkv/kernel": (3, 9, 3, 2, 2), "new/kernel": (5, 3), "stack/kernel": (4, 3, 5)}
+    table = Table(
+        rules, [Drop("x.*", "unused")], [Make("new/kernel", *new.normal(1.0)), Make("stack/kernel", *new.normal(1.0), stacked=True)]
+    )
+    shapes = {
+        "layers/w/kernel": (3, 10, 2, 3),
+        "embed/table": (5, 7),
+        "layers/qkv/kernel": (3, 9, 3, 2, 2),
+        "new/kernel": (5, 3),
+        "stack/kernel": (4, 3, 5),
+    }
     return tensors, table, shapes
 
 
@@ -67,7 +91,10 @@ def test_the_plan_of_joined_and_new_parameters(rng):
         (lambda t, r, s: r.append(r[0]), "l.0.w: two rules"),
         (lambda t, r, s: s.update(other=(2,)), "other: in the model, no rule fills it"),
         (lambda t, r, s: s.pop("embed/table"), "embed/table: in the table, not in the model"),
-        (lambda t, r, s: s.update({"layers/w/kernel": (4, 10, 2, 3)}), r"layers/w/kernel: filled by layers \[0, 1, 2\], expected \[0, 1, 2, 3\]"),
+        (
+            lambda t, r, s: s.update({"layers/w/kernel": (4, 10, 2, 3)}),
+            r"layers/w/kernel: filled by layers \[0, 1, 2\], expected \[0, 1, 2, 3\]",
+        ),
         (lambda t, r, s: s.update({"embed/table": (7, 5)}), r"e: shape \(5, 7\) after \[O,I\] -> \[I,O\], embed/table wants \(7, 5\)"),
         (lambda t, r, s: t.update({"l.2.w": np.zeros((5, 10))}), r"l.2.w: shape \(5, 10\) cannot be turned \[O,I\] -> \[I,2,3\]"),
         (lambda t, r, s: t.update({"l.2.q": np.zeros((4, 8))}), r"l.2.q: shape \(8, 2, 2\) after .*, layers/qkv/kernel wants \(9, 2, 2\)"),
@@ -197,7 +224,9 @@ def test_a_read_of_one_layer(tmp_path, rng):
     stored = Stored(tmp_path / "siglip_vq", tmp_path / "spill")
     for i in (2, 0, 1):
         np.testing.assert_array_equal(stored.read("a/kernel", i), big[i])
-    np.testing.assert_array_equal(Stored(tmp_path / "siglip_vq").read("a/kernel", (slice(1, 2), slice(3, 5), slice(0, 1100))), big[1:2, 3:5])
+    np.testing.assert_array_equal(
+        Stored(tmp_path / "siglip_vq").read("a/kernel", (slice(1, 2), slice(3, 5), slice(0, 1100))), big[1:2, 3:5]
+    )
     np.testing.assert_array_equal(stored.read("b"), np.arange(6.0))
     assert isinstance(stored._kept["a/kernel"], np.memmap) and not os.listdir(tmp_path / "spill")
 
@@ -227,7 +256,14 @@ def test_two_hosts_write_a_part_each(released, converted, tmp_path):
     arguments = [str(port), "HOST", *map(str, released), str(tmp_path / "out")]
     env = os.environ | {"JAX_NUM_CPU_DEVICES": "4", "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
     hosts = [
-        subprocess.Popen([sys.executable, "-c", HOST, *(a.replace("HOST", str(i)) for a in arguments)], cwd=ROOT, env=env, stdout=-1, stderr=-1, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", HOST, *(a.replace("HOST", str(i)) for a in arguments)],
+            cwd=ROOT,
+            env=env,
+            stdout=-1,
+            stderr=-1,
+            text=True,
+        )
         for i in (0, 1)
     ]
     told = [host.communicate(timeout=280) for host in hosts]
@@ -239,7 +275,10 @@ def test_two_hosts_write_a_part_each(released, converted, tmp_path):
         assert set(one.arrays) == set(two.arrays)
         for path in one.arrays:
             assert one.read(path).tobytes() == two.read(path).tobytes(), path
-    assert json.loads((tmp_path / "out" / "conversion.json").read_text())["files"] == json.loads((converted[0] / "conversion.json").read_text())["files"]
+    assert (
+        json.loads((tmp_path / "out" / "conversion.json").read_text())["files"]
+        == json.loads((converted[0] / "conversion.json").read_text())["files"]
+    )
 
 
 def test_a_failing_write_is_an_error(tmp_path, rng):

@@ -40,7 +40,10 @@ def test_header_lengths_that_look_like_other_files(tmp_path, length):
 
 FILES = {
     "GGUF": (b"GGUF\3\0\0\0" + bytes(40), "is a GGUF file .quantised for llama.cpp.; download the safetensors it was made from"),
-    "old torch": (pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2) + bytes(40), r"is a pickle outside a zip archive \(PyTorch before 1.6\); load it with"),
+    "old torch": (
+        pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2) + bytes(40),
+        r"is a pickle outside a zip archive \(PyTorch before 1.6\); load it with",
+    ),
     "HDF5": (b"\x89HDF\r\n\x1a\n" + bytes(40), "is an HDF5 file; convert it"),
     "npy": (b"\x93NUMPY\1\0v\0{'descr'", "is a numpy .npy file; convert it"),
     "LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:", "is a Git LFS pointer, not the weights; run `git lfs pull`"),
@@ -76,7 +79,10 @@ def test_no_file_no_rights_a_folder_and_a_bad_safetensors(tmp_path):
 @pytest.mark.parametrize(
     "keys",
     [
-        ["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"],
+        [
+            "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
+            "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight",
+        ],
         ["transformer.single_transformer_blocks.0.attn.to_k.lora_down.weight", "transformer.single_transformer_blocks.0.attn.to_k.alpha"],
         ["unet.up.lora.up.weight", "unet.up.lora.down.weight"],
     ],
@@ -84,7 +90,9 @@ def test_no_file_no_rights_a_folder_and_a_bad_safetensors(tmp_path):
 def test_lora_matrices_alone_are_refused_and_beside_weights_are_not(tmp_path, keys):
     for write in (lambda t: write_safetensors(tmp_path, t), lambda t: write_torch_file(tmp_path / "model.safetensors", t)):
         write({k: A for k in sorted(keys)})
-        with pytest.raises(TensorFileError, match=f"holds only LoRA matrices, such as '{min(keys)}'; merge them into their base model first"):
+        with pytest.raises(
+            TensorFileError, match=f"holds only LoRA matrices, such as '{min(keys)}'; merge them into their base model first"
+        ):
             open_tensor_file(tmp_path / "model.safetensors")
         write({k: A for k in [*keys, "norm.weight"]})
         assert len(open_tensor_file(tmp_path / "model.safetensors").infos) == len(keys) + 1
@@ -93,7 +101,11 @@ def test_lora_matrices_alone_are_refused_and_beside_weights_are_not(tmp_path, ke
 # ---- folders ----
 def folder_of_two(tmp_path):
     write_safetensors(tmp_path, {"a": A, "b": B}, shard_bytes=A.nbytes)
-    return tmp_path / "model-00001-of-00002.safetensors", tmp_path / "model-00002-of-00002.safetensors", tmp_path / "model.safetensors.index.json"
+    return (
+        tmp_path / "model-00001-of-00002.safetensors",
+        tmp_path / "model-00002-of-00002.safetensors",
+        tmp_path / "model.safetensors.index.json",
+    )
 
 
 def test_shards_are_one_file(tmp_path):
@@ -126,7 +138,9 @@ def test_a_variant_s_index_beside_the_usual_one(tmp_path):
     shutil.copy(index, tmp_path / "other.fp16.safetensors.index.json")
     assert set(open_sharded(tmp_path).infos) == {"a", "b"}
     index.rename(tmp_path / "x.safetensors.index.json")
-    with pytest.raises(TensorFileError, match=r"has 2 indexes \(other.fp16.safetensors.index.json, x.safetensors.index.json\); leave the one"):
+    with pytest.raises(
+        TensorFileError, match=r"has 2 indexes \(other.fp16.safetensors.index.json, x.safetensors.index.json\); leave the one"
+    ):
         open_sharded(tmp_path)
 
 
@@ -188,14 +202,26 @@ def test_indexes_that_are_none(tmp_path, text, words):
 
 FOLDERS = {
     "empty": ([], "holds no model.safetensors or diffusion_pytorch_model.safetensors and no index of shards; give the model's folder"),
-    "LoRA": (["README.md", "adapter_model.safetensors"], r"holds a LoRA \('adapter_model.safetensors'\), not model.safetensors .*; merge it"),
+    "LoRA": (
+        ["README.md", "adapter_model.safetensors"],
+        r"holds a LoRA \('adapter_model.safetensors'\), not model.safetensors .*; merge it",
+    ),
     "diffusers LoRA": (["pytorch_lora_weights.safetensors"], r"holds a LoRA \('pytorch_lora_weights.safetensors'\)"),
-    "pipeline": (["model_index.json", "vae"], r"holds a whole diffusers pipeline \('model_index.json'\).*; give one of its folders, such as transformer"),
-    "no index": (["model-00001-of-00002.safetensors"], "holds shards without an index: copying or writing was interrupted .*; fetch or write it again"),
+    "pipeline": (
+        ["model_index.json", "vae"],
+        r"holds a whole diffusers pipeline \('model_index.json'\).*; give one of its folders, such as transformer",
+    ),
+    "no index": (
+        ["model-00001-of-00002.safetensors"],
+        "holds shards without an index: copying or writing was interrupted .*; fetch or write it again",
+    ),
     "parts": (["model-00001-of-00002.safetensors.part"], "holds shards without an index"),
     "GGUF": (["q4.gguf"], r"holds GGUF files \('q4.gguf'\)"),
     "pickles": (["pytorch_model.bin"], r"holds PyTorch pickles \('pytorch_model.bin'\).*; give the file itself"),
-    "other name": (["flux1-dev.safetensors"], r"holds a safetensors file of another name \('flux1-dev.safetensors'\).*; give the file itself"),
+    "other name": (
+        ["flux1-dev.safetensors"],
+        r"holds a safetensors file of another name \('flux1-dev.safetensors'\).*; give the file itself",
+    ),
 }
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.checkpoint.fuzzing import fuzz
-from tests.checkpoint.pickles import FLOATS, HERE, W, Raw, archive, call, code, name, program, refused, storage, tensor, two_storages
+from tests.checkpoint.pickles import FLOATS, HERE, Raw, W, archive, call, code, name, program, refused, storage, tensor, two_storages
 from xomni_jax.checkpoint import torch_file
 from xomni_jax.checkpoint.tensor_file import LazyTensor, TensorFileError
 from xomni_jax.checkpoint.torch_file import ALIGNMENT, TorchFile, write_torch_file
@@ -133,7 +133,9 @@ def test_ordered_dicts_of_both_pythons_and_their_metadata():
 def test_other_protocols():
     """Protocol 4: frames, short strings, memo by count, STACK_GLOBAL."""
     short = lambda s: Raw(b"\x8c" + bytes([len(s)]) + s.encode() + b"\x94")  # noqa: E731
-    stacked = Raw(short("torch._utils") + short("_rebuild_tensor_v2") + b"\x93\x94" + code((storage(), 0, (3, 4), (4, 1), False, None)) + b"R")
+    stacked = Raw(
+        short("torch._utils") + short("_rebuild_tensor_v2") + b"\x93\x94" + code((storage(), 0, (3, 4), (4, 1), False, None)) + b"R"
+    )
     body = b"}\x94(" + short("w") + stacked + short("v") + b"h\x04" + code((storage(), 0, (2,), (1,), False, None)) + b"Ru."
     file = TorchFile(HERE, archive(b"\x80\x04\x95" + struct.pack("<Q", len(body)) + body))
     assert {k: i.shape for k, i in file.infos.items()} == {"w": (3, 4), "v": (2,)}
@@ -186,7 +188,10 @@ ARCHIVES = {
     "big-endian": (archive(program({"w": W}), order=b"big"), "its byte order is b'big', only little is read; save it again on"),
     "no pickle": (archive(b"", more={"data.pkl": None}), "with 0 data.pkl, torch.save writes one; give a file"),
     "npz": (archive(b"", more={"data.pkl": None, "a.npy": b""}), "it is a numpy .npz"),
-    "TorchScript": (archive(program({"w": W}), more={"code/__torch__.py": b"", "constants.pkl": b""}), "is a TorchScript program; save the module's state"),
+    "TorchScript": (
+        archive(program({"w": W}), more={"code/__torch__.py": b"", "constants.pkl": b""}),
+        "is a TorchScript program; save the module's state",
+    ),
     "more entries promised": (eocd(GOOD, 10, b"\x09\0"), "promises 9 entries and lists 4"),
     "directory elsewhere": (eocd(GOOD, 16, b"\1\0\0\0"), "is no list of entries"),
     "directory outside": (eocd(GOOD, 12, b"\0\0\0\x70"), "points outside the file"),
@@ -260,7 +265,12 @@ def test_a_file_above_4_gb(tmp_path):
         for name_, size, offset in zip(names, (len(pickle_), gap, len(data)), offsets, strict=True):
             wide = struct.pack("<2H3Q", 1, 24, size, size, offset)
             full = 2**32 - 1
-            file.write(b"PK\1\2" + struct.pack("<6H3I5H2I", 45, 45, 0, 0, 0, 0, 0, full, full, len(name_), len(wide), 0, 0, 0, 0, full) + name_ + wide)
+            file.write(
+                b"PK\1\2"
+                + struct.pack("<6H3I5H2I", 45, 45, 0, 0, 0, 0, 0, full, full, len(name_), len(wide), 0, 0, 0, 0, full)
+                + name_
+                + wide
+            )
         end = file.tell()
         file.write(b"PK\6\6" + struct.pack("<Q2H2I4Q", 44, 45, 45, 0, 0, 3, 3, end - start, start))
         file.write(b"PK\6\7" + struct.pack("<IQI", 0, end, 1) + b"PK\5\6" + struct.pack("<4H2IH", 0, 0, 3, 3, end - start, 2**32 - 1, 0))
@@ -285,7 +295,9 @@ def test_what_is_written_comes_back(tmp_path):
     file = TorchFile(tmp_path / "a.pth")
     assert list(file.infos) == list(tensors)
     for key, value in tensors.items():
-        assert file.read(key).shape == value.shape and file.read(key).tobytes() == value.astype(value.dtype.newbyteorder("=")).tobytes(), key
+        assert file.read(key).shape == value.shape and file.read(key).tobytes() == value.astype(value.dtype.newbyteorder("=")).tobytes(), (
+            key
+        )
         assert file.read(key).dtype == value.dtype.newbyteorder("=")
     assert all(place.offset % ALIGNMENT == 0 for place in file.places.values())
     assert [p.name for p in tmp_path.iterdir()] == ["a.pth"]

@@ -12,7 +12,7 @@ import tracemalloc
 import pytest
 
 from tests.checkpoint.fuzzing import fuzz
-from tests.checkpoint.pickles import FLOATS, HERE, W, Raw, archive, call, code, name, program, refused, storage, tensor, two_storages
+from tests.checkpoint.pickles import FLOATS, HERE, Raw, W, archive, call, code, name, program, refused, storage, tensor, two_storages
 from xomni_jax.checkpoint import torch_pickle
 from xomni_jax.checkpoint.torch_file import TorchFile
 from xomni_jax.checkpoint.torch_pickle import BYTES_PER_INSTRUCTION, FREE_INSTRUCTIONS, instruction_limit
@@ -50,15 +50,22 @@ LIVE = {
     "posix.system (INST)": lambda path: b"(" + code(f"touch {path}") + b"iposix\nsystem\n.",
     "posix.system (OBJ)": lambda path: b"(" + name("posix.system") + code(f"touch {path}") + b"o.",
     "posix.mknod": lambda path: b"\x80\x02" + call("posix.mknod", str(path)) + b".",
-    "operator.methodcaller": lambda path: b"\x80\x02" + call("operator.methodcaller", "touch") + b"(" + call("pathlib.Path", str(path)) + b"tR.",
+    "operator.methodcaller": lambda path: (
+        b"\x80\x02" + call("operator.methodcaller", "touch") + b"(" + call("pathlib.Path", str(path)) + b"tR."
+    ),
     "collections._sys.modules": lambda path: then_touch(code("collections") + code("_sys.modules") + b"\x93", path),
     "collections.OrderedDict.__init__": lambda path: then_touch(code("collections") + code("OrderedDict.__init__") + b"\x93", path),
     "copyreg.__newobj__": lambda path: then_touch(call("copyreg.__newobj__", name("decimal.Decimal")), path),
-    "copyreg._reconstructor": lambda path: then_touch(call("copyreg._reconstructor", name("argparse.Namespace"), name("builtins.object"), None), path),
+    "copyreg._reconstructor": lambda path: then_touch(
+        call("copyreg._reconstructor", name("argparse.Namespace"), name("builtins.object"), None), path
+    ),
     "copyreg.add_extension": lambda path: then_touch(call("copyreg.add_extension", "posix", "getpid", 77), path),
     "decimal.Decimal (NEWOBJ)": lambda path: then_touch(name("decimal.Decimal") + b")\x81", path),
     "argparse.Namespace (BUILD)": lambda path: then_touch(name("argparse.Namespace") + b")\x81" + code({"a": 1}) + b"b", path),
-    **{f"the copyreg extension {n}": lambda path, op=op: b"\x80\x02" + op + code((f"touch {path}",)) + b"R." for n, op in EXTENSIONS.items()},
+    **{
+        f"the copyreg extension {n}": lambda path, op=op: b"\x80\x02" + op + code((f"touch {path}",)) + b"R."
+        for n, op in EXTENSIONS.items()
+    },
 }
 
 
@@ -265,6 +272,17 @@ def test_the_limit_grows_with_the_file():
 def test_mutated_pickles():
     """The archive is whole, its pickle is not: 12,000 inputs that reach the interpreter."""
     storages = {"0": FLOATS.tobytes(), "1": bytes(16)}
-    memo = b"\x80\x04}\x94(" + code("x") + b"\x94" + code("collections") + code("OrderedDict") + b"\x93)R\x94" + code("y") + b"h\x01u0" + W + b"\x85."
+    memo = (
+        b"\x80\x04}\x94("
+        + code("x")
+        + b"\x94"
+        + code("collections")
+        + code("OrderedDict")
+        + b"\x93)R\x94"
+        + code("y")
+        + b"h\x01u0"
+        + W
+        + b"\x85."
+    )
     seeds = [program(two_storages()), memo]
     fuzz(lambda data: TorchFile(HERE, archive(data, storages)), seeds, runs=12_000, kinds=40, survivors=150)

@@ -43,10 +43,7 @@ def test_wrong_values_say_how(wrong, said, capsys):
 def test_a_silent_service_is_one_sentence(tmp_path, capsys):
     assert main(["eval", "effect", "--sft=a", "--rl=b/model", "--ocr=http://127.0.0.1:9", f"--out={tmp_path}"]) == 2
     said = capsys.readouterr().err.strip()
-    assert (
-        said.startswith("xomni eval: no reward service answers at http://127.0.0.1:9")
-        and "xomni serve-reward ocr --port 9" in said
-    )
+    assert said.startswith("xomni eval: no reward service answers at http://127.0.0.1:9") and "xomni serve-reward ocr --port 9" in said
     assert "\n" not in said and not list(tmp_path.iterdir())
 
 

@@ -10,7 +10,9 @@ from xomni_jax.rewards.services.base import SCORERS
 
 @pytest.fixture
 def parser():
-    parser = argparse.ArgumentParser(prog="xomni serve-reward", epilog=serve_reward.EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="xomni serve-reward", epilog=serve_reward.EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     serve_reward.add_arguments(parser)
     return parser
 

@@ -30,9 +30,7 @@ def _drawn(examples, kind):
 def test_deterministic_and_different():
     a, b, c = render_example(3, 11, CONFIG), render_example(3, 11, CONFIG), render_example(3, 12, CONFIG)
     np.testing.assert_array_equal(a["image"], b["image"])
-    assert {k: v for k, v in a.items() if k not in ("image", "columns")} == {
-        k: v for k, v in b.items() if k not in ("image", "columns")
-    }
+    assert {k: v for k, v in a.items() if k not in ("image", "columns")} == {k: v for k, v in b.items() if k not in ("image", "columns")}
     assert a["id"] == "train-3-11-32x64" and a["id"] != c["id"]
     assert render_example(4, 11, CONFIG)["caption"] != a["caption"]
 

@@ -30,7 +30,16 @@ def write_generate_run(folder, items=12, repeats=4, right=0.5, seed=0, suite="lo
             "verdicts": [f"{m} of 3 words" for m in matches], "score": sum(matches) / (3 * repeats),
             "record": {"match": sum(matches), "gt": 3 * repeats, "unparsed": 0},
         })  # fmt: skip
-    return finish(folder, lines, suite, "LongText-Bench EN", "text accuracy", repeats=repeats, judge={"name": "by hand", "settings": {"version": 1}}, **settings)
+    return finish(
+        folder,
+        lines,
+        suite,
+        "LongText-Bench EN",
+        "text accuracy",
+        repeats=repeats,
+        judge={"name": "by hand", "settings": {"version": 1}},
+        **settings,
+    )
 
 
 def write_answer_run(folder, items=9, right=0.7, seed=0, suite="pope", **settings):

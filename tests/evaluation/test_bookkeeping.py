@@ -35,7 +35,10 @@ def test_collect_averages_over_evaluations_but_not_the_control(tmp_path):
     found = json.loads((tmp_path / "all.json").read_text())
     assert found["mean_over_seeds"]["guidance_off"]["rl"]["word_accuracy"] == 0.5
     assert found["mean_over_seeds"]["guidance_on"]["sft"]["second_reader_accuracy"] is None
-    assert found["curves"]["grpo_0"] == {"step": [10, 20], **{n: [None, 1.5 if n == "reward/total/mean" else None] for n in long_run.CURVES}}
+    assert found["curves"]["grpo_0"] == {
+        "step": [10, 20],
+        **{n: [None, 1.5 if n == "reward/total/mean" else None] for n in long_run.CURVES},
+    }
 
 
 def test_card_names_command_seed_steps_and_metrics(tmp_path, monkeypatch):

@@ -43,9 +43,7 @@ def made_up_effect(folder, prompts=24, samples=16, second=True):
     """SFT reads right 0.25, RL 0.75 of the time."""
     write_run(folder / "run", 60)
     rng, signs = np.random.default_rng(0), heldout_signs(prompts, (32, 64), (3, 6), 0)
-    clients = {"ocr": NoisyReader(), "shapes": NoisyReader("colour_exact", 1)} | (
-        {"second": NoisyReader(seed=2)} if second else {}
-    )
+    clients = {"ocr": NoisyReader(), "shapes": NoisyReader("colour_exact", 1)} | ({"second": NoisyReader(seed=2)} if second else {})
     cell = lambda chance, n, noise=25: made_up(signs, chance, n, clients, noise, rng)  # noqa: E731
     config = EffectConfig("sft", "run/model", str(folder / "run"), str(folder), prompts=prompts, samples=samples)
     settings = {}

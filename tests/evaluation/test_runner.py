@@ -132,7 +132,9 @@ def test_answers_of_pictures_that_the_limits_refuse(whole):
     assert [type(json.loads(line)["answer"]) for line in items.splitlines()] == [str] * 5
 
 
-@pytest.mark.parametrize("name, shares, stops", [("longtext-en", 2, (1, 0, 2)), ("longtext-en", 3, (0,)), ("ocrbench", 2, (0,)), ("ocrbench", 3, ())])
+@pytest.mark.parametrize(
+    "name, shares, stops", [("longtext-en", 2, (1, 0, 2)), ("longtext-en", 3, (0,)), ("ocrbench", 2, (0,)), ("ocrbench", 3, ())]
+)
 def test_any_cut_gives_the_same_bytes(whole, session, data, tmp_path, name, shares, stops):
     """Workers in reverse order, stopped at polls and gone on with, and a torn line in between."""
     found = None

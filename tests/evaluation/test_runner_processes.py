@@ -13,7 +13,6 @@ import pytest
 from tests.miniature import ROOT
 from xomni_jax.evaluation.run_directory import RunDirectory
 
-
 LIMIT = 48  # enough that a signal arrives while there is something left to do
 
 

@@ -17,20 +17,33 @@ NAME = {"type": "string", "pattern": "^[a-z]([-a-z0-9]*[a-z0-9])?$"}
 
 
 def closed(**properties):
-    return {"type": "object", "additionalProperties": False, "required": [k for k in properties if not k.endswith("_")], "properties": {k.rstrip("_"): v for k, v in properties.items()}}
+    return {
+        "type": "object",
+        "additionalProperties": False,
+        "required": [k for k in properties if not k.endswith("_")],
+        "properties": {k.rstrip("_"): v for k, v in properties.items()},
+    }
 
 
 # The parts of jobset.x-k8s.io/v1alpha2 that we use; what is inside a Job is checked with Kubernetes' own schemas.
 ACTIONS = ["FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts", "RestartJob", "RestartJobAndIgnoreMaxRestarts"]
 REASONS = ["BackoffLimitExceeded", "DeadlineExceeded", "FailedIndexes", "MaxFailedIndexesExceeded", "PodFailurePolicy"]
-RULE = closed(name={"type": "string", "pattern": "^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$"}, action={"enum": ACTIONS}, onJobFailureReasons={"type": "array", "items": {"enum": REASONS}})
+RULE = closed(
+    name={"type": "string", "pattern": "^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$"},
+    action={"enum": ACTIONS},
+    onJobFailureReasons={"type": "array", "items": {"enum": REASONS}},
+)
 JOBSET = closed(
     apiVersion={"const": "jobset.x-k8s.io/v1alpha2"},
     kind={"const": "JobSet"},
     metadata={"type": "object"},
     spec=closed(
         failurePolicy=closed(maxRestarts={"type": "integer", "minimum": 0}, rules={"type": "array", "maxItems": 20, "items": RULE}),
-        replicatedJobs={"type": "array", "minItems": 1, "items": closed(name=NAME, replicas={"type": "integer", "minimum": 1}, template=closed(spec={"type": "object"}))},
+        replicatedJobs={
+            "type": "array",
+            "minItems": 1,
+            "items": closed(name=NAME, replicas={"type": "integer", "minimum": 1}, template=closed(spec={"type": "object"})),
+        },
     ),
 )
 
@@ -108,14 +121,19 @@ def test_a_mistake_fails_the_run_and_a_lost_host_restarts_it():
 @pytest.mark.parametrize("gpu", [None, "nvidia-l4"])
 def test_service(gpu):
     options = f"--gpu {gpu} --gpus 2" if gpu else "--cpus 8"
-    deployment, service = manifests(f"service ocr --image registry/reward:1 --replicas 3 --secret judge {options} -- xomni serve-reward ocr --host 0.0.0.0 --port 8000")
+    deployment, service = manifests(
+        f"service ocr --image registry/reward:1 --replicas 3 --secret judge {options} -- xomni serve-reward ocr --host 0.0.0.0 --port 8000"
+    )
     for manifest in (deployment, service):
         kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
     pod = deployment["spec"]["template"]
     assert deployment["spec"]["replicas"] == 3
     assert deployment["spec"]["selector"]["matchLabels"] == pod["metadata"]["labels"] == service["spec"]["selector"]
     (container,) = pod["spec"]["containers"]
-    assert container["ports"][0] == {"name": service["spec"]["ports"][0]["targetPort"], "containerPort": 8000} and service["spec"]["ports"][0]["port"] == 8000
+    assert (
+        container["ports"][0] == {"name": service["spec"]["ports"][0]["targetPort"], "containerPort": 8000}
+        and service["spec"]["ports"][0]["port"] == 8000
+    )
     assert container["readinessProbe"]["httpGet"]["path"] == "/health"
     limits = container["resources"]["limits"]
     if gpu:
@@ -125,7 +143,12 @@ def test_service(gpu):
 
 
 def test_values_cannot_break_out_of_their_place():
-    done = subprocess.run([sys.executable, "launch/gke/render.py", *TRAIN.split(), "--slice", "v6e-16", "--", "echo", 'a"\nb: ${HOME} $x ü😀'], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "launch/gke/render.py", *TRAIN.split(), "--slice", "v6e-16", "--", "echo", 'a"\nb: ${HOME} $x ü😀'],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     _, pod = validate_jobset(yaml.safe_load(done.stdout))
     assert pod["containers"][0]["command"] == ["echo", 'a"\nb: ${HOME} $x ü😀']
 
@@ -149,7 +172,14 @@ def test_bad_input_is_one_sentence(line, sentence):
 
 def test_slices():
     # From the cloud's own documentation: name, topology, hosts.
-    for name, topology, hosts in [("v5litepod-16", (4, 4), 4), ("v6e-256", (16, 16), 64), ("v4-32", (2, 2, 4), 4), ("v5p-8", (2, 2, 1), 1), ("v5p-128", (4, 4, 4), 16), ("v6e-1", (1, 1), 1)]:
+    for name, topology, hosts in [
+        ("v5litepod-16", (4, 4), 4),
+        ("v6e-256", (16, 16), 64),
+        ("v4-32", (2, 2, 4), 4),
+        ("v5p-8", (2, 2, 1), 1),
+        ("v5p-128", (4, 4, 4), 16),
+        ("v6e-1", (1, 1), 1),
+    ]:
         tpu = parse(name)
         assert (tpu.topology, tpu.hosts, tpu.name) == (topology, hosts, name)
     assert parse("v5e-16") == parse("v5litepod-16")

@@ -88,19 +88,33 @@ def cloud(tmp_path):
     played = Cloud(tmp_path)
     yield played
     # Ends what a failed test has left on its hosts.
-    subprocess.run([sys.executable, Path(__file__).parent / "fake_gcloud.py", *"compute tpus queued-resources delete one".split()], env=played.env, capture_output=True)
+    subprocess.run(
+        [sys.executable, Path(__file__).parent / "fake_gcloud.py", *"compute tpus queued-resources delete one".split()],
+        env=played.env,
+        capture_output=True,
+    )
 
 
 def test_from_nothing_to_a_finished_run(cloud):
     done = cloud.run("--spot", "--secret", "API_KEY", "--project", "p", API_KEY="hush 'quoted' $x")
     assert done.returncode == 0, done.stdout + done.stderr
     said = done.stdout
-    order = ["asking for 1 x v6e-16 (spot)", "is WAITING_FOR_RESOURCES", "is PROVISIONING", "is ACTIVE", "installing commit", "starting on every host", "giving one back"]
+    order = [
+        "asking for 1 x v6e-16 (spot)",
+        "is WAITING_FOR_RESOURCES",
+        "is PROVISIONING",
+        "is ACTIVE",
+        "installing commit",
+        "starting on every host",
+        "giving one back",
+    ]
     assert sorted(order, key=said.index) == order
     assert said.splitlines()[-1].startswith("finished: logs in gs://pail/launch/one/20261125200001")
     create = cloud.calls("create")
     where = ["--zone=us-east5-b", "--project=p"]
-    assert [c[4:] for c in create] == [["one", *where, "--accelerator-type=v6e-16", "--runtime-version=v2-alpha-tpuv6e", "--node-id=one", "--spot"]]
+    assert [c[4:] for c in create] == [
+        ["one", *where, "--accelerator-type=v6e-16", "--runtime-version=v2-alpha-tpuv6e", "--node-id=one", "--spot"]
+    ]
     assert len(cloud.calls("ssh")) == 2 and len(cloud.calls("delete")) == 1
     assert (cloud.folder / "bucket/code" / f"{cloud.commit}.tar.gz").is_file()
     for host in ("t1v-w-0", "t1v-w-1"):
@@ -158,11 +172,19 @@ def test_failure_on_a_healthy_slice_is_retried_and_a_wrong_command_is_not(cloud)
     fail = cloud.folder / "bucket/runs/one/fail"
     fail.write_text("1\n75\n")
     done = cloud.run("--keep", "--retries", "1")
-    assert done.returncode == 0 and "failed (exit code 1) on a healthy slice; starting it again, 0 more" in done.stdout and "out of memory" in done.stdout
+    assert (
+        done.returncode == 0
+        and "failed (exit code 1) on a healthy slice; starting it again, 0 more" in done.stdout
+        and "out of memory" in done.stdout
+    )
     assert done.stdout.index("starting it again, 0 more") < done.stdout.index("was stopped and has saved; starting it again")
     fail.write_text("9\n")
     done = cloud.run("--retries", "0", steps=7)
-    assert done.returncode == 1 and "the command failed (exit code 9" in done.stderr and "costs money until: bash launch/queued_resource.sh delete one" in done.stderr
+    assert (
+        done.returncode == 1
+        and "the command failed (exit code 9" in done.stderr
+        and "costs money until: bash launch/queued_resource.sh delete one" in done.stderr
+    )
     fail.write_text("2\n")
     done = cloud.run(steps=8)
     assert done.returncode == 2 and "the command cannot run like this" in done.stderr
@@ -178,7 +200,9 @@ def test_multislice_and_reserved(cloud):
 
 
 def test_quota_and_refusals(cloud):
-    cloud.plan(failures={"create": ["RESOURCE_EXHAUSTED: Quota limit 'TPUV6EPreemptiblePerProjectPerZone' has been exceeded. Limit: 16"] * 9})
+    cloud.plan(
+        failures={"create": ["RESOURCE_EXHAUSTED: Quota limit 'TPUV6EPreemptiblePerProjectPerZone' has been exceeded. Limit: 16"] * 9}
+    )
     done = cloud.run("--spot")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "no quota for v6e-16 with --spot in us-east5-b" in done.stderr and "Limit: 16" in done.stderr
@@ -201,13 +225,22 @@ def test_ssh_that_fails_is_tried_again(cloud):
 def test_request_that_fails_or_is_deleted(cloud):
     cloud.plan(coming=["WAITING_FOR_RESOURCES", "FAILED"])
     done = cloud.run()
-    assert done.returncode == 2 and "the request for one failed; the reason: gcloud compute tpus queued-resources describe one" in done.stderr
+    assert (
+        done.returncode == 2 and "the request for one failed; the reason: gcloud compute tpus queued-resources describe one" in done.stderr
+    )
     # What is left of it is cleared away by the next try.
     state = json.loads((cloud.folder / "state.json").read_text())
     (cloud.folder / "state.json").write_text(json.dumps(state | {"slice": ["FAILED"]}))
     cloud.plan(coming=[])
     assert cloud.run().returncode == 0
-    assert [c[3] for c in cloud.calls() if c[0] == "compute" and c[3] != "describe"] == ["create", "delete", "create", "ssh", "ssh", "delete"]
+    assert [c[3] for c in cloud.calls() if c[0] == "compute" and c[3] != "describe"] == [
+        "create",
+        "delete",
+        "create",
+        "ssh",
+        "ssh",
+        "delete",
+    ]
 
 
 def test_state_that_cannot_be_read(cloud):
@@ -220,7 +253,15 @@ def test_dry_run_prints_every_command_and_calls_nothing(cloud):
     done = cloud.run("--slices", "2", "--spot", "--secret", "API_KEY", "--dry-run", API_KEY="hush")
     assert done.returncode == 0 and not (cloud.folder / "calls.jsonl").exists()
     commands = [line for line in done.stdout.splitlines() if line.startswith("gcloud")]
-    assert [line.split()[1 if "storage" in line.split()[1] else 4] for line in commands] == ["create", "describe", "storage", "ssh", "scp", "ssh", "delete"]
+    assert [line.split()[1 if "storage" in line.split()[1] else 4] for line in commands] == [
+        "create",
+        "describe",
+        "storage",
+        "ssh",
+        "scp",
+        "ssh",
+        "delete",
+    ]
     assert "hush" not in done.stdout and "train.sh" in commands[-2]
 
 

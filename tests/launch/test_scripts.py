@@ -30,7 +30,9 @@ def test_help(script):
 
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "launch/README.md"]
-HELP = subprocess.run(["bash", "launch/queued_resource.sh", "--help"], cwd=ROOT, capture_output=True, text=True).stdout.rpartition("example (")[2]
+HELP = subprocess.run(["bash", "launch/queued_resource.sh", "--help"], cwd=ROOT, capture_output=True, text=True).stdout.rpartition(
+    "example ("
+)[2]
 TEXTS = [d.read_text() for d in DOCUMENTS] + [HELP]
 LINES = sorted({line for t in TEXTS for line in re.findall(r"^ *((?:bash|python) launch/\S+ .*)$", t.replace("\\\n", " "), flags=re.M)})
 
@@ -49,7 +51,9 @@ def test_documented_commands_of_the_queue(line, tmp_path):
     gcloud.parent.mkdir()
     gcloud.write_text("#!/bin/sh\necho called >&2\nexit 1\n")
     gcloud.chmod(0o755)
-    done = subprocess.run(words, cwd=tmp_path, env=os.environ | {"PATH": f"{gcloud.parent}:{os.environ['PATH']}"}, capture_output=True, text=True)
+    done = subprocess.run(
+        words, cwd=tmp_path, env=os.environ | {"PATH": f"{gcloud.parent}:{os.environ['PATH']}"}, capture_output=True, text=True
+    )
     assert done.returncode == 0 and done.stderr == "" and "gcloud " in done.stdout, done.stderr
 
 

@@ -48,5 +48,10 @@ def test_compiles_for_every_generation(topology, tensor):
     scalar = jax.ShapeDtypeStruct((), jnp.int32)
     arrays = shape((P, R, K, G, H)), shape((P, R, K, H)), shape((P, R, K, H)), caches(shape, P, R, K, 512, 5184, H)
     with jax.set_mesh(mesh):
-        compiled = jax.jit(step_kernel).trace(*arrays, scalar, jax.ShapeDtypeStruct((P,), jnp.int32), scalar).lower(lowering_platforms=("tpu",)).compile()
+        compiled = (
+            jax.jit(step_kernel)
+            .trace(*arrays, scalar, jax.ShapeDtypeStruct((P,), jnp.int32), scalar)
+            .lower(lowering_platforms=("tpu",))
+            .compile()
+        )
     assert "tpu_custom_call" in compiled.as_text()

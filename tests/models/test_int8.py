@@ -35,12 +35,17 @@ def test_a_quantised_model_is_close(name, rng):
     boxed = jax.eval_shape(lambda: init_params(name, small, jax.random.key(0)))
     quantised = quantize(params, boxed)
     # The tree is exactly what the int8 model declares, so it can be placed by the same table.
-    shapes = jax.tree.map(lambda x, s: (x.shape, x.dtype), quantised, param_shardings(boxed, make_mesh(dict(fsdp=2, tensor=2), jax.devices()[:4])))
+    shapes = jax.tree.map(
+        lambda x, s: (x.shape, x.dtype), quantised, param_shardings(boxed, make_mesh(dict(fsdp=2, tensor=2), jax.devices()[:4]))
+    )
     assert shapes == jax.tree.map(lambda b: (b.value.shape, b.value.dtype), boxed, is_leaf=lambda b: hasattr(b, "value"))
     bytes_of = lambda tree: sum(x.nbytes for path, x in jax.tree_util.tree_leaves_with_path(tree) if "kernel" in str(path[-1]))  # noqa: E731
     assert bytes_of(quantised) < 0.3 * bytes_of(params)  # of float32
 
-    args = [jnp.asarray(rng.normal(size=x.shape), x.dtype) if getattr(x, "dtype", None) == jnp.float32 else x for x in COMPONENTS[name].inputs(cfg)]
+    args = [
+        jnp.asarray(rng.normal(size=x.shape), x.dtype) if getattr(x, "dtype", None) == jnp.float32 else x
+        for x in COMPONENTS[name].inputs(cfg)
+    ]
     if name == "mmdit":
         args[1] = jnp.array([0.5])
     run = lambda c, p: np.asarray(COMPONENTS[name].module(c).apply({"params": p}, *args))  # noqa: E731

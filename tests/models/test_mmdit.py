@@ -51,7 +51,14 @@ def _random(cfg: MMDiTConfig, grid=(3, 4), B=4, S=5, seed=0):
         return rng.normal(size=shape).astype(np.float32)
 
     sigma_B = rng.uniform(size=B).astype(np.float32)
-    inputs = (normal(B, T, cfg.in_channels), sigma_B, normal(B, S, cfg.text_dim), normal(B, cfg.pooled_dim), grid, normal(B, T, cfg.semantic_dim))
+    inputs = (
+        normal(B, T, cfg.in_channels),
+        sigma_B,
+        normal(B, S, cfg.text_dim),
+        normal(B, cfg.pooled_dim),
+        grid,
+        normal(B, T, cfg.semantic_dim),
+    )
     boxed = jax.eval_shape(lambda: MMDiT(cfg).init(jax.random.key(0), *inputs))["params"]
     return inputs, boxed, jax.tree.map(lambda leaf: 0.1 * normal(*leaf.shape), nn.meta.unbox(boxed))
 
@@ -67,7 +74,9 @@ def _step(params, arrays, target):
     latents, sigma, text, pooled, semantics = arrays
 
     def loss(params):
-        velocity = map_rows(lambda x: MMDiT(SMALL).apply({"params": params}, *x[:4], (3, 4), x[4]), (latents, sigma, text, pooled, semantics))
+        velocity = map_rows(
+            lambda x: MMDiT(SMALL).apply({"params": params}, *x[:4], (3, 4), x[4]), (latents, sigma, text, pooled, semantics)
+        )
         return jnp.mean((velocity - target) ** 2), velocity
 
     return jax.value_and_grad(loss, has_aux=True)(params)

@@ -136,9 +136,7 @@ def test_bfloat16_keeps_the_search_in_float32(golden, params):
 
 def test_mesh_does_not_change_the_step():
     """fsdp=4, tensor=2: parameters split as the table says, loss and gradients as on one device."""
-    cfg = SigLIPVQConfig(
-        width=24, layers=2, heads=2, mlp=40, patch=4, pos_grid=5, codebook_size=22, code_width=7, conv_blocks=1, groups=4
-    )
+    cfg = SigLIPVQConfig(width=24, layers=2, heads=2, mlp=40, patch=4, pos_grid=5, codebook_size=22, code_width=7, conv_blocks=1, groups=4)
     model = SigLIPVQ(cfg)
     pixels = np.random.default_rng(0).uniform(-1, 1, (4, 8, 12, 3)).astype(np.float32)
     skip = jnp.array([False, True, False, False])

@@ -42,7 +42,9 @@ def segments(*lengths):
 
 CASES = {
     # Packed rows with padding behind (0), grouped queries, a length that is padded to a block.
-    "packed": dict(heads=4, kv_heads=2, length=200, causal=True, segments_BL=np.stack([np.roll(segments(20, 90, 90), -20), np.ones(200, int)])),
+    "packed": dict(
+        heads=4, kv_heads=2, length=200, causal=True, segments_BL=np.stack([np.roll(segments(20, 90, 90), -20), np.ones(200, int)])
+    ),
     "full, padded": dict(heads=2, kv_heads=2, length=150, causal=False),
 }
 
@@ -82,7 +84,9 @@ def test_the_transformer_takes_either(rng):
     def run(kind):
         model = ARTransformer(dataclasses.replace(cfg, attention=kind))
         with jax.set_mesh(make_mesh({}, jax.devices()[:1])):
-            return jax.jit(lambda p: model.apply({"params": p}, ids, None, segments_BL))(jax.tree.map(lambda x: x.value, params, is_leaf=lambda x: hasattr(x, "value")))
+            return jax.jit(lambda p: model.apply({"params": p}, ids, None, segments_BL))(
+                jax.tree.map(lambda x: x.value, params, is_leaf=lambda x: hasattr(x, "value"))
+            )
 
     real = np.asarray(segments_BL) > 0
     np.testing.assert_allclose(np.asarray(run("splash"))[real], np.asarray(run("plain"))[real], atol=2e-5)
@@ -97,7 +101,9 @@ def test_compiles_for_every_generation(topology, causal):
     ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
 
     def gradients(q, k, v, ids):
-        return jax.grad(lambda *qkv: jnp.sum(attend(*qkv, scale=0.1, kind="auto", causal=causal, segments_BL=ids).astype(jnp.float32)), (0, 1, 2))(q, k, v)
+        return jax.grad(
+            lambda *qkv: jnp.sum(attend(*qkv, scale=0.1, kind="auto", causal=causal, segments_BL=ids).astype(jnp.float32)), (0, 1, 2)
+        )(q, k, v)
 
     with jax.set_mesh(mesh):
         compiled = jax.jit(gradients).trace(*shapes, ids).lower(lowering_platforms=("tpu",)).compile()

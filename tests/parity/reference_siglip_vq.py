@@ -47,9 +47,7 @@ def build_vit(seed: int, s: dict = SIZES):
 
     def features(pixels):
         kept = []
-        hook = vit.encoder.layers[-1].register_forward_hook(
-            lambda module, args, out: kept.append(out if torch.is_tensor(out) else out[0])
-        )
+        hook = vit.encoder.layers[-1].register_forward_hook(lambda module, args, out: kept.append(out if torch.is_tensor(out) else out[0]))
         model(pixels, interpolate_pos_encoding=True)
         hook.remove()
         return kept[0].transpose(1, 2).unflatten(2, (pixels.shape[2] // s["patch"], -1))

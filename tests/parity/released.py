@@ -22,8 +22,12 @@ TRANSFORMER = dict(
     n_language_layers=3, n_adapter_layers=2, n_head_layers=1,
 )  # fmt: skip
 SIGLIP_VQ = dict(width=24, layers=2, heads=3, mlp=40, patch=16, pos_grid=5, codebook_size=311, code_width=10, conv_blocks=2, groups=4)
-MMDIT = dict(in_channels=20, n_heads=3, head_dim=10, axes_dims=(2, 2, 6), n_double=2, n_single=3, text_dim=14, pooled_dim=15, semantic_dim=24)
-AUTOENCODER = dict(latent_channels=5, block_channels=(6, 10, 14, 10), layers_per_block=2, groups=2, scaling_factor=0.3611, shift_factor=0.1159)
+MMDIT = dict(
+    in_channels=20, n_heads=3, head_dim=10, axes_dims=(2, 2, 6), n_double=2, n_single=3, text_dim=14, pooled_dim=15, semantic_dim=24
+)
+AUTOENCODER = dict(
+    latent_channels=5, block_channels=(6, 10, 14, 10), layers_per_block=2, groups=2, scaling_factor=0.3611, shift_factor=0.1159
+)
 T5 = dict(d_model=14, n_layers=2, n_heads=3, head_dim=5, mlp_dim=18, n_buckets=32, max_distance=128)
 CLIP = dict(d_model=15, n_layers=2, n_heads=3, mlp_dim=22, max_length=77, eos_id=CLIP_EOS)
 LIMITS = dict(short_size=48, long_size=112, patch_size=16, min_short_size=30, max_aspect_ratio=3.0)

@@ -43,12 +43,32 @@ def test_transformers_loads_the_language_part(exported):
     assert set(state) == set(index) == set(dirs.ar(S["ar"]))
     config = json.loads((back / "config.json").read_text())
     first, count = config["num_mm_adap_layers"], S["ar"]["language"]
-    names = {"model.embed_tokens.weight": "model.lm_embed_tokens.weight", "model.norm.weight": "model.lm_norm.weight", "lm_head.weight": "lm_head.weight"}
+    names = {
+        "model.embed_tokens.weight": "model.lm_embed_tokens.weight",
+        "model.norm.weight": "model.lm_norm.weight",
+        "lm_head.weight": "lm_head.weight",
+    }
     for key in state:
         if key.startswith("model.layers.") and first <= (i := int(key.split(".")[2])) < first + count:
             names[key.replace(f"layers.{i}.", f"layers.{i - first}.", 1)] = key
-    known = {k: config[k] for k in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps")}
-    qwen = Qwen2Config(**known, num_hidden_layers=count, rope_parameters={"rope_type": "default", "rope_theta": config["rope_theta"]}, tie_word_embeddings=False)
+    known = {
+        k: config[k]
+        for k in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "rms_norm_eps",
+        )
+    }
+    qwen = Qwen2Config(
+        **known,
+        num_hidden_layers=count,
+        rope_parameters={"rope_type": "default", "rope_theta": config["rope_theta"]},
+        tie_word_embeddings=False,
+    )
     peer = Qwen2ForCausalLM(qwen).eval()
     peer.load_state_dict({ours: state[theirs] for ours, theirs in names.items()}, strict=True)
     ids = np.random.default_rng(0).integers(0, S["ar"]["vocab"], (2, 9))
@@ -109,7 +129,9 @@ def test_torch_loads_the_pth(exported):
 
     model, back = exported
     vit = torch.load(back / "vit" / "siglip2_giant.pth", weights_only=True)
-    assert {k: tuple(v.shape) for k, v in vit.items()} == {k: s for k, s in dirs.vit(S["vit"]).items() if not k.startswith(("norm.", "attn_pool", "head"))}
+    assert {k: tuple(v.shape) for k, v in vit.items()} == {
+        k: s for k, s in dirs.vit(S["vit"]).items() if not k.startswith(("norm.", "attn_pool", "head"))
+    }
     kernel = model.params("siglip_vq")["vit"]["blocks"]["fc1"]["kernel"]
     np.testing.assert_array_equal(vit["blocks.1.mlp.fc1.weight"].numpy(), np.asarray(kernel[1]).T)
 

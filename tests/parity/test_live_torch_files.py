@@ -20,7 +20,9 @@ LOADS = [{}, {"mmap": True}]
 def random(name: str, shape=(3, 5)) -> "torch.Tensor":
     """Random bits of a dtype; every bit pattern may come, NaNs too."""
     dtype = getattr(torch, name)
-    raw = torch.randint(0, 256, (*shape[:-1], shape[-1] * dtype.itemsize), dtype=torch.uint8, generator=torch.Generator().manual_seed(len(name)))
+    raw = torch.randint(
+        0, 256, (*shape[:-1], shape[-1] * dtype.itemsize), dtype=torch.uint8, generator=torch.Generator().manual_seed(len(name))
+    )
     return raw % 2 == 1 if name == "bool" else raw.view(dtype)
 
 
@@ -71,7 +73,10 @@ def test_state_dicts_of_modules_and_training_checkpoints(tmp_path):
     assert list(file.infos) == list(model.state_dict())
     for key, value in model.state_dict().items():
         assert_same(file.read(key), value)
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 3, "size": torch.Size([1]), "d": torch.float16}, tmp_path / "b.pth")
+    torch.save(
+        {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 3, "size": torch.Size([1]), "d": torch.float16},
+        tmp_path / "b.pth",
+    )
     file = open_tensor_file(tmp_path / "b.pth")
     assert_same(file.read("model.0.weight"), model.state_dict()["0.weight"])
     assert_same(file.read("optimizer.state.0.exp_avg"), optimizer.state_dict()["state"][0]["exp_avg"])
@@ -152,7 +157,13 @@ def test_our_shards_are_loaded_by_transformers(tmp_path):
     """A Qwen2 of four tiny layers, saved by us in shards of 20 kB, and saved by transformers, read by us."""
     transformers = pytest.importorskip("transformers")
     config = transformers.Qwen2Config(
-        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
     )
     model = transformers.Qwen2ForCausalLM(config)
     model.save_pretrained(tmp_path / "theirs", max_shard_size="6KB")

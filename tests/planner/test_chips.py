@@ -50,7 +50,10 @@ def test_too_few_simulated_devices():
         chips.devices(chips.parse("cpu:4096"))
 
 
-@pytest.mark.parametrize("whole, size, slice_", [("v6e:8x8", 48, "v6e:6x8"), ("v5p:2x4x4", 8, "v5p:2x2x2"), ("tpu7x:4x4x4", 64, "tpu7x:2x4x4"), ("cpu:8", 3, "cpu:3")])
+@pytest.mark.parametrize(
+    "whole, size, slice_",
+    [("v6e:8x8", 48, "v6e:6x8"), ("v5p:2x4x4", 8, "v5p:2x2x2"), ("tpu7x:4x4x4", 64, "tpu7x:2x4x4"), ("cpu:8", 3, "cpu:3")],
+)
 def test_a_part_of_a_slice_is_the_most_compact_of_its_size(whole, size, slice_):
     part = chips.part(chips.parse(whole), size)
     assert (part.name, part.size) == (slice_, size)

@@ -107,7 +107,13 @@ def test_decoding_for_a_slice_that_is_not_there(cache):
     """Narrow, on v5e:2x2: nothing as large as the cache is copied, no weight is gathered in the loop."""
     (f,) = made(narrow.grpo(), "v5e:2x2", ["rollout"], cache).facts
     found = verdicts(f, "v5e:2x2")
-    held = ("memory", "loops understood", "cache updated in place", "copies as large as a layer's cache", "weights gathered in the decoding loop")
+    held = (
+        "memory",
+        "loops understood",
+        "cache updated in place",
+        "copies as large as a layer's cache",
+        "weights gathered in the decoding loop",
+    )
     for name in held:
         assert found[name][0], found[name]
     assert f.steps in f.loops
@@ -141,7 +147,9 @@ def test_a_decoder_on_devices_of_its_own(cache):
     assert "mesh fsdp 2 and, for the decoder, fsdp 2" in report.head(made_plan)
     slices = plan.stage_on(narrow.grpo("decoder_mesh.fsdp=8", "batch_size=8"), chips.parse("v6e:4x4"))
     assert (slices.mesh.size, slices.apart.size) == (8, 8) and {d.device_kind for d in slices.apart.devices.flat} == {"TPU v6 lite"}
-    with pytest.raises(ConfigError, match=r"v6e:4x4 \(16 devices\): 5 of 16 devices apart: 4 processes with at least 4 devices each allow 4, 8, 12"):
+    with pytest.raises(
+        ConfigError, match=r"v6e:4x4 \(16 devices\): 5 of 16 devices apart: 4 processes with at least 4 devices each allow 4, 8, 12"
+    ):
         plan.stage_on(narrow.grpo("decoder_mesh.fsdp=5"), chips.parse("v6e:4x4"))
 
 
@@ -216,7 +224,9 @@ def test_the_table_says_what_the_numbers_say_and_what_is_missing():
 
 
 def test_an_impossible_mesh_is_refused_with_the_sizes_that_would_work():
-    with pytest.raises(ConfigError, match="config.mesh.tensor=4: 2 key and value heads do not split 4 ways; use 1, 2, and fsdp for the rest"):
+    with pytest.raises(
+        ConfigError, match="config.mesh.tensor=4: 2 key and value heads do not split 4 ways; use 1, 2, and fsdp for the rest"
+    ):
         plan.stage_on(narrow.grpo("mesh.tensor=4"), CPU)
     with pytest.raises(ConfigError, match=r"cpu:4 \(4 devices\): mesh fsdp=3 x tensor=2 needs 6 devices, 4 are present"):
         plan.stage_on(narrow.sft("mesh.fsdp=3"), CPU)
@@ -232,8 +242,14 @@ def test_an_impossible_mesh_is_refused_with_the_sizes_that_would_work():
         ("--config=configs/tiny/sft.py --topology=cpu:8 --reserve 1", "--reserve 1 is a share of HBM"),
         ("--config=configs/tiny/sft.py --topology=cpu:8 --json /no/such/a.json", "there is no folder /no/such; make it first"),
         ("--config=configs/tiny/sft.py --topology=cpu:8 --steps 3", "unknown argument '--steps'; overrides are written --config.KEY=VALUE"),
-        ("--config=configs/tiny/sft.py --topology=cpu:2 --role rollout", "--role rollout: stage sft has no such role; it has sft-update, and all"),
-        ("--config=configs/tiny/grpo.py --config.init_from=no/model --topology=cpu:8", "config.transformer.preset=stored, but no/model holds no transformer"),
+        (
+            "--config=configs/tiny/sft.py --topology=cpu:2 --role rollout",
+            "--role rollout: stage sft has no such role; it has sft-update, and all",
+        ),
+        (
+            "--config=configs/tiny/grpo.py --config.init_from=no/model --topology=cpu:8",
+            "config.transformer.preset=stored, but no/model holds no transformer",
+        ),
         ("--gates --role vae", "--gates plans the released configurations as they are"),
         ("--gates --topology v6e:2x2", "no gate is on it; they are on v5p-64, v6e-64, v5e-256"),
     ],

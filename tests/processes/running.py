@@ -29,7 +29,9 @@ def local(*command: str, processes: int = 2, devices: int = 2, **variables: str)
 
 def environment(**variables: str) -> dict[str, str]:
     """Of a process of a run; what a test of one process has set is left out."""
-    return dict({k: v for k, v in os.environ.items() if k != "JAX_NUM_CPU_DEVICES"}, PYTHONPATH=str(ROOT), XOMNI_START_TIMEOUT="120", **variables)
+    return dict(
+        {k: v for k, v in os.environ.items() if k != "JAX_NUM_CPU_DEVICES"}, PYTHONPATH=str(ROOT), XOMNI_START_TIMEOUT="120", **variables
+    )
 
 
 def ended(process: subprocess.Popen, timeout: float = 900) -> str:

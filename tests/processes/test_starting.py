@@ -60,7 +60,10 @@ def test_more_hosts_than_given(tmp_path):
     process = local(*TRAIN, config_file(tmp_path, CONFIG.format(folder=str(tmp_path), rate="0.01")), devices=1)
     told = ended(process)
     assert process.returncode == 2, told
-    assert "mesh fsdp=2 x tensor=2 needs 4 devices, 2 are present; that is 2 hosts with 1 each; start it on 4 hosts, or change config.mesh" in told
+    assert (
+        "mesh fsdp=2 x tensor=2 needs 4 devices, 2 are present; that is 2 hosts with 1 each; start it on 4 hosts, or change config.mesh"
+        in told
+    )
     assert not (tmp_path / "run").exists()
 
 

@@ -266,7 +266,10 @@ def test_when_one_is_killed_the_other_says_so_and_ends(runs):
 def test_a_killed_run_goes_on_bit_for_bit(runs):
     """The restarted run, whose processes find each other by Slurm's variables alone, against the one that nothing happened to."""
     told = runs.sessions["rest"].told
-    assert all(f"[{i}] waiting up to 120 s for the other processes" in told and f"[{i}] sft: process {i} of 2, 2 of 4 cpu devices" in told for i in (0, 1))
+    assert all(
+        f"[{i}] waiting up to 120 s for the other processes" in told and f"[{i}] sft: process {i} of 2, 2 of 4 cpu devices" in told
+        for i in (0, 1)
+    )
     broken, straight = runs.root / "killed" / "sft", runs.root / "two" / "sft"
     assert f"resuming {broken} after step 2" in told
     assert metrics(broken) == metrics(straight) and [line["step"] for line in metrics(straight)] == [1, 2, 3]

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+
 def command(*args: str) -> list[str]:
     """The command line of `xomni serve-reward ...`."""
     return [sys.executable, "-m", "xomni_jax.cli.main", "serve-reward", *args]

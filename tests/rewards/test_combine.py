@@ -12,10 +12,7 @@ NAN = float("nan")
 def columns(table, group):
     """Rows of rewards, one per rollout -> named columns without failures."""
     table = np.array(table, float)
-    return {
-        str(k): Column(table[:, k].reshape(-1, group), np.zeros((len(table) // group, group), bool))
-        for k in range(table.shape[1])
-    }
+    return {str(k): Column(table[:, k].reshape(-1, group), np.zeros((len(table) // group, group), bool)) for k in range(table.shape[1])}
 
 
 def weights(values):

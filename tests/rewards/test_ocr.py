@@ -96,9 +96,7 @@ def test_lines_are_cut_at_wide_gaps_only():
     lines = text_lines(sign("OPEN\nLATE", 40, 64))
     assert len(lines) == 2 and len(text_lines(sign("ijij", 32, 64))) == 1
     for line in lines:
-        rim = np.concatenate(
-            [line[:4].reshape(-1, 3), line[-4:].reshape(-1, 3), line[:, :4].reshape(-1, 3), line[:, -4:].reshape(-1, 3)]
-        )
+        rim = np.concatenate([line[:4].reshape(-1, 3), line[-4:].reshape(-1, 3), line[:, :4].reshape(-1, 3), line[:, -4:].reshape(-1, 3)])
         assert (rim == (205, 40, 40)).all()
         assert ink_mask(line)[4].any() and ink_mask(line)[-5].any() and ink_mask(line)[:, 4].any() and ink_mask(line)[:, -5].any()
     assert text_lines(np.full((16, 24, 3), 9, np.uint8)) == []

@@ -51,12 +51,7 @@ def test_real_service_reads_words(ocr):
         assert empty.value == 0 and empty.detail == {"text": "", "exact": False, "no_text": True}
         assert not absent.applies and broken.value is None and "cannot be read" in broken.error
         health = client.health()[0]
-        assert (
-            health["failed"] == 1
-            and health["not_applicable"] == 1
-            and health["scored"] == len(pictures) + 2
-            and health["queue"] == 0
-        )
+        assert health["failed"] == 1 and health["not_applicable"] == 1 and health["scored"] == len(pictures) + 2 and health["queue"] == 0
 
 
 def test_json_says_the_same_as_msgpack(ocr):

@@ -89,9 +89,7 @@ def test_rendered_pictures_are_judged_right(scorer):
         config = RenderedConfig(shapes=shapes, sizes=((32, 64),), weights=(1.0,), text_lengths=((3, 8),))
         examples = [render_example(11, n, config) for n in range(40)]
         own = [score(scorer, e["image"], **e["targets"])[0] for e in examples]
-        other = [
-            score(scorer, e["image"], **f["targets"])[0] for e, f in zip(examples, examples[1:]) if e["targets"] != f["targets"]
-        ]
+        other = [score(scorer, e["image"], **f["targets"])[0] for e, f in zip(examples, examples[1:]) if e["targets"] != f["targets"]]
         assert np.mean(own) > 0.98 and np.mean(other) < 0.75, (np.mean(own), np.mean(other))
 
 

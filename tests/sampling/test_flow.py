@@ -9,7 +9,15 @@ import pytest
 
 from tests.models import golden
 from tests.parity.reference_flow import CASES
-from xomni_jax.sampling.flow import Conditioning, euler_sample, flow_sigmas, flow_training_pair, guided_velocity, null_conditioning, sample_sigmas
+from xomni_jax.sampling.flow import (
+    Conditioning,
+    euler_sample,
+    flow_sigmas,
+    flow_training_pair,
+    guided_velocity,
+    null_conditioning,
+    sample_sigmas,
+)
 
 
 def compare(arrays: dict[str, np.ndarray]) -> None:
@@ -56,7 +64,12 @@ def test_guidance_formula_in_one_forward(rng):
 
     def velocity(x, sigma_B, c):
         calls.append(x.shape[0])
-        return x * sigma_B[:, None, None] + c.text_BSE.sum((1, 2))[:, None, None] + c.pooled_BE.sum(1)[:, None, None] + c.semantics_BTC[..., :1]
+        return (
+            x * sigma_B[:, None, None]
+            + c.text_BSE.sum((1, 2))[:, None, None]
+            + c.pooled_BE.sum(1)[:, None, None]
+            + c.semantics_BTC[..., :1]
+        )
 
     x, sigma_B = rng.normal(size=(2, 6, 1)).astype(np.float32), np.array([0.3, 0.9], np.float32)
     guided = guided_velocity(velocity, x, sigma_B, cond, negative, 2.5)

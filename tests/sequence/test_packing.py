@@ -9,10 +9,7 @@ VOCAB, IMAGE_VOCAB, PAD = 40, 24, 3
 
 
 def _sequences(rng, n, longest):
-    return [
-        TokenSequence(rng.integers(0, 70, size).astype(np.int32), rng.random(size) < 0.6)
-        for size in rng.integers(1, longest + 1, n)
-    ]
+    return [TokenSequence(rng.integers(0, 70, size).astype(np.int32), rng.random(size) < 0.6) for size in rng.integers(1, longest + 1, n)]
 
 
 @pytest.mark.parametrize("rows", [None, 3])
@@ -85,9 +82,4 @@ def test_errors():
 
 def test_empty():
     batch, left = pack([], 8, PAD, rows=2)
-    assert (
-        batch.ids_BL.shape == (2, 8)
-        and left == []
-        and unpack(batch) == []
-        and not targets(batch, VOCAB, IMAGE_VOCAB).text_BL.any()
-    )
+    assert batch.ids_BL.shape == (2, 8) and left == [] and unpack(batch) == [] and not targets(batch, VOCAB, IMAGE_VOCAB).text_BL.any()

@@ -135,9 +135,7 @@ def test_disagreeing_files(tmp_path):
     folder = _without(tmp_path, rename={"<SOM>": "<START>"})
     with pytest.raises(ValueError, match=r"has no <SOM>; use the tokenizer files of an X-Omni checkpoint\."):
         MultimodalTokenizer.load(folder)
-    with pytest.raises(
-        ValueError, match=r"puts <MM-Token-0> at id 384 but the model's vocab_size is 400; take both from the same"
-    ):
+    with pytest.raises(ValueError, match=r"puts <MM-Token-0> at id 384 but the model's vocab_size is 400; take both from the same"):
         MultimodalTokenizer.load(vocab_size=400)
     with pytest.raises(ValueError, match=r"puts <MM-Token-599> at None instead of 983; image_vocab_size=600 does not fit it\."):
         MultimodalTokenizer.load(image_vocab_size=600)
@@ -146,9 +144,7 @@ def test_disagreeing_files(tmp_path):
 
 
 def test_bad_folders(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"The tokenizer folder '.*nowhere' does not exist; give the folder that holds tokenizer\.json\."
-    ):
+    with pytest.raises(ValueError, match=r"The tokenizer folder '.*nowhere' does not exist; give the folder that holds tokenizer\.json\."):
         MultimodalTokenizer.load(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"The folder '.*' holds no readable tokenizer"):
         MultimodalTokenizer.load(tmp_path)

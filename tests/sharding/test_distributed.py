@@ -19,8 +19,14 @@ SLURM = dict(SLURM_JOB_ID="1", SLURM_STEP_NODELIST="localhost", SLURM_NTASKS="2"
     "variables, sentence",
     [
         (dict(SLURM, SLURM_PROCID="0"), "1 of 2 processes arrived within 1 s (0); missing: 1. Start the same command on every host"),
-        (dict(SLURM, SLURM_PROCID="1"), "process 1 cannot reach process 0 at localhost:{port} within 1 s (Connection refused); start all processes"),
-        ({}, "no several processes were found: this is no TPU slice, Slurm or Open MPI job that JAX knows; leave --distributed out on one machine"),
+        (
+            dict(SLURM, SLURM_PROCID="1"),
+            "process 1 cannot reach process 0 at localhost:{port} within 1 s (Connection refused); start all processes",
+        ),
+        (
+            {},
+            "no several processes were found: this is no TPU slice, Slurm or Open MPI job that JAX knows; leave --distributed out on one machine",
+        ),
     ],
 )
 def test_the_others_do_not_come_or_are_none(variables, sentence, monkeypatch):
@@ -64,7 +70,9 @@ def test_who_did_not_answer(text, sentence):
     assert told.startswith(sentence) and "Once it can run, the same command goes on from what was saved" in told and "\n" not in told
 
 
-@pytest.mark.parametrize("error", [jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"), ValueError(SLOW), CheckpointError("damaged")])
+@pytest.mark.parametrize(
+    "error", [jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"), ValueError(SLOW), CheckpointError("damaged")]
+)
 def test_other_errors_are_left_alone(error):
     assert unanswered(error) is None
 

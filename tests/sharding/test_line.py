@@ -60,7 +60,9 @@ def test_something_else_answers(address):
             connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
 
     threading.Thread(target=proxy, args=(socket.create_server((host, port)),)).start()
-    with pytest.raises(LineError, match=f"process 0 at {address} ended before everybody had arrived; .*something else answers at that address"):
+    with pytest.raises(
+        LineError, match=f"process 0 at {address} ended before everybody had arrived; .*something else answers at that address"
+    ):
         Line(address, 1, 2, {}, 5.0)
 
 
@@ -173,7 +175,10 @@ def test_addresses_that_are_none(text):
     [
         (dict(XOMNI_PROCESSES="2"), "JAX_COORDINATOR_ADDRESS is not set; a run of several processes needs"),
         (dict(XOMNI_PROCESSES="2", JAX_COORDINATOR_ADDRESS="a:1"), "XOMNI_PROCESS is not set"),
-        (dict(XOMNI_PROCESSES="2", XOMNI_PROCESS="2", JAX_COORDINATOR_ADDRESS="a:1"), "XOMNI_PROCESS=2 of XOMNI_PROCESSES=2: .* from 0 to 1"),
+        (
+            dict(XOMNI_PROCESSES="2", XOMNI_PROCESS="2", JAX_COORDINATOR_ADDRESS="a:1"),
+            "XOMNI_PROCESS=2 of XOMNI_PROCESSES=2: .* from 0 to 1",
+        ),
         (dict(XOMNI_PROCESSES="two", XOMNI_PROCESS="0", JAX_COORDINATOR_ADDRESS="a:1"), "XOMNI_PROCESSES='two' is no number"),
         (dict(XOMNI_PROCESSES="2", XOMNI_PROCESS="0", JAX_COORDINATOR_ADDRESS="a"), "the coordinator's address 'a' is none"),
     ],

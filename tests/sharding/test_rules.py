@@ -50,7 +50,12 @@ def test_mesh_axes_of_size_one_split_nothing():
         ((4, 4), ("embed", "colour"), KeyError, "x: logical axis 'colour' has no rule; known axes: .*'batch'"),
         ((4, 4), ("mlp", "heads"), ValueError, r"x\(4, 4\): mesh axis \['tensor'\] serves two dimensions of \('mlp', 'heads'\)"),
         ((4, 4), ("batch", "embed"), ValueError, r"mesh axis \['fsdp'\] serves two"),
-        ((5, 4), ("embed", "mlp"), ValueError, r"x\(5, 4\): embed=5 does not divide over mesh axes \('fsdp',\) \(2 ways\); lower that mesh axis"),
+        (
+            (5, 4),
+            ("embed", "mlp"),
+            ValueError,
+            r"x\(5, 4\): embed=5 does not divide over mesh axes \('fsdp',\) \(2 ways\); lower that mesh axis",
+        ),
         ((6, 1), ("batch", None), ValueError, r"batch=6 does not divide over mesh axes \('data', 'fsdp'\) \(4 ways\)"),
         ((4, 4), ("embed",), ValueError, r"x\(4, 4\): 1 logical axes \('embed',\) for 2 dimensions"),
     ],
@@ -163,7 +168,16 @@ ALL, BATCH = PartitionSpec(("data", "fsdp", "tensor"), None), PartitionSpec(("da
 
 @pytest.mark.parametrize(
     "rows, at_once, piece, spec",
-    [(16, 1, 8, ALL), (8, 1, 8, ALL), (48, 4, 24, ALL), (40, 4, 8, ALL), (16, 0, 16, ALL), (12, 2, 4, BATCH), (4, 2, 4, BATCH), (6, 1, 6, BATCH)],
+    [
+        (16, 1, 8, ALL),
+        (8, 1, 8, ALL),
+        (48, 4, 24, ALL),
+        (40, 4, 8, ALL),
+        (16, 0, 16, ALL),
+        (12, 2, 4, BATCH),
+        (4, 2, 4, BATCH),
+        (6, 1, 6, BATCH),
+    ],
 )
 def test_rows_in_pieces(mesh, rows, at_once, piece, spec):
     """The same values in the same order, whether rows split over all devices, over those of a batch, in pieces, or not at all."""

@@ -23,9 +23,17 @@ except ValueError as e:
 
 
 def made(*case):
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-16"}
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    }
     done = subprocess.run(
-        [sys.executable, "-c", SLICES_OF_EACH_REPLICA, json.dumps(case)], env=env | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}, capture_output=True, text=True
+        [sys.executable, "-c", SLICES_OF_EACH_REPLICA, json.dumps(case)],
+        env=env | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

@@ -68,4 +68,11 @@ def test_command_line(capsys):
 
 
 def test_names_of_slices():
-    assert [chip_of(n) for n in ("v6e-64", "V5P-64", "v5p:2x4x4", "v5litepod-256", "tpu7x-128", "v4")] == ["v6e", "v5p", "v5p", "v5e", "tpu7x", "v4"]
+    assert [chip_of(n) for n in ("v6e-64", "V5P-64", "v5p:2x4x4", "v5litepod-256", "tpu7x-128", "v4")] == [
+        "v6e",
+        "v5p",
+        "v5p",
+        "v5e",
+        "tpu7x",
+        "v4",
+    ]

@@ -147,7 +147,10 @@ def test_wrong_overrides_name_the_key(override, words):
         ("x = 1", "defines no get_config"),
         ("import nowhere_at_all", "No module named 'nowhere_at_all'"),
         ("from configs import base\ndef get_config():\n    return base.dreams()", "has no attribute 'dreams'"),
-        ("from configs import base\ndef get_config():\n    c = base.sft()\n    c.steps = 'many'\n    return c", "Could not override field 'steps'"),
+        (
+            "from configs import base\ndef get_config():\n    c = base.sft()\n    c.steps = 'many'\n    return c",
+            "Could not override field 'steps'",
+        ),
         ("def get_config():\n    return 1 / 0", "division by zero"),
         ("def get_config():\n    return {'steps': 1}", "get_config returns dict, not a ConfigDict"),
     ],
@@ -207,6 +210,8 @@ def test_what_may_change_between_sessions(tmp_path):
     apply_override(grpo, "rewards.ocr.urls=('http://elsewhere:1',)")
     save_resolved(grpo, tmp_path / "grpo")
     apply_override(later, "next_token.rows=8")
-    with pytest.raises(ConfigError, match="started with config.next_token.rows=[0-9]+, now it is 8; use another run_dir or delete this one"):
+    with pytest.raises(
+        ConfigError, match="started with config.next_token.rows=[0-9]+, now it is 8; use another run_dir or delete this one"
+    ):
         save_resolved(later, tmp_path / "run")
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["config.json"]

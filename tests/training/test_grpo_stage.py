@@ -124,7 +124,9 @@ def test_segments_are_one_program(model):
     """On a mesh what one call leaves is what the next one expects, so that nothing is compiled again or copied."""
     net, mesh = model.module("transformer"), make_mesh(dict(fsdp=4, tensor=2))
     boxed = jax.eval_shape(lambda: init_params("transformer", net.cfg, jax.random.key(0)))
-    params = rollouts.make_layout(boxed, mesh, jnp.float32, CODES)(jax.device_put(model.params("transformer"), param_shardings(boxed, mesh)))
+    params = rollouts.make_layout(boxed, mesh, jnp.float32, CODES)(
+        jax.device_put(model.params("transformer"), param_shardings(boxed, mesh))
+    )
     args = params, np.full((4, 3), 3, np.int32), np.full(4, 3, np.int32), jax.random.split(jax.random.key(1), (4, 2)), None
     with jax.set_mesh(mesh), CompileLog() as log:
         sampler = rollouts.Sampler(net, 8, SamplingConfig(top_k=0, min_p=0.0), 3)
@@ -181,7 +183,19 @@ def one_batch(model, service, cfg, painter=None):
     """Greedy: the rollouts of a prompt have the same codes."""
     greedy = SamplingConfig(temperature=0.0, top_k=0, min_p=0.0)
     with RewardClient("ocr", service.url) as client:
-        make = rollouts.Rollouts(model, painter or model, GRID, greedy, model.decode_config, cfg, AdvantageConfig(), 3, {"ocr": client}, {"ocr": 1.0}, lambda: None)
+        make = rollouts.Rollouts(
+            model,
+            painter or model,
+            GRID,
+            greedy,
+            model.decode_config,
+            cfg,
+            AdvantageConfig(),
+            3,
+            {"ocr": client},
+            {"ocr": 1.0},
+            lambda: None,
+        )
         rows, total, images, _ = make(model.params("transformer"), ["a red sign", "blue"], [{}, {}], jax.random.key(4))
     return jax.tree.map(np.asarray, rows), total, images.reshape(2, 3, *SIZE, 3)
 

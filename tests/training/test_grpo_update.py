@@ -15,8 +15,8 @@ from xomni_jax.models.transformer import ARTransformer
 from xomni_jax.sampling.decode import generate_codes
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sharding.mesh import make_mesh
-from xomni_jax.training.grpo_update import Policy, RolloutBatch, grpo_update
 from xomni_jax.training.grpo_loss import GRPOConfig
+from xomni_jax.training.grpo_update import Policy, RolloutBatch, grpo_update
 from xomni_jax.training.optimizer import OptimizerConfig, make_optimizer
 from xomni_jax.training.state import TrainState, init_state
 
@@ -73,7 +73,9 @@ def test_on_policy_gradient_by_hand(rng):
     params, rows = table_batch(rng, ok)
     state, metrics = table_update(params, rows, GRPOConfig(rollouts_per_prompt=R, kl_coef=0.0))
     gradient_BT = np.asarray(params["logp"] - state.params["logp"])
-    np.testing.assert_allclose(gradient_BT, np.broadcast_to(-np.asarray(rows.adv_B)[:, None] * ok[:, None] / T / B, (B, T)), rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(
+        gradient_BT, np.broadcast_to(-np.asarray(rows.adv_B)[:, None] * ok[:, None] / T / B, (B, T)), rtol=1e-4, atol=1e-7
+    )
     assert not gradient_BT[3].any()
     assert metrics["grpo/ratio_mean"] == 1 and metrics["grpo/clip_frac"] == 0 and metrics["grpo/logp_gap_max"] == 0
     np.testing.assert_allclose(metrics["loss/grpo"], -np.mean(np.asarray(rows.adv_B) * ok), rtol=1e-5, atol=1e-7)
@@ -240,7 +242,9 @@ def test_the_sampler_replays(alone, params):
 def test_a_rollout_without_a_reward_has_no_influence(params, plain):
     ok = np.arange(B) != 5
     ours = plain._replace(ok_B=ok, adv_B=plain.adv_B * ok)
-    theirs = ours._replace(codes_BT=np.where(ok[:, None], ours.codes_BT, 0), sampler_logp_BT=np.where(ok[:, None], ours.sampler_logp_BT, -50))
+    theirs = ours._replace(
+        codes_BT=np.where(ok[:, None], ours.codes_BT, 0), sampler_logp_BT=np.where(ok[:, None], ours.sampler_logp_BT, -50)
+    )
     assert not np.array_equal(ours.codes_BT, theirs.codes_BT)
     (a, m), (b, n) = learn(params, ours), learn(params, theirs)
     for x, y in zip(jax.tree.leaves((a.params, m)), jax.tree.leaves((b.params, n)), strict=True):

@@ -41,7 +41,10 @@ def counting(step=None, closed=None):
     def one(state, batch, number):
         extra = (step and step(number)) or {}
         total = state.params["sum"] + batch
-        return state.replace(step=state.step + 1, params={"sum": total}), {"loss/total": 1.0 / total if number else 1.0, "batch": batch} | extra
+        return state.replace(step=state.step + 1, params={"sum": total}), {
+            "loss/total": 1.0 / total if number else 1.0,
+            "batch": batch,
+        } | extra
 
     def export(state, directory, note):
         directory.mkdir()

@@ -36,7 +36,9 @@ def test_weights_that_lie_whole_by_accident_are_refused():
     """One kernel of 40 is 2.5 %, one of 60 less than 2 %; a mesh without fsdp has nothing to split them over."""
     mesh = make_mesh(dict(fsdp=8))
     many = {f"k{i}": ("fsdp",) for i in range(39)}
-    with pytest.raises(ConfigError, match=r"2\.5% of the parameters' bytes lie whole on every device, first lost/kernel\(64, 64\) .*fsdp=8"):
+    with pytest.raises(
+        ConfigError, match=r"2\.5% of the parameters' bytes lie whole on every device, first lost/kernel\(64, 64\) .*fsdp=8"
+    ):
         placement(weights(mesh, lost=(), **many), mesh)
     placement(weights(mesh, lost=(), **many, **{f"m{i}": ("fsdp",) for i in range(20)}), mesh)
     flat = make_mesh(dict(data=8))
@@ -57,7 +59,9 @@ def test_counts_add_up_over_calls_and_become_rates(monkeypatch):
     for _ in range(3):
         fn(jnp.ones((4, 4)))
     assert flops.total == 3 * 128
-    device = types.SimpleNamespace(device_kind="TPU v6 lite", memory_stats=lambda: {"bytes_in_use": 3e9, "peak_bytes_in_use": 5e9, "other": 1})
+    device = types.SimpleNamespace(
+        device_kind="TPU v6 lite", memory_stats=lambda: {"bytes_in_use": 3e9, "peak_bytes_in_use": 5e9, "other": 1}
+    )
     monkeypatch.setattr(jax, "devices", lambda: [device])
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
     monkeypatch.setattr(jax, "device_count", lambda: 2)

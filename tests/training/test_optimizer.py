@@ -60,8 +60,14 @@ def test_norms_and_biases_do_not_decay():
 def test_rates_by_path_first_match_first():
     params = small_params()
     grads = jax.tree.map(lambda x: x + 0.5, params)
-    plain, fast = (one_update(make_optimizer(OptimizerConfig(0.01, schedule="constant", rates=rates), 5, freeze=["old/bias"]), params, grads)[0] for rates in ((), ((".*/scale", 7.0), ("new/.*", 3.0), (".*/bias", 9.0))))
-    moved = {name: (fast[a][b] - params[a][b]) / (plain[a][b] - params[a][b]) for name, a, b in (("kernel", "new", "kernel"), ("old", "old", "kernel"))}
+    plain, fast = (
+        one_update(make_optimizer(OptimizerConfig(0.01, schedule="constant", rates=rates), 5, freeze=["old/bias"]), params, grads)[0]
+        for rates in ((), ((".*/scale", 7.0), ("new/.*", 3.0), (".*/bias", 9.0)))
+    )
+    moved = {
+        name: (fast[a][b] - params[a][b]) / (plain[a][b] - params[a][b])
+        for name, a, b in (("kernel", "new", "kernel"), ("old", "old", "kernel"))
+    }
     np.testing.assert_allclose([float(jnp.mean(moved[name])) for name in ("kernel", "old")], [3.0, 1.0], rtol=1e-4)
     gain = lambda tree: tree["new"]["norm"]["scale"] - params["new"]["norm"]["scale"]  # noqa: E731
     np.testing.assert_allclose(gain(fast), 7 * gain(plain), rtol=1e-4)
@@ -174,7 +180,11 @@ def test_muon_by_hand():
             # float32 against float64, five cubic steps: 1e-4 of the largest entry.
             expected = -0.1 * 0.2 * np.sqrt(columns) * newton_schulz(grad[layer].reshape(rows, columns).astype(np.float64))
             np.testing.assert_allclose(got[layer].reshape(rows, columns), expected, atol=1e-4 * np.abs(expected).max())
-    for pick in (lambda t: t["mm_head"]["kernel"], lambda t: t["language"]["attn_norm"]["scale"], lambda t: t["language"]["attn"]["q_proj"]["bias"]):
+    for pick in (
+        lambda t: t["mm_head"]["kernel"],
+        lambda t: t["language"]["attn_norm"]["scale"],
+        lambda t: t["language"]["attn"]["q_proj"]["bias"],
+    ):
         # Nesterov's first step, debiased: (b1 m2 + (1 - b1) g) / sqrt(g^2) with m2 = (1 - b1) g / (1 - b1^2).
         expected = -0.1 * np.sign(pick(grads)) * (0.9 * 0.1 / (1 - 0.9**2) + 0.1 / (1 - 0.9))
         np.testing.assert_allclose(pick(moved), expected, rtol=1e-5)

@@ -142,4 +142,6 @@ def _largest(parts: Parts) -> int:
 
     kinds = {"transformer": (transformer, BF16), "siglip_vq": (siglip_vq, F32), "mmdit": (mmdit, BF16)}
     configs = {name: getattr(parts, name) for name in kinds}
-    return max(t.nbytes for name, (names, dtype) in kinds.items() for _, t in tensors(name, configs[name], names.table(configs[name]), dtype))
+    return max(
+        t.nbytes for name, (names, dtype) in kinds.items() for _, t in tensors(name, configs[name], names.table(configs[name]), dtype)
+    )

@@ -36,7 +36,9 @@ def report(model: str, results: Sequence[dict[str, Any]], others: float | None) 
     alone = {r["suite"]: r["items_per_second"] for r in results if r["processes"] == 1}
     for r in results:
         speed = r["items_per_second"]
-        rows.append((r["suite"], str(r["processes"]), f"{speed:.3g}", f"{speed / alone[r['suite']]:.2f}", str(r["items"]), duration(r["seconds"])))
+        rows.append(
+            (r["suite"], str(r["processes"]), f"{speed:.3g}", f"{speed / alone[r['suite']]:.2f}", str(r["items"]), duration(r["seconds"]))
+        )
     lines = [
         f"eval: outputs of the rendered suites with {model}",
         machine_line(f"{machine.cores()} cores", others),

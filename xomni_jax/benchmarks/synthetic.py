@@ -83,4 +83,6 @@ def write_released(folder: Path, parts: Parts, shard_bytes: int = 1_000_000_000)
     write_torch_file(folder / "projector.pth", dict(tensors("siglip_vq", parts.siglip_vq, siglip_vq.projector_table(parts.siglip_vq), F32)))
     (folder / "mmdit").mkdir(exist_ok=True)
     write_json(folder / "mmdit" / "config.json", configs.write_mmdit(parts.mmdit))
-    write_safetensors(folder / "mmdit", dict(tensors("mmdit", parts.mmdit, mmdit.table(parts.mmdit), BF16)), shard_bytes, "diffusion_pytorch_model")
+    write_safetensors(
+        folder / "mmdit", dict(tensors("mmdit", parts.mmdit, mmdit.table(parts.mmdit), BF16)), shard_bytes, "diffusion_pytorch_model"
+    )

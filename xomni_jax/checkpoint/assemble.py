@@ -213,7 +213,9 @@ def targets_of(
         if dtype is None:
             odd = next((key for key, kind in kinds.items() if kind != first), None)
             if odd:
-                wrong.append(f"{sources.found(odd)}: {kinds[odd].name}, but {first.name} in other layers of {path}; choose one with --dtype")
+                wrong.append(
+                    f"{sources.found(odd)}: {kinds[odd].name}, but {first.name} in other layers of {path}; choose one with --dtype"
+                )
             elif _is_float(first) and first not in FLOATS:
                 wrong.append(f"{sources.found(next(iter(kinds)))}: {first.name} is not kept; choose --dtype float32 or bfloat16")
         out.append(Target(path, tuple(shape), first if dtype is None else np.dtype(dtype), sources, mine, makes.get(path), seed))
@@ -235,8 +237,10 @@ def _is_float(dtype: np.dtype) -> bool:
 
 # ---- values that are no numbers ----
 def not_finite(array: np.ndarray, block: int = 2**20) -> str | None:
-    """"NaN" or "infinite" if any value is, else None; by the exponent bits, a cache's worth at a time."""
-    bits = {2: (np.uint16, 0x7F80 if array.dtype == ml_dtypes.bfloat16 else 0x7C00, 0x7FFF), 4: (np.uint32, 0x7F800000, 0x7FFFFFFF)}.get(array.itemsize)
+    """ "NaN" or "infinite" if any value is, else None; by the exponent bits, a cache's worth at a time."""
+    bits = {2: (np.uint16, 0x7F80 if array.dtype == ml_dtypes.bfloat16 else 0x7C00, 0x7FFF), 4: (np.uint32, 0x7F800000, 0x7FFFFFFF)}.get(
+        array.itemsize
+    )
     if bits is None:
         return "NaN" if np.isnan(array).any() else "infinite" if np.isinf(array).any() else None
     kind, infinity, mask = bits

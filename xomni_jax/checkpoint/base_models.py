@@ -20,14 +20,21 @@ def qwen2_parts(folder: Path, out: Release) -> dict[str, Callable[[], Found]]:
 
     def opened() -> Found:
         p, c = out.parts, ConfigFile(folder / "config.json")
-        vision = dict(num_mm_adap_layers=p.adapter_layers, num_mm_head_layers=p.head_layers, mm_vocab_size=p.mm_vocab_size, image_vocab_size=p.image_vocab_size)
+        vision = dict(
+            num_mm_adap_layers=p.adapter_layers,
+            num_mm_head_layers=p.head_layers,
+            mm_vocab_size=p.mm_vocab_size,
+            image_vocab_size=p.image_vocab_size,
+        )
         cfg, sources = configs.read_transformer(c, vision), Sources().add(open_sharded(folder))
         if c.get("tie_word_embeddings", False) and "lm_head.weight" not in sources.infos and "model.embed_tokens.weight" in sources.infos:
             sources.alias("lm_head.weight", "model.embed_tokens.weight")
         return finish("transformer", cfg, qwen2.table(cfg, c.number("initializer_range", 0.02)), sources, {})
 
     out.tokenizers["tokenizer"], out.extend = folder, True
-    out.notes.append(f"{folder}: a plain language model; vision layers, image embedding and image head start at random (seed {out.parts.seed})")
+    out.notes.append(
+        f"{folder}: a plain language model; vision layers, image embedding and image head start at random (seed {out.parts.seed})"
+    )
     return {"transformer": opened}
 
 

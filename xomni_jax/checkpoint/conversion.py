@@ -215,4 +215,7 @@ def to_params(tensors: Mapping[str, np.ndarray], table: Table, wanted: Mapping[s
 def to_tensors(params: Mapping[str, Any], table: Table) -> dict[str, np.ndarray]:
     """Linen parameters -> PyTorch tensors {key: array}, by the same table read backwards."""
     flat = flatten(params)
-    return {rule.source: np.ascontiguousarray(rule.fit.to_torch(np.asarray(flat[rule.target])[rule.place(np.ndim(flat[rule.target]))])) for rule in table.rules}
+    return {
+        rule.source: np.ascontiguousarray(rule.fit.to_torch(np.asarray(flat[rule.target])[rule.place(np.ndim(flat[rule.target]))]))
+        for rule in table.rules
+    }

@@ -49,13 +49,20 @@ def report_of(plan: Plan, hashes: dict[str, str], odd: dict[str, str]) -> dict[s
                 info = part.sources.infos[rule.source]
                 taken.append(
                     {"file": str(info.file), "key": info.key, "dtype": info.dtype.name, "shape": list(info.shape), "target": target.path}
-                    | {"layer": rule.layer, "part": rule.part and rule.part[1], "transform": rule.fit.name, "stored_dtype": target.dtype.name}
+                    | {
+                        "layer": rule.layer,
+                        "part": rule.part and rule.part[1],
+                        "transform": rule.fit.name,
+                        "stored_dtype": target.dtype.name,
+                    }
                 )
             if target.make:
                 how = {"how": target.make.how, "seed": target.seed, "stored_dtype": target.dtype.name}
                 made.append({"target": target.path, "shape": list(target.shape), **how})
         drops = {key: drop_of(key, part.table) for key in part.sources.infos}
-        dropped = [{"file": str(part.sources.infos[k].file), "key": part.sources.infos[k].key, "reason": d.reason} for k, d in drops.items() if d]
+        dropped = [
+            {"file": str(part.sources.infos[k].file), "key": part.sources.infos[k].key, "reason": d.reason} for k, d in drops.items() if d
+        ]
         components[name] = {"taken": taken, "new": made, "dropped": dropped}
     return {"files": hashes, "components": components, "not_finite": odd}
 

@@ -30,7 +30,15 @@ from xomni_jax.checkpoint.store import FORMAT, CheckpointError, config_from_json
 from xomni_jax.checkpoint.stream import save_targets
 from xomni_jax.models.registry import COMPONENTS
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
 DTYPES: dict[str, np.dtype | None] = {"keep": None, "float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 REPORT, PROGRESS = "conversion.json", "progress.json"
 Say = Callable[[str], None]
@@ -75,7 +83,12 @@ def make_plan(release: Release, dtype: str = "keep", there: Mapping[str, Any] | 
 
 
 def plan_for(
-    xomni: str | Path | None, flux: str | Path | None, to: str | Path | None, dtype: str = "keep", only: str | None = None, parts: NewParts = NewParts()
+    xomni: str | Path | None,
+    flux: str | Path | None,
+    to: str | Path | None,
+    dtype: str = "keep",
+    only: str | None = None,
+    parts: NewParts = NewParts(),
 ) -> Plan:
     """The plan of `convert` with the same arguments; without `to`, of a new directory."""
     there = {} if to is None else _there(Path(to).absolute())
@@ -158,7 +171,9 @@ def _check_space(to: Path, needed: int) -> None:
     folder = next(p for p in to.parents if p.is_dir())
     free, needed = shutil.disk_usage(folder).free, int(needed * 1.01) + 2**20
     if needed > free:
-        raise ConversionError(f"{to}: {needed / 1e9:.2f} GB are to be written, {free / 1e9:.2f} GB are free; free some space or choose another disk")
+        raise ConversionError(
+            f"{to}: {needed / 1e9:.2f} GB are to be written, {free / 1e9:.2f} GB are free; free some space or choose another disk"
+        )
 
 
 def _identity(plan: Plan, dtype: str) -> dict[str, Any]:
@@ -208,7 +223,9 @@ def _publish(part: Path, to: Path, plan: Plan, report: dict[str, Any], text: str
         if (to / REPORT).is_file():
             report = merged(read_report(to), report)
     for name, found in release.components.items():
-        note = {"converted_from": str(next(iter(found.sources.places.values())))} | ({"released_config": found.original} if found.original else {})
+        note = {"converted_from": str(next(iter(found.sources.places.values())))} | (
+            {"released_config": found.original} if found.original else {}
+        )
         data["components"][name] = {"config": config_to_json(found.config), "note": note}
     for name, fields in release.settings.items():
         data["settings"][name] = data["settings"].get(name, {}) | fields

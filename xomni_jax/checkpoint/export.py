@@ -1,9 +1,9 @@
 """A model directory back into the released layout, by the tables that read it, one tensor at a time.
 
-    TO/config.json, model*.safetensors, tokenizer files     the unified transformer
-    TO/<siglip_path>, TO/<projector_path>                   the image tokenizer, as safetensors or .pth
-    TO/<decoder.model_path>/                                the MMDiT, as diffusers saves it
-    TO/flux/                                                what belongs to FLUX.1-dev: vae, text encoders, their tokenizers, scheduler
+TO/config.json, model*.safetensors, tokenizer files     the unified transformer
+TO/<siglip_path>, TO/<projector_path>                   the image tokenizer, as safetensors or .pth
+TO/<decoder.model_path>/                                the MMDiT, as diffusers saves it
+TO/flux/                                                what belongs to FLUX.1-dev: vae, text encoders, their tokenizers, scheduler
 """
 
 from __future__ import annotations
@@ -37,7 +37,13 @@ RELEASED_VITS = (("siglip2_giant_patch16_384", 1536, 40), ("siglip_so400m_patch1
 
 
 def export(
-    model: str | Path, to: str | Path, dtype: str = "keep", only: str | None = None, shard_bytes: int = 5_000_000_000, pth: bool = False, say: Say = print
+    model: str | Path,
+    to: str | Path,
+    dtype: str = "keep",
+    only: str | None = None,
+    shard_bytes: int = 5_000_000_000,
+    pth: bool = False,
+    say: Say = print,
 ) -> None:
     """Writes TO, which appears when all of it is there.
 
@@ -130,7 +136,9 @@ class _Export:
             vision = dict(config.pop("vision_config", {}))
         if "transformer" in have:
             config = config | configs.write_transformer(self.config("transformer")) | {"torch_dtype": self.dtype_name("transformer")}
-            files = write_safetensors(self.folder, self.tensors("transformer", table := transformer.table(self.config("transformer"))), self.shard_bytes)
+            files = write_safetensors(
+                self.folder, self.tensors("transformer", table := transformer.table(self.config("transformer"))), self.shard_bytes
+            )
             self.say(f"transformer: {len(table.rules)} tensors in {len(files)} file{'s' * (len(files) > 1)}")
             if (self.model / "tokenizer").is_dir():
                 shutil.copytree(self.model / "tokenizer", self.folder, dirs_exist_ok=True)
@@ -149,10 +157,14 @@ class _Export:
     def _image_tokenizer(self, vision: dict[str, Any]) -> None:
         c: SigLIPVQConfig = self.config("siglip_vq")
         encoder = dict(vision.get("encoder", {}))
-        name = next((n for n, width, layers in RELEASED_VITS if (c.width, c.layers, c.heads, c.groups) == (width, layers, HEADS[n], 32)), None)
+        name = next(
+            (n for n, width, layers in RELEASED_VITS if (c.width, c.layers, c.heads, c.groups) == (width, layers, HEADS[n], 32)), None
+        )
         if name is None and encoder.get("siglip_name") in HEADS and HEADS[encoder["siglip_name"]] == c.heads and c.groups == 32:
             name = encoder["siglip_name"]
-        encoder |= {"siglip_name": name or f"siglip_{c.width}_{c.layers}_patch{c.patch}"} | ({} if name else {"num_heads": c.heads, "num_groups": c.groups})
+        encoder |= {"siglip_name": name or f"siglip_{c.width}_{c.layers}_patch{c.patch}"} | (
+            {} if name else {"num_heads": c.heads, "num_groups": c.groups}
+        )
         encoder |= {"z_channels": c.width, "codebook_size": c.codebook_size, "codebook_dim": c.code_width}
         suffix = ".pth" if self.pth else ".safetensors"
         for key, default, table in (

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from xomni_jax.checkpoint.convert import make_plan
 from xomni_jax.checkpoint.conversion import ConversionError
+from xomni_jax.checkpoint.convert import make_plan
 from xomni_jax.checkpoint.found import Release
 from xomni_jax.checkpoint.kinds import kind_of
 from xomni_jax.checkpoint.released import PARTS, NotThere, open_release
@@ -95,7 +95,8 @@ def _of_model(path: Path) -> View:
             view.faults[name] = str(e)
             continue
         view.arrays[name] = {
-            key: Array(tuple(a.shape), np.dtype(a.dtype), lambda index, stored=stored, key=key: stored.read(key, index)) for key, a in stored.arrays.items()
+            key: Array(tuple(a.shape), np.dtype(a.dtype), lambda index, stored=stored, key=key: stored.read(key, index))
+            for key, a in stored.arrays.items()
         }
     return view
 

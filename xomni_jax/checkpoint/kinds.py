@@ -12,7 +12,7 @@ SIGLIP = ("siglip", "siglip2", "siglip_vision_model", "siglip2_vision_model")
 
 
 def kind_of(folder: str | Path) -> str:
-    """"xomni", "qwen2", "siglip2" or "flux"; what is something else is named.
+    """ "xomni", "qwen2", "siglip2" or "flux"; what is something else is named.
 
     Raises:
       ConversionError: one sentence.

@@ -27,10 +27,20 @@ def extended(path: Path, vocab_size: int, image_vocab_size: int, mm_vocab_size: 
     if last >= vocab_size:
         raise ConversionError(f"{path}: uses ids up to {last}, the embedding has {vocab_size} rows; take both from one checkpoint")
     if image_vocab_size + 3 > mm_vocab_size:
-        raise ConversionError(f"{path}: {image_vocab_size} image codes and 3 specials do not fit into {mm_vocab_size} multimodal ids; raise --mm-vocab")
+        raise ConversionError(
+            f"{path}: {image_vocab_size} image codes and 3 specials do not fit into {mm_vocab_size} multimodal ids; raise --mm-vocab"
+        )
     names = [f"<|reserved_{k}|>" for k in range(vocab_size - last - 1)]
     names += [*(f"<MM-Token-{k}>" for k in range(image_vocab_size)), SOM, EOM, IMAGE]
     for i, name in enumerate(names):
-        token = {"id": last + 1 + i, "content": name, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        token = {
+            "id": last + 1 + i,
+            "content": name,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
         added.append(token)
     return data

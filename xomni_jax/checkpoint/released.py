@@ -20,7 +20,13 @@ from xomni_jax.checkpoint.released_xomni import xomni_parts
 from xomni_jax.checkpoint.tensors import TensorFileError
 
 # What --only names -> components.
-PARTS = {"transformer": ("transformer",), "tokenizer": ("siglip_vq",), "decoder": ("mmdit",), "vae": ("autoencoder",), "text": ("t5", "clip")}
+PARTS = {
+    "transformer": ("transformer",),
+    "tokenizer": ("siglip_vq",),
+    "decoder": ("mmdit",),
+    "vae": ("autoencoder",),
+    "text": ("t5", "clip"),
+}
 
 
 class NotThere(ConversionError):

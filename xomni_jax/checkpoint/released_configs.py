@@ -41,21 +41,27 @@ class ConfigFile:
         """A whole number of at least 0."""
         value = self.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise ConversionError(f"{self.path}: {self.section}{key}={value!r} is no size; take the config of the same checkpoint as the weights")
+            raise ConversionError(
+                f"{self.path}: {self.section}{key}={value!r} is no size; take the config of the same checkpoint as the weights"
+            )
         return value
 
     def number(self, key: str, default: Any = REQUIRED) -> float:
         """A number."""
         value = self.get(key, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ConversionError(f"{self.path}: {self.section}{key}={value!r} is no number; take the config of the same checkpoint as the weights")
+            raise ConversionError(
+                f"{self.path}: {self.section}{key}={value!r} is no number; take the config of the same checkpoint as the weights"
+            )
         return value
 
     def sizes(self, key: str, default: Any = REQUIRED) -> tuple[int, ...]:
         """A list of whole numbers."""
         value = self.get(key, default)
         if not isinstance(value, (list, tuple)) or not all(type(n) is int for n in value):
-            raise ConversionError(f"{self.path}: {self.section}{key}={value!r} is no list of sizes; take the config of the same checkpoint as the weights")
+            raise ConversionError(
+                f"{self.path}: {self.section}{key}={value!r} is no list of sizes; take the config of the same checkpoint as the weights"
+            )
         return tuple(value)
 
     def expect(self, key: str, *allowed: Any, default: Any = REQUIRED) -> None:
@@ -97,7 +103,11 @@ def read_transformer(c: ConfigFile, vision: Mapping[str, int] | None) -> ARConfi
     """Sizes of an X-Omni transformer; of a plain Qwen2.5 with `vision`, which gives what a language model has not."""
     for key, allowed, default in (("hidden_act", ("silu",), "silu"), ("use_sliding_window", (False,), False)):
         c.expect(key, *allowed, default=default)
-    rope = c.part("rope_parameters", {}) if c.data.get("rope_parameters") else ConfigFile(c.path, c.data.get("rope_scaling") or {}, "rope_scaling.")
+    rope = (
+        c.part("rope_parameters", {})
+        if c.data.get("rope_parameters")
+        else ConfigFile(c.path, c.data.get("rope_scaling") or {}, "rope_scaling.")
+    )
     for key in ("rope_type", "type"):
         rope.expect(key, "default", default="default")
     theta = c.number("rope_theta", rope.number("rope_theta", 10_000.0))

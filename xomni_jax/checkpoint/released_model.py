@@ -20,7 +20,11 @@ from xomni_jax.checkpoint.store import FORMAT, CheckpointError, config_to_json
 def is_released(path: str | Path) -> bool:
     """Whether to open a path as a released directory: it is a directory, and not one of ours."""
     path = Path(path)
-    return path.is_dir() and not (path / "model.json").is_file() and any((path / name).is_file() for name in ("config.json", "model_index.json"))
+    return (
+        path.is_dir()
+        and not (path / "model.json").is_file()
+        and any((path / name).is_file() for name in ("config.json", "model_index.json"))
+    )
 
 
 class ReleasedModel:
@@ -66,7 +70,9 @@ class ReleasedModel:
         if not wrong:
             targets, wrong = targets_of(found.table, shapes, found.sources, None if dtype is None else np.dtype(dtype))
         if wrong:
-            raise CheckpointError(wrong[0] + (f" (and {len(wrong) - 1} more problems; xomni convert --plan lists them)" if len(wrong) > 1 else ""))
+            raise CheckpointError(
+                wrong[0] + (f" (and {len(wrong) - 1} more problems; xomni convert --plan lists them)" if len(wrong) > 1 else "")
+            )
         leaves: Mapping[str, Any] = flatten(wanted)
         out = {}
         for target in targets:

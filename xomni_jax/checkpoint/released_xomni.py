@@ -69,9 +69,14 @@ def _siglip_vq(folder: Path, vision: ConfigFile) -> Found:
     name = c.get("siglip_name")
     heads = c.size("num_heads", HEADS.get(name, 0))
     if not heads:
-        raise ConversionError(f"{c.path}: {c.section}siglip_name={name!r} is unknown, and no tensor shows its head count; known: {', '.join(HEADS)}")
+        raise ConversionError(
+            f"{c.path}: {c.section}siglip_name={name!r} is unknown, and no tensor shows its head count; known: {', '.join(HEADS)}"
+        )
     sources = Sources()
-    for key, prefix, known in (("siglip_path", "vit.", "patch_embed.proj.weight"), ("projector_path", "vqproj.", "quantize.embedding.weight")):
+    for key, prefix, known in (
+        ("siglip_path", "vit.", "patch_embed.proj.weight"),
+        ("projector_path", "vqproj.", "quantize.embedding.weight"),
+    ):
         sources.add(open_tensor_file(_below(folder, c, key)), prefix, known)
     width, _, patch, _ = shape_of(sources, "vit.patch_embed.proj.weight", 4)
     positions = shape_of(sources, "vit.pos_embed", 3)[1]
@@ -83,7 +88,9 @@ def _siglip_vq(folder: Path, vision: ConfigFile) -> Found:
     )  # fmt: skip
     for key, size in (("z_channels", width), ("codebook_size", codes), ("codebook_dim", code_width)):
         if c.size(key, size) != size:
-            raise ConversionError(f"{c.path}: {c.section}{key}={c.get(key)}, but the tensors have {size}; take config and weights from one checkpoint")
+            raise ConversionError(
+                f"{c.path}: {c.section}{key}={c.get(key)}, but the tensors have {size}; take config and weights from one checkpoint"
+            )
     return run_as(vision, finish("siglip_vq", cfg, siglip_vq.table(cfg), sources, vision.data))
 
 

@@ -16,7 +16,18 @@ import ml_dtypes
 import numpy as np
 
 from xomni_jax.checkpoint.tensor_file import (
-    MAX_RANK, LazyTensor, MappedFile, Place, TensorFileError, as_lazy, check_space, contiguous_strides, part_file, publish, show, write_tensor,
+    MAX_RANK,
+    LazyTensor,
+    MappedFile,
+    Place,
+    TensorFileError,
+    as_lazy,
+    check_space,
+    contiguous_strides,
+    part_file,
+    publish,
+    show,
+    write_tensor,
 )  # fmt: skip
 
 # In the order in which the safetensors package lays tensors out (largest alignment first), so that our files equal its files.
@@ -236,5 +247,17 @@ def header_bytes(tensors: Mapping[str, LazyTensor], keys: Iterable[str], metadat
 
 def lora_only(keys: Sequence[str]) -> bool:
     """Whether a file holds nothing but low-rank updates (PEFT, diffusers and kohya names)."""
-    words = ("lora_A", "lora_B", "lora_up", "lora_down", "lora.up", "lora.down", "lora_embedding", "lora_magnitude", ".alpha", "hada_w", "lokr_w")
+    words = (
+        "lora_A",
+        "lora_B",
+        "lora_up",
+        "lora_down",
+        "lora.up",
+        "lora.down",
+        "lora_embedding",
+        "lora_magnitude",
+        ".alpha",
+        "hada_w",
+        "lokr_w",
+    )
     return bool(keys) and any("lora" in k or "hada_" in k or "lokr_" in k for k in keys) and all(any(w in k for w in words) for k in keys)

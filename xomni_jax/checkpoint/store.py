@@ -81,7 +81,9 @@ def read_model_json(directory: str | Path) -> dict[str, Any]:
     if not path.parent.is_dir():
         raise CheckpointError(f"{directory}: no such directory; give a model directory (it holds model.json)")
     if not path.is_file():
-        raise CheckpointError(f"{directory}: no model.json here; give a model directory, such as RUN/model of a training run, or make one of a downloaded checkpoint with xomni convert")
+        raise CheckpointError(
+            f"{directory}: no model.json here; give a model directory, such as RUN/model of a training run, or make one of a downloaded checkpoint with xomni convert"
+        )
     try:
         data = json.loads(path.read_text())
     except ValueError as e:

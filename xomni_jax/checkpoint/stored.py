@@ -63,7 +63,9 @@ class Stored:
         """
         out, reason = reading(lambda: self._read(path, index))
         if reason:
-            raise CheckpointError(f"{self.directory}: {path} cannot be read, it is incomplete or damaged ({reason}); restore it or write it again")
+            raise CheckpointError(
+                f"{self.directory}: {path} cannot be read, it is incomplete or damaged ({reason}); restore it or write it again"
+            )
         return out
 
     def _read(self, path: str, index: Any) -> np.ndarray:

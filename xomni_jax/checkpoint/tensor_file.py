@@ -76,7 +76,9 @@ class TensorFile:
           TensorFileError: no such key.
         """
         if key not in self.infos:
-            raise TensorFileError(f"{self.path}: has no tensor {show(key)}; it holds {len(self.infos)}, such as {show(next(iter(self.infos), ''))}")
+            raise TensorFileError(
+                f"{self.path}: has no tensor {show(key)}; it holds {len(self.infos)}, such as {show(next(iter(self.infos), ''))}"
+            )
         return self.infos[key]
 
 
@@ -103,7 +105,9 @@ class MappedFile(TensorFile):
     def place(self, key: str, dtype: np.dtype, shape: tuple[int, ...], place: Place) -> None:
         """Records one tensor, unless its sizes are more than numpy can describe, as those of an empty tensor may be."""
         if math.prod(max(n, 1) for n in shape) * dtype.itemsize >= 2**63:
-            raise TensorFileError(f"{self.path}: {show(key)} has shape {list(shape)}, too large for any machine; the file is damaged, download it again")
+            raise TensorFileError(
+                f"{self.path}: {show(key)} has shape {list(shape)}, too large for any machine; the file is damaged, download it again"
+            )
         self.infos[key], self.places[key] = TensorInfo(self.path, key, dtype, shape), place
 
     def read(self, key: str) -> np.ndarray:
@@ -186,7 +190,9 @@ def check_space(folder: Path, needed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise TensorFileError(f"{folder}: {needed / 1e9:.2f} GB are to be written, {free / 1e9:.2f} GB are free; free some space or choose another disk")
+        raise TensorFileError(
+            f"{folder}: {needed / 1e9:.2f} GB are to be written, {free / 1e9:.2f} GB are free; free some space or choose another disk"
+        )
 
 
 @contextmanager

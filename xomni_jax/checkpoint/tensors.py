@@ -25,7 +25,11 @@ STRANGERS = (
     (b"\x93NUMPY", "a numpy .npy file", "convert it to safetensors"),
     (b"version https://git-lfs", "a Git LFS pointer, not the weights", "run `git lfs pull` in its repository"),
     (b"<", "a web page, not the weights", "download it again, signed in if the model asks for it"),
-    (b"\x80", "a pickle outside a zip archive (PyTorch before 1.6)", "load it with torch and torch.save it again, or convert it to safetensors"),
+    (
+        b"\x80",
+        "a pickle outside a zip archive (PyTorch before 1.6)",
+        "load it with torch and torch.save it again, or convert it to safetensors",
+    ),
     (b"\x1f\x8b", "compressed with gzip", "unpack it first"),
     (b"\x28\xb5\x2f\xfd", "compressed with zstd", "unpack it first"),
 )
@@ -56,7 +60,9 @@ def open_tensor_file(path: str | Path) -> TensorFile:
             raise TensorFileError(f"{path}: does not start like a safetensors file; download it again")
         raise TensorFileError(f"{path}: is neither safetensors nor a zip file of torch.save; give one of these")
     if lora_only(list(file.infos)):
-        raise TensorFileError(f"{path}: holds only LoRA matrices, such as {show(next(iter(file.infos)))}; merge them into their base model first")
+        raise TensorFileError(
+            f"{path}: holds only LoRA matrices, such as {show(next(iter(file.infos)))}; merge them into their base model first"
+        )
     return file
 
 
@@ -140,18 +146,32 @@ def the_file(folder: Path) -> Path:
             return folder / f"{stem}.safetensors"
     names = sorted(p.name for p in folder.iterdir())
     kinds = (
-        (lambda n: n in ("adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"), "a LoRA", "merge it into its base first"),
+        (
+            lambda n: n in ("adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"),
+            "a LoRA",
+            "merge it into its base first",
+        ),
         (lambda n: n == "model_index.json", "a whole diffusers pipeline", "give one of its folders, such as transformer or vae"),
-        (lambda n: "-of-" in n and ".safetensors" in n, "shards without an index: copying or writing was interrupted", "fetch or write it again"),
+        (
+            lambda n: "-of-" in n and ".safetensors" in n,
+            "shards without an index: copying or writing was interrupted",
+            "fetch or write it again",
+        ),
         (lambda n: n.endswith(".gguf"), "GGUF files", "download the safetensors they were made from"),
-        (lambda n: n.endswith((".bin", ".pth", ".pt", ".ckpt")), "PyTorch pickles", "give the file itself, or convert the folder to safetensors"),
+        (
+            lambda n: n.endswith((".bin", ".pth", ".pt", ".ckpt")),
+            "PyTorch pickles",
+            "give the file itself, or convert the folder to safetensors",
+        ),
         (lambda n: n.endswith(".safetensors"), "a safetensors file of another name", "give the file itself"),
     )
     for fits, kind, mend in kinds:
         for name in names:
             if fits(name):
                 raise TensorFileError(f"{folder}: holds {kind} ({show(name)}), not model.safetensors or an index of shards; {mend}")
-    raise TensorFileError(f"{folder}: holds no {' or '.join(s + '.safetensors' for s in STEMS)} and no index of shards; give the model's folder")
+    raise TensorFileError(
+        f"{folder}: holds no {' or '.join(s + '.safetensors' for s in STEMS)} and no index of shards; give the model's folder"
+    )
 
 
 def read_index(path: Path) -> dict[str, str]:

@@ -17,7 +17,17 @@ from typing import IO, Any
 import numpy as np
 
 from xomni_jax.checkpoint.tensor_file import (
-    LazyTensor, MappedFile, Place, TensorFileError, as_lazy, check_space, contiguous_strides, part_file, publish, show, write_tensor,
+    LazyTensor,
+    MappedFile,
+    Place,
+    TensorFileError,
+    as_lazy,
+    check_space,
+    contiguous_strides,
+    part_file,
+    publish,
+    show,
+    write_tensor,
 )  # fmt: skip
 from xomni_jax.checkpoint.torch_names import DTYPES, STORAGES, UNTYPED, Bag, Table, Tensor, name_of
 from xomni_jax.checkpoint.torch_pickle import instruction_limit, unpickle
@@ -74,7 +84,9 @@ def archive_root(archive: ZipDirectory) -> str:
     roots = [name.removesuffix("data.pkl") for name in archive.entries if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(roots) != 1:
         kind = " (it is a numpy .npz)" if any(name.endswith(".npy") for name in archive.entries) else ""
-        raise archive.error(f"is a zip archive with {len(roots)} data.pkl, torch.save writes one{kind}", "give a file written by torch.save or safetensors")
+        raise archive.error(
+            f"is a zip archive with {len(roots)} data.pkl, torch.save writes one{kind}", "give a file written by torch.save or safetensors"
+        )
     if any(name.startswith((f"{roots[0]}code/", f"{roots[0]}constants.pkl")) for name in archive.entries):
         raise archive.error("is a TorchScript program", "save the module's state_dict with torch.save or as safetensors")
     return roots[0]

@@ -31,10 +31,26 @@ STORAGES: dict[str, np.dtype] = {
     "ComplexDoubleStorage": np.dtype(np.complex128),
     "ComplexFloatStorage": np.dtype(np.complex64),
 }
-PLAIN = ("float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8", "complex128", "complex64")
+PLAIN = (
+    "float64",
+    "float32",
+    "float16",
+    "int64",
+    "int32",
+    "int16",
+    "int8",
+    "uint64",
+    "uint32",
+    "uint16",
+    "uint8",
+    "complex128",
+    "complex64",
+)
 EXTENDED = ("bfloat16", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
 DTYPES: dict[str, np.dtype] = (
-    {name: np.dtype(name) for name in PLAIN} | {name: np.dtype(getattr(ml_dtypes, name)) for name in EXTENDED} | {"bool": np.dtype(np.bool_)}
+    {name: np.dtype(name) for name in PLAIN}
+    | {name: np.dtype(getattr(ml_dtypes, name)) for name in EXTENDED}
+    | {"bool": np.dtype(np.bool_)}
 )
 UNTYPED = "torch.storage.UntypedStorage"
 

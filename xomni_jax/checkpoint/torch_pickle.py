@@ -60,7 +60,11 @@ class Machine:
         while (code := self.take(1)[0]) != ord("."):
             self.spend(1)
             if code not in HANDLERS:
-                raise self.refuse(f"the pickle instruction {OPCODES[code]}") if code in OPCODES else self.damaged(f"has no instruction {code}")
+                raise (
+                    self.refuse(f"the pickle instruction {OPCODES[code]}")
+                    if code in OPCODES
+                    else self.damaged(f"has no instruction {code}")
+                )
             HANDLERS[code](self)
         if len(self.stack) != 1 or self.below:
             raise self.damaged("does not end with one object")
@@ -73,7 +77,9 @@ class Machine:
 
     def refuse(self, what: str) -> TensorFileError:
         """An error of content."""
-        return TensorFileError(f"{self.where} asks for {what}, which weights do not need; nothing of it was run, get the weights as safetensors")
+        return TensorFileError(
+            f"{self.where} asks for {what}, which weights do not need; nothing of it was run, get the weights as safetensors"
+        )
 
     def spend(self, count: int) -> None:
         """Counts instructions, or work that is worth as many."""

@@ -50,7 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     grpo.add_argument("--model", metavar="DIR", help="model directory (default: the tiny model that ships with the package)")
     grpo.add_argument("--config", metavar="FILE", help="whose shapes and rewards (default: configs/tiny/demo.py)")
     convert = parser.add_argument_group("convert only")
-    convert.add_argument("--gb", type=float, metavar="GB", help="least size of the checkpoint (default 4); three times that is needed on disk")
+    convert.add_argument(
+        "--gb", type=float, metavar="GB", help="least size of the checkpoint (default 4); three times that is needed on disk"
+    )
     convert.add_argument("--dir", metavar="DIR", help="where it is written (default: the system's folder for temporary files)")
 
 

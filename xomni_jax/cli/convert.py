@@ -45,9 +45,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", action="store_true", help="print what would become what, and stop")
     start = parser.add_argument_group("what a plain model lacks")
     start.add_argument("--image-vocab", type=int, default=new.image_vocab_size, metavar="N", help="image codes (default %(default)s)")
-    start.add_argument("--mm-vocab", type=int, default=new.mm_vocab_size, metavar="N", help="image codes, specials and spares (default %(default)s)")
-    start.add_argument("--adapter-layers", type=int, default=new.adapter_layers, metavar="N", help="vision layers before the language (default %(default)s)")
-    start.add_argument("--head-layers", type=int, default=new.head_layers, metavar="N", help="vision layers behind it (default %(default)s)")
+    start.add_argument(
+        "--mm-vocab", type=int, default=new.mm_vocab_size, metavar="N", help="image codes, specials and spares (default %(default)s)"
+    )
+    start.add_argument(
+        "--adapter-layers",
+        type=int,
+        default=new.adapter_layers,
+        metavar="N",
+        help="vision layers before the language (default %(default)s)",
+    )
+    start.add_argument(
+        "--head-layers", type=int, default=new.head_layers, metavar="N", help="vision layers behind it (default %(default)s)"
+    )
     start.add_argument("--code-width", type=int, default=new.code_width, metavar="N", help="width of a codebook row (default %(default)s)")
     start.add_argument("--seed", type=int, default=new.seed, metavar="N", help="of what starts at random (default %(default)s)")
 

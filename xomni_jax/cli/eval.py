@@ -45,9 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what = effect.add_argument_group("what is compared")
     what.add_argument("--sft", required=True, metavar="DIR", help="model directory of the supervised model")
-    what.add_argument(
-        "--rl", required=True, metavar="DIR", help="model directory after GRPO, such as RUN/model; same decoder as --sft"
-    )
+    what.add_argument("--rl", required=True, metavar="DIR", help="model directory after GRPO, such as RUN/model; same decoder as --sft")
     what.add_argument(
         "--rl-run", metavar="RUN", help="the GRPO run with metrics.jsonl and config.json (default: the folder that holds --rl)"
     )
@@ -59,23 +57,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how = effect.add_argument_group("how much")
     how.add_argument("--prompts", type=int, default=64, metavar="N", help="held-out signs, no two alike (default 64)")
-    how.add_argument(
-        "--samples", type=int, default=16, metavar="N", help="SFT samples per sign, the largest best-of-N (default 16)"
-    )
+    how.add_argument("--samples", type=int, default=16, metavar="N", help="SFT samples per sign, the largest best-of-N (default 16)")
     how.add_argument("--rl-samples", type=int, default=4, metavar="N", help="RL samples per sign, averaged (default 4)")
     how.add_argument(
         "--sweep-samples", type=int, default=4, metavar="N", help="SFT samples per sign and temperature of the sweep (default 4)"
     )
     how.add_argument("--size", type=_size, default=(32, 64), metavar="HxW", help="pixels, height x width (default 32x64)")
-    how.add_argument(
-        "--lengths", type=_lengths, default=(3, 6), metavar="A-B", help="least and most characters of a sign (default 3-6)"
-    )
+    how.add_argument("--lengths", type=_lengths, default=(3, 6), metavar="A-B", help="least and most characters of a sign (default 3-6)")
     how.add_argument("--seed", type=int, default=0, help="of signs, samples and decoder noise (default 0)")
     how.add_argument("--chunk", type=int, default=128, metavar="N", help="pictures decoded at a time (default 128)")
     sampling = effect.add_argument_group("sampling (the defaults are those of the rollouts in training)")
-    sampling.add_argument(
-        "--guidance", type=float, default=2.0, help='of the setting "guidance on"; off is always measured (default 2)'
-    )
+    sampling.add_argument("--guidance", type=float, default=2.0, help='of the setting "guidance on"; off is always measured (default 2)')
     sampling.add_argument("--temperature", type=float, default=1.0, help="of all samples but the sweep (default 1)")
     sampling.add_argument("--top-k", type=int, default=0, metavar="K", help="keep the K likeliest codes; 0 is off (default 0)")
     sampling.add_argument(
@@ -124,9 +116,7 @@ def _effect(args: argparse.Namespace) -> int:
     began = time.time()
     names = ("sft", "rl", "out", "prompts", "samples", "rl_samples", "sweep_samples", "guidance", "size", "lengths", "seed")
     names += ("temperature", "top_k", "top_p", "min_p", "temperatures", "chunk")
-    config = EffectConfig(
-        rl_run=args.rl_run or str(Path(args.rl).absolute().parent), **{name: getattr(args, name) for name in names}
-    )
+    config = EffectConfig(rl_run=args.rl_run or str(Path(args.rl).absolute().parent), **{name: getattr(args, name) for name in names})
     try:
         with open_services({role: getattr(args, role) for role in ("ocr", "shapes", "second")}) as (clients, versions):
             effect, report = run_effect(config, clients, versions, args.started or began, args.first_image)
@@ -137,12 +127,7 @@ def _effect(args: argparse.Namespace) -> int:
         )
         return 130
     path = write_report(effect, report, Path(args.out) / "report.html")
-    print(
-        "\n"
-        + table_text(report)
-        + "\n".join(report["notes"])
-        + f"\n\nnumbers: {path.with_suffix('.json')}\nreport:  {path.absolute()}"
-    )
+    print("\n" + table_text(report) + "\n".join(report["notes"]) + f"\n\nnumbers: {path.with_suffix('.json')}\nreport:  {path.absolute()}")
     return 0
 
 

@@ -33,7 +33,9 @@ def add_suites(kinds: Any) -> None:
     """A subcommand per suite, and `all`."""
     for name in SUITES:
         suite = get_suite(name)
-        drawn = f"{suite.repeats} picture{'s' * (suite.repeats > 1)} per prompt" if suite.task == "generate" else "greedy answers, local rules"
+        drawn = (
+            f"{suite.repeats} picture{'s' * (suite.repeats > 1)} per prompt" if suite.task == "generate" else "greedy answers, local rules"
+        )
         facts = [f"{suite.published} items" * bool(suite.published), drawn, f"judge: {suite.judge}" if suite.judge else ""]
         lines = [f"{suite.title}: {', '.join(filter(None, facts))}."]
         lines += [f"--data must hold {suite.files}."] * bool(suite.files)
@@ -66,7 +68,9 @@ def _add_options(parser: argparse.ArgumentParser, tasks: set[str], data: bool, j
     which = parser.add_argument_group("which items")
     which.add_argument("--limit", type=positive, metavar="N", help="the first N items only")
     which.add_argument("--ids", nargs="+", default=(), metavar="ID", help="these items only")
-    which.add_argument("--shard", type=_shard, default=(0, 1), metavar="K/N", help="this process is the K-th of N that share OUT (default 1/1)")
+    which.add_argument(
+        "--shard", type=_shard, default=(0, 1), metavar="K/N", help="this process is the K-th of N that share OUT (default 1/1)"
+    )
     model = parser.add_argument_group("the model")
     add_model(model, f"; {EXACT}, and so does --shard", "fsdp=-1, all")
     what = "one of several processes that hold one model together, which JAX finds by itself (TPU slice, Slurm)"
@@ -99,7 +103,11 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     args.judges, args.switches = _judges(args), getattr(args, "switch", None) or []
     # Workers with shares of their own know nothing of each other; without, the processes of a slice hold one model together.
     alone = args.phase == "score" or args.shard[1] > 1
-    line = None if alone else distributed.start({f"--{name}": str(value) for name, value in vars(args).items() if name != "run"}, args.distributed)
+    line = (
+        None
+        if alone
+        else distributed.start({f"--{name}": str(value) for name, value in vars(args).items() if name != "run"}, args.distributed)
+    )
     if line is None:
         return _run(args, None)
     return together(line, lambda: _run(args, line), "eval")
@@ -111,7 +119,9 @@ def _run(args: argparse.Namespace, line: Any) -> int:
     from xomni_jax.training.preemption import StopRequested, StopSignal
 
     if line is not None and args.phase == "all":
-        raise ValueError("several JAX processes make outputs together but do not score; add --phase generate or answer, then score in one process")
+        raise ValueError(
+            "several JAX processes make outputs together but do not score; add --phase generate or answer, then score in one process"
+        )
     drawing = {}
     if hasattr(args, "seed"):
         sampling = SamplingConfig(args.temperature, args.top_k, args.top_p, args.min_p, args.guidance)

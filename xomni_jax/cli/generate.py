@@ -36,5 +36,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
         name = f"{i:03d}_{re.sub(r'[^A-Za-z0-9]+', '_', prompt).strip('_')[:60]}.png"
         image.save(out / name)
         print(out / name)
-    print(f"{len(images)} picture{'s' * (len(images) > 1)} of {images[0].height}x{images[0].width} in {time.perf_counter() - began:.1f} s, in {out}")
+    print(
+        f"{len(images)} picture{'s' * (len(images) > 1)} of {images[0].height}x{images[0].width} in {time.perf_counter() - began:.1f} s, in {out}"
+    )
     return 0

@@ -30,9 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The subcommand's own options."""
     parser.add_argument("name", metavar="NAME", choices=NAMES, help="ocr, shapes, quality, tesseract or detector")
     parser.add_argument("--port", type=int, default=8001, help="where to listen; 0 takes a free one (default 8001)")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in (default 127.0.0.1)"
-    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in (default 127.0.0.1)")
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each; about one per core (default 2)")
     ocr = parser.add_argument_group("ocr only")
     ocr.add_argument(
@@ -40,14 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "crop", "detect"),
         help="read the content crop, or detect lines first (default auto: by height)",
     )
-    ocr.add_argument(
-        "--formula", choices=("auto", "edit", "substring", "recall"), help="how texts are compared (default auto: by length)"
-    )
+    ocr.add_argument("--formula", choices=("auto", "edit", "substring", "recall"), help="how texts are compared (default auto: by length)")
     ocr.add_argument("--second", choices=("tesseract",), help="a second reader; the lower score counts")
     quality = parser.add_argument_group("quality only")
-    quality.add_argument(
-        "--references", metavar="DIR", help="pictures that count as good (default: 400 rendered training pictures)"
-    )
+    quality.add_argument("--references", metavar="DIR", help="pictures that count as good (default: 400 rendered training pictures)")
     detector = parser.add_argument_group("detector only")
     detector.add_argument("--detector", metavar="DIR", help="local copy of facebook/mask2former-swin-small-coco-instance")
     detector.add_argument("--clip", metavar="DIR", help="local copy of openai/clip-vit-large-patch14")

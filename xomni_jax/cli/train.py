@@ -16,7 +16,9 @@ from ml_collections import ConfigDict
 
 from xomni_jax.training.config import ConfigError, flat, load_config, read_overrides
 
-EXAMPLE = "xomni train --config=configs/tiny/sft.py --config.init_from=xomni_jax/assets/tiny_sft --config.run_dir=runs/my_sft --config.steps=200"
+EXAMPLE = (
+    "xomni train --config=configs/tiny/sft.py --config.init_from=xomni_jax/assets/tiny_sft --config.run_dir=runs/my_sft --config.steps=200"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,9 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--profile-steps", metavar="A-B", help="trace steps A to B in RUN/profile, for xprof or TensorBoard; such as 3-8")
     parser.add_argument(
-        "--compilation-cache", metavar="DIR", help="keep compiled programs here (default $JAX_COMPILATION_CACHE_DIR); on a pod, where every host sees it"
+        "--compilation-cache",
+        metavar="DIR",
+        help="keep compiled programs here (default $JAX_COMPILATION_CACHE_DIR); on a pod, where every host sees it",
     )
-    parser.usage = "xomni train --config=FILE [--config.KEY=VALUE ...] [--devices N] [--distributed] [--profile-steps A-B] [--compilation-cache DIR]"
+    parser.usage = (
+        "xomni train --config=FILE [--config.KEY=VALUE ...] [--devices N] [--distributed] [--profile-steps A-B] [--compilation-cache DIR]"
+    )
 
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:

@@ -53,9 +53,7 @@ def target_size(width: int, height: int, limits: ImageLimits = RELEASED) -> tupl
     if short < max(limits.min_short_size, 1):
         raise ImageRejected(f"{what}: the short side is below {limits.min_short_size} pixels; use a larger image")
     if long / short > limits.max_aspect_ratio:
-        raise ImageRejected(
-            f"{what}: the aspect ratio {long / short:.2f} exceeds {limits.max_aspect_ratio:g}; crop the image"
-        )
+        raise ImageRejected(f"{what}: the aspect ratio {long / short:.2f} exceeds {limits.max_aspect_ratio:g}; crop the image")
     # The sides stay fractions until the end, as in the released code: rounding in between moves some sizes by a patch.
     sides = (float(width), float(height))
     if min(sides) < limits.short_size:

@@ -93,16 +93,12 @@ class RenderedConfig:
             _check_size(size)
             fits = size[1] // PATCH * (size[0] // glyphs.CELL_Y)
             if not 2 <= low <= high <= fits:
-                raise ValueError(
-                    f"text_lengths {(low, high)} of size {size[0]}x{size[1]} must lie within 2 and {fits} characters."
-                )
+                raise ValueError(f"text_lengths {(low, high)} of size {size[0]}x{size[1]} must lie within 2 and {fits} characters.")
         for name in ("shapes", "pseudo_words", "other_faces", "centred", "on_grid"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} is a share; give a number from 0 to 1.")
         if self.shapes and not set(self.shape_sizes) & set(self.sizes):
-            raise ValueError(
-                f"shapes={self.shapes} but none of shape_sizes={self.shape_sizes} is among sizes={self.sizes}; add one."
-            )
+            raise ValueError(f"shapes={self.shapes} but none of shape_sizes={self.shape_sizes} is among sizes={self.sizes}; add one.")
         for size in self.shape_sizes:
             if min(size) < 32:
                 raise ValueError(f"shape_sizes holds {size[0]}x{size[1]}; four shapes need at least 32 px on each side.")
@@ -220,9 +216,7 @@ def _sign_text(rng: np.random.Generator, size: Size, config: RenderedConfig) -> 
         columns, rows = size[1] // PATCH, size[0] // glyphs.CELL_Y
         if max(map(len, text.split(" "))) <= columns and len(wrap(text, columns)) <= rows:
             return text
-    raise ValueError(
-        f"No text of {low} to {high} characters fits {size[0]}x{size[1]} in 200 draws; lower text_lengths of that size."
-    )
+    raise ValueError(f"No text of {low} to {high} characters fits {size[0]}x{size[1]} in 200 draws; lower text_lengths of that size.")
 
 
 def _shapes_example(rng: np.random.Generator, size: Size, config: RenderedConfig) -> Example:
@@ -232,9 +226,7 @@ def _shapes_example(rng: np.random.Generator, size: Size, config: RenderedConfig
     for y, x, side in _places(rng, size, count, rng.random() < config.on_grid):
         mask[y : y + side, x : x + side] = glyphs.shape(shape, side)
     scale = rng.uniform(0.93, 1.04)
-    image = _blend(
-        np.array(SHAPE_GROUNDS[background], np.float32), mask, np.clip(np.array(COLOURS[colour], np.float32) * scale, 0, 255)
-    )
+    image = _blend(np.array(SHAPE_GROUNDS[background], np.float32), mask, np.clip(np.array(COLOURS[colour], np.float32) * scale, 0, 255))
     cover = mask.reshape(size[0] // PATCH, PATCH, size[1] // PATCH, PATCH).mean((1, 3))
     many = count > 1
     answers = ((QUESTIONS[2], NUMBERS[count]), (QUESTIONS[3 + many], shape + "s" * many), (QUESTIONS[5 + many], colour))
@@ -267,9 +259,7 @@ def _places(rng: np.random.Generator, size: Size, count: int, on_grid: bool) -> 
             for _ in range(40):
                 side = int(rng.integers(12, 17))
                 y, x = int(rng.integers(1, height - side)), int(rng.integers(1, width - side))
-                if all(
-                    y >= v + s + _GAP or v >= y + side + _GAP or x >= u + s + _GAP or u >= x + side + _GAP for v, u, s in found
-                ):
+                if all(y >= v + s + _GAP or v >= y + side + _GAP or x >= u + s + _GAP or u >= x + side + _GAP for v, u, s in found):
                     found.append((y, x, side))
                     if len(found) == count:
                         return found

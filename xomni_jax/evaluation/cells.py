@@ -128,9 +128,9 @@ def directory_stamp(directory: str | Path) -> str:
     """Changes when any file of a model directory does: names, sizes and times, not contents."""
     root = Path(directory)
     files = sorted(p for p in root.rglob("*") if p.is_file())
-    return hashlib.sha256(
-        repr([(str(p.relative_to(root)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]).encode()
-    ).hexdigest()[:16]
+    return hashlib.sha256(repr([(str(p.relative_to(root)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]).encode()).hexdigest()[
+        :16
+    ]
 
 
 def measure(
@@ -177,9 +177,7 @@ def measure(
         collect()
     table = lambda x: np.asarray(x).reshape(prompts, -1, *np.shape(x)[1:])  # noqa: E731
     pictures = table(np.concatenate(images))
-    metrics = {
-        metric: table([_value(s, key) for s in done[service]]) for metric, (service, key) in METRICS.items() if service in clients
-    }
+    metrics = {metric: table([_value(s, key) for s in done[service]]) for metric, (service, key) in METRICS.items() if service in clients}
     metrics["edge_density"] = edge_density(pictures).astype(np.float64)
     if agreement:
         metrics["reencode_agreement"] = table(np.concatenate(agreement))

@@ -81,9 +81,7 @@ def line_chart(
     parts = [_grid([(py(t), f"{t:g}") for t in ticks(low, high)])]
     for t, label in (x_ticks or {t: f"{t:g}" for t in ticks(x_low, x_high, 6)}).items():
         parts.append(f'<text class="tick" x="{px(t):.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{label}</text>')
-    parts.append(
-        f'<text class="tick" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x_label)}</text>'
-    )
+    parts.append(f'<text class="tick" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x_label)}</text>')
     for i, line in enumerate(lines):
         x = np.asarray(line.x, np.float64)
         path = lambda y, x=x: " ".join(f"{px(a):.1f},{py(b):.1f}" for a, b in _thin(x, y))  # noqa: E731
@@ -119,9 +117,7 @@ def dot_chart(dots: Sequence[Dot], high: float = 1.0) -> str:
             parts.append(f'<text class="tick" x="{left}" y="{y + 4}">not measured</text>')
             continue
         if dot.low is not None and dot.high is not None:
-            parts.append(
-                f'<line class="whisker s{dot.series}" x1="{px(dot.low):.1f}" x2="{px(dot.high):.1f}" y1="{y}" y2="{y}"/>'
-            )
+            parts.append(f'<line class="whisker s{dot.series}" x1="{px(dot.low):.1f}" x2="{px(dot.high):.1f}" y1="{y}" y2="{y}"/>')
         parts.append(f'<circle class="dot s{dot.series}" cx="{px(dot.value):.1f}" cy="{y}" r="5.5"/>')
         parts.append(f'<text class="value" x="{WIDTH - 4}" y="{y + 4}" text-anchor="end">{dot.value:.2f}</text>')
     return _svg(parts, height)

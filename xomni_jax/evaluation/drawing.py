@@ -93,9 +93,7 @@ class Drawing:
         self.model.set_params("transformer", self._params[policy])
         parts = []
         for first in range(0, samples, at_once):
-            keys_PR = jax.vmap(lambda key: jax.vmap(lambda r: jax.random.fold_in(key, r))(jnp.arange(first, first + at_once)))(
-                keys_P
-            )
+            keys_PR = jax.vmap(lambda key: jax.vmap(lambda r: jax.random.fold_in(key, r))(jnp.arange(first, first + at_once)))(keys_P)
             parts.append(np.asarray(self.model.sample_codes(self.signs.captions, self.grid, keys_PR, sampling)["codes"]))
         return np.concatenate(parts, axis=1)
 

@@ -70,9 +70,7 @@ class EffectConfig:
         if self.prompts < 2:
             raise ValueError("prompts=1 gives no interval; use at least 2, better 64")
         if self.guidance == 1.0:
-            raise ValueError(
-                "guidance=1 is the setting without guidance, which is measured anyway; give another value, such as 2"
-            )
+            raise ValueError("guidance=1 is the setting without guidance, which is measured anyway; give another value, such as 2")
 
     def sampling(self, guidance: float, temperature: float | None = None) -> SamplingConfig:
         """How codes are drawn in one setting."""
@@ -195,9 +193,7 @@ def measure_cells(config: EffectConfig, run: GRPORun, clients: Mapping[str, Any]
         def sampled(name: str, policy: str, sampling: SamplingConfig, samples: int) -> Cell:
             samples = shots(sampling.temperature, samples)
             chunks = lambda: drawing.pictures(drawing.codes(policy, sampling, samples))  # noqa: E731
-            return cell(
-                name, samples, chunks, policy=stamps[policy], decoder=stamps["sft"], sampling=dataclasses.asdict(sampling)
-            )
+            return cell(name, samples, chunks, policy=stamps[policy], decoder=stamps["sft"], sampling=dataclasses.asdict(sampling))
 
         real = cell("real", 1, drawing.real_pictures)
         reconstruction = cell("reconstruction", 1, lambda: drawing.pictures(drawing.real_codes()), decoder=stamps["sft"])
@@ -205,9 +201,7 @@ def measure_cells(config: EffectConfig, run: GRPORun, clients: Mapping[str, Any]
         for name, guidance in config.guidances().items():
             sft = sampled(f"{name}-sft", "sft", config.sampling(guidance), config.samples)
             rl = sampled(f"{name}-rl", "rl", config.sampling(guidance), config.rl_samples)
-            sweep = {
-                t: sampled(f"{name}-sft-t{t:g}", "sft", config.sampling(guidance, t), config.sweep_samples) for t in swept[name]
-            }
+            sweep = {t: sampled(f"{name}-sft-t{t:g}", "sft", config.sampling(guidance, t), config.sweep_samples) for t in swept[name]}
             if config.temperature in config.temperatures:
                 sweep[config.temperature] = sft
             settings[name] = Setting(reconstruction, sft, rl, {t: sweep[t] for t in sorted(sweep, reverse=True)})

@@ -184,9 +184,7 @@ def same_items(runs: Sequence[EvalRun]) -> None:
     first = runs[0]
     for run in runs[1:]:
         if run.suite != first.suite:
-            raise SuiteError(
-                f"{first.path} is a run of {first.suite}, {run.path} one of {run.suite}; a paired comparison needs one suite"
-            )
+            raise SuiteError(f"{first.path} is a run of {first.suite}, {run.path} one of {run.suite}; a paired comparison needs one suite")
         mine, theirs = {i["id"] for i in first.items}, {i["id"] for i in run.items}
         if mine != theirs:
             apart = {first.path: mine - theirs, run.path: theirs - mine}

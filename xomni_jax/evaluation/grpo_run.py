@@ -39,9 +39,7 @@ class GRPORun:
 
     def step_seconds(self) -> dict[str, float | None]:
         """Median seconds per step in each part; "reward" is what is still waited for after drawing, since scoring overlaps it."""
-        return {
-            part: float(np.median(values)) if len(values := self.curve(name)[1]) else None for part, name in STEP_PARTS.items()
-        }
+        return {part: float(np.median(values)) if len(values := self.curve(name)[1]) else None for part, name in STEP_PARTS.items()}
 
 
 def read_run(directory: str | Path) -> GRPORun:
@@ -52,9 +50,7 @@ def read_run(directory: str | Path) -> GRPORun:
     """
     path = Path(directory) / "metrics.jsonl"
     if not path.is_file():
-        raise EvaluationError(
-            f"{directory}: no metrics.jsonl here; give the run directory of the GRPO stage, such as runs/demo/grpo"
-        )
+        raise EvaluationError(f"{directory}: no metrics.jsonl here; give the run directory of the GRPO stage, such as runs/demo/grpo")
     records = []
     for line in path.read_text().splitlines():
         try:

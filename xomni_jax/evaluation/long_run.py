@@ -13,7 +13,15 @@ from typing import Any
 
 import numpy as np
 
-CURVES = ("reward/total/mean", "reward/ocr/mean", "reward/shapes/mean", "grpo/kl", "grpo/entropy", "image/edge_density", "image/colour_entropy")
+CURVES = (
+    "reward/total/mean",
+    "reward/ocr/mean",
+    "reward/shapes/mean",
+    "grpo/kl",
+    "grpo/entropy",
+    "image/edge_density",
+    "image/colour_entropy",
+)
 CELLS = ("reconstruction", "sft", "sft_best_of_2", "sft_best_of_4", "sft_best_of_8", "sft_best_of_16", "rl")
 
 
@@ -44,7 +52,8 @@ def collect(out: Path) -> dict[str, Any]:
         "evaluations": {name: {s: e[s] for s in ("guidance_off", "guidance_on")} for name, e in effects.items()},
         "temperature_sweeps": {name: e["sft_temperature_sweep"] for name, e in effects.items()},
         "curves": {
-            run.name: {name: [line.get(name) for line in read_metrics(run)] for name in ("step", *CURVES)} for run in sorted(out.glob("grpo_*"))
+            run.name: {name: [line.get(name) for line in read_metrics(run)] for name in ("step", *CURVES)}
+            for run in sorted(out.glob("grpo_*"))
         },
     }
 
@@ -55,7 +64,9 @@ def main(arguments: list[str]) -> None:
     if command == "steps":
         print(equal_steps(Path(rest[0]), Path(rest[1])))
     else:
-        Path(rest[1]).write_text(json.dumps(collect(Path(rest[0])), separators=(",", ":"), sort_keys=True) + "\n")  # curves: 18,000 lines otherwise
+        Path(rest[1]).write_text(
+            json.dumps(collect(Path(rest[0])), separators=(",", ":"), sort_keys=True) + "\n"
+        )  # curves: 18,000 lines otherwise
         print(rest[1])
 
 

@@ -45,8 +45,7 @@ def table(head: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], marked
     """A table whose first column names the rows; cells are HTML already, rows named in `marked` stand out."""
     top = "".join(f"<th>{h}</th>" for h in head)
     lines = "".join(
-        f"<tr{' class=rl' * (name in marked)}><th>{name}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
-        for name, cells in rows
+        f"<tr{' class=rl' * (name in marked)}><th>{name}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>" for name, cells in rows
     )
     return scroll(f"<table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table>")
 

@@ -16,9 +16,7 @@ def edge_density(images: np.ndarray) -> np.ndarray:
 def colour_histogram(images: np.ndarray) -> np.ndarray:
     """Share of pixels in each of 64 colours. uint8 [..., H, W, 3] -> [..., 64], rows sum to 1."""
     level = np.asarray(images) >> 6
-    index = ((level[..., 0].astype(np.int64) * 4 + level[..., 1]) * 4 + level[..., 2]).reshape(
-        -1, level.shape[-3] * level.shape[-2]
-    )
+    index = ((level[..., 0].astype(np.int64) * 4 + level[..., 1]) * 4 + level[..., 2]).reshape(-1, level.shape[-3] * level.shape[-2])
     counts = np.stack([np.bincount(row, minlength=COLOUR_BINS) for row in index])
     return (counts / index.shape[-1]).reshape(*level.shape[:-3], COLOUR_BINS)
 

@@ -101,9 +101,7 @@ def headline(report: dict[str, Any]) -> str:
         (
             "RL over SFT at its best temperature",
             times(best["value"]),
-            f"temperature {comparison['sft_best_temperature']:g}"
-            if comparison["sft_best_temperature"] is not None
-            else "no sweep",
+            f"temperature {comparison['sft_best_temperature']:g}" if comparison["sft_best_temperature"] is not None else "no sweep",
         ),
         ("One RL sample is", verdict, by),
         ("Colour", "not measured" if colour["value"] is None else f"{100 * colour['value']:+.1f} points", "RL minus SFT"),
@@ -127,19 +125,12 @@ def setting_table(report: dict[str, Any], name: str) -> str:
     for row, e in ({"real pictures": report["real_pictures"]} | report[name]).items():
         cells = "".join(f"<td>{decimal(e[m])}{interval(e['ci95'][m])}</td>" for m in SHOWN)
         difference = report["comparisons"][name]["rl_minus"].get(row, {}).get("word_accuracy")
-        gain = (
-            "<td></td>"
-            if difference is None
-            else f"<td>{points(difference['value'])}{interval(difference['ci95'], 100, '+.0f')}</td>"
-        )
+        gain = "<td></td>" if difference is None else f"<td>{points(difference['value'])}{interval(difference['ci95'], 100, '+.0f')}</td>"
         rows.append(f"<tr class={'rl' if row == 'rl' else 'row'}><th>{row_title(row)}</th>{cells}{gain}</tr>")
     left_out = {row_title(row): n for row, n in report["prompts_left_out"][name].items() if n}
     note = "".join(f"<p class=note>{n} prompts have too few scored samples for {row}.</p>" for row, n in left_out.items())
     return (
-        scroll(
-            f"<table><thead><tr><th></th>{head}<th>RL minus row, words, points</th></tr></thead>"
-            f"<tbody>{''.join(rows)}</tbody></table>"
-        )
+        scroll(f"<table><thead><tr><th></th>{head}<th>RL minus row, words, points</th></tr></thead><tbody>{''.join(rows)}</tbody></table>")
         + note
     )
 
@@ -147,9 +138,7 @@ def setting_table(report: dict[str, Any], name: str) -> str:
 def training(run: GRPORun) -> str:
     """Curves of the run: rewards, KL, entropy, image statistics."""
     smooth = max(1, len(run.records) // 12)
-    rewards = sorted(
-        {k.split("/")[1] for r in run.records for k in r if k.startswith("reward/") and k.endswith("/mean")} - {"total"}
-    )
+    rewards = sorted({k.split("/")[1] for r in run.records for k in r if k.startswith("reward/") and k.endswith("/mean")} - {"total"})
     charts = {
         "Rewards": [Line(name, *run.curve(f"reward/{name}/mean"), smooth=smooth) for name in rewards],
         "KL to the SFT model": [Line("KL", *run.curve("grpo/kl"), smooth=smooth)],
@@ -211,8 +200,7 @@ def grids(effect: Effect, name: str, which: slice) -> str:
             ("RL", setting.rl, range(min(SHOWN_SAMPLES, setting.rl.images.shape[1]))),
         ]
         strips = [
-            f"<div class=strip><h4>{title}</h4>"
-            f"<div class=pictures>{''.join(picture(cell, p, r, wanted) for r in samples)}</div></div>"
+            f"<div class=strip><h4>{title}</h4><div class=pictures>{''.join(picture(cell, p, r, wanted) for r in samples)}</div></div>"
             for title, cell, samples in lines
         ]
         # The first two hold one picture each and share a line.
@@ -251,9 +239,7 @@ def statistics_tables(report: dict[str, Any]) -> str:
             + "</tr>"
             for row, e in report["image_statistics"][name].items()
         )
-        out.append(
-            f"<div><h3>{title}</h3>{scroll(f'<table><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table>')}</div>"
-        )
+        out.append(f"<div><h3>{title}</h3>{scroll(f'<table><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table>')}</div>")
     return "".join(out)
 
 

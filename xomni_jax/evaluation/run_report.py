@@ -19,9 +19,7 @@ from xomni_jax.evaluation.markup import document, interval_text, section, table,
 from xomni_jax.evaluation.statistics import bootstrap_mean
 
 
-def write_run_report(
-    directory: str | Path, asked: Mapping[str, Callable[[], Image.Image]] | None = None, limit: int = PAGE_BYTES
-) -> Path:
+def write_run_report(directory: str | Path, asked: Mapping[str, Callable[[], Image.Image]] | None = None, limit: int = PAGE_BYTES) -> Path:
     """Writes report.html and results.csv into the directory of a scored run and returns the path of the page.
 
     Args:

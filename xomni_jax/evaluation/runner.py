@@ -83,7 +83,9 @@ class Work:
         for item in self.items:
             if item.id in records and records[item.id]["asked"] != asked(self.suite, item):
                 where = self.run.path / "judged"
-                raise RunError(f"{where}: item {item.id} was judged by other questions; give the data and --instruction of then, or delete {where}")
+                raise RunError(
+                    f"{where}: item {item.id} was judged by other questions; give the data and --instruction of then, or delete {where}"
+                )
         return records
 
 

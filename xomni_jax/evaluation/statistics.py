@@ -42,9 +42,7 @@ def best_of_weights(selection_PR: np.ndarray, n: int) -> np.ndarray:
     """
     selection_PR = np.asarray(selection_PR, np.float64)
     if selection_PR.ndim != 2 or not 1 <= n <= selection_PR.shape[1]:
-        raise ValueError(
-            f"best of {n} needs at least {n} samples per prompt, the table has shape {selection_PR.shape}; sample more"
-        )
+        raise ValueError(f"best of {n} needs at least {n} samples per prompt, the table has shape {selection_PR.shape}; sample more")
     weights_PR = np.full(selection_PR.shape, np.nan)
     for scores_R, weights_R in zip(selection_PR, weights_PR):
         known = np.isfinite(scores_R)
@@ -88,9 +86,7 @@ def bootstrap_mean(value_P: np.ndarray, seed: int = 0, resamples: int = RESAMPLE
     return Interval(float(known.mean()), *_percentiles(means, level), known.size)
 
 
-def paired_difference(
-    a_P: np.ndarray, b_P: np.ndarray, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL
-) -> Interval:
+def paired_difference(a_P: np.ndarray, b_P: np.ndarray, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL) -> Interval:
     """Mean of a - b over the prompts where both are known, with its interval. ValueError when the two are of different length."""
     a_P, b_P = _pair(a_P, b_P)
     return bootstrap_mean(a_P - b_P, seed, resamples, level)

@@ -77,11 +77,8 @@ def summarise(effect: Effect, seconds: dict[str, float | None]) -> dict[str, Any
         "sft_temperature_sweep": {name: sweep_entries(setting, config.seed) for name, setting in effect.settings.items()},
         "image_statistics": {name: {row: image_entry(r) for row, r in rows[name].items()} for name in rows},
         "failures": {name: {"pictures": int(np.prod(c.images.shape[:2])), **c.failures} for name, c in cells.items()},
-        "prompts_left_out": {
-            name: {row: int(np.isnan(r.weights_PR[:, 0]).sum()) for row, r in rows[name].items()} for name in rows
-        },
-        "settings": dataclasses.asdict(config)
-        | {"selection_weights": {s: w for s, w in weights.items() if measured(effect.real, s)}},
+        "prompts_left_out": {name: {row: int(np.isnan(r.weights_PR[:, 0]).sum()) for row, r in rows[name].items()} for name in rows},
+        "settings": dataclasses.asdict(config) | {"selection_weights": {s: w for s, w in weights.items() if measured(effect.real, s)}},
         "prompts": list(effect.signs.captions),
         "notes": notes(effect),
     }
@@ -90,9 +87,7 @@ def summarise(effect: Effect, seconds: dict[str, float | None]) -> dict[str, Any
 def entry(row: Row, seed: int) -> dict[str, Any]:
     """Means of the shown metrics over prompts, with `ci95`: metric -> [low, high]."""
     intervals = {metric: bootstrap_mean(row.values(metric), seed) for metric in SHOWN}
-    return {metric: number(i.value) for metric, i in intervals.items()} | {
-        "ci95": {metric: bounds(i) for metric, i in intervals.items()}
-    }
+    return {metric: number(i.value) for metric, i in intervals.items()} | {"ci95": {metric: bounds(i) for metric, i in intervals.items()}}
 
 
 def compare(rows: dict[str, Row], setting: Setting, seed: int) -> dict[str, Any]:
@@ -137,9 +132,7 @@ def best_temperature(setting: Setting) -> tuple[float | None, Cell]:
 
 def sweep_entries(setting: Setting, seed: int) -> list[dict[str, Any]]:
     """One entry per temperature, highest first."""
-    return [
-        {"temperature": t, "samples": cell.images.shape[1]} | entry(plain_row(cell), seed) for t, cell in setting.sweep.items()
-    ]
+    return [{"temperature": t, "samples": cell.images.shape[1]} | entry(plain_row(cell), seed) for t, cell in setting.sweep.items()]
 
 
 def image_entry(row: Row) -> dict[str, float | None]:
@@ -191,9 +184,7 @@ def table_text(report: dict[str, Any]) -> str:
         for row, e in report[name].items():
             cells = [show(e[m]) + (f" [{show(e['ci95'][m][0])}, {show(e['ci95'][m][1])}]" if e["ci95"][m] else "") for m in SHOWN]
             lines.append(f"  {row:<16}" + "".join(f"{c:>22}" for c in cells))
-        sweep = ", ".join(
-            f"{e['temperature']:g}: {show(e['word_accuracy']).strip()}" for e in report["sft_temperature_sweep"][name]
-        )
+        sweep = ", ".join(f"{e['temperature']:g}: {show(e['word_accuracy']).strip()}" for e in report["sft_temperature_sweep"][name])
         c = report["comparisons"][name]
         ratio, held = c["word_accuracy_ratio"]["rl_to_sft"]["value"], c["rl_holds_up_to_best_of"]
         times = "-" if ratio is None else f"{ratio:.2f}"

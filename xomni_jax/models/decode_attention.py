@@ -22,7 +22,13 @@ PROMPT = 512  # tokens of the prompt in a grid step
 
 
 def step_kernel(
-    q_PRKGH: jax.Array, k_PRKH: jax.Array, v_PRKH: jax.Array, past: tuple[jax.Array, ...], layer: jax.Array, lengths_P: jax.Array, column: jax.Array
+    q_PRKGH: jax.Array,
+    k_PRKH: jax.Array,
+    v_PRKH: jax.Array,
+    past: tuple[jax.Array, ...],
+    layer: jax.Array,
+    lengths_P: jax.Array,
+    column: jax.Array,
 ) -> jax.Array:
     """`transformer.step_attention` over stacked caches, split over prompts and KV heads of the mesh in scope. -> [P, R, K, G, H].
 
@@ -81,9 +87,7 @@ def _shard(q_PRKGH, k_PRKH, v_PRKH, prompt_k, prompt_v, made_k, made_v, layer, l
         ),
         out_shape=jax.ShapeDtypeStruct(q_PKRGH.shape, v_PRKH.dtype),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")),
-        cost_estimate=pl.CostEstimate(
-            flops=4 * P * R * K * G * H * (S + T), bytes_accessed=read, transcendentals=P * R * K * G * (S + T)
-        ),
+        cost_estimate=pl.CostEstimate(flops=4 * P * R * K * G * H * (S + T), bytes_accessed=read, transcendentals=P * R * K * G * (S + T)),
         interpret=interpret,
     )
     scalars = jnp.reshape(layer, 1), lengths_P, jnp.reshape(column, 1)

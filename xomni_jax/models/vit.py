@@ -16,6 +16,7 @@ from xomni_jax.sharding.rules import constrain
 if TYPE_CHECKING:
     from xomni_jax.models.siglip_vq import SigLIPVQConfig
 
+
 def bilinear_weights(size: int, out: int) -> np.ndarray:
     """Row-stochastic [out, size] matrix of bilinear resizing with half-pixel centres and no antialiasing.
 

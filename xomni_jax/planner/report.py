@@ -99,8 +99,10 @@ def step_lines(s: Step | None) -> Iterator[str]:
     """The step as a whole."""
     if s is None:
         return
-    yield f"a step takes at least {s.seconds:.1f} s: " + ", ".join(f"{name} {t:.1f}" for name, t in s.times) + (
-        f"; {s.overlapped:.1f} s of it side by side" if s.overlapped else ""
+    yield (
+        f"a step takes at least {s.seconds:.1f} s: "
+        + ", ".join(f"{name} {t:.1f}" for name, t in s.times)
+        + (f"; {s.overlapped:.1f} s of it side by side" if s.overlapped else "")
     )
     images = f", {s.images_per_hour:,.0f} images/hour" if s.images_per_hour else ""
     yield f"MFU at most {s.mfu:.0%}, {s.tokens_per_chip:,.0f} tokens/s/chip{images}"
@@ -111,7 +113,15 @@ def step_lines(s: Step | None) -> Iterator[str]:
 def as_json(plan: Plan, reserve: float = RESERVE, price: float | None = None) -> dict[str, Any]:
     """Everything, as plain data."""
     s = step(plan, price)
-    out = dict(stage=plan.stage, topology=plan.topology.name, mesh=plan.mesh, decoder_mesh=plan.apart, versions=plan.versions, reserve=reserve, roles=[])
+    out = dict(
+        stage=plan.stage,
+        topology=plan.topology.name,
+        mesh=plan.mesh,
+        decoder_mesh=plan.apart,
+        versions=plan.versions,
+        reserve=reserve,
+        roles=[],
+    )
     for f in plan.facts:
         time = time_of(f, plan.topology)
         row = dataclasses.asdict(f) | {"checks": [dataclasses.asdict(c) for c in checks(f, plan.topology, reserve)]}

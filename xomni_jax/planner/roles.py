@@ -266,7 +266,13 @@ def _as_left(shapes: Any, mesh: Mesh) -> Any:
 
 
 def sampling_roles(
-    ar: ARConfig, weights: Any, sampling: SamplingConfig, sizes: tuple[int, int, int, int], segment: int, times: int, mesh: Mesh,
+    ar: ARConfig,
+    weights: Any,
+    sampling: SamplingConfig,
+    sizes: tuple[int, int, int, int],
+    segment: int,
+    times: int,
+    mesh: Mesh,
     kept: bool = False,
 ) -> list[Role]:
     """The sampler's programs, run `times` in a step. `sizes`: prompts, rollouts of each, tokens of a prompt, codes of a picture; `kept`: for a

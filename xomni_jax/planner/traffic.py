@@ -184,4 +184,3 @@ class _Reader:
             inner = {x.name: x for x in self.module.computations[i.callees[0]]}
             return self._update(inner, next(x for x in inner.values() if x.root))
         return None
-

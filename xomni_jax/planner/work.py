@@ -98,9 +98,7 @@ def replay(c: ARConfig, rows: int, prompt: int, codes: int, parts: int, sides: i
     return dataclasses.replace(whole, learned=0.0, attention=whole.attention / 4, gathered=gathered, reduced=0.0, head_gathers=1)
 
 
-def fsdp_bytes(
-    c: ARConfig, parts: int, heads: int, mesh: Mapping[str, int], learned_layers: int, passes: int = 3
-) -> tuple[float, float]:
+def fsdp_bytes(c: ARConfig, parts: int, heads: int, mesh: Mapping[str, int], learned_layers: int, passes: int = 3) -> tuple[float, float]:
     """(gathered, reduced) bytes of a device: per pass over the layers (forward, remat, backward) their weights in the compute dtype, the
     heads once; gradients reduced once for each part of the batch, before they are scattered."""
     if mesh["fsdp"] == 1:
@@ -111,9 +109,7 @@ def fsdp_bytes(
     return gathered, (parts * (learned_layers * layer + heads * size) if learned_layers else 0.0)
 
 
-def rollout(
-    c: ARConfig, prompts: int, rollouts: int, prompt: int, codes: int, segment: int, sides: int, mesh: Mapping[str, int]
-) -> Work:
+def rollout(c: ARConfig, prompts: int, rollouts: int, prompt: int, codes: int, segment: int, sides: int, mesh: Mapping[str, int]) -> Work:
     """A segment of sampling: in each step the weights are read once, and the whole cache, as in the last step when it is full. Attention is
     that of the mean segment."""
     batch, tensor = mesh["replica"] * mesh["data"] * mesh["fsdp"], mesh["tensor"]
@@ -139,4 +135,3 @@ def prefill(c: ARConfig, prompts: int, prompt: int, sides: int) -> Work:
     """The prompts' pass, once per prompt."""
     rows = prompts * sides
     return Work(forward=2.0 * rows * prompt * c.n_layers * layer_weights(c), attention=causal(c, rows, prompt), tokens=prompts * prompt)
-

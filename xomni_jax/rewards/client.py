@@ -137,9 +137,7 @@ class RewardClient:
         """One Score per image (uint8 [Y, X, 3], a PIL picture, or encoded bytes). Never raises for a failing service."""
         return self.wait(self.score_async(images, items))
 
-    def score_async(
-        self, images: Sequence[np.ndarray | Image.Image | bytes], items: Sequence[dict[str, Any]]
-    ) -> Future[list[Score]]:
+    def score_async(self, images: Sequence[np.ndarray | Image.Image | bytes], items: Sequence[dict[str, Any]]) -> Future[list[Score]]:
         """The same in the background, to overlap with the next decode; `wait` collects it."""
         if len(images) != len(items):
             raise ValueError(f"reward {self.name!r} got {len(images)} images and {len(items)} items; give one item per image")
@@ -215,11 +213,7 @@ class RewardClient:
                 if len(images) == 1:
                     return [Score(None, str(refusal))]
                 half = len(images) // 2
-                return [
-                    s
-                    for part in (slice(0, half), slice(half, None))
-                    for s in self._score_chunk(images[part], items[part], deadline)
-                ]
+                return [s for part in (slice(0, half), slice(half, None)) for s in self._score_chunk(images[part], items[part], deadline)]
             except (httpx.HTTPError, httpx.InvalidURL, ProtocolError, OSError) as error:
                 reason, rest = f"{replica.url}: {error or type(error).__name__}", pause
                 tries, pause = tries + 1, min(pause * 2, 8.0)
@@ -236,9 +230,7 @@ class RewardClient:
         with self._lock:
             self.stats.requests += 1
         wait = httpx.Timeout(max(end - time.monotonic(), 0.001), connect=min(5.0, self.timeout))
-        with self._http.stream(
-            "POST", replica.url + "/score", content=body, headers={"Content-Type": MSGPACK}, timeout=wait
-        ) as answer:
+        with self._http.stream("POST", replica.url + "/score", content=body, headers={"Content-Type": MSGPACK}, timeout=wait) as answer:
             parts, size = [], 0
             for part in answer.iter_bytes():
                 size += len(part)

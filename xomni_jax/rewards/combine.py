@@ -41,9 +41,7 @@ def column(scores: Sequence[Score], prompts: int) -> Column:
     A reward absent for a part of a group only is a failure there: as zero in the sum it would punish that rollout for its scorer.
     """
     if not scores or len(scores) % prompts:
-        raise ValueError(
-            f"{len(scores)} scores do not divide over {prompts} prompts; give every prompt the same number of rollouts"
-        )
+        raise ValueError(f"{len(scores)} scores do not divide over {prompts} prompts; give every prompt the same number of rollouts")
     value_PR = np.array([np.nan if s.value is None else s.value for s in scores], np.float64).reshape(prompts, -1)
     failed_PR = np.array([s.failed for s in scores]).reshape(prompts, -1)
     applies_P1 = (np.isfinite(value_PR) | failed_PR).any(-1, keepdims=True)
@@ -108,9 +106,7 @@ def _check(rewards: Mapping[str, Column], weights: Mapping[str, float], mode: st
     if mode not in MODES:
         raise ValueError(f"reward combination {mode!r} is unknown; choose {' or '.join(MODES)}")
     if not rewards or set(rewards) != set(weights):
-        raise ValueError(
-            f"rewards {sorted(rewards)} and weights {sorted(weights)} must have the same names; give every reward a weight"
-        )
+        raise ValueError(f"rewards {sorted(rewards)} and weights {sorted(weights)} must have the same names; give every reward a weight")
     if not any(weights.values()) or not all(np.isfinite(w) for w in weights.values()):
         raise ValueError(f"reward weights {dict(weights)} must be finite and not all zero")
     shapes = {k: (c.value_PR.shape, c.failed_PR.shape) for k, c in rewards.items()}

@@ -127,9 +127,7 @@ def encode_image(image: np.ndarray | Image.Image) -> bytes:
     if not isinstance(image, Image.Image):
         image = np.asarray(image)
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or not image.size:
-            raise ValueError(
-                f"an image to score must be a non-empty uint8 array [Y, X, 3], got {image.dtype} {list(image.shape)}"
-            )
+            raise ValueError(f"an image to score must be a non-empty uint8 array [Y, X, 3], got {image.dtype} {list(image.shape)}")
         image = Image.fromarray(image)
     out = io.BytesIO()
     image.convert("RGB").save(out, "PNG", compress_level=1)

@@ -162,7 +162,9 @@ def generate_text(
         raise ValueError(f"generate_text: guidance={sampling.guidance} is for images only; set it to 1")
     if keys_P is None:
         if not sampling.greedy:
-            raise ValueError(f"generate_text: temperature={sampling.temperature} needs keys_P; pass one key per prompt or use temperature=0")
+            raise ValueError(
+                f"generate_text: temperature={sampling.temperature} needs keys_P; pass one key per prompt or use temperature=0"
+            )
         keys_P = jax.random.split(jax.random.key(0), prompt_ids_PS.shape[0])
     P, stops = prompt_ids_PS.shape[0], jnp.asarray(list(stop_ids), jnp.int32)
     hidden_PD, prompt = prefill(model, params, prompt_ids_PS, lengths_P)
@@ -217,7 +219,9 @@ def replay_logp(
       ValueError: truncation without `kept`, or guidance without `negative`.
     """
     if sampling.truncates and kept is None:
-        raise ValueError(f"replay_logp: {sampling} truncates but no kept mask was given; sample with return_kept=True or turn truncation off")
+        raise ValueError(
+            f"replay_logp: {sampling} truncates but no kept mask was given; sample with return_kept=True or turn truncation off"
+        )
     cfg, prompts = model.cfg, [(prompt_ids_BS, lengths_B)]
     if sampling.guided:
         prompts.append(_rows_of(negative, prompt_ids_BS.shape[0], sampling))
@@ -242,7 +246,9 @@ def _hidden_before_codes(model: ARTransformer, params, ids_BS, lengths_B, codes_
 def _rows_of(negative: Prompts | None, rows: int, sampling: SamplingConfig) -> Prompts:
     """The negative prompts with one row per conditional row."""
     if negative is None:
-        raise ValueError(f"guidance={sampling.guidance} needs a negative prompt and none was given; pass negative=(ids, lengths) or set guidance=1")
+        raise ValueError(
+            f"guidance={sampling.guidance} needs a negative prompt and none was given; pass negative=(ids, lengths) or set guidance=1"
+        )
     ids, lengths = negative
     return jnp.broadcast_to(ids, (rows, ids.shape[1])), jnp.broadcast_to(lengths, (rows,))
 

@@ -86,9 +86,7 @@ def targets(batch: PackedBatch, vocab_size: int, image_vocab_size: int) -> Targe
     next_BL = np.zeros_like(batch.ids_BL)
     next_BL[:, :-1] = batch.ids_BL[:, 1:]
     due_BL = np.zeros_like(batch.loss_BL)
-    due_BL[:, :-1] = (
-        batch.loss_BL[:, 1:] & (batch.segments_BL[:, 1:] == batch.segments_BL[:, :-1]) & (batch.segments_BL[:, 1:] > 0)
-    )
+    due_BL[:, :-1] = batch.loss_BL[:, 1:] & (batch.segments_BL[:, 1:] == batch.segments_BL[:, :-1]) & (batch.segments_BL[:, 1:] > 0)
     text_BL = due_BL & (next_BL < vocab_size)
     image_BL = due_BL & (next_BL >= vocab_size) & (next_BL < vocab_size + image_vocab_size)
     return Targets(np.where(text_BL | image_BL, next_BL, 0), text_BL, image_BL)

@@ -72,13 +72,9 @@ def _image(ids_L: np.ndarray, som: int, t: MultimodalTokenizer) -> tuple[np.ndar
     first = image + 1
     stop = _next((ids_L < t.vocab_size) | (ids_L >= t.vocab_size + t.image_vocab_size), first)
     if stop == len(ids_L):
-        raise SpanError(
-            f"Position {stop}: the sequence ends before the <EOM> of the image at {som} ({stop - first} of {y * x} codes)."
-        )
+        raise SpanError(f"Position {stop}: the sequence ends before the <EOM> of the image at {som} ({stop - first} of {y * x} codes).")
     if ids_L[stop] != t.eom:
-        raise SpanError(
-            f"Position {stop}: {_name(ids_L[stop], t)} inside the image at {som}; only codes may stand before its <EOM>."
-        )
+        raise SpanError(f"Position {stop}: {_name(ids_L[stop], t)} inside the image at {som}; only codes may stand before its <EOM>.")
     if stop - first != y * x:
         raise SpanError(f"Position {stop}: the image at {som} holds {stop - first} codes, but its size {y} x {x} needs {y * x}.")
     return (ids_L[first:stop] - t.vocab_size).astype(np.int32).reshape(y, x), stop + 1

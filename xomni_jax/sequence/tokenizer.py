@@ -32,17 +32,14 @@ class MultimodalTokenizer:
     specials + spares), `som`, `eom`, `image` (ids of the specials), `end_of_turn`, `pad`, `text` (the wrapped tokenizer).
     """
 
-    def __init__(
-        self, text: Any, *, vocab_size: int | None = None, image_vocab_size: int | None = None, mm_vocab_size: int | None = None
-    ):
+    def __init__(self, text: Any, *, vocab_size: int | None = None, image_vocab_size: int | None = None, mm_vocab_size: int | None = None):
         """Sizes come from the model's config; without one they are read off the tokenizer. ValueError when the two disagree."""
         self.text = text
         table = text.get_vocab()
         missing = [name for name in (SOM, EOM, IMAGE, FIRST_CODE, END_OF_TURN) if name not in table]
         if missing:
             raise ValueError(
-                f"The tokenizer {text.name_or_path!r} has no {', '.join(missing)};"
-                " use the tokenizer files of an X-Omni checkpoint."
+                f"The tokenizer {text.name_or_path!r} has no {', '.join(missing)}; use the tokenizer files of an X-Omni checkpoint."
             )
         self.som, self.eom, self.image, first, self.end_of_turn = (table[n] for n in (SOM, EOM, IMAGE, FIRST_CODE, END_OF_TURN))
         self.pad = text.pad_token_id if text.pad_token_id is not None else self.end_of_turn

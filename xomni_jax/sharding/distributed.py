@@ -66,7 +66,12 @@ def _explicit(address: str, index: int, count: int, facts: Mapping[str, Any], de
     host, port = split_address(address)
     line = Line(f"{host}:{port + 1}", index, count, facts, deadline)
     jax.distributed.initialize(
-        address, count, index, cluster_detection_method="deactivate", initialization_timeout=int(deadline), heartbeat_timeout_seconds=HEARTBEAT
+        address,
+        count,
+        index,
+        cluster_detection_method="deactivate",
+        initialization_timeout=int(deadline),
+        heartbeat_timeout_seconds=HEARTBEAT,
     )
     return line
 

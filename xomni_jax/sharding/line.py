@@ -144,7 +144,11 @@ class Line:
         if self._over:
             return
         # On a line of its own, below the progress line.
-        print(f"\nxomni: {why}; process {self.index} ends too. The same command goes on from the newest checkpoint", file=sys.stderr, flush=True)
+        print(
+            f"\nxomni: {why}; process {self.index} ends too. The same command goes on from the newest checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
         if self._hub is not None:
             self._hub.outlast(2.0)
         leave(LOST)
@@ -183,7 +187,9 @@ class Hub:
             self._server = socket.create_server(("", port), family=socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET,
                                                 dualstack_ipv6=socket.has_dualstack_ipv6())  # fmt: skip
         except OSError as error:
-            raise LineError(f"process 0 cannot listen on port {port} ({error.strerror}); end what uses it, or give another address") from None
+            raise LineError(
+                f"process 0 cannot listen on port {port} ({error.strerror}); end what uses it, or give another address"
+            ) from None
         self._members: dict[int, socket.socket] = {}
         self._at: dict[int, int] = {}
         self._asked = self._agreed = False

@@ -85,7 +85,9 @@ def split_devices(devices: Sequence[jax.Device], apart: int) -> tuple[list[jax.D
     least = min(map(len, by_process.values()))
     if odd or not 0 < each < least:
         fit = ", ".join(str(n * len(by_process)) for n in range(1, least)) or "no separate mesh"
-        raise ValueError(f"{apart} of {len(devices)} devices apart: {len(by_process)} processes with at least {least} devices each allow {fit}")
+        raise ValueError(
+            f"{apart} of {len(devices)} devices apart: {len(by_process)} processes with at least {least} devices each allow {fit}"
+        )
     halves = [(own[:-each], own[-each:]) for own in by_process.values()]
     return [d for rest, _ in halves for d in rest], [d for _, own in halves for d in own]
 

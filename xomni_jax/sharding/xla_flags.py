@@ -42,21 +42,68 @@ class Flag:
 # Compiler defaults improve: with every new libtpu measure each group again and drop what no longer helps.
 FLAGS = (
     Flag("xla_tpu_enable_async_collective_fusion", "true", ("v5e",), "runs a collective beside the matmul that does not need it yet"),
-    Flag("xla_tpu_enable_async_collective_fusion_fuse_all_gather", "true", ("v5e",), "the same for FSDP's weight gathers, the bulk of our traffic"),
-    Flag("xla_tpu_enable_async_collective_fusion_multiple_steps", "true", ("v5e",), "lets one gather stretch over several matmuls; a layer's are short"),
+    Flag(
+        "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
+        "true",
+        ("v5e",),
+        "the same for FSDP's weight gathers, the bulk of our traffic",
+    ),
+    Flag(
+        "xla_tpu_enable_async_collective_fusion_multiple_steps",
+        "true",
+        ("v5e",),
+        "lets one gather stretch over several matmuls; a layer's are short",
+    ),
     Flag("xla_tpu_overlap_compute_collective_tc", "true", _TRAINED_ON, "lets the TensorCore compute while it drives a collective"),
-    Flag("xla_enable_async_all_gather", "true", _TRAINED_ON, "splits gathers into start and done, without which nothing can be moved between"),
-    Flag("xla_tpu_megacore_fusion_allow_ags", "false", ("v5p",), "keeps gathers out of fusions over both cores, where they would block again"),
+    Flag(
+        "xla_enable_async_all_gather", "true", _TRAINED_ON, "splits gathers into start and done, without which nothing can be moved between"
+    ),
+    Flag(
+        "xla_tpu_megacore_fusion_allow_ags", "false", ("v5p",), "keeps gathers out of fusions over both cores, where they would block again"
+    ),
     Flag("xla_enable_async_collective_permute", "true", ("v5p",), "overlaps the permutes that large gathers turn into on a 3D torus"),
     Flag("xla_tpu_enable_ag_backward_pipelining", "true", ("v5p",), "starts the next layer's gather early in the backward pass"),
-    Flag("xla_tpu_scoped_vmem_limit_kib", "98304", ("v6e",), "three quarters of the 128 MiB of VMEM to the running kernel: larger tiles for matmuls and splash attention"),
-    Flag("xla_tpu_enable_sparse_core_collective_offload_all_gather", "true", ("tpu7x",), "the SparseCores drive gathers, the TensorCore computes"),
+    Flag(
+        "xla_tpu_scoped_vmem_limit_kib",
+        "98304",
+        ("v6e",),
+        "three quarters of the 128 MiB of VMEM to the running kernel: larger tiles for matmuls and splash attention",
+    ),
+    Flag(
+        "xla_tpu_enable_sparse_core_collective_offload_all_gather",
+        "true",
+        ("tpu7x",),
+        "the SparseCores drive gathers, the TensorCore computes",
+    ),
     Flag("xla_tpu_enable_sparse_core_collective_offload_reduce_scatter", "true", ("tpu7x",), "the same for gradients"),
     Flag("xla_tpu_enable_sparse_core_collective_offload_all_reduce", "true", ("tpu7x",), "the same for norms and replicated gradients"),
-    Flag("xla_tpu_enable_async_collective_fusion_fuse_all_gather", "false", ("tpu7x",), "a gather is either fused or offloaded; offloading loses when both are on"),
-    Flag("xla_tpu_enable_data_parallel_all_reduce_opt", "true", CHIPS, "reduces gradients between slices while the backward pass still runs", True),
-    Flag("xla_tpu_data_parallel_opt_different_sized_ops", "true", CHIPS, "the same where gradients differ in size, as stacked layers and tables do", True),
-    Flag("xla_tpu_use_enhanced_launch_barrier", "true", CHIPS, "finds hosts that start different programs before they wait for each other", True),
+    Flag(
+        "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
+        "false",
+        ("tpu7x",),
+        "a gather is either fused or offloaded; offloading loses when both are on",
+    ),
+    Flag(
+        "xla_tpu_enable_data_parallel_all_reduce_opt",
+        "true",
+        CHIPS,
+        "reduces gradients between slices while the backward pass still runs",
+        True,
+    ),
+    Flag(
+        "xla_tpu_data_parallel_opt_different_sized_ops",
+        "true",
+        CHIPS,
+        "the same where gradients differ in size, as stacked layers and tables do",
+        True,
+    ),
+    Flag(
+        "xla_tpu_use_enhanced_launch_barrier",
+        "true",
+        CHIPS,
+        "finds hosts that start different programs before they wait for each other",
+        True,
+    ),
     Flag("megascale_graph_hang_threshold", "10m", CHIPS, "a step that takes this long between slices is reported as hung", True),
     Flag("megascale_abort_on_hangs", "true", CHIPS, "and ends the process, so that the launcher starts again instead of waiting", True),
 )

@@ -95,7 +95,9 @@ def check_heads(kv_heads: int, mesh: jax.sharding.Mesh) -> None:
     ways = mesh.shape["tensor"]
     if kv_heads % ways:
         fit = ", ".join(str(n) for n in range(1, kv_heads + 1) if kv_heads % n == 0)
-        raise ConfigError(f"config.mesh.tensor={ways}: {kv_heads} key and value heads do not split {ways} ways; use {fit}, and fsdp for the rest")
+        raise ConfigError(
+            f"config.mesh.tensor={ways}: {kv_heads} key and value heads do not split {ways} ways; use {fit}, and fsdp for the rest"
+        )
 
 
 def check_split(key: str, size: int, mesh: jax.sharding.Mesh) -> None:
@@ -126,7 +128,11 @@ def open_model(init_from: str, needed: tuple[str, ...], mesh: jax.sharding.Mesh,
 
 
 def export_model(
-    directory: Path, trained: Mapping[str, tuple[Any, Any]], init_from: str, note: Mapping[str, Any], settings: Mapping[str, Any] | None = None
+    directory: Path,
+    trained: Mapping[str, tuple[Any, Any]],
+    init_from: str,
+    note: Mapping[str, Any],
+    settings: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a complete model directory: what was trained, and a copy of every other component of `init_from`.
 

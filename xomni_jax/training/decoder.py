@@ -69,7 +69,9 @@ def flow_loss(
     """
     pair_key, drop_key = jax.random.split(key)
     latents_BTC = decoder.encode(params, batch["pixels"])
-    noisy_BTC, sigma_B, target_BTC = flow_training_pair(pair_key, latents_BTC, distribution=cfg.sigma, mean=cfg.sigma_mean, std=cfg.sigma_std)
+    noisy_BTC, sigma_B, target_BTC = flow_training_pair(
+        pair_key, latents_BTC, distribution=cfg.sigma, mean=cfg.sigma_mean, std=cfg.sigma_std
+    )
     drop_B = jax.random.uniform(drop_key, sigma_B.shape) < cfg.drop_condition
     text_BS = jnp.where(drop_B[:, None], batch["empty"][0], batch["text"])
     pooled_BS = jnp.where(drop_B[:, None], batch["empty"][1], batch["pooled"])
@@ -114,7 +116,9 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
     configs = {n: stored_or_preset(model, n, config[n], PRESETS[n], f"config.{n}") for n in DECODER_PARTS}
     for name, c in configs.items():
         if getattr(c, "int8", False):
-            raise ConfigError(f"config.{name}.int8=True: kernels in 8 bits cannot learn; leave it False here and set it where the model is frozen")
+            raise ConfigError(
+                f"config.{name}.int8=True: kernels in 8 bits cannot learn; leave it False here and set it where the model is frozen"
+            )
     model.set_config("siglip_vq", stored_or_preset(model, "siglip_vq", config.siglip_vq, PRESETS["siglip_vq"], "config.siglip_vq"))
     decoder = Decoder(**{name: COMPONENTS[name].module(c) for name, c in configs.items()})
 

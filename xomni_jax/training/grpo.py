@@ -46,7 +46,10 @@ SECTIONS = (*MODELS, "decoder_mesh", "optimizer", "grpo", "advantage", "sampling
 def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: StopSignal) -> Stage:
     """The GRPO stage of a configuration."""
     grpo, rollout = build(GRPOConfig, config.grpo, "config.grpo"), build(RolloutConfig, config.rollout, "config.rollout")
-    advantage, sampling = build(AdvantageConfig, config.advantage, "config.advantage"), build(SamplingConfig, config.sampling, "config.sampling")
+    advantage, sampling = (
+        build(AdvantageConfig, config.advantage, "config.advantage"),
+        build(SamplingConfig, config.sampling, "config.sampling"),
+    )
     data = build(RenderedConfig, config.data, "config.data")
     model = open_model(run.init_from, MODELS, mesh, run.stage)
     for name in MODELS:
@@ -95,9 +98,13 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
         state, metrics = update(state, ref_params, rows, reward_PR, given_PR, jax.random.fold_in(key, SHUFFLE))
         gap = float(metrics["grpo/logp_gap_max"])
         if rollout.max_logp_gap and ar.dtype == jnp.float32 and gap > rollout.max_logp_gap:
-            raise FloatingPointError(f"sampler and trainer differ by {gap:.2e} in a log-prob at step {number + 1} (limit {rollout.max_logp_gap:g})")
+            raise FloatingPointError(
+                f"sampler and trainer differ by {gap:.2e} in a log-prob at step {number + 1} (limit {rollout.max_logp_gap:g})"
+            )
         seconds["perf/update_s"] = time.perf_counter() - began
-        return state, {k: v for k, v in total.stats.items() if np.isfinite(v)} | metrics | join_statistics(gather_json(image_sums(images))) | seconds
+        return state, {k: v for k, v in total.stats.items() if np.isfinite(v)} | metrics | join_statistics(
+            gather_json(image_sums(images))
+        ) | seconds
 
     def grid_picture(state: TrainState, number: int) -> np.ndarray:
         n = -(-2 // model.ways) * model.ways
@@ -152,7 +159,9 @@ def check_divides(prompts: int, grpo: GRPOConfig, rollout: RolloutConfig, ways: 
         )
     rollouts = prompts * grpo.rollouts_per_prompt
     if rollouts % grpo.updates_per_batch:
-        raise ConfigError(f"config.grpo.updates_per_batch={grpo.updates_per_batch} does not divide the {rollouts} rollouts of a step; use a divisor")
+        raise ConfigError(
+            f"config.grpo.updates_per_batch={grpo.updates_per_batch} does not divide the {rollouts} rollouts of a step; use a divisor"
+        )
     minibatch = rollouts // grpo.updates_per_batch
     micro = rollout.micro_batch or minibatch
     if minibatch % micro:

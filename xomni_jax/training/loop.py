@@ -105,7 +105,9 @@ def train(run: RunConfig, stage: Stage, stop: StopSignal, profile: tuple[int, in
                 trace.after(step, metrics)
                 compiling += compiled.seconds - so_far
                 if (names := compiled.since()) and step > first + WARM_UP:
-                    progress.say(f"step {step} compiled again: {', '.join(names[-3:])}; shapes that change cost this time whenever they come")
+                    progress.say(
+                        f"step {step} compiled again: {', '.join(names[-3:])}; shapes that change cost this time whenever they come"
+                    )
                 logs = step % run.log_every == 0 or step == run.steps
                 saves = step < run.steps and (step % run.save_every == 0 or logs and time_to_save(run, saved_at))
                 if logs or saves:  # what is about to be saved must be finite

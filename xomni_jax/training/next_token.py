@@ -86,7 +86,9 @@ def build_sequences(
     return out
 
 
-def pack_batch(sequences: list[TokenSequence], tokenizer: MultimodalTokenizer, cfg: NextTokenConfig) -> tuple[PackedTargets, dict[str, float]]:
+def pack_batch(
+    sequences: list[TokenSequence], tokenizer: MultimodalTokenizer, cfg: NextTokenConfig
+) -> tuple[PackedTargets, dict[str, float]]:
     """Packs sequences into the configured rows -> (batch, counts of what found no room)."""
     packed, left = pack(sequences, cfg.row_length, tokenizer.pad, rows=cfg.rows)
     due = targets(packed, tokenizer.vocab_size, tokenizer.image_vocab_size)

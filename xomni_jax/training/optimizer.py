@@ -61,7 +61,9 @@ class OptimizerConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
         for pattern, factor in self.rates:
             if not factor > 0:
-                raise ValueError(f"rates: {pattern!r} has the factor {factor}, which must be positive; freezing is the stage's own business")
+                raise ValueError(
+                    f"rates: {pattern!r} has the factor {factor}, which must be positive; freezing is the stage's own business"
+                )
         if not 0 <= self.final_fraction <= 1:
             raise ValueError(f"final_fraction={self.final_fraction} is a share of learning_rate; give a number from 0 to 1")
 
@@ -99,7 +101,7 @@ class Optimizer:
         self.transform = optax.partition({"train": adamw, "freeze": optax.set_to_zero()}, self.labels)
 
     def labels(self, params: Any) -> Any:
-        """"train" or "freeze" for every parameter, by full match of its "/"-joined path.
+        """ "train" or "freeze" for every parameter, by full match of its "/"-joined path.
 
         A freeze pattern may match nothing: the identity autoencoder, for one, has no parameters.
 
@@ -113,8 +115,7 @@ class Optimizer:
 
         if not any(map(learns, names)):
             raise ValueError(
-                f"no parameter learns: train patterns {self._train}, freeze patterns {self._freeze}; "
-                f"paths look like {names[0]!r}"
+                f"no parameter learns: train patterns {self._train}, freeze patterns {self._freeze}; paths look like {names[0]!r}"
             )
         return jax.tree.unflatten(jax.tree.structure(params), ["train" if learns(name) else "freeze" for name in names])
 

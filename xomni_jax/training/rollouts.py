@@ -22,7 +22,7 @@ from xomni_jax.sampling.sampler import SEGMENT, Sampler
 from xomni_jax.sequence.padding import pad_prompts
 from xomni_jax.sharding.arrays import owned_rows, rows_here, whole
 from xomni_jax.sharding.distributed import gather_json
-from xomni_jax.sharding.rules import RULES, ROLLOUT_RULES, param_shardings
+from xomni_jax.sharding.rules import ROLLOUT_RULES, RULES, param_shardings
 from xomni_jax.training.advantages import AdvantageConfig
 from xomni_jax.training.grpo_update import RolloutBatch
 from xomni_jax.training.preemption import StepRefused, StopRequested
@@ -141,7 +141,9 @@ class Rollouts:
             )
         return pad_prompts(ids, self.cfg.prompt_length)
 
-    def __call__(self, params: Any, prompts: Sequence[str], targets: Sequence[dict], key: jax.Array) -> tuple[RolloutBatch, Combined, np.ndarray, dict]:
+    def __call__(
+        self, params: Any, prompts: Sequence[str], targets: Sequence[dict], key: jax.Array
+    ) -> tuple[RolloutBatch, Combined, np.ndarray, dict]:
         """One scored batch under the policy's parameters -> (rows without advantages, combined rewards, images [B, H, W, 3], timings)."""
         params = self.layout(params)
         P, R, n = len(prompts), self.group, len(prompts) // self.cfg.chunks
@@ -150,7 +152,9 @@ class Rollouts:
         keys_PR = jax.vmap(lambda k: jax.random.split(k, R))(keys_P)
         noise_keys_P = jax.vmap(lambda p: jax.random.fold_in(jax.random.fold_in(key, NOISE), p))(jnp.arange(P))
         noise_keys_PR = (
-            jnp.broadcast_to(noise_keys_P[:, None], (P, R)) if self.cfg.noise == "group" else jax.vmap(lambda k: jax.random.split(k, R))(noise_keys_P)
+            jnp.broadcast_to(noise_keys_P[:, None], (P, R))
+            if self.cfg.noise == "group"
+            else jax.vmap(lambda k: jax.random.split(k, R))(noise_keys_P)
         )
         ids_PS, lengths_P = self.prompt_ids(prompts)
         negative = pad_prompts([self.model.tokenizer.negative_prompt(*self.grid)] * P) if self.sampling.guided else None

@@ -15,7 +15,6 @@ from xomni_jax.sharding.mesh import replicated
 from xomni_jax.sharding.rules import param_shardings
 from xomni_jax.training.optimizer import Optimizer, path_name
 
-
 SMALL = 64  # values of an optimizer's own, such as coefficients, that may lie on every device
 
 

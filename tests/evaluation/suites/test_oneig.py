@@ -85,7 +85,7 @@ def test_loads_lists_in_cells(tmp_path):
         ("0,000,p,['!']\n", "holds nothing that is counted"),
         ("0,000,p\n", "line 2 has 3 fields, the header has 4"),
         ("0,000,p,['a']\n1,000,p,['b']\n", "line 3: the id '000' was used before"),
-        ('0,000,p,"[\'a\']\n', "text_content.csv line 2: unexpected end of data"),
+        ("0,000,p,\"['a']\n", "text_content.csv line 2: unexpected end of data"),
     ],
 )
 def test_bad_tables(tmp_path, texts, message):

@@ -14,7 +14,11 @@ from xomni_jax.checkpoint.names import new
 from xomni_jax.checkpoint.names import transformer as released
 from xomni_jax.models.transformer import ARConfig
 
-RENAMED = {"model.lm_embed_tokens.weight": "model.embed_tokens.weight", "model.lm_norm.weight": "model.norm.weight", "lm_head.weight": "lm_head.weight"}
+RENAMED = {
+    "model.lm_embed_tokens.weight": "model.embed_tokens.weight",
+    "model.lm_norm.weight": "model.norm.weight",
+    "lm_head.weight": "lm_head.weight",
+}
 DROPS = (Drop(r"model\.(rotary_emb|layers\.\d+\.self_attn\.rotary_emb)\.inv_freq", "computed from rope_theta"),)
 
 

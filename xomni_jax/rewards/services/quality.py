@@ -113,9 +113,7 @@ def auc_table(scorer: Any, images: Sequence[np.ndarray], seed: int = 0) -> dict[
 
 
 def _read_folder(folder: Path) -> list[np.ndarray]:
-    files = (
-        sorted(p for p in folder.glob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")) if folder.is_dir() else []
-    )
+    files = sorted(p for p in folder.glob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")) if folder.is_dir() else []
     if len(files) < _NEIGHBOURS:
         raise ServiceError(
             f"--references {folder} holds {len(files)} pictures; give a folder of {_NEIGHBOURS} or more PNG, JPEG or WebP files"

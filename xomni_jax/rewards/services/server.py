@@ -40,9 +40,7 @@ class ServiceConfig:
         if self.workers < 1:
             raise ServiceError(f"--workers {self.workers} must be at least 1")
         if self.max_queue < self.limits.max_images:
-            raise ServiceError(
-                f"the queue of {self.max_queue} images is smaller than one request ({self.limits.max_images}); raise it"
-            )
+            raise ServiceError(f"the queue of {self.max_queue} images is smaller than one request ({self.limits.max_images}); raise it")
 
 
 class Workers:
@@ -89,9 +87,7 @@ class Workers:
         """Worker n, started first when it has not been or has died."""
         pool = self._pools[n]
         if pool is None:
-            pool = ProcessPoolExecutor(
-                1, multiprocessing.get_context("spawn"), initializer=worker.prepare, initargs=(os.getpid(),)
-            )
+            pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=worker.prepare, initargs=(os.getpid(),))
             try:
                 self.version = await asyncio.wrap_future(pool.submit(worker.start, self.config.scorer, self.config.options))
             except BaseException:
