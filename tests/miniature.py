@@ -14,13 +14,13 @@ import pytest
 from flax.linen import meta
 from ml_collections import ConfigDict
 
+from xomni_jax.core.config import load_config
 from xomni_jax.data.preprocess import ImageLimits
 from xomni_jax.models import autoencoder, mmdit, siglip_vq, text_encoders, transformer
 from xomni_jax.models.registry import init_params
 from xomni_jax.sampling.decoder import DecodeConfig
 from xomni_jax.training import understanding
 from xomni_jax.training.components import PictureSize, export_model, from_preset
-from xomni_jax.training.config import load_config
 
 ROOT = Path(__file__).parents[1]
 SIZE, GRID, CODES = (16, 32), (2, 4), 64
@@ -97,7 +97,7 @@ def stage_config(file: str, run_dir: Path | str, *overrides: str) -> ConfigDict:
 
 def apply(config: ConfigDict, override: str) -> None:
     """As on the command line."""
-    from xomni_jax.training.config import apply_override
+    from xomni_jax.core.config import apply_override
 
     apply_override(config, override)
 

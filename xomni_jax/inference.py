@@ -13,11 +13,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from xomni_jax.assets import TINY_SFT
+from xomni_jax.core.config import ConfigError, build, check_sections, load_config
 from xomni_jax.pipeline import XOmni
 from xomni_jax.sampling.decoder import DecodeConfig
 from xomni_jax.sampling.pixels import DECODER_PARTS
 from xomni_jax.training.components import PRESETS, check_heads, stored_or_preset
-from xomni_jax.training.config import ConfigError, build, check_sections, load_config
 
 STAGE = "inference"
 PARTS = ("transformer", "siglip_vq", *DECODER_PARTS)

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from xomni_jax.components import ModelParts
 from xomni_jax.data.preprocess import preprocess
-from xomni_jax.parts import ModelParts
 from xomni_jax.sampling.decode import make_answerer
 from xomni_jax.sampling.decoder import DecodeConfig
 from xomni_jax.sampling.keys import NOISE, picture_keys

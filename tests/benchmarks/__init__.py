@@ -1,0 +1,1 @@
+"""Measurements of `xomni bench` and their tests: part of the repository, not of the installed package."""

@@ -6,9 +6,9 @@ import os
 
 import pytest
 
-from xomni_jax.benchmarks import convert
-from xomni_jax.benchmarks.synthetic import BF16, Parts, released_widths, size
-from xomni_jax.benchmarks.timing import BenchError
+from tests.benchmarks import convert
+from tests.benchmarks.synthetic import BF16, Parts, released_widths, size
+from tests.benchmarks.timing import BenchError
 from xomni_jax.cli.main import main
 from xomni_jax.models.mmdit import MMDiTConfig
 from xomni_jax.models.siglip_vq import SigLIPVQConfig

@@ -2,8 +2,8 @@
 
 import pytest
 
-from xomni_jax.benchmarks import evaluation
-from xomni_jax.benchmarks.timing import BenchError
+from tests.benchmarks import evaluation
+from tests.benchmarks.timing import BenchError
 
 
 def test_the_table():

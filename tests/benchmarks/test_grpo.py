@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xomni_jax.benchmarks import grpo, services
-from xomni_jax.benchmarks.timing import BenchError
-from xomni_jax.training.config import load_config
+from tests.benchmarks import grpo, services
+from tests.benchmarks.timing import BenchError
+from xomni_jax.core.config import load_config
 
 
 def step(rollout, decode, reward, update, other=0.0):

@@ -8,8 +8,8 @@ import time
 import numpy as np
 import pytest
 
-from xomni_jax.benchmarks import machine, report
-from xomni_jax.benchmarks.timing import Case, Result
+from tests.benchmarks import machine, report
+from tests.benchmarks.timing import Case, Result
 
 
 def result(name, ratio, yardstick=False):

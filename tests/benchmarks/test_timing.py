@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xomni_jax.benchmarks import timing
-from xomni_jax.benchmarks.timing import BenchError, Case, Result, measure, relative_difference, unequal_share
+from tests.benchmarks import timing
+from tests.benchmarks.timing import BenchError, Case, Result, measure, relative_difference, unequal_share
 
 
 def case(calls, ours=1.0, peer=1.0, tolerance=1e-4):

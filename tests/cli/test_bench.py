@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from xomni_jax.benchmarks import grpo
-from xomni_jax.benchmarks.report import Report
+from tests.benchmarks import grpo
+from tests.benchmarks.report import Report
 from xomni_jax.cli import bench
 from xomni_jax.cli.main import main
 

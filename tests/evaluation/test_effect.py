@@ -15,9 +15,9 @@ from xomni_jax.evaluation.drawing import Drawing, heldout_signs
 from xomni_jax.evaluation.effect import EffectConfig, open_services, run_effect
 from xomni_jax.evaluation.grpo_run import read_run
 from xomni_jax.evaluation.pictures import colour_entropy, colour_histogram, edge_density
+from xomni_jax.rl.image_statistics import image_statistics
 from xomni_jax.sampling.decoder import DecodeConfig
 from xomni_jax.sampling.logits import SamplingConfig
-from xomni_jax.training.image_statistics import image_statistics
 
 
 def config(folder, out, **changes):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from xomni_jax.core.preemption import StopRequested, StopSignal
 from xomni_jax.evaluation import runner
 from xomni_jax.evaluation import session as session_module
 from xomni_jax.evaluation.run_directory import RunError
@@ -18,7 +19,6 @@ from xomni_jax.evaluation.session import ModelOptions, ModelSession
 from xomni_jax.evaluation.suite import JudgeUnavailable, SuiteError
 from xomni_jax.evaluation.suites import get_suite
 from xomni_jax.sharding.mesh import make_mesh
-from xomni_jax.training.preemption import StopRequested, StopSignal
 
 WORDS = ("CAT", "DOG", "SUN", "SKY", "TREE", "MILK", "OPEN")
 LONG = " on a wall of grey stone beside a road"

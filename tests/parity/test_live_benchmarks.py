@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from xomni_jax.benchmarks import autoregressive, mmdit, peers
-from xomni_jax.benchmarks.timing import BenchError, measure
+from tests.benchmarks import autoregressive, mmdit, peers
+from tests.benchmarks.timing import BenchError, measure
 from xomni_jax.models.mmdit import MMDiTConfig
 from xomni_jax.models.transformer import ARConfig
 

@@ -6,9 +6,9 @@ import pytest
 
 from tests.miniature import ROOT
 from xomni_jax.assets import TINY_SFT
+from xomni_jax.core.config import ConfigError, load_config
 from xomni_jax.planner import chips, plan
 from xomni_jax.planner.check import checks
-from xomni_jax.training.config import ConfigError, load_config
 
 CPU = chips.parse("cpu:4")
 

@@ -11,13 +11,13 @@ import pytest
 from tests.miniature import ROOT
 from tests.planner import narrow
 from xomni_jax.cli.main import main
+from xomni_jax.core.config import ConfigError
+from xomni_jax.core.flops import count
 from xomni_jax.planner import abstract, chips, gates, plan, report, roofline
 from xomni_jax.planner.check import checks
 from xomni_jax.planner.chips import GIB
 from xomni_jax.planner.compiled import compile_role, needed
-from xomni_jax.planner.flops import count
 from xomni_jax.sharding.mesh import make_mesh
-from xomni_jax.training.config import ConfigError
 
 CPU = chips.parse("cpu:4")
 UNCUT = {"policy-update": ["rollout.logit_chunk=0"], "sft-update": ["next_token.chunk=0"]}
@@ -55,7 +55,7 @@ def test_all_roles_are_the_trainers_own(cache):
     whole, part = stage.roles["rollout"].work, halves.roles["rollout"].work
     assert (part.forward * 8, part.tokens * 8) == (whole.forward, whole.tokens)
     places = [stage.roles[name].fn.__module__ for name in ("policy-update", "rollout")]
-    assert places == ["xomni_jax.training.grpo_update", "xomni_jax.sampling.sampler"]
+    assert places == ["xomni_jax.rl.update", "xomni_jax.sampling.sampler"]
     # Without a penalty there is no reference, neither as a role nor in memory.
     free = plan.stage_on(narrow.grpo("grpo.kl_coef=0.0"), CPU)
     assert "reference" not in free.roles and "reference" not in free.resident

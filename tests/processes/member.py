@@ -17,11 +17,12 @@ from jax.sharding import AxisType, Mesh
 from tests.miniature import configs, stage_config
 from xomni_jax.checkpoint.store import save_component
 from xomni_jax.cli.train import together
+from xomni_jax.core import distributed
+from xomni_jax.core.process_group import Line
 from xomni_jax.data.rendered import RenderedConfig
 from xomni_jax.data.sources import rendered_dataset
 from xomni_jax.pipeline import XOmni
-from xomni_jax.sharding import arrays, distributed
-from xomni_jax.sharding.line import Line
+from xomni_jax.sharding import arrays
 from xomni_jax.sharding.mesh import make_mesh
 from xomni_jax.sharding.rules import MESH_AXES
 from xomni_jax.training.run import run_stage

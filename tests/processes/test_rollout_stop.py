@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.processes.running import TRAIN, config_file, ended, local
-from tests.training.pixel_service import pixel_service
+from tests.rl.pixel_service import pixel_service
 from tests.training.test_stages import assert_same, metrics, params
 from xomni_jax.checkpoint.store import RunCheckpoints
 
@@ -17,7 +17,7 @@ CONFIG = """
 import json, os, signal, time
 from pathlib import Path
 from tests.processes import member
-from xomni_jax.training.preemption import StopSignal
+from xomni_jax.core.preemption import StopSignal
 
 folder, index, check, seen = Path({folder!r}), int(os.environ["XOMNI_PROCESS"]), StopSignal.check, []
 

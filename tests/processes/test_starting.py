@@ -71,7 +71,7 @@ SLOW = """
 import time
 import jax
 from xomni_jax.cli.train import together
-from xomni_jax.sharding import distributed
+from xomni_jax.core import distributed
 from xomni_jax.sharding.mesh import make_mesh
 
 line = distributed.start({})

@@ -15,7 +15,7 @@ import pytest
 
 import xomni_jax
 from tests.processes.running import SLURM, TRAIN, config_file, ended, local
-from tests.training.pixel_service import pixel_service
+from tests.rl.pixel_service import pixel_service
 from tests.training.test_stages import assert_same, metrics, params
 from xomni_jax.checkpoint.store import RunCheckpoints
 from xomni_jax.data.rendered import RenderedConfig

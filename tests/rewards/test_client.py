@@ -13,7 +13,7 @@ import pytest
 from tests.miniature import ROOT
 from tests.rewards.fake_service import fake_service
 from tests.rewards.pictures import ocr_item, sign
-from tests.training.pixel_service import pixel_service
+from tests.rl.pixel_service import pixel_service
 from xomni_jax.rewards.client import RewardClient, RewardServiceError
 
 FAST = {"backoff": 0.01, "timeout": 0.5, "max_wait": 5.0}

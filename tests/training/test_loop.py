@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from xomni_jax.checkpoint.store import RunCheckpoints
-from xomni_jax.training.config import ConfigError, RunConfig
+from xomni_jax.core.config import ConfigError, RunConfig
+from xomni_jax.core.preemption import StepRefused, StopRequested, StopSignal
 from xomni_jax.training.loop import Stage, key_for, tile, train
-from xomni_jax.training.preemption import StepRefused, StopRequested, StopSignal
 from xomni_jax.training.state import TrainState
 
 

@@ -14,7 +14,7 @@ import pytest
 import xomni_jax
 from tests.miniature import ROOT, SIZE, configs, stage_config
 from xomni_jax.checkpoint.store import RunCheckpoints
-from xomni_jax.training.config import ConfigError
+from xomni_jax.core.config import ConfigError
 from xomni_jax.training.metrics import MetricWriter
 from xomni_jax.training.optimizer import path_name
 from xomni_jax.training.run import run_stage

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:
     """Measures, prints the table, writes the JSON. ValueError (one sentence): missing extra, bad option, sides that differ."""
-    from xomni_jax.benchmarks import machine
-    from xomni_jax.benchmarks.timing import BenchError
+    in_a_checkout()
+    from tests.benchmarks import machine
+    from tests.benchmarks.timing import BenchError
     from xomni_jax.checkpoint.store import write_json
 
     if args.repeats < 1 or not args.seconds > 0:
@@ -80,8 +82,23 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
+def in_a_checkout() -> None:
+    """Makes the benchmarks importable: they are part of the repository, not of the installed package.
+
+    Raises:
+      ValueError: the package was installed without its repository.
+    """
+    root = Path(__file__).parents[2]
+    if not (root / "tests" / "benchmarks").is_dir():
+        raise ValueError(
+            "the benchmarks are not part of the installed package; run xomni bench from a checkout installed with pip install -e"
+        )
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+
+
 def _comparison(args: argparse.Namespace) -> Any:
-    from xomni_jax.benchmarks import autoregressive, machine, mmdit, peers, report, timing
+    from tests.benchmarks import autoregressive, machine, mmdit, peers, report, timing
 
     module, size = mmdit if args.name == "mmdit" else autoregressive, args.size or "tiny"
     torch = peers.need(args.name, module.PACKAGES)[0]
@@ -98,8 +115,8 @@ def _comparison(args: argparse.Namespace) -> Any:
 
 
 def _convert(args: argparse.Namespace) -> Any:
-    from xomni_jax.benchmarks import convert
-    from xomni_jax.benchmarks.timing import BenchError
+    from tests.benchmarks import convert
+    from tests.benchmarks.timing import BenchError
 
     gb = 4.0 if args.gb is None else args.gb
     if not gb > 0:
@@ -110,15 +127,15 @@ def _convert(args: argparse.Namespace) -> Any:
 
 
 def _eval(args: argparse.Namespace) -> Any:
-    from xomni_jax.benchmarks import evaluation
+    from tests.benchmarks import evaluation
 
     return evaluation.run(args.model or TINY_SFT)
 
 
 def _grpo(args: argparse.Namespace) -> Any:
-    from xomni_jax.benchmarks import grpo
+    from tests.benchmarks import grpo
     from xomni_jax.checkpoint.store import read_model_json
-    from xomni_jax.training.config import load_config
+    from xomni_jax.core.config import load_config
 
     config = load_config(args.config or grpo.DEMO)
     with config.unlocked():

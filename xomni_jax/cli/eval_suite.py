@@ -97,7 +97,7 @@ def _add_options(parser: argparse.ArgumentParser, tasks: set[str], data: bool, j
 def run(args: argparse.Namespace, rest: list[str]) -> int:
     """Runs the phases of one suite, or of all; the last line says where the results are."""
     from xomni_jax.cli.train import together
-    from xomni_jax.sharding import distributed
+    from xomni_jax.core import distributed
 
     settle(args, rest)
     args.judges, args.switches = _judges(args), getattr(args, "switch", None) or []
@@ -114,9 +114,9 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _run(args: argparse.Namespace, line: Any) -> int:
+    from xomni_jax.core.preemption import StopRequested, StopSignal
     from xomni_jax.evaluation.session import ModelOptions, ModelSession
     from xomni_jax.sampling.logits import SamplingConfig
-    from xomni_jax.training.preemption import StopRequested, StopSignal
 
     if line is not None and args.phase == "all":
         raise ValueError(

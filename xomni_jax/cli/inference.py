@@ -37,8 +37,8 @@ def add_drawing(parser: Any) -> None:
 def settle(args: argparse.Namespace, rest: Sequence[str] = ()) -> None:
     """Fills the options that were not given, from --config and its overrides `rest`, or with the defaults; `args.sections` becomes the
     configuration, or None."""
+    from xomni_jax.core.config import ConfigError, read_overrides
     from xomni_jax.inference import InferenceConfig, read_config, settings
-    from xomni_jax.training.config import ConfigError, read_overrides
 
     overrides = read_overrides(rest)
     if overrides and not args.config:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from xomni_jax.training.config import ConfigError, load_config, read_overrides
+from xomni_jax.core.config import ConfigError, load_config, read_overrides
 
 EXAMPLE = """\
 Every program of a stage is compiled for the slice by the TPU compiler itself, without weights and without a TPU: minutes per role on one

@@ -14,7 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from xomni_jax.training.config import ConfigError, flat, load_config, read_overrides
+from xomni_jax.core.config import ConfigError, flat, load_config, read_overrides
 
 EXAMPLE = (
     "xomni train --config=configs/tiny/sft.py --config.init_from=xomni_jax/assets/tiny_sft --config.run_dir=runs/my_sft --config.steps=200"
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
         jax.config.update("jax_num_cpu_devices", args.devices)
     if args.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", args.compilation_cache)
-    from xomni_jax.sharding import distributed
+    from xomni_jax.core import distributed
     from xomni_jax.training.run import run_stage
 
     line = distributed.start(facts(config), args.distributed)
@@ -74,8 +74,8 @@ def facts(config: ConfigDict) -> dict[str, Any]:
 def together(line: Any, action: Callable[[], int], command: str = "train") -> int:
     """Runs the action of one of several processes, which gives the exit code; an error is told here and to the others, and ends the process without waiting for them."""
     from xomni_jax.cli.main import explain
-    from xomni_jax.sharding.distributed import unanswered
-    from xomni_jax.sharding.line import LOST, leave
+    from xomni_jax.core.distributed import unanswered
+    from xomni_jax.core.process_group import LOST, leave
 
     try:
         code = action()

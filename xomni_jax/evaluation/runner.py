@@ -24,10 +24,10 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
+from xomni_jax.core.distributed import gather_json
+from xomni_jax.core.preemption import StopRequested, StopSignal
 from xomni_jax.evaluation.run_directory import RunDirectory, RunError, json_line
 from xomni_jax.evaluation.suite import Item, Judge, Suite, SuiteError
-from xomni_jax.sharding.distributed import gather_json
-from xomni_jax.training.preemption import StopRequested, StopSignal
 
 SAVERS = 4  # threads that compress pictures
 JUDGED_AT_ONCE = 4  # items in one call of a judge

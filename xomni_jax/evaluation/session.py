@@ -13,6 +13,8 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from xomni_jax.core.distributed import connect
+from xomni_jax.core.preemption import StopSignal
 from xomni_jax.evaluation import runner
 from xomni_jax.evaluation.answering import Answering
 from xomni_jax.evaluation.generation import DrawConfig, Generation
@@ -20,9 +22,7 @@ from xomni_jax.evaluation.suite import Suite, check_images
 from xomni_jax.inference import PARTS, open_model
 from xomni_jax.pipeline import XOmni
 from xomni_jax.sampling.logits import SamplingConfig
-from xomni_jax.sharding.distributed import connect
 from xomni_jax.sharding.mesh import make_mesh
-from xomni_jax.training.preemption import StopSignal
 
 SAMPLED = 1 << 20  # bytes of the beginning and of the end of a file that go into a checkpoint's hash
 VERSIONS = ("xomni_jax", "jax", "jaxlib", "flax", "transformers")

@@ -13,11 +13,11 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from xomni_jax.checkpoint.store import config_from_json, read_model_json
+from xomni_jax.core.config import ConfigError, build
 from xomni_jax.models.registry import COMPONENTS, init_params
 from xomni_jax.sampling.decoder import DecodeConfig
 from xomni_jax.sharding.rules import RULES, param_shardings, spec_for
 from xomni_jax.training.components import PRESETS, STORED, from_preset
-from xomni_jax.training.config import ConfigError, build
 from xomni_jax.training.optimizer import path_name
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from xomni_jax.planner import abstract, collectives, flops, hlo, traffic
+from xomni_jax.core import flops
+from xomni_jax.planner import abstract, collectives, hlo, traffic
 from xomni_jax.planner.compiled import Compiled
 from xomni_jax.planner.roles import Role, Stage
 

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from xomni_jax.core.config import ConfigError, load_config
 from xomni_jax.planner import chips
 from xomni_jax.planner.check import checks
 from xomni_jax.planner.chips import GIB
 from xomni_jax.planner.facts import Facts
 from xomni_jax.planner.roofline import time_of
-from xomni_jax.training.config import ConfigError, load_config
 
 FOLDER = Path("configs/xomni")
 BEGIN, END = "<!-- gates: written by `xomni plan --gates` -->", "<!-- end of gates -->"

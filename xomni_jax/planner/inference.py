@@ -5,6 +5,7 @@ from __future__ import annotations
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from xomni_jax.core.config import ConfigError, check_sections
 from xomni_jax.inference import PARTS, SECTIONS, STAGE, settings
 from xomni_jax.models.registry import COMPONENTS
 from xomni_jax.planner import abstract, work
@@ -14,7 +15,6 @@ from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sampling.sampler import SEGMENT
 from xomni_jax.sharding.rules import ROLLOUT_RULES, row_ways
 from xomni_jax.training.components import check_heads
-from xomni_jax.training.config import ConfigError, check_sections
 
 SIZE = 1152  # pixels of a side, of the released model
 

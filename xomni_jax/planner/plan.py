@@ -12,6 +12,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from xomni_jax.core.config import ConfigError, apply_override
 from xomni_jax.inference import STAGE
 from xomni_jax.planner import chips, inference
 from xomni_jax.planner.abstract import component
@@ -21,7 +22,6 @@ from xomni_jax.planner.compiled import compile_role, versions
 from xomni_jax.planner.facts import Facts, read
 from xomni_jax.planner.roles import Role, Stage, build_stage, choose
 from xomni_jax.sharding.mesh import make_mesh, split_devices
-from xomni_jax.training.config import ConfigError, apply_override
 
 TRIALS = 4  # proposals that are compiled for one role at most
 

@@ -11,10 +11,16 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from xomni_jax.core.config import ConfigError, build, check_sections, run_config
 from xomni_jax.models.registry import COMPONENTS, init_params
 from xomni_jax.models.transformer import ARConfig
 from xomni_jax.planner import abstract, work
 from xomni_jax.planner.work import Work
+from xomni_jax.rl import grpo as grpo_stage
+from xomni_jax.rl.advantages import AdvantageConfig
+from xomni_jax.rl.objectives import GRPOConfig
+from xomni_jax.rl.rollouts import RolloutConfig, make_layout
+from xomni_jax.rl.update import Policy, RolloutBatch, frozen_logp, make_update
 from xomni_jax.sampling.cache import GENERATED_AXES, PROMPT_AXES
 from xomni_jax.sampling.decoder import DecodeConfig, Decoder
 from xomni_jax.sampling.logits import SamplingConfig
@@ -22,16 +28,10 @@ from xomni_jax.sampling.pixels import DECODER_PARTS, make_decode
 from xomni_jax.sampling.sampler import Sampler
 from xomni_jax.sharding.rules import SPREAD_RULES, row_pieces, row_ways
 from xomni_jax.training import decoder as decoder_stage
-from xomni_jax.training import grpo as grpo_stage
 from xomni_jax.training import pretrain, tokenizer, understanding
-from xomni_jax.training.advantages import AdvantageConfig
 from xomni_jax.training.components import check_heads, check_split, from_preset
-from xomni_jax.training.config import ConfigError, build, check_sections, run_config
-from xomni_jax.training.grpo_loss import GRPOConfig
-from xomni_jax.training.grpo_update import Policy, RolloutBatch, frozen_logp, make_update
 from xomni_jax.training.next_token import NextTokenConfig, PackedTargets
 from xomni_jax.training.optimizer import OptimizerConfig, make_optimizer
-from xomni_jax.training.rollouts import RolloutConfig, make_layout
 from xomni_jax.training.run import STAGES
 from xomni_jax.training.stages import FREEZE
 from xomni_jax.training.state import abstract_state

@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from xomni_jax.sharding.distributed import gather_json
+from xomni_jax.core.distributed import gather_json
 from xomni_jax.sharding.rules import RULES
 
 

@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from xomni_jax.checkpoint.store import config_to_json, copy_components, read_model_json, save_component, save_settings
+from xomni_jax.core.config import ConfigError, check_types
+from xomni_jax.core.distributed import barrier
 from xomni_jax.models import autoencoder, mmdit, siglip_vq, text_encoders, transformer
 from xomni_jax.pipeline import XOmni
 from xomni_jax.sequence.tokenizer import TINY_TOKENIZER
 from xomni_jax.sharding.arrays import local_rows
-from xomni_jax.sharding.distributed import barrier
 from xomni_jax.sharding.rules import row_ways
-from xomni_jax.training.config import ConfigError, check_types
 
 T = TypeVar("T")
 

@@ -13,6 +13,8 @@ import numpy as np
 from flax import linen as nn
 from ml_collections import ConfigDict
 
+from xomni_jax.core.config import ConfigError, RunConfig, build
+from xomni_jax.core.preemption import StopSignal
 from xomni_jax.data.rendered import RenderedConfig, render_example
 from xomni_jax.data.sources import rendered_dataset
 from xomni_jax.models.registry import COMPONENTS, init_params
@@ -23,11 +25,9 @@ from xomni_jax.sampling.pixels import DECODER_PARTS
 from xomni_jax.sharding.arrays import spread, whole
 from xomni_jax.sharding.rules import map_rows
 from xomni_jax.training.components import PRESETS, DataIterator, PictureSize, export_model, here, open_model, stored_or_preset
-from xomni_jax.training.config import ConfigError, RunConfig, build
 from xomni_jax.training.loop import Stage, key_for, tile
 from xomni_jax.training.operations import FlopCount
 from xomni_jax.training.optimizer import Optimizer, OptimizerConfig, make_optimizer
-from xomni_jax.training.preemption import StopSignal
 from xomni_jax.training.state import TrainState, init_state
 
 GRID_IMAGES = 8

@@ -14,11 +14,11 @@ import numpy as np
 from PIL import Image
 
 from xomni_jax.checkpoint.store import RunCheckpoints
-from xomni_jax.sharding.distributed import gather_json
-from xomni_jax.training.config import ConfigError, RunConfig
+from xomni_jax.core.config import ConfigError, RunConfig
+from xomni_jax.core.distributed import gather_json
+from xomni_jax.core.preemption import StepRefused, StopRequested, StopSignal
 from xomni_jax.training.metrics import MetricWriter, Progress
 from xomni_jax.training.operations import CompileLog, Meter, Profile, say
-from xomni_jax.training.preemption import StepRefused, StopRequested, StopSignal
 from xomni_jax.training.state import TrainState
 
 WARM_UP = 2  # steps of a session that may compile

@@ -12,8 +12,8 @@ from typing import Any
 
 import jax
 
-from xomni_jax.planner.flops import count
-from xomni_jax.training.config import ConfigError
+from xomni_jax.core.config import ConfigError
+from xomni_jax.core.flops import count
 
 LARGE = 1 << 20  # bytes of an array that gets a line at start-up, the five largest in any case
 BY_ACCIDENT = 0.02  # share of the parameter bytes that may lie whole on every device of a split mesh

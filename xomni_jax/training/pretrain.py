@@ -11,6 +11,8 @@ import numpy as np
 from flax import linen as nn
 from ml_collections import ConfigDict
 
+from xomni_jax.core.config import ConfigError, RunConfig, build
+from xomni_jax.core.preemption import StopSignal
 from xomni_jax.data.rendered import RenderedConfig
 from xomni_jax.data.sources import rendered_dataset
 from xomni_jax.models import transformer
@@ -19,12 +21,10 @@ from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sequence.tokenizer import MultimodalTokenizer
 from xomni_jax.sharding.arrays import share, spread, whole
 from xomni_jax.training.components import DataIterator, check_heads, export_model, here, open_model, stored_or_preset
-from xomni_jax.training.config import ConfigError, RunConfig, build
 from xomni_jax.training.loop import Stage, tile
 from xomni_jax.training.next_token import NextTokenConfig, build_sequences, next_token_loss, pack_batch
 from xomni_jax.training.operations import FlopCount
 from xomni_jax.training.optimizer import Optimizer, OptimizerConfig, make_optimizer
-from xomni_jax.training.preemption import StopSignal
 from xomni_jax.training.stages import FREEZE
 from xomni_jax.training.state import TrainState, init_state
 

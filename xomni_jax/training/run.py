@@ -10,13 +10,13 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from xomni_jax.sharding.distributed import connect, description
-from xomni_jax.sharding.line import Line
+from xomni_jax.core.config import ConfigError, check_sections, run_config, save_resolved
+from xomni_jax.core.distributed import connect, description
+from xomni_jax.core.preemption import StopSignal
+from xomni_jax.core.process_group import Line
 from xomni_jax.sharding.mesh import make_mesh, split_devices
-from xomni_jax.training.config import ConfigError, check_sections, run_config, save_resolved
 from xomni_jax.training.loop import train
 from xomni_jax.training.operations import placement, say
-from xomni_jax.training.preemption import StopSignal
 
 # stage -> module with `SECTIONS` (what it reads of a configuration) and `make(config, run, mesh, stop) -> Stage`
 STAGES = {
@@ -24,7 +24,7 @@ STAGES = {
     "pretrain": "xomni_jax.training.pretrain",
     "sft": "xomni_jax.training.pretrain",  # the same step and data format; stage and data differ by config alone
     "decoder": "xomni_jax.training.decoder",
-    "grpo": "xomni_jax.training.grpo",
+    "grpo": "xomni_jax.rl.grpo",
 }
 
 

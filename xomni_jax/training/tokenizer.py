@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from xomni_jax.core.config import ConfigError, RunConfig, build
+from xomni_jax.core.preemption import StopSignal
 from xomni_jax.data.preprocess import ImageLimits
 from xomni_jax.data.rendered import N_COLUMN_CLASSES, RenderedConfig
 from xomni_jax.data.sources import rendered_dataset
@@ -21,11 +23,9 @@ from xomni_jax.sharding.arrays import spread
 from xomni_jax.sharding.rules import unconstrained
 from xomni_jax.training import understanding
 from xomni_jax.training.components import DataIterator, export_model, from_preset, here
-from xomni_jax.training.config import ConfigError, RunConfig, build
 from xomni_jax.training.loop import Stage, key_for
 from xomni_jax.training.operations import FlopCount
 from xomni_jax.training.optimizer import Optimizer, OptimizerConfig, make_optimizer
-from xomni_jax.training.preemption import StopSignal
 from xomni_jax.training.state import TrainState, init_state
 
 CODEBOOK_SEED = 2_000_003  # added to the seed of the examples the codebook starts from

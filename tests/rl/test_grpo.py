@@ -12,22 +12,22 @@ import pytest
 
 import xomni_jax
 from tests.miniature import CODES, GRID, SIZE, stage_config
-from tests.training.pixel_service import pixel_service
+from tests.rl.pixel_service import pixel_service
 from tests.training.test_stages import assert_same, metrics, params
 from xomni_jax.checkpoint.store import RunCheckpoints
+from xomni_jax.core.config import ConfigError
+from xomni_jax.core.preemption import StepRefused
 from xomni_jax.models.registry import init_params
 from xomni_jax.models.transformer import ARTransformer
 from xomni_jax.rewards.client import RewardClient
+from xomni_jax.rl import grpo, rollouts
+from xomni_jax.rl.advantages import AdvantageConfig
+from xomni_jax.rl.rewards import RewardConfig
 from xomni_jax.sampling import sampler as sampler_module
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sharding.mesh import make_mesh
 from xomni_jax.sharding.rules import param_shardings
-from xomni_jax.training import grpo, rollouts
-from xomni_jax.training.advantages import AdvantageConfig
-from xomni_jax.training.config import ConfigError
 from xomni_jax.training.operations import CompileLog
-from xomni_jax.training.preemption import StepRefused
-from xomni_jax.training.rewards import RewardConfig
 from xomni_jax.training.run import policy_mesh, run_stage
 
 FREE = "http://127.0.0.1:9"  # the discard port: nobody answers

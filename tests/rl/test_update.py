@@ -12,11 +12,11 @@ from jax.sharding import PartitionSpec
 from tests.miniature import CODES, configs, random_params
 from xomni_jax.models.registry import init_params
 from xomni_jax.models.transformer import ARTransformer
+from xomni_jax.rl.objectives import GRPOConfig
+from xomni_jax.rl.update import Policy, RolloutBatch, grpo_update
 from xomni_jax.sampling.decode import generate_codes
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sharding.mesh import make_mesh
-from xomni_jax.training.grpo_loss import GRPOConfig
-from xomni_jax.training.grpo_update import Policy, RolloutBatch, grpo_update
 from xomni_jax.training.optimizer import OptimizerConfig, make_optimizer
 from xomni_jax.training.state import TrainState, init_state
 

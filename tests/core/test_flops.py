@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 from tests.planner.narrow import AR, abstract_params
+from xomni_jax.core.flops import count, widest
 from xomni_jax.models.transformer import ARTransformer
-from xomni_jax.planner.flops import count, widest
 
 
 def traced(fn, *args):

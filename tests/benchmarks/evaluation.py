@@ -9,11 +9,12 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
-from xomni_jax.benchmarks import machine
-from xomni_jax.benchmarks.report import OURS, Report, duration, machine_line, table
-from xomni_jax.benchmarks.timing import BenchError
+from tests.benchmarks import machine
+from tests.benchmarks.report import OURS, Report, duration, machine_line, table
+from tests.benchmarks.timing import BenchError
 
 PROCESSES = (1, 2)
 SUITES = ("rendered-text", "rendered-qa")
@@ -58,8 +59,10 @@ def _together(model: str, suite: str, count: int) -> list[dict[str, float]]:
         started = []
         for k in range(count):
             log = stack.enter_context(tempfile.TemporaryFile("w+"))
-            command = [sys.executable, "-m", "xomni_jax.benchmarks.evaluation", model, suite, str(k), str(count)]
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+            command = [sys.executable, "-m", "tests.benchmarks.evaluation", model, suite, str(k), str(count)]
+            process = subprocess.Popen(
+                command, cwd=Path(__file__).parents[2], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+            )
             stack.callback(process.kill)  # after an interruption
             started.append((process, log))
         for process, log in started:
@@ -75,10 +78,10 @@ def _together(model: str, suite: str, count: int) -> list[dict[str, float]]:
 
 def _measure(model: str, name: str, share: tuple[int, int]) -> None:
     """One process: does its share once, says "ready", waits for a line, does it again and prints how long that took."""
+    from xomni_jax.core.preemption import StopSignal
     from xomni_jax.evaluation.runner import open_work
     from xomni_jax.evaluation.session import ModelOptions, ModelSession
     from xomni_jax.evaluation.suites import get_suite
-    from xomni_jax.training.preemption import StopSignal
 
     session = ModelSession(ModelOptions(model))
     for timed in (False, True):

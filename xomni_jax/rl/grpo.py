@@ -12,30 +12,30 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from xomni_jax.core.config import ConfigError, RunConfig, build
+from xomni_jax.core.distributed import connect, gather_json
+from xomni_jax.core.preemption import StepRefused, StopSignal
 from xomni_jax.data.rendered import RenderedConfig
 from xomni_jax.data.sources import rendered_dataset
 from xomni_jax.models.registry import init_params
 from xomni_jax.pipeline import XOmni
+from xomni_jax.rl.advantages import AdvantageConfig
+from xomni_jax.rl.image_statistics import image_sums, join_statistics
+from xomni_jax.rl.objectives import GRPOConfig
+from xomni_jax.rl.rewards import close_all, open_clients
+from xomni_jax.rl.rollouts import RolloutConfig, Rollouts, make_layout
+from xomni_jax.rl.update import Policy, make_update
 from xomni_jax.sampling.decoder import DecodeConfig
 from xomni_jax.sampling.keys import picture_keys
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sampling.pixels import DECODER_PARTS
 from xomni_jax.sequence.padding import pad_prompts
 from xomni_jax.sharding.arrays import share, whole
-from xomni_jax.sharding.distributed import connect, gather_json
 from xomni_jax.sharding.mesh import make_mesh, split_devices
-from xomni_jax.training.advantages import AdvantageConfig
 from xomni_jax.training.components import PRESETS, DataIterator, check_heads, check_split, export_model, here, open_model, stored_or_preset
-from xomni_jax.training.config import ConfigError, RunConfig, build
-from xomni_jax.training.grpo_loss import GRPOConfig
-from xomni_jax.training.grpo_update import Policy, make_update
-from xomni_jax.training.image_statistics import image_sums, join_statistics
 from xomni_jax.training.loop import Stage, key_for, tile
 from xomni_jax.training.operations import FlopCount
 from xomni_jax.training.optimizer import OptimizerConfig, make_optimizer
-from xomni_jax.training.preemption import StepRefused, StopSignal
-from xomni_jax.training.rewards import close_all, open_clients
-from xomni_jax.training.rollouts import RolloutConfig, Rollouts, make_layout
 from xomni_jax.training.state import TrainState, init_state
 
 SHUFFLE = 2  # purpose of a step's key, beside those of `rollouts`

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from tests.training.rl_examples import EXAMPLES
-from xomni_jax.training import advantages
-from xomni_jax.training.advantages import AdvantageConfig
+from xomni_jax.rl import advantages
+from xomni_jax.rl.advantages import AdvantageConfig
 
 _jitted = jax.jit(advantages.group_advantages, static_argnums=2, compiler_options={"xla_backend_optimization_level": 0})
 

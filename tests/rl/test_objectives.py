@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from tests.training.rl_examples import EXAMPLES, section
-from xomni_jax.training.advantages import group_advantages
-from xomni_jax.training.grpo_loss import REDUCTIONS, GRPOConfig, grpo_loss, join_metrics, kl_estimate, loss_items
+from xomni_jax.rl.advantages import group_advantages
+from xomni_jax.rl.objectives import REDUCTIONS, GRPOConfig, grpo_loss, join_metrics, kl_estimate, loss_items
 
 OFF = GRPOConfig(updates_per_batch=2)  # off-policy: old log-probs are given
 

@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from xomni_jax.benchmarks import peers
-from xomni_jax.benchmarks.products import products
-from xomni_jax.benchmarks.timing import Case, relative_difference
+from tests.benchmarks import peers
+from tests.benchmarks.products import products
+from tests.benchmarks.timing import Case, relative_difference
 from xomni_jax.models.mmdit import PRESETS, MMDiT, MMDiTConfig
 
 PACKAGES = ("torch", "diffusers")

@@ -11,16 +11,16 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from xomni_jax.benchmarks import machine
-from xomni_jax.benchmarks.report import OURS, Report, duration, machine_line, table
-from xomni_jax.benchmarks.services import running
-from xomni_jax.benchmarks.timing import BenchError
+from tests.benchmarks import machine
+from tests.benchmarks.report import OURS, Report, duration, machine_line, table
+from tests.benchmarks.services import running
+from tests.benchmarks.timing import BenchError
+from xomni_jax.core.config import run_config
+from xomni_jax.core.preemption import StopSignal
 from xomni_jax.rewards.client import RewardClient
+from xomni_jax.rl import grpo
 from xomni_jax.sharding.mesh import make_mesh
-from xomni_jax.training import grpo
-from xomni_jax.training.config import run_config
 from xomni_jax.training.loop import Stage
-from xomni_jax.training.preemption import StopSignal
 
 DEMO = Path(__file__).parents[2] / "configs" / "tiny" / "demo.py"
 WORKERS = {"ocr": 2}  # as in the demo; one for every other service

@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from xomni_jax.sharding import line as line_module
-from xomni_jax.sharding.distributed import start
-from xomni_jax.sharding.line import Line, LineError, split_address
+from xomni_jax.core import process_group as line_module
+from xomni_jax.core.distributed import start
+from xomni_jax.core.process_group import Line, LineError, split_address
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import pytest
 
 from xomni_jax.checkpoint.store import CheckpointError, RunCheckpoints
 from xomni_jax.cli import train
-from xomni_jax.sharding import line as lines
-from xomni_jax.sharding.distributed import start, unanswered
-from xomni_jax.sharding.line import LineError
+from xomni_jax.core import process_group as lines
+from xomni_jax.core.distributed import start, unanswered
+from xomni_jax.core.process_group import LineError
 
 SLURM = dict(SLURM_JOB_ID="1", SLURM_STEP_NODELIST="localhost", SLURM_NTASKS="2", SLURM_LOCALID="0")
 

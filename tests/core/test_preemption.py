@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from xomni_jax.training.preemption import StopRequested, StopSignal
+from xomni_jax.core.preemption import StopRequested, StopSignal
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -55,7 +55,7 @@ def test_a_signal_in_the_middle_of_a_write_to_stderr():
     """The progress line writes to stderr all the time; the handler must not trip over a buffered write in progress."""
     program = """
 import os, signal, sys
-from xomni_jax.training.preemption import StopSignal
+from xomni_jax.core.preemption import StopSignal
 
 class Slow:
     # A text stream whose write is interrupted by the signal and that refuses to be entered twice, as buffered files do.

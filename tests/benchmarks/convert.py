@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from xomni_jax.benchmarks import machine
-from xomni_jax.benchmarks.report import Report, duration, machine_line, table
-from xomni_jax.benchmarks.synthetic import Parts, released_widths, write_released
-from xomni_jax.benchmarks.timing import BenchError
+from tests.benchmarks import machine
+from tests.benchmarks.report import Report, duration, machine_line, table
+from tests.benchmarks.synthetic import Parts, released_widths, write_released
+from tests.benchmarks.timing import BenchError
 
 ALLOWANCE = 400 * 10**6  # bytes beside twice the largest tensor
 WANTED = 0.7  # of the copy's speed
@@ -26,7 +26,7 @@ COPY_BLOCK = 8 * 2**20
 # A process of its own: peak memory is that of a conversion and of nothing else. VmHWM counts mapped pages of the files too.
 PROGRAM = """
 import json, os, sys, time
-from xomni_jax.benchmarks.convert import peak_bytes
+from tests.benchmarks.convert import peak_bytes
 from xomni_jax.checkpoint.convert import convert
 import jax
 jax.devices()
@@ -137,7 +137,7 @@ def _report(parts: Parts, nbytes: int, copies: list[float], runs: list[dict[str,
 
 def _largest(parts: Parts) -> int:
     """Bytes of the largest tensor of the files."""
-    from xomni_jax.benchmarks.synthetic import BF16, F32, tensors
+    from tests.benchmarks.synthetic import BF16, F32, tensors
     from xomni_jax.checkpoint.names import mmdit, siglip_vq, transformer
 
     kinds = {"transformer": (transformer, BF16), "siglip_vq": (siglip_vq, F32), "mmdit": (mmdit, BF16)}

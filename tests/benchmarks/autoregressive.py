@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xomni_jax.benchmarks import peers
-from xomni_jax.benchmarks.products import products
-from xomni_jax.benchmarks.timing import Case, relative_difference, unequal_share
+from tests.benchmarks import peers
+from tests.benchmarks.products import products
+from tests.benchmarks.timing import Case, relative_difference, unequal_share
 from xomni_jax.models.heads import text_logp
 from xomni_jax.models.transformer import PRESETS, ARConfig, ARTransformer
 from xomni_jax.sampling.decode import generate_text

@@ -12,20 +12,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from xomni_jax.core.distributed import gather_json
+from xomni_jax.core.preemption import StepRefused, StopRequested
 from xomni_jax.models.registry import init_params
 from xomni_jax.pipeline import XOmni
 from xomni_jax.rewards.client import RewardClient, Score
 from xomni_jax.rewards.combine import MODES, Combined, column, combine
+from xomni_jax.rl.advantages import AdvantageConfig
+from xomni_jax.rl.update import RolloutBatch
 from xomni_jax.sampling.decoder import DecodeConfig
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sampling.sampler import SEGMENT, Sampler
 from xomni_jax.sequence.padding import pad_prompts
 from xomni_jax.sharding.arrays import owned_rows, rows_here, whole
-from xomni_jax.sharding.distributed import gather_json
 from xomni_jax.sharding.rules import ROLLOUT_RULES, RULES, param_shardings
-from xomni_jax.training.advantages import AdvantageConfig
-from xomni_jax.training.grpo_update import RolloutBatch
-from xomni_jax.training.preemption import StepRefused, StopRequested
 
 ROLLOUT, NOISE = 0, 1  # purposes of a step's keys; the update's is SHUFFLE
 

@@ -6,7 +6,7 @@ import os
 import signal
 from types import FrameType
 
-from xomni_jax.sharding.line import Line
+from xomni_jax.core.process_group import Line
 
 
 class StopRequested(Exception):

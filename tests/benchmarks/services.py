@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
-from xomni_jax.benchmarks.timing import BenchError
+from tests.benchmarks.timing import BenchError
 
 
 @contextmanager

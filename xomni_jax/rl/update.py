@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from xomni_jax.models.heads import with_image_head
+from xomni_jax.rl.advantages import AdvantageConfig, group_advantages
+from xomni_jax.rl.objectives import GRPOConfig, grpo_loss, join_metrics, loss_items
 from xomni_jax.sampling.decode import replay_logp
 from xomni_jax.sampling.logits import SamplingConfig
-from xomni_jax.training.advantages import AdvantageConfig, group_advantages
-from xomni_jax.training.grpo_loss import GRPOConfig, grpo_loss, join_metrics, loss_items
 from xomni_jax.training.state import TrainState
 
 

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 from flax.linen import meta
 
-from xomni_jax.benchmarks.machine import cores
-from xomni_jax.benchmarks.timing import BenchError
+from tests.benchmarks.machine import cores
+from tests.benchmarks.timing import BenchError
 from xomni_jax.checkpoint.conversion import to_tensors
 from xomni_jax.checkpoint.names import mmdit as mmdit_names
 from xomni_jax.checkpoint.names import transformer as transformer_names

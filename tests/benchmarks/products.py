@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import numpy as np
 
-from xomni_jax.benchmarks.timing import Case, relative_difference
+from tests.benchmarks.timing import Case, relative_difference
 
 PAIRS = 8  # products up and down, one after another, so that calling a compiled program costs little beside them
 

@@ -26,7 +26,7 @@ from jax._src.distributed import global_state
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, PartitionSpec
 
-from xomni_jax.sharding.line import Line, LineError, split_address
+from xomni_jax.core.process_group import Line, LineError, split_address
 
 DEADLINE = 300.0  # seconds for all processes to arrive; XOMNI_START_TIMEOUT changes it
 HEARTBEAT = 60  # seconds after which JAX takes a silent process for dead

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from xomni_jax.benchmarks import machine
-from xomni_jax.benchmarks.timing import Result
+from tests.benchmarks import machine
+from tests.benchmarks.timing import Result
 
 BUSY = 0.2  # cores taken by other programs, above which times mislead
 OURS = ("jax", "jaxlib", "flax")

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from xomni_jax.core.config import ConfigError, build
 from xomni_jax.rewards.client import RewardClient
-from xomni_jax.training.config import ConfigError, build
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tests.training.pixel_service import pixel_service
-from tests.training.test_grpo_stage import grpo_config
+from tests.rl.pixel_service import pixel_service
+from tests.rl.test_grpo import grpo_config
 from tests.training.test_stages import assert_same, metrics, params
-from xomni_jax.training import grpo
+from xomni_jax.rl import grpo
 from xomni_jax.training.run import run_stage
 
 SMALL = "reference in bfloat16 and frozen models in 8 bits"

@@ -9,20 +9,20 @@ import pytest
 from ml_collections import ConfigDict
 
 from tests.miniature import PRESETS, ROOT
+from xomni_jax.core.config import ConfigError, RunConfig, apply_override, build, check_sections, load_config, run_config, save_resolved
 from xomni_jax.data.preprocess import ImageLimits
 from xomni_jax.data.rendered import RenderedConfig
+from xomni_jax.rl.advantages import AdvantageConfig
+from xomni_jax.rl.objectives import GRPOConfig
+from xomni_jax.rl.rewards import RewardConfig
+from xomni_jax.rl.rollouts import RolloutConfig
 from xomni_jax.sampling.decoder import DecodeConfig
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sharding.rules import MESH_AXES
-from xomni_jax.training.advantages import AdvantageConfig
 from xomni_jax.training.components import STORED, from_preset
-from xomni_jax.training.config import ConfigError, RunConfig, apply_override, build, check_sections, load_config, run_config, save_resolved
 from xomni_jax.training.decoder import DecoderTrainConfig
-from xomni_jax.training.grpo_loss import GRPOConfig
 from xomni_jax.training.next_token import NextTokenConfig
 from xomni_jax.training.optimizer import OptimizerConfig
-from xomni_jax.training.rewards import RewardConfig
-from xomni_jax.training.rollouts import RolloutConfig
 from xomni_jax.training.run import STAGES
 from xomni_jax.training.tokenizer import TokenizerConfig
 

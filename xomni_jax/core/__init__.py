@@ -1,0 +1,1 @@
+"""What every package may use and which knows nothing of models: configuration, stopping, processes, operation counts."""

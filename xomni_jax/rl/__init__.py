@@ -1,0 +1,1 @@
+"""Reinforcement learning: rollouts, rewards, advantages, objectives and the update."""
