@@ -15,7 +15,7 @@ def _run(stage, learning_rate, **sections):
             log_every=10,
             save_every=200,
             save_minutes=0.0,  # also save after so many minutes; 0: by steps alone
-            grid_every=200,  # picture grids in RUN/images; 0: none
+            grid_every=200,  # image grids in RUN/images; 0: none
             keep=2,  # resumable checkpoints on disk, the newest
             keep_every=0,  # and for good those of steps that this divides; 0: no others
             mesh=dict(replica=1, data=1, fsdp=-1, tensor=1),  # -1: the remaining devices
@@ -43,11 +43,11 @@ def _rendered():
         sizes=((32, 64), (32, 128)),  # pixels, height x width
         weights=(0.7, 0.3),  # of the sizes
         text_lengths=((3, 6), (12, 16)),  # characters of a sign, per size
-        shapes=0.2,  # share of pictures with shapes instead of a sign
+        shapes=0.2,  # share of images with shapes instead of a sign
         pseudo_words=0.3,  # share of made-up words
         other_faces=0.0,  # share of signs not in the main face
         centred=1.0,  # share of signs in the vertical middle
-        on_grid=1.0,  # share of shape pictures whose shapes stand on the token grid
+        on_grid=1.0,  # share of shape images whose shapes stand on the token grid
     )
 
 
@@ -75,7 +75,7 @@ def tokenizer():
             dense_weight=1.0,
             quantizer_weight=1.0,
         ),
-        preprocess=dict(short_size=32, long_size=128, min_short_size=16, max_aspect_ratio=4.0),  # limits of input pictures
+        preprocess=dict(short_size=32, long_size=128, min_short_size=16, max_aspect_ratio=4.0),  # limits of input images
         data=_rendered(),
     )
 
@@ -112,7 +112,7 @@ def sft():
 
 
 def decoder():
-    """The diffusion decoder by flow matching on codes of real pictures."""
+    """The diffusion decoder by flow matching on codes of real images."""
     return _run(
         "decoder",
         1e-3,
@@ -199,8 +199,8 @@ def inference():
             top_p=1.0,
             min_p=0.03,  # as released
             guidance=1.0,
-            batch=16,  # pictures or answers at a time, of each data-parallel part of the mesh
-            decode_batch=16,  # pictures decoded to pixels at a time
+            batch=16,  # images or answers at a time, of each data-parallel part of the mesh
+            decode_batch=16,  # images decoded to pixels at a time
             prompt_length=512,  # tokens that a plan counts on, with the image prefix
             max_tokens=32,  # of an answer, that a plan counts on
             mesh=dict(replica=1, data=1, fsdp=-1, tensor=1),

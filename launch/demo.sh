@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole of X-Omni at small size on this machine: first picture, reward services, GRPO, report.   bash launch/demo.sh [OUT]
+# The whole of X-Omni at small size on this machine: first image, reward services, GRPO, report.   bash launch/demo.sh [OUT]
 # OUT (default runs/demo) gets report.html, report.json and the trained model.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -13,11 +13,11 @@ keep_memory
 sft=xomni_jax/assets/tiny_sft
 mkdir -p "$out"
 
-echo "== 1/4  a first picture, from the tiny SFT model that ships with the package"
+echo "== 1/4  a first image, from the tiny SFT model that ships with the package"
 installed=$(date +%s)
 xomni generate 'a red sign that says "HELLO"' 'a blue sign that says "ZEBRA"' 'two green circles on white' --out "$out/first"
 [ -f "$out/first/seconds" ] || echo $(($(date +%s) - installed)) > "$out/first/seconds"
-echo "first picture after $(cat "$out/first/seconds") s"
+echo "first image after $(cat "$out/first/seconds") s"
 
 echo "== 2/4  reward services"
 start_services "$out"

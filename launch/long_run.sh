@@ -29,7 +29,7 @@ grpo 1
 grpo 2
 
 effect() {  # RL_MODEL RUN NAME SEED
-  # SFT's pictures depend on the sampling seed alone: drawn for the first policy, taken over for the others.
+  # SFT's images depend on the sampling seed alone: drawn for the first policy, taken over for the others.
   [ -d "$out/$3/cells" ] || [ ! -d "$out/effect_0_$4/cells" ] || { mkdir -p "$out/$3" && cp -r "$out/effect_0_$4/cells" "$out/$3/"; }
   [ -f "$out/$3/report.json" ] || xomni eval effect --sft "$sft" --rl "$1" --rl-run "$2" --size 32x128 --lengths 12-16 --prompts 256 --seed "$4" \
     --rl-samples 2 --sweep-samples 1 --ocr "$url_ocr" --shapes "$url_shapes" "${second[@]}" --out "$out/$3"

@@ -20,7 +20,7 @@ from xomni_jax.models import autoencoder, mmdit, siglip_vq, text_encoders, trans
 from xomni_jax.models.registry import init_params
 from xomni_jax.sampling.decoder import DecodeConfig
 from xomni_jax.training import understanding
-from xomni_jax.training.components import PictureSize, export_model, from_preset
+from xomni_jax.training.components import ImageSize, export_model, from_preset
 
 ROOT = Path(__file__).parents[1]
 SIZE, GRID, CODES = (16, 32), (2, 4), 64
@@ -118,6 +118,6 @@ def model_dir(tmp_path_factory) -> Path:
     """A complete random model directory, written as a training stage writes one."""
     directory = tmp_path_factory.mktemp("miniature") / "model"
     trained = {name: (random_params(name, cfg, seed), cfg) for seed, (name, cfg) in enumerate(configs().items())}
-    settings = {"decode": DecodeConfig(**DECODE), "size": PictureSize(*SIZE), "preprocess": ImageLimits(patch_size=8, **PREPROCESS)}
+    settings = {"decode": DecodeConfig(**DECODE), "size": ImageSize(*SIZE), "preprocess": ImageLimits(patch_size=8, **PREPROCESS)}
     export_model(directory, trained, "", {"run": "random"}, settings)
     return directory

@@ -74,7 +74,7 @@ def test_components_are_computed_as_the_file_says(config_file, model_dir):
 
 def test_the_command_draws_what_the_file_says(config_file, tmp_path, capsys):
     assert main(["generate", "a", "--config", str(config_file), "--mesh", "fsdp=-1", "--out", str(tmp_path / "out")]) == 0
-    assert "1 picture of 16x24 in " in capsys.readouterr().out
+    assert "1 image of 16x24 in " in capsys.readouterr().out
 
 
 def test_an_evaluation_notes_how_it_was_computed(config_file, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""One object, text and pictures in and out: a picture depends on its seed, its place and its prompt alone."""
+"""One object, text and images in and out: an image depends on its seed, its place and its prompt alone."""
 
 import json
 import shutil
@@ -26,37 +26,37 @@ def model(model_dir):
 
 
 @pytest.fixture(scope="module")
-def pictures(model):
+def images(model):
     """Three prompts in one batch."""
     return [np.asarray(p) for p in model.generate(PROMPTS, seed=5)]
 
 
-def test_generate_makes_one_picture_per_prompt_at_the_models_own_size(pictures):
-    assert [p.shape for p in pictures] == [(*SIZE, 3)] * 3 and pictures[0].dtype == np.uint8
-    assert not np.array_equal(pictures[0], pictures[1])
+def test_generate_makes_one_image_per_prompt_at_the_models_own_size(images):
+    assert [p.shape for p in images] == [(*SIZE, 3)] * 3 and images[0].dtype == np.uint8
+    assert not np.array_equal(images[0], images[1])
 
 
-def test_a_picture_does_not_depend_on_its_batch(model, pictures):
+def test_a_image_does_not_depend_on_its_batch(model, images):
     again = [np.asarray(p) for p in model.generate([PROMPTS[0], "another prompt", PROMPTS[2]], seed=5)]
-    np.testing.assert_array_equal(again[0], pictures[0])
-    np.testing.assert_array_equal(again[2], pictures[2])
-    assert not np.array_equal(model.generate(PROMPTS[:1], seed=6)[0], pictures[0])
+    np.testing.assert_array_equal(again[0], images[0])
+    np.testing.assert_array_equal(again[2], images[2])
+    assert not np.array_equal(model.generate(PROMPTS[:1], seed=6)[0], images[0])
 
 
-def test_the_mesh_changes_nothing(model_dir, pictures):
-    """Two ways: three prompts are padded to four rows, one picture to two, and cut off again."""
+def test_the_mesh_changes_nothing(model_dir, images):
+    """Two ways: three prompts are padded to four rows, one image to two, and cut off again."""
     sharded = xomni_jax.load(model_dir, make_mesh({"fsdp": 2}, jax.devices()[:2]))
     assert sharded.ways == 2
-    for ours, theirs in zip(sharded.generate(PROMPTS, seed=5), pictures, strict=True):
+    for ours, theirs in zip(sharded.generate(PROMPTS, seed=5), images, strict=True):
         assert np.abs(np.asarray(ours).astype(int) - theirs).max() <= 1  # a rounding of the last bit
     kernel = sharded.params("siglip_vq")["vit"]["blocks"]["fc1"]["kernel"]
     assert kernel.sharding.shard_shape(kernel.shape) == (1, 32 // 2, 48)
-    assert sharded.encode([pictures[0]])[0].shape == GRID
+    assert sharded.encode([images[0]])[0].shape == GRID
     assert sharded.fill(np.arange(3)).tolist() == [0, 1, 2, 0] and sharded.fill(np.arange(2)).tolist() == [0, 1]
 
 
-def test_codes_there_and_back(model, pictures):
-    codes = model.encode([pictures[0], np.zeros((16, 48, 3), np.uint8)])
+def test_codes_there_and_back(model, images):
+    codes = model.encode([images[0], np.zeros((16, 48, 3), np.uint8)])
     assert codes[0].shape == GRID and codes[1].shape == (2, 6) and codes[0].max() < CODES
     semantics = model.semantics(codes[0][None])
     assert semantics.shape == (1, *GRID, configs()["siglip_vq"].width)
@@ -67,7 +67,7 @@ def test_codes_there_and_back(model, pictures):
     assert not np.array_equal(again[0], model.decode(codes[0][None], [PROMPTS[0]], seed=4)[0])
 
 
-def test_decoder_guidance_changes_the_picture(model):
+def test_decoder_guidance_changes_the_image(model):
     import dataclasses
 
     codes, noise = np.arange(8).reshape(1, *GRID), jnp.ones((1, 8, 192))
@@ -89,10 +89,10 @@ def test_logits_by_mode(model):
     np.testing.assert_allclose(text[..., :384], net.apply({"params": params}, hidden, method="text_logits"), rtol=1e-5, atol=1e-6)
 
 
-def test_chat_answers_with_text(model, pictures):
-    answer = model.chat(pictures[0], "what does the sign say?", 4)
+def test_chat_answers_with_text(model, images):
+    answer = model.chat(images[0], "what does the sign say?", 4)
     assert isinstance(answer, str) and "<|" not in answer  # specials are left out
-    assert model.answer(model.encode(pictures[:2]), ["one?", "two?"], 4)[0] == model.chat(pictures[0], "one?", 4)
+    assert model.answer(model.encode(images[:2]), ["one?", "two?"], 4)[0] == model.chat(images[0], "one?", 4)
 
 
 def test_a_cast_reaches_every_parameter(model_dir):
@@ -136,8 +136,8 @@ def test_codes_are_checked(model, codes, words):
             use(codes)
 
 
-def test_one_prompt_per_picture(model):
-    with pytest.raises(ValueError, match="2 prompts for 1 pictures' codes"):
+def test_one_prompt_per_image(model):
+    with pytest.raises(ValueError, match="2 prompts for 1 images' codes"):
         model.decode(np.zeros((1, *GRID), int), ["a", "b"])
 
 
@@ -167,14 +167,14 @@ def with_encoders(model_dir, tmp_path):
     return directory
 
 
-def test_encoders_read_their_own_tokenizers(model, pictures, with_encoders):
+def test_encoders_read_their_own_tokenizers(model, images, with_encoders):
     own = xomni_jax.load(with_encoders)
     t5, clip = own.text_ids(PROMPTS)
     np.testing.assert_array_equal(t5, encoder_ids(read_tokenizer(with_encoders / "tokenizer_t5"), PROMPTS, 32))
     np.testing.assert_array_equal(clip, encoder_ids(read_tokenizer(with_encoders / "tokenizer_clip"), PROMPTS, 16))
     for ids, length in zip(model.text_ids(PROMPTS), (32, 16)):
         np.testing.assert_array_equal(ids, fixed_length_ids(model.tokenizer, PROMPTS, length))
-    assert not np.array_equal(np.asarray(own.generate(PROMPTS, seed=5)[0]), pictures[0])
+    assert not np.array_equal(np.asarray(own.generate(PROMPTS, seed=5)[0]), images[0])
 
 
 def test_tokenizers_travel_with_the_components(with_encoders, tmp_path):
@@ -220,8 +220,8 @@ def test_a_tokenizer_without_padding_is_refused(model_dir, tmp_path):
         xomni_jax.load(tmp_path / "part").encoder_tokenizer("t5")
 
 
-def test_answer_ids_end_with_the_turn(model, pictures):
-    codes = model.encode(pictures[:1])
+def test_answer_ids_end_with_the_turn(model, images):
+    codes = model.encode(images[:1])
     first = int(model.answer_ids(codes, ["one?"], 4)[0, 0])
     model_ends = xomni_jax.load(model.path)
     model_ends.tokenizer.end_of_turn = first  # whatever a random model says first

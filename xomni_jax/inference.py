@@ -30,9 +30,9 @@ class InferenceConfig:
 
     Attributes:
       model: a model directory, or a released one.
-      height, width: pixels of a picture; None: the model's own.
+      height, width: pixels of an image; None: the model's own.
       temperature, top_k, top_p, min_p, guidance: of the image codes, see `SamplingConfig`.
-      batch: pictures or answers at a time, decode_batch: pictures decoded to pixels at a time, of each data-parallel part of the mesh.
+      batch: images or answers at a time, decode_batch: images decoded to pixels at a time, of each data-parallel part of the mesh.
       prompt_length, max_tokens: tokens of a prompt with its image prefix, and of an answer, that a plan counts on.
     """
 

@@ -16,7 +16,7 @@ from xomni_jax.components import ModelParts
 from xomni_jax.data.preprocess import preprocess
 from xomni_jax.sampling.decode import make_answerer
 from xomni_jax.sampling.decoder import DecodeConfig
-from xomni_jax.sampling.keys import NOISE, picture_keys
+from xomni_jax.sampling.keys import NOISE, image_keys
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sampling.pixels import make_decode
 from xomni_jax.sampling.sampler import Sampler
@@ -26,11 +26,11 @@ from xomni_jax.sharding.arrays import whole
 
 
 class XOmni(ModelParts):
-    """One X-Omni model on one mesh: text and pictures in, text and pictures out. Its arguments are those of `ModelParts`."""
+    """One X-Omni model on one mesh: text and images in, text and images out. Its arguments are those of `ModelParts`."""
 
     # ---- text to image ----
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Token grid of a picture size; refuses sizes that are not whole tokens or leave the preprocessing limits."""
+        """Token grid of an image size; refuses sizes that are not whole tokens or leave the preprocessing limits."""
         p, limits = self.patch, self.preprocess_config
         if height < p or width < p or height % p or width % p:
             near = f"{max(p, round(height / p) * p)}x{max(p, round(width / p) * p)}"
@@ -72,7 +72,7 @@ class XOmni(ModelParts):
         return ids("t5", c.text_length), ids("clip", c.pooled_length)
 
     def noise(self, keys_B: jax.Array, grid: tuple[int, int]) -> jax.Array:
-        """Packed starting noise [B, T, C], one key a picture."""
+        """Packed starting noise [B, T, C], one key an image."""
         shape = (grid[0] * grid[1], self.config("mmdit").in_channels)
         return jax.vmap(lambda key: jax.random.normal(key, shape))(keys_B)
 
@@ -89,13 +89,13 @@ class XOmni(ModelParts):
         return make_decode(self.module("siglip_vq"), self.decoder, cfg, self.ways)
 
     def decode(self, codes_BYX: Any, prompts: Sequence[str] | None = None, noise: Any = None, seed: int = 0) -> list[Image.Image]:
-        """Codes [B, Y, X] -> pictures. Without `noise` [B, T, C] it is drawn from `seed`; without prompts they are empty."""
+        """Codes [B, Y, X] -> images. Without `noise` [B, T, C] it is drawn from `seed`; without prompts they are empty."""
         codes_BYX = self.checked(codes_BYX)
         prompts = [""] * len(codes_BYX) if prompts is None else list(prompts)
         if len(prompts) != len(codes_BYX):
-            raise ValueError(f"{len(prompts)} prompts for {len(codes_BYX)} pictures' codes; give one each, or none")
+            raise ValueError(f"{len(prompts)} prompts for {len(codes_BYX)} images' codes; give one each, or none")
         if noise is None:
-            noise = self.noise(picture_keys(seed, len(codes_BYX), NOISE), codes_BYX.shape[1:])
+            noise = self.noise(image_keys(seed, len(codes_BYX), NOISE), codes_BYX.shape[1:])
         images = self.decode_images(codes_BYX, prompts, noise)
         return [Image.fromarray(image) for image in np.asarray(images)]
 
@@ -123,7 +123,7 @@ class XOmni(ModelParts):
         min_p: float = 0.03,
         guidance: float = 1.0,
     ) -> list[Image.Image]:
-        """One picture per prompt. The defaults are the released ones; picture i depends on (seed, i) and its prompt alone.
+        """One image per prompt. The defaults are the released ones; image i depends on (seed, i) and its prompt alone.
 
         Args:
           height, width: pixels; the model's own default size without them (1152 x 1152, as released, when it names none).
@@ -136,7 +136,7 @@ class XOmni(ModelParts):
         grid = self.grid(size.get("height", 1152) if height is None else height, size.get("width", 1152) if width is None else width)
         self.check_prompts(prompts)
         sampling = SamplingConfig(temperature, top_k, top_p, min_p, guidance)
-        codes = self.sample_codes(prompts, grid, picture_keys(seed, len(prompts))[:, None], sampling)["codes"][:, 0]
+        codes = self.sample_codes(prompts, grid, image_keys(seed, len(prompts))[:, None], sampling)["codes"][:, 0]
         return self.decode(codes, prompts, seed=seed)
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
@@ -148,7 +148,7 @@ class XOmni(ModelParts):
         own = self.encoder_tokenizer("t5")
         for i, prompt in enumerate(prompts):
             if not prompt.strip():
-                raise ValueError(f"prompt {i + 1} is empty; describe the picture")
+                raise ValueError(f"prompt {i + 1} is empty; describe the image")
             n = self.decoder_tokens(prompt)
             if n > limit:
                 many = f"prompt {i + 1} ({prompt[:40]!r}...) has {n} tokens, this model's decoder takes {limit}"
@@ -168,7 +168,7 @@ class XOmni(ModelParts):
             return self._method("siglip_vq", "encode")(self.params("siglip_vq"), self.fill(pixels_BHWC))[: len(pixels_BHWC)]
 
     def encode(self, images: Sequence[Image.Image | np.ndarray]) -> list[np.ndarray]:
-        """Codes [Y, X] of each picture after the released preprocessing, at its own resolution."""
+        """Codes [Y, X] of each image after the released preprocessing, at its own resolution."""
         return [np.asarray(self.encode_pixels(preprocess(image, self.preprocess_config)[None])[0]) for image in images]
 
     def semantics(self, codes_BYX: Any) -> jax.Array:
@@ -214,15 +214,15 @@ class XOmni(ModelParts):
         return jax.jit(lambda params, *inputs: module.apply({"params": params}, *inputs, method=method))
 
     def chat(self, image: Image.Image | np.ndarray, question: str, max_tokens: int = 512) -> str:
-        """Answers a question about a picture, greedily, until the end of the turn or `max_tokens` (512 as released)."""
+        """Answers a question about an image, greedily, until the end of the turn or `max_tokens` (512 as released)."""
         if not question.strip():
-            raise ValueError("the question is empty; ask something about the picture")
+            raise ValueError("the question is empty; ask something about the image")
         return self.answer([self.encode([image])[0]], [question], max_tokens)[0]
 
     def answer(
         self, codes: Sequence[np.ndarray], questions: Sequence[str], max_tokens: int = 512, multiple: int = PROMPT_BUCKET
     ) -> list[str]:
-        """Greedy answers to one question per picture, given its codes [Y, X]; prompts are padded to a multiple of `multiple`."""
+        """Greedy answers to one question per image, given its codes [Y, X]; prompts are padded to a multiple of `multiple`."""
         return [self.tokenizer.decode_text(ids).strip() for ids in self.answer_ids(codes, questions, max_tokens, multiple)]
 
     def answer_ids(

@@ -1,9 +1,9 @@
-"""The diffusion decoder: FLUX.1-dev fine-tuned on codes of real pictures, text encoders and VAE frozen. Slice: v6e-64 or v5p-64.
+"""The diffusion decoder: FLUX.1-dev fine-tuned on codes of real images, text encoders and VAE frozen. Slice: v6e-64 or v5p-64.
 
 Command, on every host: xomni train --config=configs/xomni/decoder.py
 Before: xomni plan --config=configs/xomni/decoder.py --topology=v6e-64
 Start from a model directory that holds FLUX.1-dev's parts beside the tokenizer.
-Expect pictures in RUN/images that follow the codes by step 2,000.
+Expect images in RUN/images that follow the codes by step 2,000.
 """
 
 from configs import base

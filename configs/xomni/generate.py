@@ -2,7 +2,7 @@
 
 Command: xomni generate --config=configs/xomni/generate.py 'a shop sign that says "OPEN"'
 Before: xomni plan --config=configs/xomni/generate.py --topology=v6e-8
-Four pictures at a time: at least 15 s on v6e-8, 34 s on v5litepod-8, most of it reading the transformer's weights once a code.
+Four images at a time: at least 15 s on v6e-8, 34 s on v5litepod-8, most of it reading the transformer's weights once a code.
 """
 
 from configs.xomni import models

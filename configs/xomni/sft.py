@@ -2,7 +2,7 @@
 
 Command, on every host: xomni train --config=configs/xomni/sft.py
 Before: xomni plan --config=configs/xomni/sft.py --topology=v6e-64
-A row holds three pictures of 1152x1152. Expect loss/image falling by step 100 and data/filled above 0.9.
+A row holds three images of 1152x1152. Expect loss/image falling by step 100 and data/filled above 0.9.
 """
 
 from configs import base

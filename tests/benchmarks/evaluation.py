@@ -46,7 +46,7 @@ def report(model: str, results: Sequence[dict[str, Any]], others: float | None) 
         "",
         table(rows),
         "",
-        "An item of rendered-text is four pictures, one of rendered-qa an answer. All is done once before, so nothing is compiled. Processes",
+        "An item of rendered-text is four images, one of rendered-qa an answer. All is done once before, so nothing is compiled. Processes",
         "on one machine share its cores: two are faster only where one leaves some idle.",
     ]
     data = {"benchmark": "eval", "model": model, "results": list(results), "versions": machine.versions(OURS)}

@@ -50,7 +50,7 @@ def cases(cfg: MMDiTConfig, grid: tuple[int, int], batches: Sequence[int], text:
         if cfg.guidance_embed:
             x["guidance"] = np.full(B, 3.5, np.float32)
         ours = lambda arrays=jax.device_put(x): run(params, arrays)  # noqa: E731
-        out.append(Case(f"forward, batch {B}", ours, _peer(net, x, image_ids, text), relative_difference, 1e-4, B, "pictures"))
+        out.append(Case(f"forward, batch {B}", ours, _peer(net, x, image_ids, text), relative_difference, 1e-4, B, "images"))
         out.append(products(B * (T + text), cfg.d_model, cfg.mlp_dim))
     size = f"MMDiT of {cfg.n_double} + {cfg.n_single} blocks, width {cfg.d_model}, float32"
     title = f"one velocity of a {Y} x {X} grid with {text} text tokens; {size}"

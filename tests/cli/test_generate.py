@@ -12,7 +12,7 @@ from xomni_jax.cli.main import main
 @pytest.fixture(scope="module")
 def drawn(model_dir, tmp_path_factory):
     """Two prompts, in the model's own size."""
-    out = tmp_path_factory.mktemp("pictures") / "deep" / "folder"
+    out = tmp_path_factory.mktemp("images") / "deep" / "folder"
     assert main(["generate", 'a red sign that says "AB"', "../../x", "--model", str(model_dir), "--out", str(out), "--seed", "4"]) == 0
     return out
 
@@ -27,7 +27,7 @@ def test_the_same_seed_draws_the_same(drawn, model_dir, tmp_path, capsys):
     main(["generate", 'a red sign that says "AB"', "y", "--model", str(model_dir), "--out", str(tmp_path), "--seed", "4"])
     name = "000_a_red_sign_that_says_AB.png"
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / name)), np.asarray(Image.open(drawn / name)))
-    assert "2 pictures of 16x32 in " in capsys.readouterr().out
+    assert "2 images of 16x32 in " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_the_same_seed_draws_the_same(drawn, model_dir, tmp_path, capsys):
     [
         (["a", "--height", "20", "--width", "32"], "20x32 pixels are not whole 8x8 tokens; the nearest size that is: 16x32"),
         (["a", "--height", "64", "--width", "64"], "the long side may have at most 48 pixels"),
-        ([""], "prompt 1 is empty; describe the picture"),
+        ([""], "prompt 1 is empty; describe the image"),
         (["a", "sign " * 40], "tokens, this model's decoder takes 31; shorten it"),
         (["a", "--temperature", "-1"], "sampling temperature=-1.0 is not a number >= 0"),
         (["a", "--top-p", "2"], "sampling top_p=2.0 is outside (0, 1]"),

@@ -78,7 +78,7 @@ def test_how_errors_end(raised, code, told, monkeypatch, capsys):
         raise raised
 
     monkeypatch.setattr(chat, "run", run)
-    assert main(["chat", "picture.png", "what?"]) == code
+    assert main(["chat", "image.png", "what?"]) == code
     assert capsys.readouterr().err == told
 
 
@@ -90,7 +90,7 @@ def test_errors_of_the_program_are_not_hidden(monkeypatch):
 
     monkeypatch.setattr(chat, "run", run)
     with pytest.raises(TypeError):
-        main(["chat", "picture.png", "what?"])
+        main(["chat", "image.png", "what?"])
 
 
 def test_debugging_shows_everything(monkeypatch):
@@ -101,43 +101,43 @@ def test_debugging_shows_everything(monkeypatch):
 
 # ---- chat ----
 @pytest.fixture
-def picture(tmp_path):
-    """A readable picture."""
-    Image.fromarray(np.zeros((16, 32, 3), np.uint8)).save(tmp_path / "picture.png")
-    return str(tmp_path / "picture.png")
+def image(tmp_path):
+    """A readable image."""
+    Image.fromarray(np.zeros((16, 32, 3), np.uint8)).save(tmp_path / "image.png")
+    return str(tmp_path / "image.png")
 
 
-def test_chat_answers(picture, model_dir, capsys):
-    assert main(["chat", picture, "what is this?", "--model", str(model_dir), "--max-tokens", "4"]) == 0
+def test_chat_answers(image, model_dir, capsys):
+    assert main(["chat", image, "what is this?", "--model", str(model_dir), "--max-tokens", "4"]) == 0
     assert capsys.readouterr().out.endswith("\n")
 
 
-def test_chat_refuses(picture, model_dir, tmp_path, capsys):
+def test_chat_refuses(image, model_dir, tmp_path, capsys):
     model = ["--model", str(model_dir)]
-    assert "picture.png: no such file; give a picture" in refusal(capsys, "chat", str(tmp_path / "no" / "picture.png"), "what?", *model)
-    (tmp_path / "text.png").write_text("this is no picture")
-    assert "text.png: not a readable picture" in refusal(capsys, "chat", str(tmp_path / "text.png"), "what?", *model)
-    (tmp_path / "cut.png").write_bytes(open(picture, "rb").read()[:60])
-    assert "cut.png: not a readable picture" in refusal(capsys, "chat", str(tmp_path / "cut.png"), "what?", *model)
-    assert "the question is empty" in refusal(capsys, "chat", picture, " ", *model)
-    assert "--max-tokens 0 must be at least 1" in refusal(capsys, "chat", picture, "what?", *model, "--max-tokens", "0")
+    assert "image.png: no such file; give an image" in refusal(capsys, "chat", str(tmp_path / "no" / "image.png"), "what?", *model)
+    (tmp_path / "text.png").write_text("this is no image")
+    assert "text.png: not a readable image" in refusal(capsys, "chat", str(tmp_path / "text.png"), "what?", *model)
+    (tmp_path / "cut.png").write_bytes(open(image, "rb").read()[:60])
+    assert "cut.png: not a readable image" in refusal(capsys, "chat", str(tmp_path / "cut.png"), "what?", *model)
+    assert "the question is empty" in refusal(capsys, "chat", image, " ", *model)
+    assert "--max-tokens 0 must be at least 1" in refusal(capsys, "chat", image, "what?", *model, "--max-tokens", "0")
     Image.fromarray(np.zeros((6, 32, 3), np.uint8)).save(tmp_path / "low.png")
     assert "the short side is below 8 pixels" in refusal(capsys, "chat", str(tmp_path / "low.png"), "what?", *model)
-    assert "/nowhere: no such directory; give a model directory" in refusal(capsys, "chat", picture, "what?", "--model", "/nowhere")
+    assert "/nowhere: no such directory; give a model directory" in refusal(capsys, "chat", image, "what?", "--model", "/nowhere")
 
 
-def test_a_truncated_model_is_named(picture, model_dir, tmp_path, capsys):
+def test_a_truncated_model_is_named(image, model_dir, tmp_path, capsys):
     shutil.copytree(model_dir, tmp_path / "model")
     largest = max((p for p in (tmp_path / "model" / "siglip_vq").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:100])
-    told = refusal(capsys, "chat", picture, "what?", "--model", str(tmp_path / "model"))
+    told = refusal(capsys, "chat", image, "what?", "--model", str(tmp_path / "model"))
     assert f"{tmp_path / 'model' / 'siglip_vq'}: cannot be read, it is incomplete or damaged" in told
 
 
-def test_a_model_without_its_tokenizer(picture, model_dir, tmp_path, capsys):
+def test_a_model_without_its_tokenizer(image, model_dir, tmp_path, capsys):
     shutil.copytree(model_dir, tmp_path / "model")
     shutil.rmtree(tmp_path / "model" / "tokenizer")
-    assert "tokenizer" in refusal(capsys, "chat", picture, "what?", "--model", str(tmp_path / "model"))
+    assert "tokenizer" in refusal(capsys, "chat", image, "what?", "--model", str(tmp_path / "model"))
 
 
 # ---- services ----
@@ -149,7 +149,7 @@ def test_a_taken_port(capsys):
         assert f"{port}" in refusal(capsys, "serve-reward", "shapes", "--port", str(port), "--workers", "1")
 
 
-def test_the_cache_of_compiled_programs_can_be_chosen(monkeypatch, picture, model_dir):
+def test_the_cache_of_compiled_programs_can_be_chosen(monkeypatch, image, model_dir):
     """An explicit setting wins over the default."""
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "mine")
     main(["chat", "/nowhere.png", "what?"])

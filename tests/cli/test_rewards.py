@@ -23,7 +23,7 @@ def test_prints_health_and_scores(tmp_path, capsys):
         assert run(f"ocr={s.url}", "--image", str(good), "--text", "HI") == 1
         assert run(f"ocr={s.url}", "--image", str(empty)) == 0
     out = capsys.readouterr().out
-    assert "good.png: 0.500" in out and "not scored: the picture is empty" in out and "does not apply" in out and s.url in out
+    assert "good.png: 0.500" in out and "not scored: the image is empty" in out and "does not apply" in out and s.url in out
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def test_names_are_those_that_can_be_served():
     "line, words",
     [
         ("shapes --mode crop", "--mode belongs to ocr"),
-        ("ocr --references pictures", "--references belongs to quality"),
+        ("ocr --references images", "--references belongs to quality"),
         ("ocr --workers 0", "--workers 0 must be at least 1"),
         ("ocr --port 99999", "port 99999 on 127.0.0.1 cannot be used"),
     ],

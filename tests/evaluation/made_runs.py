@@ -9,7 +9,7 @@ CATEGORIES = ("sign", "poster", "slide")
 
 
 def write_generate_run(folder, items=12, repeats=4, right=0.5, seed=0, suite="longtext-en", size=(48, 96), **settings):
-    """Pictures of words of which each is read right with the given chance; returns the folder."""
+    """Images of words of which each is read right with the given chance; returns the folder."""
     rng = np.random.default_rng(seed)
     (folder / "images").mkdir(parents=True)
     lines = []
@@ -18,10 +18,10 @@ def write_generate_run(folder, items=12, repeats=4, right=0.5, seed=0, suite="lo
         images, replies, matches = [], [], []
         for r in range(repeats):
             read = [w if rng.random() < right else w[::-1] for w in words]
-            picture = Image.new("RGB", size[::-1], tuple(int(v) for v in rng.integers(0, 120, 3)))
-            ImageDraw.Draw(picture).text((4, 4), "\n".join(read), fill="white")
+            image = Image.new("RGB", size[::-1], tuple(int(v) for v in rng.integers(0, 120, 3)))
+            ImageDraw.Draw(image).text((4, 4), "\n".join(read), fill="white")
             images.append(f"images/{i:04d}_{r}.png")
-            picture.save(folder / images[-1])
+            image.save(folder / images[-1])
             replies.append([" ".join(read)])
             matches.append(sum(a == b for a, b in zip(words, read)))
         lines.append({
@@ -43,14 +43,14 @@ def write_generate_run(folder, items=12, repeats=4, right=0.5, seed=0, suite="lo
 
 
 def write_answer_run(folder, items=9, right=0.7, seed=0, suite="pope", **settings):
-    """Yes/no questions; the run kept the pictures of the even ones."""
+    """Yes/no questions; the run kept the images of the even ones."""
     rng = np.random.default_rng(seed)
     (folder / "images").mkdir(parents=True)
     lines = []
     for i in range(items):
         label, good = ("yes", "no")[i % 2], rng.random() < right
         answer = label if good else {"yes": "no", "no": "yes"}[label]
-        line = {"id": str(i), "prompt": f"Is there a chair in picture {i}?", "fields": {"category": CATEGORIES[i % 3], "label": label}}
+        line = {"id": str(i), "prompt": f"Is there a chair in image {i}?", "fields": {"category": CATEGORIES[i % 3], "label": label}}
         line |= {"answer": answer.capitalize(), "verdicts": ["right" if good else f"wrong, {label} wanted"]}
         if i % 2 == 0:
             Image.new("RGB", (200, 120), (20 * i, 90, 120)).save(folder / f"images/{i}.png")

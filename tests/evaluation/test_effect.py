@@ -14,7 +14,7 @@ from xomni_jax.evaluation.cells import Cell, EvaluationError, measure
 from xomni_jax.evaluation.drawing import Drawing, heldout_signs
 from xomni_jax.evaluation.effect import EffectConfig, open_services, run_effect
 from xomni_jax.evaluation.grpo_run import read_run
-from xomni_jax.evaluation.pictures import colour_entropy, colour_histogram, edge_density
+from xomni_jax.evaluation.images import colour_entropy, colour_histogram, edge_density
 from xomni_jax.rl.image_statistics import image_statistics
 from xomni_jax.sampling.decoder import DecodeConfig
 from xomni_jax.sampling.logits import SamplingConfig
@@ -27,7 +27,7 @@ def config(folder, out, **changes):
 
 
 class NoiseDrawing:
-    """Stands for the models: codes and pictures are noise that depends on policy and sampling."""
+    """Stands for the models: codes and images are noise that depends on policy and sampling."""
 
     def __init__(self, sft, rl, signs, seed, chunk):
         self.signs, self.chunk, self.model = signs, chunk, SimpleNamespace(decode_config=DecodeConfig())
@@ -39,10 +39,10 @@ class NoiseDrawing:
     def real_codes(self):
         return np.random.default_rng(0).integers(0, 512, (len(self.signs.captions), 1, 4, 8))
 
-    def real_pictures(self):
+    def real_images(self):
         yield self.signs.images, None, None
 
-    def pictures(self, codes):
+    def images(self, codes):
         flat = codes.reshape(-1, 4, 8)
         for start in range(0, len(flat), self.chunk):
             part = flat[start : start + self.chunk]
@@ -70,7 +70,7 @@ def test_report_and_resume(tmp_path, monkeypatch):
             assert set(row) == {"ocr_reward", "word_accuracy", "colour_accuracy", "second_reader_accuracy", "ci95"}
             assert row["ci95"]["ocr_reward"][0] <= row["ocr_reward"] <= row["ci95"]["ocr_reward"][1]
         assert report[name]["sft_best_of_2"]["ocr_reward"] >= report[name]["sft"]["ocr_reward"]
-        # Greedy samples of a prompt are one and the same picture.
+        # Greedy samples of a prompt are one and the same image.
         assert [(e["temperature"], e["samples"]) for e in report["sft_temperature_sweep"][name]] == [(1.0, 2), (0.5, 2), (0.0, 1)]
         assert report["image_statistics"][name]["rl"]["reencode_agreement"] == pytest.approx(0.8, abs=0.1)
     assert report["guidance_off"]["reconstruction"] == report["guidance_on"]["reconstruction"]
@@ -100,8 +100,8 @@ def test_drawing(tmp_path, monkeypatch):
     two, one, other = studio.codes("sft", sampling, 2), studio.codes("sft", sampling, 1), studio.codes("rl", sampling, 1)
     assert two.shape == (3, 2, 4, 8) and (two[:, 0] != two[:, 1]).any() and (one != other).any()
     np.testing.assert_array_equal(two[:, :1], one)
-    images, codes, again = (np.concatenate(x) for x in zip(*studio.pictures(two)))
-    alone = np.concatenate([c[0] for c in studio.pictures(one)])
+    images, codes, again = (np.concatenate(x) for x in zip(*studio.images(two)))
+    alone = np.concatenate([c[0] for c in studio.images(one)])
     assert images.shape == (6, 32, 64, 3) and again.shape == codes.shape == (6, 4, 8)
     # Sample 0 stands elsewhere in a chunk when drawn alone; noise and codes are the same. One level is float rounding.
     assert np.abs(images[::2].astype(int) - alone).max() <= 1
@@ -144,13 +144,13 @@ def test_a_failed_score_is_left_out_and_counted(rng, tmp_path):
 
 
 def test_a_broken_service_stops_the_evaluation(rng):
-    with pytest.raises(EvaluationError, match="noise: 6 of 12 pictures could not be scored by ocr .no answer.; mend the service"):
+    with pytest.raises(EvaluationError, match="noise: 6 of 12 images could not be scored by ocr .no answer.; mend the service"):
         cell_of(rng, {"ocr": FakeClient(fail_every=2)})
     with pytest.raises(EvaluationError, match="trained on .quality. was measured here"):
         cell_of(rng, fake_clients()).selection({"quality": 1.0})
 
 
-def test_picture_statistics_are_those_of_training(rng):
+def test_image_statistics_are_those_of_training(rng):
     images = (rng.integers(0, 256, (5, 16, 24, 3)) // np.array([1, 2, 4])).astype(np.uint8)
     expected = image_statistics(images)
     assert edge_density(images).mean() == pytest.approx(expected["image/edge_density"], rel=1e-5)

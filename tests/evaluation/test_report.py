@@ -1,4 +1,4 @@
-"""Numbers and page from made-up pictures: no model takes part."""
+"""Numbers and page from made-up images: no model takes part."""
 
 import json
 
@@ -31,7 +31,7 @@ class NoisyReader(FakeClient):
 
 
 def made_up(signs, chance, samples, clients, noise, rng):
-    """A cell of blurred real pictures that read right with the given chance."""
+    """A cell of blurred real images that read right with the given chance."""
     images = np.repeat(signs.images, samples, axis=0).astype(np.float64)
     images = (images + rng.normal(0, noise, images.shape)).clip(0, 255).astype(np.uint8)
     items = [item | {"chance": chance} for item in signs.items(samples)]
@@ -73,7 +73,7 @@ def test_summary(tmp_path):
     assert c["sft_best_temperature"] in (0.5, 0.3, 0.0)
     difference = c["rl_minus"]["sft"]["word_accuracy"]
     assert difference["value"] == pytest.approx(off["rl"]["word_accuracy"] - off["sft"]["word_accuracy"])
-    assert report["failures"]["guidance_off/sft"] == {"pictures": 384, "ocr": 0, "shapes": 0, "second": 0}
+    assert report["failures"]["guidance_off/sft"] == {"images": 384, "ocr": 0, "shapes": 0, "second": 0}
     assert "oracle" in report["notes"][0] and "one RL sample reads right" in table_text(report)
     json.dumps(report, allow_nan=False)
 

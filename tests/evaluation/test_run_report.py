@@ -14,7 +14,7 @@ from PIL import Image
 from tests.evaluation.made_runs import CATEGORIES, write_answer_run, write_generate_run
 from xomni_jax.evaluation import paper
 from xomni_jax.evaluation.eval_run import read_eval_run, shots
-from xomni_jax.evaluation.gallery import embed, folded, picture_order, spread
+from xomni_jax.evaluation.gallery import embed, folded, image_order, spread
 from xomni_jax.evaluation.run_report import write_run_report
 from xomni_jax.evaluation.suite import SuiteError
 from xomni_jax.evaluation.suites import get_suite
@@ -76,16 +76,16 @@ def test_csv_keeps_every_sign_of_an_answer(tmp_path):
 def test_the_page_is_bounded_and_says_what_it_leaves_out(tmp_path):
     run = write_generate_run(tmp_path / "run", items=6, repeats=3)
     read = read_eval_run(run)
-    order = picture_order([read], spread(6))
+    order = image_order([read], spread(6))
     assert len(order) == 18 and {int(shot.path.stem[:4]) for shot in order[:6]} == set(range(6))
-    assert all(shot.path.stem.endswith(f"_{n // 6}") for n, shot in enumerate(order))  # first pictures first
+    assert all(shot.path.stem.endswith(f"_{n // 6}") for n, shot in enumerate(order))  # first images first
     sizes = [len(data) for data in embed(order).values()]
     limit = sum(sizes[:7])
     page = write_run_report(run, limit=limit).read_text()
-    assert page.count("data:image/") == 7 and "7 of 18 pictures are on this page" in page and "The other 11 are linked" in page
+    assert page.count("data:image/") == 7 and "7 of 18 images are on this page" in page and "The other 11 are linked" in page
     assert page.count('class="file"') == 11
     (run / "images" / "0000_0.png").unlink()
-    assert "1 pictures are no longer in the folder" in write_run_report(run).read_text()
+    assert "1 images are no longer in the folder" in write_run_report(run).read_text()
 
 
 def test_any_beginning_of_the_order_is_spread_over_the_run():
@@ -97,7 +97,7 @@ def test_any_beginning_of_the_order_is_spread_over_the_run():
             assert gaps.max() <= 3 * count / k
 
 
-def test_tiles_of_a_grid_are_its_pictures(tmp_path, rng):
+def test_tiles_of_a_grid_are_its_images(tmp_path, rng):
     run = write_generate_run(tmp_path / "run", items=1, repeats=4, size=(20, 30))
     tiles = rng.integers(0, 256, (4, 20, 30, 3)).astype(np.uint8)
     whole = np.concatenate([np.concatenate(tiles[:2], 1), np.concatenate(tiles[2:], 1)])

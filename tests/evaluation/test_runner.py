@@ -25,19 +25,19 @@ LONG = " on a wall of grey stone beside a road"
 
 
 class PixelJudge:
-    """Reads the wanted word where the picture is dark in its first corner."""
+    """Reads the wanted word where the image is dark in its first corner."""
 
     name, settings = "pixels", {"version": 1}
 
     def __init__(self, answers=10**9):
         self.answers = answers
 
-    def ask(self, pictures, questions):
+    def ask(self, images, questions):
         """Goes silent after `answers` calls."""
         self.answers -= 1
         if self.answers < 0:
             raise JudgeUnavailable("the judge at http://x does not answer; start it, and run the same command again")
-        return [[" ".join(w for w in WORDS if (np.asarray(p).sum() + len(w)) % 2) for _ in asked] for p, asked in zip(pictures, questions)]
+        return [[" ".join(w for w in WORDS if (np.asarray(p).sum() + len(w)) % 2) for _ in asked] for p, asked in zip(images, questions)]
 
 
 class StopAfter(StopSignal):
@@ -55,7 +55,7 @@ class StopAfter(StopSignal):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Prompts in two length buckets, and questions about pictures of several shapes, two of which the model's limits refuse."""
+    """Prompts in two length buckets, and questions about images of several shapes, two of which the model's limits refuse."""
     folder = tmp_path_factory.mktemp("data")
     prompts = [f'a sign that says "{w}"' + LONG * (i % 3 == 0) for i, w in enumerate(WORDS)]
     rows = [
@@ -114,7 +114,7 @@ def whole(few_devices, session, data, tmp_path_factory):
 def test_a_whole_run(whole, data):
     path, (results, items) = whole["longtext-en"]
     results, items = json.loads(results), [json.loads(line) for line in items.splitlines()]
-    assert results["counts"] == {"items": 7, "published": 160, "outputs": 28, "unparsed": 0, "overlong prompts": 3, "fitted pictures": 0}
+    assert results["counts"] == {"items": 7, "published": 160, "outputs": 28, "unparsed": 0, "overlong prompts": 3, "fitted images": 0}
     assert [item["id"] for item in items] == sorted(f"{3 * i:04d}" for i in range(7))
     assert results["headline"]["value"] == sum(i["record"]["match"] for i in items) / sum(i["record"]["gt"] for i in items)
     assert results["settings"]["sampling"] == {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.03, "guidance": 1.0}
@@ -126,9 +126,9 @@ def test_a_whole_run(whole, data):
     assert {p.name for p in path.iterdir()} == {"settings.json", "images", "parts", "judged", "items.jsonl", "results.json"}
 
 
-def test_answers_of_pictures_that_the_limits_refuse(whole):
+def test_answers_of_images_that_the_limits_refuse(whole):
     results, items = map(bytes.decode, whole["ocrbench"][1])
-    assert json.loads(results)["counts"]["fitted pictures"] == 2
+    assert json.loads(results)["counts"]["fitted images"] == 2
     assert [type(json.loads(line)["answer"]) for line in items.splitlines()] == [str] * 5
 
 
@@ -199,21 +199,21 @@ def test_a_silent_judge_leaves_nothing_scored(whole, session, data, tmp_path):
     assert complete(session, work) == whole["longtext-en"][1]
 
 
-def test_missing_pictures_are_counted_and_named(whole, session, data, tmp_path):
+def test_missing_images_are_counted_and_named(whole, session, data, tmp_path):
     work = work_of(data, tmp_path)
     session.run(work, StopAfter())
     (tmp_path / "images/0006_1.png").unlink()
-    with pytest.raises(SuiteError, match=r"1 of 7 items have no pictures, the first is 0006 \(the picture .*0006_1\.png is missing"):
+    with pytest.raises(SuiteError, match=r"1 of 7 items have no images, the first is 0006 \(the image .*0006_1\.png is missing"):
         runner.judge_outputs(work, PixelJudge(), StopAfter())
     assert not (tmp_path / "judged").exists()
     assert complete(session, work) == whole["longtext-en"][1]  # drawn again, and the same
 
 
-def test_pictures_of_another_program_are_scored(whole, data, tmp_path):
+def test_images_of_another_program_are_scored(whole, data, tmp_path):
     source, (_, items) = whole["longtext-en"]
     os.makedirs(tmp_path / "images")
-    for picture in (source / "images").iterdir():
-        os.link(picture, tmp_path / "images" / picture.name)
+    for image in (source / "images").iterdir():
+        os.link(image, tmp_path / "images" / image.name)
     work = work_of(data, tmp_path)
     runner.judge_outputs(work, PixelJudge(), StopAfter())
     results = runner.write_results(work, [])

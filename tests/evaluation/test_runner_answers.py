@@ -16,7 +16,7 @@ OPTIONS = {"question": "What?", "A": "cat", "B": "dog", "C": "", "D": "", "answe
 
 
 def pope(folder):
-    """Lines of json beside a folder of pictures, for three splits."""
+    """Lines of json beside a folder of images, for three splits."""
     (folder / "val2014").mkdir()
     (folder / "val2014" / "a.jpg").write_bytes(RED)
     rows = [{"question_id": n, "image": "a.jpg", "text": "Is there a cat?", "label": label} for n, label in ((1, "yes"), (2, "no"))]
@@ -25,16 +25,16 @@ def pope(folder):
 
 
 def gqa_parquet(folder):
-    """Questions and pictures in files of their own."""
-    pictures = [{"id": "n1", "image": RED}, {"id": "n2", "image": BLUE}]
-    write_parquet(folder / "testdev_balanced_images" / "testdev-00000-of-00001.parquet", pictures)
+    """Questions and images in files of their own."""
+    images = [{"id": "n1", "image": RED}, {"id": "n2", "image": BLUE}]
+    write_parquet(folder / "testdev_balanced_images" / "testdev-00000-of-00001.parquet", images)
     question = {"question": "Which animal?", "answer": "cat", "types": {"structural": "query"}}
     rows = [question | {"id": f"20{n}", "imageId": f"n{n}"} for n in (1, 2)]
     write_parquet(folder / "testdev_balanced_instructions" / "testdev-00000-of-00001.parquet", rows)
 
 
 def gqa_tsv(folder):
-    """The second row shares the picture of the first."""
+    """The second row shares the image of the first."""
     rows = [{"index": 1, "question": "q", "answer": "a", "image": RED}, {"index": 2, "question": "q", "answer": "b", "image": "1"}]
     write_tsv(folder / "GQA_TestDev_Balanced.tsv", rows)
 
@@ -48,15 +48,15 @@ def mmbench_tsv(folder):
 
 
 def mmbench_parquet(folder):
-    """Pictures in every row."""
+    """Images in every row."""
     write_parquet(folder / "en" / "dev-00000-of-00001.parquet", [{"index": n} | OPTIONS | {"image": RED} for n in (7, 8)])
 
 
 def seedbench(folder):
-    """Two pictures, and a video that is left out."""
+    """Two images, and a video that is left out."""
     base = {"question": "What?", "choice_a": "1", "choice_b": "2", "choice_c": "3", "choice_d": "4", "answer": "b", "question_type_id": 3}
     kinds = (("1_0", "image", [RED]), ("2_0", "video", [BLUE, RED]), ("3_0", "image", [BLUE]))
-    rows = [base | {"question_id": name, "data_type": kind, "image": pictures} for name, kind, pictures in kinds]
+    rows = [base | {"question_id": name, "data_type": kind, "image": images} for name, kind, images in kinds]
     write_parquet(folder / "data" / "test-00000-of-00001.parquet", rows)
 
 
@@ -73,7 +73,7 @@ def docvqa_tsv(folder):
 
 
 def ocrbench(folder):
-    """One json beside a folder of pictures."""
+    """One json beside a folder of images."""
     (folder / "OCRBench_Images").mkdir()
     (folder / "OCRBench_Images" / "a.png").write_bytes(BLUE)
     kind = {"dataset_name": "svt", "type": "Regular Text Recognition", "image_path": "a.png"}

@@ -49,8 +49,8 @@ def test_from_prompts_to_page(folders, model_dir, tmp_path, monkeypatch, capsys)
     means = []
     for item, row in zip(items, ROWS, strict=True):
         (asked,) = geneval.questions(type("Row", (), {"fields": {"metadata": row}}))
-        pictures = [np.asarray(Image.open(out / name).convert("RGB")) for name in item["images"]]
-        seen = [scorer.score(picture, {"prompt": "", "targets": {"detect": asked}})[1]["detections"] for picture in pictures]
+        images = [np.asarray(Image.open(out / name).convert("RGB")) for name in item["images"]]
+        seen = [scorer.score(image, {"prompt": "", "targets": {"detect": asked}})[1]["detections"] for image in images]
         assert item["replies"] == [[found] for found in seen] and any(any(found.values()) for found in seen)
         means.append(np.mean([geneval.judge(row, found)[0] for found in seen]))
         assert item["score"] == means[-1]

@@ -1,4 +1,4 @@
-"""Suites of pictures through the whole command: a language model with eyes as the judge, silent in the middle; rewritten prompts."""
+"""Suites of images through the whole command: a language model with eyes as the judge, silent in the middle; rewritten prompts."""
 
 import csv
 import functools
@@ -30,7 +30,7 @@ def one_model():
 
 
 def command(name, model, data, out, *more):
-    """What a user types, on small pictures."""
+    """What a user types, on small images."""
     paths = ["--model", str(model), "--data", str(data), "--out", str(out)]
     return main(["eval", name, *paths, "--height", "16", "--width", "32", "--batch", "4", "--decode-batch", "4", *more])
 
@@ -56,7 +56,7 @@ def dpg(folder):
     columns = ("item_id", "proposition_id", "dependency", "tuple", "question_natural_language")
     rows = [(name, n, parents, f"entity - whole ({what})", f"Is there {what}?") for name, n, parents, what in asked]
     table(folder / "dpg_bench.csv", [dict(zip(columns, row)) for row in rows])
-    return 8  # questions about the first prompt's pictures
+    return 8  # questions about the first prompt's images
 
 
 def longtext(folder):
@@ -111,7 +111,7 @@ class Blind:
 
     name, settings = "blind", {}
 
-    def ask(self, pictures, questions):
+    def ask(self, images, questions):
         """No boxes."""
         return [[{name: [] for name in q["classes"]} for q in asked] for asked in questions]
 

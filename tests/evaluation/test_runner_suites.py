@@ -27,7 +27,7 @@ def results_of(out, capsys):
 
 
 @pytest.mark.parametrize("name, judge", [("rendered-text", "pp-ocr"), ("rendered-shapes", "contours")])
-def test_pictures_are_drawn_judged_and_scored(name, judge, tmp_path, capsys):
+def test_images_are_drawn_judged_and_scored(name, judge, tmp_path, capsys):
     assert main(["eval", name, "--out", str(tmp_path), "--limit", "4"]) == 0
     results, items = results_of(tmp_path, capsys)
     assert results["judge"]["name"] == judge and results["counts"]["items"] == 4 and results["counts"]["outputs"] == 16

@@ -18,14 +18,14 @@ ITEMS, SFT, RL = 7, {"path": "models/sft", "sha256": "aaaa"}, {"path": "models/r
 
 
 def words_right(run):
-    """Right words of three, per item and picture, counted from the stored replies."""
+    """Right words of three, per item and image, counted from the stored replies."""
     lines = [json.loads(line) for line in (run / "items.jsonl").read_text().splitlines()]
     return [[sum(w in reply.split() for w in line["fields"]["text"]) for (reply,) in line["replies"]] for line in lines]
 
 
 @pytest.fixture
 def policies(tmp_path):
-    """Two runs of SFT with seeds apart, three pictures each, and one of RL."""
+    """Two runs of SFT with seeds apart, three images each, and one of RL."""
     make = lambda name, **how: write_generate_run(tmp_path / name, items=ITEMS, repeats=3, **how)  # noqa: E731
     sft = [make(f"sft{i}", right=0.35, seed=i, model=SFT) for i in (0, 1)]
     for i, run in enumerate(sft):
@@ -52,7 +52,7 @@ def test_best_of_n_is_the_mean_over_all_subsets(policies):
         best = np.mean([np.mean([max(subset) / 3 for subset in itertools.combinations(of_item, row["n"])]) for of_item in table])
         assert row["score"]["value"] == pytest.approx(best) and row["rl_minus"]["value"] == pytest.approx(rl - best)
         assert row["score"]["ci95"][0] <= best <= row["score"]["ci95"][1]
-        # LongText's own number over the best of the first n: a ratio of sums of words, three per picture.
+        # LongText's own number over the best of the first n: a ratio of sums of words, three per image.
         assert row["headline_of_first_n"] == pytest.approx(sum(max(of_item[: row["n"]]) for of_item in table) / (3 * ITEMS))
     scores = [row["score"]["value"] for row in study["rows"]]
     assert study["rl_holds_up_to_best_of"] == max([n for n, s in zip((1, 2, 4), scores) if s < rl], default=0)
@@ -74,7 +74,7 @@ def test_held_up_to_stops_at_the_first_that_is_not_beaten():
 
 
 class Service:
-    """Scores a picture by its mean; fails once when told to."""
+    """Scores an image by its mean; fails once when told to."""
 
     name = "brightness"
 
@@ -82,7 +82,7 @@ class Service:
         self.fail_at, self.seen, self.items = fail_at, 0, []
 
     def score(self, images, items):
-        """One value per picture."""
+        """One value per image."""
         self.items += items
         scores = []
         for image in images:
@@ -92,7 +92,7 @@ class Service:
         return scores
 
 
-def test_a_reward_service_is_asked_once_per_picture(policies, tmp_path):
+def test_a_reward_service_is_asked_once_per_image(policies, tmp_path):
     from PIL import Image
 
     runs = read_runs(policies[0], [{}] * 2)

@@ -75,7 +75,7 @@ def write_run(run, steps=5):
 
 
 class FakeClient:
-    """Scores from the pixels, so that other pictures get other scores; every `fail_every`-th picture fails."""
+    """Scores from the pixels, so that other images get other scores; every `fail_every`-th image fails."""
 
     def __init__(self, key="exact", fail_every=0):
         self.key, self.fail_every, self.seen = key, fail_every, 0

@@ -25,7 +25,7 @@ def build(seed: int, s: dict = SIZES):
 
 
 def outputs(seed: int = 0) -> dict[str, np.ndarray]:
-    """Weights, pixels [B, H, W, 3], posterior moments, scaled latents of a given z and their decoding; pictures channels-last."""
+    """Weights, pixels [B, H, W, 3], posterior moments, scaled latents of a given z and their decoding; images channels-last."""
     import torch
 
     model, s = build(seed), SIZES

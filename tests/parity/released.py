@@ -1,4 +1,4 @@
-"""The released program composed from transformers and diffusers, on small random weights: pictures to codes, chat, text to picture.
+"""The released program composed from transformers and diffusers, on small random weights: images to codes, chat, text to image.
 
 Written from the published description, not from this package. Torch is imported inside functions.
 """
@@ -101,7 +101,7 @@ def drawing_with(gumbel_TV: np.ndarray):
 
 
 def preprocess(image, s: dict = LIMITS) -> np.ndarray | None:
-    """A PIL picture -> [H, W, 3] in [-1, 1], None when it is refused. Sizes stay Python numbers until they are rounded; PIL does the rest."""
+    """A PIL image -> [H, W, 3] in [-1, 1], None when it is refused. Sizes stay Python numbers until they are rounded; PIL does the rest."""
     from PIL import Image
 
     image = image.convert("RGB")
@@ -132,7 +132,7 @@ def without_gradients(method):
 
 
 class Released:
-    """All modules, and what the released scripts do with them. Pictures channels-last, codes [Y, X]."""
+    """All modules, and what the released scripts do with them. Images channels-last, codes [Y, X]."""
 
     def __init__(self, folder: Path, seed: int = 0):
         """`folder` gets the tokenizers, which are read back by the classes that FLUX names."""
@@ -173,7 +173,7 @@ class Released:
             "clip": {k: p.detach().numpy() for k, p in reference_clip.released_names(self.pipe.text_encoder).items()},
         }
 
-    # ---- pictures in ----
+    # ---- images in ----
     @without_gradients
     def tokenize(self, image) -> np.ndarray:
         """Codes [Y, X]: the nearest codebook row, both sides of unit length."""
@@ -209,7 +209,7 @@ class Released:
         made = self.language.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
         return ids[0].tolist(), made[0, ids.shape[1] :].tolist()
 
-    # ---- text to picture ----
+    # ---- text to image ----
     def sample(self, prompt: str, grid: tuple[int, int], gumbel_TV: np.ndarray | None, **settings) -> np.ndarray:
         """Codes [Y, X] by transformers' own `generate`; without noise the likeliest. Settings not given are transformers' defaults."""
         import torch
@@ -233,7 +233,7 @@ class Released:
 
     @without_gradients
     def decode(self, codes_YX: np.ndarray, prompt: str, noise_TC: np.ndarray, steps: int, guidance: float):
-        """(latents [2Y, 2X, C], pixels [H, W, 3] before clipping, the picture), by diffusers' own pipeline.
+        """(latents [2Y, 2X, C], pixels [H, W, 3] before clipping, the image), by diffusers' own pipeline.
 
         The semantic map joins the image stream after the last double block; the empty prompt's forward gets none.
         """
@@ -253,5 +253,5 @@ class Released:
         hook.remove()
         latents = pipe._unpack_latents(tokens, height, width, pipe.vae_scale_factor)
         pixels = pipe.vae.decode(latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor).sample
-        picture = pipe.image_processor.postprocess(pixels, output_type="pil")[0]
-        return *(x[0].permute(1, 2, 0).numpy() for x in (latents, pixels)), picture
+        image = pipe.image_processor.postprocess(pixels, output_type="pil")[0]
+        return *(x[0].permute(1, 2, 0).numpy() for x in (latents, pixels)), image

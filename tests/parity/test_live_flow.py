@@ -17,7 +17,7 @@ def test_live():
 @pytest.mark.parametrize("steps", [1, 2, 28, 50])
 @pytest.mark.parametrize("grid", [(24, 24), (3, 5), (16, 16), (64, 64), (72, 72), (24, 72), (72, 31)], ids=str)
 def test_noise_levels_of_the_flux_pipeline(steps, grid):
-    """FLUX.1-dev's scheduler as its pipeline sets it, for pictures of any shape; its timesteps are 1000 sigma."""
+    """FLUX.1-dev's scheduler as its pipeline sets it, for images of any shape; its timesteps are 1000 sigma."""
     from diffusers import FlowMatchEulerDiscreteScheduler
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 

@@ -1,4 +1,4 @@
-"""Whole passes, text to picture and picture to answer, against the released program composed from transformers and diffusers."""
+"""Whole passes, text to image and image to answer, against the released program composed from transformers and diffusers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from xomni_jax.checkpoint.store import save_component, save_settings
 from xomni_jax.data.preprocess import ImageLimits, ImageRejected
 from xomni_jax.models.registry import COMPONENTS, init_params
 from xomni_jax.sampling.decoder import DecodeConfig
-from xomni_jax.sampling.keys import NOISE, picture_keys
+from xomni_jax.sampling.keys import NOISE, image_keys
 from xomni_jax.sampling.logits import SamplingConfig
 
 pytestmark = pytest.mark.parity
@@ -31,7 +31,7 @@ QUESTION = "what does the sign say?"
 STEPS, SEED, MAX_NEW = 4, 11, 12
 
 
-def picture(width: int, height: int, seed: int = 0, mode: str = "RGB") -> Image.Image:
+def drawn_image(width: int, height: int, seed: int = 0, mode: str = "RGB") -> Image.Image:
     """Soft blobs of colour."""
     blobs = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
     return Image.fromarray(blobs).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
@@ -72,7 +72,7 @@ def whole(tmp_path_factory):
 
 def stop_somewhere(program: released.Released) -> None:
     """Makes the end of turn the likeliest in the middle of one answer, by swapping it with the word said there in the text head."""
-    said = program.chat(picture(61, 45), QUESTION, MAX_NEW)[1]
+    said = program.chat(drawn_image(61, 45), QUESTION, MAX_NEW)[1]
     at = next(i for i in range(3, MAX_NEW) if said[i] not in said[:i])
     stop = program.tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert stop not in said[: at + 1]
@@ -131,12 +131,12 @@ def test_encoders_get_the_ids_of_the_flux_pipeline(whole):
     ],
     ids=["released-defaults", "guided", "truncated", "greedy"],
 )
-def test_text_to_picture(whole, grid, sampling, settings, decoder_guidance):
-    """Codes equal, latents and pixels to 1e-4 before clipping, pictures to one level, for two prompts in one batch."""
+def test_text_to_image(whole, grid, sampling, settings, decoder_guidance):
+    """Codes equal, latents and pixels to 1e-4 before clipping, images to one level, for two prompts in one batch."""
     save_settings(whole.directory, decode=DecodeConfig(steps=STEPS, guidance=decoder_guidance))
     model, n = xomni_jax.load(whole.directory), grid[0] * grid[1]
-    keys_B, program = picture_keys(SEED, len(PROMPTS)), whole.program
-    noise_BTC = np.asarray(model.noise(picture_keys(SEED, len(PROMPTS), NOISE), grid))
+    keys_B, program = image_keys(SEED, len(PROMPTS)), whole.program
+    noise_BTC = np.asarray(model.noise(image_keys(SEED, len(PROMPTS), NOISE), grid))
     noise_BTV = [None] * len(PROMPTS) if sampling.greedy else gumbel(keys_B, n)
 
     codes = np.stack([program.sample(p, grid, g, **settings) for p, g in zip(PROMPTS, noise_BTV)])
@@ -151,28 +151,28 @@ def test_text_to_picture(whole, grid, sampling, settings, decoder_guidance):
         our_pixels = jax.jit(model.decoder.pixels)(params, our_latents)
     np.testing.assert_allclose(our_latents, latents, rtol=0, atol=1e-4)
     np.testing.assert_allclose(our_pixels, pixels, rtol=0, atol=1e-4)
-    assert np.isfinite(pixels).all() and pixels.std() > 0.2 and np.mean(np.abs(pixels) < 1) > 0.5  # a picture, not a clipped plane
+    assert np.isfinite(pixels).all() and pixels.std() > 0.2 and np.mean(np.abs(pixels) < 1) > 0.5  # an image, not a clipped plane
 
     s = sampling
     ours = model.generate(PROMPTS, 16 * grid[0], 16 * grid[1], SEED, s.temperature, s.top_k, s.top_p, s.min_p, s.guidance)
-    for picture, (*_, theirs) in zip(ours, expected, strict=True):
-        assert picture.size == theirs.size == (16 * grid[1], 16 * grid[0])
-        levels = np.abs(np.asarray(picture).astype(int) - np.asarray(theirs))
+    for image, (*_, theirs) in zip(ours, expected, strict=True):
+        assert image.size == theirs.size == (16 * grid[1], 16 * grid[0])
+        levels = np.abs(np.asarray(image).astype(int) - np.asarray(theirs))
         assert levels.max() <= 1 and np.mean(levels > 0) < 1e-3  # a value at .5 may round to either side
 
 
 def test_generate_without_settings_is_the_released_script(whole):
-    """The defaults of `generate`, not only a configuration that spells them out; both filters among them change these pictures."""
+    """The defaults of `generate`, not only a configuration that spells them out; both filters among them change these images."""
     save_settings(whole.directory, decode=DecodeConfig(steps=STEPS, guidance=1.5))
     model, sample = xomni_jax.load(whole.directory), whole.program.sample
-    noise_BTC = np.asarray(model.noise(picture_keys(SEED, len(PROMPTS), NOISE), (3, 5)))
+    noise_BTC = np.asarray(model.noise(image_keys(SEED, len(PROMPTS), NOISE), (3, 5)))
     script = dict(temperature=1.0, min_p=0.03, top_p=1.0, guidance_scale=1.0)
     changed = {"top_k": [], "min_p": []}
     ours = model.generate(PROMPTS, 48, 80, SEED)
-    for prompt, noise_TV, noise_TC, picture in zip(PROMPTS, gumbel(picture_keys(SEED, len(PROMPTS)), 15), noise_BTC, ours, strict=True):
+    for prompt, noise_TV, noise_TC, image in zip(PROMPTS, gumbel(image_keys(SEED, len(PROMPTS)), 15), noise_BTC, ours, strict=True):
         codes = sample(prompt, (3, 5), noise_TV, **script)
         theirs = whole.program.decode(codes, prompt, noise_TC, STEPS, 1.5)[-1]
-        assert np.abs(np.asarray(picture).astype(int) - np.asarray(theirs)).max() <= 1
+        assert np.abs(np.asarray(image).astype(int) - np.asarray(theirs)).max() <= 1
         for name in changed:
             changed[name].append(not np.array_equal(sample(prompt, (3, 5), noise_TV, **script | {name: 0}), codes))
     assert all(map(any, changed.values())), changed
@@ -195,8 +195,8 @@ def test_what_the_decoder_is_told_matters(whole):
 
 @pytest.mark.parametrize("size, question", [((61, 45), QUESTION), ((45, 131), "which colour?"), ((90, 77), "A or B?\nSay one.")], ids=str)
 def test_chat(whole, size, question):
-    """Codes of the picture, ids of the turn, logits, ids of the answer; the first answer stops by itself."""
-    model, image, tok = xomni_jax.load(whole.directory), picture(*size), whole.program.tokenizer
+    """Codes of the image, ids of the turn, logits, ids of the answer; the first answer stops by itself."""
+    model, image, tok = xomni_jax.load(whole.directory), drawn_image(*size), whole.program.tokenizer
     codes = model.encode([image])[0]
     np.testing.assert_array_equal(codes, whole.program.tokenize(image))
     assert len(np.unique(codes)) > 4
@@ -225,10 +225,10 @@ def reference_logits(program: released.Released, ids: list[int], mode: str) -> n
         return program.language(torch.tensor([ids])).logits.numpy()
 
 
-def test_a_picture_that_is_refused_there_is_refused_here(whole):
+def test_an_image_that_is_refused_there_is_refused_here(whole):
     model = xomni_jax.load(whole.directory)
     for size in ((29, 40), (31, 94), (200, 20)):
-        assert released.preprocess(picture(*size)) is None
+        assert released.preprocess(drawn_image(*size)) is None
         with pytest.raises(ImageRejected):
-            model.encode([picture(*size)])
+            model.encode([drawn_image(*size)])
     assert json.loads((whole.directory / "model.json").read_text())["settings"]["preprocess"]["min_short_size"] == 30

@@ -1,4 +1,4 @@
-"""Plans of inference: the programs of a batch of pictures, and of answers whose length nobody knows beforehand."""
+"""Plans of inference: the programs of a batch of images, and of answers whose length nobody knows beforehand."""
 
 import dataclasses
 
@@ -27,9 +27,7 @@ def test_every_program_of_a_batch(tmp_path):
     assert {name: role.per_step for name, role in stage.roles.items()} == {
         "rollout": 1, "prefill": 1, "decoder": 2, "text": 0, "vae": 0, "answer": 0,
     }  # fmt: skip
-    assert stage.roles["rollout"].about.startswith("32 codes of 4 prompts") and stage.roles["decoder"].about.startswith(
-        "2 pictures of 32x64"
-    )
+    assert stage.roles["rollout"].about.startswith("32 codes of 4 prompts") and stage.roles["decoder"].about.startswith("2 images of 32x64")
     assert set(stage.resident) == {"sampler", "siglip_vq", "mmdit", "t5", "clip", "autoencoder"}
 
 

@@ -129,7 +129,7 @@ def test_the_decoder_gathers_weights_and_exchanges_no_activations(cache):
     # Of what a device lacks of two steps' weights; those of modulations are split instead, as for any tensor parallelism, and with jax 0.12 the
     # CPU's compiler splits those of attention too.
     assert 0.2 < sum(r["sent"] for r in weights) / (0.75 * f.gathered) < 1
-    modulations = 16 * 6 * 128 * 4  # six vectors of width 128 for each of 16 pictures, float32
+    modulations = 16 * 6 * 128 * 4  # six vectors of width 128 for each of 16 images, float32
     assert max(r["bytes"] / r["times"] for r in inside if r["kind"] != "all-gather") <= modulations
     assert verdicts(f, "cpu:4")["sent / weights"][0]
 

@@ -10,7 +10,7 @@ from tests.training.test_stages import assert_same, metrics, params
 from xomni_jax.checkpoint.store import RunCheckpoints
 
 CHECKS = 5  # of a step: between four segments, after the chunk, after its scores
-STEP = 16  # pictures of a step: 4 prompts x 4 rollouts
+STEP = 16  # images of a step: 4 prompts x 4 rollouts
 # A configuration for `xomni train`. The signal comes in the second step, after two of its four segments; both processes wait there until it
 # is agreed upon, so that the test does not depend on who is faster.
 CONFIG = """
@@ -40,7 +40,7 @@ def get_config():
 
 
 def session(folder, model, tells=False):
-    """Both processes once -> (exit code, output, pictures that were scored)."""
+    """Both processes once -> (exit code, output, images that were scored)."""
     scored = []
     with pixel_service() as a, pixel_service() as b:
         a.heard = b.heard = scored.extend
@@ -63,7 +63,7 @@ def test_both_leave_the_rollout_after_the_same_segment(stopped):
     assert code == 0, told
     assert "[1] SIGTERM: saving" in told and "[0] SIGTERM" not in told and "all 2 processes ended well" in told
     assert f"[0] stopped after step 1 of 2, saved in {folder / 'grpo' / 'checkpoints'}" in told
-    # The second step had no pictures yet.
+    # The second step had no images yet.
     assert scored == STEP and [line["step"] for line in metrics(folder / "grpo")] == [1]
     checkpoints = RunCheckpoints(folder / "grpo" / "checkpoints")
     assert checkpoints.manager.all_steps() == [1]
@@ -72,8 +72,8 @@ def test_both_leave_the_rollout_after_the_same_segment(stopped):
 
 def test_the_run_goes_on_bit_for_bit(stopped, model_dir, tmp_path):
     folder = stopped[0]
-    for where, pictures in ((folder, STEP), (tmp_path, 2 * STEP)):
+    for where, images in ((folder, STEP), (tmp_path, 2 * STEP)):
         code, told, scored = session(where, model_dir)
-        assert code == 0 and scored == pictures, told
+        assert code == 0 and scored == images, told
     assert metrics(folder / "grpo") == metrics(tmp_path / "grpo")
     assert_same(params(folder / "grpo", "transformer"), params(tmp_path / "grpo", "transformer"))

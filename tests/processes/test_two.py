@@ -1,4 +1,4 @@
-"""Two real processes against one, on the same mesh: same batches, same steps, same files; rewards asked once a picture. And stopped, and killed."""
+"""Two real processes against one, on the same mesh: same batches, same steps, same files; rewards asked once an image. And stopped, and killed."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from xomni_jax.data.rendered import RenderedConfig
 from xomni_jax.data.sources import rendered_dataset
 
 MEMBER = [sys.executable, "-m", "tests.processes.member"]
-STEP = 16  # pictures of a step of GRPO: 4 prompts x 4 rollouts
+STEP = 16  # images of a step of GRPO: 4 prompts x 4 rollouts
 
 # Configurations for `xomni train`.
 TOLD = """
@@ -65,7 +65,7 @@ class Session(NamedTuple):
 
     code: int
     told: str
-    asked: tuple[list, list]  # pictures that the service of each process was given
+    asked: tuple[list, list]  # images that the service of each process was given
     steps: dict  # stage -> the steps it has logged by then
 
 
@@ -191,8 +191,8 @@ def test_steps_are_those_of_one_process(stage, runs):
     assert described[0] == described[1]
 
 
-def test_every_picture_is_scored_once_and_by_its_own_process(runs):
-    """Each of two asks its own service for its half of a step's pictures: both steps of GRPO; both of the run with a decoder apart, and its second again."""
+def test_every_image_is_scored_once_and_by_its_own_process(runs):
+    """Each of two asks its own service for its half of a step's images: both steps of GRPO; both of the run with a decoder apart, and its second again."""
     one, two = runs.sessions["one"].asked, runs.sessions["two"].asked
     assert len(one[0]) == 3 * STEP and not one[1]
     assert [len(seen) for seen in two] == [STEP + STEP + STEP // 2] * 2

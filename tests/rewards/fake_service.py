@@ -87,7 +87,7 @@ class _Handler(BaseHTTPRequestHandler):
         if step == "null":
             scores = [None] * n
         if step == "error":
-            scores[0], errors[0] = None, "the picture is empty"
+            scores[0], errors[0] = None, "the image is empty"
         body = {"schema": 1, "id": "other" if step == "other id" else message["id"], "scorer": self.server.scorer}
         self._answer(200, msgpack.packb(body | {"scores": scores, "errors": errors, "details": [{}] * len(scores)}))
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.miniature import ROOT
 from tests.rewards.fake_service import fake_service
-from tests.rewards.pictures import ocr_item, sign
+from tests.rewards.images import ocr_item, sign
 from tests.rl.pixel_service import pixel_service
 from xomni_jax.rewards.client import RewardClient, RewardServiceError
 
@@ -20,7 +20,7 @@ FAST = {"backoff": 0.01, "timeout": 0.5, "max_wait": 5.0}
 
 
 def images(n):
-    """n 'encoded pictures' whose score the fake service derives from the byte."""
+    """n 'encoded images' whose score the fake service derives from the byte."""
     return [bytes([k]) for k in range(n)]
 
 
@@ -89,7 +89,7 @@ def test_nan_fails_its_image_alone():
 def test_error_and_not_applicable_are_different():
     with fake_service("error", "null") as s, RewardClient("ocr", s.url, **FAST) as c:
         (failed, fine), (absent,) = c.score(images(2), items(2)), c.score(images(1), items(1))
-        assert failed.error == "the picture is empty" and failed.applies and fine.value == 0.01
+        assert failed.error == "the image is empty" and failed.applies and fine.value == 0.01
         assert absent.value is None and not absent.failed and not absent.applies
         assert c.stats.failed == 1
 
@@ -193,7 +193,7 @@ def test_a_process_that_is_told_to_stop_does_not_stay_for_an_answer():
     assert (done.returncode, done.stdout, done.stderr) == (0, "told to stop\n", "")
 
 
-def test_pictures_that_cannot_be_sent_fail_alone():
+def test_images_that_cannot_be_sent_fail_alone():
     with fake_service("ok") as s, RewardClient("ocr", s.url, chunk=4, **FAST) as c:
         good, bad = c.score([sign("HI"), np.zeros((3, 3))], items(2))
         assert good.value is not None and "uint8 array" in bad.error

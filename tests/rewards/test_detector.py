@@ -98,10 +98,10 @@ def test_background_is_painted_grey():
 
 
 def test_over_http_as_a_judge(folders):
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 80, 3), np.uint8))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 80, 3), np.uint8))
     with service("detector", "--detector", folders[0], "--clip", folders[1], "--workers", "1", "--short-side", "64") as (_, url):
         judge = open_judge("detector", url)
-        (reply,), (other,) = judge.ask([picture, picture], [[asking()], [asking(classes=["dog"], coloured=[])]])
+        (reply,), (other,) = judge.ask([image, image], [[asking()], [asking(classes=["dog"], coloured=[])]])
         here = build("detector", {"detector": folders[0], "clip": folders[1], "short_side": 64})
         assert reply == scored(here)[1]["detections"] and set(other) == {"dog"}
         assert judge.settings["version"].endswith("/short-side-64") and "Mask2Former" in judge.settings["official judge"]

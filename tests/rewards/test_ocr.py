@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from tests.rewards.pictures import ocr_item, sign
+from tests.rewards.images import ocr_item, sign
 from xomni_jax.rewards.services import tesseract
 from xomni_jax.rewards.services.base import ServiceError, build
 from xomni_jax.rewards.services.crop import ground_colour, ink_mask, text_lines
@@ -22,13 +22,13 @@ def scorer():
 @pytest.mark.tesseract
 def test_both_readers_read_small_words(scorer):
     second = tesseract.TesseractReader()
-    pictures = [sign(w, ground=GROUNDS[n % 4]) for n, w in enumerate(WORDS)]
-    assert [scorer.reader.read(p).upper() for p in pictures] == WORDS
-    assert sum(second.read(p).upper() == w for p, w in zip(pictures, WORDS)) >= len(WORDS) - 1
+    images = [sign(w, ground=GROUNDS[n % 4]) for n, w in enumerate(WORDS)]
+    assert [scorer.reader.read(p).upper() for p in images] == WORDS
+    assert sum(second.read(p).upper() == w for p, w in zip(images, WORDS)) >= len(WORDS) - 1
 
 
 def test_modes(scorer):
-    """Detection reads a large picture whose words stand on different grounds; auto chooses it by height."""
+    """Detection reads a large image whose words stand on different grounds; auto chooses it by height."""
     image = Image.fromarray(sign("MORNING", 96, 192, (40, 150, 70), px=26))
     ImageDraw.Draw(image).rectangle((0, 60, 192, 96), fill=(45, 80, 205))
     image.paste(Image.fromarray(sign("LIGHT", 32, 120, (45, 80, 205), px=26)), (40, 62))
@@ -58,7 +58,7 @@ def test_no_text_is_a_real_zero(scorer):
 
 @pytest.mark.tesseract
 def test_lower_of_two_readers_counts():
-    """A picture only one reader can read pays no more than the other one gives."""
+    """An image only one reader can read pays no more than the other one gives."""
     scorer = OCRScorer(second="tesseract")
     score, detail = scorer.score(sign("SILVER"), ocr_item("SILVER"))
     assert score == 1 and detail["second_text"].upper() == "SILVER"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.rewards.pictures import ocr_item, sign
+from tests.rewards.images import ocr_item, sign
 from xomni_jax.rewards import protocol as p
 
 FORMS = (p.MSGPACK, p.JSON)
@@ -93,7 +93,7 @@ def test_image_bomb_is_refused_from_its_header():
         p.decode_image(out.getvalue())
 
 
-@pytest.mark.parametrize("data", [b"", b"not a picture", p.encode_image(sign("HI"))[:60], b"GIF89a" + bytes(40)])
+@pytest.mark.parametrize("data", [b"", b"not an image", p.encode_image(sign("HI"))[:60], b"GIF89a" + bytes(40)])
 def test_unreadable_image(data):
     with pytest.raises(p.ProtocolError, match="cannot be read"):
         p.decode_image(data)

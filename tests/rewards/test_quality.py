@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 
-from tests.rewards.pictures import sign
+from tests.rewards.images import sign
 from tests.rewards.running import service
 from xomni_jax.data.rendered import RenderedConfig, render_example
 from xomni_jax.rewards import protocol
@@ -16,7 +16,7 @@ from xomni_jax.rewards.services.quality import SPOILERS, QualityScorer, auc_tabl
 
 
 def test_features_equal_the_published_network():
-    """Blocks 7 and 10 on one seeded picture; numbers from efficientnet_lite_pytorch 0.1.0 under torch, float32."""
+    """Blocks 7 and 10 on one seeded image; numbers from efficientnet_lite_pytorch 0.1.0 under torch, float32."""
     image = np.random.default_rng(0).integers(0, 256, (64, 96, 3)).astype(np.uint8)
     f = EfficientNetLite0()(image)
     assert f.shape == (FEATURES,) and f.dtype == np.float32
@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
 
 
 class Remote:
-    """The served scorer, called one picture at a time."""
+    """The served scorer, called one image at a time."""
 
     def __init__(self, client):
         self.client = client
@@ -62,7 +62,7 @@ def test_every_spoiler_lowers_the_score(folder):
 
 
 def test_too_few_or_broken_references(tmp_path):
-    with pytest.raises(ServiceError, match="holds 0 pictures"):
+    with pytest.raises(ServiceError, match="holds 0 images"):
         QualityScorer(references=str(tmp_path / "absent"))
     for n in range(5):
         (tmp_path / f"{n}.png").write_bytes(protocol.encode_image(sign("A")) if n else b"broken")

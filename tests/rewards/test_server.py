@@ -11,7 +11,7 @@ import httpx
 import numpy as np
 import pytest
 
-from tests.rewards.pictures import ocr_item, sign
+from tests.rewards.images import ocr_item, sign
 from tests.rewards.running import children, command, is_alive, service
 from xomni_jax.rewards import protocol
 from xomni_jax.rewards.client import RewardClient
@@ -33,25 +33,25 @@ def test_real_service_reads_words(ocr):
     """Words at 8 pixels a letter are read exactly; a wrong word, no text, no target and a broken file are told apart."""
     with RewardClient("ocr", ocr[1], chunk=4) as client:
         assert client.health()[0]["workers"] == 2
-        pictures = [sign(w) for w in WORDS] + [
+        images = [sign(w) for w in WORDS] + [
             sign("OPEN 24 HOURS", 32, 128),
             sign("OPEN\nLATE", 40, 64),
             sign("Bakery", 96, 160, px=32),
         ]
         items = [ocr_item(w) for w in WORDS] + [ocr_item("OPEN 24 HOURS"), ocr_item("OPEN", "LATE"), ocr_item("Bakery")]
-        scores = client.score(pictures, items)
-        assert [s.value for s in scores] == [1.0] * len(pictures), scores
+        scores = client.score(images, items)
+        assert [s.value for s in scores] == [1.0] * len(images), scores
         assert all(s.detail["exact"] for s in scores) and scores[6].detail["text"] == "OPEN 24 HOURS"
 
         wrong, empty, absent, broken = client.score(
-            [sign("OPEN"), np.full((32, 64, 3), 90, np.uint8), sign("OPEN"), b"no picture"],
+            [sign("OPEN"), np.full((32, 64, 3), 90, np.uint8), sign("OPEN"), b"no image"],
             [ocr_item("OVEN"), ocr_item("OPEN"), {"prompt": "x", "targets": {"background": "red"}}, ocr_item("OPEN")],
         )
         assert wrong.value == 0.75 and not wrong.detail["exact"] and wrong.detail["text"] == "OPEN"
         assert empty.value == 0 and empty.detail == {"text": "", "exact": False, "no_text": True}
         assert not absent.applies and broken.value is None and "cannot be read" in broken.error
         health = client.health()[0]
-        assert health["failed"] == 1 and health["not_applicable"] == 1 and health["scored"] == len(pictures) + 2 and health["queue"] == 0
+        assert health["failed"] == 1 and health["not_applicable"] == 1 and health["scored"] == len(images) + 2 and health["queue"] == 0
 
 
 def test_json_says_the_same_as_msgpack(ocr):
@@ -169,12 +169,12 @@ def test_worker_that_dies_is_replaced():
         try:
             await workers.start()
             item = {"prompt": "", "targets": {"background": "red"}}
-            picture = protocol.encode_image(sign("A"))
-            before = await workers.score([picture], [item])
+            image = protocol.encode_image(sign("A"))
+            before = await workers.score([image], [item])
             for pid in list(workers._pools[0]._processes):
                 os.kill(pid, signal.SIGKILL)
-            died = await workers.score([picture] * 2, [item] * 2)
-            return before, died, await workers.score([picture], [item])
+            died = await workers.score([image] * 2, [item] * 2)
+            return before, died, await workers.score([image], [item])
         finally:
             workers.close()
 
@@ -184,7 +184,7 @@ def test_worker_that_dies_is_replaced():
 
 
 class Stubborn:
-    """A scorer with one bad day per kind of picture."""
+    """A scorer with one bad day per kind of image."""
 
     name, version = "stubborn", "1"
 
@@ -199,14 +199,14 @@ class Stubborn:
         return 0.5, {"shape": list(image.shape)}
 
 
-def test_each_picture_fails_alone():
-    picture = protocol.encode_image(sign("A", 16, 24))
-    outcomes = [worker.score_one(Stubborn(), picture, {"do": do}, Limits()) for do in ("raise", "nan", "skip", "score")]
+def test_each_image_fails_alone():
+    image = protocol.encode_image(sign("A", 16, 24))
+    outcomes = [worker.score_one(Stubborn(), image, {"do": do}, Limits()) for do in ("raise", "nan", "skip", "score")]
     assert outcomes[0] == (None, "stubborn failed: RuntimeError: no model", {})
     assert outcomes[1][:2] == (None, "stubborn gave a score that is not finite")
     assert outcomes[2] == (None, None, {})
     assert outcomes[3] == (0.5, None, {"shape": [16, 24, 3]})
-    assert "the limit is 10" in worker.score_one(Stubborn(), picture, {"do": "score"}, Limits(max_pixels=10)).error
+    assert "the limit is 10" in worker.score_one(Stubborn(), image, {"do": "score"}, Limits(max_pixels=10)).error
 
 
 @pytest.mark.parametrize(

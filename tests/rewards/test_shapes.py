@@ -1,4 +1,4 @@
-"""The colour and shape scorer on pictures drawn by hand and by the renderer."""
+"""The colour and shape scorer on images drawn by hand and by the renderer."""
 
 from collections import Counter
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from tests.rewards.pictures import sign
+from tests.rewards.images import sign
 from xomni_jax.data.rendered import COLOURS, RenderedConfig, render_example
 from xomni_jax.rewards.services.shapes import PALETTE, Found, ShapesScorer, compare, ground_share, nearest_names
 
@@ -45,7 +45,7 @@ def test_hiding_the_ground_under_ink_does_not_pay():
     assert ground_share(image, "red") < 0.6
 
 
-def picture(objects, size=(48, 96)):
+def drawn(objects, size=(48, 96)):
     image = Image.new("RGB", size[::-1], (245, 245, 245))
     draw = ImageDraw.Draw(image)
     for n, (shape, colour) in enumerate(objects):
@@ -62,7 +62,7 @@ def picture(objects, size=(48, 96)):
 
 def test_objects_are_found(scorer):
     objects = [("circle", "red"), ("square", "blue"), ("triangle", "green"), ("circle", "purple")]
-    assert Counter(scorer.find(picture(objects))) == Counter(Found(*o) for o in objects)
+    assert Counter(scorer.find(drawn(objects))) == Counter(Found(*o) for o in objects)
     assert scorer.find(np.full((32, 32, 3), 245, np.uint8)) == []
 
 
@@ -74,17 +74,17 @@ def test_checks_by_hand():
 
 
 def test_score_of_a_shapes_prompt(scorer):
-    image = picture([("circle", "red"), ("circle", "red")])
+    image = drawn([("circle", "red"), ("circle", "red")])
     right = [{"shape": "circle", "colour": "red", "count": 2}]
     value, detail = score(scorer, image, shapes=right, background="white")
     assert value == 1 and detail["exact"] and detail["found"] == ["red circle", "red circle"]
-    swapped = picture([("circle", "blue"), ("square", "red")])
+    swapped = drawn([("circle", "blue"), ("square", "red")])
     both = [{"shape": "circle", "colour": "red", "count": 1}, {"shape": "square", "colour": "blue", "count": 1}]
     assert score(scorer, swapped, shapes=both)[0] == 0.75  # counts, shapes and colours right, bound the wrong way
 
 
-def test_rendered_pictures_are_judged_right(scorer):
-    """The renderer's pictures score 1 on their own targets and less on another picture's."""
+def test_rendered_images_are_judged_right(scorer):
+    """The renderer's images score 1 on their own targets and less on another image's."""
     for shapes in (0.0, 1.0):
         config = RenderedConfig(shapes=shapes, sizes=((32, 64),), weights=(1.0,), text_lengths=((3, 8),))
         examples = [render_example(11, n, config) for n in range(40)]

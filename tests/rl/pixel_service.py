@@ -1,4 +1,4 @@
-"""A reward service in a thread of the test: a picture's score depends on its bytes alone, so that runs can be repeated."""
+"""A reward service in a thread of the test: an image's score depends on its bytes alone, so that runs can be repeated."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import msgpack
 
 
 class PixelService(ThreadingHTTPServer):
-    """`fails(call)` says whether the first picture of a request cannot be scored; `before(call)` runs before each answer."""
+    """`fails(call)` says whether the first image of a request cannot be scored; `before(call)` runs before each answer."""
 
     daemon_threads = True
 
@@ -55,7 +55,7 @@ class _Handler(BaseHTTPRequestHandler):
         scores: list[float | None] = [zlib.crc32(image) / 2**32 for image in message["images"]]
         errors: list[str | None] = [None] * len(scores)
         if self.server.fails(self.server.calls):
-            scores[0], errors[0] = None, "the picture is empty"
+            scores[0], errors[0] = None, "the image is empty"
         body = {"schema": 1, "id": message["id"], "scorer": self.server.scorer, "scores": scores, "errors": errors}
         self._answer("application/msgpack", msgpack.packb(body | {"details": [{}] * len(scores)}))
 

@@ -93,9 +93,9 @@ def test_ctrl_c_in_the_middle_of_a_step(finished, model_dir, service, tmp_path):
     assert_same(params(tmp_path / "run", "transformer"), params(finished, "transformer"))
 
 
-@pytest.mark.parametrize("call, steps", [(1, 0), (3, 1)], ids=["picture", "step"])
+@pytest.mark.parametrize("call, steps", [(1, 0), (3, 1)], ids=["image", "step"])
 def test_a_signal_in_the_middle_of_a_rollout(call, steps, finished, model_dir, service, tmp_path, monkeypatch):
-    """It ends after the segment: in the picture before the first step or in the second step, which leaves no trace and is made again."""
+    """It ends after the segment: in the image before the first step or in the second step, which leaves no trace and is made again."""
     sample, counted, let = rollouts.Sampler.__call__, [], service.calls
 
     def told(self, *args):
@@ -201,25 +201,25 @@ def one_batch(model, service, cfg, painter=None):
 
 
 def test_a_group_shares_its_noise(model, service):
-    """With the group's noise, equal codes are the same picture; in one chunk or two."""
+    """With the group's noise, equal codes are the same image; in one chunk or two."""
     rows, total, images = one_batch(model, service, rollouts.RolloutConfig(chunks=1))
     codes = rows.codes_BT.reshape(2, 3, -1)
     assert (codes == codes[:, :1]).all() and codes.max() < CODES
     assert (images == images[:, :1]).all() and not np.array_equal(images[0, 0], images[1, 0])
     assert (total.total_PR == total.total_PR[:, :1]).all()
-    again, _, pictures = one_batch(model, service, rollouts.RolloutConfig(chunks=2))
+    again, _, other = one_batch(model, service, rollouts.RolloutConfig(chunks=2))
     np.testing.assert_array_equal(again.codes_BT, rows.codes_BT)
-    assert np.abs(pictures.astype(int) - images).max() <= 1
-    _, _, images = one_batch(model, service, rollouts.RolloutConfig(chunks=1, noise="independent"))
+    assert np.abs(other.astype(int) - images).max() <= 1
+    _, _, other = one_batch(model, service, rollouts.RolloutConfig(chunks=1, noise="independent"))
     assert not np.array_equal(images[0, 0], images[0, 1])
 
 
 def test_a_decoder_on_devices_of_its_own_draws_the_same(model, service):
     shared, _, images = one_batch(model, service, rollouts.RolloutConfig(chunks=2))
     apart = model.on(make_mesh(dict(data=2), jax.devices()[6:]))
-    rows, _, pictures = one_batch(model, service, rollouts.RolloutConfig(chunks=2), apart)
+    rows, _, other = one_batch(model, service, rollouts.RolloutConfig(chunks=2), apart)
     np.testing.assert_array_equal(rows.codes_BT, shared.codes_BT)
-    assert np.abs(pictures.astype(int) - images).max() <= 1
+    assert np.abs(other.astype(int) - images).max() <= 1
     used = {d for x in jax.tree.leaves(apart.decoder_params()) for d in x.sharding.device_set}
     assert used == set(jax.devices()[6:])
 
@@ -240,10 +240,10 @@ def test_frozen_models_in_8_bits_draw_nearly_the_same(model, service):
     small = model.on(model.mesh)
     for name in ("mmdit", "t5"):
         small.set_config(name, dataclasses.replace(model.config(name), int8=True))
-    _, _, pictures = one_batch(model, service, rollouts.RolloutConfig(chunks=2), small)
+    _, _, other = one_batch(model, service, rollouts.RolloutConfig(chunks=2), small)
     kernels = [x for path, x in jax.tree_util.tree_leaves_with_path(small.params("mmdit")) if path[-1].key == "kernel"]
     assert {x.dtype for x in kernels} == {jnp.dtype("int8")} and all(x.dtype == jnp.float32 for x in jax.tree.leaves(model.params("mmdit")))
-    assert 0 < np.abs(pictures.astype(float) - images).mean() < 4  # of 255
+    assert 0 < np.abs(other.astype(float) - images).mean() < 4  # of 255
 
 
 def test_the_samplers_layout_computes_the_same(model):

@@ -29,7 +29,7 @@ def boxed():
 
 @pytest.fixture(scope="module")
 def inputs(boxed):
-    """Parameters away from their zero start, and 16 pictures' semantics, prompts, empty prompt and noise."""
+    """Parameters away from their zero start, and 16 images' semantics, prompts, empty prompt and noise."""
     rng = np.random.default_rng(3)
     params = jax.tree.map(lambda x: 0.1 * rng.standard_normal(x.shape).astype(np.float32), nn.meta.unbox(boxed))
     ids = lambda n, length: rng.integers(1, 60, (n, length)).astype(np.int32)  # noqa: E731
@@ -51,14 +51,14 @@ def drawn(inputs, rows: int, at_once: int, guidance: float):
 
 @pytest.fixture(scope="module")
 def whole(inputs):
-    """All pictures at once on one device: {guidance: latents}."""
+    """All images at once on one device: {guidance: latents}."""
     return {guidance: np.asarray(drawn(inputs, B, 0, guidance)) for guidance in (1.0, 3.0)}
 
 
 @pytest.mark.parametrize(
     "rows, at_once, guidance",
     [
-        (16, 0, 1.0),  # two pictures a device, over the tensor axis too
+        (16, 0, 1.0),  # two images a device, over the tensor axis too
         (16, 1, 3.0),  # one at a time
         (4, 0, 1.0),  # too few for all devices: heads are split instead
         (8, 2, 3.0),  # two would be more than there are
@@ -74,5 +74,5 @@ def test_pieces_and_a_mesh_change_nothing(inputs, boxed, whole, rows, at_once, g
 
 
 def test_pieces_on_one_device_change_nothing(inputs, whole):
-    """Five pictures at most make four pieces of four."""
+    """Five images at most make four pieces of four."""
     golden.assert_close(drawn(inputs, B, 5, 1.0), whole[1.0], "latents", 1e-5)

@@ -175,10 +175,10 @@ def test_no_grids(tmp_path):
 
 
 def test_tile():
-    picture = tile(np.arange(3, dtype=np.uint8)[:, None, None, None] * np.ones((3, 4, 5, 3), np.uint8), columns=2, margin=1)
-    assert picture.shape == (11, 13, 3)
-    assert (picture[1:5, 7:12] == 1).all() and (picture[6:10, 1:6] == 2).all() and (picture[6:10, 7:12] == 255).all()
-    Image.fromarray(picture)
+    image = tile(np.arange(3, dtype=np.uint8)[:, None, None, None] * np.ones((3, 4, 5, 3), np.uint8), columns=2, margin=1)
+    assert image.shape == (11, 13, 3)
+    assert (image[1:5, 7:12] == 1).all() and (image[6:10, 1:6] == 2).all() and (image[6:10, 7:12] == 255).all()
+    Image.fromarray(image)
 
 
 def test_keys_are_counted():

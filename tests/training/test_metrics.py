@@ -68,7 +68,7 @@ def test_numbers_that_are_none_stay_valid_json(tmp_path, value):
     assert lines(tmp_path)[0]["loss/total"] is None
 
 
-def test_pictures_go_to_the_board(tmp_path):
+def test_images_go_to_the_board(tmp_path):
     writer = MetricWriter(tmp_path)
     writer.image(3, "samples", np.zeros((4, 6, 3), np.uint8))
     writer.close()

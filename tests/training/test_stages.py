@@ -88,8 +88,8 @@ def test_a_stage_leaves_everything_in_its_run_directory(file, finished):
         assert any(name.startswith("loss/") for name in line)
     assert "perf/step_s" in (run_dir / "metrics.jsonl").read_text()
     assert list((run_dir / "tensorboard").glob("events*"))
-    pictures = sorted(p.name for p in (run_dir / "images").glob("*")) if file != "tokenizer" else []
-    assert pictures == ([] if file == "tokenizer" else ["step_000000.png", "step_000002.png", f"step_{steps:06d}.png"])
+    images = sorted(p.name for p in (run_dir / "images").glob("*")) if file != "tokenizer" else []
+    assert images == ([] if file == "tokenizer" else ["step_000000.png", "step_000002.png", f"step_{steps:06d}.png"])
     checkpoints = RunCheckpoints(run_dir / "checkpoints")
     assert checkpoints.manager.all_steps() == [2, steps]
     checkpoints.close()
@@ -101,9 +101,9 @@ def test_a_stage_leaves_everything_in_its_run_directory(file, finished):
 
 def test_the_chain_ends_in_a_model_that_draws_and_answers(finished):
     model = xomni_jax.load(finished("sft") / "model")
-    picture = model.generate('a red sign that says "AB"')[0]
-    assert picture.size == (SIZE[1], SIZE[0])
-    assert isinstance(model.chat(picture, "what does the sign say?", 4), str)
+    image = model.generate('a red sign that says "AB"')[0]
+    assert image.size == (SIZE[1], SIZE[0])
+    assert isinstance(model.chat(image, "what does the sign say?", 4), str)
 
 
 def test_phase_vision_moves_what_is_new_and_not_a_bit_of_the_rest(finished):

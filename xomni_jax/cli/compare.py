@@ -10,7 +10,7 @@ _HELP = """\
 Compares scored runs (directories of `xomni eval SUITE`) with the first of them, pair by pair of items: mean differences with 95%
 bootstrap intervals over items, overall and per category. Runs of different suites or items are refused.
 
-With --out: OUT/compare.html (also the items that changed most, pictures side by side), OUT/compare.json (all numbers),
+With --out: OUT/compare.html (also the items that changed most, images side by side), OUT/compare.json (all numbers),
 OUT/compare.csv (one line per item).
 """
 
@@ -33,5 +33,5 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     if args.out:
         print(f"report: {write_comparison(runs, comparison, Path(args.out)).absolute()}")
     else:
-        print("pass --out OUT for a page with pictures, all numbers as JSON and a line per item as CSV")
+        print("pass --out OUT for a page with images, all numbers as JSON and a line per item as CSV")
     return 0

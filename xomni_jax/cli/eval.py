@@ -16,15 +16,15 @@ _EFFECT_EXAMPLE = (
 )
 _EFFECT = """\
 Draws held-out signs with a supervised model (SFT) and with the model GRPO made of it (RL), with and without guidance, reads every
-picture with the reward services, and compares: one RL sample, one SFT sample, SFT's best of 2, 4, 8 and 16, SFT at other
-temperatures, and real pictures passed through the codes. Best-of-N picks with the reward that RL trains on and knows the wanted
+image with the reward services, and compares: one RL sample, one SFT sample, SFT's best of 2, 4, 8 and 16, SFT at other
+temperatures, and real images passed through the codes. Best-of-N picks with the reward that RL trains on and knows the wanted
 text: an oracle. Start the services first, each in a terminal of its own:
 
   xomni serve-reward ocr --port 8001
   xomni serve-reward shapes --port 8002
   xomni serve-reward tesseract --port 8004      # a second opinion, optional: --second http://127.0.0.1:8004
 
-Results: OUT/report.html (one page, opens anywhere), OUT/report.json (all numbers with 95% intervals), OUT/cells/*.npz (pictures
+Results: OUT/report.html (one page, opens anywhere), OUT/report.json (all numbers with 95% intervals), OUT/cells/*.npz (images
 and scores). When it is interrupted, the same command goes on from the finished cells.
 """
 
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--size", type=_size, default=(32, 64), metavar="HxW", help="pixels, height x width (default 32x64)")
     how.add_argument("--lengths", type=_lengths, default=(3, 6), metavar="A-B", help="least and most characters of a sign (default 3-6)")
     how.add_argument("--seed", type=int, default=0, help="of signs, samples and decoder noise (default 0)")
-    how.add_argument("--chunk", type=int, default=128, metavar="N", help="pictures decoded at a time (default 128)")
+    how.add_argument("--chunk", type=int, default=128, metavar="N", help="images decoded at a time (default 128)")
     sampling = effect.add_argument_group("sampling (the defaults are those of the rollouts in training)")
     sampling.add_argument("--guidance", type=float, default=2.0, help='of the setting "guidance on"; off is always measured (default 2)')
     sampling.add_argument("--temperature", type=float, default=1.0, help="of all samples but the sweep (default 1)")
@@ -88,9 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     out.add_argument(
         "--started", type=float, metavar="UNIX", help="`date +%%s` at the start of the whole job, for wall_seconds (default: now)"
     )
-    out.add_argument(
-        "--first-image", type=_first_image, metavar="S|FILE", help="seconds until the first picture, or a file that holds them"
-    )
+    out.add_argument("--first-image", type=_first_image, metavar="S|FILE", help="seconds until the first image, or a file that holds them")
 
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:

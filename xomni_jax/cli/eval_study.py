@@ -21,7 +21,7 @@ Results: OUT/guidance.html (table and plot), OUT/guidance.json, OUT/guidance.csv
 """
 _BEST = """\
 Sets one sample of the model after reinforcement learning (RL) against the best of N = 1, 2, 4, 8, 16 samples of the supervised one (SFT),
-picked by a reward, on the items of any suite that draws. Runs of one model with different --seed are pooled: four runs of four pictures
+picked by a reward, on the items of any suite that draws. Runs of one model with different --seed are pooled: four runs of four images
 per prompt give N = 16. When a run is missing, the command that makes it is printed. For example:
 
   xomni eval rendered-text --model SFT --out runs/sft-1

@@ -24,8 +24,8 @@ share one OUT with --shard 1/N to N/N, at the same time or one after the other; 
 same to the byte however the work was cut. Seeds are per item and repeat: --ids X in another OUT draws item X alone, to the bit the same.
 
 OUT/report.html is a page with the scores beside the paper's and every item, OUT/results.csv a line per output. OUT/results.json has the
-scores, counts and every setting, OUT/items.jsonl one line per item, OUT/images the pictures in the official layout.
---phase score also judges pictures of another program that lie there.
+scores, counts and every setting, OUT/items.jsonl one line per item, OUT/images the images in the official layout.
+--phase score also judges images of another program that lie there.
 """
 
 
@@ -34,7 +34,7 @@ def add_suites(kinds: Any) -> None:
     for name in SUITES:
         suite = get_suite(name)
         drawn = (
-            f"{suite.repeats} picture{'s' * (suite.repeats > 1)} per prompt" if suite.task == "generate" else "greedy answers, local rules"
+            f"{suite.repeats} image{'s' * (suite.repeats > 1)} per prompt" if suite.task == "generate" else "greedy answers, local rules"
         )
         facts = [f"{suite.published} items" * bool(suite.published), drawn, f"judge: {suite.judge}" if suite.judge else ""]
         lines = [f"{suite.title}: {', '.join(filter(None, facts))}."]
@@ -42,7 +42,7 @@ def add_suites(kinds: Any) -> None:
         lines += ["The official scorer's behaviour is the default; named departures from it:"] * bool(suite.switches)
         lines += [f"  --switch {switch}: {what}" for switch, what in suite.switches.items()]
         sub = _parser(kinds, name, suite.title, "\n".join(lines), _example_judge(suite.judge))
-        judges = f"what judges the pictures: {HELP[suite.judge]}" if suite.judge else ""
+        judges = f"what judges the images: {HELP[suite.judge]}" if suite.judge else ""
         _add_options(sub, {suite.task}, bool(suite.files), judges, bool(suite.switches))
     about = "Runs every one whose data lie in DATA or DATA/SUITE, into OUT/SUITE; the others are named with what they need:\n"
     sub = _parser(kinds, "all", "every benchmark whose data are found", about + ", ".join(PUBLISHED) + ".")
@@ -75,12 +75,12 @@ def _add_options(parser: argparse.ArgumentParser, tasks: set[str], data: bool, j
     add_model(model, f"; {EXACT}, and so does --shard", "fsdp=-1, all")
     what = "one of several processes that hold one model together, which JAX finds by itself (TPU slice, Slurm)"
     model.add_argument("--distributed", action="store_true", help=what)
-    what = "pictures" if tasks == {"generate"} else "answers" if tasks == {"answer"} else "pictures or answers"
+    what = "images" if tasks == {"generate"} else "answers" if tasks == {"answer"} else "images or answers"
     at_a_time = f"{what} at a time, of each data-parallel part of the mesh (default 16)"
     model.add_argument("--batch", type=positive, metavar="N", help=at_a_time)
     if "generate" in tasks:
         drawing = parser.add_argument_group("drawing (the defaults are the released ones)")
-        drawing.add_argument("--decode-batch", type=positive, metavar="N", help="pictures decoded to pixels at a time (default 16)")
+        drawing.add_argument("--decode-batch", type=positive, metavar="N", help="images decoded to pixels at a time (default 16)")
         add_drawing(drawing)
         drawing.add_argument("--seed", type=_seed, default=1234, help="the released command's 1234 by default")
         if tasks == {"generate"}:
@@ -260,7 +260,7 @@ def _summary(results: Mapping[str, Any], work: Any) -> str:
     lines += [f"  {name}: {_digits(value)}" for name, value in results["scores"].items() if name != results["headline"]["name"]]
     lines += [f"  {name}: {_digits(c['score'])} ({c['items']} items)" for name, c in results["categories"].items()]
     lines += [f"  {counts['items']}{of} items, {counts['outputs']} outputs, each once; {counts['unparsed']} replies could not be read"]
-    lines += [f"  {n} {name}" for name, n in counts.items() if name in ("overlong prompts", "fitted pictures") and n]
+    lines += [f"  {n} {name}" for name, n in counts.items() if name in ("overlong prompts", "fitted images") and n]
     lines += [f"  judge: {results['judge']['name']}"] if results["judge"] else []
     lines += [f"  switches: {', '.join(switches)}"] * bool(switches)
     return "\n".join([*lines, *(f"  {note}" for note in results["notes"])])

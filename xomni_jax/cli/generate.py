@@ -1,4 +1,4 @@
-"""xomni generate: pictures from prompts."""
+"""xomni generate: images from prompts."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pathlib import Path
 
 from xomni_jax.cli.inference import add_drawing, add_model, opened
 
-EXAMPLE = """xomni generate 'a red sign that says "HELLO"' 'two blue circles on white' --out pictures"""
+EXAMPLE = """xomni generate 'a red sign that says "HELLO"' 'two blue circles on white' --out images"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Prompts, size, sampling, output."""
-    parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="what to draw; one picture each")
+    parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="what to draw; one image each")
     add_model(parser, "", "one device")
     add_drawing(parser)
-    parser.add_argument("--seed", type=int, default=0, help="picture i depends on the seed, i and its prompt alone (default 0)")
-    parser.add_argument("--out", default="pictures", metavar="DIR", help="folder for the pictures (default: pictures)")
+    parser.add_argument("--seed", type=int, default=0, help="image i depends on the seed, i and its prompt alone (default 0)")
+    parser.add_argument("--out", default="images", metavar="DIR", help="folder for the images (default: images)")
 
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:
@@ -37,6 +37,6 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
         image.save(out / name)
         print(out / name)
     print(
-        f"{len(images)} picture{'s' * (len(images) > 1)} of {images[0].height}x{images[0].width} in {time.perf_counter() - began:.1f} s, in {out}"
+        f"{len(images)} image{'s' * (len(images) > 1)} of {images[0].height}x{images[0].width} in {time.perf_counter() - began:.1f} s, in {out}"
     )
     return 0

@@ -9,8 +9,8 @@ import sys
 
 # name -> one line of help; the module xomni_jax.cli.<name with underscores> provides add_arguments(parser), run(args, rest) and EXAMPLE.
 COMMANDS = {
-    "generate": "draw pictures from prompts",
-    "chat": "ask a question about a picture",
+    "generate": "draw images from prompts",
+    "chat": "ask a question about an image",
     "train": "run a training stage: tokenizer, pretrain, sft, decoder, grpo",
     "eval": "score models on the paper's benchmarks, and measure what reinforcement learning changed",
     "compare": "paired differences between runs of one benchmark",
@@ -18,7 +18,7 @@ COMMANDS = {
     "export": "turn a model directory back into the released PyTorch layout",
     "inspect": "say what a checkpoint holds, or how two differ",
     "serve-reward": "start a scoring service: ocr, shapes, quality, tesseract, detector",
-    "rewards": "check running reward services, or score pictures with them",
+    "rewards": "check running reward services, or score images with them",
     "plan": "compile a run for a slice that is not there: does it fit, what bounds it, what it costs",
     "bench": "measure speed: against transformers and diffusers, of a GRPO step, of a conversion",
 }

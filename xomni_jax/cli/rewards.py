@@ -1,4 +1,4 @@
-"""`xomni rewards NAME=URL ...`: ask scoring services how they are, and what they think of some pictures."""
+"""`xomni rewards NAME=URL ...`: ask scoring services how they are, and what they think of some images."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Start a service, then ask it:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The subcommand's own options."""
     parser.add_argument("services", metavar="NAME=URL", nargs="+", help="a scorer and where it runs")
-    parser.add_argument("--image", metavar="FILE", nargs="+", default=[], help="pictures to score")
+    parser.add_argument("--image", metavar="FILE", nargs="+", default=[], help="images to score")
     parser.add_argument("--prompt", default="", help="what they were asked to be")
     parser.add_argument("--text", nargs="+", help="the text they should show, for ocr")
     parser.add_argument("--background", help="the colour of their ground, for shapes")
 
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:
-    """Print one line per service and one per picture. 1 when a picture could not be scored; ValueError when nothing answers."""
+    """Print one line per service and one per image. 1 when an image could not be scored; ValueError when nothing answers."""
     from xomni_jax.rewards.client import RewardClient
 
     images = [_read(Path(file)) for file in args.image]

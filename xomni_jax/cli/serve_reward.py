@@ -8,11 +8,11 @@ NAMES = ("ocr", "shapes", "quality", "tesseract", "detector")
 _OPTIONS = {"ocr": ("mode", "formula", "second"), "quality": ("references",), "detector": ("detector", "clip", "device", "short_side")}
 
 EXAMPLE = """\
-A service scores pictures over HTTP; the trainer and the evaluations ask it. GET /health says how it is.
+A service scores images over HTTP; the trainer and the evaluations ask it. GET /health says how it is.
 
-ocr      reads the picture (PP-OCR) and compares the text with targets["text"]
+ocr      reads the image (PP-OCR) and compares the text with targets["text"]
 shapes   colour of the ground, and count, shape and colour of drawn objects
-quality  likeness to rendered pictures: notices noise, blur, compression; needs no target
+quality  likeness to rendered images: notices noise, blur, compression; needs no target
 tesseract  reads with another program than ocr does: a second opinion for evaluations (xomni eval effect --second URL)
 detector   finds objects and their colours (Mask2Former and CLIP, with torch): the judge of xomni eval geneval --judge URL
 
@@ -41,12 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ocr.add_argument("--formula", choices=("auto", "edit", "substring", "recall"), help="how texts are compared (default auto: by length)")
     ocr.add_argument("--second", choices=("tesseract",), help="a second reader; the lower score counts")
     quality = parser.add_argument_group("quality only")
-    quality.add_argument("--references", metavar="DIR", help="pictures that count as good (default: 400 rendered training pictures)")
+    quality.add_argument("--references", metavar="DIR", help="images that count as good (default: 400 rendered training images)")
     detector = parser.add_argument_group("detector only")
     detector.add_argument("--detector", metavar="DIR", help="local copy of facebook/mask2former-swin-small-coco-instance")
     detector.add_argument("--clip", metavar="DIR", help="local copy of openai/clip-vit-large-patch14")
     detector.add_argument(
-        "--short-side", type=int, metavar="PIXELS", help="of the picture that is searched (default 800, as official; less is quicker)"
+        "--short-side", type=int, metavar="PIXELS", help="of the image that is searched (default 800, as official; less is quicker)"
     )
     detector.add_argument("--device", help="where torch runs, such as cuda:0 (default: a GPU when there is one, else the CPU)")
 

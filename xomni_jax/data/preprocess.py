@@ -79,7 +79,7 @@ def to_uint8(pixels: np.ndarray) -> np.ndarray:
 
 
 def preprocess(image: Image.Image | np.ndarray, limits: ImageLimits = RELEASED) -> np.ndarray:
-    """A picture (PIL, or uint8 [H, W, 3]) -> pixels float32 [H', W', 3] in [-1, 1]: RGB, accepted, resized (bicubic) and scaled.
+    """An image (PIL, or uint8 [H, W, 3]) -> pixels float32 [H', W', 3] in [-1, 1]: RGB, accepted, resized (bicubic) and scaled.
 
     Raises:
       ImageRejected: see `target_size`.

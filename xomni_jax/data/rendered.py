@@ -1,4 +1,4 @@
-"""The rendered data set: signs with text and pictures of shapes, endless, seeded, exact answers included.
+"""The rendered data set: signs with text and images of shapes, endless, seeded, exact answers included.
 
 `render_example(seed, index, config)` is a pure function of its arguments. An example is a plain dict:
 
@@ -60,8 +60,8 @@ class RenderedConfig:
     """What the rendered examples look like.
 
     `sizes` (height, width in pixels, multiples of 8) come with `weights` and with `text_lengths` (least and most characters of a
-    sign) of the same length. `shapes` is the share of shape pictures, drawn on `shape_sizes` only. `pseudo_words` is the share of
-    made-up words and `other_faces` the share of signs not in the main face. `on_grid` is the share of shape pictures whose shapes
+    sign) of the same length. `shapes` is the share of shape images, drawn on `shape_sizes` only. `pseudo_words` is the share of
+    made-up words and `other_faces` the share of signs not in the main face. `on_grid` is the share of shape images whose shapes
     stand on the token grid; `centred` the share of signs in the vertical middle. The held-out split never draws made-up words.
     """
 
@@ -184,7 +184,7 @@ def sign_prompt(text: str, background: str, template: int = 0) -> str:
 
 
 def shapes_prompt(shape: str, colour: str, count: int, background: str, template: int = 0) -> str:
-    """The caption of a picture of shapes."""
+    """The caption of an image of shapes."""
     return SHAPE_CAPTIONS[template].format(n=NUMBERS[count], c=colour, s=shape + "s" * (count > 1), g=background)
 
 

@@ -1,4 +1,4 @@
-"""The answering of a suite's questions: pictures to codes one shape at a time, questions in static batches, greedy answers."""
+"""The answering of a suite's questions: images to codes one shape at a time, questions in static batches, greedy answers."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from xomni_jax.evaluation.suite import Item, SuiteError
 from xomni_jax.pipeline import XOmni
 from xomni_jax.sharding.arrays import whole
 
-STEPS = 4  # buckets per octave: a prompt is mostly its picture, and the prefill is most of the work
-OPENERS = 4  # threads that read pictures
+STEPS = 4  # buckets per octave: a prompt is mostly its image, and the prefill is most of the work
+OPENERS = 4  # threads that read images
 
 Answered = list[tuple[Item, str, bool]]
 
 
 def fitted_sizes(size: tuple[int, int], limits: ImageLimits) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(width, height) -> the canvas that its picture is pasted on, and the size that the canvas is enlarged to."""
+    """(width, height) -> the canvas that its image is pasted on, and the size that the canvas is enlarged to."""
     least = math.ceil(max(size) / limits.max_aspect_ratio)
     canvas = max(size[0], least), max(size[1], least)
     scale = max(1.0, limits.min_short_size / min(canvas))
@@ -31,9 +31,9 @@ def fitted_sizes(size: tuple[int, int], limits: ImageLimits) -> tuple[tuple[int,
 
 
 def fit(image: Image.Image, limits: ImageLimits) -> tuple[Image.Image, bool]:
-    """The picture as the tokenizer takes it, and whether it had to be changed for that.
+    """The image as the tokenizer takes it, and whether it had to be changed for that.
 
-    Benchmarks hold pictures that the released limits refuse, such as a single cropped word: they are padded with white to the most
+    Benchmarks hold images that the released limits refuse, such as a single cropped word: they are padded with white to the most
     elongated shape that is accepted, then enlarged until the short side is.
     """
     image = image.convert("RGB")
@@ -63,18 +63,18 @@ class Answering:
         return make_batches(items, [self._length(item, grid) for item, grid in zip(items, grids)], self.rows, STEPS)
 
     def answer(self, batches: Sequence[Batch]) -> Iterator[Answered]:
-        """The answers of each batch, in order. The pictures of the next batch are opened meanwhile."""
+        """The answers of each batch, in order. The images of the next batch are opened meanwhile."""
         with ThreadPoolExecutor(OPENERS) as pool:
             opening = None
             for number, batch in enumerate(batches):
                 opened = opening or [pool.submit(self._open, item) for item in batch.items]
                 following = batches[number + 1].items if number + 1 < len(batches) else ()
                 opening = [pool.submit(self._open, item) for item in following]
-                pictures = [future.result() for future in opened]
-                codes = self._encode([pixels for pixels, _ in pictures])
+                images = [future.result() for future in opened]
+                codes = self._encode([pixels for pixels, _ in images])
                 filled = [codes[i] if i < len(codes) else codes[0] for i in range(batch.rows)]
                 answers = self.model.answer(filled, [item.prompt for item in batch.filled], self.max_tokens, batch.length)
-                yield [(item, text, changed) for item, text, (_, changed) in zip(batch.items, answers, pictures)]
+                yield [(item, text, changed) for item, text, (_, changed) in zip(batch.items, answers, images)]
 
     def _grid(self, item: Item) -> tuple[int, int]:
         limits = self.model.preprocess_config
@@ -99,10 +99,10 @@ class Answering:
         except SuiteError:
             raise
         except (OSError, ValueError) as e:
-            raise SuiteError(f"{self.suite}: the picture of item {item.id} cannot be read ({e}); fetch it again") from None
+            raise SuiteError(f"{self.suite}: the image of item {item.id} cannot be read ({e}); fetch it again") from None
 
     def _encode(self, pixels: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Codes [Y, X] of each picture; pictures of one shape fill the data-parallel parts of the mesh, one each."""
+        """Codes [Y, X] of each image; images of one shape fill the data-parallel parts of the mesh, one each."""
         codes: list[np.ndarray | None] = [None] * len(pixels)
         shapes = sorted({p.shape for p in pixels})
         for shape in shapes:

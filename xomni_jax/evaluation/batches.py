@@ -56,7 +56,7 @@ def make_batches(items: Sequence[Any], lengths: Sequence[int], rows: int, steps:
 
 
 def item_keys(seed: int, suite: str, ids: Sequence[str], repeats: int, purpose: int) -> jax.Array:
-    """One key per item and repeat [P, R], from (seed, purpose, suite, id, repeat): any picture can be drawn again alone."""
+    """One key per item and repeat [P, R], from (seed, purpose, suite, id, repeat): any image can be drawn again alone."""
     digests = [hashlib.sha256(f"{suite}\n{name}".encode()).digest()[:8] for name in ids]
     words_P2 = np.frombuffer(b"".join(digests), ">u4").reshape(-1, 2).astype(np.uint32)
     return _fold(np.uint32(seed), words_P2, repeats, purpose)

@@ -1,4 +1,4 @@
-"""One cell of a comparison: P prompts x R pictures drawn one way, with everything measured on them, kept on disk.
+"""One cell of a comparison: P prompts x R images drawn one way, with everything measured on them, kept on disk.
 
 An interrupted evaluation goes on from the cells that are complete; one whose settings, models or services changed is made again.
 """
@@ -19,11 +19,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from xomni_jax.evaluation.pictures import code_agreement, colour_histogram, edge_density
+from xomni_jax.evaluation.images import code_agreement, colour_histogram, edge_density
 from xomni_jax.rewards.client import Score
 
 FORMAT = 1
-MAX_FAILED = 0.2  # a cell in which more pictures than this could not be scored by a service is refused, not kept
+MAX_FAILED = 0.2  # a cell in which more images than this could not be scored by a service is refused, not kept
 IN_FLIGHT = 2  # chunks being scored while the next one is drawn
 
 # metric -> (service, key of its detail; None is the score itself)
@@ -55,15 +55,15 @@ class EvaluationError(ValueError):
 
 @dataclass
 class Cell:
-    """P prompts x R pictures and what was measured.
+    """P prompts x R images and what was measured.
 
     Attributes:
       images: uint8 [P, R, H, W, 3].
       metrics: name -> [P, R], NaN where it could not be had; those of services that were not asked are absent. Beside `METRICS`:
-        edge_density and, for pictures made from codes, reencode_agreement.
+        edge_density and, for images made from codes, reencode_agreement.
       colours: share of pixels per colour [P, R, 64].
       texts: what each reader read, reader -> [P, R] of str.
-      failures: service -> pictures that it could not score; they are NaN in its metrics.
+      failures: service -> images that it could not score; they are NaN in its metrics.
     """
 
     images: np.ndarray
@@ -141,18 +141,18 @@ def measure(
     clients: Mapping[str, Client],
     advance: Callable[[int], None] = lambda n: None,
 ) -> Cell:
-    """Scores pictures while the next ones are being drawn.
+    """Scores images while the next ones are being drawn.
 
     Args:
       name: of the cell, for messages.
       chunks: (images [B, H, W, 3], codes [B, Y, X] or None, codes of the decoded images or None), in the order of `items`.
-      items: {"prompt", "targets"} per picture, pictures of a prompt side by side.
+      items: {"prompt", "targets"} per image, images of a prompt side by side.
       prompts: P; len(items) = P * R.
       clients: service -> client; "ocr", "shapes", "second".
-      advance: told how many more pictures are scored.
+      advance: told how many more images are scored.
 
     Raises:
-      EvaluationError: a service failed on more than `MAX_FAILED` of the pictures.
+      EvaluationError: a service failed on more than `MAX_FAILED` of the images.
     """
     images, agreement, done = [], [], {service: [] for service in clients}
     waiting: deque[tuple[int, dict[str, Future]]] = deque()
@@ -176,15 +176,15 @@ def measure(
     while waiting:
         collect()
     table = lambda x: np.asarray(x).reshape(prompts, -1, *np.shape(x)[1:])  # noqa: E731
-    pictures = table(np.concatenate(images))
+    images = table(np.concatenate(images))
     metrics = {metric: table([_value(s, key) for s in done[service]]) for metric, (service, key) in METRICS.items() if service in clients}
-    metrics["edge_density"] = edge_density(pictures).astype(np.float64)
+    metrics["edge_density"] = edge_density(images).astype(np.float64)
     if agreement:
         metrics["reencode_agreement"] = table(np.concatenate(agreement))
     readers = [service for service in ("ocr", "second") if service in clients]
     texts = {service: table([str(s.detail.get("text", "")) for s in done[service]]) for service in readers}
     failures = {service: _failures(name, service, scores) for service, scores in done.items()}
-    return Cell(pictures, metrics, colour_histogram(pictures), texts, failures)
+    return Cell(images, metrics, colour_histogram(images), texts, failures)
 
 
 def _value(score: Score, key: str | None) -> float:
@@ -195,9 +195,9 @@ def _value(score: Score, key: str | None) -> float:
 def _failures(name: str, service: str, scores: Sequence[Score]) -> int:
     failed = [s for s in scores if s.value is None]
     if len(failed) > MAX_FAILED * len(scores):
-        reason = failed[0].error or "it says the pictures are none of its business"
+        reason = failed[0].error or "it says the images are none of its business"
         raise EvaluationError(
-            f"{name}: {len(failed)} of {len(scores)} pictures could not be scored by {service} ({reason}); "
+            f"{name}: {len(failed)} of {len(scores)} images could not be scored by {service} ({reason}); "
             "mend the service and run the same command again, finished parts are kept"
         )
     return len(failed)

@@ -13,7 +13,7 @@ import numpy as np
 
 from xomni_jax.checkpoint.store import write_json
 from xomni_jax.evaluation.eval_run import EvalRun, read_eval_run, reading, same_items
-from xomni_jax.evaluation.gallery import article, controls, embed, folded, left_out, output_figures, picture_order, verdict
+from xomni_jax.evaluation.gallery import article, controls, embed, folded, image_order, left_out, output_figures, verdict
 from xomni_jax.evaluation.markup import decimal, document, interval, section, table, write_text
 from xomni_jax.evaluation.statistics import bootstrap_mean, paired_difference, with_bounds
 from xomni_jax.evaluation.suite import SuiteError
@@ -150,13 +150,13 @@ def write_comparison(runs: Sequence[EvalRun], comparison: dict[str, Any], out: s
 
 
 def page(runs: Sequence[EvalRun], comparison: dict[str, Any], out: Path) -> str:
-    """The comparison as HTML; links to pictures start from `out`."""
+    """The comparison as HTML; links to images start from `out`."""
     names = [escape(run["name"]) for run in comparison["runs"]]
     changed = most_changed(comparison)
-    wanted = picture_order(runs, changed)
-    pictures = embed(wanted)
-    cards = "".join(pair_card(runs, names, comparison, i, pictures, out) for i in changed)
-    said = f"The {len(changed)} items whose score changed most, {names[0]} first. {left_out(wanted, pictures)}"
+    wanted = image_order(runs, changed)
+    images = embed(wanted)
+    cards = "".join(pair_card(runs, names, comparison, i, images, out) for i in changed)
+    said = f"The {len(changed)} items whose score changed most, {names[0]} first. {left_out(wanted, images)}"
     categories = [comparison["items"][i]["category"] for i in changed]
     listed = controls(categories, ORDERS) + f'<div id="items" class="items pairs">{cards}</div>' if changed else "<p>No score changed.</p>"
     title = f"{escape(comparison['title'])}: {', '.join(names[1:])} against {names[0]}"
@@ -193,14 +193,14 @@ def settings_table(comparison: dict[str, Any], names: Sequence[str]) -> str:
     return f"<div class=wrap>{table(('', *names), rows)}</div>"
 
 
-def pair_card(runs: Sequence[EvalRun], names: Sequence[str], comparison: dict[str, Any], i: int, pictures: dict, out: Path) -> str:
+def pair_card(runs: Sequence[EvalRun], names: Sequence[str], comparison: dict[str, Any], i: int, images: dict, out: Path) -> str:
     """One item in every run, side by side."""
     sides = []
     for run, name, score in zip(runs, names, comparison["items"][i]["scores"]):
         item = run.items[i]
         shown = f"<p class=answer>{folded(reading(item, 0)) or '&empty;'}</p>{verdict(item, 0)}"
         if "answer" not in item:
-            shown = f"<div class=pictures>{output_figures(run, item, pictures, out)}</div>"
+            shown = f"<div class=images>{output_figures(run, item, images, out)}</div>"
         sides.append(f"<div><h4>{name}: {show(score)}</h4>{shown}</div>")
     item = runs[0].items[i]
     by = change(comparison["items"][i]["scores"])

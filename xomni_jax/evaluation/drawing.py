@@ -1,4 +1,4 @@
-"""Held-out prompts, and pictures of them from two policies that share one tokenizer and one decoder, in static shapes."""
+"""Held-out prompts, and images of them from two policies that share one tokenizer and one decoder, in static shapes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from xomni_jax.data.preprocess import to_pixels
 from xomni_jax.data.rendered import RenderedConfig, render_example
 from xomni_jax.evaluation.cells import EvaluationError
 from xomni_jax.pipeline import XOmni
-from xomni_jax.sampling.keys import NOISE, picture_keys
+from xomni_jax.sampling.keys import NOISE, image_keys
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sampling.pixels import DECODER_PARTS
 
@@ -27,7 +27,7 @@ Chunk = tuple[np.ndarray, np.ndarray | None, np.ndarray | None]
 
 @dataclass(frozen=True)
 class Signs:
-    """Held-out signs: real pictures uint8 [P, H, W, 3], captions and targets."""
+    """Held-out signs: real images uint8 [P, H, W, 3], captions and targets."""
 
     images: np.ndarray
     captions: tuple[str, ...]
@@ -59,7 +59,7 @@ def heldout_signs(prompts: int, size: tuple[int, int], lengths: tuple[int, int],
 
 
 class Drawing:
-    """Draws the signs with either policy. Sample r of prompt p always has the same keys, pictures of a prompt the same noise."""
+    """Draws the signs with either policy. Sample r of prompt p always has the same keys, images of a prompt the same noise."""
 
     def __init__(self, sft: str | Path, rl: str | Path, signs: Signs, seed: int, chunk: int = 128):
         self.model, self.signs, self.seed, self.chunk = XOmni(sft), signs, seed, chunk
@@ -89,7 +89,7 @@ class Drawing:
         """Sampled codes [P, R, Y, X]; the first samples do not depend on how many follow."""
         P = len(self.signs.captions)
         at_once = max(k for k in range(1, samples + 1) if samples % k == 0 and (k == 1 or k * P <= SAMPLER_ROWS))
-        keys_P = picture_keys(self.seed, P)
+        keys_P = image_keys(self.seed, P)
         self.model.set_params("transformer", self._params[policy])
         parts = []
         for first in range(0, samples, at_once):
@@ -98,20 +98,20 @@ class Drawing:
         return np.concatenate(parts, axis=1)
 
     def real_codes(self) -> np.ndarray:
-        """Codes [P, 1, Y, X] of the real pictures."""
+        """Codes [P, 1, Y, X] of the real images."""
         return np.concatenate([self._encode(self.signs.images[at]) for at in self._slices(len(self.signs.images))])[:, None]
 
-    def real_pictures(self) -> Iterator[Chunk]:
-        """The real pictures themselves, in chunks for `measure`."""
+    def real_images(self) -> Iterator[Chunk]:
+        """The real images themselves, in chunks for `measure`."""
         for at in self._slices(len(self.signs.images)):
             yield self.signs.images[at], None, None
 
-    def pictures(self, codes_PRYX: np.ndarray) -> Iterator[Chunk]:
+    def images(self, codes_PRYX: np.ndarray) -> Iterator[Chunk]:
         """(images, codes, codes of the images) of chunks of rollouts, for `measure`."""
         P, R = codes_PRYX.shape[:2]
         codes = codes_PRYX.reshape(P * R, *codes_PRYX.shape[2:])
         prompts = [c for c in self.signs.captions for _ in range(R)]
-        noise_keys = jnp.repeat(picture_keys(self.seed, P, NOISE), R, axis=0)
+        noise_keys = jnp.repeat(image_keys(self.seed, P, NOISE), R, axis=0)
         for at in self._slices(len(codes)):
             part = self._fill(codes[at])
             noise = self.model.noise(self._fill(noise_keys[at]), self.grid)

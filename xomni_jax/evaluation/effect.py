@@ -41,7 +41,7 @@ class EffectConfig:
       seed: of signs, samples and decoder noise.
       temperature, top_k, top_p, min_p: of all samples but the sweep's temperature; the defaults are those of the rollouts.
       temperatures: of the sweep over SFT; 0 is greedy.
-      chunk: pictures decoded at a time.
+      chunk: images decoded at a time.
     """
 
     sft: str
@@ -135,9 +135,9 @@ def run_effect(
 
     Args:
       clients: role ("ocr", "shapes", "second") -> client; see `open_services`.
-      versions: role -> version, so that pictures are scored again after a service changed.
+      versions: role -> version, so that images are scored again after a service changed.
       started: time.time() at the beginning of the whole job, for wall_seconds; now without it.
-      first_image_seconds: how long the first picture took, to be reported.
+      first_image_seconds: how long the first image took, to be reported.
 
     Raises:
       ValueError: a run, model or service that does not fit (`EvaluationError`, `CheckpointError`), in one sentence.
@@ -168,7 +168,7 @@ def measure_cells(config: EffectConfig, run: GRPORun, clients: Mapping[str, Any]
     }
     stamps = {"sft": directory_stamp(config.sft), "rl": directory_stamp(config.rl)}
     swept = {g: [t for t in config.temperatures if t != config.temperature] for g in config.guidances()}
-    shots = lambda t, n: 1 if t == 0 else n  # noqa: E731 - greedy samples of a prompt are all the same picture
+    shots = lambda t, n: 1 if t == 0 else n  # noqa: E731 - greedy samples of a prompt are all the same image
     total = 2 + sum(
         shots(config.temperature, config.samples)
         + shots(config.temperature, config.rl_samples)
@@ -176,7 +176,7 @@ def measure_cells(config: EffectConfig, run: GRPORun, clients: Mapping[str, Any]
         for ts in swept.values()
     )
 
-    with tqdm(total=total * config.prompts, unit="picture", dynamic_ncols=True, mininterval=0.5) as bar:
+    with tqdm(total=total * config.prompts, unit="image", dynamic_ncols=True, mininterval=0.5) as bar:
 
         def cell(name: str, samples: int, chunks: Callable[[], Iterator[Chunk]], **more: Any) -> Cell:
             bar.set_description(name)
@@ -192,11 +192,11 @@ def measure_cells(config: EffectConfig, run: GRPORun, clients: Mapping[str, Any]
 
         def sampled(name: str, policy: str, sampling: SamplingConfig, samples: int) -> Cell:
             samples = shots(sampling.temperature, samples)
-            chunks = lambda: drawing.pictures(drawing.codes(policy, sampling, samples))  # noqa: E731
+            chunks = lambda: drawing.images(drawing.codes(policy, sampling, samples))  # noqa: E731
             return cell(name, samples, chunks, policy=stamps[policy], decoder=stamps["sft"], sampling=dataclasses.asdict(sampling))
 
-        real = cell("real", 1, drawing.real_pictures)
-        reconstruction = cell("reconstruction", 1, lambda: drawing.pictures(drawing.real_codes()), decoder=stamps["sft"])
+        real = cell("real", 1, drawing.real_images)
+        reconstruction = cell("reconstruction", 1, lambda: drawing.images(drawing.real_codes()), decoder=stamps["sft"])
         settings = {}
         for name, guidance in config.guidances().items():
             sft = sampled(f"{name}-sft", "sft", config.sampling(guidance), config.samples)

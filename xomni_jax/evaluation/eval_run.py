@@ -1,4 +1,4 @@
-"""A finished run of a suite, as its directory tells it: results.json, items.jsonl, and the pictures."""
+"""A finished run of a suite, as its directory tells it: results.json, items.jsonl, and the images."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DRAWN |= {name: f"sampling.{name}" for name in ("temperature", "top_k", "top_p",
 
 @dataclass(frozen=True)
 class Shot:
-    """A picture: a file, or tile `k` of a file that holds side x side of them, row by row, or what `opener` opens."""
+    """An image: a file, or tile `k` of a file that holds side x side of them, row by row, or what `opener` opens."""
 
     path: Path
     k: int = 0
@@ -37,7 +37,7 @@ class Shot:
         return self.opener is not None or self.path.is_file()
 
     def open(self) -> Image.Image:
-        """The picture, RGB."""
+        """The image, RGB."""
         if self.opener is not None:
             return self.opener().convert("RGB")
         with Image.open(self.path) as whole:
@@ -50,7 +50,7 @@ class Shot:
 
 @dataclass(frozen=True)
 class EvalRun:
-    """What a run measured; `items` are sorted by id, `asked` opens the pictures that were asked about, where they are at hand."""
+    """What a run measured; `items` are sorted by id, `asked` opens the images that were asked about, where they are at hand."""
 
     path: Path
     results: dict[str, Any]
@@ -59,7 +59,7 @@ class EvalRun:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What decided the outputs; empty where another program drew the pictures."""
+        """What decided the outputs; empty where another program drew the images."""
         return self.results.get("settings") or {}
 
     @property
@@ -147,12 +147,12 @@ def category(item: Item) -> str:
 
 
 def outputs(item: Item) -> int:
-    """How many pictures or answers an item has."""
+    """How many images or answers an item has."""
     return len(item["verdicts"])
 
 
 def shots(run: EvalRun, item: Item) -> list[Shot]:
-    """The kept pictures of an item: one per output, also where the official layout is one grid of them; of a question, its picture."""
+    """The kept images of an item: one per output, also where the official layout is one grid of them; of a question, its image."""
     if item["id"] in run.asked:
         return [Shot(run.path / item["id"], opener=run.asked[item["id"]])]
     images = [run.path / name for name in item.get("images", ())]

@@ -1,4 +1,4 @@
-"""Every item of a run on a page: prompt, pictures, what was read or answered, verdict; to be filtered and sorted in the browser."""
+"""Every item of a run on a page: prompt, images, what was read or answered, verdict; to be filtered and sorted in the browser."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from xomni_jax.evaluation.eval_run import EvalRun, Item, Shot, category, outputs
 from xomni_jax.evaluation.markup import image_data
 
 SIDE = 320  # pixels of a thumbnail: large enough to read the text of a poster
-LOSSLESS = 160  # pictures up to this size are kept as they are
+LOSSLESS = 160  # images up to this size are kept as they are
 LONG = 220  # characters of a text that are shown before the rest is folded
 PIXEL = {False: "", True: " class=pixel"}
 PAGE_BYTES = 24 << 20
 
 
 def thumbnail(shot: Shot) -> str:
-    """A small version of a picture as a data: address."""
+    """A small version of an image as a data: address."""
     image = shot.open()
     if max(image.size) <= LOSSLESS:
         return image_data(image, "PNG", optimize=True)
@@ -35,8 +35,8 @@ def spread(count: int) -> list[int]:
     return sorted(range(count), key=lambda i: math.modf(i * (5**0.5 - 1) / 2)[0])
 
 
-def picture_order(runs: Sequence[EvalRun], which: Sequence[int]) -> list[Shot]:
-    """Pictures of the given items, most wanted first: the first of every item and run, then the second, ..."""
+def image_order(runs: Sequence[EvalRun], which: Sequence[int]) -> list[Shot]:
+    """Images of the given items, most wanted first: the first of every item and run, then the second, ..."""
     rows = [shots(run, run.items[i]) for i in which for run in runs]
     most = max(map(len, rows), default=0)
     return list(dict.fromkeys(row[r] for r in range(most) for row in rows if r < len(row)))
@@ -45,7 +45,7 @@ def picture_order(runs: Sequence[EvalRun], which: Sequence[int]) -> list[Shot]:
 def embed(wanted: Sequence[Shot], limit: int = PAGE_BYTES) -> dict[Shot, str]:
     """Thumbnails in the given order as long as all together stay below `limit` bytes. Files that are gone are left out."""
     found, used = {}, 0
-    for shot in tqdm(wanted, desc="thumbnails", unit="picture", dynamic_ncols=True, delay=2, leave=False):
+    for shot in tqdm(wanted, desc="thumbnails", unit="image", dynamic_ncols=True, delay=2, leave=False):
         if not shot.exists:
             continue
         data = thumbnail(shot)
@@ -57,23 +57,23 @@ def embed(wanted: Sequence[Shot], limit: int = PAGE_BYTES) -> dict[Shot, str]:
 
 
 def left_out(wanted: Sequence[Shot], found: dict[Shot, str], limit: int = PAGE_BYTES) -> str:
-    """A sentence about the pictures that are not on the page; empty when all are."""
+    """A sentence about the images that are not on the page; empty when all are."""
     gone = sum(not shot.exists for shot in wanted)
     said = []
     if more := len(wanted) - len(found) - gone:
         said.append(
-            f"{len(found)} of {len(wanted)} pictures are on this page, which is kept below {limit / 2**20:.3g} MB: the first of each "
+            f"{len(found)} of {len(wanted)} images are on this page, which is kept below {limit / 2**20:.3g} MB: the first of each "
             f"item before any second, spread evenly over the run. The other {more} are "
             + ("left out." if wanted[0].opener else "linked: keep this page in its folder to open them.")
         )
     if gone:
-        said.append(f"{gone} pictures are no longer in the folder of the run.")
+        said.append(f"{gone} images are no longer in the folder of the run.")
     return " ".join(said)
 
 
-def gallery(run: EvalRun, pictures: dict[Shot, str]) -> str:
+def gallery(run: EvalRun, images: dict[Shot, str]) -> str:
     """Controls and all items."""
-    shown = "".join(card(run, item, pictures) for item in run.items)
+    shown = "".join(card(run, item, images) for item in run.items)
     return controls(run.categories) + f'<div id="items" class="items {"answers" if "answer" in run.items[0] else ""}">{shown}</div>'
 
 
@@ -93,13 +93,13 @@ def controls(categories: Iterable[str], orders: Sequence[str] = ORDERS) -> str:
     )
 
 
-def card(run: EvalRun, item: Item, pictures: dict[Shot, str]) -> str:
-    """One item: head, prompt, and its pictures or its answer with what is said about them."""
+def card(run: EvalRun, item: Item, images: dict[Shot, str]) -> str:
+    """One item: head, prompt, and its images or its answer with what is said about them."""
     if "answer" in item:
-        shown = "".join(picture(shot, run.path, pictures) for shot in shots(run, item))
+        shown = "".join(image(shot, run.path, images) for shot in shots(run, item))
         body = f'{shown}<p class="answer">{folded(reading(item, 0)) or "&empty;"}</p>{verdict(item, 0)}'
     else:
-        body = f"<div class=pictures>{output_figures(run, item, pictures)}</div>"
+        body = f"<div class=images>{output_figures(run, item, images)}</div>"
     return article(item, f'<div class="prompt">{folded(item["prompt"])}</div>{body}')
 
 
@@ -115,28 +115,28 @@ def article(item: Item, body: str, by: float | None = None, badge: str = "") -> 
     )
 
 
-def output_figures(run: EvalRun, item: Item, pictures: dict[Shot, str], root: Path | None = None) -> str:
-    """The pictures of an item, each over its verdict and what was read in it. Links start from `root`, the folder of the page."""
-    drawn = [picture(shot, root or run.path, pictures) for shot in shots(run, item)]
-    drawn = drawn or [""] * outputs(item)  # judged pictures of another program are not listed
+def output_figures(run: EvalRun, item: Item, images: dict[Shot, str], root: Path | None = None) -> str:
+    """The images of an item, each over its verdict and what was read in it. Links start from `root`, the folder of the page."""
+    drawn = [image(shot, root or run.path, images) for shot in shots(run, item)]
+    drawn = drawn or [""] * outputs(item)  # judged images of another program are not listed
     return "".join(
         f"<figure>{shown}<figcaption>{verdict(item, r)}{folded(reading(item, r)) or '&empty;'}</figcaption></figure>"
         for r, shown in enumerate(drawn)
     )
 
 
-def picture(shot: Shot, root: Path, pictures: dict[Shot, str]) -> str:
+def image(shot: Shot, root: Path, images: dict[Shot, str]) -> str:
     """A thumbnail that opens the file beside the page; a link where the thumbnail was left out."""
     if shot.opener is not None:
-        return f'<img{PIXEL[is_small(pictures[shot])]} loading="lazy" alt="" src="{pictures[shot]}">' if shot in pictures else ""
+        return f'<img{PIXEL[is_small(images[shot])]} loading="lazy" alt="" src="{images[shot]}">' if shot in images else ""
     link, name = quote(os.path.relpath(shot.path, root)), escape(shot.path.name)
-    if shot not in pictures:
+    if shot not in images:
         return f'<a class="file" href="{link}">{name}</a>'
-    return f'<a href="{link}"><img{PIXEL[is_small(pictures[shot])]} loading="lazy" alt="{name}" src="{pictures[shot]}"></a>'
+    return f'<a href="{link}"><img{PIXEL[is_small(images[shot])]} loading="lazy" alt="{name}" src="{images[shot]}"></a>'
 
 
 def is_small(data: str) -> bool:
-    """Whether a thumbnail is a picture of few pixels, kept as it is."""
+    """Whether a thumbnail is an image of few pixels, kept as it is."""
     return data.startswith("data:image/png")
 
 

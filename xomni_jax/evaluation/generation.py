@@ -1,4 +1,4 @@
-"""The drawing of a suite's pictures: prompts in static batches, the next batch sampled while the last one's pictures are fetched."""
+"""The drawing of a suite's images: prompts in static batches, the next batch sampled while the last one's images are fetched."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ Drawn = list[tuple[Item, list[Image.Image]]]
 
 @dataclass(frozen=True)
 class DrawConfig:
-    """How pictures are drawn.
+    """How images are drawn.
 
     Attributes:
-      repeats: pictures per prompt.
-      batch: pictures sampled at a time, decode_batch: pictures decoded at a time, by each data-parallel part of the mesh.
+      repeats: images per prompt.
+      batch: images sampled at a time, decode_batch: images decoded at a time, by each data-parallel part of the mesh.
     """
 
     height: int
@@ -57,7 +57,7 @@ class Generation:
         return [item.id for item in items if self.model.decoder_tokens(item.prompt) > limit]
 
     def draw(self, batches: Sequence[Batch]) -> Iterator[Drawn]:
-        """The pictures of each batch, in order. One batch is under way while the caller has the one before it."""
+        """The images of each batch, in order. One batch is under way while the caller has the one before it."""
         waiting = None
         for batch in batches:
             started = batch, self._start(batch)
@@ -88,15 +88,15 @@ class Generation:
         noise_keys = item_keys(c.seed, self.suite, ids, R, NOISE).reshape(-1)
         texts = [prompt for prompt in prompts for _ in range(R)]
         rows, wanted = c.decode_batch * self.model.ways, len(batch.items) * R
-        pictures = []
+        images = []
         for first in range(0, wanted, rows):
             index = np.arange(first, first + rows)
             index[index >= len(texts)] = 0
             noise_BTC = self.model.noise(noise_keys[index], self.grid)
-            pictures.append(self.model.decode_images(codes_BYX[index], [texts[i] for i in index], noise_BTC))
-        return pictures
+            images.append(self.model.decode_images(codes_BYX[index], [texts[i] for i in index], noise_BTC))
+        return images
 
     def _fetch(self, batch: Batch, parts: Sequence[jax.Array]) -> Drawn:
-        pictures = [Image.fromarray(image) for part in parts for image in whole(part)]
+        images = [Image.fromarray(image) for part in parts for image in whole(part)]
         R = self.config.repeats
-        return [(item, pictures[k * R : (k + 1) * R]) for k, item in enumerate(batch.items)]
+        return [(item, images[k * R : (k + 1) * R]) for k, item in enumerate(batch.items)]

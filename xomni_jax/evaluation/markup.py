@@ -1,4 +1,4 @@
-"""Pieces of a page that stands alone: its frame with the style inside, sections, tables, pictures, numbers."""
+"""Pieces of a page that stands alone: its frame with the style inside, sections, tables, images, numbers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def write_text(path: str | Path, text: str) -> Path:
 
 
 def image_data(image: Image.Image, form: str = "PNG", **options: object) -> str:
-    """A picture as a data: address."""
+    """An image as a data: address."""
     buffer = io.BytesIO()
     image.save(buffer, form, **options)
     return f"data:image/{form.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -27,7 +27,7 @@ MODELS = {"en": "models/xomni-en", "zh": "models/xomni-zh"}  # converted from th
 VLM = "Qwen/Qwen2.5-VL-7B-Instruct"
 JUDGES = {"ocr": f"{VLM}@http://127.0.0.1:8000/v1", "vqa": f"{VLM}@http://127.0.0.1:8000/v1", "detector": "http://127.0.0.1:8003"}
 DRAWING = {"height": 1152, "width": 1152, "temperature": 1.0, "top-k": 50, "top-p": 1.0, "min-p": 0.03, "guidance": 1.0, "seed": 1234}
-FOUR_STATED = ("longtext-en", "longtext-zh")  # the paper says four pictures per prompt
+FOUR_STATED = ("longtext-en", "longtext-zh")  # the paper says four images per prompt
 # What else the paper does not say about a row, beside the settings that are marked.
 NOTES = {
     "geneval": "the rewritten prompts, the rewriter and its instruction",
@@ -168,7 +168,7 @@ def row_text(row: Row) -> list[str]:
     if row.run is None:
         return [*lines, "  ours:  not run"]
     apart = departures(row)
-    model = row.run.facts.get("model.sha256", "pictures of another program")
+    model = row.run.facts.get("model.sha256", "images of another program")
     lines.append(f"  ours:  {numbers(row.ours)}   ({row.run.path}, model {str(model)[:12]}, judge {row.run.facts['judge.name']})")
     return [*lines, *([f"  not what the command above makes: {', '.join(apart)}"] if apart else [])]
 

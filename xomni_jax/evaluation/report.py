@@ -55,7 +55,7 @@ def page(effect: Effect, report: dict[str, Any]) -> str:
         "<header><p class=over>X-Omni in JAX</p><h1>What reinforcement learning changed</h1>",
         f"<p class=lead>A supervised model (SFT) drew {config.prompts} held-out signs of {config.lengths[0]} to "
         f"{config.lengths[1]} characters at {size} pixels; then GRPO trained it for {report['grpo_steps']} steps on what text "
-        "recognition reads in its decoded pictures, and the result (RL) drew the same signs. Every picture below was read, measured "
+        "recognition reads in its decoded images, and the result (RL) drew the same signs. Every image below was read, measured "
         "and counted the same way, without choosing.</p></header>",
         headline(report),
         section("Word accuracy", "".join(figure(overview(report[n]), setting_title(n, config.guidance)) for n in names), "two"),
@@ -77,7 +77,7 @@ def page(effect: Effect, report: dict[str, Any]) -> str:
 # ---- parts of the page ----
 STATISTICS_TEXT = (
     "A second reader that took no part in training should agree; edge density and colour entropy should stay near those of the "
-    "reconstructions; re-encode agreement says how many codes come back when a picture is tokenised again."
+    "reconstructions; re-encode agreement says how many codes come back when an image is tokenised again."
 )
 
 
@@ -122,7 +122,7 @@ def setting_table(report: dict[str, Any], name: str) -> str:
     """All metrics with intervals, and RL's difference to each row."""
     head = "".join(f"<th>{METRIC_NAMES[m]}</th>" for m in SHOWN)
     rows = []
-    for row, e in ({"real pictures": report["real_pictures"]} | report[name]).items():
+    for row, e in ({"real images": report["real_images"]} | report[name]).items():
         cells = "".join(f"<td>{decimal(e[m])}{interval(e['ci95'][m])}</td>" for m in SHOWN)
         difference = report["comparisons"][name]["rl_minus"].get(row, {}).get("word_accuracy")
         gain = "<td></td>" if difference is None else f"<td>{points(difference['value'])}{interval(difference['ci95'], 100, '+.0f')}</td>"
@@ -174,7 +174,7 @@ def sweep_text(report: dict[str, Any]) -> str:
 def before_and_after(effect: Effect) -> str:
     """The same prompts before and after, some unfolded, more to unfold, and all of them with guidance."""
     text = (
-        "The first held-out prompts, not a selection, with guidance off. Under each picture is what text recognition read in it, "
+        "The first held-out prompts, not a selection, with guidance off. Under each image is what text recognition read in it, "
         f"green when right. Best of {effect.config.samples} is picked by the reward, an oracle."
     )
     more = grids(effect, "guidance_off", slice(UNFOLDED_PROMPTS, SHOWN_PROMPTS))
@@ -200,18 +200,18 @@ def grids(effect: Effect, name: str, which: slice) -> str:
             ("RL", setting.rl, range(min(SHOWN_SAMPLES, setting.rl.images.shape[1]))),
         ]
         strips = [
-            f"<div class=strip><h4>{title}</h4><div class=pictures>{''.join(picture(cell, p, r, wanted) for r in samples)}</div></div>"
+            f"<div class=strip><h4>{title}</h4><div class=images>{''.join(image(cell, p, r, wanted) for r in samples)}</div></div>"
             for title, cell, samples in lines
         ]
-        # The first two hold one picture each and share a line.
+        # The first two hold one image each and share a line.
         rows = f"<div class=pair>{''.join(strips[:2])}</div>{''.join(strips[2:])}"
         wide = effect.config.size[1] >= 3 * effect.config.size[0]
         cards.append(f"<article{' class=wide' * wide}><h3>{escape(effect.signs.captions[p])}</h3>{rows}</article>")
     return "".join(cards)
 
 
-def picture(cell: Cell, p: int, r: int, wanted: Sequence[str]) -> str:
-    """One picture with what was read in it, marked when right."""
+def image(cell: Cell, p: int, r: int, wanted: Sequence[str]) -> str:
+    """One image with what was read in it, marked when right."""
     text = str(cell.texts["ocr"][p, r])
     right = is_exact(list(wanted), text)
     mark, said = ("right", "&#10003; ") if right else ("wrong", "")
@@ -246,17 +246,17 @@ def statistics_tables(report: dict[str, Any]) -> str:
 def method(report: dict[str, Any]) -> str:
     """Notes, times, failures, settings."""
     lines = "".join(f"<li>{escape(n)}</li>" for n in report["notes"])
-    failed = {name: {k: n for k, n in e.items() if k != "pictures" and n} for name, e in report["failures"].items()}
+    failed = {name: {k: n for k, n in e.items() if k != "images" and n} for name, e in report["failures"].items()}
     failed = {name: e for name, e in failed.items() if e}
     told = "; ".join(f"{name}: " + ", ".join(f"{n} by {k}" for k, n in e.items()) for name, e in failed.items()) or "none"
     times_ = {
-        "first picture": report["first_image_seconds"],
+        "first image": report["first_image_seconds"],
         "evaluation": report["evaluation_seconds"],
         "whole job": report["wall_seconds"],
     }
     times_ |= {f"step, {part}": value for part, value in report["step_seconds"].items()}
     facts = {f"{name}, s": decimal(value, 2) for name, value in times_.items() if value is not None}
-    facts |= {"pictures not scored": told} | report["settings"]
+    facts |= {"images not scored": told} | report["settings"]
     return f"<ul>{lines}</ul><details><summary>Settings and times</summary>{facts_table(facts)}</details>"
 
 
@@ -268,5 +268,5 @@ def setting_title(name: str, guidance: float) -> str:
 
 def row_title(row: str) -> str:
     """Name of a row for readers."""
-    known = {"reconstruction": "Reconstruction", "sft": "SFT", "rl": "RL", "real pictures": "Real pictures"}
+    known = {"reconstruction": "Reconstruction", "sft": "SFT", "rl": "RL", "real images": "Real images"}
     return known.get(row) or "SFT best of " + row.rpartition("_")[2]

@@ -1,4 +1,4 @@
-"""The values that a reward service gives to the pictures of runs, kept on disk so that an interruption loses little."""
+"""The values that a reward service gives to the images of runs, kept on disk so that an interruption loses little."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ class Client(Protocol):
     name: str
 
     def score(self, images: Sequence[Any], items: Sequence[dict[str, Any]]) -> Sequence[Any]:
-        """One score per picture."""
+        """One score per image."""
         ...
 
 
 def reward_scores(runs: Sequence[EvalRun], client: Client, version: str, kept: Path) -> np.ndarray:
-    """Values [P, R] of all pictures, the runs' side by side. A service is told an item's fields as its targets.
+    """Values [P, R] of all images, the runs' side by side. A service is told an item's fields as its targets.
 
     Args:
       version: of the service; values of another version are not mixed in.
       kept: a file of finished items, one JSON line each.
 
     Raises:
-      SuiteError: a picture is gone, or the service could not score one or says that it does not apply to the item.
+      SuiteError: an image is gone, or the service could not score one or says that it does not apply to the item.
     """
     done = read_kept(kept, client.name, version)
     places = [(run, i) for i in range(len(runs[0].items)) for run in runs]
@@ -55,16 +55,16 @@ def reward_scores(runs: Sequence[EvalRun], client: Client, version: str, kept: P
 
 
 def ask(client: Client, group: Sequence[tuple[EvalRun, int]]) -> list[list[float]]:
-    """Values of the pictures of some items."""
+    """Values of the images of some items."""
     for run, i in group:
         if len(shots(run, run.items[i])) != outputs(run.items[i]):
-            raise SuiteError(f"{run.path}: item {run.items[i]['id']} lists no pictures, another program drew them; draw with xomni eval")
+            raise SuiteError(f"{run.path}: item {run.items[i]['id']} lists no images, another program drew them; draw with xomni eval")
     wanted = [(run, run.items[i], shot) for run, i in group for shot in shots(run, run.items[i])]
     for run, item, shot in wanted:
         if not shot.path.is_file():
             raise SuiteError(f"{shot.path} of item {item['id']} is gone, so {client.name} cannot score it; draw it again")
-    pictures = [np.asarray(shot.open()) for _, _, shot in wanted]
-    scores = iter(client.score(pictures, [{"prompt": item["prompt"], "targets": dict(item["fields"])} for _, item, _ in wanted]))
+    images = [np.asarray(shot.open()) for _, _, shot in wanted]
+    scores = iter(client.score(images, [{"prompt": item["prompt"], "targets": dict(item["fields"])} for _, item, _ in wanted]))
     rows = []
     for run, i in group:
         item = run.items[i]

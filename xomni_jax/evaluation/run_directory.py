@@ -3,9 +3,9 @@
     OUT/
       settings.json      everything that decides the outputs: suite, data, model and its hash, sampling, seed, batch shape, versions.
                          A command that would mix in outputs of other settings is refused
-      images/            suites that draw: the pictures, in the benchmark's official layout
+      images/            suites that draw: the images, in the benchmark's official layout
       parts/*.jsonl      finished outputs, one line per item, one file per process: {"id", "files" and "pixels"} or {"id", "answer"};
-                         "files" are relative to OUT, "pixels" is the SHA-256 of the item's pictures
+                         "files" are relative to OUT, "pixels" is the SHA-256 of the item's images
       judged/*.jsonl     {"id", "replies", "asked"}: the judge's replies, one list per repeat, and a hash of the questions
       judged/judge.json  which judge, and how it was asked
       items.jsonl        at the end: one line per item, sorted by id: {"id", "prompt", "fields", "images" (relative paths: one per repeat, or

@@ -14,7 +14,7 @@ from PIL import Image
 
 from xomni_jax.evaluation import paper
 from xomni_jax.evaluation.eval_run import EvalRun, category, outputs, read_eval_run, reading
-from xomni_jax.evaluation.gallery import PAGE_BYTES, embed, gallery, left_out, picture_order, spread
+from xomni_jax.evaluation.gallery import PAGE_BYTES, embed, gallery, image_order, left_out, spread
 from xomni_jax.evaluation.markup import document, interval_text, section, table, write_text
 from xomni_jax.evaluation.statistics import bootstrap_mean
 
@@ -23,8 +23,8 @@ def write_run_report(directory: str | Path, asked: Mapping[str, Callable[[], Ima
     """Writes report.html and results.csv into the directory of a scored run and returns the path of the page.
 
     Args:
-      asked: item -> opens the picture that it asks about, of suites that answer.
-      limit: bytes of pictures on the page.
+      asked: item -> opens the image that it asks about, of suites that answer.
+      limit: bytes of images on the page.
 
     Raises:
       SuiteError: the directory holds no scored run.
@@ -50,8 +50,8 @@ def results_csv(run: EvalRun) -> str:
 
 def page(run: EvalRun, limit: int = PAGE_BYTES) -> str:
     """The whole page as HTML."""
-    wanted = picture_order([run], spread(len(run.items)))
-    pictures = embed(wanted, limit)
+    wanted = image_order([run], spread(len(run.items)))
+    images = embed(wanted, limit)
     known = run.suite in paper.PLACES
     body = [
         f"<header><p class=over>X-Omni in JAX</p><h1>{escape(run.results['title'])}</h1></header>",
@@ -61,7 +61,7 @@ def page(run: EvalRun, limit: int = PAGE_BYTES) -> str:
         section("Beside the paper", against_paper(run), "", table_note(run.suite)) if known else "",
         section("All scores", table(("", "value"), [(escape(k), [number(v)]) for k, v in run.results["scores"].items()])),
         section("By category", bars(run.results["categories"])) if run.results["categories"] else "",
-        section("Every item", gallery(run, pictures), "", left_out(wanted, pictures, limit)),
+        section("Every item", gallery(run, images), "", left_out(wanted, images, limit)),
     ]
     return document(escape(f"{run.results['title']}: {run.name}"), "".join(body), "gallery.css", "gallery.js")
 

@@ -29,7 +29,7 @@ from xomni_jax.core.preemption import StopRequested, StopSignal
 from xomni_jax.evaluation.run_directory import RunDirectory, RunError, json_line
 from xomni_jax.evaluation.suite import Item, Judge, Suite, SuiteError
 
-SAVERS = 4  # threads that compress pictures
+SAVERS = 4  # threads that compress images
 JUDGED_AT_ONCE = 4  # items in one call of a judge
 PICTURES = (".png", ".webp", ".jpg")
 
@@ -128,15 +128,15 @@ def open_work(
 
 # ---- outputs ----
 def generate(work: Work, generation: Any, stop: StopSignal) -> None:
-    """Draws this worker's items and saves them in the official layout; pictures are compressed while the next ones are drawn."""
+    """Draws this worker's items and saves them in the official layout; images are compressed while the next ones are drawn."""
     left = work.left()
     batches, overlong = generation.batches(left), set(generation.overlong(left))
     staging = work.run.path / ".drawing" / work.worker
     if work.writes:
         shutil.rmtree(staging, ignore_errors=True)  # of a killed process
 
-    def save(item: Item, pictures: Sequence[Image.Image]) -> dict[str, Any]:
-        return {**_save(work, staging, item, pictures), "overlong": item.id in overlong}
+    def save(item: Item, images: Sequence[Image.Image]) -> dict[str, Any]:
+        return {**_save(work, staging, item, images), "overlong": item.id in overlong}
 
     with _appending(work, "parts", "drawn", len(left)) as add, ThreadPoolExecutor(SAVERS) as pool:
         saving: deque[list[Future]] = deque()
@@ -163,10 +163,10 @@ def answer(work: Work, answering: Any, stop: StopSignal) -> None:
             stop.check()
 
 
-def _save(work: Work, staging: Path, item: Item, pictures: Sequence[Image.Image]) -> dict[str, Any]:
-    """Saves the pictures of one item through a folder of its own, which tells the names of the suite's layout."""
+def _save(work: Work, staging: Path, item: Item, images: Sequence[Image.Image]) -> dict[str, Any]:
+    """Saves the images of one item through a folder of its own, which tells the names of the suite's layout."""
     folder = staging / hashlib.sha256(item.id.encode()).hexdigest()[:16]
-    work.suite.save(folder, item, pictures)
+    work.suite.save(folder, item, images)
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     for name in names:
         target = work.run.path / "images" / name
@@ -174,33 +174,33 @@ def _save(work: Work, staging: Path, item: Item, pictures: Sequence[Image.Image]
         os.replace(folder / name, target)
     shutil.rmtree(folder)
     digest = hashlib.sha256()
-    for picture in pictures:
-        digest.update(repr(picture.size).encode() + picture.tobytes())
+    for image in images:
+        digest.update(repr(image.size).encode() + image.tobytes())
     files = [f"images/{name}" for name in names if name.endswith(PICTURES)]
     return {"id": item.id, "files": files, "pixels": digest.hexdigest()}
 
 
 # ---- replies ----
 def judge_outputs(work: Work, judge: Judge, stop: StopSignal) -> None:
-    """Has this worker's items judged, a few at a time. The next pictures are opened meanwhile.
+    """Has this worker's items judged, a few at a time. The next images are opened meanwhile.
 
     Raises:
-      SuiteError: pictures are missing (how many, and the first); the judge does not answer. What is judged stays.
+      SuiteError: images are missing (how many, and the first); the judge does not answer. What is judged stays.
     """
     judged = work.judged()
     left = [item for item in work.mine() if item.id not in judged]
-    _check_pictures(work, left)
+    _check_images(work, left)
     remedy = f"give the judge that was used, or delete {work.run.path / 'judged'} to judge everything anew"
     work.run.claim("judged/judge.json", {"name": judge.name, "settings": judge.settings}, remedy)
     groups = [left[first : first + JUDGED_AT_ONCE] for first in range(0, len(left), JUDGED_AT_ONCE)]
     with _appending(work, "judged", "judged", len(left)) as add, ThreadPoolExecutor(1) as pool:
         opening = None
         for number, group in enumerate(groups):
-            pictures = (opening or pool.submit(_open, work, group)).result()
+            images = (opening or pool.submit(_open, work, group)).result()
             opening = pool.submit(_open, work, groups[number + 1]) if number + 1 < len(groups) else None
-            questions = [work.suite.questions(item) for item, opened in zip(group, pictures) for _ in opened]
-            replies = iter(judge.ask([picture for opened in pictures for picture in opened], questions))
-            made = [{"id": item.id, "replies": [next(replies) for _ in opened]} for item, opened in zip(group, pictures)]
+            questions = [work.suite.questions(item) for item, opened in zip(group, images) for _ in opened]
+            replies = iter(judge.ask([image for opened in images for image in opened], questions))
+            made = [{"id": item.id, "replies": [next(replies) for _ in opened]} for item, opened in zip(group, images)]
             add({**record, "asked": asked(work.suite, item)} for record, item in zip(made, group))
             stop.check()
 
@@ -209,8 +209,8 @@ def _open(work: Work, items: Sequence[Item]) -> list[list[Image.Image]]:
     return [work.suite.open(work.run.path / "images", item) for item in items]
 
 
-def _check_pictures(work: Work, items: Sequence[Item]) -> None:
-    """Before a judge is asked anything: are the pictures there, ours or somebody's in the official layout?"""
+def _check_images(work: Work, items: Sequence[Item]) -> None:
+    """Before a judge is asked anything: are the images there, ours or somebody's in the official layout?"""
     outputs, missing = work.outputs(), []
     for item in items:
         if item.id not in outputs:
@@ -219,7 +219,7 @@ def _check_pictures(work: Work, items: Sequence[Item]) -> None:
             except SuiteError as e:
                 missing.append((item.id, e))
     if missing:
-        many = f"{len(missing)} of {len(work.items)} items have no pictures, the first is {missing[0][0]}"
+        many = f"{len(missing)} of {len(work.items)} items have no images, the first is {missing[0][0]}"
         raise SuiteError(f"{work.suite.name}: {many} ({missing[0][1]})")
 
 
@@ -262,7 +262,7 @@ def write_results(work: Work, switches: Sequence[str] = (), instructions: Mappin
             "outputs": len(records) * suite.repeats,
             "unparsed": sum(record["unparsed"] for record in records),
             "overlong prompts": sum(bool(output.get("overlong")) for output in made),
-            "fitted pictures": sum(bool(output.get("fitted")) for output in made),
+            "fitted images": sum(bool(output.get("fitted")) for output in made),
         },
         "unparsed": unparsed,
         "notes": found.get("notes", []),

@@ -80,7 +80,7 @@ class ModelSession:
             work.run.claim("settings.json", self.settings(work, how), "take another --out, or the settings that it was begun with")
 
     def size(self, suite: Suite) -> tuple[int, int]:
-        """Height and width of a suite's pictures."""
+        """Height and width of a suite's images."""
         own = self.model.description.get("settings", {}).get("size", {})
         own = suite.size or (own.get("height", 1152), own.get("width", 1152))
         return self.options.height or own[0], self.options.width or own[1]

@@ -20,7 +20,7 @@ from xomni_jax.evaluation.suites import get_suite
 
 BEST_OF = (1, 2, 4, 8, 16)
 OWN = "score"  # the reward that is the suite's own score of an output
-# What may differ between runs that are taken for the same experiment: it moves pictures by rounding, if at all.
+# What may differ between runs that are taken for the same experiment: it moves images by rounding, if at all.
 INCIDENTAL = ("model.path", "data.path", "batch", "decode_batch", "mesh.", "device", "versions.")
 
 
@@ -71,7 +71,7 @@ def guidance_study(runs: Sequence[EvalRun], seed: int = 0) -> dict[str, Any]:
     for run in runs:
         value = run.facts.get("sampling.guidance")
         if value is None:
-            raise SuiteError(f"{run.path}: its settings name no guidance; draw the pictures with xomni eval")
+            raise SuiteError(f"{run.path}: its settings name no guidance; draw the images with xomni eval")
         if value in by_value:
             raise SuiteError(f"{by_value[value].path} and {run.path} both have guidance {value:g}; give one run per value")
         by_value[float(value)] = run

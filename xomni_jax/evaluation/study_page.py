@@ -22,7 +22,7 @@ GUIDANCE_TEXT = (
 BEST_TEXT = (
     "The score of an item is the suite's own, 0 to 1. Best of N is the mean over all choices of N of the SFT samples of an item, exactly; "
     "intervals are 95% bootstraps over items, differences paired by item. The headline of the first N is the suite's own number over one "
-    "picture per item, the best of its first N."
+    "image per item, the best of its first N."
 )
 ORACLE = "The reward that picks is the score itself, which knows what was asked for: an oracle that nobody has when drawing."
 

@@ -2,7 +2,7 @@
 
 The path of one suite, the same for all of them:
 
-    load(data) -> items --model--> outputs (pictures or answers) --judge--> replies --score--> one record per item --aggregate--> results
+    load(data) -> items --model--> outputs (images or answers) --judge--> replies --score--> one record per item --aggregate--> results
 
 A record holds integers (or a value that is a function of one item alone), never an average over items: items may be judged in any
 order, by any number of processes, in any number of sittings, and `aggregate` sees them once, sorted by id. So the result file is the
@@ -39,7 +39,7 @@ class Item:
       id: unique within the suite, as published; the key of everything that is stored.
       prompt: what the model is given: the text to draw, or the question.
       fields: JSON-able facts for scoring and the report; "category" is what the report groups by.
-      image: opens the picture that the question is about; None where pictures are to be drawn. SuiteError when it is missing;
+      image: opens the image that the question is about; None where images are to be drawn. SuiteError when it is missing;
         `check_images` finds that out before a model is loaded.
     """
 
@@ -55,7 +55,7 @@ class Suite:
 
     Attributes:
       name: as typed on the command line. title: as in the paper's tables.
-      task: "generate": pictures are drawn from prompts; "answer": questions about pictures are answered.
+      task: "generate": images are drawn from prompts; "answer": questions about images are answered.
       repeats: outputs per item (images per prompt); 1 for answers.
       judge: "ocr", "detector", "contours" or "vqa" where outputs go to a judge; None where local rules read them.
       load: (data directory) -> items in published order. Raises SuiteError.
@@ -67,9 +67,9 @@ class Suite:
       aggregate: records sorted by item id, each with its item's "id" and "fields" -> {"headline": name, "scores": {name: value},
         "categories": {category: {"score": value, "items": n}}}; values as the official scorer prints them.
         Optional: "notes", sentences that the report must show (what was left out, replies that could not be read).
-      save: (directory, item, pictures in the order of repeats) -> writes the official layout of the pictures of one item.
-      open: (directory, item) -> its pictures back from that layout, whoever drew them. SuiteError naming the missing file.
-      size: height and width of the pictures where the suite says so; None: the user's choice.
+      save: (directory, item, images in the order of repeats) -> writes the official layout of the images of one item.
+      open: (directory, item) -> its images back from that layout, whoever drew them. SuiteError naming the missing file.
+      size: height and width of the images where the suite says so; None: the user's choice.
       max_new_tokens: of an answer.
       published: items in the published data, so that a part is called a part; 0 where no count is known for sure.
       paper_scale: the headline times this is what the paper's tables print.
@@ -108,8 +108,8 @@ class Judge(Protocol):
     name: str
     settings: dict[str, Any]
 
-    def ask(self, pictures: Sequence[Image.Image], questions: Sequence[Sequence[Any]]) -> list[list[Any]]:
-        """One list of replies per picture, in the order of its questions. JudgeUnavailable when there is no answer.
+    def ask(self, images: Sequence[Image.Image], questions: Sequence[Sequence[Any]]) -> list[list[Any]]:
+        """One list of replies per image, in the order of its questions. JudgeUnavailable when there is no answer.
 
         Give it a handful of items at a time and store what comes back: a batch is the unit that is lost with an interruption.
         """
@@ -121,7 +121,7 @@ class Judge(Protocol):
 
 
 def check_images(items: Sequence[Item]) -> None:
-    """SuiteError with the number of missing pictures and the first of them. Reads no picture."""
+    """SuiteError with the number of missing images and the first of them. Reads no image."""
     missing = [item for item in items if item.image is not None and not getattr(item.image, "exists", lambda: True)()]
     if missing:
-        raise SuiteError(f"{len(missing)} of {len(items)} pictures are missing; the first is {missing[0].image}")
+        raise SuiteError(f"{len(missing)} of {len(items)} images are missing; the first is {missing[0].image}")

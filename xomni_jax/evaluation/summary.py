@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from xomni_jax.evaluation.cells import REWARDS, Cell
-from xomni_jax.evaluation.pictures import colour_entropy
+from xomni_jax.evaluation.images import colour_entropy
 from xomni_jax.evaluation.statistics import (
     best_of_weights,
     bootstrap_mean,
@@ -29,7 +29,7 @@ BEST_OF = (2, 4, 8, 16)
 
 
 class Row(NamedTuple):
-    """Pictures of a cell with a weight each [P, R]: uniform, or the chance to be picked as the best of N."""
+    """Images of a cell with a weight each [P, R]: uniform, or the chance to be picked as the best of N."""
 
     cell: Cell
     weights_PR: np.ndarray
@@ -42,7 +42,7 @@ class Row(NamedTuple):
 
 
 def plain_row(cell: Cell) -> Row:
-    """Every picture counts alike."""
+    """Every image counts alike."""
     return Row(cell, np.ones(cell.images.shape[:2]))
 
 
@@ -71,12 +71,12 @@ def summarise(effect: Effect, seconds: dict[str, float | None]) -> dict[str, Any
         **seconds,
         "step_seconds": effect.run.step_seconds(),
         **{name: {row: entry(r, config.seed) for row, r in rows[name].items()} for name in rows},
-        "real_pictures": entry(plain_row(effect.real), config.seed),
+        "real_images": entry(plain_row(effect.real), config.seed),
         "rl_holds_up_to_best_of": comparisons["guidance_off"]["rl_holds_up_to_best_of"],
         "comparisons": comparisons,
         "sft_temperature_sweep": {name: sweep_entries(setting, config.seed) for name, setting in effect.settings.items()},
         "image_statistics": {name: {row: image_entry(r) for row, r in rows[name].items()} for name in rows},
-        "failures": {name: {"pictures": int(np.prod(c.images.shape[:2])), **c.failures} for name, c in cells.items()},
+        "failures": {name: {"images": int(np.prod(c.images.shape[:2])), **c.failures} for name, c in cells.items()},
         "prompts_left_out": {name: {row: int(np.isnan(r.weights_PR[:, 0]).sum()) for row, r in rows[name].items()} for name in rows},
         "settings": dataclasses.asdict(config) | {"selection_weights": {s: w for s, w in weights.items() if measured(effect.real, s)}},
         "prompts": list(effect.signs.captions),
@@ -136,7 +136,7 @@ def sweep_entries(setting: Setting, seed: int) -> list[dict[str, Any]]:
 
 
 def image_entry(row: Row) -> dict[str, float | None]:
-    """Edge density, colour entropy of the pooled pictures in bits, re-encode agreement, colour reward."""
+    """Edge density, colour entropy of the pooled images in bits, re-encode agreement, colour reward."""
     weights_PR = np.nan_to_num(row.weights_PR)
     share = (weights_PR[..., None] * row.cell.colours).sum((0, 1)) / max(weights_PR.sum(), 1e-12)
     mean = lambda metric: number(bootstrap_mean(row.values(metric)).value)  # noqa: E731
@@ -155,8 +155,8 @@ def notes(effect: Effect) -> list[str]:
         "sft_best_of_N is an oracle: it picks with the reward that RL trains on, which knows the wanted text; no user has that.",
         f"Best-of-N is the mean over all subsets of {config.samples} samples per prompt; equal scores share the pick.",
         "The best temperature of SFT is chosen on these same prompts, which flatters SFT.",
-        "A picture that a service could not score is left out and counted under failures, never scored 0.",
-        "All pictures of a prompt share one decoder noise; intervals are 95% bootstraps over prompts.",
+        "An image that a service could not score is left out and counted under failures, never scored 0.",
+        "All images of a prompt share one decoder noise; intervals are 95% bootstraps over prompts.",
         "step_seconds are medians; reward is the time still waited for after drawing, since scoring runs beside it.",
     ]
     if "second_reader_accuracy" not in effect.real.metrics:

@@ -36,7 +36,7 @@ def attend(
       segments_BL: a token sees its own segment only; 0 marks padding, whose outputs are finite rubbish.
       bias: float32, broadcastable to [B, N, L, S]; plain only, not with `query_chunk`.
       query_chunk: queries per step of plain; 0 takes all at once. With chunks the [L, S] scores never exist whole, neither forward nor
-        backward: at 5,184 + 512 tokens and 24 heads they would be 3.1 GB per picture.
+        backward: at 5,184 + 512 tokens and 24 heads they would be 3.1 GB per image.
     """
     if bias is None and on_kernels(kind):
         return splash_attention(q_BLNH, k_BSKH, v_BSKH, scale=scale, causal=causal, segments_BL=segments_BL)

@@ -22,11 +22,11 @@ class AutoencoderConfig:
     Attributes:
       kind: "kl", the convolutional VAE, or "identity": space-to-depth of the pixels, without parameters or loss.
       identity_factor: pixels per latent, along each side, of the identity kind.
-      block_channels, layers_per_block: widths of the VAE's levels (each but the last halves the picture), residual blocks per level.
+      block_channels, layers_per_block: widths of the VAE's levels (each but the last halves the image), residual blocks per level.
       groups: groups of its GroupNorms.
       scaling_factor, shift_factor: latents are (z - shift) * scaling.
       query_chunk: queries per attention step of the middle block, 0 for all at once (see `attend`).
-      at_once: pictures that a device encodes or decodes at a time, 0 for all: at 1152 x 1152 one array of the last level takes 0.6 GiB in float32.
+      at_once: images that a device encodes or decodes at a time, 0 for all: at 1152 x 1152 one array of the last level takes 0.6 GiB in float32.
     """
 
     kind: str = "kl"
@@ -45,7 +45,7 @@ class AutoencoderConfig:
 
     def __post_init__(self):
         if self.at_once < 0:
-            raise ValueError(f"autoencoder.at_once={self.at_once} is no number of pictures; use 1 or more, or 0 for all")
+            raise ValueError(f"autoencoder.at_once={self.at_once} is no number of images; use 1 or more, or 0 for all")
         if self.kind not in ("kl", "identity"):
             raise ValueError(f"autoencoder.kind={self.kind!r} is unknown; choose kl or identity")
         if self.kind == "identity" and self.latent_channels != self.pixel_channels * self.identity_factor**2:

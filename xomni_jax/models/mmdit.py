@@ -35,7 +35,7 @@ class MMDiTConfig:
       attention: its implementation; see `attention.attend`.
       query_chunk: queries per attention step, 0 for all at once (see `attend`).
       unroll: blocks per step of the scans.
-      at_once: pictures that a device denoises at a time, 0 for all. Each piece reads, and on a mesh gathers, all weights in every step.
+      at_once: images that a device denoises at a time, 0 for all. Each piece reads, and on a mesh gathers, all weights in every step.
       int8: kernels are stored in 8 bits, for inference (see `models.int8`).
     """
 
@@ -65,7 +65,7 @@ class MMDiTConfig:
         check_remat("mmdit", self.remat)
         check_attention("mmdit", self.attention)
         if self.at_once < 0:
-            raise ValueError(f"mmdit.at_once={self.at_once} is no number of pictures; use 1 or more, or 0 for all")
+            raise ValueError(f"mmdit.at_once={self.at_once} is no number of images; use 1 or more, or 0 for all")
         if self.prediction not in ("velocity", "data"):
             raise ValueError(f"mmdit.prediction={self.prediction!r} is unknown; choose velocity or data")
         if self.d_model % self.n_heads:

@@ -78,7 +78,7 @@ def component(config: ConfigDict, name: str) -> Any:
 
 
 def decode_settings(config: ConfigDict) -> DecodeConfig:
-    """How pictures are decoded: the configuration's choices over those of the model it starts from, or the released ones without it."""
+    """How images are decoded: the configuration's choices over those of the model it starts from, or the released ones without it."""
     try:
         own = read_model_json(model_of(config)).get("settings", {}).get("decode", {})
     except (OSError, ValueError):

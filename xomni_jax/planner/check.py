@@ -99,7 +99,7 @@ def _one(row: dict) -> float:
 def _decode(f: Facts, topology: Topology) -> Iterator[Check]:
     ratio = f.hbm_step / f.floor
     yield Check("HBM bytes a step / (weights + cache)", f"{ratio:.3f}", "1.10", ratio <= 1.10)
-    if topology.chip is None or f.cache > topology.chip.hbm / 50:  # that of a few pictures is no measure
+    if topology.chip is None or f.cache > topology.chip.hbm / 50:  # that of a few images is no measure
         over = (f.memory["peak"] - f.memory["arguments"]) / f.cache
         yield Check("memory beside weights and cache", f"{over:.1%} of the cache", "2%", over <= 0.02)
     alias = f.memory["aliased"] / f.state

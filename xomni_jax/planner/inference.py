@@ -1,4 +1,4 @@
-"""The roles of inference: a batch of pictures from prompts to pixels, and answers to a batch of questions about pictures."""
+"""The roles of inference: a batch of images from prompts to pixels, and answers to a batch of questions about images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from xomni_jax.core.config import ConfigError, check_sections
 from xomni_jax.inference import PARTS, SECTIONS, STAGE, settings
 from xomni_jax.models.registry import COMPONENTS
 from xomni_jax.planner import abstract, work
-from xomni_jax.planner.roles import Role, Stage, picture_roles, sampling_roles
+from xomni_jax.planner.roles import Role, Stage, image_roles, sampling_roles
 from xomni_jax.sampling.decode import make_answerer
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sampling.sampler import SEGMENT
@@ -38,12 +38,12 @@ def build(config: ConfigDict, mesh: Mesh) -> Stage:
     rows, T = c.batch * row_ways(mesh), grid[0] * grid[1]
     decoded = min(c.decode_batch, c.batch)
     decode, times = abstract.decode_settings(config), -(-c.batch // decoded)
-    frozen, pictures = picture_roles(cfgs, grid, decode, decoded * row_ways(mesh), times, mesh)
+    frozen, images = image_roles(cfgs, grid, decode, decoded * row_ways(mesh), times, mesh)
     asked, net = c.prompt_length + T, COMPONENTS["transformer"].module(ar)
     answer = Role(
-        "answer", f"up to {c.max_tokens} tokens to each of {rows} questions of {asked} tokens with their pictures",
+        "answer", f"up to {c.max_tokens} tokens to each of {rows} questions of {asked} tokens with their images",
         make_answerer(net, c.max_tokens, 0, 0), (weights, abstract.rows(mesh, (rows, asked), "int32"), abstract.rows(mesh, (rows,), "int32")),
         work.answer(ar, rows, asked), ("sampler",), per_step=0,
     )  # fmt: skip
-    roles = [*sampling_roles(ar, weights, sampling, (rows, 1, c.prompt_length, T), SEGMENT, 1, mesh), *pictures, answer]
+    roles = [*sampling_roles(ar, weights, sampling, (rows, 1, c.prompt_length, T), SEGMENT, 1, mesh), *images, answer]
     return Stage(STAGE, mesh, {role.name: role for role in roles}, {"sampler": weights} | frozen)

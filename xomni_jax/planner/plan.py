@@ -156,7 +156,7 @@ def candidates(config: ConfigDict, f: Facts) -> Iterator[list[str]]:
 
 
 def fewer(config: ConfigDict, role: str, n: int) -> list[str]:
-    """A change with which a role draws an n-th of its pictures at a time."""
+    """A change with which a role draws an n-th of its images at a time."""
     if "rollout" in config:
         return [f"rollout.chunks={config.rollout.chunks * n}"]
     key = "decode_batch" if role in ("decoder", "vae", "text") else "batch"

@@ -142,7 +142,7 @@ def _tokenizer(config: ConfigDict, mesh: Mesh) -> Stage:
     each = {"tokenizer/": tokens, "reader/head": text, "reader/layers": tokens + text, "reader/projector": tokens, "dense/": tokens}
     searched = 2.0 * tokens * vq.code_width * vq.codebook_size * (3 + 3)  # distances and assigned rows, forward and backward
     role = Role(
-        "tokenizer-update", f"{B} pictures of {size[0]}x{size[1]} with {text} tokens of text",
+        "tokenizer-update", f"{B} images of {size[0]}x{size[1]} with {text} tokens of text",
         tokenizer.make_update(learner, optimizer, cfg), args,
         Work(learned=3 * dense(state.params, each) * B + searched * B, tokens=B * (tokens + text), images=B), ("state",), state=state,
     )  # fmt: skip
@@ -159,14 +159,14 @@ def dense(params: Any, tokens: dict[str, int]) -> float:
 
 
 def mmdit_tokens(image: int, text: int) -> dict[str, int]:
-    """Tokens by kernel of the MMDiT: modulations and condition vectors see one row a picture."""
+    """Tokens by kernel of the MMDiT: modulations and condition vectors see one row an image."""
     once = {f"{block}_blocks/{m}modulation": 1 for block in ("double", "single") for m in ("text_", "image_", "")}
     streams = {"double_blocks/text": text, "double_blocks/image": image, "single_blocks": image + text}
     return once | streams | {"text_embed": text, "latent_embed": image, "siglip_embed": image, "out/": image}
 
 
 def _sizes(config: ConfigDict) -> tuple[dict[str, Any], tuple[int, int], DecodeConfig]:
-    """Configs of the decoder's side, the token grid of its pictures, and how it is sampled."""
+    """Configs of the decoder's side, the token grid of its images, and how it is sampled."""
     cfgs = {name: abstract.component(config, name) for name in ("siglip_vq", *DECODER_PARTS)}
     if len(config.data.sizes) != 1:
         raise ConfigError(f"config.data.sizes={config.data.sizes} must hold one size to be planned: a program has one static shape")
@@ -199,7 +199,7 @@ def _decoder(config: ConfigDict, mesh: Mesh) -> Stage:
     searched = 2.0 * T * B * cfgs["siglip_vq"].code_width * cfgs["siglip_vq"].codebook_size
     encode = dense(vq_params, {"vit": T, "quant_conv": T, "post": T}) * B + searched
     role = Role(
-        "decoder-update", f"{B} pictures of {config.data.sizes[0][0]}x{config.data.sizes[0][1]}",
+        "decoder-update", f"{B} images of {config.data.sizes[0][0]}x{config.data.sizes[0][1]}",
         decoder_stage.make_update(decoder, vq, optimizer, cfg), (state, vq_params, batch, abstract.keys(mesh, ())),
         Work(learned=learned + (2 * text if cfg.train_text_encoders else 0), forward=text + encode, tokens=B * (S + T), images=B),
         ("state", "siglip_vq"), state=state,
@@ -251,7 +251,7 @@ def _grpo(config: ConfigDict, mesh: Mesh, apart: Mesh | None) -> Stage:
     ]  # fmt: skip
     if apart is not None and len({d.process_index for d in apart.devices.flat}) > 1:
         check_split("config.batch_size x grpo.rollouts_per_prompt / rollout.chunks", part * R, apart)
-    frozen, more = picture_roles(cfgs, grid, decode, part * R, rolls.chunks, apart or mesh)
+    frozen, more = image_roles(cfgs, grid, decode, part * R, rolls.chunks, apart or mesh)
     more = [dataclasses.replace(role, apart=apart is not None) for role in more]
     resident = {"params": state.params, "optimizer": state.opt_state, "reference": reference, "sampler": weights} | frozen
     if reference is None:
@@ -275,7 +275,7 @@ def sampling_roles(
     mesh: Mesh,
     kept: bool = False,
 ) -> list[Role]:
-    """The sampler's programs, run `times` in a step. `sizes`: prompts, rollouts of each, tokens of a prompt, codes of a picture; `kept`: for a
+    """The sampler's programs, run `times` in a step. `sizes`: prompts, rollouts of each, tokens of a prompt, codes of an image; `kept`: for a
     replay."""
     (P, R, S, T), sides = sizes, 2 if sampling.guided else 1
     draws, keys = Sampler(COMPONENTS["transformer"].module(ar), T, sampling, segment, kept), abstract.keys(mesh, (P, R), "batch")
@@ -291,7 +291,7 @@ def sampling_roles(
     ]  # fmt: skip
 
 
-def picture_roles(
+def image_roles(
     cfgs: dict[str, Any], grid: tuple[int, int], cfg: DecodeConfig, rows: int, times: int, mesh: Mesh
 ) -> tuple[dict[str, Any], list[Role]]:
     """The frozen decoder: codes to pixels in one program, and its text encoders and VAE on their own."""
@@ -313,19 +313,19 @@ def picture_roles(
     text = dense(params["t5"], {"": S}) + dense(params["clip"], {"": cfg.pooled_length})
     steps = cfg.steps * sides * dense(params["mmdit"], mmdit_tokens(T, S))
     semantics = dense(params["siglip_vq"], {"post": T, "vit": 0, "quant": 0})
-    pictures = f"{rows} pictures of {grid[0] * cfgs['siglip_vq'].patch}x{grid[1] * cfgs['siglip_vq'].patch}"
+    images = f"{rows} images of {grid[0] * cfgs['siglip_vq'].patch}x{grid[1] * cfgs['siglip_vq'].patch}"
     decode = make_decode(vq, decoder, cfg, ways)
     rules, pieces = row_pieces(rows, cfgs["mmdit"].at_once, mesh)
     gathered = cfg.steps * pieces * sum(x.size * abstract.item_size(x.dtype) for _, x in abstract.leaves(params["mmdit"]))
     gathered = gathered if rules is SPREAD_RULES and mesh.shape["fsdp"] * mesh.shape["tensor"] > 1 else 0.0
     drawn = Work(forward=rows * (steps + text + semantics), tokens=rows * T, images=rows, gathered=gathered)
     roles = [
-        Role("decoder", f"{pictures}, {cfg.steps} steps, guidance {cfg.guidance:g}", decode,
+        Role("decoder", f"{images}, {cfg.steps} steps, guidance {cfg.guidance:g}", decode,
              (params["siglip_vq"], parts, abstract.rows(mesh, (rows, *grid), jnp.int32), *texts, noise, empty), drawn,
              ("siglip_vq", *DECODER_PARTS), per_step=times),
         Role("text", f"{rows} prompts of {S} and {cfg.pooled_length} tokens", jax.jit(lambda p, *ids: decoder.condition(p, *ids, None)),
              (parts, *texts), Work(forward=rows * text, tokens=rows * S), DECODER_PARTS, per_step=0),
-        Role("vae", pictures, jax.jit(decoder.pixels), (parts, latents), Work(tokens=rows * T, images=rows), DECODER_PARTS, per_step=0),
+        Role("vae", images, jax.jit(decoder.pixels), (parts, latents), Work(tokens=rows * T, images=rows), DECODER_PARTS, per_step=0),
     ]  # fmt: skip
     return params, roles
 

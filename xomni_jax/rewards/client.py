@@ -134,7 +134,7 @@ class RewardClient:
         return [self._health(r) for r in self._replicas]
 
     def score(self, images: Sequence[np.ndarray | Image.Image | bytes], items: Sequence[dict[str, Any]]) -> list[Score]:
-        """One Score per image (uint8 [Y, X, 3], a PIL picture, or encoded bytes). Never raises for a failing service."""
+        """One Score per image (uint8 [Y, X, 3], a PIL image, or encoded bytes). Never raises for a failing service."""
         return self.wait(self.score_async(images, items))
 
     def score_async(self, images: Sequence[np.ndarray | Image.Image | bytes], items: Sequence[dict[str, Any]]) -> Future[list[Score]]:

@@ -123,7 +123,7 @@ def decode_response(body: bytes, content_type: str, expect_id: str, expect_count
 
 
 def encode_image(image: np.ndarray | Image.Image) -> bytes:
-    """PNG bytes of a uint8 [Y, X, 3] picture, fast rather than small. ValueError for other arrays."""
+    """PNG bytes of a uint8 [Y, X, 3] image, fast rather than small. ValueError for other arrays."""
     if not isinstance(image, Image.Image):
         image = np.asarray(image)
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or not image.size:
@@ -135,7 +135,7 @@ def encode_image(image: np.ndarray | Image.Image) -> bytes:
 
 
 def decode_image(data: bytes, limits: Limits = Limits()) -> np.ndarray:
-    """uint8 [Y, X, 3] of a picture file; the header is judged first. ProtocolError when unreadable, TooLarge when too big."""
+    """uint8 [Y, X, 3] of an image file; the header is judged first. ProtocolError when unreadable, TooLarge when too big."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is ours and stricter
@@ -184,7 +184,7 @@ def _from_base64(text: Any, n: int) -> bytes:
 
 def _check_image(image: Any, n: int, limits: Limits) -> None:
     if not isinstance(image, bytes):
-        raise ProtocolError(f"images[{n}] is {type(image).__name__}, not the bytes of a picture")
+        raise ProtocolError(f"images[{n}] is {type(image).__name__}, not the bytes of an image")
     if len(image) > limits.max_image_bytes:
         raise TooLarge(f"images[{n}] has {len(image)} bytes, the limit is {limits.max_image_bytes}")
 

@@ -26,7 +26,7 @@ from xomni_jax.rl.rewards import close_all, open_clients
 from xomni_jax.rl.rollouts import RolloutConfig, Rollouts, make_layout
 from xomni_jax.rl.update import Policy, make_update
 from xomni_jax.sampling.decoder import DecodeConfig
-from xomni_jax.sampling.keys import picture_keys
+from xomni_jax.sampling.keys import image_keys
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sampling.pixels import DECODER_PARTS
 from xomni_jax.sequence.padding import pad_prompts
@@ -63,7 +63,7 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
     grid = model.grid(*data.sizes[0])
     B = run.batch_size * grpo.rollouts_per_prompt
     check_divides(run.batch_size, grpo, rollout, model.ways)
-    if jax.process_count() > 1:  # each has its own rows of a chunk's pictures
+    if jax.process_count() > 1:  # each has its own rows of a chunk's images
         check_split("config.batch_size x grpo.rollouts_per_prompt / rollout.chunks", B // rollout.chunks, painter.mesh)
 
     # ---- policy, reference ----
@@ -106,16 +106,16 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
             gather_json(image_sums(images))
         ) | seconds
 
-    def grid_picture(state: TrainState, number: int) -> np.ndarray:
+    def grid_image(state: TrainState, number: int) -> np.ndarray:
         n = -(-2 // model.ways) * model.ways
         batch = next(iter(rendered_dataset(data, run.seed + 1_000_003, n, prefetch=0)))
-        keys_P = picture_keys(run.seed, n)
+        keys_P = image_keys(run.seed, n)
         ids_PS, lengths_P = rollouts.prompt_ids(batch["caption"])
         negative = pad_prompts([model.tokenizer.negative_prompt(*grid)] * n) if sampling.guided else None
         keys_PR = jax.vmap(lambda k: jax.random.split(k, 8))(keys_P)
         out = rollouts.sampler(rollouts.layout(state.params), ids_PS, lengths_P, keys_PR, negative, stop.check)
-        pictures = rollouts.pictures(out["codes"], [p for p in batch["caption"] for _ in range(8)], jnp.repeat(keys_P, 8))
-        return tile(whole(pictures), columns=8)
+        images = rollouts.images(out["codes"], [p for p in batch["caption"] for _ in range(8)], jnp.repeat(keys_P, 8))
+        return tile(whole(images), columns=8)
 
     prompts_here = here("config.batch_size", run.batch_size, mesh)
 
@@ -127,7 +127,7 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
     def export(state: TrainState, directory, note):
         export_model(directory, {"transformer": (state.params, ar)}, run.init_from, note)
 
-    return Stage(state, batches, step, export, grid_picture, items_per_step=B, close=lambda: close_all(clients), flops=lambda: flops.total)
+    return Stage(state, batches, step, export, grid_image, items_per_step=B, close=lambda: close_all(clients), flops=lambda: flops.total)
 
 
 def micro_batches(prompts: int, grpo: GRPOConfig, rollout: RolloutConfig) -> int:
@@ -137,7 +137,7 @@ def micro_batches(prompts: int, grpo: GRPOConfig, rollout: RolloutConfig) -> int
 
 
 def make_painter(config: ConfigDict, model: XOmni) -> XOmni:
-    """The model that decodes pictures: `model`, or one on `config.decoder_mesh`, whose devices the policy's mesh leaves out."""
+    """The model that decodes images: `model`, or one on `config.decoder_mesh`, whose devices the policy's mesh leaves out."""
     apart = math.prod(config.decoder_mesh.values())
     if not apart:
         return model

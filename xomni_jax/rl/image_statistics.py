@@ -1,4 +1,4 @@
-"""Statistics of pictures, for every process's share of a batch."""
+"""Statistics of images, for every process's share of a batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def image_statistics(images: np.ndarray) -> dict[str, float]:
 
 
 def image_sums(images: np.ndarray) -> list[float]:
-    """What `image_statistics` are made of, to be added up over processes: pictures, mean gradients per picture, colours."""
+    """What `image_statistics` are made of, to be added up over processes: images, mean gradients per image, colours."""
     x = images.astype(np.float32)
     edges = np.abs(np.diff(x, axis=1)).mean((1, 2, 3)) + np.abs(np.diff(x, axis=2)).mean((1, 2, 3))
     level = images >> 6
@@ -22,7 +22,7 @@ def image_sums(images: np.ndarray) -> list[float]:
 
 
 def join_statistics(sums: Sequence[Sequence[float]]) -> dict[str, float]:
-    """Image statistics of all processes' pictures."""
+    """Image statistics of all processes' images."""
     n, edges, *colours = np.sum(sums, axis=0)
     p = np.array(colours) / np.sum(colours)
     return {"image/edge_density": float(edges / n), "image/colour_entropy": float(-(p[p > 0] * np.log2(p[p > 0])).sum())}

@@ -36,7 +36,7 @@ class RolloutConfig:
 
     Attributes:
       prompt_length: prompts are padded to this many tokens; a longer one is an error.
-      segment: a picture's codes are drawn at most so many at a time, by the largest divisor of their number; in between a stop is noticed.
+      segment: an image's codes are drawn at most so many at a time, by the largest divisor of their number; in between a stop is noticed.
       noise: "group": the rollouts of a prompt share the decoder's noise, so that reward differences come from codes; "independent".
       chunks: parts of the batch; while one is being scored the next one is sampled and decoded.
       micro_batch: rollouts per gradient accumulation step of the update; 0 is all at once.
@@ -147,7 +147,7 @@ class Rollouts:
         """One scored batch under the policy's parameters -> (rows without advantages, combined rewards, images [B, H, W, 3], timings)."""
         params = self.layout(params)
         P, R, n = len(prompts), self.group, len(prompts) // self.cfg.chunks
-        mine = owned_rows(self.painter.mesh, n * R)  # of a chunk: the pictures whose rewards this process asks for
+        mine = owned_rows(self.painter.mesh, n * R)  # of a chunk: the images whose rewards this process asks for
         keys_P = jax.vmap(lambda p: jax.random.fold_in(jax.random.fold_in(key, ROLLOUT), p))(jnp.arange(P))
         keys_PR = jax.vmap(lambda k: jax.random.split(k, R))(keys_P)
         noise_keys_P = jax.vmap(lambda p: jax.random.fold_in(jax.random.fold_in(key, NOISE), p))(jnp.arange(P))
@@ -162,7 +162,7 @@ class Rollouts:
         made, drawing, images, waiting = [], [], [], []
 
         def send(wait: bool = False) -> None:
-            """Gives pictures to the scorers, those that are drawn already or all."""
+            """Gives images to the scorers, those that are drawn already or all."""
             while drawing and (wait or drawing[0].is_ready()):
                 with timed(seconds, "perf/decode_s"):
                     images.append(rows_here(drawing.pop(0), mine))
@@ -180,7 +180,7 @@ class Rollouts:
                 others = negative and tuple(x[part] for x in negative)
                 out = jax.block_until_ready(self.sampler(params, ids_PS[part], lengths_P[part], keys_PR[part], others, between))
             with timed(seconds, "perf/decode_s"):
-                drawing.append(self.pictures(out["codes"], [p for p in prompts[part] for _ in range(R)], noise_keys_PR[part].reshape(-1)))
+                drawing.append(self.images(out["codes"], [p for p in prompts[part] for _ in range(R)], noise_keys_PR[part].reshape(-1)))
             made.append(out)
             # With devices of its own the decoder draws this chunk while the next one is sampled, which would else wait for it.
             send(wait=self.painter is self.model)
@@ -218,8 +218,8 @@ class Rollouts:
                         out[name][c * n + row] = Score(value, error)
         return out
 
-    def pictures(self, codes_PRT: jax.Array, prompts: Sequence[str], noise_keys_B: jax.Array) -> jax.Array:
-        """uint8 pictures [B, H, W, 3] of rollouts, on the mesh."""
+    def images(self, codes_PRT: jax.Array, prompts: Sequence[str], noise_keys_B: jax.Array) -> jax.Array:
+        """uint8 images [B, H, W, 3] of rollouts, on the mesh."""
         codes_BYX = codes_PRT.reshape(-1, *self.grid)
         noise = self.painter.noise(noise_keys_B, self.grid)
         if self.painter is not self.model:  # arrays of one mesh are no arguments of a program on another

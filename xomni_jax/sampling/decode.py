@@ -116,7 +116,7 @@ def draw_codes(
 ) -> tuple[RolloutState, dict[str, jax.Array | None]]:
     """Draws the next `n` (static) codes of rollouts, and returns them as `generate_codes` does.
 
-    Donate `state`, or the cache is copied. However a picture's codes are split into calls, they are the same, bit for bit.
+    Donate `state`, or the cache is copied. However an image's codes are split into calls, they are the same, bit for bit.
     """
     P, kernel_DV = keys_PR.shape[0], head_kernel(params, "image", model.cfg)
 

@@ -1,4 +1,4 @@
-"""Codes to pictures in one program: the tokenizer's semantics, the diffusion decoder, pixels."""
+"""Codes to images in one program: the tokenizer's semantics, the diffusion decoder, pixels."""
 
 from __future__ import annotations
 
@@ -25,6 +25,6 @@ def make_decode(vq: nn.Module, decoder: Decoder, cfg: DecodeConfig, ways: int) -
         # The two rows of the empty prompt are repeated, so that they too split over a mesh.
         empty = tuple(jnp.repeat(x, ways, axis=0) for x in empty)
         images = to_uint8(decoder.decode(params, semantics, text_BS, pooled_BS, empty, noise_BTC, cfg))
-        return constrain(images, "batch", None, None, None, name="pictures")  # each host takes its own
+        return constrain(images, "batch", None, None, None, name="images")  # each host takes its own
 
     return jax.jit(decode)

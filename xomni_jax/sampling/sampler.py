@@ -18,7 +18,7 @@ class Sampler:
     """Rollouts in segments of equal length: the programs, and the loop over them. Between segments the caller may stop.
 
     Attributes:
-      segment, segments: codes of one, and how many make a picture.
+      segment, segments: codes of one, and how many make an image.
       start: the jitted (params, prompt ids [P, S], lengths [P], keys [P, R], negative prompts | None) -> `start_codes`.
       draw: the jitted (params, prompt cache, state, keys) -> `draw_codes` of a segment; the state is donated: the cache never moves.
     """

@@ -104,7 +104,7 @@ class MultimodalTokenizer:
         return np.concatenate([self.image_prefix(*codes_YX.shape), codes, [self.eom]]).astype(np.int32)
 
     def generation_prompt(self, prompt: str, y: int, x: int) -> np.ndarray:
-        """What a picture is sampled from: the bare prompt and the image prefix, no chat template -> ids [L]."""
+        """What an image is sampled from: the bare prompt and the image prefix, no chat template -> ids [L]."""
         return np.concatenate([self.encode_text(prompt), self.image_prefix(y, x)])
 
     def negative_prompt(self, y: int, x: int) -> np.ndarray:

@@ -42,7 +42,7 @@ RULES: dict[str, tuple[str, ...] | None] = {
 ROLLOUT_RULES = RULES | {"embed": None}
 
 # Activations of models that take many rows at a time: rows are split over "tensor" too, and nothing else is. Weights lie as RULES say and are
-# gathered layer by layer: 0.4 GB a layer of the MMDiT, where a split over heads would exchange 35 MB a picture and projection.
+# gathered layer by layer: 0.4 GB a layer of the MMDiT, where a split over heads would exchange 35 MB an image and projection.
 SPREAD_RULES = dict.fromkeys(RULES) | {"batch": MESH_AXES}
 
 _acting: ContextVar[Mapping] = ContextVar("rules of activations", default=RULES)

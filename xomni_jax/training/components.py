@@ -39,8 +39,8 @@ PRESETS: dict[str, Mapping[str, Any]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class PictureSize:
-    """Pixels of the pictures a model makes when not told otherwise; a setting of model.json."""
+class ImageSize:
+    """Pixels of the images a model makes when not told otherwise; a setting of model.json."""
 
     height: int
     width: int

@@ -1,4 +1,4 @@
-"""Stage (d): the diffusion decoder, trained by flow matching on the codes of real pictures (X-Omni section 3.3)."""
+"""Stage (d): the diffusion decoder, trained by flow matching on the codes of real images (X-Omni section 3.3)."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from xomni_jax.data.sources import rendered_dataset
 from xomni_jax.models.registry import COMPONENTS, init_params
 from xomni_jax.sampling.decoder import DecodeConfig, Decoder, to_uint8
 from xomni_jax.sampling.flow import Conditioning, flow_training_pair
-from xomni_jax.sampling.keys import picture_keys
+from xomni_jax.sampling.keys import image_keys
 from xomni_jax.sampling.pixels import DECODER_PARTS
 from xomni_jax.sharding.arrays import spread, whole
 from xomni_jax.sharding.rules import map_rows
-from xomni_jax.training.components import PRESETS, DataIterator, PictureSize, export_model, here, open_model, stored_or_preset
+from xomni_jax.training.components import PRESETS, DataIterator, ImageSize, export_model, here, open_model, stored_or_preset
 from xomni_jax.training.loop import Stage, key_for, tile
 from xomni_jax.training.operations import FlopCount
 from xomni_jax.training.optimizer import Optimizer, OptimizerConfig, make_optimizer
@@ -65,7 +65,7 @@ def flow_loss(
     Args:
       params: {"mmdit", "t5", "clip", "autoencoder"}.
       batch: "pixels" [B, H, W, 3] in [-1, 1], "text" [B, S] T5 ids, "pooled" [B, S'] CLIP ids, "empty" the same two for "".
-      semantics_BYXD: of the pictures' codes.
+      semantics_BYXD: of the images' codes.
     """
     pair_key, drop_key = jax.random.split(key)
     latents_BTC = decoder.encode(params, batch["pixels"])
@@ -161,13 +161,13 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
         examples = [render_example(run.seed + 1_000_003, i, data, size) for i in range(n)]
         real = np.stack([e["image"] for e in examples])
         noise_shape = (size[0] * size[1] // vq.cfg.patch**2, configs["mmdit"].in_channels)
-        noise = jax.vmap(lambda k: jax.random.normal(k, noise_shape))(picture_keys(run.seed, n))
+        noise = jax.vmap(lambda k: jax.random.normal(k, noise_shape))(image_keys(run.seed, n))
         pixels = real.astype(np.float32) / 127.5 - 1.0
         drawn = reconstruct(state.params, vq_params, pixels, *ids([e["caption"] for e in examples]), noise)
         return tile(np.concatenate([whole(drawn), real]), columns=n)
 
     def export(state: TrainState, directory, note):
         trained = {name: (state.params.get(name, {}), c) for name, c in configs.items()}
-        export_model(directory, trained, run.init_from, note, {"decode": decode, "size": PictureSize(*data.sizes[0])})
+        export_model(directory, trained, run.init_from, note, {"decode": decode, "size": ImageSize(*data.sizes[0])})
 
     return Stage(state, batches, step, export, grid, items_per_step=run.batch_size, flops=lambda: flops.total)

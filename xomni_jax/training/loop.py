@@ -33,7 +33,7 @@ class Stage:
       batches: endless iterator with `get_state() -> dict` (JSON-able) and `set_state(dict)`.
       step: (state, batch, step number) -> (state, metrics of scalars). Before it changes the state it may raise StopRequested or StepRefused.
       export: (state, model directory, provenance) -> writes everything `xomni_jax.load` needs.
-      grid: (state, step number) -> uint8 [H, W, 3] picture for the run folder, or None. It may raise StopRequested.
+      grid: (state, step number) -> uint8 [H, W, 3] image for the run folder, or None. It may raise StopRequested.
       items_per_step: examples or samples one step handles, for the rate.
       close: frees what the stage holds (connections), however the run ends.
       flops: matrix products of all steps so far, see `operations.FlopCount`.
@@ -167,23 +167,23 @@ def finite_scalars(metrics: Mapping[str, Any], step: int, checkpoints: RunCheckp
 
 
 def draw_grid(stage: Stage, state: TrainState, run: RunConfig, writer: MetricWriter, step: int) -> None:
-    """Saves the stage's picture of the moment to RUN/images/, unless the run is told to stop meanwhile."""
+    """Saves the stage's image of the moment to RUN/images/, unless the run is told to stop meanwhile."""
     if stage.grid is None or not run.grid_every:
         return
     try:
-        picture = stage.grid(state, step)
+        image = stage.grid(state, step)
     except StopRequested:  # the loop finds out for itself
         return
     if jax.process_index() != 0:
         return
     folder = Path(run.run_dir) / "images"
     folder.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(folder / f"step_{step:06d}.png")
-    writer.image(step, "samples", picture)
+    Image.fromarray(image).save(folder / f"step_{step:06d}.png")
+    writer.image(step, "samples", image)
 
 
 def tile(images: np.ndarray, columns: int, margin: int = 2) -> np.ndarray:
-    """uint8 [N, H, W, 3] -> one picture with `columns` images a row on a white ground."""
+    """uint8 [N, H, W, 3] -> one image with `columns` images a row on a white ground."""
     n, height, width, _ = images.shape
     rows = -(-n // columns)
     out = np.full((rows * (height + margin) + margin, columns * (width + margin) + margin, 3), 255, np.uint8)

@@ -49,10 +49,10 @@ class MetricWriter:
         for name, value in scalars.items():
             self._board.add_scalar(name, value, step)
 
-    def image(self, step: int, name: str, picture: np.ndarray) -> None:
-        """Records a uint8 [H, W, 3] picture in TensorBoard."""
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Records a uint8 [H, W, 3] image in TensorBoard."""
         if self._writes:
-            self._board.add_image(name, picture, step, dataformats="HWC")
+            self._board.add_image(name, image, step, dataformats="HWC")
 
     def close(self) -> None:
         """Flushes and closes both."""

@@ -1,6 +1,6 @@
 """Pre-training and supervised fine-tuning: next-token cross-entropy over packed text and image tokens (X-Omni section 3.2).
 
-A batch of pictures with captions and questions becomes codes (frozen tokenizer), then sequences of three kinds (caption -> image,
+A batch of images with captions and questions becomes codes (frozen tokenizer), then sequences of three kinds (caption -> image,
 image + question -> answer, text), then packed rows. Text targets go through the text head, image targets through the image head.
 """
 

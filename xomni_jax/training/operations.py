@@ -95,7 +95,7 @@ class FlopCount:
 class Meter:
     """Rates between two logged steps.
 
-    perf/goodput: share of the time since the loop began that went into steps: not into restoring, compiling, saving or pictures.
+    perf/goodput: share of the time since the loop began that went into steps: not into restoring, compiling, saving or images.
     perf/tflops_device: counted operations (see `FlopCount`) per second and device; perf/mfu: the same as a share of the device's published
     bfloat16 peak, left out where that is unknown. memory/: of this host's first device, left out where it does not tell (CPU).
     """

@@ -51,7 +51,7 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
         raise ConfigError(f"config.next_token.phase={phase!r} is unknown; use one of {', '.join(FREEZE)}")
     cfg, data = build(NextTokenConfig, section, "config.next_token"), build(RenderedConfig, config.data, "config.data")
     packed_rows = here("config.next_token.rows", cfg.rows, mesh)
-    # One process fills the batch of pictures up until it splits; several have their rows each.
+    # One process fills the batch of images up until it splits; several have their rows each.
     rows = here("config.batch_size", run.batch_size, mesh) if jax.process_count() > 1 else None
     model = open_model(run.init_from, ("siglip_vq",), mesh, run.stage)
     old = "transformer" in model.description["components"]
@@ -99,15 +99,15 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
 
 
 def sample_grid(model: Any, ar: transformer.ARConfig, data: RenderedConfig, state: TrainState, step: int, seed: int = 0) -> np.ndarray:
-    """Pictures of the policy for the first examples of its own data, one row of samples above one of the real pictures."""
+    """Images of the policy for the first examples of its own data, one row of samples above one of the real images."""
     from xomni_jax.data.rendered import render_example
-    from xomni_jax.sampling.keys import NOISE, picture_keys
+    from xomni_jax.sampling.keys import NOISE, image_keys
 
     size = data.sizes[0]
     examples = [render_example(seed + 1_000_003, i, data, size) for i in range(GRID_PROMPTS)]
     prompts = [e["caption"] for e in examples]
     model.set_params("transformer", state.params, ar)
     grid = model.grid(*size)
-    codes = model.sample_codes(prompts, grid, picture_keys(seed, len(prompts))[:, None], SamplingConfig())["codes"][:, 0]
-    images = whole(model.decode_images(codes, prompts, model.noise(picture_keys(seed, len(prompts), NOISE), grid)))
+    codes = model.sample_codes(prompts, grid, image_keys(seed, len(prompts))[:, None], SamplingConfig())["codes"][:, 0]
+    images = whole(model.decode_images(codes, prompts, model.noise(image_keys(seed, len(prompts), NOISE), grid)))
     return tile(np.concatenate([images, np.stack([e["image"] for e in examples])]), columns=GRID_PROMPTS)

@@ -92,7 +92,7 @@ def make_update(learner: understanding.TokenizerLearner, optimizer: Optimizer, c
 
 
 def init_params(learner: understanding.TokenizerLearner, seed: int, size: tuple[int, int]) -> Any:
-    """Boxed parameters of the tokenizer and its readers, for pictures of `size` pixels."""
+    """Boxed parameters of the tokenizer and its readers, for images of `size` pixels."""
     with unconstrained():
         return learner.init(jax.random.key(seed), jnp.zeros((1, *size, 3)), jnp.zeros((1, 4), jnp.int32))["params"]
 

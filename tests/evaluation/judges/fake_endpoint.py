@@ -69,7 +69,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(int(step), {"error": "a sentence from the server"}, {"Retry-After": "0"})
         elif step == "garbage":
             self._answer(200, b"<html>")
-        elif step == "by content":  # the same question about the same picture has the same reply, whenever it is asked
+        elif step == "by content":  # the same question about the same image has the same reply, whenever it is asked
             choice["message"]["content"] = ("no", "yes")[zlib.crc32(json.dumps(body).encode()) % 2]
             self._answer(200, {"choices": [choice]})
         elif step == "slow":

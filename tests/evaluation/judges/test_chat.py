@@ -80,11 +80,11 @@ def test_waits_are_bounded():
 
 
 def test_one_failure_among_many_fails_the_batch_and_keeps_order_otherwise():
-    pictures = [PICTURE] * 5
+    images = [PICTURE] * 5
     with fake_endpoint("say 0", "400", "say 1") as endpoint, pytest.raises(JudgeUnavailable):
-        judge(endpoint).ask(pictures, [[ASK]] * 5)
+        judge(endpoint).ask(images, [[ASK]] * 5)
     with fake_endpoint("slow", "say same") as endpoint:
-        assert judge(endpoint, concurrency=2).ask(pictures, [[ASK]] * 5).count(["same"]) == 4
+        assert judge(endpoint, concurrency=2).ask(images, [[ASK]] * 5).count(["same"]) == 4
 
 
 def test_the_endpoint_is_checked_before_anything_is_drawn():
@@ -108,7 +108,7 @@ def test_yes_and_no_are_recognised(reply, read):
         assert judge(endpoint).ask([PICTURE], [[ASK | {"answers": ["yes", "no"]}]]) == [[read]]
 
 
-def test_a_black_picture_is_not_shown():
+def test_a_black_image_is_not_shown():
     black = Image.new("RGB", (12, 8))
     with fake_endpoint("say x") as endpoint:
         asked = [ASK | {"black": "skip"}]

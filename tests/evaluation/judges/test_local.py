@@ -1,4 +1,4 @@
-"""The judges that run in this process, on pictures whose content is known."""
+"""The judges that run in this process, on images whose content is known."""
 
 import numpy as np
 from matplotlib import get_data_path
@@ -15,11 +15,11 @@ ASK = {"instruction": "", "max_tokens": 128}
 
 def page(lines, size=(640, 360)):
     """Black text on white, as a slide has it."""
-    picture = Image.new("RGB", size, "white")
+    image = Image.new("RGB", size, "white")
     font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", 30)
     for n, line in enumerate(lines):
-        ImageDraw.Draw(picture).text((40, 40 + 80 * n), line, fill="black", font=font)
-    return picture
+        ImageDraw.Draw(image).text((40, 40 + 80 * n), line, fill="black", font=font)
+    return image
 
 
 def test_pp_ocr_scores_a_page_for_both_text_benchmarks():

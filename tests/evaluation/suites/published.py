@@ -1,4 +1,4 @@
-"""Small files in the published formats: parquet with picture bytes, tsv with base64, jsonl beside picture files."""
+"""Small files in the published formats: parquet with image bytes, tsv with base64, jsonl beside image files."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from PIL import Image
 
 
 def png(colour: tuple[int, int, int], size: tuple[int, int] = (24, 16)) -> bytes:
-    """An encoded picture of one colour; noisy enough that its base64 is longer than an index."""
-    picture = Image.new("RGB", size, colour)
-    picture.putdata([tuple((c + 7 * n) % 256 for c in colour) if n else colour for n in range(size[0] * size[1])])
+    """An encoded image of one colour; noisy enough that its base64 is longer than an index."""
+    image = Image.new("RGB", size, colour)
+    image.putdata([tuple((c + 7 * n) % 256 for c in colour) if n else colour for n in range(size[0] * size[1])])
     out = io.BytesIO()
-    picture.save(out, "PNG")
+    image.save(out, "PNG")
     return out.getvalue()
 
 
 def write_parquet(path: Path, rows: list[dict[str, Any]], rows_per_group: int = 2) -> None:
-    """Rows whose value of a picture is bytes, or a list of bytes, as Hugging Face stores them."""
+    """Rows whose value of an image is bytes, or a list of bytes, as Hugging Face stores them."""
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
@@ -36,7 +36,7 @@ def write_parquet(path: Path, rows: list[dict[str, Any]], rows_per_group: int = 
 
 
 def write_tsv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Rows whose value of a picture is bytes, written as base64."""
+    """Rows whose value of an image is bytes, written as base64."""
     with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, list(rows[0]), delimiter="\t")
         table.writeheader()

@@ -15,7 +15,7 @@ def item(text, language="en", id="0000"):
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
-def test_one_picture(language):
+def test_one_image(language):
     suite = get_suite(f"longtext-{language}")
     for example in EXAMPLES[f"longtext_{language}"]:
         join = " ".join if language == "en" else "".join
@@ -86,7 +86,7 @@ def test_a_missing_file_says_where_to_get_it(tmp_path):
         get_suite("longtext-zh").load(tmp_path / "nowhere")
 
 
-def test_pictures_in_the_official_layout(tmp_path):
+def test_images_in_the_official_layout(tmp_path):
     suite = get_suite("longtext-en")
     drawn = [Image.new("RGB", (16, 8), (40 * k, 0, 0)) for k in range(4)]
     suite.save(tmp_path, item(["x"]), drawn)
@@ -95,10 +95,10 @@ def test_pictures_in_the_official_layout(tmp_path):
     (tmp_path / "0000_2.png").unlink()
     with pytest.raises(SuiteError, match="0000_2.png is missing"):
         suite.open(tmp_path, item(["x"]))
-    (tmp_path / "0000_2.png").write_bytes(b"no picture")
+    (tmp_path / "0000_2.png").write_bytes(b"no image")
     with pytest.raises(SuiteError, match="0000_2.png cannot be read"):
         suite.open(tmp_path, item(["x"]))
-    with pytest.raises(SuiteError, match="has 3 pictures, the suite wants 4"):
+    with pytest.raises(SuiteError, match="has 3 images, the suite wants 4"):
         suite.save(tmp_path, item(["x"]), drawn[:3])
 
 

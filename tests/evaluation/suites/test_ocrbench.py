@@ -27,7 +27,7 @@ def entry(**changes):
     } | changes  # fmt: skip
 
 
-def test_points_and_pictures(tmp_path):
+def test_points_and_images(tmp_path):
     entries = [entry(), entry(id=6, answers=["[ \\pi", "b"]), entry(dataset_name="ct80")]
     (tmp_path / "OCRBench.json").write_text(json.dumps(entries, indent=1))
     suite = get_suite("ocrbench")
@@ -35,7 +35,7 @@ def test_points_and_pictures(tmp_path):
     assert [i.id for i in items] == ["svt-00005", "svt-00006", "ct80-00005"]
     result = suite.aggregate(as_records(suite, items, [["Hotel"], ["nothing"], ["the hotel"]]))
     assert result["scores"] == {"points": 2, "accuracy": 2 / 3} and result["categories"]["Regular"]["items"] == 3
-    with pytest.raises(SuiteError, match=r"3 of 3 pictures are missing; the first is .*svt/1.png \(get it with OCRBench"):
+    with pytest.raises(SuiteError, match=r"3 of 3 images are missing; the first is .*svt/1.png \(get it with OCRBench"):
         check_images(items)
     with pytest.raises(SuiteError, match="svt/1.png .* is missing"):
         items[0].image()

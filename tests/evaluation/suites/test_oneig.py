@@ -20,7 +20,7 @@ def result(items, language="en", switches=()):
 
 
 @pytest.mark.parametrize("example", EXAMPLES["oneig_text_image"])
-def test_one_picture(example):
+def test_one_image(example):
     assert oneig_text.normalise(example["text_content"]) == example["gt_norm"]
     assert oneig_text.normalise(oneig_text.clean(example["judge_output"])) == example["ocr_norm"]
     record = get_suite("oneig-text-en").score(item(example["text_content"]), [[example["judge_output"]]])
@@ -34,24 +34,24 @@ def test_the_composite_is_computed_once(language, key):
     assert result(example["items"], language)["scores"] == example[key]
 
 
-def test_a_prompt_of_black_pictures():
+def test_a_prompt_of_black_images():
     example = EXAMPLES["oneig_text_all_black_prompt"]
     items = example["items_empty_list_means_all_tiles_black"]
     found = result(items)
     assert found["scores"] == example["EN"]
-    assert found["notes"] == ["All pictures of 001 are black; as officially, it is scored with the texts of the prompt before it."]
+    assert found["notes"] == ["All images of 001 are black; as officially, it is scored with the texts of the prompt before it."]
     mended = result(items, switches=["leave-out-black"])
-    assert mended["scores"]["text score"] == 1.0 and mended["notes"] == ["All pictures of 001 are black; it is left out."]
+    assert mended["scores"]["text score"] == 1.0 and mended["notes"] == ["All images of 001 are black; it is left out."]
     first = result([items[1], items[2]])  # officially an error
     assert first["scores"]["text score"] == 1.0 and "001 are black; it is left out" in first["notes"][0]
     with pytest.raises(SuiteError, match="nothing to score"):
         result([items[1]])
 
 
-def test_one_black_picture_takes_no_part():
+def test_one_black_image_takes_no_part():
     record = get_suite("oneig-text-en").score(item("['Hot Tea']"), [["Hot Tea"], [None], ["Hot"], [None]])
     assert (record["images"], record["match"], record["gt"], record["black"]) == (2, 3, 4, 2)
-    assert record["read"] == ["Hot Tea", "", "Hot", ""] and record["verdicts"][1] == "black picture, left out"
+    assert record["read"] == ["Hot Tea", "", "Hot", ""] and record["verdicts"][1] == "black image, left out"
 
 
 def test_alignment_does_not_cascade():

@@ -1,4 +1,4 @@
-"""The suites on the embedded data set: perfect pictures get perfect scores from the real judges, blank ones none."""
+"""The suites on the embedded data set: perfect images get perfect scores from the real judges, blank ones none."""
 
 import pytest
 from PIL import Image
@@ -11,7 +11,7 @@ from xomni_jax.evaluation.suites import get_suite, rendered
 
 
 def perfect(suite, share):
-    """The pictures that the prompts describe, as a faultless model would draw them."""
+    """The images that the prompts describe, as a faultless model would draw them."""
     config = rendered.RenderedConfig(
         split="heldout", sizes=(rendered.SIZE,), weights=(1.0,), text_lengths=((3, 8),), shapes=share, shape_sizes=(rendered.SIZE,)
     )
@@ -22,18 +22,18 @@ def perfect(suite, share):
 
 
 @pytest.mark.parametrize(("name", "share", "least"), [("rendered-text", 0.0, 0.9), ("rendered-shapes", 1.0, 0.9)])
-def test_real_judges_on_perfect_and_blank_pictures(tmp_path, name, share, least):
+def test_real_judges_on_perfect_and_blank_images(tmp_path, name, share, least):
     suite, judge = get_suite(name), open_judge(get_suite(name).judge)
-    items, pictures = perfect(suite, share)
-    assert pictures[0].size == (suite.size[1], suite.size[0])
-    blank = Image.new("RGB", pictures[0].size, (200, 30, 30))
+    items, images = perfect(suite, share)
+    assert images[0].size == (suite.size[1], suite.size[0])
+    blank = Image.new("RGB", images[0].size, (200, 30, 30))
     outputs = []
-    for item, picture in zip(items, pictures):
-        suite.save(tmp_path, item, [picture, blank, picture, blank])
+    for item, image in zip(items, images):
+        suite.save(tmp_path, item, [image, blank, image, blank])
         outputs.append(judge.ask(suite.open(tmp_path, item), [suite.questions(item)] * 4))
     judge.close()
     result = suite.aggregate(as_records(suite, items, outputs))
-    assert least / 2 <= result["scores"][result["headline"]] <= 0.5  # half of the pictures are blank
+    assert least / 2 <= result["scores"][result["headline"]] <= 0.5  # half of the images are blank
     assert sum(c["items"] for c in result["categories"].values()) == 8
 
 

@@ -88,8 +88,8 @@ def test_gqa_matches(example):
 
 
 def test_gqa_parquet(tmp_path):
-    pictures = [{"id": "n1", "image": png(RED)}, {"id": "n2", "image": png(BLUE)}, {"id": "n3", "image": png(RED)}]
-    write_parquet(tmp_path / "testdev_balanced_images" / "testdev-00000-of-00001.parquet", pictures)
+    images = [{"id": "n1", "image": png(RED)}, {"id": "n2", "image": png(BLUE)}, {"id": "n3", "image": png(RED)}]
+    write_parquet(tmp_path / "testdev_balanced_images" / "testdev-00000-of-00001.parquet", images)
     question = {"question": "Which animal?", "answer": "cat", "imageId": "n2", "types": {"structural": "query"}}
     rows = [{"id": "201"} | question, {"id": "202"} | question | {"imageId": "n3", "types": {"structural": "verify"}}]
     write_parquet(tmp_path / "testdev_balanced_instructions" / "testdev-00000-of-00001.parquet", rows)
@@ -98,26 +98,26 @@ def test_gqa_parquet(tmp_path):
     assert [first_pixel(i) for i in items] == [BLUE, RED] and items[0].prompt.startswith("Which animal?\nAnswer the question using")
     result = suite.aggregate(as_records(suite, items, [["Cat."], [" cat "]]))
     assert result["scores"] == {"exact match": 1.0, "exact match (VLMEvalKit)": 0.5} and set(result["categories"]) == {"query", "verify"}
-    write_parquet(tmp_path / "testdev_balanced_images" / "testdev-00000-of-00001.parquet", pictures[:2])
-    with pytest.raises(SuiteError, match="row 2: the picture 'n3' is not in testdev_balanced_images"):
+    write_parquet(tmp_path / "testdev_balanced_images" / "testdev-00000-of-00001.parquet", images[:2])
+    with pytest.raises(SuiteError, match="row 2: the image 'n3' is not in testdev_balanced_images"):
         suite.load(tmp_path)
 
 
-def test_gqa_tsv_with_a_shared_picture(tmp_path):
+def test_gqa_tsv_with_a_shared_image(tmp_path):
     rows = [{"index": 1, "question": "q", "answer": "a", "image": png(BLUE)}, {"index": 2, "question": "q", "answer": "b", "image": "1"}]
     write_tsv(tmp_path / "GQA_TestDev_Balanced.tsv", rows)
     assert [first_pixel(i) for i in get_suite("gqa").load(tmp_path)] == [BLUE, BLUE]
     write_tsv(tmp_path / "GQA_TestDev_Balanced.tsv", [rows[0], rows[1] | {"image": "9"}])
-    with pytest.raises(SuiteError, match="line 3: the picture is neither base64 nor the index of a row"):
+    with pytest.raises(SuiteError, match="line 3: the image is neither base64 nor the index of a row"):
         get_suite("gqa").load(tmp_path)
 
 
-def test_broken_pictures_and_files_are_named(tmp_path):
+def test_broken_images_and_files_are_named(tmp_path):
     write_tsv(tmp_path / "GQA_TestDev_Balanced.tsv", [{"index": 1, "question": "q", "answer": "a", "image": "x!" * 50}])
-    with pytest.raises(SuiteError, match="GQA_TestDev_Balanced.tsv line 2: the picture is not base64"):
+    with pytest.raises(SuiteError, match="GQA_TestDev_Balanced.tsv line 2: the image is not base64"):
         get_suite("gqa").load(tmp_path)[0].image()
     write_tsv(tmp_path / "GQA_TestDev_Balanced.tsv", [{"index": 1, "question": "q", "answer": "a", "image": "abcd" * 50}])
-    with pytest.raises(SuiteError, match="line 2: the picture cannot be read"):
+    with pytest.raises(SuiteError, match="line 2: the image cannot be read"):
         get_suite("gqa").load(tmp_path)[0].image()
     (tmp_path / "DocVQA").mkdir()
     (tmp_path / "DocVQA" / "validation-00000.parquet").write_bytes(b"PAR1 not really")
@@ -211,7 +211,7 @@ def test_seed_first_character(example):
     assert get_suite("seedbench").score(item, [example["prediction"]])["score"] == example["correct_if_B"]
 
 
-def test_seedbench_keeps_pictures_only(tmp_path):
+def test_seedbench_keeps_images_only(tmp_path):
     base = {"question": "What?", "choice_a": "1", "choice_b": "2", "choice_c": "3", "choice_d": "4", "answer": "b", "question_type_id": 3}
     rows = [
         base | {"question_id": "101_0", "data_type": "image", "image": [png(RED)]},

@@ -1,4 +1,4 @@
-"""Judges: what reads or looks at pictures so that a suite's rules can score them."""
+"""Judges: what reads or looks at images so that a suite's rules can score them."""
 
 from xomni_jax.evaluation.judges.opening import open_judge
 

@@ -84,7 +84,7 @@ class ChatEndpoint:
 
 
 class ChatJudge:
-    """Asks a ChatEndpoint: the picture as a data URL, then the question's instruction. Some requests are under way at once.
+    """Asks a ChatEndpoint: the image as a data URL, then the question's instruction. Some requests are under way at once.
 
     Replies to questions with "answers" are matched with these but for case, white space and full stops; another reply stays as it
     is, for the suite to count as unparsed.
@@ -101,17 +101,17 @@ class ChatJudge:
             self.close()
             raise
 
-    def ask(self, pictures: Sequence[Image.Image], questions: Sequence[Sequence[Any]]) -> list[list[Any]]:
-        """See Judge; a reply is a string, or None for a picture that is left out."""
+    def ask(self, images: Sequence[Image.Image], questions: Sequence[Sequence[Any]]) -> list[list[Any]]:
+        """See Judge; a reply is a string, or None for an image that is left out."""
         deadline, submit = time.monotonic() + self._max_wait, self._threads.submit
-        pairs = list(zip(pictures, questions, strict=True))
-        # Each picture is encoded once, however many questions are asked; these tasks are first in the queue, so nobody waits for ever.
+        pairs = list(zip(images, questions, strict=True))
+        # Each image is encoded once, however many questions are asked; these tasks are first in the queue, so nobody waits for ever.
         urls = [{kind: submit(_data_url, p, kind) for kind in {format_of(q) for q in asked}} for p, asked in pairs]
         tasks = [[submit(self._reply, p, q, url, deadline) for q in asked] for (p, asked), url in zip(pairs, urls)]
         try:
-            return [[task.result() for task in of_picture] for of_picture in tasks]
+            return [[task.result() for task in of_image] for of_image in tasks]
         except JudgeUnavailable:
-            for task in (t for of_picture in tasks for t in of_picture):
+            for task in (t for of_image in tasks for t in of_image):
                 task.cancel()
             raise
 
@@ -120,8 +120,8 @@ class ChatJudge:
         self._endpoint.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _reply(self, picture: Image.Image, question: Mapping[str, Any], urls: Mapping[str, Future[str]], deadline: float) -> str | None:
-        if is_skipped(picture, question):
+    def _reply(self, image: Image.Image, question: Mapping[str, Any], urls: Mapping[str, Future[str]], deadline: float) -> str | None:
+        if is_skipped(image, question):
             return None
         url = urls[format_of(question)].result()
         content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question["instruction"]}]
@@ -130,8 +130,8 @@ class ChatJudge:
         return plain if plain in question.get("answers", ()) else reply
 
 
-def _data_url(picture: Image.Image, kind: str) -> str:
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(encoded(picture, kind)).decode('ascii')}"
+def _data_url(image: Image.Image, kind: str) -> str:
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(encoded(image, kind)).decode('ascii')}"
 
 
 def _text(message: Any) -> str:

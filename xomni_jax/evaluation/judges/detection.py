@@ -14,7 +14,7 @@ SCORER = "detector"
 
 
 class DetectorJudge:
-    """One or several replicas of the service; one request per picture."""
+    """One or several replicas of the service; one request per image."""
 
     name = SCORER
 
@@ -30,15 +30,15 @@ class DetectorJudge:
             raise JudgeUnavailable(f"the replicas of the detector run different models ({', '.join(versions)}); start them alike")
         self.settings: dict[str, Any] = {"version": versions[0]}
 
-    def ask(self, pictures: Sequence[Image.Image], questions: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    def ask(self, images: Sequence[Image.Image], questions: Sequence[Sequence[Any]]) -> list[list[Any]]:
         """See Judge; a reply is {class: [{"box", "score", "color"}]}."""
-        asked = [(n, q) for n, of_picture in enumerate(questions) for q in of_picture]
+        asked = [(n, q) for n, of_image in enumerate(questions) for q in of_image]
         items = [{"prompt": "", "targets": {"detect": question}} for _, question in asked]
-        scores = self._client.score([pictures[n] for n, _ in asked], items)
-        replies: list[list[Any]] = [[] for _ in pictures]
+        scores = self._client.score([images[n] for n, _ in asked], items)
+        replies: list[list[Any]] = [[] for _ in images]
         for (n, _), score in zip(asked, scores, strict=True):
             if score.failed or "detections" not in score.detail:
-                raise JudgeUnavailable(f"the detector did not judge a picture: {score.error or 'it sent no detections'}")
+                raise JudgeUnavailable(f"the detector did not judge an image: {score.error or 'it sent no detections'}")
             replies[n].append(score.detail["detections"])
         return replies
 

@@ -23,19 +23,19 @@ class PPOCRJudge:
         self._reader = PPOCRReader()
         self.settings: dict[str, Any] = {"model": "pp-ocr-small", "mode": self._reader.mode, "rapidocr": version("rapidocr")}
 
-    def ask(self, pictures: Sequence[Image.Image], questions: Sequence[Sequence[Any]]) -> list[list[Any]]:
-        """See Judge; a reply is the text that was read, or None for a picture that is left out."""
-        return [[self._read(p, q) for q in asked] for p, asked in zip(pictures, questions, strict=True)]
+    def ask(self, images: Sequence[Image.Image], questions: Sequence[Sequence[Any]]) -> list[list[Any]]:
+        """See Judge; a reply is the text that was read, or None for an image that is left out."""
+        return [[self._read(p, q) for q in asked] for p, asked in zip(images, questions, strict=True)]
 
     def close(self) -> None:
         """See Judge."""
 
-    def _read(self, picture: Image.Image, question: Mapping[str, Any]) -> str | None:
-        return None if is_skipped(picture, question) else self._reader.read(np.asarray(seen(picture, question)))
+    def _read(self, image: Image.Image, question: Mapping[str, Any]) -> str | None:
+        return None if is_skipped(image, question) else self._reader.read(np.asarray(seen(image, question)))
 
 
 class ContoursJudge:
-    """GenEval's detector for flat pictures of shapes: contours are the objects, all of them certain."""
+    """GenEval's detector for flat images of shapes: contours are the objects, all of them certain."""
 
     name = "contours"
 
@@ -43,16 +43,16 @@ class ContoursJudge:
         self._scorer = ShapesScorer()
         self.settings: dict[str, Any] = {"version": self._scorer.version}
 
-    def ask(self, pictures: Sequence[Image.Image], questions: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    def ask(self, images: Sequence[Image.Image], questions: Sequence[Sequence[Any]]) -> list[list[Any]]:
         """See Judge; a reply is {class: [{"box", "score", "color"}]}."""
-        return [[self._detect(p, q) for q in asked] for p, asked in zip(pictures, questions, strict=True)]
+        return [[self._detect(p, q) for q in asked] for p, asked in zip(images, questions, strict=True)]
 
     def close(self) -> None:
         """See Judge."""
 
-    def _detect(self, picture: Image.Image, question: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    def _detect(self, image: Image.Image, question: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
         found: dict[str, list[dict[str, Any]]] = {name: [] for name in question["classes"]}
-        for kind, box in self._scorer.locate(np.asarray(picture.convert("RGB"))):
+        for kind, box in self._scorer.locate(np.asarray(image.convert("RGB"))):
             if kind.shape in found:
                 found[kind.shape].append({"box": list(box), "score": 1.0, "color": kind.colour})
         return found

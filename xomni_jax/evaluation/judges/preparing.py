@@ -1,4 +1,4 @@
-"""What every judge does to a picture before it looks at it."""
+"""What every judge does to an image before it looks at it."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from typing import Any
 from PIL import Image
 
 
-def is_skipped(picture: Image.Image, question: Mapping[str, Any]) -> bool:
-    """Whether the question asks to leave out a picture that is entirely black; its reply is None."""
-    return question.get("black") == "skip" and picture.convert("RGB").getextrema() == ((0, 0),) * 3
+def is_skipped(image: Image.Image, question: Mapping[str, Any]) -> bool:
+    """Whether the question asks to leave out an image that is entirely black; its reply is None."""
+    return question.get("black") == "skip" and image.convert("RGB").getextrema() == ((0, 0),) * 3
 
 
 def format_of(question: Mapping[str, Any]) -> str:
-    """The kind of file that the question wants the picture to be: PNG, or JPEG with Pillow's defaults."""
+    """The kind of file that the question wants the image to be: PNG, or JPEG with Pillow's defaults."""
     return question.get("format", "PNG")
 
 
-def encoded(picture: Image.Image, kind: str) -> bytes:
-    """The picture as a file."""
+def encoded(image: Image.Image, kind: str) -> bytes:
+    """The image as a file."""
     out = io.BytesIO()
-    picture.convert("RGB").save(out, kind, **({"compress_level": 1} if kind == "PNG" else {}))
+    image.convert("RGB").save(out, kind, **({"compress_level": 1} if kind == "PNG" else {}))
     return out.getvalue()
 
 
-def seen(picture: Image.Image, question: Mapping[str, Any]) -> Image.Image:
-    """The picture after that encoding, as a judge would see it."""
+def seen(image: Image.Image, question: Mapping[str, Any]) -> Image.Image:
+    """The image after that encoding, as a judge would see it."""
     kind = format_of(question)
-    return picture.convert("RGB") if kind == "PNG" else Image.open(io.BytesIO(encoded(picture, kind))).convert("RGB")
+    return image.convert("RGB") if kind == "PNG" else Image.open(io.BytesIO(encoded(image, kind))).convert("RGB")

@@ -18,7 +18,7 @@ from xomni_jax.evaluation.suite import Item, Record, Suite, SuiteError
 from xomni_jax.evaluation.suites.choices import Choices
 from xomni_jax.evaluation.suites.reading import Row, check_unique, find
 from xomni_jax.evaluation.suites.sums import group_by, mean
-from xomni_jax.evaluation.suites.tables import rows_with_pictures
+from xomni_jax.evaluation.suites.tables import rows_with_images
 
 FILES = "DocVQA/validation-*.parquet of the Hugging Face dataset lmms-lab/DocVQA, or VLMEvalKit's DocVQA_VAL.tsv"
 _LEAST = 0.5
@@ -40,10 +40,10 @@ def suite(name: str, choices: Choices) -> Suite:
 
 
 def load(data: Path, template: str) -> list[Item]:
-    """Questions with their pictures, from either published form."""
+    """Questions with their images, from either published form."""
     patterns = ("DocVQA/validation-*.parquet", "validation-*.parquet", "DocVQA_VAL.tsv")
     paths = find(data, ("DocVQA", "docvqa"), patterns, FILES)
-    return check_unique([(_item(row, image, template), row.where) for row, image in rows_with_pictures(paths)])
+    return check_unique([(_item(row, image, template), row.where) for row, image in rows_with_images(paths)])
 
 
 def anls(answers: Sequence[str], reply: str) -> float:

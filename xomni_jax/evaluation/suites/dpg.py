@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from xomni_jax.evaluation.suite import Item, Record, Suite, SuiteError
-from xomni_jax.evaluation.suites import pictures
+from xomni_jax.evaluation.suites import images
 from xomni_jax.evaluation.suites.choices import Choices
 from xomni_jax.evaluation.suites.reading import Row, check_unique, find, read_rows
 from xomni_jax.evaluation.suites.sums import unparsed_notes
@@ -37,14 +37,14 @@ Questions = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class QuestionedItem(Item):
-    """A prompt and what is asked about its pictures; None without dpg_bench.csv. Not a field: a run drawn without it can be scored."""
+    """A prompt and what is asked about its images; None without dpg_bench.csv. Not a field: a run drawn without it can be scored."""
 
     asked: Questions | None = None
 
 
 def suite(name: str, choices: Choices) -> Suite:
     """dpg."""
-    save, open_ = pictures.grid(REPEATS, ".png")
+    save, open_ = images.grid(REPEATS, ".png")
     return Suite(
         name=name,
         title="DPG-Bench",
@@ -193,7 +193,7 @@ def _prompts(data: Path) -> list[tuple[str, str, str]]:
 
 
 def _item(id: str, prompt: str, asked: Mapping[str, Questions] | None) -> QuestionedItem:
-    """The category to look at pictures by is where the prompt comes from: the letters its id begins with."""
+    """The category to look at images by is where the prompt comes from: the letters its id begins with."""
     source = id.rstrip("0123456789") or "other"
     return QuestionedItem(id, prompt, {"category": source}, asked=None if asked is None else asked[id])
 

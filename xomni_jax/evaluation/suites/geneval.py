@@ -1,6 +1,6 @@
 """GenEval (djghosh13/geneval): does a detector find the objects, counts, colours and positions that the prompt asks for?
 
-Four pictures per prompt; the judge reports detections, the rules here decide. Kept as officially written: confidence must be strictly
+Four images per prompt; the judge reports detections, the rules here decide. Kept as officially written: confidence must be strictly
 greater than 0.3, for the tag counting than 0.9 (by the tag, not by whether something is excluded); at most 16 boxes per class; only
 as many as asked for, the most confident ones, are looked at for colour and position. Overall is the mean of the tags' means.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from xomni_jax.evaluation.suite import Item, Record, Suite, SuiteError
-from xomni_jax.evaluation.suites import pictures
+from xomni_jax.evaluation.suites import images
 from xomni_jax.evaluation.suites.choices import Choices
 from xomni_jax.evaluation.suites.reading import Row, check_unique, find, read_rows
 from xomni_jax.evaluation.suites.sums import ratio, ratios_by
@@ -31,7 +31,7 @@ Detections = Mapping[str, Sequence[Box]]
 
 def suite(name: str, choices: Choices) -> Suite:
     """geneval."""
-    save, open_ = pictures.folders(REPEATS)
+    save, open_ = images.folders(REPEATS)
     return Suite(
         name=name,
         title="GenEval",
@@ -89,7 +89,7 @@ def relations(a: Sequence[float], b: Sequence[float]) -> list[str]:
 
 
 def judge(metadata: Mapping[str, Any], found: Detections) -> tuple[bool, str]:
-    """Whether a picture shows what its row asks for, and what is wrong with it, in the official scorer's words."""
+    """Whether an image shows what its row asks for, and what is wrong with it, in the official scorer's words."""
     boxes = kept(found, metadata["tag"])
     reasons: list[str] = []
     passed: list[list[Box] | None] = []
@@ -106,7 +106,7 @@ def judge(metadata: Mapping[str, Any], found: Detections) -> tuple[bool, str]:
 
 
 def score(item: Item, outputs: Sequence[Any]) -> Record:
-    """correct: right pictures of the item; images: judged ones."""
+    """correct: right images of the item; images: judged ones."""
     verdicts = [judge(item.fields["metadata"], found) for (found,) in outputs]
     right = sum(correct for correct, _ in verdicts)
     return {
@@ -121,7 +121,7 @@ def score(item: Item, outputs: Sequence[Any]) -> Record:
 
 
 def aggregate(records: Sequence[Record]) -> dict[str, Any]:
-    """Per tag the mean over pictures; overall the unweighted mean of the tags."""
+    """Per tag the mean over images; overall the unweighted mean of the tags."""
     tags = ratios_by(records, "category", "correct", "images")
     overall = sum(t["score"] for t in tags.values()) / len(tags)
     scores = {
@@ -165,7 +165,7 @@ def _item(number: int, row: Row) -> Item:
     for clauses, needed in (("include", True), ("exclude", False)):
         given = row.get(clauses, kind=list) if needed else row.get(clauses, kind=list, default=[])
         if needed and not given:
-            raise SuiteError(f"{row.where}: 'include' is empty, so every picture would be right")
+            raise SuiteError(f"{row.where}: 'include' is empty, so every image would be right")
         for n, clause in enumerate(given):
             _check_clause(clause, n, f"{row.where}: {clauses} clause {n}")
     tag = row.text("tag")

@@ -15,7 +15,7 @@ from xomni_jax.evaluation.suite import Item, Record, Suite, SuiteError
 from xomni_jax.evaluation.suites.choices import Choices
 from xomni_jax.evaluation.suites.reading import Row, check_unique, find, read_rows
 from xomni_jax.evaluation.suites.sums import ratio, right_or_wrong, share_right
-from xomni_jax.evaluation.suites.tables import rows_with_pictures
+from xomni_jax.evaluation.suites.tables import rows_with_images
 
 FILES = (
     "the folders testdev_balanced_instructions and testdev_balanced_images (parquet) of the Hugging Face dataset lmms-lab/GQA, "
@@ -40,18 +40,18 @@ def suite(name: str, choices: Choices) -> Suite:
 
 
 def load(data: Path, template: str) -> list[Item]:
-    """Questions with their pictures, from either published form."""
+    """Questions with their images, from either published form."""
     patterns = ("testdev_balanced_instructions/*.parquet", "GQA_TestDev_Balanced.tsv")
     paths = find(data, ("GQA", "gqa"), patterns, FILES)
     if paths[0].suffix == ".tsv":
-        return check_unique([(_item(row, image, template), row.where) for row, image in rows_with_pictures(paths)])
+        return check_unique([(_item(row, image, template), row.where) for row, image in rows_with_images(paths)])
     stored = find(data, ("GQA", "gqa"), ("testdev_balanced_images/*.parquet",), FILES)
-    pictures = {row.text("id"): image for row, image in rows_with_pictures(stored)}
+    images = {row.text("id"): image for row, image in rows_with_images(stored)}
     rows = list(read_rows(paths))
-    missing = next((row for row in rows if row.text("imageId") not in pictures), None)
+    missing = next((row for row in rows if row.text("imageId") not in images), None)
     if missing:
-        raise SuiteError(f"{missing.where}: the picture {missing.text('imageId')!r} is not in testdev_balanced_images; get {FILES}")
-    return check_unique([(_item(row, pictures[row.text("imageId")], template), row.where) for row in rows])
+        raise SuiteError(f"{missing.where}: the image {missing.text('imageId')!r} is not in testdev_balanced_images; get {FILES}")
+    return check_unique([(_item(row, images[row.text("imageId")], template), row.where) for row in rows])
 
 
 def equal(answer: str, reply: str) -> bool:

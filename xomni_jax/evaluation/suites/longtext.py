@@ -1,7 +1,7 @@
-"""LongText-Bench (X-Omni, arXiv 2507.22058, section 4.3.1): how much of a long text appears in the picture.
+"""LongText-Bench (X-Omni, arXiv 2507.22058, section 4.3.1): how much of a long text appears in the image.
 
-Four pictures per prompt, read by an OCR model; recall of words (English, lower-cased) or characters (Chinese, case kept), as a ratio
-of sums over all pictures. Order and extra text cost nothing. The official judge is Qwen2.5-VL-7B-Instruct with at most 1024 new
+Four images per prompt, read by an OCR model; recall of words (English, lower-cased) or characters (Chinese, case kept), as a ratio
+of sums over all images. Order and extra text cost nothing. The official judge is Qwen2.5-VL-7B-Instruct with at most 1024 new
 tokens; its exact instruction stands in the scorer (X-Omni-Team/X-Omni, textbench), ours says the same.
 
 Kept as the official scorer has it: only `No text recognized.` with the full stop is removed from a reply, and the OCR model's stray
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from xomni_jax.evaluation.suite import Item, Record, Suite, SuiteError
-from xomni_jax.evaluation.suites import pictures, texts
+from xomni_jax.evaluation.suites import images, texts
 from xomni_jax.evaluation.suites.choices import Choices
 from xomni_jax.evaluation.suites.reading import Row, check_unique, find, read_rows
 from xomni_jax.evaluation.suites.sums import ratio, ratios_by
@@ -30,7 +30,7 @@ def suite(name: str, choices: Choices) -> Suite:
     """longtext-en or longtext-zh."""
     language = name.removeprefix("longtext-")
     files = f"{_FILES[language]} {_SOURCE}"
-    save, open_ = pictures.numbered(REPEATS)
+    save, open_ = images.numbered(REPEATS)
     question = {"instruction": choices.instruction("ocr"), "max_tokens": 1024}
     return Suite(
         name=name,
@@ -72,7 +72,7 @@ def clean(reply: str, thorough: bool = False) -> str:
 
 
 def score(item: Item, outputs: Sequence[Any], thorough: bool = False) -> Record:
-    """match and gt: tokens found and wanted, summed over the item's pictures."""
+    """match and gt: tokens found and wanted, summed over the item's images."""
     language = item.fields["language"]
     wanted = tokens(" ".join(item.fields["text"]), language)
     read = [clean(reply, thorough) for (reply,) in outputs]

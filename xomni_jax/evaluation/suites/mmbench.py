@@ -17,7 +17,7 @@ from xomni_jax.evaluation.suites import letters
 from xomni_jax.evaluation.suites.choices import Choices
 from xomni_jax.evaluation.suites.reading import Row, check_unique, find
 from xomni_jax.evaluation.suites.sums import group_by, mean, right_or_wrong, unparsed_notes
-from xomni_jax.evaluation.suites.tables import rows_with_pictures
+from xomni_jax.evaluation.suites.tables import rows_with_images
 
 FILES = (
     "one of MMBench_DEV_EN*.tsv (VLMEvalKit, github.com/open-compass/MMBench) or en/dev-*.parquet of the Hugging Face dataset "
@@ -51,7 +51,7 @@ def load(data: Path, prompt_of: Callable[[Row, Mapping[str, str]], str]) -> list
     paths = find(data, ("MMBench", "mmbench"), patterns, FILES)
     if paths[0].suffix == ".tsv" and len(paths) > 1:
         raise SuiteError(f"{paths[0].parent} holds {', '.join(p.name for p in paths)}; leave only the version to be measured")
-    return check_unique([(_item(row, image, prompt_of), row.where) for row, image in rows_with_pictures(paths)])
+    return check_unique([(_item(row, image, prompt_of), row.where) for row, image in rows_with_images(paths)])
 
 
 def prompt(row: Row, options: Mapping[str, str], request: str, lmms: bool) -> str:

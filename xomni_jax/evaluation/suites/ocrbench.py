@@ -1,4 +1,4 @@
-"""OCRBench (Yuliang-Liu/MultimodalOCR): 1000 questions about text in pictures, a point for each answer found in the reply.
+"""OCRBench (Yuliang-Liu/MultimodalOCR): 1000 questions about text in images, a point for each answer found in the reply.
 
 The question is the prompt, nothing added; greedy, at most 128 new tokens (lmms-eval; the original script takes 100). An answer
 counts when it is a substring of the reply, both stripped, lower-cased and with newlines as spaces; for handwritten formulas
@@ -15,7 +15,7 @@ from typing import Any
 from xomni_jax.evaluation.suite import Item, Record, Suite, SuiteError
 from xomni_jax.evaluation.suites.choices import Choices
 from xomni_jax.evaluation.suites.reading import Row, check_unique, find, read_rows
-from xomni_jax.evaluation.suites.stored import FilePicture
+from xomni_jax.evaluation.suites.stored import FileImage
 from xomni_jax.evaluation.suites.sums import ratios_by, right_or_wrong
 
 FORMULAS = "HME100k"
@@ -80,6 +80,6 @@ def _item(row: Row, folder: Path) -> Item:
     if not all(a.strip() for a in answers):
         raise SuiteError(f"{row.where}: an answer is empty, and an empty answer is found in every reply")
     dataset = row.text("dataset_name")
-    image = FilePicture(folder / row.text("image_path"), f"get it with {FILES}")
+    image = FileImage(folder / row.text("image_path"), f"get it with {FILES}")
     fields = {"category": row.text("type"), "dataset": dataset, "answers": answers}
     return Item(f"{dataset}-{row.number('id'):05d}", row.text("question"), fields, image)

@@ -1,10 +1,10 @@
 """OneIG-Bench, text rendering (OneIG-Bench/OneIG-Benchmark): edit distance, completion and word accuracy, and their composite.
 
-Four pictures per prompt as one 2x2 grid; each tile is read by the OCR model (officially Qwen2.5-VL-7B-Instruct, given the tile as a
+Four images per prompt as one 2x2 grid; each tile is read by the OCR model (officially Qwen2.5-VL-7B-Instruct, given the tile as a
 JPEG, with 256 new tokens for a ground truth of more than 60 pieces, else 128). Case matters; whether words or characters are
-counted is decided for each string. The composite is computed once from the means over all pictures.
+counted is decided for each string. The composite is computed once from the means over all images.
 
-Kept as officially written: a tile that is entirely black is a failed picture and takes no part; a prompt of black tiles only is scored
+Kept as officially written: a tile that is entirely black is a failed image and takes no part; a prompt of black tiles only is scored
 with the texts read for the prompt before it (officially an error when it is the first). `leave-out-black` leaves such a prompt out.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 from rapidfuzz.distance import Levenshtein
 
 from xomni_jax.evaluation.suite import Item, Record, Suite, SuiteError
-from xomni_jax.evaluation.suites import pictures, texts
+from xomni_jax.evaluation.suites import images, texts
 from xomni_jax.evaluation.suites.choices import Choices
 from xomni_jax.evaluation.suites.reading import Row, check_unique, find, read_rows
 from xomni_jax.evaluation.suites.sums import group_by, ratio
@@ -36,7 +36,7 @@ def suite(name: str, choices: Choices) -> Suite:
     """oneig-text-en or oneig-text-zh."""
     language = name.removeprefix("oneig-text-")
     files = f"{_PROMPTS[language]} and {_TEXTS[language]} {_SOURCE}"
-    save, open_ = pictures.grid(REPEATS, ".webp")
+    save, open_ = images.grid(REPEATS, ".webp")
     return Suite(
         name=name,
         title=f"OneIG-Bench text {language.upper()}",
@@ -63,7 +63,7 @@ def load(data: Path, language: str, files: str) -> list[Item]:
 
 
 def question(item: Item, instruction: str) -> dict[str, Any]:
-    """What the OCR judge is asked: "black" has it return None for a picture that is entirely black."""
+    """What the OCR judge is asked: "black" has it return None for an image that is entirely black."""
     return {"instruction": instruction, "max_tokens": max_tokens(item.fields["text_content"]), "black": "skip", "format": "JPEG"}
 
 
@@ -84,7 +84,7 @@ def normalise(text: str) -> str:
 
 
 def measure(text_content: str, replies: Sequence[str]) -> dict[str, int]:
-    """Sums over pictures: edits, exact ones, matched and wanted words (characters where the ground truth is Chinese)."""
+    """Sums over images: edits, exact ones, matched and wanted words (characters where the ground truth is Chinese)."""
     wanted, found = normalise(text_content), [normalise(r) for r in replies]
     split = list if texts.is_chinese(wanted) else str.split
     distances = [Levenshtein.distance(f, wanted) for f in found]
@@ -98,7 +98,7 @@ def measure(text_content: str, replies: Sequence[str]) -> dict[str, int]:
 
 
 def score(item: Item, outputs: Sequence[Any]) -> Record:
-    """The sums of `measure` over the item's pictures that are not black, and what was read in them. Score: share of words found."""
+    """The sums of `measure` over the item's images that are not black, and what was read in them. Score: share of words found."""
     content = item.fields["text_content"]
     replies = [reply for (reply,) in outputs]
     read = [clean(r) for r in replies if r is not None]
@@ -115,7 +115,7 @@ def score(item: Item, outputs: Sequence[Any]) -> Record:
 
 
 def aggregate(records: Sequence[Record], language: str, leave_out_black: bool = False) -> dict[str, Any]:
-    """ED and CR are means over pictures, WAC a ratio of sums; the composite joins the three."""
+    """ED and CR are means over images, WAC a ratio of sums; the composite joins the three."""
     counted, notes = _without_black_prompts(records, leave_out_black)
     scores = composite(counted, language)
     groups = {n: {"score": composite(r, language)["text score"], "items": len(r)} for n, r in group_by(counted, "category").items()}
@@ -140,18 +140,18 @@ def _without_black_prompts(records: Sequence[Record], leave_out: bool) -> tuple[
             before = record["counted"]
             counted.append(record)
         elif leave_out or not before:
-            notes.append(f"All pictures of {record['id']} are black; it is left out.")
+            notes.append(f"All images of {record['id']} are black; it is left out.")
         else:
-            notes.append(f"All pictures of {record['id']} are black; as officially, it is scored with the texts of the prompt before it.")
+            notes.append(f"All images of {record['id']} are black; as officially, it is scored with the texts of the prompt before it.")
             counted.append({**record, **measure(record["fields"]["text_content"], before)})
     if not counted:
-        raise SuiteError("all pictures of all prompts are black; there is nothing to score")
+        raise SuiteError("all images of all prompts are black; there is nothing to score")
     return counted, notes
 
 
 def _verdict(content: str, reply: str | None) -> str:
     if reply is None:
-        return "black picture, left out"
+        return "black image, left out"
     sums = measure(content, [clean(reply)])
     unit = "characters" if texts.is_chinese(normalise(content)) else "words"
     return f"{sums['match']} of {sums['gt']} {unit}, {sums['edits']} edits"

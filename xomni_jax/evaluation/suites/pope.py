@@ -14,7 +14,7 @@ from typing import Any
 from xomni_jax.evaluation.suite import Item, Record, Suite, SuiteError
 from xomni_jax.evaluation.suites.choices import Choices
 from xomni_jax.evaluation.suites.reading import Row, check_unique, find, read_rows
-from xomni_jax.evaluation.suites.stored import FilePicture
+from xomni_jax.evaluation.suites.stored import FileImage
 from xomni_jax.evaluation.suites.sums import group_by
 
 SPLITS = ("random", "popular", "adversarial")
@@ -146,6 +146,6 @@ def _item(row: Row, split: str, folder: Path, template: str) -> Item:
     label, question = row.text("label"), row.text("text")
     if label not in ("yes", "no"):
         raise SuiteError(f"{row.where}: the label is {label!r}, not yes or no")
-    image = FilePicture(folder / row.text("image"), "a COCO 2014 validation image; its folder val2014 belongs into the data directory")
+    image = FileImage(folder / row.text("image"), "a COCO 2014 validation image; its folder val2014 belongs into the data directory")
     fields = {"category": split, "label": label}
     return Item(f"{split}-{row.number('question_id'):05d}", template.format(question=question), fields, image)

@@ -1,4 +1,4 @@
-"""Rows of the published files: jsonl, json, csv, tsv and parquet, each row knowing its file and line, pictures read when asked for."""
+"""Rows of the published files: jsonl, json, csv, tsv and parquet, each row knowing its file and line, images read when asked for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from xomni_jax.evaluation.suite import Item, SuiteError
-from xomni_jax.evaluation.suites.stored import ParquetPicture, pyarrow
+from xomni_jax.evaluation.suites.stored import ParquetImage, pyarrow
 
 _MISSING = object()
 _ABSENT = (None, "", "nan")  # how a table writes "no value"
@@ -167,7 +167,7 @@ def _row(values: Any, where: str) -> Row:
 
 
 def _table(path: Path, delimiter: str) -> Iterator[Row]:
-    csv.field_size_limit(sys.maxsize)  # a base64 picture is one field
+    csv.field_size_limit(sys.maxsize)  # a base64 image is one field
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.reader(file, delimiter=delimiter, strict=True)
         try:
@@ -185,18 +185,18 @@ def _table(path: Path, delimiter: str) -> Iterator[Row]:
 
 
 def _parquet(path: Path) -> Iterator[Row]:
-    """Rows without their pictures: a column of image bytes becomes a ParquetPicture."""
+    """Rows without their images: a column of image bytes becomes a ParquetImage."""
     arrow = pyarrow()
     try:
         file = arrow.parquet.ParquetFile(path)
         schema = file.schema_arrow
-        pictures = [f.name for f in schema if "bytes" in str(f.type) and "struct" in str(f.type)]
-        columns = [name for name in schema.names if name not in pictures]
+        images = [f.name for f in schema if "bytes" in str(f.type) and "struct" in str(f.type)]
+        columns = [name for name in schema.names if name not in images]
         number = 0
         for group in range(file.num_row_groups):
             for row, values in enumerate(file.read_row_group(group, columns=columns).to_pylist()):
                 number += 1
-                found = {name: ParquetPicture(path, group, row, name) for name in pictures}
+                found = {name: ParquetImage(path, group, row, name) for name in images}
                 yield Row(values | found, f"{path} row {number}")
     except arrow.ArrowException as error:
         raise SuiteError(f"{path} is not a readable parquet file ({str(error).splitlines()[0]}); download it again") from error

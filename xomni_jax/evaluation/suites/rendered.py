@@ -2,7 +2,7 @@
 
 rendered-text    signs, scored like LongText-Bench by an OCR judge
 rendered-shapes  shapes, colours and counts, scored by GenEval's rules with contours as the detector
-rendered-qa      questions about rendered pictures, right when the answer is equal but for case
+rendered-qa      questions about rendered images, right when the answer is equal but for case
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from xomni_jax.evaluation.suites.sums import right_or_wrong, share_right
 ITEMS = 96
 SIZE = (32, 64)
 _SEED = 2507
-_TITLES = {"rendered-text": "Rendered signs", "rendered-shapes": "Rendered shapes", "rendered-qa": "Questions about rendered pictures"}
+_TITLES = {"rendered-text": "Rendered signs", "rendered-shapes": "Rendered shapes", "rendered-qa": "Questions about rendered images"}
 
 
 def suite(name: str, choices: Choices) -> Suite:
@@ -46,7 +46,7 @@ def _qa_suite(name: str, choices: Choices) -> Suite:
 
 
 def _items(shapes: float, make: Any) -> list[Item]:
-    """The first examples of the held-out split with the given share of shape pictures."""
+    """The first examples of the held-out split with the given share of shape images."""
     config = RenderedConfig(split="heldout", sizes=(SIZE,), weights=(1.0,), text_lengths=((3, 8),), shapes=shapes, shape_sizes=(SIZE,))
     return [make(f"{n:04d}", render_example(_SEED, n, config), config, n) for n in range(ITEMS)]
 
@@ -68,13 +68,13 @@ def _shapes_item(id: str, example: Example, config: RenderedConfig, index: int) 
 
 
 def _qa_item(id: str, example: Example, config: RenderedConfig, index: int) -> Item:
-    # Drawn again when asked for: a suite of pictures in memory would travel to every process.
-    open_picture = functools.partial(_picture, index, config)
+    # Drawn again when asked for: a suite of images in memory would travel to every process.
+    open_image = functools.partial(_image, index, config)
     fields = {"category": f"{example['kind']}: {example['question']}", "answer": example["answer"]}
-    return Item(id, example["question"], fields, open_picture)
+    return Item(id, example["question"], fields, open_image)
 
 
-def _picture(index: int, config: RenderedConfig) -> Image.Image:
+def _image(index: int, config: RenderedConfig) -> Image.Image:
     return Image.fromarray(render_example(_SEED, index, config)["image"])
 
 

@@ -15,7 +15,7 @@ from xomni_jax.evaluation.suites import letters
 from xomni_jax.evaluation.suites.choices import Choices
 from xomni_jax.evaluation.suites.reading import Row, check_unique, find
 from xomni_jax.evaluation.suites.sums import right_or_wrong, share_right, unparsed_notes
-from xomni_jax.evaluation.suites.tables import rows_with_pictures
+from xomni_jax.evaluation.suites.tables import rows_with_images
 
 FILES = "data/test-*.parquet of the Hugging Face dataset lmms-lab/SEED-Bench, or VLMEvalKit's SEEDBench_IMG.tsv"
 SWITCHES = {"vlmevalkit": "VLMEvalKit's extraction of the letter instead of the first character"}
@@ -40,7 +40,7 @@ def suite(name: str, choices: Choices) -> Suite:
 def load(data: Path, request: str) -> list[Item]:
     """The image questions of either published form."""
     paths = find(data, ("SEED-Bench", "seedbench"), ("data/test-*.parquet", "test-*.parquet", "SEEDBench_IMG.tsv"), FILES)
-    rows = ((row, image) for row, image in rows_with_pictures(paths) if row.get("data_type", default="image") == "image")
+    rows = ((row, image) for row, image in rows_with_images(paths) if row.get("data_type", default="image") == "image")
     return check_unique([(_item(row, image, request), row.where) for row, image in rows])
 
 

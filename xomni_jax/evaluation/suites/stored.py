@@ -1,4 +1,4 @@
-"""Pictures where the published files keep them: in files, inside parquet, as base64 in a table. Read when they are asked for."""
+"""Images where the published files keep them: in files, inside parquet, as base64 in a table. Read when they are asked for."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from xomni_jax.evaluation.suite import SuiteError
 
 
 @dataclass(frozen=True)
-class ParquetPicture:
-    """A picture inside a parquet file (a struct of bytes and path, or a list of them); read with its row group, once."""
+class ParquetImage:
+    """An image inside a parquet file (a struct of bytes and path, or a list of them); read with its row group, once."""
 
     path: Path
     group: int
@@ -26,11 +26,11 @@ class ParquetPicture:
     column: str
 
     def __call__(self) -> Image.Image:
-        """The picture, RGB. SuiteError when it has no bytes or cannot be decoded."""
+        """The image, RGB. SuiteError when it has no bytes or cannot be decoded."""
         value = _row_group(self.path, self.group, self.column)[self.row].as_py()
         value = value[0] if isinstance(value, list) and value else value
         if not isinstance(value, dict) or not value.get("bytes"):
-            raise SuiteError(f"{self} holds no picture; download the file again")
+            raise SuiteError(f"{self} holds no image; download the file again")
         return decode(value["bytes"], str(self))
 
     def __str__(self) -> str:
@@ -52,8 +52,8 @@ def pyarrow() -> Any:
 
 
 @dataclass(frozen=True)
-class FilePicture:
-    """A picture that lies in a file of its own. `mend` says where a user gets it."""
+class FileImage:
+    """An image that lies in a file of its own. `mend` says where a user gets it."""
 
     path: Path
     mend: str
@@ -63,31 +63,31 @@ class FilePicture:
         return self.path.is_file()
 
     def __call__(self) -> Image.Image:
-        """The picture, RGB."""
+        """The image, RGB."""
         if not self.exists():
-            raise SuiteError(f"the picture {self} is missing")
+            raise SuiteError(f"the image {self} is missing")
         return decode(self.path.read_bytes(), str(self.path))
 
     def __str__(self) -> str:
         return f"{self.path} ({self.mend})"
 
 
-def base64_picture(text: str, where: str) -> Callable[[], Image.Image]:
-    """A picture held as base64 in a table."""
+def base64_image(text: str, where: str) -> Callable[[], Image.Image]:
+    """An image held as base64 in a table."""
 
-    def open_picture() -> Image.Image:
+    def open_image() -> Image.Image:
         try:
             data = base64.b64decode(text, validate=True)
         except (binascii.Error, ValueError) as error:
-            raise SuiteError(f"{where}: the picture is not base64; download the file again") from error
+            raise SuiteError(f"{where}: the image is not base64; download the file again") from error
         return decode(data, where)
 
-    return open_picture
+    return open_image
 
 
 def decode(data: bytes, where: str) -> Image.Image:
-    """RGB picture of an encoded file. SuiteError naming `where`."""
+    """RGB image of an encoded file. SuiteError naming `where`."""
     try:
         return Image.open(io.BytesIO(data)).convert("RGB")
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise SuiteError(f"{where}: the picture cannot be read ({type(error).__name__}); download it again") from error
+        raise SuiteError(f"{where}: the image cannot be read ({type(error).__name__}); download it again") from error

@@ -22,7 +22,7 @@ class ServiceError(ValueError):
 
 
 class Scorer(Protocol):
-    """Judges one picture. `score` returns None when the item is none of its business and raises when it could not judge."""
+    """Judges one image. `score` returns None when the item is none of its business and raises when it could not judge."""
 
     name: str
     version: str

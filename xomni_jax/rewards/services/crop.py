@@ -1,4 +1,4 @@
-"""Where the content of a flat picture is: the ground colour is the median of the border, ink is what differs from it."""
+"""Where the content of a flat image is: the ground colour is the median of the border, ink is what differs from it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def ink_mask(image: np.ndarray) -> np.ndarray:
 def text_lines(image: np.ndarray, pad: int = 4) -> list[np.ndarray]:
     """The ink cut into lines, top to bottom, each with `pad` pixels of ground around it; [] without ink.
 
-    Padding with the ground and not with more of the picture keeps specks out. No upscaling: the recogniser does its own.
+    Padding with the ground and not with more of the image keeps specks out. No upscaling: the recogniser does its own.
     """
     ink, ground = ink_mask(image), ground_colour(image).astype(np.uint8)
     crops = []

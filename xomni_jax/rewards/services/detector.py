@@ -27,7 +27,7 @@ COCO = tuple(
     "toothbrush".split(",")
 )
 _TEMPLATES = ("a photo of a {c} {name}", "a photo of a {c}-colored {name}", "a photo of a {c} object")
-SHORT_SIDE = 800  # of the picture that the detector sees
+SHORT_SIDE = 800  # of the image that the detector sees
 _LONGEST, _DIVISOR = 5 / 3, 32  # the long side is at most 1333 to 800; padded to whole 32s
 _MEAN, _STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -68,19 +68,19 @@ class DetectorScorer:
         request = item["targets"].get("detect")
         if not request:
             return None, {}
-        picture, wanted = Image.fromarray(image), request["classes"]
+        image, wanted = Image.fromarray(image), request["classes"]
         unknown = set(wanted) - set(self._detector.names)
         if unknown:
             raise ValueError(f"the detector knows no {', '.join(sorted(unknown))}; its {len(self._detector.names)} classes are fixed")
         found: dict[str, list[Instance]] = {name: [] for name in wanted}
-        for instance in sorted(self._detector.find(picture), key=lambda i: -i.score):
+        for instance in sorted(self._detector.find(image), key=lambda i: -i.score):
             if instance.name in found and instance.score > request["min_score"] and len(found[instance.name]) < request["at_most"]:
                 found[instance.name].append(instance)
-        detections = {name: self._described(picture, name, of, name in request["coloured"]) for name, of in found.items()}
+        detections = {name: self._described(image, name, of, name in request["coloured"]) for name, of in found.items()}
         return sum(map(bool, found.values())) / len(found), {"detections": detections}
 
-    def _described(self, picture: Image.Image, name: str, instances: Sequence[Instance], coloured: bool) -> list[dict[str, Any]]:
-        colours = self._colours.name_of(picture, instances, name) if coloured and instances else [None] * len(instances)
+    def _described(self, image: Image.Image, name: str, instances: Sequence[Instance], coloured: bool) -> list[dict[str, Any]]:
+        colours = self._colours.name_of(image, instances, name) if coloured and instances else [None] * len(instances)
         return [{"box": list(i.box), "score": i.score} | ({"color": c} if c else {}) for i, c in zip(instances, colours)]
 
 
@@ -94,24 +94,24 @@ class Mask2Former:
         labels = self._model.config.id2label
         self.names = COCO if len(labels) == len(COCO) else tuple(labels[n] for n in range(len(labels)))
 
-    def find(self, picture: Image.Image) -> list[Instance]:
+    def find(self, image: Image.Image) -> list[Instance]:
         """Every instance that the model proposes, confident or not."""
         torch = self._torch
-        width, height = fitted(picture.size, self._short_side)
-        pixels = _normalised(torch, picture.resize((width, height), Image.Resampling.BILINEAR), _MEAN, _STD, 1.0)
+        width, height = fitted(image.size, self._short_side)
+        pixels = _normalised(torch, image.resize((width, height), Image.Resampling.BILINEAR), _MEAN, _STD, 1.0)
         padded = [-(-side // _DIVISOR) * _DIVISOR for side in (height, width)]
         pixels = torch.nn.functional.pad(pixels, (0, padded[1] - width, 0, padded[0] - height))
         with torch.inference_mode():
             said = self._model(pixel_values=pixels.to(self._device))
             masks = torch.nn.functional.interpolate(said.masks_queries_logits, padded, mode="bilinear", align_corners=False)
             masks = masks[..., :height, :width]
-            masks = torch.nn.functional.interpolate(masks, picture.size[::-1], mode="bilinear", align_corners=False)
+            masks = torch.nn.functional.interpolate(masks, image.size[::-1], mode="bilinear", align_corners=False)
             chosen = choose_instances(torch, said.class_queries_logits[0], masks[0])
         return [Instance(self.names[label], score, box, mask) for label, score, box, mask in chosen]
 
 
 def fitted(size: tuple[int, int], short_side: int = SHORT_SIDE) -> tuple[int, int]:
-    """Width and height that the detector sees of a picture of `size` (width, height)."""
+    """Width and height that the detector sees of an image of `size` (width, height)."""
     scale = min(short_side / min(size), int(short_side * _LONGEST) / max(size))
     return int(size[0] * scale + 0.5), int(size[1] * scale + 0.5)
 
@@ -148,10 +148,10 @@ class ClipColours:
         self._size = self._model.config.vision_config.image_size
         self._texts: dict[str, Any] = {}
 
-    def name_of(self, picture: Image.Image, instances: Sequence[Instance], name: str) -> list[str]:
+    def name_of(self, image: Image.Image, instances: Sequence[Instance], name: str) -> list[str]:
         """The colour of each instance of the class `name`, everything outside its mask painted grey."""
         torch = self._torch
-        pixels = torch.cat([self._pixels(crop(picture, i)) for i in instances])
+        pixels = torch.cat([self._pixels(crop(image, i)) for i in instances])
         with torch.inference_mode():
             images_BD = _unit(_features(self._model.get_image_features(pixel_values=pixels.to(self._device))))
             best = (images_BD @ self._text_features(name).T).argmax(-1)
@@ -166,25 +166,25 @@ class ClipColours:
             self._texts[name] = _unit(each.mean(1))
         return self._texts[name]
 
-    def _pixels(self, picture: Image.Image) -> Any:
+    def _pixels(self, image: Image.Image) -> Any:
         """Short side to the model's size, the middle cut out."""
-        scale = self._size / min(picture.size)
-        width, height = (max(self._size, round(side * scale)) for side in picture.size)
+        scale = self._size / min(image.size)
+        width, height = (max(self._size, round(side * scale)) for side in image.size)
         left, top = (width - self._size) // 2, (height - self._size) // 2
-        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-        picture = picture.crop((left, top, left + self._size, top + self._size))
-        return _normalised(self._torch, picture, _CLIP_MEAN, _CLIP_STD, 255.0)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        image = image.crop((left, top, left + self._size, top + self._size))
+        return _normalised(self._torch, image, _CLIP_MEAN, _CLIP_STD, 255.0)
 
 
-def crop(picture: Image.Image, instance: Instance) -> Image.Image:
+def crop(image: Image.Image, instance: Instance) -> Image.Image:
     """The instance's box with its background painted grey."""
-    blank = Image.new("RGB", picture.size, _BACKGROUND)
-    return Image.composite(picture, blank, Image.fromarray(instance.mask)).crop(instance.box)
+    blank = Image.new("RGB", image.size, _BACKGROUND)
+    return Image.composite(image, blank, Image.fromarray(instance.mask)).crop(instance.box)
 
 
-def _normalised(torch: Any, picture: Image.Image, mean: Sequence[float], std: Sequence[float], scale: float) -> Any:
+def _normalised(torch: Any, image: Image.Image, mean: Sequence[float], std: Sequence[float], scale: float) -> Any:
     """float32 [1, 3, Y, X]."""
-    pixels_YXC = (np.asarray(picture.convert("RGB"), np.float32) / scale - np.float32(mean)) / np.float32(std)
+    pixels_YXC = (np.asarray(image.convert("RGB"), np.float32) / scale - np.float32(mean)) / np.float32(std)
     return torch.from_numpy(pixels_YXC.transpose(2, 0, 1)[None].copy())
 
 

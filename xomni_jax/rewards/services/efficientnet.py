@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 (ImageNet) as a frozen feature extractor in numpy: no torch, about 10 ms for a small picture on one thread.
+"""EfficientNet-Lite0 (ImageNet) as a frozen feature extractor in numpy: no torch, about 10 ms for a small image on one thread.
 
 Only the first eleven of its sixteen blocks are here: the middle ones tell clean from spoiled, the last ones tell dogs apart.
 
@@ -28,7 +28,7 @@ _DTYPES = {"FloatStorage": np.dtype("<f4"), "LongStorage": np.dtype("<i8")}
 
 
 class EfficientNetLite0:
-    """Mean and deviation over the picture of every channel of `TAPS`. ServiceError when the weights are absent or broken."""
+    """Mean and deviation over the image of every channel of `TAPS`. ServiceError when the weights are absent or broken."""
 
     def __init__(self, path: str | Path | None = None):
         tensors = read_legacy_torch(_weights_path() if path is None else Path(path))

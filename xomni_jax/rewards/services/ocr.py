@@ -1,4 +1,4 @@
-"""The OCR reward: PP-OCR reads the picture, the text is compared with the one the prompt asked for."""
+"""The OCR reward: PP-OCR reads the image, the text is compared with the one the prompt asked for."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from xomni_jax.rewards.text_metrics import FORMULAS, is_exact, text_score
 
 MODES = ("auto", "crop", "detect")
 SECOND = ("tesseract",)
-_SIGN_HEIGHT = 64  # a picture no higher than this is taken for a sign with a flat ground
+_SIGN_HEIGHT = 64  # an image no higher than this is taken for a sign with a flat ground
 
 
 class PPOCRReader:
-    """PP-OCR (small) through rapidocr, with settings for small pictures: page defaults take 300 ms, these 10 to 30.
+    """PP-OCR (small) through rapidocr, with settings for small images: page defaults take 300 ms, these 10 to 30.
 
     crop    the recogniser alone on every line of ink: flat grounds. Reads single letters and 8-pixel glyphs.
     detect  detection, then recognition of every line: any ground. Falls back to the crop when no box is found.
@@ -57,7 +57,7 @@ class PPOCRReader:
 class OCRScorer:
     """Score of the recognised text by `formula`; with a second reader the lower score counts, against glyphs only one can read.
 
-    Applies to items with a "text" target. A picture without text is read as "" and scored: that 0 is real, not a failure.
+    Applies to items with a "text" target. An image without text is read as "" and scored: that 0 is real, not a failure.
     Detail: text (what PP-OCR read), exact (right but for case and spaces), no_text; with a second reader second_text and
     second_score.
     """

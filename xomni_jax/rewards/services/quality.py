@@ -1,8 +1,8 @@
-"""An image-quality reward without a trained judge: nearness to clean pictures of its kind, in the features of a frozen network.
+"""An image-quality reward without a trained judge: nearness to clean images of its kind, in the features of a frozen network.
 
 What it can tell: noise, blur, compression, and less surely shuffled patches, each in the right direction (`auc_table`; AUC on
-rendered pictures of held-out words: 1.00, 0.96 to 0.99, 0.98 and 0.70). What it cannot tell: beauty, or whether the picture is
-the one that was asked for. A picture of another kind than the references scores low however good it is, so give references of
+rendered images of held-out words: 1.00, 0.96 to 0.99, 0.98 and 0.70). What it cannot tell: beauty, or whether the image is
+the one that was asked for. An image of another kind than the references scores low however good it is, so give references of
 the kind that is trained. BRISQUE and its like are not used: made for photographs, they call noise an improvement on drawings.
 """
 
@@ -22,13 +22,13 @@ from xomni_jax.rewards.services.efficientnet import EfficientNetLite0
 
 _NEIGHBOURS = 5
 _REFERENCES = 400
-_SIDE = 64  # small pictures are enlarged to this height: the network saw 224 pixels in training
+_SIDE = 64  # small images are enlarged to this height: the network saw 224 pixels in training
 
 
 class QualityScorer:
     """(1 + mean cosine to the 5 nearest references) / 2, in [0, 1], of features standardised over them. Needs no target.
 
-    references: a folder of PNG, JPEG or WebP pictures, or None for 400 rendered training pictures. Detail: cosine.
+    references: a folder of PNG, JPEG or WebP images, or None for 400 rendered training images. Detail: cosine.
     """
 
     name = "quality"
@@ -58,7 +58,7 @@ class QualityScorer:
 
 
 def rendered_references(count: int = _REFERENCES, seed: int = 20250701) -> list[np.ndarray]:
-    """Rendered training pictures, uint8 [Y, X, 3] each."""
+    """Rendered training images, uint8 [Y, X, 3] each."""
     from xomni_jax.data.rendered import RenderedConfig, render_example
 
     config = RenderedConfig()
@@ -102,7 +102,7 @@ SPOILERS: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
 
 
 def auc_table(scorer: Any, images: Sequence[np.ndarray], seed: int = 0) -> dict[str, float]:
-    """For every spoiler, the chance that a clean picture scores above a spoiled one (0.5: blind, below: inverted)."""
+    """For every spoiler, the chance that a clean image scores above a spoiled one (0.5: blind, below: inverted)."""
     rng = np.random.default_rng(seed)
     clean = np.array([scorer.score(i, {})[0] for i in images])
     table = {}
@@ -116,9 +116,9 @@ def _read_folder(folder: Path) -> list[np.ndarray]:
     files = sorted(p for p in folder.glob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")) if folder.is_dir() else []
     if len(files) < _NEIGHBOURS:
         raise ServiceError(
-            f"--references {folder} holds {len(files)} pictures; give a folder of {_NEIGHBOURS} or more PNG, JPEG or WebP files"
+            f"--references {folder} holds {len(files)} images; give a folder of {_NEIGHBOURS} or more PNG, JPEG or WebP files"
         )
     try:
         return [decode_image(p.read_bytes()) for p in files]
     except ProtocolError as error:
-        raise ServiceError(f"--references {folder} holds a picture that cannot be read: {error}") from error
+        raise ServiceError(f"--references {folder} holds an image that cannot be read: {error}") from error

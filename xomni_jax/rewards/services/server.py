@@ -77,7 +77,7 @@ class Workers:
             pool = await self._pool(n)
             return await asyncio.wrap_future(pool.submit(worker.score, images, items, self.config.limits))
         except BrokenProcessPool:
-            # Answered, not retried: the picture that killed this worker would kill the next one.
+            # Answered, not retried: the image that killed this worker would kill the next one.
             self._pools[n] = None
             return [worker.Scored(None, "the worker process died while scoring this slice", {}) for _ in images]
         finally:

@@ -1,4 +1,4 @@
-"""The colour and shape reward: classical vision on flat pictures, exact and explainable; GenEval's detector at small size."""
+"""The colour and shape reward: classical vision on flat images, exact and explainable; GenEval's detector at small size."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MIN_AREA = 20  # pixels; smaller components are specks
 
 
 class Found(NamedTuple):
-    """One object seen in a picture."""
+    """One object seen in an image."""
 
     shape: str
     colour: str
@@ -65,7 +65,7 @@ class ShapesScorer:
         return sum(checks.values()) / len(checks), detail | {"checks": checks}
 
     def find(self, image: np.ndarray) -> list[Found]:
-        """Objects on the ground of a picture, uint8 [Y, X, 3]."""
+        """Objects on the ground of an image, uint8 [Y, X, 3]."""
         return [found for found, _ in self.locate(image)]
 
     def locate(self, image: np.ndarray) -> list[tuple[Found, tuple[float, float, float, float]]]:
@@ -107,7 +107,7 @@ def ground_share(image: np.ndarray, wanted: str) -> float:
     """Share of the ground whose nearest palette colour is `wanted`, in [0, 1]: dense, since every pixel counts.
 
     Ground is everything that is neither ink nor beside ink (its edge is a mixture of two colours). Ink is what differs from the
-    border's median, but never pixels of the wanted colour; where ink leaves less than a quarter of the picture, that quarter is
+    border's median, but never pixels of the wanted colour; where ink leaves less than a quarter of the image, that quarter is
     the divisor, so hiding a wrong ground under ink does not pay.
     """
     names = nearest_names(image)

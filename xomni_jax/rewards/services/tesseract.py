@@ -20,7 +20,7 @@ class TesseractReader:
     """Reads every line of ink, doubled, with a border (page segmentation mode 7). ServiceError without language data."""
 
     def __init__(self, language: str = "eng"):
-        os.environ.setdefault("OMP_THREAD_LIMIT", "1")  # its own threads cost more than they bring on small pictures
+        os.environ.setdefault("OMP_THREAD_LIMIT", "1")  # its own threads cost more than they bring on small images
         tesserocr = need("tesserocr", "tesseract")
         folder = next((p for p in _data_folders() if (p / f"{language}.traineddata").is_file()), None)
         if folder is None:
@@ -44,7 +44,7 @@ class TesseractReader:
 
 
 class TesseractScorer:
-    """The second reader as a service of its own, to judge pictures whose policy was trained against PP-OCR.
+    """The second reader as a service of its own, to judge images whose policy was trained against PP-OCR.
 
     Applies to items with a "text" target. Detail as of the OCR scorer: text, exact, no_text.
     """

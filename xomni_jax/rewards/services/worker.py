@@ -1,4 +1,4 @@
-"""What runs in a worker process: one scorer, one thread, pictures one after another."""
+"""What runs in a worker process: one scorer, one thread, images one after another."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _scorer: Scorer | None = None
 
 
 class Scored(NamedTuple):
-    """Outcome for one picture."""
+    """Outcome for one image."""
 
     score: float | None
     error: str | None
@@ -39,18 +39,18 @@ def start(name: str, options: dict[str, Any]) -> str:
 
 
 def score(images: list[bytes], items: list[dict[str, Any]], limits: Limits) -> list[Scored]:
-    """Score encoded pictures. One that fails gives an error of its own; the others are scored all the same."""
+    """Score encoded images. One that fails gives an error of its own; the others are scored all the same."""
     assert _scorer is not None, "start() comes first"
     return [score_one(_scorer, image, item, limits) for image, item in zip(images, items, strict=True)]
 
 
 def score_one(scorer: Scorer, data: bytes, item: dict[str, Any], limits: Limits) -> Scored:
-    """One picture, any failure of it caught and named."""
+    """One image, any failure of it caught and named."""
     try:
         value, detail = scorer.score(decode_image(data, limits), item)
     except ProtocolError as error:
         return Scored(None, str(error), {})
-    except Exception as error:  # noqa: BLE001 - whatever a scorer trips over concerns this picture alone
+    except Exception as error:  # noqa: BLE001 - whatever a scorer trips over concerns this image alone
         return Scored(None, f"{scorer.name} failed: {type(error).__name__}: {error}"[:500], {})
     if value is not None and not math.isfinite(value):
         return Scored(None, f"{scorer.name} gave a score that is not finite", detail)

@@ -1,4 +1,4 @@
-"""What a picture looks like in numbers that do not depend on any reader: reward hacking would move them."""
+"""What an image looks like in numbers that do not depend on any reader: reward hacking would move them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ COLOUR_BINS = 64  # 4 levels per channel
 
 
 def edge_density(images: np.ndarray) -> np.ndarray:
-    """Mean absolute difference of neighbouring pixels, down plus across, 0..510 per picture. uint8 [..., H, W, 3] -> [...]."""
+    """Mean absolute difference of neighbouring pixels, down plus across, 0..510 per image. uint8 [..., H, W, 3] -> [...]."""
     x = np.asarray(images, np.float32)
     return np.abs(np.diff(x, axis=-3)).mean((-3, -2, -1)) + np.abs(np.diff(x, axis=-2)).mean((-3, -2, -1))
 
@@ -22,11 +22,11 @@ def colour_histogram(images: np.ndarray) -> np.ndarray:
 
 
 def colour_entropy(share: np.ndarray) -> float:
-    """Bits of a colour distribution [64]; of the pooled pictures, so that it falls when all of them turn the same colour."""
+    """Bits of a colour distribution [64]; of the pooled images, so that it falls when all of them turn the same colour."""
     share = share[share > 0]
     return float(-(share * np.log2(share)).sum())
 
 
 def code_agreement(codes: np.ndarray, again: np.ndarray) -> np.ndarray:
-    """Share of codes that come back when the decoded picture is tokenised again. [..., Y, X] twice -> [...]."""
+    """Share of codes that come back when the decoded image is tokenised again. [..., Y, X] twice -> [...]."""
     return (np.asarray(codes) == np.asarray(again)).mean((-2, -1))

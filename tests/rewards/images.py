@@ -1,4 +1,4 @@
-"""Pictures the reward tests judge, drawn with Pillow alone."""
+"""Images the reward tests judge, drawn with Pillow alone."""
 
 from __future__ import annotations
 
