@@ -36,7 +36,7 @@ def test_generate_makes_one_image_per_prompt_at_the_models_own_size(images):
     assert not np.array_equal(images[0], images[1])
 
 
-def test_a_image_does_not_depend_on_its_batch(model, images):
+def test_an_image_does_not_depend_on_its_batch(model, images):
     again = [np.asarray(p) for p in model.generate([PROMPTS[0], "another prompt", PROMPTS[2]], seed=5)]
     np.testing.assert_array_equal(again[0], images[0])
     np.testing.assert_array_equal(again[2], images[2])

@@ -211,7 +211,7 @@ def test_a_group_shares_its_noise(model, service):
     np.testing.assert_array_equal(again.codes_BT, rows.codes_BT)
     assert np.abs(other.astype(int) - images).max() <= 1
     _, _, other = one_batch(model, service, rollouts.RolloutConfig(chunks=1, noise="independent"))
-    assert not np.array_equal(images[0, 0], images[0, 1])
+    assert not np.array_equal(other[0, 0], other[0, 1])
 
 
 def test_a_decoder_on_devices_of_its_own_draws_the_same(model, service):
