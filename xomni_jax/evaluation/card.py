@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from xomni_jax.core.config import load_config
+from xomni_jax.training.stage import load_config
 
 STAGES = ("tokenizer", "decoder", "pretrain_1", "pretrain_2", "pretrain_3", "sft")
 SHOWN = ("loss/total", "loss/image", "loss/text", "loss/flow", "accuracy/answer", "accuracy/dense", "codes/perplexity")

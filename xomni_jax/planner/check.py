@@ -1,4 +1,4 @@
-"""What a role should hold, role by role: the checks that a plan prints and the gates that a release keeps."""
+"""What a program should hold, program by program: the checks that a plan prints and the gates that a release keeps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LAYER = re.compile(r"/(adapters|language|heads|layers|blocks|double_blocks|singl
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One claim about a role: what was found against its limit. `ok` is None where it does not apply."""
+    """One claim about a program: what was found against its limit. `ok` is None where it does not apply."""
 
     name: str
     found: str
@@ -26,24 +26,24 @@ class Check:
 
 
 def budget(topology: Topology, reserve: float = RESERVE) -> float:
-    """Bytes a role may use of a device; endless on a CPU."""
+    """Bytes a program may use of a device; endless on a CPU."""
     return topology.chip.hbm * (1 - reserve) if topology.chip else math.inf
 
 
 def checks(f: Facts, topology: Topology, reserve: float = RESERVE) -> Iterator[Check]:
-    """Everything that can be said of a role, in reading order."""
+    """Everything that can be said of a program, in reading order."""
     yield _memory(f, budget(topology, reserve))
     if f.memory is None:
         return
     yield Check("loops understood", f"{len(f.unknown)} unknown", str(f.open_loops), len(f.unknown) <= f.open_loops)
     if f.learned:
         yield from _update(f)
-    elif f.role == "rollout":
+    elif f.program == "rollout":
         yield from _decode(f, topology)
     elif f.forward:
         ratio = (f.flops["weights"] + f.flops["convolution"]) / f.forward
         yield Check("operations / arithmetic", f"{ratio:.3f}", "1.05", ratio <= 1.05)
-    if f.role == "decoder" and f.gathered:
+    if f.program == "decoder" and f.gathered:
         sent = sum(r["sent"] for r in f.collectives)
         limit = "1.15, the MMDiT's weights gathered once a step and piece"
         yield Check("sent / weights", f"{sent / f.gathered:.3f} ({sent / GIB:.1f} GiB)", limit, sent <= 1.15 * f.gathered)
@@ -56,7 +56,7 @@ def _memory(f: Facts, room: float) -> Check:
 
 def _update(f: Facts) -> Iterator[Check]:
     ratio = (f.flops["weights"] - f.forward) / f.learned
-    if f.role in ("policy-update", "sft-update", "pretrain-update"):
+    if f.program in ("policy-update", "sft-update", "pretrain-update"):
         yield Check("operations / 6ND, attention apart", f"{ratio:.3f}", "1.35", ratio <= 1.35)
         yield from _heads(f)
     alias = f.memory["aliased"] / f.state if f.state else 1.0

@@ -63,7 +63,7 @@ def versions(topology: Topology) -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in names}
 
 
-def compile_role(fn: Any, args: tuple[Any, ...], mesh: jax.sharding.Mesh, topology: Topology, cache: Path) -> Compiled:
+def compile_program(fn: Any, args: tuple[Any, ...], mesh: jax.sharding.Mesh, topology: Topology, cache: Path) -> Compiled:
     """Traces, lowers and compiles a jitted function for a topology; takes the compiler's answer from the cache where it has one.
 
     Raises:

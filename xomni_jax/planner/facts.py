@@ -1,4 +1,4 @@
-"""What a compiled role was found to do, beside what it must do: plain numbers, ready for JSON."""
+"""What a compiled program was found to do, beside what it must do: plain numbers, ready for JSON."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ import dataclasses
 from typing import Any
 
 from xomni_jax.core import flops
-from xomni_jax.planner import abstract, collectives, hlo, traffic
+from xomni_jax.core.program import Programs
+from xomni_jax.planner import collectives, hlo, traffic
 from xomni_jax.planner.compiled import Compiled
-from xomni_jax.planner.roles import Role, Stage
+from xomni_jax.sharding import abstract
 
 LARGE = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """One role, per device and execution unless said otherwise.
+    """One program, per device and execution unless said otherwise.
 
     Attributes:
-      memory: bytes by kind (None: it does not fit, the compiler needs `needs`), with `state`, the donated argument, and `resident`, what
+      memory: bytes by kind (None: it does not fit, the compiler needs `needs`), with `state`, the donated argument, and `persistent`, what
         else stays on the device meanwhile.
-      apart: it runs on the decoder's own devices.
+      on_decoder_mesh: it runs on the decoder's own devices.
       flops: counted over all devices, by kind; `learned`, `forward`, `attention` by arithmetic, over all devices.
       logits: shape of the largest array of logits; `logits_limit` positions and `head_gathers` gathers of the heads are due.
       collectives: rows of kind, axes, dtype, shape, times, bytes, sent (over all executions), source, largest first.
@@ -30,15 +31,15 @@ class Facts:
         which `open_loops` are due.
     """
 
-    role: str
+    program: str
     about: str
     key: str
     seconds: float
     memory: dict[str, int] | None
     needs: int
     state: int
-    resident: int
-    apart: bool
+    persistent: int
+    on_decoder_mesh: bool
     per_step: int
     tokens: int
     images: int
@@ -68,30 +69,38 @@ class Facts:
     @property
     def fits_in(self) -> int:
         """Bytes that must be free: the program's peak and what else stays on the device."""
-        return (self.memory["peak"] if self.memory else self.needs) + self.resident
+        return (self.memory["peak"] if self.memory else self.needs) + self.persistent
 
 
-def read(role: Role, stage: Stage, compiled: Compiled) -> Facts:
-    """The facts of a compiled role.
+def read(name: str, made: Programs, compiled: Compiled) -> Facts:
+    """The facts of a compiled program.
 
     Raises:
       HLOError: the compiler's text is not understood.
     """
-    where, w = stage.mesh_of(role), role.work
+    program = made[name]
+    where, w = made.mesh_of(program), program.work
     mesh, counted = dict(where.shape), flops.count(compiled.jaxpr)
-    others = [name for name in stage.resident if name not in (*role.uses, *role.gone) and role.apart == (name in stage.moved)]
-    resident = sum(abstract.bytes_per_device(stage.resident[name]) for name in others)
+    beside = [
+        group
+        for group in made.persistent
+        if group not in (*program.uses, *program.freed) and program.on_decoder_mesh == (group in made.on_decoder_mesh)
+    ]
+    persistent = sum(abstract.bytes_per_device(made.persistent[group]) for group in beside)
     rows, moves, module = [], [], None
     if compiled.hlo is not None:
         module = hlo.parse(compiled.hlo)
         rows, moves = collectives.collectives(module, mesh), traffic.moves(module)
     step = sum(m.total for m in moves if m.times >= w.steps) / w.steps if w.steps > 1 else 0.0
-    repeated = [row for name in role.uses if name in stage.resident for row in abstract.repeated({name: stage.resident[name]}, LARGE)]
+    repeated = [
+        row for group in program.uses if group in made.persistent for row in abstract.repeated({group: made.persistent[group]}, LARGE)
+    ]
     return Facts(
-        role=role.name, about=role.about, key=compiled.key, seconds=round(compiled.seconds, 1),
+        program=name, about=program.about, key=compiled.key, seconds=round(compiled.seconds, 1),
         memory=compiled.memory and dataclasses.asdict(compiled.memory), needs=compiled.needs,
-        state=abstract.bytes_per_device(role.state) if role.state is not None else 0, resident=resident, apart=role.apart,
-        per_step=role.per_step,
+        state=abstract.bytes_per_device(program.state) if program.state is not None else 0, persistent=persistent,
+        on_decoder_mesh=program.on_decoder_mesh,
+        per_step=program.per_step,
         tokens=w.tokens, images=w.images, devices=where.size, fsdp=mesh["fsdp"], flops=dataclasses.asdict(counted),
         learned=w.learned, forward=w.forward, attention=w.attention,
         logits=flops.widest(compiled.jaxpr, frozenset(w.vocabularies)), logits_limit=w.logits, head_gathers=w.head_gathers,

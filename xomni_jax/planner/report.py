@@ -19,8 +19,8 @@ SHOWN = 6  # rows of collectives and of repeated weights
 def head(plan: Plan) -> str:
     """One line: what was planned."""
     t = plan.topology
-    mesh, apart = (" x ".join(f"{axis} {n}" for axis, n in m.items() if n > 1) or "one device" for m in (plan.mesh, plan.apart))
-    mesh += f" and, for the decoder, {apart}" if plan.apart else ""
+    mesh, apart = (" x ".join(f"{axis} {n}" for axis, n in m.items() if n > 1) or "one device" for m in (plan.mesh, plan.decoder_mesh))
+    mesh += f" and, for the decoder, {apart}" if plan.decoder_mesh else ""
     rented = f"{t.cloud}, {t.chips} chips" if t.chip else "simulated"
     return f"{plan.stage} on {t.name} ({rented}), mesh {mesh}; {', '.join(f'{k} {v}' for k, v in plan.versions.items())}"
 
@@ -29,17 +29,17 @@ def text(plan: Plan, reserve: float = RESERVE, price: float | None = None) -> st
     """The whole report."""
     lines = [head(plan), ""]
     for f in plan.facts:
-        lines += [f"{f.role}: {f.about}", *(f"  {line}" for line in role_lines(f, plan, reserve)), ""]
+        lines += [f"{f.program}: {f.about}", *(f"  {line}" for line in program_lines(f, plan, reserve)), ""]
     for p in plan.proposals:
-        lines.append(f"{p.role} would fit in {p.needs / GIB:.1f} GiB with {' '.join('--config.' + o for o in p.overrides)} (compiled)")
-    helped = {p.role for p in plan.proposals}
-    missing = [f.role for f in plan.facts if f.fits_in > budget(plan.topology, reserve) and f.role not in helped]
-    lines += [f"{role} fits with none of the changes that were tried; take a larger slice" for role in missing]
+        lines.append(f"{p.program} would fit in {p.needs / GIB:.1f} GiB with {' '.join('--config.' + o for o in p.overrides)} (compiled)")
+    helped = {p.program for p in plan.proposals}
+    missing = [f.program for f in plan.facts if f.fits_in > budget(plan.topology, reserve) and f.program not in helped]
+    lines += [f"{program} fits with none of the changes that were tried; take a larger slice" for program in missing]
     return "\n".join([*lines, *step_lines(step(plan, price))]).rstrip() + "\n"
 
 
-def role_lines(f: Facts, plan: Plan, reserve: float) -> Iterator[str]:
-    """A role's lines: memory, operations, HBM, collectives, repeated weights, time, checks."""
+def program_lines(f: Facts, plan: Plan, reserve: float) -> Iterator[str]:
+    """A program's lines: memory, operations, HBM, collectives, repeated weights, time, checks."""
     room = budget(plan.topology, reserve)
     yield memory_line(f, room, plan.topology.chip is None)
     counted = ", ".join(f"{kind} {n:.4g}" for kind, n in f.flops.items() if n)
@@ -64,7 +64,7 @@ def memory_line(f: Facts, room: float, simulated: bool) -> str:
     """Memory by kind, and whether it fits."""
     kinds = f.memory or {}
     parts = ", ".join(f"{kind} {size / GIB:.2f}" for kind, size in kinds.items()) or f"the compiler needs {f.needs / GIB:.1f}"
-    line = f"memory GiB  {parts}; beside it {f.resident / GIB:.2f} stay"
+    line = f"memory GiB  {parts}; beside it {f.persistent / GIB:.2f} stay"
     if simulated:
         return line
     free = (room - f.fits_in) / GIB
@@ -117,27 +117,27 @@ def as_json(plan: Plan, reserve: float = RESERVE, price: float | None = None) ->
         stage=plan.stage,
         topology=plan.topology.name,
         mesh=plan.mesh,
-        decoder_mesh=plan.apart,
+        decoder_mesh=plan.decoder_mesh,
         versions=plan.versions,
         reserve=reserve,
-        roles=[],
+        programs=[],
     )
     for f in plan.facts:
         time = time_of(f, plan.topology)
         row = dataclasses.asdict(f) | {"checks": [dataclasses.asdict(c) for c in checks(f, plan.topology, reserve)]}
-        out["roles"].append(row | {"roofline": time and dataclasses.asdict(time) | {"total": time.total, "bound": time.bound}})
+        out["programs"].append(row | {"roofline": time and dataclasses.asdict(time) | {"total": time.total, "bound": time.bound}})
     out["proposals"] = [dataclasses.asdict(p) for p in plan.proposals]
     out["step"] = s and dataclasses.asdict(s) | {"seconds": s.seconds}
     return out
 
 
 def page(plan: Plan, reserve: float = RESERVE, price: float | None = None) -> str:
-    """One HTML page without scripts or other files: a bar of memory and the same lines per role."""
+    """One HTML page without scripts or other files: a bar of memory and the same lines per program."""
     room = budget(plan.topology, reserve)
     body = [f"<h1>{html.escape(head(plan))}</h1>"]
     for f in plan.facts:
-        lines = "\n".join(role_lines(f, plan, reserve))
-        body.append(f"<h2>{html.escape(f.role)}</h2><p>{html.escape(f.about)}</p>{bar(f, room)}<pre>{html.escape(lines)}</pre>")
+        lines = "\n".join(program_lines(f, plan, reserve))
+        body.append(f"<h2>{html.escape(f.program)}</h2><p>{html.escape(f.about)}</p>{bar(f, room)}<pre>{html.escape(lines)}</pre>")
     rest = text(plan, reserve, price).split("\n\n")[-1]
     body.append(f"<pre>{html.escape(rest)}</pre>")
     style = "body{font:15px sans-serif;max-width:70em;margin:2em auto}pre{white-space:pre-wrap;background:#f5f5f5;padding:1em}"
@@ -149,7 +149,7 @@ def bar(f: Facts, room: float) -> str:
     if f.memory is None or room == float("inf"):
         return ""
     width, left, parts = 600, 0.0, []
-    for size, colour, name in ((f.memory["peak"], "#4477aa", "the program"), (f.resident, "#ccbb44", "beside it")):
+    for size, colour, name in ((f.memory["peak"], "#4477aa", "the program"), (f.persistent, "#ccbb44", "beside it")):
         w = width * size / max(room, f.fits_in)
         parts.append(f'<rect x="{left:.1f}" width="{w:.1f}" height="18" fill="{colour}"><title>{name}: {size / GIB:.2f} GiB</title></rect>')
         left += w

@@ -1,49 +1,16 @@
-"""How much work a step is by arithmetic alone: what the counted operations, bytes and collectives are held against."""
+"""How much arithmetic and traffic a pass of the models needs at least: what compiled programs are held against."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 
+from xomni_jax.core.program import Work
 from xomni_jax.models.transformer import ARConfig
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """The least that one execution of a role must do.
-
-    Attributes:
-      learned: operations of forward and backward with weights, 6 x parameters x tokens. forward: of passes without a gradient, 2 x.
-      attention: of attention products, causal ones halved.
-      tokens: that the execution reads or makes. images: that it finishes.
-      hbm_per_step: bytes a device must move for each of `steps` decoding steps (0: no such floor).
-      gathered: bytes a device receives of weights split over fsdp, and reduced: of their gradients.
-      logits: most positions whose logits should exist at once (0: not a matter of this role); vocabularies: the widths of the heads.
-      head_gathers: heads that are needed whole, counted once for each set of weights.
-      open_loops: loops that end when their data say so, counted once.
-    """
-
-    learned: float = 0.0
-    forward: float = 0.0
-    attention: float = 0.0
-    tokens: int = 0
-    images: int = 0
-    hbm_per_step: float = 0.0
-    cache: float = 0.0
-    steps: int = 1
-    gathered: float = 0.0
-    reduced: float = 0.0
-    logits: int = 0
-    vocabularies: tuple[int, ...] = ()
-    head_gathers: int = 0
-    open_loops: int = 0
-
-    @property
-    def useful(self) -> float:
-        """Operations that count for model FLOPs utilisation."""
-        return self.learned + self.forward + self.attention
+from xomni_jax.sharding.abstract import leaves
 
 
 def layer_weights(c: ARConfig) -> int:
@@ -135,3 +102,19 @@ def prefill(c: ARConfig, prompts: int, prompt: int, sides: int) -> Work:
     """The prompts' pass, once per prompt."""
     rows = prompts * sides
     return Work(forward=2.0 * rows * prompt * c.n_layers * layer_weights(c), attention=causal(c, rows, prompt), tokens=prompts * prompt)
+
+
+def dense(params: Any, tokens: Mapping[str, int]) -> float:
+    """Forward operations, 2 x values x tokens, of all kernels; `tokens` by the start of the path, one where none matches."""
+    total = 0.0
+    for name, x in leaves(params):
+        if name.rsplit("/", 1)[-1] == "kernel":
+            total += 2.0 * x.size * next((n for start, n in tokens.items() if name.startswith(start)), 1)
+    return total
+
+
+def mmdit_tokens(image: int, text: int) -> dict[str, int]:
+    """Tokens by kernel of the MMDiT: modulations and condition vectors see one row an image."""
+    once = {f"{block}_blocks/{m}modulation": 1 for block in ("double", "single") for m in ("text_", "image_", "")}
+    streams = {"double_blocks/text": text, "double_blocks/image": image, "single_blocks": image + text}
+    return once | streams | {"text_embed": text, "latent_embed": image, "siglip_embed": image, "out/": image}
