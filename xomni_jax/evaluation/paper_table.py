@@ -64,7 +64,7 @@ def rows(runs: Iterable[EvalRun] = ()) -> list[Row]:
     for run in sorted(runs, key=lambda run: (len(run.items), (run.path / "results.json").stat().st_mtime)):
         best[run.suite] = run
     made = []
-    for suite, place in paper.PLACES.items():
+    for suite, place in paper.COLUMNS.items():
         run, settings = best.get(suite), suite_settings(suite)
         ours = {} if run is None else paper.ours(run.results)
         made.append(Row(place.table, suite, settings, command(suite), paper.values(suite)[paper.OURS], ours, run))
@@ -120,7 +120,7 @@ def find_runs(directory: str | Path) -> list[EvalRun]:
     if not root.is_dir():
         raise ValueError(f"--runs {root} is no directory; give the one that holds the run directories")
     runs = [read_eval_run(path.parent) for path in sorted(root.rglob("results.json")) if (path.parent / "items.jsonl").is_file()]
-    return [run for run in runs if run.suite in paper.PLACES]
+    return [run for run in runs if run.suite in paper.COLUMNS]
 
 
 def departures(row: Row) -> list[str]:
