@@ -22,6 +22,7 @@ INK, SOFT, GRID = "#1c2430", "#5b6675", "#dfe4ea"
 VARIABLES = {INK: "var(--ink)", SOFT: "var(--soft)", GRID: "var(--line)"} | {colour: f"var(--s{i})" for i, colour in enumerate(SERIES)}
 STYLE = {
     "svg.fonttype": "none",  # text stays text
+    "text.parse_math": False,
     "font.size": 12,
     "text.color": INK,
     "axes.edgecolor": GRID,
