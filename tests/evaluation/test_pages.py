@@ -10,7 +10,7 @@ import pytest
 
 from tests.evaluation.made_runs import write_answer_run, write_generate_run
 from tests.evaluation.test_report import SECONDS, made_up_effect
-from xomni_jax.evaluation.charts import Dot, Line, dot_chart, line_chart, moving_average
+from xomni_jax.evaluation.charts import Dot, Line, bar_chart, dot_chart, line_chart, moving_average
 from xomni_jax.evaluation.compare import compare, read_runs, write_comparison
 from xomni_jax.evaluation.eval_run import read_eval_run
 from xomni_jax.evaluation.report import write_report
@@ -115,6 +115,8 @@ def test_charts_use_the_colours_of_the_page():
         assert 'aria-label="a &amp; b"' in chart and "var(--s0)" in chart
         assert not re.search(r"#[0-9a-f]{6}\b(?!\")", chart) and "url(" not in chart and "<image" not in chart
         Page(chart)
+    texts = Page(bar_chart("", {"program": 1.5, "others": 2.0}, 4.0, "GiB")).text
+    assert "program 1.50" in texts and "others 2.00" in texts and "limit 4.00" in texts
     texts = Page(dot_chart("", [Dot("x", 0.25, 0.1, 0.5), Dot("y", None, None, None)])).text
     assert "0.25" in texts and "not measured" in texts
     assert "&lt;b&gt;" in line_chart("", lines, "step") and line_chart("", [Line("none", [], [])], "step") == ""

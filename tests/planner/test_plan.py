@@ -7,6 +7,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from markupsafe import escape
 
 from tests.miniature import ROOT
 from tests.planner import narrow
@@ -90,7 +91,7 @@ def test_what_the_compiler_says_it_would_need():
     assert needed(said) == int(31.22 * GIB)
 
 
-def test_an_update_for_a_slice_that_is_not_there(cache):
+def test_an_update_for_a_slice_that_is_not_there(cache, tmp_path):
     """Narrow, on v5e:2x2: the checks of the full size hold, and the plan reads as text, page and JSON."""
     made_plan = made(narrow.sft(), "v5e:2x2", ["sft-update"], cache)
     (f,) = made_plan.facts
@@ -100,7 +101,10 @@ def test_an_update_for_a_slice_that_is_not_there(cache):
     assert {name for name in held if not found[name][0]} == set()
     text = report.text(made_plan, price=1.0)
     assert "sft on v5e:2x2 (v5litepod-4, 4 chips), mesh fsdp 2 x tensor 2" in text and "bound by" in text and "a step" in text
-    assert "<svg" in report.page(made_plan) and json.loads(json.dumps(report.as_json(made_plan)))["roles"][0]["role"] == "sft-update"
+    assert json.loads(json.dumps(report.as_json(made_plan)))["roles"][0]["role"] == "sft-update"
+    page = report.write_html(tmp_path / "plan.html", made_plan, price=1.0).read_text()
+    lines = [str(escape(line.strip())) for line in text.splitlines()]
+    assert page.count("<svg") == 1 and [line for line in lines if line not in page] == [escape("sft-update: " + f.about)]
 
 
 def test_decoding_for_a_slice_that_is_not_there(cache):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -124,6 +124,23 @@ def dot_chart(title: str, dots: Sequence[Dot]) -> str:
         axes.set_yticks(range(len(dots)), [dot.label for dot in dots], color=INK)
 
     return _svg(title, ROW_HEIGHT * (len(dots) + 1), draw)
+
+
+def bar_chart(title: str, parts: Mapping[str, float], limit: float, unit: str) -> str:
+    """One bar made of parts, with a line where it must end."""
+
+    def draw(axes: Axes) -> None:
+        left = 0.0
+        for (label, size), colour in zip(parts.items(), itertools.cycle(SERIES[2:])):
+            axes.barh(0, size, left=left, color=colour, label=f"{label} {size:.2f}")
+            left += size
+        axes.axvline(limit, color=SERIES[1], linewidth=2, label=f"limit {limit:.2f}")
+        axes.grid(visible=False)
+        axes.set_yticks([])
+        axes.set_xlabel(unit)
+        axes.figure.legend(loc="outside lower left", ncols=len(parts) + 1)
+
+    return _svg(title, 4 * ROW_HEIGHT, draw)
 
 
 def moving_average(y: Sequence[float], width: int) -> np.ndarray:

@@ -1,12 +1,14 @@
-"""A plan in words: as text for the terminal, as JSON, as one HTML page."""
+"""The report of a plan: as text for a terminal, as JSON, and as one HTML page."""
 
 from __future__ import annotations
 
 import dataclasses
-import html
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+from xomni_jax.evaluation.charts import bar_chart
+from xomni_jax.evaluation.pages import write_page
 from xomni_jax.planner.check import RESERVE, budget, checks
 from xomni_jax.planner.chips import GIB
 from xomni_jax.planner.facts import Facts
@@ -26,16 +28,21 @@ def head(plan: Plan) -> str:
 
 
 def text(plan: Plan, reserve: float = RESERVE, price: float | None = None) -> str:
-    """The whole report."""
+    """The report for a terminal."""
     lines = [head(plan), ""]
     for f in plan.facts:
         lines += [f"{f.role}: {f.about}", *(f"  {line}" for line in role_lines(f, plan, reserve)), ""]
+    return "\n".join([*lines, *proposal_lines(plan, reserve), *step_lines(step(plan, price))]).rstrip() + "\n"
+
+
+def proposal_lines(plan: Plan, reserve: float) -> Iterator[str]:
+    """What would make the roles fit that do not."""
     for p in plan.proposals:
-        lines.append(f"{p.role} would fit in {p.needs / GIB:.1f} GiB with {' '.join('--config.' + o for o in p.overrides)} (compiled)")
+        yield f"{p.role} would fit in {p.needs / GIB:.1f} GiB with {' '.join('--config.' + o for o in p.overrides)} (compiled)"
     helped = {p.role for p in plan.proposals}
-    missing = [f.role for f in plan.facts if f.fits_in > budget(plan.topology, reserve) and f.role not in helped]
-    lines += [f"{role} fits with none of the changes that were tried; take a larger slice" for role in missing]
-    return "\n".join([*lines, *step_lines(step(plan, price))]).rstrip() + "\n"
+    for f in plan.facts:
+        if f.fits_in > budget(plan.topology, reserve) and f.role not in helped:
+            yield f"{f.role} fits with none of the changes that were tried; take a larger slice"
 
 
 def role_lines(f: Facts, plan: Plan, reserve: float) -> Iterator[str]:
@@ -131,27 +138,20 @@ def as_json(plan: Plan, reserve: float = RESERVE, price: float | None = None) ->
     return out
 
 
-def page(plan: Plan, reserve: float = RESERVE, price: float | None = None) -> str:
-    """One HTML page without scripts or other files: a bar of memory and the same lines per role."""
-    room = budget(plan.topology, reserve)
-    body = [f"<h1>{html.escape(head(plan))}</h1>"]
-    for f in plan.facts:
-        lines = "\n".join(role_lines(f, plan, reserve))
-        body.append(f"<h2>{html.escape(f.role)}</h2><p>{html.escape(f.about)}</p>{bar(f, room)}<pre>{html.escape(lines)}</pre>")
-    rest = text(plan, reserve, price).split("\n\n")[-1]
-    body.append(f"<pre>{html.escape(rest)}</pre>")
-    style = "body{font:15px sans-serif;max-width:70em;margin:2em auto}pre{white-space:pre-wrap;background:#f5f5f5;padding:1em}"
-    return f"<!doctype html><meta charset=utf-8><title>xomni plan</title><style>{style}</style>{''.join(body)}\n"
+def write_html(path: str | Path, plan: Plan, reserve: float = RESERVE, price: float | None = None) -> Path:
+    """Writes the report as one page and returns its path."""
+    roles = [
+        {"name": f.role, "about": f.about, "memory": memory_chart(f, plan, reserve), "lines": role_lines(f, plan, reserve)}
+        for f in plan.facts
+    ]
+    return write_page(
+        path, "plan.html", head=head(plan), roles=roles, lines=[*proposal_lines(plan, reserve), *step_lines(step(plan, price))]
+    )
 
 
-def bar(f: Facts, room: float) -> str:
-    """Memory against the room, as an SVG bar."""
-    if f.memory is None or room == float("inf"):
+def memory_chart(f: Facts, plan: Plan, reserve: float) -> str:
+    """Memory of a device against its limit; empty where there is none."""
+    if f.memory is None or plan.topology.chip is None:
         return ""
-    width, left, parts = 600, 0.0, []
-    for size, colour, name in ((f.memory["peak"], "#4477aa", "the program"), (f.resident, "#ccbb44", "beside it")):
-        w = width * size / max(room, f.fits_in)
-        parts.append(f'<rect x="{left:.1f}" width="{w:.1f}" height="18" fill="{colour}"><title>{name}: {size / GIB:.2f} GiB</title></rect>')
-        left += w
-    limit = width * room / max(room, f.fits_in)
-    return f'<svg width="{width + 2}" height="18">{"".join(parts)}<rect x="{limit:.1f}" width="2" height="18" fill="#aa3377"/></svg>'
+    parts = {"the program": f.memory["peak"] / GIB, "other arrays": f.resident / GIB}
+    return bar_chart(f"Memory of {f.role}", parts, budget(plan.topology, reserve) / GIB, "GiB per device")
