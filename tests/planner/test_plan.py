@@ -87,7 +87,8 @@ def test_what_is_compiled_is_kept(cache, tmp_path):
 
 
 def test_what_the_compiler_says_it_would_need():
-    said = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (31.22G) exceeds available HBM (15.75G)."
+    said = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (31.22G) "
+    said += "exceeds available HBM (15.75G)."
     assert needed(said) == int(31.22 * GIB)
 
 
@@ -130,8 +131,8 @@ def test_the_decoder_gathers_weights_and_exchanges_no_activations(cache):
     inside = [r for r in f.collectives if re.search("MMDiT/while/body|(double|single)_blocks", r["source"])]
     weights = [r for r in inside if r["kind"] == "all-gather"]
     assert {a for r in weights for a in r["axes"]} == {"fsdp", "tensor"}
-    # Of what a device lacks of two steps' weights; those of modulations are split instead, as for any tensor parallelism, and with jax 0.12 the
-    # CPU's compiler splits those of attention too.
+    # Of what a device lacks of two steps' weights; those of modulations are split instead, as for any tensor parallelism, and with
+    # jax 0.12 the CPU's compiler splits those of attention too.
     assert 0.2 < sum(r["sent"] for r in weights) / (0.75 * f.gathered) < 1
     modulations = 16 * 6 * 128 * 4  # six vectors of width 128 for each of 16 images, float32
     assert max(r["bytes"] / r["times"] for r in inside if r["kind"] != "all-gather") <= modulations
@@ -172,8 +173,9 @@ def test_a_decoder_apart_works_beside_the_rollout():
 def fake(**changes):
     """Facts of a role that was never compiled."""
     fields = {f.name: 0 for f in dataclasses.fields(plan.Facts)} | dict(
-        role="policy-update", about="", key="k", memory=None, needs=40 * GIB, flops=dict(weights=1e15, attention=0.0, convolution=0.0, kernels=0.0), devices=4, per_step=1, copies=[], collectives=[],
-        repeated=[], loops=[], unknown=[], logits=(),
+        role="policy-update", about="", key="k", memory=None, needs=40 * GIB, devices=4, per_step=1,
+        flops=dict(weights=1e15, attention=0.0, convolution=0.0, kernels=0.0), copies=[], collectives=[], repeated=[],
+        loops=[], unknown=[], logits=(),
     )  # fmt: skip
     return plan.Facts(**fields | changes)
 

@@ -15,7 +15,7 @@ from xomni_jax.planner.facts import Facts
 from xomni_jax.planner.plan import Plan
 from xomni_jax.planner.roofline import Step, Time, mfu, step, time_of
 
-SHOWN = 6  # rows of collectives and of repeated weights
+SHOWN = 6  # rows of collectives and of replicated weights
 
 
 def head(plan: Plan) -> str:
@@ -46,7 +46,7 @@ def proposal_lines(plan: Plan, reserve: float) -> Iterator[str]:
 
 
 def role_lines(f: Facts, plan: Plan, reserve: float) -> Iterator[str]:
-    """A role's lines: memory, operations, HBM, collectives, repeated weights, time, checks."""
+    """Lines about a role: memory, operations, HBM, collectives, replicated weights, time, checks."""
     room = budget(plan.topology, reserve)
     yield memory_line(f, room, plan.topology.chip is None)
     counted = ", ".join(f"{kind} {n:.4g}" for kind, n in f.flops.items() if n)
@@ -68,7 +68,7 @@ def role_lines(f: Facts, plan: Plan, reserve: float) -> Iterator[str]:
 
 
 def memory_line(f: Facts, room: float, simulated: bool) -> str:
-    """Memory by kind, and whether it fits."""
+    """Memory by kind, and whether the role fits."""
     kinds = f.memory or {}
     parts = ", ".join(f"{kind} {size / GIB:.2f}" for kind, size in kinds.items()) or f"the compiler needs {f.needs / GIB:.1f}"
     line = f"memory GiB  {parts}; beside it {f.resident / GIB:.2f} stay"
@@ -80,7 +80,7 @@ def memory_line(f: Facts, room: float, simulated: bool) -> str:
 
 
 def collective_lines(f: Facts) -> Iterator[str]:
-    """Collectives by kind and axes, then the largest weights' theory."""
+    """Collectives by kind and axes, then the bytes of weights and gradients by arithmetic."""
     sums: dict[tuple, list[float]] = {}
     for r in f.collectives:
         row = sums.setdefault((r["kind"], tuple(r["axes"])), [0, 0.0, 0.0])
@@ -94,7 +94,7 @@ def collective_lines(f: Facts) -> Iterator[str]:
 
 
 def time_line(f: Facts, time: Time, plan: Plan) -> str:
-    """The roofline of one execution."""
+    """The least time of one execution."""
     parts = f"operations {time.operations:.3g} s, HBM {time.hbm:.3g}, collectives {time.collectives:.3g}"
     useful = f"; MFU at most {mfu(f, time.total, plan.topology):.0%}" if f.learned + f.forward else ""
     chips = f.devices // plan.topology.chip.devices
@@ -103,7 +103,7 @@ def time_line(f: Facts, time: Time, plan: Plan) -> str:
 
 
 def step_lines(s: Step | None) -> Iterator[str]:
-    """The step as a whole."""
+    """Lines about the whole step."""
     if s is None:
         return
     yield (
@@ -118,7 +118,7 @@ def step_lines(s: Step | None) -> Iterator[str]:
 
 
 def as_json(plan: Plan, reserve: float = RESERVE, price: float | None = None) -> dict[str, Any]:
-    """Everything, as plain data."""
+    """The report as JSON-able data."""
     s = step(plan, price)
     out = dict(
         stage=plan.stage,
