@@ -99,17 +99,9 @@ def change(scores: Sequence[float | None]) -> float:
 # ---- for readers ----
 def table_text(comparison: dict[str, Any]) -> str:
     """The comparison for a terminal."""
-    first, *others = comparison["runs"]
-    lines = [f"{comparison['title']}: {comparison['rows'][0]['items']} items, differences to {first['name']}, 95% intervals"]
-    lines += [f"  {run['name']}: {run['headline']['name']} {number(run['headline']['value'])}" for run in comparison["runs"]]
+    lines = [f"{comparison['title']}: {len(comparison['items'])} items, means and differences with 95% intervals"]
     lines += [f"  {name}: " + " | ".join(map(str, values)) for name, values in comparison["settings"].items()]
-    for i, other in enumerate(others):
-        table = [["mean score", "items", first["name"][:14], other["name"][:14], "difference"]]
-        for r in comparison["rows"]:
-            d = r["differences"][i]
-            table.append([r["name"], str(d["items"]), number(r["means"][0]), number(r["means"][i + 1]), estimate(d, "+.4f")])
-        lines += ["", aligned(table)]
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, "", aligned(difference_table(comparison)), ""])
 
 
 def item_rows(comparison: dict[str, Any]) -> Iterator[list[Any]]:
@@ -136,7 +128,7 @@ def write_comparison(runs: Sequence[EvalRun], comparison: dict[str, Any], out: s
         "compare.html",
         comparison=comparison,
         names=names,
-        differences=difference_table(comparison, names),
+        differences=difference_table(comparison),
         settings=[["", *names], *([name, *map(str, values)] for name, values in comparison["settings"].items())],
         items=[changed_item(runs, names, comparison["items"][i], i, images, out) for i in changed],
         orders=ORDERS,
@@ -144,24 +136,26 @@ def write_comparison(runs: Sequence[EvalRun], comparison: dict[str, Any], out: s
     )
 
 
-def difference_table(comparison: dict[str, Any], names: Sequence[str]) -> list[list[TableCell]]:
+def difference_table(comparison: dict[str, Any]) -> list[list[TableCell]]:
     """Headline, then mean scores and differences, overall and per category."""
-    heads = [run["headline"] for run in comparison["runs"]]
-    first, *others = (head["value"] for head in heads)
-    gains = [None if None in (value, first) else value - first for value in others]
-    return [
-        ["", "items", *names, *(f"{name} minus {names[0]}" for name in names[1:])],
-        [
-            f"headline: {heads[0]['name']}",
-            str(comparison["rows"][0]["items"]),
-            *map(number, (first, *others)),
-            *(number(gain, "+.4f") for gain in gains),
-        ],
-        *(
-            [r["name"], str(r["items"]), *map(number, r["means"]), *(estimate(d, "+.4f") for d in r["differences"])]
-            for r in comparison["rows"]
-        ),
+    first, *others = (run["name"] for run in comparison["runs"])
+    heads = [run["headline"]["value"] for run in comparison["runs"]]
+    gains = [None if None in (value, heads[0]) else value - heads[0] for value in heads[1:]]
+    name, count = comparison["runs"][0]["headline"]["name"], str(len(comparison["items"]))
+    table = [
+        ["", "items", first, *others, *(f"{other} minus {first}" for other in others)],
+        [f"headline: {name}", count, *map(number, heads), *(number(gain, "+.4f") for gain in gains)],
     ]
+    for r in comparison["rows"]:
+        table.append([r["name"], str(r["items"]), *map(number, r["means"]), *(difference(d, r["items"]) for d in r["differences"])])
+    return table
+
+
+def difference(measured: dict[str, Any], items: int) -> TableCell:
+    """A difference with its interval, and the number of items that have a score in both runs where that is not all."""
+    value, between = estimate(measured, "+.4f")
+    paired = "" if measured["items"] == items else f"{measured['items']} items"
+    return value, ", ".join(filter(None, (between, paired)))
 
 
 def changed_item(

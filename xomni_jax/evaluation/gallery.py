@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from tqdm import tqdm
@@ -20,44 +20,19 @@ PAGE_BYTES = 24 << 20
 ORDERS = ("as published", "lowest score first", "highest score first")
 
 
-@dataclass(frozen=True)
-class Thumbnail:
-    """An image of a page.
+def item_outputs(run: EvalRun, item: Item, images: dict[Shot, str], page_folder: Path) -> dict[str, Any]:
+    """What one run made of one item, for items.html.
 
-    Attributes:
-      name: of its file. data: a data: URL, "" where the page has no room for it.
-      link: the file relative to the page, "" where there is none.
+    "images" (one per verdict, or those that were asked about) have a data: URL in "data", "" where the page has no room for it, and in
+    "link" their file relative to the page, "" without one.
     """
-
-    name: str
-    data: str
-    link: str
-
-    @property
-    def lossless(self) -> bool:
-        """Whether it is a whole image of few pixels."""
-        return self.data.startswith("data:image/png")
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """What one run made of one item: images drawn (one per verdict) or asked about, verdicts, and what was read or answered."""
-
-    images: list[Thumbnail]
-    verdicts: list[str]
-    texts: list[str]
-    answered: bool
-
-
-def item_outputs(run: EvalRun, item: Item, images: dict[Shot, str], page_folder: Path) -> Outputs:
-    """The outputs of one item with those of its images that `embed` found room for."""
     shown = []
     for shot in shots(run, item):
-        link = "" if shot.opener else quote(os.path.relpath(shot.path, page_folder))
-        if link or shot in images:
-            shown.append(Thumbnail(shot.path.name, images.get(shot, ""), link))
-    count = outputs(item)
-    return Outputs(shown, [str(verdict) for verdict in item["verdicts"]], [reading(item, r) for r in range(count)], "answer" in item)
+        link, data = "" if shot.opener else quote(os.path.relpath(shot.path, page_folder)), images.get(shot, "")
+        if link or data:
+            shown.append({"name": shot.path.name, "link": link, "data": data, "lossless": data.startswith("data:image/png")})
+    texts = [reading(item, r) for r in range(outputs(item))]
+    return {"images": shown, "verdicts": item["verdicts"], "texts": texts, "answered": "answer" in item}
 
 
 def image_order(runs: Sequence[EvalRun], which: Sequence[int]) -> list[Shot]:
