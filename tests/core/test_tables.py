@@ -3,7 +3,7 @@
 import csv
 import io
 
-from xomni_jax.core.tables import aligned, csv_text, estimate, interval, markdown, number
+from xomni_jax.core.tables import aligned, csv_text, format_estimate, format_interval, format_number, markdown
 
 ROWS = [("", "score", "items"), ("a long name", ("0.50", "0.25 to 0.75"), "12"), ("b", ("–", ""), "3")]
 
@@ -27,7 +27,7 @@ def test_csv_returns_every_text_as_it_was():
 
 
 def test_numbers_and_intervals():
-    assert number(0.12345) == "0.1235" and number(0.256, "+.0f", 100) == "+26" and number(None) == "–"
-    assert interval((0.5, None), ".2f") == "0.50 to ∞" and interval(None) == ""
-    assert estimate({"value": 0.5, "ci95": [0.25, 0.75]}, ".2f") == ("0.50", "0.25 to 0.75")
-    assert estimate({"value": None, "ci95": None}) == ("–", "")
+    assert format_number(0.12345) == "0.1235" and format_number(0.256, "+.0f", 100) == "+26" and format_number(None) == "–"
+    assert format_interval((0.5, None), ".2f") == "0.50 to ∞" and format_interval(None) == ""
+    assert format_estimate({"value": 0.5, "ci95": [0.25, 0.75]}, ".2f") == ("0.50", "0.25 to 0.75")
+    assert format_estimate({"value": None, "ci95": None}) == ("–", "")

@@ -44,16 +44,16 @@ def csv_text(rows: Iterable[Sequence[Any]], quoting: int = csv.QUOTE_MINIMAL) ->
     return file.getvalue()
 
 
-def number(value: float | None, form: str = ".4f", scale: float = 1.0) -> str:
+def format_number(value: float | None, form: str = ".4f", scale: float = 1.0) -> str:
     """`scale * value` by a format, or a dash for what is unknown."""
     return UNKNOWN if value is None else format(scale * value, form)
 
 
-def interval(pair: Sequence[float | None] | None, form: str = ".4f", scale: float = 1.0) -> str:
+def format_interval(pair: Sequence[float | None] | None, form: str = ".4f", scale: float = 1.0) -> str:
     """ "LOW to HIGH", an open end as infinity; empty where there is no interval."""
     return "" if pair is None else " to ".join("∞" if v is None else format(scale * v, form) for v in pair)
 
 
-def estimate(measured: dict[str, Any], form: str = ".4f", scale: float = 1.0) -> TableCell:
+def format_estimate(measured: dict[str, Any], form: str = ".4f", scale: float = 1.0) -> TableCell:
     """A cell of {"value", "ci95"}: the value, with its 95% interval as the note."""
-    return number(measured["value"], form, scale), interval(measured["ci95"], form, scale)
+    return format_number(measured["value"], form, scale), format_interval(measured["ci95"], form, scale)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from xomni_jax.checkpoint.store import write_json
-from xomni_jax.core.tables import TableCell, aligned, csv_text, estimate, number
+from xomni_jax.core.tables import TableCell, aligned, csv_text, format_estimate, format_number
 from xomni_jax.evaluation.eval_run import EvalRun, Shot, read_eval_run, same_items
 from xomni_jax.evaluation.gallery import embed, image_order, item_outputs, left_out
 from xomni_jax.evaluation.pages import write_page, write_text
@@ -144,16 +144,16 @@ def difference_table(comparison: dict[str, Any]) -> list[list[TableCell]]:
     name, count = comparison["runs"][0]["headline"]["name"], str(len(comparison["items"]))
     table = [
         ["", "items", first, *others, *(f"{other} minus {first}" for other in others)],
-        [f"headline: {name}", count, *map(number, heads), *(number(gain, "+.4f") for gain in gains)],
+        [f"headline: {name}", count, *map(format_number, heads), *(format_number(gain, "+.4f") for gain in gains)],
     ]
     for r in comparison["rows"]:
-        table.append([r["name"], str(r["items"]), *map(number, r["means"]), *(difference(d, r["items"]) for d in r["differences"])])
+        table.append([r["name"], str(r["items"]), *map(format_number, r["means"]), *(difference(d, r["items"]) for d in r["differences"])])
     return table
 
 
 def difference(measured: dict[str, Any], items: int) -> TableCell:
     """A difference with its interval, and the number of items that have a score in both runs where that is not all."""
-    value, between = estimate(measured, "+.4f")
+    value, between = format_estimate(measured, "+.4f")
     paired = "" if measured["items"] == items else f"{measured['items']} items"
     return value, ", ".join(filter(None, (between, paired)))
 
@@ -168,5 +168,5 @@ def changed_item(
         "category": compared["category"],
         "change": change(compared["scores"]),
         "prompts": list(dict.fromkeys(run.items[i]["prompt"] for run in runs)),  # rewritten prompts may differ
-        "runs": list(zip(names, map(number, compared["scores"]), outputs)),
+        "runs": list(zip(names, map(format_number, compared["scores"]), outputs)),
     }

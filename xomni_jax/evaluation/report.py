@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from xomni_jax.core.tables import TableCell, estimate, interval, number
+from xomni_jax.core.tables import TableCell, format_estimate, format_interval, format_number
 from xomni_jax.evaluation.cells import Cell
 from xomni_jax.evaluation.charts import Dot, Line, dot_chart, line_chart
 from xomni_jax.evaluation.effect import Effect
@@ -69,17 +69,17 @@ def headline(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     """The main numbers: name, value, note."""
     off, comparison = report["guidance_off"], report["comparisons"]["guidance_off"]
     ratio, best = (comparison["word_accuracy_ratio"][f"rl_to_{name}"] for name in ("sft", "sft_best_temperature"))
-    times = lambda value: number(value) if value is None else f"{value:.2f}×"
+    times = lambda value: format_number(value) if value is None else f"{value:.2f}×"
     temperature = comparison["sft_best_temperature"]
     held = report["rl_holds_up_to_best_of"]
     verdict = {0: "not above one SFT sample", 1: "above one SFT sample"}.get(held, f"above best of {held}")
     beaten = comparison["rl_minus"]["sft" if held < 2 else f"sft_best_of_{held}"]["word_accuracy"]
-    by, between = estimate(beaten, "+.0f", 100)
-    accuracy = [number(off[row]["word_accuracy"], ".0%") for row in ("sft", "rl")]
+    by, between = format_estimate(beaten, "+.0f", 100)
+    accuracy = [format_number(off[row]["word_accuracy"], ".0%") for row in ("sft", "rl")]
     colour = comparison["rl_minus"]["sft"]["colour_accuracy"]["value"]
     return [
         ("Words read right", " → ".join(accuracy), "one SFT sample, one RL sample"),
-        ("RL over SFT", times(ratio["value"]), f"95% interval {interval(ratio['ci95'], '.2f') or 'unknown'}"),
+        ("RL over SFT", times(ratio["value"]), f"95% interval {format_interval(ratio['ci95'], '.2f') or 'unknown'}"),
         (
             "RL over SFT at its best temperature",
             times(best["value"]),
@@ -138,9 +138,9 @@ def metrics_table(report: dict[str, Any], name: str) -> list[list[TableCell]]:
     """All metrics with intervals, and RL's difference to each row."""
     rows = [["", *METRIC_NAMES.values(), "RL minus row, words, points"]]
     for row, e in ({"real images": report["real_images"]} | report[name]).items():
-        cells = [(number(e[metric], ".3f"), interval(e["ci95"][metric], ".2f")) for metric in METRIC_NAMES]
+        cells = [(format_number(e[metric], ".3f"), format_interval(e["ci95"][metric], ".2f")) for metric in METRIC_NAMES]
         rl_minus = report["comparisons"][name]["rl_minus"].get(row)
-        rows.append([row_name(row), *cells, "" if rl_minus is None else estimate(rl_minus["word_accuracy"], "+.0f", 100)])
+        rows.append([row_name(row), *cells, "" if rl_minus is None else format_estimate(rl_minus["word_accuracy"], "+.0f", 100)])
     return rows
 
 
@@ -150,7 +150,7 @@ def statistics_table(report: dict[str, Any], name: str) -> list[list[TableCell]]
     rows = {row: e | report[name][row] for row, e in report["image_statistics"][name].items()}
     return [
         ["", *STATISTIC_NAMES.values()],
-        *([row_name(row), *(number(e[key], form(key)) for key in STATISTIC_NAMES)] for row, e in rows.items()),
+        *([row_name(row), *(format_number(e[key], form(key)) for key in STATISTIC_NAMES)] for row, e in rows.items()),
     ]
 
 
@@ -165,7 +165,7 @@ def times_and_settings(report: dict[str, Any]) -> list[tuple[str, str]]:
     not_scored = "; ".join(f"{name}: {', '.join(counts)}" for name, counts in failed.items() if counts) or "none"
     text = lambda value: ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
     return [
-        *((f"{name}, s", number(value, ".2f")) for name, value in seconds.items() if value is not None),
+        *((f"{name}, s", format_number(value, ".2f")) for name, value in seconds.items() if value is not None),
         ("images not scored", not_scored),
         *((name, text(value)) for name, value in report["settings"].items()),
     ]

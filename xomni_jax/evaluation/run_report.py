@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from xomni_jax.core.tables import UNKNOWN, TableCell, csv_text, interval
+from xomni_jax.core.tables import UNKNOWN, TableCell, csv_text, format_interval
 from xomni_jax.evaluation import paper
 from xomni_jax.evaluation.eval_run import EvalRun, category, outputs, read_eval_run, reading
 from xomni_jax.evaluation.gallery import ORDERS, PAGE_BYTES, embed, image_order, item_outputs, left_out, spread
@@ -78,7 +78,7 @@ def headline(run: EvalRun) -> list[tuple[str, str, str]]:
         ours = paper.ours(run.results)[columns.headline] or "no score"
         cards.append(("X-Omni in the paper", printed, f"table {columns.table}; here {ours}"))
     if mean.prompts:
-        cards.append(("Mean score of an item", f"{mean.value:.3f}", f"95% over items: {interval((mean.low, mean.high), '.3f')}"))
+        cards.append(("Mean score of an item", f"{mean.value:.3f}", f"95% over items: {format_interval((mean.low, mean.high), '.3f')}"))
     cards.append(("Items", str(len(run.items)), f"of {counts['published']} published" if counts.get("published") else ""))
     return cards + [
         (name, score_text(n), "") for name, n in counts.items() if name not in ("items", "published") and (n or name == "unparsed")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from xomni_jax.checkpoint.store import write_json
-from xomni_jax.core.tables import TableCell, aligned, csv_text, estimate, number
+from xomni_jax.core.tables import TableCell, aligned, csv_text, format_estimate, format_number
 from xomni_jax.evaluation.charts import Line, line_chart
 from xomni_jax.evaluation.pages import write_page, write_text
 
@@ -49,11 +49,12 @@ def guidance_rows(study: dict[str, Any]) -> list[list[Any]]:
 
 def guidance_table(study: dict[str, Any]) -> list[list[TableCell]]:
     """The scores for readers."""
-    rows = [["", study["headline"], "mean score", "minus off"]]
+    table: list[list[TableCell]] = [["", study["headline"], "mean score", "minus off"]]
     for r in study["rows"]:
-        minus_off = "" if r["minus_off"] is None else estimate(r["minus_off"], "+.4f")
-        rows.append([guidance_name(r) + " (off)" * (r["guidance"] == 1), number(r["headline"]), estimate(r["score"]), minus_off])
-    return rows
+        name = guidance_name(r) + " (off)" * (r["guidance"] == 1)
+        minus_off = "" if r["minus_off"] is None else format_estimate(r["minus_off"], "+.4f")
+        table.append([name, format_number(r["headline"]), format_estimate(r["score"]), minus_off])
+    return table
 
 
 def guidance_text(study: dict[str, Any]) -> str:
@@ -73,7 +74,7 @@ def guidance_page(study: dict[str, Any]) -> dict[str, Any]:
         scores=guidance_table(study),
         chart_title="Mean score by guidance",
         score_chart=score_chart(study, "guidance"),
-        categories=categories and [["", *names], *([c, *(number(r["categories"].get(c)) for r in rows)] for c in categories)],
+        categories=categories and [["", *names], *([c, *(format_number(r["categories"].get(c)) for r in rows)] for c in categories)],
         runs=[["", "run"], *([name, r["run"]] for name, r in zip(names, rows))],
     )
 
@@ -93,12 +94,13 @@ def best_of_rows(study: dict[str, Any]) -> list[list[Any]]:
 
 def best_of_table(study: dict[str, Any]) -> list[list[TableCell]]:
     """The scores for readers."""
-    name = lambda n: "SFT" if n == 1 else f"SFT best of {n}"
-    return [
-        ["", "mean score", "RL minus it", f"{study['headline']} of the first N"],
-        *([name(r["n"]), estimate(r["score"]), estimate(r["rl_minus"], "+.4f"), number(r["headline_of_first_n"])] for r in study["rows"]),
-        ["RL", estimate(study["rl"]["score"]), "", (number(study["rl"]["headline"]), "all its samples")],
-    ]
+    table: list[list[TableCell]] = [["", "mean score", "RL minus it", f"{study['headline']} of the first N"]]
+    for r in study["rows"]:
+        name = "SFT" if r["n"] == 1 else f"SFT best of {r['n']}"
+        rl_minus, first = format_estimate(r["rl_minus"], "+.4f"), format_number(r["headline_of_first_n"])
+        table.append([name, format_estimate(r["score"]), rl_minus, first])
+    rl = study["rl"]
+    return [*table, ["RL", format_estimate(rl["score"]), "", (format_number(rl["headline"]), "all its samples")]]
 
 
 def best_of_text(study: dict[str, Any]) -> str:
