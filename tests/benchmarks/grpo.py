@@ -12,10 +12,11 @@ import jax
 import numpy as np
 
 from tests.benchmarks import machine
-from tests.benchmarks.report import OURS, Report, duration, machine_line, table
+from tests.benchmarks.report import OURS, Report, duration, machine_line
 from tests.benchmarks.services import running
 from tests.benchmarks.timing import BenchError
 from xomni_jax.core.preemption import StopSignal
+from xomni_jax.core.tables import aligned
 from xomni_jax.rewards.client import RewardClient
 from xomni_jax.rl import grpo
 from xomni_jax.sharding.mesh import make_mesh
@@ -139,7 +140,7 @@ def report(
         ", ".join(f"{k} {v}" for k, v in versions.items()),
         machine_line(threads, None) + ("" if None in loads else f"; load {loads[0]:g} before and {loads[1]:g} after"),
         "",
-        table(rows),
+        aligned(rows),
         "",
         f"Medians of {n} steps of each kind, in turn: {rollouts / s['step_seconds']['step']:.3g} rollouts/s; "
         "reward is what the trainer waits.",

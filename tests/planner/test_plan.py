@@ -7,6 +7,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from markupsafe import escape
 
 from tests.miniature import ROOT
 from tests.planner import narrow
@@ -87,11 +88,12 @@ def test_what_is_compiled_is_kept(cache, tmp_path):
 
 
 def test_what_the_compiler_says_it_would_need():
-    said = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (31.22G) exceeds available HBM (15.75G)."
+    said = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (31.22G) "
+    said += "exceeds available HBM (15.75G)."
     assert needed(said) == int(31.22 * GIB)
 
 
-def test_an_update_for_a_slice_that_is_not_there(cache):
+def test_an_update_for_a_slice_that_is_not_there(cache, tmp_path):
     """Narrow, on v5e:2x2: the checks of the full size hold, and the plan reads as text, page and JSON."""
     made_plan = made(narrow.sft(), "v5e:2x2", ["sft-update"], cache)
     (f,) = made_plan.facts
@@ -101,7 +103,10 @@ def test_an_update_for_a_slice_that_is_not_there(cache):
     assert {name for name in held if not found[name][0]} == set()
     text = report.text(made_plan, price=1.0)
     assert "sft on v5e:2x2 (v5litepod-4, 4 chips), mesh fsdp 2 x tensor 2" in text and "bound by" in text and "a step" in text
-    assert "<svg" in report.page(made_plan) and json.loads(json.dumps(report.as_json(made_plan)))["programs"][0]["program"] == "sft-update"
+    assert json.loads(json.dumps(report.as_json(made_plan)))["programs"][0]["program"] == "sft-update"
+    page = report.write_html(tmp_path / "plan.html", made_plan, price=1.0).read_text()
+    lines = [str(escape(line.strip())) for line in text.splitlines()]
+    assert page.count("<svg") == 1 and [line for line in lines if line not in page] == [escape("sft-update: " + f.about)]
 
 
 def test_decoding_for_a_slice_that_is_not_there(cache):
@@ -127,8 +132,8 @@ def test_the_decoder_gathers_weights_and_exchanges_no_activations(cache):
     inside = [r for r in f.collectives if re.search("MMDiT/while/body|(double|single)_blocks", r["source"])]
     weights = [r for r in inside if r["kind"] == "all-gather"]
     assert {a for r in weights for a in r["axes"]} == {"fsdp", "tensor"}
-    # Of what a device lacks of two steps' weights; those of modulations are split instead, as for any tensor parallelism, and with jax 0.12 the
-    # CPU's compiler splits those of attention too.
+    # Of what a device lacks of two steps' weights; those of modulations are split instead, as for any tensor parallelism, and with
+    # jax 0.12 the CPU's compiler splits those of attention too.
     assert 0.2 < sum(r["sent"] for r in weights) / (0.75 * f.gathered) < 1
     modulations = 16 * 6 * 128 * 4  # six vectors of width 128 for each of 16 images, float32
     assert max(r["bytes"] / r["times"] for r in inside if r["kind"] != "all-gather") <= modulations
@@ -171,8 +176,9 @@ def test_a_decoder_apart_works_beside_the_rollout():
 def fake(**changes):
     """Facts of a program that was never compiled."""
     fields = {f.name: 0 for f in dataclasses.fields(plan.Facts)} | dict(
-        program="policy-update", about="", key="k", memory=None, needs=40 * GIB, flops=dict(weights=1e15, attention=0.0, convolution=0.0, kernels=0.0), devices=4, per_step=1, copies=[], collectives=[],
-        repeated=[], loops=[], unknown=[], logits=(),
+        program="policy-update", about="", key="k", memory=None, needs=40 * GIB, devices=4, per_step=1,
+        flops=dict(weights=1e15, attention=0.0, convolution=0.0, kernels=0.0), copies=[], collectives=[], repeated=[],
+        loops=[], unknown=[], logits=(),
     )  # fmt: skip
     return plan.Facts(**fields | changes)
 

@@ -71,7 +71,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     if args.json:
         write_json(Path(args.json), report.as_json(plan, args.reserve, args.price))
     if args.html:
-        Path(args.html).write_text(report.page(plan, args.reserve, args.price))
+        report.write_html(args.html, plan, args.reserve, args.price)
     print("written: " + ", ".join(filter(None, (args.json, args.html, f"{cache} (what was compiled)"))))
     return 0
 

@@ -11,17 +11,21 @@ from jax.sharding import Mesh
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """The least that one execution of a program must do.
+    """The minimal work of one execution of a program.
 
     Attributes:
-      learned: operations of forward and backward with weights, 6 x parameters x tokens. forward: of passes without a gradient, 2 x.
-      attention: of attention products, causal ones halved.
-      tokens: that the execution reads or makes. images: that it finishes.
-      hbm_per_step: bytes a device must move for each of `steps` decoding steps (0: no such floor).
-      gathered: bytes a device receives of weights split over fsdp, and reduced: of their gradients.
-      logits: most positions whose logits should exist at once (0: no such limit); vocabularies: the widths of the heads.
-      head_gathers: heads that are needed whole, counted once for each set of weights.
-      open_loops: loops that end when their data say so, counted once.
+      learned: operations with weights in forward and backward passes, 6 x parameters x tokens.
+      forward: operations with weights in passes without a gradient, 2 x parameters x tokens.
+      attention: operations of attention products, causal ones halved.
+      tokens: that the execution reads or makes.
+      images: that it finishes.
+      hbm_per_step: bytes that a device must move in each of `steps` decoding steps (0: no lower bound).
+      cache: bytes of the key-value cache on a device.
+      gathered, reduced: bytes of weights and of gradients that a device receives over fsdp.
+      logits: most positions whose logits should exist at the same time (0: no limit).
+      vocabularies: widths of the output heads.
+      head_gathers: gathers of output heads, one for each head and set of weights.
+      open_loops: loops whose length depends on data; they are counted once.
     """
 
     learned: float = 0.0
@@ -38,11 +42,6 @@ class Work:
     vocabularies: tuple[int, ...] = ()
     head_gathers: int = 0
     open_loops: int = 0
-
-    @property
-    def useful(self) -> float:
-        """Operations that count for model FLOPs utilisation."""
-        return self.learned + self.forward + self.attention
 
 
 @dataclasses.dataclass

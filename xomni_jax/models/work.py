@@ -1,4 +1,4 @@
-"""How much arithmetic and traffic a pass of the models needs at least: what compiled programs are held against."""
+"""The least arithmetic and traffic of a pass of the models, with which compiled programs are compared."""
 
 from __future__ import annotations
 
@@ -14,24 +14,19 @@ from xomni_jax.sharding.abstract import leaves
 
 
 def layer_weights(c: ARConfig) -> int:
-    """Matrix values of one decoder layer."""
+    """Parameters in the matrices of one transformer layer."""
     return 2 * c.d_model * c.n_heads * c.head_dim + 2 * c.d_model * c.n_kv_heads * c.head_dim + 3 * c.d_model * c.mlp_dim
 
 
-def last_product(c: ARConfig) -> int:
-    """Matrix values of a layer's last product, which full remat does not repeat."""
-    return c.d_model * c.mlp_dim
-
-
 def causal(c: ARConfig, rows: int, length: int) -> float:
-    """Operations of causal attention, forward, over whole rows."""
+    """Operations of causal attention in a forward pass over whole rows."""
     return 2.0 * rows * length * length * c.n_heads * c.head_dim * c.n_layers
 
 
 def next_token(c: ARConfig, rows: int, length: int, targets: int, phase: str, chunk: int, mesh: Mapping[str, int]) -> Work:
-    """A step of pre-training or fine-tuning: every target row runs through both heads."""
+    """A step of pre-training or fine-tuning, in which both output heads see every target."""
     tokens, heads = rows * length, c.d_model * (c.vocab_size + c.image_vocab_size)
-    share = 6 if phase == "all" else 4  # with frozen language layers their gradients pass, but no weight's is formed
+    share = 6 if phase == "all" else 4  # frozen language layers pass gradients on, but have none of their own
     new = c.n_adapter_layers + c.n_head_layers
     layers = layer_weights(c) * (6 * new + share * c.n_language_layers)
     text_head = 6 if phase == "all" else 4
@@ -46,7 +41,7 @@ def next_token(c: ARConfig, rows: int, length: int, targets: int, phase: str, ch
 def policy_update(
     c: ARConfig, rows: int, prompt: int, codes: int, parts: int, sides: int, reference: bool, chunk: int, mesh: Mapping[str, int]
 ) -> Work:
-    """An update on rollouts: `sides` is 2 with guidance; the reference adds a pass without gradient."""
+    """An update on rollouts. `sides` is 2 with guidance; a reference adds a pass without a gradient."""
     length = prompt + codes
     per_pass = sides * rows * (length * c.n_layers * layer_weights(c) + codes * c.d_model * c.image_vocab_size)
     gathered, reduced = fsdp_bytes(c, parts, c.d_model * c.image_vocab_size, mesh, c.n_layers)
@@ -66,8 +61,8 @@ def replay(c: ARConfig, rows: int, prompt: int, codes: int, parts: int, sides: i
 
 
 def fsdp_bytes(c: ARConfig, parts: int, heads: int, mesh: Mapping[str, int], learned_layers: int, passes: int = 3) -> tuple[float, float]:
-    """(gathered, reduced) bytes of a device: per pass over the layers (forward, remat, backward) their weights in the compute dtype, the
-    heads once; gradients reduced once for each part of the batch, before they are scattered."""
+    """Bytes (gathered, reduced) of a device: the weights of the layers once per pass (forward, remat, backward) in the compute dtype and
+    those of the heads once; the gradients, before they are scattered, once for each part of the batch."""
     if mesh["fsdp"] == 1:
         return 0.0, 0.0
     size = jnp.dtype(c.dtype).itemsize / mesh["tensor"]
@@ -77,8 +72,8 @@ def fsdp_bytes(c: ARConfig, parts: int, heads: int, mesh: Mapping[str, int], lea
 
 
 def rollout(c: ARConfig, prompts: int, rollouts: int, prompt: int, codes: int, segment: int, sides: int, mesh: Mapping[str, int]) -> Work:
-    """A segment of sampling: in each step the weights are read once, and the whole cache, as in the last step when it is full. Attention is
-    that of the mean segment."""
+    """A segment of sampling. Each step reads all weights and the whole cache, which is counted as full; attention is that of the mean
+    segment."""
     batch, tensor = mesh["replica"] * mesh["data"] * mesh["fsdp"], mesh["tensor"]
     n = prompts * rollouts * sides
     decode = 2.0 * n * segment * (c.n_layers * layer_weights(c) + c.d_model * c.image_vocab_size)
@@ -92,14 +87,14 @@ def rollout(c: ARConfig, prompts: int, rollouts: int, prompt: int, codes: int, s
 
 
 def answer(c: ARConfig, rows: int, prompt: int) -> Work:
-    """Reading the questions and one token of the answers, which end when they end; only the language layers see new tokens."""
+    """Prefill of the questions and one token of the answers, whose length is unknown; only the language layers see new tokens."""
     read = prefill(c, rows, prompt, 1)
     new = 2.0 * rows * (c.n_language_layers * layer_weights(c) + c.d_model * c.vocab_size)
     return dataclasses.replace(read, forward=read.forward + new, tokens=rows * (prompt + 1), open_loops=1)
 
 
 def prefill(c: ARConfig, prompts: int, prompt: int, sides: int) -> Work:
-    """The prompts' pass, once per prompt."""
+    """The forward pass over the prompts, once per prompt."""
     rows = prompts * sides
     return Work(forward=2.0 * rows * prompt * c.n_layers * layer_weights(c), attention=causal(c, rows, prompt), tokens=prompts * prompt)
 

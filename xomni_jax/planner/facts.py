@@ -1,4 +1,4 @@
-"""What a compiled program was found to do, beside what it must do: plain numbers, ready for JSON."""
+"""Measurements of a compiled program beside the minimum that its arithmetic requires, as plain numbers for JSON."""
 
 from __future__ import annotations
 
@@ -19,16 +19,18 @@ class Facts:
     """One program, per device and execution unless said otherwise.
 
     Attributes:
-      memory: bytes by kind (None: it does not fit, the compiler needs `needs`), with `state`, the donated argument, and `persistent`, what
-        else stays on the device meanwhile.
-      on_decoder_mesh: it runs on the decoder's own devices.
-      flops: counted over all devices, by kind; `learned`, `forward`, `attention` by arithmetic, over all devices.
-      logits: shape of the largest array of logits; `logits_limit` positions and `head_gathers` gathers of the heads are due.
+      key: of the compilation in the cache. seconds: that it took.
+      memory: bytes by kind, or None where the program does not fit and the compiler asked for `needs` bytes.
+      state: bytes of the donated argument. resident: of the other arrays that stay on the device while it runs.
+      on_decoder_mesh: whether it runs on the decoder's own devices.
+      per_step: executions in a training step. tokens, images: that one execution reads or makes.
+      flops: counted over all devices, by kind. learned, forward, attention: by arithmetic, over all devices (see `core.program.Work`).
+      logits: shape of the largest array of logits. logits_limit: most positions it may have. head_gathers: most gathers of output heads.
       collectives: rows of kind, axes, dtype, shape, times, bytes, sent (over all executions), source, largest first.
-      hbm: bytes moved; `hbm_step` per decoding step, against `floor`.
-      copies: copies from HBM to HBM of LARGE bytes and more. repeated: large weights that several devices hold, with how often.
-      loops: trip counts. unknown: loops that were counted once because theirs could not be read, of
-        which `open_loops` are due.
+      gathered, reduced: bytes of weights and gradients that must be exchanged over fsdp.
+      hbm: bytes moved. hbm_step: per decoding step, of `steps`; floor: the least possible. cache: bytes of the key-value cache.
+      copies: copies from HBM to HBM of at least LARGE bytes. repeated: large weights that several devices hold, with the number of copies.
+      loops: trip counts. unknown: loops counted once, since their trip counts could not be read. open_loops: how many there should be.
     """
 
     program: str
@@ -68,15 +70,20 @@ class Facts:
 
     @property
     def fits_in(self) -> int:
-        """Bytes that must be free: the program's peak and what else stays on the device."""
+        """Bytes that the device must have: the program's peak and the other arrays that stay on it."""
         return (self.memory["peak"] if self.memory else self.needs) + self.persistent
+
+    @property
+    def useful(self) -> float:
+        """Operations that count for model FLOPs utilisation: 6ND, causal attention halved, nothing recomputed."""
+        return self.learned + self.forward + self.attention
 
 
 def read(name: str, made: Programs, compiled: Compiled) -> Facts:
-    """The facts of a compiled program.
+    """Measures a compiled program.
 
     Raises:
-      HLOError: the compiler's text is not understood.
+      HLOError: the HLO text cannot be parsed.
     """
     program = made[name]
     where, w = made.mesh_of(program), program.work
