@@ -75,7 +75,7 @@ def grpo(folder: Path, name: str, model: str, url: str, *overrides: str) -> Conf
     return stage_changes("grpo", folder / name, f"init_from={model}", *rewards, "steps=2", "grid_every=0", "mesh.fsdp=2", *overrides)
 
 
-def run(changes: ConfigDict, line: Line | None) -> None:
+def run_changed(changes: ConfigDict, line: Line | None) -> None:
     """A whole run."""
     run_stage(resolve(Changes(changes.to_dict())), line=line)
 
@@ -83,7 +83,7 @@ def run(changes: ConfigDict, line: Line | None) -> None:
 def apart(folder: Path, model: str, url: str, line: Line | None) -> None:
     """GRPO whose decoder has devices of its own; broken off before its second step was saved, and gone on with."""
     config = grpo(folder, "apart", model, url, "mesh.tensor=1", "decoder_mesh.fsdp=2", "save_every=1")
-    run(config, line)
+    run_changed(config, line)
     if jax.process_count() > 1:
         if jax.process_index() == 0:
             run = folder / "apart"
@@ -91,7 +91,7 @@ def apart(folder: Path, model: str, url: str, line: Line | None) -> None:
             shutil.rmtree(run / "model")
             shutil.rmtree(run / "checkpoints" / "2")
         distributed.barrier("broken off")
-        run(config, line)
+        run_changed(config, line)
 
 
 def among_several(folder: Path, model: str) -> dict:
@@ -112,10 +112,10 @@ def main(folder: Path) -> None:
     def programme():
         index, several, model = jax.process_index(), jax.process_count() > 1, plan["model"]
         out = {"description": distributed.description()} | (among_several(folder, model) if several else {})
-        run(sft(folder, "sft", model), line)
+        run_changed(sft(folder, "sft", model), line)
         if (folder / "moved").is_dir():
-            run(sft(folder, "moved", model), line)
-        run(grpo(folder, "grpo", model, plan["urls"][index], f"grid_every={2 if several else 0}"), line)
+            run_changed(sft(folder, "moved", model), line)
+        run_changed(grpo(folder, "grpo", model, plan["urls"][index], f"grid_every={2 if several else 0}"), line)
         apart(folder, model, plan["urls"][index], line)
         (folder / f"out_{index}.json").write_text(json.dumps(out))
 
