@@ -1,4 +1,6 @@
-"""One of two real processes (or the only one, to compare with): everything that needs a second one and no signal, in one start-up. What it finds is written for the test.
+"""One of two real processes, or the only one, to compare with: everything that needs a second one and no signal, in one start-up.
+
+It writes what it finds for the test.
 
 python -m tests.processes.member FOLDER, started by launch/local.py; FOLDER/plan.json says which model and services.
 """

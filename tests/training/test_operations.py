@@ -38,7 +38,7 @@ def test_weights_that_lie_whole_by_accident_are_refused():
     mesh = make_mesh(dict(fsdp=8))
     many = {f"k{i}": ("fsdp",) for i in range(39)}
     with pytest.raises(
-        ConfigError, match=r"2\.5% of the parameters' bytes lie whole on every device, first lost/kernel\(64, 64\) .*fsdp=8"
+        ConfigError, match=r"2\.5% of the parameters' bytes are replicated on every device, first lost/kernel\(64, 64\) .*fsdp=8"
     ):
         placement(weights(mesh, lost=(), **many), mesh)
     placement(weights(mesh, lost=(), **many, **{f"m{i}": ("fsdp",) for i in range(20)}), mesh)
