@@ -48,8 +48,8 @@ def membership(distributed: bool = False) -> Membership | None:
             raise ProcessGroupError(f"XOMNI_PROCESS={index} of XOMNI_PROCESSES={count}: processes are numbered from 0 to {count - 1}")
         split_address(given["JAX_COORDINATOR_ADDRESS"])
         return Membership(given["JAX_COORDINATOR_ADDRESS"], count, index)
-    slices = os.environ.get("MEGASCALE_NUM_SLICES", "1")
-    if not (distributed or given["JAX_COORDINATOR_ADDRESS"] or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or slices != "1"):
+    several_hosts = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or int(os.environ.get("MEGASCALE_NUM_SLICES") or 1) > 1
+    if not (distributed or several_hosts or given["JAX_COORDINATOR_ADDRESS"]):
         return None
     found = slurm() or open_mpi() or tpu()
     if found is None:
@@ -65,8 +65,8 @@ def slurm() -> Membership | None:
     env = os.environ
     if not {"SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID"} <= env.keys():
         return None
-    name, number = re.match(r"([^,\[]+)(?:\[(\w+))?", env["SLURM_STEP_NODELIST"]).groups(default="")
-    return Membership(f"{name}{number}:{port_of_job(int(env['SLURM_JOB_ID']))}", int(env["SLURM_NTASKS"]), int(env["SLURM_PROCID"]))
+    name, digits = re.match(r"([^,\[]+)(?:\[(\w+))?", env["SLURM_STEP_NODELIST"]).groups(default="")
+    return Membership(f"{name}{digits}:{port_of_job(env['SLURM_JOB_ID'])}", int(env["SLURM_NTASKS"]), int(env["SLURM_PROCID"]))
 
 
 def open_mpi() -> Membership | None:
@@ -75,8 +75,7 @@ def open_mpi() -> Membership | None:
     launcher = re.match(r"(\d+)\.\d+;tcp://([^,:]+)", env.get("OMPI_MCA_orte_hnp_uri", ""))
     if launcher is None:
         return None
-    job = int(launcher[1]) // 4096
-    return Membership(f"{launcher[2]}:{port_of_job(job)}", int(env["OMPI_COMM_WORLD_SIZE"]), int(env["OMPI_COMM_WORLD_RANK"]))
+    return Membership(f"{launcher[2]}:{port_of_job(launcher[1])}", int(env["OMPI_COMM_WORLD_SIZE"]), int(env["OMPI_COMM_WORLD_RANK"]))
 
 
 def tpu() -> Membership | None:
@@ -92,9 +91,10 @@ def tpu() -> Membership | None:
         env = dict(re.findall(r"^\s*(\w+)\s*:\s*'?(.*?)'?\s*$", described, re.M)) | env
     # A host is "name", "name:port" or "name:id:address".
     hosts = [parts[2] if len(parts) == 3 else parts[0] for parts in (host.split(":") for host in hosts.split(","))]
-    first = env.get("MEGASCALE_COORDINATOR_ADDRESS", hosts[0]).split(":")[0]
-    index = int(env.get("MEGASCALE_SLICE_ID", 0)) * len(hosts) + int(worker)
-    return Membership(f"{first}:{env.get('JAX_COORDINATOR_PORT', 8482)}", len(hosts) * int(env.get("MEGASCALE_NUM_SLICES", 1)), index)
+    first = (env.get("MEGASCALE_COORDINATOR_ADDRESS") or hosts[0]).split(":")[0]
+    index = int(env.get("MEGASCALE_SLICE_ID") or 0) * len(hosts) + int(worker)
+    count = int(env.get("MEGASCALE_NUM_SLICES") or 1) * len(hosts)
+    return Membership(f"{first}:{env.get('JAX_COORDINATOR_PORT') or 8482}", count, index)
 
 
 def metadata(key: str) -> str:
@@ -105,9 +105,9 @@ def metadata(key: str) -> str:
         return answer.read().decode()
 
 
-def port_of_job(job: int) -> str:
-    """A port that all processes of a job derive from its number, below the last one, for the next port is used as well."""
-    return os.environ.get("JAX_COORDINATOR_PORT") or str(61440 + job % 4095)
+def port_of_job(job: str) -> str:
+    """A port that all processes of a job derive from its number. The last port is left out, since the next one is used as well."""
+    return os.environ.get("JAX_COORDINATOR_PORT") or str(61440 + int(job) % 4095)
 
 
 def number(name: str, default: float | None = None) -> float:
