@@ -30,6 +30,8 @@ class ProcessGroupError(ValueError):
 class ProcessGroup:
     """All processes of a run, seen from one of them. The constructor returns when all have joined.
 
+    To stop together, the processes poll with `reached_stop` wherever they could stop; each makes the same polls in the same order.
+
     Args:
       address: "host:port" at which process 0 listens.
       index, count: number of this process, and how many there are.
@@ -60,7 +62,7 @@ class ProcessGroup:
         send(self._connection, stop=True)
 
     def reached_stop(self) -> bool:
-        """Makes a poll; True from the agreed one on. Every process must call this at the same places of the program."""
+        """Makes a poll; True from the agreed one on."""
         with self._poll_lock:
             self._polls += 1
         return self._polls >= self._stop_at
