@@ -182,7 +182,7 @@ def test_an_error_of_one_is_told_to_the_others(address, exits, capfd):
 def test_process_0_is_gone(address, exits, capfd):
     groups = join(address, [{}] * 2)
     groups[0]._leaving = True
-    for connection in groups[0]._server._members.values():
+    for connection in list(groups[0]._server._members.values()):
         connection.shutdown(socket.SHUT_RDWR)
     wait_until(lambda: exits == [1])
     assert "xomni: process 0 is gone; process 1 ends too" in capfd.readouterr().err

@@ -1,6 +1,7 @@
 """What an operator reads of a run: placement of weights, counted operations, goodput, compilations after warm-up, profiles, retention."""
 
 import json
+import time
 import types
 
 import jax
@@ -114,7 +115,8 @@ def test_steps_to_profile_that_are_none(text):
 def test_saves_by_time_and_what_is_kept(tmp_path, monkeypatch):
     """No step is due by its number, but each takes half a minute; the fifth stays for good."""
     clock = iter(range(0, 10**6, 30))
-    monkeypatch.setattr(loop.time, "monotonic", lambda: float(next(clock)))
+    # A clock of the loop alone: threads of Orbax and of other tests read the time as well.
+    monkeypatch.setattr(loop, "time", types.SimpleNamespace(monotonic=lambda: float(next(clock)), perf_counter=time.perf_counter))
     go(run(tmp_path, grid_every=0, log_every=1, save_every=100, save_minutes=1.0, keep=2, keep_every=2), counting())
     assert saved(tmp_path)[-1] == 7 and 2 < len(saved(tmp_path)) < 7
     steps = tmp_path / "kept"
