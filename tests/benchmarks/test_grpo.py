@@ -101,7 +101,7 @@ def test_services_start_and_end():
     with services.running({"shapes": 1}) as urls:
         assert set(urls) == {"shapes"} and urls["shapes"].startswith("http://127.0.0.1:")
         client = grpo.RewardClient("shapes", urls["shapes"])
-        assert client.health()[0]["workers"] == 1
+        assert client.health()[0].workers == 1
     with pytest.raises(ValueError, match="no reward service answers"):
         client.health()
     client.close()

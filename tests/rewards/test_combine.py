@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from xomni_jax.rewards.client import Score
+from xomni_jax.rewards import Score
 from xomni_jax.rewards.combine import Column, column, combine, standardise
 
 NAN = float("nan")

@@ -17,7 +17,8 @@ def scorer():
 
 
 def score(scorer, image, **targets):
-    return scorer.score(image, {"prompt": "", "targets": targets})
+    outcome = scorer.score_image(image, {"prompt": "", "targets": targets})
+    return outcome.value, outcome.detail
 
 
 @pytest.mark.parametrize("colour", ["red", "green", "blue", "yellow", "purple", "orange"])

@@ -1,10 +1,10 @@
-"""Several rewards become one per rollout: weights, absent and failed rewards, two orders of normalising. Numpy, on the host.
+"""Combination of several rewards into one per rollout, in numpy on the host. P prompts, R rollouts per prompt.
 
-P prompts, R rollouts per prompt. X-Omni (arXiv 2507.22058, section 3.3) takes a weighted sum and does not print its weights.
+X-Omni (arXiv 2507.22058, section 3.3) takes a weighted sum and does not publish its weights.
 
-Two kinds of missing are kept apart. *Absent*: the reward does not apply to the prompt (OCR without a text): NaN, adds nothing,
-which is harmless because it holds for the whole group. *Failed*: it applies but could not be had: the rollout is masked out of
-its group, since a sum that lacks a term cannot be compared with its neighbours.
+A value may be missing for two reasons. *Absent*: the reward does not apply to the prompt (OCR without a text). It adds nothing, which
+is harmless because it holds for the whole group. *Failed*: the reward applies, but the image could not be scored. The rollout is
+masked out of its group, since a sum that lacks a term cannot be compared with the others.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from xomni_jax.rewards.client import Score
+from xomni_jax.rewards.protocol import Score
 
 MODES = ("sum_then_normalize", "normalize_then_sum")
 

