@@ -9,7 +9,7 @@ from xomni_jax.core.config import ConfigError
 from xomni_jax.rewards import Score
 from xomni_jax.rewards.scorer import ServiceError, build_scorer
 from xomni_jax.rewards.services import tesseract
-from xomni_jax.rewards.services.crop import ground_colour, ink_mask, text_lines
+from xomni_jax.rewards.services.crop import background_colour, ink_mask, text_lines
 from xomni_jax.rewards.services.ocr import OCRScorer, PPOCRReader
 
 WORDS = ["GARDEN", "SILVER", "TEA", "BRIDGE", "MOON", "CLOUDS"]
@@ -108,7 +108,7 @@ def test_lines_are_cut_at_wide_gaps_only():
         assert (rim == (205, 40, 40)).all()
         assert ink_mask(line)[4].any() and ink_mask(line)[-5].any() and ink_mask(line)[:, 4].any() and ink_mask(line)[:, -5].any()
     assert text_lines(np.full((16, 24, 3), 9, np.uint8)) == []
-    np.testing.assert_array_equal(ground_colour(sign("A")), (205, 40, 40))
+    np.testing.assert_array_equal(background_colour(sign("A")), (205, 40, 40))
 
 
 def test_ink_that_touches_the_border_and_noise(scorer):

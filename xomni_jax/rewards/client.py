@@ -47,11 +47,7 @@ class _Replica:
 
 
 class _Busy(Exception):
-    """The service has no room now (429); `seconds` is when to ask again."""
-
-    def __init__(self, seconds: float):
-        super().__init__(seconds)
-        self.seconds = seconds
+    """The service has no room now (429); the argument is the number of seconds after which to ask again."""
 
 
 class _Refused(Exception):
@@ -211,7 +207,7 @@ class RewardClient:
                     try:
                         return await self._post(replica, request, body)
                     except _Busy as busy:
-                        reason, rest = f"{replica.url} is busy", max(busy.seconds, pause)
+                        reason, rest = f"{replica.url} is busy", max(busy.args[0], pause)
                     except (httpx.HTTPError, httpx.InvalidURL, ProtocolError, OSError) as error:
                         reason, rest = f"{replica.url}: {str(error) or type(error).__name__}", pause
                         tries, pause = tries + 1, min(pause * 2, 8.0)

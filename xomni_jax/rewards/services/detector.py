@@ -29,7 +29,7 @@ COCO = tuple(
     "toothbrush".split(",")
 )
 _TEMPLATES = ("a photo of a {c} {name}", "a photo of a {c}-colored {name}", "a photo of a {c} object")
-SHORT_SIDE = 800  # of the image that the detector sees
+SHORT_SIDE = 800  # pixels of the resized image
 _LONGEST, _DIVISOR = 5 / 3, 32  # the long side is at most 1333 to 800; padded to whole 32s
 _MEAN, _STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -130,7 +130,7 @@ class Mask2Former:
 
 
 def fitted(size: tuple[int, int], short_side: int = SHORT_SIDE) -> tuple[int, int]:
-    """Width and height that the detector sees of an image of `size` (width, height)."""
+    """Width and height to which an image of `size` (width, height) is resized for the detector."""
     scale = min(short_side / min(size), int(short_side * _LONGEST) / max(size))
     return int(size[0] * scale + 0.5), int(size[1] * scale + 0.5)
 
@@ -235,7 +235,7 @@ def _directory(option: str, folder: str | None, model: str) -> Path:
 
 
 def _digest(folder: Path) -> str:
-    """Short hash of the weights: which judge it was, wherever its directory lay."""
+    """Short hash of the weights, which identifies the judge wherever its directory is."""
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin")):
         with path.open("rb") as file:

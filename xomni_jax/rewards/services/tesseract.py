@@ -10,10 +10,10 @@ from PIL import Image
 
 from xomni_jax.rewards.protocol import Item, Score
 from xomni_jax.rewards.scorer import Scorer, ServiceError, need
-from xomni_jax.rewards.services.crop import ground_colour, text_lines
+from xomni_jax.rewards.services.crop import background_colour, text_lines
 from xomni_jax.rewards.text_metrics import compare_text
 
-_SCALE, _BORDER = 2, 8  # measured best on words of 10 to 30 pixels
+_SCALE, _BORDER = 2, 8  # measured best for words 10 to 30 pixels high
 
 
 class TesseractReader:
@@ -35,12 +35,12 @@ class TesseractReader:
 
     def read(self, image: np.ndarray) -> str:
         """uint8 [Y, X, 3] -> the lines read, joined by spaces, "" when there is nothing to read."""
-        ground = tuple(int(c) for c in ground_colour(image))
-        return " ".join(filter(None, (self._read_line(line, ground) for line in text_lines(image, pad=0))))
+        background = tuple(int(c) for c in background_colour(image))
+        return " ".join(filter(None, (self._read_line(line, background) for line in text_lines(image, pad=0))))
 
-    def _read_line(self, line: np.ndarray, ground: tuple[int, ...]) -> str:
+    def _read_line(self, line: np.ndarray, background: tuple[int, ...]) -> str:
         large = Image.fromarray(line).resize((line.shape[1] * _SCALE, line.shape[0] * _SCALE), Image.Resampling.BICUBIC)
-        page = Image.new("RGB", (large.width + 2 * _BORDER, large.height + 2 * _BORDER), ground)
+        page = Image.new("RGB", (large.width + 2 * _BORDER, large.height + 2 * _BORDER), background)
         page.paste(large, (_BORDER, _BORDER))
         self._api.SetImage(page)
         return self._api.GetUTF8Text().strip()
@@ -69,7 +69,7 @@ class TesseractScorer(Scorer):
 
 
 def _data_folders() -> list[Path]:
-    """Where distributions put tessdata; the environment variable first."""
+    """Folders where the language data may be: TESSDATA_PREFIX, then where distributions put it."""
     named = [Path(os.environ["TESSDATA_PREFIX"])] if os.environ.get("TESSDATA_PREFIX") else []
     named += [p / "tessdata" for p in named]
     roots = [Path(p) for p in ("/usr/share/tesseract-ocr", "/usr/local/share", "/usr/share", "/opt/homebrew/share")]
