@@ -10,6 +10,7 @@ import pytest
 
 from tests.benchmarks import grpo, services
 from tests.benchmarks.timing import BenchError
+from xomni_jax.rewards.protocol import Health
 from xomni_jax.training.stage import load_config
 
 
@@ -50,7 +51,7 @@ def pretend(monkeypatch):
 
         def health(self):
             self.calls += 1
-            return [{"busy_seconds": 0.5 * self.calls}]
+            return [Health(schema=1, scorer="ocr", busy_seconds=0.5 * self.calls)]
 
         def close(self):
             pass
