@@ -198,6 +198,8 @@ class Stubborn(Scorer):
                 return Score(None)
             case "text":
                 return Score("0.5")
+            case "number":
+                return 0.5
         return Score(0.5, detail={"shape": list(image.shape)})
 
 
@@ -212,14 +214,15 @@ class Batched(Scorer):
 
 def test_each_image_fails_alone():
     image = protocol.encode_image(sign("A", 16, 24))
-    todo = [{"do": do} for do in ("raise", "nan", "skip", "text", "score", "unread")]
-    scores = score_files(Stubborn(), [image] * 5 + [b"no image"], todo, Limits())
+    todo = [{"do": do} for do in ("raise", "nan", "skip", "text", "score", "number", "unread")]
+    scores = score_files(Stubborn(), [image] * 6 + [b"no image"], todo, Limits())
     assert scores[0] == Score(None, "stubborn failed: RuntimeError: no model")
     assert scores[1].value is None and "not finite" in scores[1].error
     assert scores[2] == Score(None) and not scores[2].applies
     assert scores[3].value is None and "stubborn failed: TypeError" in scores[3].error
     assert scores[4] == Score(0.5, None, {"shape": [16, 24, 3]})
-    assert "cannot be read" in scores[5].error
+    assert "one Score per image, 1 in all, not [0.5]" in scores[5].error
+    assert "cannot be read" in scores[6].error
     assert "the limit is 10" in score_files(Stubborn(), [image], [{"do": "score"}], Limits(max_pixels=10))[0].error
 
 
@@ -228,7 +231,7 @@ def test_a_batch_of_the_wrong_length_is_scored_image_by_image():
     score = lambda *todo: score_files(Batched(), [image] * len(todo), [{"do": do} for do in todo], Limits())  # noqa: E731
     assert [s.value for s in score("", "", "")] == [3, 3, 3]
     first, second, third = score("", "forget", "")
-    assert first.value == third.value == 1 and second.error == "batched failed: ValueError: it gave 0 scores for 1 images"
+    assert first.value == third.value == 1 and "it must return one Score per image, 1 in all, not []" in second.error
 
 
 @pytest.mark.parametrize(

@@ -10,27 +10,29 @@ import types
 import typing
 
 
-def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
-    """Adds `--field-name` for every field of a dataclass: str, int, float, bool, Literal, or one of these with None."""
-    hints, said = typing.get_type_hints(cls), explanations(cls)
+def add_flags(parser: argparse._ActionsContainer, cls: type) -> None:
+    """Adds `--field-name` for every field of a dataclass: str, int, float, bool, Literal, or one of these or None."""
+    hints, sentences = typing.get_type_hints(cls), explanations(cls)
     for field in dataclasses.fields(cls):
-        kind = hints[field.name]
+        kind, help = hints[field.name], sentences.get(field.name, "").rstrip(".")
         if typing.get_origin(kind) in (typing.Union, types.UnionType):
             kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)
-        default = "" if field.default is None else f" (default {field.default})"
-        how = {"default": field.default, "help": (said[field.name].rstrip(".") + default).replace("%", "%%")}
+        if field.default is dataclasses.MISSING:
+            how = {"required": True}
+        else:
+            how = {"default": field.default}
+            help += "" if field.default is None else f" (default {field.default})"
         if kind is bool:
             how["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(kind) is typing.Literal:
             how["choices"] = typing.get_args(kind)
         else:
             how |= {"type": kind, "metavar": kind.__name__.upper()}
-        parser.add_argument("--" + field.name.replace("_", "-"), **how)
+        parser.add_argument("--" + field.name.replace("_", "-"), help=help.strip().replace("%", "%%"), **how)
 
 
 def explanations(cls: type) -> dict[str, str]:
-    """{field: sentence} of a dataclass, from the "Attributes:" part of its docstring; "" for a field that is not explained there."""
+    """{field: sentence} of a dataclass, from the "Attributes:" part of its docstring."""
     _, _, entries = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")
     found = (entry.strip().partition(": ") for entry in re.split(r"\n(?=  \S)", entries))
-    said = {name: " ".join(sentence.split()) for name, _, sentence in found}
-    return {field.name: said.get(field.name, "") for field in dataclasses.fields(cls)}
+    return {name: " ".join(sentence.split()) for name, _, sentence in found}
