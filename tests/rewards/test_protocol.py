@@ -16,7 +16,7 @@ FORMS = (p.MSGPACK, p.JSON)
 
 
 def request(n=2) -> p.Request:
-    return p.Request(id="r1", images=[p.encode_image(sign("HI"))] * n, items=[ocr_item("HI")] * n)
+    return p.Request(schema=1, id="r1", images=[p.encode_image(sign("HI"))] * n, items=[ocr_item("HI")] * n)
 
 
 def message(**changes) -> dict:
@@ -39,20 +39,25 @@ def test_bytes_are_those_of_schema_1():
     assert json.loads(p.encode(request(1), p.JSON))["images"] == [base64.b64encode(request().images[0]).decode()]
 
 
+def test_a_message_must_name_its_schema():
+    with pytest.raises(p.ProtocolError, match="missing required field `schema`"):
+        p.read_request(msgpack.packb({k: v for k, v in message().items() if k != "schema"}))
+
+
 def test_fields_of_later_versions_are_ignored():
     assert p.read_request(msgpack.packb(message(progress=0.5))).images == [b"x"]
 
 
 def test_numpy_numbers_in_a_detail_are_sent():
-    scores = [p.Score(np.float32(0.5), None, {"a": np.float64(0.25), "b": np.arange(2)}).finite()]
+    scores = [p.Score(np.float32(0.5), None, {"a": np.float64(0.25), "b": np.arange(2), 3: True}).checked()]
     assert p.read_response(p.write_response("r1", "ocr", scores), p.MSGPACK, "r1", "ocr", 1) == [
-        p.Score(0.5, None, {"a": 0.25, "b": [0, 1]})
+        p.Score(0.5, None, {"a": 0.25, "b": [0, 1], "3": True})
     ]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), np.float32("nan")])
 def test_a_value_that_is_not_finite_is_a_failure(value):
-    score = p.Score(value, None, {"a": 1}).finite()
+    score = p.Score(value, None, {"a": 1}).checked()
     assert score.value is None and score.failed and "not finite" in score.error and score.detail == {"a": 1}
 
 
@@ -65,6 +70,7 @@ def test_image_round_trip():
 @pytest.mark.parametrize(
     "changes, words",
     [
+        ({"schema": None}, r"Expected `int`, got .* - at `\$.schema`"),
         ({"schema": 2}, r"Invalid enum value 2 - at `\$.schema`"),
         ({"id": 7}, r"Expected `str`, got `int` - at `\$.id`"),
         ({"images": "no"}, r"Expected `array`, got `str` - at `\$.images`"),

@@ -55,7 +55,7 @@ def test_real_service_reads_words(ocr):
 
 
 def test_json_says_the_same_as_msgpack(ocr):
-    body = protocol.encode(Request(id="a", images=[protocol.encode_image(sign("EXIT"))], items=[ocr_item("EXIT")]), JSON)
+    body = protocol.encode(Request(schema=1, id="a", images=[protocol.encode_image(sign("EXIT"))], items=[ocr_item("EXIT")]), JSON)
     answer = httpx.post(ocr[1] + "/score", content=body, headers={"Content-Type": JSON}, trust_env=False)
     assert answer.status_code == 200
     assert answer.json()["scores"] == [1.0] and answer.json()["scorer"] == "ocr" and answer.json()["schema"] == 1
@@ -65,8 +65,12 @@ def test_json_says_the_same_as_msgpack(ocr):
     "body, status, words",
     [
         (b"\xc1", 400, "not a valid request of schema 1 in application/msgpack"),
-        (protocol.encode(Request(id="a", images=[b"x"], items=[])), 400, "1 images but 0 items"),
-        (protocol.encode(Request(id="a", images=[b"x"] * 257, items=[ocr_item("A")] * 257)), 413, "has 257, over the limit of 256 images"),
+        (protocol.encode(Request(schema=1, id="a", images=[b"x"], items=[])), 400, "1 images but 0 items"),
+        (
+            protocol.encode(Request(schema=1, id="a", images=[b"x"] * 257, items=[ocr_item("A")] * 257)),
+            413,
+            "has 257, over the limit of 256 images",
+        ),
     ],
 )
 def test_bad_requests_get_one_sentence(ocr, body, status, words):
@@ -141,7 +145,7 @@ def test_queue_is_bounded_and_health_answers_meanwhile(monkeypatch):
     made = []
     monkeypatch.setattr(server, "Workers", lambda *_: made.append(HeldWorkers()) or made[0])
     app = create_app(ServiceConfig("ocr", workers=1, max_queue=5, limits=Limits(max_images=4, max_body_bytes=10_000)))
-    body = protocol.encode(Request(id="a", images=[b"x"] * 3, items=[ocr_item("A")] * 3))
+    body = protocol.encode(Request(schema=1, id="a", images=[b"x"] * 3, items=[ocr_item("A")] * 3))
 
     async def talk():
         transport = httpx.ASGITransport(app)
@@ -200,6 +204,8 @@ class Stubborn(Scorer):
                 return Score("0.5")
             case "number":
                 return 0.5
+            case "object":
+                return Score(0.5, detail={"scorer": self})
         return Score(0.5, detail={"shape": list(image.shape)})
 
 
@@ -214,15 +220,16 @@ class Batched(Scorer):
 
 def test_each_image_fails_alone():
     image = protocol.encode_image(sign("A", 16, 24))
-    todo = [{"do": do} for do in ("raise", "nan", "skip", "text", "score", "number", "unread")]
-    scores = score_files(Stubborn(), [image] * 6 + [b"no image"], todo, Limits())
+    todo = [{"do": do} for do in ("raise", "nan", "skip", "text", "score", "number", "object", "unread")]
+    scores = score_files(Stubborn(), [image] * 7 + [b"no image"], todo, Limits())
     assert scores[0] == Score(None, "stubborn failed: RuntimeError: no model")
     assert scores[1].value is None and "not finite" in scores[1].error
     assert scores[2] == Score(None) and not scores[2].applies
     assert scores[3].value is None and "stubborn failed: TypeError" in scores[3].error
     assert scores[4] == Score(0.5, None, {"shape": [16, 24, 3]})
     assert "one Score per image, 1 in all, not [0.5]" in scores[5].error
-    assert "cannot be read" in scores[6].error
+    assert "the detail holds a Stubborn, which has no form in JSON" in scores[6].error
+    assert "cannot be read" in scores[7].error
     assert "the limit is 10" in score_files(Stubborn(), [image], [{"do": "score"}], Limits(max_pixels=10))[0].error
 
 

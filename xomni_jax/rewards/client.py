@@ -197,7 +197,7 @@ class RewardClient:
 
     async def _request(self, images: list[bytes], items: list[Item], deadline: float) -> list[Score]:
         """One request with retries. A chunk refused as a whole is halved, so that one bad image does not fail its neighbours."""
-        request = Request(id=uuid.uuid4().hex, images=images, items=items)
+        request = Request(schema=SCHEMA, id=uuid.uuid4().hex, images=images, items=items)
         body = protocol.encode(request)
         reason, tries, pause = "no time was left", 0, self.backoff
         try:

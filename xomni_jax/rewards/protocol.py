@@ -25,6 +25,7 @@ from PIL import Image
 SCHEMA = 1
 MSGPACK = "application/msgpack"
 JSON = "application/json"
+_CODECS = {MSGPACK: msgspec.msgpack, JSON: msgspec.json}
 T = TypeVar("T")
 
 
@@ -70,19 +71,20 @@ class Score(msgspec.Struct, frozen=True, omit_defaults=True):
         """False when the item holds nothing that this reward judges."""
         return self.value is not None or self.failed
 
-    def finite(self) -> Score:
-        """This score with `value` as a Python float, or a failure when it is NaN or infinite."""
+    def checked(self) -> Score:
+        """This score in Python's own types; a failure when the value is not finite. TypeError when the detail has no form in JSON."""
+        detail = msgspec.to_builtins(self.detail, str_keys=True, enc_hook=_plain)
         if self.failed or self.value is None:
-            return Score(None, self.error, self.detail)
+            return Score(None, self.error, detail)
         if not math.isfinite(self.value):
-            return Score(None, f"the scorer gave {self.value}, which is not finite", self.detail)
-        return Score(float(self.value), None, self.detail)
+            return Score(None, f"the scorer gave {self.value}, which is not finite", detail)
+        return Score(float(self.value), None, detail)
 
 
 class Request(msgspec.Struct, kw_only=True):
     """Images (encoded files) and their items; `items[i]` belongs to `images[i]`."""
 
-    schema: Literal[1] = SCHEMA
+    schema: Literal[1]
     id: Annotated[str, msgspec.Meta(max_length=256)]
     images: list[bytes]
     items: list[Item]
@@ -91,7 +93,7 @@ class Request(msgspec.Struct, kw_only=True):
 class Response(msgspec.Struct, kw_only=True):
     """One score, error and detail per image of the request, in its order."""
 
-    schema: Literal[1] = SCHEMA
+    schema: Literal[1]
     id: str
     scorer: str
     scores: list[float | None]
@@ -138,20 +140,18 @@ class Health(msgspec.Struct, kw_only=True):
 
 def encode(message: msgspec.Struct, content_type: str = MSGPACK) -> bytes:
     """Bytes of a message in either form."""
-    codec = msgspec.msgpack if content_type == MSGPACK else msgspec.json
-    return codec.encode(message, enc_hook=_plain)
+    return _CODECS[content_type].encode(message)
 
 
 def decode(body: bytes | bytearray, content_type: str, kind: type[T]) -> T:
     """A message of type `kind`. ProtocolError when the body is anything else."""
-    if content_type not in (MSGPACK, JSON):
+    if content_type not in _CODECS:
         raise ProtocolError(f"content type {content_type!r} is not supported; send {MSGPACK} or {JSON}")
-    codec = msgspec.msgpack if content_type == MSGPACK else msgspec.json
     try:
-        return codec.decode(body, type=kind)
+        return _CODECS[content_type].decode(body, type=kind)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        name = kind.__name__.lower()
-        raise ProtocolError(f"the body is not a valid {name} of schema {SCHEMA} in {content_type}: {error}") from error
+        name = f"{kind.__name__.lower()} of schema {SCHEMA} in {content_type}"
+        raise ProtocolError(f"the body is not a valid {name}: {error}") from error
 
 
 def media_type(headers: Mapping[str, str]) -> str:
@@ -180,7 +180,7 @@ def read_request(body: bytes | bytearray, content_type: str = MSGPACK, limits: L
 def write_response(id: str, scorer: str, scores: Sequence[Score], content_type: str = MSGPACK) -> bytes:
     """Bytes of the answer to the request `id`."""
     values, errors, details = ([getattr(s, name) for s in scores] for name in ("value", "error", "detail"))
-    return encode(Response(id=id, scorer=scorer, scores=values, errors=errors, details=details), content_type)
+    return encode(Response(schema=SCHEMA, id=id, scorer=scorer, scores=values, errors=errors, details=details), content_type)
 
 
 def read_response(body: bytes, content_type: str, id: str, scorer: str, count: int) -> list[Score]:
@@ -193,7 +193,7 @@ def read_response(body: bytes, content_type: str, id: str, scorer: str, count: i
     for name in ("scores", "errors", "details"):
         if len(getattr(response, name)) != count:
             raise ProtocolError(f"the answer has {len(getattr(response, name))} {name} for {count} images")
-    return [Score(*row).finite() for row in zip(response.scores, response.errors, response.details)]
+    return [Score(*row).checked() for row in zip(response.scores, response.errors, response.details)]
 
 
 def encode_image(image: np.ndarray | Image.Image) -> bytes:
@@ -230,7 +230,7 @@ def _limit(what: str, size: int, limit: int, unit: str) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Numpy numbers and arrays in a detail as Python ones."""
+    """A numpy number or array as Python numbers."""
     if isinstance(value, (np.generic, np.ndarray)):
         return value.tolist()
-    raise TypeError(f"{type(value).__name__} has no form in JSON")
+    raise TypeError(f"the detail holds a {type(value).__name__}, which has no form in JSON")

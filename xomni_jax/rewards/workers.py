@@ -85,7 +85,7 @@ def score_batch(scorer: Scorer, images: Sequence[np.ndarray], items: Sequence[It
         scores = scorer.score(images, items)
         if len(scores) != len(images) or not all(isinstance(score, Score) for score in scores):
             raise TypeError(f"it must return one Score per image, {len(images)} in all, not {str(scores):.200}")
-        return [score.finite() for score in scores]
+        return [score.checked() for score in scores]
     except Exception as error:  # noqa: BLE001 - whatever a scorer raises concerns these images alone
         if len(images) == 1:
             return [Score(None, f"{scorer.name} failed: {type(error).__name__}: {error}"[:500])]
