@@ -262,14 +262,14 @@ class RewardClient:
 
     async def _health(self, replica: _Replica) -> Health:
         port = replica.url.rpartition(":")[2]
-        mend = f"start it with: xomni serve-reward {self.name} --port {port if port.isdigit() else 8001}"
+        remedy = f"start it with: xomni serve-reward {self.name} --port {port if port.isdigit() else 8001}"
         try:
             answer = (await self._http.get(replica.url + "/health", timeout=5.0)).raise_for_status()
             health = protocol.decode(answer.content, protocol.JSON, Health)
         except (httpx.HTTPError, httpx.InvalidURL, ValueError, OSError) as error:
-            raise RewardServiceError(f"no reward service answers at {replica.url} ({type(error).__name__}); {mend}") from error
+            raise RewardServiceError(f"no reward service answers at {replica.url} ({type(error).__name__}); {remedy}") from error
         if health.scorer != self.name or health.schema != SCHEMA:
-            raise RewardServiceError(f"{replica.url} serves {health.scorer!r}, not {self.name!r} with schema {SCHEMA}; {mend}")
+            raise RewardServiceError(f"{replica.url} serves {health.scorer!r}, not {self.name!r} with schema {SCHEMA}; {remedy}")
         return health
 
 
