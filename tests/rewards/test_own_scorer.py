@@ -14,6 +14,7 @@ from tests.test_readme import commands, parse
 from xomni_jax.rewards import Score
 from xomni_jax.rewards.client import RewardClient
 from xomni_jax.rl.rewards import close_all, open_clients
+from xomni_jax.training.stage import load_config
 
 FILE = Path(__file__).with_name("my_scorer.py")
 README = ROOT / "xomni_jax/rewards/README.md"
@@ -72,8 +73,13 @@ def test_any_language_can_ask_it(url):
 
 def test_a_run_names_it_in_its_rewards(url):
     """config.rewards takes any name; the trainer's clients are those of the services named there."""
-    section = {"sharpness": {"urls": (url,), "weight": 0.5}, "ocr": {"urls": ("http://127.0.0.1:1",), "weight": None}}
-    clients, weights = open_clients(section, lambda: None)
+    weighted = (
+        f"rewards.sharpness.urls=('{url}',)",
+        "rewards.sharpness.weight=0.5",
+        "rewards.ocr.weight=None",
+        "rewards.shapes.weight=None",
+    )
+    clients, weights = open_clients(load_config(ROOT / "configs/tiny/grpo.py", weighted).rewards, lambda: None)
     try:
         assert weights == {"sharpness": 0.5}
         assert clients["sharpness"].score([sign("HELLO")], [ASKED]) == [expected(sign("HELLO"))]

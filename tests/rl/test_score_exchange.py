@@ -21,7 +21,8 @@ def exchange(monkeypatch, wait, others=OTHERS):
 
     polled = []
     monkeypatch.setattr(rollouts, "gather_json", gather)
-    this = SimpleNamespace(clients={"ocr": SimpleNamespace(wait=wait)}, waiting=None, poll=lambda: polled.append(1))
+    stop = SimpleNamespace(check=lambda: polled.append(1), check_waiting=None)
+    this = SimpleNamespace(clients={"ocr": SimpleNamespace(wait=wait)}, stop=stop)
     scores = rollouts.Rollouts.scores(this, [{"ocr": 0}, {"ocr": 1}], [0, 2], 4)["ocr"]
     assert polled == [1]
     return scores

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import inspect
-import re
 import types
 import typing
+
+from xomni_jax.core.config import explanations
 
 
 def add_flags(parser: argparse._ActionsContainer, cls: type) -> None:
@@ -29,10 +29,3 @@ def add_flags(parser: argparse._ActionsContainer, cls: type) -> None:
         else:
             how |= {"type": kind, "metavar": kind.__name__.upper()}
         parser.add_argument("--" + field.name.replace("_", "-"), help=help.strip().replace("%", "%%"), **how)
-
-
-def explanations(cls: type) -> dict[str, str]:
-    """{field: sentence} of a dataclass, from the "Attributes:" part of its docstring."""
-    _, _, entries = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")
-    found = (entry.strip().partition(": ") for entry in re.split(r"\n(?=  \S)", entries))
-    return {name: " ".join(sentence.split()) for name, _, sentence in found}
