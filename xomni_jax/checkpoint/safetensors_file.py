@@ -1,4 +1,4 @@
-"""safetensors: a reader that believes nothing in the header, and a writer that streams tensors into shards.
+"""safetensors: a reader of memory-mapped tensors, and a writer that streams tensors into shards.
 
 The format: 8 bytes (u64, header length), a JSON object {key: {dtype, shape, data_offsets}}, then the tensors' bytes, gapless.
 """
@@ -6,7 +6,6 @@ The format: 8 bytes (u64, header length), a JSON object {key: {dtype, shape, dat
 from __future__ import annotations
 
 import json
-import math
 import mmap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,18 +13,17 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from xomni_jax.checkpoint.tensor_file import (
-    MAX_RANK,
     LazyTensor,
     MappedFile,
-    Place,
     TensorFileError,
     as_lazy,
     check_space,
-    contiguous_strides,
     part_file,
     publish,
+    reason,
     show,
     write_tensor,
 )  # fmt: skip
@@ -54,96 +52,37 @@ DTYPES: dict[str, np.dtype] = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 ORDER = {name: i for i, name in enumerate(DTYPES)}
-MAX_HEADER = 100_000_000  # the safetensors package's own limit
 DAMAGED = "the file is damaged or cut off; download it again"
 
 
 class SafetensorsFile(MappedFile):
-    """A readable .safetensors file.
+    """A readable .safetensors file. The safetensors package reads and checks the header; the values stay in our memory map.
 
-    Attributes:
-      metadata: the header's `__metadata__`, {} if there is none.
+    The package's own tensors would be copies, and its numpy has no bfloat16. As it admits only gapless files, where each tensor lies
+    follows from the sizes of those before it.
 
     Raises:
-      TensorFileError: at construction, for everything that is not exactly the format.
+      TensorFileError: at construction: damaged, or of a dtype that numpy and ml_dtypes lack.
     """
 
     def __init__(self, path: str | Path, data: mmap.mmap | bytes | None = None):
         super().__init__(path, data)
-        start, table = self._header()
-        self.metadata = self._metadata(table.pop("__metadata__", {}))
-        end = 0
-        for key, begin, stop, dtype, shape in sorted((self._entry(k, v) for k, v in table.items()), key=lambda e: e[1:3]):
-            if begin != end:
-                raise self._error(f"{show(key)} starts at byte {begin} of the data, {end} is next")
-            self.place(key, dtype, shape, Place(start + begin, contiguous_strides(shape, dtype.itemsize)))
-            end = stop
-        if start + end != len(self.data):
-            raise self._error(f"its header describes {start + end} bytes, it has {len(self.data)}")
-
-    def _error(self, what: str) -> TensorFileError:
-        return TensorFileError(f"{self.path}: {what}; {DAMAGED}")
-
-    def _header(self) -> tuple[int, dict[str, Any]]:
-        """(where the data start, the header's JSON object)."""
-        length = int.from_bytes(self.data[:8], "little")
-        if len(self.data) < 8 or length > len(self.data) - 8:
-            raise self._error(f"its header should be {length} bytes long, {max(0, len(self.data) - 8)} follow")
-        if length > MAX_HEADER:
-            raise TensorFileError(f"{self.path}: its header is {length} bytes long, more than {MAX_HEADER}; split the file into shards")
-        text = bytes(self.data[8 : 8 + length])
-        # An entry has three brackets in at least 49 bytes; without this a header of "[[],[],..." takes 25 times its size to parse.
-        if text.count(b"[") + text.count(b"{") > 1000 + length // 12:
-            raise self._error("its header is no table of tensors")
-        if not text.startswith(b"{"):
-            raise self._error("its header does not start with '{'")
+        offset = 8 + int.from_bytes(self.data[:8], "little")
         try:
-            table = json.loads(text.decode(), object_pairs_hook=unique)
-        except (ValueError, RecursionError) as e:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-            raise self._error(f"its header is not JSON ({show(str(e))})") from None
-        return 8 + length, table
-
-    def _metadata(self, value: Any) -> dict[str, str]:
-        if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
-            raise self._error("its __metadata__ does not map strings to strings")
-        return value
-
-    def _entry(self, key: str, entry: Any) -> tuple[str, int, int, np.dtype, tuple[int, ...]]:
-        """One header entry -> (key, begin, end, dtype, shape), offsets counted from the start of the data."""
-        if not is_text(key):
-            raise self._error(f"the key {show(key)} is not valid Unicode")
-        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-            raise self._error(f"{show(key)} is not described by dtype, shape and data_offsets")
-        name, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if not isinstance(name, str) or name not in DTYPES:
-            what = f"dtype {show(name, 20)}" if isinstance(name, str) else "a dtype that is no string"
-            raise TensorFileError(f"{self.path}: {show(key)} has {what}, this reader knows {', '.join(DTYPES)}; store it in one of them")
-        if not is_sizes(shape) or len(shape) > MAX_RANK:  # not shown: what is wrong may be long or deep
-            raise self._error(f"the shape of {show(key)} is not a list of at most {MAX_RANK} sizes")
-        if not is_sizes(offsets) or len(offsets) != 2:
-            raise self._error(f"the data_offsets of {show(key)} are not [begin, end]")
-        if offsets[1] - offsets[0] != math.prod(shape) * DTYPES[name].itemsize:
-            raise self._error(f"{show(key)} is {name}{shape} but takes {offsets[1] - offsets[0]} bytes")
-        return key, offsets[0], offsets[1], DTYPES[name], tuple(shape)
-
-
-def is_text(value: str) -> bool:
-    """Whether a string can be written as UTF-8: JSON's escapes can smuggle in half a surrogate pair."""
-    return value.isascii() or not any("\ud800" <= c <= "\udfff" for c in value)
-
-
-def is_sizes(value: Any) -> bool:
-    """A list of integers, each of which fits into 63 bits and is not negative."""
-    return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
-
-
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; a key that comes twice is an error, where `json` would silently keep the last."""
-    out = dict(pairs)
-    if len(out) != len(pairs):
-        seen: set[str] = set()
-        raise ValueError(f"{next(k for k, _ in pairs if k in seen or seen.add(k))[:80]} comes twice")
-    return out
+            with safe_open(self.path, "numpy") as file:
+                self.metadata = file.metadata() or {}
+                slices = {key: file.get_slice(key) for key in file.offset_keys()}
+        except SafetensorError as e:
+            what = reason(e).removeprefix("Error while deserializing header: ")
+            raise TensorFileError(f"{self.path}: its header cannot be read ({what}); {DAMAGED}") from None
+        for key, part in slices.items():
+            dtype, shape = part.get_dtype(), tuple(part.get_shape())
+            if dtype not in DTYPES:
+                raise TensorFileError(
+                    f"{self.path}: {show(key)} has dtype {dtype}, this reader knows {', '.join(DTYPES)}; store it in one of them"
+                )
+            self.place(key, DTYPES[dtype], shape, offset)
+            offset += self.infos[key].nbytes
 
 
 # ---- writing ----

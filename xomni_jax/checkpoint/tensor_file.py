@@ -82,8 +82,8 @@ class TensorFile:
         return self.infos[key]
 
 
-class Place(NamedTuple):
-    """Where a tensor's first element lies in the file, and its strides; both in bytes."""
+class Extent(NamedTuple):
+    """Offset of a tensor's first element in the file, and its strides; both in bytes."""
 
     offset: int
     strides: tuple[int, ...]
@@ -100,29 +100,30 @@ class MappedFile(TensorFile):
     def __init__(self, path: str | Path, data: mmap.mmap | bytes | None = None):
         self.path, self.infos = Path(path), {}
         self.data = map_file(self.path) if data is None else data
-        self.places: dict[str, Place] = {}
+        self.extents: dict[str, Extent] = {}
 
-    def place(self, key: str, dtype: np.dtype, shape: tuple[int, ...], place: Place) -> None:
-        """Records one tensor, unless its sizes are more than numpy can describe, as those of an empty tensor may be."""
-        if math.prod(max(n, 1) for n in shape) * dtype.itemsize >= 2**63:
+    def place(self, key: str, dtype: np.dtype, shape: tuple[int, ...], offset: int, strides: tuple[int, ...] | None = None) -> None:
+        """Records one tensor, C-ordered without strides, unless its shape is more than numpy can describe, as that of an empty tensor may be."""
+        if len(shape) > MAX_RANK or math.prod(max(n, 1) for n in shape) * dtype.itemsize >= 2**63:
             raise TensorFileError(
                 f"{self.path}: {show(key)} has shape {list(shape)}, too large for any machine; the file is damaged, download it again"
             )
-        self.infos[key], self.places[key] = TensorInfo(self.path, key, dtype, shape), place
+        self.infos[key] = TensorInfo(self.path, key, dtype, shape)
+        self.extents[key] = Extent(offset, contiguous_strides(shape, dtype.itemsize) if strides is None else strides)
 
     def read(self, key: str) -> np.ndarray:
         """See `TensorFile.read`."""
-        info, place = self.info(key), self.places[key]
+        info, extent = self.info(key), self.extents[key]
         if info.nbytes == 0:  # nothing to map, and numpy checks an offset at the very end of a buffer against one item
             array = np.empty(info.shape, info.dtype)
         else:
-            array = np.ndarray(info.shape, info.dtype, buffer=self.data, offset=place.offset, strides=place.strides)
+            array = np.ndarray(info.shape, info.dtype, buffer=self.data, offset=extent.offset, strides=extent.strides)
         array.flags.writeable = False
         return array
 
     def release(self, key: str) -> None:
         """See `TensorFile.release`."""
-        info, (offset, strides) = self.info(key), self.places[key]
+        info, (offset, strides) = self.info(key), self.extents[key]
         if isinstance(self.data, mmap.mmap) and info.nbytes:
             end = offset + sum((n - 1) * s for n, s in zip(info.shape, strides, strict=True)) + info.dtype.itemsize
             start = offset - offset % mmap.PAGESIZE
@@ -153,6 +154,11 @@ def contiguous_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]
 def show(text: str, limit: int = 120) -> str:
     """A key or name from an untrusted file: quoted, on one line, printable, cut to `limit` characters."""
     return repr(text) if len(text) <= limit else repr(text[:limit]) + "..."
+
+
+def reason(error: Exception, limit: int = 160) -> str:
+    """What a library said, printable and on one line."""
+    return repr(str(error))[1:-1][:limit]
 
 
 # ---- writing ----

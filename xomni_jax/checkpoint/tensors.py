@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from xomni_jax.checkpoint.safetensors_file import SafetensorsFile, lora_only, unique
+from xomni_jax.checkpoint.safetensors_file import SafetensorsFile, lora_only
 from xomni_jax.checkpoint.tensor_file import LazyTensor, TensorFile, TensorFileError, TensorInfo, map_file, show
 from xomni_jax.checkpoint.torch_file import TorchFile
 
@@ -187,3 +187,12 @@ def read_index(path: Path) -> dict[str, str]:
         if not name or Path(name).name != name or "\0" in name:  # an index must not reach into other folders
             raise TensorFileError(f"{path}: places {show(key)} in {show(name)}, which is no file of this folder; download it again")
     return weight_map
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; a key that comes twice is an error, where `json` would silently keep the last."""
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        seen: set[str] = set()
+        raise ValueError(f"{next(k for k, _ in pairs if k in seen or seen.add(k))[:80]} comes twice")
+    return out
