@@ -9,11 +9,12 @@ import pytest
 
 from tests.checkpoint import released_dirs as dirs
 from xomni_jax.checkpoint.conversion import ConversionError
-from xomni_jax.checkpoint.convert import convert, make_plan
-from xomni_jax.checkpoint.kinds import kind_of
+from xomni_jax.checkpoint.conversion_plan import make_plan
+from xomni_jax.checkpoint.convert import convert
+from xomni_jax.checkpoint.formats import detect_format
+from xomni_jax.checkpoint.orbax_reader import OrbaxReader
 from xomni_jax.checkpoint.released import open_release
 from xomni_jax.checkpoint.safetensors_file import write_safetensors
-from xomni_jax.checkpoint.stored import Stored
 from xomni_jax.checkpoint.tensors import open_sharded, open_tensor_file
 from xomni_jax.checkpoint.torch_file import write_torch_file
 
@@ -41,8 +42,8 @@ def rewrite(folder, change, stem="model"):
 
 # ---- directories ----
 def test_kinds(released, tmp_path):
-    assert [kind_of(folder) for folder in released] == ["xomni", "flux"]
-    assert kind_of(dirs.write_qwen(tmp_path / "q")) == "qwen2" and kind_of(dirs.write_siglip(tmp_path / "s")) == "siglip2"
+    assert [detect_format(folder) for folder in released] == ["xomni", "flux"]
+    assert detect_format(dirs.write_qwen(tmp_path / "q")) == "qwen2" and detect_format(dirs.write_siglip(tmp_path / "s")) == "siglip2"
 
 
 @pytest.mark.parametrize(
@@ -66,16 +67,16 @@ def test_directories_that_are_something_else(files, words, tmp_path):
     for name, data in files.items():
         dirs.write_json(tmp_path / "it" / name, data)
     with pytest.raises(ConversionError, match=words) as error:
-        kind_of(tmp_path / "it")
+        detect_format(tmp_path / "it")
     assert "\n" not in str(error.value) and str(tmp_path / "it") in str(error.value)
 
 
 def test_paths_that_are_no_directories(tmp_path, released):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConversionError, match="file: is a file; give the directory"):
-        kind_of(tmp_path / "file")
+        detect_format(tmp_path / "file")
     with pytest.raises(ConversionError, match="nowhere: no such directory"):
-        kind_of(tmp_path / "nowhere")
+        detect_format(tmp_path / "nowhere")
     assert f"{released[1]}: is FLUX.1-dev; give it as --flux" == refused(tmp_path, released[1], None)
     assert f"{released[0]}: is X-Omni, not FLUX.1-dev; give it as --xomni" == refused(tmp_path, None, released[0])
     assert "--only vae: the given directories hold no autoencoder; give --flux" == refused(tmp_path, released[0], None, only="vae")
@@ -234,7 +235,7 @@ def test_rotary_buffers_and_ranges_are_dropped_by_name(copies):
     rewrite(copies[0], lambda t: t | {"model.rotary_emb.inv_freq": np.ones(2, np.float32)})
     rewrite(copies[1] / "text_encoder", lambda t: t | {"text_model.embeddings.position_ids": np.arange(11)[None]})
     rewrite(copies[1] / "text_encoder_2", lambda t: t | {"encoder.embed_tokens.weight": t["shared.weight"]})
-    assert set(make_plan(open_release(*copies)).targets) == {"transformer", "siglip_vq", "mmdit", "autoencoder", "t5", "clip"}
+    assert set(make_plan(open_release(*copies)).params) == {"transformer", "siglip_vq", "mmdit", "autoencoder", "t5", "clip"}
 
 
 @pytest.mark.parametrize("wrapper", ["state_dict.", "module.visual."])
@@ -245,8 +246,8 @@ def test_wrappers_around_the_tensors(wrapper, copies, converted, tmp_path):
         file = open_tensor_file(path)
         write_torch_file(path, {wrapper + k: np.array(file.read(k)) for k in file.infos})
     convert(copies[0], None, tmp_path / "out", only="tokenizer", say=list)
-    for path, array in Stored(tmp_path / "out" / "siglip_vq").arrays.items():
-        ours, theirs = (Stored(folder / "siglip_vq").read(path) for folder in (tmp_path / "out", converted[0]))
+    for path, array in OrbaxReader(tmp_path / "out" / "siglip_vq").arrays.items():
+        ours, theirs = (OrbaxReader(folder / "siglip_vq").read(path) for folder in (tmp_path / "out", converted[0]))
         assert array.shape == ours.shape and ours.tobytes() == theirs.tobytes()
 
 

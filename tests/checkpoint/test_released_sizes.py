@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from tests.checkpoint import released_dirs as dirs
+from xomni_jax.checkpoint.conversion_plan import make_plan
 from xomni_jax.checkpoint.conversion_report import plan_lines
-from xomni_jax.checkpoint.convert import make_plan
 from xomni_jax.checkpoint.released import open_release
 from xomni_jax.models import autoencoder, mmdit, siglip_vq, text_encoders, transformer
 
@@ -107,21 +107,21 @@ def test_every_key_is_consumed_and_every_parameter_filled(plan):
         "t5": dirs.t5(dirs.RELEASED["t5"]), "clip": dirs.clip(dirs.RELEASED["clip"]),
         "siglip_vq": dirs.vit(dirs.RELEASED["vit"]) | dirs.projector(dirs.RELEASED["vq"], 1536),
     }  # fmt: skip
-    for name, targets in plan.targets.items():
+    for name, targets in plan.params.items():
         taken = [rule.source.removeprefix("vit.").removeprefix("vqproj.") for t in targets for rule in t.rules]
         dropped = (
             {"norm.weight", "norm.bias", *(k for k in shapes[name] if k.startswith(("attn_pool", "head")))}
             if name == "siglip_vq"
             else set()
         )
-        assert sorted(taken) == sorted(set(shapes[name]) - dropped) and not any(t.make for t in targets)
-    sources = {name: sum(len(t.rules) for t in targets) for name, targets in plan.targets.items()}
+        assert sorted(taken) == sorted(set(shapes[name]) - dropped) and not any(t.init for t in targets)
+    sources = {name: sum(len(t.rules) for t in targets) for name, targets in plan.params.items()}
     by_hand = {"transformer": 36 * 12 + 6, "siglip_vq": 40 * 12 + 3 + 5 + 2 * 8, "mmdit": 19 * 32 + 38 * 14 + 21, "autoencoder": 106 + 138}
     assert sources == by_hand | {"t5": 24 * 9 + 3, "clip": 12 * 16 + 4}
 
 
 def test_parameters_are_counted_as_by_hand(plan):
-    counts = {name: sum(math.prod(t.shape) for t in targets) for name, targets in plan.targets.items()}
+    counts = {name: sum(math.prod(t.shape) for t in targets) for name, targets in plan.params.items()}
     print("\n".join(line for line in plan_lines(plan) if not line.startswith(" ")), f"\ntotal: {sum(counts.values()):,}")
     assert counts == COUNTS
     assert NUMBERS.items() <= COUNTS.items()

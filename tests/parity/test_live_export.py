@@ -163,7 +163,7 @@ def test_a_tower_that_transformers_saved_becomes_a_tokenizer(tmp_path, monkeypat
     import torch
 
     from tests.parity.reference_siglip_vq import SIZES, build_vit
-    from xomni_jax.checkpoint.found import NewParts
+    from xomni_jax.checkpoint.component_source import NewParts
 
     monkeypatch.setitem(SIZES, "width", 96)  # the released projector has 32 groups
     tower, features = build_vit(3)
@@ -183,7 +183,7 @@ def test_a_language_model_that_transformers_saved_becomes_a_start(tied, tmp_path
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from xomni_jax.checkpoint.found import NewParts
+    from xomni_jax.checkpoint.component_source import NewParts
 
     torch.manual_seed(0)
     rope = {"rope_type": "default", "rope_theta": 12345.0}

@@ -17,15 +17,14 @@ from typing import Any
 import numpy as np
 
 from xomni_jax.checkpoint import released_configs as configs
-from xomni_jax.checkpoint.assemble import copy_strided
-from xomni_jax.checkpoint.conversion import ConversionError, Rule, Table
-from xomni_jax.checkpoint.convert import DTYPES
+from xomni_jax.checkpoint.conversion import ConversionError, NameTable, Rule
+from xomni_jax.checkpoint.conversion_plan import DTYPES
 from xomni_jax.checkpoint.names import autoencoder, clip, mmdit, siglip_vq, t5, transformer
-from xomni_jax.checkpoint.released import PARTS
-from xomni_jax.checkpoint.released_xomni import HEADS
+from xomni_jax.checkpoint.orbax_reader import OrbaxReader
+from xomni_jax.checkpoint.param_reader import copy_strided
+from xomni_jax.checkpoint.released import ALL, HEADS, PARTS
 from xomni_jax.checkpoint.safetensors_file import write_safetensors
 from xomni_jax.checkpoint.store import CheckpointError, config_from_json, read_model_json, write_json
-from xomni_jax.checkpoint.stored import Stored
 from xomni_jax.checkpoint.tensors import LazyTensor
 from xomni_jax.checkpoint.torch_file import write_torch_file
 from xomni_jax.models.registry import COMPONENTS
@@ -63,7 +62,7 @@ def export(
     part.mkdir(parents=True)
     try:
         job = _Export(Path(model), part, DTYPES[dtype], shard_bytes, pth, say)
-        job.run(PARTS[only] if only else sum(PARTS.values(), ()))
+        job.run(PARTS[only] if only else ALL)
         shutil.rmtree(job.spill)
         if to.is_dir():
             to.rmdir()
@@ -109,15 +108,15 @@ class _Export:
         """Settings of model.json."""
         return self.data.get("settings", {}).get(name, {})
 
-    def tensors(self, name: str, table: Table) -> dict[str, LazyTensor]:
+    def tensors(self, name: str, table: NameTable) -> dict[str, LazyTensor]:
         """{released key: tensor}, read when written."""
-        stored = Stored(self.model / name, self.spill)
+        stored = OrbaxReader(self.model / name, self.spill)
         missing = sorted({rule.target for rule in table.rules} - set(stored.arrays))
         if missing:
             raise CheckpointError(f"{self.model / name}: lacks {missing[0]!r}; it belongs to another configuration")
         return {rule.source: lazy(stored, rule, self.dtype) for rule in table.rules}
 
-    def write(self, folder: Path, name: str, table: Table, stem: str, config: dict[str, Any]) -> None:
+    def write(self, folder: Path, name: str, table: NameTable, stem: str, config: dict[str, Any]) -> None:
         """One component in a folder of its own."""
         files = write_safetensors(folder, self.tensors(name, table), self.shard_bytes, stem)
         write_json(folder / "config.json", config)
@@ -229,17 +228,17 @@ class _Export:
         write_json(self.folder / "flux" / "scheduler" / "scheduler_config.json", configs.write_scheduler(self.settings("decode")))
 
 
-def lazy(stored: Stored, rule: Rule, dtype: np.dtype | None) -> LazyTensor:
+def lazy(stored: OrbaxReader, rule: Rule, dtype: np.dtype | None) -> LazyTensor:
     """One released tensor, made from its place in a stored parameter when it is written."""
     array = stored.arrays[rule.target]
     kind, place = np.dtype(array.dtype if dtype is None else dtype), rule.place(len(array.shape))
-    shape = rule.fit.to_torch(np.broadcast_to(np.int8(0), tuple(array.shape))[place]).shape
+    shape = rule.transform.to_torch(np.broadcast_to(np.int8(0), tuple(array.shape))[place]).shape
 
     def make() -> np.ndarray:
         value = stored.read(rule.target, ... if rule.layer is None else rule.layer)
         if rule.part is not None:
             value = value[place[1:] if rule.layer is not None else place]
-        value = rule.fit.to_torch(value)
+        value = rule.transform.to_torch(value)
         if value.dtype == kind and value.flags.c_contiguous:
             return value
         out = np.empty(shape, kind)

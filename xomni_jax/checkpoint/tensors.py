@@ -18,7 +18,7 @@ __all__ = ["LazyTensor", "ShardedFolder", "TensorFile", "TensorFileError", "Tens
 STEMS = ("model", "diffusion_pytorch_model")
 LISTED = 20  # problems shown of one folder
 # (first bytes, what it is, what to do)
-STRANGERS = (
+OTHER_FORMATS = (
     (b"GGUF", "a GGUF file (quantised for llama.cpp)", "download the safetensors it was made from"),
     (b"GGML", "a GGML file (quantised for llama.cpp)", "download the safetensors it was made from"),
     (b"\x89HDF", "an HDF5 file", "convert it to safetensors"),
@@ -53,7 +53,7 @@ def open_tensor_file(path: str | Path) -> TensorFile:
     elif head.startswith(b"PK"):
         file = TorchFile(path, data)
     else:
-        for start, kind, mend in STRANGERS:
+        for start, kind, mend in OTHER_FORMATS:
             if head.startswith(start):
                 raise TensorFileError(f"{path}: is {kind}; {mend}")
         if path.suffix == ".safetensors":

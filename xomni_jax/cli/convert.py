@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 
-from xomni_jax.checkpoint.convert import DTYPES, convert, plan_for
-from xomni_jax.checkpoint.found import NewParts
+from xomni_jax.checkpoint.component_source import NewParts
+from xomni_jax.checkpoint.conversion_plan import DTYPES, plan_conversion
+from xomni_jax.checkpoint.conversion_report import plan_lines
+from xomni_jax.checkpoint.convert import convert
 from xomni_jax.checkpoint.released import PARTS
 
 EXAMPLE = """\
@@ -73,10 +75,8 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     small = next((k for k, v in vars(parts).items() if v < least.get(k, 0)), None)
     if small:
         raise ValueError(f"{small}={getattr(parts, small)} is too small; leave the option out for the released size")
-    from xomni_jax.checkpoint.conversion_report import plan_lines
-
     if args.plan:
-        plan = plan_for(args.xomni, args.flux, args.to, args.dtype, args.only, parts)
+        plan = plan_conversion(args.xomni, args.flux, args.to, args.dtype, args.only, parts)
         for line in (*plan.release.notes, *plan_lines(plan)):
             print(line)
         print(f"nothing written; {plan.nbytes / 1e9:.3f} GB would be")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from xomni_jax.checkpoint.convert import DTYPES
+from xomni_jax.checkpoint.conversion_plan import DTYPES
 from xomni_jax.checkpoint.released import PARTS
 
 EXAMPLE = """\

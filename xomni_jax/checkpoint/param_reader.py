@@ -1,4 +1,4 @@
-"""Parameters put together from a checkpoint's tensors, any part of one at a time: nothing larger than what is asked for is held."""
+"""Our parameters read out of a checkpoint's tensors, any rectangle of one at a time; no more than that rectangle is held in memory."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from xomni_jax.checkpoint.conversion import Make, Rule, Table
+from xomni_jax.checkpoint.conversion import Init, NameTable, Rule
 
 FLOATS = tuple(np.dtype(t) for t in (np.float32, ml_dtypes.bfloat16, np.float16))
-TILE = (16, 4096)  # elements of a strided copy that stay in the caches: eight times the speed of a plain transposed assignment
+TILE = (16, 4096)  # elements: small enough for the caches, which makes a strided copy eight times faster than a plain transposed assignment
 Index = tuple[slice, ...]
 
 
 class Sources:
-    """Tensors of several files under one set of names; a file's keys may get a prefix.
+    """The tensors of one or several files as one mapping.
 
     Attributes:
       infos: {name: TensorInfo}; `info.file` and `info.key` are those of the file.
-      places: {prefix: file or folder}, for what is missing.
+      paths: {prefix of names: file or folder}, to say where a missing tensor should be.
     """
 
     def __init__(self) -> None:
         self.infos: dict[str, Any] = {}
-        self.places: dict[str, Path] = {}
+        self.paths: dict[str, Path] = {}
         self._files: dict[str, tuple[Any, str]] = {}
 
     def add(self, file: Any, prefix: str = "", known: str = "") -> Sources:
-        """All tensors of one `TensorFile`.
+        """Adds all tensors of a `TensorFile`, with `prefix` before their keys.
 
         Args:
-          known: a key that it must hold; what a wrapper such as {"state_dict": ...} put before it is cut from all keys.
+          known: a key that the file must hold; whatever a wrapper such as {"state_dict": ...} put before it is removed from all keys.
         """
-        self.places[prefix] = file.path
+        self.paths[prefix] = file.path
         wrapper = next((key.removesuffix(known) for key in file.infos if known and (key == known or key.endswith("." + known))), "")
         for key, info in file.infos.items():
             name = prefix + key.removeprefix(wrapper)
@@ -46,36 +46,36 @@ class Sources:
         return self
 
     def alias(self, name: str, of: str) -> None:
-        """A second name of the same tensor (tied weights)."""
+        """Adds a second name for the tensor `of`, as tied weights need."""
         self.infos[name], self._files[name] = self.infos[of], self._files[of]
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor, a view of the memory map."""
+        """The tensor, as a view of the memory map."""
         file, key = self._files[name]
         return file.read(key)
 
     def release(self, name: str) -> None:
-        """Gives back the memory that reading it filled."""
+        """Frees the memory that reading the tensor filled."""
         file, key = self._files[name]
         file.release(key)
 
-    def found(self, name: str) -> str:
-        """What a message calls a tensor that is there."""
+    def describe(self, name: str) -> str:
+        """Names a tensor in a message, with its file."""
         return f"{self.infos[name].file}: {self.infos[name].key}"
 
-    def absent(self, name: str) -> str:
-        """What a message calls a tensor that should be there."""
-        prefix = max((p for p in self.places if name.startswith(p)), key=len, default="")
-        return f"{self.places.get(prefix, '')}: {name.removeprefix(prefix)}"
+    def describe_missing(self, name: str) -> str:
+        """Names a tensor that should be there."""
+        prefix = max((p for p in self.paths if name.startswith(p)), key=len, default="")
+        return f"{self.paths.get(prefix, '')}: {name.removeprefix(prefix)}"
 
 
 @dataclass
-class Target:
-    """One parameter: where its values come from, and any rectangle of it on demand.
+class ParamReader:
+    """Reads any rectangle of one parameter.
 
     Attributes:
       path, shape, dtype: of the parameter.
-      rules: what fills it, or none, then `make` draws it from `seed`.
+      rules: what fills it; without any, `init` draws it from `seed`.
     """
 
     path: str
@@ -83,7 +83,7 @@ class Target:
     dtype: np.dtype
     sources: Sources
     rules: list[Rule] = field(default_factory=list)
-    make: Make | None = None
+    init: Init | None = None
     seed: int = 0
 
     @property
@@ -93,26 +93,26 @@ class Target:
 
     @property
     def stacked(self) -> bool:
-        """Whether the first axis is the layers'."""
-        return self.make.stacked if self.make else self.rules[0].layer is not None
+        """Whether the first axis counts layers."""
+        return self.init.stacked if self.init else self.rules[0].layer is not None
 
     @property
     def order(self) -> tuple[int, ...]:
-        """Axes from the slowest to the fastest in the source file; reading blocks along the first one reads the file in order."""
-        if self.make:
+        """Axes by their stride in the source file, largest first: blocks along the first axis are read in the order of the file."""
+        if self.init:
             return tuple(range(len(self.shape)))
         rule = self.rules[0]
-        view = rule.fit.to_jax(np.broadcast_to(np.int8(0), self.sources.infos[rule.source].shape))
-        strides = rule.fit.to_jax(_strides_of(self.sources.infos[rule.source].shape)).strides if view.size else view.strides
+        view = rule.transform.to_jax(np.broadcast_to(np.int8(0), self.sources.infos[rule.source].shape))
+        strides = rule.transform.to_jax(_strides_of(self.sources.infos[rule.source].shape)).strides if view.size else view.strides
         free = [axis for axis, at in enumerate(rule.place(len(self.shape))) if isinstance(at, slice)]
         fixed = [axis for axis in range(len(self.shape)) if axis not in free]
         return (*fixed, *sorted(free, key=lambda axis: -strides[free.index(axis)]))
 
     def read(self, index: Index | None = None) -> np.ndarray:
-        """The rectangle `index` (all of it without one), C-ordered, in the parameter's dtype."""
+        """The rectangle `index` (by default the whole parameter), C-ordered, in the parameter's dtype."""
         spans = [range(*s.indices(n)) for s, n in zip(index or (slice(None),) * len(self.shape), self.shape, strict=True)]
         out = np.empty(tuple(map(len, spans)), self.dtype)
-        if self.make:
+        if self.init:
             self._draw(spans, out)
         for rule in self.rules:
             value, out_at = self.rule_view(rule, spans)
@@ -121,7 +121,7 @@ class Target:
         return out
 
     def rule_view(self, rule: Rule, spans: list[range]) -> tuple[np.ndarray | None, tuple[int | slice, ...]]:
-        """(the part of the rule's tensor that lies in the rectangle, where it goes there); (None, ()) if none does."""
+        """(the part of the rule's tensor that lies in the rectangle, its index there), or (None, ()) if no part does."""
         value_at: list[slice] = []
         out_at: list[int | slice] = []
         for at, span in zip(rule.place(len(self.shape)), spans):
@@ -132,20 +132,20 @@ class Target:
                 out_at.append(at - span.start)
             else:
                 return None, ()
-        return rule.fit.to_jax(self.sources.read(rule.source))[tuple(value_at)], tuple(out_at)
+        return rule.transform.to_jax(self.sources.read(rule.source))[tuple(value_at)], tuple(out_at)
 
     def release(self) -> None:
-        """Gives back the memory of all sources."""
+        """Frees the memory that reading filled."""
         for rule in self.rules:
             self.sources.release(rule.source)
 
     def _draw(self, spans: list[range], out: np.ndarray) -> None:
-        # A layer is drawn whole, from a seed of its own: what a host or device draws does not depend on how the array is split.
+        # Each layer is drawn whole and from its own seed, so that the values do not depend on how hosts and devices split the array.
         at = tuple(slice(s.start, s.stop) for s in spans)
         layers = spans[0] if self.stacked else [None]
         for layer in layers:
             rng = np.random.default_rng([self.seed, zlib.crc32(self.path.encode()), 0 if layer is None else layer + 1])
-            values = self.make.draw(rng, self.shape if layer is None else self.shape[1:])
+            values = self.init.initializer.draw(rng, self.shape if layer is None else self.shape[1:])
             if layer is None:
                 out[...] = values[at]
             else:
@@ -153,7 +153,7 @@ class Target:
 
 
 def _strides_of(shape: tuple[int, ...]) -> np.ndarray:
-    """An array that has the strides of a C-ordered one of this shape, over no memory: never read it."""
+    """A stand-in with the strides of a C-ordered array of this shape; it has no memory and must not be read."""
     strides, step = [], 1
     for n in reversed(shape):
         strides.append(step)
@@ -162,7 +162,7 @@ def _strides_of(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def copy_strided(out: np.ndarray, value: np.ndarray) -> None:
-    """out[...] = value, cast to out's dtype; by tiles where the two lie in memory in different orders."""
+    """out[...] = value, cast to out's dtype; tile by tile where the axes of the two are in different orders in memory."""
     if value.ndim < 2 or value.flags.c_contiguous or value.strides[-1] == value.itemsize:
         out[...] = value
         return
@@ -180,7 +180,7 @@ def copy_strided(out: np.ndarray, value: np.ndarray) -> None:
 
 
 def _as_matrix(value: np.ndarray) -> np.ndarray | None:
-    """The same memory with two axes, if the axes fold so; None otherwise."""
+    """The same memory viewed with two axes, or None if no grouping of the axes allows it."""
     for split in range(1, value.ndim):
         shape = math.prod(value.shape[:split]), math.prod(value.shape[split:])
         try:
@@ -190,40 +190,40 @@ def _as_matrix(value: np.ndarray) -> np.ndarray | None:
     return None
 
 
-def targets_of(
-    table: Table, wanted: Mapping[str, tuple[int, ...]], sources: Sources, dtype: np.dtype | None, seed: int = 0
-) -> tuple[list[Target], list[str]]:
-    """The parameters of one component in their order, and what is wrong with the dtypes.
+def param_readers(
+    table: NameTable, wanted: Mapping[str, tuple[int, ...]], sources: Sources, dtype: np.dtype | None, seed: int = 0
+) -> tuple[list[ParamReader], list[str]]:
+    """(a reader of each parameter of one component, what is wrong with the dtypes).
 
     Args:
       table: checked by `conversion.problems`.
-      dtype: of every parameter; None keeps the stored ones (new parameters take the one that most bytes have).
+      wanted: {path: shape} of the parameters.
+      dtype: of every parameter. None keeps the stored dtypes; new parameters then take the one that most bytes have.
     """
     rules: dict[str, list[Rule]] = {}
     for rule in table.rules:
         rules.setdefault(rule.target, []).append(rule)
-    makes, out, wrong = {make.target: make for make in table.makes}, [], []
+    inits, readers, wrong = {init.target: init for init in table.inits}, [], []
     usual = usual_dtype(sources, table)
     for path, shape in wanted.items():
         mine = rules.get(path, [])
-        kinds = {rule.source: np.dtype(sources.infos[rule.source].dtype) for rule in mine}
+        dtypes = {rule.source: np.dtype(sources.infos[rule.source].dtype) for rule in mine}
         quantised = "whole numbers or 8-bit floats are quantised weights; give the unquantised checkpoint"
-        wrong += [f"{sources.found(key)}: {kind.name}, {quantised}" for key, kind in kinds.items() if not _is_float(kind)]
-        first = next(iter(kinds.values()), usual)
+        wrong += [f"{sources.describe(key)}: {kind.name}, {quantised}" for key, kind in dtypes.items() if not _is_float(kind)]
+        first = next(iter(dtypes.values()), usual)
         if dtype is None:
-            odd = next((key for key, kind in kinds.items() if kind != first), None)
-            if odd:
-                wrong.append(
-                    f"{sources.found(odd)}: {kinds[odd].name}, but {first.name} in other layers of {path}; choose one with --dtype"
-                )
+            other = next((key for key, kind in dtypes.items() if kind != first), None)
+            if other:
+                mixed = f"{dtypes[other].name}, but {first.name} in other layers of {path}"
+                wrong.append(f"{sources.describe(other)}: {mixed}; choose one with --dtype")
             elif _is_float(first) and first not in FLOATS:
-                wrong.append(f"{sources.found(next(iter(kinds)))}: {first.name} is not kept; choose --dtype float32 or bfloat16")
-        out.append(Target(path, tuple(shape), first if dtype is None else np.dtype(dtype), sources, mine, makes.get(path), seed))
-    return out, wrong
+                wrong.append(f"{sources.describe(next(iter(dtypes)))}: {first.name} is not kept; choose --dtype float32 or bfloat16")
+        readers.append(ParamReader(path, tuple(shape), first if dtype is None else np.dtype(dtype), sources, mine, inits.get(path), seed))
+    return readers, wrong
 
 
-def usual_dtype(sources: Sources, table: Table) -> np.dtype:
-    """The dtype of most bytes that the table takes; float32 if it takes none."""
+def usual_dtype(sources: Sources, table: NameTable) -> np.dtype:
+    """The dtype that most bytes of the table's tensors have; float32 without tensors."""
     sizes: dict[np.dtype, int] = {}
     for rule in table.rules:
         if info := sources.infos.get(rule.source):
@@ -235,9 +235,8 @@ def _is_float(dtype: np.dtype) -> bool:
     return dtype in FLOATS or dtype == np.float64
 
 
-# ---- values that are no numbers ----
 def not_finite(array: np.ndarray, block: int = 2**20) -> str | None:
-    """ "NaN" or "infinite" if any value is, else None; by the exponent bits, a cache's worth at a time."""
+    """The worst kind of value, "NaN" or "infinite", or None if all are finite; `block` values at a time, which fit into the caches."""
     bits = {2: (np.uint16, 0x7F80 if array.dtype == ml_dtypes.bfloat16 else 0x7C00, 0x7FFF), 4: (np.uint32, 0x7F800000, 0x7FFFFFFF)}.get(
         array.itemsize
     )
@@ -250,26 +249,26 @@ def not_finite(array: np.ndarray, block: int = 2**20) -> str | None:
     return "NaN" if worst > infinity else "infinite" if worst == infinity else None
 
 
-def blocks_of(target: Target, chunk: tuple[int, ...], limit: int = 32 * 2**20) -> Iterator[Index]:
-    """Rectangles that cover the parameter, in the order of the file, each of whole chunks and about `limit` bytes at most where chunks allow.
+def blocks_of(param: ParamReader, chunk: tuple[int, ...], limit: int = 32 * 2**20) -> Iterator[Index]:
+    """Rectangles that cover the parameter in the order of the file; each has whole chunks and, where chunks allow, at most about `limit` bytes.
 
-    Several small layers of a stack are one block, a large layer is several; new parameters are drawn by whole layers.
+    Several small layers of a stack make one block, a large layer makes several. New parameters are drawn in whole layers.
     """
-    if not target.shape:
+    if not param.shape:
         yield ()
         return
-    whole = tuple(slice(0, n) for n in target.shape)
-    if not target.stacked:
-        yield from _cut(target, whole, target.order[0], chunk, limit)
+    whole = tuple(slice(0, n) for n in param.shape)
+    if not param.stacked:
+        yield from _cut(param, whole, param.order[0], chunk, limit)
         return
-    for index in _cut(target, whole, 0, chunk, limit):
+    for index in _cut(param, whole, 0, chunk, limit):
         single = index[0].stop - index[0].start == 1
-        yield from _cut(target, index, target.order[1], chunk, limit) if single and target.rules and len(target.shape) > 1 else [index]
+        yield from _cut(param, index, param.order[1], chunk, limit) if single and param.rules and len(param.shape) > 1 else [index]
 
 
-def _cut(target: Target, index: Index, axis: int, chunk: tuple[int, ...], limit: int) -> Iterator[Index]:
-    """A rectangle cut along one axis."""
-    others = math.prod(s.stop - s.start for i, s in enumerate(index) if i != axis) * target.dtype.itemsize or 1
+def _cut(param: ParamReader, index: Index, axis: int, chunk: tuple[int, ...], limit: int) -> Iterator[Index]:
+    """Cuts a rectangle along one axis."""
+    others = math.prod(s.stop - s.start for i, s in enumerate(index) if i != axis) * param.dtype.itemsize or 1
     step = max(1, limit // (others * chunk[axis])) * chunk[axis]
     for start in range(index[axis].start, index[axis].stop, step):
         yield (*index[:axis], slice(start, min(start + step, index[axis].stop)), *index[axis + 1 :])

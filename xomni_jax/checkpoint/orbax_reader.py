@@ -1,4 +1,4 @@
-"""What Orbax wrote, read in parts: one array, or one layer of a stacked one, at a time."""
+"""Reads what Orbax wrote in parts: one array, or one layer of a stacked one, at a time."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from xomni_jax.checkpoint.store import CheckpointError, reading, unwrap_metadata
 SMALL = 4 * 2**20  # bytes of an array that is read whole and kept
 
 
-class Stored:
+class OrbaxReader:
     """The arrays of one component's directory, written by a conversion or by a training run alike.
 
     Attributes:
       arrays: {path: object with shape and dtype}.
-      spill: a folder for arrays that are stored in pieces of many layers, and read layer by layer: each is unpacked there once.
+      spill: a folder for arrays that are stored in chunks of many layers but read layer by layer; each is unpacked there once.
     """
 
     def __init__(self, directory: str | Path, spill: str | Path | None = None):
