@@ -16,9 +16,10 @@ import pytest
 import xomni_jax
 from tests.checkpoint import released_dirs as dirs
 from tests.miniature import ROOT
+from tests.name_tables import to_params
 from xomni_jax.checkpoint import convert as module
 from xomni_jax.checkpoint.component_source import NewParts, wanted_shapes
-from xomni_jax.checkpoint.conversion import ConversionError, flatten, to_params
+from xomni_jax.checkpoint.conversion import ConversionError, flatten
 from xomni_jax.checkpoint.conversion_plan import make_plan
 from xomni_jax.checkpoint.conversion_report import plan_lines
 from xomni_jax.checkpoint.convert import convert

@@ -121,10 +121,10 @@ def test_plain_models_are_exported_as_xomni(tmp_path):
 
 def test_stacks_in_one_piece_are_unpacked_once(tmp_path, monkeypatch):
     """What a training run saved: whole stacks per file, read layer by layer."""
-    from xomni_jax.checkpoint import stored
+    from xomni_jax.checkpoint import orbax_reader
     from xomni_jax.models.transformer import ARConfig
 
-    monkeypatch.setattr(stored, "SMALL", 100)
+    monkeypatch.setattr(orbax_reader, "SMALL", 100)
     cfg = ARConfig(vocab_size=23, mm_vocab_size=19, image_vocab_size=13, d_model=20, mlp_dim=28, n_heads=6, n_kv_heads=2, head_dim=4, n_language_layers=3, n_adapter_layers=1, n_head_layers=2)  # fmt: skip
     params = random_params("transformer", cfg, 3)
     save_component(tmp_path / "model", "transformer", params, cfg)

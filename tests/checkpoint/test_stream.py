@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.miniature import ROOT
+from tests.name_tables import plan, to_params, to_tensors
 from xomni_jax.checkpoint.conversion import (
     CONV,
     TRANSPOSE,
@@ -23,14 +24,11 @@ from xomni_jax.checkpoint.conversion import (
     flatten,
     in_axes,
     out_axes,
-    plan,
     problems,
-    to_params,
-    to_tensors,
-)  # fmt: skip
+)
 from xomni_jax.checkpoint.names import initializers
 from xomni_jax.checkpoint.orbax_reader import OrbaxReader
-from xomni_jax.checkpoint.param_reader import ParamReader, Sources, blocks_of, copy_strided, not_finite, param_readers
+from xomni_jax.checkpoint.param_reader import ParamReader, TensorFiles, blocks_of, copy_strided, not_finite, param_readers
 from xomni_jax.checkpoint.stream import chunk_shape, save_params
 
 FITS = [(TRANSPOSE, (6, 35)), (out_axes(2, 3), (6, 35)), (in_axes(5, 7), (6, 35)), (out_axes(3, 2, 1), (6, 35)), (bias_axes(2, 3), (6,)), (CONV, (6, 5, 3, 2))]  # fmt: skip
@@ -144,7 +142,7 @@ def test_large_copies_cross_tiles(rng):
 
 def test_any_rectangle_is_part_of_the_whole(rng):
     tensors, table, shapes = small(rng)
-    targets, wrong = param_readers(table, shapes, Sources().add(Memory(tensors)), np.dtype(np.float32))
+    targets, wrong = param_readers(table, shapes, TensorFiles().add(Memory(tensors)), np.dtype(np.float32))
     assert wrong == []
     for target in targets:
         whole = target.read()
@@ -157,7 +155,7 @@ def test_any_rectangle_is_part_of_the_whole(rng):
 @pytest.mark.parametrize("limit", [1, 40, 100, 10**6])
 def test_blocks_cover_a_parameter_once_in_the_order_of_the_file(limit, rng):
     tensors, table, shapes = small(rng)
-    targets, _ = param_readers(table, shapes, Sources().add(Memory(tensors)), None)
+    targets, _ = param_readers(table, shapes, TensorFiles().add(Memory(tensors)), None)
     for target in targets:
         seen = np.zeros(target.shape, int)
         for index in blocks_of(target, tuple(min(2, n) for n in target.shape), limit):
@@ -203,7 +201,7 @@ def saved(directory, targets):
 def test_what_is_written_is_what_was_put_together(tmp_path, rng, monkeypatch):
     tensors, table, shapes = small(rng)
     memory = Memory(tensors)
-    targets, _ = param_readers(table, shapes, Sources().add(memory), None)
+    targets, _ = param_readers(table, shapes, TensorFiles().add(memory), None)
     whole = {t.path: t.read() for t in targets}
     for name, limits in (("whole", (2**24, 2**27)), ("pieces", (64, 100))):
         monkeypatch.setattr(chunk_shape, "__defaults__", limits[:1])
@@ -289,7 +287,7 @@ def test_a_failing_write_is_an_error(tmp_path, rng):
             raise OSError(28, "No space left on device")
 
     tensors, table, shapes = small(rng)
-    targets, _ = param_readers(table, shapes, Sources().add(Broken(tensors)), None)
+    targets, _ = param_readers(table, shapes, TensorFiles().add(Broken(tensors)), None)
     with pytest.raises(OSError, match="No space left"):
         save_params(tmp_path / "out", targets)
     assert not (tmp_path / "out").exists()

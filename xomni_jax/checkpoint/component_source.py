@@ -15,7 +15,8 @@ import numpy as np
 from flax.linen import meta
 
 from xomni_jax.checkpoint.conversion import ConversionError, NameTable, flatten, problems
-from xomni_jax.checkpoint.param_reader import FLOATS, ParamReader, Sources, param_readers, usual_dtype
+from xomni_jax.checkpoint.param_reader import FLOATS, ParamReader, param_readers, usual_dtype
+from xomni_jax.checkpoint.tensors import TensorFiles
 from xomni_jax.models.mmdit import MMDiTConfig
 from xomni_jax.models.registry import init_params
 
@@ -47,7 +48,7 @@ class ComponentSource:
     name: str
     config: Any
     table: NameTable
-    sources: Sources
+    sources: TensorFiles
     original: dict[str, Any]
 
     def readers(
@@ -85,7 +86,7 @@ def wanted_shapes(name: str, config: Any) -> dict[str, tuple[int, ...]]:
     return {path: tuple(leaf.shape) for path, leaf in flatten(tree).items()}
 
 
-def component_source(name: str, config: Any, table: NameTable, sources: Sources, original: Mapping[str, Any]) -> ComponentSource:
+def component_source(name: str, config: Any, table: NameTable, sources: TensorFiles, original: Mapping[str, Any]) -> ComponentSource:
     """The component with the stored dtype in its config. It computes in bfloat16 if that is stored, else in float32."""
     stored = usual_dtype(sources, table)
     stored = stored if stored in FLOATS else np.dtype(np.float32)  # others are refused, or cast
@@ -93,12 +94,12 @@ def component_source(name: str, config: Any, table: NameTable, sources: Sources,
     return ComponentSource(name, dataclasses.replace(config, dtype=compute, param_dtype=stored), table, sources, dict(original))
 
 
-def layer_count(sources: Sources, pattern: str) -> int:
+def layer_count(sources: TensorFiles, pattern: str) -> int:
     """Number of layers, from the highest number in the keys that match."""
     return max((int(m[1]) for key in sources.infos if (m := re.match(pattern, key))), default=-1) + 1
 
 
-def shape_of(sources: Sources, key: str, rank: int) -> tuple[int, ...]:
+def shape_of(sources: TensorFiles, key: str, rank: int) -> tuple[int, ...]:
     """Shape of a tensor from which a config's sizes are read."""
     if key not in sources.infos:
         raise ConversionError(f"{sources.describe_missing(key)}: missing from the checkpoint")

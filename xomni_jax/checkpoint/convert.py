@@ -24,6 +24,7 @@ from xomni_jax.checkpoint.conversion_plan import ConversionPlan, plan_conversion
 from xomni_jax.checkpoint.conversion_report import Hashes, report_of
 from xomni_jax.checkpoint.store import FORMAT, CheckpointError, config_to_json, read_model_json, write_json
 from xomni_jax.checkpoint.stream import save_params
+from xomni_jax.checkpoint.tensor_file import check_space
 from xomni_jax.checkpoint.tokenizer_files import copy_tokenizer, with_image_tokens
 
 REPORT, PROGRESS = "conversion.json", "progress.json"
@@ -55,7 +56,8 @@ def convert(
     tokenizer = with_image_tokens(plan.release)
     identity = _identity(plan, dtype)
     done = _done(part, identity)
-    _check_space(to, sum(p.nbytes for name, params in plan.params.items() if name not in done for p in params))
+    needed = sum(p.nbytes for name, params in plan.params.items() if name not in done for p in params)
+    check_space(to, int(needed * 1.01) + 2**20, ConversionError)
     _prepare(part, done)
     for line in plan.release.notes:
         say(line)
@@ -81,15 +83,6 @@ def convert(
 def _barrier(name: str) -> None:
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"xomni convert: {name}")
-
-
-def _check_space(to: Path, needed: int) -> None:
-    folder = next(p for p in to.parents if p.is_dir())
-    free, needed = shutil.disk_usage(folder).free, int(needed * 1.01) + 2**20
-    if needed > free:
-        raise ConversionError(
-            f"{to}: {needed / 1e9:.2f} GB are to be written, {free / 1e9:.2f} GB are free; free some space or choose another disk"
-        )
 
 
 def _identity(plan: ConversionPlan, dtype: str) -> dict[str, Any]:

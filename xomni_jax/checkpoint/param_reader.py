@@ -6,67 +6,16 @@ import math
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from xomni_jax.checkpoint.conversion import Init, NameTable, Rule
+from xomni_jax.checkpoint.tensors import TensorFiles
 
 FLOATS = tuple(np.dtype(t) for t in (np.float32, ml_dtypes.bfloat16, np.float16))
 TILE = (16, 4096)  # elements: small enough for the caches, which makes a strided copy eight times faster than a plain transposed assignment
 Index = tuple[slice, ...]
-
-
-class Sources:
-    """The tensors of one or several files as one mapping.
-
-    Attributes:
-      infos: {name: TensorInfo}; `info.file` and `info.key` are those of the file.
-      paths: {prefix of names: file or folder}, to say where a missing tensor should be.
-    """
-
-    def __init__(self) -> None:
-        self.infos: dict[str, Any] = {}
-        self.paths: dict[str, Path] = {}
-        self._files: dict[str, tuple[Any, str]] = {}
-
-    def add(self, file: Any, prefix: str = "", known: str = "") -> Sources:
-        """Adds all tensors of a `TensorFile`, with `prefix` before their keys.
-
-        Args:
-          known: a key that the file must hold; whatever a wrapper such as {"state_dict": ...} put before it is removed from all keys.
-        """
-        self.paths[prefix] = file.path
-        wrapper = next((key.removesuffix(known) for key in file.infos if known and (key == known or key.endswith("." + known))), "")
-        for key, info in file.infos.items():
-            name = prefix + key.removeprefix(wrapper)
-            self.infos[name], self._files[name] = info, (file, key)
-        return self
-
-    def alias(self, name: str, of: str) -> None:
-        """Adds a second name for the tensor `of`, as tied weights need."""
-        self.infos[name], self._files[name] = self.infos[of], self._files[of]
-
-    def read(self, name: str) -> np.ndarray:
-        """The tensor, as a view of the memory map."""
-        file, key = self._files[name]
-        return file.read(key)
-
-    def release(self, name: str) -> None:
-        """Frees the memory that reading the tensor filled."""
-        file, key = self._files[name]
-        file.release(key)
-
-    def describe(self, name: str) -> str:
-        """Names a tensor in a message, with its file."""
-        return f"{self.infos[name].file}: {self.infos[name].key}"
-
-    def describe_missing(self, name: str) -> str:
-        """Names a tensor that should be there."""
-        prefix = max((p for p in self.paths if name.startswith(p)), key=len, default="")
-        return f"{self.paths.get(prefix, '')}: {name.removeprefix(prefix)}"
 
 
 @dataclass
@@ -81,7 +30,7 @@ class ParamReader:
     path: str
     shape: tuple[int, ...]
     dtype: np.dtype
-    sources: Sources
+    sources: TensorFiles
     rules: list[Rule] = field(default_factory=list)
     init: Init | None = None
     seed: int = 0
@@ -191,7 +140,7 @@ def _as_matrix(value: np.ndarray) -> np.ndarray | None:
 
 
 def param_readers(
-    table: NameTable, wanted: Mapping[str, tuple[int, ...]], sources: Sources, dtype: np.dtype | None, seed: int = 0
+    table: NameTable, wanted: Mapping[str, tuple[int, ...]], sources: TensorFiles, dtype: np.dtype | None, seed: int = 0
 ) -> tuple[list[ParamReader], list[str]]:
     """(a reader of each parameter of one component, what is wrong with the dtypes).
 
@@ -222,7 +171,7 @@ def param_readers(
     return readers, wrong
 
 
-def usual_dtype(sources: Sources, table: NameTable) -> np.dtype:
+def usual_dtype(sources: TensorFiles, table: NameTable) -> np.dtype:
     """The dtype that most bytes of the table's tensors have; float32 without tensors."""
     sizes: dict[np.dtype, int] = {}
     for rule in table.rules:

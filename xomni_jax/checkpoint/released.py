@@ -29,9 +29,8 @@ from xomni_jax.checkpoint.conversion import ConversionError, Init, NameTable
 from xomni_jax.checkpoint.formats import detect_format
 from xomni_jax.checkpoint.names import autoencoder, clip, mmdit, qwen2, siglip2, siglip_vq, t5, transformer
 from xomni_jax.checkpoint.names.initializers import constant
-from xomni_jax.checkpoint.param_reader import Sources
 from xomni_jax.checkpoint.released_configs import ConfigFile
-from xomni_jax.checkpoint.tensors import TensorFileError, open_sharded, open_tensor_file
+from xomni_jax.checkpoint.tensors import TensorFileError, TensorFiles, open_sharded, open_tensor_file
 from xomni_jax.models.siglip_vq import SigLIPVQConfig
 
 # What --only names -> components.
@@ -142,7 +141,7 @@ def _xomni(folder: Path, out: Release) -> Openers:
 
 def _transformer(folder: Path, c: ConfigFile) -> ComponentSource:
     cfg = configs.read_transformer(c, None)
-    return component_source("transformer", cfg, transformer.table(cfg), Sources().add(open_sharded(folder)), c.data)
+    return component_source("transformer", cfg, transformer.table(cfg), open_sharded(folder), c.data)
 
 
 def _siglip_vq(folder: Path, vision: ConfigFile) -> ComponentSource:
@@ -153,7 +152,7 @@ def _siglip_vq(folder: Path, vision: ConfigFile) -> ComponentSource:
         raise ConversionError(
             f"{c.path}: {c.section}siglip_name={name!r} is unknown, and no tensor shows its head count; known: {', '.join(HEADS)}"
         )
-    sources = Sources()
+    sources = TensorFiles()
     sources.add(open_tensor_file(_path_in(folder, c, "siglip_path")), "vit.", "patch_embed.proj.weight")
     sources.add(open_tensor_file(_path_in(folder, c, "projector_path")), "vqproj.", "quantize.embedding.weight")
     width, _, patch, _ = shape_of(sources, "vit.patch_embed.proj.weight", 4)
@@ -215,7 +214,7 @@ def _qwen2(folder: Path, out: Release) -> Openers:
             mm_vocab_size=p.mm_vocab_size,
             image_vocab_size=p.image_vocab_size,
         )
-        cfg, sources = configs.read_transformer(c, vision), Sources().add(open_sharded(folder))
+        cfg, sources = configs.read_transformer(c, vision), open_sharded(folder)
         if c.get("tie_word_embeddings", False) and "lm_head.weight" not in sources.infos and "model.embed_tokens.weight" in sources.infos:
             sources.alias("lm_head.weight", "model.embed_tokens.weight")
         return component_source("transformer", cfg, qwen2.table(cfg, c.number("initializer_range", 0.02)), sources, {})
@@ -232,7 +231,7 @@ def _siglip2(folder: Path, out: Release) -> Openers:
     def opened() -> ComponentSource:
         c = ConfigFile(folder / "config.json")
         c = c.part("vision_config") if "vision_config" in c.data else c
-        sources = Sources().add(open_sharded(folder))
+        sources = open_sharded(folder)
         top = "" if "embeddings.patch_embedding.weight" in sources.infos else "vision_model."
         at = top + "embeddings."
         width, _, patch, _ = shape_of(sources, at + "patch_embedding.weight", 4)
@@ -260,18 +259,18 @@ def _flux(folder: Path, out: Release, plain: bool) -> Openers:
 
     def opener(name: str, sub: str, read: Callable, table: Callable) -> Callable[[], ComponentSource]:
         def opened() -> ComponentSource:
-            c, sources = ConfigFile(folder / sub / "config.json"), Sources().add(open_sharded(folder / sub))
+            c, sources = ConfigFile(folder / sub / "config.json"), open_sharded(folder / sub)
             cfg = read(c)
             return component_source(name, cfg, table(cfg, sources), sources, c.data)
 
         return opened
 
-    def t5_table(cfg: Any, sources: Sources) -> NameTable:
+    def t5_table(cfg: Any, sources: TensorFiles) -> NameTable:
         if "shared.weight" not in sources.infos and "encoder.embed_tokens.weight" in sources.infos:
             sources.alias("shared.weight", "encoder.embed_tokens.weight")
         return t5.table(cfg)
 
-    def clip_table(cfg: Any, sources: Sources) -> NameTable:
+    def clip_table(cfg: Any, sources: TensorFiles) -> NameTable:
         return clip.table(cfg, "text_model." if any(key.startswith("text_model.") for key in sources.infos) else "")
 
     def decoder() -> ComponentSource:
@@ -291,7 +290,7 @@ def _flux(folder: Path, out: Release, plain: bool) -> Openers:
 
 def _mmdit(folder: Path, semantic_dim: int | None) -> ComponentSource:
     """The MMDiT in diffusers' layout; with `semantic_dim` that of plain FLUX.1-dev, whose semantic input starts at zero."""
-    sources, c = Sources().add(open_sharded(folder)), ConfigFile(folder / "config.json")
+    sources, c = open_sharded(folder), ConfigFile(folder / "config.json")
     width, ratio = c.size("num_attention_heads") * c.size("attention_head_dim"), 4
     if "transformer_blocks.0.ff.net.0.proj.weight" in sources.infos and width:
         ratio = shape_of(sources, "transformer_blocks.0.ff.net.0.proj.weight", 2)[0] // width

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from xomni_jax.checkpoint.tensor_file import (
     LazyTensor,
-    MappedFile,
+    TensorFile,
     TensorFileError,
     as_lazy,
     check_space,
@@ -55,7 +55,7 @@ ORDER = {name: i for i, name in enumerate(DTYPES)}
 DAMAGED = "the file is damaged or cut off; download it again"
 
 
-class SafetensorsFile(MappedFile):
+class SafetensorsFile(TensorFile):
     """A readable .safetensors file. The safetensors package reads and checks the header; the values stay in our memory map.
 
     The package's own tensors would be copies, and its numpy has no bfloat16. As it admits only gapless files, where each tensor lies

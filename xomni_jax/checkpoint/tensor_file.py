@@ -1,4 +1,4 @@
-"""What a file of tensors is to the rest of the package: names, shapes and dtypes at once; values as views of a memory map, one at a time."""
+"""Files of tensors: names, shapes and dtypes are known at once; values are views of a memory map, one at a time."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class TensorInfo:
 
 
 class LazyTensor(NamedTuple):
-    """A tensor to be written: `make` is called once, when its turn comes, and must return this dtype and shape."""
+    """A tensor to be written; `make` is called once, when it is written, and must return this dtype and shape."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -50,38 +50,6 @@ class LazyTensor(NamedTuple):
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
-class TensorFile:
-    """Readable tensors: `infos` is complete before any value is read.
-
-    Attributes:
-      path: the file, or the folder of shards.
-      infos: {key: TensorInfo}, in the file's order.
-    """
-
-    path: Path
-    infos: dict[str, TensorInfo]
-
-    def read(self, key: str) -> np.ndarray:
-        """The tensor, shape and dtype as in `infos[key]`: a read-only view of the memory map, perhaps strided or unaligned."""
-        raise NotImplementedError
-
-    def release(self, key: str) -> None:
-        """Gives back the memory that reading `key` filled. Views stay valid: the pages come back from the file when touched."""
-        raise NotImplementedError
-
-    def info(self, key: str) -> TensorInfo:
-        """`infos[key]`.
-
-        Raises:
-          TensorFileError: no such key.
-        """
-        if key not in self.infos:
-            raise TensorFileError(
-                f"{self.path}: has no tensor {show(key)}; it holds {len(self.infos)}, such as {show(next(iter(self.infos), ''))}"
-            )
-        return self.infos[key]
-
-
 class Extent(NamedTuple):
     """Offset of a tensor's first element in the file, and its strides; both in bytes."""
 
@@ -89,16 +57,19 @@ class Extent(NamedTuple):
     strides: tuple[int, ...]
 
 
-class MappedFile(TensorFile):
-    """One memory-mapped file. Subclasses call `place` for every tensor they find and check the bounds before.
+class TensorFile:
+    """One memory-mapped file of tensors. Subclasses check the bounds of every tensor they find, and then `place` it.
 
     Args:
       path: the file; every error names it.
       data: its contents, mapped read-only from `path` when not given.
+
+    Attributes:
+      infos: {key: TensorInfo}, in the file's order; complete before any value is read.
     """
 
     def __init__(self, path: str | Path, data: mmap.mmap | bytes | None = None):
-        self.path, self.infos = Path(path), {}
+        self.path, self.infos = Path(path), dict[str, TensorInfo]()
         self.data = map_file(self.path) if data is None else data
         self.extents: dict[str, Extent] = {}
 
@@ -112,8 +83,8 @@ class MappedFile(TensorFile):
         self.extents[key] = Extent(offset, contiguous_strides(shape, dtype.itemsize) if strides is None else strides)
 
     def read(self, key: str) -> np.ndarray:
-        """See `TensorFile.read`."""
-        info, extent = self.info(key), self.extents[key]
+        """The tensor, as a read-only view of the memory map, perhaps strided or unaligned."""
+        info, extent = self.infos[key], self.extents[key]
         if info.nbytes == 0:  # nothing to map, and numpy checks an offset at the very end of a buffer against one item
             array = np.empty(info.shape, info.dtype)
         else:
@@ -122,8 +93,8 @@ class MappedFile(TensorFile):
         return array
 
     def release(self, key: str) -> None:
-        """See `TensorFile.release`."""
-        info, (offset, strides) = self.info(key), self.extents[key]
+        """Frees the memory that reading `key` filled. Views stay valid: their pages are read from the file again when touched."""
+        info, (offset, strides) = self.infos[key], self.extents[key]
         if isinstance(self.data, mmap.mmap) and info.nbytes:
             end = offset + sum((n - 1) * s for n, s in zip(info.shape, strides, strict=True)) + info.dtype.itemsize
             start = offset - offset % mmap.PAGESIZE
@@ -191,13 +162,12 @@ def write_tensor(file: IO[bytes], path: Path, key: str, lazy: LazyTensor) -> Non
             file.write(np.ascontiguousarray(block, lazy.dtype).reshape(-1).view(np.uint8).data)
 
 
-def check_space(folder: Path, needed: int) -> None:
-    """Refuses to start a write that cannot fit."""
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
+def check_space(path: Path, needed: int, error: type[ValueError] = TensorFileError) -> None:
+    """Refuses to start a write that the disk has no space for."""
+    free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.is_dir())).free
     if needed > free:
-        raise TensorFileError(
-            f"{folder}: {needed / 1e9:.2f} GB are to be written, {free / 1e9:.2f} GB are free; free some space or choose another disk"
+        raise error(
+            f"{path}: {needed / 1e9:.2f} GB are to be written, {free / 1e9:.2f} GB are free; free some space or choose another disk"
         )
 
 
@@ -205,6 +175,7 @@ def check_space(folder: Path, needed: int) -> None:
 def part_file(path: Path) -> Iterator[IO[bytes]]:
     """A file `path`.part to write into, synced to disk at the end; removed if the writing fails. The caller renames it."""
     part = path.with_name(path.name + ".part")
+    part.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(part, "w+b") as file:
             yield file

@@ -1,4 +1,4 @@
-"""Opening tensors on disk: a file of a kind told by its content, or a folder of shards."""
+"""Opens tensors on disk: a file, whose format its content shows, or a folder of shards."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from xomni_jax.checkpoint.safetensors_file import SafetensorsFile, lora_only
 from xomni_jax.checkpoint.tensor_file import LazyTensor, TensorFile, TensorFileError, TensorInfo, map_file, show
 from xomni_jax.checkpoint.torch_file import TorchFile
 
-__all__ = ["LazyTensor", "ShardedFolder", "TensorFile", "TensorFileError", "TensorInfo", "open_sharded", "open_tensor_file"]
+__all__ = ["LazyTensor", "TensorFile", "TensorFileError", "TensorInfo", "open_sharded", "open_tensor_file"]
 
 STEMS = ("model", "diffusion_pytorch_model")
 LISTED = 20  # problems shown of one folder
-# (first bytes, what it is, what to do)
+# (first bytes, what it is, what the user can do)
 OTHER_FORMATS = (
     (b"GGUF", "a GGUF file (quantised for llama.cpp)", "download the safetensors it was made from"),
     (b"GGML", "a GGML file (quantised for llama.cpp)", "download the safetensors it was made from"),
@@ -66,28 +66,57 @@ def open_tensor_file(path: str | Path) -> TensorFile:
     return file
 
 
-class ShardedFolder(TensorFile):
-    """Several files as one. `infos[key].file` says where a tensor is."""
+class TensorFiles:
+    """The tensors of one or several files as one mapping.
 
-    def __init__(self, path: Path, files: list[TensorFile]):
-        self.path, self.infos = path, {}
-        self.owners: dict[str, TensorFile] = {}
-        for file in files:
-            for key, info in file.infos.items():
-                self.infos[key], self.owners[key] = info, file
+    Attributes:
+      infos: {name: TensorInfo}; `info.file` and `info.key` are those of the file.
+      paths: {prefix of names: file or folder}, to say where a missing tensor should be.
+    """
 
-    def read(self, key: str) -> np.ndarray:
-        """See `TensorFile.read`."""
-        self.info(key)
-        return self.owners[key].read(key)
+    def __init__(self) -> None:
+        self.infos: dict[str, TensorInfo] = {}
+        self.paths: dict[str, Path] = {}
+        self._files: dict[str, tuple[TensorFile, str]] = {}
 
-    def release(self, key: str) -> None:
-        """See `TensorFile.release`."""
-        self.info(key)
-        self.owners[key].release(key)
+    def add(self, file: TensorFile, prefix: str = "", known: str = "") -> TensorFiles:
+        """Adds all tensors of a `TensorFile`, with `prefix` before their keys.
+
+        Args:
+          known: a key that the file must hold; whatever a wrapper such as {"state_dict": ...} put before it is removed from all keys.
+        """
+        self.paths[prefix] = file.path
+        wrapper = next((key.removesuffix(known) for key in file.infos if known and (key == known or key.endswith("." + known))), "")
+        for key, info in file.infos.items():
+            name = prefix + key.removeprefix(wrapper)
+            self.infos[name], self._files[name] = info, (file, key)
+        return self
+
+    def alias(self, name: str, of: str) -> None:
+        """Adds a second name for the tensor `of`, as tied weights need."""
+        self.infos[name], self._files[name] = self.infos[of], self._files[of]
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor, as a view of the memory map."""
+        file, key = self._files[name]
+        return file.read(key)
+
+    def release(self, name: str) -> None:
+        """Frees the memory that reading the tensor filled."""
+        file, key = self._files[name]
+        file.release(key)
+
+    def describe(self, name: str) -> str:
+        """Names a tensor in a message, with its file."""
+        return f"{self.infos[name].file}: {self.infos[name].key}"
+
+    def describe_missing(self, name: str) -> str:
+        """Names a tensor that should be there."""
+        prefix = max((p for p in self.paths if name.startswith(p)), key=len, default="")
+        return f"{self.paths.get(prefix, '')}: {name.removeprefix(prefix)}"
 
 
-def open_sharded(folder: str | Path) -> ShardedFolder:
+def open_sharded(folder: str | Path) -> TensorFiles:
     """Opens a Hugging Face folder: its `*.safetensors.index.json` and the shards it names, or its single safetensors file.
 
     Raises:
@@ -96,25 +125,31 @@ def open_sharded(folder: str | Path) -> ShardedFolder:
     folder = Path(folder)
     if not folder.is_dir():
         raise TensorFileError(f"{folder}: no such folder; give a folder with {STEMS[0]}.safetensors or its index")
-    index = the_index(folder)
-    if index is None:
-        return ShardedFolder(folder, [open_tensor_file(the_file(folder))])
+    index, out = the_index(folder), TensorFiles()
+    for file in [open_tensor_file(the_file(folder))] if index is None else open_shards(index):
+        out.add(file)
+    out.paths[""] = folder
+    return out
+
+
+def open_shards(index: Path) -> list[TensorFile]:
+    """The files that an index names, which must hold exactly the tensors that it lists."""
     weight_map = read_index(index)
     files, problems = {}, []
     for name in dict.fromkeys(weight_map.values()):
         try:
-            files[name] = open_tensor_file(folder / name)
+            files[name] = open_tensor_file(index.parent / name)
         except TensorFileError as e:
             problems.append(str(e))
     problems += disagreements(weight_map, files)
     if problems:
         more = [f"and {len(problems) - LISTED} more"] if len(problems) > LISTED else []
         raise TensorFileError("\n  ".join([f"{index}: {len(problems)} problems; download the folder again:", *problems[:LISTED], *more]))
-    return ShardedFolder(folder, list(files.values()))
+    return list(files.values())
 
 
 def disagreements(weight_map: dict[str, str], files: dict[str, TensorFile]) -> Iterator[str]:
-    """One sentence per key that the index and the (readable) shards do not place alike."""
+    """One sentence for each key that is not where the index places it, as far as the shards are readable."""
     for key, name in weight_map.items():
         if name in files and key not in files[name].infos:
             others = [other for other, file in files.items() if key in file.infos]

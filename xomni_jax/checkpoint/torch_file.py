@@ -19,7 +19,7 @@ import numpy as np
 
 from xomni_jax.checkpoint.tensor_file import (
     LazyTensor,
-    MappedFile,
+    TensorFile,
     TensorFileError,
     as_lazy,
     check_space,
@@ -37,7 +37,7 @@ MAX_KEY = 1000
 DAMAGED = "the file is damaged or cut off; download it again, or save it again with torch.save"
 
 
-class TorchFile(MappedFile):
+class TorchFile(TensorFile):
     """A readable zip file of torch.save.
 
     Keys: nested dicts are joined with dots and lists count from 0, so {"model": {"a": t}, "ema": [t]} has "model.a" and "ema.0"; a
