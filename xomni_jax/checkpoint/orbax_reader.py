@@ -11,8 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from xomni_jax.checkpoint.conversion import flatten
-from xomni_jax.checkpoint.store import CheckpointError, reading, unwrap_metadata
+from xomni_jax.checkpoint.store import DAMAGED, CheckpointError, array_metadata, reading
 
 SMALL = 4 * 2**20  # bytes of an array that is read whole and kept
 
@@ -29,20 +28,11 @@ class OrbaxReader:
         self.directory, self.spill = Path(directory).absolute(), spill
         if not self.directory.is_dir():
             raise CheckpointError(f"{self.directory}: this model directory has no {self.directory.name}; train or convert it first")
-        metadata, reason = reading(self._metadata)
-        if reason:
-            raise CheckpointError(f"{self.directory}: cannot be read, it is incomplete or damaged ({reason}); restore it or write it again")
-        self.arrays: dict[str, Any] = flatten(metadata)
+        with ocp.StandardCheckpointer() as checkpointer:
+            self.arrays = reading(lambda: array_metadata(checkpointer, self.directory), f"{self.directory}: {DAMAGED}")
         self._open: dict[str, ts.TensorStore] = {}
         self._context = ts.Context({"cache_pool": {"total_bytes_limit": 16 * 2**20}})  # for the directory of arrays, which all share
         self._kept: dict[str, np.ndarray] = {}
-
-    def _metadata(self) -> Any:
-        with ocp.StandardCheckpointer() as checkpointer:
-            metadata = unwrap_metadata(checkpointer.metadata(self.directory))
-        if metadata is None:
-            raise ValueError("the list of its arrays is missing")
-        return metadata
 
     def store(self, path: str) -> ts.TensorStore:
         """The open array."""
@@ -61,12 +51,7 @@ class OrbaxReader:
         Raises:
           CheckpointError: damaged.
         """
-        out, reason = reading(lambda: self._read(path, index))
-        if reason:
-            raise CheckpointError(
-                f"{self.directory}: {path} cannot be read, it is incomplete or damaged ({reason}); restore it or write it again"
-            )
-        return out
+        return reading(lambda: self._read(path, index), f"{self.directory}: {path} {DAMAGED}")
 
     def _read(self, path: str, index: Any) -> np.ndarray:
         if path in self._kept:
