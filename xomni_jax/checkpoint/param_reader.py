@@ -199,7 +199,7 @@ def not_finite(array: np.ndarray, block: int = 2**20) -> str | None:
 
 
 def blocks_of(param: ParamReader, chunk: tuple[int, ...], limit: int = 32 * 2**20) -> Iterator[Index]:
-    """Rectangles that cover the parameter in the order of the file; each has whole chunks and, where chunks allow, at most about `limit` bytes.
+    """Rectangles that cover the parameter in the order of the file, made of whole chunks and of about `limit` bytes at most.
 
     Several small layers of a stack make one block, a large layer makes several. New parameters are drawn in whole layers.
     """

@@ -1,4 +1,4 @@
-"""What published directories hold: released X-Omni and FLUX.1-dev, or the plain Qwen2.5, SigLIP2 and FLUX.1-dev that a new training starts from.
+"""What published directories hold: released X-Omni and FLUX.1-dev, or the plain Qwen2.5, SigLIP2 and FLUX.1-dev that training starts from.
 
 Only names, shapes and configs are read here. A released X-Omni directory:
 
@@ -8,8 +8,8 @@ Only names, shapes and configs are read here. A released X-Omni directory:
     <encoder.projector_path>          quantizer and projector (.pth)
     <decoder.model_path>/             the MMDiT, as diffusers saves it
 
-The keys of vision_config are those that the published `modeling_xomni.py` and `modeling_siglip_tokenizer.py` read. The published ViT module was
-not available; if its file wraps the tensors in a dict, the wrapper's name is found by the patch embedding in it.
+The keys of vision_config are those that the published `modeling_xomni.py` and `modeling_siglip_tokenizer.py` read. The published ViT module
+was not available; if its file wraps the tensors in a dict, the wrapper's name is found by the patch embedding in it.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import mmap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,9 @@ from xomni_jax.checkpoint.tensor_file import (
     TensorFileError,
     as_lazy,
     check_space,
-    part_file,
-    publish,
     reason,
     show,
+    synced_file,
     write_tensor,
 )  # fmt: skip
 
@@ -70,7 +69,6 @@ class SafetensorsFile(TensorFile):
         offset = 8 + int.from_bytes(self.data[:8], "little")
         try:
             with safe_open(self.path, "numpy") as file:
-                self.metadata = file.metadata() or {}
                 slices = {key: file.get_slice(key) for key in file.offset_keys()}
         except SafetensorError as e:
             what = reason(e).removeprefix("Error while deserializing header: ")
@@ -87,58 +85,42 @@ class SafetensorsFile(TensorFile):
 
 # ---- writing ----
 def write_safetensors(
-    folder: str | Path,
-    tensors: Mapping[str, np.ndarray | LazyTensor],
-    shard_bytes: int = 5_000_000_000,
-    name: str = "model",
-    metadata: Mapping[str, str] | None = None,
+    folder: str | Path, tensors: Mapping[str, np.ndarray | LazyTensor], shard_bytes: int = 5_000_000_000, name: str = "model"
 ) -> list[Path]:
     """Writes tensors as Hugging Face libraries do: one `name`.safetensors, or numbered shards and `name`.safetensors.index.json.
 
-    One tensor at a time is made and written. Files get their names only when all are on disk, the index last; what was there under
-    the same names is withdrawn just before. An interrupted write leaves the old files, or shards without an index (refused by `open_sharded`).
+    One tensor at a time is made and written. The folder must hold no earlier result of that name, and is incomplete after an error.
 
     Args:
       folder: made if needed.
       tensors: {key: array or LazyTensor}.
-      shard_bytes: the most tensor bytes a shard may hold; a tensor larger than this gets a shard of its own.
+      shard_bytes: the most tensor bytes in one shard; a tensor larger than this gets its own shard.
       name: the stem of the files, such as "model" or "diffusion_pytorch_model".
-      metadata: goes into every header; {"format": "pt"} by default, which transformers insists on.
 
     Returns:
       The files with tensors, in order.
 
     Raises:
-      TensorFileError: a dtype the format has not, a LazyTensor that breaks its promise, or not enough space on the disk (before the start).
+      TensorFileError: a dtype that the format lacks, a LazyTensor that is not what it promised, or too little space on the disk (before
+        anything is written).
     """
     folder, lazy = Path(folder), as_lazy(tensors)
     for key, tensor in lazy.items():
         if tensor.dtype not in NAMES or key == "__metadata__":
             raise TensorFileError(f"{folder}: {show(key)} of dtype {tensor.dtype} cannot be stored as safetensors; cast or rename it first")
-    groups = shards_of(lazy, shard_bytes)
-    check_space(folder, sum(t.nbytes for t in lazy.values()))
-    files = [folder / f"{name}-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
-    if len(groups) == 1:
+    nbytes = sum(t.nbytes for t in lazy.values())
+    check_space(folder, nbytes)
+    shards = shards_of(lazy, shard_bytes)
+    files = [folder / f"{name}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    if len(shards) == 1:
         files = [folder / f"{name}.safetensors"]
-    written: list[Path] = []
-    try:
-        for path, keys in zip(files, groups, strict=True):
-            write_part(path, {k: lazy[k] for k in keys}, {"format": "pt"} if metadata is None else metadata)
-            written.append(path)
-        withdraw(folder, name)
-        for path in files:
-            publish(path)
-    except BaseException:
-        for path in written:
-            path.with_name(path.name + ".part").unlink(missing_ok=True)
-        raise
-    if len(groups) > 1:
-        weight_map = {key: path.name for path, keys in zip(files, groups, strict=True) for key in keys}
-        index = {"metadata": {"total_size": sum(t.nbytes for t in lazy.values())}, "weight_map": dict(sorted(weight_map.items()))}
-        path = folder / f"{name}.safetensors.index.json"
-        with part_file(path) as file:
+    for path, keys in zip(files, shards, strict=True):
+        write_file(path, {key: lazy[key] for key in keys})
+    if len(shards) > 1:
+        weight_map = {key: path.name for path, keys in zip(files, shards, strict=True) for key in keys}
+        index = {"metadata": {"total_size": nbytes}, "weight_map": dict(sorted(weight_map.items()))}
+        with synced_file(folder / f"{name}.safetensors.index.json") as file:
             file.write((json.dumps(index, indent=2) + "\n").encode())
-        publish(path)
     return files
 
 
@@ -155,48 +137,22 @@ def shards_of(tensors: Mapping[str, LazyTensor], shard_bytes: int) -> list[list[
     return groups
 
 
-def withdraw(folder: Path, name: str) -> None:
-    """Removes an earlier result of the same name, the index first, so that no reader pairs it with new shards."""
-    (folder / f"{name}.safetensors.index.json").unlink(missing_ok=True)
-    (folder / f"{name}.safetensors").unlink(missing_ok=True)
-    for path in folder.glob(f"{name}-?????-of-?????.safetensors"):
-        path.unlink()
-
-
-def write_part(path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]) -> None:
-    """Writes one whole file under its .part name, byte for byte as the safetensors package would."""
-    keys = sorted(tensors, key=lambda k: (ORDER[NAMES[tensors[k].dtype]], k))
-    with part_file(path) as file:
-        file.write(header_bytes(tensors, keys, metadata))
-        for key in keys:
-            write_tensor(file, path, key, tensors[key])
-
-
-def header_bytes(tensors: Mapping[str, LazyTensor], keys: Iterable[str], metadata: Mapping[str, str]) -> bytes:
-    """Length and JSON of the header, for tensors in the order of `keys`, padded to 8 bytes with spaces."""
-    table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+def write_file(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
+    """Writes one file, byte for byte as the safetensors package would with the metadata {"format": "pt"}, which transformers requires."""
+    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for key in keys:
+    for key in sorted(tensors, key=lambda key: (ORDER[NAMES[tensors[key].dtype]], key)):
         begin, end = end, end + tensors[key].nbytes
         table[key] = {"dtype": NAMES[tensors[key].dtype], "shape": list(tensors[key].shape), "data_offsets": [begin, end]}
-    text = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    header = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    with synced_file(path) as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for key in list(table)[1:]:
+            write_tensor(file, path, key, tensors[key])
 
 
 def lora_only(keys: Sequence[str]) -> bool:
     """Whether a file holds nothing but low-rank updates (PEFT, diffusers and kohya names)."""
-    words = (
-        "lora_A",
-        "lora_B",
-        "lora_up",
-        "lora_down",
-        "lora.up",
-        "lora.down",
-        "lora_embedding",
-        "lora_magnitude",
-        ".alpha",
-        "hada_w",
-        "lokr_w",
-    )
+    words = "lora_A lora_B lora_up lora_down lora.up lora.down lora_embedding lora_magnitude .alpha hada_w lokr_w".split()
     return bool(keys) and any("lora" in k or "hada_" in k or "lokr_" in k for k in keys) and all(any(w in k for w in words) for k in keys)

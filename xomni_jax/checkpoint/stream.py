@@ -20,7 +20,7 @@ PENDING_BYTES = 32 * 2**20  # the most that may still be in writing while the ne
 
 
 def chunk_shape(shape: Sequence[int], itemsize: int, stacked: bool, limit: int = CHUNK_BYTES) -> tuple[int, ...]:
-    """Shape of the chunks in which an array is stored: at most one layer, cut evenly along its largest axes until it is below `limit` bytes."""
+    """Shape of the chunks in which an array is stored: a layer, cut evenly along its largest axes until it is below `limit` bytes."""
     chunk = [max(n, 1) for n in shape]
     if stacked and chunk:
         chunk[0] = 1

@@ -14,7 +14,6 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-BLOCK_BYTES = 64 * 2**20  # writers copy at most this much of a strided array at a time
 MAX_RANK = 32
 
 
@@ -74,7 +73,7 @@ class TensorFile:
         self.extents: dict[str, Extent] = {}
 
     def place(self, key: str, dtype: np.dtype, shape: tuple[int, ...], offset: int, strides: tuple[int, ...] | None = None) -> None:
-        """Records one tensor, C-ordered without strides, unless its shape is more than numpy can describe, as that of an empty tensor may be."""
+        """Records one tensor, C-ordered if no strides are given; refuses a shape that numpy cannot have, possible for empty tensors."""
         if len(shape) > MAX_RANK or math.prod(max(n, 1) for n in shape) * dtype.itemsize >= 2**63:
             raise TensorFileError(
                 f"{self.path}: {show(key)} has shape {list(shape)}, too large for any machine; the file is damaged, download it again"
@@ -123,18 +122,18 @@ def contiguous_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]
 
 
 def show(text: str, limit: int = 120) -> str:
-    """A key or name from an untrusted file: quoted, on one line, printable, cut to `limit` characters."""
+    """A key or name from an untrusted file for a message: quoted, printable, on one line, cut to `limit` characters."""
     return repr(text) if len(text) <= limit else repr(text[:limit]) + "..."
 
 
 def reason(error: Exception, limit: int = 160) -> str:
-    """What a library said, printable and on one line."""
+    """The text of a library's error, printable and on one line."""
     return repr(str(error))[1:-1][:limit]
 
 
 # ---- writing ----
 def as_lazy(tensors: Mapping[str, Any]) -> dict[str, LazyTensor]:
-    """Arrays become LazyTensors; dtypes are normalised to this machine's (little-endian) byte order, as both formats want."""
+    """Turns arrays into LazyTensors, with dtypes in this machine's (little-endian) byte order, which both formats require."""
     out = {}
     for key, value in tensors.items():
         lazy = value if isinstance(value, LazyTensor) else LazyTensor(value.dtype, value.shape, lambda value=value: value)
@@ -143,23 +142,17 @@ def as_lazy(tensors: Mapping[str, Any]) -> dict[str, LazyTensor]:
 
 
 def write_tensor(file: IO[bytes], path: Path, key: str, lazy: LazyTensor) -> None:
-    """Makes one tensor and writes its elements in C order; a strided one is copied a block at a time.
+    """Makes one tensor and writes its elements in C order.
 
     Raises:
-      TensorFileError: what was made is not what was promised (the header is written already).
+      TensorFileError: the tensor is not what was promised, and the header written already.
     """
     array = np.asarray(lazy.make())
     if array.dtype.newbyteorder("=") != lazy.dtype or array.shape != lazy.shape:
         found, wanted = f"{array.dtype.name}{list(array.shape)}", f"{lazy.dtype.name}{list(lazy.shape)}"
         raise TensorFileError(f"{path}: {show(key)} came out as {found}, {wanted} was promised; fix the maker of this tensor")
-    if array.flags.c_contiguous and array.dtype == lazy.dtype:
-        blocks = [array]
-    else:
-        rows = max(1, BLOCK_BYTES // max(1, array.nbytes // max(1, len(array)))) if array.ndim else 1
-        blocks = (array[i : i + rows] for i in range(0, len(array), rows)) if array.ndim else [array]
-    for block in blocks:
-        if block.size:  # uint8, since the buffer protocol does not know bfloat16
-            file.write(np.ascontiguousarray(block, lazy.dtype).reshape(-1).view(np.uint8).data)
+    if array.size:  # uint8, since the buffer protocol does not know bfloat16
+        file.write(np.ascontiguousarray(array, lazy.dtype).reshape(-1).view(np.uint8).data)
 
 
 def check_space(path: Path, needed: int, error: type[ValueError] = TensorFileError) -> None:
@@ -172,20 +165,10 @@ def check_space(path: Path, needed: int, error: type[ValueError] = TensorFileErr
 
 
 @contextmanager
-def part_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file `path`.part to write into, synced to disk at the end; removed if the writing fails. The caller renames it."""
-    part = path.with_name(path.name + ".part")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(part, "w+b") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-
-
-def publish(path: Path) -> None:
-    """`path`.part becomes `path`, at once."""
-    os.replace(path.with_name(path.name + ".part"), path)
+def synced_file(path: Path) -> Iterator[IO[bytes]]:
+    """A new file to write into, which is on disk at the end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w+b") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())

@@ -24,10 +24,9 @@ from xomni_jax.checkpoint.tensor_file import (
     as_lazy,
     check_space,
     contiguous_strides,
-    part_file,
-    publish,
     reason,
     show,
+    synced_file,
     write_tensor,
 )  # fmt: skip
 from xomni_jax.checkpoint.torch_pickle import DTYPES, STORAGES, UNTYPED, Bag, Pairs, Tensor, instruction_limit, name_of, unpickle
@@ -180,25 +179,24 @@ NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
 def write_torch_file(path: str | Path, tensors: Mapping[str, np.ndarray | LazyTensor]) -> None:
     """Writes a state_dict as torch.save would: loaded by torch.load(weights_only=True), with mmap=True as well. Needs no torch.
 
-    One tensor at a time is made and written, each into a storage of its own. `path` appears only when all of it is on disk.
+    One tensor at a time is made and written, each into its own storage. The file is incomplete after an error.
 
     Raises:
-      TensorFileError: a dtype that torch has not, a LazyTensor that breaks its promise, or not enough space on the disk (before the start).
+      TensorFileError: a dtype that torch lacks, a LazyTensor that is not what it promised, or too little space on the disk (before anything
+        is written).
     """
     path, lazy = Path(path), as_lazy(tensors)
     for key, tensor in lazy.items():
         if tensor.dtype not in NAME_OF:
             raise TensorFileError(f"{path}: torch has no dtype for {show(key)} of dtype {tensor.dtype}; cast it first")
     check_space(path.parent, sum(t.nbytes + 512 for t in lazy.values()))
-    with part_file(path) as file:
-        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-            write_entry(archive, "data.pkl", state_dict_pickle(lazy))
-            write_entry(archive, "byteorder", b"little")
-            for i, (key, tensor) in enumerate(lazy.items()):
-                with open_entry(archive, f"data/{i}", tensor.nbytes) as entry:
-                    write_tensor(entry, path, key, tensor)
-            write_entry(archive, "version", b"3\n")
-    publish(path)
+    with synced_file(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        write_entry(archive, "data.pkl", state_dict_pickle(lazy))
+        write_entry(archive, "byteorder", b"little")
+        for i, (key, tensor) in enumerate(lazy.items()):
+            with open_entry(archive, f"data/{i}", tensor.nbytes) as entry:
+                write_tensor(entry, path, key, tensor)
+        write_entry(archive, "version", b"3\n")
 
 
 def open_entry(archive: zipfile.ZipFile, name: str, nbytes: int) -> IO[bytes]:

@@ -2,10 +2,11 @@
 
 Three measures make that safe for a file of unknown origin:
 
-- `find_class` knows only the names in `GLOBALS`. They become inert `Global`s, and every other name is refused, so no code of the file's choice runs.
+- `find_class` knows only the names in `GLOBALS`, as inert `Global`s. Every other name is refused, so no code of the file's choice runs.
 - `sanitised` reads the instructions first. It refuses those that weights do not need, and bounds their number and the memo indices, for
   which the unpickler would allocate any amount of memory.
-- It also turns dicts and sets into stand-ins that are lists, since a key from the file may take exponential time to hash, or overflow the C stack.
+- It also replaces dicts and sets by stand-ins that are lists, since to hash a key from the file may take exponential time or overflow the
+  C stack.
 """
 
 from __future__ import annotations
@@ -26,9 +27,13 @@ from xomni_jax.checkpoint.tensor_file import MAX_RANK, TensorFileError, reason, 
 FREE_INSTRUCTIONS = 250_000
 BYTES_PER_INSTRUCTION = 256
 INSTRUCTIONS = frozenset(
-    """PROTO FRAME STOP MARK POP POP_MARK DUP BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT
-    SHORT_BINUNICODE BINUNICODE BINUNICODE8 SHORT_BINSTRING BINSTRING SHORT_BINBYTES BINBYTES BINBYTES8 EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 TUPLE
-    EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS EMPTY_SET ADDITEMS GLOBAL STACK_GLOBAL REDUCE NEWOBJ NEWOBJ_EX BUILD BINPERSID""".split()
+    """
+    PROTO FRAME STOP MARK POP POP_MARK DUP BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET
+    NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT SHORT_BINUNICODE BINUNICODE BINUNICODE8
+    SHORT_BINSTRING BINSTRING SHORT_BINBYTES BINBYTES BINBYTES8 EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 TUPLE
+    EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS EMPTY_SET ADDITEMS
+    GLOBAL STACK_GLOBAL REDUCE NEWOBJ NEWOBJ_EX BUILD BINPERSID
+    """.split()
 )
 # FRAME is a hint for buffering, and would be wrong after the replacements.
 REPLACED = {"FRAME": b"", "EMPTY_DICT": b"ccollections\nOrderedDict\n)R", "EMPTY_SET": b"cbuiltins\nset\n)R"}
