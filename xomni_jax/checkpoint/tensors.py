@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,15 @@ OTHER_FORMATS = (
     ),
     (b"\x1f\x8b", "compressed with gzip", "unpack it first"),
     (b"\x28\xb5\x2f\xfd", "compressed with zstd", "unpack it first"),
+)
+# (pattern of a file's name, what the folder holds then, what the user can do)
+OTHER_FOLDERS = (
+    (r"adapter_(config\.json|model\.safetensors)|pytorch_lora_weights\.safetensors", "a LoRA", "merge it into its base first"),
+    (r"model_index\.json", "a whole diffusers pipeline", "give one of its folders, such as transformer or vae"),
+    (r".*-of-.*\.safetensors.*", "shards without an index: copying or writing was interrupted", "fetch or write it again"),
+    (r".*\.gguf", "GGUF files", "download the safetensors they were made from"),
+    (r".*\.(bin|pth|pt|ckpt)", "PyTorch pickles", "give the file itself, or convert the folder to safetensors"),
+    (r".*\.safetensors", "a safetensors file of another name", "give the file itself"),
 )
 
 
@@ -180,29 +190,9 @@ def the_file(folder: Path) -> Path:
         if (folder / f"{stem}.safetensors").is_file():
             return folder / f"{stem}.safetensors"
     names = sorted(p.name for p in folder.iterdir())
-    kinds = (
-        (
-            lambda n: n in ("adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"),
-            "a LoRA",
-            "merge it into its base first",
-        ),
-        (lambda n: n == "model_index.json", "a whole diffusers pipeline", "give one of its folders, such as transformer or vae"),
-        (
-            lambda n: "-of-" in n and ".safetensors" in n,
-            "shards without an index: copying or writing was interrupted",
-            "fetch or write it again",
-        ),
-        (lambda n: n.endswith(".gguf"), "GGUF files", "download the safetensors they were made from"),
-        (
-            lambda n: n.endswith((".bin", ".pth", ".pt", ".ckpt")),
-            "PyTorch pickles",
-            "give the file itself, or convert the folder to safetensors",
-        ),
-        (lambda n: n.endswith(".safetensors"), "a safetensors file of another name", "give the file itself"),
-    )
-    for fits, kind, mend in kinds:
+    for pattern, kind, mend in OTHER_FOLDERS:
         for name in names:
-            if fits(name):
+            if re.fullmatch(pattern, name):
                 raise TensorFileError(f"{folder}: holds {kind} ({show(name)}), not model.safetensors or an index of shards; {mend}")
     raise TensorFileError(
         f"{folder}: holds no {' or '.join(s + '.safetensors' for s in STEMS)} and no index of shards; give the model's folder"

@@ -1,7 +1,7 @@
-"""Names of a plain SigLIP2 image tower in Hugging Face's layout (fixed-resolution variants), from which a new tokenizer's training starts.
+"""Names of a plain SigLIP2 image tower in Hugging Face's layout (fixed-resolution variants), from which a new tokenizer is trained.
 
-The ViT is taken; quantizer, codebook and projector are new. The tokenizer computes some things differently from SigLIP (exact GELU, no final
-norm, no pooling); training adapts to them, as it did in the released tokenizer.
+The ViT is taken; quantizer, codebook and projector are new. The tokenizer differs from SigLIP in a few computations (exact GELU, no final
+norm, no pooling), to which training adapts, as it did in the released tokenizer.
 """
 
 from __future__ import annotations
