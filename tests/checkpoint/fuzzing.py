@@ -53,7 +53,7 @@ def fuzz(
     """Opens `runs` mutations and reads all they hold.
 
     Fails on any exception but TensorFileError, a tensor larger than the file, memory beyond the file's size (measured for every tenth),
-    or five seconds of work for one input. At least `kinds` different sentences and `survivors` readable files show that it reaches the depths.
+    or five seconds of work for one input. At least `kinds` different sentences and `survivors` readable files show that inputs vary enough.
     """
     for data in seeds:
         assert opening(data).infos, "a seed must be sound"

@@ -94,7 +94,15 @@ def test_a_missing_shard_is_named(copies, tmp_path):
     assert f"{shard}: no such file" in told and "model.safetensors.index.json" in told
 
 
-@pytest.mark.parametrize("name", ["model-00001-of-00004.safetensors", "vit/siglip2_giant.pth", "vit/projector.pth", "mmdit/diffusion_pytorch_model-00001-of-00003.safetensors"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model-00001-of-00004.safetensors",
+        "vit/siglip2_giant.pth",
+        "vit/projector.pth",
+        "mmdit/diffusion_pytorch_model-00001-of-00003.safetensors",
+    ],
+)
 def test_a_cut_file_is_named(name, copies, tmp_path):
     cut(copies[0] / name)
     assert str(copies[0] / name) in refused(tmp_path, *copies)
@@ -169,7 +177,8 @@ def test_every_problem_is_told_at_once(copies, tmp_path):
     assert told.splitlines()[0] == "4 problems:" and len(told.splitlines()) == 5
     assert f"  {file}: model.extra.weight: in the checkpoint, no rule takes it" in told
     assert f"  {xomni}: model.layers.3.mlp.up_proj.weight: missing from the checkpoint" in told
-    assert f"  {file}: model.layers.0.self_attn.q_proj.weight: shape (20, 5, 4) after [O,I] -> [I,6,4], adapters/attn/q_proj/kernel wants (20, 6, 4)" in told or "cannot be turned" in told  # fmt: skip
+    misfit = "shape (20, 5, 4) after [O,I] -> [I,6,4], adapters/attn/q_proj/kernel wants (20, 6, 4)"
+    assert f"  {file}: model.layers.0.self_attn.q_proj.weight: {misfit}" in told or "cannot be turned" in told
     assert f"  {flux}/vae: decoder.conv_in.bias: missing from the checkpoint" in told
 
 
@@ -181,7 +190,14 @@ def test_mixed_dtypes_within_a_stack(copies, tmp_path):
     convert(*copies, tmp_path / "out", "bfloat16", "transformer", say=list)
 
 
-@pytest.mark.parametrize("dtype, words", [(np.int8, "int8, whole numbers or 8-bit floats are quantised weights"), (ml_dtypes.float8_e4m3fn, "float8_e4m3fn, whole"), (np.float64, "float64 is not kept; choose --dtype")])  # fmt: skip
+@pytest.mark.parametrize(
+    "dtype, words",
+    [
+        (np.int8, "int8, whole numbers or 8-bit floats are quantised weights"),
+        (ml_dtypes.float8_e4m3fn, "float8_e4m3fn, whole"),
+        (np.float64, "float64 is not kept; choose --dtype"),
+    ],
+)
 def test_dtypes_that_are_not_kept(dtype, words, copies, tmp_path):
     rewrite(copies[0], lambda t: t | {"lm_head.weight": t["lm_head.weight"].astype(dtype)})
     told = refused(tmp_path, *copies)
@@ -201,7 +217,10 @@ def test_values_that_are_no_numbers_are_warned_of(copies, tmp_path):
         f"{file}: mm_head.weight: holds values that are infinite",
         f"{file}: model.layers.4.mlp.up_proj.weight: holds values that are NaN",
     ]
-    assert json.loads((tmp_path / "out" / "conversion.json").read_text())["not_finite"] == {f"{file}: mm_head.weight": "infinite", f"{file}: model.layers.4.mlp.up_proj.weight": "NaN"}  # fmt: skip
+    assert json.loads((tmp_path / "out" / "conversion.json").read_text())["not_finite"] == {
+        f"{file}: mm_head.weight": "infinite",
+        f"{file}: model.layers.4.mlp.up_proj.weight": "NaN",
+    }
 
 
 def test_a_lora_in_place_of_the_vit(copies, tmp_path):

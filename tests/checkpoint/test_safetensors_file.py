@@ -1,4 +1,4 @@
-"""safetensors: by-hand bytes are read, our files equal the package's byte for byte, and a header is believed only if it is right throughout."""
+"""safetensors: bytes made by hand are read, our files equal the package's byte for byte, and damage is one sentence."""
 
 import json
 import struct

@@ -31,7 +31,14 @@ from xomni_jax.checkpoint.orbax_reader import OrbaxReader
 from xomni_jax.checkpoint.param_reader import ParamReader, TensorFiles, blocks_of, copy_strided, not_finite, param_readers
 from xomni_jax.checkpoint.stream import chunk_shape, save_params
 
-FITS = [(TRANSPOSE, (6, 35)), (out_axes(2, 3), (6, 35)), (in_axes(5, 7), (6, 35)), (out_axes(3, 2, 1), (6, 35)), (bias_axes(2, 3), (6,)), (CONV, (6, 5, 3, 2))]  # fmt: skip
+FITS = [
+    (TRANSPOSE, (6, 35)),
+    (out_axes(2, 3), (6, 35)),
+    (in_axes(5, 7), (6, 35)),
+    (out_axes(3, 2, 1), (6, 35)),
+    (bias_axes(2, 3), (6,)),
+    (CONV, (6, 5, 3, 2)),
+]
 
 
 class Memory:

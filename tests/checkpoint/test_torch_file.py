@@ -1,4 +1,4 @@
-"""Weights come out of .pth files as torch would give them, and go into such files; whatever is not right in a file is said in a sentence."""
+"""Weights are read from .pth files as torch would give them, and written for it; what is wrong with a file is one sentence."""
 
 import re
 import struct
@@ -111,10 +111,19 @@ def test_names_are_joined_and_what_is_no_tensor_is_left_out():
         "state_dict": {"a.b": W, "c": {"d": W}},
         "ema": [W, (W, 3)],
         "optimizer": {"state": {0: {"exp_avg": W}}, "betas": (0.9, 0.999), (1, 2): "x", None: 1.5},
-        "epoch": 3, "name": "x", "done": True, "none": None, "options": {"a", 1}, "seed": 2**70,
-        "size": call("torch.Size", (1, 2)), "dtype": name("torch.float16"), "device": call("torch.device", "cuda", 0),
-        "old set": call("__builtin__.set", [1]), "bytes": Raw(b"C\x02ab"), "parameter": call("torch._utils._rebuild_parameter", W, True, None),
-    }  # fmt: skip
+        "epoch": 3,
+        "name": "x",
+        "done": True,
+        "none": None,
+        "options": {"a", 1},
+        "seed": 2**70,
+        "size": call("torch.Size", (1, 2)),
+        "dtype": name("torch.float16"),
+        "device": call("torch.device", "cuda", 0),
+        "old set": call("__builtin__.set", [1]),
+        "bytes": Raw(b"C\x02ab"),
+        "parameter": call("torch._utils._rebuild_parameter", W, True, None),
+    }
     file = opened(value)
     assert list(file.infos) == ["state_dict.a.b", "state_dict.c.d", "ema.0", "ema.1.0", "optimizer.state.0.exp_avg", "parameter"]
 
@@ -151,13 +160,19 @@ CONTENTS = {
     "a tensor alone": (W, r"holds no tensor under a name \(Tensor\)"),
     "same name": ({"a": {"b": W}, "a.b": W}, "two tensors are called 'a.b'; rename one"),
     "no such storage": ({"w": tensor((1,), (1,), of=storage("9"))}, "'w' lies in 'archive/data/9', which is not in the file"),
-    "storage of another size": ({"w": tensor((1,), (1,), of=storage(count=11))}, "'w' lies in 'archive/data/0' of 48 bytes, its pickle says 44"),
-    "expanded beyond the file": ({"w": tensor((10_000,), (0,))}, r"'w' is an expanded view, float32\[10000\] of 48 stored bytes; save it again after"),
+    "storage of another size": (
+        {"w": tensor((1,), (1,), of=storage(count=11))},
+        "'w' lies in 'archive/data/0' of 48 bytes, its pickle says 44",
+    ),
+    "expanded beyond the file": (
+        {"w": tensor((10_000,), (0,))},
+        r"'w' is an expanded view, float32\[10000\] of 48 stored bytes; save it again after",
+    ),
     "empty but too large": ({"w": tensor((0, 2**59, 2**59), (1, 1, 1))}, "'w' has shape .*, too large for any machine"),
     "set": ({"s": {W}}, "'s' is a set, whose tensors have no names; save a plain state_dict"),
     "key": ({(1, 2): W}, "has a key that is a tuple; save"),
     "float key": ({"a": {1.5: [W]}}, "'a' has a key that is a float"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", CONTENTS)

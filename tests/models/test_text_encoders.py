@@ -77,8 +77,11 @@ def test_presets_fit_their_table_and_shard(model, table, count):
 
 
 def test_known_keys_without_use():
-    assert name_tables.to_params({k: v for k, v in golden.part(golden.load("t5"), "w").items()} | {"encoder.embed_tokens.weight": np.zeros(1)},
-                                t5.table(T5), golden.shapes(T5Encoder(T5), np.zeros((1, 3), np.int32)))  # fmt: skip
+    assert name_tables.to_params(
+        {k: v for k, v in golden.part(golden.load("t5"), "w").items()} | {"encoder.embed_tokens.weight": np.zeros(1)},
+        t5.table(T5),
+        golden.shapes(T5Encoder(T5), np.zeros((1, 3), np.int32)),
+    )
     unprefixed = {k.removeprefix("text_model."): v for k, v in golden.part(golden.load("clip"), "w").items()}
     wanted = golden.shapes(CLIPTextEncoder(CLIP), np.zeros((1, 3), np.int32))
     assert name_tables.to_params(unprefixed | {"embeddings.position_ids": np.arange(11)}, clip.table(CLIP, prefix=""), wanted)
