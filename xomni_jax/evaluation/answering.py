@@ -73,7 +73,8 @@ class Answering:
                 images = [future.result() for future in opened]
                 codes = self._encode([pixels for pixels, _ in images])
                 filled = [codes[i] if i < len(codes) else codes[0] for i in range(batch.rows)]
-                answers = self.model.answer(filled, [item.prompt for item in batch.filled], self.max_tokens, batch.length)
+                ids = whole(self.model.answer_ids(filled, [item.prompt for item in batch.filled], self.max_tokens, batch.length))
+                answers = [self.model.tokenizer.decode_text(ids_T).strip() for ids_T in ids]
                 yield [(item, text, changed) for item, text, (_, changed) in zip(batch.items, answers, images)]
 
     def _grid(self, item: Item) -> tuple[int, int]:
