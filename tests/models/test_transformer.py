@@ -201,11 +201,11 @@ def test_init_makes_every_parameter_and_presets_are_the_released_sizes():
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(n_heads=5), "n_heads=5 is no multiple of n_kv_heads=2"),
+        (dict(n_heads=5), "n_heads=5 is not a multiple of n_kv_heads=2"),
         (dict(head_dim=3), "head_dim=3 is odd"),
         (dict(image_vocab_size=99), "image_vocab_size=99 exceeds mm_vocab_size=19"),
         (dict(remat="some"), "remat='some' is unknown"),
-        (dict(unroll=0), "unroll=0 is no count of layers"),
+        (dict(unroll=0), "unroll=0 is not a number of layers"),
         (dict(n_language_layers=0), "n_language_layers >= 1"),
         (dict(attention_chunk=-1), "attention_chunk=-1 is negative"),
     ],

@@ -132,8 +132,8 @@ def test_meshes(axes, shape):
         ({"data": 3, "fsdp": -1}, "mesh data=3 needs a multiple of 3 devices, 8 are present"),
         ({"data": 16, "fsdp": -1}, "mesh data=16 needs a multiple of 16 devices"),
         ({"data": -1, "fsdp": -1}, "mesh: only one axis may be -1, got data and fsdp"),
-        ({"data": 0}, "mesh data=0 is no number of devices"),
-        ({"data": "2"}, "mesh data='2' is no number of devices"),
+        ({"data": 0}, "mesh data=0 is not a number of devices"),
+        ({"data": "2"}, "mesh data='2' is not a number of devices"),
     ],
 )
 def test_meshes_that_do_not_fit(axes, words):

@@ -26,7 +26,8 @@ class AutoencoderConfig:
       groups: groups of its GroupNorms.
       scaling_factor, shift_factor: latents are (z - shift) * scaling.
       query_chunk: queries per attention step of the middle block, 0 for all at once (see `attend`).
-      at_once: images that a device encodes or decodes at a time, 0 for all: at 1152 x 1152 one array of the last level takes 0.6 GiB in float32.
+      at_once: images that a device encodes or decodes at a time, 0 for all. At 1152 x 1152 pixels one float32 array of the last level
+        takes 0.6 GiB per image.
     """
 
     kind: str = "kl"
@@ -45,7 +46,7 @@ class AutoencoderConfig:
 
     def __post_init__(self):
         if self.at_once < 0:
-            raise ValueError(f"autoencoder.at_once={self.at_once} is no number of images; use 1 or more, or 0 for all")
+            raise ValueError(f"autoencoder.at_once={self.at_once} is not a number of images; use 1 or more, or 0 for all")
         if self.kind not in ("kl", "identity"):
             raise ValueError(f"autoencoder.kind={self.kind!r} is unknown; choose kl or identity")
         if self.kind == "identity" and self.latent_channels != self.pixel_channels * self.identity_factor**2:
@@ -91,7 +92,7 @@ def unpack(tokens_BTC: jax.Array, grid: tuple[int, int]) -> jax.Array:
 
 def _conv(cfg: AutoencoderConfig, name: str, features: int, kernel: int = 3, **kw) -> Conv:
     padding = kw.pop("padding", SAME if kernel == 3 else ((0, 0), (0, 0)))
-    # Whole on every device: the weights are small (0.2 GB in bfloat16), frozen, and not all of their widths would split.
+    # Replicated: the weights are small (0.2 GB in bfloat16) and frozen, and not all of their widths divide over a mesh axis.
     return Conv(features, kernel, padding=padding, out_axis=None, dtype=cfg.dtype, param_dtype=cfg.param_dtype, name=name, **kw)
 
 

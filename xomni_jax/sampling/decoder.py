@@ -1,4 +1,4 @@
-"""The diffusion decoder run forward: codes' semantics and a prompt to pixels (X-Omni section 3.3)."""
+"""The diffusion decoder: semantics of codes and a prompt to pixels (X-Omni section 3.3)."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ class DecodeConfig:
     """How the decoder is sampled.
 
     Attributes:
-      steps: Euler steps. guidance: true classifier-free guidance between (semantics, prompt) and (zero semantics, empty prompt); 1 is off.
-      text_length, pooled_length: token lengths of the T5 and the CLIP prompt.
+      steps: Euler steps.
+      guidance: classifier-free guidance between (semantics, prompt) and (zero semantics, empty prompt), two forward passes; 1 is off.
+      text_length, pooled_length: tokens of the T5 and of the CLIP prompt.
       base_shift, max_shift: of the noise schedule at 256 and 4,096 tokens; see `flow_sigmas`.
     """
 
@@ -81,7 +82,7 @@ class Decoder:
         Args:
           semantics_BYXD: from `SigLIPVQ.semantics`.
           text_BS, pooled_BS: the prompts as T5 and CLIP ids; `empty` = the same two for the empty prompt, [1, S] each.
-          noise_BTC: standard normal, packed; it is the only randomness.
+          noise_BTC: standard normal, packed.
         """
         grid = semantics_BYXD.shape[1:3]
         cond = self.condition(params, text_BS, pooled_BS, semantics_BYXD)

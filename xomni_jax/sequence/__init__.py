@@ -1,4 +1,4 @@
-"""The multimodal token format: text and image spans to ids and back."""
+"""The multimodal token format: text and images to ids and back, packing and padding."""
 
 from xomni_jax.sequence.packing import PackedBatch, Targets, pack, targets, unpack
 from xomni_jax.sequence.spans import ImageSpan, SpanError, TextSpan, parse, unparse

@@ -1,11 +1,11 @@
-"""Flags of the TPU compiler and runtime: the one reviewed table, for the launch scripts, the manifests and their documentation.
+"""Flags of the TPU compiler and runtime: one reviewed table for the launch scripts, the manifests and their documentation.
 
     python -m xomni_jax.sharding.xla_flags v6e-64               what LIBTPU_INIT_ARGS should be on that slice
     python -m xomni_jax.sharding.xla_flags v6e-64 --slices 2    the same for two slices that train together
     python -m xomni_jax.sharding.xla_flags --table              the table as Markdown
 
-libtpu reads the variable when it is loaded, so it is set before Python starts. What is already set there wins: the scripts leave it alone.
-Imports nothing but the standard library: a manifest is written on machines without jax.
+libtpu reads the variable when it is loaded, so the launch scripts set it before Python starts; a value that is already set stays.
+Standard library only: manifests are written on machines without jax.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Flag:
     multislice: bool = False
 
 
-# Asynchronous collective fusion is for v5e alone: libtpu 0.0.52 refuses it on other chips (wrong results, hangs), though older guides set it there.
-# Compiler defaults improve: with every new libtpu measure each group again and drop what no longer helps.
+# Asynchronous collective fusion is for v5e only: libtpu 0.0.52 refuses it on other chips (wrong results, hangs), where older guides set it.
+# Compiler defaults improve: measure each group again with every new libtpu, and drop what no longer helps.
 FLAGS = (
     Flag("xla_tpu_enable_async_collective_fusion", "true", ("v5e",), "runs a collective beside the matmul that does not need it yet"),
     Flag(
