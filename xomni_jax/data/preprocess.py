@@ -17,10 +17,11 @@ class ImageLimits:
     """Accepted images and the size they are resized to; names and defaults are those of the released configuration.
 
     Attributes:
-      min_short_size: images whose short side is smaller are rejected.
-      max_aspect_ratio: images with a larger long / short side are rejected.
-      short_size: smaller short sides are scaled up to this. long_size: then larger long sides are scaled down to this.
-      patch_size: both sides become multiples of it.
+      short_size: smaller short sides are scaled up to this
+      long_size: larger long sides are then scaled down to this
+      patch_size: both sides become multiples of it
+      min_short_size: images with a smaller short side are rejected
+      max_aspect_ratio: images with a larger ratio of long to short side are rejected
     """
 
     short_size: int = 384

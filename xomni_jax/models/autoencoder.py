@@ -20,14 +20,20 @@ class AutoencoderConfig:
     """Sizes of the autoencoder.
 
     Attributes:
-      kind: "kl", the convolutional VAE, or "identity": space-to-depth of the pixels, without parameters or loss.
-      identity_factor: pixels per latent, along each side, of the identity kind.
-      block_channels, layers_per_block: widths of the VAE's levels (each but the last halves the image), residual blocks per level.
-      groups: groups of its GroupNorms.
-      scaling_factor, shift_factor: latents are (z - shift) * scaling.
-      query_chunk: queries per attention step of the middle block, 0 for all at once (see `attend`).
+      kind: kl, the convolutional VAE, or identity: space-to-depth of the pixels, without parameters or loss
+      identity_factor: pixels per latent along each side, of the identity kind
+      pixel_channels: channels of an image
+      latent_channels: channels of a latent
+      block_channels: widths of the VAE's levels, each of which but the last halves the image
+      layers_per_block: residual blocks per level
+      groups: groups of the GroupNorms
+      scaling_factor: latents are (z - shift_factor) * scaling_factor
+      shift_factor: see scaling_factor
+      query_chunk: queries per attention step of the middle block, 0 for all at once
       at_once: images that a device encodes or decodes at a time, 0 for all. At 1152 x 1152 pixels one float32 array of the last level
-        takes 0.6 GiB per image.
+        takes 0.6 GiB per image
+      dtype: number format of the computation
+      param_dtype: number format of the parameters
     """
 
     kind: str = "kl"

@@ -25,20 +25,29 @@ class MMDiTConfig:
     """Sizes of the MMDiT.
 
     Attributes:
-      in_channels: channels of a packed latent token, in and out (16 latent channels x 2 x 2 in FLUX).
-      d_model, n_heads: width of both streams and its heads; `axes_dims` splits a head over the rotary axes (0, row, column).
-      n_double, n_single: blocks with separate, and with shared, weights for text and image.
-      text_dim, pooled_dim, semantic_dim: widths of the T5 sequence, the CLIP vector and the semantic map.
-      guidance_embed: whether the guidance strength is an input, as in the distilled FLUX.1-dev.
-      theta: base of the rotary frequencies.
-      prediction: what the last layer predicts: "velocity", as released, or "data", from which the velocity follows. Predicting the velocity
-        requires the noise of a patch to pass through the residual stream, for which a narrow model on large patches has no room.
-      attention: its implementation; see `attention.attend`.
-      query_chunk: queries per attention step, 0 for all at once (see `attend`).
-      unroll: blocks per step of the scans.
-      at_once: images that a device denoises at a time, 0 for all. Each such part of a batch reads all weights in every step, and gathers
-        them on a mesh.
-      int8: kernels are stored in 8 bits, for inference (see `models.int8`).
+      in_channels: channels of a packed latent token, in and out (16 latent channels x 2 x 2 in FLUX)
+      d_model: width of both streams
+      n_heads: attention heads
+      axes_dims: parts of a head's width for the rotary positions (0, row, column)
+      n_double: blocks with separate weights for text and image
+      n_single: blocks with shared weights
+      text_dim: width of the T5 sequence
+      pooled_dim: width of the CLIP vector
+      semantic_dim: width of the semantic map
+      guidance_embed: whether the guidance strength is an input, as in the distilled FLUX.1-dev
+      mlp_ratio: width of the MLP's hidden layer / d_model
+      theta: base of the rotary frequencies
+      prediction: what the last layer predicts: velocity, as released, or data, from which the velocity follows. Predicting the velocity
+        requires the noise of a patch to pass through the residual stream, for which a narrow model on large patches has no room
+      attention: implementation of attention: auto, plain or splash; see `attention.attend`
+      query_chunk: queries per step of plain attention, 0 for all at once
+      unroll: blocks per step of the scans over them
+      at_once: images that a device denoises at a time, 0 for all. Each microbatch reads all weights in every step, and on a mesh
+        gathers them
+      dtype: number format of the computation
+      param_dtype: number format of the parameters
+      remat: what the backward pass recomputes of a block: none, full, or dots (everything but matrix products)
+      int8: kernels are stored in 8 bits, for inference; see `models.int8`
     """
 
     in_channels: int = 64

@@ -17,13 +17,16 @@ from xomni_jax.sharding.rules import constrain
 
 @dataclass(frozen=True)
 class SigLIPVQConfig(ViTConfig):
-    """Sizes of the tokenizer: those of its ViT, and
+    """Sizes of the tokenizer: those of its ViT, and the following.
 
     Attributes:
-      codebook_size, code_width: rows and columns of the codebook.
-      conv_blocks: residual blocks after de-quantisation. groups: of their GroupNorm.
-      skip_probability: chance per image that training skips quantisation.
-      temperature: of the soft assignment. beta: weight of the codebook loss.
+      codebook_size: rows of the codebook
+      code_width: columns of the codebook
+      conv_blocks: residual blocks after de-quantisation
+      groups: of their GroupNorms
+      skip_probability: probability per image that training skips quantisation
+      temperature: of the soft assignment of codes
+      beta: weight of the codebook loss
     """
 
     codebook_size: int = 16384

@@ -19,7 +19,22 @@ from xomni_jax.sharding.rules import constrain
 
 @dataclasses.dataclass(frozen=True)
 class T5Config:
-    """Sizes of the T5 encoder. `head_dim` is free: heads need not fill the width."""
+    """Sizes of the T5 encoder.
+
+    Attributes:
+      vocab_size: ids
+      d_model: width of the residual stream
+      n_layers: number of layers
+      n_heads: attention heads
+      head_dim: width of one head; heads need not fill the width
+      mlp_dim: width of the MLP's hidden layer
+      n_buckets: buckets of relative positions
+      max_distance: distance from which all positions share a bucket
+      dtype: number format of the computation
+      param_dtype: number format of the parameters
+      remat: what the backward pass recomputes of a layer: none, full, or dots (everything but matrix products)
+      int8: kernels are stored in 8 bits, for inference; see `models.int8`
+    """
 
     vocab_size: int = 32_128
     d_model: int = 4096
@@ -32,7 +47,7 @@ class T5Config:
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     remat: str = "none"
-    int8: bool = False  # kernels are stored in 8 bits, for inference (see `models.int8`)
+    int8: bool = False
 
     def __post_init__(self):
         check_remat("t5", self.remat)
@@ -42,7 +57,21 @@ class T5Config:
 
 @dataclasses.dataclass(frozen=True)
 class CLIPTextConfig:
-    """Sizes of CLIP's text tower. `eos_id` is the token whose first position gives the pooled vector."""
+    """Sizes of CLIP's text tower.
+
+    Attributes:
+      vocab_size: ids
+      d_model: width of the residual stream
+      n_layers: number of layers
+      n_heads: attention heads
+      mlp_dim: width of the MLP's hidden layer
+      max_length: learned positions
+      eos_id: id whose first position gives the pooled vector
+      dtype: number format of the computation
+      param_dtype: number format of the parameters
+      remat: what the backward pass recomputes of a layer: none, full, or dots (everything but matrix products)
+      int8: kernels are stored in 8 bits, for inference; see `models.int8`
+    """
 
     vocab_size: int = 49_408
     d_model: int = 768
@@ -54,7 +83,7 @@ class CLIPTextConfig:
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     remat: str = "none"
-    int8: bool = False  # kernels are stored in 8 bits, for inference (see `models.int8`)
+    int8: bool = False
 
     def __post_init__(self):
         check_remat("clip", self.remat)

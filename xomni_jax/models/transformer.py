@@ -30,12 +30,25 @@ class ARConfig:
     Text ids are 0..vocab_size-1; multimodal ids follow: `image_vocab_size` image codes, then special and unused ids.
 
     Attributes:
-      vocab_size, mm_vocab_size: text and multimodal ids. image_vocab_size: how many of the latter are image codes.
-      n_adapter_layers, n_language_layers, n_head_layers: of the three stacks, in this order; the first and last are vision layers.
-      attention: its implementation; see `attention.attend`.
-      attention_chunk: queries per step of plain attention in a full pass; 0 takes all at once.
-      remat: what the backward pass recomputes; see `stack.REMAT`.
-      unroll: layers per step of the scan over a stack.
+      vocab_size: text ids
+      mm_vocab_size: multimodal ids
+      image_vocab_size: image codes
+      d_model: width of the residual stream
+      mlp_dim: width of the MLP's hidden layer
+      n_heads: query heads
+      n_kv_heads: key and value heads
+      head_dim: width of one head
+      n_language_layers: layers that text and image tokens pass
+      n_adapter_layers: vision layers before them, whose output text tokens skip
+      n_head_layers: vision layers after them
+      rope_theta: base of the rotary frequencies
+      rms_eps: of the RMSNorms
+      attention: implementation of attention: auto, plain or splash; see `attention.attend`
+      attention_chunk: queries per step of plain attention in a full pass; 0 takes all at once
+      dtype: number format of the computation
+      param_dtype: number format of the parameters
+      remat: what the backward pass recomputes of a layer: none, full, or dots (everything but matrix products)
+      unroll: layers per step of the scan over them
     """
 
     vocab_size: int

@@ -20,12 +20,18 @@ class ViTConfig:
     """Sizes of the vision transformer.
 
     Attributes:
-      width, layers, heads, mlp: of the transformer. patch: pixels along a side of a token.
-      pos_grid: side of the square grid of learned positions.
-      norm_eps: of the LayerNorms.
-      attention: its implementation; see `attention.attend`.
-      query_chunk: attention rows scored at a time (0: all); by default a sixth of the released 72 x 72 tokens.
-      remat: what the backward pass recomputes; see `stack.REMAT`.
+      width: width of the residual stream
+      layers: number of blocks
+      heads: attention heads
+      mlp: width of the MLP's hidden layer
+      patch: pixels along each side of a token
+      pos_grid: side of the square grid of learned positions
+      norm_eps: of the LayerNorms
+      attention: implementation of attention: auto, plain or splash; see `attention.attend`
+      query_chunk: queries per step of plain attention, 0 for all at once; by default a sixth of the released 72 x 72 tokens
+      dtype: number format of the computation
+      param_dtype: number format of the parameters
+      remat: what the backward pass recomputes of a block: none, full, or dots (everything but matrix products)
     """
 
     width: int

@@ -19,10 +19,12 @@ class DecodeConfig:
     """How the decoder is sampled.
 
     Attributes:
-      steps: Euler steps.
-      guidance: classifier-free guidance between (semantics, prompt) and (zero semantics, empty prompt), two forward passes; 1 is off.
-      text_length, pooled_length: tokens of the T5 and of the CLIP prompt.
-      base_shift, max_shift: of the noise schedule at 256 and 4,096 tokens; see `flow_sigmas`.
+      steps: Euler steps
+      guidance: classifier-free guidance between (semantics, prompt) and (zero semantics, empty prompt), at twice the cost; 1 is off
+      text_length: tokens of the T5 prompt
+      pooled_length: tokens of the CLIP prompt
+      base_shift: of the noise schedule at 256 tokens; see `flow_sigmas`
+      max_shift: of the noise schedule at 4,096 tokens
     """
 
     steps: int = 28

@@ -15,11 +15,11 @@ class SamplingConfig:
     """How a token is sampled. The defaults are those of the released image sampler, its implicit top_k=50 included.
 
     Attributes:
-      temperature: logits are divided by it; 0 is greedy.
-      top_k: keep the k largest logits and those equal to the k-th; 0 is off.
-      top_p: keep the smallest set of most probable tokens whose total probability reaches it; 1 is off.
-      min_p: keep tokens of at least min_p times the largest probability; 0 is off.
-      guidance: weight w of neg + w * (cond - neg) on log-probabilities; 1 is off.
+      temperature: logits are divided by it; 0 is greedy
+      top_k: keep the k largest logits and those equal to the k-th; 0 is off
+      top_p: keep the smallest set of most probable tokens whose total probability reaches it; 1 is off
+      min_p: keep tokens of at least min_p times the largest probability; 0 is off
+      guidance: weight w of neg + w * (cond - neg) on log-probabilities; 1 is off
     """
 
     temperature: float = 1.0
