@@ -200,7 +200,7 @@ def test_a_long_prompt_is_cut_for_an_encoder_with_its_own_tokenizer(with_encoder
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         own.check_prompts(["a red sign " * 10])  # 30 tokens for T5, far too many for CLIP: no news
-    with pytest.warns(UserWarning, match="prompt 2 .* has 33 tokens, this model's decoder takes 31: it is drawn whole"):
+    with pytest.warns(UserWarning, match="prompt 2 .* has 33 tokens, this model's decoder takes 31: its codes are sampled from all of it"):
         own.check_prompts(["a sign", "a red sign " * 11])
 
 
