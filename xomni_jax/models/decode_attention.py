@@ -117,9 +117,9 @@ def _kernel(
         index = first + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
         scores = jnp.where(index < limit, scores * scale, jnp.finfo(f32).min)
         new = jnp.maximum(peak[...], jnp.max(scores, axis=-1, keepdims=True))
-        kept, p = jnp.exp(peak[...] - new), jnp.exp(scores - new)
-        total[...] = total[...] * kept + jnp.sum(p, axis=-1, keepdims=True)
-        mean[...] = mean[...] * kept + weigh(p)
+        rescale, p = jnp.exp(peak[...] - new), jnp.exp(scores - new)
+        total[...] = total[...] * rescale + jnp.sum(p, axis=-1, keepdims=True)
+        mean[...] = mean[...] * rescale + weigh(p)
         peak[...] = new
 
     at = i * prompt_k.shape[0]

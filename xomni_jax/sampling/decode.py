@@ -36,7 +36,7 @@ class RolloutState:
 
 
 def pack_kept(kept: jax.Array) -> jax.Array:
-    """Bool [..., V] -> uint8 [..., ceil(V / 8)], eight tokens per byte."""
+    """bool [..., V] -> uint8 [..., ceil(V / 8)], eight tokens per byte."""
     return jnp.packbits(kept, axis=-1)
 
 
@@ -124,10 +124,10 @@ def draw_codes(
         logits = head_logits(state.hidden_PRD, kernel_DV)
         pair = logits.reshape(P, -1, *logits.shape[1:])  # the prompt's, and with guidance the negative prompt's
         scores_PRV = guide(pair[:, 0], pair[:, 1] if sampling.guided else None, sampling.guidance)
-        codes_PR, logp_PR, kept_PRV = draw(scores_PRV, _fold_in(keys_PR, state.cache.column), sampling)
+        codes_PR, logp_PR, mask_PRV = draw(scores_PRV, _fold_in(keys_PR, state.cache.column), sampling)
         ids = jnp.repeat(codes_PR + model.cfg.vocab_size, pair.shape[1], axis=0)
         state = RolloutState(*decode(model, params, ids, prompt, state.cache))
-        return state, (codes_PR, logp_PR, pack_kept(kept_PRV) if return_kept else None)
+        return state, (codes_PR, logp_PR, pack_kept(mask_PRV) if return_kept else None)
 
     state, out = jax.lax.scan(step, state, length=n)
     codes, logp, kept = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), out)

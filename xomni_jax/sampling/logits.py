@@ -79,8 +79,8 @@ def temper(scores: jax.Array, temperature: float) -> jax.Array:
 def kept_mask(scores: jax.Array, sampling: SamplingConfig) -> jax.Array:
     """Tokens that may be sampled: guided scores [..., V] before the temperature -> bool [..., V] with no empty row.
 
-    Ties are treated as in transformers' logits warpers: top-k and min-p keep all tokens equal to the last one kept; top-p may separate
-    equal tokens, and then keeps the later ids (torch's sort is not stable and leaves the choice open).
+    Ties are treated as in transformers' logits warpers: top-k and min-p never separate equal tokens; top-p may, and then keeps the
+    later ids (torch's sort is not stable and leaves the choice open).
     """
     if sampling.greedy:
         return jax.nn.one_hot(jnp.argmax(scores, axis=-1), scores.shape[-1], dtype=bool)

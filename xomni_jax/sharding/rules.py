@@ -104,7 +104,7 @@ def acting(rules: Mapping) -> Iterator[None]:
 
 
 def map_rows(fn: Callable[[Any], Any], rows: Any, at_once: int = 0) -> Any:
-    """fn(rows) for a tree of arrays [B, ...] with independent rows, in microbatches of at most `at_once` rows per device; 0: all at once.
+    """fn(rows) for a tree of arrays [B, ...] with independent rows, at most `at_once` rows at a time on each device; 0: all at once.
 
     See `row_pieces` for how they are split. A microbatch takes every k-th row, so that all devices compute on rows they hold.
     """
