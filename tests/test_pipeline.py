@@ -46,7 +46,7 @@ def test_an_image_does_not_depend_on_its_batch(model, images):
 def test_the_mesh_changes_nothing(model_dir, images):
     """Two ways: three prompts are padded to four rows, one image to two, and cut off again."""
     sharded = xomni_jax.load(model_dir, make_mesh({"fsdp": 2}, jax.devices()[:2]))
-    assert sharded.ways == 2
+    assert sharded.num_data_shards == 2
     for ours, theirs in zip(sharded.generate(PROMPTS, seed=5), images, strict=True):
         assert np.abs(np.asarray(ours).astype(int) - theirs).max() <= 1  # a rounding of the last bit
     kernel = sharded.params("siglip_vq")["vit"]["blocks"]["fc1"]["kernel"]
@@ -238,3 +238,10 @@ def test_answer_ids_end_with_the_turn(model, images):
     model_ends = xomni_jax.load(model.path)
     model_ends.tokenizer.end_of_turn = first  # whatever a random model says first
     assert model_ends.answer_ids(codes, ["one?"], 4).tolist() == [[first, *[model.tokenizer.pad] * 3]]
+
+
+def test_fields_of_older_models_are_read(model_dir):
+    old = xomni_jax.load(model_dir)
+    config = old.description["components"]["mmdit"]["config"]
+    config["at_once"] = config.pop("microbatch") + 3
+    assert old.config("mmdit").microbatch == 3

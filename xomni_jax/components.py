@@ -19,11 +19,10 @@ from xomni_jax.data.preprocess import ImageLimits
 from xomni_jax.models.int8 import quantize
 from xomni_jax.models.registry import COMPONENTS, init_params
 from xomni_jax.sampling.batches import Batch, make_batches
-from xomni_jax.sampling.decoder import DecodeConfig, Decoder
-from xomni_jax.sampling.pixels import DECODER_PARTS
+from xomni_jax.sampling.decoder import DECODER_COMPONENTS, DecodeConfig, Decoder
 from xomni_jax.sequence.tokenizer import MultimodalTokenizer, read_tokenizer
 from xomni_jax.sharding.mesh import make_mesh
-from xomni_jax.sharding.rules import ROLLOUT_RULES, RULES, param_shardings, row_ways
+from xomni_jax.sharding.rules import ROLLOUT_RULES, RULES, num_data_shards, param_shardings
 
 
 class ModelComponents:
@@ -46,7 +45,7 @@ class ModelComponents:
         if flux is not None and self.released is None:
             raise CheckpointError(f"{path}: is a model directory, which has its own VAE and text encoders; leave flux out")
         self.description = read_model_json(path) if self.released is None else self.released.description
-        self.ways = row_ways(self.mesh)
+        self.num_data_shards = num_data_shards(self.mesh)
         self._params: dict[str, Any] = {}
         self._configs: dict[str, Any] = {}
 
@@ -152,11 +151,11 @@ class ModelComponents:
     @functools.cached_property
     def decoder(self) -> Decoder:
         """The diffusion decoder's modules."""
-        return Decoder(*(self.module(name) for name in DECODER_PARTS))
+        return Decoder(*(self.module(name) for name in DECODER_COMPONENTS))
 
     def decoder_params(self) -> dict[str, Any]:
         """Parameters of the diffusion decoder's components."""
-        return {name: self.params(name) for name in DECODER_PARTS}
+        return {name: self.params(name) for name in DECODER_COMPONENTS}
 
     @property
     def patch(self) -> int:
@@ -165,5 +164,5 @@ class ModelComponents:
 
     def batches(self, rows: int, batch_size: int | None = None) -> list[Batch]:
         """Batches of `rows` rows that split over the mesh: `batch_size` rows at a time in each data shard, or all at once."""
-        most = -(-rows // self.ways) * self.ways
-        return make_batches(rows, most if batch_size is None else min(batch_size * self.ways, most))
+        most = -(-rows // self.num_data_shards) * self.num_data_shards
+        return make_batches(rows, most if batch_size is None else min(batch_size * self.num_data_shards, most))

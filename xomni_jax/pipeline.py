@@ -16,11 +16,10 @@ from xomni_jax.components import ModelComponents
 from xomni_jax.core.cache import cached_method
 from xomni_jax.data.preprocess import preprocess
 from xomni_jax.sampling.batches import Batch, batches_by_shape, in_order, run_batches
-from xomni_jax.sampling.decode import make_answerer
-from xomni_jax.sampling.decoder import DecodeConfig
+from xomni_jax.sampling.decoder import DecodeConfig, make_decode
+from xomni_jax.sampling.generate import make_answerer
 from xomni_jax.sampling.keys import NOISE, image_keys
 from xomni_jax.sampling.logits import SamplingConfig
-from xomni_jax.sampling.pixels import make_decode
 from xomni_jax.sampling.sampler import Sampler
 from xomni_jax.sequence.padding import IMAGE_STEPS, pad_prompts
 from xomni_jax.sequence.tokenizer import encoder_ids, fixed_length_ids
@@ -89,7 +88,7 @@ class XOmni(ModelComponents):
 
     @cached_method
     def _decode(self, cfg: DecodeConfig):
-        return make_decode(self.module("siglip_vq"), self.decoder, cfg, self.ways)
+        return make_decode(self.module("siglip_vq"), self.decoder, cfg, self.num_data_shards)
 
     def decode(
         self, codes_BYX: Any, prompts: Sequence[str] | None = None, noise: Any = None, seed: int = 0, batch_size: int = BATCH_SIZE
@@ -190,7 +189,7 @@ class XOmni(ModelComponents):
 
         Images of one size share batches of `batch_size` images in each data shard.
         """
-        batches = batches_by_shape([p.shape for p in pixels], batch_size * self.ways)
+        batches = batches_by_shape([p.shape for p in pixels], batch_size * self.num_data_shards)
         return in_order(run_batches(lambda batch: self.encode_pixels(np.stack(batch.take(pixels))), batches))
 
     def encode(self, images: Sequence[Image.Image | np.ndarray], batch_size: int = 1) -> list[np.ndarray]:

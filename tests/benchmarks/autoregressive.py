@@ -15,9 +15,9 @@ import numpy as np
 from tests.benchmarks import peers
 from tests.benchmarks.products import products
 from tests.benchmarks.timing import Case, relative_difference, unequal_share
-from xomni_jax.models.heads import text_logp
 from xomni_jax.models.transformer import PRESETS, ARConfig, ARTransformer
-from xomni_jax.sampling.decode import generate_text
+from xomni_jax.models.vocab_heads import text_logp
+from xomni_jax.sampling.generate import generate_text
 from xomni_jax.training.optimizer import OptimizerConfig, make_optimizer
 from xomni_jax.training.state import TrainState
 

@@ -17,8 +17,8 @@ from tests.name_tables import to_params, to_tensors
 from tests.parity.reference_transformer import SIZES
 from xomni_jax.checkpoint.conversion import flatten
 from xomni_jax.checkpoint.names.transformer import table
-from xomni_jax.models.heads import image_logp, select, text_logp
 from xomni_jax.models.transformer import PRESETS, ARConfig, ARTransformer
+from xomni_jax.models.vocab_heads import image_logp, select, text_logp
 from xomni_jax.sharding.mesh import make_mesh
 from xomni_jax.sharding.rules import param_shardings
 

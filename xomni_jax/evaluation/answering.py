@@ -54,7 +54,7 @@ class Answering:
     """
 
     def __init__(self, model: XOmni, suite: str, batch: int, max_tokens: int):
-        self.model, self.suite, self.max_tokens, self.rows = model, suite, max_tokens, batch * model.ways
+        self.model, self.suite, self.max_tokens, self.rows = model, suite, max_tokens, batch * model.num_data_shards
 
     def batches(self, items: Sequence[Item]) -> list[Batch]:
         """Static batches of questions. SuiteError names an item that cannot be asked."""
@@ -108,8 +108,8 @@ class Answering:
         shapes = sorted({p.shape for p in pixels})
         for shape in shapes:
             alike = [i for i, p in enumerate(pixels) if p.shape == shape]
-            for first in range(0, len(alike), self.model.ways):
-                part = alike[first : first + self.model.ways]
+            for first in range(0, len(alike), self.model.num_data_shards):
+                part = alike[first : first + self.model.num_data_shards]
                 for i, found in zip(part, whole(self.model.encode_pixels(np.stack([pixels[i] for i in part])))):
                     codes[i] = found
         return codes

@@ -7,8 +7,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from xomni_jax.models.heads import map_chunks
 from xomni_jax.models.splash import splash_attention
+from xomni_jax.models.vocab_heads import map_chunks
 
 ATTENTION = ("auto", "plain", "splash")
 

@@ -30,7 +30,7 @@ class AutoencoderConfig:
       scaling_factor: latents are (z - shift_factor) * scaling_factor
       shift_factor: see scaling_factor
       query_chunk: queries per attention step of the middle block, 0 for all at once
-      at_once: images that a device encodes or decodes at a time, 0 for all. At 1152 x 1152 pixels one float32 array of the last level
+      microbatch: images that a device encodes or decodes at a time, 0 for all. At 1152 x 1152 pixels one float32 array of the last level
         takes 0.6 GiB per image
       dtype: number format of the computation
       param_dtype: number format of the parameters
@@ -46,13 +46,13 @@ class AutoencoderConfig:
     scaling_factor: float = 0.3611
     shift_factor: float = 0.1159
     query_chunk: int = 0
-    at_once: int = 0
+    microbatch: int = 0
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
     def __post_init__(self):
-        if self.at_once < 0:
-            raise ValueError(f"autoencoder.at_once={self.at_once} is not a number of images; use 1 or more, or 0 for all")
+        if self.microbatch < 0:
+            raise ValueError(f"autoencoder.microbatch={self.microbatch} is not a number of images; use 1 or more, or 0 for all")
         if self.kind not in ("kl", "identity"):
             raise ValueError(f"autoencoder.kind={self.kind!r} is unknown; choose kl or identity")
         if self.kind == "identity" and self.latent_channels != self.pixel_channels * self.identity_factor**2:
@@ -81,7 +81,7 @@ def identity(factor: int) -> AutoencoderConfig:
 
 
 PRESETS: dict[str, AutoencoderConfig] = {
-    "flux": AutoencoderConfig(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, query_chunk=1024, at_once=1),
+    "flux": AutoencoderConfig(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, query_chunk=1024, microbatch=1),
     "identity-4": identity(4),
 }
 

@@ -42,7 +42,7 @@ class MMDiTConfig:
       attention: implementation of attention: auto, plain or splash; see `attention.attend`
       query_chunk: queries per step of plain attention, 0 for all at once
       unroll: blocks per step of the scans over them
-      at_once: images that a device denoises at a time, 0 for all. Each microbatch reads all weights in every step, and on a mesh
+      microbatch: images that a device denoises at a time, 0 for all. Each microbatch reads all weights in every step, and on a mesh
         gathers them
       dtype: number format of the computation
       param_dtype: number format of the parameters
@@ -66,7 +66,7 @@ class MMDiTConfig:
     attention: str = "auto"
     query_chunk: int = 0
     unroll: int = 1
-    at_once: int = 0
+    microbatch: int = 0
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     remat: str = "none"
@@ -75,8 +75,8 @@ class MMDiTConfig:
     def __post_init__(self):
         check_remat("mmdit", self.remat)
         check_attention("mmdit", self.attention)
-        if self.at_once < 0:
-            raise ValueError(f"mmdit.at_once={self.at_once} is not a number of images; use 1 or more, or 0 for all")
+        if self.microbatch < 0:
+            raise ValueError(f"mmdit.microbatch={self.microbatch} is not a number of images; use 1 or more, or 0 for all")
         if self.prediction not in ("velocity", "data"):
             raise ValueError(f"mmdit.prediction={self.prediction!r} is unknown; choose velocity or data")
         if self.d_model % self.n_heads:
@@ -98,7 +98,7 @@ class MMDiTConfig:
 
 
 PRESETS: dict[str, MMDiTConfig] = {
-    "flux-dev-xomni": MMDiTConfig(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, remat="full", query_chunk=512, at_once=4),
+    "flux-dev-xomni": MMDiTConfig(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, remat="full", query_chunk=512, microbatch=4),
     "tiny": MMDiTConfig(
         in_channels=192, d_model=128, n_heads=4, axes_dims=(8, 12, 12), n_double=1, n_single=4,
         text_dim=64, pooled_dim=64, semantic_dim=96, guidance_embed=False, unroll=4, prediction="data",

@@ -12,9 +12,9 @@ from flax import struct
 
 from xomni_jax.models.attention import attend, check_attention, on_kernels
 from xomni_jax.models.decode_attention import step_kernel
-from xomni_jax.models.heads import Head, select
 from xomni_jax.models.layers import Dtype, Embed, Projection, RMSNorm
 from xomni_jax.models.stack import check_remat, stacked
+from xomni_jax.models.vocab_heads import Head, select
 from xomni_jax.sharding.rules import constrain
 
 STACKS = ("adapters", "language", "heads")

@@ -73,7 +73,7 @@ def prefill(model: ARTransformer, params, ids_PS: jax.Array, lengths_P: jax.Arra
     return hidden_PD, PromptCache(kv, lengths_P)
 
 
-def decode(
+def decode_step(
     model: ARTransformer, params, ids_PR: jax.Array, prompt: PromptCache, generated: GeneratedCache, vision: bool = True
 ) -> tuple[jax.Array, GeneratedCache]:
     """Runs one token per rollout, ids [P, R]. Returns the normed hidden states [P, R, D] and the cache with that token written.

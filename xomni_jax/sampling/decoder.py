@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,7 +12,9 @@ from flax import linen as nn
 
 from xomni_jax.models.autoencoder import pack, unpack
 from xomni_jax.sampling.flow import Conditioning, euler_sample, flow_sigmas, guided_velocity, null_conditioning
-from xomni_jax.sharding.rules import map_rows
+from xomni_jax.sharding.rules import constrain, map_rows
+
+DECODER_COMPONENTS = ("mmdit", "t5", "clip", "autoencoder")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +104,7 @@ class Decoder:
 
             return euler_sample(velocity, noise_BTC, sigmas)
 
-        return unpack(map_rows(denoise, (noise_BTC, cond), self.mmdit.cfg.at_once), grid)
+        return unpack(map_rows(denoise, (noise_BTC, cond), self.mmdit.cfg.microbatch), grid)
 
     def pixels(self, params: Any, latents_BYXC: jax.Array) -> jax.Array:
         """Latents, scaled -> pixels [B, H, W, 3], float32, not clipped."""
@@ -109,7 +112,7 @@ class Decoder:
 
     def _autoencode(self, params: Any, method: str, x_BYXC: jax.Array) -> jax.Array:
         fn = lambda x: self.autoencoder.apply({"params": params["autoencoder"]}, x, method=method)  # noqa: E731
-        return map_rows(fn, x_BYXC, self.autoencoder.cfg.at_once)
+        return map_rows(fn, x_BYXC, self.autoencoder.cfg.microbatch)
 
     def decode(self, params: Any, *args: Any) -> jax.Array:
         """Semantics to pixels [B, H, W, 3] in [-1, 1]; arguments as for `latents`."""
@@ -119,3 +122,19 @@ class Decoder:
 def to_uint8(pixels: jax.Array) -> jax.Array:
     """Pixels in [-1, 1] -> uint8 images, rounded."""
     return jnp.round((jnp.clip(pixels, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
+
+
+def make_decode(vq: nn.Module, decoder: Decoder, cfg: DecodeConfig, num_data_shards: int) -> Callable[..., jax.Array]:
+    """The jitted decoder (tokenizer's parameters, decoder's, codes [B, Y, X], T5 ids, CLIP ids, noise, empty prompt's ids) -> uint8 images.
+
+    `num_data_shards`: over how many devices rows are split.
+    """
+
+    def decode(vq_params, params, codes_BYX, text_BS, pooled_BS, noise_BTC, empty):
+        semantics = vq.apply({"params": vq_params}, codes_BYX, method="semantics")
+        # The two rows of the empty prompt are repeated, so that they too split over a mesh.
+        empty = tuple(jnp.repeat(x, num_data_shards, axis=0) for x in empty)
+        images = to_uint8(decoder.decode(params, semantics, text_BS, pooled_BS, empty, noise_BTC, cfg))
+        return constrain(images, "batch", None, None, None, name="images")  # each host takes its own
+
+    return jax.jit(decode)

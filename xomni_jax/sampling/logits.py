@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from xomni_jax.models.heads import token_logp
+from xomni_jax.models.vocab_heads import token_logp
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def temper(scores: jax.Array, temperature: float) -> jax.Array:
     return scores.astype(jnp.float32) / (temperature or 1.0)
 
 
-def kept_mask(scores: jax.Array, sampling: SamplingConfig) -> jax.Array:
+def sampling_mask(scores: jax.Array, sampling: SamplingConfig) -> jax.Array:
     """Tokens that may be sampled: guided scores [..., V] before the temperature -> bool [..., V] with no empty row.
 
     Ties are treated as in transformers' logits warpers: top-k and min-p never separate equal tokens; top-p may, and then keeps the
@@ -85,31 +85,31 @@ def kept_mask(scores: jax.Array, sampling: SamplingConfig) -> jax.Array:
     if sampling.greedy:
         return jax.nn.one_hot(jnp.argmax(scores, axis=-1), scores.shape[-1], dtype=bool)
     z = temper(scores, sampling.temperature)
-    kept = jnp.ones(z.shape, bool)
+    mask = jnp.ones(z.shape, bool)
     if sampling.top_k:
-        kept &= z >= jax.lax.top_k(z, min(sampling.top_k, z.shape[-1]))[0][..., -1:]
+        mask &= z >= jax.lax.top_k(z, min(sampling.top_k, z.shape[-1]))[0][..., -1:]
     if sampling.top_p < 1:
-        left = jnp.where(kept, z, -jnp.inf)
+        left = jnp.where(mask, z, -jnp.inf)
         order = jnp.argsort(left, axis=-1, stable=True)
         total = jnp.cumsum(jax.nn.softmax(jnp.take_along_axis(left, order, axis=-1), axis=-1), axis=-1)
         keep_sorted = (total > 1 - sampling.top_p).at[..., -1].set(True)
-        kept &= jnp.take_along_axis(keep_sorted, jnp.argsort(order, axis=-1), axis=-1)
+        mask &= jnp.take_along_axis(keep_sorted, jnp.argsort(order, axis=-1), axis=-1)
     if sampling.min_p:
-        p = jax.nn.softmax(jnp.where(kept, z, -jnp.inf), axis=-1)
-        kept &= p >= sampling.min_p * jnp.max(p, axis=-1, keepdims=True)
-    return kept
+        p = jax.nn.softmax(jnp.where(mask, z, -jnp.inf), axis=-1)
+        mask &= p >= sampling.min_p * jnp.max(p, axis=-1, keepdims=True)
+    return mask
 
 
-def masked_logp(scores: jax.Array, kept: jax.Array | None, temperature: float = 1.0) -> jax.Array:
-    """Log-probabilities [..., V] of the truncated, renormalised distribution; -inf outside `kept` (None keeps all tokens).
+def masked_logp(scores: jax.Array, mask: jax.Array | None, temperature: float = 1.0) -> jax.Array:
+    """Log-probabilities [..., V] of the truncated, renormalised distribution; -inf outside `mask` (None keeps all tokens).
 
     The mask is an input because a trainer must use the sampler's: under a mask computed from a newer policy, a sampled token could have
     probability 0.
     """
     z = temper(scores, temperature)
-    if kept is None:
+    if mask is None:
         return jax.nn.log_softmax(z, axis=-1)
-    return jnp.where(kept, jax.nn.log_softmax(jnp.where(kept, z, jnp.finfo(jnp.float32).min), axis=-1), -jnp.inf)
+    return jnp.where(mask, jax.nn.log_softmax(jnp.where(mask, z, jnp.finfo(jnp.float32).min), axis=-1), -jnp.inf)
 
 
 def draw(scores: jax.Array, keys: jax.Array, sampling: SamplingConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -121,7 +121,7 @@ def draw(scores: jax.Array, keys: jax.Array, sampling: SamplingConfig) -> tuple[
     Returns:
       Tokens int32 [P, R], their log-probability [P, R] under the truncated distribution, the sampling mask [P, R, V].
     """
-    z, kept = temper(scores, sampling.temperature), kept_mask(scores, sampling)
+    z, mask = temper(scores, sampling.temperature), sampling_mask(scores, sampling)
     pick = jax.vmap(jax.vmap(jax.random.categorical))
-    tokens = pick(keys, jnp.where(kept, z, -jnp.inf)).astype(jnp.int32)
-    return tokens, token_logp(z, tokens, kept if sampling.truncates else None)[0], kept
+    tokens = pick(keys, jnp.where(mask, z, -jnp.inf)).astype(jnp.int32)
+    return tokens, token_logp(z, tokens, mask if sampling.truncates else None)[0], mask

@@ -45,7 +45,7 @@ ROLLOUT_RULES = RULES | {"embed": None}
 # are gathered layer by layer: 0.4 GB per layer of the MMDiT, where a split over heads would exchange 35 MB per image and projection.
 SPREAD_RULES = dict.fromkeys(RULES) | {"batch": MESH_AXES}
 
-_acting: ContextVar[Mapping] = ContextVar("rules of activations", default=RULES)
+_activation_rules: ContextVar[Mapping] = ContextVar("rules of activations", default=RULES)
 
 
 def spec_for(
@@ -77,7 +77,7 @@ def spec_for(
     return PartitionSpec(*entries)
 
 
-def row_ways(mesh: Mesh | AbstractMesh) -> int:
+def num_data_shards(mesh: Mesh | AbstractMesh) -> int:
     """Number of parts that the rows of a batch are split into."""
     return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
@@ -90,44 +90,44 @@ def constrain(x: jax.Array, *axes: str | None, name: str = "activation") -> jax.
 
 def activation_spec(name: str, shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """PartitionSpec of an activation by the table in use: RULES, or SPREAD_RULES within `map_rows`."""
-    return spec_for(name, shape, axes, mesh, _acting.get())
+    return spec_for(name, shape, axes, mesh, _activation_rules.get())
 
 
 @contextmanager
-def acting(rules: Mapping) -> Iterator[None]:
+def activation_rules(rules: Mapping) -> Iterator[None]:
     """Shards activations by another table within the context."""
-    token = _acting.set(rules)
+    token = _activation_rules.set(rules)
     try:
         yield
     finally:
-        _acting.reset(token)
+        _activation_rules.reset(token)
 
 
-def map_rows(fn: Callable[[Any], Any], rows: Any, at_once: int = 0) -> Any:
-    """fn(rows) for a tree of arrays [B, ...] with independent rows, at most `at_once` rows at a time on each device; 0: all at once.
+def map_rows(fn: Callable[[Any], Any], rows: Any, microbatch: int = 0) -> Any:
+    """fn(rows) for a tree of arrays [B, ...] with independent rows, at most `microbatch` rows at a time on each device; 0: all at once.
 
-    See `row_pieces` for how they are split. A microbatch takes every k-th row, so that all devices compute on rows they hold.
+    See `microbatches` for how they are split. A microbatch takes every k-th row, so that all devices compute on rows they hold.
     """
-    rules, pieces = row_pieces(len(jax.tree.leaves(rows)[0]), at_once, jax.sharding.get_abstract_mesh())
+    rules, pieces = microbatches(len(jax.tree.leaves(rows)[0]), microbatch, jax.sharding.get_abstract_mesh())
     if not pieces:
         return fn(rows)
 
     def piece(rows: Any) -> Any:
-        with acting(rules):
-            out = fn(jax.tree.map(pinned, rows))
-        return jax.tree.map(pinned, out)
+        with activation_rules(rules):
+            out = fn(jax.tree.map(constrained, rows))
+        return jax.tree.map(constrained, out)
 
-    def pinned(x: jax.Array) -> jax.Array:
+    def constrained(x: jax.Array) -> jax.Array:
         return constrain(x, "batch", *(None,) * (x.ndim - 1), name="rows")
 
     if pieces == 1:
         return piece(rows)
-    dealt = jax.tree.map(lambda x: x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1), rows)
-    out = jax.lax.map(piece, dealt)
+    interleaved = jax.tree.map(lambda x: x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1), rows)
+    out = jax.lax.map(piece, interleaved)
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), out)
 
 
-def row_pieces(n: int, at_once: int, mesh: Mesh | AbstractMesh) -> tuple[Mapping, int]:
+def microbatches(n: int, microbatch: int, mesh: Mesh | AbstractMesh) -> tuple[Mapping, int]:
     """(table, number of equal microbatches) for n rows of `map_rows`.
 
     Rows are split over all devices of the mesh (SPREAD_RULES) if n divides over them, else as any batch is (RULES). If n does not divide
@@ -137,7 +137,7 @@ def row_pieces(n: int, at_once: int, mesh: Mesh | AbstractMesh) -> tuple[Mapping
     each, odd = divmod(n, math.prod(mesh.shape.get(axis, 1) for axis in rules["batch"]))
     if odd:
         return rules, 0
-    return rules, next(k for k in range(1, each + 1) if each % k == 0 and (not at_once or each // k <= at_once))
+    return rules, next(k for k in range(1, each + 1) if each % k == 0 and (not microbatch or each // k <= microbatch))
 
 
 @contextmanager

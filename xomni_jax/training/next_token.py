@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from xomni_jax.models.heads import image_logp, select, text_logp
+from xomni_jax.models.vocab_heads import image_logp, select, text_logp
 from xomni_jax.sequence.packing import pack, targets
 from xomni_jax.sequence.tokenizer import MultimodalTokenizer, TokenSequence
 

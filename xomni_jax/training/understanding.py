@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from xomni_jax.models.heads import Head, head_logits, map_chunks, token_logp
 from xomni_jax.models.layers import Embed, Projection, RMSNorm
 from xomni_jax.models.quantizer import usage_metrics
 from xomni_jax.models.siglip_vq import SigLIPVQ, SigLIPVQConfig
 from xomni_jax.models.stack import stacked
 from xomni_jax.models.transformer import ARConfig, Context, DecoderLayer
+from xomni_jax.models.vocab_heads import Head, head_logits, map_chunks, token_logp
 from xomni_jax.sharding.rules import constrain
 
 

@@ -66,24 +66,24 @@ def head_logits(x: jax.Array, kernel_DV: jax.Array) -> jax.Array:
     return jnp.einsum("...D,DV->...V", x.astype(kernel_DV.dtype), kernel_DV, preferred_element_type=jnp.float32)
 
 
-def token_logp(logits: jax.Array, targets: jax.Array, kept: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-    """Log-probability of `targets` and entropy under softmax(logits), renormalised over `kept` when given.
+def token_logp(logits: jax.Array, targets: jax.Array, mask: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """Log-probability of `targets` and entropy under softmax(logits), renormalised over `mask` when given.
 
     Args:
       logits: [..., V], already divided by the temperature.
       targets: [...] ids; those outside the vocabulary give finite, undefined values, which the caller masks.
-      kept: [..., V] bool or None. A target outside it has a log-probability of about the float32 minimum.
+      mask: [..., V] bool or None. A target outside it has a log-probability of about the float32 minimum.
 
     Returns:
       logp [...] and entropy [...] in nats, float32.
     """
     z = logits.astype(jnp.float32)
     # A finite minimum: an -inf would turn 0 * z of the entropy, and its gradient, into NaN.
-    masked = z if kept is None else jnp.where(kept, z, jnp.finfo(jnp.float32).min)
+    masked = z if mask is None else jnp.where(mask, z, jnp.finfo(jnp.float32).min)
     lse = jax.nn.logsumexp(masked, axis=-1)
     picked = jnp.take_along_axis(masked, jnp.clip(targets, 0, z.shape[-1] - 1)[..., None], axis=-1)[..., 0]
     p = jnp.exp(masked - lse[..., None])
-    mean = jnp.sum(p * (z if kept is None else jnp.where(kept, z, 0.0)), axis=-1)
+    mean = jnp.sum(p * (z if mask is None else jnp.where(mask, z, 0.0)), axis=-1)
     return picked - lse, lse - mean
 
 

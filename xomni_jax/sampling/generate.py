@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from xomni_jax.models.heads import head_kernel, head_logits, map_chunks, select, token_logp
 from xomni_jax.models.transformer import ARTransformer
-from xomni_jax.sampling.cache import GENERATED_AXES, GeneratedCache, PromptCache, decode, prefill
+from xomni_jax.models.vocab_heads import head_kernel, head_logits, map_chunks, select, token_logp
+from xomni_jax.sampling.cache import GENERATED_AXES, GeneratedCache, PromptCache, decode_step, prefill
 from xomni_jax.sampling.logits import GREEDY, SamplingConfig, draw, guide, temper
 from xomni_jax.sharding.rules import constrain
 
@@ -29,18 +29,18 @@ class RolloutState:
     hidden_PRD: jax.Array
     cache: GeneratedCache
 
-    def pinned(self) -> RolloutState:
+    def constrained(self) -> RolloutState:
         """The same with its shardings fixed by the table, so that all calls with it use one compiled program."""
         kv = jax.tree.map(lambda x: constrain(x, *GENERATED_AXES, name="generated cache"), self.cache.kv)
         return RolloutState(constrain(self.hidden_PRD, "batch", None, "residual", name="hidden"), self.cache.replace(kv=kv))
 
 
-def pack_kept(kept: jax.Array) -> jax.Array:
+def pack_mask(sampling_mask: jax.Array) -> jax.Array:
     """bool [..., V] -> uint8 [..., ceil(V / 8)], eight tokens per byte."""
-    return jnp.packbits(kept, axis=-1)
+    return jnp.packbits(sampling_mask, axis=-1)
 
 
-def unpack_kept(packed: jax.Array, vocab: int) -> jax.Array:
+def unpack_mask(packed: jax.Array, vocab: int) -> jax.Array:
     """uint8 [..., ceil(V / 8)] -> bool [..., V]."""
     return jnp.unpackbits(packed, axis=-1, count=vocab).astype(bool)
 
@@ -63,7 +63,7 @@ def generate_codes(
     keys_PR: jax.Array,
     sampling: SamplingConfig = SamplingConfig(),
     negative: Prompts | None = None,
-    return_kept: bool = False,
+    return_mask: bool = False,
 ) -> dict[str, jax.Array | None]:
     """Samples exactly `n_codes` image codes for R rollouts of each of P prompts.
 
@@ -72,17 +72,17 @@ def generate_codes(
       n_codes: T = Y * X, static.
       keys_PR: PRNG keys; rollout (p, r) samples step t with fold_in(keys[p, r], t) and so does not depend on the others.
       negative: the prompts guidance steers away from (ids [P or 1, S'], lengths [P or 1]); needed when guidance is not 1.
-      return_kept: also return which codes could have been sampled, for `replay_logp`.
+      return_mask: also return which codes could have been sampled, for `replay_logp`.
 
     Returns:
       codes [P, R, T] int32, 0-based; logp [P, R, T] float32, under the truncated distribution each code was sampled from;
-      kept: uint8 [P, R, T, ceil(image_vocab_size / 8)] or None.
+      sampling_mask: uint8 [P, R, T, ceil(image_vocab_size / 8)] or None.
 
     Raises:
       ValueError: guidance without a negative prompt.
     """
     prompt, state = start_codes(model, params, prompt_ids_PS, lengths_P, n_codes, keys_PR.shape[1], sampling, negative)
-    return draw_codes(model, params, prompt, state, n_codes, keys_PR, sampling, return_kept)[1]
+    return draw_codes(model, params, prompt, state, n_codes, keys_PR, sampling, return_mask)[1]
 
 
 def start_codes(
@@ -101,7 +101,7 @@ def start_codes(
     hidden_PD, prompt = prefill(model, params, prompt_ids_PS, lengths_P)
     hidden_PRD = jnp.broadcast_to(hidden_PD[:, None], (hidden_PD.shape[0], rollouts, hidden_PD.shape[1]))
     cache = GeneratedCache.empty(model.cfg, hidden_PD.shape[0], rollouts, n_codes)
-    return prompt, RolloutState(hidden_PRD, cache).pinned()
+    return prompt, RolloutState(hidden_PRD, cache).constrained()
 
 
 def draw_codes(
@@ -112,7 +112,7 @@ def draw_codes(
     n: int,
     keys_PR: jax.Array,
     sampling: SamplingConfig,
-    return_kept: bool = False,
+    return_mask: bool = False,
 ) -> tuple[RolloutState, dict[str, jax.Array | None]]:
     """Samples the next `n` (static) codes of rollouts, and returns them as `generate_codes` does.
 
@@ -126,12 +126,12 @@ def draw_codes(
         scores_PRV = guide(pair[:, 0], pair[:, 1] if sampling.guided else None, sampling.guidance)
         codes_PR, logp_PR, mask_PRV = draw(scores_PRV, _fold_in(keys_PR, state.cache.column), sampling)
         ids = jnp.repeat(codes_PR + model.cfg.vocab_size, pair.shape[1], axis=0)
-        state = RolloutState(*decode(model, params, ids, prompt, state.cache))
-        return state, (codes_PR, logp_PR, pack_kept(mask_PRV) if return_kept else None)
+        state = RolloutState(*decode_step(model, params, ids, prompt, state.cache))
+        return state, (codes_PR, logp_PR, pack_mask(mask_PRV) if return_mask else None)
 
     state, out = jax.lax.scan(step, state, length=n)
-    codes, logp, kept = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), out)
-    return state.pinned(), {"codes": codes, "logp": logp, "kept": kept}
+    codes, logp, sampling_mask = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), out)
+    return state.constrained(), {"codes": codes, "logp": logp, "sampling_mask": sampling_mask}
 
 
 def generate_text(
@@ -179,7 +179,7 @@ def generate_text(
         tokens_P = jnp.where(done_P, pad_id, tokens_P)
         ids_PT = jax.lax.dynamic_update_slice_in_dim(ids_PT, tokens_P[:, None], t, axis=1)
         done_P |= jnp.any(tokens_P[:, None] == stops, axis=1)
-        hidden_PRD, cache = decode(model, params, tokens_P[:, None], prompt, cache, vision=False)
+        hidden_PRD, cache = decode_step(model, params, tokens_P[:, None], prompt, cache, vision=False)
         return t + 1, hidden_PRD, cache, ids_PT, done_P
 
     cache = GeneratedCache.empty(model.cfg, P, 1, max_new, vision=False)
@@ -199,7 +199,7 @@ def replay_logp(
     lengths_B: jax.Array,
     codes_BT: jax.Array,
     sampling: SamplingConfig,
-    kept: jax.Array | None = None,
+    sampling_mask: jax.Array | None = None,
     negative: Prompts | None = None,
     chunk: int = 512,
 ) -> tuple[jax.Array, jax.Array]:
@@ -207,7 +207,7 @@ def replay_logp(
 
     Args:
       prompt_ids_BS, lengths_B, codes_BT: prompts and codes as given to and returned by `generate_codes`, one row per rollout.
-      kept: [B, T, ceil(V / 8)] uint8 of the sampler; needed if `sampling` truncates.
+      sampling_mask: [B, T, ceil(V / 8)] uint8 of the sampler; needed if `sampling` truncates.
       negative: as in `generate_codes`. Its branch is differentiated too: the result is the log-prob of the guided distribution.
       chunk: positions whose logits exist at a time; they are recomputed in the backward pass.
 
@@ -215,11 +215,11 @@ def replay_logp(
       (logp [B, T], entropy [B, T]), float32, differentiable in params.
 
     Raises:
-      ValueError: truncation without `kept`, or guidance without `negative`.
+      ValueError: truncation without `sampling_mask`, or guidance without `negative`.
     """
-    if sampling.truncates and kept is None:
+    if sampling.truncates and sampling_mask is None:
         raise ValueError(
-            f"replay_logp: {sampling} truncates but no kept mask was given; sample with return_kept=True or turn truncation off"
+            f"replay_logp: {sampling} truncates but no sampling mask was given; sample with return_mask=True or turn truncation off"
         )
     cfg, prompts = model.cfg, [(prompt_ids_BS, lengths_B)]
     if sampling.guided:
@@ -230,10 +230,10 @@ def replay_logp(
     def score(codes_BC, *arrays):
         logits = [head_logits(h_BCD, kernel_DV) for h_BCD in arrays[: len(hidden)]]
         scores = guide(logits[0], logits[1] if sampling.guided else None, sampling.guidance)
-        mask = unpack_kept(arrays[-1], cfg.image_vocab_size) if kept is not None else None
+        mask = unpack_mask(arrays[-1], cfg.image_vocab_size) if sampling_mask is not None else None
         return token_logp(temper(scores, sampling.temperature), codes_BC, mask)
 
-    return map_chunks(score, (codes_BT, *hidden, *(() if kept is None else (kept,))), chunk)
+    return map_chunks(score, (codes_BT, *hidden, *(() if sampling_mask is None else (sampling_mask,))), chunk)
 
 
 def _hidden_before_codes(model: ARTransformer, params, ids_BS, lengths_B, codes_BT) -> jax.Array:
