@@ -13,7 +13,7 @@ import xomni_jax
 from tests.encoder_tokenizers import CLIP_EOS, write_clip, write_t5
 from tests.miniature import CODES, GRID, SIZE, configs
 from xomni_jax.checkpoint.store import TOKENIZERS, CheckpointError, copy_components
-from xomni_jax.sequence import encoder_ids, fixed_length_ids, read_tokenizer
+from xomni_jax.sequence.tokenizer import encoder_ids, fixed_length_ids, read_tokenizer
 from xomni_jax.sharding.mesh import make_mesh
 
 PROMPTS = ["a red sign", "a blue sign that says AB", "x"]

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xomni_jax.sampling.logits import SamplingConfig, guide, masked_logp, sampling_mask
+from tests.sampling.oracle import masked_logp
+from xomni_jax.sampling.logits import SamplingConfig, guide, sampling_mask
 
 pytestmark = pytest.mark.parity
 

@@ -57,9 +57,7 @@ def build(folder: Path) -> None:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE - len(TEXT_SPECIALS),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
+        vocab_size=VOCAB_SIZE - len(TEXT_SPECIALS), initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
     )
     tokenizer.train_from_iterator(corpus(), trainer)
     reserved = [f"<|reserved_{k}|>" for k in range(VOCAB_SIZE - len(TEXT_SPECIALS) - tokenizer.get_vocab_size())]

@@ -11,8 +11,8 @@ import numpy as np
 from flax import linen as nn
 
 from xomni_jax.models.attention import attend, check_attention
-from xomni_jax.models.layers import Dtype, LayerNorm, RMSNorm, linear
-from xomni_jax.models.stack import check_remat, stacked
+from xomni_jax.models.layers import LayerNorm, RMSNorm, linear
+from xomni_jax.models.stack import StackConfig, stacked
 from xomni_jax.sharding.rules import constrain
 
 TIME_FEATURES = 256
@@ -21,7 +21,7 @@ ZEROS = nn.initializers.zeros
 
 
 @dataclasses.dataclass(frozen=True)
-class MMDiTConfig:
+class MMDiTConfig(StackConfig):
     """Sizes of the MMDiT.
 
     Attributes:
@@ -44,9 +44,6 @@ class MMDiTConfig:
       unroll: blocks per step of the scans over them
       microbatch: images that a device denoises at a time, 0 for all. Each microbatch reads all weights in every step, and on a mesh
         gathers them
-      dtype: number format of the computation
-      param_dtype: number format of the parameters
-      remat: what the backward pass recomputes of a block: none, full, or dots (everything but matrix products)
       int8: kernels are stored in 8 bits, for inference; see `models.int8`
     """
 
@@ -67,13 +64,10 @@ class MMDiTConfig:
     query_chunk: int = 0
     unroll: int = 1
     microbatch: int = 0
-    dtype: Dtype = jnp.float32
-    param_dtype: Dtype = jnp.float32
-    remat: str = "none"
     int8: bool = False
 
     def __post_init__(self):
-        check_remat("mmdit", self.remat)
+        super().__post_init__()
         check_attention("mmdit", self.attention)
         if self.microbatch < 0:
             raise ValueError(f"mmdit.microbatch={self.microbatch} is not a number of images; use 1 or more, or 0 for all")

@@ -153,11 +153,4 @@ class SigLIPVQ(nn.Module):
             skip_B = jax.random.uniform(key, (B,)) < p
         z_BYXC = self.outputs(pixels_BHWC)
         q = quantize_train(z_BYXC, self.codebook, skip_B, c.temperature, c.beta)
-        return {
-            "semantics": self._decode(q.rows),
-            "codes": q.codes,
-            "z": z_BYXC,
-            "losses": q.losses,
-            "usage": q.usage,
-            "skipped": skip_B,
-        }
+        return {"semantics": self._decode(q.rows), "codes": q.codes, "z": z_BYXC, "losses": q.losses, "usage": q.usage, "skipped": skip_B}

@@ -12,13 +12,13 @@ import numpy as np
 from flax import linen as nn
 
 from xomni_jax.models.attention import attend
-from xomni_jax.models.layers import Dtype, Embed, LayerNorm, RMSNorm, linear, named
-from xomni_jax.models.stack import check_remat, stacked
+from xomni_jax.models.layers import Embed, LayerNorm, RMSNorm, linear, named
+from xomni_jax.models.stack import StackConfig, stacked
 from xomni_jax.sharding.rules import constrain
 
 
 @dataclasses.dataclass(frozen=True)
-class T5Config:
+class T5Config(StackConfig):
     """Sizes of the T5 encoder.
 
     Attributes:
@@ -30,9 +30,6 @@ class T5Config:
       mlp_dim: width of the MLP's hidden layer
       n_buckets: buckets of relative positions
       max_distance: distance from which all positions share a bucket
-      dtype: number format of the computation
-      param_dtype: number format of the parameters
-      remat: what the backward pass recomputes of a layer: none, full, or dots (everything but matrix products)
       int8: kernels are stored in 8 bits, for inference; see `models.int8`
     """
 
@@ -44,19 +41,16 @@ class T5Config:
     mlp_dim: int = 10_240
     n_buckets: int = 32
     max_distance: int = 128
-    dtype: Dtype = jnp.float32
-    param_dtype: Dtype = jnp.float32
-    remat: str = "none"
     int8: bool = False
 
     def __post_init__(self):
-        check_remat("t5", self.remat)
+        super().__post_init__()
         if self.n_buckets % 4 or self.max_distance <= self.n_buckets // 4:
             raise ValueError(f"t5.n_buckets={self.n_buckets} must be a multiple of 4 and below 4 x max_distance={self.max_distance}")
 
 
 @dataclasses.dataclass(frozen=True)
-class CLIPTextConfig:
+class CLIPTextConfig(StackConfig):
     """Sizes of CLIP's text tower.
 
     Attributes:
@@ -67,9 +61,6 @@ class CLIPTextConfig:
       mlp_dim: width of the MLP's hidden layer
       max_length: learned positions
       eos_id: id whose first position gives the pooled vector
-      dtype: number format of the computation
-      param_dtype: number format of the parameters
-      remat: what the backward pass recomputes of a layer: none, full, or dots (everything but matrix products)
       int8: kernels are stored in 8 bits, for inference; see `models.int8`
     """
 
@@ -80,13 +71,10 @@ class CLIPTextConfig:
     mlp_dim: int = 3072
     max_length: int = 77
     eos_id: int = 49_407
-    dtype: Dtype = jnp.float32
-    param_dtype: Dtype = jnp.float32
-    remat: str = "none"
     int8: bool = False
 
     def __post_init__(self):
-        check_remat("clip", self.remat)
+        super().__post_init__()
         if self.d_model % self.n_heads:
             raise ValueError(f"clip.d_model={self.d_model} does not divide into n_heads={self.n_heads}; change one of them")
         if not 0 <= self.eos_id < self.vocab_size:

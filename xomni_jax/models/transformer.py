@@ -12,8 +12,8 @@ from flax import struct
 
 from xomni_jax.models.attention import attend, check_attention, on_kernels
 from xomni_jax.models.decode_attention import step_kernel
-from xomni_jax.models.layers import Dtype, Embed, Projection, RMSNorm
-from xomni_jax.models.stack import check_remat, stacked
+from xomni_jax.models.layers import Embed, Projection, RMSNorm
+from xomni_jax.models.stack import StackConfig, stacked
 from xomni_jax.models.vocab_heads import Head, select
 from xomni_jax.sharding.rules import constrain
 
@@ -24,7 +24,7 @@ KV = dict[str, tuple[jax.Array, jax.Array]]
 
 
 @dataclass(frozen=True)
-class ARConfig:
+class ARConfig(StackConfig):
     """Sizes of an `ARTransformer`.
 
     Text ids are 0..vocab_size-1; multimodal ids follow: `image_vocab_size` image codes, then special and unused ids.
@@ -45,9 +45,6 @@ class ARConfig:
       rms_eps: of the RMSNorms
       attention: implementation of attention: auto, plain or splash; see `attention.attend`
       attention_chunk: queries per step of plain attention in a full pass; 0 takes all at once
-      dtype: number format of the computation
-      param_dtype: number format of the parameters
-      remat: what the backward pass recomputes of a layer: none, full, or dots (everything but matrix products)
       unroll: layers per step of the scan over them
     """
 
@@ -66,9 +63,6 @@ class ARConfig:
     rms_eps: float = 1e-6
     attention: str = "auto"
     attention_chunk: int = 0
-    dtype: Dtype = jnp.float32
-    param_dtype: Dtype = jnp.float32
-    remat: str = "none"
     unroll: int = 1
 
     def __post_init__(self) -> None:
@@ -81,7 +75,7 @@ class ARConfig:
                 f"ARConfig.image_vocab_size={self.image_vocab_size} exceeds mm_vocab_size={self.mm_vocab_size}, which includes it; "
                 "raise the latter"
             )
-        check_remat("ARConfig", self.remat)
+        super().__post_init__()
         check_attention("ARConfig", self.attention)
         if self.n_language_layers < 1 or self.n_adapter_layers < 0 or self.n_head_layers < 0:
             raise ValueError("ARConfig needs n_language_layers >= 1 and n_adapter_layers, n_head_layers >= 0; correct the layer counts")

@@ -10,13 +10,13 @@ import numpy as np
 from flax import linen as nn
 
 from xomni_jax.models.attention import attend, check_attention
-from xomni_jax.models.layers import Conv, Dtype, LayerNorm, Projection, named
-from xomni_jax.models.stack import check_remat, stacked
+from xomni_jax.models.layers import Conv, LayerNorm, Projection, named
+from xomni_jax.models.stack import StackConfig, stacked
 from xomni_jax.sharding.rules import constrain
 
 
 @dataclass(frozen=True)
-class ViTConfig:
+class ViTConfig(StackConfig):
     """Sizes of the vision transformer.
 
     Attributes:
@@ -29,9 +29,6 @@ class ViTConfig:
       norm_eps: of the LayerNorms
       attention: implementation of attention: auto, plain or splash; see `attention.attend`
       query_chunk: queries per step of plain attention, 0 for all at once; by default a sixth of the released 72 x 72 tokens
-      dtype: number format of the computation
-      param_dtype: number format of the parameters
-      remat: what the backward pass recomputes of a block: none, full, or dots (everything but matrix products)
     """
 
     width: int
@@ -43,15 +40,12 @@ class ViTConfig:
     norm_eps: float = 1e-6
     attention: str = "auto"
     query_chunk: int = 864
-    dtype: Dtype = jnp.float32
-    param_dtype: Dtype = jnp.float32
-    remat: str = "none"
 
     def __post_init__(self) -> None:
         name = type(self).__name__
         if self.width % self.heads:
             raise ValueError(f"{name}: width={self.width} does not divide into heads={self.heads}; change one of them")
-        check_remat(name, self.remat)
+        super().__post_init__()
         check_attention(name, self.attention)
 
     @property

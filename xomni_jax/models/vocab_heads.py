@@ -123,26 +123,18 @@ def select(x_BLD: jax.Array, positions_BM: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x_BLD, positions_BM[:, :, None], axis=1)
 
 
-def _head_logp(model, params, which: str, hidden_BMD, targets_BM, chunk) -> tuple[jax.Array, jax.Array]:
-    kernel_DV = head_kernel(params, which, model.cfg)
-    return map_chunks(lambda h, y: token_logp(head_logits(h, kernel_DV), y), (hidden_BMD, targets_BM), chunk)
-
-
-def text_logp(model: nn.Module, params, hidden_BMD: jax.Array, ids_BM: jax.Array, chunk: int = 512) -> tuple[jax.Array, jax.Array]:
-    """Log-probability and entropy of text targets under the text head.
+def head_logp(
+    model: nn.Module, params: Any, which: str, hidden_BMD: jax.Array, targets_BM: jax.Array, chunk: int = 512
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probability and entropy of targets under the "text" or the "image" head of an `ARTransformer`.
 
     Args:
-      model, params: an `ARTransformer` and its parameters.
       hidden_BMD: outputs of the model at the positions that predict the targets (see `select`).
-      ids_BM: target text ids, 0..vocab_size-1; others give finite, undefined values, which the caller masks.
+      targets_BM: text ids or 0-based image codes; others give finite, undefined values, which the caller masks.
       chunk: positions at a time; bounds the logits to [B, chunk, V].
 
     Returns:
       (logp [B, M], entropy [B, M]), float32.
     """
-    return _head_logp(model, params, "text", hidden_BMD, ids_BM, chunk)
-
-
-def image_logp(model: nn.Module, params, hidden_BMD: jax.Array, codes_BM: jax.Array, chunk: int = 512) -> tuple[jax.Array, jax.Array]:
-    """As `text_logp`, for image targets: `codes_BM` are 0-based image codes, scored by the image head alone."""
-    return _head_logp(model, params, "image", hidden_BMD, codes_BM, chunk)
+    kernel_DV = head_kernel(params, which, model.cfg)
+    return map_chunks(lambda h, y: token_logp(head_logits(h, kernel_DV), y), (hidden_BMD, targets_BM), chunk)

@@ -27,13 +27,7 @@ ConditionedVelocityFn = Callable[[jax.Array, jax.Array, Conditioning], jax.Array
 
 
 def flow_sigmas(
-    n_steps: int,
-    n_tokens: int,
-    *,
-    base_tokens: int = 256,
-    max_tokens: int = 4096,
-    base_shift: float = 0.5,
-    max_shift: float = 1.15,
+    n_steps: int, n_tokens: int, *, base_tokens: int = 256, max_tokens: int = 4096, base_shift: float = 0.5, max_shift: float = 1.15
 ) -> np.ndarray:
     """Noise levels [n_steps + 1], float32, from 1 to exactly 0; the more tokens, the more of the steps are at high noise.
 

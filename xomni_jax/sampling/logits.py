@@ -100,18 +100,6 @@ def sampling_mask(scores: jax.Array, sampling: SamplingConfig) -> jax.Array:
     return mask
 
 
-def masked_logp(scores: jax.Array, mask: jax.Array | None, temperature: float = 1.0) -> jax.Array:
-    """Log-probabilities [..., V] of the truncated, renormalised distribution; -inf outside `mask` (None keeps all tokens).
-
-    The mask is an input because a trainer must use the sampler's: under a mask computed from a newer policy, a sampled token could have
-    probability 0.
-    """
-    z = temper(scores, temperature)
-    if mask is None:
-        return jax.nn.log_softmax(z, axis=-1)
-    return jnp.where(mask, jax.nn.log_softmax(jnp.where(mask, z, jnp.finfo(jnp.float32).min), axis=-1), -jnp.inf)
-
-
 def draw(scores: jax.Array, keys: jax.Array, sampling: SamplingConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Samples one token per row.
 

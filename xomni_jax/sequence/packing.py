@@ -70,16 +70,6 @@ def pack(sequences: Sequence[TokenSequence], length: int, pad: int, rows: int | 
     return PackedBatch(ids, segments, positions, loss), left
 
 
-def unpack(batch: PackedBatch) -> list[TokenSequence]:
-    """The sequences of a batch, row by row."""
-    found = []
-    for ids_L, segments_L, loss_L in zip(batch.ids_BL, batch.segments_BL, batch.loss_BL, strict=True):
-        for segment in range(1, int(segments_L.max(initial=0)) + 1):
-            here_L = segments_L == segment
-            found.append(TokenSequence(ids_L[here_L], loss_L[here_L]))
-    return found
-
-
 def targets(batch: PackedBatch, vocab_size: int, image_vocab_size: int) -> Targets:
     """Next-token targets and the head that predicts each.
 
