@@ -173,7 +173,7 @@ def test_chunked_logp_equals_direct():
     positions = np.array([[2, 5, 0, 9, 1], [3, 3, 8, 7, 6]])
     targets = np.array([[1, 12, 3, 0, 5], [9, 2, 2, 11, 7]])
 
-    def total(hidden, params, which, True):
+    def total(hidden, params, which, chunked):
         picked = select(hidden, positions)
         if chunked:
             return sum(jnp.sum(x * (i + 1)) for i, x in enumerate(head_logp(model, params, which, picked, targets, chunk=2)))
