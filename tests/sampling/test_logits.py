@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xomni_jax.models.vocab_heads import token_logp
 from tests.sampling.oracle import masked_logp
+from xomni_jax.models.vocab_heads import token_logp
 from xomni_jax.sampling.logits import GREEDY, SamplingConfig, draw, guide, sampling_mask, temper
 
 COND, NEG = jnp.array([2.0, 1.0, 0.5, -1.0, -3.0]), jnp.array([1.0, 1.2, 0.8, -0.5, -2.0])

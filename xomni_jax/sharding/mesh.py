@@ -21,7 +21,8 @@ class MeshConfig:
     Attributes:
       replica: whole copies of the model, one or more a TPU slice; the only axis that may lie between slices
       data: copies of the model within a slice; each sees its own rows of a batch
-      fsdp: parts that weights are split into and gathered from when needed; rows of a batch are split over it, too; -1: the remaining devices
+      fsdp: parts that weights are split into and gathered from when needed; rows of a batch are split over it, too; -1: the remaining
+        devices
       tensor: parts that attention heads and the MLP's width are split into
     """
 
