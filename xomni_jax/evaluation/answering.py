@@ -54,7 +54,7 @@ class Answering:
     """
 
     def __init__(self, model: XOmni, suite: str, batch: int, max_tokens: int):
-        self.model, self.suite, self.max_tokens, self.rows = model, suite, max_tokens, batch * model.ways
+        self.model, self.suite, self.max_tokens, self.rows = model, suite, max_tokens, batch * model.num_data_shards
 
     def batches(self, items: Sequence[Item]) -> list[Batch]:
         """Static batches of questions. SuiteError names an item that cannot be asked."""
@@ -73,7 +73,8 @@ class Answering:
                 images = [future.result() for future in opened]
                 codes = self._encode([pixels for pixels, _ in images])
                 filled = [codes[i] if i < len(codes) else codes[0] for i in range(batch.rows)]
-                answers = self.model.answer(filled, [item.prompt for item in batch.filled], self.max_tokens, batch.length)
+                ids = whole(self.model.answer_ids(filled, [item.prompt for item in batch.filled], self.max_tokens, batch.length))
+                answers = [self.model.tokenizer.decode_text(ids_T).strip() for ids_T in ids]
                 yield [(item, text, changed) for item, text, (_, changed) in zip(batch.items, answers, images)]
 
     def _grid(self, item: Item) -> tuple[int, int]:
@@ -107,8 +108,8 @@ class Answering:
         shapes = sorted({p.shape for p in pixels})
         for shape in shapes:
             alike = [i for i, p in enumerate(pixels) if p.shape == shape]
-            for first in range(0, len(alike), self.model.ways):
-                part = alike[first : first + self.model.ways]
+            for first in range(0, len(alike), self.model.num_data_shards):
+                part = alike[first : first + self.model.num_data_shards]
                 for i, found in zip(part, whole(self.model.encode_pixels(np.stack([pixels[i] for i in part])))):
                     codes[i] = found
         return codes

@@ -16,9 +16,9 @@ from xomni_jax.data.preprocess import to_pixels
 from xomni_jax.data.rendered import RenderedConfig, render_example
 from xomni_jax.evaluation.cells import EvaluationError
 from xomni_jax.pipeline import XOmni
+from xomni_jax.sampling.decoder import DECODER_COMPONENTS
 from xomni_jax.sampling.keys import NOISE, image_keys
 from xomni_jax.sampling.logits import SamplingConfig
-from xomni_jax.sampling.pixels import DECODER_PARTS
 
 POLICIES = ("sft", "rl")
 SAMPLER_ROWS = 256  # rollouts in one call of the sampler
@@ -64,7 +64,7 @@ class Drawing:
     def __init__(self, sft: str | Path, rl: str | Path, signs: Signs, seed: int, chunk: int = 128):
         self.model, self.signs, self.seed, self.chunk = XOmni(sft), signs, seed, chunk
         other = XOmni(rl)
-        for part in ("siglip_vq", *DECODER_PARTS):
+        for part in ("siglip_vq", *DECODER_COMPONENTS):
             if self.model.config(part) != other.config(part) or self._note(self.model, part) != self._note(other, part):
                 raise EvaluationError(
                     f"{rl}: its {part} is not that of {sft}, so a difference between the two need not come from the policy; "

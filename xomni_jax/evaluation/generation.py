@@ -45,7 +45,7 @@ class Generation:
         self.grid = model.grid(config.height, config.width)
         R = config.repeats
         self.at_once = max(r for r in range(1, R + 1) if R % r == 0 and (r == 1 or r <= config.batch))  # repeats in one call
-        self.rows = max(1, config.batch // self.at_once) * model.ways
+        self.rows = max(1, config.batch // self.at_once) * model.num_data_shards
 
     def batches(self, items: Sequence[Item]) -> list[Batch]:
         """Static batches of prompts. SuiteError names an item whose prompt cannot be drawn."""
@@ -87,7 +87,7 @@ class Generation:
         codes_BYX = jax.numpy.concatenate(parts, axis=1).reshape(-1, *self.grid)
         noise_keys = item_keys(c.seed, self.suite, ids, R, NOISE).reshape(-1)
         texts = [prompt for prompt in prompts for _ in range(R)]
-        rows, wanted = c.decode_batch * self.model.ways, len(batch.items) * R
+        rows, wanted = c.decode_batch * self.model.num_data_shards, len(batch.items) * R
         images = []
         for first in range(0, wanted, rows):
             index = np.arange(first, first + rows)
