@@ -4,10 +4,10 @@
     python -m tests.behaviour.record --check --only chat sft  # some cases
     python -m tests.behaviour.record --root OTHER_CHECKOUT    # record the goldens from another checkout
 
-Every case runs `xomni` commands on the shipped configurations and model, cut down to tiny sizes, in processes with an environment of their own.
-Values are compared exactly where the CPU and the jax version are those of the golden, otherwise numbers to a relative 1e-4 and hashes of floats not at
-all. Cases on several devices sum in an order that is not fixed, and are compared to a relative 1e-6. Keys that the golden lacks are reported
-and do not fail; a parameter or exported file that it lacks does.
+Every case runs `xomni` commands on the shipped model, or on the shipped configurations cut down to tiny sizes, in processes whose
+environment does not depend on the caller's. Where the CPU and the jax version are those of the golden, values are compared exactly;
+elsewhere numbers to 1e-4 and hashes not at all. Several devices sum in an order that is not fixed: those cases are compared to 1e-6.
+A key that the golden lacks is reported and does not fail; a parameter, an exported file or an image that it lacks does.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import hashlib
 import json
 import math
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -35,7 +36,17 @@ from tests.behaviour.services import serving
 HERE = Path(__file__).parent
 GOLDENS = HERE / "goldens"
 CACHE = Path(tempfile.gettempdir()) / "xomni-behaviour-xla"
-PROMPTS = [f'a {colour} sign that says "{text}"' for colour, text in zip(("red", "green", "blue", "black") * 2, "OPEN SALE WORD TAX GUM YES ZEBRA 42".split())]
+SIGNS = (
+    ("red", "OPEN"),
+    ("green", "SALE"),
+    ("blue", "WORD"),
+    ("black", "TAX"),
+    ("red", "GUM"),
+    ("green", "YES"),
+    ("blue", "ZEBRA"),
+    ("black", "42"),
+)
+PROMPTS = [f'a {colour} sign that says "{text}"' for colour, text in SIGNS]
 PROMPTS += ["two blue circles on white", "a red square on black", "three green triangles on white", "a sign"]
 QUESTIONS = ("what does the sign say?", "what colour is the sign?")
 
@@ -50,9 +61,11 @@ def section(name: str, **fields: Any) -> dict[str, Any]:
     return {f"{name}.{field}": value for field, value in fields.items()}
 
 
-TRANSFORMER = section("transformer", image_vocab_size=64, d_model=32, mlp_dim=48, n_heads=4, n_kv_heads=2, head_dim=8)
-TRANSFORMER |= section("transformer", n_language_layers=1, n_adapter_layers=1, n_head_layers=1)
-NEXT_TOKEN = {**TRANSFORMER, **section("next_token", rows=4, row_length=64)}
+NEXT_TOKEN = section("transformer", image_vocab_size=64, d_model=32, mlp_dim=48, n_heads=4, n_kv_heads=2, head_dim=8)
+NEXT_TOKEN |= section("transformer", n_language_layers=1, n_adapter_layers=1, n_head_layers=1) | section(
+    "next_token", rows=4, row_length=64
+)
+GRPO = {"grpo.rollouts_per_prompt": 4, "rollout.chunks": 1, "decode.steps": 2, "rewards.shapes.weight": None, "optimizer.warmup_steps": 0}
 # Stage -> (the stage that it starts from, its overrides).
 STAGES: dict[str, tuple[str, dict[str, Any]]] = {
     "tokenizer": (
@@ -64,14 +77,15 @@ STAGES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "decoder": (
         "tokenizer",
-        section("mmdit", d_model=32, n_heads=2, axes_dims=(4, 6, 6), n_double=1, n_single=1, text_dim=16, pooled_dim=16, semantic_dim=32, unroll=1)
+        section("mmdit", d_model=32, n_heads=2, axes_dims=(4, 6, 6), n_double=1, n_single=1, unroll=1)
+        | section("mmdit", text_dim=16, pooled_dim=16, semantic_dim=32)
         | section("t5", d_model=16, n_layers=1, n_heads=2, head_dim=8, mlp_dim=32)
         | section("clip", d_model=16, n_layers=1, n_heads=2, mlp_dim=32)
         | section("decode", steps=2, text_length=32, pooled_length=16),
     ),
     "pretrain_1": ("decoder", NEXT_TOKEN),
     "sft": ("pretrain_1", NEXT_TOKEN),
-    "grpo": ("sft", {"grpo.rollouts_per_prompt": 4, "rollout.chunks": 1, "decode.steps": 2, "rewards.shapes.weight": None, "optimizer.warmup_steps": 0}),
+    "grpo": ("sft", GRPO),
 }
 # Variants of GRPO -> (simulated devices, overrides). Several devices: fewer steps, so that rounding does not grow into other codes.
 VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -100,7 +114,8 @@ class Session:
 
     def python(self, *arguments: str) -> str:
         """What a Python program of the code under test prints. RuntimeError with the end of its output when it fails."""
-        done = subprocess.run([sys.executable, *arguments], cwd=self.root, env=self.environment, capture_output=True, text=True, timeout=1200)
+        command = [sys.executable, *arguments]
+        done = subprocess.run(command, cwd=self.root, env=self.environment, capture_output=True, text=True, timeout=1200)
         if done.returncode:
             raise RuntimeError(f"{' '.join(arguments)[:300]}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
         return done.stdout
@@ -111,7 +126,9 @@ class Session:
         out = json.loads(self.python(str(HERE / "worker.py"), json.dumps(task)).splitlines()[-1])
         return out["printed"], [out["models"][str(model)] for model in models]
 
-    def train(self, name: str, stage: str, start: Path | None, overrides: dict[str, Any], devices: int = 1, processes: int = 1) -> dict[str, Any]:
+    def train(
+        self, name: str, stage: str, start: Path | None, overrides: dict[str, Any], devices: int = 1, processes: int = 1
+    ) -> dict[str, Any]:
         """Runs a stage in WORK/NAME: {"metrics", "params", "config"}."""
         run = self.work / name
         settings = RUN | (DATA if start != self.shipped else {}) | ADAM | overrides | {"run_dir": run, "init_from": start or ""}
@@ -121,11 +138,10 @@ class Session:
             command = ["train", f"--config={self.root / 'configs' / 'tiny' / stage}.py"]
             command += [f"--config.{key}={value}" for key, value in settings.items()]
             if processes > 1:
-                entry = [sys.executable, "-m", "xomni_jax.cli.main"]
-                self.python("launch/local.py", "--processes", str(processes), "--devices", str(devices // processes), "--", *entry, *command)
-                _, (params,) = self.xomni(models=(run / "model",))
-            else:
-                _, (params,) = self.xomni([*command, "--devices", str(devices)], models=(run / "model",))
+                together = ["--processes", str(processes), "--devices", str(devices // processes)]
+                self.python("launch/local.py", *together, "--", sys.executable, "-m", "xomni_jax.cli.main", *command)
+            commands = [[*command, "--devices", str(devices)]] if processes == 1 else []
+            _, (params,) = self.xomni(*commands, models=(run / "model",))
         metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         timeless = [{key: value for key, value in line.items() if not key.startswith("perf/")} for line in metrics]
         return {"metrics": timeless, "params": params, "config": json.loads((run / "config.json").read_text())}
@@ -144,7 +160,7 @@ class Session:
     def small_grpo(self) -> dict[str, Any]:
         """Two steps of GRPO on the shipped model, at its own sizes."""
         few = {"steps": 2, "save_every": 2, "batch_size": 2, "grid_every": 0, "optimizer.learning_rate": 1e-3}
-        return self.train("small_grpo", "grpo", self.shipped, STAGES["grpo"][1] | few)
+        return self.train("small_grpo", "grpo", self.shipped, GRPO | few)
 
     def evaluated(self, name: str, suite: str, *options: str) -> Path:
         """The directory of an evaluation, made when first asked for."""
@@ -171,19 +187,26 @@ def pixels(folder: Path) -> dict[str, str]:
     return hashes
 
 
+def read_csv(path: Path) -> list[list[str]]:
+    """Rows of a table."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.reader(file))
+
+
 def run_results(out: Path) -> dict[str, Any]:
     """What an evaluation leaves: results.json, the scores and replies of every item, the images, results.csv."""
     results = json.loads((out / "results.json").read_text())
     items = [json.loads(line) for line in (out / "items.jsonl").read_text().splitlines()]
     kept = ("id", "prompt", "score", "answer", "replies", "images")
-    rows = list(csv.reader((out / "results.csv").read_text().splitlines()))
-    return {"results": results, "items": [{k: item[k] for k in kept if k in item} for item in items], "csv": rows, "pixels": pixels(out / "images")}
+    items = [{key: item[key] for key in kept if key in item} for item in items]
+    return {"results": results, "items": items, "csv": read_csv(out / "results.csv"), "pixels": pixels(out / "images")}
 
 
 def generate(s: Session) -> dict[str, Any]:
     """Twelve prompts with the default sampling, and with guidance and no truncation."""
     plain, guided = s.work / "generate", s.work / "generate_guided"
-    s.xomni(["generate", *PROMPTS, "--out", str(plain)], ["generate", *PROMPTS, "--out", str(guided), "--top-k", "0", "--guidance", "2", "--seed", "7"])
+    options = ["--top-k", "0", "--guidance", "2", "--seed", "7"]
+    s.xomni(["generate", *PROMPTS, "--out", str(plain)], ["generate", *PROMPTS, "--out", str(guided), *options])
     return {"plain": pixels(plain), "guided": pixels(guided)}
 
 
@@ -204,7 +227,8 @@ def export_convert(s: Session) -> dict[str, Any]:
     """The shipped model in the released layout, and back."""
     released, back = s.work / "released", s.work / "back"
     commands = [["export", "--from", str(s.shipped), "--to", str(released)], ["convert", "--xomni", str(released), "--to", str(back)]]
-    commands += [["convert", "--flux", str(released / "flux"), "--only", "text", "--to", str(back)], ["inspect", str(back), "--diff", str(s.shipped)]]
+    commands += [["convert", "--flux", str(released / "flux"), "--only", "text", "--to", str(back)]]
+    commands += [["inspect", str(back), "--diff", str(s.shipped)]]
     printed, (params,) = s.xomni(*commands, models=(back,))
     files = {str(p.relative_to(released)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(released.rglob("*")) if p.is_file()}
     return {"files": files, "params": params, "inspect": printed[-1]}
@@ -233,7 +257,8 @@ def eval_effect(s: Session) -> dict[str, Any]:
 
 def studies(s: Session) -> dict[str, Any]:
     """xomni eval guidance and best-of-n, and xomni compare."""
-    runs, out = {name: str(path) for name, path in s.sign_runs().items()}, {name: s.work / name for name in ("guidance", "best_of_n", "compare")}
+    runs = {name: str(path) for name, path in s.sign_runs().items()}
+    out = {name: s.work / name for name in ("guidance", "best_of_n", "compare")}
     sft = [runs["first"], runs["second"]]
     s.xomni(
         ["eval", "guidance", runs["first"], runs["guided"], "--out", str(out["guidance"])],
@@ -241,7 +266,7 @@ def studies(s: Session) -> dict[str, Any]:
         ["compare", runs["first"], runs["rl"], "--out", str(out["compare"])],
     )
     found = {name: json.loads((folder / f"{name}.json").read_text()) for name, folder in out.items()}
-    return found | {f"{name}.csv": list(csv.reader((folder / f"{name}.csv").read_text().splitlines())) for name, folder in out.items()}
+    return found | {f"{name}.csv": read_csv(folder / f"{name}.csv") for name, folder in out.items()}
 
 
 Case = Callable[[Session], dict[str, Any]]
@@ -251,7 +276,7 @@ def variant(name: str) -> Case:
     """A variant of the last stage."""
     devices, overrides = VARIANTS[name]
     few = {"steps": 3} if devices > 1 else {}
-    return lambda s: s.train(name, "grpo", s.model("sft"), STAGES["grpo"][1] | few | overrides, devices)
+    return lambda s: s.train(name, "grpo", s.model("sft"), GRPO | few | overrides, devices)
 
 
 def rendered(suite: str) -> Case:
@@ -266,7 +291,7 @@ CASES: dict[str, Case] = {
     "small_grpo": Session.small_grpo,
     **{stage: (lambda s, stage=stage: s.stage(stage)) for stage in STAGES},
     **{name: variant(name) for name in VARIANTS},
-    "grpo_two_processes": lambda s: s.train("grpo_two_processes", "grpo", s.model("sft"), STAGES["grpo"][1] | {"steps": 3}, 4, processes=2),
+    "grpo_two_processes": lambda s: s.train("grpo_two_processes", "grpo", s.model("sft"), GRPO | {"steps": 3}, 4, processes=2),
     "sft_mesh": lambda s: s.train("sft_mesh", "sft", s.model("pretrain_1"), NEXT_TOKEN | {"mesh.fsdp": 4, "mesh.tensor": 2}, 8),
     **{suite: rendered(suite) for suite in ("rendered-text", "rendered-shapes", "rendered-qa")},
     "eval_all": eval_all,
@@ -283,8 +308,9 @@ def host() -> dict[str, Any]:
     """What floats to the last bit depend on."""
     from importlib.metadata import version
 
-    facts = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines())
-    facts = {key.strip(): value.strip() for key, value in facts.items()}
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else f"model name: {platform.processor()}"
+    pairs = [line.partition(":") for line in info.partition("\n\n")[0].splitlines()]
+    facts = {key.strip(): value.strip() for key, _, value in pairs}
     flags = hashlib.sha256(" ".join(sorted(facts.get("flags", "").split())).encode()).hexdigest()[:8]
     return {"cpu": f"{facts.get('model name')} {facts.get('cpu family')}-{facts.get('model')}, flags {flags}", "jax": version("jax")}
 

@@ -1,7 +1,7 @@
 """Runs `xomni` command lines one after another in one process, then hashes the parameters of model directories.
 
-`python tests/behaviour/worker.py JSON` with {"commands": [[argument, ...], ...], "models": [directory, ...]}. The last line of the output is JSON:
-{"printed": [text per command], "models": {directory: {component: {parameter: [sha256, norm, projection]}}}}. A command that fails ends the process.
+Usage: python tests/behaviour/worker.py '{"commands": [[argument, ...], ...], "models": [directory, ...]}'. The last line of the output
+is JSON: {"printed": [text per command], "models": {directory: {component: {parameter: [sha256, norm, projection]}}}}.
 """
 
 from __future__ import annotations
