@@ -378,9 +378,11 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=tuple(CASES), default=tuple(CASES), metavar="NAME", help=f"of {', '.join(CASES)}")
     parser.add_argument("--check", action="store_true", help="compare with the goldens instead of writing them")
     parser.add_argument("--root", type=Path, default=HERE.parents[1], metavar="DIR", help="checkout whose code is run (default: this one)")
-    parser.add_argument("--work", type=Path, metavar="DIR", help="keep what the commands write here, and use the models that are there")
+    parser.add_argument("--work", type=Path, metavar="DIR", help="a new folder that keeps what the commands write")
     args = parser.parse_args()
     failed = 0
+    if args.work:
+        args.work.mkdir(parents=True)
     with session(args.root, args.work) as s:
         for name in args.only:
             if args.check:
