@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks import machine
-from tests.benchmarks.report import OURS, Report, duration, machine_line, table
+from tests.benchmarks.report import OURS, Report, duration, machine_line
 from tests.benchmarks.timing import BenchError
+from xomni_jax.core.tables import aligned
 
 PROCESSES = (1, 2)
 SUITES = ("rendered-text", "rendered-qa")
@@ -44,7 +45,7 @@ def report(model: str, results: Sequence[dict[str, Any]], others: float | None) 
         f"eval: outputs of the rendered suites with {model}",
         machine_line(f"{machine.cores()} cores", others),
         "",
-        table(rows),
+        aligned(rows),
         "",
         "An item of rendered-text is four images, one of rendered-qa an answer. All is done once before, so nothing is compiled. Processes",
         "on one machine share its cores: two are faster only where one leaves some idle.",

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
+from xomni_jax.core.config import as_dict
 from xomni_jax.core.distributed import connect
 from xomni_jax.core.preemption import StopSignal
 from xomni_jax.evaluation import runner
 from xomni_jax.evaluation.answering import Answering
 from xomni_jax.evaluation.generation import DrawConfig, Generation
 from xomni_jax.evaluation.suite import Suite, check_images
-from xomni_jax.inference import PARTS, open_model
+from xomni_jax.inference import MODELS, InferenceConfig, open_model
 from xomni_jax.pipeline import XOmni
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sharding.mesh import make_mesh
@@ -34,7 +34,7 @@ class ModelOptions:
 
     path: str
     mesh: Mapping[str, int] | None = None
-    config: ConfigDict | None = None  # of inference: how components are computed
+    config: InferenceConfig | None = None  # of inference: how components are computed
     height: int | None = None
     width: int | None = None
     seed: int = 1234
@@ -94,7 +94,11 @@ class ModelSession:
             "model": {"path": str(self.options.path), "sha256": self.checkpoint_hash},
             "batch": self.options.batch,
             **how,
-            **({"computed": {name: config[name].to_dict() for name in ("decode", *PARTS)}} if (config := self.options.config) else {}),
+            **(
+                {"computed": {name: as_dict(getattr(config, name)) for name in ("decode", *MODELS)}}
+                if (config := self.options.config)
+                else {}
+            ),
             "mesh": {axis: mesh[axis] for axis in ("fsdp", "tensor")},
             "device": f"{device.platform} {device.device_kind}",
             "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
