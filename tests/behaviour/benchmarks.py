@@ -145,7 +145,12 @@ def seedbench(folder: Path) -> None:
 
 def docvqa(folder: Path) -> None:
     """DocVQA as parquet."""
-    row = {"questionId": "11", "question": "what colour is the sign?", "question_types": ["form", "layout"], "answers": ["violet", "purples"]}
+    row = {
+        "questionId": "11",
+        "question": "what colour is the sign?",
+        "question_types": ["form", "layout"],
+        "answers": ["violet", "purples"],
+    }
     rows = [row | {"image": png("red")}, row | {"questionId": "12", "answers": ["OPEN"], "image": png("blue")}]
     parquet(folder / "DocVQA" / "validation-00000-of-00001.parquet", rows)
 

@@ -300,8 +300,8 @@ CASES: dict[str, Case] = {
 }
 QUICK = ("generate", "chat", "export_convert", "small_grpo")
 SEVERAL_DEVICES = ("grpo_decoder_mesh", "grpo_two_processes", "sft_mesh")
-# Keys whose values are times, dates or versions, in any depth.
-LEFT_OUT = re.compile(r"(.*_)?seconds(_.*)?|at|date|made|created|versions?|started|wall.*|jax|jaxlib|python|rapidocr")
+# Keys whose values are times, dates, versions or sentences about the rest, in any depth.
+LEFT_OUT = re.compile(r"(.*_)?seconds(_.*)?|at|date|made|created|versions?|started|wall.*|jax|jaxlib|python|rapidocr|notes")
 
 
 def host() -> dict[str, Any]:
