@@ -300,8 +300,9 @@ CASES: dict[str, Case] = {
 }
 QUICK = ("generate", "chat", "export_convert", "small_grpo")
 SEVERAL_DEVICES = ("grpo_decoder_mesh", "grpo_two_processes", "sft_mesh")
-# Keys whose values are times, dates, versions or sentences about the rest, in any depth.
-LEFT_OUT = re.compile(r"(.*_)?seconds(_.*)?|at|date|made|created|versions?|started|wall.*|jax|jaxlib|python|rapidocr|notes")
+# Keys whose values are times, dates, versions or sentences about the rest, in any depth; and the hash of the files of a trained model,
+# which hold the time of saving.
+LEFT_OUT = re.compile(r"(.*_)?seconds(_.*)?|at|date|made|created|versions?|started|wall.*|jax|jaxlib|python|rapidocr|notes|model\.sha256")
 
 
 def host() -> dict[str, Any]:
