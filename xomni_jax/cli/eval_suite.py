@@ -96,29 +96,26 @@ def _add_options(parser: argparse.ArgumentParser, tasks: set[str], data: bool, j
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:
     """Runs the phases of one suite, or of all; the last line says where the results are."""
-    from xomni_jax.cli.train import together
+    from xomni_jax.cli.train import run_in_group
     from xomni_jax.core import distributed
 
     settle(args, rest)
     args.judges, args.switches = _judges(args), getattr(args, "switch", None) or []
     # Workers with shares of their own know nothing of each other; without, the processes of a slice hold one model together.
     alone = args.phase == "score" or args.shard[1] > 1
-    line = (
-        None
-        if alone
-        else distributed.start({f"--{name}": str(value) for name, value in vars(args).items() if name != "run"}, args.distributed)
-    )
-    if line is None:
+    settings = {f"--{name}": str(value) for name, value in vars(args).items() if name != "run"}
+    group = None if alone else distributed.start(settings, args.distributed)
+    if group is None:
         return _run(args, None)
-    return together(line, lambda: _run(args, line), "eval")
+    return run_in_group(group, lambda: _run(args, group), "eval")
 
 
-def _run(args: argparse.Namespace, line: Any) -> int:
+def _run(args: argparse.Namespace, group: Any) -> int:
     from xomni_jax.core.preemption import StopRequested, StopSignal
     from xomni_jax.evaluation.session import ModelOptions, ModelSession
     from xomni_jax.sampling.logits import SamplingConfig
 
-    if line is not None and args.phase == "all":
+    if group is not None and args.phase == "all":
         raise ValueError(
             "several JAX processes make outputs together but do not score; add --phase generate or answer, then score in one process"
         )
@@ -127,8 +124,8 @@ def _run(args: argparse.Namespace, line: Any) -> int:
         sampling = SamplingConfig(args.temperature, args.top_k, args.top_p, args.min_p, args.guidance)
         drawing = {"height": args.height, "width": args.width, "seed": args.seed, "sampling": sampling, "decode_batch": args.decode_batch}
     args.session = ModelSession(ModelOptions(args.model, args.mesh, args.sections, batch=args.batch, **drawing))
-    args.process = (0, 1) if line is None else (line.index, line.count)
-    with StopSignal(line) as args.stop:
+    args.process = (0, 1) if group is None else (group.index, group.count)
+    with StopSignal(group) as args.stop:
         try:
             return _run_all(args) if args.evaluation == "all" else _run_suite(args)
         except StopRequested:

@@ -96,7 +96,7 @@ class RunningStage:
 
 
 class Stage(Protocol):
-    """A stage of training, or another way to use the models that can be planned. Registered in `STAGES`.
+    """A use of the models that can be planned. Registered in `STAGES`.
 
     Attributes:
       Config: frozen dataclass; `Config()` holds every default.
@@ -106,13 +106,17 @@ class Stage(Protocol):
     Config: ClassVar[type]
     components: ClassVar[tuple[str, ...]]
 
-    @staticmethod
-    def programs(cfg: Any, models: Mapping[str, Any], mesh: Mesh, decoder_mesh: Mesh | None = None) -> Programs:
+    @classmethod
+    def programs(cls, cfg: Any, models: Mapping[str, Any], mesh: Mesh, decoder_mesh: Mesh | None = None) -> Programs:
         """The jitted functions with abstract arguments; nothing is allocated. `models`: {component: its config}."""
         ...
 
-    @staticmethod
-    def make(cfg: Any, mesh: Mesh, stop: StopSignal) -> RunningStage:
+
+class TrainingStage(Stage, Protocol):
+    """A stage that `xomni train` runs; its `Config` derives from `RunConfig`."""
+
+    @classmethod
+    def make(cls, cfg: Any, mesh: Mesh, stop: StopSignal) -> RunningStage:
         """A run of the stage, ready for its first step."""
         ...
 
