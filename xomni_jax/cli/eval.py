@@ -8,6 +8,9 @@ import time
 from pathlib import Path
 
 from xomni_jax.cli import eval_study, eval_suite
+from xomni_jax.core.registry import RegistryError
+from xomni_jax.evaluation.suite import SuiteError
+from xomni_jax.evaluation.suites import SUITES
 
 EXAMPLE = eval_suite.EXAMPLE
 _EFFECT_EXAMPLE = (
@@ -34,7 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--paper-table", action="store_true", help="print the command behind each number of the paper's tables 1 to 4")
     parser.add_argument("--runs", metavar="DIR", help="with --paper-table: where finished runs are, to print their numbers beside")
     kinds = parser.add_subparsers(dest="evaluation", metavar="WHAT")
-    eval_suite.add_suites(kinds)
+    words = [word for word in sys.argv[2:] if not word.startswith("-")]
+    studies = (*eval_study.STUDIES, "effect")
+    wanted = next((word for word in words if word in (*SUITES.names(), *studies, "all") or ".py:" in word), None)
+    try:
+        if wanted not in studies:
+            eval_suite.add_suites(kinds, wanted)
+    except (SuiteError, RegistryError) as e:
+        parser.exit(2, f"xomni eval: {e}\n")
     eval_study.add_studies(kinds)
     effect = kinds.add_parser(
         "effect",

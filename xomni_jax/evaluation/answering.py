@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from xomni_jax.data.preprocess import ImageLimits, preprocess, token_grid
-from xomni_jax.evaluation.batches import Batch, make_batches
+from xomni_jax.evaluation.batches import Batch, make_batches, row_indices
 from xomni_jax.evaluation.suite import Item, SuiteError
 from xomni_jax.pipeline import XOmni
 from xomni_jax.sharding.arrays import whole
@@ -72,7 +72,7 @@ class Answering:
                 opening = [pool.submit(self._open, item) for item in following]
                 images = [future.result() for future in opened]
                 codes = self._encode([pixels for pixels, _ in images])
-                filled = [codes[i] if i < len(codes) else codes[0] for i in range(batch.rows)]
+                filled = [codes[i] for i in row_indices(len(codes), batch.rows)[0]]
                 answers = self.model.answer(filled, [item.prompt for item in batch.filled], self.max_tokens, batch.length)
                 yield [(item, text, changed) for item, text, (_, changed) in zip(batch.items, answers, images)]
 

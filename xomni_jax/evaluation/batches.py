@@ -31,8 +31,13 @@ class Batch:
 
     @property
     def filled(self) -> list[Any]:
-        """The items, the first repeated up to the number of rows."""
-        return [*self.items, *[self.items[0]] * (self.rows - len(self.items))]
+        """The items, filled up to the number of rows."""
+        return [self.items[i] for i in row_indices(len(self.items), self.rows)[0]]
+
+
+def row_indices(n: int, rows: int) -> list[np.ndarray]:
+    """Indices of n rows in batches of `rows`. What the last batch lacks repeats the first row, so that all batches have one shape."""
+    return [np.where(index < n, index, 0) for index in np.arange(-(-n // rows) * rows).reshape(-1, rows)]
 
 
 def bucket(length: int, steps: int = 1) -> int:
@@ -44,7 +49,7 @@ def bucket(length: int, steps: int = 1) -> int:
 
 
 def make_batches(items: Sequence[Any], lengths: Sequence[int], rows: int, steps: int = 1) -> list[Batch]:
-    """Groups items by bucket, in their order. Longest first: what does not fit into memory fails at once, and time left is overestimated."""
+    """Groups items by bucket, in their order. Longest first: what does not fit into memory fails at once."""
     groups: dict[int, list[Any]] = defaultdict(list)
     for item, length in zip(items, lengths, strict=True):
         groups[bucket(length, steps)].append(item)

@@ -6,10 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import jax
-import numpy as np
 from PIL import Image
 
-from xomni_jax.evaluation.batches import Batch, item_keys, make_batches
+from xomni_jax.evaluation.batches import Batch, item_keys, make_batches, row_indices
 from xomni_jax.evaluation.suite import Item, SuiteError
 from xomni_jax.pipeline import XOmni
 from xomni_jax.sampling.keys import NOISE
@@ -87,11 +86,8 @@ class Generation:
         codes_BYX = jax.numpy.concatenate(parts, axis=1).reshape(-1, *self.grid)
         noise_keys = item_keys(c.seed, self.suite, ids, R, NOISE).reshape(-1)
         texts = [prompt for prompt in prompts for _ in range(R)]
-        rows, wanted = c.decode_batch * self.model.ways, len(batch.items) * R
         images = []
-        for first in range(0, wanted, rows):
-            index = np.arange(first, first + rows)
-            index[index >= len(texts)] = 0
+        for index in row_indices(len(batch.items) * R, c.decode_batch * self.model.ways):
             noise_BTC = self.model.noise(noise_keys[index], self.grid)
             images.append(self.model.decode_images(codes_BYX[index], [texts[i] for i in index], noise_BTC))
         return images

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from xomni_jax.evaluation import paper
 from xomni_jax.evaluation.eval_run import EvalRun, read_eval_run
-from xomni_jax.evaluation.judges.opening import OFFICIAL
+from xomni_jax.evaluation.judges import OFFICIAL
 from xomni_jax.evaluation.suites import get_suite
 
 PAPER, CODE, BENCHMARK, OPEN = "paper", "released code", "benchmark", "not stated"

@@ -6,8 +6,9 @@ import pytest
 
 from tests.evaluation.suites.published import png, write_parquet, write_tsv
 from tests.evaluation.suites.worked import EXAMPLES, PUBLISHED, as_records, needs_published
+from xomni_jax.core.registry import RegistryError
 from xomni_jax.evaluation.suite import Item, SuiteError
-from xomni_jax.evaluation.suites import docvqa, get_suite, gqa, letters, pope, seedbench
+from xomni_jax.evaluation.suites import docvqa, get_suite, gqa, letters, multiple_choice, pope
 
 RED, BLUE = (250, 0, 0), (0, 0, 250)
 
@@ -206,7 +207,7 @@ def test_two_versions_of_mmbench_are_not_mixed(tmp_path):
 
 @pytest.mark.parametrize("example", EXAMPLES["seed_first_character"], ids=lambda e: e["prediction"])
 def test_seed_first_character(example):
-    assert seedbench.first_character(example["prediction"]) == example["pred_used"]
+    assert multiple_choice.first_character(example["prediction"]) == example["pred_used"]
     item = Item("1", "?", {"answer": "B", "options": {"A": "x", "B": "y"}})
     assert get_suite("seedbench").score(item, [example["prediction"]])["score"] == example["correct_if_B"]
 
@@ -264,7 +265,7 @@ def test_docvqa_without_answers(tmp_path):
 
 
 def test_names_switches_and_instructions_are_checked():
-    with pytest.raises(SuiteError, match="the suite 'nope' is unknown; choose one of longtext-en"):
+    with pytest.raises(RegistryError, match="the suite 'nope' is unknown; use one of longtext-en"):
         get_suite("nope")
     with pytest.raises(SuiteError, match="pope has no switch 'x'; it has single-word"):
         get_suite("pope", ["x"])

@@ -9,41 +9,50 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from rapidfuzz.distance import Levenshtein
 
-from xomni_jax.evaluation.suite import Item, Record, Suite, SuiteError
-from xomni_jax.evaluation.suites.choices import Choices
-from xomni_jax.evaluation.suites.reading import Row, check_unique, find
-from xomni_jax.evaluation.suites.sums import group_by, mean
-from xomni_jax.evaluation.suites.tables import rows_with_images
+from xomni_jax.evaluation.suite import Item, Record, SuiteError
+from xomni_jax.evaluation.suites.reading import QuestionTable, Row
+from xomni_jax.evaluation.suites.scoring import group_by, mean
 
-FILES = "DocVQA/validation-*.parquet of the Hugging Face dataset lmms-lab/DocVQA, or VLMEvalKit's DocVQA_VAL.tsv"
 _LEAST = 0.5
 
 
-def suite(name: str, choices: Choices) -> Suite:
+class DocVQA(QuestionTable):
     """docvqa."""
-    return Suite(
-        name=name,
-        title="DocVQA",
-        task="answer",
-        load=lambda data: load(data, choices.instruction("word")),
-        score=score,
-        aggregate=aggregate,
-        max_new_tokens=32,
-        paper_scale=100.0,
-        files=FILES,
-    )
 
-
-def load(data: Path, template: str) -> list[Item]:
-    """Questions with their images, from either published form."""
+    title = "DocVQA"
+    max_new_tokens = 32
+    files = "DocVQA/validation-*.parquet of the Hugging Face dataset lmms-lab/DocVQA, or VLMEvalKit's DocVQA_VAL.tsv"
+    folders = ("DocVQA", "docvqa")
     patterns = ("DocVQA/validation-*.parquet", "validation-*.parquet", "DocVQA_VAL.tsv")
-    paths = find(data, ("DocVQA", "docvqa"), patterns, FILES)
-    return check_unique([(_item(row, image, template), row.where) for row, image in rows_with_images(paths)])
+
+    def item(self, row: Row, image: Callable[[], Any]) -> Item:
+        """See QuestionTable."""
+        if not row.values.get("answers") and not row.values.get("answer"):
+            raise SuiteError(f"{row.where}: there are no answers; those of the test split are not public, use the validation split")
+        answers = row.strings("answers", "answer", spelled=True)
+        types = row.get("question_types", kind=list, default=[])
+        fields = {"category": str(types[0]) if types else "all", "types": [str(t) for t in types], "answers": answers}
+        return Item(row.text("questionId", "index"), self.instructions["word"].format(question=row.text("question")), fields, image)
+
+    def score(self, item: Item, outputs: Sequence[Any]) -> Record:
+        """score: the ANLS of this question, a function of it alone."""
+        answers, value = item.fields["answers"], anls(item.fields["answers"], outputs[0].strip())
+        verdict = f"{value:.2f}, wanted {json.dumps(answers, ensure_ascii=False)}"
+        return {"score": value, "verdicts": [verdict], "unparsed": 0}
+
+    def aggregate(self, records: Sequence[Record]) -> dict[str, Any]:
+        """Mean over questions; a question of several types counts in each of their categories."""
+        types = sorted({t for r in records for t in r["fields"]["types"]})
+        groups = {t: [r for r in records if t in r["fields"]["types"]] for t in types} or group_by(records, "category")
+        return {
+            "headline": "ANLS",
+            "scores": {"ANLS": mean(records, "score")},
+            "categories": {name: {"score": mean(rows, "score"), "items": len(rows)} for name, rows in groups.items()},
+        }
 
 
 def anls(answers: Sequence[str], reply: str) -> float:
@@ -52,34 +61,7 @@ def anls(answers: Sequence[str], reply: str) -> float:
     return 0.0 if best < _LEAST else best
 
 
-def score(item: Item, outputs: Sequence[Any]) -> Record:
-    """score: the ANLS of this question, a function of it alone."""
-    answers, value = item.fields["answers"], anls(item.fields["answers"], outputs[0].strip())
-    verdict = f"{value:.2f}, wanted {json.dumps(answers, ensure_ascii=False)}"
-    return {"score": value, "verdicts": [verdict], "unparsed": 0}
-
-
-def aggregate(records: Sequence[Record]) -> dict[str, Any]:
-    """Mean over questions; a question of several types counts in each of their categories."""
-    types = sorted({t for r in records for t in r["fields"]["types"]})
-    groups = {t: [r for r in records if t in r["fields"]["types"]] for t in types} or group_by(records, "category")
-    return {
-        "headline": "ANLS",
-        "scores": {"ANLS": mean(records, "score")},
-        "categories": {name: {"score": mean(rows, "score"), "items": len(rows)} for name, rows in groups.items()},
-    }
-
-
 def _distance(answer: str, reply: str) -> float:
     distance = Levenshtein.distance(*(" ".join(text.strip().lower().split()) for text in (answer, reply)))
     length = max(len(answer), len(reply))
     return distance / length if length else 0.0
-
-
-def _item(row: Row, image: Callable[[], Any], template: str) -> Item:
-    if not row.values.get("answers") and not row.values.get("answer"):
-        raise SuiteError(f"{row.where}: there are no answers; those of the test split are not public, use the validation split")
-    answers = row.strings("answers", "answer", spelled=True)
-    types = row.get("question_types", kind=list, default=[])
-    fields = {"category": str(types[0]) if types else "all", "types": [str(t) for t in types], "answers": answers}
-    return Item(row.text("questionId", "index"), template.format(question=row.text("question")), fields, image)
