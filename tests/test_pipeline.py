@@ -52,7 +52,19 @@ def test_the_mesh_changes_nothing(model_dir, images):
     kernel = sharded.params("siglip_vq")["vit"]["blocks"]["fc1"]["kernel"]
     assert kernel.sharding.shard_shape(kernel.shape) == (1, 32 // 2, 48)
     assert sharded.encode([images[0]])[0].shape == GRID
-    assert sharded.fill(np.arange(3)).tolist() == [0, 1, 2, 0] and sharded.fill(np.arange(2)).tolist() == [0, 1]
+    (batch,) = sharded.batches(3)
+    assert batch.take(np.arange(3)).tolist() == [0, 1, 2, 0] and batch.cut(np.arange(4)).tolist() == [0, 1, 2]
+    assert [b.size for b in sharded.batches(7, 2)] == [4, 4] and [b.size for b in sharded.batches(1, 16)] == [2]
+
+
+def test_the_batch_size_changes_nothing(model, images):
+    for ours, theirs in zip(model.generate(PROMPTS, seed=5, batch_size=2), images, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    codes = model.encode([*images, np.zeros((16, 48, 3), np.uint8)], batch_size=2)
+    assert codes[3].shape == (2, 6)
+    np.testing.assert_array_equal(model.encode([images[2]])[0], codes[2])
+    questions = ["one?", "what does the sign say?", "two?"]
+    assert model.answer(codes[:3], questions, 4, batch_size=2) == model.answer(codes[:3], questions, 4)
 
 
 def test_codes_there_and_back(model, images):

@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh
 
 from xomni_jax.checkpoint.released_model import ReleasedModel, is_released
 from xomni_jax.checkpoint.store import CheckpointError, config_from_json, load_component, read_model_json
+from xomni_jax.core.cache import cached_method
 from xomni_jax.data.preprocess import ImageLimits
 from xomni_jax.models.int8 import quantize
 from xomni_jax.models.registry import COMPONENTS, init_params
+from xomni_jax.sampling.batches import Batch, make_batches
 from xomni_jax.sampling.decoder import DecodeConfig, Decoder
 from xomni_jax.sampling.pixels import DECODER_PARTS
 from xomni_jax.sequence.tokenizer import MultimodalTokenizer, read_tokenizer
@@ -66,7 +67,7 @@ class ModelParts:
             raise CheckpointError(f"{self.path}: this model has no {name} (it has {have}); train that stage, or use a complete model")
         return config_from_json(COMPONENTS[name].config, described["config"], f"{self.path}/model.json")
 
-    @functools.cache
+    @cached_method
     def module(self, name: str) -> nn.Module:
         """The linen module of a component."""
         return COMPONENTS[name].module(self.config(name))
@@ -116,7 +117,7 @@ class ModelParts:
         """The folder of a tokenizer: "tokenizer", "tokenizer_t5" or "tokenizer_clip"; it need not exist."""
         return self.path / name if self.released is None else self.released.folders.get(name, self.path / name)
 
-    @functools.cache
+    @cached_method
     def encoder_tokenizer(self, name: str) -> Any:
         """The own tokenizer of a text encoder ("t5" or "clip"), or None: then it reads the text tokenizer's ids.
 
@@ -161,7 +162,7 @@ class ModelParts:
         """Pixels per token along a side."""
         return self.config("siglip_vq").patch
 
-    def fill(self, x_B: Any) -> jax.Array:
-        """Repeats the first row until the rows split evenly over the mesh; whoever calls cuts the surplus off again."""
-        x_B, short = jnp.asarray(x_B), -len(x_B) % self.ways
-        return jnp.concatenate([x_B, jnp.repeat(x_B[:1], short, axis=0)]) if short else x_B
+    def batches(self, rows: int, batch_size: int | None = None) -> list[Batch]:
+        """Batches of `rows` rows that split over the mesh: `batch_size` rows at a time in each data shard, or all at once."""
+        most = -(-rows // self.ways) * self.ways
+        return make_batches(rows, most if batch_size is None else min(batch_size * self.ways, most))

@@ -13,16 +13,19 @@ import numpy as np
 from PIL import Image
 
 from xomni_jax.components import ModelParts
+from xomni_jax.core.cache import cached_method
 from xomni_jax.data.preprocess import preprocess
+from xomni_jax.sampling.batches import Batch, batches_by_shape, in_order, run_batches
 from xomni_jax.sampling.decode import make_answerer
 from xomni_jax.sampling.decoder import DecodeConfig
 from xomni_jax.sampling.keys import NOISE, image_keys
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sampling.pixels import make_decode
 from xomni_jax.sampling.sampler import Sampler
-from xomni_jax.sequence.padding import PROMPT_BUCKET, pad_prompts
+from xomni_jax.sequence.padding import IMAGE_STEPS, pad_prompts
 from xomni_jax.sequence.tokenizer import encoder_ids, fixed_length_ids
-from xomni_jax.sharding.arrays import whole
+
+BATCH_SIZE = 16  # images or answers at a time in each data shard
 
 
 class XOmni(ModelParts):
@@ -42,22 +45,23 @@ class XOmni(ModelParts):
         return height // p, width // p
 
     def sample_codes(
-        self, prompts: Sequence[str], grid: tuple[int, int], keys_PR: jax.Array, sampling: SamplingConfig, multiple: int = PROMPT_BUCKET
+        self, prompts: Sequence[str], grid: tuple[int, int], keys_PR: jax.Array, sampling: SamplingConfig, length: int | None = None
     ) -> dict[str, jax.Array]:
-        """R samples of every prompt: {"codes": [P, R, Y, X], "logp": [P, R, T]}; the row of keys decides a sample, not its batch."""
-        ids_PS, lengths_P = pad_prompts([self.tokenizer.generation_prompt(p, *grid) for p in prompts], multiple)
-        negative = None
-        if sampling.guidance != 1.0:
-            negative = pad_prompts([self.tokenizer.negative_prompt(*grid)] * len(prompts))
-        P = len(prompts)
-        ids_PS, lengths_P, keys_PR = self.fill(ids_PS), self.fill(lengths_P), self.fill(keys_PR)
-        negative = negative and tuple(map(self.fill, negative))
-        with jax.set_mesh(self.mesh):
-            out = self._sampler(grid[0] * grid[1], sampling)(self.params("transformer"), ids_PS, lengths_P, keys_PR, negative)
-        R = keys_PR.shape[1]
-        return {"codes": out["codes"][:P].reshape(P, R, *grid), "logp": out["logp"][:P]}
+        """R samples of each of P prompts in one batch: {"codes": [P, R, Y, X], "logp": [P, R, T]}.
 
-    @functools.cache
+        Args:
+          keys_PR: a sample depends on its own key and prompt, not on the rest of the batch.
+          length: tokens that the prompts are padded to; by default the bucket of the longest.
+        """
+        ids_PS, lengths_P = pad_prompts([self.tokenizer.generation_prompt(p, *grid) for p in prompts], length)
+        negative = pad_prompts([self.tokenizer.negative_prompt(*grid)] * len(prompts)) if sampling.guided else None
+        (batch,) = self.batches(len(prompts))
+        inputs = jax.tree.map(batch.take, (ids_PS, lengths_P, keys_PR, negative))
+        with jax.set_mesh(self.mesh):
+            out = batch.cut(self._sampler(grid[0] * grid[1], sampling)(self.params("transformer"), *inputs))
+        return {"codes": out["codes"].reshape(*keys_PR.shape, *grid), "logp": out["logp"]}
+
+    @cached_method
     def _sampler(self, n_codes: int, sampling: SamplingConfig) -> Sampler:
         return Sampler(self.module("transformer"), n_codes, sampling)
 
@@ -77,27 +81,37 @@ class XOmni(ModelParts):
         return jax.vmap(lambda key: jax.random.normal(key, shape))(keys_B)
 
     def decode_images(self, codes_BYX: Any, prompts: Sequence[str], noise_BTC: Any, cfg: DecodeConfig | None = None) -> jax.Array:
-        """Codes -> uint8 images [B, H, W, 3] on the device."""
+        """Codes -> uint8 images [B, H, W, 3] on the device, in one batch."""
         cfg = cfg or self.decode_config
-        with jax.set_mesh(self.mesh):  # in which the rows are made, too: a caller may work on another
-            rows = tuple(map(self.fill, (codes_BYX, *self.text_ids(prompts, cfg), noise_BTC)))
-            images = self._decode(cfg)(self.params("siglip_vq"), self.decoder_params(), *rows, self.text_ids([""], cfg))
-        return images if len(images) == len(codes_BYX) else images[: len(codes_BYX)]
+        (batch,) = self.batches(len(codes_BYX))
+        with jax.set_mesh(self.mesh):  # the surplus rows are made here, too: the caller may work on another mesh
+            rows = map(batch.take, (codes_BYX, *self.text_ids(prompts, cfg), noise_BTC))
+            return batch.cut(self._decode(cfg)(self.params("siglip_vq"), self.decoder_params(), *rows, self.text_ids([""], cfg)))
 
-    @functools.cache
+    @cached_method
     def _decode(self, cfg: DecodeConfig):
         return make_decode(self.module("siglip_vq"), self.decoder, cfg, self.ways)
 
-    def decode(self, codes_BYX: Any, prompts: Sequence[str] | None = None, noise: Any = None, seed: int = 0) -> list[Image.Image]:
-        """Codes [B, Y, X] -> images. Without `noise` [B, T, C] it is drawn from `seed`; without prompts they are empty."""
+    def decode(
+        self, codes_BYX: Any, prompts: Sequence[str] | None = None, noise: Any = None, seed: int = 0, batch_size: int = BATCH_SIZE
+    ) -> list[Image.Image]:
+        """Codes [B, Y, X] -> images, `batch_size` at a time in each data shard.
+
+        Args:
+          prompts: one per image; empty ones by default.
+          noise: starting noise [B, T, C]; drawn from `seed` by default.
+        """
         codes_BYX = self.checked(codes_BYX)
         prompts = [""] * len(codes_BYX) if prompts is None else list(prompts)
         if len(prompts) != len(codes_BYX):
             raise ValueError(f"{len(prompts)} prompts for {len(codes_BYX)} images' codes; give one each, or none")
-        if noise is None:
-            noise = self.noise(image_keys(seed, len(codes_BYX), NOISE), codes_BYX.shape[1:])
-        images = self.decode_images(codes_BYX, prompts, noise)
-        return [Image.fromarray(image) for image in np.asarray(images)]
+        keys_B = image_keys(seed, len(codes_BYX), NOISE)
+
+        def program(batch: Batch) -> jax.Array:
+            noise_BTC = self.noise(batch.take(keys_B), codes_BYX.shape[1:]) if noise is None else batch.take(noise)
+            return self.decode_images(batch.take(codes_BYX), batch.take(prompts), noise_BTC)
+
+        return [Image.fromarray(x) for x in in_order(run_batches(program, self.batches(len(codes_BYX), batch_size)))]
 
     def checked(self, codes_BYX: Any) -> np.ndarray:
         """Codes as an int32 array [B, Y, X]. ValueError when they are no codes of this model's tokenizer."""
@@ -122,12 +136,14 @@ class XOmni(ModelParts):
         top_p: float = 1.0,
         min_p: float = 0.03,
         guidance: float = 1.0,
+        batch_size: int = BATCH_SIZE,
     ) -> list[Image.Image]:
         """One image per prompt. The defaults are the released ones; image i depends on (seed, i) and its prompt alone.
 
         Args:
-          height, width: pixels; the model's own default size without them (1152 x 1152, as released, when it names none).
-          temperature: 0 takes the likeliest code. top_k: 0 is off. guidance: of the AR part; 1 is off.
+          height, width: pixels; by default the model's own size (1152 x 1152, as released, when it names none).
+          temperature: 0 takes the likeliest code. top_k: 0 is off. guidance: of the transformer; 1 is off.
+          batch_size: prompts at a time in each data shard.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
@@ -136,8 +152,13 @@ class XOmni(ModelParts):
         grid = self.grid(size.get("height", 1152) if height is None else height, size.get("width", 1152) if width is None else width)
         self.check_prompts(prompts)
         sampling = SamplingConfig(temperature, top_k, top_p, min_p, guidance)
-        codes = self.sample_codes(prompts, grid, image_keys(seed, len(prompts))[:, None], sampling)["codes"][:, 0]
-        return self.decode(codes, prompts, seed=seed)
+        keys_P1 = image_keys(seed, len(prompts))[:, None]
+
+        def program(batch: Batch) -> jax.Array:
+            return self.sample_codes(batch.take(prompts), grid, batch.take(keys_P1), sampling)["codes"][:, 0]
+
+        codes = in_order(run_batches(program, self.batches(len(prompts), batch_size)))
+        return self.decode(np.stack(codes), prompts, seed=seed, batch_size=batch_size)
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Refuses prompts that are empty or longer than the decoder's text encoder takes.
@@ -163,32 +184,39 @@ class XOmni(ModelParts):
 
     # ---- image to codes, codes to text ----
     def encode_pixels(self, pixels_BHWC: Any) -> jax.Array:
-        """Pixels [B, H, W, 3] in [-1, 1] -> codes [B, Y, X]."""
-        with jax.set_mesh(self.mesh):
-            return self._method("siglip_vq", "encode")(self.params("siglip_vq"), self.fill(pixels_BHWC))[: len(pixels_BHWC)]
+        """Pixels [B, H, W, 3] in [-1, 1] -> codes [B, Y, X] on the device, in one batch."""
+        return self._run("siglip_vq", "encode", pixels_BHWC)
 
-    def encode(self, images: Sequence[Image.Image | np.ndarray]) -> list[np.ndarray]:
-        """Codes [Y, X] of each image after the released preprocessing, at its own resolution."""
-        return [np.asarray(self.encode_pixels(preprocess(image, self.preprocess_config)[None])[0]) for image in images]
+    def encode_ragged(self, pixels: Sequence[np.ndarray], batch_size: int = 1) -> list[np.ndarray]:
+        """Pixels [H, W, 3] of images of any sizes -> codes [Y, X] of each.
+
+        Images of one size share batches of `batch_size` images in each data shard.
+        """
+        batches = batches_by_shape([p.shape for p in pixels], batch_size * self.ways)
+        return in_order(run_batches(lambda batch: self.encode_pixels(np.stack(batch.take(pixels))), batches))
+
+    def encode(self, images: Sequence[Image.Image | np.ndarray], batch_size: int = 1) -> list[np.ndarray]:
+        """Codes [Y, X] of each image at its own resolution, after the released preprocessing."""
+        return self.encode_ragged([preprocess(image, self.preprocess_config) for image in images], batch_size)
 
     def semantics(self, codes_BYX: Any) -> jax.Array:
         """Codes [B, Y, X] -> semantics [B, Y, X, C]."""
-        codes_BYX = self.checked(codes_BYX)
-        with jax.set_mesh(self.mesh):
-            return self._method("siglip_vq", "semantics")(self.params("siglip_vq"), self.fill(codes_BYX))[: len(codes_BYX)]
+        return self._run("siglip_vq", "semantics", self.checked(codes_BYX))
 
-    def velocity(self, latents_BTC, sigma_B, codes_BYX, prompts: Sequence[str]) -> jax.Array:
-        """The MMDiT's velocity for packed latents, for those who bring their own sampler."""
-        codes_BYX = self.checked(codes_BYX)
-        rows = tuple(map(self.fill, (latents_BTC, sigma_B, *self.text_ids(prompts), self.semantics(codes_BYX))))
+    def velocity(self, latents_BTC: Any, sigma_B: Any, codes_BYX: Any, prompts: Sequence[str]) -> jax.Array:
+        """The MMDiT's velocity [B, T, C] of packed latents at noise levels sigma, for those who bring their own sampler."""
+        (batch,) = self.batches(len(codes_BYX))
+        rows = map(batch.take, (latents_BTC, sigma_B, *self.text_ids(prompts), self.semantics(codes_BYX)))
         with jax.set_mesh(self.mesh):
-            return self._velocity(self.decoder_params(), *rows)[: len(codes_BYX)]
+            return batch.cut(self._velocity(self.decoder_params(), *map(jnp.asarray, rows)))
 
     @functools.cached_property
     def _velocity(self):
+        decoder = self.decoder
+
         def velocity(params, latents_BTC, sigma_B, text_BS, pooled_BS, semantics_BYXD):
-            cond = self.decoder.condition(params, text_BS, pooled_BS, semantics_BYXD)
-            return self.decoder.velocity(params, latents_BTC, sigma_B, cond, semantics_BYXD.shape[1:3])
+            cond = decoder.condition(params, text_BS, pooled_BS, semantics_BYXD)
+            return decoder.velocity(params, latents_BTC, sigma_B, cond, semantics_BYXD.shape[1:3])
 
         return jax.jit(velocity)
 
@@ -201,39 +229,54 @@ class XOmni(ModelParts):
         if mode not in ("text", "image"):
             raise ValueError(f"mode={mode!r} is unknown; use text or image")
         c = self.config("transformer")
-        with jax.set_mesh(self.mesh):
-            hidden = self._method("transformer")(self.params("transformer"), self.fill(ids_BL))[: len(ids_BL)]
-            part = self._method("transformer", f"{mode}_logits")(self.params("transformer"), hidden)
+        hidden_BLD = self._run("transformer", None, np.asarray(ids_BL))
+        part = self._run("transformer", f"{mode}_logits", hidden_BLD)
         before = 0 if mode == "text" else c.vocab_size
         after = c.total_vocab_size - before - part.shape[-1]
         return jnp.pad(part, ((0, 0), (0, 0), (before, after)), constant_values=float(jnp.finfo(part.dtype).min))
 
-    @functools.cache
-    def _method(self, name: str, method: str | None = None):
+    def _run(self, name: str, method: str | None, x: Any) -> jax.Array:
+        """A component's method on rows [B, ...], in one batch."""
+        (batch,) = self.batches(len(x))
+        with jax.set_mesh(self.mesh):
+            return batch.cut(self._method(name, method)(self.params(name), batch.take(x)))
+
+    @cached_method
+    def _method(self, name: str, method: str | None):
         module = self.module(name)
-        return jax.jit(lambda params, *inputs: module.apply({"params": params}, *inputs, method=method))
+        return jax.jit(lambda params, x: module.apply({"params": params}, x, method=method))
 
     def chat(self, image: Image.Image | np.ndarray, question: str, max_tokens: int = 512) -> str:
         """Answers a question about an image, greedily, until the end of the turn or `max_tokens` (512 as released)."""
         if not question.strip():
             raise ValueError("the question is empty; ask something about the image")
-        return self.answer([self.encode([image])[0]], [question], max_tokens)[0]
+        return self.answer(self.encode([image]), [question], max_tokens)[0]
 
     def answer(
-        self, codes: Sequence[np.ndarray], questions: Sequence[str], max_tokens: int = 512, multiple: int = PROMPT_BUCKET
+        self, codes: Sequence[np.ndarray], questions: Sequence[str], max_tokens: int = 512, batch_size: int = BATCH_SIZE
     ) -> list[str]:
-        """Greedy answers to one question per image, given its codes [Y, X]; prompts are padded to a multiple of `multiple`."""
-        return [self.tokenizer.decode_text(ids).strip() for ids in self.answer_ids(codes, questions, max_tokens, multiple)]
+        """Greedy answers to one question per image, given its codes [Y, X]; `batch_size` at a time in each data shard."""
+
+        def program(batch: Batch) -> jax.Array:
+            return self.answer_ids(batch.take(codes), batch.take(questions), max_tokens)
+
+        ids = in_order(run_batches(program, self.batches(len(codes), batch_size)))
+        return [self.tokenizer.decode_text(ids_T).strip() for ids_T in ids]
 
     def answer_ids(
-        self, codes: Sequence[np.ndarray], questions: Sequence[str], max_tokens: int = 512, multiple: int = PROMPT_BUCKET
-    ) -> np.ndarray:
-        """The answers' ids [B, max_tokens], each closed by the end of turn where it fits, then padding."""
-        prompts = [self.tokenizer.understanding_prompt(c, q) for c, q in zip(codes, questions, strict=True)]
-        ids_PS, lengths_P = map(self.fill, pad_prompts(prompts, multiple))
-        with jax.set_mesh(self.mesh):
-            return whole(self._answerer(max_tokens)(self.params("transformer"), ids_PS, lengths_P))[: len(prompts)]
+        self, codes: Sequence[np.ndarray], questions: Sequence[str], max_tokens: int = 512, length: int | None = None
+    ) -> jax.Array:
+        """Greedy answers in one batch: ids [B, max_tokens], each closed by the end of turn where it fits, then padding.
 
-    @functools.cache
+        Args:
+          length: tokens that the prompts are padded to; by default the bucket of the longest.
+        """
+        prompts = [self.tokenizer.understanding_prompt(c, q) for c, q in zip(codes, questions, strict=True)]
+        (batch,) = self.batches(len(prompts))
+        ids_PS, lengths_P = map(batch.take, pad_prompts(prompts, length, IMAGE_STEPS))
+        with jax.set_mesh(self.mesh):
+            return batch.cut(self._answerer(max_tokens)(self.params("transformer"), ids_PS, lengths_P))
+
+    @cached_method
     def _answerer(self, max_tokens: int):
         return make_answerer(self.module("transformer"), max_tokens, self.tokenizer.end_of_turn, self.tokenizer.pad)

@@ -20,6 +20,7 @@ from xomni_jax.rewards.client import RewardClient, Score
 from xomni_jax.rewards.combine import MODES, Combined, column, combine
 from xomni_jax.rl.advantages import AdvantageConfig
 from xomni_jax.rl.update import RolloutBatch
+from xomni_jax.sampling.batches import make_batches
 from xomni_jax.sampling.decoder import DecodeConfig
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sampling.sampler import SEGMENT, Sampler
@@ -174,13 +175,13 @@ class Rollouts:
             self.poll()
             send()
 
-        for start in range(0, P, n):
-            part = slice(start, start + n)
+        for part in make_batches(P, n):
             with timed(seconds, "perf/rollout_s"):
-                others = negative and tuple(x[part] for x in negative)
-                out = jax.block_until_ready(self.sampler(params, ids_PS[part], lengths_P[part], keys_PR[part], others, between))
+                inputs = jax.tree.map(part.take, (ids_PS, lengths_P, keys_PR, negative))
+                out = jax.block_until_ready(self.sampler(params, *inputs, between))
             with timed(seconds, "perf/decode_s"):
-                drawing.append(self.images(out["codes"], [p for p in prompts[part] for _ in range(R)], noise_keys_PR[part].reshape(-1)))
+                texts = [p for p in part.take(prompts) for _ in range(R)]
+                drawing.append(self.images(out["codes"], texts, part.take(noise_keys_PR).reshape(-1)))
             made.append(out)
             # With devices of its own the decoder draws this chunk while the next one is sampled, which would else wait for it.
             send(wait=self.painter is self.model)
