@@ -1,4 +1,4 @@
-"""The answering of a suite's questions: images to codes one shape at a time, questions in static batches, greedy answers."""
+"""Greedy answers to a suite's questions about images, in batches of fixed shapes (see `generation` for why)."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
+import jax
 import numpy as np
 from PIL import Image
 
 from xomni_jax.data.preprocess import ImageLimits, preprocess, token_grid
-from xomni_jax.evaluation.batches import Batch, make_batches, row_indices
+from xomni_jax.evaluation.generation import SHORTEST
 from xomni_jax.evaluation.suite import Item, SuiteError
 from xomni_jax.pipeline import XOmni
-from xomni_jax.sharding.arrays import whole
+from xomni_jax.sampling.batches import Batch, batches_by_shape, run_batches
+from xomni_jax.sequence.padding import IMAGE_STEPS, bucket
 
-STEPS = 4  # buckets per octave: a prompt is mostly its image, and the prefill is most of the work
 OPENERS = 4  # threads that read images
-
-Answered = list[tuple[Item, str, bool]]
 
 
 def fitted_sizes(size: tuple[int, int], limits: ImageLimits) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -56,25 +55,27 @@ class Answering:
     def __init__(self, model: XOmni, suite: str, batch: int, max_tokens: int):
         self.model, self.suite, self.max_tokens, self.rows = model, suite, max_tokens, batch * model.ways
 
-    def batches(self, items: Sequence[Item]) -> list[Batch]:
-        """Static batches of questions. SuiteError names an item that cannot be asked."""
-        with ThreadPoolExecutor(OPENERS) as pool:
-            grids = list(pool.map(self._grid, items))
-        return make_batches(items, [self._length(item, grid) for item, grid in zip(items, grids)], self.rows, STEPS)
+    def answer(self, items: Sequence[Item]) -> Iterator[list[tuple[Item, str, bool]]]:
+        """Batch by batch (item, answer, whether its image had to be changed); images are opened while the device answers.
 
-    def answer(self, batches: Sequence[Batch]) -> Iterator[Answered]:
-        """The answers of each batch, in order. The images of the next batch are opened meanwhile."""
+        Raises:
+          SuiteError: an item cannot be asked.
+        """
+        fitted: dict[int, bool] = {}
         with ThreadPoolExecutor(OPENERS) as pool:
-            opening = None
-            for number, batch in enumerate(batches):
-                opened = opening or [pool.submit(self._open, item) for item in batch.items]
-                following = batches[number + 1].items if number + 1 < len(batches) else ()
-                opening = [pool.submit(self._open, item) for item in following]
-                images = [future.result() for future in opened]
-                codes = self._encode([pixels for pixels, _ in images])
-                filled = [codes[i] for i in row_indices(len(codes), batch.rows)[0]]
-                answers = self.model.answer(filled, [item.prompt for item in batch.filled], self.max_tokens, batch.length)
-                yield [(item, text, changed) for item, text, (_, changed) in zip(batch.items, answers, images)]
+
+            def start(batch: Batch) -> jax.Array:
+                opened = list(pool.map(self._open, [items[i] for i in batch.items]))
+                fitted.update(zip(batch.items, (changed for _, changed in opened)))
+                codes = dict(zip(batch.items, self.model.encode_ragged([pixels for pixels, _ in opened])))
+                questions = batch.take([item.prompt for item in items])
+                return self.model.answer_ids(batch.take(codes), questions, self.max_tokens, batch.shape)
+
+            lengths = [self._length(*pair) for pair in zip(items, pool.map(self._grid, items))]
+            batches = batches_by_shape([bucket(max(SHORTEST, n), IMAGE_STEPS) for n in lengths], self.rows)
+            for batch, ids_BT in run_batches(start, batches):
+                answers = [self.model.tokenizer.decode_text(ids_T).strip() for ids_T in ids_BT]
+                yield [(items[i], answer, fitted[i]) for i, answer in zip(batch.items, answers)]
 
     def _grid(self, item: Item) -> tuple[int, int]:
         limits = self.model.preprocess_config
@@ -100,15 +101,3 @@ class Answering:
             raise
         except (OSError, ValueError) as e:
             raise SuiteError(f"{self.suite}: the image of item {item.id} cannot be read ({e}); fetch it again") from None
-
-    def _encode(self, pixels: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Codes [Y, X] of each image; images of one shape fill the data-parallel parts of the mesh, one each."""
-        codes: list[np.ndarray | None] = [None] * len(pixels)
-        shapes = sorted({p.shape for p in pixels})
-        for shape in shapes:
-            alike = [i for i, p in enumerate(pixels) if p.shape == shape]
-            for first in range(0, len(alike), self.model.ways):
-                part = alike[first : first + self.model.ways]
-                for i, found in zip(part, whole(self.model.encode_pixels(np.stack([pixels[i] for i in part])))):
-                    codes[i] = found
-        return codes

@@ -1,26 +1,38 @@
-"""The drawing of a suite's images: prompts in static batches, the next batch sampled while the last one's images are fetched."""
+"""The images of a suite's prompts, in batches of fixed shapes.
+
+An image must not depend on which items happen to be drawn beside it. A row of a batch depends on its own prompt and keys alone, but
+programs of other shapes may round differently: so a prompt is padded to a length that its own length decides, and every batch has the
+same number of rows. Then an item drawn alone equals the item in any batch, to the bit.
+"""
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from PIL import Image
 
-from xomni_jax.evaluation.batches import Batch, item_keys, make_batches, row_indices
-from xomni_jax.evaluation.suite import Item, SuiteError
+from xomni_jax.data.preprocess import to_pixels
+from xomni_jax.evaluation.measurement import code_agreement
+from xomni_jax.evaluation.suite import Item, Suite, SuiteError
 from xomni_jax.pipeline import XOmni
+from xomni_jax.sampling.batches import Batch, batches_by_shape, in_order, make_batches, run_batches
 from xomni_jax.sampling.keys import NOISE
 from xomni_jax.sampling.logits import SamplingConfig
-from xomni_jax.sharding.arrays import whole
+from xomni_jax.sequence.padding import bucket
 
-Drawn = list[tuple[Item, list[Image.Image]]]
+SHORTEST = 32  # tokens that prompts are padded to at least
 
 
 @dataclass(frozen=True)
 class DrawConfig:
-    """How images are drawn.
+    """How images are drawn; stored in the run's settings.
 
     Attributes:
       repeats: images per prompt.
@@ -37,62 +49,98 @@ class DrawConfig:
 
 
 class Generation:
-    """Draws the items of one suite with one model."""
+    """Draws the items of one suite with one model.
 
-    def __init__(self, model: XOmni, suite: str, config: DrawConfig):
-        self.model, self.suite, self.config = model, suite, config
+    Args:
+      repeats_per_call: images of one prompt in one call of the sampler; None: as many as `batch` allows.
+      reconstruct: decodes the codes of each item's own image instead of sampled ones.
+      reencode: also says how many codes come back when a drawn image is encoded again.
+    """
+
+    def __init__(
+        self,
+        model: XOmni,
+        suite: Suite,
+        config: DrawConfig,
+        repeats_per_call: int | None = None,
+        reconstruct: bool = False,
+        reencode: bool = False,
+    ):
+        self.model, self.suite, self.config, self.reconstruct, self.reencode = model, suite, config, reconstruct, reencode
         self.grid = model.grid(config.height, config.width)
         R = config.repeats
-        self.at_once = max(r for r in range(1, R + 1) if R % r == 0 and (r == 1 or r <= config.batch))  # repeats in one call
-        self.rows = max(1, config.batch // self.at_once) * model.ways
+        self.repeats_per_call = repeats_per_call or max(r for r in range(1, R + 1) if R % r == 0 and (r == 1 or r <= config.batch))
+        self.rows = max(1, config.batch // self.repeats_per_call) * model.ways
+        self.decode_rows = config.decode_batch * model.ways
 
-    def batches(self, items: Sequence[Item]) -> list[Batch]:
-        """Static batches of prompts. SuiteError names an item whose prompt cannot be drawn."""
-        return make_batches(items, [self._length(item) for item in items], self.rows)
+    def draw(self, items: Sequence[Item]) -> Iterator[list[tuple[Item, list[Image.Image], dict[str, Any]]]]:
+        """Batch by batch (item, images, what else is recorded of it); the device draws the next batch meanwhile.
 
-    def overlong(self, items: Sequence[Item]) -> list[str]:
-        """Ids of the prompts that are drawn whole, but decoded to pixels from their beginning: the text encoders take no more."""
-        limit = self.model.decode_config.text_length - 1
-        return [item.id for item in items if self.model.decoder_tokens(item.prompt) > limit]
+        "overlong" marks a prompt that is drawn whole, but decoded to pixels from its beginning: the text encoder takes no more.
 
-    def draw(self, batches: Sequence[Batch]) -> Iterator[Drawn]:
-        """The images of each batch, in order. One batch is under way while the caller has the one before it."""
-        waiting = None
-        for batch in batches:
-            started = batch, self._start(batch)
-            if waiting is not None:
-                yield self._fetch(*waiting)
-            waiting = started
-        if waiting is not None:
-            yield self._fetch(*waiting)
+        Raises:
+          SuiteError: the prompt of an item cannot be drawn.
+        """
+        R, limit = self.config.repeats, self.model.decode_config.text_length - 1
+        batches = batches_by_shape([bucket(max(SHORTEST, self._length(item))) for item in items], self.rows)
+        for batch, (images_PRHWC, codes_PRYX) in run_batches(lambda batch: self._start(batch, items), batches):
+            more = [{"overlong": self.model.decoder_tokens(items[i].prompt) > limit} for i in batch.items]
+            if self.reencode:
+                again = self._encode(images_PRHWC.reshape(-1, *images_PRHWC.shape[2:])).reshape(codes_PRYX.shape)
+                more = [m | {"agreement": row_R.tolist()} for m, row_R in zip(more, code_agreement(codes_PRYX, again))]
+            drawn = [[Image.fromarray(images_RHWC[r]) for r in range(R)] for images_RHWC in images_PRHWC]
+            yield [(items[i], *one) for i, *one in zip(batch.items, drawn, more)]
 
     def _length(self, item: Item) -> int:
         if not item.prompt.strip():
-            raise SuiteError(f"{self.suite}: the prompt of item {item.id} is empty; correct the data")
+            raise SuiteError(f"{self.suite.name}: the prompt of item {item.id} is empty; correct the data")
         try:
             return len(self.model.tokenizer.generation_prompt(item.prompt, *self.grid))
         except ValueError as e:
-            raise SuiteError(f"{self.suite}: item {item.id}: {e}") from None
+            raise SuiteError(f"{self.suite.name}: item {item.id}: {e}") from None
 
-    def _start(self, batch: Batch) -> list[jax.Array]:
-        """Dispatches the sampling and decoding of a batch; nothing is waited for."""
-        c, items, R = self.config, batch.filled, self.config.repeats
-        prompts, ids = [item.prompt for item in items], [item.id for item in items]
-        keys_PR = item_keys(c.seed, self.suite, ids, R, 0)
-        parts = [
-            self.model.sample_codes(prompts, self.grid, keys_PR[:, r : r + self.at_once], c.sampling, batch.length)["codes"]
-            for r in range(0, R, self.at_once)
-        ]
-        codes_BYX = jax.numpy.concatenate(parts, axis=1).reshape(-1, *self.grid)
-        noise_keys = item_keys(c.seed, self.suite, ids, R, NOISE).reshape(-1)
+    def _start(self, batch: Batch, items: Sequence[Item]) -> tuple[jax.Array, jax.Array]:
+        """Dispatches a batch without waiting for it: images [P, R, H, W, 3] and codes [P, R, Y, X] of its P items."""
+        c, R, P = self.config, self.config.repeats, len(batch.items)
+        prompts, ids = batch.take([item.prompt for item in items]), batch.take([item.id for item in items])
+        if self.reconstruct:
+            own = np.stack([np.asarray(items[i].image()) for i in batch.items])
+            codes_BYX = jnp.asarray(self._encode(own))
+        else:
+            keys_PR = self.suite.keys(c.seed, ids, R, 0)
+            parts = [
+                self.model.sample_codes(prompts, self.grid, keys_PR[:, r : r + self.repeats_per_call], c.sampling, batch.shape)["codes"]
+                for r in range(0, R, self.repeats_per_call)
+            ]
+            codes_BYX = jnp.concatenate(parts, axis=1).reshape(-1, *self.grid)
+        noise_keys = self.suite.keys(c.seed, ids, R, NOISE).reshape(-1)
         texts = [prompt for prompt in prompts for _ in range(R)]
         images = []
-        for index in row_indices(len(batch.items) * R, c.decode_batch * self.model.ways):
-            noise_BTC = self.model.noise(noise_keys[index], self.grid)
-            images.append(self.model.decode_images(codes_BYX[index], [texts[i] for i in index], noise_BTC))
-        return images
+        for part in make_batches(P * R, self.decode_rows):
+            noise_BTC = self.model.noise(part.take(noise_keys), self.grid)
+            images.append(self.model.decode_images(part.take(codes_BYX), part.take(texts), noise_BTC))
+        images_BHWC = jnp.concatenate(images)[: P * R]
+        return images_BHWC.reshape(P, R, *images_BHWC.shape[1:]), codes_BYX[: P * R].reshape(P, R, *self.grid)
 
-    def _fetch(self, batch: Batch, parts: Sequence[jax.Array]) -> Drawn:
-        images = [Image.fromarray(image) for part in parts for image in whole(part)]
-        R = self.config.repeats
-        return [(item, images[k * R : (k + 1) * R]) for k, item in enumerate(batch.items)]
+    def _encode(self, images_BHWC: np.ndarray) -> np.ndarray:
+        """Codes [B, Y, X] of uint8 images of one size."""
+        program = lambda part: self.model.encode_pixels(to_pixels(part.take(images_BHWC)))  # noqa: E731
+        return np.stack(in_order(run_batches(program, make_batches(len(images_BHWC), self.decode_rows))))
+
+
+def item_keys(seed: int, suite: str, ids: Sequence[str], repeats: int, purpose: int) -> jax.Array:
+    """One key per item and repeat [P, R], from (seed, purpose, suite, id, repeat): any image can be drawn again alone."""
+    digests = [hashlib.sha256(f"{suite}\n{name}".encode()).digest()[:8] for name in ids]
+    words_P2 = np.frombuffer(b"".join(digests), ">u4").reshape(-1, 2).astype(np.uint32)
+    return _fold(np.uint32(seed), words_P2, repeats, purpose)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _fold(seed: Any, words_P2: Any, repeats: int, purpose: int) -> jax.Array:
+    root = jax.random.fold_in(jax.random.key(seed), purpose)
+
+    def of_item(words):
+        key = jax.random.fold_in(jax.random.fold_in(root, words[0]), words[1])
+        return jax.vmap(lambda r: jax.random.fold_in(key, r))(jnp.arange(repeats))
+
+    return jax.vmap(of_item)(words_P2)

@@ -65,8 +65,9 @@ def make_outputs(run: SuiteRun, open_: Callable[[], XOmni], stop: StopSignal) ->
     sampling = SamplingConfig(inference.temperature, inference.top_k, inference.top_p, inference.min_p, inference.guidance)
     height, width = _size(suite, inference, model)
     config = DrawConfig(height, width, run.config.seed, sampling, suite.repeats, inference.batch, inference.decode_batch)
-    generation = Generation(model, suite.name, config)
-    _claim_settings(run, model, asdict(config))
+    how = {name: value for name in ("repeats_per_call", "reconstruct", "reencode") if (value := getattr(run.config, name))}
+    generation = Generation(model, suite, config, **how)
+    _claim_settings(run, model, asdict(config) | how)
     _generate(run, generation, stop)
 
 
@@ -124,7 +125,7 @@ def _left(run: SuiteRun) -> list[Item]:
 def _answer(run: SuiteRun, answering: Answering, stop: StopSignal) -> None:
     left = _left(run)
     with run.appending("parts", "answered", len(left)) as add:
-        for answers in answering.answer(answering.batches(left)):
+        for answers in answering.answer(left):
             add({"id": item.id, "answer": text, "fitted": changed} for item, text, changed in answers)
             stop.check()
 
@@ -132,18 +133,14 @@ def _answer(run: SuiteRun, answering: Answering, stop: StopSignal) -> None:
 def _generate(run: SuiteRun, generation: Generation, stop: StopSignal) -> None:
     """Draws images and saves them in the official layout; images are compressed while the next ones are drawn."""
     left = _left(run)
-    batches, overlong = generation.batches(left), set(generation.overlong(left))
     staging = run.path / ".drawing" / run.worker
     if run.writes:
         shutil.rmtree(staging, ignore_errors=True)  # of a killed process
 
-    def save(item: Item, images: Sequence[Image.Image]) -> dict[str, Any]:
-        return {**_save(run, staging, item, images), "overlong": item.id in overlong}
-
     with run.appending("parts", "drawn", len(left)) as add, ThreadPoolExecutor(SAVERS) as pool:
         saving: deque[list[Future]] = deque()
-        for drawn in generation.draw(batches):
-            saving.append([pool.submit(save, *one) for one in drawn] if run.writes else [])
+        for drawn in generation.draw(left):
+            saving.append([pool.submit(_save, run, staging, *one) for one in drawn] if run.writes else [])
             stopping = stop.reached()
             while len(saving) > (0 if stopping else 1):
                 add(future.result() for future in saving.popleft())
@@ -156,7 +153,7 @@ def _generate(run: SuiteRun, generation: Generation, stop: StopSignal) -> None:
             staging.parent.rmdir()  # unless another worker still uses it
 
 
-def _save(run: SuiteRun, staging: Path, item: Item, images: Sequence[Image.Image]) -> dict[str, Any]:
+def _save(run: SuiteRun, staging: Path, item: Item, images: Sequence[Image.Image], more: Mapping[str, Any]) -> dict[str, Any]:
     """Saves the images of one item by way of an empty folder, which tells the file names of the suite's layout."""
     folder = staging / hashlib.sha256(item.id.encode()).hexdigest()[:16]
     run.suite.save(folder, item, images)
@@ -170,4 +167,4 @@ def _save(run: SuiteRun, staging: Path, item: Item, images: Sequence[Image.Image
     for image in images:
         digest.update(repr(image.size).encode() + image.tobytes())
     files = [f"images/{name}" for name in names if name.endswith(IMAGE_SUFFIXES)]
-    return {"id": item.id, "files": files, "pixels": digest.hexdigest()}
+    return {"id": item.id, "files": files, "pixels": digest.hexdigest(), **more}

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from xomni_jax.evaluation.cells import Cell
+from xomni_jax.evaluation.measurement import Measurement
 from xomni_jax.evaluation.charts import Dot, Line, dot_chart, line_chart
 from xomni_jax.evaluation.effect import Effect, Setting
 from xomni_jax.evaluation.grpo_run import GRPORun
@@ -210,7 +210,7 @@ def grids(effect: Effect, name: str, which: slice) -> str:
     return "".join(cards)
 
 
-def image(cell: Cell, p: int, r: int, wanted: Sequence[str]) -> str:
+def image(cell: Measurement, p: int, r: int, wanted: Sequence[str]) -> str:
     """One image with what was read in it, marked when right."""
     text = str(cell.texts["ocr"][p, r])
     right = is_exact(list(wanted), text)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from xomni_jax.inference import InferenceConfig
     from xomni_jax.pipeline import XOmni
 
-JUDGE_BATCH = 4  # items in one call of a judge
+JUDGE_BATCH = 4  # items in one call of a judge that does not say `batch` itself
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ class EvalConfig:
       rewrite: source of rewritten prompts, see `suites.rewriting.FORMS`; None: the published prompts.
       judges: kind of judge -> which one, see `judges.HELP`; a kind that is not named gets its local judge.
       switches: departures from the official scorer that are on. instructions: name -> wording, in place of those of `suite.INSTRUCTIONS`.
+      repeats_per_call, reconstruct, reencode: see `generation.Generation`.
+      report: whether report.html and results.csv are written beside the results.
     """
 
     suite: str | Suite
@@ -74,6 +76,10 @@ class EvalConfig:
     judges: Mapping[str, str] = field(default_factory=dict)
     switches: Sequence[str] = ()
     instructions: Mapping[str, str] = field(default_factory=dict)
+    repeats_per_call: int | None = None
+    reconstruct: bool = False
+    reencode: bool = False
+    report: bool = True
 
 
 @dataclass(frozen=True)
@@ -150,7 +156,7 @@ class SuiteRun:
             yield deque(maxlen=0).extend  # consumes its argument, which keeps the processes in step
             return
         total = len(self.mine())
-        title = f"{self.suite.name} {verb}" + (f" ({self.worker})" if self.config.shard[1] > 1 else "")
+        title = f"{self.suite.name} {verb} in {self.path.name}" + (f" ({self.worker})" if self.config.shard[1] > 1 else "")
         bar = tqdm(total=total, initial=total - count, desc=title, unit="item", dynamic_ncols=True, mininterval=0.5, smoothing=0.1)
         try:
             with self.directory.writer(kind, self.worker) as lines, bar:
@@ -286,10 +292,11 @@ def _finish(run: SuiteRun, model: Callable[[], XOmni] | None, judge: Judge | Non
         raise SuiteError(f"{run.suite.name}: {missing} of {len(run.items)} items are not answered in {run.path}; run --phase answer")
     if missing or not run.scores:
         return Results(run, None, missing)
-    from xomni_jax.evaluation.run_report import write_run_report
-
     values = write_results(run)
-    write_run_report(run.path, {item.id: item.image for item in run.items if item.image is not None})
+    if run.config.report:
+        from xomni_jax.evaluation.run_report import write_run_report
+
+        write_run_report(run.path, {item.id: item.image for item in run.items if item.image is not None})
     return Results(run, values)
 
 
@@ -305,7 +312,8 @@ def judge_outputs(run: SuiteRun, judge: Judge, stop: StopSignal) -> None:
     _check_images(run, left)
     remedy = f"give the judge that was used, or delete {run.path / 'judged'} to judge everything anew"
     run.directory.claim("judged/judge.json", {"name": judge.name, "settings": judge.settings}, remedy)
-    groups = [left[first : first + JUDGE_BATCH] for first in range(0, len(left), JUDGE_BATCH)]
+    size = getattr(judge, "batch", JUDGE_BATCH)
+    groups = [left[first : first + size] for first in range(0, len(left), size)]
     with run.appending("judged", "judged", len(left)) as add, ThreadPoolExecutor(1) as pool:
         following = pool.submit(_open_images, run, groups[0]) if groups else None
         for number, group in enumerate(groups):

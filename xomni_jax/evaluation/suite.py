@@ -132,6 +132,12 @@ class Suite:
         """
         raise NotImplementedError
 
+    def keys(self, seed: int, ids: Sequence[str], repeats: int, purpose: int) -> Any:
+        """Random keys [P, R] of P items and their repeats; `purpose` is that of `sampling.keys`."""
+        from xomni_jax.evaluation.generation import item_keys
+
+        return item_keys(seed, self.name, ids, repeats, purpose)
+
     # ---- layout of the images on disk; the default is one file per image, {id}_{k}.png with k from 0 ----
     def save(self, directory: Path, item: Item, images: Sequence[Image.Image]) -> None:
         """Writes the images of one item, in the order of repeats, as the official scorer expects them."""

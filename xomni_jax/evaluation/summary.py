@@ -1,4 +1,4 @@
-"""From measured cells to report.json: rows with intervals, paired comparisons, failures, and the sentences that explain them."""
+"""From measurements to report.json: rows with intervals, paired comparisons, failures, and the sentences that explain them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from xomni_jax.evaluation.cells import REWARDS, Cell
-from xomni_jax.evaluation.images import colour_entropy
+from xomni_jax.evaluation.measurement import REWARDS, Measurement, colour_entropy
 from xomni_jax.evaluation.statistics import (
     best_of_weights,
     bootstrap_mean,
@@ -31,7 +30,7 @@ BEST_OF = (2, 4, 8, 16)
 class Row(NamedTuple):
     """Images of a cell with a weight each [P, R]: uniform, or the chance to be picked as the best of N."""
 
-    cell: Cell
+    cell: Measurement
     weights_PR: np.ndarray
 
     def values(self, metric: str) -> np.ndarray:
@@ -41,7 +40,7 @@ class Row(NamedTuple):
         return weighted_rows(self.cell.metrics[metric], self.weights_PR)
 
 
-def plain_row(cell: Cell) -> Row:
+def plain_row(cell: Measurement) -> Row:
     """Every image counts alike."""
     return Row(cell, np.ones(cell.images.shape[:2]))
 
@@ -120,7 +119,7 @@ def compare(rows: dict[str, Row], setting: Setting, seed: int) -> dict[str, Any]
     }
 
 
-def best_temperature(setting: Setting) -> tuple[float | None, Cell]:
+def best_temperature(setting: Setting) -> tuple[float | None, Measurement]:
     """The temperature at which SFT reads right most often; (None, plain SFT) without a sweep."""
     means = {t: bootstrap_mean(plain_row(cell).values("word_accuracy")).value for t, cell in setting.sweep.items()}
     known = {t: mean for t, mean in means.items() if math.isfinite(mean)}
@@ -169,7 +168,7 @@ def notes(effect: Effect) -> list[str]:
     return said
 
 
-def measured(cell: Cell, service: str) -> bool:
+def measured(cell: Measurement, service: str) -> bool:
     """Whether a cell holds the reward of a service."""
     return REWARDS.get(service) in cell.metrics
 

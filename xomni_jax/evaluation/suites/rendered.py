@@ -1,17 +1,21 @@
-"""Three small suites on the embedded data set, so that the whole path runs with the tiny model: the held-out split, nothing downloaded.
+"""Small suites on the held-out split of the embedded data set, so that the whole path runs with the tiny model and nothing is downloaded.
 
 rendered-text    signs, scored like LongText-Bench by an OCR judge
 rendered-shapes  shapes, colours and counts, scored by GenEval's rules with contours as the detector
 rendered-qa      questions about rendered images, right when the answer is equal but for case
+
+HeldoutSigns is rendered-text with another choice of signs, judged by the reward services that RL trains on; `evaluation.effect` uses it.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from xomni_jax.data.rendered import NUMBERS, Example, RenderedConfig, render_example
@@ -98,3 +102,88 @@ class RenderedQA(_Rendered):
 
 def _image(index: int, config: RenderedConfig) -> Image.Image:
     return Image.fromarray(render_example(_SEED, index, config)["image"])
+
+
+# ---- signs for studies of reinforcement learning ----
+@dataclass(frozen=True)
+class Signs:
+    """Held-out signs: real images uint8 [P, H, W, 3], captions and targets."""
+
+    images: np.ndarray
+    captions: tuple[str, ...]
+    targets: tuple[dict[str, Any], ...]
+
+
+def heldout_signs(prompts: int, size: tuple[int, int], lengths: tuple[int, int], seed: int) -> Signs:
+    """The first `prompts` held-out signs of this seed, no two with one caption.
+
+    Raises:
+      ValueError: a size or length that cannot be drawn, or fewer different signs than asked for.
+    """
+    config = RenderedConfig("heldout", (size,), (1.0,), (lengths,), shapes=0, pseudo_words=0, other_faces=0, centred=1)
+    found: dict[str, Example] = {}
+    for index in range(20 * prompts):
+        example = render_example(seed, index, config)
+        found.setdefault(example["caption"], example)
+        if len(found) == prompts:
+            examples = list(found.values())
+            return Signs(np.stack([e["image"] for e in examples]), tuple(found), tuple(e["targets"] for e in examples))
+    raise ValueError(
+        f"there are only {len(found)} different held-out signs of {lengths[0]} to {lengths[1]} characters; ask for fewer prompts"
+    )
+
+
+class HeldoutSigns(Suite):
+    """Signs drawn `repeats` times each. Sample r of sign p always has the same keys, and all images of a sign share one decoder noise."""
+
+    title = "Held-out signs"
+    judge = "rewards"
+
+    def __init__(self, signs: Signs, repeats: int):
+        super().__init__("heldout-signs")
+        self.signs, self.repeats, self.size, self.published = signs, repeats, signs.images.shape[1:3], len(signs.captions)
+
+    def load(self, data: Path) -> list[Item]:
+        """See Suite; `data` is not read. An item's image is the real sign."""
+        rows = zip(self.signs.captions, self.signs.targets, self.signs.images)
+        return [
+            Item(f"{p:05d}", caption, {"category": targets["background"], "targets": targets}, functools.partial(Image.fromarray, image))
+            for p, (caption, targets, image) in enumerate(rows)
+        ]
+
+    def keys(self, seed: int, ids: Sequence[str], repeats: int, purpose: int) -> Any:
+        """See Suite."""
+        import jax
+
+        from xomni_jax.sampling.keys import NOISE, image_keys
+
+        keys_P = image_keys(seed, self.published, purpose)[np.array([int(id) for id in ids])]
+        if purpose == NOISE:
+            return jax.numpy.repeat(keys_P[:, None], repeats, axis=1)
+        return jax.vmap(lambda key: jax.vmap(lambda r: jax.random.fold_in(key, r))(jax.numpy.arange(repeats)))(keys_P)
+
+    def questions(self, item: Item) -> Sequence[Any]:
+        """What the reward services are told."""
+        return ({"prompt": item.prompt, "targets": item.fields["targets"]},)
+
+    def score(self, item: Item, outputs: Sequence[Any]) -> Record:
+        """right: images whose words the OCR service reads exactly, of those that it could score."""
+        replies = [reply["ocr"] for (reply,) in outputs]
+        right = [reply["detail"].get("exact") for reply in replies if reply["value"] is not None]
+        return {
+            "score": sum(map(float, right)) / len(right) if right else None,
+            "right": sum(map(float, right)),
+            "scored": len(right),
+            "read": [str(reply["detail"].get("text", "")) for reply in replies],
+            "verdicts": ["not scored" if r["value"] is None else "right" if r["detail"].get("exact") else "wrong" for r in replies],
+            "unparsed": len(replies) - len(right),
+        }
+
+    def aggregate(self, records: Sequence[Record]) -> dict[str, Any]:
+        """Word accuracy over all images that could be scored."""
+        scored = sum(r["scored"] for r in records)
+        return {
+            "headline": "word accuracy",
+            "scores": {"word accuracy": sum(r["right"] for r in records) / scored if scored else None},
+            "categories": {},
+        }
