@@ -12,16 +12,16 @@ from tests.evaluation.tiny_model import FakeClient, fake_clients, make_models, w
 from xomni_jax.data.rendered import render_example
 from xomni_jax.evaluation import effect as effect_module
 from xomni_jax.evaluation.effect import EffectConfig, PolicySampler, open_services, run_effect
-from xomni_jax.evaluation.generation import DrawConfig, Generation
+from xomni_jax.evaluation.generation import Generation
 from xomni_jax.evaluation.grpo_run import read_run
-from xomni_jax.evaluation.judges.rewards import RewardsJudge
+from xomni_jax.evaluation.judges.services import RewardsJudge
 from xomni_jax.evaluation.measurement import EvaluationError, colour_entropy, colour_histogram, edge_density, measure
-from xomni_jax.evaluation.run import evaluate
+from xomni_jax.evaluation.run import EvalConfig, evaluate
 from xomni_jax.evaluation.suites import rendered
 from xomni_jax.evaluation.suites.rendered import HeldoutSigns, heldout_signs
+from xomni_jax.inference import InferenceConfig
 from xomni_jax.rl.image_statistics import image_statistics
 from xomni_jax.sampling.decoder import DecodeConfig
-from xomni_jax.sampling.logits import SamplingConfig
 
 
 def config(folder, out, **changes):
@@ -112,12 +112,13 @@ def test_report_and_resume(tmp_path, monkeypatch):
 def test_policies(tmp_path):
     """With real, untrained models: what is random, what is shared, and that another decoder is refused."""
     models, signs = make_models(tmp_path), heldout_signs(3, (32, 64), (3, 6), 0)
-    sampler, sampling = PolicySampler(models / "sft", models / "run/model"), SamplingConfig(1.0, 0, 1.0, 0.0)
+    sampler = PolicySampler(models / "sft", models / "run/model")
 
     def draw(policy, samples, reconstruct=False):
-        how = DrawConfig(32, 64, 4, sampling, samples, 3, 4)  # one sample of each prompt at a time
-        suite = HeldoutSigns(signs, samples)
-        (batch,) = Generation(sampler.with_policy(policy), suite, how, 1, reconstruct, True).draw(suite.load(tmp_path))
+        suite, inference = HeldoutSigns(signs, samples), InferenceConfig(top_k=0, min_p=0.0, batch=3, decode_batch=4)
+        how = {"repeats_per_call": 1, "reconstruct": reconstruct, "reencode": True}  # one sample of each prompt at a time
+        generation = Generation(sampler.with_policy(policy), suite, EvalConfig(suite, "", inference=inference, seed=4, **how))
+        (batch,) = generation.draw(suite.load(tmp_path))
         assert [item.prompt for item, _, _ in batch] == list(signs.captions)
         agreement = np.array([more["agreement"] for _, _, more in batch])
         return np.stack([[np.asarray(image) for image in images] for _, images, _ in batch]), agreement

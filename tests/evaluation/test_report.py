@@ -8,7 +8,7 @@ import pytest
 from tests.evaluation.tiny_model import FakeClient, write_run
 from xomni_jax.evaluation.effect import Effect, EffectConfig, Setting
 from xomni_jax.evaluation.grpo_run import read_run
-from xomni_jax.evaluation.judges.rewards import RewardsJudge
+from xomni_jax.evaluation.judges.services import RewardsJudge
 from xomni_jax.evaluation.measurement import measure
 from xomni_jax.evaluation.report import write_report
 from xomni_jax.evaluation.suites.rendered import heldout_signs

@@ -144,8 +144,7 @@ def _guidance(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _best_of(args: argparse.Namespace) -> dict[str, Any]:
-    from xomni_jax.evaluation.reward_scores import reward_scores
-    from xomni_jax.evaluation.studies import best_of_study, read_runs
+    from xomni_jax.evaluation.studies import best_of_study, read_runs, reward_scores
     from xomni_jax.rewards.client import RewardClient
 
     changes = [{"model": model, "seed": 1234 + i} for model, runs in (("SFT", args.sft), ("RL", args.rl)) for i in range(len(runs))]
@@ -156,7 +155,7 @@ def _best_of(args: argparse.Namespace) -> dict[str, Any]:
         return best_of_study(sft, rl, seed=args.bootstrap_seed)
     with RewardClient(name, url.split(","), max_wait=900.0) as client:
         version = ", ".join(sorted({str(said.get("version", "")) for said in client.health()}))
-        values_PR = reward_scores(sft, client, version, Path(args.out) / f"reward_{name}.jsonl")
+        values_PR = reward_scores(sft, client, version, Path(args.out) / f"reward_{name}")
     return best_of_study(sft, rl, f"{name} ({version})", values_PR, args.bootstrap_seed)
 
 

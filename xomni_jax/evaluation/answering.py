@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import jax
 import numpy as np
@@ -13,12 +12,55 @@ from PIL import Image
 
 from xomni_jax.data.preprocess import ImageLimits, preprocess, token_grid
 from xomni_jax.evaluation.generation import SHORTEST
-from xomni_jax.evaluation.suite import Item, SuiteError
+from xomni_jax.evaluation.suite import Item, Suite, SuiteError
 from xomni_jax.pipeline import XOmni
 from xomni_jax.sampling.batches import Batch, batches_by_shape, run_batches
 from xomni_jax.sequence.padding import IMAGE_STEPS, bucket
 
-OPENERS = 4  # threads that read images
+READERS = 4  # threads that read images
+
+
+def answer(model: XOmni, suite: Suite, batch_size: int, items: Sequence[Item]) -> Iterator[list[tuple[Item, str, bool]]]:
+    """Batch by batch (item, answer, whether its image had to be changed); images are read while the device answers.
+
+    Args:
+      batch_size: questions at a time, by each data-parallel part of the mesh.
+
+    Raises:
+      SuiteError: an image cannot be read, or a question cannot be asked.
+    """
+    limits, fitted = model.preprocess_config, dict[int, bool]()
+
+    def image_of(item: Item) -> Image.Image:
+        try:
+            return item.image().convert("RGB")
+        except SuiteError:
+            raise
+        except (OSError, ValueError) as e:
+            raise SuiteError(f"{suite.name}: the image of item {item.id} cannot be read ({e}); fetch it again") from None
+
+    def length(item: Item) -> int:
+        grid = token_grid(*fitted_sizes(image_of(item).size, limits)[1], limits)
+        try:
+            return len(model.tokenizer.understanding_prompt(np.zeros(grid, np.int32), item.prompt))
+        except ValueError as e:
+            raise SuiteError(f"{suite.name}: item {item.id}: {e}") from None
+
+    def pixels_of(i: int) -> np.ndarray:
+        image, fitted[i] = fit(image_of(items[i]), limits)
+        return preprocess(image, limits)
+
+    with ThreadPoolExecutor(READERS) as pool:
+
+        def start(batch: Batch) -> jax.Array:
+            codes = dict(zip(batch.items, model.encode_ragged(list(pool.map(pixels_of, batch.items)))))
+            questions = batch.take([item.prompt for item in items])
+            return model.answer_ids(batch.take(codes), questions, suite.max_new_tokens, batch.shape)
+
+        shapes = [bucket(max(SHORTEST, n), IMAGE_STEPS) for n in pool.map(length, items)]
+        for batch, ids_BT in run_batches(start, batches_by_shape(shapes, batch_size * model.ways)):
+            answers = [model.tokenizer.decode_text(ids_T).strip() for ids_T in ids_BT]
+            yield [(items[i], text, fitted[i]) for i, text in zip(batch.items, answers)]
 
 
 def fitted_sizes(size: tuple[int, int], limits: ImageLimits) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -30,74 +72,14 @@ def fitted_sizes(size: tuple[int, int], limits: ImageLimits) -> tuple[tuple[int,
 
 
 def fit(image: Image.Image, limits: ImageLimits) -> tuple[Image.Image, bool]:
-    """The image as the tokenizer takes it, and whether it had to be changed for that.
+    """The RGB image as the tokenizer takes it, and whether it had to be changed for that.
 
     Benchmarks hold images that the released limits refuse, such as a single cropped word: they are padded with white to the most
     elongated shape that is accepted, then enlarged until the short side is.
     """
-    image = image.convert("RGB")
     canvas, enlarged = fitted_sizes(image.size, limits)
     if image.size == enlarged:
         return image, False
     padded = Image.new("RGB", canvas, "white")
     padded.paste(image, ((canvas[0] - image.width) // 2, (canvas[1] - image.height) // 2))
     return padded.resize(enlarged, Image.Resampling.BICUBIC), True
-
-
-class Answering:
-    """Answers the items of one suite with one model.
-
-    Args:
-      batch: questions at a time, by each data-parallel part of the mesh.
-      max_tokens: of an answer.
-    """
-
-    def __init__(self, model: XOmni, suite: str, batch: int, max_tokens: int):
-        self.model, self.suite, self.max_tokens, self.rows = model, suite, max_tokens, batch * model.ways
-
-    def answer(self, items: Sequence[Item]) -> Iterator[list[tuple[Item, str, bool]]]:
-        """Batch by batch (item, answer, whether its image had to be changed); images are opened while the device answers.
-
-        Raises:
-          SuiteError: an item cannot be asked.
-        """
-        fitted: dict[int, bool] = {}
-        with ThreadPoolExecutor(OPENERS) as pool:
-
-            def start(batch: Batch) -> jax.Array:
-                opened = list(pool.map(self._open, [items[i] for i in batch.items]))
-                fitted.update(zip(batch.items, (changed for _, changed in opened)))
-                codes = dict(zip(batch.items, self.model.encode_ragged([pixels for pixels, _ in opened])))
-                questions = batch.take([item.prompt for item in items])
-                return self.model.answer_ids(batch.take(codes), questions, self.max_tokens, batch.shape)
-
-            lengths = [self._length(*pair) for pair in zip(items, pool.map(self._grid, items))]
-            batches = batches_by_shape([bucket(max(SHORTEST, n), IMAGE_STEPS) for n in lengths], self.rows)
-            for batch, ids_BT in run_batches(start, batches):
-                answers = [self.model.tokenizer.decode_text(ids_T).strip() for ids_T in ids_BT]
-                yield [(items[i], answer, fitted[i]) for i, answer in zip(batch.items, answers)]
-
-    def _grid(self, item: Item) -> tuple[int, int]:
-        limits = self.model.preprocess_config
-        with self._reading(item):
-            return token_grid(*fitted_sizes(item.image().size, limits)[1], limits)
-
-    def _length(self, item: Item, grid: tuple[int, int]) -> int:
-        try:
-            return len(self.model.tokenizer.understanding_prompt(np.zeros(grid, np.int32), item.prompt))
-        except ValueError as e:
-            raise SuiteError(f"{self.suite}: item {item.id}: {e}") from None
-
-    def _open(self, item: Item) -> tuple[np.ndarray, bool]:
-        with self._reading(item):
-            image, changed = fit(item.image(), self.model.preprocess_config)
-        return preprocess(image, self.model.preprocess_config), changed
-
-    @contextmanager
-    def _reading(self, item: Item) -> Iterator[None]:
-        try:
-            yield
-        except SuiteError:
-            raise
-        except (OSError, ValueError) as e:
-            raise SuiteError(f"{self.suite}: the image of item {item.id} cannot be read ({e}); fetch it again") from None

@@ -26,7 +26,7 @@ import numpy as np
 
 from xomni_jax.core.preemption import StopSignal
 from xomni_jax.evaluation.grpo_run import GRPORun, read_run
-from xomni_jax.evaluation.judges.rewards import Client, RewardsJudge
+from xomni_jax.evaluation.judges.services import Client, RewardsJudge
 from xomni_jax.evaluation.measurement import EvaluationError, Measurement, measure
 from xomni_jax.evaluation.run import EvalConfig, evaluate
 from xomni_jax.evaluation.suites.rendered import HeldoutSigns, Signs, heldout_signs

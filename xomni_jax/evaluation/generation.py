@@ -7,10 +7,10 @@ same number of rows. Then an item drawn alone equals the item in any batch, to t
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from PIL import Image
 
 from xomni_jax.data.preprocess import to_pixels
 from xomni_jax.evaluation.measurement import code_agreement
+from xomni_jax.evaluation.run import EvalConfig
 from xomni_jax.evaluation.suite import Item, Suite, SuiteError
 from xomni_jax.pipeline import XOmni
 from xomni_jax.sampling.batches import Batch, batches_by_shape, in_order, make_batches, run_batches
@@ -30,48 +31,22 @@ from xomni_jax.sequence.padding import bucket
 SHORTEST = 32  # tokens that prompts are padded to at least
 
 
-@dataclass(frozen=True)
-class DrawConfig:
-    """How images are drawn; stored in the run's settings.
-
-    Attributes:
-      repeats: images per prompt.
-      batch: images sampled at a time, decode_batch: images decoded at a time, by each data-parallel part of the mesh.
-    """
-
-    height: int
-    width: int
-    seed: int
-    sampling: SamplingConfig
-    repeats: int
-    batch: int
-    decode_batch: int
-
-
 class Generation:
-    """Draws the items of one suite with one model.
+    """Draws the items of one suite with one model. `settings` is what decides the images, for the record."""
 
-    Args:
-      repeats_per_call: images of one prompt in one call of the sampler; None: as many as `batch` allows.
-      reconstruct: decodes the codes of each item's own image instead of sampled ones.
-      reencode: also says how many codes come back when a drawn image is encoded again.
-    """
-
-    def __init__(
-        self,
-        model: XOmni,
-        suite: Suite,
-        config: DrawConfig,
-        repeats_per_call: int | None = None,
-        reconstruct: bool = False,
-        reencode: bool = False,
-    ):
-        self.model, self.suite, self.config, self.reconstruct, self.reencode = model, suite, config, reconstruct, reencode
-        self.grid = model.grid(config.height, config.width)
-        R = config.repeats
-        self.repeats_per_call = repeats_per_call or max(r for r in range(1, R + 1) if R % r == 0 and (r == 1 or r <= config.batch))
-        self.rows = max(1, config.batch // self.repeats_per_call) * model.ways
-        self.decode_rows = config.decode_batch * model.ways
+    def __init__(self, model: XOmni, suite: Suite, config: EvalConfig):
+        self.model, self.suite, self.config, inference = model, suite, config, config.inference
+        own = model.description.get("settings", {}).get("size", {})
+        height, width = suite.size or (own.get("height", 1152), own.get("width", 1152))
+        height, width = inference.height or height, inference.width or width
+        self.grid = model.grid(height, width)
+        self.sampling = SamplingConfig(inference.temperature, inference.top_k, inference.top_p, inference.min_p, inference.guidance)
+        R, batch = suite.repeats, inference.batch
+        self.per_call = config.repeats_per_call or max(r for r in range(1, R + 1) if R % r == 0 and (r == 1 or r <= batch))
+        self.rows, self.decode_rows = max(1, batch // self.per_call) * model.ways, inference.decode_batch * model.ways
+        self.settings = {"height": height, "width": width, "seed": config.seed, "sampling": dataclasses.asdict(self.sampling)}
+        self.settings |= {"repeats": R, "batch": batch, "decode_batch": inference.decode_batch}
+        self.settings |= {name: on for name in ("repeats_per_call", "reconstruct", "reencode") if (on := getattr(config, name))}
 
     def draw(self, items: Sequence[Item]) -> Iterator[list[tuple[Item, list[Image.Image], dict[str, Any]]]]:
         """Batch by batch (item, images, what else is recorded of it); the device draws the next batch meanwhile.
@@ -81,14 +56,14 @@ class Generation:
         Raises:
           SuiteError: the prompt of an item cannot be drawn.
         """
-        R, limit = self.config.repeats, self.model.decode_config.text_length - 1
+        limit = self.model.decode_config.text_length - 1
         batches = batches_by_shape([bucket(max(SHORTEST, self._length(item))) for item in items], self.rows)
         for batch, (images_PRHWC, codes_PRYX) in run_batches(lambda batch: self._start(batch, items), batches):
             more = [{"overlong": self.model.decoder_tokens(items[i].prompt) > limit} for i in batch.items]
-            if self.reencode:
+            if self.config.reencode:
                 again = self._encode(images_PRHWC.reshape(-1, *images_PRHWC.shape[2:])).reshape(codes_PRYX.shape)
                 more = [m | {"agreement": row_R.tolist()} for m, row_R in zip(more, code_agreement(codes_PRYX, again))]
-            drawn = [[Image.fromarray(images_RHWC[r]) for r in range(R)] for images_RHWC in images_PRHWC]
+            drawn = [[Image.fromarray(image) for image in images_RHWC] for images_RHWC in images_PRHWC]
             yield [(items[i], *one) for i, *one in zip(batch.items, drawn, more)]
 
     def _length(self, item: Item) -> int:
@@ -101,19 +76,16 @@ class Generation:
 
     def _start(self, batch: Batch, items: Sequence[Item]) -> tuple[jax.Array, jax.Array]:
         """Dispatches a batch without waiting for it: images [P, R, H, W, 3] and codes [P, R, Y, X] of its P items."""
-        c, R, P = self.config, self.config.repeats, len(batch.items)
+        seed, R, P = self.config.seed, self.suite.repeats, len(batch.items)
         prompts, ids = batch.take([item.prompt for item in items]), batch.take([item.id for item in items])
-        if self.reconstruct:
-            own = np.stack([np.asarray(items[i].image()) for i in batch.items])
-            codes_BYX = jnp.asarray(self._encode(own))
+        if self.config.reconstruct:
+            codes_BYX = jnp.asarray(self._encode(np.stack([np.asarray(items[i].image()) for i in batch.items])))
         else:
-            keys_PR = self.suite.keys(c.seed, ids, R, 0)
-            parts = [
-                self.model.sample_codes(prompts, self.grid, keys_PR[:, r : r + self.repeats_per_call], c.sampling, batch.shape)["codes"]
-                for r in range(0, R, self.repeats_per_call)
-            ]
+            keys_PR = self.suite.keys(seed, ids, R, 0)
+            calls = [keys_PR[:, r : r + self.per_call] for r in range(0, R, self.per_call)]
+            parts = [self.model.sample_codes(prompts, self.grid, keys, self.sampling, batch.shape)["codes"] for keys in calls]
             codes_BYX = jnp.concatenate(parts, axis=1).reshape(-1, *self.grid)
-        noise_keys = self.suite.keys(c.seed, ids, R, NOISE).reshape(-1)
+        noise_keys = self.suite.keys(seed, ids, R, NOISE).reshape(-1)
         texts = [prompt for prompt in prompts for _ in range(R)]
         images = []
         for part in make_batches(P * R, self.decode_rows):
@@ -124,7 +96,7 @@ class Generation:
 
     def _encode(self, images_BHWC: np.ndarray) -> np.ndarray:
         """Codes [B, Y, X] of uint8 images of one size."""
-        program = lambda part: self.model.encode_pixels(to_pixels(part.take(images_BHWC)))  # noqa: E731
+        program = lambda part: self.model.encode_pixels(to_pixels(part.take(images_BHWC)))
         return np.stack(in_order(run_batches(program, make_batches(len(images_BHWC), self.decode_rows))))
 
 

@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +19,16 @@ from PIL import Image
 
 from xomni_jax.core.distributed import connect, gather_json
 from xomni_jax.core.preemption import StopRequested, StopSignal
-from xomni_jax.evaluation.answering import Answering
-from xomni_jax.evaluation.generation import DrawConfig, Generation
+from xomni_jax.evaluation.answering import answer
+from xomni_jax.evaluation.generation import Generation
 from xomni_jax.evaluation.run import EvalConfig, SuiteRun
-from xomni_jax.evaluation.suite import Item, Suite, check_images
-from xomni_jax.inference import PARTS, InferenceConfig, open_model
+from xomni_jax.evaluation.suite import Item, check_images
+from xomni_jax.inference import PARTS, open_model
 from xomni_jax.pipeline import XOmni
-from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sharding.mesh import make_mesh
 
 HASHED = 1 << 20  # bytes of the beginning and of the end of a file that go into a checkpoint's hash
 VERSIONS = ("xomni_jax", "jax", "jaxlib", "flax", "transformers")
-IMAGE_SUFFIXES = (".png", ".webp", ".jpg")
 SAVERS = 4  # threads that compress images
 
 
@@ -42,12 +39,12 @@ def model_opener(config: EvalConfig) -> Callable[[], XOmni]:
     def opened() -> XOmni:
         mesh = make_mesh(config.mesh)
         connect(mesh)
-        return open_model((config.inference or InferenceConfig()).model, mesh, config.components)
+        return open_model(config.inference.model, mesh, config.components)
 
     return opened
 
 
-def make_outputs(run: SuiteRun, open_: Callable[[], XOmni], stop: StopSignal) -> None:
+def make_outputs(run: SuiteRun, model: Callable[[], XOmni], stop: StopSignal) -> None:
     """Makes this process's outputs that do not exist yet.
 
     Raises:
@@ -56,26 +53,18 @@ def make_outputs(run: SuiteRun, open_: Callable[[], XOmni], stop: StopSignal) ->
       StopRequested: what is finished is kept.
     """
     check_images(run.items)
-    suite, inference, model = run.suite, run.config.inference or InferenceConfig(), open_()
-    if suite.task == "answer":
-        answering = Answering(model, suite.name, inference.batch, suite.max_new_tokens)
-        _claim_settings(run, model, {"max_new_tokens": suite.max_new_tokens})
-        _answer(run, answering, stop)
+    suite, opened = run.suite, model()
+    if suite.task == "generate":
+        generation = Generation(opened, suite, run.config)
+        _claim_settings(run, opened, generation.settings)
+        _generate(run, generation, stop)
         return
-    sampling = SamplingConfig(inference.temperature, inference.top_k, inference.top_p, inference.min_p, inference.guidance)
-    height, width = _size(suite, inference, model)
-    config = DrawConfig(height, width, run.config.seed, sampling, suite.repeats, inference.batch, inference.decode_batch)
-    how = {name: value for name in ("repeats_per_call", "reconstruct", "reencode") if (value := getattr(run.config, name))}
-    generation = Generation(model, suite, config, **how)
-    _claim_settings(run, model, asdict(config) | how)
-    _generate(run, generation, stop)
-
-
-def _size(suite: Suite, inference: InferenceConfig, model: XOmni) -> tuple[int, int]:
-    """Height and width of a suite's images in pixels."""
-    own = model.description.get("settings", {}).get("size", {})
-    height, width = suite.size or (own.get("height", 1152), own.get("width", 1152))
-    return inference.height or height, inference.width or width
+    _claim_settings(run, opened, {"max_new_tokens": suite.max_new_tokens})
+    left = _left(run)
+    with run.appending("parts", "answered", len(left)) as add:
+        for answers in answer(opened, suite, run.config.inference.batch, left):
+            add({"id": item.id, "answer": text, "fitted": changed} for item, text, changed in answers)
+            stop.check()
 
 
 def _claim_settings(run: SuiteRun, model: XOmni, how: Mapping[str, Any]) -> None:
@@ -86,12 +75,11 @@ def _claim_settings(run: SuiteRun, model: XOmni, how: Mapping[str, Any]) -> None
     if not run.writes:
         return
     config, device = run.config, jax.devices()[0]
-    inference = config.inference or InferenceConfig()
     settings = {
         "suite": run.suite.name,
         "data": run.data,
-        "model": {"path": str(inference.model), "sha256": checkpoint_hash(inference.model)},
-        "batch": inference.batch,
+        "model": {"path": str(config.inference.model), "sha256": checkpoint_hash(config.inference.model)},
+        "batch": config.inference.batch,
         **how,
         **({"computed": {name: config.components[name].to_dict() for name in ("decode", *PARTS)}} if config.components else {}),
         "mesh": {axis: model.mesh.shape[axis] for axis in ("fsdp", "tensor")},
@@ -122,21 +110,11 @@ def _left(run: SuiteRun) -> list[Item]:
     return [item for item in run.mine() if item.id in ids]
 
 
-def _answer(run: SuiteRun, answering: Answering, stop: StopSignal) -> None:
-    left = _left(run)
-    with run.appending("parts", "answered", len(left)) as add:
-        for answers in answering.answer(left):
-            add({"id": item.id, "answer": text, "fitted": changed} for item, text, changed in answers)
-            stop.check()
-
-
 def _generate(run: SuiteRun, generation: Generation, stop: StopSignal) -> None:
     """Draws images and saves them in the official layout; images are compressed while the next ones are drawn."""
-    left = _left(run)
-    staging = run.path / ".drawing" / run.worker
+    left, staging = _left(run), run.path / ".drawing" / run.worker
     if run.writes:
         shutil.rmtree(staging, ignore_errors=True)  # of a killed process
-
     with run.appending("parts", "drawn", len(left)) as add, ThreadPoolExecutor(SAVERS) as pool:
         saving: deque[list[Future]] = deque()
         for drawn in generation.draw(left):
@@ -166,5 +144,5 @@ def _save(run: SuiteRun, staging: Path, item: Item, images: Sequence[Image.Image
     digest = hashlib.sha256()
     for image in images:
         digest.update(repr(image.size).encode() + image.tobytes())
-    files = [f"images/{name}" for name in names if name.endswith(IMAGE_SUFFIXES)]
+    files = [f"images/{name}" for name in names if name.endswith((".png", ".webp", ".jpg"))]
     return {"id": item.id, "files": files, "pixels": digest.hexdigest(), **more}

@@ -38,6 +38,12 @@ if TYPE_CHECKING:
 JUDGE_BATCH = 4  # items in one call of a judge that does not say `batch` itself
 
 
+def _released_inference() -> InferenceConfig:
+    from xomni_jax.inference import InferenceConfig
+
+    return InferenceConfig()
+
+
 @dataclass(frozen=True)
 class EvalConfig:
     """One evaluation of one suite by one model.
@@ -49,15 +55,17 @@ class EvalConfig:
       phase: "generate" or "answer" runs the model, "score" the judge or the local rules, "all" does both.
       limit: evaluate the first so many items only. ids: evaluate these items only.
       shard: (k, n): this process takes items k, k + n, ... (k from 0); n processes share `out`.
-      inference: model, image size, sampling and batch sizes (of each data-parallel part of the mesh); None: the released defaults, with the
-        size of the suite or else of the model.
+      inference: model, image size, sampling and batch sizes (of each data-parallel part of the mesh); a size of None is that of the suite,
+        or else of the model.
       components: sections of an inference configuration that say how the model's components are computed; None: as they are stored.
       mesh: devices per mesh axis; None: all devices along "fsdp".
       seed: of the images, from 0 to 2**32 - 1.
       rewrite: source of rewritten prompts, see `suites.rewriting.FORMS`; None: the published prompts.
       judges: kind of judge -> which one, see `judges.HELP`; a kind that is not named gets its local judge.
       switches: departures from the official scorer that are on. instructions: name -> wording, in place of those of `suite.INSTRUCTIONS`.
-      repeats_per_call, reconstruct, reencode: see `generation.Generation`.
+      repeats_per_call: images of one prompt in one call of the sampler; None: as many as the batch allows.
+      reconstruct: the codes of each item's own image are decoded instead of sampled ones.
+      reencode: how many codes come back when a drawn image is encoded again is recorded with it.
       report: whether report.html and results.csv are written beside the results.
     """
 
@@ -68,7 +76,7 @@ class EvalConfig:
     limit: int | None = None
     ids: Sequence[str] = ()
     shard: tuple[int, int] = (0, 1)
-    inference: InferenceConfig | None = None
+    inference: InferenceConfig = field(default_factory=_released_inference)
     components: ConfigDict | None = None
     mesh: Mapping[str, int] | None = None
     seed: int = 1234

@@ -5,19 +5,26 @@ Runs are made by `xomni eval SUITE`; a study reads their directories and draws n
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from tqdm import tqdm
 
 from xomni_jax.evaluation import suite as contract
 from xomni_jax.evaluation.compare import labels
-from xomni_jax.evaluation.eval_run import EvalRun, Item, command, outputs, read_eval_run, same_items
+from xomni_jax.evaluation.eval_run import EvalRun, Item, command, outputs, read_eval_run, same_items, shots
+from xomni_jax.evaluation.run_directory import RunDirectory
 from xomni_jax.evaluation.statistics import best_of_weights, bootstrap_mean, paired_difference, weighted_rows, with_bounds
 from xomni_jax.evaluation.suite import SuiteError
 from xomni_jax.evaluation.suites import get_suite
 
+if TYPE_CHECKING:
+    from xomni_jax.rewards.client import RewardClient
+
+REWARD_BATCH = 4  # items scored at a time
 BEST_OF = (1, 2, 4, 8, 16)
 OWN = "score"  # the reward that is the suite's own score of an output
 # What may differ between runs that are taken for the same experiment: it moves images by rounding, if at all.
@@ -201,3 +208,50 @@ def headline_of_picks(suite: contract.Suite, runs: Sequence[EvalRun], selection_
         records.append(output_record(suite, item, repeat) | {"id": item["id"], "fields": item["fields"]})
     found = suite.aggregate(records)
     return found["scores"][found["headline"]]
+
+
+# ---- values of a reward service ----
+def reward_scores(runs: Sequence[EvalRun], client: RewardClient, version: str, stored: Path) -> np.ndarray:
+    """Values [P, R] that a reward service gives to all images, the runs' side by side. An item's fields are told to it as its targets.
+
+    Args:
+      version: of the service; values of another version are not mixed in.
+      stored: directory in which finished items are kept, so that an interruption loses little.
+
+    Raises:
+      SuiteError: an image is gone, or the service could not score one or says that it does not apply to the item.
+    """
+    directory, kind = RunDirectory(stored), hashlib.sha256(f"{client.name} {version}".encode()).hexdigest()[:16]
+    done = {name: record["values"] for name, record in directory.lines(kind).items()}
+    name_of = lambda run, item: f"{run.path.resolve()}#{item['id']}"
+    pairs = [(run, item) for items in zip(*(run.items for run in runs)) for run, item in zip(runs, items)]
+    left = [pair for pair in pairs if name_of(*pair) not in done]
+    with directory.writer(kind, "values") as lines, tqdm(total=len(left), desc=f"scored by {client.name}", unit="item") as bar:
+        for start in range(0, len(left), REWARD_BATCH):
+            group = left[start : start + REWARD_BATCH]
+            for (run, item), values in zip(group, _reward_values(client, group)):
+                done[name_of(run, item)] = values
+                lines.append({"id": name_of(run, item), "values": values})
+                bar.update()
+    return np.array([[v for run in runs for v in done[name_of(run, run.items[i])]] for i in range(len(runs[0].items))], np.float64)
+
+
+def _reward_values(client: RewardClient, group: Sequence[tuple[EvalRun, Item]]) -> list[list[float]]:
+    """Values of the images of some items."""
+    images, told = [], []
+    for run, item in group:
+        if len(shots(run, item)) != outputs(item):
+            raise SuiteError(f"{run.path}: item {item['id']} lists no images, another program drew them; draw with xomni eval")
+        for shot in shots(run, item):
+            if not shot.path.is_file():
+                raise SuiteError(f"{shot.path} of item {item['id']} is gone, so {client.name} cannot score it; draw it again")
+            images.append(np.asarray(shot.open()))
+            told.append({"prompt": item["prompt"], "targets": dict(item["fields"])})
+    scores, rows = iter(client.score(images, told)), []
+    for run, item in group:
+        row = [next(scores) for _ in range(outputs(item))]
+        if bad := next((score for score in row if score.value is None), None):
+            reason = bad.error or "it says that it does not apply"
+            raise SuiteError(f"{client.name} gave item {item['id']} of {run.path} no value ({reason}); what is scored is kept")
+        rows.append([float(score.value) for score in row])
+    return rows

@@ -46,7 +46,7 @@ def _open(kind: str, spec: str | None) -> Judge:
 
         return ChatJudge(ChatEndpoint(model, url))
     if kind == "detector" and spec and not at and spec.startswith(("http://", "https://")):
-        from xomni_jax.evaluation.judges.detection import DetectorJudge
+        from xomni_jax.evaluation.judges.services import DetectorJudge
 
         return DetectorJudge(spec.split(","))
     given = f"--judge {spec}" if spec else "no --judge"

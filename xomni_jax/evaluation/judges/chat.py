@@ -116,7 +116,6 @@ class ChatJudge:
             raise
 
     def close(self) -> None:
-        """See Judge."""
         self._endpoint.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 

@@ -16,10 +16,10 @@ PUBLISHED = {  # what `xomni eval all` runs
     "geneval": f"{_HERE}.geneval:GenEval",
     "dpg": f"{_HERE}.dpg:DPG",
     "pope": f"{_HERE}.pope:POPE",
-    "gqa": f"{_HERE}.gqa:GQA",
+    "gqa": f"{_HERE}.short_answers:GQA",
     "mmbench": f"{_HERE}.multiple_choice:MMBench",
     "seedbench": f"{_HERE}.multiple_choice:SEEDBench",
-    "docvqa": f"{_HERE}.docvqa:DocVQA",
+    "docvqa": f"{_HERE}.short_answers:DocVQA",
     "ocrbench": f"{_HERE}.ocrbench:OCRBench",
 }
 RENDERED = {

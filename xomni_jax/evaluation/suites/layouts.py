@@ -18,7 +18,6 @@ class GridLayout(Suite):
     suffix = ".png"
 
     def save(self, directory: Path, item: Item, images: Sequence[Image.Image]) -> None:
-        """See Suite."""
         side, (width, height) = math.isqrt(self.repeats), self.counted(images, item)[0].size
         if any(p.size != (width, height) for p in images):
             raise SuiteError(f"item {item.id}: the images of one grid must have one size, got {[p.size for p in images]}")
@@ -28,7 +27,6 @@ class GridLayout(Suite):
         write_image(Path(directory) / f"{item.id}{self.suffix}", grid)
 
     def open(self, directory: Path, item: Item) -> list[Image.Image]:
-        """See Suite."""
         side, grid = math.isqrt(self.repeats), read_image(Path(directory) / f"{item.id}{self.suffix}")
         width, height = grid.width // side, grid.height // side
         corners = [(k % side * width, k // side * height) for k in range(self.repeats)]
@@ -39,12 +37,10 @@ class FolderLayout(Suite):
     """{id}/samples/{k}.png, and the prompt's row, which is the item's field "metadata", as {id}/metadata.jsonl (GenEval)."""
 
     def save(self, directory: Path, item: Item, images: Sequence[Image.Image]) -> None:
-        """See Suite."""
         folder = Path(directory) / item.id
         for k, image in enumerate(self.counted(images, item)):
             write_image(folder / "samples" / f"{k:04d}.png", image)
         (folder / "metadata.jsonl").write_text(json.dumps(item.fields["metadata"]) + "\n", encoding="utf-8")
 
     def open(self, directory: Path, item: Item) -> list[Image.Image]:
-        """See Suite."""
         return [read_image(Path(directory) / item.id / "samples" / f"{k:04d}.png") for k in range(self.repeats)]

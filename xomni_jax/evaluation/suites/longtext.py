@@ -44,7 +44,6 @@ class LongText(Suite):
         return unique_items((_item(row, self.language), row.where) for row in read_rows(paths))
 
     def questions(self, item: Item) -> Sequence[Any]:
-        """See Suite."""
         return ({"instruction": self.instructions["ocr"], "max_tokens": 1024},)
 
     def score(self, item: Item, outputs: Sequence[Any]) -> Record:

@@ -13,16 +13,22 @@ The closing request for a letter is worded by us (see suite.INSTRUCTIONS).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from xomni_jax.evaluation.suite import Item, Record, SuiteError
-from xomni_jax.evaluation.suites import letters
 from xomni_jax.evaluation.suites.reading import QuestionTable, Row, find
 from xomni_jax.evaluation.suites.scoring import group_by, mean, right_or_wrong, share_right, unparsed_notes
 
 _ROTATIONS = 1_000_000
+# Signs that may stand right beside a letter, in the order in which lmms-eval tries them.
+_AROUND = (("", "."), ("", ","), ("", ":"), ("", ")"), ("", ")."), ("(", ")"), ("(", ")."), (":", ""), (":", ","), (":", "."), (":", ")"),
+           (":", ")."))  # fmt: skip
+_BLANKED = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
+_LAST_WORDS = 4
+# Replies in which a model refuses; VLMEvalKit counts them as the wrong option Z.
+_FAILED = "Failed to obtain answer via API"
 
 
 class MMBench(QuestionTable):
@@ -39,14 +45,12 @@ class MMBench(QuestionTable):
     switches = {"lmms-eval": "the prompt and the extraction of lmms-eval instead of VLMEvalKit's"}
 
     def load(self, data: Path) -> list[Item]:
-        """See Suite."""
         paths = find(data, self.folders, self.patterns, self.files)
         if paths[0].suffix == ".tsv" and len(paths) > 1:
             raise SuiteError(f"{paths[0].parent} holds {', '.join(p.name for p in paths)}; leave only the version to be measured")
         return super().load(data)
 
     def item(self, row: Row, image: Callable[[], Any]) -> Item:
-        """See QuestionTable."""
         index, options = row.number("index"), options_of(row)
         fields = {
             "category": row.optional("category") or "all",
@@ -66,7 +70,7 @@ class MMBench(QuestionTable):
 
     def score(self, item: Item, outputs: Sequence[Any]) -> Record:
         """right: this rotation alone; undecided replies are wrong and counted as unparsed."""
-        extract = letters.lmms_eval if "lmms-eval" in self.on else letters.vlmevalkit
+        extract = lmms_eval if "lmms-eval" in self.on else vlmevalkit
         chosen, wanted = extract(outputs[0], item.fields["options"]), item.fields["answer"]
         verdict = f"read as {chosen}, wanted {wanted}" if chosen else f"undecided, wanted {wanted}"
         return right_or_wrong(chosen == wanted, verdict, chosen is None)
@@ -111,7 +115,7 @@ class SEEDBench(QuestionTable):
     def score(self, item: Item, outputs: Sequence[Any]) -> Record:
         """right: 0 or 1. Only the switch's extraction can be undecided."""
         extracted = "vlmevalkit" in self.on
-        chosen = letters.vlmevalkit(outputs[0], item.fields["options"]) if extracted else first_character(outputs[0])
+        chosen = vlmevalkit(outputs[0], item.fields["options"]) if extracted else first_character(outputs[0])
         wanted = item.fields["answer"]
         right = (chosen or "").lower() == wanted.lower()
         return right_or_wrong(right, f"{chosen or 'nothing'!r}, wanted {wanted}", extracted and chosen is None)
@@ -146,3 +150,46 @@ def answer_of(row: Row, options: Mapping[str, str]) -> str:
 def first_character(reply: str) -> str:
     """What lmms-eval takes for the answer; "" of an empty reply."""
     return reply.strip()[:1]
+
+
+# ---- which option a reply means: the rules of the toolkits before they would ask a language model ----
+def lmms_eval(reply: str, options: Mapping[str, str]) -> str | None:
+    """The option by lmms-eval's rules; None when undecided. Letters go to E however many options there are.
+
+    A bare A in a reply of more than three words is taken for an article, and then no bare letter counts.
+    """
+    words, letters = reply.split(), "ABCDE"
+    if _FAILED in reply:
+        return None
+    bare = _standing(words, letters)
+    if len(bare) == 1 and not ("A" in words and len(words) > 3):
+        return bare[0]
+    for before, after in _AROUND:
+        found = _standing(words, [before + letter + after for letter in letters])
+        if len(found) == 1:
+            return found[0].strip(".,:()")
+    return _by_text(reply, options)
+
+
+def vlmevalkit(reply: str, options: Mapping[str, str]) -> str | None:
+    """The option by VLMEvalKit's rules; None when undecided.
+
+    The letter must be the only one and among the last four words; an option's text is looked for only in replies no longer than
+    twice all options together. Its list of refusals is not kept: they stay undecided here and count as wrong in both.
+    """
+    words = reply.translate(_BLANKED).split()
+    found = _standing(words, options)
+    if len(found) == 1 and words.index(found[0]) >= len(words) - _LAST_WORDS and _FAILED not in reply:
+        return found[0]
+    if len(reply) > 2 * sum(map(len, options.values())):
+        return None
+    return _by_text(reply, options)
+
+
+def _standing(words: Collection[str], letters: Collection[str]) -> list[str]:
+    return [letter for letter in letters if letter in words]
+
+
+def _by_text(reply: str, options: Mapping[str, str]) -> str | None:
+    found = [letter for letter, text in options.items() if text.lower() in reply.lower()]
+    return found[0] if len(found) == 1 else None

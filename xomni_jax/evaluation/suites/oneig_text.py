@@ -118,6 +118,22 @@ def composite(records: Sequence[Mapping[str, Any]], language: str) -> dict[str, 
     return {"text score": text_score, "ED": distance, "CR": exact, "WAC": words}
 
 
+def alignment_score(answers: Mapping[str, Sequence[str]], dependency: Mapping[str, Sequence[int]]) -> float:
+    """Alignment score of one prompt: {question: one answer per image} and {question: its parents, 0 for none} -> 0 to 1.
+
+    Right is the exact string "Yes". A question with a wrong parent counts as wrong, by the parents' own answers: unlike in
+    DPG-Bench nothing cascades. Mean over questions, then over images; the dimension's score is the mean over prompts.
+    """
+    right = {question: [answer == "Yes" for answer in given] for question, given in answers.items()}
+    images = len(next(iter(right.values())))
+    counted = sum(
+        right[question][n] and all(right[str(parent)][n] for parent in dependency[question] if parent)
+        for question in right
+        for n in range(images)
+    )
+    return counted / (len(right) * images)
+
+
 def _without_black_prompts(records: Sequence[Record], leave_out: bool) -> tuple[list[Record], list[str]]:
     """Records that count, and sentences about the others."""
     counted: list[Record] = []

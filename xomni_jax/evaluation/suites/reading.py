@@ -338,7 +338,6 @@ class QuestionTable(Suite):
     patterns: tuple[str, ...] = ()
 
     def load(self, data: Path) -> list[Item]:
-        """See Suite."""
         paths = find(data, self.folders, self.patterns, self.files)
         return unique_items((self.item(row, image), row.where) for row, image in rows_with_images(paths))
 

@@ -152,7 +152,6 @@ class HeldoutSigns(Suite):
         ]
 
     def keys(self, seed: int, ids: Sequence[str], repeats: int, purpose: int) -> Any:
-        """See Suite."""
         import jax
 
         from xomni_jax.sampling.keys import NOISE, image_keys
