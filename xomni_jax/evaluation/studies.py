@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 REWARD_BATCH = 4  # items scored at a time
 BEST_OF = (1, 2, 4, 8, 16)
 OWN = "score"  # the reward that is the suite's own score of an output
-# What may differ between runs that are taken for the same experiment: it moves images by rounding, if at all.
+# Settings that may differ between runs of one experiment: they change images by rounding at most.
 INCIDENTAL = ("model.path", "data.path", "batch", "decode_batch", "mesh.", "device", "versions.")
 
 
@@ -103,7 +103,7 @@ def guidance_study(runs: Sequence[EvalRun], seed: int = 0) -> dict[str, Any]:
 
 
 def about(run: EvalRun, seed: int) -> dict[str, Any]:
-    """What a study is of."""
+    """What a study is about."""
     head = run.results["headline"]["name"]
     return {"suite": run.suite, "title": run.results["title"], "headline": head, "items": len(run.items), "seed": seed}
 

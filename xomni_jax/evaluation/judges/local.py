@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from xomni_jax.evaluation.judges.preparing import is_skipped, seen
+from xomni_jax.evaluation.judges.preparing import as_shown, is_skipped
 from xomni_jax.rewards.services.ocr import PPOCRReader
 from xomni_jax.rewards.services.shapes import ShapesScorer
 
@@ -31,7 +31,7 @@ class PPOCRJudge:
         """See Judge."""
 
     def _read(self, image: Image.Image, question: Mapping[str, Any]) -> str | None:
-        return None if is_skipped(image, question) else self._reader.read(np.asarray(seen(image, question)))
+        return None if is_skipped(image, question) else self._reader.read(np.asarray(as_shown(image, question)))
 
 
 class ContoursJudge:

@@ -1,4 +1,4 @@
-"""What every judge does to an image before it looks at it."""
+"""What judges do to an image before they look at it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def encoded(image: Image.Image, kind: str) -> bytes:
     return out.getvalue()
 
 
-def seen(image: Image.Image, question: Mapping[str, Any]) -> Image.Image:
-    """The image after that encoding, as a judge would see it."""
+def as_shown(image: Image.Image, question: Mapping[str, Any]) -> Image.Image:
+    """The image after the encoding that the question asks for."""
     kind = format_of(question)
     return image.convert("RGB") if kind == "PNG" else Image.open(io.BytesIO(encoded(image, kind))).convert("RGB")

@@ -3,7 +3,7 @@
 A tile's score is the share of its questions answered `yes`, where a question whose parent has no `yes` is set to 0; the zeros cascade
 in the order of the file. 100 x the mean over prompts is the score.
 
-Kept as officially written, each with a switch that mends it:
+As officially written, each with a switch that corrects it:
 * The reader skips the first data row. Its item loses proposition 1, and is dropped whole when another question needs that one as a
   parent: published numbers average 1064 prompts. `keep-first-row` reads it.
 * Category values come from the last tile alone and from before dependencies are applied, hence higher than the score.
@@ -30,7 +30,7 @@ Questions = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class QuestionedItem(Item):
-    """A prompt and what is asked about its images; None without dpg_bench.csv. Not a field: a run drawn without it can be scored."""
+    """A prompt and the questions about its images, None without dpg_bench.csv. Not in `fields`: a run drawn without them can be scored."""
 
     asked: Questions | None = None
 
@@ -75,8 +75,10 @@ class DPG(GridLayout):
         asked = _asked(item)
         read = [q for q in asked if not q["skipped"]]
         tiles = [dict(zip((q["proposition"] for q in asked), (reply == "yes" for reply in replies), strict=True)) for replies in outputs]
-        dropped = not read or any(_depended(read, tile)[1] for tile in tiles)
-        counted = [_depended(asked if dropped else read, tile)[0] for tile in tiles]  # a dropped item still gets a score of its own
+        dropped = not read or any(_after_dependencies(read, tile)[1] for tile in tiles)
+        counted = [
+            _after_dependencies(asked if dropped else read, tile)[0] for tile in tiles
+        ]  # a dropped item still gets a score of its own
         wrong = ["; ".join(q["question"] for q in asked if not c.get(q["proposition"], True)) for c in counted]
         yes, number = sum(sum(c.values()) for c in counted), sum(len(c) for c in counted)
         return {
@@ -140,8 +142,8 @@ def read_questions(table: Path, keep_first_row: bool = False) -> dict[str, Quest
     return {id: list(of_item.values()) for id, of_item in asked.items()}
 
 
-def _depended(asked: Questions, answers: Mapping[int, bool]) -> tuple[dict[int, bool], bool]:
-    """Answers after dependencies, and whether a parent was looked up that was not read: there the official scorer fails."""
+def _after_dependencies(asked: Questions, answers: Mapping[int, bool]) -> tuple[dict[int, bool], bool]:
+    """Answers after dependencies, and whether a question depends on one that was not read, where the official scorer fails."""
     found = {q["proposition"]: answers[q["proposition"]] for q in asked}
     failed = False
     for q in asked:

@@ -1,6 +1,6 @@
 """GenEval (djghosh13/geneval): does a detector find the objects, counts, colours and positions that the prompt asks for?
 
-Four images per prompt; the judge reports detections, the rules here decide. Kept as officially written: confidence must be strictly
+Four images per prompt; the judge reports detections, the rules here decide. As officially written: confidence must be strictly
 greater than 0.3, for the tag counting than 0.9 (by the tag, not by whether something is excluded); at most 16 boxes per class; only
 as many as asked for, the most confident ones, are looked at for colour and position. Overall is the mean of the tags' means.
 """
@@ -41,7 +41,7 @@ class GenEval(FolderLayout):
         return unique_items((_item(n, row), row.where) for n, row in enumerate(read_rows(paths)))
 
     def questions(self, item: Item) -> Sequence[Any]:
-        """One request: the classes that matter, those whose colour is asked for, and what is worth reporting."""
+        """One request: the classes that matter, those whose colour is asked for, and which detections to report."""
         metadata = item.fields["metadata"]
         clauses = [*metadata["include"], *metadata.get("exclude", ())]
         return (

@@ -4,7 +4,7 @@ Four images per prompt, read by an OCR model; recall of words (English, lower-ca
 of sums over all images. Order and extra text cost nothing. The official judge is Qwen2.5-VL-7B-Instruct with at most 1024 new
 tokens; its exact instruction stands in the scorer (X-Omni-Team/X-Omni, textbench), ours says the same.
 
-Kept as the official scorer has it: only `No text recognized.` with the full stop is removed from a reply, and the OCR model's stray
+As in the official scorer: only `No text recognized.` with the full stop is removed from a reply, and the OCR model's stray
 word `addCriterion` stays, because the cleaning restarts from the raw reply; `clean-replies` is the loop as it was meant.
 """
 
@@ -76,8 +76,8 @@ class LongText(Suite):
 def tokens(text: str, language: str) -> list[str]:
     """What is counted: words of English, single characters of Chinese."""
     if language == "zh":
-        return list(texts.without_space(texts.kept(text)))
-    return texts.collapse(texts.kept(text)).lower().split()
+        return list(texts.without_space(texts.countable(text)))
+    return texts.collapse(texts.countable(text)).lower().split()
 
 
 def clean(reply: str, thorough: bool = False) -> str:

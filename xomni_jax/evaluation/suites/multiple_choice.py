@@ -22,7 +22,7 @@ from xomni_jax.evaluation.suites.reading import QuestionTable, Row, find
 from xomni_jax.evaluation.suites.scoring import group_by, mean, right_or_wrong, share_right, unparsed_notes
 
 _ROTATIONS = 1_000_000
-# Signs that may stand right beside a letter, in the order in which lmms-eval tries them.
+# Characters that may surround a letter, in the order in which lmms-eval tries them.
 _AROUND = (("", "."), ("", ","), ("", ":"), ("", ")"), ("", ")."), ("(", ")"), ("(", ")."), (":", ""), (":", ","), (":", "."), (":", ")"),
            (":", ")."))  # fmt: skip
 _BLANKED = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
@@ -161,11 +161,11 @@ def lmms_eval(reply: str, options: Mapping[str, str]) -> str | None:
     words, letters = reply.split(), "ABCDE"
     if _FAILED in reply:
         return None
-    bare = _standing(words, letters)
+    bare = _present(words, letters)
     if len(bare) == 1 and not ("A" in words and len(words) > 3):
         return bare[0]
     for before, after in _AROUND:
-        found = _standing(words, [before + letter + after for letter in letters])
+        found = _present(words, [before + letter + after for letter in letters])
         if len(found) == 1:
             return found[0].strip(".,:()")
     return _by_text(reply, options)
@@ -175,10 +175,10 @@ def vlmevalkit(reply: str, options: Mapping[str, str]) -> str | None:
     """The option by VLMEvalKit's rules; None when undecided.
 
     The letter must be the only one and among the last four words; an option's text is looked for only in replies no longer than
-    twice all options together. Its list of refusals is not kept: they stay undecided here and count as wrong in both.
+    twice all options together. Its list of refusals is left out: such replies are undecided here and count as wrong either way.
     """
     words = reply.translate(_BLANKED).split()
-    found = _standing(words, options)
+    found = _present(words, options)
     if len(found) == 1 and words.index(found[0]) >= len(words) - _LAST_WORDS and _FAILED not in reply:
         return found[0]
     if len(reply) > 2 * sum(map(len, options.values())):
@@ -186,7 +186,7 @@ def vlmevalkit(reply: str, options: Mapping[str, str]) -> str | None:
     return _by_text(reply, options)
 
 
-def _standing(words: Collection[str], letters: Collection[str]) -> list[str]:
+def _present(words: Collection[str], letters: Collection[str]) -> list[str]:
     return [letter for letter in letters if letter in words]
 
 

@@ -4,7 +4,7 @@ Four images per prompt as one 2x2 grid; each tile is read by the OCR model (offi
 JPEG, with 256 new tokens for a ground truth of more than 60 pieces, else 128). Case matters; whether words or characters are
 counted is decided for each string. The composite is computed once from the means over all images.
 
-Kept as officially written: a tile that is entirely black is a failed image and takes no part; a prompt of black tiles only is scored
+As officially written: a tile that is entirely black is a failed image and takes no part; a prompt of black tiles only is scored
 with the texts read for the prompt before it (officially an error when it is the first). `leave-out-black` leaves such a prompt out.
 """
 
@@ -92,7 +92,7 @@ def clean(reply: str) -> str:
 
 def normalise(text: str) -> str:
     """What is compared; the brackets, quotes and commas of a list's notation go like any other sign."""
-    text = texts.kept(text)
+    text = texts.countable(text)
     return texts.without_space(text) if texts.is_chinese(text) else texts.collapse(text)
 
 

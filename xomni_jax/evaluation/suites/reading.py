@@ -263,10 +263,10 @@ def pyarrow() -> Any:
 
 @dataclass(frozen=True)
 class FileImage:
-    """An image that lies in a file of its own. `mend` says where a user gets it."""
+    """An image that lies in a file of its own. `remedy` says where to get it."""
 
     path: Path
-    mend: str
+    remedy: str
 
     def exists(self) -> bool:
         """Whether the file is there, without reading it."""
@@ -279,7 +279,7 @@ class FileImage:
         return decode(self.path.read_bytes(), str(self.path))
 
     def __str__(self) -> str:
-        return f"{self.path} ({self.mend})"
+        return f"{self.path} ({self.remedy})"
 
 
 def base64_image(text: str, where: str) -> Callable[[], Image.Image]:
