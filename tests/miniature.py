@@ -14,13 +14,13 @@ import pytest
 from flax.linen import meta
 from ml_collections import ConfigDict
 
-from xomni_jax.core.config import load_config
+from xomni_jax.core.config import Changes, as_dict, load_changes, merge_overrides, updated
 from xomni_jax.data.preprocess import ImageLimits
-from xomni_jax.models import autoencoder, mmdit, siglip_vq, text_encoders, transformer
+from xomni_jax.models.registry import COMPONENTS as ROWS
 from xomni_jax.models.registry import init_params
 from xomni_jax.sampling.decoder import DecodeConfig
-from xomni_jax.training import understanding
-from xomni_jax.training.components import ImageSize, export_model, from_preset
+from xomni_jax.training.components import ImageSize, export_model
+from xomni_jax.training.stage import RunConfig, resolve
 
 ROOT = Path(__file__).parents[1]
 SIZE, GRID, CODES = (16, 32), (2, 4), 64
@@ -38,15 +38,6 @@ SECTIONS = {
     "clip": dict(d_model=16, n_layers=1, n_heads=2, mlp_dim=32),
     "autoencoder": dict(),
 }  # fmt: skip
-PRESETS = {
-    "transformer": transformer.PRESETS,
-    "siglip_vq": siglip_vq.PRESETS,
-    "reader": understanding.PRESETS,
-    "mmdit": mmdit.PRESETS,
-    "t5": text_encoders.T5_PRESETS,
-    "clip": text_encoders.CLIP_PRESETS,
-    "autoencoder": autoencoder.PRESETS,
-}
 COMPONENTS = tuple(name for name in SECTIONS if name != "reader")
 DECODE = dict(steps=2, text_length=32, pooled_length=16)
 PREPROCESS = dict(short_size=16, long_size=48, min_short_size=8, max_aspect_ratio=4.0)
@@ -68,38 +59,25 @@ PRESET_OF = {"autoencoder": "identity-4"}
 
 def configs() -> dict:
     """{component: config dataclass}."""
-    sections = {name: dict(preset=PRESET_OF.get(name, "tiny"), **SECTIONS[name]) for name in COMPONENTS}
-    return {name: from_preset(section, PRESETS[name], name) for name, section in sections.items()}
+    return {name: updated(ROWS[name].presets[PRESET_OF.get(name, "tiny")], SECTIONS[name], name) for name in COMPONENTS}
 
 
-def stage_config(file: str, run_dir: Path | str, *overrides: str) -> ConfigDict:
+def stage_config(file: str, run_dir: Path | str, *overrides: str) -> RunConfig:
     """configs/tiny/FILE.py cut down; three steps of four examples, a checkpoint after the second."""
-    config = load_config(ROOT / "configs" / "tiny" / f"{file}.py").unlock()
-    for name in config:
-        config[name] = (
-            {**config[name], **SECTIONS.get(name, {}), **CHANGES.get(name, {})} if isinstance(config[name], ConfigDict) else config[name]
-        )
+    return resolve(Changes(stage_changes(file, run_dir, *overrides).to_dict()))
+
+
+def stage_changes(file: str, run_dir: Path | str, *overrides: str) -> ConfigDict:
+    """The same as what a config file returns."""
+    values = load_changes(ROOT / "configs" / "tiny" / f"{file}.py").values
+    for name in as_dict(resolve(Changes(values))):
+        if name in SECTIONS or name in CHANGES:
+            values[name] = {**values.get(name, {}), **SECTIONS.get(name, {}), **CHANGES.get(name, {})}
     if file == "decoder":
-        config.decode.update(DECODE)
-    for override in (
-        f"run_dir={run_dir}",
-        "init_from=",
-        "steps=3",
-        "batch_size=4",
-        "log_every=1",
-        "save_every=2",
-        "grid_every=2",
-        *overrides,
-    ):
-        apply(config, override)
-    return config.lock()
-
-
-def apply(config: ConfigDict, override: str) -> None:
-    """As on the command line."""
-    from xomni_jax.core.config import apply_override
-
-    apply_override(config, override)
+        values["decode"].update(DECODE)
+    size = ("init_from=", "steps=3", "batch_size=4", "log_every=1", "save_every=2", "grid_every=2")
+    merge_overrides(values, (f"run_dir={run_dir}", *size, *overrides))
+    return ConfigDict(values)
 
 
 def random_params(name: str, cfg: object, seed: int) -> dict:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from xomni_jax.cli import main as cli
-from xomni_jax.core.config import load_config
+from xomni_jax.training.stage import load_config
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "launch/README.md", *sorted(ROOT.glob("configs/*/README.md"))]

@@ -8,34 +8,56 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from xomni_jax.assets import TINY_SFT
-from xomni_jax.core.config import ConfigError, build, check_sections, load_config
+from xomni_jax.core.config import ConfigError, Overrides, load_changes
+from xomni_jax.core.program import Program, Programs
+from xomni_jax.models import autoencoder, mmdit, siglip_vq, text_encoders, transformer, work
+from xomni_jax.models.registry import abstract_params
+from xomni_jax.models.section import ModelSection
 from xomni_jax.pipeline import XOmni
+from xomni_jax.sampling.decode import make_answerer
 from xomni_jax.sampling.decoder import DecodeConfig
+from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sampling.pixels import DECODER_PARTS
-from xomni_jax.training.components import PRESETS, check_heads, stored_or_preset
+from xomni_jax.sampling.programs import RolloutShape, decoder_programs, sampler_programs
+from xomni_jax.sampling.sampler import SEGMENT, Sampler
+from xomni_jax.sharding import abstract
+from xomni_jax.sharding.mesh import MeshConfig
+from xomni_jax.sharding.rules import ROLLOUT_RULES, row_ways
+from xomni_jax.training.components import check_heads, decode_settings, model_configs, read_description
+from xomni_jax.training.stage import resolve
 
-STAGE = "inference"
-PARTS = ("transformer", "siglip_vq", *DECODER_PARTS)
-SECTIONS = ("mesh", "decode", *PARTS)
+MODELS = ("transformer", "siglip_vq", *DECODER_PARTS)
+SIZE = 1152  # pixels of a side, of the released model
 
 
 @dataclasses.dataclass(frozen=True)
 class InferenceConfig:
-    """What the commands of inference share. The defaults are the released ones.
+    """Drawing and answering: what `xomni generate`, `chat` and `eval` take with --config. The defaults are the released ones.
 
     Attributes:
-      model: a model directory, or a released one.
-      height, width: pixels of an image; None: the model's own.
-      temperature, top_k, top_p, min_p, guidance: of the image codes, see `SamplingConfig`.
-      batch: images or answers at a time, decode_batch: images decoded to pixels at a time, of each data-parallel part of the mesh.
-      prompt_length, max_tokens: tokens of a prompt with its image prefix, and of an answer, that a plan counts on.
+      stage: inference
+      model: a model directory, or a released one
+      height, width: pixels of an image; None: the model's own
+      temperature: of the image codes; 0 takes the likeliest
+      top_k: keep the so many likeliest codes; 0: off
+      top_p: keep the likeliest codes that hold this probability; 1: off
+      min_p: drop codes below this share of the likeliest one's probability; 0: off
+      guidance: classifier-free guidance of the codes; 1: off
+      batch: images or answers at a time, of each data-parallel part of the mesh
+      decode_batch: images decoded to pixels at a time, of each data-parallel part of the mesh
+      prompt_length: tokens of a prompt that a plan counts on, with the image prefix
+      max_tokens: tokens of an answer that a plan counts on
+      mesh: how the devices are divided
+      decode: changes to the model's own settings of decoding; None: the model's
+      transformer, siglip_vq, mmdit, t5, clip, autoencoder: the model's components, and how they are computed
     """
 
+    stage: str = "inference"
     model: str = TINY_SFT
     height: int | None = None
     width: int | None = None
@@ -48,33 +70,36 @@ class InferenceConfig:
     decode_batch: int = 16
     prompt_length: int = 512
     max_tokens: int = 32
+    mesh: MeshConfig = MeshConfig()
+    decode: Overrides = Overrides(DecodeConfig)
+    transformer: ModelSection = ModelSection(transformer.PRESETS)
+    siglip_vq: ModelSection = ModelSection(siglip_vq.PRESETS)
+    mmdit: ModelSection = ModelSection(mmdit.PRESETS)
+    t5: ModelSection = ModelSection(text_encoders.T5_PRESETS)
+    clip: ModelSection = ModelSection(text_encoders.CLIP_PRESETS)
+    autoencoder: ModelSection = ModelSection(autoencoder.PRESETS)
 
     def __post_init__(self):
         for name in ("height", "width", "batch", "decode_batch", "prompt_length", "max_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"config.{name}={getattr(self, name)} must be at least 1")
 
-
-def read_config(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
-    """A file with get_config(), of stage "inference".
-
-    Raises:
-      ConfigError: there is none, it is of another stage, or a key or section is unknown or missing.
-    """
-    config = load_config(path, overrides)
-    if config.get("stage") != STAGE:
-        raise ConfigError(f"{path}: is of stage {config.get('stage')!r}; give one of stage {STAGE!r}, such as configs/xomni/generate.py")
-    settings(config)
-    check_sections(config, SECTIONS, STAGE)
-    return config
+    @property
+    def sampling(self) -> SamplingConfig:
+        """How codes are drawn."""
+        return SamplingConfig(self.temperature, self.top_k, self.top_p, self.min_p, self.guidance)
 
 
-def settings(config: ConfigDict) -> InferenceConfig:
-    """The plain keys of a configuration."""
-    return build(InferenceConfig, {k: v for k, v in config.items() if k != "stage" and not isinstance(v, ConfigDict)}, "config")
+def read_config(path: str | Path, overrides: Sequence[str] = ()) -> InferenceConfig:
+    """The configuration of a file with get_config(), of stage "inference". ConfigError where it is none."""
+    changes = load_changes(path, overrides)
+    if changes.values.get("stage") != "inference":
+        stage = changes.values.get("stage")
+        raise ConfigError(f"{path}: is of stage {stage!r}; give one of stage 'inference', such as configs/xomni/generate.py")
+    return resolve(changes)
 
 
-def open_model(path: str | Path, mesh: Mesh | None = None, config: Mapping | None = None) -> XOmni:
+def open_model(path: str | Path, mesh: Mesh | None = None, config: InferenceConfig | None = None) -> XOmni:
     """A model, its components computed as the configuration says; without one, as they are stored.
 
     Raises:
@@ -83,10 +108,47 @@ def open_model(path: str | Path, mesh: Mesh | None = None, config: Mapping | Non
     model = XOmni(path, mesh)
     if config is None:
         return model
-    for name in (n for n in PARTS if n in model.description["components"]):
-        model.set_config(name, stored_or_preset(model, name, config[name], PRESETS[name], f"config.{name}"))
+    for name, chosen in model_configs(config, [n for n in MODELS if n in model.description["components"]], model).items():
+        model.set_config(name, chosen)
         if name == "transformer":
-            check_heads(model.config(name).n_kv_heads, model.mesh)
-    chosen = {k: v for k, v in config["decode"].items() if v is not None}
-    model.decode_config = build(DecodeConfig, dataclasses.asdict(model.decode_config) | chosen, "config.decode")
+            check_heads(chosen.n_kv_heads, model.mesh)
+    model.decode_config = decode_settings(config.decode, model.description)
     return model
+
+
+class InferenceStage:
+    """The programs of inference: a batch of images from prompts to pixels, and answers to a batch of questions about images. Planned only."""
+
+    Config = InferenceConfig
+    components = MODELS
+
+    @staticmethod
+    def programs(cfg: InferenceConfig, models: Mapping[str, Any], mesh: Mesh, decoder_mesh: Mesh | None = None) -> Programs:
+        """A batch takes the place of a training step.
+
+        Raises:
+          ConfigError: what the commands would refuse as well.
+        """
+        ar, patch = models["transformer"], models["siglip_vq"].patch
+        check_heads(ar.n_kv_heads, mesh)
+        height, width = cfg.height or SIZE, cfg.width or SIZE
+        if height % patch or width % patch:
+            raise ConfigError(f"config.height={height}, config.width={width} are not whole tokens of {patch} pixels")
+        grid, sampling, net = (height // patch, width // patch), cfg.sampling, transformer.ARTransformer(ar)
+        weights = abstract_params("transformer", ar, mesh, ROLLOUT_RULES)
+        rows, T = cfg.batch * row_ways(mesh), grid[0] * grid[1]
+        sampler = Sampler.make(net, T, sampling, SEGMENT)
+        drawing = sampler_programs(sampler, ar, weights, RolloutShape(rows, 1, cfg.prompt_length, T), sampling.guided, 1, mesh)
+        decoded = min(cfg.decode_batch, cfg.batch)
+        decode, calls = decode_settings(cfg.decode, read_description(cfg.model)), -(-cfg.batch // decoded)
+        frozen, decoding = decoder_programs(models, grid, decode, decoded * row_ways(mesh), calls, mesh)
+        asked = cfg.prompt_length + T
+        answer = Program(
+            make_answerer(net, cfg.max_tokens, 0, 0),
+            (weights, abstract.rows(mesh, (rows, asked), "int32"), abstract.rows(mesh, (rows,), "int32")),
+            f"up to {cfg.max_tokens} tokens to each of {rows} questions of {asked} tokens with their images",
+            work.answer(ar, rows, asked),
+            uses=("sampler",),
+            per_step=0,
+        )
+        return Programs(mesh, drawing | decoding | {"answer": answer}, {"sampler": weights} | frozen)

@@ -63,7 +63,7 @@ class XOmni(ModelParts):
 
     @cached_method
     def _sampler(self, n_codes: int, sampling: SamplingConfig) -> Sampler:
-        return Sampler(self.module("transformer"), n_codes, sampling)
+        return Sampler.make(self.module("transformer"), n_codes, sampling)
 
     def text_ids(self, prompts: Sequence[str], cfg: DecodeConfig | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The prompts as T5 ids [B, S] and CLIP ids [B, S'], at the decoder's fixed lengths."""

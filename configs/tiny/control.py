@@ -4,12 +4,9 @@ from configs.tiny import sft
 
 
 def get_config():
-    """The configuration."""
+    """What differs from the defaults."""
     c = sft.get_config()
-    c.run_dir = "runs/long/control"
-    c.init_from = "xomni_jax/assets/tiny_sft"
-    c.batch_size = 28
-    c.data.sizes, c.data.weights, c.data.text_lengths, c.data.shapes = ((32, 128),), (1.0,), ((12, 16),), 0.0
-    c.data.pseudo_words = 0.5
-    c.next_token.generation, c.next_token.understanding, c.next_token.text = 1.0, 0.0, 0.0
+    c.update(run_dir="runs/long/control", init_from="xomni_jax/assets/tiny_sft", batch_size=28)
+    c.next_token.update(generation=1.0, understanding=0.0, text=0.0)
+    c.data = dict(sizes=((32, 128),), weights=(1.0,), text_lengths=((12, 16),), shapes=0.0, pseudo_words=0.5)
     return c

@@ -1,14 +1,19 @@
 """Tiny diffusion decoder. Command: xomni train --config=configs/tiny/decoder.py. Expect: readable signs in RUN/images."""
 
-from configs import base
+from ml_collections import ConfigDict
 
 
 def get_config():
-    """The configuration."""
-    c = base.decoder()
-    c.run_dir = "runs/tiny/decoder"
-    c.init_from = "runs/tiny/tokenizer/model"
-    c.steps, c.batch_size = 4000, 32
-    c.save_every, c.grid_every = 500, 500
-    c.decode.steps = 4
-    return c
+    """What differs from the defaults."""
+    return ConfigDict(
+        dict(
+            stage="decoder",
+            run_dir="runs/tiny/decoder",
+            init_from="runs/tiny/tokenizer/model",
+            steps=4000,
+            batch_size=32,
+            save_every=500,
+            grid_every=500,
+            decode=dict(steps=4),
+        )
+    )

@@ -3,14 +3,12 @@
 Needs the services: xomni serve-reward ocr --port 8001 & xomni serve-reward shapes --port 8002.
 """
 
+from ml_collections import ConfigDict
+
 from configs.tiny import demo
 
 
 def get_config():
-    """The configuration."""
-    c = demo.recipe()
-    c.run_dir = "runs/tiny/grpo"
-    c.init_from = "runs/tiny/sft/model"
-    c.steps = 500
-    c.data.sizes, c.data.text_lengths = ((32, 128),), ((12, 16),)
-    return c
+    """What differs from the defaults."""
+    run = dict(run_dir="runs/tiny/grpo", init_from="runs/tiny/sft/model", steps=500)
+    return ConfigDict(demo.recipe() | run | dict(data=dict(sizes=((32, 128),), text_lengths=((12, 16),), pseudo_words=0.5)))

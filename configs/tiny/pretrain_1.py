@@ -1,14 +1,18 @@
 """Pre-training, stage 1 of 3: only the new parameters learn. Command: xomni train --config=configs/tiny/pretrain_1.py."""
 
-from configs import base
+from ml_collections import ConfigDict
 
 
 def get_config():
-    """The configuration."""
-    c = base.pretrain("vision")
-    c.run_dir = "runs/tiny/pretrain_1"
-    c.init_from = "runs/tiny/decoder/model"
-    c.steps, c.batch_size = 60, 32
-    c.optimizer.warmup_steps = 20
-    c.optimizer.name, c.optimizer.b1 = "muon", 0.95
-    return c
+    """What differs from the defaults."""
+    return ConfigDict(
+        dict(
+            stage="pretrain",
+            run_dir="runs/tiny/pretrain_1",
+            init_from="runs/tiny/decoder/model",
+            steps=60,
+            batch_size=32,
+            next_token=dict(phase="vision"),
+            optimizer=dict(name="muon", b1=0.95, warmup_steps=20),
+        )
+    )

@@ -1,16 +1,19 @@
 """Supervised fine-tuning. Command: xomni train --config=configs/tiny/sft.py. Its model starts GRPO and is the one shipped."""
 
-from configs import base
+from ml_collections import ConfigDict
 
 
 def get_config():
-    """The configuration."""
-    c = base.sft()
-    c.run_dir = "runs/tiny/sft"
-    c.init_from = "runs/tiny/pretrain_3/model"
-    c.steps, c.batch_size = 60, 32
-    c.next_token.rows = 14
-    c.optimizer.warmup_steps = 20
-    c.data.weights, c.data.pseudo_words = (0.5, 0.5), 0.3
-    c.optimizer.name, c.optimizer.b1 = "muon", 0.95
-    return c
+    """What differs from the defaults."""
+    return ConfigDict(
+        dict(
+            stage="sft",
+            run_dir="runs/tiny/sft",
+            init_from="runs/tiny/pretrain_3/model",
+            steps=60,
+            batch_size=32,
+            next_token=dict(rows=14),
+            optimizer=dict(name="muon", b1=0.95, warmup_steps=20),
+            data=dict(weights=(0.5, 0.5)),
+        )
+    )

@@ -6,21 +6,25 @@ Start from a model directory that holds FLUX.1-dev's parts beside the tokenizer.
 Expect images in RUN/images that follow the codes by step 2,000.
 """
 
-from configs import base
+from ml_collections import ConfigDict
+
 from configs.xomni import models
 
 
 def get_config():
-    """The configuration."""
-    c = base.decoder()
-    c.run_dir = "runs/xomni/decoder"
-    c.init_from = "runs/xomni/tokenizer/model"
-    models.released(c)
-    c.mmdit.param_dtype = "float32"  # it learns
-    c.mesh.fsdp, c.mesh.tensor = -1, 4
-    c.decoder.train_text_encoders = False
-    c.decode.steps, c.decode.text_length, c.decode.pooled_length = 28, 512, 77
-    c.data.sizes, c.data.weights, c.data.text_lengths, c.data.shapes = ((1152, 1152),), (1.0,), ((3, 6),), 0.0
-    c.steps, c.batch_size, c.save_every = 20000, 64, 500
-    c.optimizer.learning_rate, c.optimizer.warmup_steps = 1e-5, 500
-    return c
+    """What differs from the defaults."""
+    return ConfigDict(
+        dict(
+            models.released("siglip_vq", "mmdit", "t5", "clip", "autoencoder", mmdit=dict(param_dtype="float32")),
+            stage="decoder",
+            run_dir="runs/xomni/decoder",
+            init_from="runs/xomni/tokenizer/model",
+            steps=20000,
+            save_every=500,
+            mesh=dict(tensor=4),
+            optimizer=dict(learning_rate=1e-5, warmup_steps=500),
+            decoder=dict(train_text_encoders=False),
+            decode=dict(steps=28, text_length=512, pooled_length=77),
+            data=dict(sizes=((1152, 1152),), weights=(1.0,), text_lengths=((3, 6),), shapes=0.0),
+        )
+    )

@@ -5,17 +5,22 @@ Before: xomni plan --config=configs/xomni/pretrain_2.py --topology=v5p-256
 Expect loss/image and loss/text falling together.
 """
 
-from configs import base
+from ml_collections import ConfigDict
+
 from configs.xomni import models
 
 
 def get_config():
-    """The configuration."""
-    c = base.pretrain("all")
-    c.run_dir = "runs/xomni/pretrain_2"
-    c.init_from = "runs/xomni/pretrain_1/model"
-    models.released(c)
-    models.next_token(c, rows=256, row_length=8192)
-    c.steps, c.batch_size, c.save_every = 50000, 400, 500
-    c.optimizer.learning_rate, c.optimizer.warmup_steps = 1e-4, 1000
-    return c
+    """What differs from the defaults."""
+    return ConfigDict(
+        dict(
+            models.next_token(rows=256, row_length=8192),
+            stage="pretrain",
+            run_dir="runs/xomni/pretrain_2",
+            init_from="runs/xomni/pretrain_1/model",
+            steps=50000,
+            batch_size=400,
+            save_every=500,
+            optimizer=dict(learning_rate=1e-4, warmup_steps=1000),
+        )
+    )

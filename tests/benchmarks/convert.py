@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from tests.benchmarks import machine
-from tests.benchmarks.report import Report, duration, machine_line, table
+from tests.benchmarks.report import Report, duration, machine_line
 from tests.benchmarks.synthetic import Parts, released_widths, write_released
 from tests.benchmarks.timing import BenchError
+from xomni_jax.core.tables import aligned
 
 ALLOWANCE = 400 * 10**6  # bytes beside twice the largest tensor
 WANTED = 0.7  # of the copy's speed
@@ -118,20 +119,43 @@ def _report(parts: Parts, nbytes: int, copies: list[float], runs: list[dict[str,
     ratio = float(np.median([c / r["seconds"] for c, r in zip(copies, runs)]))
     rows = [("", "seconds", "MB/s", "pairs"), ("plain copy, to disk", duration(plain), f"{nbytes / plain / 1e6:.0f}", str(len(copies)))]
     rows.append(("conversion, with sha256", duration(ours), f"{nbytes / ours / 1e6:.0f}", str(len(runs))))
-    memory = f"peak resident memory {peak / 1e6:.0f} MB, of which {runs[0]['start'] / 1e6:.0f} MB before the first tensor; limit {limit / 1e6:.0f} MB"
+    memory = (
+        f"peak resident memory {peak / 1e6:.0f} MB, of which {runs[0]['start'] / 1e6:.0f} MB before the first tensor; "
+        f"limit {limit / 1e6:.0f} MB"
+    )
     said = [
         f"{'within' if peak <= limit else 'ABOVE'} the limit of twice the largest tensor ({largest / 1e6:.0f} MB) + 400 MB",
         f"speed {ratio:.2f} of a plain copy, {WANTED:g} wanted: {'reached' if ratio >= WANTED else 'MISSED'}",
     ]
     c = parts.transformer
     title = f"{nbytes / 1e9:.2f} GB in the released layout: transformer of {c.n_layers} layers, width {c.d_model}; ViT, projector, MMDiT"
-    text = "\n".join([
-        f"convert: {title}", machine_line("one process", busy), f"all {equal} parameters equal the files' tensors", "", table(rows), "", memory, *said,
-    ])  # fmt: skip
+    text = "\n".join(
+        [
+            f"convert: {title}",
+            machine_line("one process", busy),
+            f"all {equal} parameters equal the files' tensors",
+            "",
+            aligned(rows),
+            "",
+            memory,
+            *said,
+        ]
+    )
     data = {
-        "benchmark": "convert", "title": title, "bytes": nbytes, "copy_seconds": copies, "runs": runs, "ratio": ratio, "largest_bytes": largest,
-        "limit_bytes": limit, "peak_bytes": peak, "parameters_compared": equal, "other_programs_cores": busy, "machine": machine.describe(), "verdict": said,
-    }  # fmt: skip
+        "benchmark": "convert",
+        "title": title,
+        "bytes": nbytes,
+        "copy_seconds": copies,
+        "runs": runs,
+        "ratio": ratio,
+        "largest_bytes": largest,
+        "limit_bytes": limit,
+        "peak_bytes": peak,
+        "parameters_compared": equal,
+        "other_programs_cores": busy,
+        "machine": machine.describe(),
+        "verdict": said,
+    }
     return Report(text, data)
 
 

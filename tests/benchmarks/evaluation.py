@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks import machine
-from tests.benchmarks.report import OURS, Report, duration, machine_line, table
+from tests.benchmarks.report import OURS, Report, duration, machine_line
 from tests.benchmarks.timing import BenchError
+from xomni_jax.core.tables import aligned
 
 PROCESSES = (1, 2)
 SUITES = ("rendered-text", "rendered-qa")
@@ -44,7 +45,7 @@ def report(model: str, results: Sequence[dict[str, Any]], others: float | None) 
         f"eval: outputs of the rendered suites with {model}",
         machine_line(f"{machine.cores()} cores", others),
         "",
-        table(rows),
+        aligned(rows),
         "",
         "An item of rendered-text is four images, one of rendered-qa an answer. All is done once before, so nothing is compiled. Processes",
         "on one machine share its cores: two are faster only where one leaves some idle.",
@@ -84,7 +85,7 @@ def _measure(model: str, name: str, share: tuple[int, int]) -> None:
     from xomni_jax.inference import InferenceConfig
 
     task = get_suite(name).task
-    config = lambda out: EvalConfig(name, out, phase=task, shard=share, inference=InferenceConfig(model))  # noqa: E731
+    config = lambda out: EvalConfig(name, out, phase=task, shard=share, inference=InferenceConfig(model=model))  # noqa: E731
     opened = model_opener(config(""))
     for timed in (False, True):
         with tempfile.TemporaryDirectory() as out:

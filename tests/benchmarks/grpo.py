@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,18 +10,17 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from tests.benchmarks import machine
-from tests.benchmarks.report import OURS, Report, duration, machine_line, table
+from tests.benchmarks.report import OURS, Report, duration, machine_line
 from tests.benchmarks.services import running
 from tests.benchmarks.timing import BenchError
-from xomni_jax.core.config import run_config
 from xomni_jax.core.preemption import StopSignal
+from xomni_jax.core.tables import aligned
 from xomni_jax.rewards.client import RewardClient
 from xomni_jax.rl import grpo
 from xomni_jax.sharding.mesh import make_mesh
-from xomni_jax.training.loop import Stage
+from xomni_jax.training.stage import RunningStage
 
 DEMO = Path(__file__).parents[2] / "configs" / "tiny" / "demo.py"
 WORKERS = {"ocr": 2}  # as in the demo; one for every other service
@@ -32,10 +32,9 @@ MIN_STEPS = 3
 class Trainer:
     """A GRPO stage that is stepped by hand."""
 
-    def __init__(self, config: ConfigDict, mesh: jax.sharding.Mesh):
-        run = run_config(config)
+    def __init__(self, config: grpo.GRPORun, mesh: jax.sharding.Mesh):
         # The signal is never entered: Ctrl-C ends a benchmark at once, there is nothing to save.
-        self.stage: Stage = grpo.make(config, run, mesh, StopSignal())
+        self.stage: RunningStage = grpo.make(config, mesh, StopSignal())
         self.state, self.number = self.stage.state, 0
 
     def step(self) -> dict[str, float]:
@@ -50,7 +49,7 @@ class Trainer:
         return seconds | {"other": whole - sum(seconds.values()), "step": whole}
 
 
-def run(config: ConfigDict, repeats: int, seconds: float) -> Report:
+def run(config: grpo.GRPORun, repeats: int, seconds: float) -> Report:
     """Steps two trainers in turn: as configured, and with `rollout.chunks=1`, where all is scored after all is drawn.
 
     What the second one waits is what scoring takes; what the first one waits is what of it could not be hidden.
@@ -66,15 +65,12 @@ def run(config: ConfigDict, repeats: int, seconds: float) -> Report:
     before = machine.load()
     with running({name: WORKERS.get(name, 1) for name in names}) as urls:
         clients = {name: RewardClient(name, url) for name, url in urls.items()}
-        configs = {"overlapped": config.copy_and_resolve_references(), "serial": config.copy_and_resolve_references()}
-        configs["serial"].rollout.chunks = 1
-        mesh = make_mesh(dict(config.mesh))
+        asked = {name: dataclasses.replace(config.rewards[name], urls=(url,)) for name, url in urls.items()}
+        config = dataclasses.replace(config, rewards=dict(config.rewards) | asked)
+        serial = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, chunks=1))
+        mesh = make_mesh(config.mesh.sizes())
         with jax.set_mesh(mesh):
-            trainers = {}
-            for kind, c in configs.items():
-                for name, url in urls.items():
-                    c.rewards[name].urls = (url,)
-                trainers[kind] = Trainer(c, mesh)
+            trainers = {kind: Trainer(c, mesh) for kind, c in {"overlapped": config, "serial": serial}.items()}
             began = time.perf_counter()
             for _ in range(WARM_UPS):
                 for trainer in trainers.values():
@@ -120,7 +116,7 @@ def summary(steps: Mapping[str, list[dict[str, float]]]) -> dict[str, Any]:
 
 
 def report(
-    config: ConfigDict,
+    config: grpo.GRPORun,
     steps: Mapping[str, list[dict[str, float]]],
     busy: Mapping[str, float],
     warm_s: float,
@@ -144,7 +140,7 @@ def report(
         ", ".join(f"{k} {v}" for k, v in versions.items()),
         machine_line(threads, None) + ("" if None in loads else f"; load {loads[0]:g} before and {loads[1]:g} after"),
         "",
-        table(rows),
+        aligned(rows),
         "",
         f"Medians of {n} steps of each kind, in turn: {rollouts / s['step_seconds']['step']:.3g} rollouts/s; "
         "reward is what the trainer waits.",

@@ -9,6 +9,7 @@ from typing import Any
 
 from tests.benchmarks import machine
 from tests.benchmarks.timing import Result
+from xomni_jax.core.tables import aligned
 
 BUSY = 0.2  # cores taken by other programs, above which times mislead
 OURS = ("jax", "jaxlib", "flax")
@@ -20,17 +21,6 @@ class Report:
 
     text: str
     data: dict[str, Any]
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns: the first to the left, the others to the right; the first row is the heading."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-
-    def line(row: Sequence[str]) -> str:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
-        return "  ".join(cells).rstrip()
-
-    return "\n".join([line(rows[0]), "  ".join("-" * width for width in widths), *map(line, rows[1:])])
 
 
 def duration(seconds: float) -> str:
@@ -82,7 +72,7 @@ def comparison(
             machine_line(f"threads: ours {threads[0]}, peer {threads[1]}", others),
             f"differences before timing: {checks}",
             "",
-            table(rows),
+            aligned(rows),
             "",
             "Medians of interleaved pairs; above 1 ours is faster. First runs, in which ours compiles, are not part of them.",
             sentence,

@@ -10,7 +10,7 @@ import pytest
 
 from tests.benchmarks import grpo, services
 from tests.benchmarks.timing import BenchError
-from xomni_jax.core.config import load_config
+from xomni_jax.training.stage import load_config
 
 
 def step(rollout, decode, reward, update, other=0.0):
@@ -55,8 +55,8 @@ def pretend(monkeypatch):
         def close(self):
             pass
 
-    def make(config, run, mesh, stop):
-        asked.urls.append(tuple(config.rewards.ocr.urls))
+    def make(config, mesh, stop):
+        asked.urls.append(config.rewards["ocr"].urls)
 
         def take(state, batch, number):
             asked.steps.append((config.rollout.chunks, number, batch))
@@ -79,7 +79,7 @@ def test_steps_alternate_after_warm_up(pretend):
     n = grpo.WARM_UPS + 3
     assert pretend.steps == [(chunks, i, i) for i in range(n) for chunks in (2, 1)]
     assert pretend.closed == [2, 1]
-    assert config.rollout.chunks == 2 and config.rewards.ocr.urls == ("http://127.0.0.1:8001",)  # the caller's is left alone
+    assert config.rollout.chunks == 2 and config.rewards["ocr"].urls == ("http://127.0.0.1:8001",)  # the caller's is left alone
     data = json.loads(json.dumps(made.data))
     assert data["overlap"] == {"scoring_seconds": 0.5, "waited_seconds": 0.125, "hidden_share": 0.75}
     assert data["steps"] == len(data["all_steps"]["serial"]) == 3 and data["rollouts"] == 64
@@ -92,9 +92,7 @@ def test_steps_alternate_after_warm_up(pretend):
 def test_a_configuration_without_chunks_or_rewards_is_refused():
     with pytest.raises(BenchError, match="config.rollout.chunks=1 leaves nothing to overlap; set it to 2 or more"):
         grpo.run(load_config(grpo.DEMO, ["rollout.chunks=1"]), 1, 1)
-    config = load_config(grpo.DEMO)
-    with config.unlocked():
-        config.rewards.ocr.weight = config.rewards.shapes.weight = None
+    config = load_config(grpo.DEMO, ["rewards.ocr.weight=None", "rewards.shapes.weight=None"])
     with pytest.raises(BenchError, match="every weight is None"):
         grpo.run(config, 1, 1)
 

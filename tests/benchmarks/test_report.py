@@ -18,11 +18,6 @@ def result(name, ratio, yardstick=False):
     return Result(case, ours_s, ratio * ours_s, np.full(3, 0.1), np.full(3, 0.25), 1.5, 0.03, 2e-6)
 
 
-def test_columns_line_up():
-    lines = report.table([("", "ours"), ("a long name", "1"), ("b", "22.5 ms")]).splitlines()
-    assert lines == ["                ours", "-----------  -------", "a long name        1", "b            22.5 ms"]
-
-
 @pytest.mark.parametrize("seconds, text", [(2.5, "2.5 s"), (0.01234, "12.3 ms"), (0.00085, "850 us")])
 def test_durations(seconds, text):
     assert report.duration(seconds) == text

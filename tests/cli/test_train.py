@@ -15,10 +15,10 @@ SFT = f"--config={ROOT / 'configs' / 'tiny' / 'sft.py'}"
 GRPO = f"--config={ROOT / 'configs' / 'tiny' / 'grpo.py'}"
 
 MINIATURE = """
-from tests.miniature import stage_config
+from tests.miniature import stage_changes
 
 def get_config():
-    return stage_config({file!r}, {run_dir!r}, "init_from={init_from}")
+    return stage_changes({file!r}, {run_dir!r}, "init_from={init_from}")
 """
 
 
@@ -67,7 +67,7 @@ def test_launchers_tell_a_stopped_run_from_a_finished_one(monkeypatch, model, co
     "arguments, told",
     [
         (["--config=/nowhere.py"], "/nowhere.py: no such config file; the shipped ones are under configs/"),
-        ([SFT, "--config.stepz=3"], "config.stepz: unknown key; known here: batch_size"),
+        ([SFT, "--config.stepz=3"], "config.stepz: unknown key; did you mean steps"),
         ([SFT, "--config.steps=three"], "config.steps=three: expected int, such as"),
         ([SFT, "--config.steps=0"], "config.steps=0 must be at least 1"),
         ([SFT, "--config.steps"], "override 'steps' has no value; write --config.steps=VALUE"),

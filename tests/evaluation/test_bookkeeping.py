@@ -27,7 +27,7 @@ def test_collect_averages_over_evaluations_but_not_the_control(tmp_path):
     row = {"word_accuracy": 0.25, "ocr_reward": 0.5, "colour_accuracy": 1.0, "second_reader_accuracy": None}
     for name, accuracy in (("effect_0_0", 0.25), ("effect_1_0", 0.75), ("effect_control", 0.0)):
         (tmp_path / name).mkdir()
-        cells = {cell: row | {"word_accuracy": accuracy} for cell in long_run.CELLS}
+        cells = {cell: row | {"word_accuracy": accuracy} for cell in long_run.ROWS}
         report = {"guidance_off": cells, "guidance_on": cells, "rl_holds_up_to_best_of": 4, "sft_temperature_sweep": []}
         (tmp_path / name / "report.json").write_text(json.dumps(report))
     write_run(tmp_path / "grpo_0", [1.0, 1.0], **{"reward/total/mean": 1.5})

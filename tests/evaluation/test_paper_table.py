@@ -27,7 +27,7 @@ def parse(command):
 
 def test_every_command_is_accepted_and_names_its_settings():
     made = rows()
-    assert {row.suite for row in made} == set(paper.PLACES) == set(PUBLISHED)
+    assert {row.suite for row in made} == set(paper.COLUMNS) == set(PUBLISHED)
     assert [row.table for row in made] == [1, 1, 1, 1, 2, 3, 4, 4, 4, 4, 4, 4]
     for row in made:
         args, suite = parse(row.command), get_suite(row.suite)

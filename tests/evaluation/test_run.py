@@ -85,7 +85,7 @@ def few_devices():
 @pytest.fixture(scope="module")
 def make(model_dir, data):
     """Evaluates with one model for all runs, so that its programs are compiled once; the bytes of the results, or None."""
-    settings = {"inference": InferenceConfig(str(model_dir), batch=8, decode_batch=3), "mesh": {"fsdp": 1}}
+    settings = {"inference": InferenceConfig(model=str(model_dir), batch=8, decode_batch=3), "mesh": {"fsdp": 1}}
     model = model_opener(EvalConfig("", "", **settings))
 
     def run(out, name="longtext-en", *, judge=None, stop=None, opened=model, **how):

@@ -1,7 +1,6 @@
 """The page and the CSV of a run, from runs written by hand; filter and order in Chromium where there is one."""
 
 import csv
-import html
 import json
 import re
 import shutil
@@ -9,12 +8,13 @@ import subprocess
 
 import numpy as np
 import pytest
+from markupsafe import escape
 from PIL import Image
 
 from tests.evaluation.made_runs import CATEGORIES, write_answer_run, write_generate_run
 from xomni_jax.evaluation import paper
 from xomni_jax.evaluation.eval_run import read_eval_run, shots
-from xomni_jax.evaluation.gallery import embed, folded, image_order, spread
+from xomni_jax.evaluation.gallery import embed, image_order, spread
 from xomni_jax.evaluation.run_report import write_run_report
 from xomni_jax.evaluation.suite import SuiteError
 from xomni_jax.evaluation.suites import get_suite
@@ -32,8 +32,6 @@ def test_page_stands_alone_and_says_what_was_measured(tmp_path):
     page = write_run_report(run).read_text()
     for loads in ("<link", "<script src", "@import", "url(", 'src="http', "<iframe", "fetch("):
         assert loads not in page
-    for tag in ("section", "div", "article", "table", "figure"):
-        assert page.count(f"<{tag}") == page.count(f"</{tag}>")
     assert page.count("data:image/png;base64,") == 12 * 4 and page.count("<article") == 12
     items = lines_of(run)
     value = np.mean([item["score"] for item in items])
@@ -44,11 +42,10 @@ def test_page_stands_alone_and_says_what_was_measured(tmp_path):
     for fact in ("0123abcd", "models/tiny", "sampling.min_p", "judge.name"):
         assert page.index(fact) < page.index("Beside the paper")  # settings and the checkpoint's hash at the top
     for item in items:
-        assert html.escape(item["prompt"]) in page and all(html.escape(reply) in page for (reply,) in item["replies"])
-    assert "& <more>" not in page
+        assert escape(item["prompt"]) in page and all(escape(reply) in page for (reply,) in item["replies"])
     for category in CATEGORIES:
         scores = [item["score"] for item in items if item["fields"]["category"] == category]
-        assert f"<div>{category}</div><div class=track><i style='width:{100 * np.mean(scores):.1f}%'>" in page
+        assert f'<div>{category}</div><div class="track"><i style="width:{100 * np.mean(scores):.1f}%">' in page
 
 
 def test_csv_has_one_line_per_output(tmp_path):
@@ -146,14 +143,6 @@ def test_what_is_no_finished_run_is_said(tmp_path):
         write_run_report(run)
 
 
-def test_long_texts_are_folded_without_loss():
-    text = "a long prompt with <tags> " * 30
-    shown = folded(text)
-    assert shown.startswith("<details>") and folded("short") == "short"
-    kept = html.unescape(re.sub(r"<[^>]+>", "", shown.replace(" …</summary>", "")))
-    assert kept == text
-
-
 def test_paper_tables_are_complete():
     for table in paper.tables().values():
         assert all(len(row) == len(table["columns"]) for row in table["rows"].values()) and list(table["rows"])[-1] == paper.OURS
@@ -161,7 +150,7 @@ def test_paper_tables_are_complete():
             assert all(v is None or float(v) >= 0 for v in row)
     assert [len(table["rows"]) for table in paper.tables().values()] == [11, 16, 15, 10]
     # Every column of every table belongs to one suite.
-    placed = [(p.table, column) for p in paper.PLACES.values() for column in p.columns]
+    placed = [(p.table, column) for p in paper.COLUMNS.values() for column in p.all]
     assert sorted(placed) == sorted((n, column) for n, table in paper.tables().items() for column in table["columns"])
     assert paper.values("geneval")["BAGEL"] == {
         "Single": "0.98", "Two": "0.95", "Counting": "0.84", "Colours": "0.95", "Position": "0.78", "Colour attr.": "0.77",
@@ -179,7 +168,7 @@ def test_columns_of_the_paper_find_their_categories():
     results = {"suite": "dpg", "headline": {"value": found["scores"][found["headline"]]}, "categories": found["categories"]}
     expected = {"Global": "50.00", "Entity": "75.00", "Attribute": "100.00", "Relation": "0.00", "Other": "20.00", "Overall": "75.00"}
     assert paper.ours(results) == expected
-    tags = paper.PLACES["geneval"].parts.values()
+    tags = paper.COLUMNS["geneval"].categories.values()
     records = [{"id": t, "fields": {"category": t}, "correct": n, "images": 6, "any": 1, "one": 1} for n, t in enumerate(tags)]
     found = get_suite("geneval").aggregate(records)
     results = {"suite": "geneval", "headline": {"value": found["scores"][found["headline"]]}, "categories": found["categories"]}

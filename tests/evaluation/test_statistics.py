@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from xomni_jax.evaluation.statistics import (
-    best_of,
     best_of_weights,
     bootstrap_mean,
     paired_difference,
@@ -31,7 +30,7 @@ def test_best_of_is_the_mean_over_all_subsets(rng, n):
     selection[0, 2] = selection[3, 0] = np.nan
     metric = rng.random((6, 7))
     expected = [brute_force(m, s, n) for m, s in zip(metric, selection)]
-    np.testing.assert_allclose(best_of(metric, selection, n), expected, rtol=1e-12)
+    np.testing.assert_allclose(weighted_rows(metric, best_of_weights(selection, n)), expected, rtol=1e-12)
 
 
 def test_best_of_all_takes_the_best():
@@ -41,7 +40,7 @@ def test_best_of_all_takes_the_best():
 
 def test_too_few_known_scores_leave_the_prompt_out():
     table = np.array([[0.1, np.nan, np.nan], [0.1, 0.2, np.nan]])
-    values = best_of(np.ones((2, 3)), table, 2)
+    values = weighted_rows(np.ones((2, 3)), best_of_weights(table, 2))
     assert np.isnan(values[0]) and values[1] == 1
     with pytest.raises(ValueError, match="best of 4 needs at least 4 samples"):
         best_of_weights(table, 4)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from xomni_jax.core.config import load_config
+from xomni_jax.training.stage import load_config
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(p.name for p in (ROOT / "launch").glob("*.sh"))

@@ -6,9 +6,9 @@ from flax import linen as nn
 
 from tests.miniature import ROOT
 from xomni_jax.assets import TINY_SFT
-from xomni_jax.core.config import load_config
 from xomni_jax.models.registry import init_params
 from xomni_jax.models.transformer import ARConfig
+from xomni_jax.training.stage import load_config
 
 SIZES = dict(
     vocab_size=640, mm_vocab_size=576, image_vocab_size=528, d_model=256, mlp_dim=384, n_heads=4, n_kv_heads=2, head_dim=128,

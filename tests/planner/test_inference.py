@@ -4,31 +4,31 @@ import dataclasses
 
 import pytest
 
-from tests.miniature import ROOT
 from xomni_jax.assets import TINY_SFT
-from xomni_jax.core.config import ConfigError, load_config
+from xomni_jax.core.config import ConfigError
 from xomni_jax.planner import chips, plan
 from xomni_jax.planner.check import checks
+from xomni_jax.training.stage import load_config
 
 CPU = chips.parse("cpu:4")
 
 
 def tiny(tmp_path, *overrides):
-    (tmp_path / "configs").mkdir()
-    path = tmp_path / "configs" / "tiny.py"
-    path.write_text("from configs.base import inference as get_config\n")
+    path = tmp_path / "tiny.py"
+    path.write_text("from ml_collections import ConfigDict\n\n\ndef get_config():\n    return ConfigDict(dict(stage='inference'))\n")
     small = ["batch=2", "decode_batch=1", "prompt_length=32", "height=32", "width=64", "mesh.tensor=2", f"model={TINY_SFT}"]
-    (tmp_path / "configs" / "base.py").symlink_to(ROOT / "configs" / "base.py")
     return load_config(path, [*small, *overrides])
 
 
 def test_every_program_of_a_batch(tmp_path):
-    stage = plan.stage_on(tiny(tmp_path), CPU)
-    assert {name: role.per_step for name, role in stage.roles.items()} == {
+    stage = plan.programs_on(tiny(tmp_path), CPU)
+    assert {name: program.per_step for name, program in stage.programs.items()} == {
         "rollout": 1, "prefill": 1, "decoder": 2, "text": 0, "vae": 0, "answer": 0,
     }  # fmt: skip
-    assert stage.roles["rollout"].about.startswith("32 codes of 4 prompts") and stage.roles["decoder"].about.startswith("2 images of 32x64")
-    assert set(stage.resident) == {"sampler", "siglip_vq", "mmdit", "t5", "clip", "autoencoder"}
+    assert stage.programs["rollout"].about.startswith("32 codes of 4 prompts") and stage.programs["decoder"].about.startswith(
+        "2 images of 32x64"
+    )
+    assert set(stage.persistent) == {"sampler", "siglip_vq", "mmdit", "t5", "clip", "autoencoder"}
 
 
 def test_answers_end_when_they_end(tmp_path):
@@ -41,7 +41,7 @@ def test_answers_end_when_they_end(tmp_path):
 
 
 def test_what_would_make_it_fit(tmp_path):
-    """Where a role of inference does not fit, smaller batches are tried, and the one that was compiled is named."""
+    """Where a program of inference does not fit, smaller batches are tried, and the one that was compiled is named."""
     config = tiny(tmp_path, "batch=8", "decode_batch=8")
     assert plan.fewer(config, "rollout", 2) == ["batch=4"] and plan.fewer(config, "decoder", 4) == ["decode_batch=2"]
 
@@ -56,5 +56,5 @@ def test_what_would_make_it_fit(tmp_path):
 )
 def test_what_is_wrong_is_told(override, told, tmp_path):
     with pytest.raises(ConfigError) as e:
-        plan.stage_on(tiny(tmp_path, override), CPU)
+        plan.programs_on(tiny(tmp_path, override), CPU)
     assert told in str(e.value)

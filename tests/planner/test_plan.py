@@ -7,16 +7,18 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from markupsafe import escape
 
 from tests.miniature import ROOT
 from tests.planner import narrow
 from xomni_jax.cli.main import main
 from xomni_jax.core.config import ConfigError
 from xomni_jax.core.flops import count
-from xomni_jax.planner import abstract, chips, gates, plan, report, roofline
+from xomni_jax.planner import chips, gates, plan, report, roofline
 from xomni_jax.planner.check import checks
 from xomni_jax.planner.chips import GIB
-from xomni_jax.planner.compiled import compile_role, needed
+from xomni_jax.planner.compiled import compile_program, needed
+from xomni_jax.sharding import abstract
 from xomni_jax.sharding.mesh import make_mesh
 
 CPU = chips.parse("cpu:4")
@@ -28,8 +30,8 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("plans")
 
 
-def made(config, topology, roles, cache):
-    return plan.make_plan(config, chips.parse(topology), roles, cache, reserve=0.06, propose=False, quiet=True)
+def made(config, topology, programs, cache):
+    return plan.make_plan(config, chips.parse(topology), programs, cache, reserve=0.06, propose=False, quiet=True)
 
 
 def verdicts(facts, topology):
@@ -44,28 +46,28 @@ def test_the_text_encoders_on_simulated_devices(cache):
 
 
 def test_all_roles_are_the_trainers_own(cache):
-    stage = plan.stage_on(narrow.grpo(), CPU)
-    assert list(stage.roles) == ["policy-update", "reference", "layout", "rollout", "prefill", "decoder", "text", "vae"]
-    assert {r.name: r.per_step for r in stage.roles.values() if r.per_step} == {
+    stage = plan.programs_on(narrow.grpo(), CPU)
+    assert list(stage.programs) == ["policy-update", "reference", "layout", "rollout", "prefill", "decoder", "text", "vae"]
+    assert {name: p.per_step for name, p in stage.programs.items() if p.per_step} == {
         "policy-update": 1, "layout": 1, "rollout": 1, "prefill": 1, "decoder": 1
     }  # fmt: skip
     # 64 codes in segments of at most 24.
-    halves = plan.stage_on(narrow.grpo("rollout.segment=24", "rollout.chunks=2"), CPU)
-    assert (halves.roles["rollout"].per_step, halves.roles["rollout"].work.steps, halves.roles["prefill"].per_step) == (8, 16, 2)
-    whole, part = stage.roles["rollout"].work, halves.roles["rollout"].work
+    halves = plan.programs_on(narrow.grpo("rollout.segment=24", "rollout.chunks=2"), CPU)
+    assert (halves.programs["rollout"].per_step, halves.programs["rollout"].work.steps, halves.programs["prefill"].per_step) == (8, 16, 2)
+    whole, part = stage.programs["rollout"].work, halves.programs["rollout"].work
     assert (part.forward * 8, part.tokens * 8) == (whole.forward, whole.tokens)
-    places = [stage.roles[name].fn.__module__ for name in ("policy-update", "rollout")]
+    places = [stage.programs[name].fn.__module__ for name in ("policy-update", "rollout")]
     assert places == ["xomni_jax.rl.update", "xomni_jax.sampling.sampler"]
-    # Without a penalty there is no reference, neither as a role nor in memory.
-    free = plan.stage_on(narrow.grpo("grpo.kl_coef=0.0"), CPU)
-    assert "reference" not in free.roles and "reference" not in free.resident
+    # Without a penalty there is no reference, neither as a program nor in memory.
+    free = plan.programs_on(narrow.grpo("grpo.kl_coef=0.0"), CPU)
+    assert "reference" not in free.programs and "reference" not in free.persistent
 
 
-@pytest.mark.parametrize("config, role", [(narrow.grpo, "policy-update"), (narrow.sft, "sft-update")])
-def test_updates_cost_what_arithmetic_says(config, role):
+@pytest.mark.parametrize("config, program", [(narrow.grpo, "policy-update"), (narrow.sft, "sft-update")])
+def test_updates_cost_what_arithmetic_says(config, program):
     """Nothing recomputed: 6ND of the update and 2ND of the reference, exactly."""
-    stage = plan.stage_on(config("transformer.remat=none", *UNCUT[role]), CPU)
-    found, w = count(stage.roles[role].fn.trace(*stage.roles[role].args).jaxpr), stage.roles[role].work
+    stage = plan.programs_on(config("transformer.remat=none", *UNCUT[program]), CPU)
+    found, w = count(stage.programs[program].fn.trace(*stage.programs[program].args).jaxpr), stage.programs[program].work
     assert found.weights == pytest.approx(w.learned + w.forward, rel=1e-3)
 
 
@@ -78,19 +80,20 @@ def test_a_head_is_gathered_once_for_all_micro_batches(cache):
 def test_what_is_compiled_is_kept(cache, tmp_path):
     fn, mesh = jax.jit(lambda x: x @ x), make_mesh({"fsdp": 4}, jax.devices()[:4])
     args = (jax.ShapeDtypeStruct((8, 8), jnp.float32),)
-    first, again = (compile_role(fn, args, mesh, CPU, tmp_path) for _ in range(2))
+    first, again = (compile_program(fn, args, mesh, CPU, tmp_path) for _ in range(2))
     assert (first.cached, again.cached) == (False, True)
     assert (first.hlo, first.memory, first.key) == (again.hlo, again.memory, again.key)
-    other = compile_role(jax.jit(lambda x: x @ x + 1), args, mesh, CPU, tmp_path)
+    other = compile_program(jax.jit(lambda x: x @ x + 1), args, mesh, CPU, tmp_path)
     assert other.key != first.key and not other.cached
 
 
 def test_what_the_compiler_says_it_would_need():
-    said = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (31.22G) exceeds available HBM (15.75G)."
+    said = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (31.22G) "
+    said += "exceeds available HBM (15.75G)."
     assert needed(said) == int(31.22 * GIB)
 
 
-def test_an_update_for_a_slice_that_is_not_there(cache):
+def test_an_update_for_a_slice_that_is_not_there(cache, tmp_path):
     """Narrow, on v5e:2x2: the checks of the full size hold, and the plan reads as text, page and JSON."""
     made_plan = made(narrow.sft(), "v5e:2x2", ["sft-update"], cache)
     (f,) = made_plan.facts
@@ -100,7 +103,10 @@ def test_an_update_for_a_slice_that_is_not_there(cache):
     assert {name for name in held if not found[name][0]} == set()
     text = report.text(made_plan, price=1.0)
     assert "sft on v5e:2x2 (v5litepod-4, 4 chips), mesh fsdp 2 x tensor 2" in text and "bound by" in text and "a step" in text
-    assert "<svg" in report.page(made_plan) and json.loads(json.dumps(report.as_json(made_plan)))["roles"][0]["role"] == "sft-update"
+    assert json.loads(json.dumps(report.as_json(made_plan)))["programs"][0]["program"] == "sft-update"
+    page = report.write_html(tmp_path / "plan.html", made_plan, price=1.0).read_text()
+    lines = [str(escape(line.strip())) for line in text.splitlines()]
+    assert page.count("<svg") == 1 and [line for line in lines if line not in page] == [escape("sft-update: " + f.about)]
 
 
 def test_decoding_for_a_slice_that_is_not_there(cache):
@@ -126,8 +132,8 @@ def test_the_decoder_gathers_weights_and_exchanges_no_activations(cache):
     inside = [r for r in f.collectives if re.search("MMDiT/while/body|(double|single)_blocks", r["source"])]
     weights = [r for r in inside if r["kind"] == "all-gather"]
     assert {a for r in weights for a in r["axes"]} == {"fsdp", "tensor"}
-    # Of what a device lacks of two steps' weights; those of modulations are split instead, as for any tensor parallelism, and with jax 0.12 the
-    # CPU's compiler splits those of attention too.
+    # Of what a device lacks of two steps' weights; those of modulations are split instead, as for any tensor parallelism, and with
+    # jax 0.12 the CPU's compiler splits those of attention too.
     assert 0.2 < sum(r["sent"] for r in weights) / (0.75 * f.gathered) < 1
     modulations = 16 * 6 * 128 * 4  # six vectors of width 128 for each of 16 images, float32
     assert max(r["bytes"] / r["times"] for r in inside if r["kind"] != "all-gather") <= modulations
@@ -139,18 +145,20 @@ def test_a_decoder_on_devices_of_its_own(cache):
     apart = narrow.grpo("mesh.tensor=1", "decoder_mesh.fsdp=2", "rollout.chunks=2")
     made_plan = made(apart, "cpu:4", ["text", "prefill"], cache)
     text, first = made_plan.facts
-    assert (text.apart, text.devices, first.apart, first.devices) == (True, 2, False, 2)
-    stage = plan.stage_on(apart, CPU)
-    held = lambda *names: sum(abstract.bytes_per_device(stage.resident[name]) for name in names)  # noqa: E731
-    assert text.resident == held("siglip_vq") and first.resident == held("params", "optimizer", "reference")
-    assert set(stage.apart.devices.flat).isdisjoint(stage.mesh.devices.flat)
+    assert (text.on_decoder_mesh, text.devices, first.on_decoder_mesh, first.devices) == (True, 2, False, 2)
+    stage = plan.programs_on(apart, CPU)
+    held = lambda *names: sum(abstract.bytes_per_device(stage.persistent[name]) for name in names)  # noqa: E731
+    assert text.persistent == held("siglip_vq") and first.persistent == held("params", "optimizer", "reference")
+    assert set(stage.decoder_mesh.devices.flat).isdisjoint(stage.mesh.devices.flat)
     assert "mesh fsdp 2 and, for the decoder, fsdp 2" in report.head(made_plan)
-    slices = plan.stage_on(narrow.grpo("decoder_mesh.fsdp=8", "batch_size=8"), chips.parse("v6e:4x4"))
-    assert (slices.mesh.size, slices.apart.size) == (8, 8) and {d.device_kind for d in slices.apart.devices.flat} == {"TPU v6 lite"}
+    slices = plan.programs_on(narrow.grpo("decoder_mesh.fsdp=8", "batch_size=8"), chips.parse("v6e:4x4"))
+    assert (slices.mesh.size, slices.decoder_mesh.size) == (8, 8) and {d.device_kind for d in slices.decoder_mesh.devices.flat} == {
+        "TPU v6 lite"
+    }
     with pytest.raises(
         ConfigError, match=r"v6e:4x4 \(16 devices\): 5 of 16 devices apart: 4 processes with at least 4 devices each allow 4, 8, 12"
     ):
-        plan.stage_on(narrow.grpo("decoder_mesh.fsdp=5"), chips.parse("v6e:4x4"))
+        plan.programs_on(narrow.grpo("decoder_mesh.fsdp=5"), chips.parse("v6e:4x4"))
 
 
 def test_a_decoder_apart_works_beside_the_rollout():
@@ -158,18 +166,19 @@ def test_a_decoder_apart_works_beside_the_rollout():
     topology, memory = chips.parse("v6e:2x2"), dict(peak=0)
     rows = [("layout", 1, 1, False), ("rollout", 10, 2, False), ("decoder", 4, 2, True), ("policy-update", 7, 1, False)]
     facts = [
-        fake(role=role, hbm=seconds * topology.chip.bandwidth, per_step=times, apart=apart, memory=memory)
-        for role, seconds, times, apart in rows
+        fake(program=program, hbm=seconds * topology.chip.bandwidth, per_step=times, on_decoder_mesh=apart, memory=memory)
+        for program, seconds, times, apart in rows
     ]
     step = roofline.step(plan.Plan("grpo", topology, {}, {}, {}, facts, [], True), price=None)
     assert (step.overlapped, step.seconds) == (4, 1 + 20 + 8 + 7 - 4)
 
 
 def fake(**changes):
-    """Facts of a role that was never compiled."""
+    """Facts of a program that was never compiled."""
     fields = {f.name: 0 for f in dataclasses.fields(plan.Facts)} | dict(
-        role="policy-update", about="", key="k", memory=None, needs=40 * GIB, flops=dict(weights=1e15, attention=0.0, convolution=0.0, kernels=0.0), devices=4, per_step=1, copies=[], collectives=[],
-        repeated=[], loops=[], unknown=[], logits=(),
+        program="policy-update", about="", key="k", memory=None, needs=40 * GIB, devices=4, per_step=1,
+        flops=dict(weights=1e15, attention=0.0, convolution=0.0, kernels=0.0), copies=[], collectives=[], repeated=[],
+        loops=[], unknown=[], logits=(),
     )  # fmt: skip
     return plan.Facts(**fields | changes)
 
@@ -178,8 +187,8 @@ def test_a_proposal_is_what_was_compiled_and_fits(monkeypatch, tmp_path):
     """The first change with which it fits, in the order of what it costs the run."""
     asked = []
 
-    def facts_of(role, stage, topology, cache):
-        asked.append(role.about)
+    def facts_of(name, made, topology, cache):
+        asked.append(made[name].about)
         return fake(needs=int((40 if len(asked) < 2 else 10) * GIB))
 
     monkeypatch.setattr(plan, "facts_of", facts_of)
@@ -207,12 +216,12 @@ def test_gates_write_their_table_and_notice_a_drift(tmp_path, monkeypatch):
     (tmp_path / "README.md").write_text(f"before\n{gates.BEGIN}\nstale\n{gates.END}\nafter\n")
     memory = dict(arguments=0, outputs=0, temporaries=GIB, aliased=0, peak=2 * GIB)
     monkeypatch.setattr(gates, "GATES", (gates.Gate("grpo", "v6e-64"),))
-    monkeypatch.setattr(gates, "plans", lambda *a: [fake(role="vae", memory=memory)])
+    monkeypatch.setattr(gates, "plans", lambda *a: [fake(program="vae", memory=memory)])
     gates.run(tmp_path, None, 0.06)
     text = (tmp_path / "README.md").read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "stale" not in text and "| grpo v6e-64 | vae | 2.00 |" in text
     numbers = gates.Numbers(tmp_path / "gates.json")
-    numbers.add(gates.GATES[0], fake(role="vae", memory=memory | dict(peak=3 * GIB)), 0.06)
+    numbers.add(gates.GATES[0], fake(program="vae", memory=memory | dict(peak=3 * GIB)), 0.06)
     assert [line for line in numbers.missed if "peak drifted" in line]
 
 
@@ -220,16 +229,16 @@ def test_the_table_says_what_the_numbers_say_and_what_is_missing():
     numbers = json.loads((ROOT / "configs" / "xomni" / "gates.json").read_text())
     assert f"{gates.BEGIN}\n{gates.table(numbers)}{gates.END}" in (ROOT / "configs" / "xomni" / "README.md").read_text()
     stages = {"grpo": narrow.grpo, "sft": narrow.sft}
-    assert {name: tuple(plan.stage_on(config(), CPU).roles) for name, config in stages.items()} == gates.ROLES
+    assert {name: tuple(plan.programs_on(config(), CPU).programs) for name, config in stages.items()} == gates.PROGRAMS
 
 
 def test_an_impossible_mesh_is_refused_with_the_sizes_that_would_work():
     with pytest.raises(
         ConfigError, match="config.mesh.tensor=4: 2 key and value heads do not split 4 ways; use 1, 2, and fsdp for the rest"
     ):
-        plan.stage_on(narrow.grpo("mesh.tensor=4"), CPU)
+        plan.programs_on(narrow.grpo("mesh.tensor=4"), CPU)
     with pytest.raises(ConfigError, match=r"cpu:4 \(4 devices\): mesh fsdp=3 x tensor=2 needs 6 devices, 4 are present"):
-        plan.stage_on(narrow.sft("mesh.fsdp=3"), CPU)
+        plan.programs_on(narrow.sft("mesh.fsdp=3"), CPU)
 
 
 @pytest.mark.parametrize(
@@ -243,14 +252,14 @@ def test_an_impossible_mesh_is_refused_with_the_sizes_that_would_work():
         ("--config=configs/tiny/sft.py --topology=cpu:8 --json /no/such/a.json", "there is no folder /no/such; make it first"),
         ("--config=configs/tiny/sft.py --topology=cpu:8 --steps 3", "unknown argument '--steps'; overrides are written --config.KEY=VALUE"),
         (
-            "--config=configs/tiny/sft.py --topology=cpu:2 --role rollout",
-            "--role rollout: stage sft has no such role; it has sft-update, and all",
+            "--config=configs/tiny/sft.py --topology=cpu:2 --program rollout",
+            "--program rollout: stage sft has no such program; it has sft-update, and all",
         ),
         (
             "--config=configs/tiny/grpo.py --config.init_from=no/model --topology=cpu:8",
             "config.transformer.preset=stored, but no/model holds no transformer",
         ),
-        ("--gates --role vae", "--gates plans the released configurations as they are"),
+        ("--gates --program vae", "--gates plans the released configurations as they are"),
         ("--gates --topology v6e:2x2", "no gate is on it; they are on v5p-64, v6e-64, v5e-256"),
     ],
 )

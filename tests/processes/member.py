@@ -13,19 +13,22 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
+from ml_collections import ConfigDict
 
-from tests.miniature import configs, stage_config
+from tests.miniature import configs, stage_changes
 from xomni_jax.checkpoint.store import save_component
 from xomni_jax.cli.train import together
 from xomni_jax.core import distributed
+from xomni_jax.core.config import Changes
 from xomni_jax.core.process_group import Line
 from xomni_jax.data.rendered import RenderedConfig
-from xomni_jax.data.sources import rendered_dataset
+from xomni_jax.data.sources import DataSection, batches
 from xomni_jax.pipeline import XOmni
 from xomni_jax.sharding import arrays
 from xomni_jax.sharding.mesh import make_mesh
 from xomni_jax.sharding.rules import MESH_AXES
 from xomni_jax.training.run import run_stage
+from xomni_jax.training.stage import resolve
 
 B = 8
 MESHES = {
@@ -49,7 +52,7 @@ def rows_on_meshes() -> dict:
         rows, owned = arrays.local_rows(mesh, B), arrays.owned_rows(mesh, B)
         table = np.arange(B * 3, dtype=np.float32).reshape(B, 3)
         x = arrays.spread(mesh, table[rows], B)
-        data = next(iter(rendered_dataset(RenderedConfig(), 5, B, rows=rows, prefetch=0)))
+        data = next(iter(batches(DataSection("rendered", RenderedConfig()), 5, B, rows=rows, prefetch=0)))
         out[name] = {
             "rows": rows,
             "owned": owned,
@@ -61,21 +64,26 @@ def rows_on_meshes() -> dict:
     return out
 
 
-def sft(folder: Path, name: str, model: str, *overrides: str) -> object:
-    """The SFT stage cut down."""
-    return stage_config("sft", folder / name, f"init_from={model}", "steps=3", "grid_every=0", "mesh.fsdp=2", *overrides)
+def sft(folder: Path, name: str, model: str, *overrides: str) -> ConfigDict:
+    """What a configuration of SFT changes to cut it down."""
+    return stage_changes("sft", folder / name, f"init_from={model}", "steps=3", "grid_every=0", "mesh.fsdp=2", *overrides)
 
 
-def grpo(folder: Path, name: str, model: str, url: str, *overrides: str) -> object:
-    """The GRPO stage cut down; one reward."""
+def grpo(folder: Path, name: str, model: str, url: str, *overrides: str) -> ConfigDict:
+    """The same of GRPO; one reward."""
     rewards = (f"rewards.ocr.urls=('{url}',)", "rewards.shapes.weight=None", "optimizer.warmup_steps=0", "optimizer.learning_rate=0.01")
-    return stage_config("grpo", folder / name, f"init_from={model}", *rewards, "steps=2", "grid_every=0", "mesh.fsdp=2", *overrides)
+    return stage_changes("grpo", folder / name, f"init_from={model}", *rewards, "steps=2", "grid_every=0", "mesh.fsdp=2", *overrides)
+
+
+def run_changed(changes: ConfigDict, line: Line | None) -> None:
+    """A whole run."""
+    run_stage(resolve(Changes(changes.to_dict())), line=line)
 
 
 def apart(folder: Path, model: str, url: str, line: Line | None) -> None:
     """GRPO whose decoder has devices of its own; broken off before its second step was saved, and gone on with."""
     config = grpo(folder, "apart", model, url, "mesh.tensor=1", "decoder_mesh.fsdp=2", "save_every=1")
-    run_stage(config, line=line)
+    run_changed(config, line)
     if jax.process_count() > 1:
         if jax.process_index() == 0:
             run = folder / "apart"
@@ -83,7 +91,7 @@ def apart(folder: Path, model: str, url: str, line: Line | None) -> None:
             shutil.rmtree(run / "model")
             shutil.rmtree(run / "checkpoints" / "2")
         distributed.barrier("broken off")
-        run_stage(config, line=line)
+        run_changed(config, line)
 
 
 def among_several(folder: Path, model: str) -> dict:
@@ -104,10 +112,10 @@ def main(folder: Path) -> None:
     def programme():
         index, several, model = jax.process_index(), jax.process_count() > 1, plan["model"]
         out = {"description": distributed.description()} | (among_several(folder, model) if several else {})
-        run_stage(sft(folder, "sft", model), line=line)
+        run_changed(sft(folder, "sft", model), line)
         if (folder / "moved").is_dir():
-            run_stage(sft(folder, "moved", model), line=line)
-        run_stage(grpo(folder, "grpo", model, plan["urls"][index], f"grid_every={2 if several else 0}"), line=line)
+            run_changed(sft(folder, "moved", model), line)
+        run_changed(grpo(folder, "grpo", model, plan["urls"][index], f"grid_every={2 if several else 0}"), line)
         apart(folder, model, plan["urls"][index], line)
         (folder / f"out_{index}.json").write_text(json.dumps(out))
 

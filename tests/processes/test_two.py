@@ -19,7 +19,7 @@ from tests.rl.pixel_service import pixel_service
 from tests.training.test_stages import assert_same, metrics, params
 from xomni_jax.checkpoint.store import RunCheckpoints
 from xomni_jax.data.rendered import RenderedConfig
-from xomni_jax.data.sources import rendered_dataset
+from xomni_jax.data.sources import DataSection, batches
 
 MEMBER = [sys.executable, "-m", "tests.processes.member"]
 STEP = 16  # images of a step of GRPO: 4 prompts x 4 rollouts
@@ -161,7 +161,7 @@ def test_values_of_all_processes(runs):
 def test_batches_are_those_of_one_process(runs, mesh, rows, owned):
     """Every row is loaded by the processes whose devices hold it, owned by one of them, and the global array is the whole batch in order."""
     whole = np.arange(24, dtype=np.float32).reshape(8, 3)
-    ids = next(iter(rendered_dataset(RenderedConfig(), 5, 8, prefetch=0)))["id"]
+    ids = next(iter(batches(DataSection("rendered", RenderedConfig()), 5, 8, prefetch=0)))["id"]
     assert len(set(ids)) == 8
     for index in (0, 1):
         out = found(runs, "two", index)["meshes"][mesh]

@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 
 from xomni_jax.checkpoint.store import RunCheckpoints
-from xomni_jax.core.config import ConfigError, RunConfig
+from xomni_jax.core.config import ConfigError
 from xomni_jax.core.preemption import StepRefused, StopRequested, StopSignal
-from xomni_jax.training.loop import Stage, key_for, tile, train
+from xomni_jax.training.loop import key_for, tile, train
+from xomni_jax.training.stage import RunConfig, RunningStage
 from xomni_jax.training.state import TrainState
 
 
@@ -52,7 +53,7 @@ def counting(step=None, closed=None):
 
     state = TrainState(jnp.int32(0), {"sum": jnp.float32(0)}, (), {})
     grid = lambda state, number: np.full((4, 6, 3), number, np.uint8)  # noqa: E731
-    return Stage(state, Counter(), one, export, grid, close=lambda: closed is not None and closed.append(True))
+    return RunningStage(state, Counter(), one, export, grid, close=lambda: closed is not None and closed.append(True))
 
 
 def run(tmp_path, **changes):

@@ -10,11 +10,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.training.test_loop import counting, go, lines, run, saved
 from xomni_jax.checkpoint.store import RunCheckpoints
-from xomni_jax.core.config import ConfigError, RunConfig
+from xomni_jax.core.config import ConfigError
 from xomni_jax.core.preemption import StopSignal
 from xomni_jax.sharding.mesh import make_mesh
 from xomni_jax.training import loop
 from xomni_jax.training.operations import CompileLog, FlopCount, Meter, placement, profile_range
+from xomni_jax.training.stage import RunConfig
 
 
 def weights(mesh, **specs):

@@ -7,8 +7,9 @@ import pytest
 
 from xomni_jax.models.registry import init_params
 from xomni_jax.models.transformer import PRESETS
-from xomni_jax.training.optimizer import OptimizerConfig, decays, learning_rate, make_optimizer, path_name
-from xomni_jax.training.stages import FREEZE
+from xomni_jax.sharding.abstract import path_name
+from xomni_jax.training.next_token import FREEZE
+from xomni_jax.training.optimizer import OptimizerConfig, decays, learning_rate, make_optimizer
 
 
 def small_params() -> dict:
@@ -42,7 +43,7 @@ def test_schedules(schedule, expected):
 
 def test_first_update_by_hand():
     """AdamW's first step is lr x (sign of the gradient + decay x p): the bias corrections cancel."""
-    cfg = OptimizerConfig(0.1, schedule="constant", weight_decay=0.5, clip_norm=0.0)
+    cfg = OptimizerConfig(0.1, warmup_steps=0, schedule="constant", weight_decay=0.5, clip_norm=0.0)
     params = small_params()
     grads = jax.tree.map(lambda x: jnp.where(x < 0, -3.0, 2.0), params)
     new, _, _ = one_update(make_optimizer(cfg, 10), params, grads)
@@ -61,7 +62,9 @@ def test_rates_by_path_first_match_first():
     params = small_params()
     grads = jax.tree.map(lambda x: x + 0.5, params)
     plain, fast = (
-        one_update(make_optimizer(OptimizerConfig(0.01, schedule="constant", rates=rates), 5, freeze=["old/bias"]), params, grads)[0]
+        one_update(
+            make_optimizer(OptimizerConfig(0.01, warmup_steps=0, schedule="constant", rates=rates), 5, freeze=["old/bias"]), params, grads
+        )[0]
         for rates in ((), ((".*/scale", 7.0), ("new/.*", 3.0), (".*/bias", 9.0)))
     )
     moved = {
@@ -170,7 +173,7 @@ def test_muon_by_hand():
     }
     draw = lambda shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
     params, grads = (jax.tree.map(draw, shapes, is_leaf=lambda s: isinstance(s, tuple)) for _ in range(2))
-    cfg = OptimizerConfig(0.1, name="muon", schedule="constant", clip_norm=0.0)
+    cfg = OptimizerConfig(0.1, name="muon", warmup_steps=0, schedule="constant", clip_norm=0.0)
     new, _, _ = one_update(make_optimizer(cfg, 10), params, grads)
     moved = jax.tree.map(lambda a, b: np.asarray(a) - b, new, params)
 

@@ -135,10 +135,8 @@ def _eval(args: argparse.Namespace) -> Any:
 def _grpo(args: argparse.Namespace) -> Any:
     from tests.benchmarks import grpo
     from xomni_jax.checkpoint.store import read_model_json
-    from xomni_jax.core.config import load_config
+    from xomni_jax.training.stage import load_config
 
-    config = load_config(args.config or grpo.DEMO)
-    with config.unlocked():
-        config.init_from = args.model or TINY_SFT
+    config = load_config(args.config or grpo.DEMO, [f"init_from={args.model or TINY_SFT}"])
     read_model_json(config.init_from)  # before any service is started
     return grpo.run(config, args.repeats, args.seconds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 import sys
 from collections.abc import Mapping
@@ -125,12 +126,12 @@ def _config(args: argparse.Namespace) -> EvalConfig:
     from xomni_jax.inference import InferenceConfig
 
     given = vars(args)
-    inference = {name: given[name] for name in InferenceConfig.__dataclass_fields__ if name in given}
+    own = {name: given[name] for name in InferenceConfig.__dataclass_fields__ if name in given and name != "mesh"}
     same = {name: given[name] for name in ("out", "phase", "limit", "ids", "shard", "mesh", "data", "seed", "rewrite") if name in given}
     return EvalConfig(
         suite=args.evaluation,
-        inference=InferenceConfig(**inference),
-        components=args.sections,
+        inference=dataclasses.replace(args.sections or InferenceConfig(), **own),
+        components=args.sections is not None,
         judges=_judges(args.evaluation, given.get("judge") or ()),
         switches=given.get("switch") or (),
         instructions=dict(args.instruction),

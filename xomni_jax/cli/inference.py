@@ -38,18 +38,17 @@ def settle(args: argparse.Namespace, rest: Sequence[str] = ()) -> None:
     """Fills the options that were not given, from --config and its overrides `rest`, or with the defaults; `args.sections` becomes the
     configuration, or None."""
     from xomni_jax.core.config import ConfigError, read_overrides
-    from xomni_jax.inference import InferenceConfig, read_config, settings
+    from xomni_jax.inference import InferenceConfig, read_config
 
     overrides = read_overrides(rest)
     if overrides and not args.config:
         raise ConfigError(f"--config.{overrides[0]} changes a configuration, and none is given; add --config=FILE")
     args.sections = read_config(args.config, overrides) if args.config else None
-    found = settings(args.sections) if args.config else InferenceConfig()
-    for name, value in vars(found).items():
-        if name in args and getattr(args, name) is None:
+    for name, value in vars(args.sections or InferenceConfig()).items():
+        if name in args and name != "mesh" and getattr(args, name) is None:
             setattr(args, name, value)
-    if args.config and args.mesh is None:
-        args.mesh = dict(args.sections.mesh)
+    if args.sections and args.mesh is None:
+        args.mesh = args.sections.mesh.sizes()
 
 
 def opened(args: argparse.Namespace, rest: Sequence[str]) -> XOmni:

@@ -5,21 +5,21 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from xomni_jax.core.config import ConfigError, load_config, read_overrides
+from xomni_jax.core.config import ConfigError, read_overrides
 
 EXAMPLE = """\
-Every program of a stage is compiled for the slice by the TPU compiler itself, without weights and without a TPU: minutes per role on one
+Every program of a stage is compiled for the slice by the TPU compiler itself, without weights and without a TPU: minutes per program on one
 core. What was compiled once is kept; the same plan then takes seconds.
 
-roles: grpo has policy-update, reference (a part of it), layout, rollout, prefill (a part of it), decoder, text and vae (parts of it);
+programs: grpo has policy-update, reference (a part of it), layout, rollout, prefill (a part of it), decoder, text and vae (parts of it);
        tokenizer, pretrain, sft and decoder have one update each; inference has rollout, prefill, decoder, text, vae and answer.
 
-Topologies other than cpu:N need the extra [plan]. Times are the least the hardware allows, no measurement: what bounds a role, and MFU,
+Topologies other than cpu:N need the extra [plan]. Times are the least the hardware allows, no measurement: what bounds a program, and MFU,
 tokens and images at most.
 
 examples:
   xomni plan --config=configs/tiny/sft.py --topology=cpu:8 --config.next_token.rows=16
-  xomni plan --config=configs/xomni/grpo.py --topology=v6e-64 --role rollout
+  xomni plan --config=configs/xomni/grpo.py --topology=v6e-64 --program rollout
   xomni plan --config=configs/xomni/generate.py --topology=v5litepod-8
   xomni plan --config=configs/xomni/sft.py --topology=v5p:2x4x4 --price 4.2 --html plan.html
   xomni plan --gates
@@ -28,10 +28,10 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The subcommand's own options."""
-    parser.usage = "xomni plan (--config=FILE --topology=NAME | --gates) [--role ROLE] [--config.KEY=VALUE ...] [...]"
+    parser.usage = "xomni plan (--config=FILE --topology=NAME | --gates) [--program NAME] [--config.KEY=VALUE ...] [...]"
     parser.add_argument("--config", metavar="FILE", help="a configuration of training or of inference; see configs/")
     parser.add_argument("--topology", metavar="NAME", help="v6e:8x8, or as rented: v6e-64, v5p-64, v5litepod-256; cpu:8 simulates")
-    parser.add_argument("--role", action="append", metavar="ROLE", help="one role; may be repeated (default: all)")
+    parser.add_argument("--program", action="append", metavar="NAME", help="one program; may be repeated (default: all)")
     parser.add_argument("--json", metavar="FILE", help="also write everything to this file")
     parser.add_argument("--html", metavar="FILE", help="also write the report as one page")
     parser.add_argument("--price", type=float, metavar="X", help="of one chip for an hour: adds what a step costs")
@@ -58,25 +58,27 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     if not args.config or not args.topology:
         raise ConfigError("--config and --topology are needed, such as --config=configs/xomni/grpo.py --topology=v6e-64 (or --gates alone)")
     topology = chips.parse(args.topology)
-    config = load_config(args.config, overrides)
     chips.prepare(topology)
+    from xomni_jax.training.stage import load_config
+
+    config = load_config(args.config, overrides)
     from xomni_jax.checkpoint.store import write_json
     from xomni_jax.planner import report
     from xomni_jax.planner.plan import make_plan
 
-    plan = make_plan(config, topology, args.role or ["all"], cache, args.reserve)
+    plan = make_plan(config, topology, args.program or ["all"], cache, args.reserve)
     print(report.text(plan, args.reserve, args.price), end="", flush=True)
     if args.json:
         write_json(Path(args.json), report.as_json(plan, args.reserve, args.price))
     if args.html:
-        Path(args.html).write_text(report.page(plan, args.reserve, args.price))
+        report.write_html(args.html, plan, args.reserve, args.price)
     print("written: " + ", ".join(filter(None, (args.json, args.html, f"{cache} (what was compiled)"))))
     return 0
 
 
 def run_gates(args: argparse.Namespace, cache: Path, overrides: list[str]) -> int:
     """The gates, or those on one topology."""
-    if args.config or args.role or overrides or args.json or args.html or args.price:
+    if args.config or args.program or overrides or args.json or args.html or args.price:
         raise ConfigError("--gates plans the released configurations as they are; beside it only --topology, --reserve and --cache")
     from xomni_jax.planner.gates import run as check_all
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -12,9 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
-from xomni_jax.core.config import ConfigError, flat, load_config, read_overrides
+from xomni_jax.core.config import ConfigError, as_dict, flat, load_changes, read_overrides, shown
 
 EXAMPLE = (
     "xomni train --config=configs/tiny/sft.py --config.init_from=xomni_jax/assets/tiny_sft --config.run_dir=runs/my_sft --config.steps=200"
@@ -35,14 +32,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="keep compiled programs here (default $JAX_COMPILATION_CACHE_DIR); on a pod, where every host sees it",
     )
+    parser.add_argument(
+        "--print-config",
+        action="store_true",
+        help="print every key with its value, its explanation and what changed it, and do nothing else",
+    )
     parser.usage = (
-        "xomni train --config=FILE [--config.KEY=VALUE ...] [--devices N] [--distributed] [--profile-steps A-B] [--compilation-cache DIR]"
+        "xomni train --config=FILE [--config.KEY=VALUE ...] [--print-config] [--devices N] [--distributed] [--profile-steps A-B] "
+        "[--compilation-cache DIR]"
     )
 
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:
     """Runs the stage; the run directory says what came of it."""
-    config = load_config(args.config, read_overrides(rest))
+    changes = load_changes(args.config, read_overrides(rest))
     options: dict[str, Any] = {}
     if args.profile_steps:
         from xomni_jax.training.operations import profile_range
@@ -58,17 +61,21 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
         jax.config.update("jax_compilation_cache_dir", args.compilation_cache)
     from xomni_jax.core import distributed
     from xomni_jax.training.run import run_stage
+    from xomni_jax.training.stage import resolve, resolve_run
 
+    if args.print_config:
+        print(shown(resolve(changes), changes))
+        return 0
+    config = resolve_run(changes)
     line = distributed.start(facts(config), args.distributed)
     if line is None:
         return exit_code(run_stage(config, **options))
     return together(line, lambda: exit_code(run_stage(config, line=line, **options)))
 
 
-def facts(config: ConfigDict) -> dict[str, Any]:
+def facts(config: Any) -> dict[str, Any]:
     """What every process of a run must have been given alike. The addresses of services are a host's own."""
-    values = flat(json.loads(config.to_json_best_effort()), "config.")
-    return {key: value for key, value in values.items() if not key.endswith(".urls")}
+    return {key: value for key, value in flat(as_dict(config), "config.").items() if not key.endswith(".urls")}
 
 
 def together(line: Any, action: Callable[[], int], command: str = "train") -> int:

@@ -1,18 +1,26 @@
-"""Run configurations: `get_config()` files at the edge, frozen dataclasses inside."""
+"""Configurations: dataclasses hold every default and its explanation, a file and the command line name what differs from them.
+
+A file's `get_config()` returns an `ml_collections.ConfigDict` with the changes alone; `--config.KEY=VALUE` adds more. `updated` applies both
+to the default instance of a stage's config class, checked by the types of its fields.
+"""
 
 from __future__ import annotations
 
 import ast
 import dataclasses
+import difflib
+import functools
 import importlib.util
+import inspect
 import json
 import os
+import re
 import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from ml_collections import ConfigDict
 
@@ -20,54 +28,32 @@ T = TypeVar("T")
 
 
 class ConfigError(ValueError):
-    """A configuration is wrong; the message names the key, the value and the mend."""
+    """A configuration is wrong; the message names the key, the value and the remedy."""
 
 
-@dataclasses.dataclass(frozen=True)
-class RunConfig:
-    """What every training stage shares.
+class Text(str):
+    """A value from the command line, to be read as the type of its field."""
+
+
+class Changes(NamedTuple):
+    """What a file and the command line change.
 
     Attributes:
-      stage: tokenizer | pretrain | sft | decoder | grpo.
-      run_dir: where the resolved config, metrics, image grids, checkpoints and the final model go.
-      init_from: model directory that supplies the frozen and the starting parameters; "" starts from random ones.
-      seed: all randomness of a run derives from it, the step and the purpose.
-      steps: optimizer updates (for grpo: rollout batches).
-      batch_size: examples per step over all devices (for grpo: prompts per step).
-      log_every, save_every, grid_every: in steps; 0 turns grids off.
-      save_minutes: a checkpoint also after so many minutes, at the next logged step; 0: by steps alone.
-      keep, keep_every: the newest `keep` resumable checkpoints stay on disk, and those of steps that `keep_every` divides; 0: no others.
+      values: nested sections; values of the command line are `Text`.
+      file, command: dotted keys that each of the two sets.
     """
 
-    stage: str
-    run_dir: str
-    init_from: str = ""
-    seed: int = 0
-    steps: int = 1000
-    batch_size: int = 64
-    log_every: int = 10
-    save_every: int = 200
-    grid_every: int = 200
-    save_minutes: float = 0.0
-    keep: int = 2
-    keep_every: int = 0
-
-    def __post_init__(self):
-        for name in ("steps", "batch_size", "log_every", "save_every", "keep"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"config.{name}={getattr(self, name)} must be at least 1")
-        for name in ("save_minutes", "keep_every"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"config.{name}={getattr(self, name)} must not be negative; 0 turns it off")
-        if not self.run_dir:
-            raise ConfigError("config.run_dir is empty; name a folder for the run's output")
+    values: dict[str, Any]
+    file: frozenset[str] = frozenset()
+    command: frozenset[str] = frozenset()
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
-    """Executes `get_config()` of a config file and applies `section.key=value` overrides, strictly.
+# ---- reading ----
+def load_changes(path: str | Path, overrides: Sequence[str] = ()) -> Changes:
+    """The changes of a file's `get_config()`, and of `section.key=value` overrides over them.
 
     Raises:
-      ConfigError: the file is missing or has no get_config; a key is unknown or a value has another type than its default.
+      ConfigError: the file is missing, raises, or returns no ConfigDict; an override has no value.
     """
     path = Path(path)
     if not path.is_file():
@@ -89,9 +75,27 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
         raise ConfigError(f"{path}: {str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__}") from e
     finally:
         sys.path.remove(str(root))
+    values = config.to_dict()
+    file = frozenset(flat(values))
+    command = merge_overrides(values, overrides)
+    return Changes(values, file, command)
+
+
+def merge_overrides(values: dict[str, Any], overrides: Sequence[str]) -> frozenset[str]:
+    """Writes `section.key=value` overrides into nested sections and returns their dotted keys. ConfigError where one has no value."""
+    keys = set()
     for override in overrides:
-        apply_override(config, override)
-    return config.lock()
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ConfigError(f"override {override!r} has no value; write --config.{key}=VALUE")
+        *sections, last = key.split(".")
+        node = values
+        for name in sections:
+            inner = node.get(name)
+            node[name] = node = inner if isinstance(inner, dict) else {}
+        node[last] = Text(text)
+        keys.add(key)
+    return frozenset(keys)
 
 
 def read_overrides(arguments: Sequence[str]) -> list[str]:
@@ -102,39 +106,117 @@ def read_overrides(arguments: Sequence[str]) -> list[str]:
     return [argument.removeprefix("--config.") for argument in arguments]
 
 
-def apply_override(config: ConfigDict, override: str) -> None:
-    """Sets one `section.key=value`; the value is a Python literal, or a bare string where the default is one."""
-    key, eq, text = override.partition("=")
-    if not eq:
-        raise ConfigError(f"override {override!r} has no value; write --config.{key}=VALUE")
-    *sections, last = key.split(".")
-    node = config
-    for name in sections:
-        if not isinstance(node, ConfigDict) or name not in node:
-            raise ConfigError(f"config.{key}: no section {name!r}; known here: {', '.join(sorted(node))}")
-        node = node[name]
-    if isinstance(node, ConfigDict) and "preset" in node and last not in node:
-        node[last] = literal(text)  # a field of the preset; `from_preset` knows them and their types
-        return
-    if not isinstance(node, ConfigDict) or last not in node:
-        known = ", ".join(sorted(node)) if isinstance(node, ConfigDict) else "nothing"
-        raise ConfigError(f"config.{key}: unknown key; known here: {known}")
-    default = node[last]
-    if isinstance(default, ConfigDict):
-        raise ConfigError(f"config.{key} is a section; set one of its keys: {', '.join(sorted(default))}")
-    value = literal(text)
-    if isinstance(default, bool) and not isinstance(value, bool):
-        value = {"true": True, "false": False}.get(text.lower(), value)
-    if isinstance(default, str):
-        value = text
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if isinstance(default, (tuple, list)) and isinstance(value, (tuple, list)):
-        value = type(default)(value)
-    # None turns an optional number off; where a number is needed, the section's dataclass refuses it.
-    if default is not None and value is not None and type(value) is not type(default):
-        raise ConfigError(f"config.{key}={text}: expected {type(default).__name__}, such as {default!r}")
-    node[last] = value
+# ---- applying ----
+@typing.runtime_checkable
+class Section(typing.Protocol):
+    """A part of a configuration whose keys are not simply the fields of one dataclass, such as a preset with changes."""
+
+    def updated(self, changes: Mapping[str, Any], where: str) -> Section:
+        """A copy with some keys changed. ConfigError, naming `where`, for what does not fit."""
+        ...
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every key with its value."""
+        ...
+
+    def explained(self) -> dict[str, str]:
+        """Every key with its explanation."""
+        ...
+
+
+def updated(default: T, changes: Mapping[str, Any], where: str = "config") -> T:
+    """A copy of a (nested) frozen dataclass with some fields changed, each value checked by the type of its field.
+
+    Raises:
+      ConfigError: an unknown key (the nearest known ones are named), a value of another type, or one that the dataclass refuses.
+    """
+    if isinstance(default, Section):
+        return default.updated(changes, where)
+    if isinstance(default, Mapping):
+        return _updated_mapping(default, changes, where)
+    hints = typing.get_type_hints(type(default))
+    fields = [f.name for f in dataclasses.fields(default) if f.init]
+    new = {}
+    for key, value in changes.items():
+        if key not in fields:
+            raise ConfigError(unknown_key(where, key, fields))
+        old = getattr(default, key)
+        if not is_section(old):
+            new[key] = typed(value, hints[key], f"{where}.{key}", old)
+        elif isinstance(value, Mapping):
+            new[key] = updated(old, value, f"{where}.{key}")
+        else:
+            raise ConfigError(f"{where}.{key} is a section; set one of its keys: {', '.join(sorted(as_dict(old)))}")
+    return checked(lambda: dataclasses.replace(default, **new), where)
+
+
+def checked(make: Any, where: str) -> Any:
+    """What `make()` returns; a value that a dataclass refuses becomes a ConfigError that says where it stands."""
+    try:
+        return make()
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as e:
+        raise ConfigError(f"{where}: {e}") from None
+
+
+def _updated_mapping(default: Mapping[str, Any], changes: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Sections of one class under free names: a new name starts from the class's defaults."""
+    new, kind = dict(default), type(next(iter(default.values())))
+    for name, value in changes.items():
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where}.{name} is a section; set one of its keys: {', '.join(f.name for f in dataclasses.fields(kind))}")
+        new[name] = updated(default[name] if name in default else kind(), value, f"{where}.{name}")
+    return new
+
+
+def is_section(value: Any) -> bool:
+    """Whether a field's value has keys of its own."""
+    return isinstance(value, (Section, Mapping)) or dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def unknown_key(where: str, key: str, known: Sequence[str]) -> str:
+    """The message for a key that a section does not have."""
+    near = difflib.get_close_matches(key, known, n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known here: {', '.join(sorted(known))}"
+    return f"{where}.{key}: unknown key; {hint}"
+
+
+def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+    """A frozen dataclass from plain values, such as those of a JSON file.
+
+    Raises:
+      ConfigError: an unknown key, a missing one, or a value that does not fit.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = [f.name for f in dataclasses.fields(cls) if f.init]
+    for key in values:
+        if key not in fields:
+            raise ConfigError(unknown_key(where, key, fields))
+    given = {key: typed(value, hints[key], f"{where}.{key}") for key, value in values.items()}
+    return checked(lambda: cls(**given), where)
+
+
+# ---- types ----
+def typed(value: Any, hint: Any, where: str, example: Any = None) -> Any:
+    """A value as an annotated type wants it: lists become tuples, and `Text` is read as a literal, or taken as it is for a string.
+
+    Raises:
+      ConfigError: naming the key, its value and what is expected.
+    """
+    if isinstance(value, Text):
+        given, value = str(value), literal(value)
+        if not fits(value, hint):
+            value = {"true": True, "false": False}.get(given.lower(), given)
+    else:
+        given = repr(value)
+    value = frozen(value)
+    if not fits(value, hint):
+        expected = hint.__name__ if isinstance(hint, type) else str(hint)
+        such = "" if example is None else f", such as {example!r}"
+        raise ConfigError(f"{where}={given}: expected {expected}{such}")
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return float(value) if whole and hint in (float, float | None) else value
 
 
 def literal(text: str) -> Any:
@@ -142,50 +224,16 @@ def literal(text: str) -> Any:
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        return text
+        return str(text)
 
 
-def build(cls: type[T], section: Any, where: str) -> T:
-    """A frozen dataclass from a config section; nested dataclass fields are built from nested sections.
-
-    Raises:
-      ConfigError: an unknown key, a missing one, or a value the dataclass refuses.
-    """
-    data = dict(section.items()) if isinstance(section, ConfigDict) else dict(section)
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
-    unknown = sorted(set(data) - set(fields))
-    if unknown:
-        raise ConfigError(f"{where}.{unknown[0]}: unknown key; {cls.__name__} has {', '.join(sorted(fields))}")
-
-    def frozen(value):
-        return tuple(frozen(v) for v in value) if isinstance(value, (list, tuple)) else value
-
-    check_types(cls, data, where)
-    try:
-        return cls(**{name: frozen(value) for name, value in data.items()})
-    except TypeError as e:
-        raise ConfigError(f"{where}: {e}") from None
-    except ConfigError:
-        raise
-    except ValueError as e:
-        raise ConfigError(f"{where}: {e}") from None
-
-
-def check_types(cls: type, values: Mapping[str, Any], where: str) -> None:
-    """Refuses values that do not fit the annotations of a dataclass; whole numbers fit `float`, lists fit tuples.
-
-    Raises:
-      ConfigError: naming the key, its value and what was expected.
-    """
-    hints = typing.get_type_hints(cls)
-    for name, value in values.items():
-        if not fits(value, hints[name]):
-            expected = hints[name].__name__ if isinstance(hints[name], type) else str(hints[name])
-            raise ConfigError(f"{where}.{name}={value!r}: expected {expected}")
+def frozen(value: Any) -> Any:
+    """Lists become tuples, at every depth."""
+    return tuple(map(frozen, value)) if isinstance(value, (list, tuple)) else value
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a configuration value is of an annotated type."""
+    """Whether a value is of an annotated type; whole numbers fit `float`, lists fit tuples."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return True
@@ -200,42 +248,64 @@ def fits(value: Any, hint: Any) -> bool:
         return len(inner) == len(value) and all(map(fits, value, inner))
     if hint in (int, float):
         return isinstance(value, (int, hint)) and not isinstance(value, bool)
-    return hint is Any or not isinstance(hint, type) or isinstance(value, hint)
+    return not isinstance(hint, type) or isinstance(value, hint)
 
 
-def check_sections(config: ConfigDict, sections: Sequence[str], stage: str) -> None:
-    """Refuses a configuration that lacks a section its stage reads, or holds one that it does not.
+# ---- showing and saving ----
+def as_dict(config: Any) -> dict[str, Any]:
+    """Every key of a configuration with its value, sections as nested dictionaries; JSON-able."""
+    if isinstance(config, Section):
+        return config.as_dict()
+    items = (
+        config.items() if isinstance(config, Mapping) else ((f.name, getattr(config, f.name)) for f in dataclasses.fields(config) if f.init)
+    )
+    return {name: as_dict(value) if is_section(value) else value for name, value in items}
 
-    Raises:
-      ConfigError: naming the first such section.
+
+@functools.cache
+def explanations(cls: type) -> dict[str, str]:
+    """{field: sentence} of a dataclass, from the "Attributes:" part of its docstring and those of its base classes.
+
+    An entry is `name: sentence` or `name, name: sentence`, on a line of its own, continued on more deeply indented lines.
     """
-    have = {key for key, value in config.items() if isinstance(value, ConfigDict)}
-    missing, extra = sorted(set(sections) - have), sorted(have - set(sections))
-    if missing:
-        raise ConfigError(f"config.{missing[0]}: stage {stage} needs this section; start from configs.base.{stage}()")
-    if extra:
-        raise ConfigError(f"config.{extra[0]}: stage {stage} reads no such section; it reads {', '.join(sorted(sections))}")
+    out: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        _, _, entries = inspect.cleandoc(base.__dict__.get("__doc__") or "").partition("Attributes:\n")
+        for entry in re.split(r"\n(?=  \S)", entries.split("\n\n")[0]):
+            names, colon, sentence = entry.strip().partition(": ")
+            if colon and re.fullmatch(r"\w+(, \w+)*", names):
+                out |= dict.fromkeys(names.split(", "), " ".join(sentence.split()))
+    return out
 
 
-def run_config(config: ConfigDict) -> RunConfig:
-    """The shared part of a configuration: its top-level plain keys.
-
-    Raises:
-      ConfigError: a key is unknown, or the configuration is one of inference.
-    """
-    if config.get("stage") == "inference":
-        raise ConfigError("config.stage='inference' trains nothing; give this file to xomni generate, chat, eval or plan")
-    return build(RunConfig, {k: v for k, v in config.items() if not isinstance(v, ConfigDict)}, "config")
+def shown(config: Any, changes: Changes) -> str:
+    """The resolved configuration as text: a line a key, with where its value comes from and what it means."""
+    legend = "# * set by the file, + set on the command line; everything else is the default"
+    return "\n".join([legend, *_lines(config, changes, "", 0)])
 
 
-def save_resolved(config: ConfigDict, run_dir: Path, write: bool = True) -> None:
+def _lines(config: Any, changes: Changes, prefix: str, depth: int) -> Iterator[str]:
+    own = isinstance(config, Section)
+    said = config.explained() if own else {} if isinstance(config, Mapping) else explanations(type(config))
+    inner = config.as_dict() if own else config if isinstance(config, Mapping) else vars(config)
+    for name, value in inner.items():
+        key, indent, why = prefix + name, "  " * depth, f"  # {said[name]}" if said.get(name) else ""
+        if is_section(value) and not own:
+            yield f"  {indent}{name}:{why}"
+            yield from _lines(value, changes, f"{key}.", depth + 1)
+        else:
+            mark = "+" if key in changes.command else "*" if key in changes.file else " "
+            yield f"{mark} {indent}{name} = {value!r}{why}"
+
+
+def save_resolved(config: Any, run_dir: Path, write: bool = True) -> None:
     """Writes RUN/config.json; refuses to go on in a run directory that was made with another configuration.
 
     Logging intervals and the addresses of services may change between sessions of one run, they do not change what a step computes;
     and `steps` may, to train on: schedules then follow the new length. Without `write` it only compares: one process of a run writes.
     """
     path = run_dir / "config.json"
-    text = config.to_json_best_effort(indent=1, sort_keys=True)
+    text = json.dumps(as_dict(config), indent=1, sort_keys=True, default=str)
     if path.is_file():
         old, new = flat(json.loads(path.read_text())), flat(json.loads(text))
         changed = sorted(k for k in set(old) | set(new) if not may_change(k) and old.get(k) != new.get(k))
@@ -263,3 +333,40 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         out |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
     return out
+
+
+# ---- sections of their own kind ----
+@dataclasses.dataclass(frozen=True)
+class Overrides:
+    """Changes to a dataclass whose own values are known only later, such as the settings that a model directory holds.
+
+    Attributes:
+      cls: the dataclass.
+      values: the fields that are changed; every other field is None in the configuration and keeps the later value.
+    """
+
+    cls: type
+    values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def updated(self, changes: Mapping[str, Any], where: str) -> Overrides:
+        """More changes; None takes one back."""
+        hints, fields = typing.get_type_hints(self.cls), [f.name for f in dataclasses.fields(self.cls)]
+        new = dict(self.values)
+        for key, value in changes.items():
+            if key not in fields:
+                raise ConfigError(unknown_key(where, key, fields))
+            value = typed(value, hints[key] | None, f"{where}.{key}")
+            new = {k: v for k, v in new.items() if k != key} | ({} if value is None else {key: value})
+        return Overrides(self.cls, new)
+
+    def over(self, settings: T, where: str) -> T:
+        """The settings with the changes applied."""
+        return updated(settings, self.values, where)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every field; None where it is not changed."""
+        return {f.name: self.values.get(f.name) for f in dataclasses.fields(self.cls)}
+
+    def explained(self) -> dict[str, str]:
+        """The explanations of the dataclass."""
+        return explanations(self.cls)

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from xomni_jax.data import glyphs, words
+from xomni_jax.data.sources import DataSection
 
 PATCH = 8
 COLOURS = {
@@ -59,10 +60,17 @@ Size = tuple[int, int]
 class RenderedConfig:
     """What the rendered examples look like.
 
-    `sizes` (height, width in pixels, multiples of 8) come with `weights` and with `text_lengths` (least and most characters of a
-    sign) of the same length. `shapes` is the share of shape images, drawn on `shape_sizes` only. `pseudo_words` is the share of
-    made-up words and `other_faces` the share of signs not in the main face. `on_grid` is the share of shape images whose shapes
-    stand on the token grid; `centred` the share of signs in the vertical middle. The held-out split never draws made-up words.
+    Attributes:
+      split: train or heldout; the held-out words and combinations of shapes are in no training example, and none of its words is made up
+      sizes: (height, width) of the images in pixels, multiples of 8
+      weights: how often each size is drawn
+      text_lengths: least and most characters of a sign, for each size
+      shapes: share of images with shapes instead of a sign
+      shape_sizes: sizes on which shapes are drawn
+      pseudo_words: share of made-up words
+      other_faces: share of signs that are not in the main typeface
+      centred: share of signs in the vertical middle
+      on_grid: share of shape images whose shapes stand on the token grid
     """
 
     split: words.Split = "train"
@@ -102,6 +110,22 @@ class RenderedConfig:
         for size in self.shape_sizes:
             if min(size) < 32:
                 raise ValueError(f"shape_sizes holds {size[0]}x{size[1]}; four shapes need at least 32 px on each side.")
+
+
+class RenderedSource:
+    """The rendered set as a source: endless; a batch has images of one size, drawn by weight."""
+
+    Options = RenderedConfig
+
+    def __init__(self, options: RenderedConfig, seed: int, batch_size: int):
+        self.options, self.seed, self.batch_size = options, seed, batch_size
+
+    def __len__(self) -> int:
+        return 2**40
+
+    def __getitem__(self, index: int) -> Example:
+        size = draw_size(self.seed, index // self.batch_size, self.options)
+        return render_example(self.seed, index, self.options, size)
 
 
 def draw_size(seed: int, index: int, config: RenderedConfig) -> Size:
@@ -288,3 +312,10 @@ def _pick(rng: np.random.Generator, options: Sequence, first: float | None = Non
 def _check_size(size: Size) -> None:
     if len(size) != 2 or any(s < 16 or s % PATCH for s in size):
         raise ValueError(f"size {'x'.join(map(str, size))} must be height x width, multiples of {PATCH} and at least 16 px.")
+
+
+# What the training stages learn from when a configuration names nothing else: short and long signs in the main typeface, and some shapes.
+SIGNS = DataSection(
+    "rendered",
+    RenderedConfig(weights=(0.7, 0.3), text_lengths=((3, 6), (12, 16)), shapes=0.2, other_faces=0.0, centred=1.0, on_grid=1.0),
+)

@@ -1,52 +1,129 @@
-"""The rendered set as grain data: endless or counted, seeded, split over hosts, resumable."""
+"""Where training examples come from: named sources with random access, and their batches as grain data.
+
+An example is a dict. Every stage reads `image` (uint8 [H, W, 3]), `caption` and `id`; understanding reads `question` and `answer`, rewards read
+`targets`, and the tokenizer's dense task reads `columns` (int32 [Y, X], a label per token).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol
 
 import grain
 import numpy as np
 
-from xomni_jax.data.rendered import Example, RenderedConfig, draw_size, render_example
+from xomni_jax.core.config import ConfigError, as_dict, checked, explanations, updated
+from xomni_jax.core.registry import Registry
 
-_ENDLESS = 2**40  # batches; grain counts with 64-bit integers
-_ARRAYS = ("image", "columns")
+ENDLESS = 2**40  # examples of a source without an end; grain counts with 64-bit integers
+
+Example = dict[str, Any]
 
 
-def rendered_dataset(
-    config: RenderedConfig,
+class Source(Protocol):
+    """Examples by index. Examples n * batch_size to (n + 1) * batch_size - 1 make up batch n and have images of one size.
+
+    Attributes:
+      Options: frozen dataclass of what can be configured, with a field `sizes`: the (height, width) in pixels that images may have.
+    """
+
+    Options: ClassVar[type]
+
+    def __init__(self, options: Any, seed: int, batch_size: int): ...
+
+    def __len__(self) -> int:
+        """Number of examples; `ENDLESS` where they are made up. Those of a finite source are shuffled in every epoch."""
+        ...
+
+    def __getitem__(self, index: int) -> Example: ...
+
+
+SOURCES = Registry("source", {"rendered": "xomni_jax.data.rendered:RenderedSource"})
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSection:
+    """The part of a configuration that names a source and its options.
+
+    Attributes:
+      source: a name in `SOURCES`, or path/to/file.py:Class.
+      options: an instance of the source's `Options`.
+    """
+
+    source: str
+    options: Any
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) in pixels of the images; the first is the main one."""
+        return self.options.sizes
+
+    def open(self, seed: int, batch_size: int) -> Source:
+        """The source itself, its batches of `batch_size` examples."""
+        return SOURCES.get(self.source)(self.options, seed, batch_size)
+
+    def updated(self, changes: Mapping[str, Any], where: str) -> DataSection:
+        """With another source, which starts from its own defaults, or with other options."""
+        changes = dict(changes)
+        source, options = str(changes.pop("source", self.source)), self.options
+        if source != self.source:
+            options = checked(lambda: SOURCES.get(source).Options(), f"{where}.source")
+            if not hasattr(options, "sizes"):
+                raise ConfigError(f"{where}.source={source!r}: its Options have no field `sizes`, the (height, width) pairs of its images")
+        return DataSection(source, updated(options, changes, where))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The source's name and its options."""
+        return {"source": self.source} | as_dict(self.options)
+
+    def explained(self) -> dict[str, str]:
+        """The explanations of the options."""
+        return {"source": f"one of {', '.join(SOURCES.names())}, or a class of your own as path/to/file.py:Class"} | explanations(
+            type(self.options)
+        )
+
+
+def batches(
+    data: DataSection,
     seed: int,
     batch_size: int,
     *,
     rows: Sequence[int] | None = None,
-    batches: int | None = None,
+    count: int | None = None,
     transform: Callable[[dict[str, Any]], Any] | None = None,
     prefetch: int = 2,
 ) -> grain.IterDataset:
-    """Batches of rendered examples as a grain IterDataset, endless unless `batches` says how many.
+    """Batches of a source as a grain IterDataset, endless unless `count` says how many.
 
-    `batch_size` counts examples over all hosts; `rows` are those of every batch that this host renders (None: all), so that batches do
-    not depend on the number of hosts, nor does an iterator's state: it counts batches. All examples of a batch have one size, drawn by
-    weight per batch and the same on every host: shapes are static and every batch is full. `transform` maps a collated batch (see
-    `collate`). One thread renders `prefetch` batches ahead; 0 renders in the caller's thread. Iterators have `get_state()` and
-    `set_state()`. Raises ValueError when there is no batch, or a row that it has not.
+    `batch_size` counts examples over all hosts; `rows` are those of every batch that this host loads (None: all), so that batches do
+    not depend on the number of hosts, nor does an iterator's state: it counts batches. `transform` maps a collated batch (see `collate`).
+    One thread loads `prefetch` batches ahead; 0 loads in the caller's thread. Iterators have `get_state()` and `set_state()`.
+
+    Raises:
+      ValueError: there is no batch, or a row that it has not.
     """
     rows = range(batch_size) if rows is None else tuple(rows)
     if not rows or min(rows) < 0 or max(rows) >= batch_size:
         raise ValueError(f"batch_size={batch_size}, rows {tuple(rows)}: need rows from 0 to below batch_size")
+    source = data.open(seed, batch_size)
+    examples = source if len(source) >= ENDLESS else grain.MapDataset.source(source).shuffle(seed).repeat()
 
     def batch(number: int) -> dict[str, Any]:
-        number = int(number)
-        size = draw_size(seed, number, config)
-        return collate([render_example(seed, number * batch_size + row, config, size) for row in rows])
+        return collate([examples[int(number) * batch_size + row] for row in rows])
 
-    dataset = grain.MapDataset.range(_ENDLESS if batches is None else batches).map(batch)
+    dataset = grain.MapDataset.range(ENDLESS if count is None else count).map(batch)
     if transform is not None:
         dataset = dataset.map(transform)
     return dataset.to_iter_dataset(grain.ReadOptions(num_threads=1 if prefetch else 0, prefetch_buffer_size=prefetch))
 
 
+def first_batch(data: DataSection, seed: int, batch_size: int) -> dict[str, Any]:
+    """The first batch of a source, collated."""
+    return next(iter(batches(data, seed, batch_size, prefetch=0)))
+
+
 def collate(examples: Sequence[Example]) -> dict[str, Any]:
-    """Examples of one size -> one dict: `image` uint8 [B, H, W, 3] and `columns` int32 [B, Y, X] stacked, the rest lists."""
-    return {k: np.stack([e[k] for e in examples]) if k in _ARRAYS else [e[k] for e in examples] for k in examples[0]}
+    """Examples of one batch -> one dict: arrays stacked, everything else as lists."""
+    columns = {key: [example[key] for example in examples] for key in examples[0]}
+    return {key: np.stack(values) if isinstance(values[0], np.ndarray) else values for key, values in columns.items()}

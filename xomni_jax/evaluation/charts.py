@@ -1,21 +1,49 @@
-"""Small SVG charts for a page that stands alone: lines, and dots with intervals. Colours are CSS classes s0, s1, ..."""
+"""Charts of the pages: matplotlib figures as inline SVG in the colours of the page, light and dark."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+import io
+import itertools
+import re
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from markupsafe import Markup
 
-WIDTH, HEIGHT = 420, 230
-LEFT, RIGHT, TOP, BOTTOM = 44, 12, 10, 34
-MAX_POINTS = 300  # a line needs no more to be seen
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+WIDTH, HEIGHT, ROW_HEIGHT = 420, 230, 26  # pixels; matplotlib's SVG has 72 to the inch
+SERIES = ("#8a97a8", "#d9480f", "#1971c2", "#5f3dc4")
+INK, SOFT, GRID = "#1c2430", "#5b6675", "#dfe4ea"
+# Colours become the custom properties of page.css, which has a second set of values for dark screens.
+VARIABLES = {INK: "var(--ink)", SOFT: "var(--soft)", GRID: "var(--line)"} | {colour: f"var(--s{i})" for i, colour in enumerate(SERIES)}
+STYLE = {
+    "svg.fonttype": "none",  # text stays text
+    "text.parse_math": False,
+    "font.size": 12,
+    "text.color": INK,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": SOFT,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "grid.color": GRID,
+    "xtick.labelcolor": SOFT,
+    "ytick.labelcolor": SOFT,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "legend.frameon": False,
+    "legend.labelcolor": SOFT,
+}
 
 
 class Line(NamedTuple):
-    """One series; `low` and `high` draw a band, `smooth` averages over that many points with the raw line faint behind."""
+    """One series; `low` and `high` draw a band, `smooth` averages over that many points, with the raw line faint behind."""
 
     label: str
     x: Sequence[float]
@@ -27,7 +55,7 @@ class Line(NamedTuple):
 
 
 class Dot(NamedTuple):
-    """A value with its interval; `series` is its colour."""
+    """A value with its interval; `series` is the number of its colour."""
 
     label: str
     value: float | None
@@ -36,12 +64,83 @@ class Dot(NamedTuple):
     series: int = 0
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers inside [low, high]."""
-    step = 10 ** math.floor(math.log10((high - low) / count))
-    step *= next(m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= count)
-    first = math.ceil(low / step - 1e-9)
-    return [round(i * step, 10) for i in range(first, int(math.floor(high / step + 1e-9)) + 1)]
+def line_chart(
+    title: str,
+    lines: Sequence[Line],
+    x_label: str,
+    y_range: tuple[float, float] | None = None,
+    level: tuple[str, float] | None = None,
+    powers_of_two: bool = False,
+) -> str:
+    """Lines over a common x axis; empty without any point.
+
+    Args:
+      title: what is shown, for readers who hear the page.
+      level: label and height of a horizontal line.
+      powers_of_two: the x axis is logarithmic, with a tick at every point.
+    """
+    lines = [line for line in lines if len(line.x)]
+
+    def draw(axes: Axes) -> None:
+        for line, colour in zip(lines, itertools.cycle(SERIES)):
+            if line.low is not None and line.high is not None:
+                axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.18, linewidth=0)
+            if line.smooth > 1:
+                axes.plot(line.x, line.y, color=colour, alpha=0.3, linewidth=1)
+            axes.plot(line.x, moving_average(line.y, line.smooth), "o-" if line.dots else "-", color=colour, label=line.label, linewidth=2)
+        if level:
+            axes.axhline(level[1], color=SERIES[1], linestyle=(0, (4, 3)), linewidth=1.5)
+            place = dict(xycoords=("axes fraction", "data"), xytext=(0, 3), textcoords="offset points")
+            axes.annotate(level[0], (0, level[1]), color=SERIES[1], weight="bold", **place)
+        if powers_of_two:
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(lines[0].x, [f"{x:g}" for x in lines[0].x], minor=False)
+            axes.minorticks_off()
+        axes.grid(axis="x", visible=False)
+        axes.set_xlabel(x_label)
+        axes.set_ylim(y_range)
+        if len(lines) > 1:
+            axes.figure.legend(loc="outside lower left", ncols=len(lines))
+
+    return _svg(title, HEIGHT, draw) if lines else ""
+
+
+def dot_chart(title: str, dots: Sequence[Dot]) -> str:
+    """One row per entry, for values from 0 to 1: name, interval, dot, number. Entries without a value say so."""
+
+    def draw(axes: Axes) -> None:
+        for row, dot in enumerate(dots):
+            if dot.value is None:
+                axes.annotate("not measured", (0, row), va="center", color=SOFT)
+                continue
+            if dot.low is not None and dot.high is not None:
+                axes.plot([dot.low, dot.high], [row, row], color=SERIES[dot.series], alpha=0.35, linewidth=5, solid_capstyle="round")
+            axes.plot(dot.value, row, "o", color=SERIES[dot.series], markersize=10)
+            axes.annotate(f"{dot.value:.2f}", (1.04, row), xycoords=("axes fraction", "data"), va="center", weight="bold")
+        axes.grid(axis="y", visible=False)
+        axes.spines["bottom"].set_visible(False)
+        axes.set_xlim(0, 1)
+        axes.set_ylim(len(dots) - 0.5, -0.5)
+        axes.set_yticks(range(len(dots)), [dot.label for dot in dots], color=INK)
+
+    return _svg(title, ROW_HEIGHT * (len(dots) + 1), draw)
+
+
+def bar_chart(title: str, parts: Mapping[str, float], limit: float, unit: str) -> str:
+    """One bar made of parts, with a line where it must end."""
+
+    def draw(axes: Axes) -> None:
+        left = 0.0
+        for (label, size), colour in zip(parts.items(), itertools.cycle(SERIES[2:])):
+            axes.barh(0, size, left=left, color=colour, label=f"{label} {size:.2f}")
+            left += size
+        axes.axvline(limit, color=SERIES[1], linewidth=2, label=f"limit {limit:.2f}")
+        axes.grid(visible=False)
+        axes.set_yticks([])
+        axes.set_xlabel(unit)
+        axes.figure.legend(loc="outside lower left", ncols=len(parts) + 1)
+
+    return _svg(title, 4 * ROW_HEIGHT, draw)
 
 
 def moving_average(y: Sequence[float], width: int) -> np.ndarray:
@@ -53,90 +152,19 @@ def moving_average(y: Sequence[float], width: int) -> np.ndarray:
     return (total[stop] - total[start]) / (stop - start)
 
 
-def line_chart(
-    lines: Sequence[Line],
-    x_label: str,
-    y_range: tuple[float, float] | None = None,
-    level: tuple[str, float] | None = None,
-    x_ticks: Mapping[float, str] | None = None,
-) -> str:
-    """Lines over a common x axis as SVG; `level` is a labelled horizontal line, `x_ticks` are labels at given places.
+def _svg(title: str, height: float, draw: Callable[[Axes], None]) -> Markup:
+    """What `draw` puts into the axes of a figure, as an SVG element that refers to nothing outside itself."""
+    import matplotlib
+    from matplotlib.figure import Figure
 
-    An empty string without any point.
-    """
-    lines = [line for line in lines if len(line.x)]
-    if not lines:
-        return ""
-    every = np.concatenate([np.asarray(v, np.float64) for line in lines for v in (line.y, line.low, line.high) if v is not None])
-    low, high = y_range or (float(every.min()), float(every.max()))
-    if level:
-        low, high = min(low, level[1]), max(high, level[1])
-    margin = 0.0 if y_range else 0.06 * (high - low) or 0.5 * abs(high) or 0.5
-    low, high = low - margin, high + margin
-    x_low, x_high = min(min(line.x) for line in lines), max(max(line.x) for line in lines)
-    x_high = x_high if x_high > x_low else x_low + 1
-    px = lambda x: LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)  # noqa: E731
-    py = lambda y: TOP + (high - y) / (high - low) * (HEIGHT - TOP - BOTTOM)  # noqa: E731
-
-    parts = [_grid([(py(t), f"{t:g}") for t in ticks(low, high)])]
-    for t, label in (x_ticks or {t: f"{t:g}" for t in ticks(x_low, x_high, 6)}).items():
-        parts.append(f'<text class="tick" x="{px(t):.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{label}</text>')
-    parts.append(f'<text class="tick" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x_label)}</text>')
-    for i, line in enumerate(lines):
-        x = np.asarray(line.x, np.float64)
-        path = lambda y, x=x: " ".join(f"{px(a):.1f},{py(b):.1f}" for a, b in _thin(x, y))  # noqa: E731
-        if line.low is not None and line.high is not None:
-            back = " ".join(path(line.high).split(" ")[::-1])
-            parts.append(f'<polygon class="band s{i}" points="{path(line.low)} {back}"/>')
-        if line.smooth > 1:
-            parts.append(f'<polyline class="faint s{i}" points="{path(line.y)}"/>')
-        parts.append(f'<polyline class="line s{i}" points="{path(moving_average(line.y, line.smooth))}"/>')
-        if line.dots:
-            parts += [f'<circle class="dot s{i}" cx="{px(a):.1f}" cy="{py(b):.1f}" r="3.5"/>' for a, b in zip(x, line.y)]
-    if level:
-        y = py(level[1])
-        parts.append(f'<line class="level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick strong" x="{WIDTH - RIGHT}" y="{y - 5:.1f}" text-anchor="end">{escape(level[0])}</text>')
-    legend = "".join(f'<span><i class="key s{i}"></i>{escape(line.label)}</span>' for i, line in enumerate(lines))
-    return _svg(parts, HEIGHT) + (f'<p class="legend">{legend}</p>' if len(lines) > 1 else "")
-
-
-def dot_chart(dots: Sequence[Dot], high: float = 1.0) -> str:
-    """One line per entry: name, interval, dot, number. Entries without a value say so."""
-    left, right, row = 118, 44, 26
-    height = row * len(dots) + 26
-    px = lambda v: left + min(max(v, 0.0), high) / high * (WIDTH - left - right)  # noqa: E731
-    parts = []
-    for t in ticks(0, high, 5):
-        parts.append(f'<line class="grid" x1="{px(t):.1f}" x2="{px(t):.1f}" y1="4" y2="{height - 20}"/>')
-        parts.append(f'<text class="tick" x="{px(t):.1f}" y="{height - 6}" text-anchor="middle">{t:g}</text>')
-    for i, dot in enumerate(dots):
-        y = row * i + row / 2 + 2
-        parts.append(f'<text class="name" x="{left - 10}" y="{y + 4}" text-anchor="end">{escape(dot.label)}</text>')
-        if dot.value is None:
-            parts.append(f'<text class="tick" x="{left}" y="{y + 4}">not measured</text>')
-            continue
-        if dot.low is not None and dot.high is not None:
-            parts.append(f'<line class="whisker s{dot.series}" x1="{px(dot.low):.1f}" x2="{px(dot.high):.1f}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<circle class="dot s{dot.series}" cx="{px(dot.value):.1f}" cy="{y}" r="5.5"/>')
-        parts.append(f'<text class="value" x="{WIDTH - 4}" y="{y + 4}" text-anchor="end">{dot.value:.2f}</text>')
-    return _svg(parts, height)
-
-
-def _grid(levels: Sequence[tuple[float, str]]) -> str:
-    lines = (
-        f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{label}</text>'
-        for y, label in levels
-    )
-    return "".join(lines)
-
-
-def _thin(x: np.ndarray, y: Sequence[float]) -> list[tuple[float, float]]:
-    keep = np.unique(np.linspace(0, len(x) - 1, min(len(x), MAX_POINTS)).round().astype(int))
-    y = np.asarray(y, np.float64)
-    return [(x[i], y[i]) for i in keep]
-
-
-def _svg(parts: Sequence[str], height: float) -> str:
-    return f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img">{"".join(parts)}</svg>'
+    file = io.StringIO()
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": title}):  # names of markers: the same in every run, others in every chart
+        figure = Figure(figsize=(WIDTH / 72, height / 72), layout="constrained")
+        draw(figure.add_subplot())
+        for artist in figure.findobj():
+            artist.set_clip_on(False)
+        figure.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    element = re.sub(r'<g id="[^"]*"', "<g", file.getvalue().partition("<svg ")[2])
+    for colour, variable in VARIABLES.items():
+        element = element.replace(colour, variable)
+    return Markup(f'<svg role="img" aria-label="{escape(title)}" {element}')

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Sequence
-from html import escape
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from xomni_jax.checkpoint.store import write_json
-from xomni_jax.evaluation.eval_run import EvalRun, read_eval_run, reading, same_items
-from xomni_jax.evaluation.gallery import article, controls, embed, folded, image_order, left_out, output_figures, verdict
-from xomni_jax.evaluation.markup import decimal, document, interval, section, table, write_text
+from xomni_jax.core.tables import TableCell, aligned, csv_text, format_estimate, format_number
+from xomni_jax.evaluation.eval_run import EvalRun, Shot, read_eval_run, same_items
+from xomni_jax.evaluation.gallery import embed, image_order, item_outputs, left_out
+from xomni_jax.evaluation.pages import write_page, write_text
 from xomni_jax.evaluation.statistics import bootstrap_mean, paired_difference, with_bounds
 from xomni_jax.evaluation.suite import SuiteError
 
@@ -101,109 +99,74 @@ def change(scores: Sequence[float | None]) -> float:
 # ---- for readers ----
 def table_text(comparison: dict[str, Any]) -> str:
     """The comparison for a terminal."""
-    first, *others = comparison["runs"]
-    width = max(len(r["name"]) for r in comparison["rows"])
-    lines = [f"{comparison['title']}: {comparison['rows'][0]['items']} items, differences to {first['name']}, 95% intervals"]
-    for run in comparison["runs"]:
-        lines.append(f"  {run['name']}: {run['headline']['name']} {show(run['headline']['value'])}")
-    for name, values in comparison["settings"].items():
-        lines.append(f"  {name}: " + " | ".join(map(str, values)))
-    lines.append("")
-    for i, other in enumerate(others):
-        lines.append(f"{'mean score':<{width}}  items  {first['name'][:14]:>14}  {other['name'][:14]:>14}  difference")
-        for r in comparison["rows"]:
-            d = r["differences"][i]
-            between = "" if d["ci95"] is None else f"  [{d['ci95'][0]:+.4f}, {d['ci95'][1]:+.4f}]"
-            value = "-" if d["value"] is None else f"{d['value']:+.4f}"
-            means = f"{show(r['means'][0]):>14}  {show(r['means'][i + 1]):>14}"
-            lines.append(f"{r['name']:<{width}}  {d['items']:>5}  {means}  {value:>10}{between}")
-        lines.append("")
-    return "\n".join(lines)
+    lines = [f"{comparison['title']}: {len(comparison['items'])} items, means and differences with 95% intervals"]
+    lines += [f"  {name}: " + " | ".join(map(str, values)) for name, values in comparison["settings"].items()]
+    return "\n".join([*lines, "", aligned(difference_table(comparison)), ""])
 
 
-def show(value: float | None) -> str:
-    """Four decimals, or a dash."""
-    return "-" if value is None else f"{value:.4f}"
-
-
-def items_csv(comparison: dict[str, Any]) -> str:
-    """One line per item: the score in every run, and each run's difference to the first."""
+def item_rows(comparison: dict[str, Any]) -> Iterator[list[Any]]:
+    """Rows of the CSV, one per item: the score in every run, and each run's difference to the first."""
     names = [run["name"] for run in comparison["runs"]]
-    file = io.StringIO()
-    rows = csv.writer(file, lineterminator="\n")
-    rows.writerow(["id", "category", *names, *(f"{name} minus {names[0]}" for name in names[1:])])
+    yield ["id", "category", *names, *(f"{name} minus {names[0]}" for name in names[1:])]
     for item in comparison["items"]:
-        scores = item["scores"]
-        differences = ["" if None in (s, scores[0]) else s - scores[0] for s in scores[1:]]
-        rows.writerow([item["id"], item["category"], *("" if s is None else s for s in scores), *differences])
-    return file.getvalue()
+        first, *others = item["scores"]
+        yield [item["id"], item["category"], first, *others, *(None if None in (s, first) else s - first for s in others)]
 
 
 def write_comparison(runs: Sequence[EvalRun], comparison: dict[str, Any], out: str | Path) -> Path:
     """Writes compare.json, compare.csv and compare.html into a folder and returns the path of the page."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    text = page(runs, comparison, out)
     write_json(out / "compare.json", comparison)
-    write_text(out / "compare.csv", items_csv(comparison))
-    return write_text(out / "compare.html", text)
-
-
-def page(runs: Sequence[EvalRun], comparison: dict[str, Any], out: Path) -> str:
-    """The comparison as HTML; links to images start from `out`."""
-    names = [escape(run["name"]) for run in comparison["runs"]]
+    write_text(out / "compare.csv", csv_text(item_rows(comparison)))
+    names = [run["name"] for run in comparison["runs"]]
     changed = most_changed(comparison)
     wanted = image_order(runs, changed)
     images = embed(wanted)
-    cards = "".join(pair_card(runs, names, comparison, i, images, out) for i in changed)
-    said = f"The {len(changed)} items whose score changed most, {names[0]} first. {left_out(wanted, images)}"
-    categories = [comparison["items"][i]["category"] for i in changed]
-    listed = controls(categories, ORDERS) + f'<div id="items" class="items pairs">{cards}</div>' if changed else "<p>No score changed.</p>"
-    title = f"{escape(comparison['title'])}: {', '.join(names[1:])} against {names[0]}"
-    body = [
-        f"<header><p class=over>X-Omni in JAX</p><h1>{title}</h1></header>",
-        section("Scores", difference_table(comparison, names), "", METHOD),
-        section("What differs between the runs", settings_table(comparison, names)) if comparison["settings"] else "",
-        section("What changed most", listed, "", said),
-    ]
-    return document(title, "".join(body), "gallery.css", "gallery.js")
+    return write_page(
+        out / "compare.html",
+        "compare.html",
+        comparison=comparison,
+        names=names,
+        differences=difference_table(comparison),
+        settings=[["", *names], *([name, *map(str, values)] for name, values in comparison["settings"].items())],
+        items=[changed_item(runs, names, comparison["items"][i], i, images, out) for i in changed],
+        orders=ORDERS,
+        left_out=f"The {len(changed)} items whose score changed most, {names[0]} first. {left_out(wanted, images)}",
+    )
 
 
-def difference_table(comparison: dict[str, Any], names: Sequence[str]) -> str:
+def difference_table(comparison: dict[str, Any]) -> list[list[TableCell]]:
     """Headline, then mean scores and differences, overall and per category."""
-    head = ["", "items", *names, *(f"{name} minus {names[0]}" for name in names[1:])]
-    heads = [run["headline"] for run in comparison["runs"]]
-    gain = [None if None in (h["value"], heads[0]["value"]) else h["value"] - heads[0]["value"] for h in heads[1:]]
-    count = str(comparison["rows"][0]["items"])
-    rows = [(f"headline: {escape(heads[0]['name'])}", [count, *(decimal(h["value"], 4) for h in heads), *map(signed, gain)])]
+    first, *others = (run["name"] for run in comparison["runs"])
+    heads = [run["headline"]["value"] for run in comparison["runs"]]
+    gains = [None if None in (value, heads[0]) else value - heads[0] for value in heads[1:]]
+    name, count = comparison["runs"][0]["headline"]["name"], str(len(comparison["items"]))
+    table = [
+        ["", "items", first, *others, *(f"{other} minus {first}" for other in others)],
+        [f"headline: {name}", count, *map(format_number, heads), *(format_number(gain, "+.4f") for gain in gains)],
+    ]
     for r in comparison["rows"]:
-        differences = (signed(d["value"]) + interval(d["ci95"], form="+.4f") for d in r["differences"])
-        rows.append((escape(r["name"]), [str(r["items"]), *(decimal(m, 4) for m in r["means"]), *differences]))
-    return table(head, rows, (OVERALL,))
+        table.append([r["name"], str(r["items"]), *map(format_number, r["means"]), *(difference(d, r["items"]) for d in r["differences"])])
+    return table
 
 
-def signed(value: float | None) -> str:
-    """A difference, or a dash."""
-    return "&ndash;" if value is None else f"{value:+.4f}"
+def difference(measured: dict[str, Any], items: int) -> TableCell:
+    """A difference with its interval, and the number of items that have a score in both runs where that is not all."""
+    value, between = format_estimate(measured, "+.4f")
+    paired = "" if measured["items"] == items else f"{measured['items']} items"
+    return value, ", ".join(filter(None, (between, paired)))
 
 
-def settings_table(comparison: dict[str, Any], names: Sequence[str]) -> str:
-    """Settings that differ, one column per run."""
-    rows = [(escape(n), [escape(str(v)) for v in values]) for n, values in comparison["settings"].items()]
-    return f"<div class=wrap>{table(('', *names), rows)}</div>"
-
-
-def pair_card(runs: Sequence[EvalRun], names: Sequence[str], comparison: dict[str, Any], i: int, images: dict, out: Path) -> str:
-    """One item in every run, side by side."""
-    sides = []
-    for run, name, score in zip(runs, names, comparison["items"][i]["scores"]):
-        item = run.items[i]
-        shown = f"<p class=answer>{folded(reading(item, 0)) or '&empty;'}</p>{verdict(item, 0)}"
-        if "answer" not in item:
-            shown = f"<div class=images>{output_figures(run, item, images, out)}</div>"
-        sides.append(f"<div><h4>{name}: {show(score)}</h4>{shown}</div>")
-    item = runs[0].items[i]
-    by = change(comparison["items"][i]["scores"])
-    prompts = dict.fromkeys(run.items[i]["prompt"] for run in runs)  # rewritten prompts may differ
-    prompt = "".join(f'<div class="prompt">{folded(text)}</div>' for text in prompts)
-    return article(item, f"{prompt}<div class=runs>{''.join(sides)}</div>", by, f"{by:+.2f}")
+def changed_item(
+    runs: Sequence[EvalRun], names: Sequence[str], compared: dict[str, Any], i: int, images: dict[Shot, str], page_folder: Path
+) -> dict[str, Any]:
+    """Item i in every run, for the page."""
+    outputs = [item_outputs(run, run.items[i], images, page_folder) for run in runs]
+    return {
+        "id": compared["id"],
+        "category": compared["category"],
+        "change": change(compared["scores"]),
+        "prompts": list(dict.fromkeys(run.items[i]["prompt"] for run in runs)),  # rewritten prompts may differ
+        "runs": list(zip(names, map(format_number, compared["scores"]), outputs)),
+    }

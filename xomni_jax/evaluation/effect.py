@@ -267,7 +267,7 @@ class _Study(contextlib.AbstractContextManager):
         samples = 1 if temperature == 0 else samples  # greedy samples of a prompt are all the same image
         per_call = max(k for k in range(1, samples + 1) if samples % k == 0 and (k == 1 or k * c.prompts <= SAMPLER_ROWS))
         how = {"temperature": temperature, "top_k": c.top_k, "top_p": c.top_p, "min_p": c.min_p, "guidance": guidance}
-        inference = InferenceConfig(c.rl if policy == "rl" else c.sft, **how, batch=c.prompts * per_call, decode_batch=c.chunk)
+        inference = InferenceConfig(model=c.rl if policy == "rl" else c.sft, **how, batch=c.prompts * per_call, decode_batch=c.chunk)
         out = self._directory(name, samples=samples, policy=self._stamps[policy], decoder=self._stamps["sft"], sampling=how)
         config = EvalConfig(
             HeldoutSigns(self.signs, samples),

@@ -25,7 +25,6 @@ from xomni_jax.evaluation.suite import Item, Suite, SuiteError
 from xomni_jax.pipeline import XOmni
 from xomni_jax.sampling.batches import Batch, batches_by_shape, in_order, make_batches, run_batches
 from xomni_jax.sampling.keys import NOISE
-from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sequence.padding import bucket
 
 SHORTEST = 32  # tokens that prompts are padded to at least
@@ -40,7 +39,7 @@ class Generation:
         height, width = suite.size or (own.get("height", 1152), own.get("width", 1152))
         height, width = inference.height or height, inference.width or width
         self.grid = model.grid(height, width)
-        self.sampling = SamplingConfig(inference.temperature, inference.top_k, inference.top_p, inference.min_p, inference.guidance)
+        self.sampling = inference.sampling
         R, batch = suite.repeats, inference.batch
         self.per_call = config.repeats_per_call or max(r for r in range(1, R + 1) if R % r == 0 and (r == 1 or r <= batch))
         self.rows, self.decode_rows = max(1, batch // self.per_call) * model.ways, inference.decode_batch * model.ways

@@ -1,4 +1,4 @@
-"""What a GRPO run left behind: its curves, its reward weights, its times."""
+"""Reads a training run: its curves, and of a GRPO run the reward weights and the times of a step's parts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ STEP_PARTS = {"rollout": "perf/rollout_s", "decode": "perf/decode_s", "reward": 
 
 @dataclass(frozen=True)
 class GRPORun:
-    """`records`: one dict per logged step. `config`: the resolved configuration, {} when the run kept none."""
+    """A training run.
+
+    Attributes:
+      records: one dict per logged step.
+      config: the resolved configuration, {} when the run kept none.
+    """
 
     records: tuple[dict[str, Any], ...]
     config: dict[str, Any]
@@ -28,7 +33,7 @@ class GRPORun:
 
     @property
     def weights(self) -> dict[str, float]:
-        """Reward -> weight, those asked in training; OCR and shapes alike when the run does not say."""
+        """Reward -> weight of those used in training; OCR and shapes with equal weights when the run has no configuration."""
         stored = self.config.get("rewards", {"ocr": {"weight": 1.0}, "shapes": {"weight": 1.0}})
         return {name: float(reward["weight"]) for name, reward in stored.items() if reward.get("weight")}
 
@@ -38,7 +43,7 @@ class GRPORun:
         return (np.array([p[0] for p in pairs]), np.array([p[1] for p in pairs], np.float64))
 
     def step_seconds(self) -> dict[str, float | None]:
-        """Median seconds per step in each part; "reward" is what is still waited for after drawing, since scoring overlaps it."""
+        """Median seconds per step in each part; "reward" is the time waited after sampling, since scoring overlaps it."""
         return {part: float(np.median(values)) if len(values := self.curve(name)[1]) else None for part, name in STEP_PARTS.items()}
 
 

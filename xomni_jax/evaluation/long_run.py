@@ -1,4 +1,4 @@
-"""The long run's bookkeeping: how long the control trains, and one JSON of everything that was measured.
+"""Helpers of launch/long_run.sh: how many steps the control run makes, and one JSON file with all its measurements.
 
 python -m xomni_jax.evaluation.long_run steps GRPO_RUN SPEED_RUN    prints the steps that take SPEED_RUN's stage as long as GRPO_RUN took
 python -m xomni_jax.evaluation.long_run collect OUT FILE            gathers OUT/effect_*/report.json and the curves of OUT/grpo_* into FILE
@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from xomni_jax.evaluation.grpo_run import read_run
+
 CURVES = (
     "reward/total/mean",
     "reward/ocr/mean",
@@ -22,37 +24,34 @@ CURVES = (
     "image/edge_density",
     "image/colour_entropy",
 )
-CELLS = ("reconstruction", "sft", "sft_best_of_2", "sft_best_of_4", "sft_best_of_8", "sft_best_of_16", "rl")
-
-
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The logged steps of a run."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+SETTINGS = ("guidance_off", "guidance_on")
+METRICS = ("word_accuracy", "ocr_reward", "colour_accuracy", "second_reader_accuracy")
+ROWS = ("reconstruction", "sft", "sft_best_of_2", "sft_best_of_4", "sft_best_of_8", "sft_best_of_16", "rl")
 
 
 def equal_steps(grpo: Path, speed: Path) -> int:
-    """Steps of `speed`'s stage in the time `grpo` took; its first logged steps hold the compilation and do not count."""
-    spent = sum(line["perf/seconds"] for line in read_metrics(grpo))
-    return max(1, int(spent / np.median([line["perf/step_s"] for line in read_metrics(speed)[1:]])))
+    """Steps that the stage of the run `speed` makes in the time that the run `grpo` took."""
+    spent = sum(record["perf/seconds"] for record in read_run(grpo).records)
+    step_seconds = read_run(speed).curve("perf/step_s")[1]
+    return max(1, int(spent / np.median(step_seconds[1:])))  # the first logged steps hold the compilation
 
 
 def collect(out: Path) -> dict[str, Any]:
-    """Curves per training seed, and per evaluation word accuracy and OCR reward of every cell with the means over all of them."""
+    """Curves per training seed, and the rows of every evaluation with their means over the seeds."""
     effects = {path.parent.name.removeprefix("effect_"): json.loads(path.read_text()) for path in sorted(out.glob("effect_*/report.json"))}
-    table: dict[str, Any] = {}
-    for setting in ("guidance_off", "guidance_on"):
-        for cell in CELLS:
-            for metric in ("word_accuracy", "ocr_reward", "colour_accuracy", "second_reader_accuracy"):
-                values = [e[setting][cell][metric] for name, e in effects.items() if name != "control"]
-                known = [v for v in values if v is not None]
-                table.setdefault(setting, {}).setdefault(cell, {})[metric] = float(np.mean(known)) if known else None
+    of_seeds = [effect for name, effect in effects.items() if name != "control"]
+
+    def mean(setting: str, row: str, metric: str) -> float | None:
+        known = [effect[setting][row][metric] for effect in of_seeds if effect[setting][row][metric] is not None]
+        return float(np.mean(known)) if known else None
+
     return {
-        "mean_over_seeds": table,
+        "mean_over_seeds": {s: {row: {metric: mean(s, row, metric) for metric in METRICS} for row in ROWS} for s in SETTINGS},
         "rl_holds_up_to_best_of": {name: e["rl_holds_up_to_best_of"] for name, e in effects.items()},
-        "evaluations": {name: {s: e[s] for s in ("guidance_off", "guidance_on")} for name, e in effects.items()},
+        "evaluations": {name: {s: e[s] for s in SETTINGS} for name, e in effects.items()},
         "temperature_sweeps": {name: e["sft_temperature_sweep"] for name, e in effects.items()},
         "curves": {
-            run.name: {name: [line.get(name) for line in read_metrics(run)] for name in ("step", *CURVES)}
+            run.name: {name: [record.get(name) for record in read_run(run).records] for name in ("step", *CURVES)}
             for run in sorted(out.glob("grpo_*"))
         },
     }
@@ -60,14 +59,15 @@ def collect(out: Path) -> dict[str, Any]:
 
 def main(arguments: list[str]) -> None:
     """`steps` or `collect`."""
-    command, *rest = arguments
-    if command == "steps":
-        print(equal_steps(Path(rest[0]), Path(rest[1])))
-    else:
-        Path(rest[1]).write_text(
-            json.dumps(collect(Path(rest[0])), separators=(",", ":"), sort_keys=True) + "\n"
-        )  # curves: 18,000 lines otherwise
-        print(rest[1])
+    match arguments:
+        case ["steps", grpo, speed]:
+            print(equal_steps(Path(grpo), Path(speed)))
+        case ["collect", out, file]:
+            # On one line: with indentation the curves would take 18,000.
+            Path(file).write_text(json.dumps(collect(Path(out)), separators=(",", ":"), sort_keys=True) + "\n")
+            print(file)
+        case _:
+            sys.exit(__doc__)
 
 
 if __name__ == "__main__":

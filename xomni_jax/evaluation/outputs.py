@@ -17,13 +17,14 @@ from typing import Any
 import jax
 from PIL import Image
 
+from xomni_jax.core.config import as_dict
 from xomni_jax.core.distributed import connect, gather_json
 from xomni_jax.core.preemption import StopRequested, StopSignal
 from xomni_jax.evaluation.answering import answer
 from xomni_jax.evaluation.generation import Generation
 from xomni_jax.evaluation.run import EvalConfig, SuiteRun
 from xomni_jax.evaluation.suite import Item, check_images
-from xomni_jax.inference import PARTS, open_model
+from xomni_jax.inference import MODELS, open_model
 from xomni_jax.pipeline import XOmni
 from xomni_jax.sharding.mesh import make_mesh
 
@@ -39,7 +40,7 @@ def model_opener(config: EvalConfig) -> Callable[[], XOmni]:
     def opened() -> XOmni:
         mesh = make_mesh(config.mesh)
         connect(mesh)
-        return open_model(config.inference.model, mesh, config.components)
+        return open_model(config.inference.model, mesh, config.inference if config.components else None)
 
     return opened
 
@@ -81,7 +82,7 @@ def _claim_settings(run: SuiteRun, model: XOmni, how: Mapping[str, Any]) -> None
         "model": {"path": str(config.inference.model), "sha256": checkpoint_hash(config.inference.model)},
         "batch": config.inference.batch,
         **how,
-        **({"computed": {name: config.components[name].to_dict() for name in ("decode", *PARTS)}} if config.components else {}),
+        **({"computed": {name: as_dict(getattr(config.inference, name)) for name in ("decode", *MODELS)}} if config.components else {}),
         "mesh": {axis: model.mesh.shape[axis] for axis in ("fsdp", "tensor")},
         "device": f"{device.platform} {device.device_kind}",
         "versions": {name: importlib.metadata.version(name) for name in VERSIONS},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
 
@@ -15,31 +15,32 @@ OURS = "X-Omni"
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a suite's numbers stand in the paper.
+class SuiteColumns:
+    """The columns of a table of the paper that hold a suite's numbers.
 
     Attributes:
-      table: 1 to 4. column: of the headline number.
-      parts: further columns of the table -> the category of our results that belongs there.
+      table: 1 to 4.
+      headline: the column of the suite's headline number.
+      categories: further columns of the table -> the category of our results that belongs there.
     """
 
     table: int
-    column: str
-    parts: Mapping[str, str] | None = None
+    headline: str
+    categories: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def columns(self) -> tuple[str, ...]:
-        """All columns of this suite, the headline last as in the paper."""
-        return (*(self.parts or ()), self.column)
+    def all(self) -> tuple[str, ...]:
+        """All columns, the headline last as in the paper."""
+        return (*self.categories, self.headline)
 
 
-PLACES = {
-    "oneig-text-en": Place(1, "OneIG EN"),
-    "oneig-text-zh": Place(1, "OneIG ZH"),
-    "longtext-en": Place(1, "LongText EN"),
-    "longtext-zh": Place(1, "LongText ZH"),
-    "dpg": Place(2, "Overall", {name.capitalize(): name for name in ("global", "entity", "attribute", "relation", "other")}),
-    "geneval": Place(
+COLUMNS = {
+    "oneig-text-en": SuiteColumns(1, "OneIG EN"),
+    "oneig-text-zh": SuiteColumns(1, "OneIG ZH"),
+    "longtext-en": SuiteColumns(1, "LongText EN"),
+    "longtext-zh": SuiteColumns(1, "LongText ZH"),
+    "dpg": SuiteColumns(2, "Overall", {name.capitalize(): name for name in ("global", "entity", "attribute", "relation", "other")}),
+    "geneval": SuiteColumns(
         3,
         "Overall",
         {
@@ -51,12 +52,12 @@ PLACES = {
             "Colour attr.": "color_attr",
         },
     ),
-    "pope": Place(4, "POPE"),
-    "gqa": Place(4, "GQA"),
-    "mmbench": Place(4, "MMBench"),
-    "seedbench": Place(4, "SEED-Img"),
-    "docvqa": Place(4, "DocVQA"),
-    "ocrbench": Place(4, "OCRBench"),
+    "pope": SuiteColumns(4, "POPE"),
+    "gqa": SuiteColumns(4, "GQA"),
+    "mmbench": SuiteColumns(4, "MMBench"),
+    "seedbench": SuiteColumns(4, "SEED-Img"),
+    "docvqa": SuiteColumns(4, "DocVQA"),
+    "ocrbench": SuiteColumns(4, "OCRBench"),
 }
 
 
@@ -69,24 +70,18 @@ def tables() -> dict[int, dict[str, Any]]:
 
 def values(suite: str) -> dict[str, dict[str, str | None]]:
     """Model -> {column: value as printed} over the columns of a suite; models without any are left out. X-Omni is the last."""
-    place = PLACES[suite]
-    table = tables()[place.table]
-    at = {column: table["columns"].index(column) for column in place.columns}
+    columns = COLUMNS[suite]
+    table = tables()[columns.table]
+    at = {column: table["columns"].index(column) for column in columns.all}
     rows = {model: {column: row[i] for column, i in at.items()} for model, row in table["rows"].items()}
     return {model: row for model, row in rows.items() if any(row.values())}
 
 
 def ours(results: Mapping[str, Any]) -> dict[str, str | None]:
-    """Column -> value of a run as the paper would print it; None where the run has none."""
+    """Column -> value of a run in the paper's scale and digits; None where the run has none."""
     suite = results["suite"]
-    place = PLACES[suite]
-    found = {column: results["categories"].get(name, {}).get("score") for column, name in (place.parts or {}).items()}
-    found[place.column] = results["headline"]["value"]
-    scale = get_suite(suite).paper_scale
-    return {column: None if value is None else as_printed(scale * value, suite) for column, value in found.items()}
-
-
-def as_printed(value: float, suite: str) -> str:
-    """A value with as many decimals as the paper's of the same suite."""
-    printed = values(suite)[OURS][PLACES[suite].column]
-    return f"{value:.{len(printed.partition('.')[2])}f}"
+    columns, scale = COLUMNS[suite], get_suite(suite).paper_scale
+    scores = {column: results["categories"].get(name, {}).get("score") for column, name in columns.categories.items()}
+    scores[columns.headline] = results["headline"]["value"]
+    decimals = len(values(suite)[OURS][columns.headline].partition(".")[2])
+    return {column: None if value is None else f"{scale * value:.{decimals}f}" for column, value in scores.items()}

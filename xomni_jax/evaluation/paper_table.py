@@ -1,11 +1,11 @@
-"""The commands that make the paper's tables 1 to 4 again, every setting named, with where it comes from and what came out.
+"""The commands that reproduce tables 1 to 4 of the paper, with the source of every setting and the results of finished runs.
 
-The paper (arXiv 2507.22058) prints numbers, and hardly a setting. What it leaves open is set here as the released code does it or as
-the benchmark prescribes, and marked.
+The paper (arXiv 2507.22058) states few settings. The others are those of the released code or of the benchmark, and are marked as such.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,9 +26,9 @@ LEGEND = {
 MODELS = {"en": "models/xomni-en", "zh": "models/xomni-zh"}  # converted from the released X-Omni-En and X-Omni-Zh
 VLM = "Qwen/Qwen2.5-VL-7B-Instruct"
 JUDGES = {"ocr": f"{VLM}@http://127.0.0.1:8000/v1", "vqa": f"{VLM}@http://127.0.0.1:8000/v1", "detector": "http://127.0.0.1:8003"}
-DRAWING = {"height": 1152, "width": 1152, "temperature": 1.0, "top-k": 50, "top-p": 1.0, "min-p": 0.03, "guidance": 1.0, "seed": 1234}
-FOUR_STATED = ("longtext-en", "longtext-zh")  # the paper says four images per prompt
-# What else the paper does not say about a row, beside the settings that are marked.
+SAMPLING = {"height": 1152, "width": 1152, "temperature": 1.0, "top-k": 50, "top-p": 1.0, "min-p": 0.03, "guidance": 1.0, "seed": 1234}
+FOUR_STATED = ("longtext-en", "longtext-zh")  # the paper states four images per prompt
+# What the paper leaves open about a row beside the marked settings.
 NOTES = {
     "geneval": "the rewritten prompts, the rewriter and its instruction",
     "pope": "the metric (mean F1 of the splits is taken)",
@@ -38,75 +38,74 @@ NOTES = {
 }
 
 
-class Setting(NamedTuple):
-    """One setting of a row and who says so: PAPER, CODE, BENCHMARK or OPEN."""
+class StatedSetting(NamedTuple):
+    """One setting of a suite and who states it: PAPER, CODE, BENCHMARK or OPEN."""
 
     name: str
     value: str
     source: str
 
 
-class Row(NamedTuple):
-    """One number of the paper: how to make it again, what the paper prints, what runs gave ({} without)."""
+class PaperRow(NamedTuple):
+    """One suite: its table, how to reproduce its numbers, what the paper prints, and what a run gave ({} without one)."""
 
     table: int
     suite: str
-    settings: tuple[Setting, ...]
+    settings: tuple[StatedSetting, ...]
     command: str
     paper: dict[str, str | None]
     ours: dict[str, str | None]
     run: EvalRun | None
 
 
-def rows(runs: Iterable[EvalRun] = ()) -> list[Row]:
-    """One row per suite, in the order of the paper; of several runs of a suite the one with the most items, then the latest, counts."""
-    best: dict[str, EvalRun] = {}
-    for run in sorted(runs, key=lambda run: (len(run.items), (run.path / "results.json").stat().st_mtime)):
-        best[run.suite] = run
+def rows(runs: Iterable[EvalRun] = ()) -> list[PaperRow]:
+    """One row per suite, in the order of the paper, with the run of the suite that has the most items (of equals the latest)."""
+    best = {run.suite: run for run in sorted(runs, key=lambda run: (len(run.items), (run.path / "results.json").stat().st_mtime))}
     made = []
-    for suite, place in paper.PLACES.items():
-        run, settings = best.get(suite), suite_settings(suite)
+    for suite, columns in paper.COLUMNS.items():
+        run = best.get(suite)
         ours = {} if run is None else paper.ours(run.results)
-        made.append(Row(place.table, suite, settings, command(suite), paper.values(suite)[paper.OURS], ours, run))
+        printed = paper.values(suite)[paper.OURS]
+        made.append(PaperRow(columns.table, suite, suite_settings(suite), command(suite), printed, ours, run))
     return sorted(made, key=lambda row: row.table)
 
 
-def suite_settings(name: str) -> tuple[Setting, ...]:
+def suite_settings(name: str) -> tuple[StatedSetting, ...]:
     """Every setting of a suite's run, with its source."""
     suite, language = get_suite(name), language_of(name)
-    checkpoint = Setting("checkpoint", f"X-Omni-{language.capitalize()}", OPEN)
+    checkpoint = StatedSetting("checkpoint", f"X-Omni-{language.capitalize()}", OPEN)
     if suite.task == "answer":
         return (
             checkpoint,
-            Setting("decoding", "greedy", CODE),
-            Setting("max_new_tokens", str(suite.max_new_tokens), BENCHMARK),
-            Setting("instruction after the question", "the suite's default", BENCHMARK),
+            StatedSetting("decoding", "greedy", CODE),
+            StatedSetting("max_new_tokens", str(suite.max_new_tokens), BENCHMARK),
+            StatedSetting("instruction after the question", "the suite's default", BENCHMARK),
         )
-    repeats = Setting("images per prompt", str(suite.repeats), PAPER if name in FOUR_STATED else BENCHMARK)
-    rewriting = Setting("rewriting", "yes" if name == "geneval" else "none", PAPER if name == "geneval" else OPEN)
-    return (checkpoint, *(Setting(n, str(v), CODE) for n, v in DRAWING.items()), repeats, rewriting, judge_of(name))
+    repeats = StatedSetting("images per prompt", str(suite.repeats), PAPER if name in FOUR_STATED else BENCHMARK)
+    rewriting = StatedSetting("rewriting", "yes" if name == "geneval" else "none", PAPER if name == "geneval" else OPEN)
+    return (checkpoint, *(StatedSetting(n, str(v), CODE) for n, v in SAMPLING.items()), repeats, rewriting, judge_of(name))
 
 
-def judge_of(name: str) -> Setting:
-    """Who judges a suite that draws. DPG-Bench's own judge cannot be had as a service, a general model stands in for it."""
+def judge_of(name: str) -> StatedSetting:
+    """The judge of a suite of generated images. DPG-Bench's own judge is not available as a service; a general model replaces it."""
     if name == "geneval":
-        return Setting("judge", OFFICIAL["detector"], BENCHMARK)
+        return StatedSetting("judge", OFFICIAL["detector"], BENCHMARK)
     if name == "dpg":
-        return Setting("judge", f"{VLM} in place of {OFFICIAL['vqa']}", OPEN)
-    return Setting("judge", VLM, CODE if name.startswith("longtext") else BENCHMARK)
+        return StatedSetting("judge", f"{VLM} in place of {OFFICIAL['vqa']}", OPEN)
+    return StatedSetting("judge", VLM, CODE if name.startswith("longtext") else BENCHMARK)
 
 
 def language_of(name: str) -> str:
-    """Whose checkpoint a suite takes: the Chinese one for Chinese text, the English one for all else."""
+    """Language of the checkpoint that a suite evaluates: Chinese for Chinese text, English otherwise."""
     return "zh" if name.endswith("-zh") else "en"
 
 
 def command(name: str) -> str:
-    """The whole command of a suite; data and out are places of the user's own."""
+    """The whole command of a suite; the user adapts the paths of data and output."""
     suite = get_suite(name)
     options: dict[str, Any] = {"model": MODELS[language_of(name)], "data": f"data/{name}"}
     if suite.task == "generate":
-        options |= DRAWING
+        options |= SAMPLING
     if name == "geneval":
         options["rewrite"] = f"{VLM}@http://127.0.0.1:8000/v1"
     if suite.judge:
@@ -120,22 +119,22 @@ def find_runs(directory: str | Path) -> list[EvalRun]:
     if not root.is_dir():
         raise ValueError(f"--runs {root} is no directory; give the one that holds the run directories")
     runs = [read_eval_run(path.parent) for path in sorted(root.rglob("results.json")) if (path.parent / "items.jsonl").is_file()]
-    return [run for run in runs if run.suite in paper.PLACES]
+    return [run for run in runs if run.suite in paper.COLUMNS]
 
 
-def departures(row: Row) -> list[str]:
-    """In which settings a run is not what the row's command makes; empty when it is."""
+def departures(row: PaperRow) -> list[str]:
+    """The settings in which a run differs from the row's command; empty when it does not."""
     if row.run is None:
         return []
     facts, published = row.run.facts, get_suite(row.suite).published
-    said = [f"{len(row.run.items)} of {published} items"] if published and len(row.run.items) != published else []
     facts["rewriting"] = "yes" if facts.get("data.rewritten") else "none"
+    differing = [f"{len(row.run.items)} of {published} items"] if published and len(row.run.items) != published else []
     for setting in row.settings:
         name = "repeats" if setting.name == "images per prompt" else setting.name.replace("-", "_")
-        found = next((facts[at] for at in (name, f"sampling.{name}") if at in facts), None)
-        if found is not None and str(found) != setting.value and not same_number(found, setting.value):
-            said.append(f"{setting.name} {found}")
-    return said + ([f"switches {facts['switches']}"] if facts["switches"] != "none" else [])
+        value = facts.get(name, facts.get(f"sampling.{name}"))
+        if value is not None and str(value) != setting.value and not same_number(value, setting.value):
+            differing.append(f"{setting.name} {value}")
+    return differing + ([f"switches {facts['switches']}"] if facts["switches"] != "none" else [])
 
 
 def same_number(found: Any, wanted: str) -> bool:
@@ -146,31 +145,34 @@ def same_number(found: Any, wanted: str) -> bool:
         return False
 
 
-def table_text(made: list[Row]) -> str:
+def table_text(made: list[PaperRow]) -> str:
     """The table for a terminal."""
-    lines, number = [], 0
-    for row in made:
-        if row.table != number:
-            number = row.table
-            lines += ["" if lines else "", f"Table {number}: {paper.tables()[number]['title']}", ""]
-        lines += row_text(row) + [""]
+    lines = []
+    for number, of_table in itertools.groupby(made, key=lambda row: row.table):
+        lines += [f"Table {number}: {paper.tables()[number]['title']}", ""]
+        for row in of_table:
+            lines += [*row_text(row), ""]
+        lines.append("")
     marks = "\n".join(f"  {mark or ' '} {LEGEND[source]}" for source, mark in MARKS.items())
-    return "\n".join(lines[1:]) + f"Marks after a setting:\n{marks}\n"
+    return "\n".join(lines[:-1]) + f"Marks after a setting:\n{marks}\n"
 
 
-def row_text(row: Row) -> list[str]:
+def row_text(row: PaperRow) -> list[str]:
     """The lines of one suite."""
-    settings = ", ".join(f"{s.name} {s.value}{MARKS[s.source]}" for s in row.settings)
-    lines = [f"{row.suite}: {get_suite(row.suite).title}", f"  {row.command}", f"  settings: {settings}"]
     unstated = [s.name for s in row.settings if s.source != PAPER]
-    lines.append(f"  the paper does not say: {', '.join(filter(None, (*unstated, NOTES.get(row.suite))))}")
-    lines.append("  paper: " + numbers(row.paper))
+    lines = [
+        f"{row.suite}: {get_suite(row.suite).title}",
+        f"  {row.command}",
+        f"  settings: {', '.join(f'{s.name} {s.value}{MARKS[s.source]}' for s in row.settings)}",
+        f"  the paper does not say: {', '.join(filter(None, (*unstated, NOTES.get(row.suite))))}",
+        f"  paper: {numbers(row.paper)}",
+    ]
     if row.run is None:
         return [*lines, "  ours:  not run"]
-    apart = departures(row)
-    model = row.run.facts.get("model.sha256", "images of another program")
-    lines.append(f"  ours:  {numbers(row.ours)}   ({row.run.path}, model {str(model)[:12]}, judge {row.run.facts['judge.name']})")
-    return [*lines, *([f"  not what the command above makes: {', '.join(apart)}"] if apart else [])]
+    model = str(row.run.facts.get("model.sha256", "images of another program"))[:12]
+    lines.append(f"  ours:  {numbers(row.ours)}   ({row.run.path}, model {model}, judge {row.run.facts['judge.name']})")
+    differing = departures(row)
+    return [*lines, f"  not what the command above makes: {', '.join(differing)}"] if differing else lines
 
 
 def numbers(values: Mapping[str, str | None]) -> str:

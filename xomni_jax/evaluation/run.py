@@ -30,8 +30,6 @@ from xomni_jax.evaluation.suite import Item, Judge, Suite, SuiteError
 from xomni_jax.evaluation.suites import PUBLISHED, get_suite
 
 if TYPE_CHECKING:
-    from ml_collections import ConfigDict
-
     from xomni_jax.inference import InferenceConfig
     from xomni_jax.pipeline import XOmni
 
@@ -57,7 +55,7 @@ class EvalConfig:
       shard: (k, n): this process takes items k, k + n, ... (k from 0); n processes share `out`.
       inference: model, image size, sampling and batch sizes (of each data-parallel part of the mesh); a size of None is that of the suite,
         or else of the model.
-      components: sections of an inference configuration that say how the model's components are computed; None: as they are stored.
+      components: whether the model's components are computed as the sections of `inference` say, or as they are stored.
       mesh: devices per mesh axis; None: all devices along "fsdp".
       seed: of the images, from 0 to 2**32 - 1.
       rewrite: source of rewritten prompts, see `suites.rewriting.FORMS`; None: the published prompts.
@@ -77,7 +75,7 @@ class EvalConfig:
     ids: Sequence[str] = ()
     shard: tuple[int, int] = (0, 1)
     inference: InferenceConfig = field(default_factory=_released_inference)
-    components: ConfigDict | None = None
+    components: bool = False
     mesh: Mapping[str, int] | None = None
     seed: int = 1234
     rewrite: str | None = None

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import io
-from collections.abc import Callable, Mapping
-from html import escape
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from xomni_jax.core.tables import UNKNOWN, TableCell, csv_text, format_interval
 from xomni_jax.evaluation import paper
 from xomni_jax.evaluation.eval_run import EvalRun, category, outputs, read_eval_run, reading
-from xomni_jax.evaluation.gallery import PAGE_BYTES, embed, gallery, image_order, left_out, spread
-from xomni_jax.evaluation.markup import document, interval_text, section, table, write_text
+from xomni_jax.evaluation.gallery import ORDERS, PAGE_BYTES, embed, image_order, item_outputs, left_out, spread
+from xomni_jax.evaluation.pages import write_page, write_text
 from xomni_jax.evaluation.statistics import bootstrap_mean
+
+# Beginnings of the names of settings: what a reader looks for first, and what seldom matters.
+FIRST, LAST = ("suite", "model.", "judge.", "switches"), ("mesh.", "batch", "decode_batch", "device", "versions.")
 
 
 def write_run_report(directory: str | Path, asked: Mapping[str, Callable[[], Image.Image]] | None = None, limit: int = PAGE_BYTES) -> Path:
@@ -30,121 +32,91 @@ def write_run_report(directory: str | Path, asked: Mapping[str, Callable[[], Ima
       SuiteError: the directory holds no scored run.
     """
     run = dataclasses.replace(read_eval_run(directory), asked=asked or {})
-    write_text(run.path / "results.csv", results_csv(run))
-    return write_text(run.path / "report.html", page(run, limit))
+    # Python before 3.13 leaves a bare carriage return unquoted unless every text is quoted.
+    write_text(run.path / "results.csv", csv_text(output_rows(run), csv.QUOTE_NONNUMERIC))
+    wanted = image_order([run], spread(len(run.items)))
+    images = embed(wanted, limit)
+    in_paper = run.suite in paper.COLUMNS
+    return write_page(
+        run.path / "report.html",
+        "run.html",
+        run=run,
+        cards=headline(run),
+        settings=[(name, str(value)) for name, value in sorted(run.facts.items(), key=lambda setting: rank(setting[0]))],
+        notes=run.results.get("notes"),
+        paper=paper_table(run) if in_paper else None,
+        paper_note=paper_note(run.suite) if in_paper else "",
+        scores=[("", "value"), *((name, score_text(value)) for name, value in run.results["scores"].items())],
+        categories=bars(run.results["categories"]),
+        items=[
+            {"id": item["id"], "category": category(item), "score": item.get("score"), "prompt": item["prompt"]}
+            | {"made": item_outputs(run, item, images, run.path)}
+            for item in run.items
+        ],
+        orders=ORDERS,
+        left_out=left_out(wanted, images, limit),
+    )
 
 
-def results_csv(run: EvalRun) -> str:
-    """One line per output: item, repeat, what it was asked, what was read or answered, verdict, score of the item."""
-    file = io.StringIO()
-    rows = csv.writer(file, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")  # Python before 3.13 leaves a bare carriage return unquoted
-    rows.writerow(("id", "repeat", "category", "prompt", "image", "text", "verdict", "item_score"))
+def output_rows(run: EvalRun) -> Iterator[tuple[Any, ...]]:
+    """Rows of the CSV, one per output: item, repeat, what it was asked, what was read or answered, verdict, score of the item."""
+    yield "id", "repeat", "category", "prompt", "image", "text", "verdict", "item_score"
     for item in run.items:
         images = item.get("images", ())
         for r in range(outputs(item)):
             image = images[r] if r < len(images) else ""
-            score = "" if item.get("score") is None else item["score"]
-            rows.writerow((item["id"], r, category(item), item["prompt"], image, reading(item, r), item["verdicts"][r], score))
-    return file.getvalue()
+            yield item["id"], r, category(item), item["prompt"], image, reading(item, r), item["verdicts"][r], item.get("score")
 
 
-def page(run: EvalRun, limit: int = PAGE_BYTES) -> str:
-    """The whole page as HTML."""
-    wanted = image_order([run], spread(len(run.items)))
-    images = embed(wanted, limit)
-    known = run.suite in paper.PLACES
-    body = [
-        f"<header><p class=over>X-Omni in JAX</p><h1>{escape(run.results['title'])}</h1></header>",
-        headline(run),
-        section("Settings", settings_list(run)),
-        section("To be known", notes(run)) if run.results.get("notes") else "",
-        section("Beside the paper", against_paper(run), "", table_note(run.suite)) if known else "",
-        section("All scores", table(("", "value"), [(escape(k), [number(v)]) for k, v in run.results["scores"].items()])),
-        section("By category", bars(run.results["categories"])) if run.results["categories"] else "",
-        section("Every item", gallery(run, images), "", left_out(wanted, images, limit)),
-    ]
-    return document(escape(f"{run.results['title']}: {run.name}"), "".join(body), "gallery.css", "gallery.js")
-
-
-def headline(run: EvalRun) -> str:
-    """The numbers one came for."""
-    results = run.results
-    head, mean = results["headline"], bootstrap_mean(run.scores)
-    cards = [(head["name"], number(head["value"]), run.suite)]
-    if run.suite in paper.PLACES:
-        place = paper.PLACES[run.suite]
-        printed = paper.values(run.suite)[paper.OURS][place.column]
-        cards.append(("X-Omni in the paper", printed, f"table {place.table}; here {paper.ours(results)[place.column] or 'no score'}"))
+def headline(run: EvalRun) -> list[tuple[str, str, str]]:
+    """The main numbers: name, value, note."""
+    head, mean, counts = run.results["headline"], bootstrap_mean(run.scores), run.results.get("counts", {})
+    cards = [(head["name"], score_text(head["value"]), run.suite)]
+    if run.suite in paper.COLUMNS:
+        columns = paper.COLUMNS[run.suite]
+        printed = paper.values(run.suite)[paper.OURS][columns.headline]
+        ours = paper.ours(run.results)[columns.headline] or "no score"
+        cards.append(("X-Omni in the paper", printed, f"table {columns.table}; here {ours}"))
     if mean.prompts:
-        between = interval_text((mean.low, mean.high), form=".3f")
-        cards.append(("Mean score of an item", f"{mean.value:.3f}", f"95% over items: {between}"))
-    counts = results.get("counts", {})
-    of = f"of {counts['published']} published" if counts.get("published") else ""
-    cards.append(("Items", str(len(run.items)), of))
-    cards += [(name, number(n), "") for name, n in counts.items() if name not in ("items", "published") and (n or name == "unparsed")]
-    boxes = "".join(
-        f"<div class=card><p>{escape(name)}</p><strong>{escape(value)}</strong><small>{escape(note)}</small></div>"
-        for name, value, note in cards
-    )
-    return f"<section class=headline>{boxes}</section>"
-
-
-def settings_list(run: EvalRun) -> str:
-    """Everything the run was made with; the judge included."""
-    lines = (
-        f"<div{' class=wide' * (len(str(value)) > 48)}><dt>{escape(name)}</dt><dd>{escape(str(value))}</dd></div>"
-        for name, value in sorted(run.facts.items(), key=lambda fact: rank(fact[0]))
-    )
-    return f"<dl class=settings>{''.join(lines)}</dl>"
+        cards.append(("Mean score of an item", f"{mean.value:.3f}", f"95% over items: {format_interval((mean.low, mean.high), '.3f')}"))
+    cards.append(("Items", str(len(run.items)), f"of {counts['published']} published" if counts.get("published") else ""))
+    return cards + [
+        (name, score_text(n), "") for name, n in counts.items() if name not in ("items", "published") and (n or name == "unparsed")
+    ]
 
 
 def rank(setting: str) -> int:
-    """What a reader looks for first comes first, what seldom matters last."""
-    first, last = ("suite", "model.", "judge.", "switches"), ("mesh.", "batch", "decode_batch", "device", "versions.")
-    return next((i - 9 for i, name in enumerate(first) if setting.startswith(name)), 1 if setting.startswith(last) else 0)
+    """Where a setting stands on the page."""
+    return next((i - len(FIRST) for i, name in enumerate(FIRST) if setting.startswith(name)), 1 if setting.startswith(LAST) else 0)
 
 
-def notes(run: EvalRun) -> str:
-    """What the scorer says about its own numbers."""
-    return f"<ul>{''.join(f'<li>{escape(note)}</li>' for note in run.results['notes'])}</ul>"
-
-
-def against_paper(run: EvalRun) -> str:
+def paper_table(run: EvalRun) -> list[list[TableCell]]:
     """The suite's columns of the paper's table, this run below."""
-    place, rows = paper.PLACES[run.suite], paper.values(run.suite)
-    ours = paper.ours(run.results)
-    label = "This run"
-    shown = {escape(model): [row[c] or "&ndash;" for c in place.columns] for model, row in rows.items()}
-    shown[label] = [ours[c] or "&ndash;" for c in place.columns]
-    shown = table(("", *map(escape, place.columns)), list(shown.items()), (label,))
-    return f"<div class=few>{shown}</div>" if len(place.columns) == 1 else shown
+    columns = paper.COLUMNS[run.suite].all
+    rows = paper.values(run.suite) | {"This run": paper.ours(run.results)}
+    return [["", *columns], *([model, *(row[c] or UNKNOWN for c in columns)] for model, row in rows.items())]
 
 
-def table_note(suite: str) -> str:
-    """Which table, and what is to be known about it."""
-    found = paper.tables()[paper.PLACES[suite].table]
+def paper_note(suite: str) -> str:
+    """Which table of the paper it is, and how far it can be compared."""
+    number = paper.COLUMNS[suite].table
+    table = paper.tables()[number]
     return (
-        f"Table {paper.PLACES[suite].table} of the paper (arXiv 2507.22058), {found['title']}. {found['note']} "
+        f"Table {number} of the paper (arXiv 2507.22058), {table['title']}. {table['note']} "
         "The paper does not state all settings behind its numbers (xomni eval --paper-table says which)."
     )
 
 
-def bars(categories: Mapping[str, Mapping[str, Any]]) -> str:
-    """One bar per category, on the scale that holds them all: 1, 100 or 1000."""
+def bars(categories: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, float, str, int]]:
+    """Name, width in percent, score and items of each category, on the scale that holds them all: 1, 100 or 1000."""
     highest = max([c["score"] for c in categories.values() if c["score"] is not None], default=0.0)
     scale = next((s for s in (1, 100, 1000) if highest <= s), highest)
-    rows = []
-    for name, c in categories.items():
-        width = 0.0 if c["score"] is None else 100 * c["score"] / scale
-        rows.append(
-            f"<div>{escape(name)}</div><div class=track><i style='width:{max(width, 0):.1f}%'></i></div>"
-            f"<div class=number>{number(c['score'])}<small>{c['items']} items</small></div>"
-        )
-    return f"<div class=bars>{''.join(rows)}</div>"
+    width = lambda score: 0.0 if score is None else max(100 * score / scale, 0.0)
+    return [(name, width(c["score"]), score_text(c["score"]), c["items"]) for name, c in categories.items()]
 
 
-def number(value: Any) -> str:
+def score_text(value: float | int | None) -> str:
     """A score or a count for readers."""
-    if value is None:
-        return "–"
-    return f"{value:.4f}" if isinstance(value, float) and abs(value) < 10 else f"{value:.2f}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}"
+    return UNKNOWN if value is None else str(value)

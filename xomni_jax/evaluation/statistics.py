@@ -1,6 +1,6 @@
-"""Statistics over prompts: expected best-of-N, bootstrap intervals, paired differences. Pure numpy.
+"""Statistics over prompts: expected best-of-N, bootstrap intervals, paired differences.
 
-P prompts, R samples per prompt. NaN means "not known" everywhere: it is left out, never counted as 0.
+P prompts, R samples per prompt. NaN is a value that is not known: it is left out, never counted as 0.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ class Interval(NamedTuple):
 
 
 def best_of_weights(selection_PR: np.ndarray, n: int) -> np.ndarray:
-    """Chance of each sample to be the one with the highest selection score among n drawn without replacement, exactly.
+    """Probability of each sample to have the highest selection score among n drawn without replacement.
 
-    A sample of unknown score cannot be drawn (weight 0). Of equal scores each is picked equally often. With m known scores and c
-    of them at or below s, the best of n is at or below s with chance C(c, n) / C(m, n); differences of that over the distinct
-    scores give each score's chance. Averaging a metric by these weights is the mean over all subsets of size n.
+    Samples of unknown score are never drawn (weight 0); equal scores share the probability. With m known scores, c of them at or
+    below s, the best of n is at or below s with probability C(c, n) / C(m, n); differences of that over the distinct scores give the
+    probability of each score. The mean of a metric with these weights is its exact mean over all subsets of size n.
 
     Args:
       selection_PR: scores [P, R], NaN where unknown.
@@ -60,9 +60,9 @@ def best_of_weights(selection_PR: np.ndarray, n: int) -> np.ndarray:
 
 
 def weighted_rows(metric_PR: np.ndarray, weights_PR: np.ndarray) -> np.ndarray:
-    """Mean of a metric per prompt [P] by weights [P, R]; unknown entries are left out, the others keep their proportions.
+    """Weighted mean over the samples of each prompt [P], of a metric [P, R] with weights [P, R]; unknown entries are left out.
 
-    NaN where the weights are, or where no sample of positive weight has a known metric.
+    NaN where the weights are NaN, or where no sample of positive weight has a known metric.
     """
     metric_PR = np.asarray(metric_PR, np.float64)
     used_PR = np.where(np.isfinite(metric_PR), weights_PR, 0.0)
@@ -71,43 +71,38 @@ def weighted_rows(metric_PR: np.ndarray, weights_PR: np.ndarray) -> np.ndarray:
     return np.divide(value_P, total_P, out=np.full(len(metric_PR), np.nan), where=total_P > 0)
 
 
-def best_of(metric_PR: np.ndarray, selection_PR: np.ndarray, n: int) -> np.ndarray:
-    """Expected metric [P] of the sample with the highest selection score among n; see `best_of_weights`."""
-    return weighted_rows(metric_PR, best_of_weights(selection_PR, n))
-
-
-def bootstrap_mean(value_P: np.ndarray, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL) -> Interval:
-    """Mean over prompts with a percentile bootstrap interval; prompts are what is resampled, since samples of one are alike."""
+def bootstrap_mean(value_P: np.ndarray, seed: int = 0) -> Interval:
+    """Mean over prompts with a percentile bootstrap interval. Resamples prompts, since the samples of one prompt are not independent."""
     known = np.asarray(value_P, np.float64)
     known = known[np.isfinite(known)]
     if not known.size:
         return Interval(math.nan, math.nan, math.nan, 0)
-    means = known[_resample(known.size, seed, resamples)].mean(-1)
-    return Interval(float(known.mean()), *_percentiles(means, level), known.size)
+    means = known[_resample(known.size, seed)].mean(-1)
+    return Interval(float(known.mean()), *_percentiles(means), known.size)
 
 
-def paired_difference(a_P: np.ndarray, b_P: np.ndarray, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL) -> Interval:
+def paired_difference(a_P: np.ndarray, b_P: np.ndarray, seed: int = 0) -> Interval:
     """Mean of a - b over the prompts where both are known, with its interval. ValueError when the two are of different length."""
     a_P, b_P = _pair(a_P, b_P)
-    return bootstrap_mean(a_P - b_P, seed, resamples, level)
+    return bootstrap_mean(a_P - b_P, seed)
 
 
-def paired_ratio(a_P: np.ndarray, b_P: np.ndarray, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL) -> Interval:
+def paired_ratio(a_P: np.ndarray, b_P: np.ndarray, seed: int = 0) -> Interval:
     """mean(a) / mean(b) over the prompts where both are known, with its interval; NaN when the mean of b is 0."""
     a_P, b_P = _pair(a_P, b_P)
     both = np.isfinite(a_P) & np.isfinite(b_P)
     a, b = a_P[both], b_P[both]
     if not a.size or b.mean() == 0:
         return Interval(math.nan, math.nan, math.nan, int(a.size))
-    rows = _resample(a.size, seed, resamples)
+    rows = _resample(a.size, seed)
     top, bottom = a[rows].mean(-1), b[rows].mean(-1)
     # A resample without any success in b has an infinite ratio; it belongs to the upper end.
     ratios = np.divide(top, bottom, out=np.full(len(top), np.inf), where=bottom > 0)
-    return Interval(float(a.mean() / b.mean()), *_percentiles(ratios, level), int(a.size))
+    return Interval(float(a.mean() / b.mean()), *_percentiles(ratios), int(a.size))
 
 
 def number(value: float) -> float | None:
-    """JSON has no NaN or infinity."""
+    """A value for JSON: None in place of NaN and infinity."""
     return float(value) if math.isfinite(value) else None
 
 
@@ -128,11 +123,11 @@ def _pair(a_P: np.ndarray, b_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return a_P, b_P
 
 
-def _resample(n: int, seed: int, resamples: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(n, size=(resamples, n))
+def _resample(n: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(n, size=(RESAMPLES, n))
 
 
-def _percentiles(values: np.ndarray, level: float) -> tuple[float, float]:
+def _percentiles(values: np.ndarray) -> tuple[float, float]:
     # "lower"/"higher" never interpolate, which matters where a value is infinite.
-    tail = (1 - level) / 2
+    tail = (1 - LEVEL) / 2
     return float(np.quantile(values, tail, method="lower")), float(np.quantile(values, 1 - tail, method="higher"))

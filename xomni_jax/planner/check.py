@@ -1,4 +1,4 @@
-"""What a role should hold, role by role: the checks that a plan prints and the gates that a release keeps."""
+"""Checks of a compiled program against limits. A plan prints them; for the released configurations they are gates."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from xomni_jax.planner.chips import GIB, Topology
 from xomni_jax.planner.facts import Facts
 
-RESERVE = 0.06  # of HBM: the runtime's own buffers and what fragmentation loses
+RESERVE = 0.06  # share of HBM left to the runtime's own buffers and to fragmentation
 MIB = 2**20
-LAYER = re.compile(r"/(adapters|language|heads|layers|blocks|double_blocks|single_blocks)/")  # of an operation inside a stack's loop
+LAYER = re.compile(r"/(adapters|language|heads|layers|blocks|double_blocks|single_blocks)/")  # in the name of an operation of a layer loop
 
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One claim about a role: what was found against its limit. `ok` is None where it does not apply."""
+    """One measured value of a program and its limit."""
 
     name: str
     found: str
@@ -26,24 +26,24 @@ class Check:
 
 
 def budget(topology: Topology, reserve: float = RESERVE) -> float:
-    """Bytes a role may use of a device; endless on a CPU."""
+    """Bytes of a device that a program may use; infinite on a CPU."""
     return topology.chip.hbm * (1 - reserve) if topology.chip else math.inf
 
 
 def checks(f: Facts, topology: Topology, reserve: float = RESERVE) -> Iterator[Check]:
-    """Everything that can be said of a role, in reading order."""
+    """All checks that apply to a program, the most important first."""
     yield _memory(f, budget(topology, reserve))
     if f.memory is None:
         return
     yield Check("loops understood", f"{len(f.unknown)} unknown", str(f.open_loops), len(f.unknown) <= f.open_loops)
     if f.learned:
         yield from _update(f)
-    elif f.role == "rollout":
+    elif f.program == "rollout":
         yield from _decode(f, topology)
     elif f.forward:
         ratio = (f.flops["weights"] + f.flops["convolution"]) / f.forward
         yield Check("operations / arithmetic", f"{ratio:.3f}", "1.05", ratio <= 1.05)
-    if f.role == "decoder" and f.gathered:
+    if f.program == "decoder" and f.gathered:
         sent = sum(r["sent"] for r in f.collectives)
         limit = "1.15, the MMDiT's weights gathered once a step and piece"
         yield Check("sent / weights", f"{sent / f.gathered:.3f} ({sent / GIB:.1f} GiB)", limit, sent <= 1.15 * f.gathered)
@@ -56,7 +56,7 @@ def _memory(f: Facts, room: float) -> Check:
 
 def _update(f: Facts) -> Iterator[Check]:
     ratio = (f.flops["weights"] - f.forward) / f.learned
-    if f.role in ("policy-update", "sft-update", "pretrain-update"):
+    if f.program in ("policy-update", "sft-update", "pretrain-update"):
         yield Check("operations / 6ND, attention apart", f"{ratio:.3f}", "1.35", ratio <= 1.35)
         yield from _heads(f)
     alias = f.memory["aliased"] / f.state if f.state else 1.0
@@ -83,12 +83,12 @@ def _collectives(f: Facts) -> Iterator[Check]:
 
 
 def weight_bytes(f: Facts) -> float:
-    """Bytes a device sends of weights and their gradients over fsdp, a ring each; collectives too small for a weight are left out."""
+    """Bytes of weights and gradients that a device sends over fsdp, in rings. Leaves out collectives too small to be of a weight."""
     return sum(r["sent"] for r in f.collectives if is_weight(r) and _one(r) > MIB / 4)
 
 
 def is_weight(row: dict) -> bool:
-    """Whether a collective moves a parameter, as far as its place in the program tells."""
+    """Whether a collective moves a parameter, judged by its kind and axes."""
     return "fsdp" in row["axes"] and row["kind"] in ("all-gather", "reduce-scatter", "all-reduce", "collective-permute")
 
 
@@ -99,7 +99,7 @@ def _one(row: dict) -> float:
 def _decode(f: Facts, topology: Topology) -> Iterator[Check]:
     ratio = f.hbm_step / f.floor
     yield Check("HBM bytes a step / (weights + cache)", f"{ratio:.3f}", "1.10", ratio <= 1.10)
-    if topology.chip is None or f.cache > topology.chip.hbm / 50:  # that of a few images is no measure
+    if topology.chip is None or f.cache > topology.chip.hbm / 50:  # a cache of few images is too small to compare with
         over = (f.memory["peak"] - f.memory["arguments"]) / f.cache
         yield Check("memory beside weights and cache", f"{over:.1%} of the cache", "2%", over <= 0.02)
     alias = f.memory["aliased"] / f.state

@@ -1,4 +1,4 @@
-"""What a chip has, what its slices are called, and the device descriptions of a slice that is not there."""
+"""Peak numbers of TPU chips, the names of their slices, and device descriptions for compiling without the devices."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One generation, counted per JAX device.
+    """One TPU generation; numbers are per JAX device.
 
     Attributes:
       hbm: bytes that the compiler lets a program use.
-      flops: bf16 operations per second. bandwidth: of HBM, bytes per second.
-      link: bytes per second one way over one link.
-      axes: dimensions of the torus. devices: JAX devices per chip.
+      flops: bfloat16 operations per second.
+      bandwidth: bytes per second of HBM.
+      link: bytes per second of one link, one way.
+      axes: dimensions of the torus.
+      devices: JAX devices per chip.
     """
 
     name: str
@@ -36,7 +38,7 @@ class Chip:
 
     @property
     def slices(self) -> tuple[str, ...]:
-        """Usual layouts of whole hosts."""
+        """Published topologies of whole hosts."""
         return tuple("x".join(map(str, sides)) for sides in slices.TOPOLOGIES[self.name] if math.prod(sides) >= 4)
 
 
@@ -54,7 +56,7 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A slice: `v5p:2x4x4`, or `cpu:8` for simulated devices. `chip` is None on a CPU, whose speed and memory are nobody's plan."""
+    """A slice: `v5p:2x4x4`, or `cpu:8` for simulated devices, for which `chip` is None; `size` counts JAX devices."""
 
     name: str
     chip: Chip | None
@@ -62,7 +64,7 @@ class Topology:
 
     @property
     def cloud(self) -> str:
-        """What the slice is called where it is rented."""
+        """The cloud's name of the slice, such as v5p-64."""
         if self.chip is None:
             return self.name
         return slices.Slice(self.chip.name, tuple(map(int, self.name.split(":")[1].split("x")))).name
@@ -74,7 +76,7 @@ class Topology:
 
 
 def parse(name: str) -> Topology:
-    """A topology by its name: `v6e:8x8`, as rented `v6e-64`, `v5p-64`, `v5litepod-256`, or `cpu:8`.
+    """A topology by its name: `v6e:8x8`; the cloud's `v6e-64`, `v5p-64`, `v5litepod-256`; or `cpu:8`.
 
     Raises:
       ValueError: it is unknown; the message lists what is known.
@@ -97,10 +99,10 @@ def parse(name: str) -> Topology:
 
 
 def part(topology: Topology, size: int) -> Topology:
-    """So many devices of a topology as a slice of their own, the most compact: the compiler knows whole slices only.
+    """The most compact slice of `size` devices, which stands for a part of a topology: the compiler knows only whole slices.
 
     Raises:
-      ValueError: none has as many.
+      ValueError: there is no slice of that size.
     """
     chip = topology.chip
     if chip is None:
@@ -113,20 +115,20 @@ def part(topology: Topology, size: int) -> Topology:
 
 
 def _layouts(chips: int, axes: int) -> list[tuple[int, ...]]:
-    """Every box of so many chips."""
+    """All boxes of `chips` chips with `axes` sides."""
     if axes == 1:
         return [(chips,)]
     return [(n, *rest) for n in range(1, chips + 1) if chips % n == 0 for rest in _layouts(chips // n, axes - 1)]
 
 
 def known() -> str:
-    """All topologies in one sentence."""
+    """The known topologies, for messages."""
     rows = "; ".join(f"{c.name}:{{{','.join(c.slices)}}}" for c in CHIPS.values())
     return f"known are {rows}; cpu:N for simulated devices; and names as rented, such as v5p-64, v6e-64, v5litepod-256"
 
 
 def devices(topology: Topology) -> Sequence[Any]:
-    """Devices to build a mesh of: descriptions of the slice's chips, or simulated CPU devices.
+    """Devices for a mesh: descriptions of the slice's chips, or simulated CPU devices.
 
     Raises:
       ValueError: libtpu is not installed, or fewer CPU devices are simulated than asked for.
@@ -142,7 +144,7 @@ def devices(topology: Topology) -> Sequence[Any]:
         raise ValueError(f"topology {topology.name} needs libtpu to compile for it: {extra}")
     from jax.experimental import topologies
 
-    # Read when libtpu is loaded: it asks no cloud for metadata, and several processes may compile at once.
+    # Read when libtpu is loaded: no queries for cloud metadata, and several processes may compile at once.
     settings = dict(
         TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE="v5litepod-16", ALLOW_MULTIPLE_LIBTPU_LOAD="1"
     )
@@ -152,7 +154,7 @@ def devices(topology: Topology) -> Sequence[Any]:
 
 
 def prepare(topology: Topology) -> None:
-    """Before jax starts its backend: plans need the CPU alone, and as many simulated devices as they ask for."""
+    """Sets JAX up for planning, before its backend starts: only the CPU, with as many simulated devices as the topology has."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     if topology.chip is None:
         import jax

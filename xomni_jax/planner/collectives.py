@@ -19,11 +19,11 @@ class Collective:
     """One collective of the program, as one device sees it.
 
     Attributes:
-      axes: the mesh axes whose devices exchange.
-      bytes: of one execution: the gathered, reduced or exchanged array (for a reduce-scatter before it is scattered).
-      times: executions per run of the program. ways: devices of a group.
-      sent: bytes that leave a device in one execution, on a ring.
-      source: the operation of the traced program it serves.
+      axes: the mesh axes over which devices exchange.
+      bytes: of the gathered, reduced or exchanged array in one execution (for a reduce-scatter before it is scattered).
+      times: executions per run of the program.
+      group_size: devices that exchange with each other.
+      source: the operation of the traced program that it belongs to.
     """
 
     kind: str
@@ -32,7 +32,7 @@ class Collective:
     shape: tuple[int, ...]
     bytes: int
     times: int
-    ways: int
+    group_size: int
     source: str
 
     @property
@@ -42,10 +42,10 @@ class Collective:
 
     @property
     def sent(self) -> float:
-        """Bytes a device sends per execution."""
+        """Bytes that a device sends per execution, in a ring."""
         if self.kind == "collective-permute":
             return self.bytes
-        return self.bytes * (self.ways - 1) / self.ways * (2 if self.kind == "all-reduce" else 1)
+        return self.bytes * (self.group_size - 1) / self.group_size * (2 if self.kind == "all-reduce" else 1)
 
 
 def collectives(module: Module, mesh: Mapping[str, int]) -> list[Collective]:
@@ -56,8 +56,7 @@ def collectives(module: Module, mesh: Mapping[str, int]) -> list[Collective]:
         if kind not in KINDS or not i.result:
             continue
         channel = re.search(r"channel_id=(\d+)", i.rest)
-        # An asynchronous collective is spread over up to three fusions of one loop body, each with a clone of it; other bodies may use
-        # its number again.
+        # An asynchronous collective is cloned into up to three fusions of one loop body. Other bodies may reuse its channel.
         mark = (kind, channel.group(1), module.owners.get(name)) if channel else (kind, i.name, name)
         if mark in seen:
             continue
@@ -73,16 +72,16 @@ def _collective(computation: str, kind: str, i: Instruction, mesh: Mapping[str, 
     if kind == "reduce-scatter":
         size *= len(group)
     if kind == "all-reduce" and "all-reduce-scatter" in computation:
-        kind = "reduce-scatter"  # how the TPU compiler spells it; the shape is that before scattering
+        kind = "reduce-scatter"  # the TPU compiler's form of it; the shape is that before scattering
     largest = max(i.result, key=lambda a: a.bytes)
     return Collective(kind, _axes(group, mesh), largest.dtype, largest.shape, size, times, len(group), i.source)
 
 
 def _group(text: str, devices: int) -> list[int]:
-    """Partition numbers of one group, in any of the spellings of HLO.
+    """Partition numbers of one group, from any of the notations of HLO.
 
     Raises:
-      HLOError: a spelling that is not known; guessing would give wrong axes.
+      HLOError: the notation is unknown.
     """
     pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", text)
     if pairs:
@@ -116,6 +115,6 @@ def _iota(dims: list[int], order: list[int] | None) -> np.ndarray:
 
 
 def _axes(group: Iterable[int], mesh: Mapping[str, int]) -> tuple[str, ...]:
-    """Mesh axes along which the members of a group differ: partitions are numbered row by row through the mesh."""
+    """Mesh axes along which the members of a group differ. Partitions are numbered in row-major order of the mesh."""
     places = np.stack(np.unravel_index(list(group), tuple(mesh.values())))
     return tuple(name for name, at in zip(mesh, places) if len(set(at.tolist())) > 1)

@@ -1,7 +1,7 @@
-"""Ahead-of-time compilation, and the cache of what came of it.
+"""Ahead-of-time compilation with a cache of its results.
 
-The compilation cache of jax cannot serve a slice that is not there. What is kept here is not the program but what it says of itself: its
-optimised HLO text and its memory, under a hash of the StableHLO text, the topology, the options and the versions of jax, jaxlib and libtpu.
+JAX's compilation cache needs the devices. This one keeps, instead of the program, its optimised HLO text and its memory analysis, under a
+hash of the StableHLO text, the topology, the options and the versions of jax, jaxlib and libtpu.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import jax
 
 from xomni_jax.planner.chips import GIB, Topology
 
-# Without it large products with sharded weights become loops of permutes that hide how often a weight is gathered.
+# Keeps large products with sharded weights from becoming loops of permutes, in which the gathers of weights cannot be counted.
 OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 PACKAGES = ("jax", "jaxlib", "libtpu")
 _SIZE = re.compile(r"([\d.]+)([KMGT])")
@@ -40,12 +40,12 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What a compiled program says of itself.
+    """The analysis of a compiled program.
 
     Attributes:
-      key: of the cache. jaxpr: of the traced program.
-      memory, hlo: None when the compiler found that it does not fit; then `needs` has the bytes it named.
-      seconds: of the compilation, also when it was found in the cache.
+      key: of its entry in the cache. jaxpr: of the traced program.
+      memory, hlo: None when the program does not fit; then `needs` is the number of bytes that the compiler named.
+      seconds: that the compilation took. cached: whether it was read from the cache.
     """
 
     key: str
@@ -58,16 +58,16 @@ class Compiled:
 
 
 def versions(topology: Topology) -> dict[str, str]:
-    """Versions that decide what the compiler makes of a program."""
+    """Versions of the packages that determine the compiled program."""
     names = PACKAGES if topology.chip else PACKAGES[:2]
     return {name: importlib.metadata.version(name) for name in names}
 
 
-def compile_role(fn: Any, args: tuple[Any, ...], mesh: jax.sharding.Mesh, topology: Topology, cache: Path) -> Compiled:
-    """Traces, lowers and compiles a jitted function for a topology; takes the compiler's answer from the cache where it has one.
+def compile_program(fn: Any, args: tuple[Any, ...], mesh: jax.sharding.Mesh, topology: Topology, cache: Path) -> Compiled:
+    """Traces, lowers and compiles a jitted function for a topology, or reads the result from the cache.
 
     Raises:
-      ValueError: the compiler refuses the program for another reason than its size.
+      ValueError: the compiler refuses the program for a reason other than its size.
     """
     platform = {} if topology.chip is None else {"lowering_platforms": ("tpu",)}
     options = OPTIONS if topology.chip else {}
@@ -94,14 +94,14 @@ def _compile(lowered: Any, options: dict[str, str]) -> tuple[Memory | None, str 
         return None, None, needed(str(e))
     m = compiled.memory_analysis()
     sizes = [getattr(m, f"{kind}_size_in_bytes") for kind in ("argument", "output", "temp", "alias")]
-    # Never more than is allocated; the compiler's peak counts an array that goes to on-chip memory and back twice.
+    # The compiler's peak counts an array that goes to on-chip memory and back twice, and may exceed what is allocated.
     allocated = sizes[0] + sizes[1] + sizes[2] - sizes[3]
     peak = min(getattr(m, "peak_memory_in_bytes", 0) or allocated, allocated)
     return Memory(*sizes, peak), compiled.as_text(), 0
 
 
 def needed(message: str) -> int:
-    """Bytes that the compiler's refusal says it would need; 0 where it names none."""
+    """Bytes that the compiler's out-of-memory message names; 0 where it names none."""
     found = _SIZE.findall(message.split("exceeds available")[0].split("Exceeded")[0]) if message else []
     unit = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
     return int(max((float(n) * unit[u] for n, u in found), default=0))
@@ -124,4 +124,4 @@ def _write(path: Path, entry: dict[str, Any], hlo: str | None) -> None:
         path.with_suffix(".hlo.gz").write_bytes(gzip.compress(hlo.encode(), 6))
     part = path.with_suffix(f".part{os.getpid()}")
     part.write_text(json.dumps(entry))
-    part.replace(path)  # the entry counts from here on
+    part.replace(path)  # last, since the entry exists from here on

@@ -1,4 +1,4 @@
-"""What a compiled role was found to do, beside what it must do: plain numbers, ready for JSON."""
+"""Measurements of a compiled program beside the minimum that its arithmetic requires, as plain numbers for JSON."""
 
 from __future__ import annotations
 
@@ -6,39 +6,42 @@ import dataclasses
 from typing import Any
 
 from xomni_jax.core import flops
-from xomni_jax.planner import abstract, collectives, hlo, traffic
+from xomni_jax.core.program import Programs
+from xomni_jax.planner import collectives, hlo, traffic
 from xomni_jax.planner.compiled import Compiled
-from xomni_jax.planner.roles import Role, Stage
+from xomni_jax.sharding import abstract
 
 LARGE = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """One role, per device and execution unless said otherwise.
+    """One program, per device and execution unless said otherwise.
 
     Attributes:
-      memory: bytes by kind (None: it does not fit, the compiler needs `needs`), with `state`, the donated argument, and `resident`, what
-        else stays on the device meanwhile.
-      apart: it runs on the decoder's own devices.
-      flops: counted over all devices, by kind; `learned`, `forward`, `attention` by arithmetic, over all devices.
-      logits: shape of the largest array of logits; `logits_limit` positions and `head_gathers` gathers of the heads are due.
+      key: of the compilation in the cache. seconds: that it took.
+      memory: bytes by kind, or None where the program does not fit and the compiler asked for `needs` bytes.
+      state: bytes of the donated argument. resident: of the other arrays that stay on the device while it runs.
+      on_decoder_mesh: whether it runs on the decoder's own devices.
+      per_step: executions in a training step. tokens, images: that one execution reads or makes.
+      flops: counted over all devices, by kind. learned, forward, attention: by arithmetic, over all devices (see `core.program.Work`).
+      logits: shape of the largest array of logits. logits_limit: most positions it may have. head_gathers: most gathers of output heads.
       collectives: rows of kind, axes, dtype, shape, times, bytes, sent (over all executions), source, largest first.
-      hbm: bytes moved; `hbm_step` per decoding step, against `floor`.
-      copies: copies from HBM to HBM of LARGE bytes and more. repeated: large weights that several devices hold, with how often.
-      loops: trip counts. unknown: loops that were counted once because theirs could not be read, of
-        which `open_loops` are due.
+      gathered, reduced: bytes of weights and gradients that must be exchanged over fsdp.
+      hbm: bytes moved. hbm_step: per decoding step, of `steps`; floor: the least possible. cache: bytes of the key-value cache.
+      copies: copies from HBM to HBM of at least LARGE bytes. repeated: large weights that several devices hold, with the number of copies.
+      loops: trip counts. unknown: loops counted once, since their trip counts could not be read. open_loops: how many there should be.
     """
 
-    role: str
+    program: str
     about: str
     key: str
     seconds: float
     memory: dict[str, int] | None
     needs: int
     state: int
-    resident: int
-    apart: bool
+    persistent: int
+    on_decoder_mesh: bool
     per_step: int
     tokens: int
     images: int
@@ -67,31 +70,44 @@ class Facts:
 
     @property
     def fits_in(self) -> int:
-        """Bytes that must be free: the program's peak and what else stays on the device."""
-        return (self.memory["peak"] if self.memory else self.needs) + self.resident
+        """Bytes that the device must have: the program's peak and the other arrays that stay on it."""
+        return (self.memory["peak"] if self.memory else self.needs) + self.persistent
+
+    @property
+    def useful(self) -> float:
+        """Operations that count for model FLOPs utilisation: 6ND, causal attention halved, nothing recomputed."""
+        return self.learned + self.forward + self.attention
 
 
-def read(role: Role, stage: Stage, compiled: Compiled) -> Facts:
-    """The facts of a compiled role.
+def read(name: str, made: Programs, compiled: Compiled) -> Facts:
+    """Measures a compiled program.
 
     Raises:
-      HLOError: the compiler's text is not understood.
+      HLOError: the HLO text cannot be parsed.
     """
-    where, w = stage.mesh_of(role), role.work
+    program = made[name]
+    where, w = made.mesh_of(program), program.work
     mesh, counted = dict(where.shape), flops.count(compiled.jaxpr)
-    others = [name for name in stage.resident if name not in (*role.uses, *role.gone) and role.apart == (name in stage.moved)]
-    resident = sum(abstract.bytes_per_device(stage.resident[name]) for name in others)
+    beside = [
+        group
+        for group in made.persistent
+        if group not in (*program.uses, *program.freed) and program.on_decoder_mesh == (group in made.on_decoder_mesh)
+    ]
+    persistent = sum(abstract.bytes_per_device(made.persistent[group]) for group in beside)
     rows, moves, module = [], [], None
     if compiled.hlo is not None:
         module = hlo.parse(compiled.hlo)
         rows, moves = collectives.collectives(module, mesh), traffic.moves(module)
     step = sum(m.total for m in moves if m.times >= w.steps) / w.steps if w.steps > 1 else 0.0
-    repeated = [row for name in role.uses if name in stage.resident for row in abstract.repeated({name: stage.resident[name]}, LARGE)]
+    repeated = [
+        row for group in program.uses if group in made.persistent for row in abstract.repeated({group: made.persistent[group]}, LARGE)
+    ]
     return Facts(
-        role=role.name, about=role.about, key=compiled.key, seconds=round(compiled.seconds, 1),
+        program=name, about=program.about, key=compiled.key, seconds=round(compiled.seconds, 1),
         memory=compiled.memory and dataclasses.asdict(compiled.memory), needs=compiled.needs,
-        state=abstract.bytes_per_device(role.state) if role.state is not None else 0, resident=resident, apart=role.apart,
-        per_step=role.per_step,
+        state=abstract.bytes_per_device(program.state) if program.state is not None else 0, persistent=persistent,
+        on_decoder_mesh=program.on_decoder_mesh,
+        per_step=program.per_step,
         tokens=w.tokens, images=w.images, devices=where.size, fsdp=mesh["fsdp"], flops=dataclasses.asdict(counted),
         learned=w.learned, forward=w.forward, attention=w.attention,
         logits=flops.widest(compiled.jaxpr, frozenset(w.vocabularies)), logits_limit=w.logits, head_gathers=w.head_gathers,

@@ -1,4 +1,4 @@
-"""The released configurations on their slices: every role compiled, checked, and written down as the table of configs/xomni/README.md.
+"""The released configurations on their slices: every program compiled, checked, and written down as the table of configs/xomni/README.md.
 
 Numbers are kept beside it, in gates.json, for every set of versions; those of the same versions must not drift from what is kept there.
 """
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from xomni_jax.core.config import ConfigError, load_config
+from xomni_jax.core.config import ConfigError
 from xomni_jax.planner import chips
 from xomni_jax.planner.check import checks
 from xomni_jax.planner.chips import GIB
@@ -42,14 +42,14 @@ GATES = (
 )
 
 
-ROLES = {
+PROGRAMS = {
     "grpo": ("policy-update", "reference", "layout", "rollout", "prefill", "decoder", "text", "vae"),
     "sft": ("sft-update",),
 }
 
 
 def run(cache: Path, only: str | None, reserve: float) -> Path:
-    """Compiles what the cache does not hold, rewrites the numbers and the table after every role, and returns the table's path.
+    """Compiles what the cache does not hold, rewrites the numbers and the table after every program, and returns the table's path.
 
     Raises:
       ConfigError: this is not the repository's root, or no gate is on the topology `only`.
@@ -71,24 +71,25 @@ def run(cache: Path, only: str | None, reserve: float) -> Path:
 
 
 def plans(gate: Gate, cache: Path) -> Iterator[Facts]:
-    """The facts of every role of a gate, one after the other."""
+    """The facts of every program of a gate, one after the other."""
     topology = chips.parse(gate.topology)
     chips.prepare(topology)
-    from xomni_jax.planner.plan import compile_all, stage_on
+    from xomni_jax.planner.plan import compile_all, programs_on
+    from xomni_jax.training.stage import load_config
 
-    stage = stage_on(load_config(FOLDER / f"{gate.config}.py", gate.overrides), topology)
-    yield from compile_all(stage, stage.roles.values(), topology, cache)
+    made = programs_on(load_config(FOLDER / f"{gate.config}.py", gate.overrides), topology)
+    yield from compile_all(made, made.programs, f"{gate.config} on {topology.name}", topology, cache)
 
 
 class Numbers:
-    """gates.json: {versions: {"config topology": {role: numbers}}}, and what this run found against it."""
+    """gates.json: {versions: {"config topology": {program: numbers}}}, and what this run found against it."""
 
     def __init__(self, path: Path):
         self.path, self.missed = path, []
         self.kept: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
 
     def add(self, gate: Gate, f: Facts, reserve: float) -> None:
-        """Takes in one role's facts; a drift from what is kept for these versions is a miss."""
+        """Takes in one program's facts; a drift from what is kept for these versions is a miss."""
         from xomni_jax.checkpoint.store import write_json
         from xomni_jax.planner.compiled import versions
 
@@ -96,24 +97,24 @@ class Numbers:
         with_these = self.kept.setdefault(", ".join(f"{k} {v}" for k, v in versions(topology).items()), {})
         where, row = f"{gate.config} {gate.topology}", numbers(f, gate, reserve)
         place = with_these.setdefault(where, {})
-        old = place.get(f.role, {})
+        old = place.get(f.program, {})
         if old.get("key") != row["key"]:
             old = {}  # the program changed: these are its first numbers
         for name in KEPT:
             if old.get(name) and abs(row[name] / old[name] - 1) > DRIFT:
-                self.missed.append(f"{where} {f.role}: {name} drifted from {old[name]:.6g} to {row[name]:.6g} with the same versions")
-        self.missed += [f"{where} {f.role}: {c['name']} is {c['found']}, limit {c['limit']}" for c in row["checks"] if not c["ok"]]
-        place[f.role] = row
+                self.missed.append(f"{where} {f.program}: {name} drifted from {old[name]:.6g} to {row[name]:.6g} with the same versions")
+        self.missed += [f"{where} {f.program}: {c['name']} is {c['found']}, limit {c['limit']}" for c in row["checks"] if not c["ok"]]
+        place[f.program] = row
         write_json(self.path, self.kept)
 
 
 def numbers(f: Facts, gate: Gate, reserve: float) -> dict[str, Any]:
-    """What is kept of a role."""
+    """What is kept of a program."""
     topology, m = chips.parse(gate.topology), f.memory or {}
     time = time_of(f, topology)
     return dict(
         about=f.about, key=f.key, peak=m.get("peak", f.needs), temporaries=m.get("temporaries", 0), aliased=m.get("aliased", 0),
-        resident=f.resident,
+        resident=f.persistent,
         operations=f.flops["weights"] + f.flops["convolution"], attention=f.flops["attention"] + f.flops["kernels"], hbm=f.hbm,
         sent=sum(r["sent"] for r in f.collectives), seconds=time and time.total, bound=time and time.bound,
         checks=[dict(name=c.name, found=c.found, limit=c.limit, ok=c.ok) for c in checks(f, topology, reserve)],
@@ -132,22 +133,22 @@ def table(kept: dict[str, Any]) -> str:
     """The table of every set of versions, then what was missed with its size."""
     lines = []
     for versions, places in kept.items():
-        lines += [f"\nCompiled with {versions}. Memory per chip: the role's peak and, with it, everything else that stays.\n"]
-        lines += ["| slice | role | peak GiB | with the rest | operations | HBM GiB | sent GiB | at best | checks |", "| --- " * 9 + "|"]
+        lines += [f"\nCompiled with {versions}. Memory per chip: the program's peak and, with it, everything else that stays.\n"]
+        lines += ["| slice | program | peak GiB | with the rest | operations | HBM GiB | sent GiB | at best | checks |", "| --- " * 9 + "|"]
         missed = []
-        for place, roles in places.items():
-            for role, r in roles.items():
+        for place, programs in places.items():
+            for program, r in programs.items():
                 bad = [c for c in r["checks"] if not c["ok"]]
                 seconds = f"{r['seconds']:.3g} s, {r['bound']}" if r["seconds"] else ""
                 cells = (
-                    place, role, f"{r['peak'] / GIB:.2f}", f"{(r['peak'] + r['resident']) / GIB:.2f}", f"{r['operations']:.3g}",
+                    place, program, f"{r['peak'] / GIB:.2f}", f"{(r['peak'] + r['resident']) / GIB:.2f}", f"{r['operations']:.3g}",
                     f"{r['hbm'] / GIB:.1f}", f"{r['sent'] / GIB:.1f}", seconds, f"{len(bad)} missed" if bad else f"{len(r['checks'])} hold",
                 )  # fmt: skip
                 lines.append("| " + " | ".join(cells) + " |")
-                missed += [f"- {place}, {role}: {c['name']} {c['found']}, limit {c['limit']}" for c in bad]
+                missed += [f"- {place}, {program}: {c['name']} {c['found']}, limit {c['limit']}" for c in bad]
         lines += ["", *(["Missed:", "", *missed, ""] if missed else ["Nothing of these was missed.", ""])]
-        due = {f"{g.config} {g.topology}": ROLES[g.config] for g in GATES}
-        left = {place: [r for r in roles if r not in places.get(place, {})] for place, roles in due.items()}
-        left_lines = [f"- {place}: {', '.join(roles)}" for place, roles in left.items() if roles]
+        due = {f"{g.config} {g.topology}": PROGRAMS[g.config] for g in GATES}
+        left = {place: [r for r in programs if r not in places.get(place, {})] for place, programs in due.items()}
+        left_lines = [f"- {place}: {', '.join(programs)}" for place, programs in left.items() if programs]
         lines += ["Not compiled yet with these versions:", "", *left_lines, ""] if left_lines else []
     return "\n".join(lines) + "\n"

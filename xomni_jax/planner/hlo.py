@@ -1,6 +1,6 @@
-"""Reads an optimised HLO module: its computations, and how often each runs.
+"""Parses an optimised HLO module: its computations, and how often each runs.
 
-How often a loop runs is the constant that its condition compares the counter with; on a CPU the loop itself says it.
+The trip count of a loop is the constant that its condition compares the counter with; on a CPU the loop is annotated with it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ ITEM_BYTES = {
     "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2,
     "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8,
 }  # fmt: skip
-_ARRAY = re.compile(r"\b(%s)\[([0-9,]*)\](\{[^}]*\})?" % "|".join(ITEM_BYTES))
+_ARRAY = re.compile(r"\b(" + "|".join(ITEM_BYTES) + r")\[([0-9,]*)\](\{[^}]*\})?")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*->.*\{\s*$")
 _INSTRUCTION = re.compile(r"^(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\(")
 _CALLS = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
@@ -25,12 +25,12 @@ _LOOP = re.compile(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 
 
 class HLOError(ValueError):
-    """The text is not what the reader understands; nothing it would say could be trusted."""
+    """The HLO text has a form that this parser does not know."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """One array of a result: element type, sizes, whether it lies in HBM (and not in on-chip or host memory)."""
+    """One array of a result: element type, shape, and whether it is in HBM (rather than in on-chip or host memory)."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -38,7 +38,7 @@ class Array:
 
     @property
     def bytes(self) -> int:
-        """Bytes without the padding of its tiles."""
+        """Bytes without the padding of tiles."""
         return int(ITEM_BYTES[self.dtype] * math.prod(self.shape))
 
     def __str__(self) -> str:
@@ -64,18 +64,18 @@ class Instruction:
 
     @property
     def callees(self) -> list[str]:
-        """Computations it calls once, loops aside."""
+        """Computations it calls once; not those of a loop."""
         branches = (name.strip().lstrip("%") for names in _BRANCHES.findall(self.rest) for name in names.split(","))
         return _CALLS.findall(self.rest) + list(branches)
 
     @property
     def loop(self) -> tuple[str, str] | None:
-        """(condition, body) of a while."""
+        """(condition, body) of a while loop."""
         return _LOOP.search(self.rest).groups() if self.op == "while" else None
 
     @property
     def source(self) -> str:
-        """The operation of the traced program it comes from."""
+        """The operation of the traced program that it comes from."""
         found = re.search(r'op_name="([^"]*)"', self.rest)
         return found.group(1) if found else ""
 
@@ -85,9 +85,11 @@ class Module:
     """An optimised module of one device.
 
     Attributes:
-      computations: name -> instructions, in order. entry: the first to run.
-      times: name -> executions per run of the program. trips: loop body -> iterations.
-      unknown: loop bodies whose iterations could not be read, counted once.
+      computations: name -> instructions, in order.
+      entry: name of the computation that runs first.
+      times: name -> executions per run of the program.
+      trips: loop body -> iterations.
+      unknown: loop bodies whose trip counts could not be read; they are counted once.
     """
 
     computations: dict[str, list[Instruction]]
@@ -98,7 +100,7 @@ class Module:
 
     @functools.cached_property
     def scheduled(self) -> list[str]:
-        """Computations whose instructions are scheduled on their own: the entry, loop bodies, branches; not the insides of fusions."""
+        """Computations whose instructions are scheduled one by one: the entry, loop bodies and branches, but not those inside fusions."""
         found, todo = [], [self.entry]
         while todo:
             name = todo.pop()
@@ -114,7 +116,7 @@ class Module:
 
     @functools.cached_property
     def owners(self) -> dict[str, str]:
-        """Computation -> the scheduled computation in whose fusions it stands (itself, for a scheduled one)."""
+        """Computation -> the scheduled computation whose fusions contain it; a scheduled one -> itself."""
         owners: dict[str, str] = {}
 
         def visit(name: str, owner: str) -> None:
@@ -129,7 +131,7 @@ class Module:
         return owners
 
     def instructions(self) -> Iterator[tuple[str, Instruction]]:
-        """(computation, instruction) of everything that runs at all."""
+        """(computation, instruction) of every instruction that runs."""
         for name, lines in self.computations.items():
             if self.times.get(name):
                 for instruction in lines:
@@ -207,7 +209,7 @@ def _count(module: Module, name: str, times: int) -> None:
 
 
 def _trip_count(condition: list[Instruction]) -> int | None:
-    """Iterations of a counted loop, which starts at 0; None when the condition is of another form."""
+    """Iterations of a loop whose counter starts at 0; None when its condition has another form."""
     constants = {i.name: i.number for i in condition if i.op == "constant"}
     root = next(i for i in condition if i.root)
     if root.op == "compare" and "direction=LT" in root.rest:

@@ -1,48 +1,52 @@
-"""A plan: the roles of a configuration compiled for a topology, and what would fit where one does not."""
+"""A plan: the programs of a configuration compiled for a topology, and what would fit where one does not."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import sys
 import threading
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from xomni_jax.core.config import ConfigError, apply_override
-from xomni_jax.inference import STAGE
-from xomni_jax.planner import chips, inference
-from xomni_jax.planner.abstract import component
+from xomni_jax.core.config import ConfigError, merge_overrides, updated
+from xomni_jax.core.program import Programs
+from xomni_jax.planner import chips
 from xomni_jax.planner.check import budget
 from xomni_jax.planner.chips import GIB, Topology
-from xomni_jax.planner.compiled import compile_role, versions
+from xomni_jax.planner.compiled import compile_program, versions
 from xomni_jax.planner.facts import Facts, read
-from xomni_jax.planner.roles import Role, Stage, build_stage, choose
-from xomni_jax.sharding.mesh import make_mesh, split_devices
+from xomni_jax.sharding.mesh import make_mesh
+from xomni_jax.training.components import planned_configs
+from xomni_jax.training.stage import STAGES, meshes
 
-TRIALS = 4  # proposals that are compiled for one role at most
+TRIALS = 4  # proposals that are compiled for one program at most
 
 
 @dataclasses.dataclass(frozen=True)
 class Proposal:
-    """Changes of the configuration with which a role was found to fit, and what it then needs."""
+    """Changes of the configuration with which a program was found to fit, and what it then needs."""
 
-    role: str
+    program: str
     overrides: tuple[str, ...]
     needs: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Everything a report says; `whole` when every role of a training step is in it, `apart` the mesh of a decoder with its own devices."""
+    """Everything a report says.
+
+    Attributes:
+      decoder_mesh: of an image decoder with devices of its own; empty otherwise.
+      whole: every program of a training step is among `facts`.
+    """
 
     stage: str
     topology: Topology
     mesh: dict[str, int]
-    apart: dict[str, int]
+    decoder_mesh: dict[str, int]
     versions: dict[str, str]
     facts: list[Facts]
     proposals: list[Proposal]
@@ -50,117 +54,139 @@ class Plan:
 
 
 def make_plan(
-    config: ConfigDict, topology: Topology, roles: Iterable[str], cache: Path, reserve: float, propose: bool = True, quiet: bool = False
+    cfg: Any, topology: Topology, names: Iterable[str], cache: Path, reserve: float, propose: bool = True, quiet: bool = False
 ) -> Plan:
-    """Compiles the roles and reads their facts; for what does not fit, looks for what would.
+    """Compiles the named programs of a configuration and reads their facts; for what does not fit, looks for what would.
 
     Raises:
       ConfigError: the configuration or its mesh is impossible on this topology.
     """
-    stage, proposals = stage_on(config, topology), []
-    found = list(compile_all(stage, choose(stage, roles), topology, cache, quiet))
+    made, proposals = programs_on(cfg, topology), []
+    title = f"{cfg.stage} on {topology.name}"
+    found = list(compile_all(made, choose(cfg.stage, made, names), title, topology, cache, quiet))
     for f in found:
         if propose and f.fits_in > budget(topology, reserve):
-            proposals += propose_for(config, f, topology, cache, reserve, quiet)
-    whole = {r.name for r in stage.roles.values() if r.per_step} <= {f.role for f in found}
-    apart = dict(stage.apart.shape) if stage.apart else {}
-    return Plan(stage.name, topology, dict(stage.mesh.shape), apart, versions(topology), found, proposals, whole)
+            proposals += propose_for(cfg, f, topology, cache, reserve, quiet)
+    whole = {name for name, p in made.programs.items() if p.per_step} <= {f.program for f in found}
+    apart = dict(made.decoder_mesh.shape) if made.decoder_mesh else {}
+    return Plan(cfg.stage, topology, dict(made.mesh.shape), apart, versions(topology), found, proposals, whole)
 
 
-def compile_all(stage: Stage, roles: Collection[Role], topology: Topology, cache: Path, quiet: bool = False) -> Iterator[Facts]:
-    """The facts of roles, one after the other, under a progress bar."""
-    with tqdm(total=len(roles), desc=f"{stage.name} on {topology.name}", unit="role", disable=quiet, file=sys.stderr) as bar:
-        for role in roles:
-            with ticking(bar, role.name):
-                facts = facts_of(role, stage, topology, cache)
+def choose(stage: str, made: Programs, names: Iterable[str]) -> list[str]:
+    """The programs asked for; "all" is every one.
+
+    Raises:
+      ConfigError: the stage has no such program.
+    """
+    names = list(names)
+    for name in names:
+        if name != "all" and name not in made.programs:
+            raise ConfigError(f"--program {name}: stage {stage} has no such program; it has {', '.join(made.programs)}, and all")
+    return list(made.programs) if "all" in names else names
+
+
+def compile_all(
+    made: Programs, names: Collection[str], title: str, topology: Topology, cache: Path, quiet: bool = False
+) -> Iterator[Facts]:
+    """The facts of programs, one after the other, under a progress bar."""
+    with tqdm(total=len(names), desc=title, unit="program", disable=quiet, file=sys.stderr) as bar:
+        for name in names:
+            with ticking(bar, name):
+                facts = facts_of(name, made, topology, cache)
             bar.update()
             yield facts
 
 
-def stage_on(config: ConfigDict, topology: Topology) -> Stage:
-    """The stage of a configuration on the meshes it asks for.
+def programs_on(cfg: Any, topology: Topology) -> Programs:
+    """The programs of a configuration on the meshes it asks for.
 
     Raises:
-      ConfigError: they do not fill the topology; the message says which sizes would.
+      ConfigError: they do not fill the topology (the message says which sizes would), or the stage refuses the configuration.
     """
-    size = math.prod(config.decoder_mesh.values()) if "decoder_mesh" in config else 0
-    devices, own = chips.devices(topology), []
+    stage = STAGES.get(cfg.stage)
+    if "mmdit" in stage.components and hasattr(cfg, "data") and len(cfg.data.sizes) != 1:
+        raise ConfigError(f"config.data.sizes={cfg.data.sizes} must hold one size to be planned: a program has one static shape")
     try:
-        if size:
-            devices, own = split_devices(devices, size)
-        if size and topology.chip:  # the parts of a slice are compiled for as slices of as many chips
+        devices, own = meshes(cfg, chips.devices(topology))
+        if own and topology.chip:  # the parts of a slice are compiled for as slices of as many chips
             devices, own = (chips.devices(chips.part(topology, len(part))) for part in (devices, own))
-        mesh, apart = make_mesh(dict(config.mesh), devices), make_mesh(dict(config.decoder_mesh), own) if size else None
+        mesh, decoder_mesh = make_mesh(cfg.mesh.sizes(), devices), make_mesh(cfg.decoder_mesh.sizes(), own) if own else None
     except ValueError as e:
         raise ConfigError(f"{topology.name} ({topology.size} devices): {e}") from None
-    return inference.build(config, mesh) if config.stage == STAGE else build_stage(config, mesh, apart)
+    return stage.programs(cfg, planned_configs(cfg, stage.components, model_directory(cfg)), mesh, decoder_mesh)
 
 
-def facts_of(role: Role, stage: Stage, topology: Topology, cache: Path) -> Facts:
-    """Compiles one role and reads it."""
-    return read(role, stage, compile_role(role.fn, role.args, stage.mesh_of(role), topology, cache))
+def model_directory(cfg: Any) -> str:
+    """The model directory that a run starts from, or that inference uses."""
+    return cfg.model if hasattr(cfg, "model") else cfg.init_from
 
 
-def propose_for(config: ConfigDict, f: Facts, topology: Topology, cache: Path, reserve: float, quiet: bool) -> list[Proposal]:
-    """The first change, of those that are likely to help, with which the role fits; compiled to be sure."""
+def facts_of(name: str, made: Programs, topology: Topology, cache: Path) -> Facts:
+    """Compiles one program and reads it."""
+    program = made[name]
+    return read(name, made, compile_program(program.fn, program.args, made.mesh_of(program), topology, cache))
+
+
+def propose_for(cfg: Any, f: Facts, topology: Topology, cache: Path, reserve: float, quiet: bool) -> list[Proposal]:
+    """The first change, of those that are likely to help, with which the program fits; compiled to be sure."""
     room, tried = budget(topology, reserve), 0
-    for overrides in candidates(config, f):
+    for overrides in candidates(cfg, f):
         if tried == TRIALS:
             break
-        changed = ConfigDict(config.to_dict())
+        values: dict[str, Any] = {}
+        merge_overrides(values, overrides)
         try:
-            for override in overrides:
-                apply_override(changed, override)
-            stage = stage_on(changed, topology)
+            made = programs_on(updated(cfg, values), topology)
         except ValueError:
             continue  # not possible with the other settings
         tried += 1
         if not quiet:
-            short = f"{f.role} does not fit ({f.fits_in / GIB:.1f} of {room / GIB:.1f} GiB)"
+            short = f"{f.program} does not fit ({f.fits_in / GIB:.1f} of {room / GIB:.1f} GiB)"
             print(f"{short}; trying {' '.join(overrides)}", file=sys.stderr, flush=True)
-        trial = facts_of(stage.roles[f.role], stage, topology, cache)
+        trial = facts_of(f.program, made, topology, cache)
         if trial.fits_in <= room:
-            return [Proposal(f.role, tuple(overrides), trial.fits_in)]
+            return [Proposal(f.program, tuple(overrides), trial.fits_in)]
     return []
 
 
-def candidates(config: ConfigDict, f: Facts) -> Iterator[list[str]]:
-    """Changes worth trying for a role, cheapest for the run first."""
-    role, mesh = f.role, "decoder_mesh" if f.apart else "mesh"
-    section = {"decoder-update": "mmdit", "tokenizer-update": "siglip_vq"}.get(role, "transformer")
-    learns = role.endswith("update")
-    remat = [f"{section}.remat=full"] if learns and component(config, section).remat != "full" else []
+def candidates(cfg: Any, f: Facts) -> Iterator[list[str]]:
+    """Changes worth trying for a program, cheapest for the run first."""
+    name, mesh = f.program, "decoder_mesh" if f.on_decoder_mesh else "mesh"
+    section = {"decoder-update": "mmdit", "tokenizer-update": "siglip_vq"}.get(name, "transformer")
+    component = lambda part: planned_configs(cfg, [part], model_directory(cfg))[part]
+    learns = name.endswith("update")
+    remat = [f"{section}.remat=full"] if learns and component(section).remat != "full" else []
     smaller = []
-    if role in ("policy-update", "reference"):
-        rows = config.rollout.micro_batch or config.batch_size * config.grpo.rollouts_per_prompt // config.grpo.updates_per_batch
+    if name in ("policy-update", "reference"):
+        rows = cfg.rollout.micro_batch or cfg.batch_size * cfg.grpo.rollouts_per_prompt // cfg.grpo.updates_per_batch
         smaller = [[f"rollout.micro_batch={rows // n}"] for n in (2, 4, 8) if rows % n == 0]
-    elif role in ("rollout", "prefill", "answer", "decoder", "vae", "text"):
-        part = {"decoder": "mmdit", "vae": "autoencoder"}.get(role)
-        pieces = [[f"{part}.at_once=1"]] if part and component(config, part).at_once != 1 else []
-        smaller = pieces + [fewer(config, role, n) for n in (2, 4)]
-    elif role == "sft-update" or role == "pretrain-update":
-        smaller = [[f"next_token.rows={config.next_token.rows // n}"] for n in (2, 4) if config.next_token.rows % n == 0]
+    elif name in ("rollout", "prefill", "answer", "decoder", "vae", "text"):
+        part = {"decoder": "mmdit", "vae": "autoencoder"}.get(name)
+        pieces = [[f"{part}.at_once=1"]] if part and component(part).at_once != 1 else []
+        smaller = pieces + [fewer(cfg, name, n) for n in (2, 4)]
+    elif hasattr(cfg, "next_token"):
+        smaller = [[f"next_token.rows={cfg.next_token.rows // n}"] for n in (2, 4) if cfg.next_token.rows % n == 0]
     elif learns:
-        smaller = [[f"batch_size={config.batch_size // n}"] for n in (2, 4) if config.batch_size % n == 0]
-    meshes = [
+        smaller = [[f"batch_size={cfg.batch_size // n}"] for n in (2, 4) if cfg.batch_size % n == 0]
+    splits = [
         [f"{mesh}.fsdp={f.devices // t}", f"{mesh}.tensor={t}", f"{mesh}.data=1", f"{mesh}.replica=1"]
         for t in (4, 2, 1)
-        if t != config[mesh].tensor and f.devices % t == 0
+        if t != getattr(cfg, mesh).tensor and f.devices % t == 0
     ]
     if remat:
         yield remat
     yield from smaller
-    yield from meshes
+    yield from splits
     for few in smaller[:2]:
-        yield from (few + mesh for mesh in meshes)
+        yield from (few + split for split in splits)
 
 
-def fewer(config: ConfigDict, role: str, n: int) -> list[str]:
-    """A change with which a role draws an n-th of its images at a time."""
-    if "rollout" in config:
-        return [f"rollout.chunks={config.rollout.chunks * n}"]
-    key = "decode_batch" if role in ("decoder", "vae", "text") else "batch"
-    return [f"{key}={max(1, config[key] // n)}"]
+def fewer(cfg: Any, name: str, n: int) -> list[str]:
+    """A change with which a program draws an n-th of its images at a time."""
+    if hasattr(cfg, "rollout"):
+        return [f"rollout.chunks={cfg.rollout.chunks * n}"]
+    key = "decode_batch" if name in ("decoder", "vae", "text") else "batch"
+    return [f"{key}={max(1, getattr(cfg, key) // n)}"]
 
 
 class ticking:

@@ -1,45 +1,52 @@
-"""A plan in words: as text for the terminal, as JSON, as one HTML page."""
+"""The report of a plan: as text for a terminal, as JSON, and as one HTML page."""
 
 from __future__ import annotations
 
 import dataclasses
-import html
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+from xomni_jax.evaluation.charts import bar_chart
+from xomni_jax.evaluation.pages import write_page
 from xomni_jax.planner.check import RESERVE, budget, checks
 from xomni_jax.planner.chips import GIB
 from xomni_jax.planner.facts import Facts
 from xomni_jax.planner.plan import Plan
 from xomni_jax.planner.roofline import Step, Time, mfu, step, time_of
 
-SHOWN = 6  # rows of collectives and of repeated weights
+SHOWN = 6  # rows of collectives and of replicated weights
 
 
 def head(plan: Plan) -> str:
     """One line: what was planned."""
     t = plan.topology
-    mesh, apart = (" x ".join(f"{axis} {n}" for axis, n in m.items() if n > 1) or "one device" for m in (plan.mesh, plan.apart))
-    mesh += f" and, for the decoder, {apart}" if plan.apart else ""
+    mesh, apart = (" x ".join(f"{axis} {n}" for axis, n in m.items() if n > 1) or "one device" for m in (plan.mesh, plan.decoder_mesh))
+    mesh += f" and, for the decoder, {apart}" if plan.decoder_mesh else ""
     rented = f"{t.cloud}, {t.chips} chips" if t.chip else "simulated"
     return f"{plan.stage} on {t.name} ({rented}), mesh {mesh}; {', '.join(f'{k} {v}' for k, v in plan.versions.items())}"
 
 
 def text(plan: Plan, reserve: float = RESERVE, price: float | None = None) -> str:
-    """The whole report."""
+    """The report for a terminal."""
     lines = [head(plan), ""]
     for f in plan.facts:
-        lines += [f"{f.role}: {f.about}", *(f"  {line}" for line in role_lines(f, plan, reserve)), ""]
+        lines += [f"{f.program}: {f.about}", *(f"  {line}" for line in program_lines(f, plan, reserve)), ""]
+    return "\n".join([*lines, *proposal_lines(plan, reserve), *step_lines(step(plan, price))]).rstrip() + "\n"
+
+
+def proposal_lines(plan: Plan, reserve: float) -> Iterator[str]:
+    """What would make the programs fit that do not."""
     for p in plan.proposals:
-        lines.append(f"{p.role} would fit in {p.needs / GIB:.1f} GiB with {' '.join('--config.' + o for o in p.overrides)} (compiled)")
-    helped = {p.role for p in plan.proposals}
-    missing = [f.role for f in plan.facts if f.fits_in > budget(plan.topology, reserve) and f.role not in helped]
-    lines += [f"{role} fits with none of the changes that were tried; take a larger slice" for role in missing]
-    return "\n".join([*lines, *step_lines(step(plan, price))]).rstrip() + "\n"
+        yield f"{p.program} would fit in {p.needs / GIB:.1f} GiB with {' '.join('--config.' + o for o in p.overrides)} (compiled)"
+    helped = {p.program for p in plan.proposals}
+    for f in plan.facts:
+        if f.fits_in > budget(plan.topology, reserve) and f.program not in helped:
+            yield f"{f.program} fits with none of the changes that were tried; take a larger slice"
 
 
-def role_lines(f: Facts, plan: Plan, reserve: float) -> Iterator[str]:
-    """A role's lines: memory, operations, HBM, collectives, repeated weights, time, checks."""
+def program_lines(f: Facts, plan: Plan, reserve: float) -> Iterator[str]:
+    """Lines about a program: memory, operations, HBM, collectives, replicated weights, time, checks."""
     room = budget(plan.topology, reserve)
     yield memory_line(f, room, plan.topology.chip is None)
     counted = ", ".join(f"{kind} {n:.4g}" for kind, n in f.flops.items() if n)
@@ -61,10 +68,10 @@ def role_lines(f: Facts, plan: Plan, reserve: float) -> Iterator[str]:
 
 
 def memory_line(f: Facts, room: float, simulated: bool) -> str:
-    """Memory by kind, and whether it fits."""
+    """Memory by kind, and whether the program fits."""
     kinds = f.memory or {}
     parts = ", ".join(f"{kind} {size / GIB:.2f}" for kind, size in kinds.items()) or f"the compiler needs {f.needs / GIB:.1f}"
-    line = f"memory GiB  {parts}; beside it {f.resident / GIB:.2f} stay"
+    line = f"memory GiB  {parts}; beside it {f.persistent / GIB:.2f} stay"
     if simulated:
         return line
     free = (room - f.fits_in) / GIB
@@ -73,7 +80,7 @@ def memory_line(f: Facts, room: float, simulated: bool) -> str:
 
 
 def collective_lines(f: Facts) -> Iterator[str]:
-    """Collectives by kind and axes, then the largest weights' theory."""
+    """Collectives by kind and axes, then the bytes of weights and gradients by arithmetic."""
     sums: dict[tuple, list[float]] = {}
     for r in f.collectives:
         row = sums.setdefault((r["kind"], tuple(r["axes"])), [0, 0.0, 0.0])
@@ -87,7 +94,7 @@ def collective_lines(f: Facts) -> Iterator[str]:
 
 
 def time_line(f: Facts, time: Time, plan: Plan) -> str:
-    """The roofline of one execution."""
+    """The least time of one execution."""
     parts = f"operations {time.operations:.3g} s, HBM {time.hbm:.3g}, collectives {time.collectives:.3g}"
     useful = f"; MFU at most {mfu(f, time.total, plan.topology):.0%}" if f.learned + f.forward else ""
     chips = f.devices // plan.topology.chip.devices
@@ -96,7 +103,7 @@ def time_line(f: Facts, time: Time, plan: Plan) -> str:
 
 
 def step_lines(s: Step | None) -> Iterator[str]:
-    """The step as a whole."""
+    """Lines about the whole step."""
     if s is None:
         return
     yield (
@@ -111,47 +118,40 @@ def step_lines(s: Step | None) -> Iterator[str]:
 
 
 def as_json(plan: Plan, reserve: float = RESERVE, price: float | None = None) -> dict[str, Any]:
-    """Everything, as plain data."""
+    """The report as JSON-able data."""
     s = step(plan, price)
     out = dict(
         stage=plan.stage,
         topology=plan.topology.name,
         mesh=plan.mesh,
-        decoder_mesh=plan.apart,
+        decoder_mesh=plan.decoder_mesh,
         versions=plan.versions,
         reserve=reserve,
-        roles=[],
+        programs=[],
     )
     for f in plan.facts:
         time = time_of(f, plan.topology)
         row = dataclasses.asdict(f) | {"checks": [dataclasses.asdict(c) for c in checks(f, plan.topology, reserve)]}
-        out["roles"].append(row | {"roofline": time and dataclasses.asdict(time) | {"total": time.total, "bound": time.bound}})
+        out["programs"].append(row | {"roofline": time and dataclasses.asdict(time) | {"total": time.total, "bound": time.bound}})
     out["proposals"] = [dataclasses.asdict(p) for p in plan.proposals]
     out["step"] = s and dataclasses.asdict(s) | {"seconds": s.seconds}
     return out
 
 
-def page(plan: Plan, reserve: float = RESERVE, price: float | None = None) -> str:
-    """One HTML page without scripts or other files: a bar of memory and the same lines per role."""
-    room = budget(plan.topology, reserve)
-    body = [f"<h1>{html.escape(head(plan))}</h1>"]
-    for f in plan.facts:
-        lines = "\n".join(role_lines(f, plan, reserve))
-        body.append(f"<h2>{html.escape(f.role)}</h2><p>{html.escape(f.about)}</p>{bar(f, room)}<pre>{html.escape(lines)}</pre>")
-    rest = text(plan, reserve, price).split("\n\n")[-1]
-    body.append(f"<pre>{html.escape(rest)}</pre>")
-    style = "body{font:15px sans-serif;max-width:70em;margin:2em auto}pre{white-space:pre-wrap;background:#f5f5f5;padding:1em}"
-    return f"<!doctype html><meta charset=utf-8><title>xomni plan</title><style>{style}</style>{''.join(body)}\n"
+def write_html(path: str | Path, plan: Plan, reserve: float = RESERVE, price: float | None = None) -> Path:
+    """Writes the report as one page and returns its path."""
+    programs = [
+        {"name": f.program, "about": f.about, "memory": memory_chart(f, plan, reserve), "lines": program_lines(f, plan, reserve)}
+        for f in plan.facts
+    ]
+    return write_page(
+        path, "plan.html", head=head(plan), programs=programs, lines=[*proposal_lines(plan, reserve), *step_lines(step(plan, price))]
+    )
 
 
-def bar(f: Facts, room: float) -> str:
-    """Memory against the room, as an SVG bar."""
-    if f.memory is None or room == float("inf"):
+def memory_chart(f: Facts, plan: Plan, reserve: float) -> str:
+    """Memory of a device against its limit; empty where there is none."""
+    if f.memory is None or plan.topology.chip is None:
         return ""
-    width, left, parts = 600, 0.0, []
-    for size, colour, name in ((f.memory["peak"], "#4477aa", "the program"), (f.resident, "#ccbb44", "beside it")):
-        w = width * size / max(room, f.fits_in)
-        parts.append(f'<rect x="{left:.1f}" width="{w:.1f}" height="18" fill="{colour}"><title>{name}: {size / GIB:.2f} GiB</title></rect>')
-        left += w
-    limit = width * room / max(room, f.fits_in)
-    return f'<svg width="{width + 2}" height="18">{"".join(parts)}<rect x="{limit:.1f}" width="2" height="18" fill="#aa3377"/></svg>'
+    parts = {"the program": f.memory["peak"] / GIB, "other arrays": f.persistent / GIB}
+    return bar_chart(f"Memory of {f.program}", parts, budget(plan.topology, reserve) / GIB, "GiB per device")

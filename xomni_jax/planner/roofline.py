@@ -1,7 +1,7 @@
-"""The least time a role can take on a chip: the slowest of its operations, its HBM traffic and its collectives, all overlapped.
+"""A lower bound on the time of a program: the slowest of its operations, its HBM traffic and its collectives, all overlapped.
 
-Not a prediction of speed: compilers and chips fall short of it. Peaks are the published ones. A collective over a mesh axis is given both
-links of one ring of the torus; a replica axis between slices is not modelled.
+It is not a prediction of speed. Peaks are the published ones. A collective over a mesh axis is assumed to use both links of one ring of
+the torus; the network between slices (the replica axis) is not modelled.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Time:
-    """Seconds of one execution by what bounds it."""
+    """Least seconds of one execution for each resource."""
 
     operations: float
     hbm: float
@@ -26,19 +26,24 @@ class Time:
 
     @property
     def total(self) -> float:
-        """Everything overlapped."""
+        """With everything overlapped."""
         return max(self.operations, self.hbm, self.collectives)
 
     @property
     def bound(self) -> str:
-        """What takes longest."""
+        """The resource that takes longest."""
         return max(("operations", "hbm", "collectives"), key=lambda kind: getattr(self, kind))
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A whole training step: `times` are (role, seconds in the step), `overlapped` the seconds in which a decoder on its own devices
-    works beside the rollout."""
+    """A whole training step.
+
+    Attributes:
+      times: (program, seconds in the step).
+      overlapped: seconds in which a decoder on its own devices works beside the rollout.
+      dollars: price of the step, None where none was given.
+    """
 
     times: tuple[tuple[str, float], ...]
     overlapped: float
@@ -49,12 +54,12 @@ class Step:
 
     @property
     def seconds(self) -> float:
-        """Of all roles, one after the other but for what overlaps."""
+        """Seconds of the step: all programs in turn, without what overlaps."""
         return sum(t for _, t in self.times) - self.overlapped
 
 
 def time_of(facts: Facts, topology: Topology) -> Time | None:
-    """None where there is nothing to divide by: on a CPU, or when the role was not compiled."""
+    """The time of one execution; None on a CPU, or when the program did not fit."""
     chip = topology.chip
     if chip is None or facts.memory is None:
         return None
@@ -64,28 +69,27 @@ def time_of(facts: Facts, topology: Topology) -> Time | None:
 
 
 def mfu(facts: Facts, seconds: float, topology: Topology) -> float:
-    """Share of the peak that useful operations (6ND, causal attention halved, nothing recomputed) reach in so many seconds."""
-    useful = facts.learned + facts.forward + facts.attention
-    return useful / facts.devices / topology.chip.flops / seconds
+    """Model FLOPs utilisation: the share of the peak that the useful operations reach in so many seconds."""
+    return facts.useful / facts.devices / topology.chip.flops / seconds
 
 
 def step(plan: Plan, price: float | None) -> Step | None:
-    """The step that the roles make up; `price` is of one chip-hour. None where a role is missing or has no time."""
-    roles = [f for f in plan.facts if f.per_step]
-    times = [time_of(f, plan.topology) for f in roles]
+    """The step made of the programs; `price` is that of one chip-hour. None where a program is missing or has no time."""
+    programs = [f for f in plan.facts if f.per_step]
+    times = [time_of(f, plan.topology) for f in programs]
     if not plan.whole or any(t is None for t in times):
         return None
-    seconds = [t.total * f.per_step for f, t in zip(roles, times)]
+    seconds = [t.total * f.per_step for f, t in zip(programs, times)]
     # While a chunk of the batch is decoded, the next one is sampled.
-    beside = [t.total * (f.per_step - 1) for f, t in zip(roles, times) if f.role in ("rollout", "decoder")]
-    overlapped = min(beside) if any(f.apart for f in roles) else 0.0
+    beside = [t.total * (f.per_step - 1) for f, t in zip(programs, times) if f.program in ("rollout", "decoder")]
+    overlapped = min(beside) if any(f.on_decoder_mesh for f in programs) else 0.0
     total, chips = sum(seconds) - overlapped, plan.topology.chips
-    useful = sum((f.learned + f.forward + f.attention) * f.per_step for f in roles)
+    useful = sum(f.useful * f.per_step for f in programs)
     return Step(
-        tuple((f.role, s) for f, s in zip(roles, seconds)),
+        tuple((f.program, s) for f, s in zip(programs, seconds)),
         overlapped,
         useful / plan.topology.size / plan.topology.chip.flops / total,
-        max(f.tokens * f.per_step for f in roles) / total / chips,
-        max(f.images * f.per_step for f in roles) / total * 3600,
+        max(f.tokens * f.per_step for f in programs) / total / chips,
+        max(f.images * f.per_step for f in programs) / total * 3600,
         None if price is None else price * chips * total / 3600,
     )

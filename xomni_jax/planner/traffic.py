@@ -1,7 +1,7 @@
-"""An estimate of the HBM bytes a compiled program moves: what each scheduled instruction reads and writes, loops multiplied out.
+"""Estimates the HBM bytes that a compiled program moves: the reads and writes of each scheduled instruction times its executions.
 
-Fusions are looked into: an operand that is only sliced inside costs its slice, an update in place costs the update. Values in on-chip
-memory cost nothing. Tile padding and what hardware prefetches twice are not counted.
+Inside fusions, an operand that is only sliced counts as its slice, and an update in place as the update. Values in on-chip memory are
+free. Tile padding and repeated prefetches are not counted.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def moves(module: Module) -> list[Move]:
 
 
 def copies(moved: list[Move], at_least: int) -> list[Move]:
-    """Copies from HBM to HBM of at least so many bytes: what a buffer that is not updated in place, or changes its layout, costs."""
+    """Copies of at least `at_least` bytes within HBM, the sign of a buffer that is not updated in place or changes its layout."""
     return [m for m in moved if m.instruction.op in ("copy", "copy-start", "transpose") and m.read and m.written >= at_least]
 
 
@@ -76,7 +76,7 @@ class _Reader:
             return self._start(i, results)
         if i.op == "fusion":
             callee = i.callees[0]
-            # Sizes inside do not say where an operand lies; the operand's own type does.
+            # Types inside a fusion do not tell which memory an operand is in; the operand's own type does.
             read = sum(self._read(callee, n, arrays) for n, arrays in enumerate(results))
             return read, self._written(callee, i, self._aliased(i))
         if i.op == "custom-call":
@@ -84,7 +84,7 @@ class _Reader:
         return sum(map(_hbm, results)), _hbm(i.result)
 
     def _start(self, i: Instruction, results: list[tuple[Array, ...]]) -> tuple[int, int]:
-        """The first arrays of the result are the operands; what follows is the destination and scalars."""
+        """The result of a "-start" holds the operands, then the destination and scalars."""
         given = sum(len(r) for r in results)
         made = i.result[given:] if len(i.result) > given else i.result
         moved = sum(a.bytes for a in made if a.shape)
@@ -100,7 +100,7 @@ class _Reader:
             return 0, 0  # an allocation
 
         def one_layer(a: Array) -> int:
-            # A kernel that is given a whole stack and the number of the layer reads that layer alone.
+            # A kernel that gets the weights of all layers and a layer's index reads that layer only.
             stacked = trips and len(a.shape) > 2 and a.shape[0] == trips
             return a.bytes // trips if stacked else a.bytes
 
@@ -110,7 +110,7 @@ class _Reader:
         return read, sum(a.bytes for n, a in enumerate(i.result) if a.in_hbm and n not in aliased)
 
     def _aliased(self, i: Instruction) -> dict[int, int]:
-        """{output number: operand number} of what is returned as it was given."""
+        """{output number: operand number} of the outputs that alias operands."""
         found = re.search(r"output_to_operand_aliasing=\{(.*?\))\}", i.rest)
         pairs = re.findall(r"\{(\d*)\}: \((\d+)", found.group(1)) if found else []
         return {int(out or 0): int(operand) for out, operand in pairs}
@@ -123,7 +123,7 @@ class _Reader:
         return _hbm(arrays) if part is None else min(part, _hbm(arrays))
 
     def _part(self, computation: str, number: int) -> int | None:
-        """Bytes of an operand that are used when it is only sliced or updated in place; None: all of it."""
+        """Bytes read of an operand that is only sliced or updated in place; None where all of it is read."""
         key = (computation, number)
         if key not in self.known:
             lines = self.module.computations[computation]
@@ -157,7 +157,7 @@ class _Reader:
         return total
 
     def _written(self, computation: str, outer: Instruction, aliased: dict[int, int]) -> int:
-        """Bytes a fusion writes: whole results, but only the update where its root updates in place."""
+        """Bytes a fusion writes: its results, or only the update where its root updates in place."""
         lines = {i.name: i for i in self.module.computations[computation]}
         root = next(i for i in lines.values() if i.root)
         parts = [lines.get(o) for o in root.operands] if root.op == "tuple" else [root]
@@ -170,7 +170,7 @@ class _Reader:
         return total
 
     def _update(self, lines: dict[str, Instruction], i: Instruction | None) -> int | None:
-        """Bytes of the update when a value is made by an update in place."""
+        """Bytes of the update where a value is the result of an update in place; None otherwise."""
         while i is not None and i.op in SEE_THROUGH:
             i = lines.get(i.operands[0])
         if i is None:

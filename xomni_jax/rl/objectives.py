@@ -37,21 +37,37 @@ REDUCTIONS = {
 
 @dataclass(frozen=True)
 class GRPOConfig:
-    """One GRPO update. The defaults are the X-Omni paper's where it gives a number, otherwise the common choice."""
+    """One GRPO update. The defaults are the X-Omni paper's where it gives a number, otherwise the common choice.
 
-    rollouts_per_prompt: int = 16  # G: completions drawn per prompt; their rewards are compared with one another
-    updates_per_batch: int = 1  # mu (DeepSeekMath, algorithm 1): optimizer updates per rollout batch; 1 is on-policy
-    clip_low: float = 0.2  # eps, eps_low: lower clip of the ratio is 1 - clip_low
-    clip_high: float = 0.2  # eps, eps_high: upper clip of the ratio is 1 + clip_high (DAPO: 0.28)
-    kl_coef: float = 0.01  # beta: weight of D_KL(pi || pi_ref) (X-Omni: 0.01)
-    kl_estimator: str = "k3"  # k1, k2, k3 of Schulman's note, at the sampled token; k1 only as a metric, see below
-    kl_importance: bool = False  # multiply the KL term by rho; its gradient is then that of the reverse KL for k1 and k3
-    ratio: str = "token"  # rho: per "token"; "sequence" (GSPO: exp of the mean log-ratio); "trajectory" (equation 1 literally)
-    reduction: str = "grpo"  # from token losses to one number: a key of REDUCTIONS
-    delta: float | None = None  # delta: caps the unclipped ratio, so that A < 0 and rho large is bounded (Tunix: epsilon_c)
-    ratio_cap: float = 5.0  # eps_max of CISPO: cap of the detached ratio; read by reduction="cispo" only
-    max_length: int | None = None  # |o|_max: the constant divisor of "dr_grpo" and "sequence-mean-token-scale"
-    log_ratio_cap: float = 20.0  # log-ratios, to pi_old and to pi_ref, are clamped to +- this before exp
+    Attributes:
+      rollouts_per_prompt: G: completions drawn per prompt; their rewards are compared with one another
+      updates_per_batch: mu (DeepSeekMath, algorithm 1): optimizer updates per batch of rollouts; 1 is on-policy
+      clip_low: eps, eps_low: lower clip of the ratio is 1 - clip_low
+      clip_high: eps, eps_high: upper clip of the ratio is 1 + clip_high (DAPO: 0.28)
+      kl_coef: beta: weight of D_KL(pi || pi_ref) (X-Omni: 0.01)
+      kl_estimator: k1, k2 or k3 of Schulman's note, at the sampled token; k1 only as a metric, or with kl_importance
+      kl_importance: multiply the KL term by the ratio; its gradient is then that of the reverse KL for k1 and k3
+      ratio: rho: per token; sequence (GSPO: exp of the mean log-ratio); or trajectory (equation 1 literally)
+      reduction: from token losses to one number: a key of REDUCTIONS
+      delta: caps the unclipped ratio, so that a negative advantage with a large ratio is bounded (Tunix: epsilon_c); None: no cap
+      ratio_cap: eps_max of CISPO: cap of the detached ratio; read by reduction cispo only
+      max_length: |o|_max: the constant divisor of dr_grpo and sequence-mean-token-scale
+      log_ratio_cap: log-ratios, to pi_old and to pi_ref, are clamped to plus or minus this before exp
+    """
+
+    rollouts_per_prompt: int = 16
+    updates_per_batch: int = 1
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    kl_coef: float = 0.01
+    kl_estimator: str = "k3"
+    kl_importance: bool = False
+    ratio: str = "token"
+    reduction: str = "grpo"
+    delta: float | None = None
+    ratio_cap: float = 5.0
+    max_length: int | None = None
+    log_ratio_cap: float = 20.0
 
     def __post_init__(self):
         if self.rollouts_per_prompt < 2:

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xomni_jax.core.distributed import gather_json
-from xomni_jax.core.preemption import StepRefused, StopRequested
-from xomni_jax.models.registry import init_params
+from xomni_jax.core.preemption import StepRefused, StopRequested, StopSignal
 from xomni_jax.pipeline import XOmni
 from xomni_jax.rewards.client import RewardClient, Score
 from xomni_jax.rewards.combine import MODES, Combined, column, combine
@@ -36,19 +35,20 @@ class RolloutConfig:
     """How a batch of rollouts is made and used.
 
     Attributes:
-      prompt_length: prompts are padded to this many tokens; a longer one is an error.
-      segment: an image's codes are drawn at most so many at a time, by the largest divisor of their number; in between a stop is noticed.
-      noise: "group": the rollouts of a prompt share the decoder's noise, so that reward differences come from codes; "independent".
-      chunks: parts of the batch; while one is being scored the next one is sampled and decoded.
-      micro_batch: rollouts per gradient accumulation step of the update; 0 is all at once.
-      logit_chunk: positions per piece of the image head.
-      max_logp_gap: before the first update, sampler and trainer may differ by this much in any float32 log-prob; 0 turns the gate off.
-      max_fail_frac: a step in which more than this share of rollouts could not be scored stops the run.
-      combine: sum_then_normalize | normalize_then_sum.
-      reference_dtype: number format that the reference's matrices are kept in: the one they are computed in loses nothing.
+      prompt_length: tokens that prompts are padded to, with the image prefix; a longer prompt is an error
+      segment: most codes drawn between two looks for a signal to stop; the largest divisor of an image's codes is taken
+      noise: decoder noise: group (one for all rollouts of a prompt, so that reward differences come from codes) or independent
+      chunks: parts of the batch; while one is being scored the next one is sampled and decoded
+      micro_batch: rollouts per gradient accumulation step of the update; 0: all at once
+      logit_chunk: positions per piece of the image head; 0: all at once
+      max_logp_gap: most that sampler and trainer may differ in a float32 log-prob before the first update; 0: not checked
+      max_fail_frac: a step in which more than this share of rollouts could not be scored stops the run
+      combine: sum_then_normalize or normalize_then_sum
+      reference_dtype: number format of the reference's matrices: float32, or bfloat16, which halves them and loses nothing where the
+        transformer computes in it
     """
 
-    prompt_length: int = 48
+    prompt_length: int = 32
     segment: int = SEGMENT
     noise: str = "group"
     chunks: int = 2
@@ -74,7 +74,7 @@ class RolloutConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative; 0 turns it off")
 
 
-def make_layout(boxed: Any, mesh: jax.sharding.Mesh, dtype: Any, codes: int = 0) -> Callable[[Any], Any]:
+def param_converter(boxed: Any, mesh: jax.sharding.Mesh, dtype: Any, codes: int = 0) -> Callable[[Any], Any]:
     """The jitted change of a transformer's parameters to another number format and, for the sampler, another layout.
 
     Args:
@@ -86,7 +86,7 @@ def make_layout(boxed: Any, mesh: jax.sharding.Mesh, dtype: Any, codes: int = 0)
 
     def cast(path, x, sharding):
         x = x if path[-1].key == "scale" else x.astype(dtype)
-        # Pinned where it lies: the cast comes before the way over the network, not after.
+        # Pinned where it lies, so that it is cast before the all-gather, which halves the traffic.
         return jax.lax.with_sharding_constraint(x, sharding)
 
     def layout(params):
@@ -114,22 +114,33 @@ class Rollouts:
     """Samples, decodes and scores one batch of prompts, chunk by chunk, with scoring in the background."""
 
     def __init__(
-        self, model: XOmni, painter: XOmni, grid: tuple[int, int], sampling: SamplingConfig, decode: DecodeConfig, cfg: RolloutConfig,
-        advantage: AdvantageConfig, group: int, clients: Mapping[str, RewardClient], weights: Mapping[str, float], poll: Callable[[], None],
-        waiting: Callable[[], None] | None = None,
-    ):  # fmt: skip
-        """`model` samples codes and `painter` decodes them: the same, or one on a mesh of its own.
+        self,
+        model: XOmni,
+        image_decoder: XOmni,
+        grid: tuple[int, int],
+        group: int,
+        cfg: RolloutConfig,
+        advantage: AdvantageConfig,
+        sampling: SamplingConfig,
+        decode: DecodeConfig,
+        sampler: Sampler,
+        sampler_params: Callable[[Any], Any],
+        clients: Mapping[str, RewardClient],
+        weights: Mapping[str, float],
+        stop: StopSignal,
+    ):
+        """`model` samples codes and `image_decoder` decodes them: the same, or one on a mesh of its own.
 
-        `poll` raises StopRequested where all processes have agreed to; `waiting` may raise it earlier, within a wait for rewards. It is
-        called between segments of codes and after each chunk.
+        Args:
+          grid: rows and columns of an image's codes. group: rollouts of a prompt.
+          sampler, sampler_params: the sampler's programs, and what makes their parameters of those that learn.
+          clients, weights: of the rewards.
+          stop: looked at between segments of codes and after each chunk, and within waits for rewards.
         """
-        self.model, self.painter, self.grid, self.sampling, self.decode = model, painter, grid, sampling, decode
-        self.cfg, self.advantage = cfg, advantage
-        self.group, self.clients, self.weights, self.poll, self.waiting = group, clients, weights, poll, waiting or poll
-        net = model.module("transformer")
-        boxed = jax.eval_shape(lambda: init_params("transformer", net.cfg, jax.random.key(0)))
-        self.layout = make_layout(boxed, model.mesh, net.cfg.dtype, net.cfg.image_vocab_size)
-        self.sampler = Sampler(net, grid[0] * grid[1], sampling, cfg.segment, return_kept=sampling.truncates)
+        self.model, self.image_decoder, self.grid, self.group = model, image_decoder, grid, group
+        self.cfg, self.advantage, self.sampling, self.decode = cfg, advantage, sampling, decode
+        self.sampler, self.sampler_params = sampler, sampler_params
+        self.clients, self.weights, self.stop = clients, weights, stop
 
     def prompt_ids(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Generation prompts padded to the configured length."""
@@ -146,9 +157,9 @@ class Rollouts:
         self, params: Any, prompts: Sequence[str], targets: Sequence[dict], key: jax.Array
     ) -> tuple[RolloutBatch, Combined, np.ndarray, dict]:
         """One scored batch under the policy's parameters -> (rows without advantages, combined rewards, images [B, H, W, 3], timings)."""
-        params = self.layout(params)
+        params = self.sampler_params(params)
         P, R, n = len(prompts), self.group, len(prompts) // self.cfg.chunks
-        mine = owned_rows(self.painter.mesh, n * R)  # of a chunk: the images whose rewards this process asks for
+        mine = owned_rows(self.image_decoder.mesh, n * R)  # of a chunk: the images whose rewards this process asks for
         keys_P = jax.vmap(lambda p: jax.random.fold_in(jax.random.fold_in(key, ROLLOUT), p))(jnp.arange(P))
         keys_PR = jax.vmap(lambda k: jax.random.split(k, R))(keys_P)
         noise_keys_P = jax.vmap(lambda p: jax.random.fold_in(jax.random.fold_in(key, NOISE), p))(jnp.arange(P))
@@ -172,7 +183,7 @@ class Rollouts:
                 waiting.append({name: client.score_async(list(images[-1]), items) for name, client in self.clients.items()})
 
         def between() -> None:
-            self.poll()
+            self.stop.check()
             send()
 
         for part in make_batches(P, n):
@@ -184,8 +195,8 @@ class Rollouts:
                 drawing.append(self.images(out["codes"], texts, part.take(noise_keys_PR).reshape(-1)))
             made.append(out)
             # With devices of its own the decoder draws this chunk while the next one is sampled, which would else wait for it.
-            send(wait=self.painter is self.model)
-            self.poll()
+            send(wait=self.image_decoder is self.model)
+            self.stop.check()
         send(wait=True)
         began = time.perf_counter()
         columns = {name: column(scores, P) for name, scores in self.scores(waiting, mine, n * R).items()}
@@ -205,12 +216,12 @@ class Rollouts:
         A stop is acted upon after the exchange, which all must make: whoever raised before would leave the others waiting.
         """
         try:
-            own = [{name: client.wait(chunk[name], self.waiting) for name, client in self.clients.items()} for chunk in waiting]
+            own = [{name: client.wait(chunk[name], self.stop.check_waiting) for name, client in self.clients.items()} for chunk in waiting]
         except StopRequested:
             own = []
         told = [{name: [(s.value, s.error) for s in scores] for name, scores in chunk.items()} for chunk in own]
         table = gather_json({"rows": list(mine), "chunks": told})
-        self.poll()
+        self.stop.check()
         out = {name: [None] * (n * len(waiting)) for name in self.clients}
         for part in table:
             for c, chunk in enumerate(part["chunks"]):
@@ -222,7 +233,7 @@ class Rollouts:
     def images(self, codes_PRT: jax.Array, prompts: Sequence[str], noise_keys_B: jax.Array) -> jax.Array:
         """uint8 images [B, H, W, 3] of rollouts, on the mesh."""
         codes_BYX = codes_PRT.reshape(-1, *self.grid)
-        noise = self.painter.noise(noise_keys_B, self.grid)
-        if self.painter is not self.model:  # arrays of one mesh are no arguments of a program on another
+        noise = self.image_decoder.noise(noise_keys_B, self.grid)
+        if self.image_decoder is not self.model:  # copies through the host, because the meshes differ
             codes_BYX, noise = whole(codes_BYX), whole(noise)
-        return self.painter.decode_images(codes_BYX, prompts, noise, self.decode)
+        return self.image_decoder.decode_images(codes_BYX, prompts, noise, self.decode)

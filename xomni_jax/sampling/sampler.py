@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,27 +16,44 @@ from xomni_jax.sampling.logits import SamplingConfig
 SEGMENT = 512  # codes
 
 
+def segment_length(n_codes: int, most: int) -> int:
+    """Codes of a segment: the largest divisor of an image's codes that is at most `most`."""
+    return max(n for n in range(1, min(most, n_codes) + 1) if n_codes % n == 0)
+
+
+@dataclasses.dataclass(frozen=True)
 class Sampler:
     """Rollouts in segments of equal length: the programs, and the loop over them. Between segments the caller may stop.
 
     Attributes:
-      segment, segments: codes of one, and how many make an image.
       start: the jitted (params, prompt ids [P, S], lengths [P], keys [P, R], negative prompts | None) -> `start_codes`.
       draw: the jitted (params, prompt cache, state, keys) -> `draw_codes` of a segment; the state is donated: the cache never moves.
+      segment, segments: codes of one segment, and how many make an image.
     """
 
-    def __init__(self, net: nn.Module, n_codes: int, sampling: SamplingConfig, segment: int = SEGMENT, return_kept: bool = False):
-        """`segment`: the most codes of one. `return_kept`: see `generate_codes`."""
-        self.segment = max(n for n in range(1, min(segment, n_codes) + 1) if n_codes % n == 0)
-        self.segments = n_codes // self.segment
+    start: Callable[..., Any]
+    draw: Callable[..., Any]
+    segment: int
+    segments: int
+
+    @classmethod
+    def make(cls, net: nn.Module, n_codes: int, sampling: SamplingConfig, most: int = SEGMENT, return_kept: bool = False) -> Sampler:
+        """The programs for images of `n_codes`. `most`: the most codes of a segment. `return_kept`: see `generate_codes`."""
+        segment = segment_length(n_codes, most)
 
         def start(params, ids_PS, lengths_P, keys_PR, negative):
             return start_codes(net, params, ids_PS, lengths_P, n_codes, keys_PR.shape[1], sampling, negative)
 
         def draw(params, prompt, state, keys_PR):
-            return draw_codes(net, params, prompt, state, self.segment, keys_PR, sampling, return_kept)
+            return draw_codes(net, params, prompt, state, segment, keys_PR, sampling, return_kept)
 
-        self.start, self.draw = jax.jit(start), jax.jit(draw, donate_argnums=2)
+        return cls.of(jax.jit(start), jax.jit(draw, donate_argnums=2), n_codes, most)
+
+    @classmethod
+    def of(cls, start: Callable[..., Any], draw: Callable[..., Any], n_codes: int, most: int = SEGMENT) -> Sampler:
+        """The loop over programs that were made for the same sizes."""
+        segment = segment_length(n_codes, most)
+        return cls(start, draw, segment, n_codes // segment)
 
     def __call__(self, params, ids_PS, lengths_P, keys_PR, negative, between: Callable[[], None] | None = None):
         """What `generate_codes` returns. `between` is called between segments, with at most one of them under way; it may raise.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
@@ -11,6 +12,27 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from xomni_jax.sharding.rules import MESH_AXES
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How many devices each axis of a mesh has.
+
+    Attributes:
+      replica: whole copies of the model, one or more a TPU slice; the only axis that may lie between slices
+      data: copies of the model within a slice; each sees its own rows of a batch
+      fsdp: parts that weights are split into and gathered from when needed; rows of a batch are split over it, too; -1: the remaining devices
+      tensor: parts that attention heads and the MLP's width are split into
+    """
+
+    replica: int = 1
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+    def sizes(self) -> dict[str, int]:
+        """{axis: devices}, as `make_mesh` takes it."""
+        return dataclasses.asdict(self)
 
 
 def make_mesh(axes: Mapping[str, int] | None = None, devices=None) -> Mesh:

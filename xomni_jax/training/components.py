@@ -4,38 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from xomni_jax.checkpoint.store import config_to_json, copy_components, read_model_json, save_component, save_settings
-from xomni_jax.core.config import ConfigError, check_types
+from xomni_jax.checkpoint.store import config_from_json, config_to_json, copy_components, read_model_json, save_component, save_settings
+from xomni_jax.core.config import ConfigError, Overrides, build
 from xomni_jax.core.distributed import barrier
-from xomni_jax.models import autoencoder, mmdit, siglip_vq, text_encoders, transformer
+from xomni_jax.models.section import COMPUTATION, STORED, ModelSection
 from xomni_jax.pipeline import XOmni
+from xomni_jax.sampling.decoder import DecodeConfig
 from xomni_jax.sequence.tokenizer import TINY_TOKENIZER
 from xomni_jax.sharding.arrays import local_rows
 from xomni_jax.sharding.rules import row_ways
-
-T = TypeVar("T")
-
-STORED = "stored"  # the preset of a component as `init_from` holds it
-
-# How a stored model is computed, which a run may choose; everything else of a config says what the model is.
-COMPUTATION = ("dtype", "param_dtype", "int8", "remat", "attention", "attention_chunk", "query_chunk", "at_once", "chunk", "unroll")
-
-
-PRESETS: dict[str, Mapping[str, Any]] = {
-    "transformer": transformer.PRESETS,
-    "siglip_vq": siglip_vq.PRESETS,
-    "mmdit": mmdit.PRESETS,
-    "t5": text_encoders.T5_PRESETS,
-    "clip": text_encoders.CLIP_PRESETS,
-    "autoencoder": autoencoder.PRESETS,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,50 +29,66 @@ class ImageSize:
     width: int
 
 
-def from_preset(section: Mapping[str, Any], presets: Mapping[str, T], where: str) -> T:
-    """`preset` names a model config; the other keys of the section replace its fields."""
-    fields = dict(section)
-    name = fields.pop("preset", None)
-    if name not in presets:
-        raise ConfigError(f"{where}.preset={name!r} is unknown; use one of {', '.join(presets)}")
-    known = {f.name for f in dataclasses.fields(presets[name]) if f.init}
-    unknown = sorted(set(fields) - known)
-    if unknown:
-        raise ConfigError(f"{where}.{unknown[0]}: unknown key; {type(presets[name]).__name__} has {', '.join(sorted(known))}")
+# ---- what a configuration says of the models ----
+def model_configs(cfg: Any, names: Sequence[str], model: XOmni) -> dict[str, Any]:
+    """Configs of the components that a stage uses: the sections', which must describe what the model directory holds where it has one.
 
-    check_types(type(presets[name]), fields, where)
+    Raises:
+      ConfigError: a section describes another model than the directory holds, or asks for a component that it lacks.
+    """
+    held = model.description["components"]
+    return {name: _model_config(getattr(cfg, name), model.config(name) if name in held else None, name, str(model.path)) for name in names}
 
-    def typed(key, value):
-        if key.endswith("dtype"):
-            try:
-                return jnp.dtype(value)
-            except TypeError:
-                raise ConfigError(f"{where}.{key}={value!r} is no number format; use float32 or bfloat16") from None
-        return tuple(value) if isinstance(value, (list, tuple)) else value
 
+def planned_configs(cfg: Any, names: Sequence[str], directory: str) -> dict[str, Any]:
+    """The same without a model: a directory that is not on this machine is not missed where presets are named, and not compared.
+
+    Raises:
+      ConfigError: a section takes what is stored, and there is no such model on this machine.
+    """
+    held = read_description(directory).get("components", {})
+    out = {}
+    for name in names:
+        section = getattr(cfg, name)
+        if section.preset == STORED and name not in held:
+            raise ConfigError(
+                f"config.{name}.preset=stored, but {directory or 'config.init_from'} holds no {name} on this machine; "
+                f"name a preset: {', '.join(section.presets)}"
+            )
+        stored = config_from_json(section.cls, held[name]["config"], f"{directory}/model.json") if section.preset == STORED else None
+        out[name] = section.config(stored, f"config.{name}")
+    return out
+
+
+def read_description(directory: str) -> dict[str, Any]:
+    """The model.json of a directory; empty where there is none."""
     try:
-        return dataclasses.replace(presets[name], **{k: typed(k, v) for k, v in fields.items()})
-    except ConfigError:
-        raise
-    except ValueError as e:
-        raise ConfigError(f"{where}: {e}") from None
+        return read_model_json(directory)
+    except (OSError, ValueError):
+        return {}
 
 
-def stored_or_preset(model: XOmni, name: str, section: Mapping[str, Any], presets: Mapping[str, T], where: str) -> T:
-    """Config of a component: the section's, which must describe the same model where `model` already has the component."""
-    has = name in model.description["components"]
-    wanted = from_preset(section, dict(presets) | ({STORED: model.config(name)} if has else {}), where)
-    if not has:
+def _model_config(section: ModelSection, stored: Any, name: str, path: str) -> Any:
+    if stored is None and section.preset == STORED:
+        raise ConfigError(f"config.{name}.preset=stored, but {path} has no {name}; name a preset: {', '.join(section.presets)}")
+    wanted = section.config(stored, f"config.{name}")
+    if stored is None:
         return wanted
-    stored = model.config(name)
     old, new = config_to_json(stored), config_to_json(wanted)
     differs = sorted(k for k in old if k not in COMPUTATION and old[k] != new[k])
     if differs:
         k = differs[0]
-        raise ConfigError(f"{where}.{k}={new[k]!r}, but the {name} of {model.path} has {old[k]!r}; give the section the stored sizes")
+        raise ConfigError(f"config.{name}.{k}={new[k]!r}, but the {name} of {path} has {old[k]!r}; give the section the stored sizes")
     return wanted
 
 
+def decode_settings(decode: Overrides, description: Mapping[str, Any]) -> DecodeConfig:
+    """How codes become pixels: the configuration's choices over those of a model directory, or over the released ones without it."""
+    own = description.get("settings", {}).get("decode", {})
+    return decode.over(build(DecodeConfig, own, "config.decode"), "config.decode")
+
+
+# ---- sizes that must fit the mesh ----
 def check_heads(kv_heads: int, mesh: jax.sharding.Mesh) -> None:
     """Refuses a tensor axis over which the heads of the transformer's keys and values do not split."""
     ways = mesh.shape["tensor"]

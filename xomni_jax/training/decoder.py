@@ -1,37 +1,44 @@
-"""Stage (d): the diffusion decoder, trained by flow matching on the codes of real images (X-Omni section 3.3)."""
+"""The diffusion decoder, trained by flow matching on the codes of real images (X-Omni section 3.3)."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from ml_collections import ConfigDict
+from jax.sharding import Mesh
 
-from xomni_jax.core.config import ConfigError, RunConfig, build
+from xomni_jax.core.config import ConfigError
 from xomni_jax.core.preemption import StopSignal
-from xomni_jax.data.rendered import RenderedConfig, render_example
-from xomni_jax.data.sources import rendered_dataset
-from xomni_jax.models.registry import COMPONENTS, init_params
+from xomni_jax.core.program import Program, Programs, Work
+from xomni_jax.data.rendered import SIGNS
+from xomni_jax.data.sources import DataSection, batches, first_batch
+from xomni_jax.models import autoencoder, mmdit, siglip_vq, text_encoders
+from xomni_jax.models.registry import COMPONENTS, abstract_params, init_params
+from xomni_jax.models.section import ModelSection
+from xomni_jax.models.work import dense, mmdit_tokens
 from xomni_jax.sampling.decoder import DecodeConfig, Decoder, to_uint8
 from xomni_jax.sampling.flow import Conditioning, flow_training_pair
 from xomni_jax.sampling.keys import image_keys
 from xomni_jax.sampling.pixels import DECODER_PARTS
+from xomni_jax.sharding import abstract
 from xomni_jax.sharding.arrays import spread, whole
 from xomni_jax.sharding.rules import map_rows
-from xomni_jax.training.components import PRESETS, DataIterator, ImageSize, export_model, here, open_model, stored_or_preset
-from xomni_jax.training.loop import Stage, key_for, tile
+from xomni_jax.training.components import DataIterator, ImageSize, check_split, export_model, here, model_configs, open_model
+from xomni_jax.training.loop import key_for, tile
 from xomni_jax.training.operations import FlopCount
 from xomni_jax.training.optimizer import Optimizer, OptimizerConfig, make_optimizer
-from xomni_jax.training.state import TrainState, init_state
+from xomni_jax.training.stage import GRID_SEED, RunConfig, RunningStage
+from xomni_jax.training.state import TrainState, new_state
 
 GRID_IMAGES = 8
-SECTIONS = ("optimizer", "siglip_vq", "mmdit", "t5", "clip", "autoencoder", "decoder", "decode", "data")
+MODELS = ("siglip_vq", *DECODER_PARTS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +46,11 @@ class DecoderTrainConfig:
     """How the decoder is trained.
 
     Attributes:
-      drop_condition: share of examples that see zero semantics and the empty prompt, so that guidance has its other side.
-      sigma: "logit_normal" or "uniform" noise levels; sigma_mean, sigma_std: of the logit-normal ones.
-      train_text_encoders: learn T5 and CLIP along (small models made from scratch) or keep them frozen (released ones).
+      drop_condition: share of examples that see zero semantics and the empty prompt, so that guidance has its other side
+      sigma: distribution of noise levels: logit_normal or uniform
+      sigma_mean: mean of the logit-normal distribution
+      sigma_std: standard deviation of the logit-normal distribution
+      train_text_encoders: train T5 and CLIP along (small models made from scratch) or keep them frozen (released ones)
     """
 
     drop_condition: float = 0.1
@@ -55,6 +64,34 @@ class DecoderTrainConfig:
             raise ValueError(f"drop_condition={self.drop_condition} is a share; give a number from 0 to below 1")
         if self.sigma not in ("logit_normal", "uniform"):
             raise ValueError(f"sigma={self.sigma!r} is unknown; use logit_normal or uniform")
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderRun(RunConfig):
+    """Training of the diffusion decoder.
+
+    Attributes:
+      siglip_vq: the frozen tokenizer, whose codes the decoder learns to draw
+      mmdit: the diffusion transformer
+      t5: text encoder of the prompt's tokens
+      clip: text encoder of the pooled prompt
+      autoencoder: frozen, between pixels and latents
+      decoder: noise levels, dropped conditions and what learns
+      decode: how images are decoded; stored in the model as its own settings
+      data: where images and captions come from
+    """
+
+    stage: str = "decoder"
+    run_dir: str = "runs/decoder"
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-3)
+    siglip_vq: ModelSection = ModelSection(siglip_vq.PRESETS)
+    mmdit: ModelSection = ModelSection(mmdit.PRESETS, "tiny")
+    t5: ModelSection = ModelSection(text_encoders.T5_PRESETS, "tiny")
+    clip: ModelSection = ModelSection(text_encoders.CLIP_PRESETS, "tiny")
+    autoencoder: ModelSection = ModelSection(autoencoder.PRESETS, "identity-4")
+    decoder: DecoderTrainConfig = DecoderTrainConfig()
+    decode: DecodeConfig = DecodeConfig(steps=8, text_length=32, pooled_length=32)
+    data: DataSection = SIGNS
 
 
 def flow_loss(
@@ -106,33 +143,63 @@ def make_update(decoder: Decoder, vq: nn.Module, optimizer: Optimizer, cfg: Deco
     return jax.jit(update, donate_argnums=0)
 
 
-def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: StopSignal) -> Stage:
-    """The decoder stage of a configuration."""
-    cfg, data = build(DecoderTrainConfig, config.decoder, "config.decoder"), build(RenderedConfig, config.data, "config.data")
-    decode = build(DecodeConfig, config.decode, "config.decode")
-    rows = here("config.batch_size", run.batch_size, mesh)
-    model = open_model(run.init_from, ("siglip_vq",), mesh, run.stage)
-    stored = model.description["components"]
-    configs = {n: stored_or_preset(model, n, config[n], PRESETS[n], f"config.{n}") for n in DECODER_PARTS}
-    for name, c in configs.items():
-        if getattr(c, "int8", False):
-            raise ConfigError(
-                f"config.{name}.int8=True: kernels in 8 bits cannot learn; leave it False here and set it where the model is frozen"
-            )
-    model.set_config("siglip_vq", stored_or_preset(model, "siglip_vq", config.siglip_vq, PRESETS["siglip_vq"], "config.siglip_vq"))
+def programs(cfg: DecoderRun, models: Mapping[str, Any], mesh: Mesh, decoder_mesh: Mesh | None = None) -> Programs:
+    """The update on a batch of images of the data's main size."""
+    check_split("config.batch_size", cfg.batch_size, mesh)
+    configs = {name: models[name] for name in DECODER_PARTS}
     decoder = Decoder(**{name: COMPONENTS[name].module(c) for name, c in configs.items()})
 
     def init():
-        return {n: init_params(n, c, key_for(run.seed, i, 7)) for i, (n, c) in enumerate(configs.items())}
+        return {n: init_params(n, c, key_for(cfg.seed, i, 7)) for i, (n, c) in enumerate(configs.items())}
 
-    frozen = frozen_parts(cfg, jax.eval_shape(init))
-    optimizer = make_optimizer(build(OptimizerConfig, config.optimizer, "config.optimizer"), run.steps, freeze=frozen)
-    state = init_state(init, optimizer, mesh)
+    frozen = frozen_parts(cfg.decoder, jax.eval_shape(init))
+    optimizer = make_optimizer(cfg.optimizer, cfg.steps, freeze=frozen)
+    create, state = new_state(init, optimizer, mesh)
+    vq, vq_params = COMPONENTS["siglip_vq"].module(models["siglip_vq"]), abstract_params("siglip_vq", models["siglip_vq"], mesh)
+    (height, width), c = cfg.data.sizes[0], models["siglip_vq"]
+    B, S, P, T = cfg.batch_size, cfg.decode.text_length, cfg.decode.pooled_length, height // c.patch * (width // c.patch)
+    ids = lambda n, length: abstract.array(mesh, (n, length), jnp.int32, *(("batch",) if n > 1 else ()))
+    batch = {
+        "pixels": abstract.rows(mesh, (B, height, width, 3), jnp.float32),
+        "text": ids(B, S),
+        "pooled": ids(B, P),
+        "empty": (ids(1, S), ids(1, P)),
+    }
+    learned = 3 * dense(state.params["mmdit"], mmdit_tokens(T, S)) * B
+    text = dense(state.params["t5"], {"": S}) * B + dense(state.params["clip"], {"": P}) * B
+    searched = 2.0 * T * B * c.code_width * c.codebook_size
+    encode = dense(vq_params, {"vit": T, "quant_conv": T, "post": T}) * B + searched
+    update = Program(
+        make_update(decoder, vq, optimizer, cfg.decoder),
+        (state, vq_params, batch, abstract.keys(mesh, ())),
+        f"{B} images of {height}x{width}",
+        Work(learned=learned + (2 * text if cfg.decoder.train_text_encoders else 0), forward=text + encode, tokens=B * (S + T), images=B),
+        uses=("state", "siglip_vq"),
+        state=state,
+    )
+    return Programs(mesh, {"decoder-update": update}, {"state": state, "siglip_vq": vq_params}, create)
+
+
+def make(cfg: DecoderRun, mesh: Mesh, stop: StopSignal) -> RunningStage:
+    """A run on the data of the configuration, starting from the decoder of `init_from` where that has one."""
+    rows = here("config.batch_size", cfg.batch_size, mesh)
+    model = open_model(cfg.init_from, ("siglip_vq",), mesh, cfg.stage)
+    models, decode = model_configs(cfg, MODELS, model), cfg.decode
+    for name in DECODER_PARTS:
+        if getattr(models[name], "int8", False):
+            raise ConfigError(
+                f"config.{name}.int8=True: kernels in 8 bits cannot learn; leave it False here and set it where the model is frozen"
+            )
+    model.set_config("siglip_vq", models["siglip_vq"])
+    made = programs(cfg, models, mesh)
+    stored = model.description["components"]
+    state = made.create()
     state = state.replace(params={n: model.params(n) if n in stored else p for n, p in state.params.items()})
     vq, vq_params = model.module("siglip_vq"), model.params("siglip_vq")
+    decoder = Decoder(**{name: COMPONENTS[name].module(models[name]) for name in DECODER_PARTS})
 
     flops = FlopCount()
-    update = flops(make_update(decoder, vq, optimizer, cfg))
+    update = flops(made["decoder-update"].fn)
     ids = functools.partial(model.text_ids, cfg=decode)
     empty = ids([""])
     empties = tuple(np.repeat(x, model.ways, axis=0) for x in empty)  # as many rows as the mesh splits
@@ -142,12 +209,12 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
         return {"pixels": examples["image"].astype(np.float32) / 127.5 - 1.0, "text": text_BS, "pooled": pooled_BS}
 
     def to_mesh(batch: dict[str, Any]) -> dict[str, Any]:
-        return spread(mesh, batch, run.batch_size) | {"empty": empty}
+        return spread(mesh, batch, cfg.batch_size) | {"empty": empty}
 
-    batches = DataIterator(rendered_dataset(data, run.seed, run.batch_size, rows=rows, transform=to_batch), to_mesh)
+    data = DataIterator(batches(cfg.data, cfg.seed, cfg.batch_size, rows=rows, transform=to_batch), to_mesh)
 
     def step(state: TrainState, batch, number: int):
-        return update(state, vq_params, batch, key_for(run.seed, number, 0))
+        return update(state, vq_params, batch, key_for(cfg.seed, number, 0))
 
     @jax.jit
     def reconstruct(params, vq_params, pixels, text_BS, pooled_BS, noise):
@@ -156,18 +223,27 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
         return to_uint8(decoder.decode(params, semantics, text_BS, pooled_BS, empties, noise, decode))
 
     def grid(state: TrainState, number: int) -> np.ndarray:
-        size = data.sizes[0]
         n = -(-GRID_IMAGES // model.ways) * model.ways
-        examples = [render_example(run.seed + 1_000_003, i, data, size) for i in range(n)]
-        real = np.stack([e["image"] for e in examples])
-        noise_shape = (size[0] * size[1] // vq.cfg.patch**2, configs["mmdit"].in_channels)
-        noise = jax.vmap(lambda k: jax.random.normal(k, noise_shape))(image_keys(run.seed, n))
+        examples = first_batch(cfg.data, cfg.seed + GRID_SEED, n)
+        real = examples["image"]
+        height, width = real.shape[1:3]
+        noise_shape = (height * width // vq.cfg.patch**2, models["mmdit"].in_channels)
+        noise = jax.vmap(lambda k: jax.random.normal(k, noise_shape))(image_keys(cfg.seed, n))
         pixels = real.astype(np.float32) / 127.5 - 1.0
-        drawn = reconstruct(state.params, vq_params, pixels, *ids([e["caption"] for e in examples]), noise)
+        drawn = reconstruct(state.params, vq_params, pixels, *ids(examples["caption"]), noise)
         return tile(np.concatenate([whole(drawn), real]), columns=n)
 
-    def export(state: TrainState, directory, note):
-        trained = {name: (state.params.get(name, {}), c) for name, c in configs.items()}
-        export_model(directory, trained, run.init_from, note, {"decode": decode, "size": ImageSize(*data.sizes[0])})
+    def export(state: TrainState, directory: Path, note: dict[str, Any]) -> None:
+        trained = {name: (state.params.get(name, {}), models[name]) for name in DECODER_PARTS}
+        export_model(directory, trained, cfg.init_from, note, {"decode": decode, "size": ImageSize(*cfg.data.sizes[0])})
 
-    return Stage(state, batches, step, export, grid, items_per_step=run.batch_size, flops=lambda: flops.total)
+    return RunningStage(state, data, step, export, grid, items_per_step=cfg.batch_size, flops=lambda: flops.total)
+
+
+class DecoderStage:
+    """Training of the diffusion decoder, registered as a stage."""
+
+    Config = DecoderRun
+    components = MODELS
+    programs = staticmethod(programs)
+    make = staticmethod(make)

@@ -1,11 +1,10 @@
-"""The one training loop: every stage runs through `train`, only its `Stage` differs."""
+"""The one training loop: every stage runs through `train`, only its `RunningStage` differs."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,39 +13,15 @@ import numpy as np
 from PIL import Image
 
 from xomni_jax.checkpoint.store import RunCheckpoints
-from xomni_jax.core.config import ConfigError, RunConfig
+from xomni_jax.core.config import ConfigError
 from xomni_jax.core.distributed import gather_json
 from xomni_jax.core.preemption import StepRefused, StopRequested, StopSignal
 from xomni_jax.training.metrics import MetricWriter, Progress
 from xomni_jax.training.operations import CompileLog, Meter, Profile, say
+from xomni_jax.training.stage import RunConfig, RunningStage
 from xomni_jax.training.state import TrainState
 
 WARM_UP = 2  # steps of a session that may compile
-
-
-@dataclasses.dataclass
-class Stage:
-    """What the loop needs to know of a stage.
-
-    Attributes:
-      state: the starting state, on its devices.
-      batches: endless iterator with `get_state() -> dict` (JSON-able) and `set_state(dict)`.
-      step: (state, batch, step number) -> (state, metrics of scalars). Before it changes the state it may raise StopRequested or StepRefused.
-      export: (state, model directory, provenance) -> writes everything `xomni_jax.load` needs.
-      grid: (state, step number) -> uint8 [H, W, 3] image for the run folder, or None. It may raise StopRequested.
-      items_per_step: examples or samples one step handles, for the rate.
-      close: frees what the stage holds (connections), however the run ends.
-      flops: matrix products of all steps so far, see `operations.FlopCount`.
-    """
-
-    state: TrainState
-    batches: Iterator[Any]
-    step: Callable[[TrainState, Any, int], tuple[TrainState, Mapping[str, Any]]]
-    export: Callable[[TrainState, Path, dict[str, Any]], None]
-    grid: Callable[[TrainState, int], np.ndarray] | None = None
-    items_per_step: int = 1
-    close: Callable[[], None] = lambda: None
-    flops: Callable[[], float] = lambda: 0.0
 
 
 def key_for(seed: int, step: int, purpose: int) -> jax.Array:
@@ -54,7 +29,7 @@ def key_for(seed: int, step: int, purpose: int) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), purpose)
 
 
-def train(run: RunConfig, stage: Stage, stop: StopSignal, profile: tuple[int, int] | None = None) -> Path | None:
+def train(run: RunConfig, stage: RunningStage, stop: StopSignal, profile: tuple[int, int] | None = None) -> Path | None:
     """Runs a stage to its last step, resuming from the newest checkpoint of its run directory.
 
     `profile`: first and last step, from 1, of a trace in RUN/profile.
@@ -166,7 +141,7 @@ def finite_scalars(metrics: Mapping[str, Any], step: int, checkpoints: RunCheckp
     return scalars
 
 
-def draw_grid(stage: Stage, state: TrainState, run: RunConfig, writer: MetricWriter, step: int) -> None:
+def draw_grid(stage: RunningStage, state: TrainState, run: RunConfig, writer: MetricWriter, step: int) -> None:
     """Saves the stage's image of the moment to RUN/images/, unless the run is told to stop meanwhile."""
     if stage.grid is None or not run.grid_every:
         return

@@ -18,31 +18,45 @@ from xomni_jax.models.heads import image_logp, select, text_logp
 from xomni_jax.sequence.packing import pack, targets
 from xomni_jax.sequence.tokenizer import MultimodalTokenizer, TokenSequence
 
+# Phase -> path patterns of the parameters that learn (X-Omni section 3.2). Pre-training stage 1 trains what is new beside the language
+# model: vision layers, image embedding, norm and head. Stages 2 and 3, fine-tuning and RL train everything.
+FREEZE: dict[str, tuple[str, ...]] = {
+    "vision": ("adapters/.*", "heads/.*", "mm_embed/.*", "mm_norm/.*", "mm_head/.*"),
+    "all": (".*",),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class NextTokenConfig:
     """Mixture and shapes of a next-token stage.
 
     Attributes:
-      generation, understanding, text: shares of caption -> image, image + question -> answer, and text-only sequences.
-      drop_prompt: share of generation sequences without their caption; classifier-free guidance needs some.
-      row_length, rows: the packed batch [rows, row_length]; sequences that find no room are left out and counted.
-      image_weight: weight of the image loss beside the text loss.
-      target_share: room for targets of each kind per row, as a share of row_length: each head runs over that many positions.
-      chunk: positions per piece of the heads; 0 is all at once.
+      phase: which parameters learn: vision (what is new beside the language model) or all
+      generation: share of caption -> image sequences
+      understanding: share of image + question -> answer sequences
+      text: share of text-only sequences
+      drop_prompt: share of generation sequences without their caption; classifier-free guidance needs some
+      row_length: tokens of a packed row; sequences that find no room are left out and counted
+      rows: packed rows per step over all devices
+      image_weight: weight of the image loss beside the text loss
+      target_share: room for targets of each kind per row, as a share of row_length: each head runs over that many positions
+      chunk: positions per piece of the heads; 0: all at once
     """
 
-    generation: float = 0.7
-    understanding: float = 0.25
+    phase: str = "all"
+    generation: float = 0.8
+    understanding: float = 0.15
     text: float = 0.05
     drop_prompt: float = 0.1
-    row_length: int = 192
-    rows: int = 32
+    row_length: int = 208
+    rows: int = 16
     image_weight: float = 1.0
     target_share: float = 1.0
     chunk: int = 0
 
     def __post_init__(self):
+        if self.phase not in FREEZE:
+            raise ValueError(f"phase={self.phase!r} is unknown; use one of {', '.join(FREEZE)}")
         shares = (self.generation, self.understanding, self.text)
         if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
             raise ValueError(f"generation, understanding and text are {shares}; they are shares and must sum to 1")

@@ -13,6 +13,7 @@ import optax
 from optax import contrib
 
 from xomni_jax.models.transformer import STACKS
+from xomni_jax.sharding.abstract import path_name
 
 NAMES = ("adamw", "muon")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -22,22 +23,27 @@ SCHEDULES = ("constant", "linear", "cosine")
 class OptimizerConfig:
     """AdamW, or Muon for the matrices of the transformer's stacks and NAdamW for the rest.
 
+    Adam moves every value by about the learning rate: little for norm gains of about 1, much for kernels. Where gradients are mostly noise
+    (RL with few samples a step), few values that move far learn more, and forget less, than many that move a little: see `rates`.
+
     Attributes:
-      name: "adamw" or "muon" (Jordan 2024; momentum b1, updates scaled to AdamW's usual size as by Liu et al., arXiv 2502.16982,
-        so that one learning rate serves both).
-      learning_rate: after warm-up. warmup_steps: linear from 0.
-      schedule: from the end of the warm-up to the last step: "constant", "linear" or "cosine".
-      final_fraction: of learning_rate, where linear and cosine end.
-      b1, b2, weight_decay: of AdamW; norms and biases do not decay.
-      clip_norm: global norm that gradients are scaled down to; 0 is off.
-      rates: (path pattern, factor): learning rates in multiples of `learning_rate`; the first full match counts, others keep 1. Adam moves
-        every value by about the learning rate: little for norm gains of about 1, much for kernels. Where gradients are mostly noise (RL with
-        few samples a step), few values that move far learn more, and forget less, than many that move a little.
+      name: adamw, or muon for the transformer's stages (Jordan 2024; momentum b1, updates scaled to AdamW's usual size as by Liu et al.,
+        arXiv 2502.16982, so that one learning rate serves both)
+      learning_rate: peak learning rate, after the warm-up
+      warmup_steps: steps in which the learning rate rises linearly from 0
+      schedule: constant, linear or cosine, from the end of the warm-up to the last step
+      final_fraction: share of learning_rate at the last step of a linear or cosine schedule
+      b1: decay of the first moment; momentum of Muon
+      b2: decay of the second moment
+      weight_decay: decoupled weight decay; norms and biases do not decay
+      clip_norm: gradients are scaled down to this global norm; 0: off
+      rates: (path pattern, factor) pairs: multiples of learning_rate by parameter path, such as (".*/(scale|bias)", 100.0); the first full
+        match counts, other parameters keep 1
     """
 
-    learning_rate: float
+    learning_rate: float = 1e-3
     name: str = "adamw"
-    warmup_steps: int = 0
+    warmup_steps: int = 50
     schedule: str = "cosine"
     final_fraction: float = 0.1
     b1: float = 0.9
@@ -61,9 +67,7 @@ class OptimizerConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
         for pattern, factor in self.rates:
             if not factor > 0:
-                raise ValueError(
-                    f"rates: {pattern!r} has the factor {factor}, which must be positive; freezing is the stage's own business"
-                )
+                raise ValueError(f"rates: {pattern!r} has the factor {factor}, which must be positive; freezing is configured by the stage")
         if not 0 <= self.final_fraction <= 1:
             raise ValueError(f"final_fraction={self.final_fraction} is a share of learning_rate; give a number from 0 to 1")
 
@@ -175,11 +179,6 @@ def scale_by_path(rates: Sequence[tuple[str, float]]) -> optax.GradientTransform
 def decays(params: Any) -> Any:
     """Which parameters weight decay applies to: matrices and tables, not norms and biases."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path_name(path).rsplit("/", 1)[-1] not in ("scale", "bias"), params)
-
-
-def path_name(path: Sequence[Any]) -> str:
-    """A tree path as "a/b/c"."""
-    return "/".join(str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)
 
 
 def global_norm(tree: Any) -> jax.Array:

@@ -1,35 +1,68 @@
-"""Stages (b) and (c): pre-training in the three published stages, and supervised fine-tuning, of the unified transformer."""
+"""Pre-training in the three published stages, and supervised fine-tuning, of the unified transformer (X-Omni section 3.2)."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from ml_collections import ConfigDict
+from jax.sharding import Mesh
 
-from xomni_jax.core.config import ConfigError, RunConfig, build
 from xomni_jax.core.preemption import StopSignal
-from xomni_jax.data.rendered import RenderedConfig
-from xomni_jax.data.sources import rendered_dataset
-from xomni_jax.models import transformer
+from xomni_jax.core.program import Program, Programs
+from xomni_jax.data.rendered import SIGNS
+from xomni_jax.data.sources import DataSection, batches, first_batch
+from xomni_jax.models import transformer, work
 from xomni_jax.models.registry import init_params
+from xomni_jax.models.section import ModelSection
+from xomni_jax.pipeline import XOmni
+from xomni_jax.sampling.keys import NOISE, image_keys
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sequence.tokenizer import MultimodalTokenizer
+from xomni_jax.sharding import abstract
 from xomni_jax.sharding.arrays import share, spread, whole
-from xomni_jax.training.components import DataIterator, check_heads, export_model, here, open_model, stored_or_preset
-from xomni_jax.training.loop import Stage, tile
-from xomni_jax.training.next_token import NextTokenConfig, build_sequences, next_token_loss, pack_batch
+from xomni_jax.training.components import DataIterator, check_heads, check_split, export_model, here, model_configs, open_model
+from xomni_jax.training.loop import tile
+from xomni_jax.training.next_token import FREEZE, NextTokenConfig, PackedTargets, build_sequences, next_token_loss, pack_batch
 from xomni_jax.training.operations import FlopCount
 from xomni_jax.training.optimizer import Optimizer, OptimizerConfig, make_optimizer
-from xomni_jax.training.stages import FREEZE
-from xomni_jax.training.state import TrainState, init_state
+from xomni_jax.training.stage import GRID_SEED, RunConfig, RunningStage
+from xomni_jax.training.state import TrainState, new_state
 
 GRID_PROMPTS = 8
-SECTIONS = ("optimizer", "transformer", "next_token", "data")
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainRun(RunConfig):
+    """Next-token pre-training.
+
+    Attributes:
+      transformer: the model that learns
+      next_token: mixture and shapes of the packed rows
+      data: where images, captions and questions come from
+    """
+
+    stage: str = "pretrain"
+    run_dir: str = "runs/pretrain"
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-3)
+    transformer: ModelSection = ModelSection(transformer.PRESETS, "tiny")
+    next_token: NextTokenConfig = NextTokenConfig()
+    data: DataSection = SIGNS
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTRun(PretrainRun):
+    """Supervised fine-tuning on generation and understanding: the same step and data format as pre-training."""
+
+    stage: str = "sft"
+    run_dir: str = "runs/sft"
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-4)
 
 
 def make_update(net: nn.Module, optimizer: Optimizer, cfg: NextTokenConfig) -> Callable[..., Any]:
@@ -43,32 +76,47 @@ def make_update(net: nn.Module, optimizer: Optimizer, cfg: NextTokenConfig) -> C
     return jax.jit(update, donate_argnums=0)
 
 
-def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: StopSignal) -> Stage:
-    """A next-token stage: `config.next_token.phase` names the row of the freeze table."""
-    section = dict(config.next_token)
-    phase = section.pop("phase", None)
-    if phase not in FREEZE:
-        raise ConfigError(f"config.next_token.phase={phase!r} is unknown; use one of {', '.join(FREEZE)}")
-    cfg, data = build(NextTokenConfig, section, "config.next_token"), build(RenderedConfig, config.data, "config.data")
-    packed_rows = here("config.next_token.rows", cfg.rows, mesh)
-    # One process fills the batch of images up until it splits; several have their rows each.
-    rows = here("config.batch_size", run.batch_size, mesh) if jax.process_count() > 1 else None
-    model = open_model(run.init_from, ("siglip_vq",), mesh, run.stage)
-    old = "transformer" in model.description["components"]
-    ar = stored_or_preset(model, "transformer", config.transformer, transformer.PRESETS, "config.transformer")
+def programs(cfg: PretrainRun, models: Mapping[str, Any], mesh: Mesh, decoder_mesh: Mesh | None = None) -> Programs:
+    """The update on a packed batch; `next_token.phase` names the row of the freeze table."""
+    ar, c = models["transformer"], cfg.next_token
     check_heads(ar.n_kv_heads, mesh)
+    check_split("config.next_token.rows", c.rows, mesh)
+    optimizer = make_optimizer(cfg.optimizer, cfg.steps, train=FREEZE[c.phase])
+    create, state = new_state(lambda: init_params("transformer", ar, jax.random.key(cfg.seed)), optimizer, mesh)
+    B, L, M = c.rows, c.row_length, max(1, int(c.row_length * c.target_share))
+    ids, flags = lambda *shape: abstract.rows(mesh, shape, jnp.int32), lambda *shape: abstract.rows(mesh, shape, jnp.bool_)
+    targets = (ids(B, M), ids(B, M), flags(B, M))
+    update = Program(
+        make_update(transformer.ARTransformer(ar), optimizer, c),
+        (state, PackedTargets(ids(B, L), ids(B, L), ids(B, L), *targets, *targets)),
+        f"{B} packed rows of {L} tokens, {M} targets of each kind a row",
+        work.next_token(ar, B, L, M, c.phase, c.chunk, mesh.shape),
+        uses=("state",),
+        state=state,
+    )
+    return Programs(mesh, {f"{cfg.stage}-update": update}, {"state": state}, create)
+
+
+def make(cfg: PretrainRun, mesh: Mesh, stop: StopSignal) -> RunningStage:
+    """A run on the data of the configuration, starting from the transformer of `init_from` where that has one."""
+    c = cfg.next_token
+    packed_rows = here("config.next_token.rows", c.rows, mesh)
+    # One process fills the batch of images up until it splits; several have their rows each.
+    rows = here("config.batch_size", cfg.batch_size, mesh) if jax.process_count() > 1 else None
+    model = open_model(cfg.init_from, ("siglip_vq",), mesh, cfg.stage)
+    models = model_configs(cfg, ("transformer",), model)
+    ar = models["transformer"]
     sizes = dict(vocab_size=ar.vocab_size, image_vocab_size=ar.image_vocab_size, mm_vocab_size=ar.mm_vocab_size)
     text = MultimodalTokenizer.load(model.path / "tokenizer", **sizes)
-    net = transformer.ARTransformer(ar)
 
-    optimizer = make_optimizer(build(OptimizerConfig, config.optimizer, "config.optimizer"), run.steps, train=FREEZE[phase])
-    state = init_state(lambda: init_params("transformer", ar, jax.random.key(run.seed)), optimizer, mesh)
-    if old:
+    made = programs(cfg, models, mesh)
+    state = made.create()
+    if "transformer" in model.description["components"]:
         state = state.starting_from(model.params("transformer"))
         model.release("transformer")
 
     flops = FlopCount()
-    update = flops(make_update(net, optimizer, cfg))
+    update = flops(made[f"{cfg.stage}-update"].fn)
 
     def to_batch(examples: dict[str, Any]):
         """Codes by the frozen tokenizer, then packed rows; the mixture's draws depend on the batch's own id.
@@ -76,38 +124,46 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
         Packing looks at the whole batch: codes and texts, which are small, go to every process, and each keeps its own packed rows.
         """
         pixels = examples["image"].astype(np.float32) / 127.5 - 1.0
-        codes = whole(model.encode_pixels(pixels if rows is None else spread(mesh, pixels, run.batch_size)))
-        texts = share({name: examples[name] for name in ("id", "caption", "question", "answer")}, rows, run.batch_size)
-        rng = np.random.default_rng([run.seed, *map(ord, texts["id"][0])])
-        packed, counts = pack_batch(build_sequences(texts, codes, text, cfg, rng), text, cfg)
-        return spread(mesh, jax.tree.map(lambda x: x[packed_rows], packed), cfg.rows), counts
-
-    batches = DataIterator(rendered_dataset(data, run.seed, run.batch_size, rows=rows), to_batch)
+        codes = whole(model.encode_pixels(pixels if rows is None else spread(mesh, pixels, cfg.batch_size)))
+        texts = share({name: examples[name] for name in ("id", "caption", "question", "answer")}, rows, cfg.batch_size)
+        rng = np.random.default_rng([cfg.seed, *map(ord, texts["id"][0])])
+        packed, counts = pack_batch(build_sequences(texts, codes, text, c, rng), text, c)
+        return spread(mesh, jax.tree.map(lambda x: x[packed_rows], packed), c.rows), counts
 
     def step(state: TrainState, batch, number: int):
         packed, counts = batch
         state, metrics = update(state, packed)
         return state, metrics | counts
 
-    def export(state: TrainState, directory, note):
-        export_model(directory, {"transformer": (state.params, ar)}, run.init_from, note)
+    def export(state: TrainState, directory: Path, note: dict[str, Any]) -> None:
+        export_model(directory, {"transformer": (state.params, ar)}, cfg.init_from, note)
 
-    grid = None
-    if "mmdit" in model.description["components"]:
-        grid = functools.partial(sample_grid, model, ar, data)
-    return Stage(state, batches, step, export, grid, items_per_step=run.batch_size, flops=lambda: flops.total)
+    data = DataIterator(batches(cfg.data, cfg.seed, cfg.batch_size, rows=rows), to_batch)
+    grid = functools.partial(sample_grid, model, ar, cfg.data) if "mmdit" in model.description["components"] else None
+    return RunningStage(state, data, step, export, grid, items_per_step=cfg.batch_size, flops=lambda: flops.total)
 
 
-def sample_grid(model: Any, ar: transformer.ARConfig, data: RenderedConfig, state: TrainState, step: int, seed: int = 0) -> np.ndarray:
+def sample_grid(model: XOmni, ar: transformer.ARConfig, data: DataSection, state: TrainState, step: int, seed: int = 0) -> np.ndarray:
     """Images of the policy for the first examples of its own data, one row of samples above one of the real images."""
-    from xomni_jax.data.rendered import render_example
-    from xomni_jax.sampling.keys import NOISE, image_keys
-
-    size = data.sizes[0]
-    examples = [render_example(seed + 1_000_003, i, data, size) for i in range(GRID_PROMPTS)]
-    prompts = [e["caption"] for e in examples]
+    examples = first_batch(data, seed + GRID_SEED, GRID_PROMPTS)
+    prompts, real = examples["caption"], examples["image"]
     model.set_params("transformer", state.params, ar)
-    grid = model.grid(*size)
+    grid = model.grid(*real.shape[1:3])
     codes = model.sample_codes(prompts, grid, image_keys(seed, len(prompts))[:, None], SamplingConfig())["codes"][:, 0]
     images = whole(model.decode_images(codes, prompts, model.noise(image_keys(seed, len(prompts), NOISE), grid)))
-    return tile(np.concatenate([images, np.stack([e["image"] for e in examples])]), columns=GRID_PROMPTS)
+    return tile(np.concatenate([images, real]), columns=GRID_PROMPTS)
+
+
+class PretrainStage:
+    """Pre-training, registered as a stage."""
+
+    Config = PretrainRun
+    components = ("transformer",)
+    programs = staticmethod(programs)
+    make = staticmethod(make)
+
+
+class SFTStage(PretrainStage):
+    """Supervised fine-tuning, registered as a stage."""
+
+    Config = SFTRun

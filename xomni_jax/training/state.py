@@ -11,9 +11,10 @@ from flax import linen as nn
 from flax import struct
 from jax.sharding import Mesh
 
+from xomni_jax.sharding.abstract import path_name
 from xomni_jax.sharding.mesh import replicated
 from xomni_jax.sharding.rules import param_shardings
-from xomni_jax.training.optimizer import Optimizer, path_name
+from xomni_jax.training.optimizer import Optimizer
 
 SMALL = 64  # values of an optimizer's own, such as coefficients, that may lie on every device
 
@@ -43,10 +44,15 @@ class TrainState:
         return self.replace(step=self.step + 1, params=params, opt_state=opt_state), metrics
 
 
-def abstract_state(
+def new_state(
     init: Callable[[], Any], optimizer: Optimizer, mesh: Mesh, extra: Callable[[], Mapping[str, jax.Array]] = dict
 ) -> tuple[Callable[[], TrainState], TrainState]:
-    """(what creates a fresh state, the state's shapes with their shardings); arguments as of `init_state`."""
+    """(creates a fresh state, every array born with its sharding; the state's shapes with their shardings).
+
+    Args:
+      init: makes the boxed parameters (they name their logical axes).
+      extra: makes small arrays, replicated.
+    """
     shardings = param_shardings(jax.eval_shape(init), mesh)
 
     def create():
@@ -55,20 +61,9 @@ def abstract_state(
 
     abstract = jax.eval_shape(create)
     placed = state_shardings(abstract, shardings, mesh)
-    return create, jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placed)
-
-
-def init_state(
-    init: Callable[[], Any], optimizer: Optimizer, mesh: Mesh, extra: Callable[[], Mapping[str, jax.Array]] = dict
-) -> TrainState:
-    """A fresh state, every array born with its sharding: nothing large exists unsharded.
-
-    Args:
-      init: makes the boxed parameters (they name their logical axes).
-      extra: makes small arrays, replicated.
-    """
-    create, abstract = abstract_state(init, optimizer, mesh, extra)
-    return jax.jit(create, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))()
+    return jax.jit(create, out_shardings=placed), jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placed
+    )
 
 
 def state_shardings(abstract: TrainState, shardings: Any, mesh: Mesh) -> TrainState:

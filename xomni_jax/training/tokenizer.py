@@ -1,49 +1,57 @@
-"""Stage (a): the SigLIP-VQ tokenizer, trained through visual understanding (X-Omni section 3.1)."""
+"""The SigLIP-VQ tokenizer, trained through visual understanding (X-Omni section 3.1)."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
+from jax.sharding import Mesh
 
-from xomni_jax.core.config import ConfigError, RunConfig, build
+from xomni_jax.core.config import ConfigError
 from xomni_jax.core.preemption import StopSignal
-from xomni_jax.data.preprocess import ImageLimits
-from xomni_jax.data.rendered import N_COLUMN_CLASSES, RenderedConfig
-from xomni_jax.data.sources import rendered_dataset
+from xomni_jax.core.program import Program, Programs, Work
+from xomni_jax.data.preprocess import TINY, ImageLimits
+from xomni_jax.data.rendered import N_COLUMN_CLASSES, SIGNS
+from xomni_jax.data.sources import DataSection, batches
 from xomni_jax.models import siglip_vq
 from xomni_jax.models.quantizer import dead_codes, restart_dead_codes, start_codebook
+from xomni_jax.models.section import ModelSection
+from xomni_jax.models.work import dense
 from xomni_jax.sequence.tokenizer import MultimodalTokenizer
+from xomni_jax.sharding import abstract
 from xomni_jax.sharding.arrays import spread
 from xomni_jax.sharding.rules import unconstrained
 from xomni_jax.training import understanding
-from xomni_jax.training.components import DataIterator, export_model, from_preset, here
-from xomni_jax.training.loop import Stage, key_for
+from xomni_jax.training.components import DataIterator, check_heads, check_split, export_model, here
+from xomni_jax.training.loop import key_for
 from xomni_jax.training.operations import FlopCount
 from xomni_jax.training.optimizer import Optimizer, OptimizerConfig, make_optimizer
-from xomni_jax.training.state import TrainState, init_state
+from xomni_jax.training.stage import RunConfig, RunningStage
+from xomni_jax.training.state import TrainState, new_state
 
 CODEBOOK_SEED = 2_000_003  # added to the seed of the examples the codebook starts from
-SECTIONS = ("optimizer", "siglip_vq", "reader", "tokenizer", "preprocess", "data")
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-    """Schedule of the codebook.
+    """Schedule of the codebook and weights of the loss.
 
     Attributes:
-      warmup_steps: steps on continuous features, before there is a codebook.
-      ramp_steps: steps over which quantisation grows to its full share after that.
-      start_batches: batches of other examples, whose encoder outputs the codebook is started from.
-      restart_every: steps between restarts of dead codes; 0 is never. restart_until: the last share of training that restarts codes.
-      usage_decay: of the running average of code usage.
-      text_length: tokens of question and answer.
-      answer_weight, dense_weight, quantizer_weight: of the terms of the loss.
+      warmup_steps: steps on continuous features, before there is a codebook
+      ramp_steps: steps over which quantisation grows to its full share after that
+      start_batches: batches of other examples, whose encoder outputs the codebook starts from
+      restart_every: steps between restarts of dead codes; 0: never
+      restart_until: share of the run after which no code is restarted
+      usage_decay: decay of the running average of code usage
+      text_length: tokens of question and answer
+      answer_weight: weight of the loss of the answers
+      dense_weight: weight of the loss of the label of every token
+      quantizer_weight: weight of the quantiser's own losses
     """
 
     warmup_steps: int = 200
@@ -64,6 +72,28 @@ class TokenizerConfig:
         for name in ("start_batches", "text_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerRun(RunConfig):
+    """Training of the tokenizer.
+
+    Attributes:
+      siglip_vq: the tokenizer that learns
+      reader: the language model that reads its quantised features
+      tokenizer: schedule of the codebook and weights of the loss
+      preprocess: limits of input images, stored in the model; patch_size must be the tokenizer's patch
+      data: where images, questions and answers come from
+    """
+
+    stage: str = "tokenizer"
+    run_dir: str = "runs/tokenizer"
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-3)
+    siglip_vq: ModelSection = ModelSection(siglip_vq.PRESETS, "tiny")
+    reader: ModelSection = ModelSection(understanding.PRESETS, "tiny")
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    preprocess: ImageLimits = TINY
+    data: DataSection = SIGNS
 
 
 def answer_batch(examples: dict[str, Any], tokenizer: MultimodalTokenizer, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -102,28 +132,62 @@ def even_usage(vq: siglip_vq.SigLIPVQConfig) -> dict[str, jax.Array]:
     return {"usage": jnp.full((vq.codebook_size,), 1.0 / vq.codebook_size)}
 
 
-def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: StopSignal) -> Stage:
-    """The tokenizer stage of a configuration."""
-    if run.init_from:
-        raise ConfigError(f"config.init_from={run.init_from}: the tokenizer is the first stage and starts from nothing; leave it empty")
-    rows = here("config.batch_size", run.batch_size, mesh)
-    cfg, data = build(TokenizerConfig, config.tokenizer, "config.tokenizer"), build(RenderedConfig, config.data, "config.data")
-    vq = from_preset(config.siglip_vq, siglip_vq.PRESETS, "config.siglip_vq")
-    read = dataclasses.replace(from_preset(config.reader, understanding.PRESETS, "config.reader"), dense_classes=N_COLUMN_CLASSES)
-    limits = build(ImageLimits, dict(config.preprocess) | {"patch_size": vq.patch}, "config.preprocess")
-    learner = understanding.TokenizerLearner(vq, read)
-    text = MultimodalTokenizer.load()
-
-    optimizer = make_optimizer(build(OptimizerConfig, config.optimizer, "config.optimizer"), run.steps)
+def programs(cfg: TokenizerRun, models: Mapping[str, Any], mesh: Mesh, decoder_mesh: Mesh | None = None) -> Programs:
+    """The update on a batch of images of the data's main size."""
+    check_split("config.batch_size", cfg.batch_size, mesh)
+    vq, reader, c = models["siglip_vq"], models["reader"], cfg.tokenizer
+    check_heads(reader.n_kv_heads, mesh)
+    learner = make_learner(models)
+    optimizer = make_optimizer(cfg.optimizer, cfg.steps)
+    (height, width), B, L = cfg.data.sizes[0], cfg.batch_size, c.text_length
     # The running usage of codes lives beside the parameters' state, so that a resumed run restarts the same codes.
-    state = init_state(lambda: init_params(learner, run.seed, data.sizes[0]), optimizer, mesh, lambda: even_usage(vq))
+    create, state = new_state(lambda: init_params(learner, cfg.seed, (height, width)), optimizer, mesh, lambda: even_usage(vq))
+    grid = height // vq.patch, width // vq.patch
+    batch = {
+        "pixels": abstract.rows(mesh, (B, height, width, 3), jnp.float32),
+        "columns": abstract.rows(mesh, (B, *grid), jnp.int32),
+        "ids": abstract.rows(mesh, (B, L), jnp.int32),
+        "loss_mask": abstract.rows(mesh, (B, L), jnp.bool_),
+    }
+    T = grid[0] * grid[1]
+    each = {"tokenizer/": T, "reader/head": L, "reader/layers": T + L, "reader/projector": T, "dense/": T}
+    searched = 2.0 * T * vq.code_width * vq.codebook_size * (3 + 3)  # distances and assigned rows, forward and backward
+    update = Program(
+        make_update(learner, optimizer, c),
+        (state, batch, abstract.keys(mesh, ()), abstract.array(mesh, (), jnp.float32)),
+        f"{B} images of {height}x{width} with {L} tokens of text",
+        Work(learned=3 * dense(state.params, each) * B + searched * B, tokens=B * (T + L), images=B),
+        uses=("state",),
+        state=state,
+    )
+    return Programs(mesh, {"tokenizer-update": update}, {"state": state}, create)
+
+
+def make_learner(models: Mapping[str, Any]) -> understanding.TokenizerLearner:
+    """The tokenizer with the reader that teaches it; the reader's dense task has the labels of the data."""
+    return understanding.TokenizerLearner(models["siglip_vq"], dataclasses.replace(models["reader"], dense_classes=N_COLUMN_CLASSES))
+
+
+def make(cfg: TokenizerRun, mesh: Mesh, stop: StopSignal) -> RunningStage:
+    """A run from random parameters on the data of the configuration."""
+    if cfg.init_from:
+        raise ConfigError(f"config.init_from={cfg.init_from}: the tokenizer is the first stage and starts from nothing; leave it empty")
+    rows = here("config.batch_size", cfg.batch_size, mesh)
+    models = {name: getattr(cfg, name).config(where=f"config.{name}") for name in ("siglip_vq", "reader")}
+    vq, c = models["siglip_vq"], cfg.tokenizer
+    if cfg.preprocess.patch_size != vq.patch:
+        raise ConfigError(
+            f"config.preprocess.patch_size={cfg.preprocess.patch_size}: the tokenizer's patch has {vq.patch} pixels; set it to that"
+        )
+    learner, text = make_learner(models), MultimodalTokenizer.load()
+    made = programs(cfg, models, mesh)
 
     @jax.jit
     def encode(params, pixels):
         return learner.apply({"params": params}, pixels, method=lambda m, x: m.tokenizer.outputs(x))
 
     flops = FlopCount()
-    update = flops(make_update(learner, optimizer, cfg))
+    update = flops(made["tokenizer-update"].fn)
 
     @jax.jit
     def restart(key, codebook, usage, z):
@@ -132,19 +196,19 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
 
     def first_codebook(params, number: int) -> jax.Array:
         # Batches of their own, not those that just passed: a run that was resumed here has not seen them.
-        seed, n = run.seed + CODEBOOK_SEED, cfg.start_batches
-        batches = rendered_dataset(data, seed, run.batch_size, rows=rows, batches=n, transform=to_batch, prefetch=0)
-        z = jnp.concatenate([encode(params, to_mesh(batch)["pixels"]).reshape(-1, vq.code_width) for batch in batches])
-        return jax.jit(start_codebook, static_argnums=2)(key_for(run.seed, number, 1), z, vq.codebook_size)
+        seed, n = cfg.seed + CODEBOOK_SEED, c.start_batches
+        examples = batches(cfg.data, seed, cfg.batch_size, rows=rows, count=n, transform=to_batch, prefetch=0)
+        z = jnp.concatenate([encode(params, to_mesh(batch)["pixels"]).reshape(-1, vq.code_width) for batch in examples])
+        return jax.jit(start_codebook, static_argnums=2)(key_for(cfg.seed, number, 1), z, vq.codebook_size)
 
     def step(state: TrainState, batch, number: int):
-        strength = np.clip((number - cfg.warmup_steps) / max(cfg.ramp_steps, 1), 0.0, 1.0)
-        if number == cfg.warmup_steps:
+        strength = np.clip((number - c.warmup_steps) / max(c.ramp_steps, 1), 0.0, 1.0)
+        if number == c.warmup_steps:
             state = with_codebook(state, first_codebook(state.params, number))
-        state, metrics, z = update(state, batch, key_for(run.seed, number, 0), np.float32(strength))
-        due = cfg.restart_every and number > cfg.warmup_steps and number % cfg.restart_every == 0
-        if due and number < cfg.restart_until * run.steps:
-            codebook, usage, moved = restart(key_for(run.seed, number, 2), state.params["tokenizer"]["codebook"], state.extra["usage"], z)
+        state, metrics, z = update(state, batch, key_for(cfg.seed, number, 0), np.float32(strength))
+        due = c.restart_every and number > c.warmup_steps and number % c.restart_every == 0
+        if due and number < c.restart_until * cfg.steps:
+            codebook, usage, moved = restart(key_for(cfg.seed, number, 2), state.params["tokenizer"]["codebook"], state.extra["usage"], z)
             state = with_codebook(state, codebook).replace(extra={"usage": usage})
             metrics = metrics | {"codes/restarted": moved}
         return state, metrics
@@ -155,7 +219,7 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
         return state.replace(params=state.params | {"tokenizer": tokenizer})
 
     def to_batch(examples):
-        ids_BL, mask_BL = answer_batch(examples, text, cfg.text_length)
+        ids_BL, mask_BL = answer_batch(examples, text, c.text_length)
         return {
             "pixels": examples["image"].astype(np.float32) / 127.5 - 1.0,
             "columns": examples["columns"],
@@ -164,11 +228,20 @@ def make(config: ConfigDict, run: RunConfig, mesh: jax.sharding.Mesh, stop: Stop
         }
 
     def to_mesh(batch):
-        return spread(mesh, batch, run.batch_size)
+        return spread(mesh, batch, cfg.batch_size)
 
-    batches = DataIterator(rendered_dataset(data, run.seed, run.batch_size, rows=rows, transform=to_batch), to_mesh)
+    data = DataIterator(batches(cfg.data, cfg.seed, cfg.batch_size, rows=rows, transform=to_batch), to_mesh)
 
-    def export(state: TrainState, directory, note):
-        export_model(directory, {"siglip_vq": (state.params["tokenizer"], vq)}, run.init_from, note, {"preprocess": limits})
+    def export(state: TrainState, directory: Path, note: dict[str, Any]) -> None:
+        export_model(directory, {"siglip_vq": (state.params["tokenizer"], vq)}, "", note, {"preprocess": cfg.preprocess})
 
-    return Stage(state, batches, step, export, items_per_step=run.batch_size, flops=lambda: flops.total)
+    return RunningStage(made.create(), data, step, export, items_per_step=cfg.batch_size, flops=lambda: flops.total)
+
+
+class TokenizerStage:
+    """Training of the tokenizer, registered as a stage."""
+
+    Config = TokenizerRun
+    components = ("siglip_vq", "reader")
+    programs = staticmethod(programs)
+    make = staticmethod(make)

@@ -24,9 +24,20 @@ class ReaderConfig:
     """Sizes of the language model that reads semantics: Qwen2 layers, text ids only.
 
     Attributes:
-      vocab_size: text ids. d_model, mlp_dim, n_heads, n_kv_heads, head_dim, n_layers: of the decoder.
-      dense_classes: labels a token cell can have, 0 ("nothing") included; 0: no dense reading.
-      chunk: positions whose logits exist at a time (0: all).
+      vocab_size: text ids
+      d_model: width of the layers
+      mlp_dim: width of the MLP
+      n_heads: query heads
+      n_kv_heads: key and value heads
+      head_dim: width of a head
+      n_layers: layers
+      dense_classes: labels a token can have, 0 ("nothing") included; 0: no dense task; the tokenizer's stage sets it
+      rope_theta: base of the rotary positions
+      rms_eps: epsilon of the norms
+      chunk: positions whose logits exist at a time; 0: all
+      dtype: number format of the computation
+      param_dtype: number format of the parameters
+      remat: what the backward pass computes again: none, full or dots
     """
 
     vocab_size: int

@@ -1,70 +1,32 @@
-"""How much work a step is by arithmetic alone: what the counted operations, bytes and collectives are held against."""
+"""The least arithmetic and traffic of a pass of the models, with which compiled programs are compared."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 
+from xomni_jax.core.program import Work
 from xomni_jax.models.transformer import ARConfig
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """The least that one execution of a role must do.
-
-    Attributes:
-      learned: operations of forward and backward with weights, 6 x parameters x tokens. forward: of passes without a gradient, 2 x.
-      attention: of attention products, causal ones halved.
-      tokens: that the execution reads or makes. images: that it finishes.
-      hbm_per_step: bytes a device must move for each of `steps` decoding steps (0: no such floor).
-      gathered: bytes a device receives of weights split over fsdp, and reduced: of their gradients.
-      logits: most positions whose logits should exist at once (0: not a matter of this role); vocabularies: the widths of the heads.
-      head_gathers: heads that are needed whole, counted once for each set of weights.
-      open_loops: loops that end when their data say so, counted once.
-    """
-
-    learned: float = 0.0
-    forward: float = 0.0
-    attention: float = 0.0
-    tokens: int = 0
-    images: int = 0
-    hbm_per_step: float = 0.0
-    cache: float = 0.0
-    steps: int = 1
-    gathered: float = 0.0
-    reduced: float = 0.0
-    logits: int = 0
-    vocabularies: tuple[int, ...] = ()
-    head_gathers: int = 0
-    open_loops: int = 0
-
-    @property
-    def useful(self) -> float:
-        """Operations that count for model FLOPs utilisation."""
-        return self.learned + self.forward + self.attention
+from xomni_jax.sharding.abstract import leaves
 
 
 def layer_weights(c: ARConfig) -> int:
-    """Matrix values of one decoder layer."""
+    """Parameters in the matrices of one transformer layer."""
     return 2 * c.d_model * c.n_heads * c.head_dim + 2 * c.d_model * c.n_kv_heads * c.head_dim + 3 * c.d_model * c.mlp_dim
 
 
-def last_product(c: ARConfig) -> int:
-    """Matrix values of a layer's last product, which full remat does not repeat."""
-    return c.d_model * c.mlp_dim
-
-
 def causal(c: ARConfig, rows: int, length: int) -> float:
-    """Operations of causal attention, forward, over whole rows."""
+    """Operations of causal attention in a forward pass over whole rows."""
     return 2.0 * rows * length * length * c.n_heads * c.head_dim * c.n_layers
 
 
 def next_token(c: ARConfig, rows: int, length: int, targets: int, phase: str, chunk: int, mesh: Mapping[str, int]) -> Work:
-    """A step of pre-training or fine-tuning: every target row runs through both heads."""
+    """A step of pre-training or fine-tuning, in which both output heads see every target."""
     tokens, heads = rows * length, c.d_model * (c.vocab_size + c.image_vocab_size)
-    share = 6 if phase == "all" else 4  # with frozen language layers their gradients pass, but no weight's is formed
+    share = 6 if phase == "all" else 4  # frozen language layers pass gradients on, but have none of their own
     new = c.n_adapter_layers + c.n_head_layers
     layers = layer_weights(c) * (6 * new + share * c.n_language_layers)
     text_head = 6 if phase == "all" else 4
@@ -79,7 +41,7 @@ def next_token(c: ARConfig, rows: int, length: int, targets: int, phase: str, ch
 def policy_update(
     c: ARConfig, rows: int, prompt: int, codes: int, parts: int, sides: int, reference: bool, chunk: int, mesh: Mapping[str, int]
 ) -> Work:
-    """An update on rollouts: `sides` is 2 with guidance; the reference adds a pass without gradient."""
+    """An update on rollouts. `sides` is 2 with guidance; a reference adds a pass without a gradient."""
     length = prompt + codes
     per_pass = sides * rows * (length * c.n_layers * layer_weights(c) + codes * c.d_model * c.image_vocab_size)
     gathered, reduced = fsdp_bytes(c, parts, c.d_model * c.image_vocab_size, mesh, c.n_layers)
@@ -99,8 +61,8 @@ def replay(c: ARConfig, rows: int, prompt: int, codes: int, parts: int, sides: i
 
 
 def fsdp_bytes(c: ARConfig, parts: int, heads: int, mesh: Mapping[str, int], learned_layers: int, passes: int = 3) -> tuple[float, float]:
-    """(gathered, reduced) bytes of a device: per pass over the layers (forward, remat, backward) their weights in the compute dtype, the
-    heads once; gradients reduced once for each part of the batch, before they are scattered."""
+    """Bytes (gathered, reduced) of a device: the weights of the layers once per pass (forward, remat, backward) in the compute dtype and
+    those of the heads once; the gradients, before they are scattered, once for each part of the batch."""
     if mesh["fsdp"] == 1:
         return 0.0, 0.0
     size = jnp.dtype(c.dtype).itemsize / mesh["tensor"]
@@ -110,8 +72,8 @@ def fsdp_bytes(c: ARConfig, parts: int, heads: int, mesh: Mapping[str, int], lea
 
 
 def rollout(c: ARConfig, prompts: int, rollouts: int, prompt: int, codes: int, segment: int, sides: int, mesh: Mapping[str, int]) -> Work:
-    """A segment of sampling: in each step the weights are read once, and the whole cache, as in the last step when it is full. Attention is
-    that of the mean segment."""
+    """A segment of sampling. Each step reads all weights and the whole cache, which is counted as full; attention is that of the mean
+    segment."""
     batch, tensor = mesh["replica"] * mesh["data"] * mesh["fsdp"], mesh["tensor"]
     n = prompts * rollouts * sides
     decode = 2.0 * n * segment * (c.n_layers * layer_weights(c) + c.d_model * c.image_vocab_size)
@@ -125,13 +87,29 @@ def rollout(c: ARConfig, prompts: int, rollouts: int, prompt: int, codes: int, s
 
 
 def answer(c: ARConfig, rows: int, prompt: int) -> Work:
-    """Reading the questions and one token of the answers, which end when they end; only the language layers see new tokens."""
+    """Prefill of the questions and one token of the answers, whose length is unknown; only the language layers see new tokens."""
     read = prefill(c, rows, prompt, 1)
     new = 2.0 * rows * (c.n_language_layers * layer_weights(c) + c.d_model * c.vocab_size)
     return dataclasses.replace(read, forward=read.forward + new, tokens=rows * (prompt + 1), open_loops=1)
 
 
 def prefill(c: ARConfig, prompts: int, prompt: int, sides: int) -> Work:
-    """The prompts' pass, once per prompt."""
+    """The forward pass over the prompts, once per prompt."""
     rows = prompts * sides
     return Work(forward=2.0 * rows * prompt * c.n_layers * layer_weights(c), attention=causal(c, rows, prompt), tokens=prompts * prompt)
+
+
+def dense(params: Any, tokens: Mapping[str, int]) -> float:
+    """Forward operations, 2 x values x tokens, of all kernels; `tokens` by the start of the path, one where none matches."""
+    total = 0.0
+    for name, x in leaves(params):
+        if name.rsplit("/", 1)[-1] == "kernel":
+            total += 2.0 * x.size * next((n for start, n in tokens.items() if name.startswith(start)), 1)
+    return total
+
+
+def mmdit_tokens(image: int, text: int) -> dict[str, int]:
+    """Tokens by kernel of the MMDiT: modulations and condition vectors see one row an image."""
+    once = {f"{block}_blocks/{m}modulation": 1 for block in ("double", "single") for m in ("text_", "image_", "")}
+    streams = {"double_blocks/text": text, "double_blocks/image": image, "single_blocks": image + text}
+    return once | streams | {"text_embed": text, "latent_embed": image, "siglip_embed": image, "out/": image}

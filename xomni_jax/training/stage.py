@@ -1,0 +1,171 @@
+"""What a stage is: its configuration, the programs that a trainer runs and a planner compiles, and how a run of it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from xomni_jax.core.config import Changes, ConfigError, load_changes, updated
+from xomni_jax.core.preemption import StopSignal
+from xomni_jax.core.program import Programs
+from xomni_jax.core.registry import Registry
+from xomni_jax.sharding.mesh import MeshConfig, make_mesh, split_devices
+from xomni_jax.training.optimizer import OptimizerConfig
+from xomni_jax.training.state import TrainState
+
+GRID_SEED = 1_000_003  # added to a run's seed for the examples of its image grids, which no step trains on
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """What every training stage shares.
+
+    Attributes:
+      stage: tokenizer, pretrain, sft, decoder or grpo, or a stage of your own as path/to/file.py:Class
+      run_dir: folder of the resolved config, metrics, image grids, checkpoints and the final model
+      init_from: model directory that supplies the frozen and the starting parameters; empty: random ones
+      seed: all randomness of a run derives from it, the step and the purpose
+      steps: optimizer updates; grpo: batches of rollouts
+      batch_size: examples per step over all devices; grpo: prompts per step
+      log_every: steps between two lines of metrics
+      save_every: steps between two checkpoints
+      grid_every: steps between two image grids in RUN/images; 0: none
+      save_minutes: also save after so many minutes, at the next logged step; 0: by steps alone
+      keep: the newest resumable checkpoints that stay on disk
+      keep_every: checkpoints of steps that this divides stay for good; 0: no others
+      mesh: how the devices are divided
+      optimizer: AdamW or Muon, its schedule and its clipping
+    """
+
+    stage: str = ""
+    run_dir: str = ""
+    init_from: str = ""
+    seed: int = 0
+    steps: int = 1000
+    batch_size: int = 64
+    log_every: int = 10
+    save_every: int = 200
+    grid_every: int = 200
+    save_minutes: float = 0.0
+    keep: int = 2
+    keep_every: int = 0
+    mesh: MeshConfig = MeshConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "log_every", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"config.{name}={getattr(self, name)} must be at least 1")
+        for name in ("save_minutes", "keep_every"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"config.{name}={getattr(self, name)} must not be negative; 0 turns it off")
+        if not self.run_dir:
+            raise ConfigError("config.run_dir is empty; name a folder for the run's output")
+
+
+@dataclasses.dataclass
+class RunningStage:
+    """What the training loop needs of a stage.
+
+    Attributes:
+      state: the starting state, on its devices.
+      batches: endless iterator with `get_state() -> dict` (JSON-able) and `set_state(dict)`.
+      step: (state, batch, step number) -> (state, metrics of scalars). Before it changes the state it may raise StopRequested or StepRefused.
+      export: (state, model directory, provenance) -> writes everything `xomni_jax.load` needs.
+      grid: (state, step number) -> uint8 [H, W, 3] image for the run folder, or None. It may raise StopRequested.
+      items_per_step: examples or samples one step handles, for the rate.
+      close: frees what the stage holds (connections), however the run ends.
+      flops: matrix products of all steps so far, see `operations.FlopCount`.
+    """
+
+    state: TrainState
+    batches: Iterator[Any]
+    step: Callable[[TrainState, Any, int], tuple[TrainState, Mapping[str, Any]]]
+    export: Callable[[TrainState, Path, dict[str, Any]], None]
+    grid: Callable[[TrainState, int], np.ndarray] | None = None
+    items_per_step: int = 1
+    close: Callable[[], None] = lambda: None
+    flops: Callable[[], float] = lambda: 0.0
+
+
+class Stage(Protocol):
+    """A stage of training, or another way to use the models that can be planned. Registered in `STAGES`.
+
+    Attributes:
+      Config: frozen dataclass; `Config()` holds every default.
+      components: the components whose configs `programs` reads; the sections of `Config` bear the same names.
+    """
+
+    Config: ClassVar[type]
+    components: ClassVar[tuple[str, ...]]
+
+    @staticmethod
+    def programs(cfg: Any, models: Mapping[str, Any], mesh: Mesh, decoder_mesh: Mesh | None = None) -> Programs:
+        """The jitted functions with abstract arguments; nothing is allocated. `models`: {component: its config}."""
+        ...
+
+    @staticmethod
+    def make(cfg: Any, mesh: Mesh, stop: StopSignal) -> RunningStage:
+        """A run of the stage, ready for its first step."""
+        ...
+
+
+STAGES = Registry(
+    "stage",
+    {
+        "tokenizer": "xomni_jax.training.tokenizer:TokenizerStage",
+        "pretrain": "xomni_jax.training.pretrain:PretrainStage",
+        "sft": "xomni_jax.training.pretrain:SFTStage",
+        "decoder": "xomni_jax.training.decoder:DecoderStage",
+        "grpo": "xomni_jax.rl.grpo:GRPOStage",
+        "inference": "xomni_jax.inference:InferenceStage",
+    },
+)
+
+
+def resolve(changes: Changes) -> Any:
+    """The typed configuration that a file and the command line describe; its `stage` names the class.
+
+    Raises:
+      ConfigError: the stage, a key or a value is wrong.
+    """
+    name = changes.values.get("stage")
+    if not name:
+        raise ConfigError(f"config.stage is missing; name one of {', '.join(STAGES.names())}")
+    try:
+        stage = STAGES.get(str(name))
+    except ValueError as e:
+        raise ConfigError(f"config.stage: {e}") from None
+    values = {key: value for key, value in changes.values.items() if key != "stage"}
+    return dataclasses.replace(updated(stage.Config(), values), stage=str(name))
+
+
+def resolve_run(changes: Changes) -> RunConfig:
+    """`resolve` for a stage that trains. ConfigError for one that does not."""
+    config = resolve(changes)
+    if not isinstance(config, RunConfig):
+        raise ConfigError(f"config.stage={config.stage!r} trains nothing; give this file to xomni generate, chat, eval or plan")
+    return config
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Any:
+    """The typed configuration of a file and `section.key=value` overrides; errors as of `load_changes` and `resolve`."""
+    return resolve(load_changes(path, overrides))
+
+
+def meshes(cfg: Any, devices: Sequence[jax.Device]) -> tuple[list[jax.Device], list[jax.Device]]:
+    """(devices of what is trained, devices of the image decoder alone, if its `decoder_mesh` asks for some)."""
+    size = math.prod(cfg.decoder_mesh.sizes().values()) if hasattr(cfg, "decoder_mesh") else 0
+    return split_devices(devices, size) if size else (list(devices), [])
+
+
+def policy_mesh(cfg: Any, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of what is trained: `mesh` over all devices, without those of `decoder_mesh` where a stage has one."""
+    return make_mesh(cfg.mesh.sizes(), meshes(cfg, jax.devices() if devices is None else devices)[0])
