@@ -47,8 +47,8 @@ def add_suites(kinds: Any, wanted: str | None) -> None:
 def _add_suite(kinds: Any, name: str) -> None:
     suite = get_suite(name)
     drawn = f"{suite.repeats} image{'s' * (suite.repeats > 1)} per prompt" if suite.task == "generate" else "greedy answers, local rules"
-    facts = [f"{suite.published} items" * bool(suite.published), drawn, f"judge: {suite.judge}" if suite.judge else ""]
-    lines = [f"{suite.title}: {', '.join(filter(None, facts))}."]
+    about = [f"{suite.published} items" * bool(suite.published), drawn, f"judge: {suite.judge}" if suite.judge else ""]
+    lines = [f"{suite.title}: {', '.join(filter(None, about))}."]
     lines += [f"--data must hold {suite.files}."] * bool(suite.files)
     lines += ["The official scorer's behaviour is the default; named departures from it:"] * bool(suite.switches)
     lines += [f"  --switch {switch}: {what}" for switch, what in suite.switches.items()]

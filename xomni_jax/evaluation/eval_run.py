@@ -23,7 +23,7 @@ DRAWN |= {name: f"sampling.{name}" for name in ("temperature", "top_k", "top_p",
 
 
 @dataclass(frozen=True)
-class Shot:
+class ImageRef:
     """An image: a file, or tile `k` of a file that holds side x side of them, row by row, or what `opener` opens."""
 
     path: Path
@@ -63,7 +63,7 @@ class EvalRun:
         return self.results.get("settings") or {}
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def flat_settings(self) -> dict[str, Any]:
         """Settings, judge, switches and wordings on one level, such as "sampling.guidance" and "judge.name"."""
         judge = self.results.get("judge") or {"name": "local rules"}
         choices = {"switches": self.results.get("switches") or "none", "instruction": self.results.get("instructions") or {}}
@@ -151,15 +151,15 @@ def outputs(item: Item) -> int:
     return len(item["verdicts"])
 
 
-def shots(run: EvalRun, item: Item) -> list[Shot]:
+def image_refs(run: EvalRun, item: Item) -> list[ImageRef]:
     """The images of an item: one per output, also where the official layout is one grid of them; of a question, its image."""
     if item["id"] in run.asked:
-        return [Shot(run.path / item["id"], opener=run.asked[item["id"]])]
+        return [ImageRef(run.path / item["id"], opener=run.asked[item["id"]])]
     images = [run.path / name for name in item.get("images", ())]
     if len(images) == 1 < outputs(item):
         side = math.isqrt(outputs(item))
-        return [Shot(images[0], k, side) for k in range(outputs(item))]
-    return [Shot(image) for image in images]
+        return [ImageRef(images[0], k, side) for k in range(outputs(item))]
+    return [ImageRef(image) for image in images]
 
 
 def reading(item: Item, repeat: int) -> str:

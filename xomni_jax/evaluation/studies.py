@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from xomni_jax.evaluation import suite as contract
 from xomni_jax.evaluation.compare import labels
-from xomni_jax.evaluation.eval_run import EvalRun, Item, command, outputs, read_eval_run, same_items, shots
+from xomni_jax.evaluation.eval_run import EvalRun, Item, command, outputs, read_eval_run, same_items, image_refs
 from xomni_jax.evaluation.run_directory import RunDirectory
 from xomni_jax.evaluation.statistics import best_of_weights, bootstrap_mean, paired_difference, weighted_rows, with_bounds
 from xomni_jax.evaluation.suite import SuiteError
@@ -58,8 +58,8 @@ def check_settings(runs: Sequence[EvalRun], varied: Iterable[str]) -> None:
     free = (*varied, *INCIDENTAL)
     first = runs[0]
     for run in runs[1:]:
-        for name in dict.fromkeys((*first.facts, *run.facts)):
-            ours, theirs = first.facts.get(name), run.facts.get(name)
+        for name in dict.fromkeys((*first.flat_settings, *run.flat_settings)):
+            ours, theirs = first.flat_settings.get(name), run.flat_settings.get(name)
             if ours != theirs and not any(name == f or (f.endswith(".") and name.startswith(f)) for f in free):
                 raise SuiteError(
                     f"{run.path}: {name} is {theirs}, in {first.path} it is {ours}; a difference would not come from what is studied"
@@ -76,7 +76,7 @@ def guidance_study(runs: Sequence[EvalRun], seed: int = 0) -> dict[str, Any]:
     check_settings(runs, ["sampling.guidance"])
     by_value: dict[float, EvalRun] = {}
     for run in runs:
-        value = run.facts.get("sampling.guidance")
+        value = run.flat_settings.get("sampling.guidance")
         if value is None:
             raise SuiteError(f"{run.path}: its settings name no guidance; draw the images with xomni eval")
         if value in by_value:
@@ -124,11 +124,11 @@ def best_of_study(
     """
     for runs in (sft, rl):
         check_settings(runs, ["seed"])
-        seeds = [run.facts.get("seed") for run in runs]
+        seeds = [run.flat_settings.get("seed") for run in runs]
         if len(set(seeds)) < len(seeds):
             raise SuiteError(f"{', '.join(labels(runs))} have the seeds {seeds}; runs of one seed hold the same samples")
     check_settings([sft[0], rl[0]], ["seed", "model.sha256", "repeats"])
-    if sft[0].facts.get("model.sha256") == rl[0].facts.get("model.sha256") is not None:
+    if sft[0].flat_settings.get("model.sha256") == rl[0].flat_settings.get("model.sha256") is not None:
         raise SuiteError(f"{sft[0].path} and {rl[0].path} are runs of the same model; give runs of the SFT and of the RL model")
     score_PR, rl_PR = pooled_scores(sft), pooled_scores(rl)
     samples = score_PR.shape[1]
@@ -176,7 +176,7 @@ def held_up_to(single: float | None, rows: Sequence[Mapping[str, Any]]) -> int:
 
 def more_samples(run: EvalRun) -> str:
     """The command of a further run of the same model."""
-    return command(run.suite, f"{run.path}-more", run.settings, seed=int(run.facts.get("seed", 1234)) + 1)
+    return command(run.suite, f"{run.path}-more", run.settings, seed=int(run.flat_settings.get("seed", 1234)) + 1)
 
 
 def pooled_scores(runs: Sequence[EvalRun]) -> np.ndarray:
@@ -240,12 +240,12 @@ def _reward_values(client: RewardClient, group: Sequence[tuple[EvalRun, Item]]) 
     """Values of the images of some items."""
     images, told = [], []
     for run, item in group:
-        if len(shots(run, item)) != outputs(item):
+        if len(image_refs(run, item)) != outputs(item):
             raise SuiteError(f"{run.path}: item {item['id']} lists no images, another program drew them; draw with xomni eval")
-        for shot in shots(run, item):
-            if not shot.path.is_file():
-                raise SuiteError(f"{shot.path} of item {item['id']} is gone, so {client.name} cannot score it; draw it again")
-            images.append(np.asarray(shot.open()))
+        for ref in image_refs(run, item):
+            if not ref.path.is_file():
+                raise SuiteError(f"{ref.path} of item {item['id']} is gone, so {client.name} cannot score it; draw it again")
+            images.append(np.asarray(ref.open()))
             told.append({"prompt": item["prompt"], "targets": dict(item["fields"])})
     scores, rows = iter(client.score(images, told)), []
     for run, item in group:
