@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.evaluation.tiny_model import FakeClient, fake_clients, make_models, write_run
+from xomni_jax.data import rendered
 from xomni_jax.data.rendered import render_example
 from xomni_jax.evaluation import effect as effect_module
 from xomni_jax.evaluation.effect import EffectConfig, PolicySampler, open_services, run_effect
@@ -17,7 +18,6 @@ from xomni_jax.evaluation.grpo_run import read_run
 from xomni_jax.evaluation.judges.services import RewardsJudge
 from xomni_jax.evaluation.measurement import EvaluationError, colour_entropy, colour_histogram, edge_density, measure
 from xomni_jax.evaluation.run import EvalConfig, evaluate
-from xomni_jax.evaluation.suites import rendered
 from xomni_jax.evaluation.suites.rendered import HeldoutSigns, heldout_signs
 from xomni_jax.inference import InferenceConfig
 from xomni_jax.rl.image_statistics import image_statistics

@@ -53,25 +53,17 @@ text: an oracle. Start the services first, each in a terminal of its own:
 Results: OUT/report.html (one page, opens anywhere), OUT/report.json (all numbers with 95% intervals), OUT/cells/NAME (the run of each
 measurement: images and replies). When it is interrupted, the same command goes on from the finished parts.
 """
-# Options of effect that have a default: field of EffectConfig -> (metavar, help). The defaults are those of the dataclass.
 _HOW_MUCH = {
-    "prompts": ("N", "held-out signs, no two alike"),
-    "samples": ("N", "SFT samples per sign, the largest best-of-N"),
-    "rl_samples": ("N", "RL samples per sign, averaged"),
-    "sweep_samples": ("N", "SFT samples per sign and temperature of the sweep"),
-    "size": ("HxW", "pixels, height x width"),
-    "lengths": ("A-B", "least and most characters of a sign"),
-    "seed": ("SEED", "of signs, samples and decoder noise"),
-    "chunk": ("N", "images decoded at a time"),
+    "prompts": "N",
+    "samples": "N",
+    "rl_samples": "N",
+    "sweep_samples": "N",
+    "size": "HxW",
+    "lengths": "A-B",
+    "seed": "N",
+    "chunk": "N",
 }
-_SAMPLING = {
-    "guidance": ("GUIDANCE", 'of the setting "guidance on"; off is always measured'),
-    "temperature": ("TEMPERATURE", "of all samples but the sweep"),
-    "top_k": ("K", "keep the K likeliest codes; 0 is off"),
-    "top_p": ("P", "keep the likeliest codes that make up P; 1 is off"),
-    "min_p": ("P", "keep codes of at least P times the likeliest; 0 is off"),
-    "temperatures": ("T,T,...", "of the sweep over SFT"),
-}
+_SAMPLING = {"guidance": "SCALE", "temperature": "T", "top_k": "K", "top_p": "P", "min_p": "P", "temperatures": "T,T,..."}
 
 
 def add_studies(kinds: Any, wanted: str | None) -> None:
@@ -90,15 +82,15 @@ def add_studies(kinds: Any, wanted: str | None) -> None:
 
 
 def _add_effect(kinds: Any) -> None:
+    from xomni_jax.core.config import explanations
     from xomni_jax.evaluation.effect import EffectConfig
 
+    says = explanations(EffectConfig)
     parser = _parser(kinds, "effect", "what reinforcement learning changed: SFT against RL", _EFFECT, EFFECT_EXAMPLE)
     what = parser.add_argument_group("what is compared")
-    what.add_argument("--sft", required=True, metavar="DIR", help="model directory of the supervised model")
-    what.add_argument("--rl", required=True, metavar="DIR", help="model directory after GRPO, such as RUN/model; same decoder as --sft")
-    what.add_argument(
-        "--rl-run", metavar="RUN", help="the GRPO run with metrics.jsonl and config.json (default: the folder that holds --rl)"
-    )
+    what.add_argument("--sft", required=True, metavar="DIR", help=says["sft"])
+    what.add_argument("--rl", required=True, metavar="DIR", help=says["rl"])
+    what.add_argument("--rl-run", metavar="RUN", help=f"{says['rl_run']} (default: the folder that holds --rl)")
     services = parser.add_argument_group("reward services (several URLs of one: separated by commas)")
     services.add_argument("--ocr", required=True, metavar="URL", help="text recognition, as in training")
     services.add_argument("--shapes", metavar="URL", help="colour of the ground; without it colour accuracy is null")
@@ -106,16 +98,16 @@ def _add_effect(kinds: Any) -> None:
         "--second", metavar="URL", help="tesseract, a reader that took no part in training; without it that column is null"
     )
     read = {"size": _size, "lengths": _lengths, "temperatures": _numbers}
-    shown = {"size": "32x64", "lengths": "3-6", "temperatures": "1,0.7,0.5,0.3,0"}
+    written = {"size": "32x64", "lengths": "3-6", "temperatures": "1,0.7,0.5,0.3,0"}
     for title, options in (("how much", _HOW_MUCH), ("sampling (the defaults are those of the rollouts in training)", _SAMPLING)):
         group = parser.add_argument_group(title)
-        for name, (metavar, help_) in options.items():
+        for name, metavar in options.items():
             default = getattr(EffectConfig, name)
-            help_ = f"{help_} (default {shown.get(name) or f'{default:g}'})"
+            help_ = f"{says[name]} (default {written.get(name) or f'{default:g}'})"
             kind = read.get(name, type(default))
             group.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, metavar=metavar, help=help_)
     out = parser.add_argument_group("report")
-    out.add_argument("--out", required=True, metavar="OUT", help="directory of the results, such as runs/demo")
+    out.add_argument("--out", required=True, metavar="OUT", help=says["out"])
     out.add_argument(
         "--started", type=float, metavar="UNIX", help="`date +%%s` at the start of the whole job, for wall_seconds (default: now)"
     )

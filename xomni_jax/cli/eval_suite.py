@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xomni_jax.cli.inference import EXACT, add_drawing, add_model, positive, settle
+from xomni_jax.core.config import explanations
 from xomni_jax.evaluation.judges import HELP
+from xomni_jax.evaluation.run import EvalConfig
 from xomni_jax.evaluation.suite import INSTRUCTIONS
 from xomni_jax.evaluation.suites import PUBLISHED, SUITES, get_suite
 
 if TYPE_CHECKING:
-    from xomni_jax.evaluation.run import AllResults, EvalConfig, Results
+    from xomni_jax.evaluation.run import AllResults, Results
 
 EXAMPLE = "xomni eval rendered-text --model xomni_jax/assets/tiny_sft --out runs/rendered-text --limit 8"
 _JUDGES = {"detector": "http://127.0.0.1:8003", "vqa": "Qwen/Qwen2.5-VL-7B-Instruct@http://127.0.0.1:8000/v1"}  # of examples
@@ -69,13 +71,16 @@ def _parser(kinds: Any, name: str, line: str, description: str, judge: str = "")
 
 
 def _add_options(parser: argparse.ArgumentParser, tasks: set[str], data: bool, judges: str, switches: bool) -> None:
-    parser.add_argument("--out", required=True, metavar="OUT", help="directory of the run; the same one to continue it")
+    says = explanations(EvalConfig)
+    parser.add_argument("--out", required=True, metavar="OUT", help=says["out"])
     if data:
         parser.add_argument("--data", required=True, metavar="DATA", help="directory of the published files")
-    parser.add_argument("--phase", choices=("all", *sorted(tasks, reverse=True), "score"), default="all", help="default: all")
+    parser.add_argument(
+        "--phase", choices=("all", *sorted(tasks, reverse=True), "score"), default=EvalConfig.phase, help=says["phase"] + " (default)"
+    )
     which = parser.add_argument_group("which items")
-    which.add_argument("--limit", type=positive, metavar="N", help="the first N items only")
-    which.add_argument("--ids", nargs="+", default=(), metavar="ID", help="these items only")
+    which.add_argument("--limit", type=positive, metavar="N", help="evaluate the first N items only")
+    which.add_argument("--ids", nargs="+", default=(), metavar="ID", help=says["ids"])
     which.add_argument(
         "--shard", type=_shard, default=(0, 1), metavar="K/N", help="this process is the K-th of N that share OUT (default 1/1)"
     )
@@ -90,7 +95,7 @@ def _add_options(parser: argparse.ArgumentParser, tasks: set[str], data: bool, j
         drawing = parser.add_argument_group("drawing (the defaults are the released ones)")
         drawing.add_argument("--decode-batch", type=positive, metavar="N", help="images decoded to pixels at a time (default 16)")
         add_drawing(drawing)
-        drawing.add_argument("--seed", type=_seed, default=1234, help="the released command's 1234 by default")
+        drawing.add_argument("--seed", type=_seed, default=EvalConfig.seed, help=f"{says['seed']} ({EvalConfig.seed})")
         if tasks == {"generate"}:
             from xomni_jax.evaluation.suites.rewriting import FORMS
 
@@ -122,7 +127,6 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
 
 def _config(args: argparse.Namespace) -> EvalConfig:
     """What the options say."""
-    from xomni_jax.evaluation.run import EvalConfig
     from xomni_jax.inference import InferenceConfig
 
     given = vars(args)

@@ -43,15 +43,24 @@ class EffectConfig:
     """What is compared, and how.
 
     Attributes:
-      sft, rl: model directories; they share tokenizer and decoder. rl_run: the GRPO run that made `rl`.
-      out: where report.json, report.html and the finished measurements go.
-      prompts: held-out signs. samples: of SFT per prompt, the largest best-of-N. rl_samples, sweep_samples: per prompt.
-      guidance: of the transformer in the "on" setting; "off" is 1.
-      size: pixels, height and width. lengths: least and most characters of a sign.
-      seed: of signs, samples and decoder noise.
-      temperature, top_k, top_p, min_p: of all samples but the sweep's temperature; the defaults are those of the rollouts.
-      temperatures: of the sweep over SFT; 0 is greedy.
-      chunk: images decoded at a time.
+      sft: model directory of the supervised model
+      rl: model directory after GRPO, such as RUN/model; same tokenizer and decoder as the supervised model
+      rl_run: the GRPO run with metrics.jsonl and config.json
+      out: directory of the results, such as runs/demo
+      prompts: held-out signs, no two alike
+      samples: SFT samples per sign, the largest best-of-N
+      rl_samples: RL samples per sign, averaged
+      sweep_samples: SFT samples per sign and temperature of the sweep
+      guidance: of the setting "guidance on"; off is always measured
+      size: pixels, height and width
+      lengths: least and most characters of a sign
+      seed: of signs, samples and decoder noise
+      temperature: of all samples but those of the sweep
+      top_k: keep the so many likeliest codes; 0: off
+      top_p: keep the likeliest codes that hold this probability; 1: off
+      min_p: drop codes below this share of the likeliest one's probability; 0: off
+      temperatures: of the sweep over SFT; 0 is greedy
+      chunk: images decoded at a time
     """
 
     sft: str

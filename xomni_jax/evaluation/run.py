@@ -47,24 +47,25 @@ class EvalConfig:
     """One evaluation of one suite by one model.
 
     Attributes:
-      suite: a name, see `suites.get_suite`, or a Suite itself.
-      out: directory of the run; give the same one to continue it.
-      data: directory of the published files; not read by suites that make their own items.
-      phase: "generate" or "answer" runs the model, "score" the judge or the local rules, "all" does both.
-      limit: evaluate the first so many items only. ids: evaluate these items only.
-      shard: (k, n): this process takes items k, k + n, ... (k from 0); n processes share `out`.
-      inference: model, image size, sampling and batch sizes (of each data-parallel part of the mesh); a size of None is that of the suite,
-        or else of the model.
-      components: whether the model's components are computed as the sections of `inference` say, or as they are stored.
-      mesh: devices per mesh axis; None: all devices along "fsdp".
-      seed: of the images, from 0 to 2**32 - 1.
-      rewrite: source of rewritten prompts, see `suites.rewriting.FORMS`; None: the published prompts.
-      judges: kind of judge -> which one, see `judges.HELP`; a kind that is not named gets its local judge.
-      switches: departures from the official scorer that are on. instructions: name -> wording, in place of those of `suite.INSTRUCTIONS`.
-      repeats_per_call: images of one prompt in one call of the sampler; None: as many as the batch allows.
-      reconstruct: the codes of each item's own image are decoded instead of sampled ones.
-      reencode: how many codes come back when a drawn image is encoded again is recorded with it.
-      report: whether report.html and results.csv are written beside the results.
+      suite: name of the suite, see `suites.get_suite`, or a Suite itself
+      out: directory of the run; give the same one to continue it
+      data: directory of the published files; not read by suites that make their own items
+      phase: "generate" or "answer" runs the model, "score" the judge or the local rules, "all" does both
+      limit: evaluate the first so many items only
+      ids: evaluate these items only
+      shard: (k, n): this process takes items k, k + n, ... (k from 0) of those that n processes share
+      inference: model, image size, sampling and batch sizes; a size of None is that of the suite, or else of the model
+      components: whether the model's components are computed as the sections of `inference` say, or as they are stored
+      mesh: devices per mesh axis; None: all devices along "fsdp"
+      seed: of the images, 0 to 2**32 - 1; the released command's by default
+      rewrite: source of rewritten prompts, see `suites.rewriting.FORMS`; None: the published prompts
+      judges: kind of judge -> which one, see `judges.HELP`; a kind that is not named gets its local judge
+      switches: departures from the official scorer that are on
+      instructions: name -> wording, in place of that of `suite.INSTRUCTIONS`
+      repeats_per_call: images of one prompt in one call of the sampler; None: as many as the batch allows
+      reconstruct: decode the codes of each item's own image instead of sampled ones
+      reencode: record with each image how many codes come back when it is encoded again
+      report: write report.html and results.csv beside the results
     """
 
     suite: str | Suite

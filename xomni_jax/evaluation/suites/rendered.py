@@ -13,16 +13,19 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
-from xomni_jax.data.rendered import NUMBERS, Example, RenderedConfig, render_example
 from xomni_jax.evaluation.suite import Item, Record, Suite
 from xomni_jax.evaluation.suites.geneval import GenEval
 from xomni_jax.evaluation.suites.longtext import LongText
 from xomni_jax.evaluation.suites.scoring import right_or_wrong, share_right
+
+# The data set imports grain and jax, which are slow to import and not needed for --help: so its functions are imported where they are used.
+if TYPE_CHECKING:
+    from xomni_jax.data.rendered import Example, RenderedConfig
 
 ITEMS = 96
 SIZE = (32, 64)
@@ -39,6 +42,8 @@ class _Rendered(Suite):
 
     def load(self, data: Path) -> list[Item]:
         """See Suite; `data` is not read."""
+        from xomni_jax.data.rendered import RenderedConfig, render_example
+
         sizes = {"sizes": (SIZE,), "weights": (1.0,), "text_lengths": ((3, 8),), "shape_sizes": (SIZE,)}
         config = RenderedConfig(split="heldout", shapes=self.shapes, **sizes)
         return [self.item(f"{n:04d}", render_example(_SEED, n, config), config, n) for n in range(ITEMS)]
@@ -68,6 +73,8 @@ class RenderedShapes(_Rendered, GenEval):
 
     def item(self, id: str, example: Example, config: RenderedConfig, index: int) -> Item:
         """The item of one example."""
+        from xomni_jax.data.rendered import NUMBERS
+
         (wanted,) = example["targets"]["shapes"]
         clause = {"class": wanted["shape"], "count": wanted["count"], "color": wanted["colour"]}
         tag = f"{NUMBERS[wanted['count']]} shape" + "s" * (wanted["count"] > 1)
@@ -101,6 +108,8 @@ class RenderedQA(_Rendered):
 
 
 def _image(index: int, config: RenderedConfig) -> Image.Image:
+    from xomni_jax.data.rendered import render_example
+
     return Image.fromarray(render_example(_SEED, index, config)["image"])
 
 
@@ -120,6 +129,8 @@ def heldout_signs(prompts: int, size: tuple[int, int], lengths: tuple[int, int],
     Raises:
       ValueError: a size or length that cannot be drawn, or fewer different signs than asked for.
     """
+    from xomni_jax.data.rendered import RenderedConfig, render_example
+
     config = RenderedConfig("heldout", (size,), (1.0,), (lengths,), shapes=0, pseudo_words=0, other_faces=0, centred=1)
     found: dict[str, Example] = {}
     for index in range(20 * prompts):
