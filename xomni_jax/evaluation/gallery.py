@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from tqdm import tqdm
 
-from xomni_jax.evaluation.eval_run import EvalRun, Item, ImageRef, outputs, reading, image_refs
+from xomni_jax.evaluation.eval_run import EvalRun, ImageRef, Item, image_refs, outputs, reading
 from xomni_jax.evaluation.pages import image_data
 
 SIDE = 320  # pixels of a thumbnail: large enough to read the text of a poster

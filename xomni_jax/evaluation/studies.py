@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from xomni_jax.evaluation import suite as contract
 from xomni_jax.evaluation.compare import labels
-from xomni_jax.evaluation.eval_run import EvalRun, Item, command, outputs, read_eval_run, same_items, image_refs
+from xomni_jax.evaluation.eval_run import EvalRun, Item, command, image_refs, outputs, read_eval_run, same_items
 from xomni_jax.evaluation.run_directory import RunDirectory
 from xomni_jax.evaluation.statistics import best_of_weights, bootstrap_mean, paired_difference, weighted_rows, with_bounds
 from xomni_jax.evaluation.suite import SuiteError

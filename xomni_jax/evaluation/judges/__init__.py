@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Mapping
+from typing import Any
+
+from PIL import Image
+
 from xomni_jax.evaluation.suite import Judge, SuiteError
 
 LOCAL = {"ocr": "pp-ocr", "contours": "contours"}  # kind -> its judge in this process
@@ -51,3 +57,27 @@ def _open(kind: str, spec: str | None) -> Judge:
         return DetectorJudge(spec.split(","))
     given = f"--judge {spec}" if spec else "no --judge"
     raise SuiteError(f"a judge of kind {kind!r} is needed and {given} was given; it can be {HELP[kind]}")
+
+
+# ---- what judges do to an image before they look at it ----
+def is_skipped(image: Image.Image, question: Mapping[str, Any]) -> bool:
+    """Whether the question asks to leave out an image that is entirely black; its reply is None."""
+    return question.get("black") == "skip" and image.convert("RGB").getextrema() == ((0, 0),) * 3
+
+
+def format_of(question: Mapping[str, Any]) -> str:
+    """The kind of file that the question wants the image to be: PNG, or JPEG with Pillow's defaults."""
+    return question.get("format", "PNG")
+
+
+def encoded(image: Image.Image, kind: str) -> bytes:
+    """The image as a file."""
+    out = io.BytesIO()
+    image.convert("RGB").save(out, kind, **({"compress_level": 1} if kind == "PNG" else {}))
+    return out.getvalue()
+
+
+def as_shown(image: Image.Image, question: Mapping[str, Any]) -> Image.Image:
+    """The image after the encoding that the question asks for."""
+    kind = format_of(question)
+    return image.convert("RGB") if kind == "PNG" else Image.open(io.BytesIO(encoded(image, kind))).convert("RGB")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from xomni_jax.evaluation.judges.preparing import as_shown, is_skipped
+from xomni_jax.evaluation.judges import as_shown, is_skipped
 from xomni_jax.rewards.services.ocr import PPOCRReader
 from xomni_jax.rewards.services.shapes import ShapesScorer
 
