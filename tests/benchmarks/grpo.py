@@ -34,7 +34,7 @@ class Trainer:
 
     def __init__(self, config: grpo.GRPORun, mesh: jax.sharding.Mesh):
         # The signal is never entered: Ctrl-C ends a benchmark at once, there is nothing to save.
-        self.stage: RunningStage = grpo.make(config, mesh, StopSignal())
+        self.stage: RunningStage = grpo.GRPOStage.make(config, mesh, StopSignal())
         self.state, self.number = self.stage.state, 0
 
     def step(self) -> dict[str, float]:

@@ -68,7 +68,7 @@ def pretend(monkeypatch):
 
     monkeypatch.setattr(grpo, "running", running)
     monkeypatch.setattr(grpo, "RewardClient", Client)
-    monkeypatch.setattr(grpo.grpo, "make", make)
+    monkeypatch.setattr(grpo.grpo.GRPOStage, "make", make)
     return asked
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +24,7 @@ from xomni_jax.models import autoencoder, mmdit, siglip_vq, text_encoders, trans
 from xomni_jax.models.registry import boxed_shapes, init_params
 from xomni_jax.models.section import ModelSection
 from xomni_jax.pipeline import XOmni
-from xomni_jax.rl.advantages import AdvantageConfig
+from xomni_jax.rl.advantages import AdvantageConfig, group_advantages
 from xomni_jax.rl.image_statistics import image_sums, join_statistics
 from xomni_jax.rl.objectives import GRPOConfig
 from xomni_jax.rl.rewards import RewardConfig, close_all, open_clients
@@ -112,162 +113,6 @@ class GRPORun(RunConfig):
     )
 
 
-def programs(cfg: GRPORun, models: Mapping[str, Any], mesh: Mesh, decoder_mesh: Mesh | None = None) -> Programs:
-    """The programs of a step, for images of the data's size."""
-    ar, c, sampling = models["transformer"], cfg.rollout, cfg.sampling
-    check_heads(ar.n_kv_heads, mesh)
-    check_divides(cfg.batch_size, cfg.grpo, c, row_ways(mesh))
-    patch, (height, width) = models["siglip_vq"].patch, cfg.data.sizes[0]
-    grid = height // patch, width // patch
-    P, R, S, T = cfg.batch_size, cfg.grpo.rollouts_per_prompt, c.prompt_length, grid[0] * grid[1]
-    B, part, sides, parts = P * R, P // c.chunks, 2 if sampling.guided else 1, micro_batches(P, cfg.grpo, c)
-
-    # ---- arrays that stay ----
-    optimizer = make_optimizer(cfg.optimizer, cfg.steps * cfg.grpo.updates_per_batch)
-    create, state = new_state(lambda: init_params("transformer", ar, jax.random.key(0)), optimizer, mesh)
-    boxed = boxed_shapes("transformer", ar)
-    layout = param_converter(boxed, mesh, ar.dtype, ar.image_vocab_size)
-    weights = jax.eval_shape(layout, state.params)
-    keep_reference = param_converter(boxed, mesh, c.reference_dtype)
-    reference = jax.eval_shape(keep_reference, state.params) if cfg.grpo.kl_coef else None
-
-    # ---- a batch of rollouts ----
-    ids = lambda n, *more: abstract.rows(mesh, (n, *more), jnp.int32)
-    f32 = lambda *shape: abstract.rows(mesh, shape, jnp.float32)
-    kept = abstract.rows(mesh, (B, T, -(-ar.image_vocab_size // 8)), jnp.uint8) if sampling.truncates else None
-    negative = (ids(B, S), ids(B)) if sampling.guided else None
-    ok = abstract.rows(mesh, (B,), jnp.bool_)
-    batch = RolloutBatch(ids(B, S), ids(B), ids(B, T), f32(B, T), kept, negative, f32(B), ok)
-
-    # ---- programs ----
-    policy = Policy(transformer.ARTransformer(ar), sampling, c.logit_chunk)
-    shape = f"{B} rollouts of {S} + {T} tokens"
-    update = Program(
-        make_update(policy, optimizer, cfg.grpo, cfg.advantage, parts),
-        (state, reference, batch, f32(P, R), None, abstract.keys(mesh, ())),
-        f"{shape} in {parts} micro-batches",
-        work.policy_update(ar, B, S, T, parts, sides, bool(cfg.grpo.kl_coef), c.logit_chunk, mesh.shape),
-        uses=("params", "optimizer", "reference"),
-        freed=("sampler",),
-        state=state,
-    )
-    replay = Program(
-        jax.jit(lambda params, batch: frozen_logp(policy, params, batch, parts)),
-        (reference, batch),
-        f"log-probs of {shape}",
-        work.replay(ar, B, S, T, parts, sides, c.logit_chunk, mesh.shape),
-        uses=("reference",),
-        freed=("sampler",),
-        per_step=0,
-    )
-    convert = Program(
-        layout,
-        (state.params,),
-        "the policy's weights in the sampler's layout and number format",
-        Work(),
-        uses=("params",),
-        freed=("sampler",),
-    )
-    sampler = Sampler.make(policy.model, T, sampling, c.segment, return_kept=sampling.truncates)
-    drawing = sampler_programs(sampler, ar, weights, RolloutShape(part, R, S, T), sampling.guided, c.chunks, mesh)
-    if decoder_mesh is not None and len({d.process_index for d in decoder_mesh.devices.flat}) > 1:
-        check_split("config.batch_size x grpo.rollouts_per_prompt / rollout.chunks", part * R, decoder_mesh)
-    decode = decode_settings(cfg.decode, read_description(cfg.init_from))
-    frozen, decoding = decoder_programs(models, grid, decode, part * R, c.chunks, decoder_mesh or mesh)
-    decoding = {name: dataclasses.replace(p, on_decoder_mesh=decoder_mesh is not None) for name, p in decoding.items()}
-    return Programs(
-        mesh,
-        {"policy-update": update} | ({"reference": replay} if reference is not None else {}) | {"layout": convert} | drawing | decoding,
-        {"params": state.params, "optimizer": state.opt_state}
-        | ({"reference": reference} if reference is not None else {})
-        | {"sampler": weights}
-        | frozen,
-        create,
-        decoder_mesh,
-        tuple(frozen) if decoder_mesh else (),
-    )
-
-
-def make(cfg: GRPORun, mesh: Mesh, stop: StopSignal) -> RunningStage:
-    """A run on the prompts of the configuration, starting from the transformer of `init_from`."""
-    group, rollout = cfg.grpo.rollouts_per_prompt, cfg.rollout
-    model = open_model(cfg.init_from, MODELS, mesh, cfg.stage)
-    models = model_configs(cfg, MODELS, model)
-    for name, config in models.items():
-        model.set_config(name, config)
-    decode = decode_settings(cfg.decode, model.description)
-    image_decoder = make_image_decoder(cfg, model)
-    if len(cfg.data.sizes) != 1:
-        raise ConfigError(f"config.data.sizes={cfg.data.sizes} must hold one size: rollouts have one static shape")
-    grid = model.grid(*cfg.data.sizes[0])
-    B = cfg.batch_size * group
-    check_divides(cfg.batch_size, cfg.grpo, rollout, model.ways)
-    if jax.process_count() > 1:  # each has its own rows of a chunk's images
-        check_split("config.batch_size x grpo.rollouts_per_prompt / rollout.chunks", B // rollout.chunks, image_decoder.mesh)
-
-    # ---- policy, reference, rollouts ----
-    ar, start = models["transformer"], model.params("transformer")
-    made = programs(cfg, models, mesh)
-    state = made.create().starting_from(start)
-    ref_params = param_converter(boxed_shapes("transformer", ar), mesh, rollout.reference_dtype)(start) if cfg.grpo.kl_coef else None
-    model.release("transformer")  # policy and reference are copies
-    del start
-    clients, weights = open_clients(cfg.rewards, stop.check_waiting)
-    sampler = Sampler.of(made["prefill"].fn, made["rollout"].fn, grid[0] * grid[1], rollout.segment)
-    rollouts = Rollouts(
-        model, image_decoder, grid, group, rollout, cfg.advantage, cfg.sampling, decode, sampler, made["layout"].fn, clients, weights, stop
-    )
-    flops = FlopCount()
-    update = flops(made["policy-update"].fn)
-
-    def step(state: TrainState, batch: dict[str, Any], number: int):
-        key = key_for(cfg.seed, number, 0)
-        rows, total, images, seconds = rollouts(state.params, batch["caption"], batch["targets"], key)
-        failed = 1.0 - float(total.ok_PR.mean())
-        if failed > rollout.max_fail_frac:
-            raise StepRefused(
-                f"{failed:.0%} of the rollouts of step {number + 1} could not be scored (limit config.rollout.max_fail_frac="
-                f"{rollout.max_fail_frac:.0%}); check the services with `xomni rewards` and run the same command again"
-            )
-        began = time.perf_counter()
-        reward_PR = jnp.asarray(np.nan_to_num(total.total_PR), jnp.float32)
-        given_PR = None if total.advantage_PR is None else jnp.asarray(total.advantage_PR, jnp.float32)
-        state, metrics = update(state, ref_params, rows, reward_PR, given_PR, jax.random.fold_in(key, SHUFFLE))
-        gap = float(metrics["grpo/logp_gap_max"])
-        if rollout.max_logp_gap and ar.dtype == jnp.float32 and gap > rollout.max_logp_gap:
-            raise FloatingPointError(
-                f"sampler and trainer differ by {gap:.2e} in a log-prob at step {number + 1} (limit {rollout.max_logp_gap:g})"
-            )
-        seconds["perf/update_s"] = time.perf_counter() - began
-        rewards = {k: v for k, v in total.stats.items() if np.isfinite(v)}
-        return state, rewards | metrics | join_statistics(gather_json(image_sums(images))) | seconds
-
-    def grid_image(state: TrainState, number: int) -> np.ndarray:
-        n = -(-2 // model.ways) * model.ways
-        prompts = first_batch(cfg.data, cfg.seed + GRID_SEED, n)["caption"]
-        keys_P = image_keys(cfg.seed, n)
-        ids_PS, lengths_P = rollouts.prompt_ids(prompts)
-        negative = pad_prompts([model.tokenizer.negative_prompt(*grid)] * n) if cfg.sampling.guided else None
-        keys_PR = jax.vmap(lambda k: jax.random.split(k, 8))(keys_P)
-        out = rollouts.sampler(rollouts.sampler_params(state.params), ids_PS, lengths_P, keys_PR, negative, stop.check)
-        images = rollouts.images(out["codes"], [p for p in prompts for _ in range(8)], jnp.repeat(keys_P, 8))
-        return tile(whole(images), columns=8)
-
-    prompts_here = here("config.batch_size", cfg.batch_size, mesh)
-
-    def to_batch(examples: dict[str, Any]) -> dict[str, list[Any]]:
-        return share({name: examples[name] for name in ("caption", "targets")}, prompts_here, cfg.batch_size)
-
-    data = DataIterator(batches(cfg.data, cfg.seed, cfg.batch_size, rows=prompts_here), to_batch)
-
-    def export(state: TrainState, directory: Path, note: dict[str, Any]) -> None:
-        export_model(directory, {"transformer": (state.params, ar)}, cfg.init_from, note)
-
-    return RunningStage(
-        state, data, step, export, grid_image, items_per_step=B, close=lambda: close_all(clients), flops=lambda: flops.total
-    )
-
-
 def micro_batches(prompts: int, grpo: GRPOConfig, rollout: RolloutConfig) -> int:
     """Gradient accumulation steps of an update."""
     minibatch = prompts * grpo.rollouts_per_prompt // grpo.updates_per_batch
@@ -313,5 +158,176 @@ class GRPOStage:
 
     Config = GRPORun
     components = MODELS
-    programs = staticmethod(programs)
-    make = staticmethod(make)
+
+    @staticmethod
+    def advantages(cfg: GRPORun, reward_PR: jax.Array, ok_PR: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Advantages [P, R] of P groups of R rewards, of which only those marked `ok_PR` are known, and metrics; a method may differ here."""
+        return group_advantages(reward_PR, ok_PR, cfg.advantage)
+
+    @classmethod
+    def programs(cls, cfg: GRPORun, models: Mapping[str, Any], mesh: Mesh, decoder_mesh: Mesh | None = None) -> Programs:
+        """The programs of a step, for images of the data's size."""
+        ar, c, sampling = models["transformer"], cfg.rollout, cfg.sampling
+        check_heads(ar.n_kv_heads, mesh)
+        check_divides(cfg.batch_size, cfg.grpo, c, row_ways(mesh))
+        patch, (height, width) = models["siglip_vq"].patch, cfg.data.sizes[0]
+        grid = height // patch, width // patch
+        P, R, S, T = cfg.batch_size, cfg.grpo.rollouts_per_prompt, c.prompt_length, grid[0] * grid[1]
+        B, part, sides, parts = P * R, P // c.chunks, 2 if sampling.guided else 1, micro_batches(P, cfg.grpo, c)
+
+        # ---- arrays that stay ----
+        optimizer = make_optimizer(cfg.optimizer, cfg.steps * cfg.grpo.updates_per_batch)
+        create, state = new_state(lambda: init_params("transformer", ar, jax.random.key(0)), optimizer, mesh)
+        boxed = boxed_shapes("transformer", ar)
+        layout = param_converter(boxed, mesh, ar.dtype, ar.image_vocab_size)
+        weights = jax.eval_shape(layout, state.params)
+        keep_reference = param_converter(boxed, mesh, c.reference_dtype)
+        reference = jax.eval_shape(keep_reference, state.params) if cfg.grpo.kl_coef else None
+
+        # ---- a batch of rollouts ----
+        ids = lambda n, *more: abstract.rows(mesh, (n, *more), jnp.int32)
+        f32 = lambda *shape: abstract.rows(mesh, shape, jnp.float32)
+        kept = abstract.rows(mesh, (B, T, -(-ar.image_vocab_size // 8)), jnp.uint8) if sampling.truncates else None
+        negative = (ids(B, S), ids(B)) if sampling.guided else None
+        ok = abstract.rows(mesh, (B,), jnp.bool_)
+        batch = RolloutBatch(ids(B, S), ids(B), ids(B, T), f32(B, T), kept, negative, f32(B), ok)
+
+        # ---- programs ----
+        policy = Policy(transformer.ARTransformer(ar), sampling, c.logit_chunk)
+        shape = f"{B} rollouts of {S} + {T} tokens"
+        update = Program(
+            make_update(policy, optimizer, cfg.grpo, functools.partial(cls.advantages, cfg), parts),
+            (state, reference, batch, f32(P, R), None, abstract.keys(mesh, ())),
+            f"{shape} in {parts} micro-batches",
+            work.policy_update(ar, B, S, T, parts, sides, bool(cfg.grpo.kl_coef), c.logit_chunk, mesh.shape),
+            uses=("params", "optimizer", "reference"),
+            freed=("sampler",),
+            state=state,
+        )
+        replay = Program(
+            jax.jit(lambda params, batch: frozen_logp(policy, params, batch, parts)),
+            (reference, batch),
+            f"log-probs of {shape}",
+            work.replay(ar, B, S, T, parts, sides, c.logit_chunk, mesh.shape),
+            uses=("reference",),
+            freed=("sampler",),
+            per_step=0,
+        )
+        convert = Program(
+            layout,
+            (state.params,),
+            "the policy's weights in the sampler's layout and number format",
+            Work(),
+            uses=("params",),
+            freed=("sampler",),
+        )
+        sampler = Sampler.make(policy.model, T, sampling, c.segment, return_kept=sampling.truncates)
+        drawing = sampler_programs(sampler, ar, weights, RolloutShape(part, R, S, T), sampling.guided, c.chunks, mesh)
+        if decoder_mesh is not None and len({d.process_index for d in decoder_mesh.devices.flat}) > 1:
+            check_split("config.batch_size x grpo.rollouts_per_prompt / rollout.chunks", part * R, decoder_mesh)
+        decode = decode_settings(cfg.decode, read_description(cfg.init_from))
+        frozen, decoding = decoder_programs(models, grid, decode, part * R, c.chunks, decoder_mesh or mesh)
+        decoding = {name: dataclasses.replace(p, on_decoder_mesh=decoder_mesh is not None) for name, p in decoding.items()}
+        return Programs(
+            mesh,
+            {"policy-update": update} | ({"reference": replay} if reference is not None else {}) | {"layout": convert} | drawing | decoding,
+            {"params": state.params, "optimizer": state.opt_state}
+            | ({"reference": reference} if reference is not None else {})
+            | {"sampler": weights}
+            | frozen,
+            create,
+            decoder_mesh,
+            tuple(frozen) if decoder_mesh else (),
+        )
+
+    @classmethod
+    def make(cls, cfg: GRPORun, mesh: Mesh, stop: StopSignal) -> RunningStage:
+        """A run on the prompts of the configuration, starting from the transformer of `init_from`."""
+        group, rollout = cfg.grpo.rollouts_per_prompt, cfg.rollout
+        model = open_model(cfg.init_from, MODELS, mesh, cfg.stage)
+        models = model_configs(cfg, MODELS, model)
+        for name, config in models.items():
+            model.set_config(name, config)
+        decode = decode_settings(cfg.decode, model.description)
+        image_decoder = make_image_decoder(cfg, model)
+        if len(cfg.data.sizes) != 1:
+            raise ConfigError(f"config.data.sizes={cfg.data.sizes} must hold one size: rollouts have one static shape")
+        grid = model.grid(*cfg.data.sizes[0])
+        B = cfg.batch_size * group
+        check_divides(cfg.batch_size, cfg.grpo, rollout, model.ways)
+        if jax.process_count() > 1:  # each has its own rows of a chunk's images
+            check_split("config.batch_size x grpo.rollouts_per_prompt / rollout.chunks", B // rollout.chunks, image_decoder.mesh)
+
+        # ---- policy, reference, rollouts ----
+        ar, start = models["transformer"], model.params("transformer")
+        made = cls.programs(cfg, models, mesh)
+        state = made.create().starting_from(start)
+        ref_params = param_converter(boxed_shapes("transformer", ar), mesh, rollout.reference_dtype)(start) if cfg.grpo.kl_coef else None
+        model.release("transformer")  # policy and reference are copies
+        del start
+        clients, weights = open_clients(cfg.rewards, stop.check_waiting)
+        sampler = Sampler.of(made["prefill"].fn, made["rollout"].fn, grid[0] * grid[1], rollout.segment)
+        rollouts = Rollouts(
+            model,
+            image_decoder,
+            grid,
+            group,
+            rollout,
+            cfg.advantage,
+            cfg.sampling,
+            decode,
+            sampler,
+            made["layout"].fn,
+            clients,
+            weights,
+            stop,
+        )
+        flops = FlopCount()
+        update = flops(made["policy-update"].fn)
+
+        def step(state: TrainState, batch: dict[str, Any], number: int):
+            key = key_for(cfg.seed, number, 0)
+            rows, total, images, seconds = rollouts(state.params, batch["caption"], batch["targets"], key)
+            failed = 1.0 - float(total.ok_PR.mean())
+            if failed > rollout.max_fail_frac:
+                raise StepRefused(
+                    f"{failed:.0%} of the rollouts of step {number + 1} could not be scored (limit config.rollout.max_fail_frac="
+                    f"{rollout.max_fail_frac:.0%}); check the services with `xomni rewards` and run the same command again"
+                )
+            began = time.perf_counter()
+            reward_PR = jnp.asarray(np.nan_to_num(total.total_PR), jnp.float32)
+            given_PR = None if total.advantage_PR is None else jnp.asarray(total.advantage_PR, jnp.float32)
+            state, metrics = update(state, ref_params, rows, reward_PR, given_PR, jax.random.fold_in(key, SHUFFLE))
+            gap = float(metrics["grpo/logp_gap_max"])
+            if rollout.max_logp_gap and ar.dtype == jnp.float32 and gap > rollout.max_logp_gap:
+                raise FloatingPointError(
+                    f"sampler and trainer differ by {gap:.2e} in a log-prob at step {number + 1} (limit {rollout.max_logp_gap:g})"
+                )
+            seconds["perf/update_s"] = time.perf_counter() - began
+            rewards = {k: v for k, v in total.stats.items() if np.isfinite(v)}
+            return state, rewards | metrics | join_statistics(gather_json(image_sums(images))) | seconds
+
+        def grid_image(state: TrainState, number: int) -> np.ndarray:
+            n = -(-2 // model.ways) * model.ways
+            prompts = first_batch(cfg.data, cfg.seed + GRID_SEED, n)["caption"]
+            keys_P = image_keys(cfg.seed, n)
+            ids_PS, lengths_P = rollouts.prompt_ids(prompts)
+            negative = pad_prompts([model.tokenizer.negative_prompt(*grid)] * n) if cfg.sampling.guided else None
+            keys_PR = jax.vmap(lambda k: jax.random.split(k, 8))(keys_P)
+            out = rollouts.sampler(rollouts.sampler_params(state.params), ids_PS, lengths_P, keys_PR, negative, stop.check)
+            images = rollouts.images(out["codes"], [p for p in prompts for _ in range(8)], jnp.repeat(keys_P, 8))
+            return tile(whole(images), columns=8)
+
+        prompts_here = here("config.batch_size", cfg.batch_size, mesh)
+
+        def to_batch(examples: dict[str, Any]) -> dict[str, list[Any]]:
+            return share({name: examples[name] for name in ("caption", "targets")}, prompts_here, cfg.batch_size)
+
+        data = DataIterator(batches(cfg.data, cfg.seed, cfg.batch_size, rows=prompts_here), to_batch)
+
+        def export(state: TrainState, directory: Path, note: dict[str, Any]) -> None:
+            export_model(directory, {"transformer": (state.params, ar)}, cfg.init_from, note)
+
+        return RunningStage(
+            state, data, step, export, grid_image, items_per_step=B, close=lambda: close_all(clients), flops=lambda: flops.total
+        )

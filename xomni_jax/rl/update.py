@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from xomni_jax.models.heads import with_image_head
-from xomni_jax.rl.advantages import AdvantageConfig, group_advantages
 from xomni_jax.rl.objectives import GRPOConfig, grpo_loss, join_metrics, loss_items
 from xomni_jax.sampling.decode import replay_logp
 from xomni_jax.sampling.logits import SamplingConfig
@@ -114,11 +113,19 @@ def frozen_logp(policy: Policy, params: Any, batch: RolloutBatch, parts: int) ->
     return out.swapaxes(0, 1).reshape(batch.codes_BT.shape)
 
 
-def make_update(policy: Policy, optimizer: Any, grpo: GRPOConfig, advantage: AdvantageConfig, parts: int) -> Callable[..., Any]:
-    """The jitted update (state, reference, batch, rewards [P, R], advantages [P, R] | None, key) -> (state, metrics); the state is donated."""
+Advantages = Callable[[jax.Array, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+def make_update(policy: Policy, optimizer: Any, grpo: GRPOConfig, advantages: Advantages, parts: int) -> Callable[..., Any]:
+    """The jitted update (state, reference, batch, rewards [P, R], advantages [P, R] | None, key) -> (state, metrics).
+
+    Args:
+      advantages: (rewards [P, R], which of them are known [P, R]) -> (advantages [P, R], metrics); used where none are given.
+      parts: micro-batches of an update. The state is donated.
+    """
 
     def update(state, ref_params, batch, reward_PR, given_PR, key):
-        adv_PR, metrics = group_advantages(reward_PR, batch.ok_B.reshape(reward_PR.shape), advantage)
+        adv_PR, metrics = advantages(reward_PR, batch.ok_B.reshape(reward_PR.shape))
         adv_PR = adv_PR if given_PR is None else given_PR
         batch = batch._replace(adv_B=adv_PR.reshape(-1))
         state, learned = grpo_update(policy, optimizer, state, ref_params, batch, grpo, parts, key)

@@ -143,107 +143,107 @@ def make_update(decoder: Decoder, vq: nn.Module, optimizer: Optimizer, cfg: Deco
     return jax.jit(update, donate_argnums=0)
 
 
-def programs(cfg: DecoderRun, models: Mapping[str, Any], mesh: Mesh, decoder_mesh: Mesh | None = None) -> Programs:
-    """The update on a batch of images of the data's main size."""
-    check_split("config.batch_size", cfg.batch_size, mesh)
-    configs = {name: models[name] for name in DECODER_PARTS}
-    decoder = Decoder(**{name: COMPONENTS[name].module(c) for name, c in configs.items()})
-
-    def init():
-        return {n: init_params(n, c, key_for(cfg.seed, i, 7)) for i, (n, c) in enumerate(configs.items())}
-
-    frozen = frozen_parts(cfg.decoder, jax.eval_shape(init))
-    optimizer = make_optimizer(cfg.optimizer, cfg.steps, freeze=frozen)
-    create, state = new_state(init, optimizer, mesh)
-    vq, vq_params = COMPONENTS["siglip_vq"].module(models["siglip_vq"]), abstract_params("siglip_vq", models["siglip_vq"], mesh)
-    (height, width), c = cfg.data.sizes[0], models["siglip_vq"]
-    B, S, P, T = cfg.batch_size, cfg.decode.text_length, cfg.decode.pooled_length, height // c.patch * (width // c.patch)
-    ids = lambda n, length: abstract.array(mesh, (n, length), jnp.int32, *(("batch",) if n > 1 else ()))
-    batch = {
-        "pixels": abstract.rows(mesh, (B, height, width, 3), jnp.float32),
-        "text": ids(B, S),
-        "pooled": ids(B, P),
-        "empty": (ids(1, S), ids(1, P)),
-    }
-    learned = 3 * dense(state.params["mmdit"], mmdit_tokens(T, S)) * B
-    text = dense(state.params["t5"], {"": S}) * B + dense(state.params["clip"], {"": P}) * B
-    searched = 2.0 * T * B * c.code_width * c.codebook_size
-    encode = dense(vq_params, {"vit": T, "quant_conv": T, "post": T}) * B + searched
-    update = Program(
-        make_update(decoder, vq, optimizer, cfg.decoder),
-        (state, vq_params, batch, abstract.keys(mesh, ())),
-        f"{B} images of {height}x{width}",
-        Work(learned=learned + (2 * text if cfg.decoder.train_text_encoders else 0), forward=text + encode, tokens=B * (S + T), images=B),
-        uses=("state", "siglip_vq"),
-        state=state,
-    )
-    return Programs(mesh, {"decoder-update": update}, {"state": state, "siglip_vq": vq_params}, create)
-
-
-def make(cfg: DecoderRun, mesh: Mesh, stop: StopSignal) -> RunningStage:
-    """A run on the data of the configuration, starting from the decoder of `init_from` where that has one."""
-    rows = here("config.batch_size", cfg.batch_size, mesh)
-    model = open_model(cfg.init_from, ("siglip_vq",), mesh, cfg.stage)
-    models, decode = model_configs(cfg, MODELS, model), cfg.decode
-    for name in DECODER_PARTS:
-        if getattr(models[name], "int8", False):
-            raise ConfigError(
-                f"config.{name}.int8=True: kernels in 8 bits cannot learn; leave it False here and set it where the model is frozen"
-            )
-    model.set_config("siglip_vq", models["siglip_vq"])
-    made = programs(cfg, models, mesh)
-    stored = model.description["components"]
-    state = made.create()
-    state = state.replace(params={n: model.params(n) if n in stored else p for n, p in state.params.items()})
-    vq, vq_params = model.module("siglip_vq"), model.params("siglip_vq")
-    decoder = Decoder(**{name: COMPONENTS[name].module(models[name]) for name in DECODER_PARTS})
-
-    flops = FlopCount()
-    update = flops(made["decoder-update"].fn)
-    ids = functools.partial(model.text_ids, cfg=decode)
-    empty = ids([""])
-    empties = tuple(np.repeat(x, model.ways, axis=0) for x in empty)  # as many rows as the mesh splits
-
-    def to_batch(examples: dict[str, Any]) -> dict[str, Any]:
-        text_BS, pooled_BS = ids(examples["caption"])
-        return {"pixels": examples["image"].astype(np.float32) / 127.5 - 1.0, "text": text_BS, "pooled": pooled_BS}
-
-    def to_mesh(batch: dict[str, Any]) -> dict[str, Any]:
-        return spread(mesh, batch, cfg.batch_size) | {"empty": empty}
-
-    data = DataIterator(batches(cfg.data, cfg.seed, cfg.batch_size, rows=rows, transform=to_batch), to_mesh)
-
-    def step(state: TrainState, batch, number: int):
-        return update(state, vq_params, batch, key_for(cfg.seed, number, 0))
-
-    @jax.jit
-    def reconstruct(params, vq_params, pixels, text_BS, pooled_BS, noise):
-        codes_BYX = vq.apply({"params": vq_params}, pixels, method="encode")
-        semantics = vq.apply({"params": vq_params}, codes_BYX, method="semantics")
-        return to_uint8(decoder.decode(params, semantics, text_BS, pooled_BS, empties, noise, decode))
-
-    def grid(state: TrainState, number: int) -> np.ndarray:
-        n = -(-GRID_IMAGES // model.ways) * model.ways
-        examples = first_batch(cfg.data, cfg.seed + GRID_SEED, n)
-        real = examples["image"]
-        height, width = real.shape[1:3]
-        noise_shape = (height * width // vq.cfg.patch**2, models["mmdit"].in_channels)
-        noise = jax.vmap(lambda k: jax.random.normal(k, noise_shape))(image_keys(cfg.seed, n))
-        pixels = real.astype(np.float32) / 127.5 - 1.0
-        drawn = reconstruct(state.params, vq_params, pixels, *ids(examples["caption"]), noise)
-        return tile(np.concatenate([whole(drawn), real]), columns=n)
-
-    def export(state: TrainState, directory: Path, note: dict[str, Any]) -> None:
-        trained = {name: (state.params.get(name, {}), models[name]) for name in DECODER_PARTS}
-        export_model(directory, trained, cfg.init_from, note, {"decode": decode, "size": ImageSize(*cfg.data.sizes[0])})
-
-    return RunningStage(state, data, step, export, grid, items_per_step=cfg.batch_size, flops=lambda: flops.total)
-
-
 class DecoderStage:
     """Training of the diffusion decoder, registered as a stage."""
 
     Config = DecoderRun
     components = MODELS
-    programs = staticmethod(programs)
-    make = staticmethod(make)
+
+    @classmethod
+    def programs(cls, cfg: DecoderRun, models: Mapping[str, Any], mesh: Mesh, decoder_mesh: Mesh | None = None) -> Programs:
+        """The update on a batch of images of the data's main size."""
+        check_split("config.batch_size", cfg.batch_size, mesh)
+        configs = {name: models[name] for name in DECODER_PARTS}
+        decoder = Decoder(**{name: COMPONENTS[name].module(c) for name, c in configs.items()})
+
+        def init():
+            return {n: init_params(n, c, key_for(cfg.seed, i, 7)) for i, (n, c) in enumerate(configs.items())}
+
+        frozen = frozen_parts(cfg.decoder, jax.eval_shape(init))
+        optimizer = make_optimizer(cfg.optimizer, cfg.steps, freeze=frozen)
+        create, state = new_state(init, optimizer, mesh)
+        vq, vq_params = COMPONENTS["siglip_vq"].module(models["siglip_vq"]), abstract_params("siglip_vq", models["siglip_vq"], mesh)
+        (height, width), c = cfg.data.sizes[0], models["siglip_vq"]
+        B, S, P, T = cfg.batch_size, cfg.decode.text_length, cfg.decode.pooled_length, height // c.patch * (width // c.patch)
+        ids = lambda n, length: abstract.array(mesh, (n, length), jnp.int32, *(("batch",) if n > 1 else ()))
+        batch = {
+            "pixels": abstract.rows(mesh, (B, height, width, 3), jnp.float32),
+            "text": ids(B, S),
+            "pooled": ids(B, P),
+            "empty": (ids(1, S), ids(1, P)),
+        }
+        learned = 3 * dense(state.params["mmdit"], mmdit_tokens(T, S)) * B
+        text = dense(state.params["t5"], {"": S}) * B + dense(state.params["clip"], {"": P}) * B
+        searched = 2.0 * T * B * c.code_width * c.codebook_size
+        encode = dense(vq_params, {"vit": T, "quant_conv": T, "post": T}) * B + searched
+        update = Program(
+            make_update(decoder, vq, optimizer, cfg.decoder),
+            (state, vq_params, batch, abstract.keys(mesh, ())),
+            f"{B} images of {height}x{width}",
+            Work(
+                learned=learned + (2 * text if cfg.decoder.train_text_encoders else 0), forward=text + encode, tokens=B * (S + T), images=B
+            ),
+            uses=("state", "siglip_vq"),
+            state=state,
+        )
+        return Programs(mesh, {"decoder-update": update}, {"state": state, "siglip_vq": vq_params}, create)
+
+    @classmethod
+    def make(cls, cfg: DecoderRun, mesh: Mesh, stop: StopSignal) -> RunningStage:
+        """A run on the data of the configuration, starting from the decoder of `init_from` where that has one."""
+        rows = here("config.batch_size", cfg.batch_size, mesh)
+        model = open_model(cfg.init_from, ("siglip_vq",), mesh, cfg.stage)
+        models, decode = model_configs(cfg, MODELS, model), cfg.decode
+        for name in DECODER_PARTS:
+            if getattr(models[name], "int8", False):
+                raise ConfigError(
+                    f"config.{name}.int8=True: kernels in 8 bits cannot learn; leave it False here and set it where the model is frozen"
+                )
+        model.set_config("siglip_vq", models["siglip_vq"])
+        made = cls.programs(cfg, models, mesh)
+        stored = model.description["components"]
+        state = made.create()
+        state = state.replace(params={n: model.params(n) if n in stored else p for n, p in state.params.items()})
+        vq, vq_params = model.module("siglip_vq"), model.params("siglip_vq")
+        decoder = Decoder(**{name: COMPONENTS[name].module(models[name]) for name in DECODER_PARTS})
+
+        flops = FlopCount()
+        update = flops(made["decoder-update"].fn)
+        ids = functools.partial(model.text_ids, cfg=decode)
+        empty = ids([""])
+        empties = tuple(np.repeat(x, model.ways, axis=0) for x in empty)  # as many rows as the mesh splits
+
+        def to_batch(examples: dict[str, Any]) -> dict[str, Any]:
+            text_BS, pooled_BS = ids(examples["caption"])
+            return {"pixels": examples["image"].astype(np.float32) / 127.5 - 1.0, "text": text_BS, "pooled": pooled_BS}
+
+        def to_mesh(batch: dict[str, Any]) -> dict[str, Any]:
+            return spread(mesh, batch, cfg.batch_size) | {"empty": empty}
+
+        data = DataIterator(batches(cfg.data, cfg.seed, cfg.batch_size, rows=rows, transform=to_batch), to_mesh)
+
+        def step(state: TrainState, batch, number: int):
+            return update(state, vq_params, batch, key_for(cfg.seed, number, 0))
+
+        @jax.jit
+        def reconstruct(params, vq_params, pixels, text_BS, pooled_BS, noise):
+            codes_BYX = vq.apply({"params": vq_params}, pixels, method="encode")
+            semantics = vq.apply({"params": vq_params}, codes_BYX, method="semantics")
+            return to_uint8(decoder.decode(params, semantics, text_BS, pooled_BS, empties, noise, decode))
+
+        def grid(state: TrainState, number: int) -> np.ndarray:
+            n = -(-GRID_IMAGES // model.ways) * model.ways
+            examples = first_batch(cfg.data, cfg.seed + GRID_SEED, n)
+            real = examples["image"]
+            height, width = real.shape[1:3]
+            noise_shape = (height * width // vq.cfg.patch**2, models["mmdit"].in_channels)
+            noise = jax.vmap(lambda k: jax.random.normal(k, noise_shape))(image_keys(cfg.seed, n))
+            pixels = real.astype(np.float32) / 127.5 - 1.0
+            drawn = reconstruct(state.params, vq_params, pixels, *ids(examples["caption"]), noise)
+            return tile(np.concatenate([whole(drawn), real]), columns=n)
+
+        def export(state: TrainState, directory: Path, note: dict[str, Any]) -> None:
+            trained = {name: (state.params.get(name, {}), models[name]) for name in DECODER_PARTS}
+            export_model(directory, trained, cfg.init_from, note, {"decode": decode, "size": ImageSize(*cfg.data.sizes[0])})
+
+        return RunningStage(state, data, step, export, grid, items_per_step=cfg.batch_size, flops=lambda: flops.total)

@@ -76,73 +76,6 @@ def make_update(net: nn.Module, optimizer: Optimizer, cfg: NextTokenConfig) -> C
     return jax.jit(update, donate_argnums=0)
 
 
-def programs(cfg: PretrainRun, models: Mapping[str, Any], mesh: Mesh, decoder_mesh: Mesh | None = None) -> Programs:
-    """The update on a packed batch; `next_token.phase` names the row of the freeze table."""
-    ar, c = models["transformer"], cfg.next_token
-    check_heads(ar.n_kv_heads, mesh)
-    check_split("config.next_token.rows", c.rows, mesh)
-    optimizer = make_optimizer(cfg.optimizer, cfg.steps, train=FREEZE[c.phase])
-    create, state = new_state(lambda: init_params("transformer", ar, jax.random.key(cfg.seed)), optimizer, mesh)
-    B, L, M = c.rows, c.row_length, max(1, int(c.row_length * c.target_share))
-    ids, flags = lambda *shape: abstract.rows(mesh, shape, jnp.int32), lambda *shape: abstract.rows(mesh, shape, jnp.bool_)
-    targets = (ids(B, M), ids(B, M), flags(B, M))
-    update = Program(
-        make_update(transformer.ARTransformer(ar), optimizer, c),
-        (state, PackedTargets(ids(B, L), ids(B, L), ids(B, L), *targets, *targets)),
-        f"{B} packed rows of {L} tokens, {M} targets of each kind a row",
-        work.next_token(ar, B, L, M, c.phase, c.chunk, mesh.shape),
-        uses=("state",),
-        state=state,
-    )
-    return Programs(mesh, {f"{cfg.stage}-update": update}, {"state": state}, create)
-
-
-def make(cfg: PretrainRun, mesh: Mesh, stop: StopSignal) -> RunningStage:
-    """A run on the data of the configuration, starting from the transformer of `init_from` where that has one."""
-    c = cfg.next_token
-    packed_rows = here("config.next_token.rows", c.rows, mesh)
-    # One process fills the batch of images up until it splits; several have their rows each.
-    rows = here("config.batch_size", cfg.batch_size, mesh) if jax.process_count() > 1 else None
-    model = open_model(cfg.init_from, ("siglip_vq",), mesh, cfg.stage)
-    models = model_configs(cfg, ("transformer",), model)
-    ar = models["transformer"]
-    sizes = dict(vocab_size=ar.vocab_size, image_vocab_size=ar.image_vocab_size, mm_vocab_size=ar.mm_vocab_size)
-    text = MultimodalTokenizer.load(model.path / "tokenizer", **sizes)
-
-    made = programs(cfg, models, mesh)
-    state = made.create()
-    if "transformer" in model.description["components"]:
-        state = state.starting_from(model.params("transformer"))
-        model.release("transformer")
-
-    flops = FlopCount()
-    update = flops(made[f"{cfg.stage}-update"].fn)
-
-    def to_batch(examples: dict[str, Any]):
-        """Codes by the frozen tokenizer, then packed rows; the mixture's draws depend on the batch's own id.
-
-        Packing looks at the whole batch: codes and texts, which are small, go to every process, and each keeps its own packed rows.
-        """
-        pixels = examples["image"].astype(np.float32) / 127.5 - 1.0
-        codes = whole(model.encode_pixels(pixels if rows is None else spread(mesh, pixels, cfg.batch_size)))
-        texts = share({name: examples[name] for name in ("id", "caption", "question", "answer")}, rows, cfg.batch_size)
-        rng = np.random.default_rng([cfg.seed, *map(ord, texts["id"][0])])
-        packed, counts = pack_batch(build_sequences(texts, codes, text, c, rng), text, c)
-        return spread(mesh, jax.tree.map(lambda x: x[packed_rows], packed), c.rows), counts
-
-    def step(state: TrainState, batch, number: int):
-        packed, counts = batch
-        state, metrics = update(state, packed)
-        return state, metrics | counts
-
-    def export(state: TrainState, directory: Path, note: dict[str, Any]) -> None:
-        export_model(directory, {"transformer": (state.params, ar)}, cfg.init_from, note)
-
-    data = DataIterator(batches(cfg.data, cfg.seed, cfg.batch_size, rows=rows), to_batch)
-    grid = functools.partial(sample_grid, model, ar, cfg.data) if "mmdit" in model.description["components"] else None
-    return RunningStage(state, data, step, export, grid, items_per_step=cfg.batch_size, flops=lambda: flops.total)
-
-
 def sample_grid(model: XOmni, ar: transformer.ARConfig, data: DataSection, state: TrainState, step: int, seed: int = 0) -> np.ndarray:
     """Images of the policy for the first examples of its own data, one row of samples above one of the real images."""
     examples = first_batch(data, seed + GRID_SEED, GRID_PROMPTS)
@@ -159,8 +92,73 @@ class PretrainStage:
 
     Config = PretrainRun
     components = ("transformer",)
-    programs = staticmethod(programs)
-    make = staticmethod(make)
+
+    @classmethod
+    def programs(cls, cfg: PretrainRun, models: Mapping[str, Any], mesh: Mesh, decoder_mesh: Mesh | None = None) -> Programs:
+        """The update on a packed batch; `next_token.phase` names the row of the freeze table."""
+        ar, c = models["transformer"], cfg.next_token
+        check_heads(ar.n_kv_heads, mesh)
+        check_split("config.next_token.rows", c.rows, mesh)
+        optimizer = make_optimizer(cfg.optimizer, cfg.steps, train=FREEZE[c.phase])
+        create, state = new_state(lambda: init_params("transformer", ar, jax.random.key(cfg.seed)), optimizer, mesh)
+        B, L, M = c.rows, c.row_length, max(1, int(c.row_length * c.target_share))
+        ids, flags = lambda *shape: abstract.rows(mesh, shape, jnp.int32), lambda *shape: abstract.rows(mesh, shape, jnp.bool_)
+        targets = (ids(B, M), ids(B, M), flags(B, M))
+        update = Program(
+            make_update(transformer.ARTransformer(ar), optimizer, c),
+            (state, PackedTargets(ids(B, L), ids(B, L), ids(B, L), *targets, *targets)),
+            f"{B} packed rows of {L} tokens, {M} targets of each kind a row",
+            work.next_token(ar, B, L, M, c.phase, c.chunk, mesh.shape),
+            uses=("state",),
+            state=state,
+        )
+        return Programs(mesh, {f"{cfg.stage}-update": update}, {"state": state}, create)
+
+    @classmethod
+    def make(cls, cfg: PretrainRun, mesh: Mesh, stop: StopSignal) -> RunningStage:
+        """A run on the data of the configuration, starting from the transformer of `init_from` where that has one."""
+        c = cfg.next_token
+        packed_rows = here("config.next_token.rows", c.rows, mesh)
+        # One process fills the batch of images up until it splits; several have their rows each.
+        rows = here("config.batch_size", cfg.batch_size, mesh) if jax.process_count() > 1 else None
+        model = open_model(cfg.init_from, ("siglip_vq",), mesh, cfg.stage)
+        models = model_configs(cfg, ("transformer",), model)
+        ar = models["transformer"]
+        sizes = dict(vocab_size=ar.vocab_size, image_vocab_size=ar.image_vocab_size, mm_vocab_size=ar.mm_vocab_size)
+        text = MultimodalTokenizer.load(model.path / "tokenizer", **sizes)
+
+        made = cls.programs(cfg, models, mesh)
+        state = made.create()
+        if "transformer" in model.description["components"]:
+            state = state.starting_from(model.params("transformer"))
+            model.release("transformer")
+
+        flops = FlopCount()
+        update = flops(made[f"{cfg.stage}-update"].fn)
+
+        def to_batch(examples: dict[str, Any]):
+            """Codes by the frozen tokenizer, then packed rows; the mixture's draws depend on the batch's own id.
+
+            Packing looks at the whole batch: codes and texts, which are small, go to every process, and each keeps its own packed rows.
+            """
+            pixels = examples["image"].astype(np.float32) / 127.5 - 1.0
+            codes = whole(model.encode_pixels(pixels if rows is None else spread(mesh, pixels, cfg.batch_size)))
+            texts = share({name: examples[name] for name in ("id", "caption", "question", "answer")}, rows, cfg.batch_size)
+            rng = np.random.default_rng([cfg.seed, *map(ord, texts["id"][0])])
+            packed, counts = pack_batch(build_sequences(texts, codes, text, c, rng), text, c)
+            return spread(mesh, jax.tree.map(lambda x: x[packed_rows], packed), c.rows), counts
+
+        def step(state: TrainState, batch, number: int):
+            packed, counts = batch
+            state, metrics = update(state, packed)
+            return state, metrics | counts
+
+        def export(state: TrainState, directory: Path, note: dict[str, Any]) -> None:
+            export_model(directory, {"transformer": (state.params, ar)}, cfg.init_from, note)
+
+        data = DataIterator(batches(cfg.data, cfg.seed, cfg.batch_size, rows=rows), to_batch)
+        grid = functools.partial(sample_grid, model, ar, cfg.data) if "mmdit" in model.description["components"] else None
+        return RunningStage(state, data, step, export, grid, items_per_step=cfg.batch_size, flops=lambda: flops.total)
 
 
 class SFTStage(PretrainStage):

@@ -106,13 +106,13 @@ class Stage(Protocol):
     Config: ClassVar[type]
     components: ClassVar[tuple[str, ...]]
 
-    @staticmethod
-    def programs(cfg: Any, models: Mapping[str, Any], mesh: Mesh, decoder_mesh: Mesh | None = None) -> Programs:
+    @classmethod
+    def programs(cls, cfg: Any, models: Mapping[str, Any], mesh: Mesh, decoder_mesh: Mesh | None = None) -> Programs:
         """The jitted functions with abstract arguments; nothing is allocated. `models`: {component: its config}."""
         ...
 
-    @staticmethod
-    def make(cfg: Any, mesh: Mesh, stop: StopSignal) -> RunningStage:
+    @classmethod
+    def make(cls, cfg: Any, mesh: Mesh, stop: StopSignal) -> RunningStage:
         """A run of the stage, ready for its first step."""
         ...
 

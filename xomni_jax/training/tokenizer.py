@@ -132,110 +132,9 @@ def even_usage(vq: siglip_vq.SigLIPVQConfig) -> dict[str, jax.Array]:
     return {"usage": jnp.full((vq.codebook_size,), 1.0 / vq.codebook_size)}
 
 
-def programs(cfg: TokenizerRun, models: Mapping[str, Any], mesh: Mesh, decoder_mesh: Mesh | None = None) -> Programs:
-    """The update on a batch of images of the data's main size."""
-    check_split("config.batch_size", cfg.batch_size, mesh)
-    vq, reader, c = models["siglip_vq"], models["reader"], cfg.tokenizer
-    check_heads(reader.n_kv_heads, mesh)
-    learner = make_learner(models)
-    optimizer = make_optimizer(cfg.optimizer, cfg.steps)
-    (height, width), B, L = cfg.data.sizes[0], cfg.batch_size, c.text_length
-    # The running usage of codes lives beside the parameters' state, so that a resumed run restarts the same codes.
-    create, state = new_state(lambda: init_params(learner, cfg.seed, (height, width)), optimizer, mesh, lambda: even_usage(vq))
-    grid = height // vq.patch, width // vq.patch
-    batch = {
-        "pixels": abstract.rows(mesh, (B, height, width, 3), jnp.float32),
-        "columns": abstract.rows(mesh, (B, *grid), jnp.int32),
-        "ids": abstract.rows(mesh, (B, L), jnp.int32),
-        "loss_mask": abstract.rows(mesh, (B, L), jnp.bool_),
-    }
-    T = grid[0] * grid[1]
-    each = {"tokenizer/": T, "reader/head": L, "reader/layers": T + L, "reader/projector": T, "dense/": T}
-    searched = 2.0 * T * vq.code_width * vq.codebook_size * (3 + 3)  # distances and assigned rows, forward and backward
-    update = Program(
-        make_update(learner, optimizer, c),
-        (state, batch, abstract.keys(mesh, ()), abstract.array(mesh, (), jnp.float32)),
-        f"{B} images of {height}x{width} with {L} tokens of text",
-        Work(learned=3 * dense(state.params, each) * B + searched * B, tokens=B * (T + L), images=B),
-        uses=("state",),
-        state=state,
-    )
-    return Programs(mesh, {"tokenizer-update": update}, {"state": state}, create)
-
-
 def make_learner(models: Mapping[str, Any]) -> understanding.TokenizerLearner:
     """The tokenizer with the reader that teaches it; the reader's dense task has the labels of the data."""
     return understanding.TokenizerLearner(models["siglip_vq"], dataclasses.replace(models["reader"], dense_classes=N_COLUMN_CLASSES))
-
-
-def make(cfg: TokenizerRun, mesh: Mesh, stop: StopSignal) -> RunningStage:
-    """A run from random parameters on the data of the configuration."""
-    if cfg.init_from:
-        raise ConfigError(f"config.init_from={cfg.init_from}: the tokenizer is the first stage and starts from nothing; leave it empty")
-    rows = here("config.batch_size", cfg.batch_size, mesh)
-    models = {name: getattr(cfg, name).config(where=f"config.{name}") for name in ("siglip_vq", "reader")}
-    vq, c = models["siglip_vq"], cfg.tokenizer
-    if cfg.preprocess.patch_size != vq.patch:
-        raise ConfigError(
-            f"config.preprocess.patch_size={cfg.preprocess.patch_size}: the tokenizer's patch has {vq.patch} pixels; set it to that"
-        )
-    learner, text = make_learner(models), MultimodalTokenizer.load()
-    made = programs(cfg, models, mesh)
-
-    @jax.jit
-    def encode(params, pixels):
-        return learner.apply({"params": params}, pixels, method=lambda m, x: m.tokenizer.outputs(x))
-
-    flops = FlopCount()
-    update = flops(made["tokenizer-update"].fn)
-
-    @jax.jit
-    def restart(key, codebook, usage, z):
-        codebook, n = restart_dead_codes(key, codebook, usage, z.reshape(-1, z.shape[-1]))
-        return codebook, jnp.where(dead_codes(usage), 1.0 / usage.shape[0], usage), n
-
-    def first_codebook(params, number: int) -> jax.Array:
-        # Batches of their own, not those that just passed: a run that was resumed here has not seen them.
-        seed, n = cfg.seed + CODEBOOK_SEED, c.start_batches
-        examples = batches(cfg.data, seed, cfg.batch_size, rows=rows, count=n, transform=to_batch, prefetch=0)
-        z = jnp.concatenate([encode(params, to_mesh(batch)["pixels"]).reshape(-1, vq.code_width) for batch in examples])
-        return jax.jit(start_codebook, static_argnums=2)(key_for(cfg.seed, number, 1), z, vq.codebook_size)
-
-    def step(state: TrainState, batch, number: int):
-        strength = np.clip((number - c.warmup_steps) / max(c.ramp_steps, 1), 0.0, 1.0)
-        if number == c.warmup_steps:
-            state = with_codebook(state, first_codebook(state.params, number))
-        state, metrics, z = update(state, batch, key_for(cfg.seed, number, 0), np.float32(strength))
-        due = c.restart_every and number > c.warmup_steps and number % c.restart_every == 0
-        if due and number < c.restart_until * cfg.steps:
-            codebook, usage, moved = restart(key_for(cfg.seed, number, 2), state.params["tokenizer"]["codebook"], state.extra["usage"], z)
-            state = with_codebook(state, codebook).replace(extra={"usage": usage})
-            metrics = metrics | {"codes/restarted": moved}
-        return state, metrics
-
-    def with_codebook(state: TrainState, codebook: jax.Array) -> TrainState:
-        old = state.params["tokenizer"]["codebook"]
-        tokenizer = state.params["tokenizer"] | {"codebook": jax.device_put(codebook.astype(old.dtype), old.sharding)}
-        return state.replace(params=state.params | {"tokenizer": tokenizer})
-
-    def to_batch(examples):
-        ids_BL, mask_BL = answer_batch(examples, text, c.text_length)
-        return {
-            "pixels": examples["image"].astype(np.float32) / 127.5 - 1.0,
-            "columns": examples["columns"],
-            "ids": ids_BL,
-            "loss_mask": mask_BL,
-        }
-
-    def to_mesh(batch):
-        return spread(mesh, batch, cfg.batch_size)
-
-    data = DataIterator(batches(cfg.data, cfg.seed, cfg.batch_size, rows=rows, transform=to_batch), to_mesh)
-
-    def export(state: TrainState, directory: Path, note: dict[str, Any]) -> None:
-        export_model(directory, {"siglip_vq": (state.params["tokenizer"], vq)}, "", note, {"preprocess": cfg.preprocess})
-
-    return RunningStage(made.create(), data, step, export, items_per_step=cfg.batch_size, flops=lambda: flops.total)
 
 
 class TokenizerStage:
@@ -243,5 +142,106 @@ class TokenizerStage:
 
     Config = TokenizerRun
     components = ("siglip_vq", "reader")
-    programs = staticmethod(programs)
-    make = staticmethod(make)
+
+    @classmethod
+    def programs(cls, cfg: TokenizerRun, models: Mapping[str, Any], mesh: Mesh, decoder_mesh: Mesh | None = None) -> Programs:
+        """The update on a batch of images of the data's main size."""
+        check_split("config.batch_size", cfg.batch_size, mesh)
+        vq, reader, c = models["siglip_vq"], models["reader"], cfg.tokenizer
+        check_heads(reader.n_kv_heads, mesh)
+        learner = make_learner(models)
+        optimizer = make_optimizer(cfg.optimizer, cfg.steps)
+        (height, width), B, L = cfg.data.sizes[0], cfg.batch_size, c.text_length
+        # The running usage of codes lives beside the parameters' state, so that a resumed run restarts the same codes.
+        create, state = new_state(lambda: init_params(learner, cfg.seed, (height, width)), optimizer, mesh, lambda: even_usage(vq))
+        grid = height // vq.patch, width // vq.patch
+        batch = {
+            "pixels": abstract.rows(mesh, (B, height, width, 3), jnp.float32),
+            "columns": abstract.rows(mesh, (B, *grid), jnp.int32),
+            "ids": abstract.rows(mesh, (B, L), jnp.int32),
+            "loss_mask": abstract.rows(mesh, (B, L), jnp.bool_),
+        }
+        T = grid[0] * grid[1]
+        each = {"tokenizer/": T, "reader/head": L, "reader/layers": T + L, "reader/projector": T, "dense/": T}
+        searched = 2.0 * T * vq.code_width * vq.codebook_size * (3 + 3)  # distances and assigned rows, forward and backward
+        update = Program(
+            make_update(learner, optimizer, c),
+            (state, batch, abstract.keys(mesh, ()), abstract.array(mesh, (), jnp.float32)),
+            f"{B} images of {height}x{width} with {L} tokens of text",
+            Work(learned=3 * dense(state.params, each) * B + searched * B, tokens=B * (T + L), images=B),
+            uses=("state",),
+            state=state,
+        )
+        return Programs(mesh, {"tokenizer-update": update}, {"state": state}, create)
+
+    @classmethod
+    def make(cls, cfg: TokenizerRun, mesh: Mesh, stop: StopSignal) -> RunningStage:
+        """A run from random parameters on the data of the configuration."""
+        if cfg.init_from:
+            raise ConfigError(f"config.init_from={cfg.init_from}: the tokenizer is the first stage and starts from nothing; leave it empty")
+        rows = here("config.batch_size", cfg.batch_size, mesh)
+        models = {name: getattr(cfg, name).config(where=f"config.{name}") for name in ("siglip_vq", "reader")}
+        vq, c = models["siglip_vq"], cfg.tokenizer
+        if cfg.preprocess.patch_size != vq.patch:
+            raise ConfigError(
+                f"config.preprocess.patch_size={cfg.preprocess.patch_size}: the tokenizer's patch has {vq.patch} pixels; set it to that"
+            )
+        learner, text = make_learner(models), MultimodalTokenizer.load()
+        made = cls.programs(cfg, models, mesh)
+
+        @jax.jit
+        def encode(params, pixels):
+            return learner.apply({"params": params}, pixels, method=lambda m, x: m.tokenizer.outputs(x))
+
+        flops = FlopCount()
+        update = flops(made["tokenizer-update"].fn)
+
+        @jax.jit
+        def restart(key, codebook, usage, z):
+            codebook, n = restart_dead_codes(key, codebook, usage, z.reshape(-1, z.shape[-1]))
+            return codebook, jnp.where(dead_codes(usage), 1.0 / usage.shape[0], usage), n
+
+        def first_codebook(params, number: int) -> jax.Array:
+            # Batches of their own, not those that just passed: a run that was resumed here has not seen them.
+            seed, n = cfg.seed + CODEBOOK_SEED, c.start_batches
+            examples = batches(cfg.data, seed, cfg.batch_size, rows=rows, count=n, transform=to_batch, prefetch=0)
+            z = jnp.concatenate([encode(params, to_mesh(batch)["pixels"]).reshape(-1, vq.code_width) for batch in examples])
+            return jax.jit(start_codebook, static_argnums=2)(key_for(cfg.seed, number, 1), z, vq.codebook_size)
+
+        def step(state: TrainState, batch, number: int):
+            strength = np.clip((number - c.warmup_steps) / max(c.ramp_steps, 1), 0.0, 1.0)
+            if number == c.warmup_steps:
+                state = with_codebook(state, first_codebook(state.params, number))
+            state, metrics, z = update(state, batch, key_for(cfg.seed, number, 0), np.float32(strength))
+            due = c.restart_every and number > c.warmup_steps and number % c.restart_every == 0
+            if due and number < c.restart_until * cfg.steps:
+                codebook, usage, moved = restart(
+                    key_for(cfg.seed, number, 2), state.params["tokenizer"]["codebook"], state.extra["usage"], z
+                )
+                state = with_codebook(state, codebook).replace(extra={"usage": usage})
+                metrics = metrics | {"codes/restarted": moved}
+            return state, metrics
+
+        def with_codebook(state: TrainState, codebook: jax.Array) -> TrainState:
+            old = state.params["tokenizer"]["codebook"]
+            tokenizer = state.params["tokenizer"] | {"codebook": jax.device_put(codebook.astype(old.dtype), old.sharding)}
+            return state.replace(params=state.params | {"tokenizer": tokenizer})
+
+        def to_batch(examples):
+            ids_BL, mask_BL = answer_batch(examples, text, c.text_length)
+            return {
+                "pixels": examples["image"].astype(np.float32) / 127.5 - 1.0,
+                "columns": examples["columns"],
+                "ids": ids_BL,
+                "loss_mask": mask_BL,
+            }
+
+        def to_mesh(batch):
+            return spread(mesh, batch, cfg.batch_size)
+
+        data = DataIterator(batches(cfg.data, cfg.seed, cfg.batch_size, rows=rows, transform=to_batch), to_mesh)
+
+        def export(state: TrainState, directory: Path, note: dict[str, Any]) -> None:
+            export_model(directory, {"siglip_vq": (state.params["tokenizer"], vq)}, "", note, {"preprocess": cfg.preprocess})
+
+        return RunningStage(made.create(), data, step, export, items_per_step=cfg.batch_size, flops=lambda: flops.total)
