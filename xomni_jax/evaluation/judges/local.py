@@ -10,8 +10,6 @@ import numpy as np
 from PIL import Image
 
 from xomni_jax.evaluation.judges import as_shown, is_skipped
-from xomni_jax.rewards.services.ocr import PPOCRReader
-from xomni_jax.rewards.services.shapes import ShapesScorer
 
 
 class PPOCRJudge:
@@ -20,6 +18,8 @@ class PPOCRJudge:
     name = "pp-ocr"
 
     def __init__(self) -> None:
+        from xomni_jax.rewards.services.ocr import PPOCRReader
+
         self._reader = PPOCRReader()
         self.settings: dict[str, Any] = {"model": "pp-ocr-small", "mode": self._reader.mode, "rapidocr": version("rapidocr")}
 
@@ -40,6 +40,8 @@ class ContoursJudge:
     name = "contours"
 
     def __init__(self) -> None:
+        from xomni_jax.rewards.services.shapes import ShapesScorer
+
         self._scorer = ShapesScorer()
         self.settings: dict[str, Any] = {"version": self._scorer.version}
 
