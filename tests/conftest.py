@@ -21,11 +21,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import pytest
 
-from tests.miniature import model_dir  # noqa: F401 - a fixture
+from tests.miniature import ROOT, model_dir  # noqa: F401 - a fixture
 
 
 def pytest_collection_modifyitems(config, items):
-    """Tests whose peer is not on this machine are left out of the collection: live parity without torch, tesseract without its data."""
+    """Marks the slow modules. Tests whose peer is not on this machine are left out: live parity without torch, tesseract without its data."""
+    slow = set((ROOT / "tests" / "slow.txt").read_text().split())
+    for item in items:
+        if str(item.path.relative_to(ROOT)) in slow:
+            item.add_marker(pytest.mark.slow)
     missing = set() if importlib.util.find_spec("torch") else {"parity"}
     folders = [os.environ.get("TESSDATA_PREFIX", "/none"), *glob.glob("/usr/share/tesseract-ocr/*/tessdata")]
     if not any(os.path.isfile(os.path.join(folder, "eng.traineddata")) for folder in folders):

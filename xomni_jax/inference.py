@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from jax.sharding import Mesh
 
@@ -119,11 +119,11 @@ def open_model(path: str | Path, mesh: Mesh | None = None, config: InferenceConf
 class InferenceStage:
     """The programs of inference: a batch of images from prompts to pixels, and answers to a batch of questions about images. Planned only."""
 
-    Config = InferenceConfig
-    components = MODELS
+    Config: ClassVar[type] = InferenceConfig
+    components: ClassVar[tuple[str, ...]] = MODELS
 
-    @staticmethod
-    def programs(cfg: InferenceConfig, models: Mapping[str, Any], mesh: Mesh, decoder_mesh: Mesh | None = None) -> Programs:
+    @classmethod
+    def programs(cls, cfg: InferenceConfig, models: Mapping[str, Any], mesh: Mesh, decoder_mesh: Mesh | None = None) -> Programs:
         """A batch takes the place of a training step.
 
         Raises:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -115,7 +115,7 @@ class RenderedConfig:
 class RenderedSource:
     """The rendered set as a source: endless; a batch has images of one size, drawn by weight."""
 
-    Options = RenderedConfig
+    Options: ClassVar[type] = RenderedConfig
 
     def __init__(self, options: RenderedConfig, seed: int, batch_size: int):
         self.options, self.seed, self.batch_size = options, seed, batch_size

@@ -7,7 +7,7 @@ import functools
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -156,8 +156,8 @@ def check_divides(prompts: int, grpo: GRPOConfig, rollout: RolloutConfig, ways: 
 class GRPOStage:
     """GRPO, registered as a stage."""
 
-    Config = GRPORun
-    components = MODELS
+    Config: ClassVar[type] = GRPORun
+    components: ClassVar[tuple[str, ...]] = MODELS
 
     @staticmethod
     def advantages(cfg: GRPORun, reward_PR: jax.Array, ok_PR: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -146,8 +146,8 @@ def make_update(decoder: Decoder, vq: nn.Module, optimizer: Optimizer, cfg: Deco
 class DecoderStage:
     """Training of the diffusion decoder, registered as a stage."""
 
-    Config = DecoderRun
-    components = MODELS
+    Config: ClassVar[type] = DecoderRun
+    components: ClassVar[tuple[str, ...]] = MODELS
 
     @classmethod
     def programs(cls, cfg: DecoderRun, models: Mapping[str, Any], mesh: Mesh, decoder_mesh: Mesh | None = None) -> Programs:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -90,8 +90,8 @@ def sample_grid(model: XOmni, ar: transformer.ARConfig, data: DataSection, state
 class PretrainStage:
     """Pre-training, registered as a stage."""
 
-    Config = PretrainRun
-    components = ("transformer",)
+    Config: ClassVar[type] = PretrainRun
+    components: ClassVar[tuple[str, ...]] = ("transformer",)
 
     @classmethod
     def programs(cls, cfg: PretrainRun, models: Mapping[str, Any], mesh: Mesh, decoder_mesh: Mesh | None = None) -> Programs:
@@ -164,4 +164,4 @@ class PretrainStage:
 class SFTStage(PretrainStage):
     """Supervised fine-tuning, registered as a stage."""
 
-    Config = SFTRun
+    Config: ClassVar[type] = SFTRun

@@ -96,7 +96,7 @@ class RunningStage:
 
 
 class Stage(Protocol):
-    """A stage of training, or another way to use the models that can be planned. Registered in `STAGES`.
+    """A use of the models that can be planned. Registered in `STAGES`.
 
     Attributes:
       Config: frozen dataclass; `Config()` holds every default.
@@ -110,6 +110,10 @@ class Stage(Protocol):
     def programs(cls, cfg: Any, models: Mapping[str, Any], mesh: Mesh, decoder_mesh: Mesh | None = None) -> Programs:
         """The jitted functions with abstract arguments; nothing is allocated. `models`: {component: its config}."""
         ...
+
+
+class TrainingStage(Stage, Protocol):
+    """A stage that `xomni train` runs; its `Config` derives from `RunConfig`."""
 
     @classmethod
     def make(cls, cfg: Any, mesh: Mesh, stop: StopSignal) -> RunningStage:

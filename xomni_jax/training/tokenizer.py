@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -140,8 +140,8 @@ def make_learner(models: Mapping[str, Any]) -> understanding.TokenizerLearner:
 class TokenizerStage:
     """Training of the tokenizer, registered as a stage."""
 
-    Config = TokenizerRun
-    components = ("siglip_vq", "reader")
+    Config: ClassVar[type] = TokenizerRun
+    components: ClassVar[tuple[str, ...]] = ("siglip_vq", "reader")
 
     @classmethod
     def programs(cls, cfg: TokenizerRun, models: Mapping[str, Any], mesh: Mesh, decoder_mesh: Mesh | None = None) -> Programs:

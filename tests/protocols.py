@@ -1,0 +1,19 @@
+"""For mypy alone: what ships fits the protocols that a user's own classes implement."""
+
+from __future__ import annotations
+
+from xomni_jax.core.config import Overrides, Section
+from xomni_jax.data.rendered import RenderedConfig, RenderedSource
+from xomni_jax.data.sources import DataSection, Source
+from xomni_jax.inference import InferenceStage
+from xomni_jax.models.section import ModelSection
+from xomni_jax.rl.grpo import GRPOStage
+from xomni_jax.training.decoder import DecoderStage
+from xomni_jax.training.pretrain import PretrainStage, SFTStage
+from xomni_jax.training.stage import Stage, TrainingStage
+from xomni_jax.training.tokenizer import TokenizerStage
+
+sources: list[Source] = [RenderedSource(RenderedConfig(), 0, 1)]
+sections: list[Section] = [Overrides(int), DataSection("rendered", RenderedConfig()), ModelSection({})]
+stages: list[type[Stage]] = [InferenceStage]
+training: list[type[TrainingStage]] = [TokenizerStage, DecoderStage, PretrainStage, SFTStage, GRPOStage]
