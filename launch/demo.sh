@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole of X-Omni at small size on this machine: first image, reward services, GRPO, report.   bash launch/demo.sh [OUT]
+# All of X-Omni at small size on this machine: a first image, reward services, GRPO, report.   bash launch/demo.sh [OUT]
 # OUT (default runs/demo) gets report.html, report.json and the trained model.
 set -euo pipefail
 cd "$(dirname "$0")/.."

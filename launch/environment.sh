@@ -1,7 +1,6 @@
 # shellcheck shell=bash
-# Sourced by the other scripts: a virtual environment of this checkout with the wanted extra, made once and kept while setup.py stays the same.
-# usage: environment EXTRA [PYTHON]     afterwards `python` and `xomni` are the environment's own; PYTHON is also looked for where pyenv and uv
-# keep theirs
+# Sourced by the other scripts: makes and activates a virtual environment of this checkout, which is kept until setup.py changes.
+# usage: environment EXTRA [PYTHON]     installs xomni_jax[EXTRA]; PYTHON is also searched where pyenv and uv install interpreters
 environment() {
   local extra=$1 wanted=${2:-} candidate found="" stamp
   for candidate in ${wanted:-python3.11 python3.12 python3.13 python3} \
@@ -25,7 +24,7 @@ environment() {
   fi
 }
 
-# Keeps freed memory in the process, for training on a CPU: a step allocates and frees hundreds of MB, and page faults are a large part of its time.
+# For training on a CPU: keeps freed memory in the process. A step allocates and frees hundreds of MB, and page faults take much of its time.
 keep_memory() {
   export MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
   export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Runs a command as several JAX processes on this machine, as a pod's hosts would run it: one coordinator, real collectives over loopback."""
+"""Runs a command as several JAX processes on this machine, as the hosts of a pod would run it: real collectives, over loopback."""
 
 import argparse
 import os
@@ -12,24 +12,25 @@ import threading
 import time
 
 EXAMPLE = """\
-The processes' output is shown with their numbers in front. When one fails, the others are ended and its exit code is this command's. Ctrl-C and
-SIGTERM are passed on: training saves at a step all processes agree on, and the same command goes on from there.
-Exit codes: 0 all ended well, or stopped and saved (then $XOMNI_STOPPED_CODE where it is set); 130 interrupted; else that of the first that failed.
+Every line of output starts with the number of its process. When a process fails, the others are ended, and its exit code is returned.
+Ctrl-C and SIGTERM are passed on: training saves after a step that all processes agree on, and the same command resumes from there.
+Exit codes: 0 if all ended well, or were stopped and saved ($XOMNI_STOPPED_CODE then, if it is set); 130 if interrupted; else the code of
+the first process that failed.
 
 example:
   python launch/local.py --processes 2 --devices 4 -- xomni train --config=configs/tiny/sft.py --config.run_dir=runs/two \\
       --config.init_from=xomni_jax/assets/tiny_sft --config.next_token.rows=16 --config.steps=20
 """
-GRACE = 10.0  # seconds the others have to end by themselves, with a message of their own, after one has failed
-SAVED = int(os.environ.get("XOMNI_STOPPED_CODE", "0"))  # what a run that was stopped and has saved leaves with
+GRACE = 10.0  # seconds for the other processes to end by themselves, with their own message, after one has failed
+SAVED = int(os.environ.get("XOMNI_STOPPED_CODE", "0"))  # exit code of a run that was stopped and has saved
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line; what follows -- is the command."""
+    """The options, and the command, which follows --."""
     parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=2, metavar="N", help="processes to start, 2 by default")
     parser.add_argument(
-        "--devices", type=int, default=4, metavar="M", help="simulated CPU devices of each, 4 by default: the mesh has N x M"
+        "--devices", type=int, default=4, metavar="M", help="simulated CPU devices of each process, 4 by default: the mesh has N x M"
     )
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="what every process runs")
     args = parser.parse_args(argv)
@@ -45,7 +46,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def free_ports() -> int:
-    """A port that is free on this machine together with the next one, which xomni uses beside JAX's."""
+    """A free port whose next one is free as well: the first is for JAX, the second for `core.process_group`."""
     while True:
         with socket.socket() as first, socket.socket() as second:
             first.bind(("127.0.0.1", 0))
@@ -58,7 +59,7 @@ def free_ports() -> int:
 
 
 def environment(args: argparse.Namespace, index: int, port: int) -> dict[str, str]:
-    """What tells a process which one it is."""
+    """The environment of one process, which says which one it is."""
     return dict(
         os.environ, JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}", XOMNI_PROCESSES=str(args.processes), XOMNI_PROCESS=str(index),
         JAX_PLATFORMS="cpu", JAX_NUM_CPU_DEVICES=str(args.devices), PYTHONUNBUFFERED="1",
@@ -66,16 +67,16 @@ def environment(args: argparse.Namespace, index: int, port: int) -> dict[str, st
 
 
 def show(index: int, pipe) -> None:
-    """Prints a process's lines, and the states of a progress line, with its number in front."""
-    for line in pipe:  # universal newlines: a progress line's carriage returns end lines as well
-        if line.strip() and not line.startswith("[Gloo]"):  # which tells of every connection
-            # One write: print would write the end of the line apart, and another reader's line could come between.
+    """Prints the lines of a process with its number in front. Each state of a progress line counts as a line."""
+    for line in pipe:  # universal newlines: a carriage return ends a line as well
+        if line.strip() and not line.startswith("[Gloo]"):  # Gloo reports every connection
+            # One write: print writes the newline separately, and the line of another thread could come between.
             sys.stdout.write(f"[{index}] {line.rstrip()}\n")
             sys.stdout.flush()
 
 
 def start(args: argparse.Namespace) -> list[subprocess.Popen]:
-    """All processes, each in a session of its own: the terminal's Ctrl-C reaches them through this one alone."""
+    """Starts all processes, each in its own session, so that Ctrl-C in the terminal reaches them only through this program."""
     port = free_ports()
     return [
         subprocess.Popen(
@@ -87,14 +88,15 @@ def start(args: argparse.Namespace) -> list[subprocess.Popen]:
 
 
 def watch(processes: list[subprocess.Popen], told: list[int]) -> int:
-    """Waits for all; after a failure the others are ended. Returns the exit code of the first failure, or that of all.
+    """Waits for all processes, and ends them if one fails. Returns the exit code of the first that failed, or that of all.
 
-    `told`: the signals that were passed on by now.
+    Args:
+      told: the signals that have been passed on so far.
     """
     code, deadline = 0, float("inf")
     while None in [process.poll() for process in processes]:
         if not code and any(process.returncode not in (None, 0, SAVED) for process in processes):
-            time.sleep(0.2)  # one that was killed takes its neighbours along at once: it is the one to name
+            time.sleep(0.2)  # when one is killed, others end almost at once: wait to see which one to name
             code, deadline = tell_failure(processes, told), time.monotonic() + GRACE
         if time.monotonic() > deadline:
             for process in processes:
@@ -104,7 +106,7 @@ def watch(processes: list[subprocess.Popen], told: list[int]) -> int:
 
 
 def tell_failure(processes: list[subprocess.Popen], told: list[int]) -> int:
-    """Says which process failed, one that was ended by a signal before others -> its exit code; 0 if none did."""
+    """Prints which process failed and returns its exit code; 0 if none did. One that a signal ended comes before the others."""
     failed = [(process.poll(), index) for index, process in enumerate(processes) if process.poll() not in (None, 0, SAVED)]
     if not failed:
         return 0
@@ -116,12 +118,12 @@ def tell_failure(processes: list[subprocess.Popen], told: list[int]) -> int:
 
 
 def stopped(code: int, told: list[int]) -> bool:
-    """Whether an exit code is that of a process which was told to end, and did."""
+    """Whether an exit code is that of a process that ended because it was told to."""
     return code == 128 + signal.SIGINT or code - 128 in told or code == SAVED and bool(code or told)
 
 
 def main(argv: list[str]) -> int:
-    """Starts, shows, waits."""
+    """Starts the processes, shows their output, and waits for them."""
     args = parse(argv)
     processes, told = start(args), []
 

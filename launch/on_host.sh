@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What launch/queued_resource.sh runs on every host of a slice, from the unpacked archive. Not for use by hand.
+# launch/queued_resource.sh runs this on every host of a slice, from the unpacked archive. Not for use by hand.
 #   bash launch/on_host.sh install BUCKET                          Python, the package with libtpu, the bucket at /bucket
 #   bash launch/on_host.sh start FOLDER SLICE SLICES -- COMMAND    starts COMMAND once, detached; FOLDER of the bucket gets its log and exit code
 set -euo pipefail
@@ -8,7 +8,7 @@ bucket=${XOMNI_BUCKET:-/bucket}
 export XOMNI_VENV=$HOME/xomni/venv
 GCSFUSE=3.7.1
 
-find_python() {  # the images ship 3.10, too old; sets python
+find_python() {  # sets python; the 3.10 of the images is too old
   local candidate
   for candidate in python3.12 python3.13 python3.11; do
     if command -v "$candidate" > /dev/null; then python=$candidate; return; fi
@@ -27,7 +27,7 @@ mount_bucket() {  # NAME
     sudo dpkg --install "/tmp/$package" > /dev/null
   fi
   sudo mkdir -p "$bucket" && sudo chown "$(id -u)" "$bucket"
-  # A host must see at once what another has just written: nothing may be remembered as absent.
+  # A host must see at once what another has just written, so do not cache that a file does not exist.
   gcsfuse --implicit-dirs --metadata-cache-negative-ttl-secs=0 "$1" "$bucket" > /dev/null
 }
 
@@ -39,7 +39,7 @@ install() {  # BUCKET
   readlink -f "$(dirname "$(command -v python)")" > "$HOME/xomni/bin"  # where start finds this environment
 }
 
-end_previous() {  # a chip belongs to one process: what an earlier start left running must go first
+end_previous() {  # ends what an earlier start left running, since a chip can be used by one process only
   local group
   [ -f "$HOME/xomni/group" ] || return 0
   group=$(< "$HOME/xomni/group")
@@ -54,7 +54,7 @@ end_previous() {  # a chip belongs to one process: what an earlier start left ru
 start() {  # FOLDER SLICE SLICES -- COMMAND
   local folder=$1 slice=$2 slices=$3
   shift 4
-  # The first connection may break after it has done its work, and is then made again.
+  # A connection may break after the command has been started; the launcher then connects again.
   [ ! -f "$HOME/xomni/folder" ] || [ "$(< "$HOME/xomni/folder")" != "$folder" ] || return 0
   end_previous
   mkdir -p "$bucket/$folder"
@@ -63,7 +63,7 @@ start() {  # FOLDER SLICE SLICES -- COMMAND
   [ -n "${LIBTPU_INIT_ARGS+set}" ] || LIBTPU_INIT_ARGS=$(python -m xomni_jax.sharding.xla_flags "$slice" --slices "$slices")
   export LIBTPU_INIT_ARGS
   export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$bucket/xla}
-  export XOMNI_STOPPED_CODE=75  # what a run that stopped before its end, and has saved, leaves with
+  export XOMNI_STOPPED_CODE=75  # exit code of a run that was stopped and has saved
   local secrets=$HOME/.xomni_secrets
   if [ -f "$secrets" ]; then
     set -a
@@ -86,7 +86,7 @@ supervise() {  # FOLDER COMMAND
   echo "$(date -u +%FT%TZ) $name: $*; LIBTPU_INIT_ARGS=$LIBTPU_INIT_ARGS" > "$log"
   "$@" >> "$log" 2>&1 &
   child=$!
-  trap 'kill -TERM "$child" 2> /dev/null || true' TERM  # the machine goes away: the command saves, and its code is kept
+  trap 'kill -TERM "$child" 2> /dev/null || true' TERM  # the machine is taken away: the command saves, and its exit code is kept
   while kill -0 "$child" 2> /dev/null; do
     cp "$log" "$copy.log" || true
     for _ in $(seq 30); do

@@ -3,24 +3,24 @@
 #
 #   bash launch/queued_resource.sh run NAME --accelerator v6e-64 --zone us-east5-b --bucket my-bucket [options] -- COMMAND
 #
-#   run      ask for the slice, wait for it, ship this commit, install, start COMMAND on every host, follow it; when the slice is taken
-#            away (SUSPENDED) ask anew and start again: COMMAND resumes from its newest checkpoint. Ends when COMMAND has finished, and
-#            gives the slice back. The same line typed again attaches to what is running, so the terminal may be closed.
+#   run      request the slice, wait for it, ship this commit, install it, start COMMAND on every host, and show its log. If the slice is
+#            taken away (SUSPENDED), request it again and restart: COMMAND resumes from its newest checkpoint. When COMMAND has finished,
+#            delete the slice. The same command attaches again to what is running, so you may close the terminal.
 #   status   state of the slice, and which hosts have started and ended
-#   logs     copy the logs of every start from the bucket to logs/NAME, and show the end of the newest
-#   delete   give the slice back, whatever runs on it
+#   logs     copy the logs of every start from the bucket to logs/NAME, and show the end of the newest one
+#   delete   delete the slice, whatever runs on it
 #
-#   --accelerator TYPE   v4-8, v5litepod-16, v5p-64, v6e-64 ...: as the cloud names it (tpu7x comes through GKE only: launch/gke)
-#   --zone Z             where; --project P unless gcloud knows
-#   --bucket B           gs://B, in the slice's region, with hierarchical namespace; every host has it at /bucket:
-#                        COMMAND reads models from and writes its run to /bucket/..., where the next slice finds them
-#   --spot | --reserved  cheap and taken away at will, or from a reservation; without either: on demand
-#   --slices N           N slices that train together (multislice); --accelerator is each one's size
-#   --secret NAME        give COMMAND the environment variable NAME of this shell; repeat for several. Never printed, never in the bucket
-#   --retries N          starts again after COMMAND failed on a healthy slice, N times (default 3). Exit code 2, a mistake of the
-#                        command line, is not retried; the slice being taken away is, always
-#   --keep               do not give the slice back at the end
-#   --poll S             seconds between looks (default 30)
+#   --accelerator TYPE   v4-8, v5litepod-16, v5p-64, v6e-64 ...: the name that the cloud uses (tpu7x through GKE only: launch/gke)
+#   --zone Z             zone of the slice; also --project P if gcloud has no default
+#   --bucket B           gs://B, in the region of the slice, with hierarchical namespace; every host mounts it at /bucket:
+#                        COMMAND reads models from /bucket/... and writes its run there, where the next slice finds it
+#   --spot | --reserved  cheap, but taken away at any time; or from a reservation. Without either: on demand
+#   --slices N           N slices that train together (multislice); --accelerator is the type of each
+#   --secret NAME        pass the environment variable NAME of this shell to COMMAND; may be repeated. Never printed or put in the bucket
+#   --retries N          restart COMMAND up to N times after it failed on a healthy slice (default 3). Exit code 2, a mistake in the
+#                        command line, is not retried; when the slice is taken away, COMMAND is always restarted
+#   --keep               do not delete the slice at the end
+#   --poll S             seconds between checks of the state (default 30)
 #   --dry-run            print the gcloud commands instead of running them
 #
 # example (a small spot slice, the tiny model):
@@ -58,7 +58,7 @@ while [ $# -gt 0 ]; do
     --dry-run) dry=1; shift ;;
     --) shift; command=("$@"); break ;;
     -*) die "unknown option $1; see --help" ;;
-    *) [ -z "$name" ] || die "two names, $name and $1; the command to run stands after --"; name=$1; shift ;;
+    *) [ -z "$name" ] || die "there are two names, $name and $1; write the command to run after --"; name=$1; shift ;;
   esac
 done
 [[ $name =~ ^[a-z]([-a-z0-9]{0,61}[a-z0-9])?$ ]] || die "the name ${name:-is missing; it} must be lower-case letters, digits and dashes, such as grpo-1"
@@ -96,11 +96,11 @@ cloud() {
   if [ -n "$dry" ]; then printf 'gcloud'; printf ' %q' "$@"; echo; else gcloud "$@" < /dev/null; fi
 }
 
-peek() { [ -z "$dry" ] && gcloud storage "$@" 2> /dev/null < /dev/null; }  # what the bucket holds; nothing in a dry run
+peek() { [ -z "$dry" ] && gcloud storage "$@" 2> /dev/null < /dev/null; }  # reads the bucket; prints nothing in a dry run
 
 reason() { grep -v '^ *$' "$work/${1:-error}" | tail -n 1 | cut -c1-500; }  # what gcloud said last
 
-look() {  # sets state, and created, the time that tells one slice of this name from the next
+look() {  # sets state, and created, the time of creation, which distinguishes slices of the same name
   local line try
   [ -z "$dry" ] || { cloud compute tpus queued-resources describe "$name" "${where[@]}" "--format=value(state.state,createTime)"; state=ACTIVE created=DATE; return; }
   for try in 1 2 3 4 5; do
@@ -116,7 +116,7 @@ look() {  # sets state, and created, the time that tells one slice of this name 
   die "the state of $name cannot be read: $(reason look)"
 }
 
-everywhere() {  # SCRIPT: on every host of every slice, again when the connection fails; 1 when it does so five times
+everywhere() {  # SCRIPT: runs it on every host of every slice; returns 1 if the connection fails five times
   local try
   for try in 1 2 3 4 5; do
     if cloud compute tpus queued-resources ssh "$name" "${where[@]}" --node=all --worker=all --batch-size=all \
@@ -141,7 +141,7 @@ ask() {
     cloud compute tpus queued-resources create "$name" "${where[@]}" --accelerator-type="$accelerator" --runtime-version="$image" \
       "${node[@]}" "${tier[@]}" 2> "$work/error" && return
     ! grep -qiE 'ALREADY_EXISTS|already exists' "$work/error" || return 0
-    # Once there was a slice, a refusal is the quota that the old one has not yet returned, or the network: worth another try.
+    # After a slice has existed, a refusal may mean that its quota is not free yet, or a network error: try again.
     [ -n "$again" ] || break
     say "the request was refused (try $try of 5): $(reason)"
     sleep "$poll"
@@ -158,7 +158,7 @@ give_back() {
     || die "$name could not be deleted: $(reason). It may still cost money: look at gcloud compute tpus queued-resources list --zone=$zone"
 }
 
-obtain() {  # a slice that is ACTIVE, whatever is there now
+obtain() {  # returns when the slice is ACTIVE, whatever its state is now
   local before="" began=$SECONDS
   while :; do
     look
@@ -167,7 +167,7 @@ obtain() {  # a slice that is ACTIVE, whatever is there now
       ACTIVE:*) again=1; return ;;
       ABSENT:|ABSENT:ABSENT|ABSENT:SUSPENDED|ABSENT:FAILED) ask ;;
       ABSENT:*) die "$name was deleted while waiting for it" ;;
-      SUSPENDED:*|FAILED:) give_back ;;  # it never comes back, and holds quota
+      SUSPENDED:*|FAILED:) give_back ;;  # it never becomes active again, and holds quota
       FAILED:*) die "the request for $name failed; the reason: gcloud compute tpus queued-resources describe $name ${where[*]}" ;;
     esac
     before=$state
@@ -183,7 +183,7 @@ ship() {
   [ -z "$dry" ] || cat "$work/output"
 }
 
-start() {  # FOLDER; 1 when the slice cannot be reached
+start() {  # FOLDER; returns 1 if the slice cannot be reached
   local code="\$HOME/xomni/$commit" secret words
   say "installing commit $commit on every host"
   everywhere "set -e; if [ ! -f $code/complete ]; then mkdir -p $code; gcloud storage cp gs://$bucket/code/$commit.tar.gz - | tar -xz -C $code; touch $code/complete; fi; bash $code/launch/on_host.sh install $bucket" || return 1
@@ -199,7 +199,7 @@ start() {  # FOLDER; 1 when the slice cannot be reached
   [ -n "$dry" ] || echo "$commit ${command[*]}" | gcloud storage cp - "$home/$1/command" 2> "$work/error" || die "cannot write to $home: $(reason)"
 }
 
-hosts() {  # FOLDER: sets started, ended (numbers of hosts), codes (of the ended) and shown (the host whose log is: the first that failed)
+hosts() {  # FOLDER: sets started and ended (numbers of hosts), codes (exit codes) and shown (whose log to show: the first that failed)
   peek ls "$home/$1/" > "$work/list" || : > "$work/list"
   started=$(grep -c '\.started$' "$work/list" || true)
   ended=$(grep -c '\.exit-[0-9]*$' "$work/list" || true)
@@ -207,13 +207,13 @@ hosts() {  # FOLDER: sets started, ended (numbers of hosts), codes (of the ended
   shown=$({ sed -n 's|.*/\(.*\)\.exit-[1-9][0-9]*$|\1|p' "$work/list"; sed -n 's|.*/\(.*\)\.started$|\1|p' "$work/list" | sort; } | head -1)
 }
 
-failed() { echo "${codes#0 }" | sed 's/ *$//;s/ /, /g'; }  # the codes other than 0
+failed() { echo "${codes#0 }" | sed 's/ *$//;s/ /, /g'; }  # the exit codes other than 0
 
-tail_of() {  # FOLDER LINES: the end of the shown host's log
+tail_of() {  # FOLDER LINES: the end of the log of the shown host
   peek cat --range=-20000 "$home/$1/$shown.log" | tr '\r' '\n' | grep -v '^ *$' | tail -n "$2" || true
 }
 
-follow() {  # FOLDER: 0 finished, 1 failed (codes says how), 3 the slice was taken away
+follow() {  # FOLDER: returns 0 if the command finished, 1 if it failed (see codes), 3 if the slice was taken away
   local line last="" patience=6
   while :; do
     hosts "$1"
@@ -223,17 +223,17 @@ follow() {  # FOLDER: 0 finished, 1 failed (codes says how), 3 the slice was tak
     [ "$ended" != "$started" ] || [ "$codes" != "0 " ] || return 0
     look
     [ "$state" = ACTIVE ] || return 3
-    # A host that dies takes the others with it before the slice's state says so: give the state time to change.
+    # When a host dies, the others fail before the state of the slice shows it: give the state time to change.
     [ -z "${codes//[0 ]/}" ] || [ $((patience -= 1)) -gt 0 ] || return 1
     sleep "$poll"
   done
 }
 
-newest() {  # [CREATED]: the newest start (on that slice)
+newest() {  # [CREATED]: the newest start (on the slice created then)
   peek ls "$home/" | sed -n "s|.*/\(${1:-[0-9]*}-[0-9]*\)/\$|\1|p" | sort | tail -1 || true
 }
 
-attachable() {  # FOLDER: whether this very command runs there, or has finished there
+attachable() {  # FOLDER: whether the same command is running there, or has finished there
   local what
   what=$(peek cat "$home/$1/command") || return 1
   hosts "$1"

@@ -1,11 +1,11 @@
 # shellcheck shell=bash
 # Sourced by demo.sh and long_run.sh: starts the reward services on free ports and ends them with the script.
-# usage: start_services OUT      afterwards url_ocr and url_shapes are set, and second=(--second URL) where tesseract is at hand
+# usage: start_services OUT      sets url_ocr and url_shapes, and second=(--second URL) if tesseract is installed
 # shellcheck disable=SC2034  # the scripts that source this file use them
 services=() url_ocr="" url_shapes="" url_tesseract="" second=()
 trap 'kill "${services[@]}" 2>/dev/null || true' EXIT
 
-start() {  # OUT NAME [options]: sets url_NAME once the service answers
+start() {  # OUT NAME [options]: returns when the service answers, with its address in url_NAME
   local log="$1/service_$2.log" url="" name=$2
   shift
   xomni serve-reward "$@" --port 0 > "$log" 2>&1 &
@@ -22,7 +22,7 @@ start() {  # OUT NAME [options]: sets url_NAME once the service answers
 start_services() {
   start "$1" ocr --workers 2
   start "$1" shapes --workers 1
-  # The second reader is only for the report: an independent look at what the policy was rewarded for.
+  # The second reader is only for the report: an independent check of the texts that the policy was rewarded for.
   second=()
   if bash launch/tesseract_data.sh && start "$1" tesseract --workers 1; then
     second=(--second "$url_tesseract")

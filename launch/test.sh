@@ -2,7 +2,7 @@
 # Sets up what the tests need and runs them.   bash launch/test.sh [--fast] [--parity] [--python PYTHON] [pytest arguments]
 #   --fast     leaves out what is marked slow (whole runs, compilations for slices, services): two minutes on two cores
 #   --parity   also compares live with torch, transformers and diffusers (installs them)
-#   --python   another interpreter, such as python3.12
+#   --python   use another interpreter, such as python3.12
 set -euo pipefail
 cd "$(dirname "$0")/.."
 extra=test python="" fast=""

@@ -11,7 +11,8 @@ import jax
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from xomni_jax.checkpoint.released_model import ReleasedModel, is_released
+from xomni_jax.checkpoint.formats import is_released
+from xomni_jax.checkpoint.released_model import ReleasedModel
 from xomni_jax.checkpoint.store import CheckpointError, config_from_json, load_component, read_model_json
 from xomni_jax.core.cache import cached_method
 from xomni_jax.data.preprocess import ImageLimits

@@ -1,6 +1,7 @@
-"""Writes the Kubernetes manifests of a training run and of its reward services to standard output, for `kubectl apply -f -`.
+"""Prints the Kubernetes manifest of a training run or of a reward service, for `kubectl apply -f -`.
 
-The templates beside this file are ordinary YAML; here their values are checked and filled in. Needs Python 3.11 and this checkout, nothing installed.
+The templates beside this file are YAML, whose values this script checks and fills in. It needs Python 3.11 and this checkout, but no
+installed package.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ ACCELERATORS = {  # chip -> label of its node pools
     "tpu7x": "tpu7x",
 }
 EXAMPLE = """\
-One slice, then two, on spot machines; a reader of text on CPUs, and a judge on GPUs:
+Training on one slice, and on two of spot machines; a service that reads text, on CPUs, and a judge on GPUs:
 
   python launch/gke/render.py train sft --slice v6e-16 --image IMAGE --bucket BUCKET -- \\
       xomni train --distributed --config=configs/tiny/sft.py --config.init_from=xomni_jax/assets/tiny_sft --config.next_token.rows=16 \\
@@ -39,8 +40,9 @@ One slice, then two, on spot machines; a reader of text on CPUs, and a judge on 
   python launch/gke/render.py service judge --image vllm/vllm-openai:latest --gpu nvidia-h100-80gb --gpus 2 --secret judge -- \\
       vllm serve Qwen/Qwen2.5-VL-32B-Instruct --port 8000 --tensor-parallel-size 2 | kubectl apply -f -
 
-To see a manifest, leave `| kubectl apply -f -` away; it holds no secret. Secrets and settings are objects of the cluster, made from this shell's
-environment (launch/README.md): --secret and --config-map name them, and each of their keys becomes an environment variable of the command.
+Without `| kubectl apply -f -` the manifest is only shown; it contains no secret. Secrets and settings are objects of the cluster that you
+create from the environment of this shell (launch/README.md): --secret and --config-map name them, and each of their keys becomes an
+environment variable of the command.
 """
 
 
@@ -51,23 +53,25 @@ def build_parser() -> argparse.ArgumentParser:
     )
     kinds = parser.add_subparsers(dest="kind", metavar="train|service", required=True)
     train = kinds.add_parser("train", help="a JobSet: one command on every host of one or more TPU slices")
-    train.add_argument("--slice", required=True, help="each slice's size, such as v6e-64, v5p-64, v5litepod-256, tpu7x-128")
-    train.add_argument("--slices", type=int, default=1, metavar="N", help="how many train together (default 1)")
-    train.add_argument("--spot", action="store_true", help="on spot machines")
-    train.add_argument("--bucket", required=True, help="the bucket every host has at /bucket: models, runs, compiled programs")
-    train.add_argument("--service-account", default="xomni", metavar="NAME", help="who may write there (default xomni)")
+    train.add_argument("--slice", required=True, help="type of each slice, such as v6e-64, v5p-64, v5litepod-256, tpu7x-128")
+    train.add_argument("--slices", type=int, default=1, metavar="N", help="number of slices that train together (default 1)")
+    train.add_argument("--spot", action="store_true", help="use spot machines")
+    train.add_argument("--bucket", required=True, help="mounted at /bucket on every host: models, runs, compiled programs")
     train.add_argument(
-        "--restarts", type=int, default=100, metavar="N", help="of the whole run, after preemptions and failures (default 100)"
+        "--service-account", default="xomni", metavar="NAME", help="service account that may write to the bucket (default xomni)"
+    )
+    train.add_argument(
+        "--restarts", type=int, default=100, metavar="N", help="restarts of the run after preemptions and failures (default 100)"
     )
     service = kinds.add_parser("service", help="a Deployment and a Service: a command that answers HTTP")
     service.add_argument("--replicas", type=int, default=1, metavar="N", help="pods behind one address (default 1)")
-    service.add_argument("--port", type=int, default=8000, help="where the command listens (default 8000)")
-    service.add_argument("--cpus", type=int, default=4, metavar="N", help="cores of each pod (default 4)")
-    service.add_argument("--memory", default="8Gi", metavar="SIZE", help="of each pod (default 8Gi)")
-    service.add_argument("--gpu", metavar="TYPE", help="such as nvidia-l4 or nvidia-h100-80gb; without it: CPUs alone")
-    service.add_argument("--gpus", type=int, default=1, metavar="N", help="of each pod, with --gpu (default 1)")
+    service.add_argument("--port", type=int, default=8000, help="port on which the command listens (default 8000)")
+    service.add_argument("--cpus", type=int, default=4, metavar="N", help="CPU cores of each pod (default 4)")
+    service.add_argument("--memory", default="8Gi", metavar="SIZE", help="memory of each pod (default 8Gi)")
+    service.add_argument("--gpu", metavar="TYPE", help="type of GPU, such as nvidia-l4 or nvidia-h100-80gb; without it, CPUs only")
+    service.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs of each pod, with --gpu (default 1)")
     for kind in (train, service):
-        kind.add_argument("name", help="of the run or service: lower-case letters, digits, dashes")
+        kind.add_argument("name", help="name of the run or service: lower-case letters, digits, dashes")
         kind.add_argument("--image", required=True, help="container image, see launch/Dockerfile")
         kind.add_argument("--secret", action="append", default=[], metavar="NAME", help="a Secret of the cluster; may be repeated")
         kind.add_argument("--config-map", action="append", default=[], metavar="NAME", help="a ConfigMap of the cluster; may be repeated")
@@ -76,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def train_values(args: argparse.Namespace) -> dict:
-    """What train.yaml needs."""
+    """The values of train.yaml."""
     tpu = parse(args.slice)
     if args.slices > 1 and tpu.hosts == 1:
         raise ValueError(f"--slices {args.slices}: slices of one host, such as {tpu.name}, cannot train together; take a larger --slice")
@@ -99,7 +103,7 @@ def train_values(args: argparse.Namespace) -> dict:
 
 
 def service_values(args: argparse.Namespace) -> dict:
-    """What service.yaml needs."""
+    """The values of service.yaml."""
     size = {"cpu": str(args.cpus), "memory": args.memory}
     gpus = {"nvidia.com/gpu": args.gpus} if args.gpu else {}
     return {
@@ -113,10 +117,10 @@ def service_values(args: argparse.Namespace) -> dict:
 
 
 def render(argv: list[str]) -> str:
-    """The manifest of a command line.
+    """The manifest that a command line asks for.
 
     Raises:
-      ValueError: a value that the cluster would refuse, or that cannot work.
+      ValueError: the cluster would refuse a value, or it cannot work.
     """
     options, dashes, command = argv, "", []
     if "--" in argv:
@@ -136,10 +140,10 @@ def render(argv: list[str]) -> str:
     values = train_values(args) if args.kind == "train" else service_values(args)
     values |= {"name": args.name, "image": args.image, "command": command}
     values["env_from"] = [{"secretRef": {"name": n}} for n in args.secret] + [{"configMapRef": {"name": n}} for n in args.config_map]
-    template = string.Template((HERE / f"{args.kind}.yaml").read_text().split("\n", 2)[2])  # without the lines about the template
+    template = string.Template((HERE / f"{args.kind}.yaml").read_text().split("\n", 2)[2])  # without the two lines about the template
     return template.substitute(
         {key: json.dumps(value, ensure_ascii=False) for key, value in values.items()}
-    )  # JSON is YAML, and quotes whatever comes
+    )  # JSON is YAML, and quotes every value
 
 
 if __name__ == "__main__":

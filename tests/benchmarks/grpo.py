@@ -89,7 +89,7 @@ def run(config: grpo.GRPORun, repeats: int, seconds: float) -> Report:
 
 
 def _busy(client: RewardClient) -> float:
-    return float(client.health()[0]["busy_seconds"])
+    return client.health()[0].busy_seconds
 
 
 def summary(steps: Mapping[str, list[dict[str, float]]]) -> dict[str, Any]:

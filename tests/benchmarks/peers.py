@@ -13,7 +13,7 @@ from flax.linen import meta
 
 from tests.benchmarks.machine import cores
 from tests.benchmarks.timing import BenchError
-from xomni_jax.checkpoint.conversion import to_tensors
+from tests.name_tables import to_tensors
 from xomni_jax.checkpoint.names import mmdit as mmdit_names
 from xomni_jax.checkpoint.names import transformer as transformer_names
 from xomni_jax.models.mmdit import MMDiTConfig

@@ -12,8 +12,8 @@ import ml_dtypes
 import numpy as np
 
 from xomni_jax.checkpoint import released_configs as configs
-from xomni_jax.checkpoint.conversion import Table
-from xomni_jax.checkpoint.found import wanted_shapes
+from xomni_jax.checkpoint.component_source import wanted_shapes
+from xomni_jax.checkpoint.conversion import NameTable
 from xomni_jax.checkpoint.names import mmdit, siglip_vq, transformer
 from xomni_jax.checkpoint.safetensors_file import write_safetensors
 from xomni_jax.checkpoint.store import write_json
@@ -54,13 +54,13 @@ def size(name: str, cfg: Any, dtype: np.dtype) -> int:
     return sum(map(math.prod, wanted_shapes(name, cfg).values())) * dtype.itemsize
 
 
-def tensors(name: str, cfg: Any, table: Table, dtype: np.dtype) -> Iterator[tuple[str, LazyTensor]]:
+def tensors(name: str, cfg: Any, table: NameTable, dtype: np.dtype) -> Iterator[tuple[str, LazyTensor]]:
     """{released key: random values}, each made when it is written."""
     shapes, rng = wanted_shapes(name, cfg), np.random.default_rng(0)
     block = rng.standard_normal(2**20, np.float32).astype(dtype)
     for rule in table.rules:
         target = np.broadcast_to(np.int8(0), shapes[rule.target])
-        shape = rule.fit.to_torch(target[rule.place(target.ndim)]).shape
+        shape = rule.transform.to_torch(target[rule.place(target.ndim)]).shape
         n = math.prod(shape)
 
         def make(shape: tuple[int, ...] = shape, n: int = n, shift: int = int(rng.integers(2**20))) -> np.ndarray:

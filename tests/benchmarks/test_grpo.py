@@ -10,6 +10,7 @@ import pytest
 
 from tests.benchmarks import grpo, services
 from tests.benchmarks.timing import BenchError
+from xomni_jax.rewards.protocol import Health
 from xomni_jax.training.stage import load_config
 
 
@@ -50,7 +51,7 @@ def pretend(monkeypatch):
 
         def health(self):
             self.calls += 1
-            return [{"busy_seconds": 0.5 * self.calls}]
+            return [Health(schema=1, scorer="ocr", busy_seconds=0.5 * self.calls)]
 
         def close(self):
             pass
@@ -101,7 +102,7 @@ def test_services_start_and_end():
     with services.running({"shapes": 1}) as urls:
         assert set(urls) == {"shapes"} and urls["shapes"].startswith("http://127.0.0.1:")
         client = grpo.RewardClient("shapes", urls["shapes"])
-        assert client.health()[0]["workers"] == 1
+        assert client.health()[0].workers == 1
     with pytest.raises(ValueError, match="no reward service answers"):
         client.health()
     client.close()

@@ -7,7 +7,7 @@ import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from xomni_jax.checkpoint.tensor_file import MappedFile, TensorFileError
+from xomni_jax.checkpoint.tensor_file import TensorFile, TensorFileError
 
 NUMBERS = [0, 1, 2, 0x7F, 0x80, 0xFF, 0xFFFF, 2**31 - 1, 2**31, 2**32 - 1, 2**53, 2**62, 2**63 - 1, 2**63, 2**64 - 1]
 MEMORY = 400_000  # bytes above the file's size: a traceback, an error's text, the objects of a few tensors
@@ -48,12 +48,12 @@ def mutate(rng: random.Random, data: bytes, seeds: Sequence[bytes]) -> bytes:
 
 
 def fuzz(
-    opening: Callable[[bytes], MappedFile], seeds: Sequence[bytes], runs: int, kinds: int, survivors: int, mutate: Callable = mutate
+    opening: Callable[[bytes], TensorFile], seeds: Sequence[bytes], runs: int, kinds: int, survivors: int, mutate: Callable = mutate
 ) -> Counter:
     """Opens `runs` mutations and reads all they hold.
 
     Fails on any exception but TensorFileError, a tensor larger than the file, memory beyond the file's size (measured for every tenth),
-    or five seconds of work for one input. At least `kinds` different sentences and `survivors` readable files show that it reaches the depths.
+    or five seconds of work for one input. At least `kinds` different sentences and `survivors` readable files show that inputs vary enough.
     """
     for data in seeds:
         assert opening(data).infos, "a seed must be sound"

@@ -16,16 +16,18 @@ import pytest
 import xomni_jax
 from tests.checkpoint import released_dirs as dirs
 from tests.miniature import ROOT
+from tests.name_tables import to_params
 from xomni_jax.checkpoint import convert as module
-from xomni_jax.checkpoint.conversion import ConversionError, flatten, to_params
+from xomni_jax.checkpoint.component_source import NewParts, wanted_shapes
+from xomni_jax.checkpoint.conversion import ConversionError, flatten
+from xomni_jax.checkpoint.conversion_plan import make_plan
 from xomni_jax.checkpoint.conversion_report import plan_lines
-from xomni_jax.checkpoint.convert import convert, make_plan
-from xomni_jax.checkpoint.found import NewParts, wanted_shapes
+from xomni_jax.checkpoint.convert import convert
 from xomni_jax.checkpoint.names import autoencoder, clip, mmdit, siglip_vq, t5, transformer
+from xomni_jax.checkpoint.orbax_reader import OrbaxReader
 from xomni_jax.checkpoint.released import open_release
 from xomni_jax.checkpoint.safetensors_file import write_safetensors
 from xomni_jax.checkpoint.store import read_model_json
-from xomni_jax.checkpoint.stored import Stored
 from xomni_jax.checkpoint.tensors import open_sharded, open_tensor_file
 
 TABLES = {"transformer": transformer, "siglip_vq": siglip_vq, "mmdit": mmdit, "autoencoder": autoencoder, "t5": t5, "clip": clip}
@@ -48,7 +50,7 @@ def tensors_of(xomni, flux):
 
 
 def arrays_of(directory, name):
-    stored = Stored(directory / name)
+    stored = OrbaxReader(directory / name)
     return {path: stored.read(path) for path in stored.arrays}
 
 
@@ -209,17 +211,17 @@ class Stop(Exception):
 
 
 def test_an_interrupted_conversion_goes_on(released, converted, tmp_path, monkeypatch):
-    real, written = module.save_targets, []
+    real, written = module.save_params, []
 
-    def save(directory, targets, progress):
+    def save(directory, params):
         if Path(directory).name == "mmdit" and not written.count("mmdit"):
             written.append("mmdit")
             (Path(directory).parent / "mmdit.orbax-checkpoint-tmp").mkdir()
             raise Stop
         written.append(Path(directory).name)
-        real(directory, targets, progress)
+        return real(directory, params)
 
-    monkeypatch.setattr(module, "save_targets", save)
+    monkeypatch.setattr(module, "save_params", save)
     with pytest.raises(Stop):
         convert(*released, tmp_path / "out", say=list)
     assert not (tmp_path / "out").exists() and (tmp_path / "out.part" / "siglip_vq").is_dir()
@@ -238,15 +240,15 @@ def test_an_interrupted_conversion_goes_on(released, converted, tmp_path, monkey
 
 
 def test_an_interrupted_conversion_of_something_else_is_started_again(copies, tmp_path, monkeypatch):
-    real, written = module.save_targets, []
+    real, written = module.save_params, []
 
-    def save(directory, targets, progress):
+    def save(directory, params):
         written.append(Path(directory).name)
         if len(written) == 2:
             raise Stop
-        real(directory, targets, progress)
+        return real(directory, params)
 
-    monkeypatch.setattr(module, "save_targets", save)
+    monkeypatch.setattr(module, "save_params", save)
     with pytest.raises(Stop):
         convert(*copies, tmp_path / "out", say=list)
     write_safetensors(copies[1] / "text_encoder", dirs.drawn(dirs.clip(dirs.SMALL["clip"]), seed=99))
@@ -259,10 +261,10 @@ def test_a_killed_process_leaves_no_model(released, tmp_path):
 import os, signal
 from xomni_jax.checkpoint import convert, stream
 write = stream._Writer._write
-def killed(self, target, array, pending):
-    if "codebook" in target.path:
+def killed(self, param, array, pending):
+    if "codebook" in param.path:
         os.kill(os.getpid(), signal.SIGKILL)
-    write(self, target, array, pending)
+    write(self, param, array, pending)
 stream._Writer._write = killed
 convert.convert({str(released[0])!r}, None, {str(tmp_path / "out")!r})
 """

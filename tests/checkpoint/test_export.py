@@ -121,11 +121,23 @@ def test_plain_models_are_exported_as_xomni(tmp_path):
 
 def test_stacks_in_one_piece_are_unpacked_once(tmp_path, monkeypatch):
     """What a training run saved: whole stacks per file, read layer by layer."""
-    from xomni_jax.checkpoint import stored
+    from xomni_jax.checkpoint import orbax_reader
     from xomni_jax.models.transformer import ARConfig
 
-    monkeypatch.setattr(stored, "SMALL", 100)
-    cfg = ARConfig(vocab_size=23, mm_vocab_size=19, image_vocab_size=13, d_model=20, mlp_dim=28, n_heads=6, n_kv_heads=2, head_dim=4, n_language_layers=3, n_adapter_layers=1, n_head_layers=2)  # fmt: skip
+    monkeypatch.setattr(orbax_reader, "SMALL", 100)
+    cfg = ARConfig(
+        vocab_size=23,
+        mm_vocab_size=19,
+        image_vocab_size=13,
+        d_model=20,
+        mlp_dim=28,
+        n_heads=6,
+        n_kv_heads=2,
+        head_dim=4,
+        n_language_layers=3,
+        n_adapter_layers=1,
+        n_head_layers=2,
+    )
     params = random_params("transformer", cfg, 3)
     save_component(tmp_path / "model", "transformer", params, cfg)
     export(tmp_path / "model", tmp_path / "back", say=list)
@@ -155,4 +167,6 @@ def test_a_part_that_is_not_there(tmp_path, released):
     with pytest.raises(CheckpointError, match=r"out: has no transformer \(it has autoencoder\)"):
         export(tmp_path / "out", tmp_path / "back", only="transformer", say=list)
     export(tmp_path / "out", tmp_path / "back", say=list)
-    assert sorted(os.listdir(tmp_path / "back")) == ["flux"] and {v.dtype for v in read(open_sharded(tmp_path / "back/flux/vae")).values()} == {np.dtype(ml_dtypes.bfloat16)}  # fmt: skip
+    assert sorted(os.listdir(tmp_path / "back")) == ["flux"] and {
+        v.dtype for v in read(open_sharded(tmp_path / "back/flux/vae")).values()
+    } == {np.dtype(ml_dtypes.bfloat16)}

@@ -9,11 +9,12 @@ import pytest
 
 from tests.checkpoint import released_dirs as dirs
 from xomni_jax.checkpoint.conversion import ConversionError
-from xomni_jax.checkpoint.convert import convert, make_plan
-from xomni_jax.checkpoint.kinds import kind_of
+from xomni_jax.checkpoint.conversion_plan import make_plan
+from xomni_jax.checkpoint.convert import convert
+from xomni_jax.checkpoint.formats import detect_format
+from xomni_jax.checkpoint.orbax_reader import OrbaxReader
 from xomni_jax.checkpoint.released import open_release
 from xomni_jax.checkpoint.safetensors_file import write_safetensors
-from xomni_jax.checkpoint.stored import Stored
 from xomni_jax.checkpoint.tensors import open_sharded, open_tensor_file
 from xomni_jax.checkpoint.torch_file import write_torch_file
 
@@ -41,8 +42,8 @@ def rewrite(folder, change, stem="model"):
 
 # ---- directories ----
 def test_kinds(released, tmp_path):
-    assert [kind_of(folder) for folder in released] == ["xomni", "flux"]
-    assert kind_of(dirs.write_qwen(tmp_path / "q")) == "qwen2" and kind_of(dirs.write_siglip(tmp_path / "s")) == "siglip2"
+    assert [detect_format(folder) for folder in released] == ["xomni", "flux"]
+    assert detect_format(dirs.write_qwen(tmp_path / "q")) == "qwen2" and detect_format(dirs.write_siglip(tmp_path / "s")) == "siglip2"
 
 
 @pytest.mark.parametrize(
@@ -66,16 +67,16 @@ def test_directories_that_are_something_else(files, words, tmp_path):
     for name, data in files.items():
         dirs.write_json(tmp_path / "it" / name, data)
     with pytest.raises(ConversionError, match=words) as error:
-        kind_of(tmp_path / "it")
+        detect_format(tmp_path / "it")
     assert "\n" not in str(error.value) and str(tmp_path / "it") in str(error.value)
 
 
 def test_paths_that_are_no_directories(tmp_path, released):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConversionError, match="file: is a file; give the directory"):
-        kind_of(tmp_path / "file")
+        detect_format(tmp_path / "file")
     with pytest.raises(ConversionError, match="nowhere: no such directory"):
-        kind_of(tmp_path / "nowhere")
+        detect_format(tmp_path / "nowhere")
     assert f"{released[1]}: is FLUX.1-dev; give it as --flux" == refused(tmp_path, released[1], None)
     assert f"{released[0]}: is X-Omni, not FLUX.1-dev; give it as --xomni" == refused(tmp_path, None, released[0])
     assert "--only vae: the given directories hold no autoencoder; give --flux" == refused(tmp_path, released[0], None, only="vae")
@@ -93,7 +94,15 @@ def test_a_missing_shard_is_named(copies, tmp_path):
     assert f"{shard}: no such file" in told and "model.safetensors.index.json" in told
 
 
-@pytest.mark.parametrize("name", ["model-00001-of-00004.safetensors", "vit/siglip2_giant.pth", "vit/projector.pth", "mmdit/diffusion_pytorch_model-00001-of-00003.safetensors"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model-00001-of-00004.safetensors",
+        "vit/siglip2_giant.pth",
+        "vit/projector.pth",
+        "mmdit/diffusion_pytorch_model-00001-of-00003.safetensors",
+    ],
+)
 def test_a_cut_file_is_named(name, copies, tmp_path):
     cut(copies[0] / name)
     assert str(copies[0] / name) in refused(tmp_path, *copies)
@@ -168,7 +177,8 @@ def test_every_problem_is_told_at_once(copies, tmp_path):
     assert told.splitlines()[0] == "4 problems:" and len(told.splitlines()) == 5
     assert f"  {file}: model.extra.weight: in the checkpoint, no rule takes it" in told
     assert f"  {xomni}: model.layers.3.mlp.up_proj.weight: missing from the checkpoint" in told
-    assert f"  {file}: model.layers.0.self_attn.q_proj.weight: shape (20, 5, 4) after [O,I] -> [I,6,4], adapters/attn/q_proj/kernel wants (20, 6, 4)" in told or "cannot be turned" in told  # fmt: skip
+    misfit = "shape (20, 5, 4) after [O,I] -> [I,6,4], adapters/attn/q_proj/kernel wants (20, 6, 4)"
+    assert f"  {file}: model.layers.0.self_attn.q_proj.weight: {misfit}" in told or "cannot be turned" in told
     assert f"  {flux}/vae: decoder.conv_in.bias: missing from the checkpoint" in told
 
 
@@ -180,7 +190,14 @@ def test_mixed_dtypes_within_a_stack(copies, tmp_path):
     convert(*copies, tmp_path / "out", "bfloat16", "transformer", say=list)
 
 
-@pytest.mark.parametrize("dtype, words", [(np.int8, "int8, whole numbers or 8-bit floats are quantised weights"), (ml_dtypes.float8_e4m3fn, "float8_e4m3fn, whole"), (np.float64, "float64 is not kept; choose --dtype")])  # fmt: skip
+@pytest.mark.parametrize(
+    "dtype, words",
+    [
+        (np.int8, "int8, whole numbers or 8-bit floats are quantised weights"),
+        (ml_dtypes.float8_e4m3fn, "float8_e4m3fn, whole"),
+        (np.float64, "float64 is not kept; choose --dtype"),
+    ],
+)
 def test_dtypes_that_are_not_kept(dtype, words, copies, tmp_path):
     rewrite(copies[0], lambda t: t | {"lm_head.weight": t["lm_head.weight"].astype(dtype)})
     told = refused(tmp_path, *copies)
@@ -200,7 +217,10 @@ def test_values_that_are_no_numbers_are_warned_of(copies, tmp_path):
         f"{file}: mm_head.weight: holds values that are infinite",
         f"{file}: model.layers.4.mlp.up_proj.weight: holds values that are NaN",
     ]
-    assert json.loads((tmp_path / "out" / "conversion.json").read_text())["not_finite"] == {f"{file}: mm_head.weight": "infinite", f"{file}: model.layers.4.mlp.up_proj.weight": "NaN"}  # fmt: skip
+    assert json.loads((tmp_path / "out" / "conversion.json").read_text())["not_finite"] == {
+        f"{file}: mm_head.weight": "infinite",
+        f"{file}: model.layers.4.mlp.up_proj.weight": "NaN",
+    }
 
 
 def test_a_lora_in_place_of_the_vit(copies, tmp_path):
@@ -234,7 +254,7 @@ def test_rotary_buffers_and_ranges_are_dropped_by_name(copies):
     rewrite(copies[0], lambda t: t | {"model.rotary_emb.inv_freq": np.ones(2, np.float32)})
     rewrite(copies[1] / "text_encoder", lambda t: t | {"text_model.embeddings.position_ids": np.arange(11)[None]})
     rewrite(copies[1] / "text_encoder_2", lambda t: t | {"encoder.embed_tokens.weight": t["shared.weight"]})
-    assert set(make_plan(open_release(*copies)).targets) == {"transformer", "siglip_vq", "mmdit", "autoencoder", "t5", "clip"}
+    assert set(make_plan(open_release(*copies)).params) == {"transformer", "siglip_vq", "mmdit", "autoencoder", "t5", "clip"}
 
 
 @pytest.mark.parametrize("wrapper", ["state_dict.", "module.visual."])
@@ -245,8 +265,8 @@ def test_wrappers_around_the_tensors(wrapper, copies, converted, tmp_path):
         file = open_tensor_file(path)
         write_torch_file(path, {wrapper + k: np.array(file.read(k)) for k in file.infos})
     convert(copies[0], None, tmp_path / "out", only="tokenizer", say=list)
-    for path, array in Stored(tmp_path / "out" / "siglip_vq").arrays.items():
-        ours, theirs = (Stored(folder / "siglip_vq").read(path) for folder in (tmp_path / "out", converted[0]))
+    for path, array in OrbaxReader(tmp_path / "out" / "siglip_vq").arrays.items():
+        ours, theirs = (OrbaxReader(folder / "siglip_vq").read(path) for folder in (tmp_path / "out", converted[0]))
         assert array.shape == ours.shape and ours.tobytes() == theirs.tobytes()
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from tests.checkpoint import released_dirs as dirs
+from xomni_jax.checkpoint.conversion_plan import make_plan
 from xomni_jax.checkpoint.conversion_report import plan_lines
-from xomni_jax.checkpoint.convert import make_plan
 from xomni_jax.checkpoint.released import open_release
 from xomni_jax.models import autoencoder, mmdit, siglip_vq, text_encoders, transformer
 
@@ -49,7 +49,8 @@ COUNTS = {
     "t5": 24 * T5_LAYER + 32128 * 4096 + 32 * 64 + 4096,
     "clip": 12 * CLIP_LAYER + 49408 * 768 + 77 * 768 + 2 * 768,
 }  # fmt: skip
-# The same, as numbers: Qwen2.5-7B has 7,615,616,512; FLUX.1's transformer 11,901,408,320, its VAE 83,819,683, its T5 4,762,310,656, CLIP 123,060,480.
+# The same, as numbers: Qwen2.5-7B has 7,615,616,512 parameters; of FLUX.1, the transformer has 11,901,408,320, the VAE 83,819,683, T5
+# 4,762,310,656, CLIP 123,060,480.
 NUMBERS = {
     "transformer": 7_615_616_512 + 8 * QWEN_LAYER + 2 * 16448 * 3584 + 3584,
     "mmdit": 11_901_408_320 + 1536 * 3072,
@@ -103,25 +104,28 @@ def plan(tmp_path_factory):
 
 def test_every_key_is_consumed_and_every_parameter_filled(plan):
     shapes = {
-        "transformer": dirs.ar(dirs.RELEASED["ar"]), "mmdit": dirs.flux(dirs.RELEASED["mmdit"], 1536), "autoencoder": dirs.vae(dirs.RELEASED["vae"]),
-        "t5": dirs.t5(dirs.RELEASED["t5"]), "clip": dirs.clip(dirs.RELEASED["clip"]),
+        "transformer": dirs.ar(dirs.RELEASED["ar"]),
+        "mmdit": dirs.flux(dirs.RELEASED["mmdit"], 1536),
+        "autoencoder": dirs.vae(dirs.RELEASED["vae"]),
+        "t5": dirs.t5(dirs.RELEASED["t5"]),
+        "clip": dirs.clip(dirs.RELEASED["clip"]),
         "siglip_vq": dirs.vit(dirs.RELEASED["vit"]) | dirs.projector(dirs.RELEASED["vq"], 1536),
-    }  # fmt: skip
-    for name, targets in plan.targets.items():
+    }
+    for name, targets in plan.params.items():
         taken = [rule.source.removeprefix("vit.").removeprefix("vqproj.") for t in targets for rule in t.rules]
         dropped = (
             {"norm.weight", "norm.bias", *(k for k in shapes[name] if k.startswith(("attn_pool", "head")))}
             if name == "siglip_vq"
             else set()
         )
-        assert sorted(taken) == sorted(set(shapes[name]) - dropped) and not any(t.make for t in targets)
-    sources = {name: sum(len(t.rules) for t in targets) for name, targets in plan.targets.items()}
+        assert sorted(taken) == sorted(set(shapes[name]) - dropped) and not any(t.init for t in targets)
+    sources = {name: sum(len(t.rules) for t in targets) for name, targets in plan.params.items()}
     by_hand = {"transformer": 36 * 12 + 6, "siglip_vq": 40 * 12 + 3 + 5 + 2 * 8, "mmdit": 19 * 32 + 38 * 14 + 21, "autoencoder": 106 + 138}
     assert sources == by_hand | {"t5": 24 * 9 + 3, "clip": 12 * 16 + 4}
 
 
 def test_parameters_are_counted_as_by_hand(plan):
-    counts = {name: sum(math.prod(t.shape) for t in targets) for name, targets in plan.targets.items()}
+    counts = {name: sum(math.prod(t.shape) for t in targets) for name, targets in plan.params.items()}
     print("\n".join(line for line in plan_lines(plan) if not line.startswith(" ")), f"\ntotal: {sum(counts.values()):,}")
     assert counts == COUNTS
     assert NUMBERS.items() <= COUNTS.items()
@@ -131,9 +135,13 @@ def test_configs_are_the_presets(plan):
     """Sizes come from configs and tensors; what they are is known."""
     configs = {name: found.config for name, found in plan.release.components.items()}
     presets = {
-        "transformer": transformer.PRESETS["xomni-7b"], "siglip_vq": siglip_vq.PRESETS["siglip2-g-xomni"], "mmdit": mmdit.PRESETS["flux-dev-xomni"],
-        "autoencoder": autoencoder.PRESETS["flux"], "t5": text_encoders.T5_PRESETS["t5-v1.1-xxl"], "clip": text_encoders.CLIP_PRESETS["clip-l"],
-    }  # fmt: skip
+        "transformer": transformer.PRESETS["xomni-7b"],
+        "siglip_vq": siglip_vq.PRESETS["siglip2-g-xomni"],
+        "mmdit": mmdit.PRESETS["flux-dev-xomni"],
+        "autoencoder": autoencoder.PRESETS["flux"],
+        "t5": text_encoders.T5_PRESETS["t5-v1.1-xxl"],
+        "clip": text_encoders.CLIP_PRESETS["clip-l"],
+    }
     how = ("dtype", "param_dtype", "remat", "query_chunk", "attention_chunk")
     for name, preset in presets.items():
         ours, theirs = ({k: v for k, v in vars(c).items() if k not in how} for c in (configs[name], preset))

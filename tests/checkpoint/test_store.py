@@ -169,7 +169,9 @@ def test_a_loop_of_abandoned_reads_ends_them_and_drops_late_reports():
             loop.close()
 
     before = asyncio.get_event_loop_policy()
-    assert reading(read) == (None, "gone") and asyncio.get_event_loop_policy() is before
+    with pytest.raises(CheckpointError, match="here: gone$"):
+        reading(read, "here: {reason}")
+    assert asyncio.get_event_loop_policy() is before
     loop, tasks = said
     assert len(ended) == 3 and all(task.cancelled() for task in tasks) and loop.is_closed()
     loop.call_soon_threadsafe(ended.clear)  # a plain loop raises here

@@ -11,29 +11,34 @@ import numpy as np
 import pytest
 
 from tests.miniature import ROOT
-from xomni_jax.checkpoint.assemble import Sources, Target, blocks_of, copy_strided, not_finite, targets_of
+from tests.name_tables import plan, to_params, to_tensors
 from xomni_jax.checkpoint.conversion import (
     CONV,
     TRANSPOSE,
     ConversionError,
-    Drop,
-    Make,
+    Ignored,
+    Init,
+    NameTable,
     Rule,
-    Table,
     bias_axes,
     flatten,
     in_axes,
     out_axes,
-    plan,
     problems,
-    to_params,
-    to_tensors,
-)  # fmt: skip
-from xomni_jax.checkpoint.names import new
-from xomni_jax.checkpoint.stored import Stored
-from xomni_jax.checkpoint.stream import chunk_shape, save_targets
+)
+from xomni_jax.checkpoint.names import initializers
+from xomni_jax.checkpoint.orbax_reader import OrbaxReader
+from xomni_jax.checkpoint.param_reader import ParamReader, TensorFiles, blocks_of, copy_strided, not_finite, param_readers
+from xomni_jax.checkpoint.stream import chunk_shape, save_params
 
-FITS = [(TRANSPOSE, (6, 35)), (out_axes(2, 3), (6, 35)), (in_axes(5, 7), (6, 35)), (out_axes(3, 2, 1), (6, 35)), (bias_axes(2, 3), (6,)), (CONV, (6, 5, 3, 2))]  # fmt: skip
+FITS = [
+    (TRANSPOSE, (6, 35)),
+    (out_axes(2, 3), (6, 35)),
+    (in_axes(5, 7), (6, 35)),
+    (out_axes(3, 2, 1), (6, 35)),
+    (bias_axes(2, 3), (6,)),
+    (CONV, (6, 5, 3, 2)),
+]
 
 
 class Memory:
@@ -60,8 +65,10 @@ def small(rng):
     tensors |= {f"l.{i}.{n}": rng.normal(size=(4, 9)).astype(np.float32) for i in range(3) for n in "qkv"}
     rules = [Rule(f"l.{i}.w", "layers/w/kernel", out_axes(2, 3), i) for i in range(3)] + [Rule("e", "embed/table", TRANSPOSE)]
     rules += [Rule(f"l.{i}.{n}", "layers/qkv/kernel", out_axes(2, 2), i, (1, p)) for i in range(3) for p, n in enumerate("qkv")]
-    table = Table(
-        rules, [Drop("x.*", "unused")], [Make("new/kernel", *new.normal(1.0)), Make("stack/kernel", *new.normal(1.0), stacked=True)]
+    table = NameTable(
+        rules,
+        [Ignored("x.*", "unused")],
+        [Init("new/kernel", initializers.normal(1.0)), Init("stack/kernel", initializers.normal(1.0), stacked=True)],
     )
     shapes = {
         "layers/w/kernel": (3, 10, 2, 3),
@@ -77,7 +84,7 @@ def small(rng):
 def test_the_plan_of_joined_and_new_parameters(rng):
     tensors, table, shapes = small(rng)
     assert plan(tensors | {"x1": np.zeros(2)}, table, shapes) == list(table.rules)
-    params = to_params(tensors, Table(table.rules), {k: v for k, v in shapes.items() if k.startswith(("layers", "embed"))})
+    params = to_params(tensors, NameTable(table.rules), {k: v for k, v in shapes.items() if k.startswith(("layers", "embed"))})
     for key, value in to_tensors(params, table).items():
         np.testing.assert_array_equal(value, tensors[key])
 
@@ -105,12 +112,12 @@ def test_each_problem_is_named(change, words, rng):
     rules = list(table.rules)
     change(tensors, rules, shapes)
     with pytest.raises(ConversionError, match=words):
-        plan(tensors, Table(rules, table.drops, table.makes), shapes)
+        plan(tensors, NameTable(rules, table.ignored, table.inits), shapes)
 
 
 def test_a_target_made_twice(rng):
     tensors, table, shapes = small(rng)
-    twice = Table(table.rules, table.drops, [*table.makes, Make("embed/table", *new.constant(0))])
+    twice = NameTable(table.rules, table.ignored, [*table.inits, Init("embed/table", initializers.constant(0))])
     assert "embed/table: made twice" in problems(tensors, twice, shapes)
 
 
@@ -118,7 +125,7 @@ def test_planning_touches_no_values():
     """Shapes of the size of a model are checked without memory for them."""
     shape = (152_064 * 64, 3584)
     info = SimpleNamespace(shape=shape, dtype=np.dtype(np.float32), nbytes=0)
-    table = Table([Rule("w", "k", out_axes(152_064, 64))])
+    table = NameTable([Rule("w", "k", out_axes(152_064, 64))])
     assert problems({"w": info}, table, {"k": (3584, 152_064, 64)}) == []
 
 
@@ -142,7 +149,7 @@ def test_large_copies_cross_tiles(rng):
 
 def test_any_rectangle_is_part_of_the_whole(rng):
     tensors, table, shapes = small(rng)
-    targets, wrong = targets_of(table, shapes, Sources().add(Memory(tensors)), np.dtype(np.float32))
+    targets, wrong = param_readers(table, shapes, TensorFiles().add(Memory(tensors)), np.dtype(np.float32))
     assert wrong == []
     for target in targets:
         whole = target.read()
@@ -155,7 +162,7 @@ def test_any_rectangle_is_part_of_the_whole(rng):
 @pytest.mark.parametrize("limit", [1, 40, 100, 10**6])
 def test_blocks_cover_a_parameter_once_in_the_order_of_the_file(limit, rng):
     tensors, table, shapes = small(rng)
-    targets, _ = targets_of(table, shapes, Sources().add(Memory(tensors)), None)
+    targets, _ = param_readers(table, shapes, TensorFiles().add(Memory(tensors)), None)
     for target in targets:
         seen = np.zeros(target.shape, int)
         for index in blocks_of(target, tuple(min(2, n) for n in target.shape), limit):
@@ -193,15 +200,15 @@ def test_values_that_are_no_numbers(dtype, rng):
 
 # ---- written ----
 def saved(directory, targets):
-    save_targets(directory, targets)
-    stored = Stored(directory)
+    save_params(directory, targets)
+    stored = OrbaxReader(directory)
     return {path: stored.read(path) for path in stored.arrays}
 
 
 def test_what_is_written_is_what_was_put_together(tmp_path, rng, monkeypatch):
     tensors, table, shapes = small(rng)
     memory = Memory(tensors)
-    targets, _ = targets_of(table, shapes, Sources().add(memory), None)
+    targets, _ = param_readers(table, shapes, TensorFiles().add(memory), None)
     whole = {t.path: t.read() for t in targets}
     for name, limits in (("whole", (2**24, 2**27)), ("pieces", (64, 100))):
         monkeypatch.setattr(chunk_shape, "__defaults__", limits[:1])
@@ -221,11 +228,11 @@ def test_a_read_of_one_layer(tmp_path, rng):
     big = rng.normal(size=(3, 700, 1100)).astype(np.float32)
     save_component(tmp_path, "siglip_vq", {"a": {"kernel": jnp.asarray(big)}, "b": jnp.arange(6.0)}, configs()["siglip_vq"])
     (tmp_path / "spill").mkdir()
-    stored = Stored(tmp_path / "siglip_vq", tmp_path / "spill")
+    stored = OrbaxReader(tmp_path / "siglip_vq", tmp_path / "spill")
     for i in (2, 0, 1):
         np.testing.assert_array_equal(stored.read("a/kernel", i), big[i])
     np.testing.assert_array_equal(
-        Stored(tmp_path / "siglip_vq").read("a/kernel", (slice(1, 2), slice(3, 5), slice(0, 1100))), big[1:2, 3:5]
+        OrbaxReader(tmp_path / "siglip_vq").read("a/kernel", (slice(1, 2), slice(3, 5), slice(0, 1100))), big[1:2, 3:5]
     )
     np.testing.assert_array_equal(stored.read("b"), np.arange(6.0))
     assert isinstance(stored._kept["a/kernel"], np.memmap) and not os.listdir(tmp_path / "spill")
@@ -235,12 +242,12 @@ HOST = """
 import sys
 import jax
 jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", 2, int(sys.argv[2]), initialization_timeout=60)
-from xomni_jax.checkpoint import assemble, convert, stream
-assemble.blocks_of.__defaults__ = (20_000,)
+from xomni_jax.checkpoint import convert, param_reader, stream
+param_reader.blocks_of.__defaults__ = (20_000,)
 stream.chunk_shape.__defaults__ = (10_000,)
 mine = []
-read = assemble.Target.read
-assemble.Target.read = lambda self, index=None: mine.append((self.path, index)) or read(self, index)
+read = param_reader.ParamReader.read
+param_reader.ParamReader.read = lambda self, index=None: mine.append((self.path, index)) or read(self, index)
 convert.convert(*sys.argv[3:6], say=lambda line: None)
 print(len(mine), "blocks")
 """
@@ -271,7 +278,7 @@ def test_two_hosts_write_a_part_each(released, converted, tmp_path):
     counts = [int(out.split()[-2]) for out, _ in told]
     assert min(counts) > 100 and abs(counts[0] - counts[1]) <= 6, counts
     for name in json.loads((tmp_path / "out" / "model.json").read_text())["components"]:
-        one, two = Stored(converted[0] / name), Stored(tmp_path / "out" / name)
+        one, two = OrbaxReader(converted[0] / name), OrbaxReader(tmp_path / "out" / name)
         assert set(one.arrays) == set(two.arrays)
         for path in one.arrays:
             assert one.read(path).tobytes() == two.read(path).tobytes(), path
@@ -287,8 +294,8 @@ def test_a_failing_write_is_an_error(tmp_path, rng):
             raise OSError(28, "No space left on device")
 
     tensors, table, shapes = small(rng)
-    targets, _ = targets_of(table, shapes, Sources().add(Broken(tensors)), None)
+    targets, _ = param_readers(table, shapes, TensorFiles().add(Broken(tensors)), None)
     with pytest.raises(OSError, match="No space left"):
-        save_targets(tmp_path / "out", targets)
+        save_params(tmp_path / "out", targets)
     assert not (tmp_path / "out").exists()
-    assert flatten({"a": {"b": 1}}) == {"a/b": 1} and isinstance(targets[0], Target)
+    assert flatten({"a": {"b": 1}}) == {"a/b": 1} and isinstance(targets[0], ParamReader)

@@ -1,45 +1,69 @@
-"""`xomni serve-reward`: help that teaches, options that fit their scorer."""
-
-import argparse
+"""`xomni serve-reward`: help that lists the scorers, options that belong to each, errors in one sentence."""
 
 import pytest
 
-from xomni_jax.cli import serve_reward
-from xomni_jax.rewards.services.base import SCORERS
+from xomni_jax.cli.main import main
+from xomni_jax.rewards.scorer import SCORERS
 
 
-@pytest.fixture
-def parser():
-    parser = argparse.ArgumentParser(
-        prog="xomni serve-reward", epilog=serve_reward.EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    serve_reward.add_arguments(parser)
-    return parser
+@pytest.fixture(autouse=True)
+def settings(monkeypatch):
+    """What main changes for the process is undone."""
+    monkeypatch.setattr("sys.argv", ["xomni"])
+    monkeypatch.delenv("XOMNI_DEBUG", raising=False)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "unused")
 
 
-def test_help_shows_a_command_that_parses(parser, capsys):
-    with pytest.raises(SystemExit):
-        parser.parse_args(["--help"])
-    text = capsys.readouterr().out
-    line = next(line.strip() for line in text.splitlines() if line.strip().startswith("xomni serve-reward"))
-    assert parser.parse_args(line.split()[2:]).port == 8001
-    assert "/health" in text and all(name in text for name in SCORERS)
+def told(capsys, *line):
+    """Exit code, and what is printed, of a command that ends by itself."""
+    try:
+        code = main(["serve-reward", *line])
+    except SystemExit as end:
+        code = end.code
+    out, err = capsys.readouterr()
+    return code, out, err
 
 
-def test_names_are_those_that_can_be_served():
-    assert set(serve_reward.NAMES) == set(SCORERS)
+def test_help_lists_every_scorer_in_one_line(capsys):
+    code, out, _ = told(capsys, "--help")
+    lines = [line.split()[0] for line in out.splitlines() if line.strip()]
+    assert code == 0 and "/health" in out and all(lines.count(name) == 1 for name in SCORERS.names())
+
+
+@pytest.mark.parametrize(
+    "scorer, own, other",
+    [
+        ("ocr", "--mode", "--references"),
+        ("quality", "--references", "--mode"),
+        ("detector", "--short-side", "--mode"),
+        ("shapes", "--port", "--mode"),
+    ],
+)
+def test_help_of_a_scorer_shows_its_options_alone(scorer, own, other, capsys):
+    code, out, _ = told(capsys, scorer, "--help")
+    assert code == 0 and own in out and other not in out
 
 
 @pytest.mark.parametrize(
     "line, words",
     [
-        ("shapes --mode crop", "--mode belongs to ocr"),
-        ("ocr --references images", "--references belongs to quality"),
+        ("shapes --mode crop", "unrecognized arguments: --mode crop"),
+        ("ocr --references images", "unrecognized arguments: --references images"),
+        ("ocr --mode fast", "invalid choice: 'fast'"),
+        ("detector --short-side wide", "invalid int value: 'wide'"),
         ("ocr --workers 0", "--workers 0 must be at least 1"),
         ("ocr --port 99999", "port 99999 on 127.0.0.1 cannot be used"),
+        ("taste", "the scorer 'taste' is unknown; use one of ocr, shapes"),
+        ("absent.py:Taste", "absent.py: no such file; a scorer of your own"),
+        ("--port 99999 ocr", "port 99999 on 127.0.0.1 cannot be used"),
     ],
 )
-def test_errors_are_one_sentence(parser, line, words):
-    args = parser.parse_args(line.split())
-    with pytest.raises(ValueError, match=words):
-        serve_reward.run(args, [])
+def test_errors_are_one_sentence(line, words, capsys):
+    code, out, err = told(capsys, *line.split())
+    assert code == 2 and out == "" and words in err.splitlines()[-1] and err.splitlines()[-1].startswith("xomni")
+
+
+def test_a_class_that_is_no_scorer(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text("class Mine:\n    pass\n")
+    code, _, err = told(capsys, f"{tmp_path}/mine.py:Mine")
+    assert code == 2 and "is not a scorer; derive the class from xomni_jax.rewards.Scorer and set its name" in err

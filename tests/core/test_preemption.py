@@ -1,13 +1,35 @@
 """Stopping in good order."""
 
+import gc
 import os
 import signal
 import subprocess
 import sys
+import threading
+import weakref
 
 import pytest
 
 from xomni_jax.core.preemption import StopRequested, StopSignal
+
+
+class Group:
+    """Counts the requests to stop; agrees on the third poll."""
+
+    def __init__(self):
+        self.requests = self.polls = 0
+        self.asked = threading.Event()
+
+    def request_stop(self):
+        self.requests += 1
+        self.asked.set()
+
+    def reached_stop(self):
+        self.polls += 1
+        return self.polls >= 3
+
+    def next_poll_stops(self):
+        return self.polls + 1 >= 3
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -22,6 +44,32 @@ def test_a_signal_sets_the_flag_and_the_old_handler_comes_back(number, capfd):
             stop.check()
     assert signal.getsignal(number) is before
     assert f"{number.name}: saving at the end of this step" in capfd.readouterr().err
+
+
+def test_one_of_several_processes_asks_once_and_stops_where_all_do():
+    group = Group()
+    with StopSignal(group) as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert group.asked.wait(10)
+        stop.check()
+        stop.check_waiting()
+        stop.check()
+        with pytest.raises(StopRequested):
+            stop.check_waiting()
+        with pytest.raises(StopRequested):
+            stop.check()
+    assert group.requests == 1
+
+
+def test_neither_signals_nor_the_group_keep_it_alive():
+    """Stages hold its methods, and it must not hold them in turn."""
+    group = Group()
+    with StopSignal(group) as stop:
+        alive = weakref.ref(stop)
+    del stop
+    gc.collect()
+    assert alive() is None
 
 
 def test_the_second_ctrl_c_stops_at_once():

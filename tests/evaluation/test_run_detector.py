@@ -15,7 +15,7 @@ from xomni_jax.cli.main import main
 from xomni_jax.evaluation import outputs
 from xomni_jax.evaluation.suite import Item
 from xomni_jax.evaluation.suites import geneval
-from xomni_jax.rewards.services.base import build
+from xomni_jax.rewards.scorer import build_scorer
 from xomni_jax.sharding.mesh import make_mesh
 
 pytestmark = pytest.mark.parity
@@ -46,12 +46,12 @@ def test_from_prompts_to_page(folders, model_dir, tmp_path, monkeypatch, capsys)
         assert files == ["metadata.jsonl", *(f"samples/{k:04d}.png" for k in range(4))]
         assert [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()] == [row]
     results, items = json.loads((out / "results.json").read_text()), [json.loads(x) for x in (out / "items.jsonl").read_text().splitlines()]
-    scorer = build("detector", {"detector": folders[0], "clip": folders[1], "short_side": 64})
+    scorer = build_scorer("detector", {"detector": folders[0], "clip": folders[1], "short_side": 64})
     means = []
     for item, row in zip(items, ROWS, strict=True):
         (asked,) = geneval.GenEval().questions(Item("", "", {"metadata": row}))
         images = [np.asarray(Image.open(out / name).convert("RGB")) for name in item["images"]]
-        seen = [scorer.score(image, {"prompt": "", "targets": {"detect": asked}})[1]["detections"] for image in images]
+        seen = [scorer.score_image(image, {"prompt": "", "targets": {"detect": asked}}).detail["detections"] for image in images]
         assert item["replies"] == [[found] for found in seen] and any(any(found.values()) for found in seen)
         means.append(np.mean([geneval.judge(row, found)[0] for found in seen]))
         assert item["score"] == means[-1]

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from xomni_jax.checkpoint import conversion
+from tests import name_tables
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
 
@@ -27,7 +27,7 @@ def part(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
 def shapes(model: nn.Module, *args, **kw) -> dict[str, tuple[int, ...]]:
     """{path: shape} of a model's parameters; nothing is computed."""
     boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), *args, **kw))["params"]
-    return {path: leaf.shape for path, leaf in conversion.flatten(nn.meta.unbox(boxed)).items()}
+    return {path: leaf.shape for path, leaf in name_tables.flatten(nn.meta.unbox(boxed)).items()}
 
 
 def assert_close(actual, expected, name: str, tolerance: float = 1e-4) -> None:
@@ -41,16 +41,22 @@ def assert_close(actual, expected, name: str, tolerance: float = 1e-4) -> None:
 
 
 def assert_gradients(
-    gradients, reference: dict[str, np.ndarray], table: conversion.Table, wanted, *, zero: tuple[str, ...] = (), tolerance: float = 1e-4
+    gradients,
+    reference: dict[str, np.ndarray],
+    table: name_tables.NameTable,
+    wanted,
+    *,
+    zero: tuple[str, ...] = (),
+    tolerance: float = 1e-4,
 ) -> None:
     """Compares every parameter's gradient with the reference's, brought over by the same table as the weights.
 
     `zero` names the endings of paths whose gradient vanishes in exact arithmetic (a key bias under softmax): both sides hold rounding
     noise there, which must stay below 1e-6 of the largest gradient of all. Every other one is measured by its own largest value.
     """
-    expected = conversion.flatten(conversion.to_params(reference, table, wanted))
+    expected = name_tables.flatten(name_tables.to_params(reference, table, wanted))
     largest = max(np.abs(v).max() for v in expected.values())
-    for path, value in conversion.flatten(gradients).items():
+    for path, value in name_tables.flatten(gradients).items():
         if path.endswith(zero):
             noise = max(np.abs(value).max(), np.abs(expected[path]).max()) / largest
             assert noise <= 1e-6, f"gradient of {path}: {noise:.2e} of the largest gradient, should vanish"

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen import meta
 
-from xomni_jax.checkpoint.conversion import flatten, to_params
+from tests.name_tables import to_params
+from xomni_jax.checkpoint.conversion import flatten
 from xomni_jax.checkpoint.names.siglip_vq import table
 from xomni_jax.models.siglip_vq import SigLIPVQ, SigLIPVQConfig
 

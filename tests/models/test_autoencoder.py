@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests import name_tables
 from tests.models import golden
 from tests.parity.reference_autoencoder import SIZES
-from xomni_jax.checkpoint import conversion
 from xomni_jax.checkpoint.names.autoencoder import table
 from xomni_jax.models.autoencoder import PRESETS, Autoencoder, AutoencoderConfig, identity, pack, unpack
 from xomni_jax.sharding.mesh import make_mesh
@@ -24,7 +24,7 @@ CFG = AutoencoderConfig(**SIZES)
 def compare(arrays: dict[str, np.ndarray], cfg: AutoencoderConfig = CFG) -> None:
     """Posterior moments, scaled latents and decoded pixels against a reference's arrays."""
     model, pixels = Autoencoder(cfg), arrays["in/pixels"]
-    params = conversion.to_params(golden.part(arrays, "w"), table(cfg), golden.shapes(model, pixels))
+    params = name_tables.to_params(golden.part(arrays, "w"), table(cfg), golden.shapes(model, pixels))
 
     @jax.jit
     def run(params, pixels, latents):
@@ -48,8 +48,8 @@ def test_golden():
 def test_flux_preset_has_the_released_size_and_shards():
     cfg = PRESETS["flux"]
     boxed = jax.eval_shape(lambda: Autoencoder(cfg).init(jax.random.key(0), jnp.zeros((1, 16, 24, 3))))["params"]
-    wanted = {k: v.shape for k, v in conversion.flatten(nn.meta.unbox(boxed)).items()}
-    assert conversion.plan([r.source for r in table(cfg).rules], table(cfg), wanted)
+    wanted = {k: v.shape for k, v in name_tables.flatten(nn.meta.unbox(boxed)).items()}
+    assert name_tables.plan([r.source for r in table(cfg).rules], table(cfg), wanted)
     assert sum(np.prod(s) for s in wanted.values()) == 83_819_683  # the parameter count of the released VAE
     assert cfg.factor == 8 and cfg.packed_channels == 64
     param_shardings(boxed, make_mesh(dict(fsdp=4, tensor=2)))

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests import name_tables
 from tests.models import golden
 from tests.parity.reference_mmdit import GRID, SIZES
-from xomni_jax.checkpoint import conversion
 from xomni_jax.checkpoint.names.mmdit import table
 from xomni_jax.models.mmdit import PRESETS, MMDiT, MMDiTConfig, apply_rope, rope_tables
 from xomni_jax.sharding.mesh import make_mesh
@@ -26,7 +26,7 @@ def compare(arrays: dict[str, np.ndarray], cfg: MMDiTConfig = CFG) -> None:
     model, x = MMDiT(cfg), golden.part(arrays, "in")
     inputs = (x["latents"], x["sigma"], x["text"], x["pooled"], GRID)
     wanted = golden.shapes(model, *inputs)
-    params = conversion.to_params(golden.part(arrays, "w"), table(cfg), wanted)
+    params = name_tables.to_params(golden.part(arrays, "w"), table(cfg), wanted)
 
     def loss(params):
         velocity = model.apply({"params": params}, *inputs, x["semantics"], x["guidance"])
@@ -127,8 +127,8 @@ def test_presets_fit_their_table(name):
     cfg = PRESETS[name]
     inputs = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, 6, cfg.in_channels), (1,), (1, 2, cfg.text_dim), (1, cfg.pooled_dim))]
     shapes = jax.eval_shape(lambda *a: MMDiT(cfg).init(jax.random.key(0), *a, (2, 3)), *inputs)["params"]
-    wanted = {k: v.shape for k, v in conversion.flatten(nn.meta.unbox(shapes)).items()}
-    assert conversion.plan([r.source for r in table(cfg).rules], table(cfg), wanted)
+    wanted = {k: v.shape for k, v in name_tables.flatten(nn.meta.unbox(shapes)).items()}
+    assert name_tables.plan([r.source for r in table(cfg).rules], table(cfg), wanted)
     if name == "flux-dev-xomni":  # FLUX.1-dev's published 11.9B, and the semantic projection
         assert sum(np.prod(s, dtype=np.int64) for s in wanted.values()) == 11_901_408_320 + 1536 * 3072
 

@@ -11,7 +11,8 @@ import pytest
 from flax.linen import meta
 
 from tests.models.siglip_vq_parity import compare, config, params_of, part, shapes
-from xomni_jax.checkpoint.conversion import ConversionError, flatten, to_params, to_tensors
+from tests.name_tables import to_params, to_tensors
+from xomni_jax.checkpoint.conversion import ConversionError, flatten
 from xomni_jax.checkpoint.names.siglip_vq import projector_table, table, vit_table
 from xomni_jax.models.siglip_vq import PRESETS, SigLIPVQ, SigLIPVQConfig
 from xomni_jax.sharding.mesh import make_mesh

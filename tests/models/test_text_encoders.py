@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests import name_tables
 from tests.models import golden
 from tests.parity import reference_clip, reference_t5
-from xomni_jax.checkpoint import conversion
 from xomni_jax.checkpoint.names import clip, t5
 from xomni_jax.models.text_encoders import CLIP_PRESETS, T5_PRESETS, CLIPTextConfig, CLIPTextEncoder, T5Config, T5Encoder, relative_buckets
 from xomni_jax.sharding.mesh import make_mesh
@@ -22,7 +22,7 @@ CLIP = CLIPTextConfig(**reference_clip.SIZES)
 
 def _compare(arrays, model, table, loss, names, zero=()) -> None:
     wanted = golden.shapes(model, arrays["in/ids"])
-    params = conversion.to_params(golden.part(arrays, "w"), table, wanted)
+    params = name_tables.to_params(golden.part(arrays, "w"), table, wanted)
 
     def scalar(params):
         out = model.apply({"params": params}, arrays["in/ids"])
@@ -68,20 +68,23 @@ def test_golden_clip():
 )
 def test_presets_fit_their_table_and_shard(model, table, count):
     boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 7), jnp.int32)))["params"]
-    wanted = {k: v.shape for k, v in conversion.flatten(nn.meta.unbox(boxed)).items()}
+    wanted = {k: v.shape for k, v in name_tables.flatten(nn.meta.unbox(boxed)).items()}
     rules = table(model.cfg)
-    assert conversion.plan([r.source for r in rules.rules], rules, wanted)
+    assert name_tables.plan([r.source for r in rules.rules], rules, wanted)
     if count:  # the released models' published sizes
         assert sum(np.prod(s, dtype=np.int64) for s in wanted.values()) == count
     param_shardings(boxed, make_mesh(dict(fsdp=4, tensor=2)))
 
 
 def test_known_keys_without_use():
-    assert conversion.to_params({k: v for k, v in golden.part(golden.load("t5"), "w").items()} | {"encoder.embed_tokens.weight": np.zeros(1)},
-                                t5.table(T5), golden.shapes(T5Encoder(T5), np.zeros((1, 3), np.int32)))  # fmt: skip
+    assert name_tables.to_params(
+        {k: v for k, v in golden.part(golden.load("t5"), "w").items()} | {"encoder.embed_tokens.weight": np.zeros(1)},
+        t5.table(T5),
+        golden.shapes(T5Encoder(T5), np.zeros((1, 3), np.int32)),
+    )
     unprefixed = {k.removeprefix("text_model."): v for k, v in golden.part(golden.load("clip"), "w").items()}
     wanted = golden.shapes(CLIPTextEncoder(CLIP), np.zeros((1, 3), np.int32))
-    assert conversion.to_params(unprefixed | {"embeddings.position_ids": np.arange(11)}, clip.table(CLIP, prefix=""), wanted)
+    assert name_tables.to_params(unprefixed | {"embeddings.position_ids": np.arange(11)}, clip.table(CLIP, prefix=""), wanted)
 
 
 def test_relative_buckets_by_hand():
@@ -94,7 +97,7 @@ def test_relative_buckets_by_hand():
 def test_clip_is_causal_and_pools_at_first_end():
     arrays = golden.load("clip")
     model, ids = CLIPTextEncoder(CLIP), arrays["in/ids"]
-    params = conversion.to_params(golden.part(arrays, "w"), clip.table(CLIP), golden.shapes(model, ids))
+    params = name_tables.to_params(golden.part(arrays, "w"), clip.table(CLIP), golden.shapes(model, ids))
     run = jax.jit(lambda params, ids: model.apply({"params": params}, ids))
     changed = ids.copy()
     changed[0, 6:] = 3  # behind the first end-of-text token

@@ -13,8 +13,9 @@ import pytest
 from flax.linen import meta
 from jax.sharding import NamedSharding, PartitionSpec
 
+from tests.name_tables import to_params, to_tensors
 from tests.parity.reference_transformer import SIZES
-from xomni_jax.checkpoint.conversion import flatten, to_params, to_tensors
+from xomni_jax.checkpoint.conversion import flatten
 from xomni_jax.checkpoint.names.transformer import table
 from xomni_jax.models.heads import image_logp, select, text_logp
 from xomni_jax.models.transformer import PRESETS, ARConfig, ARTransformer

@@ -87,7 +87,15 @@ def test_diffusers_loads_the_mmdit(exported):
     latents, text, pooled = draw(2, Y * X, c["channels"]), draw(2, 5, c["text"]), draw(2, c["pooled"])
     sigma, guidance = np.array([0.83, 0.17], np.float32), np.array([1.0, 3.5], np.float32)
     ids = np.stack([np.zeros((Y, X)), *np.mgrid[:Y, :X]], -1).reshape(-1, 3).astype(np.float32)
-    as_torch = dict(hidden_states=latents, encoder_hidden_states=text, pooled_projections=pooled, timestep=sigma, guidance=guidance, img_ids=ids, txt_ids=np.zeros((5, 3), np.float32))  # fmt: skip
+    as_torch = dict(
+        hidden_states=latents,
+        encoder_hidden_states=text,
+        pooled_projections=pooled,
+        timestep=sigma,
+        guidance=guidance,
+        img_ids=ids,
+        txt_ids=np.zeros((5, 3), np.float32),
+    )
     with torch.no_grad():
         theirs = peer(**{k: torch.from_numpy(v) for k, v in as_torch.items()}, return_dict=False)[0]
     close(model.module("mmdit").apply({"params": model.params("mmdit")}, latents, sigma, text, pooled, (Y, X), None, guidance), theirs)
@@ -163,7 +171,7 @@ def test_a_tower_that_transformers_saved_becomes_a_tokenizer(tmp_path, monkeypat
     import torch
 
     from tests.parity.reference_siglip_vq import SIZES, build_vit
-    from xomni_jax.checkpoint.found import NewParts
+    from xomni_jax.checkpoint.component_source import NewParts
 
     monkeypatch.setitem(SIZES, "width", 96)  # the released projector has 32 groups
     tower, features = build_vit(3)
@@ -183,7 +191,7 @@ def test_a_language_model_that_transformers_saved_becomes_a_start(tied, tmp_path
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from xomni_jax.checkpoint.found import NewParts
+    from xomni_jax.checkpoint.component_source import NewParts
 
     torch.manual_seed(0)
     rope = {"rope_type": "default", "rope_theta": 12345.0}

@@ -13,8 +13,9 @@ from flax.linen import meta
 from PIL import Image
 
 import xomni_jax
+from tests.name_tables import to_params, to_tensors
 from tests.parity import released
-from xomni_jax.checkpoint.conversion import flatten, to_params, to_tensors
+from xomni_jax.checkpoint.conversion import flatten
 from xomni_jax.checkpoint.names import autoencoder, clip, mmdit, siglip_vq, t5, transformer
 from xomni_jax.checkpoint.store import save_component, save_settings
 from xomni_jax.data.preprocess import ImageLimits, ImageRejected

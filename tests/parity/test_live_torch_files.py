@@ -11,7 +11,7 @@ import safetensors.torch  # noqa: E402
 
 from xomni_jax.checkpoint import safetensors_file, torch_file  # noqa: E402
 from xomni_jax.checkpoint.tensors import TensorFileError, open_sharded, open_tensor_file  # noqa: E402
-from xomni_jax.checkpoint.torch_names import DTYPES  # noqa: E402
+from xomni_jax.checkpoint.torch_pickle import DTYPES  # noqa: E402
 
 pytestmark = pytest.mark.parity
 LOADS = [{}, {"mmap": True}]

@@ -1,4 +1,6 @@
-"""One of two real processes (or the only one, to compare with): everything that needs a second one and no signal, in one start-up. What it finds is written for the test.
+"""One of two real processes, or the only one, to compare with: everything that needs a second one and no signal, in one start-up.
+
+It writes what it finds for the test.
 
 python -m tests.processes.member FOLDER, started by launch/local.py; FOLDER/plan.json says which model and services.
 """
@@ -12,15 +14,16 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.experimental.multihost_utils import sync_global_devices
 from jax.sharding import AxisType, Mesh
 from ml_collections import ConfigDict
 
 from tests.miniature import configs, stage_changes
 from xomni_jax.checkpoint.store import save_component
-from xomni_jax.cli.train import together
+from xomni_jax.cli.train import run_in_group
 from xomni_jax.core import distributed
 from xomni_jax.core.config import Changes
-from xomni_jax.core.process_group import Line
+from xomni_jax.core.process_group import ProcessGroup
 from xomni_jax.data.rendered import RenderedConfig
 from xomni_jax.data.sources import DataSection, batches
 from xomni_jax.pipeline import XOmni
@@ -75,23 +78,23 @@ def grpo(folder: Path, name: str, model: str, url: str, *overrides: str) -> Conf
     return stage_changes("grpo", folder / name, f"init_from={model}", *rewards, "steps=2", "grid_every=0", "mesh.fsdp=2", *overrides)
 
 
-def run_changed(changes: ConfigDict, line: Line | None) -> None:
+def run_changed(changes: ConfigDict, group: ProcessGroup | None) -> None:
     """A whole run."""
-    run_stage(resolve(Changes(changes.to_dict())), line=line)
+    run_stage(resolve(Changes(changes.to_dict())), group=group)
 
 
-def apart(folder: Path, model: str, url: str, line: Line | None) -> None:
+def apart(folder: Path, model: str, url: str, group: ProcessGroup | None) -> None:
     """GRPO whose decoder has devices of its own; broken off before its second step was saved, and gone on with."""
     config = grpo(folder, "apart", model, url, "mesh.tensor=1", "decoder_mesh.fsdp=2", "save_every=1")
-    run_changed(config, line)
+    run_changed(config, group)
     if jax.process_count() > 1:
         if jax.process_index() == 0:
             run = folder / "apart"
             shutil.copytree(run, folder / "apart_straight")
             shutil.rmtree(run / "model")
             shutil.rmtree(run / "checkpoints" / "2")
-        distributed.barrier("broken off")
-        run_changed(config, line)
+        sync_global_devices("broken off")
+        run_changed(config, group)
 
 
 def among_several(folder: Path, model: str) -> dict:
@@ -107,19 +110,19 @@ def among_several(folder: Path, model: str) -> dict:
 def main(folder: Path) -> None:
     """The whole programme. What FOLDER already holds of a run is gone on with."""
     plan = json.loads((folder / "plan.json").read_text())
-    line = distributed.start({"config.seed": 0})  # launch/local.py sets the environment of one process, too
+    group = distributed.start({"config.seed": 0})  # launch/local.py sets the environment of one process, too
 
     def programme():
         index, several, model = jax.process_index(), jax.process_count() > 1, plan["model"]
         out = {"description": distributed.description()} | (among_several(folder, model) if several else {})
-        run_changed(sft(folder, "sft", model), line)
+        run_changed(sft(folder, "sft", model), group)
         if (folder / "moved").is_dir():
-            run_changed(sft(folder, "moved", model), line)
-        run_changed(grpo(folder, "grpo", model, plan["urls"][index], f"grid_every={2 if several else 0}"), line)
-        apart(folder, model, plan["urls"][index], line)
+            run_changed(sft(folder, "moved", model), group)
+        run_changed(grpo(folder, "grpo", model, plan["urls"][index], f"grid_every={2 if several else 0}"), group)
+        apart(folder, model, plan["urls"][index], group)
         (folder / f"out_{index}.json").write_text(json.dumps(out))
 
-    together(line, programme)
+    run_in_group(group, programme)
 
 
 if __name__ == "__main__":

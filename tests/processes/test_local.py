@@ -12,7 +12,8 @@ PYTHON = [sys.executable, "-c"]
 
 
 def test_every_process_knows_its_place():
-    program = "import os; print(*(os.environ[n] for n in ('XOMNI_PROCESS', 'XOMNI_PROCESSES', 'JAX_COORDINATOR_ADDRESS', 'JAX_NUM_CPU_DEVICES', 'JAX_PLATFORMS')))"
+    names = ("XOMNI_PROCESS", "XOMNI_PROCESSES", "JAX_COORDINATOR_ADDRESS", "JAX_NUM_CPU_DEVICES", "JAX_PLATFORMS")
+    program = f"import os; print(*(os.environ[name] for name in {names}))"
     process = local(*PYTHON, program, processes=3, devices=5)
     told = sorted(ended(process, 60).splitlines())
     assert process.returncode == 0 and told[-1] == "all 3 processes ended well"
@@ -57,7 +58,10 @@ def test_signals_are_passed_on(number, answer, code, last):
 
 def test_one_that_has_saved_leaves_the_others_their_time():
     """The code that launchers ask for; a signal that came to the processes themselves."""
-    program = "import os, sys, time; index = int(os.environ['XOMNI_PROCESS']); time.sleep(0 if index else 2); print('saved', flush=True); sys.exit(75)"
+    program = (
+        "import os, sys, time; index = int(os.environ['XOMNI_PROCESS']); time.sleep(0 if index else 2)\n"
+        "print('saved', flush=True); sys.exit(75)"
+    )
     process = local(*PYTHON, program, XOMNI_STOPPED_CODE="75")
     assert ended(process, 60).splitlines() == ["[1] saved", "[0] saved", "all 2 processes stopped"] and process.returncode == 75
 

@@ -26,7 +26,7 @@ def told(self):
     if len(seen) == {checks} + 2:
         if index == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        while not self._line.next_stops():
+        while not self._group.next_poll_stops():
             time.sleep(0.01)
     check(self)
 

@@ -33,7 +33,7 @@ def test_another_configuration_on_one_host_is_refused(tmp_path):
     "variables, sentence",
     [
         (dict(XOMNI_PROCESS="1"), "process 1 cannot reach process 0 at 127.0.0.1:10 within 1 s (Connection refused)"),
-        (dict(XOMNI_PROCESS="0"), "1 of 2 processes arrived within 1 s (0); missing: 1"),
+        (dict(XOMNI_PROCESS="0"), "1 of 2 processes joined within 1 s (0); missing: 1"),
     ],
 )
 def test_alone_where_two_were_announced(variables, sentence, tmp_path):
@@ -70,19 +70,20 @@ def test_more_hosts_than_given(tmp_path):
 SLOW = """
 import time
 import jax
-from xomni_jax.cli.train import together
+from jax.experimental.multihost_utils import sync_global_devices
+from xomni_jax.cli.train import run_in_group
 from xomni_jax.core import distributed
 from xomni_jax.sharding.mesh import make_mesh
 
-line = distributed.start({})
+group = distributed.start({})
 
 def programme():
     distributed.connect(make_mesh(dict(fsdp=2, tensor=2)))
     if jax.process_index() == 1:
         time.sleep(600)
-    distributed.barrier("late")
+    sync_global_devices("late")
 
-together(line, programme)
+run_in_group(group, programme)
 """
 
 
@@ -91,5 +92,5 @@ def test_a_process_that_does_not_answer():
     process = local(sys.executable, "-c", SLOW, XLA_FLAGS="--xla_cpu_collective_timeout_seconds=2")
     told = ended(process)
     assert process.returncode == 1, told
-    sentence = "another process did not answer within 2 s: it has ended, hangs, or is starved of processor time"
+    sentence = "another process did not answer within 2 s: it has ended, hangs, or gets too little processor time"
     assert f"[0] xomni train: {sentence}" in told and f"[1] xomni: process 0 stopped: {sentence}" in told and "Traceback" not in told

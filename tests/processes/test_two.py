@@ -1,4 +1,7 @@
-"""Two real processes against one, on the same mesh: same batches, same steps, same files; rewards asked once an image. And stopped, and killed."""
+"""Two real processes compared with one on the same mesh: equal batches, steps and files, and one reward request per image.
+
+Then two processes of which one is stopped or killed.
+"""
 
 import json
 import os
@@ -70,7 +73,10 @@ class Session(NamedTuple):
 
 
 def session(folder, model, *command, processes=2, tells=False):
-    """Runs a command with a reward service for each process. With `tells` process 1 gets SIGTERM once both wait for the second step's rewards."""
+    """Runs a command with a reward service for each process.
+
+    With `tells` process 1 gets SIGTERM once both wait for the second step's rewards.
+    """
     asked, both_wait, over = ([], []), threading.Barrier(2), threading.Event()
 
     def before(call):
@@ -97,7 +103,7 @@ def taken_along(run, target):
 
 
 class Runs(NamedTuple):
-    """Folders by name, and sessions: `told` and `killed` are broken off, `rest` ends what was killed, `one` what was told; `two` is not broken."""
+    """Folders by name, and sessions: `told` and `killed` are interrupted, `one` and `rest` resume them; `two` is not interrupted."""
 
     root: Path
     sessions: dict
@@ -159,7 +165,7 @@ def test_values_of_all_processes(runs):
     ],
 )
 def test_batches_are_those_of_one_process(runs, mesh, rows, owned):
-    """Every row is loaded by the processes whose devices hold it, owned by one of them, and the global array is the whole batch in order."""
+    """Every row is loaded by the processes whose devices hold it and owned by one of them; the global array is the batch in order."""
     whole = np.arange(24, dtype=np.float32).reshape(8, 3)
     ids = next(iter(batches(DataSection("rendered", RenderedConfig()), 5, 8, prefetch=0)))["id"]
     assert len(set(ids)) == 8
@@ -192,7 +198,10 @@ def test_steps_are_those_of_one_process(stage, runs):
 
 
 def test_every_image_is_scored_once_and_by_its_own_process(runs):
-    """Each of two asks its own service for its half of a step's images: both steps of GRPO; both of the run with a decoder apart, and its second again."""
+    """Each of two asks its own service for its half of a step's images: in both steps of GRPO, and in the run with a decoder apart.
+
+    The latter makes its second step twice.
+    """
     one, two = runs.sessions["one"].asked, runs.sessions["two"].asked
     assert len(one[0]) == 3 * STEP and not one[1]
     assert [len(seen) for seen in two] == [STEP + STEP + STEP // 2] * 2
@@ -259,7 +268,7 @@ def test_when_one_is_killed_the_other_says_so_and_ends(runs):
     assert code == 128 + signal.SIGKILL, told
     assert steps["sft"][:2] == [1, 2]
     assert "process 1 was ended by SIGKILL; ending the others" in told
-    assert "[0] xomni: process 1 is gone; process 0 ends too. The same command goes on from the newest checkpoint" in told
+    assert "[0] xomni: process 1 is gone; process 0 ends too. The same command resumes from the newest checkpoint" in told
     assert "Traceback" not in told
 
 

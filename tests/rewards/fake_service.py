@@ -13,7 +13,7 @@ import msgpack
 
 
 class FakeService(ThreadingHTTPServer):
-    """Steps: ok, slow, null, error, 500, 400 if bad, 429, nan, wrong count, other id, garbage, drop, hang, trickle."""
+    """Steps: ok, slow, null, error, 500, 400 if bad, 429, nan, wrong count, other id, garbage, drop, hang, trickle, trickling head."""
 
     daemon_threads = True
 
@@ -60,10 +60,14 @@ class _Handler(BaseHTTPRequestHandler):
                 self.server.released.wait(20)
             self.close_connection = True
             return
-        if step == "trickle":
+        if step in ("trickle", "trickling head"):
             self.send_response(200)
             self.send_header("Content-Length", "100000")
-            self.end_headers()
+            if step == "trickle":
+                self.end_headers()
+            else:
+                self.flush_headers()
+                self.wfile.write(b"Name: ")
             while not self.server.released.wait(0.05):
                 try:
                     self.wfile.write(b"x")

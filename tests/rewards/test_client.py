@@ -67,7 +67,7 @@ def test_busy_is_waited_for_without_counting_as_a_try():
         assert c.stats.busy == 6
 
 
-@pytest.mark.parametrize("step", ["429", "hang", "trickle", "500"])
+@pytest.mark.parametrize("step", ["429", "hang", "trickle", "trickling head", "500"])
 def test_total_wait_is_bounded(step):
     with fake_service(step) as s, RewardClient("ocr", s.url, attempts=100, backoff=0.01, timeout=0.3, max_wait=1.0) as c:
         began = time.monotonic()
@@ -99,6 +99,13 @@ def test_refused_chunk_is_halved_until_the_culprit_is_alone():
         scores = c.score([*images(5), b"bad", *images(2)], items(8))
         assert [x.failed for x in scores] == [k == 5 for k in range(8)]
         assert "refused (400)" in scores[5].error and [x.value for x in scores[6:]] == [0, 0.01]
+
+
+def test_what_was_scored_is_kept_when_the_rest_is_not():
+    """Of a halved chunk one half is answered, the other one is not in time."""
+    with fake_service("400 if bad", "ok", "hang") as s, RewardClient("ocr", s.url, timeout=5.0, max_wait=1.0) as c:
+        scores = c.score([b"\x01", b"\x02", b"bad", b"\x03"], items(4))
+        assert [x.value for x in scores] == [0.01, 0.02, None, None] and all(x.failed for x in scores[2:])
 
 
 def test_dead_replica_is_replaced_by_a_live_one():

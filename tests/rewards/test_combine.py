@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from xomni_jax.rewards.client import Score
+from xomni_jax.rewards import Score
 from xomni_jax.rewards.combine import Column, column, combine, standardise
 
 NAN = float("nan")
@@ -97,24 +97,3 @@ def test_no_reward_at_all_is_not_ok():
     nothing = Column(np.full((1, 3), NAN), np.zeros((1, 3), bool))
     out = combine({"ocr": nothing}, {"ocr": 1.0}, "normalize_then_sum")
     assert not out.ok_PR.any() and (out.advantage_PR == 0).all() and np.isnan(out.total_PR).all()
-
-
-@pytest.mark.parametrize(
-    "w, mode, words",
-    [
-        ({"a": 1.0}, "sum", "unknown"),
-        ({}, "sum_then_normalize", "same names"),
-        ({"a": 0.0}, "sum_then_normalize", "not all zero"),
-    ],
-)
-def test_errors(w, mode, words):
-    with pytest.raises(ValueError, match=words):
-        combine({"a": Column(np.zeros((1, 2)), np.zeros((1, 2), bool))}, w, mode)
-
-
-def test_shapes_must_agree():
-    a, b = Column(np.zeros((1, 2)), np.zeros((1, 2), bool)), Column(np.zeros((2, 1)), np.zeros((2, 1), bool))
-    with pytest.raises(ValueError, match="one shape"):
-        combine({"a": a, "b": b}, {"a": 1.0, "b": 1.0})
-    with pytest.raises(ValueError, match="3 scores do not divide over 2 prompts"):
-        column([Score(1.0)] * 3, 2)

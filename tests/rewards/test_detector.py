@@ -7,7 +7,8 @@ from PIL import Image
 from tests.encoder_tokenizers import write_clip
 from tests.rewards.running import service
 from xomni_jax.evaluation.judges import open_judge
-from xomni_jax.rewards.services.base import ServiceError, build
+from xomni_jax.rewards import Score
+from xomni_jax.rewards.scorer import ServiceError, build_scorer
 from xomni_jax.rewards.services.detector import COCO, COLOURS, Instance, choose_instances, crop, fitted
 
 pytestmark = pytest.mark.parity
@@ -46,11 +47,12 @@ def asking(**changes):
 
 def scored(scorer, **changes):
     noise = np.random.default_rng(0).integers(0, 255, (48, 80, 3), np.uint8)
-    return scorer.score(noise, {"prompt": "", "targets": {"detect": asking(**changes)}})
+    score = scorer.score_image(noise, {"prompt": "", "targets": {"detect": asking(**changes)}})
+    return score.value, score.detail
 
 
 def test_what_it_reports(folders):
-    scorer = build("detector", {"detector": folders[0], "clip": folders[1], "short_side": 64})
+    scorer = build_scorer("detector", {"detector": folders[0], "clip": folders[1], "short_side": 64})
     share, detail = scored(scorer)
     found = detail["detections"]
     assert set(found) == {"bus", "cat"} and share == sum(map(bool, found.values())) / 2 > 0
@@ -67,7 +69,7 @@ def test_what_it_reports(folders):
     assert scored(scorer, min_score=best) == (0.0, {"detections": {"bus": [], "cat": []}})  # strictly above
     with pytest.raises(ValueError, match="knows no unicorn; its 3 classes"):
         scored(scorer, classes=["unicorn"])
-    assert scorer.score(np.zeros((8, 8, 3), np.uint8), {"prompt": "", "targets": {}}) == (None, {})
+    assert scorer.score_image(np.zeros((8, 8, 3), np.uint8), {"prompt": "", "targets": {}}) == Score(None)
 
 
 def test_instances_are_pairs_of_query_and_class():
@@ -102,7 +104,7 @@ def test_over_http_as_a_judge(folders):
     with service("detector", "--detector", folders[0], "--clip", folders[1], "--workers", "1", "--short-side", "64") as (_, url):
         judge = open_judge("detector", url)
         (reply,), (other,) = judge.ask([image, image], [[asking()], [asking(classes=["dog"], coloured=[])]])
-        here = build("detector", {"detector": folders[0], "clip": folders[1], "short_side": 64})
+        here = build_scorer("detector", {"detector": folders[0], "clip": folders[1], "short_side": 64})
         assert reply == scored(here)[1]["detections"] and set(other) == {"dog"}
         assert judge.settings["version"].endswith("/short-side-64") and "Mask2Former" in judge.settings["official judge"]
         judge.close()
@@ -110,8 +112,8 @@ def test_over_http_as_a_judge(folders):
 
 def test_missing_models_are_named(tmp_path, folders):
     with pytest.raises(ServiceError, match="needs --detector DIR, a local copy of facebook/mask2former.*it was not given"):
-        build("detector")
+        build_scorer("detector")
     with pytest.raises(ServiceError, match="needs --clip DIR"):
-        build("detector", {"detector": folders[0], "clip": str(tmp_path / "none")})
+        build_scorer("detector", {"detector": folders[0], "clip": str(tmp_path / "none")})
     with pytest.raises(ServiceError, match="holds no Mask2FormerForUniversalSegmentation"):
-        build("detector", {"detector": str(tmp_path), "clip": folders[1]})
+        build_scorer("detector", {"detector": str(tmp_path), "clip": folders[1]})

@@ -5,9 +5,11 @@ import pytest
 from PIL import Image, ImageDraw
 
 from tests.rewards.images import ocr_item, sign
+from xomni_jax.core.config import ConfigError
+from xomni_jax.rewards import Score
+from xomni_jax.rewards.scorer import ServiceError, build_scorer
 from xomni_jax.rewards.services import tesseract
-from xomni_jax.rewards.services.base import ServiceError, build
-from xomni_jax.rewards.services.crop import ground_colour, ink_mask, text_lines
+from xomni_jax.rewards.services.crop import background_colour, ink_mask, text_lines
 from xomni_jax.rewards.services.ocr import OCRScorer, PPOCRReader
 
 WORDS = ["GARDEN", "SILVER", "TEA", "BRIDGE", "MOON", "CLOUDS"]
@@ -40,33 +42,33 @@ def test_modes(scorer):
 
 def test_several_targets_and_formulas(scorer):
     both = sign("OPEN\nLATE", 40, 64)
-    assert scorer.score(both, ocr_item("OPEN", "LATE"))[0] == 1
-    assert scorer.score(both, ocr_item("LATE", "SHUT"))[0] == pytest.approx((1 + 1 / 4) / 2)
-    assert scorer.score(both, {"prompt": "", "targets": {"text": "OPEN LATE"}})[0] == 1
-    assert OCRScorer(formula="substring").score(sign("XOPENX"), ocr_item("OPEN"))[0] == 1
+    assert scorer.score_image(both, ocr_item("OPEN", "LATE")).value == 1
+    assert scorer.score_image(both, ocr_item("LATE", "SHUT")).value == pytest.approx((1 + 1 / 4) / 2)
+    assert scorer.score_image(both, {"prompt": "", "targets": {"text": "OPEN LATE"}}).value == 1
+    assert OCRScorer(formula="substring").score_image(sign("XOPENX"), ocr_item("OPEN")).value == 1
 
 
 def test_does_not_apply_without_a_text_target(scorer):
-    assert scorer.score(sign("OPEN"), {"prompt": "", "targets": {}}) == (None, {})
-    assert scorer.score(sign("OPEN"), {"prompt": "", "targets": {"text": []}}) == (None, {})
+    assert scorer.score_image(sign("OPEN"), {"prompt": "", "targets": {}}) == Score(None)
+    assert scorer.score_image(sign("OPEN"), {"prompt": "", "targets": {"text": []}}) == Score(None)
 
 
 def test_no_text_is_a_real_zero(scorer):
-    score, detail = scorer.score(np.full((32, 64, 3), 77, np.uint8), ocr_item("OPEN"))
-    assert score == 0 and detail["no_text"] and not scorer.score(sign("OPEN"), ocr_item("CAFE"))[1]["no_text"]
+    score = scorer.score_image(np.full((32, 64, 3), 77, np.uint8), ocr_item("OPEN"))
+    assert score.value == 0 and score.detail["no_text"] and not scorer.score_image(sign("OPEN"), ocr_item("CAFE")).detail["no_text"]
 
 
 @pytest.mark.tesseract
 def test_lower_of_two_readers_counts():
     """An image only one reader can read pays no more than the other one gives."""
     scorer = OCRScorer(second="tesseract")
-    score, detail = scorer.score(sign("SILVER"), ocr_item("SILVER"))
-    assert score == 1 and detail["second_text"].upper() == "SILVER"
+    score = scorer.score_image(sign("SILVER"), ocr_item("SILVER"))
+    assert score.value == 1 and score.detail["second_text"].upper() == "SILVER"
     scorer.second.read = lambda image: "SILXYZ"
-    score, detail = scorer.score(sign("SILVER"), ocr_item("SILVER"))
-    assert score == detail["second_score"] == 0.5 and detail["text"].upper() == "SILVER"
+    score = scorer.score_image(sign("SILVER"), ocr_item("SILVER"))
+    assert score.value == score.detail["second_score"] == 0.5 and score.detail["text"].upper() == "SILVER"
     scorer.second.read, scorer.reader.read = (lambda image: "SILVER"), (lambda image: "")
-    assert scorer.score(sign("SILVER"), ocr_item("SILVER"))[0] == 0
+    assert scorer.score_image(sign("SILVER"), ocr_item("SILVER")).value == 0
 
 
 @pytest.mark.tesseract
@@ -74,7 +76,7 @@ def test_second_reader_that_fails_is_an_error_not_a_zero():
     scorer = OCRScorer(second="tesseract")
     scorer.second.read = lambda image: 1 / 0
     with pytest.raises(ZeroDivisionError):
-        scorer.score(sign("SILVER"), ocr_item("SILVER"))
+        scorer.score_image(sign("SILVER"), ocr_item("SILVER"))
 
 
 def test_missing_language_data_is_one_sentence(monkeypatch, tmp_path):
@@ -84,11 +86,17 @@ def test_missing_language_data_is_one_sentence(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options, words", [({"mode": "fast"}, "mode 'fast'"), ({"formula": "bleu"}, "formula 'bleu'"), ({"second": "eyes"}, "'eyes'")]
+    "options, words",
+    [
+        ({"mode": "fast"}, "mode='fast'"),
+        ({"formula": "bleu"}, "formula='bleu'"),
+        ({"second": "eyes"}, "'eyes'"),
+        ({"colour": 1}, "colour: unknown"),
+    ],
 )
 def test_bad_options(options, words):
-    with pytest.raises(ServiceError, match=words):
-        build("ocr", options)
+    with pytest.raises(ConfigError, match=words):
+        build_scorer("ocr", options)
 
 
 def test_lines_are_cut_at_wide_gaps_only():
@@ -100,12 +108,11 @@ def test_lines_are_cut_at_wide_gaps_only():
         assert (rim == (205, 40, 40)).all()
         assert ink_mask(line)[4].any() and ink_mask(line)[-5].any() and ink_mask(line)[:, 4].any() and ink_mask(line)[:, -5].any()
     assert text_lines(np.full((16, 24, 3), 9, np.uint8)) == []
-    np.testing.assert_array_equal(ground_colour(sign("A")), (205, 40, 40))
+    np.testing.assert_array_equal(background_colour(sign("A")), (205, 40, 40))
 
 
 def test_ink_that_touches_the_border_and_noise(scorer):
     """No crash and a finite score on what an untrained decoder draws."""
     rng = np.random.default_rng(0)
     for shape in ((32, 64, 3), (8, 8, 3), (1, 1, 3), (5, 300, 3)):
-        score, _ = scorer.score(rng.integers(0, 256, shape, np.uint8), ocr_item("OPEN"))
-        assert 0 <= score <= 1
+        assert 0 <= scorer.score_image(rng.integers(0, 256, shape, np.uint8), ocr_item("OPEN")).value <= 1

@@ -1,5 +1,6 @@
 """The wire format: both forms say the same, and nothing malformed or oversized gets through."""
 
+import base64
 import io
 import json
 
@@ -15,7 +16,7 @@ FORMS = (p.MSGPACK, p.JSON)
 
 
 def request(n=2) -> p.Request:
-    return p.Request("r1", [p.encode_image(sign("HI"))] * n, [ocr_item("HI")] * n)
+    return p.Request(schema=1, id="r1", images=[p.encode_image(sign("HI"))] * n, items=[ocr_item("HI")] * n)
 
 
 def message(**changes) -> dict:
@@ -24,9 +25,40 @@ def message(**changes) -> dict:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_round_trip(form):
-    assert p.decode_request(p.encode_request(request(), form), form) == request()
-    answer = p.Response("r1", "ocr", [0.5, None, None], [None, "why", None], [{"text": "你"}, {}, {}])
-    assert p.decode_response(p.encode_response(answer, form), form, "r1", 3) == answer
+    assert p.read_request(p.encode(request(), form), form) == request()
+    scores = [p.Score(0.5, None, {"text": "你"}), p.Score(None, "why"), p.Score(None)]
+    assert p.read_response(p.write_response("r1", "ocr", scores, form), form, "r1", "ocr", 3) == scores
+
+
+def test_bytes_are_those_of_schema_1():
+    """What any client or server of the schema writes and reads, by an independent msgpack."""
+    assert msgpack.unpackb(p.encode(request())) == {"schema": 1, "id": "r1", "images": request().images, "items": request().items}
+    answer = msgpack.unpackb(p.write_response("r1", "ocr", [p.Score(0.5, None, {"a": 1}), p.Score(None, "why")]))
+    columns = {"scores": [0.5, None], "errors": [None, "why"], "details": [{"a": 1}, {}]}
+    assert answer == {"schema": 1, "id": "r1", "scorer": "ocr", **columns}
+    assert json.loads(p.encode(request(1), p.JSON))["images"] == [base64.b64encode(request().images[0]).decode()]
+
+
+def test_a_message_must_name_its_schema():
+    with pytest.raises(p.ProtocolError, match="missing required field `schema`"):
+        p.read_request(msgpack.packb({k: v for k, v in message().items() if k != "schema"}))
+
+
+def test_fields_of_later_versions_are_ignored():
+    assert p.read_request(msgpack.packb(message(progress=0.5))).images == [b"x"]
+
+
+def test_numpy_numbers_in_a_detail_are_sent():
+    scores = [p.Score(np.float32(0.5), None, {"a": np.float64(0.25), "b": np.arange(2), 3: True}).checked()]
+    assert p.read_response(p.write_response("r1", "ocr", scores), p.MSGPACK, "r1", "ocr", 1) == [
+        p.Score(0.5, None, {"a": 0.25, "b": [0, 1], "3": True})
+    ]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), np.float32("nan")])
+def test_a_value_that_is_not_finite_is_a_failure(value):
+    score = p.Score(value, None, {"a": 1}).checked()
+    assert score.value is None and score.failed and "not finite" in score.error and score.detail == {"a": 1}
 
 
 def test_image_round_trip():
@@ -38,19 +70,20 @@ def test_image_round_trip():
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"schema": 2}, "schema 2 is not supported"),
-        ({"id": 7}, "'id' must be a string"),
-        ({"images": "no"}, "must be lists"),
+        ({"schema": None}, r"Expected `int`, got .* - at `\$.schema`"),
+        ({"schema": 2}, r"Invalid enum value 2 - at `\$.schema`"),
+        ({"id": 7}, r"Expected `str`, got `int` - at `\$.id`"),
+        ({"images": "no"}, r"Expected `array`, got `str` - at `\$.images`"),
         ({"items": []}, "1 images but 0 items"),
-        ({"images": [3]}, r"images\[0\] is int"),
-        ({"items": [{"prompt": "x"}]}, r"items\[0\] must be a map"),
-        ({"items": [{"prompt": 3, "targets": {}}]}, r"items\[0\] must be a map"),
+        ({"images": [3]}, r"Expected `bytes`, got `int` - at `\$.images\[0\]`"),
+        ({"items": [{"prompt": "x"}]}, r"missing required field `targets` - at `\$.items\[0\]`"),
+        ({"items": [{"prompt": 3, "targets": {}}]}, r"Expected `str`, got `int` - at `\$.items\[0\].prompt`"),
         ({"items": [{"prompt": "x", "targets": {"a": b"bytes"}}]}, "JSON cannot express"),
     ],
 )
 def test_malformed(changes, words):
     with pytest.raises(p.ProtocolError, match=words) as caught:
-        p.decode_request(msgpack.packb(message(**changes)), p.MSGPACK)
+        p.read_request(msgpack.packb(message(**changes)), p.MSGPACK)
     assert caught.value.status == 400
 
 
@@ -59,29 +92,31 @@ def test_malformed(changes, words):
 )
 def test_garbage(body, form):
     with pytest.raises(p.ProtocolError):
-        p.decode_request(body, form)
+        p.read_request(body, form)
 
 
 def test_missing_field_and_bad_base64():
-    with pytest.raises(p.ProtocolError, match="lacks images, items"):
-        p.decode_request(json.dumps({"schema": 1, "id": "a"}).encode(), p.JSON)
-    with pytest.raises(p.ProtocolError, match=r"images\[0\] is not base64"):
-        p.decode_request(json.dumps(message(images=["!!"])).encode(), p.JSON)
+    with pytest.raises(
+        p.ProtocolError, match="not a valid request of schema 1 in application/json: Object missing required field `images`"
+    ):
+        p.read_request(json.dumps({"schema": 1, "id": "a"}).encode(), p.JSON)
+    with pytest.raises(p.ProtocolError, match=r"Invalid base64 encoded string - at `\$.images\[0\]`"):
+        p.read_request(json.dumps(message(images=["!!"])).encode(), p.JSON)
 
 
 @pytest.mark.parametrize(
     "limit, words",
     [
-        ({"max_images": 1}, "2 images, the limit is 1"),
-        ({"max_image_bytes": 10}, "bytes, the limit is 10"),
-        ({"max_prompt_chars": 3}, "prompt of 6 characters"),
-        ({"max_target_chars": 5}, "targets of"),
-        ({"max_body_bytes": 50}, "the limit is 50"),
+        ({"max_images": 1}, "has 2, over the limit of 1 images"),
+        ({"max_image_bytes": 10}, r"images\[0\] has .*, over the limit of 10 bytes"),
+        ({"max_prompt_chars": 3}, r"the prompt of items\[0\] has 6, over the limit of 3 characters"),
+        ({"max_target_chars": 5}, r"the targets of items\[0\] has"),
+        ({"max_body_bytes": 50}, "the request has .* over the limit of 50 bytes"),
     ],
 )
 def test_limits(limit, words):
     with pytest.raises(p.TooLarge, match=words) as caught:
-        p.decode_request(p.encode_request(request()), p.MSGPACK, p.Limits(**limit))
+        p.read_request(p.encode(request()), p.MSGPACK, p.Limits(**limit))
     assert caught.value.status == 413
 
 
@@ -110,15 +145,16 @@ def test_encode_refuses_other_arrays(image):
     [
         ({"id": "other"}, "belongs to request 'other'"),
         ({"scores": [0.5]}, "1 scores for 2 images"),
-        ({"scores": ["0.5", None]}, "not a number"),
-        ({"scores": [True, None]}, "not a number"),
-        ({"errors": [3, None]}, "not a string"),
-        ({"details": [3, {}]}, "not a map"),
-        ({"details": None}, "no list of details"),
-        ({"scorer": 3}, "'scorer'"),
+        ({"scores": ["0.5", None]}, r"Expected `float .*, got .* - at `\$.scores\[0\]`"),
+        ({"scores": [True, None]}, r"Expected `float .*, got .* - at `\$.scores\[0\]`"),
+        ({"errors": [3, None]}, r"Expected `str .*, got `int` - at `\$.errors\[0\]`"),
+        ({"details": [3, {}]}, r"Expected `object`, got `int` - at `\$.details\[0\]`"),
+        ({"details": None}, r"Expected `array`, got .* - at `\$.details`"),
+        ({"scorer": 3}, r"Expected `str`, got `int` - at `\$.scorer`"),
+        ({"scorer": "shapes"}, "'shapes' answered instead of 'ocr'"),
     ],
 )
 def test_malformed_response(changes, words):
     good = {"schema": 1, "id": "r1", "scorer": "ocr", "scores": [1, None], "errors": [None, None], "details": [{}, {}]}
     with pytest.raises(p.ProtocolError, match=words):
-        p.decode_response(msgpack.packb(good | changes), p.MSGPACK, "r1", 2)
+        p.read_response(msgpack.packb(good | changes), p.MSGPACK, "r1", "ocr", 2)

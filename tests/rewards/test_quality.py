@@ -1,18 +1,19 @@
-"""The quality scorer: its network equals the published one, and every spoiler lowers the score."""
+"""The quality scorer: its network equals the published one, and every kind of damage lowers the score."""
 
 import pickle
 
 import numpy as np
 import pytest
 
+from tests.rewards.damage import DAMAGES, auc_table
 from tests.rewards.images import sign
 from tests.rewards.running import service
 from xomni_jax.data.rendered import RenderedConfig, render_example
 from xomni_jax.rewards import protocol
 from xomni_jax.rewards.client import RewardClient
-from xomni_jax.rewards.services.base import ServiceError
+from xomni_jax.rewards.scorer import ServiceError
 from xomni_jax.rewards.services.efficientnet import FEATURES, EfficientNetLite0, read_legacy_torch
-from xomni_jax.rewards.services.quality import SPOILERS, QualityScorer, auc_table, rendered_references
+from xomni_jax.rewards.services.quality import QualityScorer, rendered_references
 
 
 def test_features_equal_the_published_network():
@@ -34,31 +35,19 @@ def folder(tmp_path_factory):
     return path
 
 
-class Remote:
-    """The served scorer, called one image at a time."""
-
-    def __init__(self, client):
-        self.client = client
-
-    def score(self, image, item):
-        answer = self.client.score([image], [{"prompt": "", "targets": {}}])[0]
-        assert answer.error is None
-        return answer.value, answer.detail
-
-
-def test_every_spoiler_lowers_the_score(folder):
+def test_every_damage_lowers_the_score(folder):
     """Direction right everywhere on held-out words; damage to pixels is told with near certainty, misplaced patches less so.
 
     Through a real service, whose worker computes on one thread.
     """
     images = [render_example(5, n, RenderedConfig(split="heldout"))["image"] for n in range(16)]
     with service("quality", "--references", str(folder), "--workers", "1") as (_, url), RewardClient("quality", url) as client:
-        table = auc_table(Remote(client), images)
-        value, detail = Remote(client).score(images[0], {})
-    assert set(table) == set(SPOILERS)
+        table = auc_table(lambda image: client.score([image], [{"prompt": "", "targets": {}}])[0].value, images)
+        score = client.score(images[:1], [{"prompt": "", "targets": {}}])[0]
+    assert set(table) == set(DAMAGES)
     assert all(table[name] > 0.85 for name in table if name != "patches shuffled"), table
     assert table["patches shuffled"] > 0.55, table
-    assert 0 <= value <= 1 and value == (1 + detail["cosine"]) / 2
+    assert 0 <= score.value <= 1 and score.value == (1 + score.detail["cosine"]) / 2
 
 
 def test_too_few_or_broken_references(tmp_path):

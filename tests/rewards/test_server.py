@@ -13,12 +13,12 @@ import pytest
 
 from tests.rewards.images import ocr_item, sign
 from tests.rewards.running import children, command, is_alive, service
-from xomni_jax.rewards import protocol
+from xomni_jax.rewards import Score, Scorer, protocol, server
 from xomni_jax.rewards.client import RewardClient
 from xomni_jax.rewards.protocol import JSON, MSGPACK, Limits, Request
-from xomni_jax.rewards.services import server, worker
-from xomni_jax.rewards.services.base import ServiceError
-from xomni_jax.rewards.services.server import ServiceConfig, Workers, create_app
+from xomni_jax.rewards.scorer import ServiceError
+from xomni_jax.rewards.server import ServiceConfig, create_app
+from xomni_jax.rewards.workers import Workers, score_files
 
 WORDS = ["HELLO", "OPEN", "CAFE", "EXIT", "GARDEN", "A"]
 
@@ -32,7 +32,7 @@ def ocr():
 def test_real_service_reads_words(ocr):
     """Words at 8 pixels a letter are read exactly; a wrong word, no text, no target and a broken file are told apart."""
     with RewardClient("ocr", ocr[1], chunk=4) as client:
-        assert client.health()[0]["workers"] == 2
+        assert client.health()[0].workers == 2
         images = [sign(w) for w in WORDS] + [
             sign("OPEN 24 HOURS", 32, 128),
             sign("OPEN\nLATE", 40, 64),
@@ -51,11 +51,11 @@ def test_real_service_reads_words(ocr):
         assert empty.value == 0 and empty.detail == {"text": "", "exact": False, "no_text": True}
         assert not absent.applies and broken.value is None and "cannot be read" in broken.error
         health = client.health()[0]
-        assert health["failed"] == 1 and health["not_applicable"] == 1 and health["scored"] == len(images) + 2 and health["queue"] == 0
+        assert (health.failed, health.not_applicable, health.scored, health.queue) == (1, 1, len(images) + 2, 0)
 
 
 def test_json_says_the_same_as_msgpack(ocr):
-    body = protocol.encode_request(Request("a", [protocol.encode_image(sign("EXIT"))], [ocr_item("EXIT")]), JSON)
+    body = protocol.encode(Request(schema=1, id="a", images=[protocol.encode_image(sign("EXIT"))], items=[ocr_item("EXIT")]), JSON)
     answer = httpx.post(ocr[1] + "/score", content=body, headers={"Content-Type": JSON}, trust_env=False)
     assert answer.status_code == 200
     assert answer.json()["scores"] == [1.0] and answer.json()["scorer"] == "ocr" and answer.json()["schema"] == 1
@@ -64,9 +64,13 @@ def test_json_says_the_same_as_msgpack(ocr):
 @pytest.mark.parametrize(
     "body, status, words",
     [
-        (b"\xc1", 400, "not valid application/msgpack"),
-        (protocol.encode_request(Request("a", [b"x"], [])), 400, "1 images but 0 items"),
-        (protocol.encode_request(Request("a", [b"x"] * 257, [ocr_item("A")] * 257)), 413, "257 images, the limit is 256"),
+        (b"\xc1", 400, "not a valid request of schema 1 in application/msgpack"),
+        (protocol.encode(Request(schema=1, id="a", images=[b"x"], items=[])), 400, "1 images but 0 items"),
+        (
+            protocol.encode(Request(schema=1, id="a", images=[b"x"] * 257, items=[ocr_item("A")] * 257)),
+            413,
+            "has 257, over the limit of 256 images",
+        ),
     ],
 )
 def test_bad_requests_get_one_sentence(ocr, body, status, words):
@@ -122,7 +126,7 @@ def _gone(pids, seconds=10):
 class HeldWorkers:
     """Stands in for the processes: scores nothing until released."""
 
-    def __init__(self, config):
+    def __init__(self):
         self.version, self.release = "held", asyncio.Event()
 
     async def start(self):
@@ -133,15 +137,15 @@ class HeldWorkers:
 
     async def score(self, images, items):
         await self.release.wait()
-        return [worker.Scored(1.0, None, {}) for _ in images]
+        return [Score(1.0) for _ in images]
 
 
 def test_queue_is_bounded_and_health_answers_meanwhile(monkeypatch):
     """Of two requests that fit only one at a time the second gets 429 with Retry-After; /health answers while the first waits."""
     made = []
-    monkeypatch.setattr(server, "Workers", lambda config: made.append(HeldWorkers(config)) or made[0])
+    monkeypatch.setattr(server, "Workers", lambda *_: made.append(HeldWorkers()) or made[0])
     app = create_app(ServiceConfig("ocr", workers=1, max_queue=5, limits=Limits(max_images=4, max_body_bytes=10_000)))
-    body = protocol.encode_request(Request("a", [b"x"] * 3, [ocr_item("A")] * 3))
+    body = protocol.encode(Request(schema=1, id="a", images=[b"x"] * 3, items=[ocr_item("A")] * 3))
 
     async def talk():
         transport = httpx.ASGITransport(app)
@@ -165,7 +169,7 @@ def test_queue_is_bounded_and_health_answers_meanwhile(monkeypatch):
 
 def test_worker_that_dies_is_replaced():
     async def run():
-        workers = Workers(ServiceConfig("shapes", workers=1))
+        workers = Workers("shapes", {}, 1, Limits())
         try:
             await workers.start()
             item = {"prompt": "", "targets": {"background": "red"}}
@@ -179,40 +183,67 @@ def test_worker_that_dies_is_replaced():
             workers.close()
 
     before, died, after = asyncio.run(run())
-    assert before[0].score > 0.9 and after == before
-    assert all(s.score is None and "worker process died" in s.error for s in died)
+    assert before[0].value > 0.9 and after == before
+    assert all(s.value is None and "worker process died" in s.error for s in died)
 
 
-class Stubborn:
-    """A scorer with one bad day per kind of image."""
+class Stubborn(Scorer):
+    """Fails in another way for each item."""
 
-    name, version = "stubborn", "1"
+    name = "stubborn"
 
-    def score(self, image, item):
+    def score_image(self, image, item):
         match item["do"]:
             case "raise":
                 raise RuntimeError("no model")
             case "nan":
-                return float("nan"), {}
+                return Score(float("nan"))
             case "skip":
-                return None, {}
-        return 0.5, {"shape": list(image.shape)}
+                return Score(None)
+            case "text":
+                return Score("0.5")
+            case "number":
+                return 0.5
+            case "object":
+                return Score(0.5, detail={"scorer": self})
+        return Score(0.5, detail={"shape": list(image.shape)})
+
+
+class Batched(Scorer):
+    """Works on whole batches, and forgets an image when it is told to."""
+
+    name = "batched"
+
+    def score(self, images, items):
+        return [Score(len(images)) for item in items if item["do"] != "forget"]
 
 
 def test_each_image_fails_alone():
     image = protocol.encode_image(sign("A", 16, 24))
-    outcomes = [worker.score_one(Stubborn(), image, {"do": do}, Limits()) for do in ("raise", "nan", "skip", "score")]
-    assert outcomes[0] == (None, "stubborn failed: RuntimeError: no model", {})
-    assert outcomes[1][:2] == (None, "stubborn gave a score that is not finite")
-    assert outcomes[2] == (None, None, {})
-    assert outcomes[3] == (0.5, None, {"shape": [16, 24, 3]})
-    assert "the limit is 10" in worker.score_one(Stubborn(), image, {"do": "score"}, Limits(max_pixels=10)).error
+    todo = [{"do": do} for do in ("raise", "nan", "skip", "text", "score", "number", "object", "unread")]
+    scores = score_files(Stubborn(), [image] * 7 + [b"no image"], todo, Limits())
+    assert scores[0] == Score(None, "stubborn failed: RuntimeError: no model")
+    assert scores[1].value is None and "not finite" in scores[1].error
+    assert scores[2] == Score(None) and not scores[2].applies
+    assert scores[3].value is None and "stubborn failed: TypeError" in scores[3].error
+    assert scores[4] == Score(0.5, None, {"shape": [16, 24, 3]})
+    assert "one Score per image, 1 in all, not [0.5]" in scores[5].error
+    assert "the detail holds a Stubborn, which has no form in JSON" in scores[6].error
+    assert "cannot be read" in scores[7].error
+    assert "the limit is 10" in score_files(Stubborn(), [image], [{"do": "score"}], Limits(max_pixels=10))[0].error
+
+
+def test_a_batch_of_the_wrong_length_is_scored_image_by_image():
+    image = protocol.encode_image(sign("A", 16, 24))
+    score = lambda *todo: score_files(Batched(), [image] * len(todo), [{"do": do} for do in todo], Limits())  # noqa: E731
+    assert [s.value for s in score("", "", "")] == [3, 3, 3]
+    first, second, third = score("", "forget", "")
+    assert first.value == third.value == 1 and "it must return one Score per image, 1 in all, not []" in second.error
 
 
 @pytest.mark.parametrize(
     "settings, words",
     [
-        ({"scorer": "taste"}, "unknown; choose one of ocr"),
         ({"workers": 0}, "at least 1"),
         ({"max_queue": 3}, "smaller than one request"),
     ],

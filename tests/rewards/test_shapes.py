@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 
 from tests.rewards.images import sign
 from xomni_jax.data.rendered import COLOURS, RenderedConfig, render_example
-from xomni_jax.rewards.services.shapes import PALETTE, Found, ShapesScorer, compare, ground_share, nearest_names
+from xomni_jax.rewards.services.shapes import PALETTE, DrawnShape, ShapesScorer, background_share, compare, nearest_names
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,8 @@ def scorer():
 
 
 def score(scorer, image, **targets):
-    return scorer.score(image, {"prompt": "", "targets": targets})
+    outcome = scorer.score_image(image, {"prompt": "", "targets": targets})
+    return outcome.value, outcome.detail
 
 
 @pytest.mark.parametrize("colour", ["red", "green", "blue", "yellow", "purple", "orange"])
@@ -34,15 +35,15 @@ def test_ground_score_is_dense():
     """A ground wrong in a third of its pixels scores two thirds, also when the wrong part touches no border majority."""
     image = np.full((30, 60, 3), COLOURS["red"], np.uint8)
     image[:, :20] = COLOURS["blue"]
-    assert ground_share(image, "red") == pytest.approx(2 / 3) and ground_share(image, "blue") == pytest.approx(1 / 3)
-    assert not ground_share(np.full((30, 60, 3), 255, np.uint8), "red")
+    assert background_share(image, "red") == pytest.approx(2 / 3) and background_share(image, "blue") == pytest.approx(1 / 3)
+    assert not background_share(np.full((30, 60, 3), 255, np.uint8), "red")
 
 
 def test_hiding_the_ground_under_ink_does_not_pay():
     image = np.full((32, 64, 3), 255, np.uint8)
     image[:2] = COLOURS["red"]
     image[-2:] = COLOURS["red"]
-    assert ground_share(image, "red") < 0.6
+    assert background_share(image, "red") < 0.6
 
 
 def drawn(objects, size=(48, 96)):
@@ -62,14 +63,14 @@ def drawn(objects, size=(48, 96)):
 
 def test_objects_are_found(scorer):
     objects = [("circle", "red"), ("square", "blue"), ("triangle", "green"), ("circle", "purple")]
-    assert Counter(scorer.find(drawn(objects))) == Counter(Found(*o) for o in objects)
+    assert Counter(scorer.find(drawn(objects))) == Counter(DrawnShape(*o) for o in objects)
     assert scorer.find(np.full((32, 32, 3), 245, np.uint8)) == []
 
 
 def test_checks_by_hand():
     """Wanted 2 red circles, found 1 red circle and 1 red square and 1 blue circle."""
-    found = Counter([Found("circle", "red"), Found("square", "red"), Found("circle", "blue")])
-    checks = compare(found, Counter({Found("circle", "red"): 2}))
+    found = Counter([DrawnShape("circle", "red"), DrawnShape("square", "red"), DrawnShape("circle", "blue")])
+    checks = compare(found, Counter({DrawnShape("circle", "red"): 2}))
     assert checks == pytest.approx({"count": 2 / 3, "shape": 2 / 3, "colour": 2 / 3, "object": 1 / 3})
 
 

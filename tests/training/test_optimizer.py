@@ -194,7 +194,7 @@ def test_muon_by_hand():
 
 
 def test_training_nothing_is_refused():
-    with pytest.raises(ValueError, match="no parameter learns: train patterns .'wen/.*paths look like 'new/kernel'"):
+    with pytest.raises(ValueError, match="no parameter is trained: train patterns .'wen/.*paths look like 'new/kernel'"):
         make_optimizer(OptimizerConfig(0.1), 10, train=("wen/.*",)).transform.init(small_params())
 
 

@@ -1,4 +1,4 @@
-"""Conversion between PyTorch tensors and linen parameters: a declarative table per model, planned before a byte moves."""
+"""Conversion between PyTorch tensors and linen parameters: one declarative table per model, checked in full before any tensor is read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 
 class ConversionError(ValueError):
-    """A checkpoint does not fit its table. The message is one sentence, or lists every problem, one a line."""
+    """A checkpoint does not fit its table. The message is one sentence, or lists every problem on a line of its own."""
 
     @classmethod
     def of(cls, problems: Sequence[str]) -> ConversionError:
@@ -19,49 +19,51 @@ class ConversionError(ValueError):
         return cls(problems[0] if len(problems) == 1 else f"{len(problems)} problems:\n  " + "\n  ".join(problems))
 
 
-class Fit(NamedTuple):
-    """A reversible change of one tensor's layout. `to_jax` takes the PyTorch array, `to_torch` undoes it."""
+class Transform(NamedTuple):
+    """A reversible change of one tensor's layout: `to_jax` maps the PyTorch array to ours, `to_torch` is its inverse."""
 
     name: str
     to_jax: Callable[[np.ndarray], np.ndarray]
     to_torch: Callable[[np.ndarray], np.ndarray]
 
 
-COPY = Fit("copy", lambda x: x, lambda x: x)
-TRANSPOSE = Fit("[O,I] -> [I,O]", np.transpose, np.transpose)
-CONV = Fit("[O,I,Y,X] -> [Y,X,I,O]", lambda w: w.transpose(2, 3, 1, 0), lambda w: w.transpose(3, 2, 0, 1))
+COPY = Transform("copy", lambda x: x, lambda x: x)
+TRANSPOSE = Transform("[O,I] -> [I,O]", np.transpose, np.transpose)
+CONV = Transform("[O,I,Y,X] -> [Y,X,I,O]", lambda w: w.transpose(2, 3, 1, 0), lambda w: w.transpose(3, 2, 0, 1))
 
 
-def out_axes(*sizes: int) -> Fit:
+def out_axes(*sizes: int) -> Transform:
     """[O, I] -> [I, *sizes], where the sizes multiply to O."""
-    return Fit(f"[O,I] -> [I,{','.join(map(str, sizes))}]", lambda w: w.T.reshape(-1, *sizes), lambda w: w.reshape(w.shape[0], -1).T)
+    return Transform(f"[O,I] -> [I,{','.join(map(str, sizes))}]", lambda w: w.T.reshape(-1, *sizes), lambda w: w.reshape(w.shape[0], -1).T)
 
 
-def in_axes(*sizes: int) -> Fit:
+def in_axes(*sizes: int) -> Transform:
     """[O, I] -> [*sizes, O], where the sizes multiply to I."""
-    return Fit(f"[O,I] -> [{','.join(map(str, sizes))},O]", lambda w: w.T.reshape(*sizes, -1), lambda w: w.reshape(-1, w.shape[-1]).T)
+    return Transform(f"[O,I] -> [{','.join(map(str, sizes))},O]", lambda w: w.T.reshape(*sizes, -1), lambda w: w.reshape(-1, w.shape[-1]).T)
 
 
-def bias_axes(*sizes: int) -> Fit:
+def bias_axes(*sizes: int) -> Transform:
     """[O] -> [*sizes]."""
-    return Fit(f"[O] -> [{','.join(map(str, sizes))}]", lambda b: b.reshape(sizes), lambda b: b.reshape(-1))
+    return Transform(f"[O] -> [{','.join(map(str, sizes))}]", lambda b: b.reshape(sizes), lambda b: b.reshape(-1))
 
 
 class Rule(NamedTuple):
-    """One source key to one target: `target` is a "/"-joined parameter path, `layer` the row of a scanned (stacked) target.
+    """Maps one source key to one parameter.
 
-    `part` is (axis, index) within that row (or within the whole of an unstacked target): where the source keeps apart what is one
-    parameter here, such as the q of a fused qkv.
+    Attributes:
+      source: the key in the PyTorch file. target: the "/"-joined parameter path.
+      layer: the row of a stacked (scanned) parameter that this key fills.
+      part: (axis, index) within that row, or within an unstacked parameter, where several keys make one parameter: the q of a fused qkv.
     """
 
     source: str
     target: str
-    fit: Fit = COPY
+    transform: Transform = COPY
     layer: int | None = None
     part: tuple[int, int] | None = None
 
     def place(self, rank: int) -> tuple[int | slice, ...]:
-        """Index of this rule's values in its target of `rank` axes."""
+        """Index of this rule's values in its target, which has `rank` axes."""
         index: list[int | slice] = [slice(None)] * rank
         if self.layer is not None:
             index[0] = self.layer
@@ -70,31 +72,46 @@ class Rule(NamedTuple):
         return tuple(index)
 
 
-class Drop(NamedTuple):
-    """Source keys (full regular-expression match) that are known and not used, and why."""
+def weight_and_bias(
+    source: str, target: str, weight: Transform = TRANSPOSE, bias: Transform = COPY, layer: int | None = None, leaf: str = "kernel"
+) -> list[Rule]:
+    """The rules of a layer that has both."""
+    return [Rule(f"{source}.weight", f"{target}/{leaf}", weight, layer), Rule(f"{source}.bias", f"{target}/bias", bias, layer)]
+
+
+def norm_rules(source: str, target: str, layer: int | None = None) -> list[Rule]:
+    """The rules of a normalisation that has scale and bias."""
+    return weight_and_bias(source, target, COPY, layer=layer, leaf="scale")
+
+
+class Ignored(NamedTuple):
+    """Source keys (full match of a regular expression) that are known but not used, and the reason."""
 
     pattern: str
     reason: str
 
 
-class Make(NamedTuple):
-    """A target that no source fills: a new parameter. `how` says how it starts, `draw` makes one layer of it (or all of an unstacked one).
+class Initializer(NamedTuple):
+    """How a parameter starts: a description for reports, and a function of a generator and a shape."""
 
-    `stacked`: the first axis of the target is the layers'.
-    """
+    description: str
+    draw: Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
+
+
+class Init(NamedTuple):
+    """A parameter that no source key fills. One layer is drawn at a time if `stacked`, that is, if the first axis counts layers."""
 
     target: str
-    how: str
-    draw: Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
+    initializer: Initializer
     stacked: bool = False
 
 
-class Table(NamedTuple):
+class NameTable(NamedTuple):
     """All rules of one model."""
 
     rules: Sequence[Rule]
-    drops: Sequence[Drop] = ()
-    makes: Sequence[Make] = ()
+    ignored: Sequence[Ignored] = ()
+    inits: Sequence[Init] = ()
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -118,62 +135,47 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def plan(sources: Iterable[str] | Mapping[str, Any], table: Table, wanted: Mapping[str, tuple[int, ...]]) -> list[Rule]:
-    """The rules that move `sources` into `wanted` ({path: shape}), complete before anything is read.
-
-    Args:
-      sources: keys, or {key: object with `shape`}, whose shapes are then checked too.
-
-    Raises:
-      ConversionError: see `problems`.
-    """
-    found = problems(sources, table, wanted)
-    if found:
-        raise ConversionError.of(found)
-    return list(table.rules)
-
-
 def problems(
     sources: Iterable[str] | Mapping[str, Any],
-    table: Table,
+    table: NameTable,
     wanted: Mapping[str, tuple[int, ...]],
-    found: Callable[[str], str] = str,
-    absent: Callable[[str], str] | None = None,
+    describe: Callable[[str], str] = str,
+    describe_missing: Callable[[str], str] | None = None,
 ) -> list[str]:
-    """Every key without a rule, every rule without a key, every target made twice, short or not at all, every shape that does not fit.
+    """Keys without a rule, rules without a key, parameters filled twice, in part or not at all, and shapes that do not fit.
 
     Args:
-      found, absent: how a key that is there, and one that is not, are called in a message (with their files).
+      describe, describe_missing: name a key that exists, and one that does not, in a message (with their files).
     """
-    absent, keys, by_source, out = absent or found, set(sources), {}, []
+    describe_missing, keys, by_source, out = describe_missing or describe, set(sources), {}, []
     for rule in table.rules:
         if rule.source in by_source:
-            out.append(f"{found(rule.source)}: two rules")
+            out.append(f"{describe(rule.source)}: two rules")
         by_source[rule.source] = rule
     for key in sorted(keys - set(by_source)):
-        if drop_of(key, table) is None:
-            out.append(f"{found(key)}: in the checkpoint, no rule takes it")
-    out += [f"{absent(key)}: missing from the checkpoint" for key in sorted(set(by_source) - keys)]
+        if ignored_rule(key, table) is None:
+            out.append(f"{describe(key)}: in the checkpoint, no rule takes it")
+    out += [f"{describe_missing(key)}: missing from the checkpoint" for key in sorted(set(by_source) - keys)]
     out += _coverage(table, wanted)
     if isinstance(sources, Mapping):
         for rule in table.rules:
             if rule.source in keys and rule.target in wanted:
-                out += [f"{found(rule.source)}: {e}" for e in _misfit(rule, tuple(sources[rule.source].shape), wanted[rule.target])]
+                out += [f"{describe(rule.source)}: {e}" for e in _misfit(rule, tuple(sources[rule.source].shape), wanted[rule.target])]
     return out
 
 
-def drop_of(key: str, table: Table) -> Drop | None:
-    """The drop rule that takes a source key."""
-    return next((drop for drop in table.drops if re.fullmatch(drop.pattern, key)), None)
+def ignored_rule(key: str, table: NameTable) -> Ignored | None:
+    """The entry of the table that says to ignore a source key."""
+    return next((entry for entry in table.ignored if re.fullmatch(entry.pattern, key)), None)
 
 
-def _coverage(table: Table, wanted: Mapping[str, tuple[int, ...]]) -> list[str]:
+def _coverage(table: NameTable, wanted: Mapping[str, tuple[int, ...]]) -> list[str]:
     """What is wrong with the table's targets."""
     rows: dict[str, list[tuple[int | None, int | None]]] = {}
     for rule in table.rules:
         rows.setdefault(rule.target, []).append((rule.layer, rule.part and rule.part[1]))
     axes = {rule.target: rule.part[0] for rule in table.rules if rule.part}
-    made = [make.target for make in table.makes]
+    made = [init.target for init in table.inits]
     filled = set(rows) | set(made)
     out = [f"{t}: in the table, not in the model" for t in sorted(filled - set(wanted))]
     out += [f"{t}: in the model, no rule fills it" for t in sorted(set(wanted) - filled)]
@@ -190,32 +192,11 @@ def _coverage(table: Table, wanted: Mapping[str, tuple[int, ...]]) -> list[str]:
 
 
 def _misfit(rule: Rule, shape: tuple[int, ...], target: tuple[int, ...]) -> list[str]:
-    """[why a source of this shape does not fill the rule's place], or []. No values are touched: a zero-stride stand-in is reshaped."""
+    """[why a source of this shape does not fill the rule's place], or []; tried on an array of this shape that takes no memory."""
     stand_in = np.broadcast_to(np.int8(0), shape)
     expected = np.broadcast_to(np.int8(0), target)[rule.place(len(target))].shape
     try:
-        got = rule.fit.to_jax(stand_in).shape
+        got = rule.transform.to_jax(stand_in).shape
     except (ValueError, IndexError):
-        return [f"shape {shape} cannot be turned {rule.fit.name}"]
-    return [] if got == expected else [f"shape {got} after {rule.fit.name}, {rule.target} wants {expected}"]
-
-
-def to_params(tensors: Mapping[str, np.ndarray], table: Table, wanted: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """PyTorch tensors {key: array} -> nested linen parameters with the shapes `wanted` ({path: shape}); dtypes are kept."""
-    flat: dict[str, np.ndarray] = {}
-    for rule in plan(tensors, table, wanted):
-        value, shape = rule.fit.to_jax(np.asarray(tensors[rule.source])), wanted[rule.target]
-        if rule.layer is None and rule.part is None:
-            flat[rule.target] = np.ascontiguousarray(value)
-        else:
-            flat.setdefault(rule.target, np.empty(shape, value.dtype))[rule.place(len(shape))] = value
-    return unflatten(flat)
-
-
-def to_tensors(params: Mapping[str, Any], table: Table) -> dict[str, np.ndarray]:
-    """Linen parameters -> PyTorch tensors {key: array}, by the same table read backwards."""
-    flat = flatten(params)
-    return {
-        rule.source: np.ascontiguousarray(rule.fit.to_torch(np.asarray(flat[rule.target])[rule.place(np.ndim(flat[rule.target]))]))
-        for rule in table.rules
-    }
+        return [f"shape {shape} cannot be turned {rule.transform.name}"]
+    return [] if got == expected else [f"shape {got} after {rule.transform.name}, {rule.target} wants {expected}"]

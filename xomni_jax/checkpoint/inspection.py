@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and how two differ: model directories and released ones alike, in our parameters' names."""
+"""What a checkpoint holds, and how two differ; model directories and published ones alike, under our parameters' names."""
 
 from __future__ import annotations
 
@@ -11,21 +11,19 @@ from typing import Any
 import numpy as np
 
 from xomni_jax.checkpoint.conversion import ConversionError
-from xomni_jax.checkpoint.convert import make_plan
-from xomni_jax.checkpoint.found import Release
-from xomni_jax.checkpoint.kinds import kind_of
-from xomni_jax.checkpoint.released import PARTS, NotThere, open_release
-from xomni_jax.checkpoint.released_model import is_released
-from xomni_jax.checkpoint.store import CheckpointError, config_to_json, read_model_json
-from xomni_jax.checkpoint.stored import Stored
+from xomni_jax.checkpoint.conversion_plan import make_plan
+from xomni_jax.checkpoint.formats import detect_format, is_released
+from xomni_jax.checkpoint.orbax_reader import OrbaxReader
+from xomni_jax.checkpoint.released import ALL, PARTS, NotThere, open_release
+from xomni_jax.checkpoint.store import TOKENIZERS, CheckpointError, config_to_json, read_model_json
 
-ALL = sum(PARTS.values(), ())
+TITLES = {"xomni": "released X-Omni", "qwen2": "plain Qwen2.5", "siglip2": "plain SigLIP2", "flux": "FLUX.1-dev"}
 BLOCK = 64 * 2**20  # bytes compared at a time
 
 
 @dataclasses.dataclass
-class Array:
-    """One parameter: its shape, dtype, and any rectangle of it."""
+class StoredArray:
+    """One parameter; `read` takes the index of a rectangle."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -34,74 +32,72 @@ class Array:
 
 
 @dataclasses.dataclass
-class View:
-    """A checkpoint as it is found.
+class CheckpointView:
+    """The contents of a checkpoint.
 
     Attributes:
-      configs: {component: JSON of its config}. arrays: {component: {path: Array}}. faults: {component: why it cannot be read}.
+      kind: a model directory, or which published format.
+      configs: {component: JSON of its config}. arrays: {component: {path: StoredArray}}. faults: {component: why it cannot be read}.
     """
 
     path: Path
     kind: str
     configs: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-    arrays: dict[str, dict[str, Array]] = dataclasses.field(default_factory=dict)
+    arrays: dict[str, dict[str, StoredArray]] = dataclasses.field(default_factory=dict)
     faults: dict[str, str] = dataclasses.field(default_factory=dict)
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     tokenizers: list[str] = dataclasses.field(default_factory=list)
 
 
-def open_view(path: str | Path) -> View:
-    """Opens a directory of either kind; a component that cannot be read is a fault, not an error.
+def open_view(path: str | Path) -> CheckpointView:
+    """Opens a model directory or a published one; a component that cannot be read is listed in `faults`.
 
     Raises:
-      CheckpointError, ConversionError: it is neither kind.
+      CheckpointError, ConversionError: it is neither.
     """
     path = Path(path)
     if not is_released(path) and (path / "model.json").is_file():
         return _of_model(path)
-    kind = kind_of(path)
-    view = View(path, {"xomni": "released X-Omni", "qwen2": "plain Qwen2.5", "siglip2": "plain SigLIP2", "flux": "FLUX.1-dev"}[kind])
+    kind = detect_format(path)
+    view = CheckpointView(path, TITLES[kind])
     for only, names in PARTS.items():
         try:
-            release = open_release(*((None, path) if kind == "flux" else (path, None)), only)
-            _add_release(view, release)
+            plan = make_plan(open_release(*((None, path) if kind == "flux" else (path, None)), only))
         except NotThere:
             continue
         except ConversionError as e:
             view.faults |= dict.fromkeys(names, str(e))
+            continue
+        for name, params in plan.params.items():
+            view.configs[name] = config_to_json(plan.release.components[name].config)
+            view.arrays[name] = {p.path: StoredArray(p.shape, p.dtype, p.read, p.release) for p in params}
+        view.settings |= plan.release.settings
+        view.tokenizers += list(plan.release.tokenizers)
     return view
 
 
-def _add_release(view: View, release: Release) -> None:
-    for name, targets in make_plan(release).targets.items():
-        view.configs[name] = config_to_json(release.components[name].config)
-        view.arrays[name] = {t.path: Array(t.shape, t.dtype, t.read, t.release) for t in targets}
-    view.settings |= release.settings
-    view.tokenizers += list(release.tokenizers)
-
-
-def _of_model(path: Path) -> View:
+def _of_model(path: Path) -> CheckpointView:
     data = read_model_json(path)
-    view = View(path, "model directory", settings=data.get("settings", {}))
-    view.tokenizers = [name for name in ("tokenizer", "tokenizer_t5", "tokenizer_clip") if (path / name).is_dir()]
+    view = CheckpointView(path, "model directory", settings=data.get("settings", {}))
+    view.tokenizers = [name for name in TOKENIZERS if (path / name).is_dir()]
     for name, described in data["components"].items():
         view.configs[name] = described["config"]
         if described["config"].get("kind") == "identity":
             view.arrays[name] = {}
             continue
         try:
-            stored = Stored(path / name)
+            stored = OrbaxReader(path / name)
         except CheckpointError as e:
             view.faults[name] = str(e)
             continue
         view.arrays[name] = {
-            key: Array(tuple(a.shape), np.dtype(a.dtype), lambda index, stored=stored, key=key: stored.read(key, index))
+            key: StoredArray(tuple(a.shape), np.dtype(a.dtype), lambda index, stored=stored, key=key: stored.read(key, index))
             for key, a in stored.arrays.items()
         }
     return view
 
 
-def describe(view: View) -> Iterator[str]:
+def describe(view: CheckpointView) -> Iterator[str]:
     """Lines: components with their parameter counts, dtypes and configs, settings, and what is missing for text to image and chat."""
     yield f"{view.path}: {view.kind}"
     for name in (n for n in ALL if n in view.arrays):
@@ -116,14 +112,20 @@ def describe(view: View) -> Iterator[str]:
     for name, why in view.faults.items():
         yield f"unreadable: {name}: {why}"
     missing = [name for name in ALL if name not in view.arrays and name not in view.faults]
-    missing += [name for name in ("tokenizer",) if name not in view.tokenizers]
+    missing += ["tokenizer"] * ("tokenizer" not in view.tokenizers)
     yield f"missing: {', '.join(missing)}" if missing else "missing: nothing"
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """How two arrays differ. `absolute`: largest |a - b|. `relative`: that over the largest |a|. `count`: values that differ.
-    `parameters`: how many it speaks of, several for a component that one side lacks."""
+    """How two arrays differ.
+
+    Attributes:
+      absolute: the largest |a - b|; NaN where there is nothing to compare.
+      relative: that over the largest |a|.
+      count: the number of values that differ.
+      parameters: the number of arrays it stands for: several for a component that one side lacks.
+    """
 
     name: str
     absolute: float
@@ -133,8 +135,8 @@ class Difference:
     parameters: int = 1
 
 
-def compare(a: View, b: View) -> Iterator[Difference]:
-    """Every parameter that differs in value, dtype or shape, or is in one checkpoint alone; a block at a time."""
+def compare(a: CheckpointView, b: CheckpointView) -> Iterator[Difference]:
+    """Every parameter that differs in value, dtype or shape, or is in one checkpoint only; read in blocks."""
     for component in (n for n in ALL if n in a.arrays or n in b.arrays):
         left, right = a.arrays.get(component, {}), b.arrays.get(component, {})
         if not left or not right:
@@ -153,7 +155,7 @@ def compare(a: View, b: View) -> Iterator[Difference]:
                     yield found
 
 
-def _compare(name: str, a: Array, b: Array) -> Difference:
+def _compare(name: str, a: StoredArray, b: StoredArray) -> Difference:
     absolute, largest, count = 0.0, 0.0, 0
     rows = a.shape[0] if a.shape else 1
     step = max(1, int(BLOCK // max(1, math.prod(a.shape) * 4 // max(rows, 1))))
@@ -162,7 +164,7 @@ def _compare(name: str, a: Array, b: Array) -> Difference:
         x, y = (np.asarray(side.read(index), np.float32) for side in (a, b))
         both_nan = np.isnan(x) & np.isnan(y)
         gap = np.where((x == y) | both_nan, 0, np.abs(x - y))
-        gap[np.isnan(gap)] = np.inf  # a number against none
+        gap[np.isnan(gap)] = np.inf  # a number against a NaN
         count += int(np.count_nonzero(~((x == y) | both_nan)))
         absolute = max(absolute, float(np.max(gap, initial=0)))
         largest = max(largest, float(np.max(np.abs(np.where(np.isnan(x), 0, x)), initial=0)))

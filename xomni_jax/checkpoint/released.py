@@ -1,23 +1,37 @@
-"""What the given directories hold: released X-Omni and FLUX.1-dev, or the plain Qwen2.5, SigLIP2 and FLUX.1-dev a new training starts from.
+"""What published directories hold: released X-Omni and FLUX.1-dev, or the plain Qwen2.5, SigLIP2 and FLUX.1-dev that training starts from.
 
-Only names, shapes and configs are read here.
+Only names, shapes and configs are read here. A released X-Omni directory:
+
+    config.json                       sizes; vision_config.{transform, encoder, decoder} name the files below
+    model*.safetensors, tokenizer*    the unified transformer and its tokenizer
+    <encoder.siglip_path>             the ViT (.pth)
+    <encoder.projector_path>          quantizer and projector (.pth)
+    <decoder.model_path>/             the MMDiT, as diffusers saves it
+
+The keys of vision_config are those that the published `modeling_xomni.py` and `modeling_siglip_tokenizer.py` read. The published ViT module
+was not available; if its file wraps the tensors in a dict, the wrapper's name is found by the patch embedding in it.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
+import numpy as np
+
 from xomni_jax.checkpoint import released_configs as configs
-from xomni_jax.checkpoint.base_models import qwen2_parts, siglip2_parts
-from xomni_jax.checkpoint.conversion import ConversionError
-from xomni_jax.checkpoint.found import Found, NewParts, Release
-from xomni_jax.checkpoint.kinds import kind_of
+from xomni_jax.checkpoint.component_source import ComponentSource, NewParts, Release, component_source, layer_count, shape_of
+from xomni_jax.checkpoint.conversion import ConversionError, Init, NameTable
+from xomni_jax.checkpoint.formats import detect_format
+from xomni_jax.checkpoint.names import autoencoder, clip, mmdit, qwen2, siglip2, siglip_vq, t5, transformer
+from xomni_jax.checkpoint.names.initializers import constant
 from xomni_jax.checkpoint.released_configs import ConfigFile
-from xomni_jax.checkpoint.released_flux import flux_parts
-from xomni_jax.checkpoint.released_xomni import xomni_parts
-from xomni_jax.checkpoint.tensors import TensorFileError
+from xomni_jax.checkpoint.tensors import TensorFileError, TensorFiles, open_sharded, open_tensor_file
+from xomni_jax.models.siglip_vq import SigLIPVQConfig
 
 # What --only names -> components.
 PARTS = {
@@ -27,6 +41,17 @@ PARTS = {
     "vae": ("autoencoder",),
     "text": ("t5", "clip"),
 }
+ALL = sum(PARTS.values(), ())
+HEADS = {"siglip2_giant_patch16_384": 16, "siglip_so400m_patch16_384": 16}  # the one size that no tensor shows
+# Sizes that two components must share.
+SHARED = (
+    ("transformer", "image_vocab_size", "siglip_vq", "codebook_size"),
+    ("mmdit", "semantic_dim", "siglip_vq", "width"),
+    ("mmdit", "in_channels", "autoencoder", "packed_channels"),
+    ("mmdit", "text_dim", "t5", "d_model"),
+    ("mmdit", "pooled_dim", "clip", "d_model"),
+)
+Openers = dict[str, Callable[[], ComponentSource]]  # {component: opens its files}
 
 
 class NotThere(ConversionError):
@@ -34,22 +59,22 @@ class NotThere(ConversionError):
 
 
 def open_release(xomni: str | Path | None, flux: str | Path | None, only: str | None = None, parts: NewParts = NewParts()) -> Release:
-    """Finds the components of both directories (either may be None); `only` one of `PARTS` leaves the others alone.
+    """Finds the components of both directories (either may be None); `only`, a key of `PARTS`, ignores the others.
 
     Raises:
       ConversionError: listing every problem.
     """
-    out, wanted, kind = Release(parts=parts), PARTS[only] if only else sum(PARTS.values(), ()), None
-    openers: dict[str, Callable[[], Found]] = {}
+    out, wanted, kind = Release(parts=parts), PARTS[only] if only else ALL, None
+    openers: Openers = {}
     if xomni is not None:
-        kind, xomni = kind_of(xomni), Path(xomni)
+        kind, xomni = detect_format(xomni), Path(xomni)
         if kind == "flux":
             raise ConversionError(f"{xomni}: is FLUX.1-dev; give it as --flux")
-        openers |= {"xomni": xomni_parts, "qwen2": qwen2_parts, "siglip2": siglip2_parts}[kind](xomni, out)
+        openers |= {"xomni": _xomni, "qwen2": _qwen2, "siglip2": _siglip2}[kind](xomni, out)
     if flux is not None:
-        if (other := kind_of(flux)) != "flux":
+        if (other := detect_format(flux)) != "flux":
             raise ConversionError(f"{flux}: is {'X-Omni' if other == 'xomni' else other}, not FLUX.1-dev; give it as --xomni")
-        openers = flux_parts(Path(flux), out, plain=kind != "xomni") | openers
+        openers = _flux(Path(flux), out, plain=kind != "xomni") | openers
     problems = []
     for name in wanted:
         try:
@@ -69,18 +94,8 @@ def open_release(xomni: str | Path | None, flux: str | Path | None, only: str | 
     return out
 
 
-# Sizes that two components must share.
-SHARED = (
-    ("transformer", "image_vocab_size", "siglip_vq", "codebook_size"),
-    ("mmdit", "semantic_dim", "siglip_vq", "width"),
-    ("mmdit", "in_channels", "autoencoder", "packed_channels"),
-    ("mmdit", "text_dim", "t5", "d_model"),
-    ("mmdit", "pooled_dim", "clip", "d_model"),
-)
-
-
-def strangers(components: Mapping[str, Any]) -> list[str]:
-    """What keeps components ({name: config}) from being one model."""
+def check_compatible(components: Mapping[str, Any]) -> list[str]:
+    """Sizes that differ between components ({name: config}) but must be equal in one model, as sentences."""
     out = []
     for a, x, b, y in SHARED:
         if a in components and b in components and (m := getattr(components[a], x)) != (n := getattr(components[b], y)):
@@ -104,3 +119,184 @@ def _settings(out: Release, xomni: Path | None, flux: Path | None) -> None:
         decode["pooled_length"] = out.components["clip"].config.max_length
     if decode:
         out.settings["decode"] = decode
+
+
+# ---- X-Omni ----
+def _xomni(folder: Path, out: Release) -> Openers:
+    """The components that the config describes."""
+    c = ConfigFile(folder / "config.json")
+    out.tokenizers["tokenizer"] = folder
+    openers: Openers = {"transformer": lambda: _transformer(folder, c)}
+    if "hidden_size" not in c.data:
+        out.notes.append(f"{c.path}: describes no transformer, so none is read")
+        openers = {}
+    vision = c.part("vision_config", {})
+    for section, name, what, read in (("encoder", "siglip_vq", "image tokenizer", _siglip_vq), ("decoder", "mmdit", "decoder", _decoder)):
+        if section in vision.data:
+            openers[name] = lambda read=read: _cast_compute(vision, read(folder, vision))
+        else:
+            out.notes.append(f"{c.path}: no vision_config.{section}, so no {what} is read")
+    return openers
+
+
+def _transformer(folder: Path, c: ConfigFile) -> ComponentSource:
+    cfg = configs.read_transformer(c, None)
+    return component_source("transformer", cfg, transformer.table(cfg), open_sharded(folder), c.data)
+
+
+def _siglip_vq(folder: Path, vision: ConfigFile) -> ComponentSource:
+    c = vision.part("encoder")
+    name = c.get("siglip_name")
+    heads = c.size("num_heads", HEADS.get(name, 0))
+    if not heads:
+        raise ConversionError(
+            f"{c.path}: {c.section}siglip_name={name!r} is unknown, and no tensor shows its head count; known: {', '.join(HEADS)}"
+        )
+    sources = TensorFiles()
+    sources.add(open_tensor_file(_path_in(folder, c, "siglip_path")), "vit.", "patch_embed.proj.weight")
+    sources.add(open_tensor_file(_path_in(folder, c, "projector_path")), "vqproj.", "quantize.embedding.weight")
+    width, _, patch, _ = shape_of(sources, "vit.patch_embed.proj.weight", 4)
+    positions = shape_of(sources, "vit.pos_embed", 3)[1]
+    codes, code_width = shape_of(sources, "vqproj.quantize.embedding.weight", 2)
+    cfg = c.build(
+        SigLIPVQConfig,
+        width=width,
+        layers=layer_count(sources, r"vit\.blocks\.(\d+)\."),
+        heads=heads,
+        mlp=shape_of(sources, "vit.blocks.0.mlp.fc1.weight", 2)[0],
+        patch=patch,
+        pos_grid=configs.side_of(positions, sources.describe("vit.pos_embed")),
+        codebook_size=codes,
+        code_width=code_width,
+        conv_blocks=layer_count(sources, r"vqproj\.post_conv\.(\d+)\."),
+        groups=c.size("num_groups", 32),
+    )
+    for key, size in (("z_channels", width), ("codebook_size", codes), ("codebook_dim", code_width)):
+        if c.size(key, size) != size:
+            raise ConversionError(
+                f"{c.path}: {c.section}{key}={c.get(key)}, but the tensors have {size}; take config and weights from one checkpoint"
+            )
+    return component_source("siglip_vq", cfg, siglip_vq.table(cfg), sources, vision.data)
+
+
+def _decoder(folder: Path, vision: ConfigFile) -> ComponentSource:
+    return _mmdit(_path_in(folder, vision.part("decoder"), "model_path"), None)
+
+
+def _path_in(folder: Path, c: ConfigFile, key: str) -> Path:
+    """A path that a config names, which must exist within the config's directory."""
+    name = c.get(key)
+    if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ConversionError(f"{c.path}: {c.section}{key}={name!r} is no path within the directory")
+    if not (folder / name).exists():
+        raise ConversionError(f"{folder / name}: no such file, but {c.path.name} names it as {c.section}{key}; download it too")
+    return folder / name
+
+
+def _cast_compute(vision: ConfigFile, part: ComponentSource) -> ComponentSource:
+    """The component computing in `vision_config.dtype`, as the released code casts both vision parts; float16 becomes float32 here."""
+    if (name := vision.get("dtype", None)) is None:
+        return part
+    vision.expect("dtype", "float32", "float16", "bfloat16")
+    dtype = np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else np.float32)
+    return dataclasses.replace(part, config=dataclasses.replace(part.config, dtype=dtype))
+
+
+# ---- plain models that a training starts from ----
+def _qwen2(folder: Path, out: Release) -> Openers:
+    """A plain Qwen2.5 becomes the transformer."""
+
+    def opened() -> ComponentSource:
+        p, c = out.parts, ConfigFile(folder / "config.json")
+        vision = dict(
+            num_mm_adap_layers=p.adapter_layers,
+            num_mm_head_layers=p.head_layers,
+            mm_vocab_size=p.mm_vocab_size,
+            image_vocab_size=p.image_vocab_size,
+        )
+        cfg, sources = configs.read_transformer(c, vision), open_sharded(folder)
+        if c.get("tie_word_embeddings", False) and "lm_head.weight" not in sources.infos and "model.embed_tokens.weight" in sources.infos:
+            sources.alias("lm_head.weight", "model.embed_tokens.weight")
+        return component_source("transformer", cfg, qwen2.table(cfg, c.number("initializer_range", 0.02)), sources, {})
+
+    out.tokenizers["tokenizer"], out.extend = folder, True
+    what = "a plain language model; vision layers, image embedding and image head start at random"
+    out.notes.append(f"{folder}: {what} (seed {out.parts.seed})")
+    return {"transformer": opened}
+
+
+def _siglip2(folder: Path, out: Release) -> Openers:
+    """A plain SigLIP2 becomes the image tokenizer."""
+
+    def opened() -> ComponentSource:
+        c = ConfigFile(folder / "config.json")
+        c = c.part("vision_config") if "vision_config" in c.data else c
+        sources = open_sharded(folder)
+        top = "" if "embeddings.patch_embedding.weight" in sources.infos else "vision_model."
+        at = top + "embeddings."
+        width, _, patch, _ = shape_of(sources, at + "patch_embedding.weight", 4)
+        positions = shape_of(sources, at + "position_embedding.weight", 2)[0]
+        cfg = c.build(
+            SigLIPVQConfig,
+            width=width,
+            layers=layer_count(sources, re.escape(top) + r"encoder\.layers\.(\d+)\."),
+            heads=c.size("num_attention_heads"),
+            mlp=shape_of(sources, top + "encoder.layers.0.mlp.fc1.weight", 2)[0],
+            patch=patch,
+            pos_grid=configs.side_of(positions, sources.describe(at + "position_embedding.weight")),
+            codebook_size=out.parts.image_vocab_size,
+            code_width=out.parts.code_width,
+        )
+        return component_source("siglip_vq", cfg, siglip2.table(cfg, top), sources, {})
+
+    out.notes.append(f"{folder}: a plain image tower; quantizer, codebook and projector start at random (seed {out.parts.seed})")
+    return {"siglip_vq": opened}
+
+
+# ---- FLUX.1-dev as diffusers saves it ----
+def _flux(folder: Path, out: Release, plain: bool) -> Openers:
+    """VAE and text encoders; if `plain`, FLUX.1-dev's own MMDiT too, to be trained."""
+
+    def opener(name: str, sub: str, read: Callable, table: Callable) -> Callable[[], ComponentSource]:
+        def opened() -> ComponentSource:
+            c, sources = ConfigFile(folder / sub / "config.json"), open_sharded(folder / sub)
+            cfg = read(c)
+            return component_source(name, cfg, table(cfg, sources), sources, c.data)
+
+        return opened
+
+    def t5_table(cfg: Any, sources: TensorFiles) -> NameTable:
+        if "shared.weight" not in sources.infos and "encoder.embed_tokens.weight" in sources.infos:
+            sources.alias("shared.weight", "encoder.embed_tokens.weight")
+        return t5.table(cfg)
+
+    def clip_table(cfg: Any, sources: TensorFiles) -> NameTable:
+        return clip.table(cfg, "text_model." if any(key.startswith("text_model.") for key in sources.infos) else "")
+
+    def decoder() -> ComponentSource:
+        width = out.components["siglip_vq"].config.width if "siglip_vq" in out.components else out.parts.semantic_dim
+        out.notes.append(f"{folder}: plain FLUX.1; its semantic input ({width} wide) starts at zero")
+        return _mmdit(folder / "transformer", width)
+
+    for key, sub in (("tokenizer_clip", "tokenizer"), ("tokenizer_t5", "tokenizer_2")):
+        if (folder / sub).is_dir():
+            out.tokenizers[key] = folder / sub
+    return {
+        "autoencoder": opener("autoencoder", "vae", configs.read_vae, lambda cfg, sources: autoencoder.table(cfg)),
+        "t5": opener("t5", "text_encoder_2", configs.read_t5, t5_table),
+        "clip": opener("clip", "text_encoder", configs.read_clip, clip_table),
+    } | ({"mmdit": decoder} if plain and (folder / "transformer").is_dir() else {})
+
+
+def _mmdit(folder: Path, semantic_dim: int | None) -> ComponentSource:
+    """The MMDiT in diffusers' layout; with `semantic_dim` that of plain FLUX.1-dev, whose semantic input starts at zero."""
+    sources, c = open_sharded(folder), ConfigFile(folder / "config.json")
+    width, ratio = c.size("num_attention_heads") * c.size("attention_head_dim"), 4
+    if "transformer_blocks.0.ff.net.0.proj.weight" in sources.infos and width:
+        ratio = shape_of(sources, "transformer_blocks.0.ff.net.0.proj.weight", 2)[0] // width
+    cfg = configs.read_mmdit(c, semantic_dim or shape_of(sources, "siglip_embed.weight", 2)[1], ratio)
+    table = mmdit.table(cfg)
+    if semantic_dim is not None:
+        rules = [rule for rule in table.rules if rule.target != "siglip_embed/kernel"]
+        table = NameTable(rules, table.ignored, [Init("siglip_embed/kernel", constant(0))])
+    return component_source("mmdit", cfg, table, sources, c.data)

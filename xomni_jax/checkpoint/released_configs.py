@@ -1,13 +1,13 @@
-"""`config.json` of the released directories, read into our config dataclasses and written again.
+"""`config.json` of published directories, read into our config dataclasses and written again.
 
-Read strictly: what the modules here do not compute (another activation, scaled rotary positions, ...) is refused by file, key and value.
+Settings that our modules do not compute (another activation, scaled rotary positions, ...) are refused, naming file, key and value.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,12 @@ from xomni_jax.models.transformer import ARConfig
 from xomni_jax.sampling.decoder import DecodeConfig
 
 REQUIRED = object()
+SAME = "take the config of the same checkpoint as the weights"
 CHUNK = 512  # queries per attention step of a converted transformer: bounds memory, changes no value
 
 
 class ConfigFile:
-    """A JSON object of settings whose complaints name the file and the key."""
+    """A JSON object of settings; errors name the file and the key."""
 
     def __init__(self, path: Path, data: Mapping[str, Any] | None = None, section: str = ""):
         self.path, self.section = Path(path), section
@@ -34,35 +35,27 @@ class ConfigFile:
         """The value, or `default` where the key is missing or null."""
         value = self.data.get(key)
         if value is None and default is REQUIRED:
-            raise ConversionError(f"{self.path}: {self.section}{key} is missing; take the config of the same checkpoint as the weights")
+            raise ConversionError(f"{self.path}: {self.section}{key} is missing; {SAME}")
         return default if value is None else value
+
+    def _checked(self, key: str, default: Any, is_valid: Callable[[Any], bool], what: str) -> Any:
+        value = self.get(key, default)
+        if not is_valid(value):
+            raise ConversionError(f"{self.path}: {self.section}{key}={value!r} is no {what}; {SAME}")
+        return value
 
     def size(self, key: str, default: Any = REQUIRED) -> int:
         """A whole number of at least 0."""
-        value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise ConversionError(
-                f"{self.path}: {self.section}{key}={value!r} is no size; take the config of the same checkpoint as the weights"
-            )
-        return value
+        return self._checked(key, default, lambda value: type(value) is int and value >= 0, "size")
 
     def number(self, key: str, default: Any = REQUIRED) -> float:
         """A number."""
-        value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ConversionError(
-                f"{self.path}: {self.section}{key}={value!r} is no number; take the config of the same checkpoint as the weights"
-            )
-        return value
+        return self._checked(key, default, lambda value: type(value) in (int, float), "number")
 
     def sizes(self, key: str, default: Any = REQUIRED) -> tuple[int, ...]:
         """A list of whole numbers."""
-        value = self.get(key, default)
-        if not isinstance(value, (list, tuple)) or not all(type(n) is int for n in value):
-            raise ConversionError(
-                f"{self.path}: {self.section}{key}={value!r} is no list of sizes; take the config of the same checkpoint as the weights"
-            )
-        return tuple(value)
+        is_valid = lambda value: isinstance(value, (list, tuple)) and all(type(n) is int for n in value)  # noqa: E731
+        return tuple(self._checked(key, default, is_valid, "list of sizes"))
 
     def expect(self, key: str, *allowed: Any, default: Any = REQUIRED) -> None:
         """Refuses a value that this package does not compute."""
@@ -74,11 +67,11 @@ class ConfigFile:
         """A nested object."""
         value = self.get(key, default)
         if not isinstance(value, dict):
-            raise ConversionError(f"{self.path}: {self.section}{key} is no object; take the config of the same checkpoint as the weights")
+            raise ConversionError(f"{self.path}: {self.section}{key} is no object; {SAME}")
         return ConfigFile(self.path, value, f"{self.section}{key}.")
 
     def build(self, cls: type, **fields: Any) -> Any:
-        """A config dataclass; what it refuses is said of this file."""
+        """A config dataclass; its errors name this file."""
         try:
             return cls(**fields)
         except ValueError as e:
@@ -100,7 +93,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 # ---- unified transformer ----
 def read_transformer(c: ConfigFile, vision: Mapping[str, int] | None) -> ARConfig:
-    """Sizes of an X-Omni transformer; of a plain Qwen2.5 with `vision`, which gives what a language model has not."""
+    """Sizes of an X-Omni transformer, or of a plain Qwen2.5 with `vision` for the sizes that a language model lacks."""
     for key, allowed, default in (("hidden_act", ("silu",), "silu"), ("use_sliding_window", (False,), False)):
         c.expect(key, *allowed, default=default)
     rope = (
@@ -245,7 +238,7 @@ def write_clip(cfg: CLIPTextConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
-# ---- how the model is run: only the fields that a file says ----
+# ---- how the model is run: only the fields that the file sets ----
 def read_preprocess(c: ConfigFile) -> dict[str, Any]:
     """`vision_config.transform` as fields of `ImageLimits`."""
     names = ("short_size", "long_size", "patch_size", "min_short_size", "max_aspect_ratio")
@@ -274,7 +267,8 @@ def write_scheduler(decode: Mapping[str, Any]) -> dict[str, Any]:
     """FLUX.1's scheduler config."""
     return {
         "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting": True,
-        "base_shift": decode.get("base_shift", 0.5), "max_shift": decode.get("max_shift", 1.15), "base_image_seq_len": 256, "max_image_seq_len": 4096,
+        "base_shift": decode.get("base_shift", 0.5), "max_shift": decode.get("max_shift", 1.15),
+        "base_image_seq_len": 256, "max_image_seq_len": 4096,
     }  # fmt: skip
 
 

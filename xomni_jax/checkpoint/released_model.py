@@ -1,44 +1,34 @@
-"""A released directory opened as if it were converted: parameters go straight from its files into device shards."""
+"""A published directory opened as if it were converted: parameters go straight from its files into device shards."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from xomni_jax.checkpoint.assemble import targets_of
-from xomni_jax.checkpoint.conversion import ConversionError, flatten, problems, unflatten
-from xomni_jax.checkpoint.found import Found
-from xomni_jax.checkpoint.kinds import kind_of
+from xomni_jax.checkpoint.component_source import ComponentSource
+from xomni_jax.checkpoint.conversion import ConversionError, flatten, unflatten
+from xomni_jax.checkpoint.formats import detect_format
 from xomni_jax.checkpoint.released import PARTS, NotThere, open_release
 from xomni_jax.checkpoint.store import FORMAT, CheckpointError, config_to_json
-
-
-def is_released(path: str | Path) -> bool:
-    """Whether to open a path as a released directory: it is a directory, and not one of ours."""
-    path = Path(path)
-    return (
-        path.is_dir()
-        and not (path / "model.json").is_file()
-        and any((path / name).is_file() for name in ("config.json", "model_index.json"))
-    )
 
 
 class ReleasedModel:
     """What `XOmni` asks a model directory for.
 
     Attributes:
-      description: as model.json would have it. folders: {"tokenizer": ..., "tokenizer_t5": ..., "tokenizer_clip": ...} where there are such.
+      description: as in model.json.
+      errors: {component: why it cannot be read}, raised when it is used.
+      folders: {"tokenizer", "tokenizer_t5", "tokenizer_clip": directory}, as far as they exist.
     """
 
     def __init__(self, path: str | Path, flux: str | Path | None = None):
         self.path = Path(path)
-        if kind_of(path) == "flux":
+        if detect_format(path) == "flux":
             path, flux = None, path
-        self.found: dict[str, Found] = {}
+        self.components: dict[str, ComponentSource] = {}
         self.errors: dict[str, str] = {}
         self.folders: dict[str, Path] = {}
         settings: dict[str, dict[str, Any]] = {}
@@ -47,36 +37,31 @@ class ReleasedModel:
                 release = open_release(path, flux, only)
             except NotThere:
                 continue
-            except ConversionError as e:  # said when the part is used
+            except ConversionError as e:
                 self.errors |= dict.fromkeys(names, str(e).splitlines()[0])
                 continue
-            self.found |= release.components
+            self.components |= release.components
             self.folders |= release.tokenizers
             for name, fields in release.settings.items():
                 settings[name] = settings.get(name, {}) | fields
-        components = {name: {"config": config_to_json(found.config), "note": {}} for name, found in self.found.items()}
+        components = {name: {"config": config_to_json(part.config), "note": {}} for name, part in self.components.items()}
         self.description = {"format": FORMAT, "components": components, "settings": settings}
 
     def load(self, name: str, wanted: Any, dtype: Any = None) -> Any:
-        """One component in the shapes and shardings of `wanted`; every device's part is made from the files on its own.
+        """One component in the shapes and shardings of `wanted`; each device's shard is read from the files on its own.
 
         Raises:
-          CheckpointError: keys, shapes or dtypes do not fit; all problems are counted, the first is told.
+          CheckpointError: keys, shapes or dtypes do not fit; the message has the first problem and their number.
         """
-        found = self.found[name]
-        shapes = {path: tuple(leaf.shape) for path, leaf in flatten(wanted).items()}
-        wrong = problems(found.sources.infos, found.table, shapes, found.sources.found, found.sources.absent)
-        targets = []
-        if not wrong:
-            targets, wrong = targets_of(found.table, shapes, found.sources, None if dtype is None else np.dtype(dtype))
+        leaves = flatten(wanted)
+        shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+        readers, wrong = self.components[name].readers(shapes, None if dtype is None else np.dtype(dtype))
         if wrong:
-            raise CheckpointError(
-                wrong[0] + (f" (and {len(wrong) - 1} more problems; xomni convert --plan lists them)" if len(wrong) > 1 else "")
-            )
-        leaves: Mapping[str, Any] = flatten(wanted)
+            more = f" (and {len(wrong) - 1} more problems; xomni convert --plan lists them)" if len(wrong) > 1 else ""
+            raise CheckpointError(wrong[0] + more)
         out = {}
-        for target in targets:
-            out[target.path] = jax.make_array_from_callback(target.shape, leaves[target.path].sharding, target.read, dtype=target.dtype)
-            jax.block_until_ready(out[target.path])
-            target.release()
+        for reader in readers:
+            out[reader.path] = jax.make_array_from_callback(reader.shape, leaves[reader.path].sharding, reader.read, dtype=reader.dtype)
+            jax.block_until_ready(out[reader.path])
+            reader.release()
         return unflatten(out)

@@ -1,4 +1,4 @@
-"""safetensors: a reader that believes nothing in the header, and a writer that streams tensors into shards.
+"""safetensors: a reader of memory-mapped tensors, and a writer that streams tensors into shards.
 
 The format: 8 bytes (u64, header length), a JSON object {key: {dtype, shape, data_offsets}}, then the tensors' bytes, gapless.
 """
@@ -6,27 +6,24 @@ The format: 8 bytes (u64, header length), a JSON object {key: {dtype, shape, dat
 from __future__ import annotations
 
 import json
-import math
 import mmap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from xomni_jax.checkpoint.tensor_file import (
-    MAX_RANK,
     LazyTensor,
-    MappedFile,
-    Place,
+    TensorFile,
     TensorFileError,
     as_lazy,
     check_space,
-    contiguous_strides,
-    part_file,
-    publish,
+    reason,
     show,
+    synced_file,
     write_tensor,
 )  # fmt: skip
 
@@ -54,152 +51,76 @@ DTYPES: dict[str, np.dtype] = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 ORDER = {name: i for i, name in enumerate(DTYPES)}
-MAX_HEADER = 100_000_000  # the safetensors package's own limit
 DAMAGED = "the file is damaged or cut off; download it again"
 
 
-class SafetensorsFile(MappedFile):
-    """A readable .safetensors file.
+class SafetensorsFile(TensorFile):
+    """A readable .safetensors file. The safetensors package reads and checks the header; the values stay in our memory map.
 
-    Attributes:
-      metadata: the header's `__metadata__`, {} if there is none.
+    The package's own tensors would be copies, and its numpy has no bfloat16. As it admits only gapless files, where each tensor lies
+    follows from the sizes of those before it.
 
     Raises:
-      TensorFileError: at construction, for everything that is not exactly the format.
+      TensorFileError: at construction: damaged, or of a dtype that numpy and ml_dtypes lack.
     """
 
     def __init__(self, path: str | Path, data: mmap.mmap | bytes | None = None):
         super().__init__(path, data)
-        start, table = self._header()
-        self.metadata = self._metadata(table.pop("__metadata__", {}))
-        end = 0
-        for key, begin, stop, dtype, shape in sorted((self._entry(k, v) for k, v in table.items()), key=lambda e: e[1:3]):
-            if begin != end:
-                raise self._error(f"{show(key)} starts at byte {begin} of the data, {end} is next")
-            self.place(key, dtype, shape, Place(start + begin, contiguous_strides(shape, dtype.itemsize)))
-            end = stop
-        if start + end != len(self.data):
-            raise self._error(f"its header describes {start + end} bytes, it has {len(self.data)}")
-
-    def _error(self, what: str) -> TensorFileError:
-        return TensorFileError(f"{self.path}: {what}; {DAMAGED}")
-
-    def _header(self) -> tuple[int, dict[str, Any]]:
-        """(where the data start, the header's JSON object)."""
-        length = int.from_bytes(self.data[:8], "little")
-        if len(self.data) < 8 or length > len(self.data) - 8:
-            raise self._error(f"its header should be {length} bytes long, {max(0, len(self.data) - 8)} follow")
-        if length > MAX_HEADER:
-            raise TensorFileError(f"{self.path}: its header is {length} bytes long, more than {MAX_HEADER}; split the file into shards")
-        text = bytes(self.data[8 : 8 + length])
-        # An entry has three brackets in at least 49 bytes; without this a header of "[[],[],..." takes 25 times its size to parse.
-        if text.count(b"[") + text.count(b"{") > 1000 + length // 12:
-            raise self._error("its header is no table of tensors")
-        if not text.startswith(b"{"):
-            raise self._error("its header does not start with '{'")
+        offset = 8 + int.from_bytes(self.data[:8], "little")
         try:
-            table = json.loads(text.decode(), object_pairs_hook=unique)
-        except (ValueError, RecursionError) as e:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-            raise self._error(f"its header is not JSON ({show(str(e))})") from None
-        return 8 + length, table
-
-    def _metadata(self, value: Any) -> dict[str, str]:
-        if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
-            raise self._error("its __metadata__ does not map strings to strings")
-        return value
-
-    def _entry(self, key: str, entry: Any) -> tuple[str, int, int, np.dtype, tuple[int, ...]]:
-        """One header entry -> (key, begin, end, dtype, shape), offsets counted from the start of the data."""
-        if not is_text(key):
-            raise self._error(f"the key {show(key)} is not valid Unicode")
-        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-            raise self._error(f"{show(key)} is not described by dtype, shape and data_offsets")
-        name, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if not isinstance(name, str) or name not in DTYPES:
-            what = f"dtype {show(name, 20)}" if isinstance(name, str) else "a dtype that is no string"
-            raise TensorFileError(f"{self.path}: {show(key)} has {what}, this reader knows {', '.join(DTYPES)}; store it in one of them")
-        if not is_sizes(shape) or len(shape) > MAX_RANK:  # not shown: what is wrong may be long or deep
-            raise self._error(f"the shape of {show(key)} is not a list of at most {MAX_RANK} sizes")
-        if not is_sizes(offsets) or len(offsets) != 2:
-            raise self._error(f"the data_offsets of {show(key)} are not [begin, end]")
-        if offsets[1] - offsets[0] != math.prod(shape) * DTYPES[name].itemsize:
-            raise self._error(f"{show(key)} is {name}{shape} but takes {offsets[1] - offsets[0]} bytes")
-        return key, offsets[0], offsets[1], DTYPES[name], tuple(shape)
-
-
-def is_text(value: str) -> bool:
-    """Whether a string can be written as UTF-8: JSON's escapes can smuggle in half a surrogate pair."""
-    return value.isascii() or not any("\ud800" <= c <= "\udfff" for c in value)
-
-
-def is_sizes(value: Any) -> bool:
-    """A list of integers, each of which fits into 63 bits and is not negative."""
-    return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
-
-
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; a key that comes twice is an error, where `json` would silently keep the last."""
-    out = dict(pairs)
-    if len(out) != len(pairs):
-        seen: set[str] = set()
-        raise ValueError(f"{next(k for k, _ in pairs if k in seen or seen.add(k))[:80]} comes twice")
-    return out
+            with safe_open(self.path, "numpy") as file:
+                slices = {key: file.get_slice(key) for key in file.offset_keys()}
+        except SafetensorError as e:
+            what = reason(e).removeprefix("Error while deserializing header: ")
+            raise TensorFileError(f"{self.path}: its header cannot be read ({what}); {DAMAGED}") from None
+        for key, part in slices.items():
+            dtype, shape = part.get_dtype(), tuple(part.get_shape())
+            if dtype not in DTYPES:
+                raise TensorFileError(
+                    f"{self.path}: {show(key)} has dtype {dtype}, this reader knows {', '.join(DTYPES)}; store it in one of them"
+                )
+            self.place(key, DTYPES[dtype], shape, offset)
+            offset += self.infos[key].nbytes
 
 
 # ---- writing ----
 def write_safetensors(
-    folder: str | Path,
-    tensors: Mapping[str, np.ndarray | LazyTensor],
-    shard_bytes: int = 5_000_000_000,
-    name: str = "model",
-    metadata: Mapping[str, str] | None = None,
+    folder: str | Path, tensors: Mapping[str, np.ndarray | LazyTensor], shard_bytes: int = 5_000_000_000, name: str = "model"
 ) -> list[Path]:
     """Writes tensors as Hugging Face libraries do: one `name`.safetensors, or numbered shards and `name`.safetensors.index.json.
 
-    One tensor at a time is made and written. Files get their names only when all are on disk, the index last; what was there under
-    the same names is withdrawn just before. An interrupted write leaves the old files, or shards without an index (refused by `open_sharded`).
+    One tensor at a time is made and written. The folder must hold no earlier result of that name, and is incomplete after an error.
 
     Args:
       folder: made if needed.
       tensors: {key: array or LazyTensor}.
-      shard_bytes: the most tensor bytes a shard may hold; a tensor larger than this gets a shard of its own.
+      shard_bytes: the most tensor bytes in one shard; a tensor larger than this gets its own shard.
       name: the stem of the files, such as "model" or "diffusion_pytorch_model".
-      metadata: goes into every header; {"format": "pt"} by default, which transformers insists on.
 
     Returns:
       The files with tensors, in order.
 
     Raises:
-      TensorFileError: a dtype the format has not, a LazyTensor that breaks its promise, or not enough space on the disk (before the start).
+      TensorFileError: a dtype that the format lacks, a LazyTensor that is not what it promised, or too little space on the disk (before
+        anything is written).
     """
     folder, lazy = Path(folder), as_lazy(tensors)
     for key, tensor in lazy.items():
         if tensor.dtype not in NAMES or key == "__metadata__":
             raise TensorFileError(f"{folder}: {show(key)} of dtype {tensor.dtype} cannot be stored as safetensors; cast or rename it first")
-    groups = shards_of(lazy, shard_bytes)
-    check_space(folder, sum(t.nbytes for t in lazy.values()))
-    files = [folder / f"{name}-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
-    if len(groups) == 1:
+    nbytes = sum(t.nbytes for t in lazy.values())
+    check_space(folder, nbytes)
+    shards = shards_of(lazy, shard_bytes)
+    files = [folder / f"{name}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    if len(shards) == 1:
         files = [folder / f"{name}.safetensors"]
-    written: list[Path] = []
-    try:
-        for path, keys in zip(files, groups, strict=True):
-            write_part(path, {k: lazy[k] for k in keys}, {"format": "pt"} if metadata is None else metadata)
-            written.append(path)
-        withdraw(folder, name)
-        for path in files:
-            publish(path)
-    except BaseException:
-        for path in written:
-            path.with_name(path.name + ".part").unlink(missing_ok=True)
-        raise
-    if len(groups) > 1:
-        weight_map = {key: path.name for path, keys in zip(files, groups, strict=True) for key in keys}
-        index = {"metadata": {"total_size": sum(t.nbytes for t in lazy.values())}, "weight_map": dict(sorted(weight_map.items()))}
-        path = folder / f"{name}.safetensors.index.json"
-        with part_file(path) as file:
+    for path, keys in zip(files, shards, strict=True):
+        write_file(path, {key: lazy[key] for key in keys})
+    if len(shards) > 1:
+        weight_map = {key: path.name for path, keys in zip(files, shards, strict=True) for key in keys}
+        index = {"metadata": {"total_size": nbytes}, "weight_map": dict(sorted(weight_map.items()))}
+        with synced_file(folder / f"{name}.safetensors.index.json") as file:
             file.write((json.dumps(index, indent=2) + "\n").encode())
-        publish(path)
     return files
 
 
@@ -216,48 +137,22 @@ def shards_of(tensors: Mapping[str, LazyTensor], shard_bytes: int) -> list[list[
     return groups
 
 
-def withdraw(folder: Path, name: str) -> None:
-    """Removes an earlier result of the same name, the index first, so that no reader pairs it with new shards."""
-    (folder / f"{name}.safetensors.index.json").unlink(missing_ok=True)
-    (folder / f"{name}.safetensors").unlink(missing_ok=True)
-    for path in folder.glob(f"{name}-?????-of-?????.safetensors"):
-        path.unlink()
-
-
-def write_part(path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]) -> None:
-    """Writes one whole file under its .part name, byte for byte as the safetensors package would."""
-    keys = sorted(tensors, key=lambda k: (ORDER[NAMES[tensors[k].dtype]], k))
-    with part_file(path) as file:
-        file.write(header_bytes(tensors, keys, metadata))
-        for key in keys:
-            write_tensor(file, path, key, tensors[key])
-
-
-def header_bytes(tensors: Mapping[str, LazyTensor], keys: Iterable[str], metadata: Mapping[str, str]) -> bytes:
-    """Length and JSON of the header, for tensors in the order of `keys`, padded to 8 bytes with spaces."""
-    table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+def write_file(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
+    """Writes one file, byte for byte as the safetensors package would with the metadata {"format": "pt"}, which transformers requires."""
+    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for key in keys:
+    for key in sorted(tensors, key=lambda key: (ORDER[NAMES[tensors[key].dtype]], key)):
         begin, end = end, end + tensors[key].nbytes
         table[key] = {"dtype": NAMES[tensors[key].dtype], "shape": list(tensors[key].shape), "data_offsets": [begin, end]}
-    text = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    header = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    with synced_file(path) as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for key in list(table)[1:]:
+            write_tensor(file, path, key, tensors[key])
 
 
 def lora_only(keys: Sequence[str]) -> bool:
     """Whether a file holds nothing but low-rank updates (PEFT, diffusers and kohya names)."""
-    words = (
-        "lora_A",
-        "lora_B",
-        "lora_up",
-        "lora_down",
-        "lora.up",
-        "lora.down",
-        "lora_embedding",
-        "lora_magnitude",
-        ".alpha",
-        "hada_w",
-        "lokr_w",
-    )
+    words = "lora_A lora_B lora_up lora_down lora.up lora.down lora_embedding lora_magnitude .alpha hada_w lokr_w".split()
     return bool(keys) and any("lora" in k or "hada_" in k or "lokr_" in k for k in keys) and all(any(w in k for w in words) for k in keys)

@@ -28,6 +28,7 @@ import orbax.checkpoint as ocp
 from xomni_jax.checkpoint.conversion import flatten, unflatten
 
 FORMAT = 1
+DAMAGED = "cannot be read, it is incomplete or damaged ({reason}); restore it or write it again"
 TOKENIZERS = ("tokenizer", "tokenizer_t5", "tokenizer_clip")
 
 
@@ -36,14 +37,14 @@ class CheckpointError(ValueError):
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON so that a reader sees the old file or the new one, never a part."""
+    """Writes JSON atomically: a reader sees the old file or the new one."""
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
     os.replace(part, path)
 
 
 def config_to_json(cfg: Any) -> dict[str, Any]:
-    """A model config dataclass as JSON: dtypes by name, tuples as lists."""
+    """A model's config dataclass as JSON: dtypes by name, tuples as lists."""
 
     def plain(value):
         if isinstance(value, (list, tuple)):
@@ -54,7 +55,7 @@ def config_to_json(cfg: Any) -> dict[str, Any]:
 
 
 def config_from_json(cls: type, data: Mapping[str, Any], where: str) -> Any:
-    """The reverse of `config_to_json`; unknown or missing fields are one sentence that names them."""
+    """The inverse of `config_to_json`; the error names an unknown or missing field."""
     names = {f.name for f in dataclasses.fields(cls) if f.init}
     unknown = sorted(set(data) - names)
     if unknown:
@@ -82,7 +83,8 @@ def read_model_json(directory: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{directory}: no such directory; give a model directory (it holds model.json)")
     if not path.is_file():
         raise CheckpointError(
-            f"{directory}: no model.json here; give a model directory, such as RUN/model of a training run, or make one of a downloaded checkpoint with xomni convert"
+            f"{directory}: no model.json here; give a model directory, such as RUN/model of a training run, "
+            "or make one of a downloaded checkpoint with xomni convert"
         )
     try:
         data = json.loads(path.read_text())
@@ -96,7 +98,7 @@ def read_model_json(directory: str | Path) -> dict[str, Any]:
 
 
 def save_component(directory: str | Path, name: str, params: Any, config: Any, note: Mapping[str, Any] | None = None) -> None:
-    """Writes one component's parameters and records it in model.json; what was there under that name is replaced.
+    """Writes one component's parameters and records it in model.json, replacing an earlier one of that name.
 
     Args:
       directory: the model directory, made if needed.
@@ -118,7 +120,7 @@ def save_component(directory: str | Path, name: str, params: Any, config: Any, n
 
 
 def save_settings(directory: str | Path, **settings: Any) -> None:
-    """Records how the model is run by default: {name: frozen dataclass}, beside the components in model.json."""
+    """Records in model.json how the model is run by default: {name: frozen dataclass}."""
     path = Path(directory) / "model.json"
     data = read_model_json(directory)
     data.setdefault("settings", {}).update({name: config_to_json(value) for name, value in settings.items()})
@@ -126,7 +128,7 @@ def save_settings(directory: str | Path, **settings: Any) -> None:
 
 
 def copy_components(source: str | Path, target: str | Path, names: tuple[str, ...]) -> None:
-    """Copies components and the tokenizers of one model directory into another, as they are."""
+    """Copies components and all tokenizers of one model directory into another, unchanged."""
     source, target = Path(source), Path(target)
     data = read_model_json(source)
     target.mkdir(parents=True, exist_ok=True)
@@ -147,7 +149,7 @@ def copy_components(source: str | Path, target: str | Path, names: tuple[str, ..
 def load_component(directory: str | Path, name: str, wanted: Any, dtype: Any = None) -> Any:
     """Restores one component into the shapes and shardings of `wanted` (tree of ShapeDtypeStruct).
 
-    The stored dtype is kept unless `dtype` is given; then the cast is made here, on the device, and nowhere else.
+    The stored dtype is kept unless `dtype` is given. The cast then happens here, on the device; Orbax would cast silently.
 
     Raises:
       CheckpointError: missing, truncated, or other keys or shapes than the model has.
@@ -158,26 +160,21 @@ def load_component(directory: str | Path, name: str, wanted: Any, dtype: Any = N
 
     def read():
         with ocp.StandardCheckpointer() as checkpointer:
-            metadata = unwrap_metadata(checkpointer.metadata(path))
-            if metadata is None:
-                raise ValueError("the list of its arrays is missing")
-            stored, expected = flatten(metadata), flatten(wanted)
+            stored, expected = array_metadata(checkpointer, path), flatten(wanted)
             check_fit(path, stored, expected)
             target = {k: jax.ShapeDtypeStruct(v.shape, stored[k].dtype, sharding=v.sharding) for k, v in expected.items()}
             return checkpointer.restore(path, unflatten(target))
 
-    params, reason = reading(read)
-    if reason:
-        raise CheckpointError(f"{path}: cannot be read, it is incomplete or damaged ({reason}); restore it or write it again")
+    params = reading(read, f"{path}: {DAMAGED}")
     return params if dtype is None else jax.jit(lambda t: jax.tree.map(lambda x: x.astype(dtype), t), donate_argnums=0)(params)
 
 
 class TidyLoop(asyncio.SelectorEventLoop):
-    """An event loop that leaves nothing behind when a read fails.
+    """An event loop that prints nothing after a failed read.
 
-    Orbax closes its loop at the first array that cannot be read. The coroutines of the others are abandoned, and their reads, which are
-    TensorStore's and run in threads of its own, report to a closed loop later: Python would print a traceback for each. Here the coroutines
-    are cancelled and end before the loop closes, as in `asyncio.run`, and a report that was already on its way is dropped.
+    Orbax closes its loop at the first array that cannot be read. The coroutines of the other arrays are then abandoned, and TensorStore's
+    threads report to a closed loop; Python would print a traceback for each. This loop cancels the coroutines before it closes, as
+    `asyncio.run` does, and drops late reports.
     """
 
     def close(self) -> None:
@@ -197,42 +194,46 @@ class TidyLoop(asyncio.SelectorEventLoop):
 
 
 class TidyLoops(asyncio.DefaultEventLoopPolicy):
-    """Makes `TidyLoop`s."""
+    """Makes Orbax use `TidyLoop`."""
 
     def new_event_loop(self) -> asyncio.AbstractEventLoop:
         return TidyLoop()
 
 
-ONE_READ = threading.RLock()  # the policy belongs to the process
+ONE_READ = threading.RLock()  # the policy is global to the process
 
 
-def reading(action: Callable[[], Any]) -> tuple[Any, str | None]:
-    """Runs a read through Orbax -> (result, None), or (None, in one line why it failed).
+def reading(action: Callable[[], Any], sentence: str) -> Any:
+    """Runs a read through Orbax. What fails is raised as a CheckpointError: `sentence` with the cause, on one line, for its {reason}.
 
-    What is not the files' fault passes: a CheckpointError, and errors of JAX's runtime, such as too little memory or a process that does not answer.
+    Errors of the JAX runtime, such as too little memory or a process that does not answer, pass unchanged: the files are not at fault.
     """
     with ONE_READ:
         before = asyncio.get_event_loop_policy()
         asyncio.set_event_loop_policy(TidyLoops())
         try:
-            return action(), None
+            return action()
         except (CheckpointError, jax.errors.JaxRuntimeError):
             raise
         except Exception as e:  # noqa: BLE001 - many kinds for damaged files; the user needs the directory, not the kind
-            return None, str(e).strip().splitlines()[0][:200] if str(e).strip() else type(e).__name__
+            reason = str(e).strip().splitlines()[0][:200] if str(e).strip() else type(e).__name__
+            raise CheckpointError(sentence.replace("{reason}", reason)) from None
         finally:
             asyncio.set_event_loop_policy(before)
 
 
-def unwrap_metadata(metadata: Any) -> Any:
-    """Orbax's metadata as the plain tree of array descriptions, whichever wrapper this version returns."""
-    for attribute in ("item_metadata", "tree"):
-        metadata = getattr(metadata, attribute, metadata)
-    return metadata
+def array_metadata(checkpointer: ocp.StandardCheckpointer, path: Path) -> dict[str, Any]:
+    """{"a/b/c": object with shape and dtype} of a stored tree."""
+    metadata = checkpointer.metadata(path)
+    for attribute in ("item_metadata", "tree"):  # None where files are missing
+        metadata = getattr(metadata, attribute, None)
+    if metadata is None:
+        raise ValueError("the list of its arrays is missing")
+    return flatten(metadata)
 
 
 def check_fit(path: Path, stored: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Refuses a stored tree whose keys or shapes differ from the model's, naming the first of each kind."""
+    """Refuses a stored tree whose keys or shapes differ from the model's; the error names the first."""
     missing, extra = sorted(set(expected) - set(stored)), sorted(set(stored) - set(expected))
     if missing or extra:
         which = f"lacks {missing[0]!r}" if missing else f"has {extra[0]!r}, which the model has not"
@@ -243,23 +244,23 @@ def check_fit(path: Path, stored: Mapping[str, Any], expected: Mapping[str, Any]
 
 
 class RunCheckpoints:
-    """The resumable states of one training run: train state, data iterator and counters, saved together or not at all."""
+    """The resumable states of one training run: train state, data iterator and counters, saved together and atomically."""
 
     def __init__(self, directory: str | Path, keep: int = 2, keep_every: int = 0):
-        """The newest `keep` stay, and those of steps that `keep_every` divides (0: no others)."""
+        """Keeps the newest `keep`, and those of steps that are multiples of `keep_every` (0: no others)."""
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_every or None, enable_async_checkpointing=True)
         self.directory = Path(directory).absolute()
         self.manager = ocp.CheckpointManager(self.directory, options=options)
 
     def latest(self) -> int | None:
-        """The newest step that was written whole, or None."""
+        """The newest step that was written completely, or None."""
         return self.manager.latest_step()
 
     def save(self, step: int, state: Any, data: Mapping[str, Any], wait: bool = False) -> None:
-        """Starts an asynchronous save; `wait` blocks until it is on disk. A step already saved is left alone."""
+        """Starts an asynchronous save; `wait` blocks until it is on disk. A step that is already saved is not saved again."""
         if step not in self.manager.all_steps():
             args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(dict(data)))
-            # Without force Orbax skips, silently and on each process by its own clock, a save that comes while another is being written.
+            # Without force, Orbax silently skips a save that comes while another is being written, and each process decides for itself.
             self.manager.save(step, args=args, force=True)
         if wait:
             self.manager.wait_until_finished()
@@ -270,12 +271,11 @@ class RunCheckpoints:
         if step is None:
             raise CheckpointError(f"{self.directory}: no checkpoint to resume from")
         wanted = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore())
-        out, reason = reading(lambda: self.manager.restore(step, args=wanted))
-        if reason:
-            raise CheckpointError(
-                f"{self.directory / str(step)}: cannot be restored ({reason}); delete this step's folder to resume from an earlier one, "
-                "or start with another run_dir"
-            )
+        out = reading(
+            lambda: self.manager.restore(step, args=wanted),
+            f"{self.directory / str(step)}: cannot be restored ({{reason}}); delete this step's folder to resume from an earlier one, "
+            "or start with another run_dir",
+        )
         return step, out["state"], out["data"]
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What a file of tensors is to the rest of the package: names, shapes and dtypes at once; values as views of a memory map, one at a time."""
+"""Files of tensors: names, shapes and dtypes are known at once; values are views of a memory map, one at a time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-BLOCK_BYTES = 64 * 2**20  # writers copy at most this much of a strided array at a time
 MAX_RANK = 32
 
 
@@ -38,7 +37,7 @@ class TensorInfo:
 
 
 class LazyTensor(NamedTuple):
-    """A tensor to be written: `make` is called once, when its turn comes, and must return this dtype and shape."""
+    """A tensor to be written; `make` is called once, when it is written, and must return this dtype and shape."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -50,79 +49,51 @@ class LazyTensor(NamedTuple):
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
-class TensorFile:
-    """Readable tensors: `infos` is complete before any value is read.
-
-    Attributes:
-      path: the file, or the folder of shards.
-      infos: {key: TensorInfo}, in the file's order.
-    """
-
-    path: Path
-    infos: dict[str, TensorInfo]
-
-    def read(self, key: str) -> np.ndarray:
-        """The tensor, shape and dtype as in `infos[key]`: a read-only view of the memory map, perhaps strided or unaligned."""
-        raise NotImplementedError
-
-    def release(self, key: str) -> None:
-        """Gives back the memory that reading `key` filled. Views stay valid: the pages come back from the file when touched."""
-        raise NotImplementedError
-
-    def info(self, key: str) -> TensorInfo:
-        """`infos[key]`.
-
-        Raises:
-          TensorFileError: no such key.
-        """
-        if key not in self.infos:
-            raise TensorFileError(
-                f"{self.path}: has no tensor {show(key)}; it holds {len(self.infos)}, such as {show(next(iter(self.infos), ''))}"
-            )
-        return self.infos[key]
-
-
-class Place(NamedTuple):
-    """Where a tensor's first element lies in the file, and its strides; both in bytes."""
+class Extent(NamedTuple):
+    """Offset of a tensor's first element in the file, and its strides; both in bytes."""
 
     offset: int
     strides: tuple[int, ...]
 
 
-class MappedFile(TensorFile):
-    """One memory-mapped file. Subclasses call `place` for every tensor they find and check the bounds before.
+class TensorFile:
+    """One memory-mapped file of tensors. Subclasses check the bounds of every tensor they find, and then `place` it.
 
     Args:
       path: the file; every error names it.
       data: its contents, mapped read-only from `path` when not given.
+
+    Attributes:
+      infos: {key: TensorInfo}, in the file's order; complete before any value is read.
     """
 
     def __init__(self, path: str | Path, data: mmap.mmap | bytes | None = None):
-        self.path, self.infos = Path(path), {}
+        self.path, self.infos = Path(path), dict[str, TensorInfo]()
         self.data = map_file(self.path) if data is None else data
-        self.places: dict[str, Place] = {}
+        self.extents: dict[str, Extent] = {}
 
-    def place(self, key: str, dtype: np.dtype, shape: tuple[int, ...], place: Place) -> None:
-        """Records one tensor, unless its sizes are more than numpy can describe, as those of an empty tensor may be."""
-        if math.prod(max(n, 1) for n in shape) * dtype.itemsize >= 2**63:
+    def place(self, key: str, dtype: np.dtype, shape: tuple[int, ...], offset: int, strides: tuple[int, ...] | None = None) -> None:
+        """Records one tensor, C-ordered if no strides are given; refuses a shape that numpy cannot have, possible for empty tensors."""
+        if len(shape) > MAX_RANK or math.prod(max(n, 1) for n in shape) * dtype.itemsize >= 2**63:
             raise TensorFileError(
                 f"{self.path}: {show(key)} has shape {list(shape)}, too large for any machine; the file is damaged, download it again"
             )
-        self.infos[key], self.places[key] = TensorInfo(self.path, key, dtype, shape), place
+        self.infos[key] = TensorInfo(self.path, key, dtype, shape)
+        self.extents[key] = Extent(offset, contiguous_strides(shape, dtype.itemsize) if strides is None else strides)
 
     def read(self, key: str) -> np.ndarray:
-        """See `TensorFile.read`."""
-        info, place = self.info(key), self.places[key]
+        """The tensor, as a read-only view of the memory map, perhaps strided or unaligned."""
+        info, extent = self.infos[key], self.extents[key]
         if info.nbytes == 0:  # nothing to map, and numpy checks an offset at the very end of a buffer against one item
             array = np.empty(info.shape, info.dtype)
         else:
-            array = np.ndarray(info.shape, info.dtype, buffer=self.data, offset=place.offset, strides=place.strides)
+            array = np.ndarray(info.shape, info.dtype, buffer=self.data, offset=extent.offset, strides=extent.strides)
         array.flags.writeable = False
         return array
 
     def release(self, key: str) -> None:
-        """See `TensorFile.release`."""
-        info, (offset, strides) = self.info(key), self.places[key]
+        """Frees the memory that reading `key` filled. Views stay valid: their pages are read from the file again when touched."""
+        info, (offset, strides) = self.infos[key], self.extents[key]
         if isinstance(self.data, mmap.mmap) and info.nbytes:
             end = offset + sum((n - 1) * s for n, s in zip(info.shape, strides, strict=True)) + info.dtype.itemsize
             start = offset - offset % mmap.PAGESIZE
@@ -151,13 +122,18 @@ def contiguous_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]
 
 
 def show(text: str, limit: int = 120) -> str:
-    """A key or name from an untrusted file: quoted, on one line, printable, cut to `limit` characters."""
+    """A key or name from an untrusted file for a message: quoted, printable, on one line, cut to `limit` characters."""
     return repr(text) if len(text) <= limit else repr(text[:limit]) + "..."
+
+
+def reason(error: Exception, limit: int = 160) -> str:
+    """The text of a library's error, printable and on one line."""
+    return repr(str(error))[1:-1][:limit]
 
 
 # ---- writing ----
 def as_lazy(tensors: Mapping[str, Any]) -> dict[str, LazyTensor]:
-    """Arrays become LazyTensors; dtypes are normalised to this machine's (little-endian) byte order, as both formats want."""
+    """Turns arrays into LazyTensors, with dtypes in this machine's (little-endian) byte order, which both formats require."""
     out = {}
     for key, value in tensors.items():
         lazy = value if isinstance(value, LazyTensor) else LazyTensor(value.dtype, value.shape, lambda value=value: value)
@@ -166,49 +142,33 @@ def as_lazy(tensors: Mapping[str, Any]) -> dict[str, LazyTensor]:
 
 
 def write_tensor(file: IO[bytes], path: Path, key: str, lazy: LazyTensor) -> None:
-    """Makes one tensor and writes its elements in C order; a strided one is copied a block at a time.
+    """Makes one tensor and writes its elements in C order.
 
     Raises:
-      TensorFileError: what was made is not what was promised (the header is written already).
+      TensorFileError: the tensor is not what was promised, and the header written already.
     """
     array = np.asarray(lazy.make())
     if array.dtype.newbyteorder("=") != lazy.dtype or array.shape != lazy.shape:
         found, wanted = f"{array.dtype.name}{list(array.shape)}", f"{lazy.dtype.name}{list(lazy.shape)}"
         raise TensorFileError(f"{path}: {show(key)} came out as {found}, {wanted} was promised; fix the maker of this tensor")
-    if array.flags.c_contiguous and array.dtype == lazy.dtype:
-        blocks = [array]
-    else:
-        rows = max(1, BLOCK_BYTES // max(1, array.nbytes // max(1, len(array)))) if array.ndim else 1
-        blocks = (array[i : i + rows] for i in range(0, len(array), rows)) if array.ndim else [array]
-    for block in blocks:
-        if block.size:  # uint8, since the buffer protocol does not know bfloat16
-            file.write(np.ascontiguousarray(block, lazy.dtype).reshape(-1).view(np.uint8).data)
+    if array.size:  # uint8, since the buffer protocol does not know bfloat16
+        file.write(np.ascontiguousarray(array, lazy.dtype).reshape(-1).view(np.uint8).data)
 
 
-def check_space(folder: Path, needed: int) -> None:
-    """Refuses to start a write that cannot fit."""
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
+def check_space(path: Path, needed: int, error: type[ValueError] = TensorFileError) -> None:
+    """Refuses to start a write that the disk has no space for."""
+    free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.is_dir())).free
     if needed > free:
-        raise TensorFileError(
-            f"{folder}: {needed / 1e9:.2f} GB are to be written, {free / 1e9:.2f} GB are free; free some space or choose another disk"
+        raise error(
+            f"{path}: {needed / 1e9:.2f} GB are to be written, {free / 1e9:.2f} GB are free; free some space or choose another disk"
         )
 
 
 @contextmanager
-def part_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file `path`.part to write into, synced to disk at the end; removed if the writing fails. The caller renames it."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "w+b") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-
-
-def publish(path: Path) -> None:
-    """`path`.part becomes `path`, at once."""
-    os.replace(path.with_name(path.name + ".part"), path)
+def synced_file(path: Path) -> Iterator[IO[bytes]]:
+    """A new file to write into, which is on disk at the end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w+b") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,24 +1,25 @@
-"""Opening tensors on disk: a file of a kind told by its content, or a folder of shards."""
+"""Opens tensors on disk: a file, whose format its content shows, or a folder of shards."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from xomni_jax.checkpoint.safetensors_file import SafetensorsFile, lora_only, unique
+from xomni_jax.checkpoint.safetensors_file import SafetensorsFile, lora_only
 from xomni_jax.checkpoint.tensor_file import LazyTensor, TensorFile, TensorFileError, TensorInfo, map_file, show
 from xomni_jax.checkpoint.torch_file import TorchFile
 
-__all__ = ["LazyTensor", "ShardedFolder", "TensorFile", "TensorFileError", "TensorInfo", "open_sharded", "open_tensor_file"]
+__all__ = ["LazyTensor", "TensorFile", "TensorFileError", "TensorInfo", "open_sharded", "open_tensor_file"]
 
 STEMS = ("model", "diffusion_pytorch_model")
 LISTED = 20  # problems shown of one folder
-# (first bytes, what it is, what to do)
-STRANGERS = (
+# (first bytes, what it is, what the user can do)
+OTHER_FORMATS = (
     (b"GGUF", "a GGUF file (quantised for llama.cpp)", "download the safetensors it was made from"),
     (b"GGML", "a GGML file (quantised for llama.cpp)", "download the safetensors it was made from"),
     (b"\x89HDF", "an HDF5 file", "convert it to safetensors"),
@@ -32,6 +33,15 @@ STRANGERS = (
     ),
     (b"\x1f\x8b", "compressed with gzip", "unpack it first"),
     (b"\x28\xb5\x2f\xfd", "compressed with zstd", "unpack it first"),
+)
+# (pattern of a file's name, what the folder holds then, what the user can do)
+OTHER_FOLDERS = (
+    (r"adapter_(config\.json|model\.safetensors)|pytorch_lora_weights\.safetensors", "a LoRA", "merge it into its base first"),
+    (r"model_index\.json", "a whole diffusers pipeline", "give one of its folders, such as transformer or vae"),
+    (r".*-of-.*\.safetensors.*", "shards without an index: copying or writing was interrupted", "fetch or write it again"),
+    (r".*\.gguf", "GGUF files", "download the safetensors they were made from"),
+    (r".*\.(bin|pth|pt|ckpt)", "PyTorch pickles", "give the file itself, or convert the folder to safetensors"),
+    (r".*\.safetensors", "a safetensors file of another name", "give the file itself"),
 )
 
 
@@ -53,7 +63,7 @@ def open_tensor_file(path: str | Path) -> TensorFile:
     elif head.startswith(b"PK"):
         file = TorchFile(path, data)
     else:
-        for start, kind, mend in STRANGERS:
+        for start, kind, mend in OTHER_FORMATS:
             if head.startswith(start):
                 raise TensorFileError(f"{path}: is {kind}; {mend}")
         if path.suffix == ".safetensors":
@@ -66,28 +76,57 @@ def open_tensor_file(path: str | Path) -> TensorFile:
     return file
 
 
-class ShardedFolder(TensorFile):
-    """Several files as one. `infos[key].file` says where a tensor is."""
+class TensorFiles:
+    """The tensors of one or several files as one mapping.
 
-    def __init__(self, path: Path, files: list[TensorFile]):
-        self.path, self.infos = path, {}
-        self.owners: dict[str, TensorFile] = {}
-        for file in files:
-            for key, info in file.infos.items():
-                self.infos[key], self.owners[key] = info, file
+    Attributes:
+      infos: {name: TensorInfo}; `info.file` and `info.key` are those of the file.
+      paths: {prefix of names: file or folder}, to say where a missing tensor should be.
+    """
 
-    def read(self, key: str) -> np.ndarray:
-        """See `TensorFile.read`."""
-        self.info(key)
-        return self.owners[key].read(key)
+    def __init__(self) -> None:
+        self.infos: dict[str, TensorInfo] = {}
+        self.paths: dict[str, Path] = {}
+        self._files: dict[str, tuple[TensorFile, str]] = {}
 
-    def release(self, key: str) -> None:
-        """See `TensorFile.release`."""
-        self.info(key)
-        self.owners[key].release(key)
+    def add(self, file: TensorFile, prefix: str = "", known: str = "") -> TensorFiles:
+        """Adds all tensors of a `TensorFile`, with `prefix` before their keys.
+
+        Args:
+          known: a key that the file must hold; whatever a wrapper such as {"state_dict": ...} put before it is removed from all keys.
+        """
+        self.paths[prefix] = file.path
+        wrapper = next((key.removesuffix(known) for key in file.infos if known and (key == known or key.endswith("." + known))), "")
+        for key, info in file.infos.items():
+            name = prefix + key.removeprefix(wrapper)
+            self.infos[name], self._files[name] = info, (file, key)
+        return self
+
+    def alias(self, name: str, of: str) -> None:
+        """Adds a second name for the tensor `of`, as tied weights need."""
+        self.infos[name], self._files[name] = self.infos[of], self._files[of]
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor, as a view of the memory map."""
+        file, key = self._files[name]
+        return file.read(key)
+
+    def release(self, name: str) -> None:
+        """Frees the memory that reading the tensor filled."""
+        file, key = self._files[name]
+        file.release(key)
+
+    def describe(self, name: str) -> str:
+        """Names a tensor in a message, with its file."""
+        return f"{self.infos[name].file}: {self.infos[name].key}"
+
+    def describe_missing(self, name: str) -> str:
+        """Names a tensor that should be there."""
+        prefix = max((p for p in self.paths if name.startswith(p)), key=len, default="")
+        return f"{self.paths.get(prefix, '')}: {name.removeprefix(prefix)}"
 
 
-def open_sharded(folder: str | Path) -> ShardedFolder:
+def open_sharded(folder: str | Path) -> TensorFiles:
     """Opens a Hugging Face folder: its `*.safetensors.index.json` and the shards it names, or its single safetensors file.
 
     Raises:
@@ -96,25 +135,31 @@ def open_sharded(folder: str | Path) -> ShardedFolder:
     folder = Path(folder)
     if not folder.is_dir():
         raise TensorFileError(f"{folder}: no such folder; give a folder with {STEMS[0]}.safetensors or its index")
-    index = the_index(folder)
-    if index is None:
-        return ShardedFolder(folder, [open_tensor_file(the_file(folder))])
+    index, out = the_index(folder), TensorFiles()
+    for file in [open_tensor_file(the_file(folder))] if index is None else open_shards(index):
+        out.add(file)
+    out.paths[""] = folder
+    return out
+
+
+def open_shards(index: Path) -> list[TensorFile]:
+    """The files that an index names, which must hold exactly the tensors that it lists."""
     weight_map = read_index(index)
     files, problems = {}, []
     for name in dict.fromkeys(weight_map.values()):
         try:
-            files[name] = open_tensor_file(folder / name)
+            files[name] = open_tensor_file(index.parent / name)
         except TensorFileError as e:
             problems.append(str(e))
     problems += disagreements(weight_map, files)
     if problems:
         more = [f"and {len(problems) - LISTED} more"] if len(problems) > LISTED else []
         raise TensorFileError("\n  ".join([f"{index}: {len(problems)} problems; download the folder again:", *problems[:LISTED], *more]))
-    return ShardedFolder(folder, list(files.values()))
+    return list(files.values())
 
 
 def disagreements(weight_map: dict[str, str], files: dict[str, TensorFile]) -> Iterator[str]:
-    """One sentence per key that the index and the (readable) shards do not place alike."""
+    """One sentence for each key that is not where the index places it, as far as the shards are readable."""
     for key, name in weight_map.items():
         if name in files and key not in files[name].infos:
             others = [other for other, file in files.items() if key in file.infos]
@@ -145,29 +190,9 @@ def the_file(folder: Path) -> Path:
         if (folder / f"{stem}.safetensors").is_file():
             return folder / f"{stem}.safetensors"
     names = sorted(p.name for p in folder.iterdir())
-    kinds = (
-        (
-            lambda n: n in ("adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"),
-            "a LoRA",
-            "merge it into its base first",
-        ),
-        (lambda n: n == "model_index.json", "a whole diffusers pipeline", "give one of its folders, such as transformer or vae"),
-        (
-            lambda n: "-of-" in n and ".safetensors" in n,
-            "shards without an index: copying or writing was interrupted",
-            "fetch or write it again",
-        ),
-        (lambda n: n.endswith(".gguf"), "GGUF files", "download the safetensors they were made from"),
-        (
-            lambda n: n.endswith((".bin", ".pth", ".pt", ".ckpt")),
-            "PyTorch pickles",
-            "give the file itself, or convert the folder to safetensors",
-        ),
-        (lambda n: n.endswith(".safetensors"), "a safetensors file of another name", "give the file itself"),
-    )
-    for fits, kind, mend in kinds:
+    for pattern, kind, mend in OTHER_FOLDERS:
         for name in names:
-            if fits(name):
+            if re.fullmatch(pattern, name):
                 raise TensorFileError(f"{folder}: holds {kind} ({show(name)}), not model.safetensors or an index of shards; {mend}")
     raise TensorFileError(
         f"{folder}: holds no {' or '.join(s + '.safetensors' for s in STEMS)} and no index of shards; give the model's folder"
@@ -187,3 +212,12 @@ def read_index(path: Path) -> dict[str, str]:
         if not name or Path(name).name != name or "\0" in name:  # an index must not reach into other folders
             raise TensorFileError(f"{path}: places {show(key)} in {show(name)}, which is no file of this folder; download it again")
     return weight_map
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; a key that comes twice is an error, where `json` would silently keep the last."""
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        seen: set[str] = set()
+        raise ValueError(f"{next(k for k, _ in pairs if k in seen or seen.add(k))[:80]} comes twice")
+    return out

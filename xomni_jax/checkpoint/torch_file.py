@@ -1,11 +1,12 @@
-"""PyTorch's zip files (.pth, .pt, .bin): read without torch and without running anything of them, and written so that torch reads them.
+"""PyTorch's zip files (.pth, .pt, .bin): read without torch and without running anything in them, and written so that torch reads them.
 
-Such a file holds a pickle that names the tensors (`torch_pickle` interprets it) and one stored entry of raw bytes per storage, which is
-used where it lies, as a memory map. Several tensors may share a storage; strides and offsets are kept.
+Such a file holds a pickle that names the tensors (`torch_pickle` reads it) and one uncompressed entry of raw bytes per storage, which is
+memory-mapped. Several tensors may share a storage; strides and offsets are kept.
 """
 
 from __future__ import annotations
 
+import io
 import math
 import mmap
 import struct
@@ -18,30 +19,28 @@ import numpy as np
 
 from xomni_jax.checkpoint.tensor_file import (
     LazyTensor,
-    MappedFile,
-    Place,
+    TensorFile,
     TensorFileError,
     as_lazy,
     check_space,
     contiguous_strides,
-    part_file,
-    publish,
+    reason,
     show,
+    synced_file,
     write_tensor,
 )  # fmt: skip
-from xomni_jax.checkpoint.torch_names import DTYPES, STORAGES, UNTYPED, Bag, Table, Tensor, name_of
-from xomni_jax.checkpoint.torch_pickle import instruction_limit, unpickle
-from xomni_jax.checkpoint.zip_directory import ZipDirectory
+from xomni_jax.checkpoint.torch_pickle import DTYPES, STORAGES, UNTYPED, Bag, Pairs, Tensor, instruction_limit, name_of, unpickle
 
 MAX_DEPTH = 64
 MAX_KEY = 1000
+DAMAGED = "the file is damaged or cut off; download it again, or save it again with torch.save"
 
 
-class TorchFile(MappedFile):
+class TorchFile(TensorFile):
     """A readable zip file of torch.save.
 
     Keys: nested dicts are joined with dots and lists count from 0, so {"model": {"a": t}, "ema": [t]} has "model.a" and "ema.0"; a
-    wrapper such as "state_dict" stays in the keys. Values that are no tensors (epochs, options, versions) are left out.
+    wrapper such as "state_dict" stays in the keys. Values that are not tensors (epochs, options, versions) are left out.
 
     Raises:
       TensorFileError: at construction: not such a file, damaged, compressed, big-endian, or its pickle asks for more than weights.
@@ -49,89 +48,124 @@ class TorchFile(MappedFile):
 
     def __init__(self, path: str | Path, data: mmap.mmap | bytes | None = None):
         super().__init__(path, data)
-        archive = ZipDirectory(self.path, self.data)
-        root = archive_root(archive)
-        if (order := archive.read(f"{root}byteorder") if f"{root}byteorder" in archive.entries else b"little") != b"little":
-            raise archive.error(f"its byte order is {order[:20]!r}, only little is read", "save it again on a little-endian machine")
-        program = archive.read(f"{root}data.pkl")
-        top = unpickle(program, f"{self.path}: its pickle", len(self.data))
-        for key, tensor in Walk(self.path, 1000 + min(len(program), instruction_limit(len(self.data)))).leaves(top):
-            if key in self.infos:
-                raise TensorFileError(f"{self.path}: two tensors are called {show(key)}; rename one and save again")
-            self._add(key, tensor, archive, f"{root}data/{tensor.storage.key}")
+        self.spans = self._spans()
+        root = self._root()
+        order = self._entry(f"{root}byteorder") if f"{root}byteorder" in self.spans else b"little"
+        if order != b"little":
+            raise self._error(f"its byte order is {order[:20]!r}, only little is read; save it again on a little-endian machine")
+        program, limit = self._entry(f"{root}data.pkl"), instruction_limit(len(self.data))
+        top = unpickle(program, f"{self.path}: its pickle", limit)
+        try:
+            tensors = list(named_tensors(top, 1000 + min(len(program), limit)))
+        except (TypeError, ValueError) as e:
+            raise self._error(f"{e}; save a plain state_dict, or safetensors") from None
+        for key, tensor in tensors:
+            self._add(key, tensor, f"{root}data/{tensor.storage.key}")
         if not self.infos:
-            raise TensorFileError(f"{self.path}: holds no tensor under a name ({name_of(top)}); give a file of a state_dict")
+            raise self._error(f"holds no tensor under a name ({name_of(top)}); give a file of a state_dict")
 
-    def _add(self, key: str, tensor: Tensor, archive: ZipDirectory, entry: str) -> None:
+    def _error(self, what: str) -> TensorFileError:
+        return TensorFileError(f"{self.path}: {what}")
+
+    def _spans(self) -> dict[str, tuple[int, int, bool]]:
+        """{entry of the archive: (offset, size, whether it is compressed)}."""
+        spans, end = {}, 0
+        try:
+            with zipfile.ZipFile(self.path if isinstance(self.data, mmap.mmap) else io.BytesIO(self.data)) as archive:
+                if self.data[-22:-18] != b"PK\5\6":
+                    raise zipfile.BadZipFile("it does not end with a zip directory")
+                for info in sorted(archive.infolist(), key=lambda info: info.header_offset):
+                    archive.open(info).close()  # checks the entry's own header
+                    name, extra = struct.unpack_from("<2H", self.data, info.header_offset + 26)
+                    start = info.header_offset + 30 + name + extra
+                    if info.header_offset < end:  # also how a small "zip bomb" lets many names share the same bytes
+                        raise zipfile.BadZipFile(f"entry {show(info.filename)} overlaps another")
+                    end = start + info.compress_size
+                    if end > archive.start_dir:
+                        raise zipfile.BadZipFile(f"entry {show(info.filename)} reaches beyond the data")
+                    spans[info.filename] = start, info.compress_size, info.compress_type != zipfile.ZIP_STORED
+        except Exception as e:  # noqa: BLE001 - zipfile raises a dozen kinds for damaged bytes
+            raise self._error(f"its zip archive cannot be read ({reason(e)}); {DAMAGED}") from None
+        return spans
+
+    def _root(self) -> str:
+        """The folder inside the archive that torch.save put everything into, with its slash."""
+        roots = [name.removesuffix("data.pkl") for name in self.spans if name.endswith("/data.pkl") and name.count("/") == 1]
+        if len(roots) != 1:
+            kind = " (it is a numpy .npz)" if any(name.endswith(".npy") for name in self.spans) else ""
+            what = f"is a zip archive with {len(roots)} data.pkl, torch.save writes one{kind}"
+            raise self._error(f"{what}; give a file written by torch.save or safetensors")
+        if any(name.startswith((f"{roots[0]}code/", f"{roots[0]}constants.pkl")) for name in self.spans):
+            raise self._error("is a TorchScript program; save the module's state_dict with torch.save or as safetensors")
+        return roots[0]
+
+    def _stored(self, entry: str) -> tuple[int, int]:
+        """(offset, size) of an entry's bytes in the file."""
+        start, size, compressed = self.spans[entry]
+        if compressed:
+            raise self._error(f"its entry {show(entry)} is compressed; save it again with torch.save, which stores entries as they are")
+        return start, size
+
+    def _entry(self, entry: str) -> bytes:
+        start, size = self._stored(entry)
+        return bytes(self.data[start : start + size])
+
+    def _add(self, key: str, tensor: Tensor, entry: str) -> None:
         """Places one tensor, whose storage must be there in the promised size."""
-        if entry not in archive.entries:
-            raise archive.error(f"{show(key)} lies in {show(entry)}, which is not in the file")
-        start, size = archive.span(entry)
+        if key in self.infos:
+            raise self._error(f"two tensors are called {show(key)}; rename one and save again")
+        if entry not in self.spans:
+            raise self._error(f"{show(key)} lies in {show(entry)}, which is not in the file; {DAMAGED}")
+        start, size = self._stored(entry)
         if size != tensor.storage.nbytes:
-            raise archive.error(f"{show(key)} lies in {show(entry)} of {size} bytes, its pickle says {tensor.storage.nbytes}")
+            raise self._error(f"{show(key)} lies in {show(entry)} of {size} bytes, its pickle says {tensor.storage.nbytes}; {DAMAGED}")
         width, count = tensor.dtype.itemsize, math.prod(tensor.shape)
         if count * width > len(self.data):
             what = f"{show(key)} is an expanded view, {tensor.dtype.name}{list(tensor.shape)} of {size} stored bytes"
-            raise archive.error(what, "save it again after .contiguous()")
+            raise self._error(f"{what}; save it again after .contiguous()")
         strides = contiguous_strides(tensor.shape, width)
         if count:  # strides of single rows mean nothing and may be any number
             strides = tuple(s * width if n > 1 else c for n, s, c in zip(tensor.shape, tensor.strides, strides, strict=True))
-        self.place(key, tensor.dtype, tensor.shape, Place(start + tensor.offset * width, strides))
+        self.place(key, tensor.dtype, tensor.shape, start + tensor.offset * width, strides)
 
 
-def archive_root(archive: ZipDirectory) -> str:
-    """The folder inside the archive that torch.save put everything into, with its slash."""
-    roots = [name.removesuffix("data.pkl") for name in archive.entries if name.endswith("/data.pkl") and name.count("/") == 1]
-    if len(roots) != 1:
-        kind = " (it is a numpy .npz)" if any(name.endswith(".npy") for name in archive.entries) else ""
-        raise archive.error(
-            f"is a zip archive with {len(roots)} data.pkl, torch.save writes one{kind}", "give a file written by torch.save or safetensors"
-        )
-    if any(name.startswith((f"{roots[0]}code/", f"{roots[0]}constants.pkl")) for name in archive.entries):
-        raise archive.error("is a TorchScript program", "save the module's state_dict with torch.save or as safetensors")
-    return roots[0]
-
-
-class Walk:
-    """Finds the tensors in what the pickle described.
+def named_tensors(top: Any, limit: int) -> Iterator[tuple[str, Tensor]]:
+    """(dotted key, tensor) of all tensors in what the pickle described, in its order.
 
     Args:
-      path: names the file in errors.
       limit: the most objects to look at; containers that hold each other many times over have exponentially many paths.
+
+    Raises:
+      ValueError, TypeError: nested too deep, or a tensor without a name.
     """
 
-    def __init__(self, path: Path, limit: int):
-        self.path, self.left = path, limit
-
-    def error(self, what: str) -> TensorFileError:
-        """An error that names the file."""
-        return TensorFileError(f"{self.path}: {what}; save a plain state_dict, or safetensors")
-
-    def leaves(self, value: Any, key: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
-        """(dotted key, tensor) in the file's order."""
-        self.left -= 1 + len(key) // 64
-        if self.left < 0 or depth > MAX_DEPTH or len(key) > MAX_KEY:
-            raise self.error(f"its containers are nested too deep, too often or under too long keys at {show(key)}")
+    def walk(key: str, value: Any, depth: int) -> Iterator[tuple[str, Tensor]]:
+        nonlocal limit
+        limit -= 1 + len(key) // 64
+        if limit < 0 or depth > MAX_DEPTH or len(key) > MAX_KEY:
+            raise ValueError(f"its containers are nested too deep, too often or under too long keys at {show(key)}")
         if type(value) is Tensor and key:
             yield key, value
-        elif type(value) is Table:
-            for name, child in zip(value[::2], value[1::2], strict=True):
-                yield from self.leaves(child, self.join(key, name, child), depth + 1)
-        elif type(value) in (list, tuple):
-            for i, child in enumerate(value):
-                yield from self.leaves(child, self.join(key, i, child), depth + 1)
-        elif type(value) is Bag and any(type(child) in (Tensor, tuple) for child in value):
-            raise self.error(f"{show(key)} is a set, whose tensors have no names")
+        elif type(value) in (Pairs, list, tuple):
+            for name, child in value.items if type(value) is Pairs else enumerate(value):
+                yield from walk(joined(key, name, child), child, depth + 1)
+        elif type(value) is Bag:
+            for child in value.items:
+                for _ in walk(key or "its set", child, depth + 1):
+                    raise ValueError(f"{show(key)} is a set, whose tensors have no names")
 
-    def join(self, key: str, name: Any, child: Any) -> str:
-        """The child's key. Names are text or counted; others only matter if a tensor may lie below."""
-        if type(name) is int and abs(name) < 2**63:
-            name = str(name)
-        if type(name) is not str:
-            if type(child) in (Tensor, Table, Bag, list, tuple):
-                raise self.error(f"{show(key)} has a key that is a {name_of(name)}")
-            return key
+    return walk("", top, 0)
+
+
+def joined(key: str, name: Any, child: Any) -> str:
+    """The child's key. Names are text or counted; others only matter if a tensor may lie below."""
+    if type(name) is int and abs(name) < 2**63:
+        name = str(name)
+    if type(name) is str:
         return f"{key}.{name}" if key else name
+    if type(child) in (Tensor, Pairs, Bag, list, tuple):
+        raise ValueError(f"{show(key)} has a key that is a {name_of(name)}")
+    return key
 
 
 # ---- writing ----
@@ -145,25 +179,24 @@ NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
 def write_torch_file(path: str | Path, tensors: Mapping[str, np.ndarray | LazyTensor]) -> None:
     """Writes a state_dict as torch.save would: loaded by torch.load(weights_only=True), with mmap=True as well. Needs no torch.
 
-    One tensor at a time is made and written, each into a storage of its own. `path` appears only when all of it is on disk.
+    One tensor at a time is made and written, each into its own storage. The file is incomplete after an error.
 
     Raises:
-      TensorFileError: a dtype that torch has not, a LazyTensor that breaks its promise, or not enough space on the disk (before the start).
+      TensorFileError: a dtype that torch lacks, a LazyTensor that is not what it promised, or too little space on the disk (before anything
+        is written).
     """
     path, lazy = Path(path), as_lazy(tensors)
     for key, tensor in lazy.items():
         if tensor.dtype not in NAME_OF:
             raise TensorFileError(f"{path}: torch has no dtype for {show(key)} of dtype {tensor.dtype}; cast it first")
     check_space(path.parent, sum(t.nbytes + 512 for t in lazy.values()))
-    with part_file(path) as file:
-        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-            write_entry(archive, "data.pkl", state_dict_pickle(lazy))
-            write_entry(archive, "byteorder", b"little")
-            for i, (key, tensor) in enumerate(lazy.items()):
-                with open_entry(archive, f"data/{i}", tensor.nbytes) as entry:
-                    write_tensor(entry, path, key, tensor)
-            write_entry(archive, "version", b"3\n")
-    publish(path)
+    with synced_file(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        write_entry(archive, "data.pkl", state_dict_pickle(lazy))
+        write_entry(archive, "byteorder", b"little")
+        for i, (key, tensor) in enumerate(lazy.items()):
+            with open_entry(archive, f"data/{i}", tensor.nbytes) as entry:
+                write_tensor(entry, path, key, tensor)
+        write_entry(archive, "version", b"3\n")
 
 
 def open_entry(archive: zipfile.ZipFile, name: str, nbytes: int) -> IO[bytes]:

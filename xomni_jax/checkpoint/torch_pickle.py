@@ -1,38 +1,87 @@
-"""An interpreter for the few pickle instructions that a file of weights needs. It runs no code but its own.
+"""The pickle in a PyTorch file, read by the standard library's unpickler, which finds nothing to call but the stand-ins below.
 
-Python's `pickle` is a small machine whose instructions can call any function of any module. This one has no import, no call and no
-attribute access: a name is looked up in `torch_names.GLOBALS` and becomes an inert stand-in, "calling" one of them runs our few lines
-there, and everything else is refused by its full name. Every instruction is counted, and none does work that its count does not bound.
+Three measures make that safe for a file of unknown origin:
+
+- `find_class` knows only the names in `GLOBALS`, as inert `Global`s. Every other name is refused, so no code of the file's choice runs.
+- `sanitised` reads the instructions first. It refuses those that weights do not need, and bounds their number and the memo indices, for
+  which the unpickler would allocate any amount of memory.
+- It also replaces dicts and sets by stand-ins that are lists, since to hash a key from the file may take exponential time or overflow the
+  C stack.
 """
 
 from __future__ import annotations
 
+import io
+import math
+import pickle
 import pickletools
-import struct
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
-from xomni_jax.checkpoint.tensor_file import TensorFileError, show
-from xomni_jax.checkpoint.torch_names import GLOBALS, Bag, Global, Storage, Table, is_size, is_storage, name_of
+import ml_dtypes
+import numpy as np
+
+from xomni_jax.checkpoint.tensor_file import MAX_RANK, TensorFileError, reason, show
 
 # An instruction allocates less than 256 bytes on average, so this keeps the objects below 64 MB + the file's size.
 FREE_INSTRUCTIONS = 250_000
 BYTES_PER_INSTRUCTION = 256
-OPCODES = {ord(op.code): op.name for op in pickletools.opcodes}
+INSTRUCTIONS = frozenset(
+    """
+    PROTO FRAME STOP MARK POP POP_MARK DUP BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET
+    NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT SHORT_BINUNICODE BINUNICODE BINUNICODE8
+    SHORT_BINSTRING BINSTRING SHORT_BINBYTES BINBYTES BINBYTES8 EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 TUPLE
+    EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS EMPTY_SET ADDITEMS
+    GLOBAL STACK_GLOBAL REDUCE NEWOBJ NEWOBJ_EX BUILD BINPERSID
+    """.split()
+)
+# FRAME is a hint for buffering, and would be wrong after the replacements.
+REPLACED = {"FRAME": b"", "EMPTY_DICT": b"ccollections\nOrderedDict\n)R", "EMPTY_SET": b"cbuiltins\nset\n)R"}
+
+STORAGES: dict[str, np.dtype] = {
+    "DoubleStorage": np.dtype(np.float64),
+    "FloatStorage": np.dtype(np.float32),
+    "HalfStorage": np.dtype(np.float16),
+    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "LongStorage": np.dtype(np.int64),
+    "IntStorage": np.dtype(np.int32),
+    "ShortStorage": np.dtype(np.int16),
+    "CharStorage": np.dtype(np.int8),
+    "ByteStorage": np.dtype(np.uint8),
+    "BoolStorage": np.dtype(np.bool_),
+    "ComplexDoubleStorage": np.dtype(np.complex128),
+    "ComplexFloatStorage": np.dtype(np.complex64),
+}
+PLAIN = "float64 float32 float16 int64 int32 int16 int8 uint64 uint32 uint16 uint8 complex128 complex64".split()
+EXTENDED = "bfloat16 float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu".split()
+DTYPES = {name: np.dtype(name) for name in PLAIN} | {name: np.dtype(getattr(ml_dtypes, name)) for name in EXTENDED}
+DTYPES["bool"] = np.dtype(np.bool_)
+UNTYPED = "torch.storage.UntypedStorage"
 
 
-def unpickle(data: bytes, where: str, file_bytes: int) -> Any:
+class Refused(ValueError):
+    """The pickle asks for something that weights do not need."""
+
+
+def unpickle(data: bytes, where: str, limit: int) -> Any:
     """The object that a pickle describes, made of stand-ins, plain values, lists and tuples.
 
     Args:
       data: the pickle.
       where: names it in errors.
-      file_bytes: size of the file it comes from, which bounds the number of instructions.
+      limit: the most instructions it may have.
 
     Raises:
-      TensorFileError: damaged, too long for its file, or it asks for anything but weights; nothing of it has been run.
+      TensorFileError: damaged, too long, or it asks for anything but weights; nothing of it has been run.
     """
-    return Machine(data, where, instruction_limit(file_bytes)).run()
+    try:
+        return WeightsUnpickler(io.BytesIO(sanitised(data, limit)), encoding="utf-8").load()
+    except Refused as e:
+        raise TensorFileError(
+            f"{where} asks for {e}, which weights do not need; nothing of it was run, get the weights as safetensors"
+        ) from None
+    except Exception as e:  # noqa: BLE001 - pickletools and pickle raise a dozen kinds for damaged bytes
+        raise TensorFileError(f"{where} cannot be read ({reason(e)}); the file is damaged, download it again") from None
 
 
 def instruction_limit(file_bytes: int) -> int:
@@ -40,260 +89,161 @@ def instruction_limit(file_bytes: int) -> int:
     return FREE_INSTRUCTIONS + file_bytes // BYTES_PER_INSTRUCTION
 
 
-class Machine:
-    """The stack machine.
+def sanitised(data: bytes, limit: int) -> bytes:
+    """The same pickle without instructions that could harm; see the module's docstring."""
+    out, names, stream = bytearray(), [], io.BytesIO(data)
+    for count, (op, arg, start) in enumerate(pickletools.genops(stream)):
+        if count >= limit:
+            raise Refused(f"more than {limit:,} instructions")
+        if op.name in ("GLOBAL", "INST"):
+            names.append(arg)
+        if op.name not in INSTRUCTIONS:
+            for name in names:
+                find(*name.split(" ", 1))  # a refused name tells more than the instruction that comes with it
+            raise Refused(f"the pickle instruction {op.name}")
+        if op.name in ("BINPUT", "LONG_BINPUT") and arg > count:
+            raise ValueError(f"memo index {arg} after {count} instructions")
+        if isinstance(arg, str):
+            arg.encode()  # refuses half a surrogate pair, which pickle lets pass
+        out += REPLACED.get(op.name, data[start : stream.tell()])
+    return bytes(out)
 
-    Args:
-      data: the pickle.
-      where: names it in errors.
-      limit: the most instructions it may have.
-    """
 
-    def __init__(self, data: bytes, where: str, limit: int):
-        self.data, self.where, self.left, self.at = data, where, limit, 0
-        self.stack: list[Any] = []
-        self.below: list[list[Any]] = []  # the stacks under each MARK
-        self.memo: dict[int, Any] = {}
+def find(module: str, name: str) -> Global:
+    """A listed name; any other is refused."""
+    full = f"{module}.{name}"
+    if full not in GLOBALS:
+        raise Refused(show(full))
+    return GLOBALS[full]
 
-    def run(self) -> Any:
-        """Executes until STOP."""
-        while (code := self.take(1)[0]) != ord("."):
-            self.spend(1)
-            if code not in HANDLERS:
-                raise (
-                    self.refuse(f"the pickle instruction {OPCODES[code]}")
-                    if code in OPCODES
-                    else self.damaged(f"has no instruction {code}")
-                )
-            HANDLERS[code](self)
-        if len(self.stack) != 1 or self.below:
-            raise self.damaged("does not end with one object")
-        return self.stack[0]
 
-    # ---- errors and bounds ----
-    def damaged(self, what: str) -> TensorFileError:
-        """An error of form."""
-        return TensorFileError(f"{self.where} {what} (before byte {self.at}); the file is damaged, download it again")
+class WeightsUnpickler(pickle.Unpickler):
+    """Finds the names in `GLOBALS`, and torch's storages."""
 
-    def refuse(self, what: str) -> TensorFileError:
-        """An error of content."""
-        return TensorFileError(
-            f"{self.where} asks for {what}, which weights do not need; nothing of it was run, get the weights as safetensors"
-        )
+    def find_class(self, module: str, name: str) -> Global:
+        return find(module, name)
 
-    def spend(self, count: int) -> None:
-        """Counts instructions, or work that is worth as many."""
-        self.left -= count
-        if self.left < 0:
-            raise TensorFileError(f"{self.where} is too long for the file it is in; get the weights as safetensors")
-
-    # ---- input ----
-    def take(self, count: int) -> bytes:
-        """The next bytes of the pickle."""
-        end = self.at + count
-        if end > len(self.data):
-            raise self.damaged("is cut off")
-        out, self.at = self.data[self.at : end], end
-        return out
-
-    def number(self, form: str) -> Any:
-        """The next bytes as one number."""
-        return struct.unpack(form, self.take(struct.calcsize(form)))[0]
-
-    def integer(self, count: int) -> int:
-        """An integer of up to 255 bytes: weights have no use for longer ones, and they are slow to print."""
-        if not 0 <= count <= 255:
-            raise self.refuse(f"an integer of {count} bytes")
-        return int.from_bytes(self.take(count), "little", signed=True)
-
-    def text(self, count: int) -> str:
-        """UTF-8 without the half surrogates that pickle would let pass."""
-        try:
-            return self.take(count).decode()
-        except UnicodeDecodeError:
-            raise self.damaged("holds text that is not UTF-8") from None
-
-    def line(self) -> str:
-        """Text up to the next line feed."""
-        end = self.data.find(b"\n", self.at)
-        text = self.text((end if end >= 0 else len(self.data)) - self.at)
-        self.take(1)
-        return text
-
-    # ---- stack and memo ----
-    def push(self, value: Any) -> None:
-        """Puts an object on the stack."""
-        self.stack.append(value)
-
-    def pop(self, count: int) -> list[Any]:
-        """Takes the topmost `count` objects off, lowest first."""
-        start = len(self.stack) - count
-        if start < 0:
-            raise self.damaged("takes more from its stack than is there")
-        out = self.stack[start:]
-        del self.stack[start:]
-        return out
-
-    def mark(self) -> None:
-        """Starts a new stack on top of the present one."""
-        self.below.append(self.stack)
-        self.stack = []
-
-    def pop_mark(self) -> list[Any]:
-        """Takes everything above the last MARK off."""
-        if not self.below:
-            raise self.damaged("lacks a MARK")
-        out, self.stack = self.stack, self.below.pop()
-        return out
-
-    def drop(self) -> None:
-        """POP: an object, or the last MARK if nothing is above it."""
-        self.pop(1) if self.stack else self.pop_mark()
-
-    def peek(self) -> Any:
-        """The topmost object."""
-        if not self.stack:
-            raise self.damaged("takes more from its stack than is there")
-        return self.stack[-1]
-
-    def put(self, index: int) -> None:
-        """Remembers the topmost object."""
-        self.memo[index] = self.peek()
-
-    def get(self, index: int) -> None:
-        """Pushes a remembered object."""
-        if index not in self.memo:
-            raise self.damaged(f"recalls object {index}, which it did not remember")
-        self.push(self.memo[index])
-
-    # ---- containers ----
-    def extend(self, items: list[Any], kind: type) -> None:
-        """Adds items to the container on top."""
-        container = self.peek()
-        if type(container) is not kind:  # in real pickle: any object with append, __setitem__ or add
-            raise self.refuse(f"adding items to a {name_of(container)}")
-        container.extend(self.pairs(items) if kind is Table else items)
-
-    def pairs(self, items: list[Any]) -> list[Any]:
-        """Items that must be keys and values by turns."""
-        if len(items) % 2:
-            raise self.damaged("sets a key without a value")
-        return items
-
-    # ---- names, calls, outside objects ----
-    def find(self, module: Any, name: Any) -> Global:
-        """A listed name; any other is refused."""
-        if type(module) is not str or type(name) is not str:
-            raise self.damaged("names a global by something that is no text")
-        if f"{module}.{name}" not in GLOBALS:
-            raise self.refuse(show(f"{module}.{name}"))
-        return GLOBALS[f"{module}.{name}"]
-
-    def call(self, function: Any, args: Any) -> None:
-        """REDUCE and NEWOBJ: pushes the stand-in of what the listed function would have made."""
-        if type(function) is not Global or function.build is None:
-            raise self.refuse(f"a call of {name_of(function)}")
-        if type(args) is not tuple:
-            raise self.damaged(f"calls {function.name} without a tuple of arguments")
-        self.push(function.build(self, args))
-
-    def inst(self) -> None:
-        """INST, a call of protocol 0."""
-        raise self.refuse(f"an instance of {self.find(self.line(), self.line()).name} by INST")
-
-    def obj(self) -> None:
-        """OBJ, a call of protocol 1."""
-        raise self.refuse(f"an instance of {name_of((self.pop_mark() or [None])[0])} by OBJ")
-
-    def newobj_ex(self) -> None:
-        """NEWOBJ_EX, a call with keywords."""
-        raise self.refuse(f"a call of {name_of(self.pop(3)[0])} with keywords")
-
-    def build(self) -> None:
-        """State for an object. An OrderedDict may have one (torch's `_metadata`), which is left out."""
-        self.pop(1)
-        if type(self.peek()) is not Table:
-            raise self.refuse(f"setting the state of a {name_of(self.peek())}")
-
-    def extension(self, form: str) -> None:
-        """EXT1, EXT2, EXT4: a call by number."""
-        raise self.refuse(f"the copyreg extension {self.number(form)}")
-
-    def persid(self) -> None:
-        """PERSID, an outside object of protocol 0."""
-        raise self.refuse(f"the outside object {show(self.line())}")
-
-    def binpersid(self) -> None:
+    def persistent_load(self, pid: Any) -> Storage:
         """("storage", type, key, device, number of elements), the only outside object that torch writes."""
-        (pid,) = self.pop(1)
-        if type(pid) is not tuple or len(pid) != 5 or type(pid[0]) is not str or pid[0] != "storage":
-            first = pid[0] if type(pid) is tuple and pid else pid
-            raise self.refuse(f"the outside object {show(first) if type(first) is str else name_of(first)}")
+        if type(pid) is not tuple or len(pid) != 5 or pid[0] != "storage":
+            raise Refused("an outside object that is no storage")
         _, kind, key, _, count = pid
-        if type(kind) is not Global or not is_storage(kind):
-            raise self.refuse(f"a storage of type {name_of(kind)}")
+        if type(kind) is not Global or not kind.name.endswith("Storage"):
+            raise Refused(f"a storage of type {name_of(kind)}")
         if type(key) is not str or not is_size(count):
-            raise self.damaged("describes a storage without a name or size")
-        self.push(Storage(key, kind.dtype, count * kind.dtype.itemsize))
+            raise ValueError("a storage without a name or size")
+        return Storage(key, kind.dtype, count * kind.dtype.itemsize)
 
 
-Handler = Callable[[Machine], Any]
-BY_NAME: dict[str, Handler] = {
-    "PROTO": lambda m: m.take(1),
-    "FRAME": lambda m: m.take(8),  # a hint for buffering
-    "MARK": Machine.mark,
-    "POP": Machine.drop,
-    "POP_MARK": Machine.pop_mark,
-    "DUP": lambda m: m.push(m.peek()),
-    "NONE": lambda m: m.push(None),
-    "NEWTRUE": lambda m: m.push(True),
-    "NEWFALSE": lambda m: m.push(False),
-    "BININT": lambda m: m.push(m.number("<i")),
-    "BININT1": lambda m: m.push(m.number("<B")),
-    "BININT2": lambda m: m.push(m.number("<H")),
-    "LONG1": lambda m: m.push(m.integer(m.number("<B"))),
-    "LONG4": lambda m: m.push(m.integer(m.number("<i"))),
-    "BINFLOAT": lambda m: m.push(m.number(">d")),
-    "SHORT_BINUNICODE": lambda m: m.push(m.text(m.number("<B"))),
-    "BINUNICODE": lambda m: m.push(m.text(m.number("<I"))),
-    "BINUNICODE8": lambda m: m.push(m.text(m.number("<Q"))),
-    "SHORT_BINSTRING": lambda m: m.push(m.text(m.number("<B"))),
-    "BINSTRING": lambda m: m.push(m.text(m.number("<I"))),
-    "SHORT_BINBYTES": lambda m: m.push(m.take(m.number("<B"))),
-    "BINBYTES": lambda m: m.push(m.take(m.number("<I"))),
-    "BINBYTES8": lambda m: m.push(m.take(m.number("<Q"))),
-    "EMPTY_TUPLE": lambda m: m.push(()),
-    "TUPLE1": lambda m: m.push(tuple(m.pop(1))),
-    "TUPLE2": lambda m: m.push(tuple(m.pop(2))),
-    "TUPLE3": lambda m: m.push(tuple(m.pop(3))),
-    "TUPLE": lambda m: m.push(tuple(m.pop_mark())),
-    "EMPTY_LIST": lambda m: m.push([]),
-    "LIST": lambda m: m.push(m.pop_mark()),
-    "APPEND": lambda m: m.extend(m.pop(1), list),
-    "APPENDS": lambda m: m.extend(m.pop_mark(), list),
-    "EMPTY_DICT": lambda m: m.push(Table()),
-    "DICT": lambda m: m.push(Table(m.pairs(m.pop_mark()))),
-    "SETITEM": lambda m: m.extend(m.pop(2), Table),
-    "SETITEMS": lambda m: m.extend(m.pop_mark(), Table),
-    "EMPTY_SET": lambda m: m.push(Bag()),
-    "ADDITEMS": lambda m: m.extend(m.pop_mark(), Bag),
-    "BINPUT": lambda m: m.put(m.number("<B")),
-    "LONG_BINPUT": lambda m: m.put(m.number("<I")),
-    "MEMOIZE": lambda m: m.put(len(m.memo)),
-    "BINGET": lambda m: m.get(m.number("<B")),
-    "LONG_BINGET": lambda m: m.get(m.number("<I")),
-    "GLOBAL": lambda m: m.push(m.find(m.line(), m.line())),
-    "STACK_GLOBAL": lambda m: m.push(m.find(*m.pop(2))),
-    "REDUCE": lambda m: m.call(*m.pop(2)),
-    "NEWOBJ": lambda m: m.call(*m.pop(2)),
-    "NEWOBJ_EX": Machine.newobj_ex,
-    "INST": Machine.inst,
-    "OBJ": Machine.obj,
-    "BUILD": Machine.build,
-    "EXT1": lambda m: m.extension("<B"),
-    "EXT2": lambda m: m.extension("<H"),
-    "EXT4": lambda m: m.extension("<i"),
-    "PERSID": Machine.persid,
-    "BINPERSID": Machine.binpersid,
+# ---- stand-ins: tuples and slots, so that the instruction BUILD finds no attribute to set ----
+class Global(NamedTuple):
+    """A listed name; `dtype` is set for storage types and dtypes, `build` for what may be called."""
+
+    name: str
+    dtype: np.dtype | None = None
+    build: Callable[..., Any] | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        if self.build is None:
+            raise Refused(f"a call of {self.name}")
+        return self.build(*args)
+
+
+class Storage(NamedTuple):
+    """An entry of the archive, `data/<key>`, of `nbytes` bytes, read as `dtype` where the tensor does not say otherwise."""
+
+    key: str
+    dtype: np.dtype
+    nbytes: int
+
+
+class Tensor(NamedTuple):
+    """A view into a storage; `offset` and `strides` in elements. It lies within the storage."""
+
+    storage: Storage
+    dtype: np.dtype
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class Pairs:
+    """A dict or an OrderedDict: `items` holds (key, value)."""
+
+    __slots__ = ("items",)
+
+    def __init__(self, items: Any = None):
+        self.items = [] if items is None else items  # not copied or checked, which a file could ask for without end
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.items.append((key, value))
+
+    def __setstate__(self, state: Any) -> None:
+        """torch sets `_metadata` of a state_dict."""
+
+
+class Bag:
+    """A set: `items` in the file's order."""
+
+    __slots__ = ("items",)
+
+    def __init__(self, items: Any = None):
+        self.items = [] if items is None else items
+
+    def add(self, item: Any) -> None:
+        """What the unpickler calls."""
+        self.items.append(item)
+
+
+def name_of(value: Any) -> str:
+    """What an object is called in errors; never its contents, which may be long or deep."""
+    return value.name if type(value) is Global else {Pairs: "dict", Bag: "set"}.get(type(value), type(value).__name__)
+
+
+def rebuild_tensor(
+    storage: Any, offset: Any, shape: Any, strides: Any, requires_grad: Any, hooks: Any, metadata: Any = None, *, dtype: Any = None
+) -> Tensor:
+    """`torch._utils._rebuild_tensor_v2`: a view of a storage, checked to lie within it."""
+    if type(storage) is not Storage or not is_size(offset):
+        raise ValueError("a tensor without a storage or offset")
+    if type(shape) is not tuple or type(strides) is not tuple or not len(shape) == len(strides) <= MAX_RANK:
+        raise ValueError("a tensor whose shape and strides are not two tuples of at most 32 sizes")
+    if not all(map(is_size, shape + strides)):
+        raise ValueError("a tensor of a size or stride that is none")
+    if metadata is not None and not (type(metadata) is Pairs and not metadata.items):
+        raise Refused("a tensor with metadata, such as a conjugated view")
+    dtype = storage.dtype if dtype is None else dtype
+    last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+    if math.prod(shape) and (last + 1) * dtype.itemsize > storage.nbytes:
+        raise ValueError(f"a tensor {dtype.name}{list(shape)} that reaches beyond its storage of {storage.nbytes} bytes")
+    return Tensor(storage, dtype, offset, shape, strides)
+
+
+def rebuild_tensor_v3(*args: Any) -> Tensor:
+    """`torch._utils._rebuild_tensor_v3`, of dtypes that have no storage type: its seventh argument is the dtype."""
+    *first, dtype = args[:7]
+    if type(dtype) is not Global or dtype.dtype is None or dtype.name.endswith("Storage"):
+        raise ValueError("a tensor of a dtype that is none")
+    return rebuild_tensor(*first, *args[7:], dtype=dtype.dtype)
+
+
+def is_size(value: Any) -> bool:
+    """An offset, size or stride."""
+    return type(value) is int and 0 <= value < 2**60
+
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "collections.OrderedDict": Pairs,
+    "builtins.set": Bag,
+    "__builtin__.set": Bag,  # protocol 2 uses Python 2's name
+    "torch.Size": lambda sizes: sizes,
+    "torch.device": lambda *place: None,
+    "torch._utils._rebuild_parameter": lambda tensor, requires_grad, hooks: tensor,
+    "torch._utils._rebuild_tensor_v2": rebuild_tensor,
+    "torch._utils._rebuild_tensor_v3": rebuild_tensor_v3,
 }
-HANDLERS: dict[int, Handler] = {code: BY_NAME[name] for code, name in OPCODES.items() if name in BY_NAME}
+GLOBALS = (
+    {name: Global(name, build=build) for name, build in FUNCTIONS.items()}
+    | {f"torch.{name}": Global(f"torch.{name}", dtype) for name, dtype in (STORAGES | DTYPES).items()}
+    | {name: Global(UNTYPED, np.dtype(np.uint8)) for name in (UNTYPED, "torch.UntypedStorage")}
+)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 
-from xomni_jax.checkpoint.convert import DTYPES, convert, plan_for
-from xomni_jax.checkpoint.found import NewParts
+from xomni_jax.checkpoint.component_source import NewParts
+from xomni_jax.checkpoint.conversion_plan import DTYPES, plan_conversion
+from xomni_jax.checkpoint.conversion_report import plan_lines
+from xomni_jax.checkpoint.convert import convert
 from xomni_jax.checkpoint.released import PARTS
 
 EXAMPLE = """\
@@ -19,8 +21,8 @@ The directories are read as they were downloaded; nothing in them is run, and no
 --flux is FLUX.1-dev: VAE, text encoders, their tokenizers; without X-Omni its transformer too, with a semantic input that starts at zero.
 Training keeps its parameters in float32: convert what it starts from with --dtype float32.
 
-Everything is checked before anything is written: --plan prints what would be done. Work is done in TO.part: an interrupted conversion
-is gone on with by the same command, and TO appears when it is whole. A second conversion into TO adds parts that it has not yet.
+Everything is checked before anything is written; --plan prints what would be done. The work is done in TO.part: the same command resumes
+an interrupted conversion, and TO appears when it is complete. A second conversion into TO adds the parts that it lacks.
 Beside the checkpoint, conversion.json says which tensor of which file (with its sha256) became what.
 
 examples:
@@ -32,11 +34,19 @@ examples:
 without a download, from a clone of this repository:
   xomni export --from xomni_jax/assets/tiny_sft --to tiny_released && xomni convert --xomni tiny_released --to tiny_model
 """
+# (option, field of NewParts, help)
+NEW = (
+    ("--image-vocab", "image_vocab_size", "image codes"),
+    ("--mm-vocab", "mm_vocab_size", "image codes, special and spare ids"),
+    ("--adapter-layers", "adapter_layers", "vision layers before the language layers"),
+    ("--head-layers", "head_layers", "vision layers after them"),
+    ("--code-width", "code_width", "width of a codebook row"),
+    ("--seed", "seed", "of the initial values"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The subcommand's own options."""
-    new = NewParts()
     parser.add_argument("--xomni", metavar="DIR", help="X-Omni, a plain Qwen2.5, or a plain SigLIP2")
     parser.add_argument("--flux", metavar="DIR", help="FLUX.1-dev")
     parser.add_argument("--to", metavar="DIR", help="the model directory to make, or to add parts to")
@@ -44,22 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", choices=tuple(PARTS), help="one part; text means T5 and CLIP")
     parser.add_argument("--plan", action="store_true", help="print what would become what, and stop")
     start = parser.add_argument_group("what a plain model lacks")
-    start.add_argument("--image-vocab", type=int, default=new.image_vocab_size, metavar="N", help="image codes (default %(default)s)")
-    start.add_argument(
-        "--mm-vocab", type=int, default=new.mm_vocab_size, metavar="N", help="image codes, specials and spares (default %(default)s)"
-    )
-    start.add_argument(
-        "--adapter-layers",
-        type=int,
-        default=new.adapter_layers,
-        metavar="N",
-        help="vision layers before the language (default %(default)s)",
-    )
-    start.add_argument(
-        "--head-layers", type=int, default=new.head_layers, metavar="N", help="vision layers behind it (default %(default)s)"
-    )
-    start.add_argument("--code-width", type=int, default=new.code_width, metavar="N", help="width of a codebook row (default %(default)s)")
-    start.add_argument("--seed", type=int, default=new.seed, metavar="N", help="of what starts at random (default %(default)s)")
+    for option, field, text in NEW:
+        start.add_argument(
+            option, dest=field, type=int, default=getattr(NewParts, field), metavar="N", help=f"{text} (default %(default)s)"
+        )
 
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:
@@ -68,15 +66,13 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
         raise ValueError("neither --xomni nor --flux is given; say what to convert")
     if args.to is None and not args.plan:
         raise ValueError("--to is missing; say where the model directory goes, or --plan to look only")
-    parts = NewParts(args.image_vocab, args.mm_vocab, args.adapter_layers, args.head_layers, args.code_width, seed=args.seed)
+    parts = NewParts(**{field: getattr(args, field) for _, field, _ in NEW})
     least = {"image_vocab_size": 1, "mm_vocab_size": 1, "code_width": 1}
     small = next((k for k, v in vars(parts).items() if v < least.get(k, 0)), None)
     if small:
         raise ValueError(f"{small}={getattr(parts, small)} is too small; leave the option out for the released size")
-    from xomni_jax.checkpoint.conversion_report import plan_lines
-
     if args.plan:
-        plan = plan_for(args.xomni, args.flux, args.to, args.dtype, args.only, parts)
+        plan = plan_conversion(args.xomni, args.flux, args.to, args.dtype, args.only, parts)
         for line in (*plan.release.notes, *plan_lines(plan)):
             print(line)
         print(f"nothing written; {plan.nbytes / 1e9:.3f} GB would be")

@@ -146,7 +146,7 @@ def _best_of(args: argparse.Namespace) -> dict[str, Any]:
     if not url:
         return best_of_study(sft, rl, seed=args.bootstrap_seed)
     with RewardClient(name, url.split(","), max_wait=900.0) as client:
-        version = ", ".join(sorted({str(said.get("version", "")) for said in client.health()}))
+        version = client.versions()
         values_PR = reward_scores(sft, client, version, Path(args.out) / f"reward_{name}")
     return best_of_study(sft, rl, f"{name} ({version})", values_PR, args.bootstrap_seed)
 

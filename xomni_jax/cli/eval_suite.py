@@ -111,7 +111,7 @@ def _add_options(parser: argparse.ArgumentParser, tasks: set[str], data: bool, j
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:
     """Evaluates one suite, or all; the last line says where the results are."""
-    from xomni_jax.cli.train import together
+    from xomni_jax.cli.train import run_in_group
     from xomni_jax.core import distributed
 
     settle(args, rest)
@@ -119,10 +119,10 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     # Workers with shares of their own know nothing of each other; without shares, the processes of a slice hold one model together.
     alone = args.phase == "score" or args.shard[1] > 1
     options = {f"--{name}": str(value) for name, value in vars(args).items() if name != "run"}
-    line = None if alone else distributed.start(options, args.distributed)
-    if line is None:
+    group = None if alone else distributed.start(options, args.distributed)
+    if group is None:
         return _evaluate(config, None)
-    return together(line, lambda: _evaluate(config, line), "eval")
+    return run_in_group(group, lambda: _evaluate(config, group), "eval")
 
 
 def _config(args: argparse.Namespace) -> EvalConfig:
@@ -157,16 +157,16 @@ def _judges(name: str, given: list[str]) -> dict[str, str]:
     return kinds
 
 
-def _evaluate(config: EvalConfig, line: Any) -> int:
+def _evaluate(config: EvalConfig, group: Any) -> int:
     from xomni_jax.core.preemption import StopRequested, StopSignal
     from xomni_jax.evaluation.run import evaluate, evaluate_all
 
-    if line is not None and config.phase == "all":
+    if group is not None and config.phase == "all":
         raise ValueError(
             "several JAX processes make outputs together but do not score; add --phase generate or answer, then score in one process"
         )
-    process = (0, 1) if line is None else (line.index, line.count)
-    with StopSignal(line) as stop:
+    process = (0, 1) if group is None else (group.index, group.count)
+    with StopSignal(group) as stop:
         try:
             if config.suite == "all":
                 return _print_all(config, evaluate_all(config, stop, process))

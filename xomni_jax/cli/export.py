@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from xomni_jax.checkpoint.convert import DTYPES
+from xomni_jax.checkpoint.conversion_plan import DTYPES
 from xomni_jax.checkpoint.released import PARTS
 
 EXAMPLE = """\
-The keys and files are those of the released checkpoints: config.json, sharded safetensors with an index, the image tokenizer's two files, the
-MMDiT in a folder of its own. What belongs to FLUX.1-dev (VAE, text encoders) goes to TO/flux, which xomni convert takes as --flux. Tensors are
-byte for byte those that were converted, unless they were trained or --dtype is given; tensors that the model does not use (the ViT's pooling
-head) are not kept.
+The keys and files are those of the released checkpoints: config.json, sharded safetensors with an index, the image tokenizer's two files,
+the MMDiT in its own folder. What belongs to FLUX.1-dev (VAE, text encoders) goes to TO/flux, which xomni convert takes as --flux. Tensors
+equal the converted ones byte for byte, unless they were trained or --dtype is given; tensors that the model does not use (the ViT's
+pooling head) are not kept.
 To run the result with the published PyTorch code, copy its *.py files beside config.json.
 
 examples:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 
 EXAMPLE = """\
-PATH is a model directory or a released one (X-Omni, FLUX.1-dev, Qwen2.5, SigLIP2). With --diff every parameter of both is compared by value;
-the exit code is 0 when all are equal, 1 when some differ, as with diff.
+PATH is a model directory or a published one (X-Omni, FLUX.1-dev, Qwen2.5, SigLIP2). With --diff the values of all parameters are
+compared; the exit code is 0 if all are equal and 1 if some differ, as with diff.
 
 examples:
   xomni inspect models/xomni

@@ -1,4 +1,4 @@
-"""`xomni rewards NAME=URL ...`: ask scoring services how they are, and what they think of some images."""
+"""`xomni rewards NAME=URL ...`: print the state of scoring services, and score images with them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Start a service, then ask it:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The subcommand's own options."""
-    parser.add_argument("services", metavar="NAME=URL", nargs="+", help="a scorer and where it runs")
+    parser.add_argument("services", metavar="NAME=URL", nargs="+", help="a scorer and the URL of its service")
     parser.add_argument("--image", metavar="FILE", nargs="+", default=[], help="images to score")
-    parser.add_argument("--prompt", default="", help="what they were asked to be")
-    parser.add_argument("--text", nargs="+", help="the text they should show, for ocr")
-    parser.add_argument("--background", help="the colour of their ground, for shapes")
+    parser.add_argument("--prompt", default="", help="the prompt of the images")
+    parser.add_argument("--text", nargs="+", help="the text that the images should show, for ocr")
+    parser.add_argument("--background", help="the background colour that the images should have, for shapes")
 
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:
@@ -37,9 +37,8 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
         if not equals:
             raise ValueError(f"{service!r} is not NAME=URL; write for example ocr=http://127.0.0.1:8001")
         with RewardClient(name, urls.split(",")) as client:
-            for url, said in zip(urls.split(","), client.health()):
-                state = ", ".join(f"{said.get(key)} {key}" for key in ("workers", "scored", "queue"))
-                print(f"{name} {said.get('version')} at {url}: {state}")
+            for url, health in zip(urls.split(","), client.health()):
+                print(f"{name} {health.version} at {url}: {health.workers} workers, {health.scored} scored, {health.queue} queue")
             for file, s in zip(args.image, client.score(images, [{"prompt": args.prompt, "targets": targets}] * len(images))):
                 failed += s.failed
                 outcome = f"{s.value:.3f}" if s.value is not None else f"not scored: {s.error}" if s.failed else "does not apply"

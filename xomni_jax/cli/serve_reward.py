@@ -1,24 +1,26 @@
-"""`xomni serve-reward NAME --port P`: run one scoring service."""
+"""`xomni serve-reward SCORER --port P`: run one scoring service."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import inspect
+from typing import Any
 
-NAMES = ("ocr", "shapes", "quality", "tesseract", "detector")
-_OPTIONS = {"ocr": ("mode", "formula", "second"), "quality": ("references",), "detector": ("detector", "clip", "device", "short_side")}
+from xomni_jax.core.options import add_flags
+from xomni_jax.rewards.scorer import SCORERS, scorer_class
 
-EXAMPLE = """\
-A service scores images over HTTP; the trainer and the evaluations ask it. GET /health says how it is.
+EXAMPLE = f"""\
+A service scores images over HTTP for the trainer and the evaluations. GET /health reports its state.
 
-ocr      reads the image (PP-OCR) and compares the text with targets["text"]
-shapes   colour of the ground, and count, shape and colour of drawn objects
-quality  likeness to rendered images: notices noise, blur, compression; needs no target
-tesseract  reads with another program than ocr does: a second opinion for evaluations (xomni eval effect --second URL)
-detector   finds objects and their colours (Mask2Former and CLIP, with torch): the judge of xomni eval geneval --judge URL
+{chr(10).join(f"{name:<11}{line}" for name, line in SCORERS.summaries().items())}
+
+A scorer of your own is path/to/my_scorer.py:MyScorer, see xomni_jax/rewards/README.md. Each scorer has options of its own:
+
+  xomni serve-reward ocr --help
 
 Several replicas of one scorer may run on other ports or machines; give the trainer all their URLs.
-
-Start one per reward, in a terminal of its own:
+Start one service per reward, in a terminal of its own:
 
   xomni serve-reward ocr --port 8001
   xomni serve-reward shapes --port 8002
@@ -26,40 +28,43 @@ Start one per reward, in a terminal of its own:
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The subcommand's own options."""
-    parser.add_argument("name", metavar="NAME", choices=NAMES, help="ocr, shapes, quality, tesseract or detector")
-    parser.add_argument("--port", type=int, default=8001, help="where to listen; 0 takes a free one (default 8001)")
+class _ScorerOptions(argparse.Action):
+    """Parses what follows a scorer's name: the options of every service and those of the scorer."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        name, *line = values
+        try:
+            scorer = scorer_class(name)
+        except ValueError as error:
+            raise argparse.ArgumentError(self, str(error)) from error
+        own = argparse.ArgumentParser(
+            prog=f"{parser.prog} {name}", description=inspect.getdoc(scorer), formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        _add_service_options(own)
+        add_flags(own.add_argument_group(f"options of {scorer.name}"), scorer.Options)
+        own.parse_args(line, namespace)
+        namespace.scorer, namespace.options = name, {f.name: getattr(namespace, f.name) for f in dataclasses.fields(scorer.Options)}
+
+
+def _add_service_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--port", type=int, default=8001, help="where to listen; 0 takes a free port (default 8001)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in (default 127.0.0.1)")
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each; about one per core (default 2)")
-    ocr = parser.add_argument_group("ocr only")
-    ocr.add_argument(
-        "--mode",
-        choices=("auto", "crop", "detect"),
-        help="read the content crop, or detect lines first (default auto: by height)",
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of every service, the scorer's name, and the scorer's own options after it."""
+    _add_service_options(parser)
+    parser.add_argument(
+        "scorer", nargs=argparse.PARSER, action=_ScorerOptions, metavar="SCORER", help="name of a scorer, followed by its options"
     )
-    ocr.add_argument("--formula", choices=("auto", "edit", "substring", "recall"), help="how texts are compared (default auto: by length)")
-    ocr.add_argument("--second", choices=("tesseract",), help="a second reader; the lower score counts")
-    quality = parser.add_argument_group("quality only")
-    quality.add_argument("--references", metavar="DIR", help="images that count as good (default: 400 rendered training images)")
-    detector = parser.add_argument_group("detector only")
-    detector.add_argument("--detector", metavar="DIR", help="local copy of facebook/mask2former-swin-small-coco-instance")
-    detector.add_argument("--clip", metavar="DIR", help="local copy of openai/clip-vit-large-patch14")
-    detector.add_argument(
-        "--short-side", type=int, metavar="PIXELS", help="of the image that is searched (default 800, as official; less is quicker)"
-    )
-    detector.add_argument("--device", help="where torch runs, such as cuda:0 (default: a GPU when there is one, else the CPU)")
 
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:
     """Serve until stopped. ValueError (one sentence) when the port is taken, a package is missing or an option does not fit."""
-    from xomni_jax.rewards.services.base import ServiceError
-    from xomni_jax.rewards.services.server import ServiceConfig, serve
+    from xomni_jax.rewards.server import ServiceConfig, serve
 
-    options = {k: getattr(args, k) for names in _OPTIONS.values() for k in names if getattr(args, k) is not None}
-    for option in options:
-        if option not in _OPTIONS.get(args.name, ()):
-            owner = next(name for name, names in _OPTIONS.items() if option in names)
-            raise ServiceError(f"--{option.replace('_', '-')} belongs to {owner}; serve-reward {args.name} does not take it")
-    serve(ServiceConfig(args.name, options, workers=args.workers), args.host, args.port)
+    serve(ServiceConfig(args.scorer, args.options, workers=args.workers), args.host, args.port)
     return 0

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from xomni_jax.core.config import ConfigError, as_dict, flat, load_changes, read_overrides, shown
+from xomni_jax.core.process_group import ProcessGroup
 
 EXAMPLE = (
     "xomni train --config=configs/tiny/sft.py --config.init_from=xomni_jax/assets/tiny_sft --config.run_dir=runs/my_sft --config.steps=200"
@@ -24,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--devices", type=int, metavar="N", help="simulate N CPU devices (to try a mesh on one machine)")
     parser.add_argument(
         "--distributed", action="store_true",
-        help="one of several processes, which JAX finds by itself (TPU slice, Slurm); launch/local.py and GKE need no flag",
+        help="join the other processes of this TPU slice, Slurm or Open MPI job; launch/local.py and GKE need no flag",
     )  # fmt: skip
     parser.add_argument("--profile-steps", metavar="A-B", help="trace steps A to B in RUN/profile, for xprof or TensorBoard; such as 3-8")
     parser.add_argument(
@@ -67,41 +68,41 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
         print(shown(resolve(changes), changes))
         return 0
     config = resolve_run(changes)
-    line = distributed.start(facts(config), args.distributed)
-    if line is None:
+    group = distributed.start(shared_settings(config), args.distributed)
+    if group is None:
         return exit_code(run_stage(config, **options))
-    return together(line, lambda: exit_code(run_stage(config, line=line, **options)))
+    return run_in_group(group, lambda: exit_code(run_stage(config, group=group, **options)))
 
 
-def facts(config: Any) -> dict[str, Any]:
-    """What every process of a run must have been given alike. The addresses of services are a host's own."""
+def shared_settings(config: Any) -> dict[str, Any]:
+    """What must be the same in every process of a run. The addresses of reward services may differ from host to host."""
     return {key: value for key, value in flat(as_dict(config), "config.").items() if not key.endswith(".urls")}
 
 
-def together(line: Any, action: Callable[[], int], command: str = "train") -> int:
-    """Runs the action of one of several processes, which gives the exit code; an error is told here and to the others, and ends the process without waiting for them."""
+def run_in_group(group: ProcessGroup, action: Callable[[], int], command: str = "train") -> int:
+    """Runs `action`, which returns the exit code. An error is reported here and to the other processes, and ends this one at once."""
     from xomni_jax.cli.main import explain
-    from xomni_jax.core.distributed import unanswered
-    from xomni_jax.core.process_group import LOST, leave
+    from xomni_jax.core.distributed import explain_silence
+    from xomni_jax.core.process_group import LOST_PEER, exit_now
 
     try:
         code = action()
     except BaseException as e:  # noqa: BLE001 - whatever it is, the others must not wait
-        silent = None if os.environ.get("XOMNI_DEBUG") else unanswered(e)
+        silence = None if os.environ.get("XOMNI_DEBUG") else explain_silence(e)
         try:
-            if silent:
-                time.sleep(1.0)  # where the process is gone, the line says so, names it and ends this one
-                print(f"\nxomni {command}: {silent}", file=sys.stderr)
-            code = LOST if silent else explain(command, e)
+            if silence:
+                time.sleep(1.0)  # if the other process is gone, the group names it and ends this one meanwhile
+                print(f"\nxomni {command}: {silence}", file=sys.stderr)
+            code = LOST_PEER if silence else explain(command, e)
         except BaseException:  # noqa: BLE001
             traceback.print_exc()
             code = 1
-        line.fail(silent or (str(e).strip().splitlines() or [type(e).__name__])[0])
-        leave(code)
-    line.close()
+        group.leave(silence or (str(e).strip().splitlines() or [type(e).__name__])[0])
+        exit_now(code)
+    group.leave()
     return code
 
 
 def exit_code(model: Path | None) -> int:
-    """0, or what the launchers ask for in XOMNI_STOPPED_CODE when a run was stopped and has saved: it must count neither as complete nor as failed."""
+    """0, or $XOMNI_STOPPED_CODE if the run was stopped and has saved: a launcher must take it neither for complete nor for failed."""
     return 0 if model else int(os.environ.get("XOMNI_STOPPED_CODE", "0"))

@@ -1,63 +1,65 @@
-"""Stopping in good order: Ctrl-C and SIGTERM set a flag that loops and long waits poll; several processes stop after the same poll."""
+"""Stopping in good order: Ctrl-C and SIGTERM set a flag that loops and long waits poll; several processes stop at the same poll."""
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 from types import FrameType
 
-from xomni_jax.core.process_group import Line
+from xomni_jax.core.process_group import ProcessGroup
 
 
 class StopRequested(Exception):
-    """Raised by `StopSignal.check` inside a wait; the loop saves and leaves."""
+    """Raised by `StopSignal.check` inside a wait; the loop saves and returns."""
 
 
 class StepRefused(ValueError):
-    """Raised by a step that cannot be made, before it changed anything; the loop saves, then lets it pass."""
+    """Raised by a step that cannot be made, before it changed anything; the loop saves, then raises it again."""
 
 
 class StopSignal:
-    """Context manager that turns the first SIGINT or SIGTERM into a request, and the second SIGINT into KeyboardInterrupt."""
+    """Context manager that turns the first SIGINT or SIGTERM into a request to stop, and the second SIGINT into KeyboardInterrupt.
+
+    Args:
+      group: the processes of the run. A request to one of them stops all of them.
+    """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self, line: Line | None = None) -> None:
-        """`line` joins this process to the others of its run: what one is told, all do."""
+    def __init__(self, group: ProcessGroup | None = None) -> None:
         self.requested = False
-        self._line = line
+        self._group = group
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopSignal:
-        if self._line is not None:
-            self._line.wanted = lambda: self.requested
         self._before = {s: signal.signal(s, self._receive) for s in self.SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._line is not None:
-            self._line.finish()
         for s, handler in self._before.items():
             signal.signal(s, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
+        # Neither print nor threading: a handler may interrupt code that holds their locks, such as the progress line's write to stderr.
+        if self._group is not None and not self.requested:
+            _thread.start_new_thread(self._group.request_stop, ())
         self.requested = True
-        # Not print: a handler may run inside a write to stderr (the progress line's), and buffered files refuse to be re-entered.
         name = signal.Signals(number).name
         os.write(2, f"\n{name}: saving at the end of this step (Ctrl-C again stops at once, without saving)\n".encode())
 
     def reached(self) -> bool:
         """Whether to stop here. Every process must call this, or `check`, at the same places: they agree on one of these calls."""
-        return self.requested if self._line is None else self._line.reached()
+        return self.requested if self._group is None else self._group.reached_stop()
 
     def check(self) -> None:
-        """Raises StopRequested where `reached`; call it between the pieces of long work."""
+        """Raises StopRequested if this is the place to stop; call it between the pieces of long work."""
         if self.reached():
             raise StopRequested
 
     def check_waiting(self) -> None:
-        """Raises StopRequested if the next `check` will; inside waits, which take as many rounds as they take."""
-        if self.requested if self._line is None else self._line.next_stops():
+        """Raises StopRequested if the next `check` will. Call it inside waits, as often as you like."""
+        if self.requested if self._group is None else self._group.next_poll_stops():
             raise StopRequested

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import sys
@@ -33,6 +34,14 @@ class Registry:
     def names(self) -> list[str]:
         """Every name that needs no path: the shipped ones in their order, then those of installed packages."""
         return [*self.shipped, *sorted(set(self._installed()) - set(self.shipped))]
+
+    def summaries(self) -> dict[str, str]:
+        """First docstring line of each shipped implementation's module, read without importing it: its packages may be missing."""
+        lines = {}
+        for name, target in self.shipped.items():
+            source = Path(importlib.util.find_spec(target.partition(":")[0]).origin).read_text(encoding="utf-8")
+            lines[name] = ast.get_docstring(ast.parse(source)).splitlines()[0]
+        return lines
 
     def get(self, name: str) -> Any:
         """The object of a name.

@@ -136,7 +136,7 @@ def open_services(urls: Mapping[str, str]) -> Iterator[tuple[dict[str, Client], 
         for role, scorer in SERVICES.items():
             if urls.get(role):
                 clients[role] = stack.enter_context(RewardClient(scorer, urls[role].split(","), max_wait=900.0))
-                versions[role] = ", ".join(sorted({str(said.get("version", "")) for said in clients[role].health()}))
+                versions[role] = clients[role].versions()
         yield clients, versions
 
 

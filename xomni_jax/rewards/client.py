@@ -1,49 +1,31 @@
-"""The trainer's side of a reward: batches, replicas, retries, bounded waits. What has no score says so."""
+"""The trainer's side of a reward: requests in chunks over several replicas, with retries and bounded waits."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import math
-import queue
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import httpx
 import numpy as np
 from PIL import Image
 
 from xomni_jax.rewards import protocol
-from xomni_jax.rewards.protocol import MSGPACK, ProtocolError, Request
+from xomni_jax.rewards.protocol import MSGPACK, SCHEMA, Health, Item, ProtocolError, Request, Score
 
 _MAX_ANSWER = 64 << 20
+_CLOSED = Score(None, "the client was closed before this image was scored")
+T = TypeVar("T")
 
 
 class RewardServiceError(ValueError):
     """No service answers at an address, or another one does. One sentence with the command that starts it."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """Outcome for one image: a value, or an error, or neither when the reward does not apply to its item."""
-
-    value: float | None
-    error: str | None = None
-    detail: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def failed(self) -> bool:
-        """The image could not be scored: mask it."""
-        return self.error is not None
-
-    @property
-    def applies(self) -> bool:
-        """False when the item has nothing this reward judges."""
-        return self.value is not None or self.failed
 
 
 @dataclass
@@ -57,11 +39,15 @@ class ClientStats:
     busy: int = 0
 
 
+@dataclass
 class _Replica:
-    def __init__(self, url: str):
-        self.url = url.rstrip("/")
-        self.in_flight = 0
-        self.rest_until = 0.0
+    url: str
+    in_flight: int = 0
+    rest_until: float = 0.0  # monotonic time before which it gets no request
+
+
+class _Busy(Exception):
+    """The service has no room now (429); the argument is the number of seconds after which to ask again."""
 
 
 class _Refused(Exception):
@@ -69,13 +55,17 @@ class _Refused(Exception):
 
 
 class RewardClient:
-    """One scorer behind one or several URLs.
+    """One scorer behind one or several URLs. All requests run on an event loop in a thread of the client's own.
 
-    chunk       images per request; several chunks are under way at once, one or two per replica
-    timeout     seconds for one request
-    max_wait    seconds for one call of score, retries and waits included; what is open then is failed
-    attempts    tries of a chunk that gets errors (5xx, no connection, nonsense); "busy" (429) is bounded by max_wait alone
-    poll        called about every `poll_every` seconds while score waits; may raise (pre-emption) to abandon the wait
+    Args:
+      name: of the scorer that must answer.
+      urls: its replicas.
+      chunk: images per request; two requests per replica are under way at a time.
+      timeout: seconds for one request.
+      max_wait: seconds for one call of `score`, retries and waits included; images without an answer by then have failed.
+      attempts: tries of a chunk that meets errors (5xx, no connection, invalid answers); a busy service (429) does not count as a try.
+      backoff: seconds before the first retry; doubled from try to try, at most 8.
+      poll: called about every `poll_every` seconds while `score` waits; may raise (preemption) to abandon the wait.
     """
 
     def __init__(
@@ -93,25 +83,24 @@ class RewardClient:
     ):
         self.name = name
         self.stats = ClientStats()
-        self._replicas = [_Replica(u) for u in ([urls] if isinstance(urls, str) else urls)]
+        self._replicas = [_Replica(url.rstrip("/")) for url in ([urls] if isinstance(urls, str) else urls)]
         if not self._replicas:
             raise RewardServiceError(f"reward {name!r} has no URL; give one, such as http://127.0.0.1:8001")
-        for r in self._replicas:
-            if not r.url.startswith(("http://", "https://")):
-                raise RewardServiceError(f"reward {name!r} has the URL {r.url!r}; it must begin with http:// or https://")
+        for replica in self._replicas:
+            if not replica.url.startswith(("http://", "https://")):
+                raise RewardServiceError(f"reward {name!r} has the URL {replica.url!r}; it must begin with http:// or https://")
         if chunk < 1 or attempts < 1 or timeout <= 0 or max_wait <= 0:
             raise RewardServiceError(f"reward {name!r}: chunk and attempts must be at least 1, timeout and max_wait above 0")
         self.chunk, self.timeout, self.max_wait, self.attempts, self.backoff = chunk, timeout, max_wait, attempts, backoff
         self._poll, self._poll_every = poll, poll_every
-        self._lock = threading.Lock()
-        self._closing = threading.Event()
-        # trust_env off: a proxy meant for the outside world must not swallow requests to a neighbour.
-        self._http = httpx.Client(trust_env=False, limits=httpx.Limits(max_connections=None))
-        self._chunks: queue.SimpleQueue[tuple[_Job, list[Any], list[Any], int] | None] = queue.SimpleQueue()
-        self._threads = max(2, 2 * len(self._replicas))
-        for n in range(self._threads):
-            # Daemons: the interpreter joins those of an executor, and a process told to stop would stay until its last request times out.
-            threading.Thread(target=self._work, name=f"reward-{name}-{n}", daemon=True).start()
+        # trust_env off: a proxy meant for the outside world must not receive requests to a neighbour.
+        wait = httpx.Timeout(timeout, connect=min(5.0, timeout))
+        self._http = httpx.AsyncClient(trust_env=False, timeout=wait, limits=httpx.Limits(max_connections=None))
+        self._slots = asyncio.Semaphore(max(2, 2 * len(self._replicas)))
+        self._closed = False
+        self._loop = asyncio.new_event_loop()
+        # A daemon: a process that is told to stop must not stay until its last request times out.
+        threading.Thread(target=self._run, name=f"reward-{name}", daemon=True).start()
 
     def __enter__(self) -> RewardClient:
         return self
@@ -120,39 +109,33 @@ class RewardClient:
         self.close()
 
     def close(self) -> None:
-        """Abandon what is under way and free the connections."""
-        self._closing.set()
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._abandon(self._chunks.get_nowait())
-        for _ in range(self._threads):
-            self._chunks.put(None)
-        self._http.close()
+        """Abandon what is under way (its images fail) and free the connections."""
+        if not self._closed:
+            self._closed = True
+            asyncio.run_coroutine_threadsafe(self._shut_down(), self._loop).result()
+            self._loop.call_soon_threadsafe(self._loop.stop)
 
-    def health(self) -> list[dict[str, Any]]:
-        """What /health of every replica says. RewardServiceError naming the URL when one is silent or serves something else."""
-        return [self._health(r) for r in self._replicas]
+    def health(self) -> list[Health]:
+        """State of every replica. RewardServiceError naming the URL when one does not answer or serves something else."""
 
-    def score(self, images: Sequence[np.ndarray | Image.Image | bytes], items: Sequence[dict[str, Any]]) -> list[Score]:
+        async def all_replicas() -> list[Health]:
+            return await asyncio.gather(*map(self._health, self._replicas))
+
+        return self._start(all_replicas()).result()
+
+    def versions(self) -> str:
+        """The different versions of the scorer that the replicas report, joined by ", "."""
+        return ", ".join(sorted({health.version for health in self.health()}))
+
+    def score(self, images: Sequence[np.ndarray | Image.Image | bytes], items: Sequence[Item]) -> list[Score]:
         """One Score per image (uint8 [Y, X, 3], a PIL image, or encoded bytes). Never raises for a failing service."""
         return self.wait(self.score_async(images, items))
 
-    def score_async(self, images: Sequence[np.ndarray | Image.Image | bytes], items: Sequence[dict[str, Any]]) -> Future[list[Score]]:
-        """The same in the background, to overlap with the next decode; `wait` collects it."""
+    def score_async(self, images: Sequence[np.ndarray | Image.Image | bytes], items: Sequence[Item]) -> Future[list[Score]]:
+        """`score` in the background, to overlap with other work; `wait` collects the result."""
         if len(images) != len(items):
             raise ValueError(f"reward {self.name!r} got {len(images)} images and {len(items)} items; give one item per image")
-        if self._closing.is_set():
-            raise ValueError(f"the client of reward {self.name!r} is closed")
-        job = _Job(len(images), time.monotonic() + self.max_wait)
-        job.done.set_running_or_notify_cancel()
-        starts = range(0, len(images), self.chunk)
-        job.open_chunks = len(starts)
-        for start in starts:
-            end = start + self.chunk
-            self._chunks.put((job, list(images[start:end]), list(items[start:end]), start))
-        if not images:
-            job.done.set_result([])
-        return job.done
+        return self._start(self._score(list(images), list(items)))
 
     def wait(self, future: Future[list[Score]], poll: Callable[[], None] | None = None) -> list[Score]:
         """The result of score_async, calling `poll` (or the client's) while waiting."""
@@ -163,161 +146,135 @@ class RewardClient:
             except TimeoutError:
                 poll()
 
-    def _work(self) -> None:
-        """A thread's life: chunk after chunk."""
-        while (task := self._chunks.get()) is not None:
-            if self._closing.is_set():
-                self._abandon(task)
-            else:
-                self._run_chunk(*task)
+    def _run(self) -> None:
+        self._loop.run_forever()
+        self._loop.close()
 
-    @staticmethod
-    def _abandon(task: tuple[_Job, list[Any], list[Any], int] | None) -> None:
-        """A chunk that closing has left unsent: its future must complete all the same."""
-        if task is not None:
-            job, images, _, start = task
-            job.finish(start, [_CLOSED] * len(images))
+    def _start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        if self._closed:
+            work.close()
+            raise ValueError(f"the client of reward {self.name!r} is closed")
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
 
-    def _run_chunk(self, job: _Job, images: list[Any], items: list[dict[str, Any]], start: int) -> None:
-        scores: list[Score | None] = [None] * len(images)
-        encoded: dict[int, bytes] = {}
+    async def _shut_down(self) -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._http.aclose()
+        await self._loop.shutdown_default_executor()
+
+    async def _score(self, images: list[Any], items: list[Item]) -> list[Score]:
+        deadline = time.monotonic() + self.max_wait
+        chunks = [slice(n, n + self.chunk) for n in range(0, len(images), self.chunk)]
+        try:
+            parts = await asyncio.gather(*(self._score_chunk(images[c], items[c], deadline) for c in chunks))
+        except asyncio.CancelledError:  # by `close`: whoever waits gets an answer all the same
+            return [_CLOSED] * len(images)
+        return [score for part in parts for score in part]
+
+    async def _score_chunk(self, images: list[Any], items: list[Item], deadline: float) -> list[Score]:
+        try:
+            async with self._slots:
+                encoded, scores = await asyncio.to_thread(self._encode, images)
+                answers = await self._request(list(encoded.values()), [items[n] for n in encoded], deadline) if encoded else []
+                scores |= zip(encoded, answers)
+        except Exception as error:  # noqa: BLE001 - whatever happens concerns these images alone
+            scores = dict.fromkeys(range(len(images)), Score(None, f"{self.name}: {type(error).__name__}: {error}"))
+        self.stats.images += len(images)
+        self.stats.failed += sum(score.failed for score in scores.values())
+        return [scores[n] for n in range(len(images))]
+
+    def _encode(self, images: list[Any]) -> tuple[dict[int, bytes], dict[int, Score]]:
+        """Files of the images that can be encoded, and failures of the others, by index."""
+        encoded, failures = {}, {}
         for n, image in enumerate(images):
             try:
                 encoded[n] = image if isinstance(image, bytes) else protocol.encode_image(image)
             except ValueError as error:
-                scores[n] = Score(None, f"{self.name}: {error}")
-        try:
-            answers = self._score_chunk(list(encoded.values()), [items[n] for n in encoded], job.deadline) if encoded else []
-        except Exception as error:  # noqa: BLE001 - the future must complete whatever happens
-            answers = [Score(None, f"{self.name}: {type(error).__name__}: {error}")] * len(encoded)
-        for n, answer in zip(encoded, answers, strict=True):
-            scores[n] = answer
-        with self._lock:
-            self.stats.images += len(scores)
-            self.stats.failed += sum(s.failed for s in scores)
-        job.finish(start, scores)
+                failures[n] = Score(None, f"{self.name}: {error}")
+        return encoded, failures
 
-    def _score_chunk(self, images: list[bytes], items: list[dict[str, Any]], deadline: float) -> list[Score]:
+    async def _request(self, images: list[bytes], items: list[Item], deadline: float) -> list[Score]:
         """One request with retries. A chunk refused as a whole is halved, so that one bad image does not fail its neighbours."""
-        request = Request(uuid.uuid4().hex, images, items)
-        body = protocol.encode_request(request)
+        request = Request(schema=SCHEMA, id=uuid.uuid4().hex, images=images, items=items)
+        body = protocol.encode(request)
         reason, tries, pause = "no time was left", 0, self.backoff
-        while tries < self.attempts and time.monotonic() < deadline and not self._closing.is_set():
-            replica = self._take()
-            rest = 0.0
-            try:
-                return self._post(replica, request, body, deadline)
-            except _Busy as busy:
-                reason, rest = f"{replica.url} is busy", max(busy.seconds, pause)
-            except _Refused as refusal:
-                if len(images) == 1:
-                    return [Score(None, str(refusal))]
-                half = len(images) // 2
-                return [s for part in (slice(0, half), slice(half, None)) for s in self._score_chunk(images[part], items[part], deadline)]
-            except (httpx.HTTPError, httpx.InvalidURL, ProtocolError, OSError) as error:
-                reason, rest = f"{replica.url}: {error or type(error).__name__}", pause
-                tries, pause = tries + 1, min(pause * 2, 8.0)
-            finally:
-                self._give_back(replica, rest)
-            with self._lock:
-                self.stats.retries += 1
-            # Another replica may be free at once; only when all rest does this thread.
-            self._closing.wait(max(0.0, min(min(r.rest_until for r in self._replicas), deadline) - time.monotonic()))
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                while tries < self.attempts:
+                    replica = await self._free_replica()
+                    try:
+                        return await self._post(replica, request, body)
+                    except _Busy as busy:
+                        reason, rest = f"{replica.url} is busy", max(busy.args[0], pause)
+                    except (httpx.HTTPError, httpx.InvalidURL, ProtocolError, OSError) as error:
+                        reason, rest = f"{replica.url}: {str(error) or type(error).__name__}", pause
+                        tries, pause = tries + 1, min(pause * 2, 8.0)
+                    replica.rest_until = time.monotonic() + rest
+                    self.stats.retries += 1
+        except TimeoutError:
+            pass
+        except _Refused as refusal:
+            if len(images) == 1:
+                return [Score(None, str(refusal))]
+            half = len(images) // 2
+            return [
+                *await self._request(images[:half], items[:half], deadline),
+                *await self._request(images[half:], items[half:], deadline),
+            ]
         return [Score(None, f"{self.name} could not be scored after {tries or 'no'} failed tries: {reason}")] * len(images)
 
-    def _post(self, replica: _Replica, request: Request, body: bytes, deadline: float) -> list[Score]:
-        end = min(deadline, time.monotonic() + self.timeout)
-        with self._lock:
-            self.stats.requests += 1
-        wait = httpx.Timeout(max(end - time.monotonic(), 0.001), connect=min(5.0, self.timeout))
-        with self._http.stream("POST", replica.url + "/score", content=body, headers={"Content-Type": MSGPACK}, timeout=wait) as answer:
-            parts, size = [], 0
-            for part in answer.iter_bytes():
-                size += len(part)
-                # httpx bounds the time between bytes, not the whole: a trickling answer is cut here.
-                if time.monotonic() > end or size > _MAX_ANSWER:
-                    raise ProtocolError("the answer was too slow or too large")
-                parts.append(part)
-        if answer.status_code == 429:
-            with self._lock:
-                self.stats.busy += 1
-            raise _Busy(_seconds(answer.headers.get("retry-after")))
-        if 400 <= answer.status_code < 500:
-            raise _Refused(f"{replica.url} refused ({answer.status_code}): {b''.join(parts)[:300].decode('utf-8', 'replace')}")
-        if answer.status_code != 200:
-            raise ProtocolError(f"HTTP {answer.status_code}")
-        response = protocol.decode_response(b"".join(parts), _content_type(answer), request.id, len(request.images))
-        if response.scorer != self.name:
-            raise ProtocolError(f"scorer {response.scorer!r} answered instead of {self.name!r}")
-        return [_to_score(*row) for row in zip(response.scores, response.errors, response.details)]
+    async def _free_replica(self) -> _Replica:
+        """The replica with the fewest requests under way among those that do not rest, once there is one."""
+        await asyncio.sleep(min(r.rest_until for r in self._replicas) - time.monotonic())
+        now = time.monotonic()
+        return min(self._replicas, key=lambda r: (max(r.rest_until - now, 0.0), r.in_flight))
 
-    def _take(self) -> _Replica:
-        """The replica that rests least, then the one with the fewest requests under way."""
-        with self._lock:
-            now = time.monotonic()
-            best = min(self._replicas, key=lambda r: (max(r.rest_until - now, 0.0), r.in_flight))
-            best.in_flight += 1
-            return best
-
-    def _give_back(self, replica: _Replica, rest: float) -> None:
-        with self._lock:
-            replica.in_flight -= 1
-            replica.rest_until = time.monotonic() + rest if rest else 0.0
-
-    def _health(self, replica: _Replica) -> dict[str, Any]:
-        port = replica.url.rpartition(":")[2].strip("/")
-        mend = f"start it with: xomni serve-reward {self.name} --port {port if port.isdigit() else 8001}"
+    async def _post(self, replica: _Replica, request: Request, body: bytes) -> list[Score]:
+        self.stats.requests += 1
+        replica.in_flight += 1
         try:
-            said = self._http.get(replica.url + "/health", timeout=5.0).raise_for_status().json()
+            # httpx bounds the time between bytes; this bounds the whole, also of an answer that trickles in.
+            async with asyncio.timeout(self.timeout):
+                status, headers, content = await self._exchange(replica.url + "/score", body)
+        finally:
+            replica.in_flight -= 1
+        if status == 429:
+            self.stats.busy += 1
+            raise _Busy(_seconds(headers.get("retry-after")))
+        if 400 <= status < 500:
+            raise _Refused(f"{replica.url} refused ({status}): {content[:300].decode('utf-8', 'replace')}")
+        if status != 200:
+            raise ProtocolError(f"HTTP {status}")
+        scores = protocol.read_response(content, protocol.media_type(headers), request.id, self.name, len(request.images))
+        replica.rest_until = 0.0
+        return scores
+
+    async def _exchange(self, url: str, body: bytes) -> tuple[int, httpx.Headers, bytes]:
+        async with self._http.stream("POST", url, content=body, headers={"Content-Type": MSGPACK}) as answer:
+            content = bytearray()
+            async for part in answer.aiter_bytes():
+                content += part
+                if len(content) > _MAX_ANSWER:
+                    raise ProtocolError(f"the answer is larger than {_MAX_ANSWER} bytes")
+        return answer.status_code, answer.headers, bytes(content)
+
+    async def _health(self, replica: _Replica) -> Health:
+        port = replica.url.rpartition(":")[2]
+        remedy = f"start it with: xomni serve-reward {self.name} --port {port if port.isdigit() else 8001}"
+        try:
+            answer = (await self._http.get(replica.url + "/health", timeout=5.0)).raise_for_status()
+            health = protocol.decode(answer.content, protocol.JSON, Health)
         except (httpx.HTTPError, httpx.InvalidURL, ValueError, OSError) as error:
-            raise RewardServiceError(f"no reward service answers at {replica.url} ({type(error).__name__}); {mend}") from error
-        if not isinstance(said, dict) or said.get("scorer") != self.name or said.get("schema") != protocol.SCHEMA:
-            found = said.get("scorer") if isinstance(said, dict) else None
-            raise RewardServiceError(f"{replica.url} serves {found!r}, not {self.name!r} with schema {protocol.SCHEMA}; {mend}")
-        return said
-
-
-_CLOSED = Score(None, "the client was closed before this image was sent")
-
-
-class _Busy(Exception):
-    def __init__(self, seconds: float):
-        super().__init__(seconds)
-        self.seconds = seconds
-
-
-class _Job:
-    """Chunks of one call, put together when the last one is in."""
-
-    def __init__(self, count: int, deadline: float):
-        self.done: Future[list[Score]] = Future()
-        self.deadline = deadline
-        self.open_chunks = 0
-        self._scores: list[Score | None] = [None] * count
-        self._lock = threading.Lock()
-
-    def finish(self, start: int, scores: list[Score]) -> None:
-        """Enter a chunk's scores; the last chunk completes the future."""
-        with self._lock:
-            self._scores[start : start + len(scores)] = scores
-            self.open_chunks -= 1
-            last = self.open_chunks == 0
-        if last:
-            self.done.set_result(list(self._scores))
-
-
-def _to_score(value: float | None, error: str | None, detail: dict[str, Any]) -> Score:
-    if error is None and value is not None and not math.isfinite(value):
-        error = "the service gave a score that is not finite"
-    return Score(None if error is not None or value is None else float(value), error, detail)
-
-
-def _content_type(answer: httpx.Response) -> str:
-    return answer.headers.get("content-type", "").partition(";")[0].strip().lower()
+            raise RewardServiceError(f"no reward service answers at {replica.url} ({type(error).__name__}); {remedy}") from error
+        if health.scorer != self.name or health.schema != SCHEMA:
+            raise RewardServiceError(f"{replica.url} serves {health.scorer!r}, not {self.name!r} with schema {SCHEMA}; {remedy}")
+        return health
 
 
 def _seconds(header: str | None) -> float:
-    try:
-        return min(max(float(header or 1.0), 0.0), 30.0)
-    except ValueError:
-        return 1.0
+    """Of a Retry-After header: 1 without a usable one, at most 30."""
+    with contextlib.suppress(TypeError, ValueError):
+        return min(max(float(header), 0.0), 30.0)
+    return 1.0

@@ -1,10 +1,10 @@
-"""Several rewards become one per rollout: weights, absent and failed rewards, two orders of normalising. Numpy, on the host.
+"""Combination of several rewards into one per rollout, in numpy on the host. P prompts, R rollouts per prompt.
 
-P prompts, R rollouts per prompt. X-Omni (arXiv 2507.22058, section 3.3) takes a weighted sum and does not print its weights.
+X-Omni (arXiv 2507.22058, section 3.3) takes a weighted sum and does not publish its weights.
 
-Two kinds of missing are kept apart. *Absent*: the reward does not apply to the prompt (OCR without a text): NaN, adds nothing,
-which is harmless because it holds for the whole group. *Failed*: it applies but could not be had: the rollout is masked out of
-its group, since a sum that lacks a term cannot be compared with its neighbours.
+A value may be missing for two reasons. *Absent*: the reward does not apply to the prompt (OCR without a text). It adds nothing, which
+is harmless because it holds for the whole group. *Failed*: the reward applies, but the image could not be scored. The rollout is
+masked out of its group, since a sum that lacks a term cannot be compared with the others.
 """
 
 from __future__ import annotations
@@ -14,20 +14,28 @@ from typing import NamedTuple
 
 import numpy as np
 
-from xomni_jax.rewards.client import Score
+from xomni_jax.rewards.protocol import Score
 
 MODES = ("sum_then_normalize", "normalize_then_sum")
 
 
 class Column(NamedTuple):
-    """One reward for every rollout: `value_PR` with NaN where absent or failed, `failed_PR` telling the two apart."""
+    """One reward of every rollout: `value_PR` is NaN where the reward is absent or failed, `failed_PR` tells which."""
 
     value_PR: np.ndarray
     failed_PR: np.ndarray
 
 
 class Combined(NamedTuple):
-    """`total_PR`: weighted sum, NaN where not ok. `advantage_PR`: of normalize_then_sum, else None."""
+    """One value per rollout.
+
+    Attributes:
+      total_PR: weighted sum, NaN where not ok.
+      ok_PR: whether the rollout takes part in its group.
+      advantage_PR: in the mode normalize_then_sum, else None; 0 where not ok.
+      stats: reward/<name>/{mean, std (inside groups, averaged), fail_frac, applies_frac}, reward/total/{mean, std},
+        reward/masked_frac; without those that have no value.
+    """
 
     total_PR: np.ndarray
     ok_PR: np.ndarray
@@ -36,16 +44,13 @@ class Combined(NamedTuple):
 
 
 def column(scores: Sequence[Score], prompts: int) -> Column:
-    """A client's answers, rollouts of one prompt next to each other, as [P, R].
+    """The scores of a batch, rollouts of one prompt side by side, as [P, R].
 
-    A reward absent for a part of a group only is a failure there: as zero in the sum it would punish that rollout for its scorer.
+    A reward that is absent for a part of a group only counts as failed there: as 0 in the sum it would punish those rollouts.
     """
-    if not scores or len(scores) % prompts:
-        raise ValueError(f"{len(scores)} scores do not divide over {prompts} prompts; give every prompt the same number of rollouts")
     value_PR = np.array([np.nan if s.value is None else s.value for s in scores], np.float64).reshape(prompts, -1)
-    failed_PR = np.array([s.failed for s in scores]).reshape(prompts, -1)
-    applies_P1 = (np.isfinite(value_PR) | failed_PR).any(-1, keepdims=True)
-    return Column(value_PR, failed_PR | (applies_P1 & ~np.isfinite(value_PR)))
+    applies_P1 = np.array([s.applies for s in scores]).reshape(prompts, -1).any(-1, keepdims=True)
+    return Column(value_PR, applies_P1 & np.isnan(value_PR))
 
 
 def combine(
@@ -56,34 +61,25 @@ def combine(
     ddof: int = 1,
     eps: float = 1e-4,
 ) -> Combined:
-    """One number per rollout from named columns. ValueError for an unknown mode, a missing weight or unequal shapes.
+    """One number per rollout from named rewards of one shape [P, R] and their weights, of which at least one is not 0.
 
     sum_then_normalize   total = sum_k w_k r_k, to be normalised in its group afterwards (TRL's default)
-    normalize_then_sum   every reward normalised in its group first, then the weighted sum, then once more over the whole batch:
-                         weights mean the same whatever a reward's scale
+    normalize_then_sum   every reward is normalised in its group, then the weighted sum over the whole batch: a weight means the same
+                         whatever the scale of its reward
 
-    A rollout with a failed reward, or with none that applies, is not ok: NaN in total, 0 in advantage, in no mean.
-    A reward of weight 0 is only reported; its failures mask nothing.
-    Stats: reward/<name>/{mean, std (inside groups, averaged), fail_frac, applies_frac}, reward/total/{mean, std},
-    reward/masked_frac; those without any value are left out.
+    A rollout with a failed reward, or with none that applies, is not ok. A reward of weight 0 is only reported; its failures mask
+    nothing.
     """
-    _check(rewards, weights, mode)
     counted = [k for k in rewards if weights[k]]
-    shape = next(iter(rewards.values())).value_PR.shape
-    some_PR, failed_PR, total_PR = np.zeros(shape, bool), np.zeros(shape, bool), np.zeros(shape)
-    for k in counted:
-        known_PR = np.isfinite(rewards[k].value_PR)
-        some_PR |= known_PR
-        failed_PR |= rewards[k].failed_PR
-        total_PR += weights[k] * np.where(known_PR, rewards[k].value_PR, 0.0)
-    ok_PR = some_PR & ~failed_PR
+    known = {k: np.isfinite(rewards[k].value_PR) for k in counted}
+    failed_PR = np.any([rewards[k].failed_PR for k in counted], axis=0)
+    ok_PR = np.any(list(known.values()), axis=0) & ~failed_PR
+    total_PR = sum(weights[k] * np.where(known[k], rewards[k].value_PR, 0.0) for k in counted)
+    total_PR = np.where(ok_PR, total_PR, np.nan)
     advantage_PR = None
     if mode == "normalize_then_sum":
-        sum_PR = np.zeros(shape)
-        for k in counted:
-            sum_PR += weights[k] * standardise(rewards[k].value_PR, ok_PR & np.isfinite(rewards[k].value_PR), -1, ddof, eps)
+        sum_PR = sum(weights[k] * standardise(rewards[k].value_PR, ok_PR & known[k], -1, ddof, eps) for k in counted)
         advantage_PR = standardise(sum_PR, ok_PR, None, ddof, eps)
-    total_PR = np.where(ok_PR, total_PR, np.nan)
     stats = {f"reward/{k}/{name}": v for k, c in rewards.items() for name, v in _column_stats(c).items()}
     stats |= {
         "reward/total/mean": _mean(total_PR),
@@ -100,18 +96,6 @@ def standardise(x_PR: np.ndarray, ok_PR: np.ndarray, axis: int | None, ddof: int
     dev_PR = np.where(ok_PR, x_PR - mean, 0.0)
     std = np.sqrt((dev_PR**2).sum(axis, keepdims=True) / np.maximum(n - ddof, 1))
     return np.where(n > 1, dev_PR / (std + eps), 0.0)
-
-
-def _check(rewards: Mapping[str, Column], weights: Mapping[str, float], mode: str) -> None:
-    if mode not in MODES:
-        raise ValueError(f"reward combination {mode!r} is unknown; choose {' or '.join(MODES)}")
-    if not rewards or set(rewards) != set(weights):
-        raise ValueError(f"rewards {sorted(rewards)} and weights {sorted(weights)} must have the same names; give every reward a weight")
-    if not any(weights.values()) or not all(np.isfinite(w) for w in weights.values()):
-        raise ValueError(f"reward weights {dict(weights)} must be finite and not all zero")
-    shapes = {k: (c.value_PR.shape, c.failed_PR.shape) for k, c in rewards.items()}
-    if len({s for pair in shapes.values() for s in pair}) != 1:
-        raise ValueError(f"rewards must all be of one shape [P, R], got {shapes}")
 
 
 def _column_stats(c: Column) -> dict[str, float]:

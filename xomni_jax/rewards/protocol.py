@@ -1,33 +1,36 @@
-"""The wire format between trainer and scorers: schema 1, as msgpack or as JSON with base64 images. What comes in is checked.
+"""The wire format between trainer and scorers: schema 1, as msgpack or as JSON with base64 images.
 
-Request:  {"schema": 1, "id": str, "images": [PNG or JPEG bytes], "items": [{"prompt": str, "targets": {...}}]}
+Request:  {"schema": 1, "id": str, "images": [PNG, JPEG or WebP bytes], "items": [{"prompt": str, "targets": {...}}]}
 Response: {"schema": 1, "id": str, "scorer": str, "scores": [float | null], "errors": [str | null], "details": [{...}]}
+Health:   the fields of `Health`, always as JSON.
 
-A null score with an error could not be scored; a null score without one does not apply to its item. Neither is ever written as 0.
+A null score with an error is a failure; a null score without one means that the scorer does not apply to the item. Neither is ever
+written as 0. Both sides validate whatever arrives: types while decoding, sizes and counts afterwards. Unknown fields are ignored.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import io
 import json
+import math
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypedDict, TypeVar
 
-import msgpack
+import msgspec
 import numpy as np
 from PIL import Image
 
 SCHEMA = 1
 MSGPACK = "application/msgpack"
 JSON = "application/json"
+_CODECS = {MSGPACK: msgspec.msgpack, JSON: msgspec.json}
+T = TypeVar("T")
 
 
 class ProtocolError(ValueError):
-    """A message is not what the schema says. One sentence; `status` is the HTTP status that answers it."""
+    """A message does not follow the schema. One sentence; `status` is the HTTP status that answers it."""
 
     status = 400
 
@@ -38,9 +41,69 @@ class TooLarge(ProtocolError):
     status = 413
 
 
+class Item(TypedDict):
+    """What one image was asked to be: its prompt, and per kind of reward what to look for, such as {"text": ["OPEN"]}."""
+
+    prompt: str
+    targets: dict[str, Any]
+
+
+class Score(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The outcome for one image: a value, or an error, or neither when the scorer does not apply to the item.
+
+    Attributes:
+      value: the reward, always finite; None when there is none.
+      error: why the image could not be scored; its rollout is left out of its group.
+      detail: what explains the value in a report, as JSON types: recognised text, boxes, single checks.
+    """
+
+    value: float | None
+    error: str | None = None
+    detail: dict[str, Any] = {}
+
+    @property
+    def failed(self) -> bool:
+        """The image could not be scored."""
+        return self.error is not None
+
+    @property
+    def applies(self) -> bool:
+        """False when the item holds nothing that this reward judges."""
+        return self.value is not None or self.failed
+
+    def checked(self) -> Score:
+        """This score in Python's own types; a failure when the value is not finite. TypeError when the detail has no form in JSON."""
+        detail = msgspec.to_builtins(self.detail, str_keys=True, enc_hook=_plain)
+        if self.failed or self.value is None:
+            return Score(None, self.error, detail)
+        if not math.isfinite(self.value):
+            return Score(None, f"the scorer gave {self.value}, which is not finite", detail)
+        return Score(float(self.value), None, detail)
+
+
+class Request(msgspec.Struct, kw_only=True):
+    """Images (encoded files) and their items; `items[i]` belongs to `images[i]`."""
+
+    schema: Literal[1]
+    id: Annotated[str, msgspec.Meta(max_length=256)]
+    images: list[bytes]
+    items: list[Item]
+
+
+class Response(msgspec.Struct, kw_only=True):
+    """One score, error and detail per image of the request, in its order."""
+
+    schema: Literal[1]
+    id: str
+    scorer: str
+    scores: list[float | None]
+    errors: list[str | None]
+    details: list[dict[str, Any]]
+
+
 @dataclass(frozen=True)
 class Limits:
-    """What a service accepts. Pixels are judged from the file header, before any of them is decoded."""
+    """What a service accepts. Pixels are counted from the file's header, before any of them is decoded."""
 
     max_images: int = 256
     max_image_bytes: int = 8 << 20
@@ -50,76 +113,87 @@ class Limits:
     max_body_bytes: int = 128 << 20
 
 
-@dataclass(frozen=True)
-class Request:
-    """Images (encoded files) and what each was asked to be; `items[i]` belongs to `images[i]`."""
+class Health(msgspec.Struct, kw_only=True):
+    """State of a service. Counts are of images since the start, except `requests` and `rejected`, which are of requests.
 
-    id: str
-    images: list[bytes]
-    items: list[dict[str, Any]]
+    Attributes:
+      scorer, version: which scorer answers, and what its values depend on (model, formula).
+      queue: images accepted and not yet scored.
+      busy_seconds: summed durations of the requests.
+    """
 
-
-@dataclass(frozen=True)
-class Response:
-    """One score, error and detail per image of the request, in its order."""
-
-    id: str
+    status: str = "ok"
+    schema: int
     scorer: str
-    scores: list[float | None]
-    errors: list[str | None]
-    details: list[dict[str, Any]] = field(default_factory=list)
+    version: str = ""
+    workers: int = 0
+    uptime_seconds: float = 0.0
+    requests: int = 0
+    scored: int = 0
+    not_applicable: int = 0
+    failed: int = 0
+    rejected: int = 0
+    queue: int = 0
+    busy_seconds: float = 0.0
+    limits: Limits = Limits()
 
 
-def encode_request(request: Request, content_type: str = MSGPACK) -> bytes:
-    """Bytes of a request in either form."""
-    images = request.images if content_type == MSGPACK else [base64.b64encode(i).decode("ascii") for i in request.images]
-    return _pack({"schema": SCHEMA, "id": request.id, "images": images, "items": request.items}, content_type)
+def encode(message: msgspec.Struct, content_type: str = MSGPACK) -> bytes:
+    """Bytes of a message in either form."""
+    return _CODECS[content_type].encode(message)
 
 
-def decode_request(body: bytes, content_type: str = MSGPACK, limits: Limits = Limits()) -> Request:
-    """A checked request. ProtocolError (400) when malformed, TooLarge (413) when over `limits`."""
-    if len(body) > limits.max_body_bytes:
-        raise TooLarge(f"the request has {len(body)} bytes, the limit is {limits.max_body_bytes}; send fewer images at once")
-    message = _unpack(body, content_type, ("id", "images", "items"))
-    images, items = message["images"], message["items"]
-    if not isinstance(images, list) or not isinstance(items, list):
-        raise ProtocolError("'images' and 'items' must be lists")
-    if len(images) != len(items):
-        raise ProtocolError(f"there are {len(images)} images but {len(items)} items; send one item per image")
-    if len(images) > limits.max_images:
-        raise TooLarge(f"the request has {len(images)} images, the limit is {limits.max_images}; send smaller chunks")
-    if content_type == JSON:
-        images = [_from_base64(i, n) for n, i in enumerate(images)]
-    for n, (image, item) in enumerate(zip(images, items)):
-        _check_image(image, n, limits)
-        _check_item(item, n, limits)
-    return Request(message["id"], images, items)
+def decode(body: bytes | bytearray, content_type: str, kind: type[T]) -> T:
+    """A message of type `kind`. ProtocolError when the body is anything else."""
+    if content_type not in _CODECS:
+        raise ProtocolError(f"content type {content_type!r} is not supported; send {MSGPACK} or {JSON}")
+    try:
+        return _CODECS[content_type].decode(body, type=kind)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        name = f"{kind.__name__.lower()} of schema {SCHEMA} in {content_type}"
+        raise ProtocolError(f"the body is not a valid {name}: {error}") from error
 
 
-def encode_response(response: Response, content_type: str = MSGPACK) -> bytes:
-    """Bytes of a response in either form."""
-    return _pack({"schema": SCHEMA, **vars(response)}, content_type)
+def media_type(headers: Mapping[str, str]) -> str:
+    """The content type of a request or an answer, without its parameters."""
+    return headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
-def decode_response(body: bytes, content_type: str, expect_id: str, expect_count: int) -> Response:
-    """A checked response to the request `expect_id` of `expect_count` images. ProtocolError for anything else."""
-    message = _unpack(body, content_type, ("id", "scorer", "scores", "errors", "details"))
-    if message["id"] != expect_id:
-        raise ProtocolError(f"the answer belongs to request {message['id']!r}, not to {expect_id!r}")
-    for key in ("scores", "errors", "details"):
-        if not isinstance(message[key], list) or len(message[key]) != expect_count:
-            count = len(message[key]) if isinstance(message[key], list) else "no list of"
-            raise ProtocolError(f"the answer has {count} {key} for {expect_count} images")
-    for n, (score, error, detail) in enumerate(zip(message["scores"], message["errors"], message["details"])):
-        if not (score is None or (isinstance(score, (int, float)) and not isinstance(score, bool))):
-            raise ProtocolError(f"scores[{n}] is {type(score).__name__}, not a number or null")
-        if not (error is None or isinstance(error, str)):
-            raise ProtocolError(f"errors[{n}] is {type(error).__name__}, not a string or null")
-        if not isinstance(detail, dict):
-            raise ProtocolError(f"details[{n}] is {type(detail).__name__}, not a map")
-    if not isinstance(message["scorer"], str):
-        raise ProtocolError("'scorer' must be a string")
-    return Response(expect_id, message["scorer"], message["scores"], message["errors"], message["details"])
+def read_request(body: bytes | bytearray, content_type: str = MSGPACK, limits: Limits = Limits()) -> Request:
+    """A validated request. ProtocolError (400) when malformed, TooLarge (413) when over `limits`."""
+    _limit("the request", len(body), limits.max_body_bytes, "bytes; send fewer images at once")
+    request = decode(body, content_type, Request)
+    if len(request.images) != len(request.items):
+        raise ProtocolError(f"there are {len(request.images)} images but {len(request.items)} items; send one item per image")
+    _limit("the request", len(request.images), limits.max_images, "images; send smaller chunks")
+    for n, (image, item) in enumerate(zip(request.images, request.items)):
+        _limit(f"images[{n}]", len(image), limits.max_image_bytes, "bytes")
+        _limit(f"the prompt of items[{n}]", len(item["prompt"]), limits.max_prompt_chars, "characters")
+        try:
+            size = len(json.dumps(item["targets"]))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ProtocolError(f"items[{n}] has targets that JSON cannot express") from error
+        _limit(f"the targets of items[{n}]", size, limits.max_target_chars, "characters")
+    return request
+
+
+def write_response(id: str, scorer: str, scores: Sequence[Score], content_type: str = MSGPACK) -> bytes:
+    """Bytes of the answer to the request `id`."""
+    values, errors, details = ([getattr(s, name) for s in scores] for name in ("value", "error", "detail"))
+    return encode(Response(schema=SCHEMA, id=id, scorer=scorer, scores=values, errors=errors, details=details), content_type)
+
+
+def read_response(body: bytes, content_type: str, id: str, scorer: str, count: int) -> list[Score]:
+    """The scores of `scorer` for the `count` images of request `id`. ProtocolError when the body is anything else."""
+    response = decode(body, content_type, Response)
+    if response.id != id:
+        raise ProtocolError(f"the answer belongs to request {response.id[:256]!r}, not to {id!r}")
+    if response.scorer != scorer:
+        raise ProtocolError(f"scorer {response.scorer[:256]!r} answered instead of {scorer!r}")
+    for name in ("scores", "errors", "details"):
+        if len(getattr(response, name)) != count:
+            raise ProtocolError(f"the answer has {len(getattr(response, name))} {name} for {count} images")
+    return [Score(*row).checked() for row in zip(response.scores, response.errors, response.details)]
 
 
 def encode_image(image: np.ndarray | Image.Image) -> bytes:
@@ -135,68 +209,28 @@ def encode_image(image: np.ndarray | Image.Image) -> bytes:
 
 
 def decode_image(data: bytes, limits: Limits = Limits()) -> np.ndarray:
-    """uint8 [Y, X, 3] of an image file; the header is judged first. ProtocolError when unreadable, TooLarge when too big."""
+    """uint8 [Y, X, 3] of an image file; the size in its header is checked first. ProtocolError when unreadable, TooLarge when too big."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is ours and stricter
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is stricter
             image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
         width, height = image.size
         if width * height <= limits.max_pixels:
             return np.array(image.convert("RGB"))
-    except Image.DecompressionBombError as error:  # Pillow's own limit, far above ours
+    except Image.DecompressionBombError as error:  # Pillow's own limit, far above this one
         raise TooLarge(f"the image has too many pixels, the limit is {limits.max_pixels} in all") from error
     except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
         raise ProtocolError(f"the image cannot be read as PNG, JPEG or WebP ({type(error).__name__})") from error
     raise TooLarge(f"the image has {width} x {height} pixels, the limit is {limits.max_pixels} in all")
 
 
-def _pack(message: dict[str, Any], content_type: str) -> bytes:
-    if content_type == MSGPACK:
-        return msgpack.packb(message, use_bin_type=True)
-    return json.dumps(message).encode("utf-8")
+def _limit(what: str, size: int, limit: int, unit: str) -> None:
+    if size > limit:
+        raise TooLarge(f"{what} has {size}, over the limit of {limit} {unit}")
 
 
-def _unpack(body: bytes, content_type: str, keys: Sequence[str]) -> dict[str, Any]:
-    if content_type not in (MSGPACK, JSON):
-        raise ProtocolError(f"content type {content_type!r} is not spoken here; send {MSGPACK} or {JSON}")
-    try:
-        message = msgpack.unpackb(body, raw=False) if content_type == MSGPACK else json.loads(body)
-    except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
-        raise ProtocolError(f"the body is not valid {content_type} ({type(error).__name__})") from error
-    if not isinstance(message, dict):
-        raise ProtocolError(f"the body is a {type(message).__name__}, not a map")
-    if message.get("schema") != SCHEMA:
-        raise ProtocolError(f"schema {message.get('schema')!r} is not supported; this side speaks schema {SCHEMA}")
-    missing = [k for k in keys if k not in message]
-    if missing:
-        raise ProtocolError(f"the message lacks {', '.join(missing)}")
-    if not isinstance(message["id"], str) or len(message["id"]) > 256:
-        raise ProtocolError("'id' must be a string of at most 256 characters")
-    return message
-
-
-def _from_base64(text: Any, n: int) -> bytes:
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, TypeError, ValueError) as error:
-        raise ProtocolError(f"images[{n}] is not base64") from error
-
-
-def _check_image(image: Any, n: int, limits: Limits) -> None:
-    if not isinstance(image, bytes):
-        raise ProtocolError(f"images[{n}] is {type(image).__name__}, not the bytes of an image")
-    if len(image) > limits.max_image_bytes:
-        raise TooLarge(f"images[{n}] has {len(image)} bytes, the limit is {limits.max_image_bytes}")
-
-
-def _check_item(item: Any, n: int, limits: Limits) -> None:
-    if not isinstance(item, dict) or not isinstance(item.get("prompt"), str) or not isinstance(item.get("targets"), dict):
-        raise ProtocolError(f"items[{n}] must be a map with a string 'prompt' and a map 'targets'")
-    if len(item["prompt"]) > limits.max_prompt_chars:
-        raise TooLarge(f"items[{n}] has a prompt of {len(item['prompt'])} characters, the limit is {limits.max_prompt_chars}")
-    try:
-        length = len(json.dumps(item["targets"]))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ProtocolError(f"items[{n}] has targets that JSON cannot express") from error
-    if length > limits.max_target_chars:
-        raise TooLarge(f"items[{n}] has targets of {length} characters, the limit is {limits.max_target_chars}")
+def _plain(value: Any) -> Any:
+    """A numpy number or array as Python numbers."""
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    raise TypeError(f"the detail holds a {type(value).__name__}, which has no form in JSON")

@@ -1,7 +1,7 @@
 """How well a recognised text matches the wanted one: pure functions of two strings, all in [0, 1].
 
-`target` is what the prompt asked for, `text` what a recogniser read. Sources: X-Omni (arXiv 2507.22058) uses an OCR reward but
-does not print its formula; the substring form is FlowGRPO's, the edit distance GOT-OCR2.0's, the recall LongText-Bench's.
+`target` is what the prompt asked for, `text` what a recogniser read. X-Omni (arXiv 2507.22058) uses an OCR reward but does not
+publish its formula; the substring form is FlowGRPO's, the edit distance GOT-OCR2.0's, the recall LongText-Bench's.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from rapidfuzz.distance import Levenshtein
 
@@ -23,15 +24,15 @@ def normalise(text: str) -> str:
 
 
 def is_exact(targets: str | Sequence[str], text: str) -> bool:
-    """The text is the target, ignoring case and spaces; of several targets, each is there and nothing besides."""
+    """Whether the text equals the target but for case and spaces; with several targets, holds each of them and nothing else."""
     wanted, found = [normalise(t) for t in _as_list(targets)], normalise(text)
     return all(t in found for t in wanted) and len(found) == sum(map(len, wanted))
 
 
 def substring_or_edit(target: str, text: str) -> float:
-    """1 when the target stands anywhere in the text, else 1 - min(edit distance, |target|) / |target| (FlowGRPO).
+    """1 when the target occurs anywhere in the text, else 1 - min(edit distance, |target|) / |target| (FlowGRPO).
 
-    Pays in full for repetition and for junk around the target.
+    Repetition of the target and junk around it cost nothing.
     """
     wanted, found = _wanted(target), normalise(text)
     distance = 0 if wanted in found else min(Levenshtein.distance(found, wanted), len(wanted))
@@ -39,7 +40,7 @@ def substring_or_edit(target: str, text: str) -> float:
 
 
 def edit_similarity(target: str, text: str) -> float:
-    """1 - edit distance / length of the longer one (GOT-OCR2.0's distance). Junk costs as much as it is long."""
+    """1 - edit distance / length of the longer string (GOT-OCR2.0). Junk costs in proportion to its length."""
     wanted, found = _wanted(target), normalise(text)
     return 1 - Levenshtein.distance(found, wanted) / max(len(wanted), len(found))
 
@@ -51,7 +52,7 @@ def recall(target: str, text: str) -> tuple[int, int]:
 
 
 def recall_with_length_penalty(target: str, text: str) -> float:
-    """Recall times min(1, wanted units / found units): order-free, yet repeating or padding the text does not pay."""
+    """Recall times min(1, wanted units / found units): independent of order, but repeating or padding the text does not pay."""
     _wanted(target)
     matched, wanted = recall(target, text)
     found = len(_units(text, bool(_CJK.search(target))))
@@ -72,19 +73,22 @@ FORMULAS: dict[str, Callable[[str, str], float]] = {
 
 
 def text_score(targets: str | Sequence[str], text: str, formula: str = "auto") -> float:
-    """One recognised text against one or several targets (mean over them). ValueError for an unknown formula or empty target.
+    """A recognised text against one target, or the mean over several. `formula`: a name in FORMULAS. ValueError for an empty target.
 
-    With several targets and "auto", each is looked for inside the whole text and the mean is multiplied by min(1, |targets| /
-    |text|). Plain edit similarity would call the other targets junk: writing one of two words would score more than both.
+    With several targets and "auto", each is searched inside the whole text and the mean is multiplied by min(1, |targets| / |text|).
+    Plain edit similarity would count the other targets as junk: writing one of two words would score more than both.
     """
-    if formula not in FORMULAS:
-        raise ValueError(f"OCR formula {formula!r} is unknown; choose one of {', '.join(FORMULAS)}")
     wanted = _as_list(targets)
     if len(wanted) == 1 or formula != "auto":
         return sum(FORMULAS[formula](t, text) for t in wanted) / len(wanted)
     found, length = normalise(text), sum(len(_wanted(t)) for t in wanted)
     inside = sum(1 - min(window_distance(normalise(t), found), len(normalise(t))) / len(normalise(t)) for t in wanted)
     return inside / len(wanted) * min(1.0, length / max(len(found), 1))
+
+
+def compare_text(targets: str | Sequence[str], text: str, formula: str = "auto") -> tuple[float, dict[str, Any]]:
+    """`text_score` of a recognised text, and the detail of a score: text, exact (see `is_exact`), no_text."""
+    return text_score(targets, text, formula), {"text": text, "exact": is_exact(targets, text), "no_text": not text.strip()}
 
 
 def window_distance(target: str, text: str) -> int:

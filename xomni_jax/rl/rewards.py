@@ -1,4 +1,4 @@
-"""The rewards of a configuration: services, their weights, and connections to them."""
+"""The rewards of a configuration: clients of their services, and their weights."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from xomni_jax.rewards.client import RewardClient
 
 @dataclasses.dataclass(frozen=True)
 class RewardConfig:
-    """One reward.
+    """One reward of config.rewards, under the name of its scorer.
 
     Attributes:
-      urls: addresses of its service, one or more replicas
-      weight: its weight in the sum; None: the service is not asked
+      urls: addresses of its service; several are replicas of one scorer.
+      weight: of its value in the sum; 0 only reports it, None does not ask the service at all.
     """
 
     urls: tuple[str, ...] = ()
@@ -25,7 +25,12 @@ class RewardConfig:
 
 
 def open_clients(rewards: Mapping[str, RewardConfig], poll: Callable[[], None]) -> tuple[dict[str, RewardClient], dict[str, float]]:
-    """Clients and weights of the configured rewards; every service must answer before a step is taken."""
+    """Clients and weights of the configured rewards. Every service must answer; the names may be those of a user's own scorers.
+
+    Raises:
+      ConfigError: no weight counts, or a reward has no address.
+      RewardServiceError: a service does not answer, or another scorer does.
+    """
     weights = {name: float(reward.weight) for name, reward in rewards.items() if reward.weight is not None}
     if not any(weights.values()) or not np.isfinite(list(weights.values())).all():
         raise ConfigError(f"config.rewards: the weights {weights or 'are all None'}; give at least one reward a weight other than 0")
@@ -43,6 +48,6 @@ def open_clients(rewards: Mapping[str, RewardConfig], poll: Callable[[], None]) 
 
 
 def close_all(clients: Mapping[str, RewardClient]) -> None:
-    """Ends every connection and what is under way."""
+    """Closes every client."""
     for client in clients.values():
         client.close()

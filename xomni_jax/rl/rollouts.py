@@ -10,13 +10,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 
 from xomni_jax.core.distributed import gather_json
 from xomni_jax.core.preemption import StepRefused, StopRequested, StopSignal
 from xomni_jax.pipeline import XOmni
-from xomni_jax.rewards.client import RewardClient, Score
+from xomni_jax.rewards.client import RewardClient
 from xomni_jax.rewards.combine import MODES, Combined, column, combine
+from xomni_jax.rewards.protocol import Score
 from xomni_jax.rl.advantages import AdvantageConfig
 from xomni_jax.rl.update import RolloutBatch
 from xomni_jax.sampling.batches import make_batches
@@ -219,15 +221,16 @@ class Rollouts:
             own = [{name: client.wait(chunk[name], self.stop.check_waiting) for name, client in self.clients.items()} for chunk in waiting]
         except StopRequested:
             own = []
-        told = [{name: [(s.value, s.error) for s in scores] for name, scores in chunk.items()} for chunk in own]
-        table = gather_json({"rows": list(mine), "chunks": told})
+        # Without the details, which only reports need.
+        told = [{name: [Score(s.value, s.error) for s in scores] for name, scores in chunk.items()} for chunk in own]
+        table = gather_json({"rows": list(mine), "chunks": msgspec.to_builtins(told)})
         self.stop.check()
-        out = {name: [None] * (n * len(waiting)) for name in self.clients}
+        out: dict[str, list[Score]] = {name: [None] * (n * len(waiting)) for name in self.clients}
         for part in table:
-            for c, chunk in enumerate(part["chunks"]):
+            for c, chunk in enumerate(msgspec.convert(part["chunks"], list[dict[str, list[Score]]])):
                 for name, scores in chunk.items():
-                    for row, (value, error) in zip(part["rows"], scores, strict=True):
-                        out[name][c * n + row] = Score(value, error)
+                    for row, score in zip(part["rows"], scores, strict=True):
+                        out[name][c * n + row] = score
         return out
 
     def images(self, codes_PRT: jax.Array, prompts: Sequence[str], noise_keys_B: jax.Array) -> jax.Array:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental.multihost_utils import sync_global_devices
 
 from xomni_jax.checkpoint.store import config_from_json, config_to_json, copy_components, read_model_json, save_component, save_settings
 from xomni_jax.core.config import ConfigError, Overrides, build
-from xomni_jax.core.distributed import barrier
 from xomni_jax.models.section import COMPUTATION, STORED, ModelSection
 from xomni_jax.pipeline import XOmni
 from xomni_jax.sampling.decoder import DecodeConfig
@@ -146,7 +146,7 @@ def export_model(
         if init_from:
             others = tuple(name for name in read_model_json(init_from)["components"] if name not in trained)
             copy_components(init_from, part, others)
-    barrier("copied")
+    sync_global_devices("copied")
     for name, (params, config) in trained.items():
         save_component(part, name, params, config, note)
     if first:
@@ -157,7 +157,7 @@ def export_model(
         # The old model is replaced only by a whole new one.
         shutil.rmtree(directory, ignore_errors=True)
         part.rename(directory)
-    barrier("exported")
+    sync_global_devices("exported")
 
 
 class DataIterator:

@@ -1,4 +1,4 @@
-"""The one training loop: every stage runs through `train`, only its `RunningStage` differs."""
+"""The training loop, which all stages share. What differs between them is their `RunningStage`."""
 
 from __future__ import annotations
 
@@ -21,23 +21,26 @@ from xomni_jax.training.operations import CompileLog, Meter, Profile, say
 from xomni_jax.training.stage import RunConfig, RunningStage
 from xomni_jax.training.state import TrainState
 
-WARM_UP = 2  # steps of a session that may compile
+WARM_UP = 2  # first steps after a start, which may compile
 
 
 def key_for(seed: int, step: int, purpose: int) -> jax.Array:
-    """Counted randomness: the key of one purpose in one step, the same in a resumed run."""
+    """The random key of one purpose in one step, which is the same in a resumed run."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), purpose)
 
 
 def train(run: RunConfig, stage: RunningStage, stop: StopSignal, profile: tuple[int, int] | None = None) -> Path | None:
     """Runs a stage to its last step, resuming from the newest checkpoint of its run directory.
 
-    `profile`: first and last step, from 1, of a trace in RUN/profile.
-    Returns the directory of the final model, or None when stopped early (then everything is saved).
+    Args:
+      profile: first and last step, counted from 1, of a trace in RUN/profile.
+
+    Returns:
+      The directory of the final model; None if the run was stopped early and has saved.
 
     Raises:
       FloatingPointError: a loss or norm is not finite; the message names the step and the last checkpoint.
-      StepRefused: from the stage; everything is saved before.
+      StepRefused: by the stage; the run has saved.
     """
     with contextlib.ExitStack() as ending:
         ending.callback(stage.close)
@@ -80,15 +83,13 @@ def train(run: RunConfig, stage: RunningStage, stop: StopSignal, profile: tuple[
                 trace.after(step, metrics)
                 compiling += compiled.seconds - so_far
                 if (names := compiled.since()) and step > first + WARM_UP:
-                    progress.say(
-                        f"step {step} compiled again: {', '.join(names[-3:])}; shapes that change cost this time whenever they come"
-                    )
+                    progress.say(f"step {step} compiled again: {', '.join(names[-3:])}; changing shapes cost this time whenever they occur")
                 logs = step % run.log_every == 0 or step == run.steps
                 saves = step < run.steps and (step % run.save_every == 0 or logs and time_to_save(run, saved_at))
-                if logs or saves:  # what is about to be saved must be finite
+                if logs or saves:  # what is saved must be finite
                     scalars = finite_scalars(metrics, step, checkpoints)
                 if logs:
-                    now = time.perf_counter()  # the metrics above have waited for the device
+                    now = time.perf_counter()  # finite_scalars has waited for the device
                     scalars |= {"perf/seconds": now - logged_at, "perf/step_s": (now - logged_at) / (step - logged)}
                     scalars |= meter.scalars(now - logged_at, compiling)
                     logged, logged_at = step, now
@@ -103,7 +104,7 @@ def train(run: RunConfig, stage: RunningStage, stop: StopSignal, profile: tuple[
                     if run.grid_every and step % run.grid_every == 0 and step < run.steps:
                         draw_grid(stage, state, run, writer, step)
         except StopRequested:
-            pass  # raised inside a wait, before the step changed anything: `state` and `data` are those of `step`
+            pass  # raised before the step changed anything: `state` and `data` are those after step `step`
         except StepRefused as e:
             refused = e
         finally:
@@ -124,12 +125,12 @@ def train(run: RunConfig, stage: RunningStage, stop: StopSignal, profile: tuple[
 
 
 def time_to_save(run: RunConfig, saved_at: float) -> bool:
-    """Whether `save_minutes` have passed since the last save, by the clock of process 0."""
+    """Whether `save_minutes` have passed since the last save, according to the clock of process 0."""
     return bool(run.save_minutes) and gather_json(time.monotonic() - saved_at >= 60 * run.save_minutes)[0]
 
 
 def finite_scalars(metrics: Mapping[str, Any], step: int, checkpoints: RunCheckpoints) -> dict[str, float]:
-    """A step's metrics as numbers. Refuses to train on after a loss, or a norm of gradients or parameters, that is none."""
+    """The metrics of a step as numbers. Raises FloatingPointError if a loss, or a norm of gradients or parameters, is not finite."""
     scalars = {name: float(value) for name, value in metrics.items()}
     bad = [name for name, value in scalars.items() if name.startswith(("loss/", "optim/")) and not np.isfinite(value)]
     if bad:
@@ -142,12 +143,12 @@ def finite_scalars(metrics: Mapping[str, Any], step: int, checkpoints: RunCheckp
 
 
 def draw_grid(stage: RunningStage, state: TrainState, run: RunConfig, writer: MetricWriter, step: int) -> None:
-    """Saves the stage's image of the moment to RUN/images/, unless the run is told to stop meanwhile."""
+    """Saves the current image of the stage to RUN/images/, unless the run is told to stop meanwhile."""
     if stage.grid is None or not run.grid_every:
         return
     try:
         image = stage.grid(state, step)
-    except StopRequested:  # the loop finds out for itself
+    except StopRequested:  # the loop will notice it, too
         return
     if jax.process_index() != 0:
         return
@@ -158,7 +159,7 @@ def draw_grid(stage: RunningStage, state: TrainState, run: RunConfig, writer: Me
 
 
 def tile(images: np.ndarray, columns: int, margin: int = 2) -> np.ndarray:
-    """uint8 [N, H, W, 3] -> one image with `columns` images a row on a white ground."""
+    """uint8 [N, H, W, 3] -> one image with `columns` images per row on a white background."""
     n, height, width, _ = images.shape
     rows = -(-n // columns)
     out = np.full((rows * (height + margin) + margin, columns * (width + margin) + margin, 3), 255, np.uint8)

@@ -1,4 +1,4 @@
-"""Metrics of a run: JSON lines, TensorBoard, and one progress line."""
+"""Metrics of a run: a file of JSON lines, TensorBoard, and a progress line."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-# What the progress line shows of a step's metrics.
+# Metrics that the progress line shows.
 LOSSES = ("loss/total", "loss/flow", "loss/grpo", "loss/image")
 SHOWN = LOSSES + ("accuracy/dense_labelled", "accuracy/answer", "reward/total/mean", "grpo/kl")
 
 
 class MetricWriter:
-    """RUN/metrics.jsonl (one object per logged step) and RUN/tensorboard. Only the first process writes; metrics are global."""
+    """Writes RUN/metrics.jsonl, one object per logged step, and RUN/tensorboard. Only process 0 writes, since metrics are global."""
 
     def __init__(self, run_dir: str | Path, resume_step: int = 0):
-        """Lines after `resume_step` belong to steps that will run again, and are dropped."""
+        """Drops the lines after `resume_step`, whose steps will run again."""
         self._path = Path(run_dir) / "metrics.jsonl"
         self._writes = jax.process_index() == 0
         if not self._writes:
@@ -34,13 +34,13 @@ class MetricWriter:
         self._board = SummaryWriter(str(Path(run_dir) / "tensorboard"), purge_step=resume_step + 1)
 
     def _lines(self) -> list[str]:
-        """Whole lines of the file; a last one cut off by a crash is left out."""
+        """Complete lines of the file, without a last one that a crash cut off."""
         if not self._path.is_file():
             return []
         return [line for line in self._path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Records scalars of one step; a number that is not finite is written as null."""
+        """Records the scalars of one step. In the JSON a number that is not finite becomes null."""
         if not self._writes:
             return
         finite = {name: value if np.isfinite(value) else None for name, value in scalars.items()}
@@ -55,14 +55,14 @@ class MetricWriter:
             self._board.add_image(name, image, step, dataformats="HWC")
 
     def close(self) -> None:
-        """Flushes and closes both."""
+        """Closes the file and TensorBoard."""
         if self._writes:
             self._file.close()
             self._board.close()
 
 
 class Progress:
-    """One line: steps, rate, time left, and the numbers one watches."""
+    """The progress line of process 0: steps, rate, time left, and some metrics."""
 
     def __init__(self, stage: str, first: int, total: int, items_per_step: int):
         self._items = items_per_step
@@ -76,7 +76,7 @@ class Progress:
         self._bar.update(step - self._bar.n)
 
     def show(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Moves to `step` and shows what is watched of `scalars`."""
+        """Moves to `step` and shows those of `scalars` that are in `SHOWN`."""
         shown = {name.removeprefix("loss/"): f"{scalars[name]:.4g}" for name in SHOWN if name in scalars}
         rate = self._bar.format_dict.get("rate")
         if rate:
@@ -85,10 +85,10 @@ class Progress:
         self.advance(step)
 
     def say(self, text: str) -> None:
-        """Prints above the line."""
+        """Prints a text above the progress line."""
         if not self._bar.disable:
             self._bar.write(text)
 
     def close(self) -> None:
-        """Ends the line."""
+        """Ends the progress line."""
         self._bar.close()

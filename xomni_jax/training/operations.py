@@ -1,4 +1,4 @@
-"""What an operator wants to know of a run: where the weights lie, how fast it is, what it compiles, how full the memory is."""
+"""What a run reports about itself: placement of the weights, speed, compilations, memory, profiles."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ import jax
 from xomni_jax.core.config import ConfigError
 from xomni_jax.core.flops import count
 
-LARGE = 1 << 20  # bytes of an array that gets a line at start-up, the five largest in any case
-BY_ACCIDENT = 0.02  # share of the parameter bytes that may lie whole on every device of a split mesh
-# What lies whole by design: vectors, of which splitting saves nothing; the codebook, whose rows are looked up anywhere; and the maps of a
-# time or a pooled text, whose input is one vector.
+LARGE = 1 << 20  # bytes from which an array gets a line at start-up; the five largest always do
+BY_ACCIDENT = 0.02  # share of the parameter bytes that may be replicated although the mesh splits parameters
+# Replicated by design: vectors, where splitting saves little; the codebook, of which every device looks up arbitrary rows; and the
+# projections of a time or a pooled text, whose input is one vector.
 BY_DESIGN = re.compile(r".*/(scale|bias)|(.*/)?codebook|(.*/)?(time|guidance|pooled)_embed/in/kernel")
 
-# Dense bfloat16 peak of a device by `device_kind`, FLOP/s, as published; a CPU has none.
+# Published peak of dense bfloat16 matrix products by `device_kind`, in FLOP/s. CPUs have no entry.
 PEAK = {
-    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v5p": 459e12, "TPU v6 lite": 918e12, "TPU v6e": 918e12,
-    "TPU7x": 1153.5e12,  # of each of a chip's two devices
+    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v5p": 459e12, "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12, "TPU7x": 1153.5e12,  # per device; a chip has two
 }  # fmt: skip
 
 
 # ---- placement ----
 def placement(params: Any, mesh: jax.sharding.Mesh) -> list[str]:
-    """A line for every large weight: path, shape, spec, bytes on each device.
+    """One line per large weight: path, shape, dtype, partition spec, bytes on each device.
 
     Raises:
-      ConfigError: on a mesh with fsdp > 1 more than 2 % of the bytes lie whole on every device.
+      ConfigError: on a mesh with fsdp > 1, more than 2 % of the bytes are replicated.
     """
     leaves = [(jax.tree_util.keystr(path, simple=True, separator="/"), x) for path, x in jax.tree_util.tree_leaves_with_path(params)]
     leaves.sort(key=lambda leaf: -leaf[1].nbytes)
@@ -48,7 +48,7 @@ def placement(params: Any, mesh: jax.sharding.Mesh) -> list[str]:
     lost = sum(x.nbytes for _, x in whole)
     if mesh.shape["fsdp"] > 1 and total and lost > BY_ACCIDENT * total:
         raise ConfigError(
-            f"{lost / total:.1%} of the parameters' bytes lie whole on every device, first {whole[0][0]}{tuple(whole[0][1].shape)} "
+            f"{lost / total:.1%} of the parameters' bytes are replicated on every device, first {whole[0][0]}{tuple(whole[0][1].shape)} "
             f"(limit {BY_ACCIDENT:.0%} where config.mesh.fsdp={mesh.shape['fsdp']}); name an axis of it that sharding.rules splits"
         )
     return lines
@@ -60,7 +60,7 @@ def local_bytes(x: jax.Array) -> int:
 
 
 def size(n: float) -> str:
-    """Bytes for people."""
+    """A number of bytes as readable text."""
     for unit in ("B", "KB", "MB"):
         if n < 1000:
             return f"{n:.3g} {unit}"
@@ -70,16 +70,16 @@ def size(n: float) -> str:
 
 # ---- speed and memory ----
 class FlopCount:
-    """Counts the matrix products of jitted functions as they are called: `fn = count(jax.jit(f))`.
+    """Counts the matrix products of jitted functions whenever they are called: `fn = count(jax.jit(f))`.
 
-    The count is that of the program: causal attention in full, and with remat what the backward pass computes again.
+    It counts what the program computes: the masked half of causal attention as well, and with remat what the backward pass recomputes.
     """
 
     def __init__(self):
         self.total = 0.0
 
     def __call__(self, fn: Any) -> Callable[..., Any]:
-        """The same function; its program is looked through at the first call."""
+        """The same function; its operations are counted at the first call."""
         flops = None
 
         def counted(*args: Any) -> Any:
@@ -93,11 +93,12 @@ class FlopCount:
 
 
 class Meter:
-    """Rates between two logged steps.
+    """Metrics of speed and memory between two logged steps.
 
-    perf/goodput: share of the time since the loop began that went into steps: not into restoring, compiling, saving or images.
-    perf/tflops_device: counted operations (see `FlopCount`) per second and device; perf/mfu: the same as a share of the device's published
-    bfloat16 peak, left out where that is unknown. memory/: of this host's first device, left out where it does not tell (CPU).
+    perf/goodput: share of the time since the loop began that was spent on steps, rather than on restoring, compiling, saving or images.
+    perf/tflops_device: counted operations (see `FlopCount`) per second and device, in 1e12.
+    perf/mfu: the same as a share of the device's published bfloat16 peak; only if that is known.
+    memory/: of the first device of this host; only if it reports memory (a CPU does not).
     """
 
     def __init__(self, flops: Callable[[], float]):
@@ -107,7 +108,7 @@ class Meter:
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
-        """Within it time goes into something else than steps."""
+        """Context whose time does not count as spent on steps."""
         began = time.perf_counter()
         try:
             yield
@@ -115,7 +116,7 @@ class Meter:
             self._lost += time.perf_counter() - began
 
     def scalars(self, seconds: float, compiling: float) -> dict[str, float]:
-        """Metrics over the `seconds` since the last call; `compiling`: seconds spent on it since the beginning, outside `aside`."""
+        """Metrics over the `seconds` since the last call; `compiling`: seconds of compilation since the beginning, outside `aside`."""
         elapsed = time.perf_counter() - self._began
         out = {"perf/goodput": max(0.0, 1.0 - (self._lost + compiling) / elapsed)}
         flops, self._counted = self._flops() - self._counted, self._flops()
@@ -131,7 +132,7 @@ class Meter:
 
 # ---- compiling ----
 class CompileLog:
-    """Context that hears what is compiled: a run that still does after its first steps has shapes that change, minutes a time on a pod."""
+    """Context that records compilations: one after the warm-up means that shapes change, which costs minutes each time on a pod."""
 
     EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -139,52 +140,52 @@ class CompileLog:
         self.seconds, self._names = 0.0, []
 
     def __enter__(self) -> CompileLog:
-        jax.monitoring.register_event_duration_secs_listener(self._heard)
+        jax.monitoring.register_event_duration_secs_listener(self._record)
         return self
 
     def __exit__(self, *_: object) -> None:
-        jax.monitoring.unregister_event_duration_listener(self._heard)
+        jax.monitoring.unregister_event_duration_listener(self._record)
 
-    def _heard(self, event: str, seconds: float, **what: Any) -> None:
+    def _record(self, event: str, seconds: float, **what: Any) -> None:
         if event == self.EVENT:
             self.seconds += seconds
             self._names.append(f"{what.get('fun_name', 'a program')} {seconds:.1f} s")
 
     def since(self) -> list[str]:
-        """What was compiled since the last call."""
+        """Names and durations of the programs that were compiled since the last call."""
         names, self._names = self._names, []
         return names
 
 
 # ---- profile ----
 class Profile:
-    """A trace of some steps in a folder, for xprof or TensorBoard; every process writes its own."""
+    """Writes a trace of some steps to a folder, for xprof or TensorBoard. Every process writes its own."""
 
     def __init__(self, steps: tuple[int, int] | None, folder: Path):
         self._steps, self._folder, self._on = steps, folder, False
 
     def before(self, step: int) -> None:
-        """Starts before the first of the steps, numbered from 1."""
+        """Starts the trace if `step`, counted from 1, is the first of the steps."""
         if self._steps and step == self._steps[0]:
             jax.profiler.start_trace(str(self._folder))
             self._on = True
 
     def after(self, step: int, result: Any) -> None:
-        """Ends after the last, once the devices have made it."""
+        """Ends the trace if `step` is the last one, after the devices have computed `result`."""
         if self._on and step == self._steps[1]:
             jax.block_until_ready(result)
             self.close()
             say(f"profile of steps {self._steps[0]}-{self._steps[1]} in {self._folder}")
 
     def close(self) -> None:
-        """Ends a trace that is under way."""
+        """Ends a trace that has been started."""
         if self._on:
             self._on = False
             jax.profiler.stop_trace()
 
 
 def say(text: str) -> None:
-    """Prints for the whole run: process 0 alone."""
+    """Prints a text once per run: in process 0."""
     if jax.process_index() == 0:
         print(text, flush=True)
 

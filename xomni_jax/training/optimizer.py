@@ -1,4 +1,4 @@
-"""AdamW or Muon with a schedule, clipping and a freeze table by parameter path."""
+"""AdamW or Muon with a learning-rate schedule, clipping, and parameters frozen by path."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ SCHEDULES = ("constant", "linear", "cosine")
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, or Muon for the matrices of the transformer's stacks and NAdamW for the rest.
+    """AdamW, or Muon for the kernels of the transformer's layers and NAdamW for the rest.
 
-    Adam moves every value by about the learning rate: little for norm gains of about 1, much for kernels. Where gradients are mostly noise
-    (RL with few samples a step), few values that move far learn more, and forget less, than many that move a little: see `rates`.
+    Adam changes every value by about the learning rate, which is little for norm scales of about 1 and much for kernels. If gradients are
+    mostly noise (RL with few samples per step), changing few values by much learns more, and forgets less, than changing many values by
+    little: see `rates`.
 
     Attributes:
       name: adamw, or muon for the transformer's stages (Jordan 2024; momentum b1, updates scaled to AdamW's usual size as by Liu et al.,
@@ -83,13 +84,13 @@ def learning_rate(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
         main = optax.cosine_decay_schedule(cfg.learning_rate, after, cfg.final_fraction)
     if not cfg.warmup_steps:
         return main
-    # Update 0 already moves: a schedule that starts at exactly 0 wastes it.
+    # Update 0 already has a learning rate above 0: otherwise it would change nothing.
     warm = lambda count: cfg.learning_rate * (count + 1) / cfg.warmup_steps  # noqa: E731
     return optax.join_schedules([warm, main], [cfg.warmup_steps])
 
 
 class Optimizer:
-    """An optax transformation with its schedule and its freeze table."""
+    """An optax transformation with its schedule and the patterns of what it trains."""
 
     def __init__(self, cfg: OptimizerConfig, steps: int, train: Sequence[str] = (".*",), freeze: Sequence[str] = ()):
         self.schedule = learning_rate(cfg, steps)
@@ -101,16 +102,16 @@ class Optimizer:
             optax.add_decayed_weights(cfg.weight_decay, decays) if cfg.weight_decay else optax.identity(),
             optax.scale_by_learning_rate(self.schedule),
         )
-        # A frozen parameter holds no moments and gets an update of exactly zero.
+        # A frozen parameter has no moments, and its update is exactly zero.
         self.transform = optax.partition({"train": adamw, "freeze": optax.set_to_zero()}, self.labels)
 
     def labels(self, params: Any) -> Any:
-        """ "train" or "freeze" for every parameter, by full match of its "/"-joined path.
+        """ "train" or "freeze" for every parameter: its path, joined by "/", must match a pattern as a whole.
 
-        A freeze pattern may match nothing: the identity autoencoder, for one, has no parameters.
+        A freeze pattern may match nothing, since the identity autoencoder has no parameters.
 
         Raises:
-          ValueError: no parameter is left to learn.
+          ValueError: no parameter is trained.
         """
         names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
 
@@ -119,19 +120,19 @@ class Optimizer:
 
         if not any(map(learns, names)):
             raise ValueError(
-                f"no parameter learns: train patterns {self._train}, freeze patterns {self._freeze}; paths look like {names[0]!r}"
+                f"no parameter is trained: train patterns {self._train}, freeze patterns {self._freeze}; paths look like {names[0]!r}"
             )
         return jax.tree.unflatten(jax.tree.structure(params), ["train" if learns(name) else "freeze" for name in names])
 
     def trained(self, params: Any) -> list[str]:
-        """Paths of the parameters that learn."""
+        """Paths of the parameters that are trained."""
         return [path_name(path) for path, kind in jax.tree_util.tree_leaves_with_path(self.labels(params)) if kind == "train"]
 
     def update(self, grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any, dict[str, jax.Array]]:
         """One update -> (params, opt_state, `optim/{grad,update,param}_norm`). Frozen parameters are returned as they are.
 
-        The norms are over what learns: that is what clipping sees, and a frozen parameter's gradient, used nowhere, is then not
-        even computed.
+        The norms are those of the trained parameters, as clipping computes them; the gradients of frozen parameters are then unused, so
+        that XLA removes their computation.
         """
         updates, opt_state = self.transform.update(grads, opt_state, params)
         labels = self.labels(params)
@@ -144,18 +145,21 @@ class Optimizer:
 
 
 def make_optimizer(cfg: OptimizerConfig, steps: int, train: Sequence[str] = (".*",), freeze: Sequence[str] = ()) -> Optimizer:
-    """The optimizer of a run of `steps` updates; what matches `train` and not `freeze` learns (see `stages.FREEZE`)."""
+    """The optimizer of a run of `steps` updates. It trains the parameters that match `train` and not `freeze`."""
     return Optimizer(cfg, steps, train, freeze)
 
 
 def scale_by_muon(cfg: OptimizerConfig) -> optax.GradientTransformation:
-    """Orthogonalised Nesterov momentum for `muon_axes`, Adam with Nesterov momentum for the rest; like `scale_by_adam`, without learning rate and sign."""
-    # optax folds the learning rate in and turns the sign: -1 leaves the bare direction.
+    """Orthogonalised Nesterov momentum for `muon_axes`, Adam with Nesterov momentum for the rest.
+
+    Like `scale_by_adam` it applies neither the learning rate nor the sign.
+    """
+    # optax multiplies by minus the learning rate, so -1 leaves the direction unchanged.
     return contrib.muon(-1.0, beta=cfg.b1, adam_b1=cfg.b1, adam_b2=cfg.b2, consistent_rms=0.2, muon_weight_dimension_numbers=muon_axes)
 
 
 def muon_axes(params: Any) -> Any:
-    """The matrix that Muon sees in every kernel of the transformer's stacks, [layers, inputs.., outputs..]; None elsewhere."""
+    """The rows and columns that Muon sees in kernels [layers, inputs.., outputs..] of the transformer's layers; None for the rest."""
 
     def axes(path, x):
         stack, *_, leaf = names = path_name(path).split("/")

@@ -9,17 +9,17 @@ import jax
 from xomni_jax.core.config import ConfigError, save_resolved
 from xomni_jax.core.distributed import connect, description
 from xomni_jax.core.preemption import StopSignal
-from xomni_jax.core.process_group import Line
+from xomni_jax.core.process_group import ProcessGroup
 from xomni_jax.training.loop import train
 from xomni_jax.training.operations import placement, say
 from xomni_jax.training.stage import STAGES, RunConfig, policy_mesh
 
 
-def run_stage(cfg: RunConfig, line: Line | None = None, profile: tuple[int, int] | None = None) -> Path | None:
+def run_stage(cfg: RunConfig, group: ProcessGroup | None = None, profile: tuple[int, int] | None = None) -> Path | None:
     """Runs the stage a configuration names; returns the final model directory, or None when it was stopped early.
 
     Args:
-      line: to the other processes of the run, from `distributed.start`.
+      group: the processes of the run, from `distributed.start`.
       profile: first and last step of a trace in RUN/profile.
     """
     if profile and profile[1] > cfg.steps:
@@ -27,7 +27,7 @@ def run_stage(cfg: RunConfig, line: Line | None = None, profile: tuple[int, int]
     mesh = policy_mesh(cfg)
     print(f"{cfg.stage}: {description()}, mesh {dict(mesh.shape)}, output in {cfg.run_dir}", flush=True)
     connect(mesh)
-    with StopSignal(line) as stop, jax.set_mesh(mesh):
+    with StopSignal(group) as stop, jax.set_mesh(mesh):
         stage = STAGES.get(cfg.stage).make(cfg, mesh, stop)
         say("\n".join(["weights:", *placement(stage.state.params, mesh)]))
         save_resolved(cfg, Path(cfg.run_dir), write=jax.process_index() == 0)

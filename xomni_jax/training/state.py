@@ -1,4 +1,4 @@
-"""The state of a training run, created where it lives."""
+"""The state of a training run, created on the devices that hold it."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ from xomni_jax.sharding.mesh import replicated
 from xomni_jax.sharding.rules import param_shardings
 from xomni_jax.training.optimizer import Optimizer
 
-SMALL = 64  # values of an optimizer's own, such as coefficients, that may lie on every device
+SMALL = 64  # largest array of the optimizer, such as coefficients, that may be replicated without belonging to a parameter
 
 
 @struct.dataclass
 class TrainState:
-    """Everything a step changes.
+    """Everything that a step changes.
 
     Attributes:
-      step: int32 scalar, updates made. params: unboxed parameter tree. opt_state: of the optimizer.
-      extra: small arrays a stage carries along.
+      step: int32 scalar, number of updates made.
+      params: unboxed parameter tree.
+      opt_state: state of the optimizer.
+      extra: small arrays of the stage.
     """
 
     step: jax.Array
@@ -34,7 +36,7 @@ class TrainState:
     extra: Any
 
     def starting_from(self, params: Any) -> TrainState:
-        """The same state with a copy of these parameters, in the state's own number formats."""
+        """This state with a copy of `params`, cast to the dtypes of the state."""
         return self.replace(params=jax.tree.map(lambda mine, given: jnp.array(given, mine.dtype), self.params, params))
 
     def apply(self, optimizer: Optimizer, grads: Any) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -47,11 +49,13 @@ class TrainState:
 def new_state(
     init: Callable[[], Any], optimizer: Optimizer, mesh: Mesh, extra: Callable[[], Mapping[str, jax.Array]] = dict
 ) -> tuple[Callable[[], TrainState], TrainState]:
-    """(creates a fresh state, every array born with its sharding; the state's shapes with their shardings).
+    """(function that creates a fresh state, the shapes of that state with their shardings).
+
+    The function creates every array with its sharding, so that nothing large ever exists unsharded.
 
     Args:
-      init: makes the boxed parameters (they name their logical axes).
-      extra: makes small arrays, replicated.
+      init: creates the boxed parameters, which name their logical axes.
+      extra: creates small arrays, which are replicated.
     """
     shardings = param_shardings(jax.eval_shape(init), mesh)
 
@@ -67,10 +71,10 @@ def new_state(
 
 
 def state_shardings(abstract: TrainState, shardings: Any, mesh: Mesh) -> TrainState:
-    """Shardings of a whole state: moments are placed as their parameters, found by path and shape; the rest is replicated.
+    """Shardings of a whole state. Moments have those of their parameters, found by path and shape; the rest is replicated.
 
     Raises:
-      ValueError: an array of the optimizer as large as a parameter belongs to none, and would silently be replicated.
+      ValueError: a large array of the optimizer belongs to no parameter and would be replicated.
     """
     by_name = {path_name(p): s for p, s in jax.tree_util.tree_leaves_with_path(shardings)}
     shapes = {path_name(p): x.shape for p, x in jax.tree_util.tree_leaves_with_path(abstract.params)}
@@ -79,12 +83,12 @@ def state_shardings(abstract: TrainState, shardings: Any, mesh: Mesh) -> TrainSt
     def place(path, leaf):
         name = path_name(path)
         parts = name.split("/")
-        # The longest ending that is a parameter's path: `norm/scale` must not be taken for the `scale` of the top level.
+        # The longest suffix that is the path of a parameter: `norm/scale` must not match a `scale` at the top level.
         for param in ("/".join(parts[i:]) for i in range(len(parts))):
             if param in shapes and shapes[param] == leaf.shape:
                 return by_name[param]
         if leaf.size > SMALL:
-            raise ValueError(f"optimizer state {name}{leaf.shape} belongs to no parameter; every device would hold it whole")
+            raise ValueError(f"optimizer state {name}{leaf.shape} belongs to no parameter, so every device would hold a full copy of it")
         return everywhere
 
     return TrainState(

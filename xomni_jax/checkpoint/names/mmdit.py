@@ -4,47 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from xomni_jax.checkpoint.conversion import TRANSPOSE, Rule, Table, bias_axes, in_axes, out_axes
+from xomni_jax.checkpoint.conversion import TRANSPOSE, NameTable, Rule, bias_axes, in_axes, out_axes, weight_and_bias
 from xomni_jax.models.mmdit import MMDiTConfig
 
 
-def table(cfg: MMDiTConfig) -> Table:
+def table(cfg: MMDiTConfig) -> NameTable:
     """Every tensor of the released decoder for `cfg`."""
     rules = [Rule("siglip_embed.weight", "siglip_embed/kernel", TRANSPOSE)]
     embeds = {"timestep": "time_embed", "text": "pooled_embed"} | ({"guidance": "guidance_embed"} if cfg.guidance_embed else {})
     for source, target in embeds.items():
         for i, half in ((1, "in"), (2, "out")):
-            rules += _linear(f"time_text_embed.{source}_embedder.linear_{i}", f"{target}/{half}")
-    rules += _linear("x_embedder", "latent_embed")
-    rules += _linear("context_embedder", "text_embed")
+            rules += weight_and_bias(f"time_text_embed.{source}_embedder.linear_{i}", f"{target}/{half}")
+    rules += weight_and_bias("x_embedder", "latent_embed")
+    rules += weight_and_bias("context_embedder", "text_embed")
     for i in range(cfg.n_double):
         rules += _double(cfg, i)
     for i in range(cfg.n_single):
         rules += _single(cfg, i)
     rules += _chunks(cfg, "norm_out.linear", "final_modulation", 2)
-    rules += _linear("proj_out", "out")
-    return Table(rules)
+    rules += weight_and_bias("proj_out", "out")
+    return NameTable(rules)
 
 
-def _linear(source: str, target: str, layer: int | None = None) -> Iterator[Rule]:
-    yield Rule(f"{source}.weight", f"{target}/kernel", TRANSPOSE, layer)
-    yield Rule(f"{source}.bias", f"{target}/bias", layer=layer)
+def _chunks(cfg: MMDiTConfig, source: str, target: str, chunks: int, layer: int | None = None) -> list[Rule]:
+    sizes = chunks, cfg.d_model
+    return weight_and_bias(source, f"{target}/linear", out_axes(*sizes), bias_axes(*sizes), layer)
 
 
-def _chunks(cfg: MMDiTConfig, source: str, target: str, chunks: int, layer: int | None = None) -> Iterator[Rule]:
-    yield Rule(f"{source}.weight", f"{target}/linear/kernel", out_axes(chunks, cfg.d_model), layer)
-    yield Rule(f"{source}.bias", f"{target}/linear/bias", bias_axes(chunks, cfg.d_model), layer)
+def _to_heads(cfg: MMDiTConfig, source: str, target: str, layer: int, *lead: int) -> list[Rule]:
+    sizes = *lead, cfg.n_heads, cfg.head_dim
+    return weight_and_bias(source, target, out_axes(*sizes), bias_axes(*sizes), layer)
 
 
-def _to_heads(cfg: MMDiTConfig, source: str, target: str, layer: int, *lead: int) -> Iterator[Rule]:
-    sizes = (*lead, cfg.n_heads, cfg.head_dim)
-    yield Rule(f"{source}.weight", f"{target}/kernel", out_axes(*sizes), layer)
-    yield Rule(f"{source}.bias", f"{target}/bias", bias_axes(*sizes), layer)
-
-
-def _from_heads(cfg: MMDiTConfig, source: str, target: str, layer: int, *lead: int) -> Iterator[Rule]:
-    yield Rule(f"{source}.weight", f"{target}/kernel", in_axes(*lead, cfg.n_heads, cfg.head_dim), layer)
-    yield Rule(f"{source}.bias", f"{target}/bias", layer=layer)
+def _from_heads(cfg: MMDiTConfig, source: str, target: str, layer: int, *lead: int) -> list[Rule]:
+    return weight_and_bias(source, target, in_axes(*lead, cfg.n_heads, cfg.head_dim), layer=layer)
 
 
 def _double(cfg: MMDiTConfig, i: int) -> Iterator[Rule]:
@@ -59,8 +52,8 @@ def _double(cfg: MMDiTConfig, i: int) -> Iterator[Rule]:
     yield from _from_heads(cfg, f"{source}.attn.to_out.0", f"{target}/image_out", i)
     yield from _from_heads(cfg, f"{source}.attn.to_add_out", f"{target}/text_out", i)
     for stream, mlp in (("image", "ff"), ("text", "ff_context")):
-        yield from _linear(f"{source}.{mlp}.net.0.proj", f"{target}/{stream}_mlp/in", i)
-        yield from _linear(f"{source}.{mlp}.net.2", f"{target}/{stream}_mlp/out", i)
+        yield from weight_and_bias(f"{source}.{mlp}.net.0.proj", f"{target}/{stream}_mlp/in", layer=i)
+        yield from weight_and_bias(f"{source}.{mlp}.net.2", f"{target}/{stream}_mlp/out", layer=i)
 
 
 def _single(cfg: MMDiTConfig, i: int) -> Iterator[Rule]:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 
-from xomni_jax.checkpoint.conversion import Drop, Make, Table
-from xomni_jax.checkpoint.names import new
+from xomni_jax.checkpoint.conversion import Ignored, Init, NameTable
 from xomni_jax.checkpoint.names import transformer as released
+from xomni_jax.checkpoint.names.initializers import constant, normal
 from xomni_jax.models.transformer import ARConfig
 
 RENAMED = {
@@ -19,10 +19,10 @@ RENAMED = {
     "model.lm_norm.weight": "model.norm.weight",
     "lm_head.weight": "lm_head.weight",
 }
-DROPS = (Drop(r"model\.(rotary_emb|layers\.\d+\.self_attn\.rotary_emb)\.inv_freq", "computed from rope_theta"),)
+IGNORED = (Ignored(r"model\.(rotary_emb|layers\.\d+\.self_attn\.rotary_emb)\.inv_freq", "computed from rope_theta"),)
 
 
-def table(cfg: ARConfig, std: float = 0.02) -> Table:
+def table(cfg: ARConfig, std: float = 0.02) -> NameTable:
     """Every tensor of the language model, and the new parameters.
 
     Args:
@@ -37,17 +37,17 @@ def table(cfg: ARConfig, std: float = 0.02) -> Table:
             rules.append(rule._replace(source=rule.source.replace(layer, f"model.layers.{rule.layer}.", 1)))
         elif rule.source in RENAMED:
             rules.append(rule._replace(source=RENAMED[rule.source]))
-    makes = [Make("mm_embed/table", *new.normal(std)), Make("mm_head/kernel", *new.normal(std)), Make("mm_norm/scale", *new.constant(1))]
+    inits = [Init("mm_embed/table", normal(std)), Init("mm_head/kernel", normal(std)), Init("mm_norm/scale", constant(1))]
     for stack in set(cfg.layers) - {"language"}:
-        makes += _stack(stack, std, std / math.sqrt(2 * cfg.n_layers))
-    return Table(rules, DROPS, makes)
+        inits += _stack(stack, std, std / math.sqrt(2 * cfg.n_layers))
+    return NameTable(rules, IGNORED, inits)
 
 
-def _stack(stack: str, std: float, residual: float) -> list[Make]:
-    makes = [Make(f"{stack}/{name}_norm/scale", *new.constant(1), True) for name in ("attn", "mlp")]
+def _stack(stack: str, std: float, residual: float) -> list[Init]:
+    inits = [Init(f"{stack}/{name}_norm/scale", constant(1), True) for name in ("attn", "mlp")]
     for name in "qkv":
-        makes.append(Make(f"{stack}/attn/{name}_proj/kernel", *new.normal(std), True))
-        makes.append(Make(f"{stack}/attn/{name}_proj/bias", *new.constant(0), True))
-    makes.append(Make(f"{stack}/attn/o_proj/kernel", *new.normal(residual), True))
-    makes += [Make(f"{stack}/mlp/{name}_proj/kernel", *new.normal(std), True) for name in ("gate", "up")]
-    return [*makes, Make(f"{stack}/mlp/down_proj/kernel", *new.normal(residual), True)]
+        inits.append(Init(f"{stack}/attn/{name}_proj/kernel", normal(std), True))
+        inits.append(Init(f"{stack}/attn/{name}_proj/bias", constant(0), True))
+    inits.append(Init(f"{stack}/attn/o_proj/kernel", normal(residual), True))
+    inits += [Init(f"{stack}/mlp/{name}_proj/kernel", normal(std), True) for name in ("gate", "up")]
+    return [*inits, Init(f"{stack}/mlp/down_proj/kernel", normal(residual), True)]

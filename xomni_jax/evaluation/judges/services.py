@@ -59,7 +59,7 @@ class DetectorJudge:
 
         self._client = RewardClient("detector", list(urls), chunk=2, timeout=300.0, max_wait=1200.0)
         try:
-            versions = sorted({str(said["version"]) for said in self._client.health()})
+            versions = sorted({health.version for health in self._client.health()})
         except RewardServiceError as error:
             self._client.close()
             raise JudgeUnavailable(str(error)) from error

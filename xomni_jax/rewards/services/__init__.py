@@ -1,1 +1,1 @@
-"""Scoring services: the HTTP server and one module per scorer. Nothing here imports training."""
+"""The shipped scorers, one module each: its docstring's first line is what `xomni serve-reward --help` says of it."""

@@ -1,20 +1,22 @@
-"""GenEval's judge as a service: Mask2Former finds objects, CLIP names their colours. The only service that needs torch.
+"""Objects and their colours, by Mask2Former and CLIP: GenEval's judge (xomni eval geneval --judge URL). Needs torch.
 
-Both models are read from local directories in the layout of transformers. Size, padding and the choice of boxes are those of
-mmdetection's Mask2Former, which the official scorer runs; the released transformers weights are Facebook's, not mmdetection's.
+Both models are read from local directories in the layout of transformers. Image size, padding and selection of boxes follow
+mmdetection's Mask2Former, which the official judge runs; the weights published for transformers are Facebook's, not mmdetection's.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from xomni_jax.rewards.services.base import ServiceError, need
+from xomni_jax.rewards.protocol import Item, Score
+from xomni_jax.rewards.scorer import Scorer, ServiceError, need
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 # The detector's 80 classes in its order, under the names that GenEval's prompts use.
@@ -27,7 +29,7 @@ COCO = tuple(
     "toothbrush".split(",")
 )
 _TEMPLATES = ("a photo of a {c} {name}", "a photo of a {c}-colored {name}", "a photo of a {c} object")
-SHORT_SIDE = 800  # of the image that the detector sees
+SHORT_SIDE = 800  # pixels of the resized image
 _LONGEST, _DIVISOR = 5 / 3, 32  # the long side is at most 1333 to 800; padded to whole 32s
 _MEAN, _STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -44,40 +46,57 @@ class Instance(NamedTuple):
     mask: np.ndarray
 
 
-class DetectorScorer:
-    """Detections for targets["detect"] = {"classes", "coloured", "min_score", "at_most"}; the rules are the suite's.
+class DetectorScorer(Scorer):
+    """The share of the asked classes that are found. Applies to items with targets["detect"]; the rules are the benchmark's.
 
-    Detail: "detections" = {class: [{"box", "score", "color"}]}, most confident first; colours only of the "coloured" classes. The
-    score is the share of the classes that were found at all. Another `short_side` than the official one is part of the version.
+    targets["detect"] = {"classes": [...], "coloured": [...], "min_score": float, "at_most": int}. Detail: "detections" = {class:
+    [{"box", "score", "color"}]}, most confident first, at most `at_most` above `min_score`, with colours of the "coloured" classes only.
     """
 
     name = "detector"
 
-    def __init__(self, detector: str | None = None, clip: str | None = None, device: str | None = None, short_side: int = SHORT_SIDE):
-        torch = need("torch", self.name, extra="detector")
-        torch.set_num_threads(1)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        detector_folder = _directory("--detector", detector, "facebook/mask2former-swin-small-coco-instance")
-        clip_folder = _directory("--clip", clip, "openai/clip-vit-large-patch14")
-        self._detector, self._colours = Mask2Former(detector_folder, device, short_side), ClipColours(clip_folder, device)
-        self.version = f"mask2former-{self._detector.digest}/clip-{self._colours.digest}"
-        self.version += f"/short-side-{short_side}" if short_side != SHORT_SIDE else ""
+    @dataclass(frozen=True)
+    class Options:
+        """The models and where they run.
 
-    def score(self, image: np.ndarray, item: dict[str, Any]) -> tuple[float | None, dict[str, Any]]:
+        Attributes:
+          detector: local copy of facebook/mask2former-swin-small-coco-instance; required.
+          clip: local copy of openai/clip-vit-large-patch14; required.
+          device: where torch runs, such as cuda:0; without one a GPU when there is one, else the CPU.
+          short_side: pixels of the shorter side of the image that is searched; the official judge uses 800, less is faster.
+        """
+
+        detector: str | None = None
+        clip: str | None = None
+        device: str | None = None
+        short_side: int = SHORT_SIDE
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        o, torch = self.options, need("torch", self.name, extra="detector")
+        torch.set_num_threads(1)
+        device = o.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        detector = _directory("--detector", o.detector, "facebook/mask2former-swin-small-coco-instance")
+        clip = _directory("--clip", o.clip, "openai/clip-vit-large-patch14")
+        self._detector, self._colours = Mask2Former(detector, device, o.short_side), ClipColours(clip, device)
+        self.version = f"mask2former-{self._detector.digest}/clip-{self._colours.digest}"
+        self.version += f"/short-side-{o.short_side}" if o.short_side != SHORT_SIDE else ""
+
+    def score_image(self, image: np.ndarray, item: Item) -> Score:
         """See Scorer. ValueError when a class is asked for that the detector does not know."""
         request = item["targets"].get("detect")
         if not request:
-            return None, {}
-        image, wanted = Image.fromarray(image), request["classes"]
+            return Score(None)
+        pil_image, wanted = Image.fromarray(image), request["classes"]
         unknown = set(wanted) - set(self._detector.names)
         if unknown:
             raise ValueError(f"the detector knows no {', '.join(sorted(unknown))}; its {len(self._detector.names)} classes are fixed")
         found: dict[str, list[Instance]] = {name: [] for name in wanted}
-        for instance in sorted(self._detector.find(image), key=lambda i: -i.score):
+        for instance in sorted(self._detector.find(pil_image), key=lambda i: -i.score):
             if instance.name in found and instance.score > request["min_score"] and len(found[instance.name]) < request["at_most"]:
                 found[instance.name].append(instance)
-        detections = {name: self._described(image, name, of, name in request["coloured"]) for name, of in found.items()}
-        return sum(map(bool, found.values())) / len(found), {"detections": detections}
+        detections = {name: self._described(pil_image, name, of, name in request["coloured"]) for name, of in found.items()}
+        return Score(sum(map(bool, found.values())) / len(found), None, {"detections": detections})
 
     def _described(self, image: Image.Image, name: str, instances: Sequence[Instance], coloured: bool) -> list[dict[str, Any]]:
         colours = self._colours.name_of(image, instances, name) if coloured and instances else [None] * len(instances)
@@ -111,7 +130,7 @@ class Mask2Former:
 
 
 def fitted(size: tuple[int, int], short_side: int = SHORT_SIDE) -> tuple[int, int]:
-    """Width and height that the detector sees of an image of `size` (width, height)."""
+    """Width and height to which an image of `size` (width, height) is resized for the detector."""
     scale = min(short_side / min(size), int(short_side * _LONGEST) / max(size))
     return int(size[0] * scale + 0.5), int(size[1] * scale + 0.5)
 
@@ -216,7 +235,7 @@ def _directory(option: str, folder: str | None, model: str) -> Path:
 
 
 def _digest(folder: Path) -> str:
-    """Short hash of the weights: which judge it was, wherever its directory lay."""
+    """Short hash of the weights, which identifies the judge wherever its directory is."""
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin")):
         with path.open("rb") as file:

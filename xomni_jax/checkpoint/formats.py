@@ -1,4 +1,4 @@
-"""What kind of checkpoint a directory holds."""
+"""Which published format a directory has."""
 
 from __future__ import annotations
 
@@ -11,11 +11,17 @@ LORA_FILES = {"adapter_config.json", "adapter_model.safetensors", "adapter_model
 SIGLIP = ("siglip", "siglip2", "siglip_vision_model", "siglip2_vision_model")
 
 
-def kind_of(folder: str | Path) -> str:
-    """ "xomni", "qwen2", "siglip2" or "flux"; what is something else is named.
+def is_released(path: str | Path) -> bool:
+    """Whether to open a path as a published directory, that is, not as a model directory of ours."""
+    names = ("config.json", "model_index.json")
+    return Path(path).is_dir() and not (Path(path) / "model.json").is_file() and any((Path(path) / name).is_file() for name in names)
+
+
+def detect_format(folder: str | Path) -> str:
+    """ "xomni", "qwen2", "siglip2" or "flux".
 
     Raises:
-      ConversionError: one sentence.
+      ConversionError: one sentence that names what it is instead.
     """
     folder = Path(folder)
     if not folder.exists():
@@ -23,14 +29,12 @@ def kind_of(folder: str | Path) -> str:
     if not folder.is_dir():
         raise ConversionError(f"{folder}: is a file; give the directory of a downloaded checkpoint")
     has = {path.name for path in folder.iterdir()}
-    strangers = (
-        ("model.json" in has, "already a model directory of this package; use it as it is"),
-        (bool(has & LORA_FILES), "a LoRA; merge it into its base model first"),
-        (any(name.endswith(".gguf") for name in has), "a GGUF model (quantised for llama.cpp); give the safetensors it was made from"),
-    )
-    for is_it, what in strangers:
-        if is_it:
-            raise ConversionError(f"{folder}: is {what}")
+    if "model.json" in has:
+        raise ConversionError(f"{folder}: is already a model directory of this package; use it as it is")
+    if has & LORA_FILES:
+        raise ConversionError(f"{folder}: is a LoRA; merge it into its base model first")
+    if any(name.endswith(".gguf") for name in has):
+        raise ConversionError(f"{folder}: is a GGUF model (quantised for llama.cpp); give the safetensors it was made from")
     if "model_index.json" in has:
         name = read_json(folder / "model_index.json").get("_class_name")
         if not str(name).startswith("Flux"):
