@@ -33,7 +33,9 @@ SECTIONS = {
     ),
     "siglip_vq": dict(width=32, layers=1, heads=2, mlp=48, pos_grid=5, codebook_size=CODES, code_width=8, conv_blocks=1, groups=4),
     "reader": dict(d_model=32, mlp_dim=48, n_heads=2, n_kv_heads=2, head_dim=8, n_layers=1),
-    "mmdit": dict(d_model=32, n_heads=2, axes_dims=(4, 6, 6), n_double=1, n_single=1, text_dim=16, pooled_dim=16, semantic_dim=32, unroll=1),
+    "mmdit": dict(
+        d_model=32, n_heads=2, axes_dims=(4, 6, 6), n_double=1, n_single=1, text_dim=16, pooled_dim=16, semantic_dim=32, unroll=1
+    ),
     "t5": dict(d_model=16, n_layers=1, n_heads=2, head_dim=8, mlp_dim=32),
     "clip": dict(d_model=16, n_layers=1, n_heads=2, mlp_dim=32),
     "autoencoder": dict(),

@@ -13,7 +13,7 @@ import xomni_jax
 from tests.encoder_tokenizers import CLIP_EOS, write_clip, write_t5
 from tests.miniature import CODES, GRID, SIZE, configs
 from xomni_jax.checkpoint.store import TOKENIZERS, CheckpointError, copy_components
-from xomni_jax.sequence import encoder_ids, fixed_length_ids, read_tokenizer
+from xomni_jax.sequence.tokenizer import encoder_ids, fixed_length_ids, read_tokenizer
 from xomni_jax.sharding.mesh import make_mesh
 
 PROMPTS = ["a red sign", "a blue sign that says AB", "x"]
@@ -46,7 +46,7 @@ def test_an_image_does_not_depend_on_its_batch(model, images):
 def test_the_mesh_changes_nothing(model_dir, images):
     """Two ways: three prompts are padded to four rows, one image to two, and cut off again."""
     sharded = xomni_jax.load(model_dir, make_mesh({"fsdp": 2}, jax.devices()[:2]))
-    assert sharded.ways == 2
+    assert sharded.num_data_shards == 2
     for ours, theirs in zip(sharded.generate(PROMPTS, seed=5), images, strict=True):
         assert np.abs(np.asarray(ours).astype(int) - theirs).max() <= 1  # a rounding of the last bit
     kernel = sharded.params("siglip_vq")["vit"]["blocks"]["fc1"]["kernel"]
@@ -200,7 +200,7 @@ def test_a_long_prompt_is_cut_for_an_encoder_with_its_own_tokenizer(with_encoder
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         own.check_prompts(["a red sign " * 10])  # 30 tokens for T5, far too many for CLIP: no news
-    with pytest.warns(UserWarning, match="prompt 2 .* has 33 tokens, this model's decoder takes 31: it is drawn whole"):
+    with pytest.warns(UserWarning, match="prompt 2 .* has 33 tokens, this model's decoder takes 31: its codes are sampled from all of it"):
         own.check_prompts(["a sign", "a red sign " * 11])
 
 
@@ -238,3 +238,10 @@ def test_answer_ids_end_with_the_turn(model, images):
     model_ends = xomni_jax.load(model.path)
     model_ends.tokenizer.end_of_turn = first  # whatever a random model says first
     assert model_ends.answer_ids(codes, ["one?"], 4).tolist() == [[first, *[model.tokenizer.pad] * 3]]
+
+
+def test_fields_of_older_models_are_read(model_dir):
+    old = xomni_jax.load(model_dir)
+    config = old.description["components"]["mmdit"]["config"]
+    config["at_once"] = config.pop("microbatch") + 3
+    assert old.config("mmdit").microbatch == 3

@@ -11,7 +11,7 @@ from typing import Any
 
 
 def load(path: Any, mesh: Any = None, dtype: Any = None, flux: Any = None):
-    """Opens a model directory, or a released one as it was downloaded; the arguments are those of `parts.ModelParts`.
+    """Opens a model directory or a released one as downloaded. The arguments are those of `components.ModelComponents`.
 
     Importing the package alone touches no device.
     """

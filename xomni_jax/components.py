@@ -1,4 +1,4 @@
-"""The parts of a model directory on one mesh: configs, modules, parameters, tokenizers, settings. Each loads when first used."""
+"""The components of a model directory on one mesh: configs, modules, parameters, tokenizers, settings. Each loads when first used."""
 
 from __future__ import annotations
 
@@ -19,22 +19,21 @@ from xomni_jax.data.preprocess import ImageLimits
 from xomni_jax.models.int8 import quantize
 from xomni_jax.models.registry import COMPONENTS, init_params
 from xomni_jax.sampling.batches import Batch, make_batches
-from xomni_jax.sampling.decoder import DecodeConfig, Decoder
-from xomni_jax.sampling.pixels import DECODER_PARTS
+from xomni_jax.sampling.decoder import DECODER_COMPONENTS, DecodeConfig, Decoder
 from xomni_jax.sequence.tokenizer import MultimodalTokenizer, read_tokenizer
 from xomni_jax.sharding.mesh import make_mesh
-from xomni_jax.sharding.rules import ROLLOUT_RULES, RULES, param_shardings, row_ways
+from xomni_jax.sharding.rules import ROLLOUT_RULES, RULES, num_data_shards, param_shardings
 
 
-class ModelParts:
-    """What `pipeline.XOmni` is made of. Nothing but the description is read at first; a missing part is an error when it is used.
+class ModelComponents:
+    """The components of `pipeline.XOmni`. Construction reads only the description; a missing component is an error when it is used.
 
     Args:
-      path: a model directory (it holds model.json), or a released PyTorch directory as it was downloaded, converted on the fly.
-      mesh: where the parameters go; one device without it.
-      dtype: casts every parameter; None keeps what is stored.
-      flux: the directory of FLUX.1-dev, beside a released directory: the VAE and text encoders are there.
-      training: the transformer's parameters are split as it learns, not as it samples.
+      path: a model directory (it holds model.json), or a released PyTorch directory as downloaded, which is converted while it is read.
+      mesh: where the parameters go; by default one device.
+      dtype: casts every parameter; None keeps the stored number formats.
+      flux: with a released directory, the directory of FLUX.1-dev, which holds the VAE and the text encoders.
+      training: uses the training layout of the transformer's parameters instead of the sampling one.
     """
 
     def __init__(
@@ -46,12 +45,12 @@ class ModelParts:
         if flux is not None and self.released is None:
             raise CheckpointError(f"{path}: is a model directory, which has its own VAE and text encoders; leave flux out")
         self.description = read_model_json(path) if self.released is None else self.released.description
-        self.ways = row_ways(self.mesh)
+        self.num_data_shards = num_data_shards(self.mesh)
         self._params: dict[str, Any] = {}
         self._configs: dict[str, Any] = {}
 
     def on(self, mesh: Mesh) -> Self:
-        """The same model on another mesh, with parameters of its own."""
+        """The same model on another mesh, where it loads its own copy of the parameters."""
         other = type(self)(self.path, mesh, self.dtype, self._flux, self._training)
         other._configs = dict(self._configs)
         return other
@@ -87,27 +86,27 @@ class ModelParts:
             return jax.jit(lambda params: quantize(params, boxed), out_shardings=shardings)(stored)
         wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.meta.unbox(boxed), shardings)
         read = functools.partial(load_component, self.path) if self.released is None else self.released.load
-        # A run that chose its own way of computing (`set_config`) chose the number format too.
+        # A config given by the caller (`set_config`) decides the number format too.
         dtype = cfg.param_dtype if self.dtype is None and name in self._configs else self.dtype
         return read(name, wanted, dtype) if jax.tree.leaves(wanted) else {}
 
     def release(self, name: str) -> None:
-        """Forgets a component's parameters; they are restored when they are asked for again."""
+        """Drops a component's parameters; the next use restores them."""
         self._params.pop(name, None)
 
     def set_params(self, name: str, params: Any, config: Any = None) -> None:
-        """Uses these parameters from now on (a policy in training, say); `config` for a component that the directory lacks."""
+        """Replaces a component's parameters, by those of a policy in training, say; `config` is for one that the directory lacks."""
         self._params[name] = params
         if config is not None:
             self._configs[name] = config
 
     def set_config(self, name: str, config: Any) -> None:
-        """Computes a component in another way than it is stored (its sizes must be the stored ones); before its first use."""
+        """Replaces a component's config by one of the same sizes, to compute it differently; call it before the component is used."""
         self._configs[name] = config
 
     @functools.cached_property
     def tokenizer(self) -> MultimodalTokenizer:
-        """The text tokenizer with its multimodal ids."""
+        """The text tokenizer with the ids of image codes."""
         sizes = {}
         if "transformer" in self.description["components"]:
             c = self.config("transformer")
@@ -115,15 +114,15 @@ class ModelParts:
         return MultimodalTokenizer.load(self.folder("tokenizer"), **sizes)
 
     def folder(self, name: str) -> Path:
-        """The folder of a tokenizer: "tokenizer", "tokenizer_t5" or "tokenizer_clip"; it need not exist."""
+        """Folder of a tokenizer: "tokenizer", "tokenizer_t5" or "tokenizer_clip"; it need not exist."""
         return self.path / name if self.released is None else self.released.folders.get(name, self.path / name)
 
     @cached_method
     def encoder_tokenizer(self, name: str) -> Any:
-        """The own tokenizer of a text encoder ("t5" or "clip"), or None: then it reads the text tokenizer's ids.
+        """The tokenizer of a text encoder ("t5" or "clip"), or None where the encoder takes the text tokenizer's ids.
 
         Raises:
-          CheckpointError: the tokenizer and the encoder do not belong together.
+          CheckpointError: the tokenizer does not fit the encoder.
         """
         folder = self.folder(f"tokenizer_{name}")
         if not folder.is_dir():
@@ -145,18 +144,18 @@ class ModelParts:
 
     @functools.cached_property
     def preprocess_config(self) -> ImageLimits:
-        """Limits and rounding of input images."""
+        """Accepted images and the size they are resized to."""
         stored = self.description.get("settings", {}).get("preprocess", {})
         return config_from_json(ImageLimits, stored, f"{self.path}/model.json")
 
     @functools.cached_property
     def decoder(self) -> Decoder:
         """The diffusion decoder's modules."""
-        return Decoder(*(self.module(name) for name in DECODER_PARTS))
+        return Decoder(*(self.module(name) for name in DECODER_COMPONENTS))
 
     def decoder_params(self) -> dict[str, Any]:
-        """Parameters of the diffusion decoder's parts."""
-        return {name: self.params(name) for name in DECODER_PARTS}
+        """Parameters of the diffusion decoder's components."""
+        return {name: self.params(name) for name in DECODER_COMPONENTS}
 
     @property
     def patch(self) -> int:
@@ -165,5 +164,5 @@ class ModelParts:
 
     def batches(self, rows: int, batch_size: int | None = None) -> list[Batch]:
         """Batches of `rows` rows that split over the mesh: `batch_size` rows at a time in each data shard, or all at once."""
-        most = -(-rows // self.ways) * self.ways
-        return make_batches(rows, most if batch_size is None else min(batch_size * self.ways, most))
+        most = -(-rows // self.num_data_shards) * self.num_data_shards
+        return make_batches(rows, most if batch_size is None else min(batch_size * self.num_data_shards, most))

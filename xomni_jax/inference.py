@@ -19,19 +19,18 @@ from xomni_jax.models import autoencoder, mmdit, siglip_vq, text_encoders, trans
 from xomni_jax.models.registry import abstract_params
 from xomni_jax.models.section import ModelSection
 from xomni_jax.pipeline import XOmni
-from xomni_jax.sampling.decode import make_answerer
-from xomni_jax.sampling.decoder import DecodeConfig
+from xomni_jax.sampling.decoder import DECODER_COMPONENTS, DecodeConfig
+from xomni_jax.sampling.generate import make_answerer
 from xomni_jax.sampling.logits import SamplingConfig
-from xomni_jax.sampling.pixels import DECODER_PARTS
 from xomni_jax.sampling.programs import RolloutShape, decoder_programs, sampler_programs
 from xomni_jax.sampling.sampler import SEGMENT, Sampler
 from xomni_jax.sharding import abstract
 from xomni_jax.sharding.mesh import MeshConfig
-from xomni_jax.sharding.rules import ROLLOUT_RULES, row_ways
+from xomni_jax.sharding.rules import ROLLOUT_RULES, num_data_shards
 from xomni_jax.training.components import check_heads, decode_settings, model_configs, read_description
 from xomni_jax.training.stage import resolve
 
-MODELS = ("transformer", "siglip_vq", *DECODER_PARTS)
+MODELS = ("transformer", "siglip_vq", *DECODER_COMPONENTS)
 SIZE = 1152  # pixels of a side, of the released model
 
 
@@ -136,12 +135,12 @@ class InferenceStage:
             raise ConfigError(f"config.height={height}, config.width={width} are not whole tokens of {patch} pixels")
         grid, sampling, net = (height // patch, width // patch), cfg.sampling, transformer.ARTransformer(ar)
         weights = abstract_params("transformer", ar, mesh, ROLLOUT_RULES)
-        rows, T = cfg.batch * row_ways(mesh), grid[0] * grid[1]
+        rows, T = cfg.batch * num_data_shards(mesh), grid[0] * grid[1]
         sampler = Sampler.make(net, T, sampling, SEGMENT)
         drawing = sampler_programs(sampler, ar, weights, RolloutShape(rows, 1, cfg.prompt_length, T), sampling.guided, 1, mesh)
         decoded = min(cfg.decode_batch, cfg.batch)
         decode, calls = decode_settings(cfg.decode, read_description(cfg.model)), -(-cfg.batch // decoded)
-        frozen, decoding = decoder_programs(models, grid, decode, decoded * row_ways(mesh), calls, mesh)
+        frozen, decoding = decoder_programs(models, grid, decode, decoded * num_data_shards(mesh), calls, mesh)
         asked = cfg.prompt_length + T
         answer = Program(
             make_answerer(net, cfg.max_tokens, 0, 0),

@@ -12,15 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from xomni_jax.components import ModelParts
+from xomni_jax.components import ModelComponents
 from xomni_jax.core.cache import cached_method
 from xomni_jax.data.preprocess import preprocess
 from xomni_jax.sampling.batches import Batch, batches_by_shape, in_order, run_batches
-from xomni_jax.sampling.decode import make_answerer
-from xomni_jax.sampling.decoder import DecodeConfig
+from xomni_jax.sampling.decoder import DecodeConfig, make_decode
+from xomni_jax.sampling.generate import make_answerer
 from xomni_jax.sampling.keys import NOISE, image_keys
 from xomni_jax.sampling.logits import SamplingConfig
-from xomni_jax.sampling.pixels import make_decode
 from xomni_jax.sampling.sampler import Sampler
 from xomni_jax.sequence.padding import IMAGE_STEPS, pad_prompts
 from xomni_jax.sequence.tokenizer import encoder_ids, fixed_length_ids
@@ -28,12 +27,11 @@ from xomni_jax.sequence.tokenizer import encoder_ids, fixed_length_ids
 BATCH_SIZE = 16  # images or answers at a time in each data shard
 
 
-class XOmni(ModelParts):
-    """One X-Omni model on one mesh: text and images in, text and images out. Its arguments are those of `ModelParts`."""
+class XOmni(ModelComponents):
+    """One X-Omni model on one mesh: text and images in, text and images out. Takes the arguments of `ModelComponents`."""
 
-    # ---- text to image ----
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Token grid of an image size; refuses sizes that are not whole tokens or leave the preprocessing limits."""
+        """Token grid (Y, X) of an image size. Raises ValueError for sizes that are not whole tokens or exceed the model's limits."""
         p, limits = self.patch, self.preprocess_config
         if height < p or width < p or height % p or width % p:
             near = f"{max(p, round(height / p) * p)}x{max(p, round(width / p) * p)}"
@@ -66,7 +64,7 @@ class XOmni(ModelParts):
         return Sampler.make(self.module("transformer"), n_codes, sampling)
 
     def text_ids(self, prompts: Sequence[str], cfg: DecodeConfig | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """The prompts as T5 ids [B, S] and CLIP ids [B, S'], at the decoder's fixed lengths."""
+        """The prompts as T5 ids [B, text_length] and CLIP ids [B, pooled_length]."""
         c = cfg or self.decode_config
 
         def ids(name: str, length: int) -> np.ndarray:
@@ -76,7 +74,7 @@ class XOmni(ModelParts):
         return ids("t5", c.text_length), ids("clip", c.pooled_length)
 
     def noise(self, keys_B: jax.Array, grid: tuple[int, int]) -> jax.Array:
-        """Packed starting noise [B, T, C], one key an image."""
+        """Starting noise of the decoder, packed: [B, T, C], one key per image."""
         shape = (grid[0] * grid[1], self.config("mmdit").in_channels)
         return jax.vmap(lambda key: jax.random.normal(key, shape))(keys_B)
 
@@ -90,7 +88,7 @@ class XOmni(ModelParts):
 
     @cached_method
     def _decode(self, cfg: DecodeConfig):
-        return make_decode(self.module("siglip_vq"), self.decoder, cfg, self.ways)
+        return make_decode(self.module("siglip_vq"), self.decoder, cfg, self.num_data_shards)
 
     def decode(
         self, codes_BYX: Any, prompts: Sequence[str] | None = None, noise: Any = None, seed: int = 0, batch_size: int = BATCH_SIZE
@@ -114,7 +112,7 @@ class XOmni(ModelParts):
         return [Image.fromarray(x) for x in in_order(run_batches(program, self.batches(len(codes_BYX), batch_size)))]
 
     def checked(self, codes_BYX: Any) -> np.ndarray:
-        """Codes as an int32 array [B, Y, X]. ValueError when they are no codes of this model's tokenizer."""
+        """Codes as an int32 array [B, Y, X]. Raises ValueError where they are not codes of this model."""
         codes_BYX = np.asarray(codes_BYX)
         size = self.config("siglip_vq").codebook_size
         if codes_BYX.ndim != 3 or not codes_BYX.size or not np.issubdtype(codes_BYX.dtype, np.integer):
@@ -161,11 +159,11 @@ class XOmni(ModelParts):
         return self.decode(np.stack(codes), prompts, seed=seed, batch_size=batch_size)
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
-        """Refuses prompts that are empty or longer than the decoder's text encoder takes.
+        """Raises ValueError for prompts that are empty or longer than the decoder's text encoder takes.
 
-        An encoder with its own tokenizer reads the beginning of a long prompt, as released: T5 with a warning, CLIP as a matter of course.
+        Encoders with their own tokenizers truncate long prompts, as released; this warns where T5's truncates.
         """
-        limit = self.decode_config.text_length - 1  # an end or padding token closes every row
+        limit = self.decode_config.text_length - 1  # every row ends with an end or padding token
         own = self.encoder_tokenizer("t5")
         for i, prompt in enumerate(prompts):
             if not prompt.strip():
@@ -175,14 +173,13 @@ class XOmni(ModelParts):
                 many = f"prompt {i + 1} ({prompt[:40]!r}...) has {n} tokens, this model's decoder takes {limit}"
                 if own is None:
                     raise ValueError(f"{many}; shorten it")
-                warnings.warn(f"{many}: it is drawn whole, and decoded to pixels from its beginning", stacklevel=2)
+                warnings.warn(f"{many}: its codes are sampled from all of it, and decoded to pixels with its beginning", stacklevel=2)
 
     def decoder_tokens(self, prompt: str) -> int:
-        """Tokens of a prompt as the decoder's text encoder counts them, without its specials."""
+        """Number of a prompt's tokens for the decoder's text encoder, without special tokens."""
         own = self.encoder_tokenizer("t5")
         return len(self.tokenizer.encode_text(prompt) if own is None else own.encode(prompt, add_special_tokens=False, verbose=False))
 
-    # ---- image to codes, codes to text ----
     def encode_pixels(self, pixels_BHWC: Any) -> jax.Array:
         """Pixels [B, H, W, 3] in [-1, 1] -> codes [B, Y, X] on the device, in one batch."""
         return self._run("siglip_vq", "encode", pixels_BHWC)
@@ -192,7 +189,7 @@ class XOmni(ModelParts):
 
         Images of one size share batches of `batch_size` images in each data shard.
         """
-        batches = batches_by_shape([p.shape for p in pixels], batch_size * self.ways)
+        batches = batches_by_shape([p.shape for p in pixels], batch_size * self.num_data_shards)
         return in_order(run_batches(lambda batch: self.encode_pixels(np.stack(batch.take(pixels))), batches))
 
     def encode(self, images: Sequence[Image.Image | np.ndarray], batch_size: int = 1) -> list[np.ndarray]:

@@ -15,9 +15,9 @@ import numpy as np
 from tests.benchmarks import peers
 from tests.benchmarks.products import products
 from tests.benchmarks.timing import Case, relative_difference, unequal_share
-from xomni_jax.models.heads import text_logp
 from xomni_jax.models.transformer import PRESETS, ARConfig, ARTransformer
-from xomni_jax.sampling.decode import generate_text
+from xomni_jax.models.vocab_heads import head_logp
+from xomni_jax.sampling.generate import generate_text
 from xomni_jax.training.optimizer import OptimizerConfig, make_optimizer
 from xomni_jax.training.state import TrainState
 
@@ -96,7 +96,7 @@ def train_cases(cfg: ARConfig, batch: int = 16, length: int = 96) -> tuple[str, 
 
     def loss(params, ids_BL):
         hidden_BLD = model.apply({"params": params}, ids_BL)
-        return -jnp.mean(text_logp(model, params, hidden_BLD[:, :-1], ids_BL[:, 1:], chunk=0)[0])
+        return -jnp.mean(head_logp(model, params, "text", hidden_BLD[:, :-1], ids_BL[:, 1:], chunk=0)[0])
 
     def step(state, ids_BL):
         value, grads = jax.value_and_grad(loss)(state.params, ids_BL)

@@ -86,7 +86,7 @@ def test_a_trained_model_is_exported_without_an_original(model_dir, tmp_path):
         same(arrays_of(tmp_path / "again", name), arrays_of(model_dir, name))
     ours, theirs = (xomni_jax.load(folder) for folder in (tmp_path / "again", model_dir))
     for name in ("transformer", "siglip_vq", "mmdit"):
-        how = ("unroll", "query_chunk", "attention_chunk", "norm_eps", "remat", "at_once")
+        how = ("unroll", "query_chunk", "attention_chunk", "norm_eps", "remat", "microbatch")
         a, b = ({k: v for k, v in vars(m.config(name)).items() if k not in how} for m in (ours, theirs))
         assert a == b, name
     assert ours.decode_config.steps == theirs.decode_config.steps == 2 and ours.preprocess_config == theirs.preprocess_config

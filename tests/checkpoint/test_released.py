@@ -131,7 +131,7 @@ def test_a_cut_file_is_named(name, copies, tmp_path):
         (dict(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "rope_scaling.rope_type='yarn' is not supported, only 'default'"),
         (dict(num_attention_heads=None), "num_attention_heads is missing; take the config of the same checkpoint"),
         (dict(num_attention_heads="six"), "num_attention_heads='six' is no size"),
-        (dict(num_key_value_heads=4), "n_heads=6 is no multiple of n_kv_heads=4"),
+        (dict(num_key_value_heads=4), "n_heads=6 is not a multiple of n_kv_heads=4"),
         (dict(num_hidden_layers=3), "num_hidden_layers=3 leaves no language layer between 1 adapters and 2 heads"),
     ],
 )

@@ -33,7 +33,7 @@ def config(folder, out, **changes):
 class NoiseSampler:
     """Stands for the models: codes and images are noise that depends on policy and sampling."""
 
-    grid, ways, description = (lambda self, height, width: (4, 8)), 1, {}
+    grid, num_data_shards, description = (lambda self, height, width: (4, 8)), 1, {}
     mesh = SimpleNamespace(shape={"fsdp": 1, "tensor": 1})
     decode_config, tokenizer = DecodeConfig(), SimpleNamespace(generation_prompt=lambda prompt, *grid: prompt.split())
     check_prompts, decoder_tokens = lambda self, prompts: None, lambda self, prompt: 3

@@ -17,8 +17,8 @@ from tests.name_tables import to_params, to_tensors
 from tests.parity.reference_transformer import SIZES
 from xomni_jax.checkpoint.conversion import flatten
 from xomni_jax.checkpoint.names.transformer import table
-from xomni_jax.models.heads import image_logp, select, text_logp
 from xomni_jax.models.transformer import PRESETS, ARConfig, ARTransformer
+from xomni_jax.models.vocab_heads import head_logp, select
 from xomni_jax.sharding.mesh import make_mesh
 from xomni_jax.sharding.rules import param_shardings
 
@@ -154,7 +154,7 @@ def test_mesh_gives_the_same_numbers():
 
     def loss(params, ids):
         hidden = model.apply({"params": params}, ids)
-        return jnp.sum(text_logp(model, params, hidden, ids, chunk=5)[0]) + jnp.sum(image_logp(model, params, hidden, ids, chunk=0)[0])
+        return sum(jnp.sum(head_logp(model, params, which, hidden, ids, chunk)[0]) for which, chunk in (("text", 5), ("image", 0)))
 
     alone = jax.jit(jax.value_and_grad(loss))(params, ids)
     mesh = make_mesh(dict(fsdp=4, tensor=2))
@@ -173,17 +173,17 @@ def test_chunked_logp_equals_direct():
     positions = np.array([[2, 5, 0, 9, 1], [3, 3, 8, 7, 6]])
     targets = np.array([[1, 12, 3, 0, 5], [9, 2, 2, 11, 7]])
 
-    def total(hidden, params, method, fn):
+    def total(hidden, params, which, chunked):
         picked = select(hidden, positions)
-        if fn is not None:
-            return sum(jnp.sum(x * (i + 1)) for i, x in enumerate(fn(model, params, picked, targets, chunk=2)))
-        logp = jax.nn.log_softmax(model.apply({"params": params}, picked, method=method))
+        if chunked:
+            return sum(jnp.sum(x * (i + 1)) for i, x in enumerate(head_logp(model, params, which, picked, targets, chunk=2)))
+        logp = jax.nn.log_softmax(model.apply({"params": params}, picked, method=f"{which}_logits"))
         entropy = -jnp.sum(jnp.exp(logp) * logp, axis=-1)
         return jnp.sum(jnp.take_along_axis(logp, targets[..., None], -1)) + 2 * jnp.sum(entropy)
 
-    for method, fn in (("text_logits", text_logp), ("image_logits", image_logp)):
-        expected = jax.value_and_grad(total, argnums=(0, 1))(hidden, params, method, None)
-        got = jax.value_and_grad(total, argnums=(0, 1))(hidden, params, method, fn)
+    for which in ("text", "image"):
+        expected = jax.value_and_grad(total, argnums=(0, 1))(hidden, params, which, False)
+        got = jax.value_and_grad(total, argnums=(0, 1))(hidden, params, which, True)
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected)):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
@@ -201,11 +201,11 @@ def test_init_makes_every_parameter_and_presets_are_the_released_sizes():
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(n_heads=5), "n_heads=5 is no multiple of n_kv_heads=2"),
+        (dict(n_heads=5), "n_heads=5 is not a multiple of n_kv_heads=2"),
         (dict(head_dim=3), "head_dim=3 is odd"),
         (dict(image_vocab_size=99), "image_vocab_size=99 exceeds mm_vocab_size=19"),
         (dict(remat="some"), "remat='some' is unknown"),
-        (dict(unroll=0), "unroll=0 is no count of layers"),
+        (dict(unroll=0), "unroll=0 is not a number of layers"),
         (dict(n_language_layers=0), "n_language_layers >= 1"),
         (dict(attention_chunk=-1), "attention_chunk=-1 is negative"),
     ],

@@ -14,7 +14,7 @@ import numpy as np
 
 from tests.encoder_tokenizers import CLIP_EOS, write_clip, write_t5
 from tests.parity import reference_autoencoder, reference_clip, reference_mmdit, reference_siglip_vq, reference_t5, reference_transformer
-from xomni_jax.sequence import TINY_TOKENIZER
+from xomni_jax.sequence.tokenizer import TINY_TOKENIZER
 
 # The released geometry (16 pixels a token, VAE factor 8, 512 and 77 text ids) with small, odd and distinct widths.
 TRANSFORMER = dict(

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xomni_jax.sampling.logits import SamplingConfig, guide, kept_mask, masked_logp
+from tests.sampling.oracle import masked_logp
+from xomni_jax.sampling.logits import SamplingConfig, guide, sampling_mask
 
 pytestmark = pytest.mark.parity
 
@@ -79,7 +80,7 @@ def reference(cond_BV, neg_BV, s: SamplingConfig, order: tuple[str, ...] = RELEA
 def ours(cond_BV, neg_BV, s: SamplingConfig) -> np.ndarray:
     """Log-probabilities [B, V] of the codes, -inf where they cannot be drawn."""
     guided = guide(jnp.asarray(cond_BV), jnp.asarray(neg_BV), s.guidance)
-    return np.asarray(masked_logp(guided, kept_mask(guided, s), s.temperature))
+    return np.asarray(masked_logp(guided, sampling_mask(guided, s), s.temperature))
 
 
 def assert_equal(s: SamplingConfig, seed: int, ties: bool) -> None:

@@ -194,7 +194,7 @@ def one_batch(model, service, cfg, image_decoder=None):
             AdvantageConfig(),
             greedy,
             model.decode_config,
-            Sampler.make(net, GRID[0] * GRID[1], greedy, cfg.segment, return_kept=True),
+            Sampler.make(net, GRID[0] * GRID[1], greedy, cfg.segment, return_mask=True),
             rollouts.param_converter(boxed_shapes("transformer", net.cfg), model.mesh, net.cfg.dtype, net.cfg.image_vocab_size),
             {"ocr": client},
             {"ocr": 1.0},

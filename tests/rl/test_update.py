@@ -14,7 +14,7 @@ from xomni_jax.models.registry import init_params
 from xomni_jax.models.transformer import ARTransformer
 from xomni_jax.rl.objectives import GRPOConfig
 from xomni_jax.rl.update import Policy, RolloutBatch, grpo_update
-from xomni_jax.sampling.decode import generate_codes
+from xomni_jax.sampling.generate import generate_codes
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sharding.mesh import make_mesh
 from xomni_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -162,11 +162,11 @@ def rollouts(params, sampling):
     ids_PS, lengths_P = rng.integers(0, 384, (P, S)).astype(np.int32), np.array([7, 3, 5, 1], np.int32)
     negative = (np.full((1, 2), 3, np.int32), np.array([2], np.int32)) if sampling.guided else None
     keys_PR = jax.vmap(lambda k: jax.random.split(k, R))(jax.random.split(jax.random.key(5), P))
-    draw = jax.jit(lambda p: generate_codes(MODEL, p, ids_PS, lengths_P, T, keys_PR, sampling, negative, return_kept=sampling.truncates))
+    draw = jax.jit(lambda p: generate_codes(MODEL, p, ids_PS, lengths_P, T, keys_PR, sampling, negative, return_mask=sampling.truncates))
     out = jax.tree.map(lambda x: np.asarray(x).reshape(B, *x.shape[2:]), draw(params))
     repeat = lambda x: np.repeat(x, R, axis=0)  # noqa: E731
     return RolloutBatch(
-        repeat(ids_PS), repeat(lengths_P), out["codes"], out["logp"], out["kept"],
+        repeat(ids_PS), repeat(lengths_P), out["codes"], out["logp"], out["sampling_mask"],
         negative and tuple(np.repeat(x, B, axis=0) for x in negative), rng.normal(size=B).astype(np.float32), np.ones(B, bool),
     )  # fmt: skip
 
@@ -233,7 +233,7 @@ def test_the_sampler_replays(alone, params):
     """Rollouts with temperature, truncation and guidance give the trainer the log-probs the sampler had."""
     assert alone[1]["grpo/logp_gap_max"] < 1e-4
     batch = rollouts(params[0], EVERYTHING)
-    assert (np.unpackbits(batch.kept, axis=-1, count=CODES).sum(-1) <= 9).all()
+    assert (np.unpackbits(batch.sampling_mask, axis=-1, count=CODES).sum(-1) <= 9).all()
     state, metrics = learn(params, batch, EVERYTHING, GRPOConfig(rollouts_per_prompt=R, kl_coef=0.05, updates_per_batch=2))
     assert metrics["grpo/logp_gap_max"] < 1e-4 and state.step == 2
     assert np.isfinite([float(x) for x in metrics.values()]).all()

@@ -12,8 +12,7 @@ from flax import linen as nn
 from tests.miniature import GRID, configs
 from tests.models import golden
 from xomni_jax.models.registry import COMPONENTS, init_params
-from xomni_jax.sampling.decoder import DecodeConfig, Decoder
-from xomni_jax.sampling.pixels import DECODER_PARTS
+from xomni_jax.sampling.decoder import DECODER_COMPONENTS, DecodeConfig, Decoder
 from xomni_jax.sharding.mesh import make_mesh
 from xomni_jax.sharding.rules import param_shardings
 
@@ -24,7 +23,7 @@ CONFIGS = configs()
 @pytest.fixture(scope="module")
 def boxed():
     """Shapes of the decoder's parameters with their logical axes."""
-    return jax.eval_shape(lambda: {name: init_params(name, CONFIGS[name], jax.random.key(0)) for name in DECODER_PARTS})
+    return jax.eval_shape(lambda: {name: init_params(name, CONFIGS[name], jax.random.key(0)) for name in DECODER_COMPONENTS})
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +37,14 @@ def inputs(boxed):
     return params, semantics, ids(B, SEQUENCE), ids(B, POOLED), (ids(8, SEQUENCE)[:1].repeat(8, 0), ids(1, POOLED).repeat(8, 0)), noise
 
 
-def decoder(at_once: int) -> Decoder:
-    changed = CONFIGS | {"mmdit": dataclasses.replace(CONFIGS["mmdit"], at_once=at_once)}
-    return Decoder(**{name: COMPONENTS[name].module(changed[name]) for name in DECODER_PARTS})
+def decoder(microbatch: int) -> Decoder:
+    changed = CONFIGS | {"mmdit": dataclasses.replace(CONFIGS["mmdit"], microbatch=microbatch)}
+    return Decoder(**{name: COMPONENTS[name].module(changed[name]) for name in DECODER_COMPONENTS})
 
 
-def drawn(inputs, rows: int, at_once: int, guidance: float):
+def drawn(inputs, rows: int, microbatch: int, guidance: float):
     params, semantics, text, pooled, empty, noise = inputs
-    run = jax.jit(decoder(at_once).latents, static_argnums=6)
+    run = jax.jit(decoder(microbatch).latents, static_argnums=6)
     return run(params, semantics[:rows], text[:rows], pooled[:rows], empty, noise[:rows], DecodeConfig(steps=3, guidance=guidance))
 
 
@@ -56,7 +55,7 @@ def whole(inputs):
 
 
 @pytest.mark.parametrize(
-    "rows, at_once, guidance",
+    "rows, microbatch, guidance",
     [
         (16, 0, 1.0),  # two images a device, over the tensor axis too
         (16, 1, 3.0),  # one at a time
@@ -65,11 +64,11 @@ def whole(inputs):
         (12, 1, 1.0),  # three at a time per device of the batch's axes
     ],
 )
-def test_pieces_and_a_mesh_change_nothing(inputs, boxed, whole, rows, at_once, guidance):
+def test_pieces_and_a_mesh_change_nothing(inputs, boxed, whole, rows, microbatch, guidance):
     mesh = make_mesh(dict(fsdp=4, tensor=2))
     params = jax.device_put(inputs[0], param_shardings(boxed, mesh))
     with jax.set_mesh(mesh):
-        latents = drawn((params, *inputs[1:]), rows, at_once, guidance)
+        latents = drawn((params, *inputs[1:]), rows, microbatch, guidance)
     golden.assert_close(latents, whole[guidance][:rows], "latents", 1e-5)
 
 

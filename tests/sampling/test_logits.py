@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xomni_jax.models.heads import token_logp
-from xomni_jax.sampling.logits import GREEDY, SamplingConfig, draw, guide, kept_mask, masked_logp, temper
+from tests.sampling.oracle import masked_logp
+from xomni_jax.models.vocab_heads import token_logp
+from xomni_jax.sampling.logits import GREEDY, SamplingConfig, draw, guide, sampling_mask, temper
 
 COND, NEG = jnp.array([2.0, 1.0, 0.5, -1.0, -3.0]), jnp.array([1.0, 1.2, 0.8, -0.5, -2.0])
 OFF = dict(top_k=0, min_p=0.0)
-# id: settings, token, log-prob of the untruncated distribution, kept tokens, kept mass, truncated log-prob, entropy. float64 by hand.
+# id: settings, token, log-prob of the untruncated distribution, mask tokens, mask mass, truncated log-prob, entropy. float64 by hand.
 EXAMPLES = {
     "samp-01": (dict(), 0, -0.4992799988198058, 5, 1.0, -0.4992799988198059, 1.0368259857284707),
     "samp-02": (dict(temperature=0.7), 1, -1.744494308580682, 5, 1.0, -1.7444943085806819, 0.7959659730945031),
@@ -27,15 +28,15 @@ EXAMPLES = {
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_worked_examples(name):
-    settings, token, full, n_kept, mass, truncated, entropy = EXAMPLES[name]
+    settings, token, full, n_left, mass, truncated, entropy = EXAMPLES[name]
     sampling = SamplingConfig(**OFF | settings)
     scores = guide(COND, NEG, sampling.guidance)
-    kept = kept_mask(scores, sampling)
-    np.testing.assert_array_equal(kept, np.arange(5) < n_kept)
+    mask = sampling_mask(scores, sampling)
+    np.testing.assert_array_equal(mask, np.arange(5) < n_left)
     logp = masked_logp(scores, None, sampling.temperature)
     np.testing.assert_allclose(logp[token], full, rtol=1e-4, atol=2e-6)
-    np.testing.assert_allclose(jnp.exp(logp)[kept].sum(), mass, rtol=1e-6)
-    np.testing.assert_allclose(masked_logp(scores, kept, sampling.temperature)[token], truncated, rtol=1e-4, atol=2e-6)
+    np.testing.assert_allclose(jnp.exp(logp)[mask].sum(), mass, rtol=1e-6)
+    np.testing.assert_allclose(masked_logp(scores, mask, sampling.temperature)[token], truncated, rtol=1e-4, atol=2e-6)
     np.testing.assert_allclose(token_logp(temper(scores, sampling.temperature), jnp.int32(token))[1], entropy, rtol=1e-4)
 
 
@@ -46,40 +47,40 @@ def test_defaults_are_the_released_sampler():
 
 def test_ties_at_the_border():
     scores = jnp.array([1.0, 3.0, 1.0, 2.0, 1.0, 3.0])
-    np.testing.assert_array_equal(kept_mask(scores, SamplingConfig(top_k=1, min_p=0.0)), [0, 1, 0, 0, 0, 1])
-    np.testing.assert_array_equal(kept_mask(scores, SamplingConfig(top_k=4, min_p=0.0)), [1] * 6)
+    np.testing.assert_array_equal(sampling_mask(scores, SamplingConfig(top_k=1, min_p=0.0)), [0, 1, 0, 0, 0, 1])
+    np.testing.assert_array_equal(sampling_mask(scores, SamplingConfig(top_k=4, min_p=0.0)), [1] * 6)
     # Half of two equal best tokens is enough for top_p=0.3: the later id stays.
-    np.testing.assert_array_equal(kept_mask(scores, SamplingConfig(top_k=0, top_p=0.3, min_p=0.0)), [0, 0, 0, 0, 0, 1])
-    np.testing.assert_array_equal(kept_mask(scores, SamplingConfig(top_k=0, min_p=1.0)), [0, 1, 0, 0, 0, 1])
+    np.testing.assert_array_equal(sampling_mask(scores, SamplingConfig(top_k=0, top_p=0.3, min_p=0.0)), [0, 0, 0, 0, 0, 1])
+    np.testing.assert_array_equal(sampling_mask(scores, SamplingConfig(top_k=0, min_p=1.0)), [0, 1, 0, 0, 0, 1])
 
 
 def test_order_is_top_k_then_top_p_then_min_p():
     # After top-k=2 the two best hold all the mass, so top-p=0.7 keeps one; on the full distribution it would keep two.
     scores = jnp.log(jnp.array([0.4, 0.15, 0.15, 0.15, 0.15])) + jnp.array([0.0, 0.01, 0.0, 0.0, 0.0])
-    np.testing.assert_array_equal(kept_mask(scores, SamplingConfig(top_k=2, top_p=0.7, min_p=0.0)), [1, 0, 0, 0, 0])
-    assert kept_mask(scores, SamplingConfig(top_k=0, top_p=0.7, min_p=0.0)).sum() > 2
+    np.testing.assert_array_equal(sampling_mask(scores, SamplingConfig(top_k=2, top_p=0.7, min_p=0.0)), [1, 0, 0, 0, 0])
+    assert sampling_mask(scores, SamplingConfig(top_k=0, top_p=0.7, min_p=0.0)).sum() > 2
 
 
 def test_draws_follow_the_truncated_distribution():
     sampling = SamplingConfig(temperature=0.9, top_k=4, min_p=0.05)
     keys = jax.random.split(jax.random.key(3), (1, 8000))
     scores = jnp.broadcast_to(COND, (1, 8000, 5))
-    tokens, logp, kept = jax.jit(draw, static_argnums=2)(scores, keys, sampling)
-    expected = np.exp(masked_logp(COND, kept_mask(COND, sampling), 0.9))
+    tokens, logp, mask = jax.jit(draw, static_argnums=2)(scores, keys, sampling)
+    expected = np.exp(masked_logp(COND, sampling_mask(COND, sampling), 0.9))
     np.testing.assert_allclose(np.bincount(tokens[0], minlength=5) / 8000, expected, atol=0.02)
     np.testing.assert_allclose(np.exp(logp[0]), expected[tokens[0]], rtol=1e-5)
-    assert bool(jnp.all(jnp.take_along_axis(kept, tokens[..., None], -1)))
+    assert bool(jnp.all(jnp.take_along_axis(mask, tokens[..., None], -1)))
 
 
 def test_greedy_is_a_point_mass():
-    tokens, logp, kept = draw(jnp.stack([COND, NEG])[None], jax.random.split(jax.random.key(0), (1, 2)), GREEDY)
-    assert tokens.tolist() == [[0, 1]] and logp.tolist() == [[0.0, 0.0]] and kept.sum() == 2
+    tokens, logp, mask = draw(jnp.stack([COND, NEG])[None], jax.random.split(jax.random.key(0), (1, 2)), GREEDY)
+    assert tokens.tolist() == [[0, 1]] and logp.tolist() == [[0.0, 0.0]] and mask.sum() == 2
 
 
 def test_gradients_stay_finite_under_a_mask():
-    kept = jnp.array([True, False, True, False, False])
-    grad = jax.grad(lambda z: sum(jnp.sum(x) for x in token_logp(z, jnp.int32(2), kept)))(COND)
-    assert np.isfinite(grad).all() and (grad[~kept] == 0).all()
+    mask = jnp.array([True, False, True, False, False])
+    grad = jax.grad(lambda z: sum(jnp.sum(x) for x in token_logp(z, jnp.int32(2), mask)))(COND)
+    assert np.isfinite(grad).all() and (grad[~mask] == 0).all()
 
 
 @pytest.mark.parametrize(
@@ -87,7 +88,7 @@ def test_gradients_stay_finite_under_a_mask():
     [
         (dict(temperature=-1.0), "temperature=-1.0 is not a number >= 0"),
         (dict(temperature=float("nan")), "temperature=nan"),
-        (dict(top_k=-2), "top_k=-2 is no count"),
+        (dict(top_k=-2), "top_k=-2 is not a count"),
         (dict(top_p=0.0), r"top_p=0.0 is outside \(0, 1\]"),
         (dict(min_p=1.5), r"min_p=1.5 is outside \[0, 1\]"),
         (dict(guidance=-0.5), "guidance=-0.5 is not a number >= 0"),

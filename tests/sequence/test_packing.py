@@ -3,13 +3,20 @@
 import numpy as np
 import pytest
 
-from xomni_jax.sequence import MultimodalTokenizer, TokenSequence, pack, targets, unpack
+from xomni_jax.sequence.packing import PackedBatch, pack, targets
+from xomni_jax.sequence.tokenizer import MultimodalTokenizer, TokenSequence
 
 VOCAB, IMAGE_VOCAB, PAD = 40, 24, 3
 
 
 def _sequences(rng, n, longest):
     return [TokenSequence(rng.integers(0, 70, size).astype(np.int32), rng.random(size) < 0.6) for size in rng.integers(1, longest + 1, n)]
+
+
+def unpack(batch: PackedBatch) -> list[TokenSequence]:
+    """The sequences of a batch, row by row."""
+    rows = zip(batch.ids_BL, batch.segments_BL, batch.loss_BL, strict=True)
+    return [TokenSequence(ids[s == n], loss[s == n]) for ids, s, loss in rows for n in range(1, int(s.max(initial=0)) + 1)]
 
 
 @pytest.mark.parametrize("rows", [None, 3])

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from xomni_jax.sequence import ImageSpan, MultimodalTokenizer, SpanError, TextSpan, parse, unparse
+from xomni_jax.sequence.spans import ImageSpan, SpanError, TextSpan, parse, unparse
+from xomni_jax.sequence.tokenizer import MultimodalTokenizer
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 
 from tests.encoder_tokenizers import CLIP_BOS, CLIP_EOS, CLIP_TOKENS, write_clip, write_t5
 from xomni_jax.data import build_tiny_tokenizer, glyphs, rendered, words
-from xomni_jax.sequence import TINY_TOKENIZER, MultimodalTokenizer, encoder_ids, fixed_length_ids, read_tokenizer
+from xomni_jax.sequence.tokenizer import TINY_TOKENIZER, MultimodalTokenizer, encoder_ids, fixed_length_ids, read_tokenizer
 
 CODES_YX = np.arange(15).reshape(3, 5) * 31 % 512
 

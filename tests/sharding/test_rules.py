@@ -132,8 +132,8 @@ def test_meshes(axes, shape):
         ({"data": 3, "fsdp": -1}, "mesh data=3 needs a multiple of 3 devices, 8 are present"),
         ({"data": 16, "fsdp": -1}, "mesh data=16 needs a multiple of 16 devices"),
         ({"data": -1, "fsdp": -1}, "mesh: only one axis may be -1, got data and fsdp"),
-        ({"data": 0}, "mesh data=0 is no number of devices"),
-        ({"data": "2"}, "mesh data='2' is no number of devices"),
+        ({"data": 0}, "mesh data=0 is not a number of devices"),
+        ({"data": "2"}, "mesh data='2' is not a number of devices"),
     ],
 )
 def test_meshes_that_do_not_fit(axes, words):
@@ -167,7 +167,7 @@ ALL, BATCH = PartitionSpec(("data", "fsdp", "tensor"), None), PartitionSpec(("da
 
 
 @pytest.mark.parametrize(
-    "rows, at_once, piece, spec",
+    "rows, microbatch, piece, spec",
     [
         (16, 1, 8, ALL),
         (8, 1, 8, ALL),
@@ -179,7 +179,7 @@ ALL, BATCH = PartitionSpec(("data", "fsdp", "tensor"), None), PartitionSpec(("da
         (6, 1, 6, BATCH),
     ],
 )
-def test_rows_in_pieces(mesh, rows, at_once, piece, spec):
+def test_rows_in_pieces(mesh, rows, microbatch, piece, spec):
     """The same values in the same order, whether rows split over all devices, over those of a batch, in pieces, or not at all."""
     tree = (jnp.arange(rows * 3.0).reshape(rows, 3), {"more": jnp.arange(rows), "none": None})
 
@@ -189,7 +189,7 @@ def test_rows_in_pieces(mesh, rows, at_once, piece, spec):
 
     seen = []
     with jax.set_mesh(mesh):
-        got = jax.jit(lambda tree: map_rows(fn, tree, at_once))(tree)
+        got = jax.jit(lambda tree: map_rows(fn, tree, microbatch))(tree)
     assert set(seen) == {(piece, spec)}
     assert activation_spec("x", (8, 2), ("batch", "heads"), mesh) == BATCH
     np.testing.assert_array_equal(got["sum"], np.arange(rows * 3).reshape(rows, 3).sum(1) + np.arange(rows))

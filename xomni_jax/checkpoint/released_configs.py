@@ -148,7 +148,7 @@ def read_mmdit(c: ConfigFile, semantic_dim: int, mlp_ratio: int) -> MMDiTConfig:
         in_channels=c.size("in_channels"), d_model=heads * width, n_heads=heads, axes_dims=c.sizes("axes_dims_rope", (16, 56, 56)),
         n_double=c.size("num_layers"), n_single=c.size("num_single_layers"), text_dim=c.size("joint_attention_dim"),
         pooled_dim=c.size("pooled_projection_dim"), semantic_dim=semantic_dim, guidance_embed=bool(c.get("guidance_embeds", False)),
-        mlp_ratio=mlp_ratio, prediction=c.get("prediction", "velocity"), query_chunk=CHUNK, at_once=4,
+        mlp_ratio=mlp_ratio, prediction=c.get("prediction", "velocity"), query_chunk=CHUNK, microbatch=4,
     )  # fmt: skip
 
 
@@ -175,7 +175,7 @@ def read_vae(c: ConfigFile) -> AutoencoderConfig:
         AutoencoderConfig,
         pixel_channels=channels, latent_channels=c.size("latent_channels"), block_channels=c.sizes("block_out_channels"),
         layers_per_block=c.size("layers_per_block"), groups=c.size("norm_num_groups"), scaling_factor=c.number("scaling_factor"),
-        shift_factor=c.number("shift_factor", 0.0), query_chunk=2 * CHUNK, at_once=1,
+        shift_factor=c.number("shift_factor", 0.0), query_chunk=2 * CHUNK, microbatch=1,
     )  # fmt: skip
 
 

@@ -54,8 +54,12 @@ def config_to_json(cfg: Any) -> dict[str, Any]:
     return {f.name: plain(getattr(cfg, f.name)) for f in dataclasses.fields(cfg) if f.init}
 
 
+OLD_FIELDS = {"at_once": "microbatch"}  # {name in older model directories: name}
+
+
 def config_from_json(cls: type, data: Mapping[str, Any], where: str) -> Any:
     """The inverse of `config_to_json`; the error names an unknown or missing field."""
+    data = {OLD_FIELDS.get(name, name): value for name, value in data.items()}
     names = {f.name for f in dataclasses.fields(cls) if f.init}
     unknown = sorted(set(data) - names)
     if unknown:

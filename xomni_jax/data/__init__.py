@@ -1,1 +1,1 @@
-"""Where examples come from: the rendered embedded data set, grain sources and transforms."""
+"""Sources of examples: the rendered data set, its grain pipeline, image preprocessing."""

@@ -1,8 +1,8 @@
-"""Makes the small tokenizer of the tiny configurations: `python -m xomni_jax.data.build_tiny_tokenizer [FOLDER]`.
+"""Builds the tokenizer of the tiny configurations: `python -m xomni_jax.data.build_tiny_tokenizer [FOLDER]`.
 
-A byte-level BPE with Qwen2.5's pre-tokenisation and chat format. Merges are learned from lower-case caption and question words
-only, so the UPPER-CASE text of a sign is spelled one token per character: the model sees the letters it has to draw.
-Layout as in the released models: text ids, then `<MM-Token-k>` at vocab_size + k, then the multimodal specials.
+A byte-level BPE with Qwen2.5's pre-tokenisation and chat format. Merges are learned from the lower-case words of captions and questions
+only, so that the upper-case text of a sign is one token per character, and the model sees the letters that it has to draw.
+Ids as in the released models: text, then `<MM-Token-k>` at vocab_size + k, then the multimodal special tokens.
 """
 
 from __future__ import annotations
@@ -14,10 +14,7 @@ from pathlib import Path
 
 from xomni_jax.data import glyphs, rendered
 
-VOCAB_SIZE, IMAGE_VOCAB_SIZE = (
-    384,
-    512,
-)  # text ids; image codes. The multimodal table of 576 rows leaves spares after the specials.
+VOCAB_SIZE, IMAGE_VOCAB_SIZE = 384, 512  # of the multimodal embedding's 576 rows some stay unused after the special tokens
 TEXT_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 FOLDER = Path(__file__).parents[1] / "assets" / "tiny_tokenizer"
 
@@ -32,7 +29,7 @@ CHAT_TEMPLATE = (
 
 
 def corpus() -> Iterator[str]:
-    """Every caption, question and answer the rendered set can hold, a digit for sign text; frequent ones more often."""
+    """Every caption, question and answer of the rendered set, with a digit as the text of signs; frequent ones are repeated."""
     for template in range(len(rendered.SIGN_CAPTIONS)):
         for colour in rendered.SIGN_GROUNDS:
             yield from [rendered.sign_prompt("0", colour, template)] * (40 if template == 0 else 20)
@@ -60,9 +57,7 @@ def build(folder: Path) -> None:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE - len(TEXT_SPECIALS),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
+        vocab_size=VOCAB_SIZE - len(TEXT_SPECIALS), initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
     )
     tokenizer.train_from_iterator(corpus(), trainer)
     reserved = [f"<|reserved_{k}|>" for k in range(VOCAB_SIZE - len(TEXT_SPECIALS) - tokenizer.get_vocab_size())]

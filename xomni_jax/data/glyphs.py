@@ -1,4 +1,4 @@
-"""Ink coverage of letters and shapes, drawn once and cached: what the rendered examples are composed of."""
+"""Ink coverage of letters and shapes, from which the rendered examples are composed; drawn once and cached."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ CELL_Y, CELL_X = 16, 8  # one character: two token rows, one token column at pat
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SHAPES = ("circle", "square", "triangle", "star")
 
-# The first face is the main one: at 13.3 px its advance is exactly 8 px.
-# Sans Bold is proportional: wide letters are squeezed into the cell.
+# The first face is the main one: at 13.3 px its letters are exactly 8 px apart. Sans Bold is proportional: wide letters are squeezed.
 FACES = ("DejaVuSansMono-Bold", "DejaVuSansMono", "DejaVuSansMono-Oblique", "DejaVuSans-Bold")
 _FONT_PX, _BASELINE = 13.3, 13  # capitals fill rows 3 to 12 of the cell, the tail of Q reaches row 14
 _OVER = 8  # oversampling of squeezed letters and of shapes
@@ -20,7 +19,7 @@ _OVER = 8  # oversampling of squeezed letters and of shapes
 
 @functools.cache
 def letter(face: str, char: str) -> np.ndarray:
-    """Coverage [16, 8] in [0, 1] of one upper-case letter in its cell; a space is empty. ValueError for others."""
+    """Coverage [16, 8] in [0, 1] of one upper-case letter or space in its cell. Raises ValueError for other characters."""
     if char == " ":
         return np.zeros((CELL_Y, CELL_X), np.float32)
     if char not in LETTERS:
@@ -52,7 +51,7 @@ def shape(name: str, size: int) -> np.ndarray:
     if name == "circle":
         draw.ellipse((0, 0, n - 1, n - 1), fill=255)
     elif name == "square":
-        # Inset, so that its area is near the circle's: size must not give the shape away.
+        # Smaller than its box, so that its area is near the circle's: the size must not reveal the shape.
         draw.rectangle((n // 16, n // 16, n - 1 - n // 16, n - 1 - n // 16), fill=255)
     elif name == "triangle":
         draw.polygon([(n / 2, 0), (n - 1, n - 1), (0, n - 1)], fill=255)
@@ -67,7 +66,7 @@ def shape(name: str, size: int) -> np.ndarray:
 
 @functools.cache
 def _font(face: str, pixels: float):
-    """Matplotlib's own copy of the DejaVu faces: real fonts that every installation has."""
+    """A DejaVu face from matplotlib's own copy, which every installation has."""
     import matplotlib
     from PIL import ImageFont
 

@@ -1,4 +1,4 @@
-"""Images to pixels as the released tokenizer wants them, and back."""
+"""Images to the pixels that the released tokenizer takes, and back."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ class ImageRejected(ValueError):
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """What images are accepted and to which size they are brought; the names and defaults of the released configuration.
+    """Accepted images and the size they are resized to; names and defaults are those of the released configuration.
 
     Attributes:
-      min_short_size: images whose short side is smaller are rejected.
-      max_aspect_ratio: images with a larger long / short side are rejected.
-      short_size: smaller short sides are scaled up to this. long_size: then larger long sides are scaled down to this.
-      patch_size: both sides become multiples of it.
+      short_size: smaller short sides are scaled up to this
+      long_size: larger long sides are then scaled down to this
+      patch_size: both sides become multiples of it
+      min_short_size: images with a smaller short side are rejected
+      max_aspect_ratio: images with a larger ratio of long to short side are rejected
     """
 
     short_size: int = 384
@@ -42,7 +43,7 @@ TINY = ImageLimits(short_size=32, long_size=128, patch_size=8, min_short_size=16
 
 
 def target_size(width: int, height: int, limits: ImageLimits = RELEASED) -> tuple[int, int]:
-    """(width, height) in pixels an image of this size is resized to.
+    """(width, height) in pixels that an image of this size is resized to.
 
     Sides are rounded to the nearest multiple of the patch, halves to the even multiple (Python's `round`).
 
@@ -54,7 +55,7 @@ def target_size(width: int, height: int, limits: ImageLimits = RELEASED) -> tupl
         raise ImageRejected(f"{what}: the short side is below {limits.min_short_size} pixels; use a larger image")
     if long / short > limits.max_aspect_ratio:
         raise ImageRejected(f"{what}: the aspect ratio {long / short:.2f} exceeds {limits.max_aspect_ratio:g}; crop the image")
-    # The sides stay fractions until the end, as in the released code: rounding in between moves some sizes by a patch.
+    # Rounded only at the end, as in the released code: rounding in between would change some sizes by a patch.
     sides = (float(width), float(height))
     if min(sides) < limits.short_size:
         sides = tuple(side * (limits.short_size / min(sides)) for side in sides)
@@ -79,7 +80,7 @@ def to_uint8(pixels: np.ndarray) -> np.ndarray:
 
 
 def preprocess(image: Image.Image | np.ndarray, limits: ImageLimits = RELEASED) -> np.ndarray:
-    """An image (PIL, or uint8 [H, W, 3]) -> pixels float32 [H', W', 3] in [-1, 1]: RGB, accepted, resized (bicubic) and scaled.
+    """An image (PIL, or uint8 [H, W, 3]) -> pixels float32 [H', W', 3] in [-1, 1]: converted to RGB, resized (bicubic) and scaled.
 
     Raises:
       ImageRejected: see `target_size`.

@@ -1,13 +1,13 @@
-"""The rendered data set: signs with text and images of shapes, endless, seeded, exact answers included.
+"""The rendered data set: an endless, seeded sequence of signs with text and images of shapes, each with a question and its exact answer.
 
 `render_example(seed, index, config)` is a pure function of its arguments. An example is a plain dict:
 
     image    uint8 [H, W, 3]
-    columns  int32 [Y, X]      what covers each 8-px token cell: 0 nothing, 1..26 a letter, 27.. a shape of one colour
+    columns  int32 [Y, X]      content of each 8-px token cell: 0 nothing, 1..26 a letter, 27.. a shape of one colour
     caption, question, answer  str
     kind     "sign" | "shapes"
     targets  {"text": ["HELLO"], "background": "red"} or {"shapes": [{"shape", "colour", "count"}], "background": "white"}
-    id       "train-0-17-32x64": enough to draw it again
+    id       "train-0-17-32x64": split, seed, index and size, which identify the example
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ QUESTIONS = (
     "what colour is it?",
     "what colour are they?",
 )
-_FIRST_TEMPLATE = 0.8  # share of the first caption template: the one people type
+_FIRST_TEMPLATE = 0.8  # share of the first caption template, which users are most likely to type
 _GAP = 2  # px between shapes; 1 px to the edge
 
 Example = dict[str, Any]
@@ -58,19 +58,19 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class RenderedConfig:
-    """What the rendered examples look like.
+    """Distribution of the rendered examples.
 
     Attributes:
       split: train or heldout; the held-out words and combinations of shapes are in no training example, and none of its words is made up
       sizes: (height, width) of the images in pixels, multiples of 8
       weights: how often each size is drawn
-      text_lengths: least and most characters of a sign, for each size
+      text_lengths: fewest and most characters of a sign, for each size
       shapes: share of images with shapes instead of a sign
-      shape_sizes: sizes on which shapes are drawn
+      shape_sizes: sizes that images of shapes may have
       pseudo_words: share of made-up words
       other_faces: share of signs that are not in the main typeface
       centred: share of signs in the vertical middle
-      on_grid: share of shape images whose shapes stand on the token grid
+      on_grid: share of images whose shapes are aligned to the token grid
     """
 
     split: words.Split = "train"
@@ -86,7 +86,7 @@ class RenderedConfig:
 
     def __post_init__(self):
         words.check_split(self.split)
-        # Lists from a configuration file become tuples, so that a config stays hashable.
+        # A configuration file gives lists; tuples keep the config hashable.
         for name in ("sizes", "text_lengths", "shape_sizes"):
             object.__setattr__(self, name, tuple(tuple(int(v) for v in pair) for pair in getattr(self, name)))
         object.__setattr__(self, "weights", tuple(float(w) for w in self.weights))
@@ -135,7 +135,7 @@ def draw_size(seed: int, index: int, config: RenderedConfig) -> Size:
 
 
 def render_example(seed: int, index: int, config: RenderedConfig, size: Size | None = None) -> Example:
-    """Example number `index` of the endless set named by `seed`. `size` (height, width) is drawn by weight when None."""
+    """Example number `index` of the sequence of `seed`. `size` (height, width) is drawn by weight if None."""
     size = draw_size(seed, index, config) if size is None else tuple(size)
     if size not in config.sizes:
         raise ValueError(f"size {size[0]}x{size[1]} is not among the configured sizes {config.sizes}.")
@@ -287,7 +287,7 @@ def _places(rng: np.random.Generator, size: Size, count: int, on_grid: bool) -> 
                     found.append((y, x, side))
                     if len(found) == count:
                         return found
-    # One per 2x2-token slot; 14 px in 16 keep the gap. Also the way out when free placing finds no room.
+    # One per 2x2-token slot; 14 of 16 px keep the gap. Also used when free placement finds no room.
     rows, cols = height // 16, width // 16
     slots = rng.permutation(rows * cols)[:count]
     return [(int(s) // cols * 16 + 1, int(s) % cols * 16 + 1, 14) for s in slots]
@@ -303,7 +303,7 @@ def _template(rng: np.random.Generator, templates: Sequence[str]) -> int:
 
 
 def _pick(rng: np.random.Generator, options: Sequence, first: float | None = None):
-    """One option, all equally likely; or the first with chance `first`."""
+    """One option, uniformly; with `first`, the first one with that probability and else one of the others."""
     if first is not None:
         return options[0] if rng.random() < first else options[int(rng.integers(1, len(options)))]
     return options[int(rng.integers(len(options)))]

@@ -1,7 +1,7 @@
-"""Words for the rendered signs, and what is held out of training: by construction, not by luck.
+"""Words of the rendered signs, and the words and combinations of shapes that are held out of training.
 
-A held-out word never appears in a training sign, not even inside another word, so a model that writes it has learned
-to spell; a held-out (shape, colour, count) is never drawn for training, so a model that draws it has learned to compose.
+A held-out word never appears in a training sign, not even inside another word, so a model that writes it has learned to spell. A held-out
+(shape, colour, count) is never drawn for training, so a model that draws it has learned to compose.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import numpy as np
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
-# Listed words that are part of another listed word always train, so a little more than 15% is asked for to hold out about 15%.
+# Words that are part of another word are never held out: 21% of the others are about 15% of all words.
 HELDOUT_WORDS, HELDOUT_SHAPES = 0.21, 0.15
 _VOWELS, _CONSONANTS = "AEIOU", "BCDFGHJKLMNPQRSTVWXYZ"
 
 
 def stable_fraction(key: str) -> float:
-    """A number in [0, 1) that depends on `key` alone: the same on every machine and in every process."""
+    """A number in [0, 1) from a hash of `key`, the same on every machine and in every process."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big") / 2**48
 
 
@@ -35,7 +35,7 @@ def all_words() -> tuple[str, ...]:
 
 @functools.cache
 def words(split: Split) -> tuple[str, ...]:
-    """The words of one split. A word that is part of another one trains, so training text never contains a held-out word."""
+    """The words of one split. A word that is part of another is in "train", so that training text never contains a held-out word."""
     check_split(split)
     listed = all_words()
     parts = {w[i:j] for w in listed for i, j in itertools.combinations(range(len(w) + 1), 2) if j - i < len(w)}
@@ -44,7 +44,7 @@ def words(split: Split) -> tuple[str, ...]:
 
 
 def is_heldout_shape(shape: str, colour: str, count: int) -> bool:
-    """Whether this combination is kept out of training."""
+    """Whether this combination is held out of training."""
     return stable_fraction(f"shape:{shape}:{colour}:{count}") < HELDOUT_SHAPES
 
 
@@ -55,7 +55,7 @@ def contains_heldout(text: str) -> bool:
 
 
 def pseudo_word(rng: np.random.Generator, length: int) -> str:
-    """A made-up word for training: half alternate consonants and vowels, half are uniform letters. Holds no held-out word."""
+    """A made-up word for training without a held-out word in it: alternating consonants and vowels, or uniform letters, half each."""
     while True:
         if rng.random() < 0.5:
             first = int(rng.integers(2))
@@ -68,10 +68,13 @@ def pseudo_word(rng: np.random.Generator, length: int) -> str:
 
 
 def phrase(rng: np.random.Generator, split: Split, length: int, pseudo: float = 0.0) -> str:
-    """Text of exactly `length` characters: one word, or 2 to 3 words joined by spaces.
+    """Text of exactly `length` characters: one to three words joined by spaces. Phrases of the same number of words are equally likely.
 
-    Every phrase with the drawn number of words is equally likely. `pseudo` is the share of words replaced by made-up ones of the
-    same length (training only). Raises ValueError when no words of the split add up to `length`.
+    Args:
+      pseudo: share of words replaced by made-up ones of the same length, in training only.
+
+    Raises:
+      ValueError: no words of the split add up to `length`.
     """
     if pseudo and split != "train":
         raise ValueError(f"pseudo={pseudo} with split {split!r}: made-up words are for training only; set it to 0.")

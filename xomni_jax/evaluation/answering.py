@@ -58,7 +58,7 @@ def answer(model: XOmni, suite: Suite, batch_size: int, items: Sequence[Item]) -
             return model.answer_ids(batch.take(codes), questions, suite.max_new_tokens, batch.shape)
 
         shapes = [bucket(max(SHORTEST, n), IMAGE_STEPS) for n in pool.map(length, items)]
-        for batch, ids_BT in run_batches(start, batches_by_shape(shapes, batch_size * model.ways)):
+        for batch, ids_BT in run_batches(start, batches_by_shape(shapes, batch_size * model.num_data_shards)):
             answers = [model.tokenizer.decode_text(ids_T).strip() for ids_T in ids_BT]
             yield [(items[i], text, fitted[i]) for i, text in zip(batch.items, answers)]
 

@@ -182,11 +182,11 @@ class PolicySampler:
 
     def __init__(self, sft: str | Path, rl: str | Path):
         from xomni_jax.pipeline import XOmni
-        from xomni_jax.sampling.pixels import DECODER_PARTS
+        from xomni_jax.sampling.decoder import DECODER_COMPONENTS
 
         self.model, self._rl = XOmni(sft), XOmni(rl)
         models = (self.model, self._rl)
-        for part in ("siglip_vq", *DECODER_PARTS):
+        for part in ("siglip_vq", *DECODER_COMPONENTS):
             ours, theirs = ((model.config(part), model.description["components"][part].get("note")) for model in models)
             if ours != theirs:
                 raise EvaluationError(

@@ -42,7 +42,7 @@ class Generation:
         self.sampling = inference.sampling
         R, batch = suite.repeats, inference.batch
         self.per_call = config.repeats_per_call or max(r for r in range(1, R + 1) if R % r == 0 and (r == 1 or r <= batch))
-        self.rows, self.decode_rows = max(1, batch // self.per_call) * model.ways, inference.decode_batch * model.ways
+        self.rows, self.decode_rows = max(1, batch // self.per_call) * model.num_data_shards, inference.decode_batch * model.num_data_shards
         self.settings = {"height": height, "width": width, "seed": config.seed, "sampling": dataclasses.asdict(self.sampling)}
         self.settings |= {"repeats": R, "batch": batch, "decode_batch": inference.decode_batch}
         self.settings |= {name: on for name in ("repeats_per_call", "reconstruct", "reencode") if (on := getattr(config, name))}

@@ -1,4 +1,4 @@
-"""Attention of every model behind one interface, and the scan that stacks equal blocks."""
+"""Attention of every model behind one interface."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
-from xomni_jax.models.heads import map_chunks
 from xomni_jax.models.splash import splash_attention
+from xomni_jax.models.vocab_heads import map_chunks
 
-REMAT = ("none", "full", "dots")
 ATTENTION = ("auto", "plain", "splash")
 
 
@@ -33,7 +31,7 @@ def attend(
       kind: "plain" computes the scores with XLA; "splash" is the TPU kernel, which never writes them to memory (without a bias, and under
         `jax.set_mesh`; interpreted where the mesh is not of TPUs); "auto" takes splash exactly on a mesh of TPUs.
       causal: a query sees keys up to its own index.
-      segments_BL: a token sees its own segment only; 0 marks padding, whose outputs are finite rubbish.
+      segments_BL: a token sees its own segment only; 0 marks padding, whose outputs are finite but undefined.
       bias: float32, broadcastable to [B, N, L, S]; plain only, not with `query_chunk`.
       query_chunk: queries per step of plain; 0 takes all at once. With chunks the [L, S] scores never exist whole, neither forward nor
         backward: at 5,184 + 512 tokens and 24 heads they would be 3.1 GB per image.
@@ -44,9 +42,9 @@ def attend(
 
 
 def on_kernels(kind: str) -> bool:
-    """Whether a model of this `attention` runs on the TPU kernels, here and now."""
+    """Whether a model of this `attention` runs on the TPU kernels under the mesh in scope."""
     mesh = jax.sharding.get_abstract_mesh()
-    # Without a mesh there is nothing to split a kernel over: initialisation traces the model so.
+    # Initialisation traces the model without a mesh, and `shard_map` needs one.
     return not mesh.empty and (kind == "splash" or (kind == "auto" and mesh.abstract_device.platform == "tpu"))
 
 
@@ -56,12 +54,12 @@ def plain_attention(q_BLNH, k_BSKH, v_BSKH, scale, causal, segments_BL, bias, qu
         raise ValueError("attend: a bias is not supported together with query_chunk; leave one of them out")
     B, L, N, H = q_BLNH.shape
     S, K = k_BSKH.shape[1:3]
-    # One query head per KV head leaves the axis G out, which would cost a CPU transpositions.
+    # With one query head per KV head the axis G is left out: it would make a CPU transpose.
     G, over, q = ("", (1,), q_BLNH) if N == K else ("G", (1, 2), q_BLNH.reshape(B, L, K, N // K, H))
     if bias is not None and G:
         bias = jnp.broadcast_to(bias, (*bias.shape[:-3], N, L, S)).reshape(*bias.shape[:-3], K, N // K, L, S)
 
-    limits = []  # (an index per query, which keys a query of that index sees)
+    limits = []  # (an index of each query, the function from indices of queries to the mask of keys that they see)
     if causal:
         limits.append((jnp.broadcast_to(jnp.arange(L), (B, L)), lambda row_BC: row_BC[:, :, None] >= jnp.arange(S)))
     if segments_BL is not None:
@@ -74,7 +72,7 @@ def plain_attention(q_BLNH, k_BSKH, v_BSKH, scale, causal, segments_BL, bias, qu
         s_BKGCS = s_BKGCS if bias is None else s_BKGCS + bias
         if limits:
             mask_BCS = functools.reduce(jnp.logical_and, [sees(index) for index, (_, sees) in zip(indices, limits)])
-            # A finite minimum: a fully masked row (padding) gives finite rubbish, never NaN gradients.
+            # A finite minimum, so that a fully masked row (padding) has finite values and no NaN gradients.
             s_BKGCS = jnp.where(jnp.expand_dims(mask_BCS, over), s_BKGCS, jnp.finfo(jnp.float32).min)
         # Normalised after the product with v, on H values per query instead of S: a CPU takes half the time of a plain softmax.
         p_BKGCS = jnp.exp(s_BKGCS - jax.lax.stop_gradient(jnp.max(s_BKGCS, axis=-1, keepdims=True)))
@@ -86,36 +84,6 @@ def plain_attention(q_BLNH, k_BSKH, v_BSKH, scale, causal, segments_BL, bias, qu
 
 
 def check_attention(model: str, attention: str) -> None:
-    """Raises ValueError unless `attention` is one of ATTENTION."""
+    """Raises ValueError unless `attention` is one of ATTENTION; `model` names the config."""
     if attention not in ATTENTION:
         raise ValueError(f"{model}.attention={attention!r} is unknown; choose one of {', '.join(ATTENTION)}")
-
-
-def stacked(block: type[nn.Module], length: int, remat: str, broadcast: int = 0, unroll: int = 1) -> type[nn.Module]:
-    """`length` equal blocks as one scan over stacked parameters.
-
-    Args:
-      block: a module whose `__call__(carry, *broadcast_inputs)` returns `(carry, None)`.
-      remat: "none" keeps all activations, "full" recomputes each block in the backward pass, "dots" keeps its matrix products.
-      broadcast: number of further inputs, given to every block alike.
-      unroll: blocks per loop step; the tiny presets unroll whole stacks, which a CPU runs without loop overhead.
-    """
-    if remat == "full":
-        block = nn.remat(block, prevent_cse=False)
-    elif remat == "dots":
-        block = nn.remat(block, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
-    return nn.scan(
-        block,
-        variable_axes={"params": 0},
-        split_rngs={"params": True},
-        in_axes=(nn.broadcast,) * broadcast,
-        length=length,
-        metadata_params={nn.PARTITION_NAME: "layers"},
-        unroll=unroll,
-    )
-
-
-def check_remat(model: str, remat: str) -> None:
-    """Raises ValueError unless `remat` is one of REMAT."""
-    if remat not in REMAT:
-        raise ValueError(f"{model}.remat={remat!r} is unknown; choose one of {', '.join(REMAT)}")

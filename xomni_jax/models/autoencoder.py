@@ -20,13 +20,20 @@ class AutoencoderConfig:
     """Sizes of the autoencoder.
 
     Attributes:
-      kind: "kl", the convolutional VAE, or "identity": space-to-depth of the pixels, without parameters or loss.
-      identity_factor: pixels per latent, along each side, of the identity kind.
-      block_channels, layers_per_block: widths of the VAE's levels (each but the last halves the image), residual blocks per level.
-      groups: groups of its GroupNorms.
-      scaling_factor, shift_factor: latents are (z - shift) * scaling.
-      query_chunk: queries per attention step of the middle block, 0 for all at once (see `attend`).
-      at_once: images that a device encodes or decodes at a time, 0 for all: at 1152 x 1152 one array of the last level takes 0.6 GiB in float32.
+      kind: kl, the convolutional VAE, or identity: space-to-depth of the pixels, without parameters or loss
+      identity_factor: pixels per latent along each side, of the identity kind
+      pixel_channels: channels of an image
+      latent_channels: channels of a latent
+      block_channels: widths of the VAE's levels, each of which but the last halves the image
+      layers_per_block: residual blocks per level
+      groups: groups of the GroupNorms
+      scaling_factor: latents are (z - shift_factor) * scaling_factor
+      shift_factor: see scaling_factor
+      query_chunk: queries per attention step of the middle block, 0 for all at once
+      microbatch: images that a device encodes or decodes at a time, 0 for all. At 1152 x 1152 pixels one float32 array of the last level
+        takes 0.6 GiB per image
+      dtype: number format of the computation
+      param_dtype: number format of the parameters
     """
 
     kind: str = "kl"
@@ -39,13 +46,13 @@ class AutoencoderConfig:
     scaling_factor: float = 0.3611
     shift_factor: float = 0.1159
     query_chunk: int = 0
-    at_once: int = 0
+    microbatch: int = 0
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
     def __post_init__(self):
-        if self.at_once < 0:
-            raise ValueError(f"autoencoder.at_once={self.at_once} is no number of images; use 1 or more, or 0 for all")
+        if self.microbatch < 0:
+            raise ValueError(f"autoencoder.microbatch={self.microbatch} is not a number of images; use 1 or more, or 0 for all")
         if self.kind not in ("kl", "identity"):
             raise ValueError(f"autoencoder.kind={self.kind!r} is unknown; choose kl or identity")
         if self.kind == "identity" and self.latent_channels != self.pixel_channels * self.identity_factor**2:
@@ -74,7 +81,7 @@ def identity(factor: int) -> AutoencoderConfig:
 
 
 PRESETS: dict[str, AutoencoderConfig] = {
-    "flux": AutoencoderConfig(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, query_chunk=1024, at_once=1),
+    "flux": AutoencoderConfig(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, query_chunk=1024, microbatch=1),
     "identity-4": identity(4),
 }
 
@@ -91,7 +98,7 @@ def unpack(tokens_BTC: jax.Array, grid: tuple[int, int]) -> jax.Array:
 
 def _conv(cfg: AutoencoderConfig, name: str, features: int, kernel: int = 3, **kw) -> Conv:
     padding = kw.pop("padding", SAME if kernel == 3 else ((0, 0), (0, 0)))
-    # Whole on every device: the weights are small (0.2 GB in bfloat16), frozen, and not all of their widths would split.
+    # Replicated: the weights are small (0.2 GB in bfloat16) and frozen, and not all of their widths divide over a mesh axis.
     return Conv(features, kernel, padding=padding, out_axis=None, dtype=cfg.dtype, param_dtype=cfg.param_dtype, name=name, **kw)
 
 

@@ -1,4 +1,4 @@
-"""Kernels in 8 bits, one scale per output channel: half the memory of bfloat16 for frozen models, computed in their own dtype."""
+"""8-bit kernels for frozen models, with one scale per output channel: half the memory of bfloat16, computed in the model's dtype."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ LARGEST = 127  # of int8, symmetric: -128 is not used
 
 
 def quantize_kernel(kernel: jax.Array, contracted: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """(int8 of the kernel's shape, float32 scales without the contracted axes): kernel = int8 * scale to half a step of the scale."""
+    """(int8 of the kernel's shape, float32 scales without the contracted axes): kernel = int8 * scale, to within scale / 2."""
     kernel = kernel.astype(jnp.float32)
     scale = jnp.max(jnp.abs(kernel), axis=contracted, keepdims=True) / LARGEST
-    scale = jnp.where(scale == 0, 1.0, scale)  # an output that is always 0 stays so
+    scale = jnp.where(scale == 0, 1.0, scale)  # a kernel of zeros
     return jnp.round(kernel / scale).astype(jnp.int8), jnp.squeeze(scale, contracted)
 
 

@@ -1,4 +1,4 @@
-"""Layers that every model shares: projections that name their logical axes, norms, embeddings."""
+"""Layers that all models share: projections that name their logical axes, norms, convolution, embedding."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Projection(nn.Module):
       axes: logical axis names of the kernel: the contracted axes, then the output axes.
       contract: how many trailing axes of the input are contracted.
       bias: whether to add a bias over the output axes.
-      dtype: compute dtype. param_dtype: storage dtype.
+      dtype, param_dtype: of the computation and of the parameters.
       init: kernel initialiser of a 2-D (in, out) matrix.
       int8: the kernel is int8 with a float32 scale per output, from `int8.quantize`; it cannot be trained.
     """
@@ -61,6 +61,12 @@ class Projection(nn.Module):
             b = self.param("bias", named(nn.initializers.zeros, *self.axes[self.contract :]), out, self.param_dtype)
             y = y + b.astype(self.dtype)
         return y
+
+
+def linear(cfg: Any, name: str, features: int | Sequence[int], axes: Sequence[str | None], bias: bool = True, **kw: Any) -> Projection:
+    """A `Projection` whose number formats are those of a model's config: its `dtype`, `param_dtype` and `int8`."""
+    features = (features,) if isinstance(features, int) else features
+    return Projection(features, axes, bias=bias, dtype=cfg.dtype, param_dtype=cfg.param_dtype, int8=cfg.int8, name=name, **kw)
 
 
 class RMSNorm(nn.Module):
@@ -119,9 +125,11 @@ class GroupNorm(nn.Module):
 
 
 class Conv(nn.Module):
-    """2-D convolution on [B, Y, X, C] with a bias. Padding is given per side, as torch counts it.
+    """2-D convolution on [B, Y, X, C] with a bias.
 
-    `out_axis` is the logical axis of the features; None for few of them (pixels), which no mesh can split.
+    Attributes:
+      padding: ((top, bottom), (left, right)).
+      out_axis: logical axis of the features; None replicates them.
     """
 
     features: int
@@ -163,8 +171,8 @@ class Embed(nn.Module):
 def lookup(table_VD: jax.Array, ids: jax.Array, rows: int, dtype: Dtype, param_dtype: Dtype) -> jax.Array:
     """Rows of a table by id, [...] -> [..., D] in `dtype`; ids are clamped to 0..rows-1.
 
-    Sharded over both axes the table would be looked up with all-to-alls of activations, and its gradient gathered in float32. Here it is
-    gathered over its width in `dtype`, and the gradient, summed in float32, is scattered once.
+    With a table sharded over both axes the partitioner would exchange activations by all-to-all and gather the gradient in float32.
+    Here the table is gathered over its width in `dtype`, and the gradient, summed in float32, is scattered once.
     """
     return jnp.take(constrain(table_VD.astype(dtype), "vocab", None, name="table"), ids, axis=0, mode="clip")
 

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from xomni_jax.models.attention import attend, check_attention, check_remat, stacked
-from xomni_jax.models.layers import Dtype, LayerNorm, Projection, RMSNorm
+from xomni_jax.models.attention import attend, check_attention
+from xomni_jax.models.layers import LayerNorm, RMSNorm, linear
+from xomni_jax.models.stack import StackConfig, stacked
 from xomni_jax.sharding.rules import constrain
 
 TIME_FEATURES = 256
@@ -20,23 +21,30 @@ ZEROS = nn.initializers.zeros
 
 
 @dataclasses.dataclass(frozen=True)
-class MMDiTConfig:
+class MMDiTConfig(StackConfig):
     """Sizes of the MMDiT.
 
     Attributes:
-      in_channels: channels of a packed latent token, in and out (16 latent channels x 2 x 2 in FLUX).
-      d_model, n_heads: width of both streams and its heads; `axes_dims` splits a head over the rotary axes (0, row, column).
-      n_double, n_single: blocks with separate, and with shared, weights for text and image.
-      text_dim, pooled_dim, semantic_dim: widths of the T5 sequence, the CLIP vector and the semantic map.
-      guidance_embed: whether the guidance strength is an input, as in the distilled FLUX.1-dev.
-      theta: base of the rotary frequencies.
-      prediction: what the last layer gives, "velocity" as released, or "data", from which the velocity follows. A narrow model on wide
-        pixel patches cannot carry their noise through its residual stream; it need not when it predicts data.
-      attention: its implementation; see `attention.attend`.
-      query_chunk: queries per attention step, 0 for all at once (see `attend`).
-      unroll: blocks per step of the scans.
-      at_once: images that a device denoises at a time, 0 for all. Each piece reads, and on a mesh gathers, all weights in every step.
-      int8: kernels are stored in 8 bits, for inference (see `models.int8`).
+      in_channels: channels of a packed latent token, in and out (16 latent channels x 2 x 2 in FLUX)
+      d_model: width of both streams
+      n_heads: attention heads
+      axes_dims: parts of a head's width for the rotary positions (0, row, column)
+      n_double: blocks with separate weights for text and image
+      n_single: blocks with shared weights
+      text_dim: width of the T5 sequence
+      pooled_dim: width of the CLIP vector
+      semantic_dim: width of the semantic map
+      guidance_embed: whether the guidance strength is an input, as in the distilled FLUX.1-dev
+      mlp_ratio: width of the MLP's hidden layer / d_model
+      theta: base of the rotary frequencies
+      prediction: what the last layer predicts: velocity, as released, or data, from which the velocity follows. Predicting the velocity
+        requires the noise of a patch to pass through the residual stream, for which a narrow model on large patches has no room
+      attention: implementation of attention: auto, plain or splash; see `attention.attend`
+      query_chunk: queries per step of plain attention, 0 for all at once
+      unroll: blocks per step of the scans over them
+      microbatch: images that a device denoises at a time, 0 for all. Each microbatch reads all weights in every step, and on a mesh
+        gathers them
+      int8: kernels are stored in 8 bits, for inference; see `models.int8`
     """
 
     in_channels: int = 64
@@ -55,17 +63,14 @@ class MMDiTConfig:
     attention: str = "auto"
     query_chunk: int = 0
     unroll: int = 1
-    at_once: int = 0
-    dtype: Dtype = jnp.float32
-    param_dtype: Dtype = jnp.float32
-    remat: str = "none"
+    microbatch: int = 0
     int8: bool = False
 
     def __post_init__(self):
-        check_remat("mmdit", self.remat)
+        super().__post_init__()
         check_attention("mmdit", self.attention)
-        if self.at_once < 0:
-            raise ValueError(f"mmdit.at_once={self.at_once} is no number of images; use 1 or more, or 0 for all")
+        if self.microbatch < 0:
+            raise ValueError(f"mmdit.microbatch={self.microbatch} is not a number of images; use 1 or more, or 0 for all")
         if self.prediction not in ("velocity", "data"):
             raise ValueError(f"mmdit.prediction={self.prediction!r} is unknown; choose velocity or data")
         if self.d_model % self.n_heads:
@@ -87,7 +92,7 @@ class MMDiTConfig:
 
 
 PRESETS: dict[str, MMDiTConfig] = {
-    "flux-dev-xomni": MMDiTConfig(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, remat="full", query_chunk=512, at_once=4),
+    "flux-dev-xomni": MMDiTConfig(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, remat="full", query_chunk=512, microbatch=4),
     "tiny": MMDiTConfig(
         in_channels=192, d_model=128, n_heads=4, axes_dims=(8, 12, 12), n_double=1, n_single=4,
         text_dim=64, pooled_dim=64, semantic_dim=96, guidance_embed=False, unroll=4, prediction="data",
@@ -124,11 +129,6 @@ def sinusoidal(t_B: jax.Array, features: int = TIME_FEATURES) -> jax.Array:
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def _linear(cfg: MMDiTConfig, name: str, features, axes, *, contract: int = 1, bias: bool = True, **kw) -> Projection:
-    features = (features,) if isinstance(features, int) else features
-    return Projection(features, axes, contract, bias, cfg.dtype, cfg.param_dtype, name=name, int8=cfg.int8, **kw)
-
-
 class ConditionMLP(nn.Module):
     """Two linear layers with SiLU between: a scalar's embedding or the pooled text [B, E] -> [B, D]."""
 
@@ -136,14 +136,14 @@ class ConditionMLP(nn.Module):
 
     @nn.compact
     def __call__(self, x_BE: jax.Array) -> jax.Array:
-        h_BF = nn.silu(_linear(self.cfg, "in", self.cfg.d_model, ("code", "mlp"))(x_BE))
-        return _linear(self.cfg, "out", self.cfg.d_model, ("mlp", "embed"))(h_BF)
+        h_BF = nn.silu(linear(self.cfg, "in", self.cfg.d_model, ("code", "mlp"))(x_BE))
+        return linear(self.cfg, "out", self.cfg.d_model, ("mlp", "embed"))(h_BF)
 
 
 class Modulation(nn.Module):
     """SiLU, then one linear to `chunks` vectors of the model width: [B, D] -> chunks of [B, 1, D].
 
-    Starts at zero (adaLN-zero), so every gate is shut and a new network is the identity.
+    Initialised to zero (adaLN-zero): every gate is 0 and a new block is the identity.
     """
 
     cfg: MMDiTConfig
@@ -151,8 +151,8 @@ class Modulation(nn.Module):
 
     @nn.compact
     def __call__(self, condition_BD: jax.Array) -> list[jax.Array]:
-        linear = _linear(self.cfg, "linear", (self.chunks, self.cfg.d_model), ("embed", None, "modulation"), init=ZEROS)
-        return [m[:, None] for m in jnp.unstack(linear(nn.silu(condition_BD)), axis=1)]
+        project = linear(self.cfg, "linear", (self.chunks, self.cfg.d_model), ("embed", None, "modulation"), init=ZEROS)
+        return [m[:, None] for m in jnp.unstack(project(nn.silu(condition_BD)), axis=1)]
 
 
 class ModulatedNorm(nn.Module):
@@ -175,11 +175,11 @@ class QKV(nn.Module):
         c = self.cfg
         heads, axes = (c.n_heads, c.head_dim), ("embed", "heads", "head_dim")
         q, k, v = (
-            constrain(_linear(c, name, heads, axes)(x_BLD), "batch", "length", "heads", "head_dim", name=f"mmdit/{name}")
+            constrain(linear(c, name, heads, axes)(x_BLD), "batch", "length", "heads", "head_dim", name=f"mmdit/{name}")
             for name in ("q_proj", "k_proj", "v_proj")
         )
         q, k = (RMSNorm(1e-6, c.dtype, c.param_dtype, name=f"{n}_norm")(t) for n, t in (("q", q), ("k", k)))
-        # Text positions are all zero, whose rotation is the identity: the caller may leave them without tables.
+        # Text positions are all zero and rotate by nothing: the caller passes None.
         return (q, k, v) if cos_LH is None else (apply_rope(q, cos_LH, sin_LH), apply_rope(k, cos_LH, sin_LH), v)
 
 
@@ -190,8 +190,8 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
-        h_BLF = nn.gelu(_linear(self.cfg, "in", self.cfg.mlp_dim, ("embed", "mlp"))(x_BLD), approximate=True)
-        return _linear(self.cfg, "out", self.cfg.d_model, ("mlp", "embed"))(h_BLF)
+        h_BLF = nn.gelu(linear(self.cfg, "in", self.cfg.mlp_dim, ("embed", "mlp"))(x_BLD), approximate=True)
+        return linear(self.cfg, "out", self.cfg.d_model, ("mlp", "embed"))(h_BLF)
 
 
 class DoubleStreamBlock(nn.Module):
@@ -201,7 +201,7 @@ class DoubleStreamBlock(nn.Module):
 
     @nn.compact
     def __call__(self, streams, condition_BD, cos_LH, sin_LH):
-        """([B, S, D] text, [B, T, D] image) -> (the same, None), as a scan wants it."""
+        """([B, S, D] text, [B, T, D] image) -> (the same, None), the form of `stack.stacked`."""
         c, S = self.cfg, streams[0].shape[1]
         mods = [Modulation(c, 6, name=f"{s}_modulation")(condition_BD) for s in ("text", "image")]
         tables = ((None, None), (cos_LH[S:], sin_LH[S:]))
@@ -213,7 +213,7 @@ class DoubleStreamBlock(nn.Module):
         y_BLNH = attend(q, k, v, scale=c.head_dim**-0.5, kind=c.attention, query_chunk=c.query_chunk)
         out = []
         for s, x, m, y in zip(("text", "image"), streams, mods, (y_BLNH[:, :S], y_BLNH[:, S:])):
-            x = x + m[2] * _linear(c, f"{s}_out", c.d_model, ("heads", "head_dim", "embed"), contract=2)(y)
+            x = x + m[2] * linear(c, f"{s}_out", c.d_model, ("heads", "head_dim", "embed"), contract=2)(y)
             x = x + m[5] * MLP(c, name=f"{s}_mlp")(ModulatedNorm(c)(x, m[3], m[4]))
             out.append(constrain(x, "batch", "length", "residual", name=f"mmdit/{s}"))
         return tuple(out), None
@@ -226,7 +226,7 @@ class SingleStreamBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x_BLD, condition_BD, cos_LH, sin_LH):
-        """[B, S + T, D] -> (the same, None), as a scan wants it."""
+        """[B, S + T, D] -> (the same, None), the form of `stack.stacked`."""
         c = self.cfg
         shift, scale, gate = Modulation(c, 3, name="modulation")(condition_BD)
         h_BLD = ModulatedNorm(c)(x_BLD, shift, scale)
@@ -235,9 +235,9 @@ class SingleStreamBlock(nn.Module):
         # The hidden MLP is kept as (ratio, heads, head_dim): joined with the attention along an axis that no mesh splits, the joint
         # projection of the released weights stays one kernel and tensor parallelism needs no reshuffle.
         hidden = (c.mlp_ratio, c.n_heads, c.head_dim)
-        f_BLRNH = nn.gelu(_linear(c, "mlp_in", hidden, ("embed", None, "heads", "head_dim"))(h_BLD), approximate=True)
+        f_BLRNH = nn.gelu(linear(c, "mlp_in", hidden, ("embed", None, "heads", "head_dim"))(h_BLD), approximate=True)
         joint_BLRNH = jnp.concatenate([y_BLNH[:, :, None], f_BLRNH], axis=2)
-        out_BLD = _linear(c, "out", c.d_model, (None, "heads", "head_dim", "embed"), contract=3)(joint_BLRNH)
+        out_BLD = linear(c, "out", c.d_model, (None, "heads", "head_dim", "embed"), contract=3)(joint_BLRNH)
         return constrain(x_BLD + gate * out_BLD, "batch", "length", "residual", name="mmdit/joint"), None
 
 
@@ -271,7 +271,7 @@ class MMDiT(nn.Module):
           velocity_BTC in float32.
 
         Raises:
-          ValueError: the grid is not that of the latents, or the semantics' length differs, or a guidance is given to a model without its embedding.
+          ValueError: the latents or the semantics do not fill the grid, or guidance is given to a model without its embedding.
         """
         c, (B, T, _) = self.cfg, latents_BTC.shape
         self._check(grid, T, semantics_BTC, guidance_B)
@@ -283,24 +283,24 @@ class MMDiT(nn.Module):
             condition_BD += ConditionMLP(c, name="guidance_embed")(sinusoidal(guidance_B * 1000.0))
         condition_BD += ConditionMLP(c, name="pooled_embed")(pooled_BE)
 
-        text_BSD = _linear(c, "text_embed", c.d_model, ("code", "embed"))(text_BSE)
-        image_BTD = _linear(c, "latent_embed", c.d_model, ("code", "embed"))(latents_BTC)
+        text_BSD = linear(c, "text_embed", c.d_model, ("code", "embed"))(text_BSE)
+        image_BTD = linear(c, "latent_embed", c.d_model, ("code", "embed"))(latents_BTC)
         streams = tuple(constrain(x, "batch", "length", "residual", name="mmdit/embed") for x in (text_BSD, image_BTD))
-        double = stacked(DoubleStreamBlock, c.n_double, c.remat, broadcast=3, unroll=min(c.unroll, c.n_double))
+        double = stacked(DoubleStreamBlock, c.n_double, c.remat, (nn.broadcast,) * 3, c.unroll)
         (text_BSD, image_BTD), _ = double(c, name="double_blocks")(streams, condition_BD, cos_LH, sin_LH)
 
         if semantics_BTC is None and self.is_initializing():  # the parameter must exist whatever the first call is
             semantics_BTC = jnp.zeros((B, T, c.semantic_dim))
         if semantics_BTC is not None:
-            image_BTD += _linear(c, "siglip_embed", c.d_model, ("code", "embed"), bias=False, init=ZEROS)(semantics_BTC)
+            image_BTD += linear(c, "siglip_embed", c.d_model, ("code", "embed"), bias=False, init=ZEROS)(semantics_BTC)
 
         x_BLD = jnp.concatenate([text_BSD, image_BTD], axis=1)
-        single = stacked(SingleStreamBlock, c.n_single, c.remat, broadcast=3, unroll=min(c.unroll, c.n_single))
+        single = stacked(SingleStreamBlock, c.n_single, c.remat, (nn.broadcast,) * 3, c.unroll)
         x_BLD, _ = single(c, name="single_blocks")(x_BLD, condition_BD, cos_LH, sin_LH)
 
         scale, shift = Modulation(c, 2, name="final_modulation")(condition_BD)  # the released order: scale first
         x_BTD = ModulatedNorm(c)(x_BLD[:, -T:], shift, scale)
-        out_BTC = _linear(c, "out", c.in_channels, ("embed", "code"), init=ZEROS)(x_BTD).astype(jnp.float32)
+        out_BTC = linear(c, "out", c.in_channels, ("embed", "code"), init=ZEROS)(x_BTD).astype(jnp.float32)
         if c.prediction == "velocity":
             return out_BTC
         # x = (1 - sigma) data + sigma noise, so noise - data = (x - data) / sigma; the floor bounds the loss's weight near the data.

@@ -1,4 +1,4 @@
-"""Index-backpropagation quantisation (IBQ, arXiv 2412.02692) as X-Omni trains it, and what keeps its codebook alive.
+"""Index-backpropagation quantisation (IBQ, arXiv 2412.02692) as X-Omni trains it, and measures against unused codes.
 
 Pure functions of arrays. `z` is always the l2-normalised encoder output; the codebook is RAW: it is normalised for the search
 only, and its rows are read as they are.
@@ -11,12 +11,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-# Codes are labels: a search in bfloat16 passes (the default of a float32 matmul on TPU) flips those that lie close.
+# The default precision of a float32 matmul on TPU is bfloat16 passes, which would swap codes that lie close together.
 EXACT = jax.lax.Precision.HIGHEST
 
 
 class Quantized(NamedTuple):
-    """What quantisation returns.
+    """Result of quantisation.
 
     Attributes:
       rows: [..., C] codebook rows with the straight-through gradient (or z where skipped).
@@ -56,7 +56,7 @@ def code_usage(codes: jax.Array, rows: int) -> jax.Array:
 
 
 def usage_metrics(usage_V: jax.Array) -> dict[str, jax.Array]:
-    """How many codes work: `used` is the fraction with any share, `perplexity` the effective number of codes."""
+    """`used`: the fraction of codes that were chosen at all; `perplexity`: the effective number of codes."""
     entropy = -jnp.sum(usage_V * jnp.log(jnp.maximum(usage_V, 1e-12)))
     return {"used": jnp.mean(usage_V > 0), "perplexity": jnp.exp(entropy)}
 
@@ -93,12 +93,14 @@ def quantize_train(
     return Quantized(rows_BYXC, codes_BYX, losses, code_usage(codes_BYX, codebook_VC.shape[0]))
 
 
-# ------------------------------------------------------------------------------------------------ keeping codes alive
+# ------------------------------------------------------------------------------------------------ unused codes
 
 
 def start_codebook(key: jax.Array, z_TC: jax.Array, rows: int) -> jax.Array:
-    """A codebook [rows, C] of distinct encoder outputs, each drawn with probability proportional to its squared distance to
-    those already drawn: a flat background fills few rows, a rare glyph still gets one.
+    """Initial codebook [rows, C] of distinct encoder outputs.
+
+    Each is drawn with probability proportional to its squared distance to those already drawn (k-means++), so that a flat background
+    takes few rows and a rare glyph still gets one.
 
     Args:
       z_TC: normalised encoder outputs of many images (`SigLIPVQ.outputs`), T at least `rows`.
@@ -129,7 +131,7 @@ def dead_codes(usage_V: jax.Array, threshold: float = 0.03) -> jax.Array:
 def restart_dead_codes(
     key: jax.Array, codebook_VC: jax.Array, usage_V: jax.Array, z_TC: jax.Array, threshold: float = 0.03
 ) -> tuple[jax.Array, jax.Array]:
-    """Moves dead codes onto encoder outputs that the living codes serve badly.
+    """Moves dead codes onto encoder outputs that are far from all other codes.
 
     Args:
       usage_V: running average of `Quantized.usage`; codes below `dead_codes(usage_V, threshold)` move. Set their running usage

@@ -1,4 +1,4 @@
-"""The components of a model directory: one row each, from which a component is built, initialised and restored."""
+"""The one table of components: how each is built, initialised and restored."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from xomni_jax.models import autoencoder, mmdit, siglip_vq, text_encoders, transformer
-from xomni_jax.models.autoencoder import Autoencoder, AutoencoderConfig
-from xomni_jax.models.mmdit import MMDiT, MMDiTConfig
-from xomni_jax.models.siglip_vq import SigLIPVQ, SigLIPVQConfig
-from xomni_jax.models.text_encoders import CLIPTextConfig, CLIPTextEncoder, T5Config, T5Encoder
-from xomni_jax.models.transformer import ARConfig, ARTransformer
 from xomni_jax.sharding.abstract import placed
 from xomni_jax.sharding.rules import RULES, param_shardings, unconstrained
 
 
 class Component(NamedTuple):
-    """How one component is built: config class, module, presets by name, and inputs small enough to trace its initialisation."""
+    """How one component is built.
+
+    Attributes:
+      config: its config class. module: (config) -> its linen module. presets: its named configs.
+      inputs: (config) -> inputs small enough to trace its initialisation. options: keyword arguments beside them.
+    """
 
     config: type
     module: Callable[[Any], nn.Module]
     presets: Mapping[str, Any]
-    inputs: Callable[[Any], tuple[Any, ...]]
-    options: dict[str, Any] = {}
+    inputs: Callable[[Any], tuple[Any, ...]] = lambda c: (jnp.zeros((1, 2), jnp.int32),)
+    options: Mapping[str, Any] = {}
 
 
-def _mmdit_inputs(c: MMDiTConfig):
+def _mmdit_inputs(c: mmdit.MMDiTConfig):
     return (
         jnp.zeros((1, 4, c.in_channels)),
         jnp.zeros((1,)),
@@ -42,14 +42,20 @@ def _mmdit_inputs(c: MMDiTConfig):
 
 
 COMPONENTS: dict[str, Component] = {
-    "transformer": Component(ARConfig, ARTransformer, transformer.PRESETS, lambda c: (jnp.zeros((1, 2), jnp.int32),)),
+    "transformer": Component(transformer.ARConfig, transformer.ARTransformer, transformer.PRESETS),
     "siglip_vq": Component(
-        SigLIPVQConfig, SigLIPVQ, siglip_vq.PRESETS, lambda c: (jnp.zeros((1, 2 * c.patch, c.patch, 3)),), {"train": False}
+        siglip_vq.SigLIPVQConfig,
+        siglip_vq.SigLIPVQ,
+        siglip_vq.PRESETS,
+        lambda c: (jnp.zeros((1, 2 * c.patch, c.patch, 3)),),
+        {"train": False},
     ),
-    "mmdit": Component(MMDiTConfig, MMDiT, mmdit.PRESETS, _mmdit_inputs),
-    "autoencoder": Component(AutoencoderConfig, Autoencoder, autoencoder.PRESETS, lambda c: (jnp.zeros((1, 16, 16, 3)),)),
-    "t5": Component(T5Config, T5Encoder, text_encoders.T5_PRESETS, lambda c: (jnp.zeros((1, 2), jnp.int32),)),
-    "clip": Component(CLIPTextConfig, CLIPTextEncoder, text_encoders.CLIP_PRESETS, lambda c: (jnp.zeros((1, 2), jnp.int32),)),
+    "mmdit": Component(mmdit.MMDiTConfig, mmdit.MMDiT, mmdit.PRESETS, _mmdit_inputs),
+    "autoencoder": Component(
+        autoencoder.AutoencoderConfig, autoencoder.Autoencoder, autoencoder.PRESETS, lambda c: (jnp.zeros((1, 16, 16, 3)),)
+    ),
+    "t5": Component(text_encoders.T5Config, text_encoders.T5Encoder, text_encoders.T5_PRESETS),
+    "clip": Component(text_encoders.CLIPTextConfig, text_encoders.CLIPTextEncoder, text_encoders.CLIP_PRESETS),
 }
 
 

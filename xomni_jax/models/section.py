@@ -14,7 +14,7 @@ from xomni_jax.core.config import ConfigError, Text, checked, explanations, type
 STORED = "stored"  # the preset of a component as the model directory holds it
 
 # How a stored model is computed, which a run may choose; every other field says what the model is.
-COMPUTATION = ("dtype", "param_dtype", "int8", "remat", "attention", "attention_chunk", "query_chunk", "at_once", "chunk", "unroll")
+COMPUTATION = ("dtype", "param_dtype", "int8", "remat", "attention", "attention_chunk", "query_chunk", "microbatch", "chunk", "unroll")
 
 
 @dataclasses.dataclass(frozen=True)

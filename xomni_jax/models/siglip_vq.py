@@ -9,35 +9,26 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from xomni_jax.models.attention import check_attention, check_remat
 from xomni_jax.models.layers import Conv, GroupNorm, Projection, named
 from xomni_jax.models.quantizer import Quantized, nearest_codes, normalize, quantize_train
-from xomni_jax.models.vit import ViT
+from xomni_jax.models.vit import ViT, ViTConfig
 from xomni_jax.sharding.rules import constrain
 
 
 @dataclass(frozen=True)
-class SigLIPVQConfig:
-    """Sizes of the tokenizer.
+class SigLIPVQConfig(ViTConfig):
+    """Sizes of the tokenizer: those of its ViT, and the following.
 
     Attributes:
-      width, layers, heads, mlp, patch: of the ViT. pos_grid: side of the square grid of learned positions.
-      codebook_size, code_width: rows and columns of the codebook.
-      conv_blocks: residual blocks after de-quantisation. groups: of their GroupNorm.
-      skip_probability: chance per image that training skips quantisation.
-      temperature: of the soft assignment. beta: weight of the codebook loss.
-      norm_eps: of the ViT's LayerNorm.
-      attention: its implementation; see `attention.attend`.
-      query_chunk: attention rows scored at a time (0: all); by default a sixth of the released 72 x 72 tokens.
-      remat: what the ViT's backward pass recomputes: "none", "full" or "dots" (everything but matmul outputs).
+      codebook_size: rows of the codebook
+      code_width: columns of the codebook
+      conv_blocks: residual blocks after de-quantisation
+      groups: of their GroupNorms
+      skip_probability: probability per image that training skips quantisation
+      temperature: of the soft assignment of codes
+      beta: weight of the codebook loss
     """
 
-    width: int
-    layers: int
-    heads: int
-    mlp: int
-    patch: int = 16
-    pos_grid: int = 128
     codebook_size: int = 16384
     code_width: int = 2048
     conv_blocks: int = 2
@@ -45,27 +36,13 @@ class SigLIPVQConfig:
     skip_probability: float = 0.1
     temperature: float = 2.0
     beta: float = 0.25
-    norm_eps: float = 1e-6
-    attention: str = "auto"
-    query_chunk: int = 864
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-    remat: str = "none"
 
     def __post_init__(self) -> None:
-        if self.width % self.heads:
-            raise ValueError(f"SigLIPVQConfig: width={self.width} does not divide into heads={self.heads}; change one of them")
+        super().__post_init__()
         if self.width % self.groups:
             raise ValueError(f"SigLIPVQConfig: width={self.width} does not divide into groups={self.groups}; change one of them")
         if not 0.0 <= self.skip_probability <= 1.0:
             raise ValueError(f"SigLIPVQConfig: skip_probability={self.skip_probability} is not a probability; use 0 to 1")
-        check_remat("SigLIPVQConfig", self.remat)
-        check_attention("SigLIPVQConfig", self.attention)
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.width // self.heads
 
 
 PRESETS: dict[str, SigLIPVQConfig] = {
@@ -176,11 +153,4 @@ class SigLIPVQ(nn.Module):
             skip_B = jax.random.uniform(key, (B,)) < p
         z_BYXC = self.outputs(pixels_BHWC)
         q = quantize_train(z_BYXC, self.codebook, skip_B, c.temperature, c.beta)
-        return {
-            "semantics": self._decode(q.rows),
-            "codes": q.codes,
-            "z": z_BYXC,
-            "losses": q.losses,
-            "usage": q.usage,
-            "skipped": skip_B,
-        }
+        return {"semantics": self._decode(q.rows), "codes": q.codes, "z": z_BYXC, "losses": q.losses, "usage": q.usage, "skipped": skip_B}

@@ -10,12 +10,12 @@ from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 
 from xomni_jax.sharding.rules import activation_spec
 
-LANES = 128  # of a vector register: what lengths and head widths are padded to
-BLOCKS = (1024, 896, 768, 640, 512, 384)  # queries or keys per block, largest first; 1,024 x 1,024 float32 scores fit every generation
+LANES = 128  # of a vector register; lengths and head widths are padded to a multiple
+BLOCKS = (1024, 896, 768, 640, 512, 384)  # queries or keys per block, largest first; 1,024 x 1,024 float32 scores fit into VMEM everywhere
 
 
 def block_of(length: int) -> int:
-    """The block that pads `length` least, the largest of equals; one block for a short sequence."""
+    """Block size that pads `length` least, the largest of equals; a short sequence is one block."""
     if length <= BLOCKS[0]:
         return -(-length // LANES) * LANES
     return min(BLOCKS, key=lambda block: -(-length // block) * block)
@@ -30,7 +30,7 @@ def splash_attention(
     """
     mesh, L = jax.sharding.get_abstract_mesh(), q_BLNH.shape[1]
     pad = -L % block_of(L)
-    if segments_BL is None and pad and not causal:  # causal queries do not see what is padded behind them
+    if segments_BL is None and pad and not causal:  # causal queries do not see the padding, which comes last
         segments_BL = jnp.ones(q_BLNH.shape[:2], jnp.int32)
     specs = tuple(
         activation_spec("attention", x.shape, ("batch", "length", axis, "head_dim"), mesh)
@@ -40,7 +40,7 @@ def splash_attention(
     if segments_BL is not None:
         arrays, specs = (*arrays, segments_BL), (*specs, activation_spec("segments", segments_BL.shape, ("batch", "length"), mesh))
     shard = functools.partial(_shard, scale=scale, causal=causal, interpret=mesh.abstract_device.platform != "tpu")
-    # Mosaic kernels are not partitioned automatically, and have no rule for varying axes.
+    # The partitioner cannot split Mosaic kernels, and they have no rule for varying axes.
     return jax.shard_map(shard, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
 
 
@@ -53,7 +53,7 @@ def _shard(q_BLNH, k_BLKH, v_BLKH, segments_BL=None, *, scale: float, causal: bo
     def padded(x_BLNH):
         return jnp.pad(x_BLNH, ((0, 0), (0, pad), (0, 0), (0, -H % LANES))).swapaxes(1, 2)
 
-    # The kernel does not scale. In float32, so that q is rounded to bfloat16 once more and not twice.
+    # The kernel does not scale. Scaled in float32, so that q is rounded to bfloat16 only once more.
     q_BNLH = padded((q_BLNH.astype(jnp.float32) * scale).astype(q_BLNH.dtype))
     segments = None
     if segments_BL is not None:

@@ -11,14 +11,27 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from xomni_jax.models.attention import attend, check_remat, stacked
-from xomni_jax.models.layers import Dtype, Embed, LayerNorm, Projection, RMSNorm, named
+from xomni_jax.models.attention import attend
+from xomni_jax.models.layers import Embed, LayerNorm, RMSNorm, linear, named
+from xomni_jax.models.stack import StackConfig, stacked
 from xomni_jax.sharding.rules import constrain
 
 
 @dataclasses.dataclass(frozen=True)
-class T5Config:
-    """Sizes of the T5 encoder. `head_dim` is free: heads need not fill the width."""
+class T5Config(StackConfig):
+    """Sizes of the T5 encoder.
+
+    Attributes:
+      vocab_size: ids
+      d_model: width of the residual stream
+      n_layers: number of layers
+      n_heads: attention heads
+      head_dim: width of one head; heads need not fill the width
+      mlp_dim: width of the MLP's hidden layer
+      n_buckets: buckets of relative positions
+      max_distance: distance from which all positions share a bucket
+      int8: kernels are stored in 8 bits, for inference; see `models.int8`
+    """
 
     vocab_size: int = 32_128
     d_model: int = 4096
@@ -28,20 +41,28 @@ class T5Config:
     mlp_dim: int = 10_240
     n_buckets: int = 32
     max_distance: int = 128
-    dtype: Dtype = jnp.float32
-    param_dtype: Dtype = jnp.float32
-    remat: str = "none"
-    int8: bool = False  # kernels are stored in 8 bits, for inference (see `models.int8`)
+    int8: bool = False
 
     def __post_init__(self):
-        check_remat("t5", self.remat)
+        super().__post_init__()
         if self.n_buckets % 4 or self.max_distance <= self.n_buckets // 4:
             raise ValueError(f"t5.n_buckets={self.n_buckets} must be a multiple of 4 and below 4 x max_distance={self.max_distance}")
 
 
 @dataclasses.dataclass(frozen=True)
-class CLIPTextConfig:
-    """Sizes of CLIP's text tower. `eos_id` is the token whose first position gives the pooled vector."""
+class CLIPTextConfig(StackConfig):
+    """Sizes of CLIP's text tower.
+
+    Attributes:
+      vocab_size: ids
+      d_model: width of the residual stream
+      n_layers: number of layers
+      n_heads: attention heads
+      mlp_dim: width of the MLP's hidden layer
+      max_length: learned positions
+      eos_id: id whose first position gives the pooled vector
+      int8: kernels are stored in 8 bits, for inference; see `models.int8`
+    """
 
     vocab_size: int = 49_408
     d_model: int = 768
@@ -50,13 +71,10 @@ class CLIPTextConfig:
     mlp_dim: int = 3072
     max_length: int = 77
     eos_id: int = 49_407
-    dtype: Dtype = jnp.float32
-    param_dtype: Dtype = jnp.float32
-    remat: str = "none"
-    int8: bool = False  # kernels are stored in 8 bits, for inference (see `models.int8`)
+    int8: bool = False
 
     def __post_init__(self):
-        check_remat("clip", self.remat)
+        super().__post_init__()
         if self.d_model % self.n_heads:
             raise ValueError(f"clip.d_model={self.d_model} does not divide into n_heads={self.n_heads}; change one of them")
         if not 0 <= self.eos_id < self.vocab_size:
@@ -89,11 +107,6 @@ def relative_buckets(L: int, n_buckets: int, max_distance: int) -> np.ndarray:
     return (ahead + np.where(distance < exact, distance, far)).astype(np.int32)
 
 
-def _linear(cfg, name: str, features, axes, *, contract: int = 1, bias: bool = False, **kw) -> Projection:
-    features = (features,) if isinstance(features, int) else features
-    return Projection(features, axes, contract, bias, cfg.dtype, cfg.param_dtype, name=name, int8=cfg.int8, **kw)
-
-
 class SelfAttention(nn.Module):
     """Multi-head self-attention of either encoder, [B, L, D] -> [B, L, D]; `bias` is added to the scores, before the softmax."""
 
@@ -107,12 +120,12 @@ class SelfAttention(nn.Module):
         c = self.cfg
 
         def heads(name, **kw):
-            y_BLNH = _linear(c, name, (c.n_heads, c.head_dim), ("embed", "heads", "head_dim"), bias=self.use_bias, **kw)(x_BLD)
+            y_BLNH = linear(c, name, (c.n_heads, c.head_dim), ("embed", "heads", "head_dim"), bias=self.use_bias, **kw)(x_BLD)
             return constrain(y_BLNH, "batch", "length", "heads", "head_dim", name=f"text/{name}")
 
         q, k, v = heads("q_proj", init=self.q_init), heads("k_proj"), heads("v_proj")
         y_BLNH = attend(q, k, v, scale=self.scale, bias=bias_NLL)
-        return _linear(c, "out", c.d_model, ("heads", "head_dim", "embed"), contract=2, bias=self.use_bias)(y_BLNH)
+        return linear(c, "out", c.d_model, ("heads", "head_dim", "embed"), contract=2, bias=self.use_bias)(y_BLNH)
 
 
 class T5Block(nn.Module):
@@ -122,15 +135,15 @@ class T5Block(nn.Module):
 
     @nn.compact
     def __call__(self, x_BLD, bias_NLL):
-        """([B, L, D], [N, L, L]) -> ([B, L, D], None), as a scan wants it."""
+        """([B, L, D], [N, L, L]) -> ([B, L, D], None), the form of `stack.stacked`."""
         c = self.cfg
         h_BLD = RMSNorm(1e-6, c.dtype, c.param_dtype, name="attention_norm")(x_BLD)
         q_init = nn.initializers.variance_scaling(1 / c.head_dim, "fan_in", "normal")  # in place of the missing 1 / sqrt(head_dim)
         x_BLD = x_BLD + SelfAttention(c, 1.0, False, q_init, name="attention")(h_BLD, bias_NLL)
         h_BLD = RMSNorm(1e-6, c.dtype, c.param_dtype, name="mlp_norm")(x_BLD)
-        gate_BLF = nn.gelu(_linear(c, "gate", c.mlp_dim, ("embed", "mlp"))(h_BLD), approximate=True)
-        h_BLF = gate_BLF * _linear(c, "up", c.mlp_dim, ("embed", "mlp"))(h_BLD)
-        x_BLD = x_BLD + _linear(c, "down", c.d_model, ("mlp", "embed"))(h_BLF)
+        gate_BLF = nn.gelu(linear(c, "gate", c.mlp_dim, ("embed", "mlp"), bias=False)(h_BLD), approximate=True)
+        h_BLF = gate_BLF * linear(c, "up", c.mlp_dim, ("embed", "mlp"), bias=False)(h_BLD)
+        x_BLD = x_BLD + linear(c, "down", c.d_model, ("mlp", "embed"), bias=False)(h_BLF)
         return constrain(x_BLD, "batch", "length", "residual", name="t5/residual"), None
 
 
@@ -148,7 +161,7 @@ class T5Encoder(nn.Module):
         table = self.param("relative_bias", init, (c.n_buckets, c.n_heads), c.param_dtype)
         bias_NLL = table.astype(jnp.float32)[relative_buckets(L, c.n_buckets, c.max_distance)].transpose(2, 0, 1)
         x_BLD = constrain(x_BLD, "batch", "length", "residual", name="t5/embed")
-        x_BLD, _ = stacked(T5Block, c.n_layers, c.remat, broadcast=1)(c, name="layers")(x_BLD, bias_NLL)
+        x_BLD, _ = stacked(T5Block, c.n_layers, c.remat, (nn.broadcast,))(c, name="layers")(x_BLD, bias_NLL)
         return RMSNorm(1e-6, c.dtype, c.param_dtype, name="final_norm")(x_BLD)
 
 
@@ -159,14 +172,14 @@ class CLIPBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x_BLD, mask_LL):
-        """([B, L, D], [L, L] added to the scores) -> ([B, L, D], None), as a scan wants it."""
+        """([B, L, D], [L, L] added to the scores) -> ([B, L, D], None), the form of `stack.stacked`."""
         c = self.cfg
         h_BLD = LayerNorm(1e-5, True, c.dtype, c.param_dtype, name="attention_norm")(x_BLD)
         x_BLD = x_BLD + SelfAttention(c, c.head_dim**-0.5, True, name="attention")(h_BLD, mask_LL)
         h_BLD = LayerNorm(1e-5, True, c.dtype, c.param_dtype, name="mlp_norm")(x_BLD)
-        h_BLF = _linear(c, "up", c.mlp_dim, ("embed", "mlp"), bias=True)(h_BLD)
+        h_BLF = linear(c, "up", c.mlp_dim, ("embed", "mlp"))(h_BLD)
         h_BLF = h_BLF * nn.sigmoid(1.702 * h_BLF)
-        x_BLD = x_BLD + _linear(c, "down", c.d_model, ("mlp", "embed"), bias=True)(h_BLF)
+        x_BLD = x_BLD + linear(c, "down", c.d_model, ("mlp", "embed"))(h_BLF)
         return constrain(x_BLD, "batch", "length", "residual", name="clip/residual"), None
 
 
@@ -190,7 +203,7 @@ class CLIPTextEncoder(nn.Module):
         positions = self.param("positions", named(nn.initializers.normal(0.01), None, "embed"), (c.max_length, c.d_model), c.param_dtype)
         x_BLD = constrain(x_BLD + positions[:L].astype(c.dtype), "batch", "length", "residual", name="clip/embed")
         mask_LL = np.where(np.tri(L, dtype=bool), 0.0, np.finfo(np.float32).min).astype(np.float32)
-        x_BLD, _ = stacked(CLIPBlock, c.n_layers, c.remat, broadcast=1)(c, name="layers")(x_BLD, mask_LL)
+        x_BLD, _ = stacked(CLIPBlock, c.n_layers, c.remat, (nn.broadcast,))(c, name="layers")(x_BLD, mask_LL)
         x_BLD = LayerNorm(1e-5, True, c.dtype, c.param_dtype, name="final_norm")(x_BLD)
         first_B = jnp.argmax(ids_BL == c.eos_id, axis=1)
         return x_BLD, jnp.take_along_axis(x_BLD, first_B[:, None, None], axis=1)[:, 0]

@@ -12,24 +12,40 @@ from flax import struct
 
 from xomni_jax.models.attention import attend, check_attention, on_kernels
 from xomni_jax.models.decode_attention import step_kernel
-from xomni_jax.models.heads import Head, select
-from xomni_jax.models.layers import Dtype, Embed, Projection, RMSNorm
+from xomni_jax.models.layers import Embed, Projection, RMSNorm
+from xomni_jax.models.stack import StackConfig, stacked
+from xomni_jax.models.vocab_heads import Head, select
 from xomni_jax.sharding.rules import constrain
 
 STACKS = ("adapters", "language", "heads")
-REMAT = {"full": jax.checkpoint_policies.nothing_saveable, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 # Keys and values of every layer, per stack: {stack: (k, v)}. See `sampling.cache` for the shapes.
 KV = dict[str, tuple[jax.Array, jax.Array]]
 
 
 @dataclass(frozen=True)
-class ARConfig:
+class ARConfig(StackConfig):
     """Sizes of an `ARTransformer`.
 
-    Text ids are 0..vocab_size-1; multimodal ids follow: `image_vocab_size` image codes, then specials and spares up to
-    `mm_vocab_size`. `remat` is "none", "full" or "dots"; `attention` is the implementation (see `attention.attend`), and
-    `attention_chunk` bounds the scores of a plain full forward to that many queries at a time (0: all at once); `unroll` is the number of layers per step of the scan over them.
+    Text ids are 0..vocab_size-1; multimodal ids follow: `image_vocab_size` image codes, then special and unused ids.
+
+    Attributes:
+      vocab_size: text ids
+      mm_vocab_size: multimodal ids
+      image_vocab_size: image codes
+      d_model: width of the residual stream
+      mlp_dim: width of the MLP's hidden layer
+      n_heads: query heads
+      n_kv_heads: key and value heads
+      head_dim: width of one head
+      n_language_layers: layers that text and image tokens pass
+      n_adapter_layers: vision layers before them, whose output text tokens skip
+      n_head_layers: vision layers after them
+      rope_theta: base of the rotary frequencies
+      rms_eps: of the RMSNorms
+      attention: implementation of attention: auto, plain or splash; see `attention.attend`
+      attention_chunk: queries per step of plain attention in a full pass; 0 takes all at once
+      unroll: layers per step of the scan over them
     """
 
     vocab_size: int
@@ -47,27 +63,24 @@ class ARConfig:
     rms_eps: float = 1e-6
     attention: str = "auto"
     attention_chunk: int = 0
-    dtype: Dtype = jnp.float32
-    param_dtype: Dtype = jnp.float32
-    remat: str = "none"
     unroll: int = 1
 
     def __post_init__(self) -> None:
         if self.n_heads % self.n_kv_heads:
-            raise ValueError(f"ARConfig.n_heads={self.n_heads} is no multiple of n_kv_heads={self.n_kv_heads}; change one of them")
+            raise ValueError(f"ARConfig.n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}; change one of them")
         if self.head_dim % 2:
             raise ValueError(f"ARConfig.head_dim={self.head_dim} is odd, rotary positions need pairs; make it even")
         if self.image_vocab_size > self.mm_vocab_size:
             raise ValueError(
-                f"ARConfig.image_vocab_size={self.image_vocab_size} exceeds mm_vocab_size={self.mm_vocab_size}, which holds it; raise the latter"
+                f"ARConfig.image_vocab_size={self.image_vocab_size} exceeds mm_vocab_size={self.mm_vocab_size}, which includes it; "
+                "raise the latter"
             )
-        if self.remat not in ("none", *REMAT):
-            raise ValueError(f"ARConfig.remat={self.remat!r} is unknown; use none, full or dots")
+        super().__post_init__()
         check_attention("ARConfig", self.attention)
         if self.n_language_layers < 1 or self.n_adapter_layers < 0 or self.n_head_layers < 0:
             raise ValueError("ARConfig needs n_language_layers >= 1 and n_adapter_layers, n_head_layers >= 0; correct the layer counts")
         if self.unroll < 1:
-            raise ValueError(f"ARConfig.unroll={self.unroll} is no count of layers; use 1, or more to trade compilation time for speed")
+            raise ValueError(f"ARConfig.unroll={self.unroll} is not a number of layers; use 1, or more to trade compilation time for speed")
         if self.attention_chunk < 0:
             raise ValueError(f"ARConfig.attention_chunk={self.attention_chunk} is negative; use 0 to attend all at once")
 
@@ -95,27 +108,34 @@ PRESETS: dict[str, ARConfig] = {
     ),
     "tiny": ARConfig(
         vocab_size=384, mm_vocab_size=576, image_vocab_size=512, d_model=128, mlp_dim=384, n_heads=4, n_kv_heads=2,
-        head_dim=32, n_language_layers=3, n_adapter_layers=1, n_head_layers=1, rope_theta=1e4,  # 1e6 tells few of 200 positions apart
-        unroll=3,  # a CPU copies what a loop carries
+        head_dim=32, n_language_layers=3, n_adapter_layers=1, n_head_layers=1, rope_theta=1e4,  # with 1e6 few of 200 positions differ
+        unroll=3,  # a CPU copies the carry of a loop
     ),
 }  # fmt: skip
 
 
 @struct.dataclass
 class Context:
-    """What every layer of one pass is told.
+    """Inputs that all layers of one forward pass share.
 
     In a full pass B are sequences and L their tokens. In a decode step B are prompts and L their rollouts: one token each,
-    which do not see one another; `lengths_B` and `column` are set then and only then.
+    which do not attend to one another.
+
+    Attributes:
+      image_BL: True at multimodal tokens.
+      segments_BL: as in `ARTransformer.__call__`.
+      lengths_B, column: real tokens of each prompt, and generated tokens in the cache; set in a decode step only.
+      stacked: with TPU kernels, the caches of all layers of the stack; `past` is then the index of the layer.
+      collect: a full pass returns its keys and values.
     """
 
     positions_BL: jax.Array
-    image_BL: jax.Array  # True at multimodal tokens
+    image_BL: jax.Array
     segments_BL: jax.Array | None = None
-    lengths_B: jax.Array | None = None  # real tokens of each prompt
-    column: jax.Array | None = None  # generated tokens already in the cache
-    stacked: tuple[jax.Array, ...] | None = None  # with kernels: the caches of all layers of the stack; `past` is then the layer's number
-    collect: bool = struct.field(pytree_node=False, default=False)  # return keys and values
+    lengths_B: jax.Array | None = None
+    column: jax.Array | None = None
+    stacked: tuple[jax.Array, ...] | None = None
+    collect: bool = struct.field(pytree_node=False, default=False)
 
 
 def apply_rope(x_BLNH: jax.Array, positions_BL: jax.Array, theta: float) -> jax.Array:
@@ -231,7 +251,8 @@ class ARTransformer(nn.Module):
         self.lm_embed, self.mm_embed = (Embed(rows, c.d_model, **dtypes) for rows in (c.vocab_size, c.mm_vocab_size))
         self.lm_norm, self.mm_norm = (RMSNorm(c.rms_eps, **dtypes) for _ in range(2))
         self.lm_head, self.mm_head = (Head(c.d_model, rows, **dtypes) for rows in (c.vocab_size, c.mm_vocab_size))
-        # Three stacks, not one: stage 1 of training freezes `language` by its name, and text decoding skips the other two.
+        # Three stacks: the first training stage freezes `language` by its name, and generating text skips the other two. The last one's
+        # parameters are called "heads" in checkpoints; they are transformer layers, before the vocabulary heads.
         self.adapters = _stack(c, c.n_adapter_layers, vision=True) if c.n_adapter_layers else None
         self.language = _stack(c, c.n_language_layers, vision=False)
         self.heads = _stack(c, c.n_head_layers, vision=True) if c.n_head_layers else None
@@ -242,13 +263,13 @@ class ARTransformer(nn.Module):
         Args:
           ids_BL: int32 token ids, 0..vocab_size+mm_vocab_size-1.
           positions_BL: rotary positions; 0..L-1 without them.
-          segments_BL: packing: a token sees only earlier tokens of its own segment; 0 marks padding, whose outputs are rubbish.
+          segments_BL: packing: a token sees only earlier tokens of its own segment; 0 marks padding, whose outputs are undefined.
         """
         if positions_BL is None:
             positions_BL = jnp.broadcast_to(jnp.arange(ids_BL.shape[1]), ids_BL.shape)
         ctx = Context(positions_BL, self._is_image(ids_BL), segments_BL)
         x_BLD, _ = self._run(self._embed(ids_BL), ctx)
-        if self.is_initializing():  # the heads are not part of this pass, but of the parameters
+        if self.is_initializing():  # this pass does not use the vocabulary heads, whose parameters must exist
             self.lm_head.weight(), self.mm_head.weight()
         return self._norm(x_BLD, ctx.image_BL)
 
@@ -257,7 +278,7 @@ class ARTransformer(nn.Module):
         return self.lm_head(hidden)
 
     def image_logits(self, hidden: jax.Array) -> jax.Array:
-        """[..., D] -> float32 logits over image codes [..., image_vocab_size]; multimodal specials cannot be drawn."""
+        """[..., D] -> float32 logits over image codes [..., image_vocab_size]; special multimodal ids cannot be sampled."""
         return self.mm_head(hidden, self.cfg.image_vocab_size)
 
     def prefill(self, ids_PS: jax.Array, lengths_P: jax.Array) -> tuple[jax.Array, KV]:
@@ -313,27 +334,17 @@ class ARTransformer(nn.Module):
         new, kernels = {}, on_kernels(self.cfg.attention)
         for name in self.cfg.layers if past is None else past:
             stack_past = past and past[name]
-            if past and kernels:  # a slice of the cache would be copied before a kernel reads it: give the whole and the layer's number
+            if past and kernels:  # the compiler would copy a layer's slice of the cache for a kernel: pass the whole and the layer's index
                 ctx, stack_past = ctx.replace(stacked=past[name]), jnp.arange(self.cfg.layers[name])
             x_BLD, new[name] = getattr(self, name)(x_BLD, stack_past, ctx)
         return x_BLD, new
 
 
 def _residual_init(c: ARConfig):
-    # Fan-in over 2 x layers: the residual stream keeps its scale at the start of training, whatever the depth.
+    # Variance 1 / (2 x layers x fan-in), so that the scale of the residual stream does not grow with the depth at the start of training.
     return nn.initializers.variance_scaling(0.5 / c.n_layers, "fan_in", "truncated_normal")
 
 
 def _stack(c: ARConfig, n: int, vision: bool) -> nn.Module:
     """n scanned layers: (x, past [n, ...] or None, Context) -> (x, new [n, ...] or None)."""
-    layer = DecoderLayer if c.remat == "none" else nn.remat(DecoderLayer, policy=REMAT[c.remat], prevent_cse=False)
-    scan = nn.scan(
-        layer,
-        variable_axes={"params": 0},
-        split_rngs={"params": True},
-        length=n,
-        unroll=min(n, c.unroll),
-        in_axes=(0, nn.broadcast),
-        metadata_params={nn.PARTITION_NAME: "layers"},
-    )
-    return scan(c, vision)
+    return stacked(DecoderLayer, n, c.remat, (0, nn.broadcast), c.unroll)(c, vision)

@@ -2,19 +2,56 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from xomni_jax.models.attention import attend, stacked
+from xomni_jax.models.attention import attend, check_attention
 from xomni_jax.models.layers import Conv, LayerNorm, Projection, named
+from xomni_jax.models.stack import StackConfig, stacked
 from xomni_jax.sharding.rules import constrain
 
-if TYPE_CHECKING:
-    from xomni_jax.models.siglip_vq import SigLIPVQConfig
+
+@dataclass(frozen=True)
+class ViTConfig(StackConfig):
+    """Sizes of the vision transformer.
+
+    Attributes:
+      width: width of the residual stream
+      layers: number of blocks
+      heads: attention heads
+      mlp: width of the MLP's hidden layer
+      patch: pixels along each side of a token
+      pos_grid: side of the square grid of learned positions
+      norm_eps: of the LayerNorms
+      attention: implementation of attention: auto, plain or splash; see `attention.attend`
+      query_chunk: queries per step of plain attention, 0 for all at once; by default a sixth of the released 72 x 72 tokens
+    """
+
+    width: int
+    layers: int
+    heads: int
+    mlp: int
+    patch: int = 16
+    pos_grid: int = 128
+    norm_eps: float = 1e-6
+    attention: str = "auto"
+    query_chunk: int = 864
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        if self.width % self.heads:
+            raise ValueError(f"{name}: width={self.width} does not divide into heads={self.heads}; change one of them")
+        super().__post_init__()
+        check_attention(name, self.attention)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.width // self.heads
 
 
 def bilinear_weights(size: int, out: int) -> np.ndarray:
@@ -44,7 +81,7 @@ def resize_positions(table_GGD: jax.Array, rows: int, columns: int) -> jax.Array
 class ViTBlock(nn.Module):
     """Pre-norm transformer block with a fused qkv projection and the exact GELU. [B, L, D] -> ([B, L, D], None) for `nn.scan`."""
 
-    cfg: SigLIPVQConfig
+    cfg: ViTConfig
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array) -> tuple[jax.Array, None]:
@@ -74,7 +111,7 @@ class ViT(nn.Module):
       ValueError: a side is not a multiple of the patch.
     """
 
-    cfg: SigLIPVQConfig
+    cfg: ViTConfig
 
     @nn.compact
     def __call__(self, pixels_BHWC: jax.Array) -> jax.Array:

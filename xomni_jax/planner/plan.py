@@ -162,7 +162,7 @@ def candidates(cfg: Any, f: Facts) -> Iterator[list[str]]:
         smaller = [[f"rollout.micro_batch={rows // n}"] for n in (2, 4, 8) if rows % n == 0]
     elif name in ("rollout", "prefill", "answer", "decoder", "vae", "text"):
         part = {"decoder": "mmdit", "vae": "autoencoder"}.get(name)
-        pieces = [[f"{part}.at_once=1"]] if part and component(part).at_once != 1 else []
+        pieces = [[f"{part}.microbatch=1"]] if part and component(part).microbatch != 1 else []
         smaller = pieces + [fewer(cfg, name, n) for n in (2, 4)]
     elif hasattr(cfg, "next_token"):
         smaller = [[f"next_token.rows={cfg.next_token.rows // n}"] for n in (2, 4) if cfg.next_token.rows % n == 0]

@@ -30,17 +30,16 @@ from xomni_jax.rl.objectives import GRPOConfig
 from xomni_jax.rl.rewards import RewardConfig, close_all, open_clients
 from xomni_jax.rl.rollouts import RolloutConfig, Rollouts, param_converter
 from xomni_jax.rl.update import Policy, RolloutBatch, frozen_logp, make_update
-from xomni_jax.sampling.decoder import DecodeConfig
+from xomni_jax.sampling.decoder import DECODER_COMPONENTS, DecodeConfig
 from xomni_jax.sampling.keys import image_keys
 from xomni_jax.sampling.logits import SamplingConfig
-from xomni_jax.sampling.pixels import DECODER_PARTS
 from xomni_jax.sampling.programs import RolloutShape, decoder_programs, sampler_programs
 from xomni_jax.sampling.sampler import Sampler
 from xomni_jax.sequence.padding import pad_prompts
 from xomni_jax.sharding import abstract
 from xomni_jax.sharding.arrays import share, whole
 from xomni_jax.sharding.mesh import MeshConfig, make_mesh
-from xomni_jax.sharding.rules import row_ways
+from xomni_jax.sharding.rules import num_data_shards
 from xomni_jax.training.components import (
     DataIterator,
     check_heads,
@@ -59,7 +58,7 @@ from xomni_jax.training.stage import GRID_SEED, RunConfig, RunningStage, meshes
 from xomni_jax.training.state import TrainState, new_state
 
 SHUFFLE = 2  # purpose of a step's key, beside those of `rollouts`
-MODELS = ("transformer", "siglip_vq", *DECODER_PARTS)
+MODELS = ("transformer", "siglip_vq", *DECODER_COMPONENTS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +168,7 @@ class GRPOStage:
         """The programs of a step, for images of the data's size."""
         ar, c, sampling = models["transformer"], cfg.rollout, cfg.sampling
         check_heads(ar.n_kv_heads, mesh)
-        check_divides(cfg.batch_size, cfg.grpo, c, row_ways(mesh))
+        check_divides(cfg.batch_size, cfg.grpo, c, num_data_shards(mesh))
         patch, (height, width) = models["siglip_vq"].patch, cfg.data.sizes[0]
         grid = height // patch, width // patch
         P, R, S, T = cfg.batch_size, cfg.grpo.rollouts_per_prompt, c.prompt_length, grid[0] * grid[1]
@@ -221,7 +220,7 @@ class GRPOStage:
             uses=("params",),
             freed=("sampler",),
         )
-        sampler = Sampler.make(policy.model, T, sampling, c.segment, return_kept=sampling.truncates)
+        sampler = Sampler.make(policy.model, T, sampling, c.segment, return_mask=sampling.truncates)
         drawing = sampler_programs(sampler, ar, weights, RolloutShape(part, R, S, T), sampling.guided, c.chunks, mesh)
         if decoder_mesh is not None and len({d.process_index for d in decoder_mesh.devices.flat}) > 1:
             check_split("config.batch_size x grpo.rollouts_per_prompt / rollout.chunks", part * R, decoder_mesh)
@@ -254,7 +253,7 @@ class GRPOStage:
             raise ConfigError(f"config.data.sizes={cfg.data.sizes} must hold one size: rollouts have one static shape")
         grid = model.grid(*cfg.data.sizes[0])
         B = cfg.batch_size * group
-        check_divides(cfg.batch_size, cfg.grpo, rollout, model.ways)
+        check_divides(cfg.batch_size, cfg.grpo, rollout, model.num_data_shards)
         if jax.process_count() > 1:  # each has its own rows of a chunk's images
             check_split("config.batch_size x grpo.rollouts_per_prompt / rollout.chunks", B // rollout.chunks, image_decoder.mesh)
 
@@ -308,7 +307,7 @@ class GRPOStage:
             return state, rewards | metrics | join_statistics(gather_json(image_sums(images))) | seconds
 
         def grid_image(state: TrainState, number: int) -> np.ndarray:
-            n = -(-2 // model.ways) * model.ways
+            n = -(-2 // model.num_data_shards) * model.num_data_shards
             prompts = first_batch(cfg.data, cfg.seed + GRID_SEED, n)["caption"]
             keys_P = image_keys(cfg.seed, n)
             ids_PS, lengths_P = rollouts.prompt_ids(prompts)

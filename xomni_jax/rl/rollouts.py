@@ -207,7 +207,7 @@ class Rollouts:
         rows = lambda name: jnp.concatenate([m[name] for m in made]).reshape(P * R, *made[0][name].shape[2:])  # noqa: E731
         repeat = lambda x: jnp.repeat(jnp.asarray(x), R, axis=0)  # noqa: E731
         batch = RolloutBatch(
-            repeat(ids_PS), repeat(lengths_P), rows("codes"), rows("logp"), rows("kept") if self.sampling.truncates else None,
+            repeat(ids_PS), repeat(lengths_P), rows("codes"), rows("logp"), rows("sampling_mask") if self.sampling.truncates else None,
             negative and tuple(map(repeat, negative)), jnp.zeros(P * R), jnp.asarray(total.ok_PR.reshape(-1)),
         )  # fmt: skip
         return batch, total, np.concatenate(images), seconds

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from xomni_jax.models.heads import with_image_head
+from xomni_jax.models.vocab_heads import with_image_head
 from xomni_jax.rl.objectives import GRPOConfig, grpo_loss, join_metrics, loss_items
-from xomni_jax.sampling.decode import replay_logp
+from xomni_jax.sampling.generate import replay_logp
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.training.state import TrainState
 
@@ -19,14 +19,14 @@ from xomni_jax.training.state import TrainState
 class RolloutBatch(NamedTuple):
     """Everything the update needs, one row per rollout, rollouts of a prompt side by side.
 
-    `kept` [B, T, bytes] only where sampling truncates; `negative` (ids, lengths) only where it is guided.
+    `sampling_mask` [B, T, bytes] only where sampling truncates; `negative` (ids, lengths) only where it is guided.
     """
 
     ids_BS: jax.Array
     lengths_B: jax.Array
     codes_BT: jax.Array
     sampler_logp_BT: jax.Array
-    kept: jax.Array | None
+    sampling_mask: jax.Array | None
     negative: tuple[jax.Array, jax.Array] | None
     adv_B: jax.Array
     ok_B: jax.Array
@@ -46,7 +46,7 @@ class Policy(NamedTuple):
     def logp(self, params: Any, batch: RolloutBatch) -> tuple[jax.Array, jax.Array]:
         """Log-prob and entropy [B, T] of the sampled codes under `params`, replaying the sampler."""
         b = batch
-        return replay_logp(self.model, params, b.ids_BS, b.lengths_B, b.codes_BT, self.sampling, b.kept, b.negative, self.chunk)
+        return replay_logp(self.model, params, b.ids_BS, b.lengths_B, b.codes_BT, self.sampling, b.sampling_mask, b.negative, self.chunk)
 
 
 def split_rows(rows: Any, parts: int) -> Any:

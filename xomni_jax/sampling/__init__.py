@@ -1,1 +1,1 @@
-"""How models run forward: caches, prefill, decoding, guidance, flow-matching samplers."""
+"""How models run forward: the batch driver, caches, prefill, decode steps, guidance, flow-matching samplers."""

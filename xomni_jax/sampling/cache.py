@@ -1,6 +1,6 @@
-"""Key-value caches of decoding. Both are read-only inside a step; a step's new keys and values are written once, for all layers.
+"""Key-value caches. A decode step only reads them, and its new keys and values are written once, for all layers, at its end.
 
-A cache that is carried and updated inside the layer scan, or passed through it and returned, is copied whole at every step.
+A cache that the scan over layers carried and updated, or took and returned, would be copied whole in every step.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ GENERATED_AXES = ("layers", "batch", None, "kv_heads", "cache", "head_dim")
 
 @struct.dataclass
 class PromptCache:
-    """Keys and values of P prompts, one copy per prompt whatever the number of rollouts.
+    """Keys and values of P prompts, which all rollouts of a prompt share.
 
     Attributes:
       kv: {stack: (k, v)}, each [layers, P, K, S, H], rotary positions applied.
-      lengths_P: real tokens of each prompt; later entries are padding and never attended to.
+      lengths_P: real tokens of each prompt; later entries are padding, which no token attends to.
     """
 
     kv: KV
@@ -37,7 +37,7 @@ class GeneratedCache:
 
     Attributes:
       kv: {stack: (k, v)}, each [layers, P, R, K, T, H].
-      column: scalar int32, the tokens written; all rows are at the same column, so that a write is one slice.
+      column: scalar int32, the number of tokens written; it is the same for all rows, so that a write is one slice.
     """
 
     kv: KV
@@ -45,9 +45,9 @@ class GeneratedCache:
 
     @classmethod
     def empty(cls, cfg: ARConfig, prompts: int, rollouts: int, tokens: int, vision: bool = True) -> GeneratedCache:
-        """Room for at least `tokens` tokens in the compute dtype. `vision=False`: for the language layers alone."""
+        """A cache for at least `tokens` tokens in the compute dtype; with `vision=False` of the language layers alone."""
 
-        # With kernels a block of tokens must fit the cache a whole number of times.
+        # The TPU kernels need a whole number of blocks.
         tokens += -tokens % TOKENS if on_kernels(cfg.attention) else 0
 
         def zeros(layers: int) -> jax.Array:
@@ -73,12 +73,12 @@ def prefill(model: ARTransformer, params, ids_PS: jax.Array, lengths_P: jax.Arra
     return hidden_PD, PromptCache(kv, lengths_P)
 
 
-def decode(
+def decode_step(
     model: ARTransformer, params, ids_PR: jax.Array, prompt: PromptCache, generated: GeneratedCache, vision: bool = True
 ) -> tuple[jax.Array, GeneratedCache]:
-    """Runs one token per rollout. Returns the normed hidden states [P, R, D] and the cache with that token written.
+    """Runs one token per rollout, ids [P, R]. Returns the normed hidden states [P, R, D] and the cache with that token written.
 
-    `vision=False` skips the vision layers: exact where only text follows (their output never reaches a text token).
+    `vision=False` skips the vision layers, whose output never reaches a text token: exact where only text follows.
     """
     args = ids_PR, prompt.kv, prompt.lengths_P, generated.kv, generated.column
     hidden_PRD, new = model.apply({"params": params}, *args, vision, method="decode_step")

@@ -1,8 +1,9 @@
-"""The diffusion decoder run forward: codes' semantics and a prompt to pixels (X-Omni section 3.3)."""
+"""The diffusion decoder: semantics of codes and a prompt to pixels (X-Omni section 3.3)."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,7 +12,9 @@ from flax import linen as nn
 
 from xomni_jax.models.autoencoder import pack, unpack
 from xomni_jax.sampling.flow import Conditioning, euler_sample, flow_sigmas, guided_velocity, null_conditioning
-from xomni_jax.sharding.rules import map_rows
+from xomni_jax.sharding.rules import constrain, map_rows
+
+DECODER_COMPONENTS = ("mmdit", "t5", "clip", "autoencoder")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,9 +22,12 @@ class DecodeConfig:
     """How the decoder is sampled.
 
     Attributes:
-      steps: Euler steps. guidance: true classifier-free guidance between (semantics, prompt) and (zero semantics, empty prompt); 1 is off.
-      text_length, pooled_length: token lengths of the T5 and the CLIP prompt.
-      base_shift, max_shift: of the noise schedule at 256 and 4,096 tokens; see `flow_sigmas`.
+      steps: Euler steps
+      guidance: classifier-free guidance between (semantics, prompt) and (zero semantics, empty prompt), at twice the cost; 1 is off
+      text_length: tokens of the T5 prompt
+      pooled_length: tokens of the CLIP prompt
+      base_shift: of the noise schedule at 256 tokens; see `flow_sigmas`
+      max_shift: of the noise schedule at 4,096 tokens
     """
 
     steps: int = 28
@@ -81,7 +87,7 @@ class Decoder:
         Args:
           semantics_BYXD: from `SigLIPVQ.semantics`.
           text_BS, pooled_BS: the prompts as T5 and CLIP ids; `empty` = the same two for the empty prompt, [1, S] each.
-          noise_BTC: standard normal, packed; it is the only randomness.
+          noise_BTC: standard normal, packed.
         """
         grid = semantics_BYXD.shape[1:3]
         cond = self.condition(params, text_BS, pooled_BS, semantics_BYXD)
@@ -98,7 +104,7 @@ class Decoder:
 
             return euler_sample(velocity, noise_BTC, sigmas)
 
-        return unpack(map_rows(denoise, (noise_BTC, cond), self.mmdit.cfg.at_once), grid)
+        return unpack(map_rows(denoise, (noise_BTC, cond), self.mmdit.cfg.microbatch), grid)
 
     def pixels(self, params: Any, latents_BYXC: jax.Array) -> jax.Array:
         """Latents, scaled -> pixels [B, H, W, 3], float32, not clipped."""
@@ -106,7 +112,7 @@ class Decoder:
 
     def _autoencode(self, params: Any, method: str, x_BYXC: jax.Array) -> jax.Array:
         fn = lambda x: self.autoencoder.apply({"params": params["autoencoder"]}, x, method=method)  # noqa: E731
-        return map_rows(fn, x_BYXC, self.autoencoder.cfg.at_once)
+        return map_rows(fn, x_BYXC, self.autoencoder.cfg.microbatch)
 
     def decode(self, params: Any, *args: Any) -> jax.Array:
         """Semantics to pixels [B, H, W, 3] in [-1, 1]; arguments as for `latents`."""
@@ -116,3 +122,19 @@ class Decoder:
 def to_uint8(pixels: jax.Array) -> jax.Array:
     """Pixels in [-1, 1] -> uint8 images, rounded."""
     return jnp.round((jnp.clip(pixels, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
+
+
+def make_decode(vq: nn.Module, decoder: Decoder, cfg: DecodeConfig, num_data_shards: int) -> Callable[..., jax.Array]:
+    """The jitted decoder (tokenizer's parameters, decoder's, codes [B, Y, X], T5 ids, CLIP ids, noise, empty prompt's ids) -> uint8 images.
+
+    `num_data_shards`: over how many devices rows are split.
+    """
+
+    def decode(vq_params, params, codes_BYX, text_BS, pooled_BS, noise_BTC, empty):
+        semantics = vq.apply({"params": vq_params}, codes_BYX, method="semantics")
+        # The two rows of the empty prompt are repeated, so that they too split over a mesh.
+        empty = tuple(jnp.repeat(x, num_data_shards, axis=0) for x in empty)
+        images = to_uint8(decoder.decode(params, semantics, text_BS, pooled_BS, empty, noise_BTC, cfg))
+        return constrain(images, "batch", None, None, None, name="images")  # each host takes its own
+
+    return jax.jit(decode)

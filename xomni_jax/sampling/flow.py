@@ -15,7 +15,7 @@ import numpy as np
 
 
 class Conditioning(NamedTuple):
-    """What the MMDiT is told: text [B, S, E], pooled text [B, E], semantics [B, T, C] or None."""
+    """Conditions of the MMDiT: text [B, S, E], pooled text [B, E], semantics [B, T, C] or None."""
 
     text_BSE: jax.Array
     pooled_BE: jax.Array
@@ -27,18 +27,12 @@ ConditionedVelocityFn = Callable[[jax.Array, jax.Array, Conditioning], jax.Array
 
 
 def flow_sigmas(
-    n_steps: int,
-    n_tokens: int,
-    *,
-    base_tokens: int = 256,
-    max_tokens: int = 4096,
-    base_shift: float = 0.5,
-    max_shift: float = 1.15,
+    n_steps: int, n_tokens: int, *, base_tokens: int = 256, max_tokens: int = 4096, base_shift: float = 0.5, max_shift: float = 1.15
 ) -> np.ndarray:
-    """Noise levels [n_steps + 1], float32, from 1 to exactly 0: more tokens spend more steps on high noise.
+    """Noise levels [n_steps + 1], float32, from 1 to exactly 0; the more tokens, the more of the steps are at high noise.
 
-    linspace(1, 1 / n) is shifted by e^mu / (e^mu + 1 / sigma - 1), with mu linear in the token count through
-    (base_tokens, base_shift) and (max_tokens, max_shift), not clamped outside of them. Equal shifts of 0 give even steps.
+    linspace(1, 1 / n) is shifted by e^mu / (e^mu + 1 / sigma - 1). mu is linear in the token count through (base_tokens, base_shift) and
+    (max_tokens, max_shift), not clamped outside of them; with both shifts 0 the steps are even.
     """
     if n_steps < 1:
         raise ValueError(f"flow sampling needs at least 1 step, got {n_steps}")

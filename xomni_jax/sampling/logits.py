@@ -1,4 +1,4 @@
-"""From scores to a drawn token: guidance, temperature, top-k, top-p, min-p, in the order of the released sampler."""
+"""From logits to a sampled token: guidance, temperature, top-k, top-p, min-p, in the order of the released sampler."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from xomni_jax.models.heads import token_logp
+from xomni_jax.models.vocab_heads import token_logp
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How a token is drawn. The defaults are what the released image sampler does, its implicit top_k=50 included.
+    """How a token is sampled. The defaults are those of the released image sampler, its implicit top_k=50 included.
 
     Attributes:
-      temperature: scores are divided by it; 0 is greedy.
-      top_k: keep the k best scores and those equal to the k-th; 0 is off.
-      top_p: keep the smallest set of best tokens whose probability reaches it; 1 is off.
-      min_p: keep tokens of at least min_p times the best probability; 0 is off.
-      guidance: weight w of neg + w * (cond - neg) on log-probabilities; 1 is off.
+      temperature: logits are divided by it; 0 is greedy
+      top_k: keep the k largest logits and those equal to the k-th; 0 is off
+      top_p: keep the smallest set of most probable tokens whose total probability reaches it; 1 is off
+      min_p: keep tokens of at least min_p times the largest probability; 0 is off
+      guidance: weight w of neg + w * (cond - neg) on log-probabilities; 1 is off
     """
 
     temperature: float = 1.0
@@ -32,7 +32,7 @@ class SamplingConfig:
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"sampling temperature={self.temperature} is not a number >= 0; use 1.0, or 0 for greedy")
         if self.top_k < 0 or self.top_k != int(self.top_k):
-            raise ValueError(f"sampling top_k={self.top_k} is no count; use a whole number, or 0 to turn it off")
+            raise ValueError(f"sampling top_k={self.top_k} is not a count; use a whole number, or 0 to turn it off")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"sampling top_p={self.top_p} is outside (0, 1]; use 1 to turn it off")
         if not 0 <= self.min_p <= 1:
@@ -42,17 +42,17 @@ class SamplingConfig:
 
     @property
     def greedy(self) -> bool:
-        """The best token, always."""
+        """Whether the most probable token is always taken."""
         return self.temperature == 0
 
     @property
     def truncates(self) -> bool:
-        """Some tokens can never be drawn, so log-probabilities need the stored kept mask."""
+        """Whether some tokens cannot be sampled, so that log-probabilities need the sampling mask."""
         return self.greedy or self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
     @property
     def guided(self) -> bool:
-        """A negative prompt takes part."""
+        """Whether a negative prompt is needed."""
         return self.guidance != 1.0
 
 
@@ -72,56 +72,44 @@ def guide(cond: jax.Array, neg: jax.Array | None, guidance: float) -> jax.Array:
 
 
 def temper(scores: jax.Array, temperature: float) -> jax.Array:
-    """scores / temperature in float32. Greedy (0) leaves the scores: there the kept mask decides alone."""
+    """scores / temperature in float32. A temperature of 0 (greedy) leaves the scores: there the mask alone decides."""
     return scores.astype(jnp.float32) / (temperature or 1.0)
 
 
-def kept_mask(scores: jax.Array, sampling: SamplingConfig) -> jax.Array:
-    """Which tokens may be drawn: guided scores [..., V], before the temperature -> bool [..., V], never an empty row.
+def sampling_mask(scores: jax.Array, sampling: SamplingConfig) -> jax.Array:
+    """Tokens that may be sampled: guided scores [..., V] before the temperature -> bool [..., V] with no empty row.
 
-    Ties as in transformers' warpers: top-k and min-p keep all tokens equal to the last kept one; top-p may split equal tokens,
-    and then keeps the later ids (torch's sort is not stable and leaves the choice open).
+    Ties are treated as in transformers' logits warpers: top-k and min-p never separate equal tokens; top-p may, and then keeps the
+    later ids (torch's sort is not stable and leaves the choice open).
     """
     if sampling.greedy:
         return jax.nn.one_hot(jnp.argmax(scores, axis=-1), scores.shape[-1], dtype=bool)
     z = temper(scores, sampling.temperature)
-    kept = jnp.ones(z.shape, bool)
+    mask = jnp.ones(z.shape, bool)
     if sampling.top_k:
-        kept &= z >= jax.lax.top_k(z, min(sampling.top_k, z.shape[-1]))[0][..., -1:]
+        mask &= z >= jax.lax.top_k(z, min(sampling.top_k, z.shape[-1]))[0][..., -1:]
     if sampling.top_p < 1:
-        left = jnp.where(kept, z, -jnp.inf)
+        left = jnp.where(mask, z, -jnp.inf)
         order = jnp.argsort(left, axis=-1, stable=True)
         total = jnp.cumsum(jax.nn.softmax(jnp.take_along_axis(left, order, axis=-1), axis=-1), axis=-1)
         keep_sorted = (total > 1 - sampling.top_p).at[..., -1].set(True)
-        kept &= jnp.take_along_axis(keep_sorted, jnp.argsort(order, axis=-1), axis=-1)
+        mask &= jnp.take_along_axis(keep_sorted, jnp.argsort(order, axis=-1), axis=-1)
     if sampling.min_p:
-        p = jax.nn.softmax(jnp.where(kept, z, -jnp.inf), axis=-1)
-        kept &= p >= sampling.min_p * jnp.max(p, axis=-1, keepdims=True)
-    return kept
-
-
-def masked_logp(scores: jax.Array, kept: jax.Array | None, temperature: float = 1.0) -> jax.Array:
-    """Log-probabilities [..., V] of the truncated, renormalised distribution; -inf outside `kept` (None: everything is kept).
-
-    The mask is an input, so that a trainer replays what the sampler did: recomputed from a newer policy, a token that was
-    drawn could have probability 0.
-    """
-    z = temper(scores, temperature)
-    if kept is None:
-        return jax.nn.log_softmax(z, axis=-1)
-    return jnp.where(kept, jax.nn.log_softmax(jnp.where(kept, z, jnp.finfo(jnp.float32).min), axis=-1), -jnp.inf)
+        p = jax.nn.softmax(jnp.where(mask, z, -jnp.inf), axis=-1)
+        mask &= p >= sampling.min_p * jnp.max(p, axis=-1, keepdims=True)
+    return mask
 
 
 def draw(scores: jax.Array, keys: jax.Array, sampling: SamplingConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Draws one token per row.
+    """Samples one token per row.
 
     Args:
       scores: guided scores [P, R, V]. keys: one PRNG key per row, [P, R].
 
     Returns:
-      Tokens int32 [P, R], their log-probability [P, R] under the distribution they were drawn from, the kept mask [P, R, V].
+      Tokens int32 [P, R], their log-probability [P, R] under the truncated distribution, the sampling mask [P, R, V].
     """
-    z, kept = temper(scores, sampling.temperature), kept_mask(scores, sampling)
+    z, mask = temper(scores, sampling.temperature), sampling_mask(scores, sampling)
     pick = jax.vmap(jax.vmap(jax.random.categorical))
-    tokens = pick(keys, jnp.where(kept, z, -jnp.inf)).astype(jnp.int32)
-    return tokens, token_logp(z, tokens, kept if sampling.truncates else None)[0], kept
+    tokens = pick(keys, jnp.where(mask, z, -jnp.inf)).astype(jnp.int32)
+    return tokens, token_logp(z, tokens, mask if sampling.truncates else None)[0], mask

@@ -15,11 +15,10 @@ from xomni_jax.models import work
 from xomni_jax.models.registry import COMPONENTS, abstract_params
 from xomni_jax.models.transformer import ARConfig
 from xomni_jax.sampling.cache import GENERATED_AXES, PROMPT_AXES
-from xomni_jax.sampling.decoder import DecodeConfig, Decoder
-from xomni_jax.sampling.pixels import DECODER_PARTS, make_decode
+from xomni_jax.sampling.decoder import DECODER_COMPONENTS, DecodeConfig, Decoder, make_decode
 from xomni_jax.sampling.sampler import Sampler
 from xomni_jax.sharding import abstract
-from xomni_jax.sharding.rules import SPREAD_RULES, row_pieces, row_ways
+from xomni_jax.sharding.rules import SPREAD_RULES, microbatches, num_data_shards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,13 +79,13 @@ def decoder_programs(
     Returns:
       ({component: abstract parameters}, {name: program}).
     """
-    params = {name: abstract_params(name, configs[name], mesh) for name in ("siglip_vq", *DECODER_PARTS)}
-    decoder = Decoder(**{name: COMPONENTS[name].module(configs[name]) for name in DECODER_PARTS})
+    params = {name: abstract_params(name, configs[name], mesh) for name in ("siglip_vq", *DECODER_COMPONENTS)}
+    decoder = Decoder(**{name: COMPONENTS[name].module(configs[name]) for name in DECODER_COMPONENTS})
     vq = COMPONENTS["siglip_vq"].module(configs["siglip_vq"])
-    shards = row_ways(mesh)
+    shards = num_data_shards(mesh)
     rows += -rows % shards  # as the pipeline fills them up
     T, S, sides = grid[0] * grid[1], cfg.text_length, 2 if cfg.guidance != 1.0 else 1
-    parts = {name: params[name] for name in DECODER_PARTS}
+    parts = {name: params[name] for name in DECODER_COMPONENTS}
 
     def ids(n: int, length: int):
         return abstract.array(mesh, (n, length), jnp.int32, *(("batch",) if n > 1 else ()))
@@ -99,7 +98,7 @@ def decoder_programs(
     steps = cfg.steps * sides * work.dense(params["mmdit"], work.mmdit_tokens(T, S))
     semantics = work.dense(params["siglip_vq"], {"post": T, "vit": 0, "quant": 0})
     images = f"{rows} images of {grid[0] * configs['siglip_vq'].patch}x{grid[1] * configs['siglip_vq'].patch}"
-    rules, pieces = row_pieces(rows, configs["mmdit"].at_once, mesh)
+    rules, pieces = microbatches(rows, configs["mmdit"].microbatch, mesh)
     gathered = cfg.steps * pieces * sum(x.size * abstract.item_size(x.dtype) for _, x in abstract.leaves(params["mmdit"]))
     gathered = gathered if rules is SPREAD_RULES and mesh.shape["fsdp"] * mesh.shape["tensor"] > 1 else 0.0
     return params, {
@@ -108,7 +107,7 @@ def decoder_programs(
             (params["siglip_vq"], parts, abstract.rows(mesh, (rows, *grid), jnp.int32), *texts, noise, empty),
             f"{images}, {cfg.steps} steps, guidance {cfg.guidance:g}",
             Work(forward=rows * (steps + text + semantics), tokens=rows * T, images=rows, gathered=gathered),
-            uses=("siglip_vq", *DECODER_PARTS),
+            uses=("siglip_vq", *DECODER_COMPONENTS),
             per_step=calls,
         ),
         "text": Program(
@@ -116,10 +115,10 @@ def decoder_programs(
             (parts, *texts),
             f"{rows} prompts of {S} and {cfg.pooled_length} tokens",
             Work(forward=rows * text, tokens=rows * S),
-            uses=DECODER_PARTS,
+            uses=DECODER_COMPONENTS,
             per_step=0,
         ),
         "vae": Program(
-            jax.jit(decoder.pixels), (parts, latents), images, Work(tokens=rows * T, images=rows), uses=DECODER_PARTS, per_step=0
+            jax.jit(decoder.pixels), (parts, latents), images, Work(tokens=rows * T, images=rows), uses=DECODER_COMPONENTS, per_step=0
         ),
     }

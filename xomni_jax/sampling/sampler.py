@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from xomni_jax.sampling.decode import draw_codes, start_codes
+from xomni_jax.sampling.generate import draw_codes, start_codes
 from xomni_jax.sampling.logits import SamplingConfig
 
 SEGMENT = 512  # codes
@@ -37,15 +37,15 @@ class Sampler:
     segments: int
 
     @classmethod
-    def make(cls, net: nn.Module, n_codes: int, sampling: SamplingConfig, most: int = SEGMENT, return_kept: bool = False) -> Sampler:
-        """The programs for images of `n_codes`. `most`: the most codes of a segment. `return_kept`: see `generate_codes`."""
+    def make(cls, net: nn.Module, n_codes: int, sampling: SamplingConfig, most: int = SEGMENT, return_mask: bool = False) -> Sampler:
+        """The programs for images of `n_codes`. `most`: the most codes of a segment. `return_mask`: see `generate_codes`."""
         segment = segment_length(n_codes, most)
 
         def start(params, ids_PS, lengths_P, keys_PR, negative):
             return start_codes(net, params, ids_PS, lengths_P, n_codes, keys_PR.shape[1], sampling, negative)
 
         def draw(params, prompt, state, keys_PR):
-            return draw_codes(net, params, prompt, state, segment, keys_PR, sampling, return_kept)
+            return draw_codes(net, params, prompt, state, segment, keys_PR, sampling, return_mask)
 
         return cls.of(jax.jit(start), jax.jit(draw, donate_argnums=2), n_codes, most)
 

@@ -1,4 +1,4 @@
-"""Several sequences in one row of fixed length: segments keep them apart, positions restart, targets stay inside a segment."""
+"""Packing of several sequences into rows of fixed length, with a segment and positions of its own for each sequence."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from xomni_jax.sequence.tokenizer import TokenSequence
 class PackedBatch(NamedTuple):
     """Rows of fixed length, all [B, L].
 
-    `segments`: 1, 2, ... per sequence, 0 = padding. `positions` restart at 0 in every segment. `loss`: the token is a target.
+    `segments`: 1, 2, ... per sequence, 0 for padding. `positions` start at 0 in every segment. `loss`: True where the token is a target.
     """
 
     ids_BL: np.ndarray
@@ -23,7 +23,8 @@ class PackedBatch(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """What each position predicts, all [B, L]: the next id of its segment (0 where there is none), and which head learns it."""
+    """Targets of each position, all [B, L]: the next id of its segment (0 where there is none), and whether the text or the image head
+    predicts it."""
 
     ids_BL: np.ndarray
     text_BL: np.ndarray
@@ -33,8 +34,11 @@ class Targets(NamedTuple):
 def pack(sequences: Sequence[TokenSequence], length: int, pad: int, rows: int | None = None) -> tuple[PackedBatch, list[int]]:
     """Greedy first fit in the given order -> the batch, and the indices of the sequences left over.
 
-    With `rows` the batch has exactly that many rows (static shapes) and what does not fit is left over; without, rows are added
-    as needed and nothing is. Raises ValueError for a sequence longer than a row.
+    Args:
+      rows: exact number of rows; sequences that do not fit are left over. By default rows are added as needed.
+
+    Raises:
+      ValueError: a sequence is longer than a row.
     """
     free: list[int] = [length] * (rows or 0)
     content: list[list[int]] = [[] for _ in free]
@@ -66,22 +70,11 @@ def pack(sequences: Sequence[TokenSequence], length: int, pad: int, rows: int | 
     return PackedBatch(ids, segments, positions, loss), left
 
 
-def unpack(batch: PackedBatch) -> list[TokenSequence]:
-    """The sequences of a batch, row by row."""
-    found = []
-    for ids_L, segments_L, loss_L in zip(batch.ids_BL, batch.segments_BL, batch.loss_BL, strict=True):
-        for segment in range(1, int(segments_L.max(initial=0)) + 1):
-            here_L = segments_L == segment
-            found.append(TokenSequence(ids_L[here_L], loss_L[here_L]))
-    return found
-
-
 def targets(batch: PackedBatch, vocab_size: int, image_vocab_size: int) -> Targets:
-    """Next-token targets and the head that learns each.
+    """Next-token targets and the head that predicts each.
 
-    A text target goes through the text head, an image code through the image head; specials (`<SOM>`, `<IMAGE>`, `<EOM>`)
-    are nobody's target, since neither head can name them. The first code is predicted at `<IMAGE>`. Nothing is predicted
-    across segments.
+    Text ids are predicted by the text head, image codes by the image head. `<SOM>`, `<IMAGE>` and `<EOM>` are not targets, since neither
+    head has them. The first code is predicted at `<IMAGE>`. Nothing is predicted across segments.
     """
     next_BL = np.zeros_like(batch.ids_BL)
     next_BL[:, :-1] = batch.ids_BL[:, 1:]

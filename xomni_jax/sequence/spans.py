@@ -1,4 +1,4 @@
-"""A mixed sequence as spans of text and images, and back: `unparse(parse(ids)) == ids`."""
+"""Sequences of ids as spans of text and images, and back: `unparse(parse(ids)) == ids`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from xomni_jax.sequence.tokenizer import MultimodalTokenizer
 
 
 class SpanError(ValueError):
-    """A sequence breaks the format. The message names the position."""
+    """A sequence violates the format; the message names the position."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +30,7 @@ class ImageSpan:
 
 
 def parse(ids: np.ndarray, tokenizer: MultimodalTokenizer) -> list[TextSpan | ImageSpan]:
-    """Ids [L] -> spans in order. Any number of images. Raises SpanError at the first position that breaks the format."""
+    """Ids [L] -> spans in order, with any number of images. Raises SpanError at the first position that violates the format."""
     ids_L = np.asarray(ids)
     t = tokenizer
     bad = np.flatnonzero((ids_L < 0) | (ids_L >= t.vocab_size + t.mm_vocab_size))

@@ -1,7 +1,7 @@
 """Prompts, images and answers as token ids, in the released format.
 
-An image of Y x X codes is `<SOM>` + the text "Y X" + `<IMAGE>` + Y*X codes, row-major + `<EOM>`. Text ids come first, image code
-k is id `vocab_size + k`, and the three specials follow somewhere below `vocab_size + mm_vocab_size`: they are found by name.
+An image of Y x X codes is `<SOM>`, the text "Y X", `<IMAGE>`, Y*X codes in row-major order and `<EOM>`. Text ids come first, image code
+k is id `vocab_size + k`, and the three special tokens, looked up by name, lie below `vocab_size + mm_vocab_size`.
 """
 
 from __future__ import annotations
@@ -19,21 +19,23 @@ TINY_TOKENIZER = Path(str(resources.files("xomni_jax"))) / "assets" / "tiny_toke
 
 
 class TokenSequence(NamedTuple):
-    """`ids` int32 [L] and `loss` bool [L]: True where the token is a target. Its id tells which head predicts it."""
+    """`ids` int32 [L] and `loss` bool [L], True where the token is a target; a target's id tells which head predicts it."""
 
     ids_L: np.ndarray
     loss_L: np.ndarray
 
 
 class MultimodalTokenizer:
-    """A Hugging Face tokenizer that knows where image codes live.
+    """A Hugging Face tokenizer together with the ids of image codes.
 
-    Attributes: `vocab_size` (text ids, which is also the id of code 0), `image_vocab_size` (codes), `mm_vocab_size` (codes +
-    specials + spares), `som`, `eom`, `image` (ids of the specials), `end_of_turn`, `pad`, `text` (the wrapped tokenizer).
+    Attributes:
+      vocab_size: number of text ids, and the id of code 0. image_vocab_size: number of codes.
+      mm_vocab_size: codes, special and unused ids. som, eom, image, end_of_turn, pad: ids of special tokens.
+      text: the wrapped tokenizer.
     """
 
     def __init__(self, text: Any, *, vocab_size: int | None = None, image_vocab_size: int | None = None, mm_vocab_size: int | None = None):
-        """Sizes come from the model's config; without one they are read off the tokenizer. ValueError when the two disagree."""
+        """Sizes are those of the model's config, or by default those of the tokenizer. Raises ValueError where the two disagree."""
         self.text = text
         table = text.get_vocab()
         missing = [name for name in (SOM, EOM, IMAGE, FIRST_CODE, END_OF_TURN) if name not in table]
@@ -70,11 +72,11 @@ class MultimodalTokenizer:
 
     @classmethod
     def load(cls, path: str | Path = TINY_TOKENIZER, **sizes: int) -> MultimodalTokenizer:
-        """Reads a local folder (default: the tiny tokenizer of this package); `sizes` as in the constructor. Never online."""
+        """Reads a local folder, by default the package's tiny tokenizer; `sizes` as in the constructor. Never online."""
         return cls(read_tokenizer(path), **sizes)
 
     def encode_text(self, text: str) -> np.ndarray:
-        """Plain text -> ids [L]. Raises ValueError when it spells a multimodal token, which only this class may place."""
+        """Plain text -> ids [L]. Raises ValueError where the text contains a multimodal token, which only this class may insert."""
         ids = np.array(self.text.encode(text, add_special_tokens=False), np.int32)
         wrong = np.flatnonzero(ids >= self.vocab_size)
         if wrong.size:
@@ -83,11 +85,11 @@ class MultimodalTokenizer:
         return ids
 
     def decode_text(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Ids -> text; special tokens are left out."""
+        """Ids -> text without special tokens."""
         return self.text.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def image_string(self, y: int, x: int, codes_YX: np.ndarray | None = None) -> str:
-        """The image as text: the part before the codes, or all of it with `codes_YX`."""
+        """An image as text: the part before the codes, or the whole image with `codes_YX`."""
         head = f"{SOM}{y} {x}{IMAGE}"
         return head if codes_YX is None else head + "".join(f"<MM-Token-{k}>" for k in np.ravel(codes_YX)) + EOM
 
@@ -104,15 +106,15 @@ class MultimodalTokenizer:
         return np.concatenate([self.image_prefix(*codes_YX.shape), codes, [self.eom]]).astype(np.int32)
 
     def generation_prompt(self, prompt: str, y: int, x: int) -> np.ndarray:
-        """What an image is sampled from: the bare prompt and the image prefix, no chat template -> ids [L]."""
+        """Prompt of an image to be sampled: the plain text and the image prefix, without chat template -> ids [L]."""
         return np.concatenate([self.encode_text(prompt), self.image_prefix(y, x)])
 
     def negative_prompt(self, y: int, x: int) -> np.ndarray:
-        """What guidance steers away from: the image prefix alone -> ids [L]."""
+        """Negative prompt of guidance: the image prefix alone -> ids [L]."""
         return self.image_prefix(y, x)
 
     def generation_sequence(self, prompt: str, codes_YX: np.ndarray) -> TokenSequence:
-        """Prompt and image for training. Targets are the codes; `<EOM>` is appended, never predicted, so it is no target."""
+        """Prompt and image for training. Targets are the codes; `<EOM>` is appended and never predicted, and so is not a target."""
         ids_L = np.concatenate([self.encode_text(prompt), self.image_ids(codes_YX)])
         return TokenSequence(ids_L, (ids_L >= self.vocab_size) & (ids_L < self.vocab_size + self.image_vocab_size))
 
@@ -122,12 +124,13 @@ class MultimodalTokenizer:
         return TokenSequence(ids_L, np.arange(len(ids_L)) > 0)
 
     def understanding_prompt(self, codes_YX: np.ndarray, question: str) -> np.ndarray:
-        """One user turn, image then question, in the tokenizer's chat template with the assistant's turn opened -> ids [L]."""
+        """Prompt of an answer: image and question as the user's turn of the tokenizer's chat template, then the start of the
+        assistant's turn -> ids [L]."""
         codes_YX = self._checked(codes_YX)
-        self.encode_text(question)  # refuses multimodal tokens in the question
+        self.encode_text(question)  # raises if it contains multimodal tokens
         content = self.image_string(*codes_YX.shape) + EOM + "\n" + question
         turn = self.text.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
-        # Special tokens cut the text for the tokenizer, so codes may come in after tokenising: same ids, no 5,184 names.
+        # The tokenizer splits text at special tokens, so inserting the codes as ids is equal to tokenising their 5,184 names.
         ids_L = np.array(self.text.encode(turn, add_special_tokens=False), np.int32)
         at = int(np.flatnonzero(ids_L == self.image)[0]) + 1
         codes = codes_YX.ravel().astype(np.int32) + self.vocab_size
@@ -152,14 +155,14 @@ class MultimodalTokenizer:
 
 
 def read_tokenizer(path: str | Path) -> Any:
-    """The Hugging Face tokenizer of a local folder. Never online. ValueError when there is none."""
+    """The Hugging Face tokenizer of a local folder. Never online. Raises ValueError if there is none."""
     path = Path(path)
     if not path.is_dir():
         raise ValueError(f"The tokenizer folder {str(path)!r} does not exist; give the folder that holds tokenizer.json.")
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
-        # tokenizer.json says everything; AutoTokenizer would first ask the model's config.json, whose type it may not know.
+        # tokenizer.json is complete; AutoTokenizer would first read the model's config.json, whose type it may not know.
         kind = PreTrainedTokenizerFast if (path / "tokenizer.json").is_file() else AutoTokenizer
         return kind.from_pretrained(str(path), local_files_only=True)
     except (OSError, ValueError) as error:
@@ -169,17 +172,19 @@ def read_tokenizer(path: str | Path) -> Any:
 def encoder_ids(tokenizer: Any, texts: Sequence[str], length: int) -> np.ndarray:
     """Texts -> ids int32 [B, length] by a text encoder's own Hugging Face tokenizer, as FLUX prepares them.
 
-    The tokenizer adds its specials (T5: end; CLIP: begin and end), cuts the text so that they fit, and fills with its padding token.
+    The tokenizer adds its special tokens (T5: end; CLIP: begin and end), truncates the text so that they fit, and pads.
     """
     rows = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True)
     return np.array(rows["input_ids"], np.int32)
 
 
 def fixed_length_ids(tokenizer: Any, texts: Sequence[str], length: int) -> np.ndarray:
-    """Texts -> ids int32 [B, length] for text encoders that share the model's tokenizer: cut to fit, closed and filled with padding.
+    """Texts -> ids int32 [B, length] for text encoders that share the model's tokenizer: truncated, then padded.
 
-    `tokenizer` is a MultimodalTokenizer or a bare Hugging Face one. At least one padding token closes every row, which is the
-    end-of-text position that CLIP pools.
+    Every row ends with at least one padding token, the end-of-text position that CLIP pools.
+
+    Args:
+      tokenizer: a MultimodalTokenizer or a Hugging Face one.
     """
     text = tokenizer.text if isinstance(tokenizer, MultimodalTokenizer) else tokenizer
     pad = text.pad_token_id if text.pad_token_id is not None else text.eos_token_id

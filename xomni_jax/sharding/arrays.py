@@ -1,4 +1,4 @@
-"""Between the rows of a batch on hosts and global arrays on the mesh. With one process everything is here and nothing is sent."""
+"""Transfer of batches between hosts and the mesh. With one process it holds every row, and nothing is sent."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from xomni_jax.sharding.rules import RULES
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The first dimension split as the table splits "batch", the others whole."""
+    """Splits the first dimension as the table splits "batch"."""
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 
 def rows_of(mesh: Mesh, n: int) -> dict[int, list[int]]:
-    """{process: the rows of a batch of n that its devices hold, in order}. With several processes n splits evenly over the mesh."""
+    """{process: rows of a batch of n that its devices hold, in order}. With several processes n must divide over the mesh."""
     if jax.process_count() == 1:
         return {0: list(range(n))}
     held: dict[int, set[int]] = {}
@@ -30,25 +30,25 @@ def rows_of(mesh: Mesh, n: int) -> dict[int, list[int]]:
 
 
 def local_rows(mesh: Mesh, n: int) -> list[int]:
-    """Rows of a batch of n that this process's devices hold. Where a tensor axis crosses hosts, others may hold them too."""
+    """Rows of a batch of n that this process's devices hold. Other processes hold them too where a tensor axis crosses hosts."""
     return rows_of(mesh, n)[jax.process_index()]
 
 
 def owned_rows(mesh: Mesh, n: int) -> list[int]:
-    """Rows that this process answers for: every row of a batch is owned by exactly one process."""
+    """Rows of a batch of n that this process owns: of the processes that hold a row, the first owns it."""
     held = rows_of(mesh, n)
     others = {row for process, rows in held.items() if process < jax.process_index() for row in rows}
     return [row for row in held[jax.process_index()] if row not in others]
 
 
 def spread(mesh: Mesh, rows: Any, n: int) -> Any:
-    """This process's rows (arrays of `local_rows`) -> global arrays of n rows."""
+    """Tree of arrays of this process's `local_rows` -> tree of global arrays of n rows on the mesh."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x), (n, *np.shape(x)[1:])), rows)
 
 
 def rows_here(x: jax.Array, rows: Sequence[int]) -> np.ndarray:
-    """Some rows of an array split by `batch_sharding` that this process's devices hold, on the host."""
+    """Rows, held by this process, of an array split by `batch_sharding` -> numpy array."""
     if x.is_fully_addressable:
         return np.asarray(x)[np.asarray(rows, int)]
     held: dict[int, np.ndarray] = {}
@@ -58,15 +58,15 @@ def rows_here(x: jax.Array, rows: Sequence[int]) -> np.ndarray:
 
 
 def whole(x: jax.Array) -> np.ndarray:
-    """All of a (small) array on every host."""
+    """A (small) array in full on every host."""
     if x.is_fully_addressable:
         return np.asarray(x)
-    with jax.set_mesh(x.sharding.mesh):  # a caller may work on another
+    with jax.set_mesh(x.sharding.mesh):  # the caller may have set another
         return multihost_utils.process_allgather(x, tiled=True)
 
 
 def share(columns: Mapping[str, Sequence[Any]], rows: Sequence[int], n: int) -> dict[str, list[Any]]:
-    """This process's rows of some columns (JSON values) -> all n rows of them, on every host."""
+    """Columns of JSON values with this process's rows -> the columns with all n rows, on every host."""
     if jax.process_count() == 1:
         return {name: list(values) for name, values in columns.items()}
     out = {name: [None] * n for name in columns}

@@ -1,4 +1,4 @@
-"""Mesh construction."""
+"""Construction of device meshes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class MeshConfig:
     Attributes:
       replica: whole copies of the model, one or more a TPU slice; the only axis that may lie between slices
       data: copies of the model within a slice; each sees its own rows of a batch
-      fsdp: parts that weights are split into and gathered from when needed; rows of a batch are split over it, too; -1: the remaining devices
+      fsdp: parts that weights are split into and gathered from when needed; rows of a batch are split over it, too; -1: the remaining
+        devices
       tensor: parts that attention heads and the MLP's width are split into
     """
 
@@ -49,7 +50,7 @@ def make_mesh(axes: Mapping[str, int] | None = None, devices=None) -> Mesh:
         raise ValueError(f"mesh axis {unknown[0]!r} is unknown; known axes: {', '.join(MESH_AXES)}")
     bad = [name for name, size in sizes.items() if not isinstance(size, int) or (size < 1 and size != -1)]
     if bad:
-        raise ValueError(f"mesh {bad[0]}={sizes[bad[0]]!r} is no number of devices; use 1 or more, or -1 for the remaining devices")
+        raise ValueError(f"mesh {bad[0]}={sizes[bad[0]]!r} is not a number of devices; use 1 or more, or -1 for the remaining devices")
     devices = jax.devices() if devices is None else list(devices)
     free = [name for name, size in sizes.items() if size == -1]
     fixed = math.prod(size for size in sizes.values() if size != -1)
@@ -70,7 +71,7 @@ def make_mesh(axes: Mapping[str, int] | None = None, devices=None) -> Mesh:
 
 
 def arrange(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
-    """Devices in the shape of the mesh, neighbours on the torus where it allows. Between TPU slices runs the first axis, replica, alone.
+    """Devices in the shape of the mesh, neighbours on the torus where possible. Only the first axis, replica, crosses TPU slices.
 
     Raises:
       ValueError: there are several slices, and replica is not a multiple of their number.
@@ -82,23 +83,24 @@ def arrange(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     if shape[0] % slices:
         raise ValueError(
-            f"mesh replica={shape[0]} does not divide over {slices} slices, and no other axis may lie between them; use replica={slices} or a multiple"
+            f"mesh replica={shape[0]} does not divide over {slices} slices, and no other axis may lie between them; "
+            f"use replica={slices} or a multiple"
         )
     within, between = (shape[0] // slices, *shape[1:]), (slices,) + (1,) * (len(shape) - 1)
     return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
 
 
 def has_holes(devices: Sequence[jax.Device]) -> bool:
-    """Whether the devices of a slice leave some of their cuboid out, as those of a decoder apart do: then no axis follows the torus."""
+    """Whether the devices do not fill their bounding cuboid, as where a decoder has devices of its own: no axis then follows the torus."""
     sides = (max(c) - min(c) + 1 for c in zip(*((*d.coords, d.core_on_chip) for d in devices)))
     return math.prod(sides) != len(devices)
 
 
 def split_devices(devices: Sequence[jax.Device], apart: int) -> tuple[list[jax.Device], list[jax.Device]]:
-    """(the rest, `apart` devices): equally many from every process, so that each takes part in both meshes.
+    """(the rest, `apart` devices), equally many of every process, so that each process takes part in both meshes.
 
     Raises:
-      ValueError: the devices cannot be split so.
+      ValueError: `apart` is not a multiple of the processes, or leaves one of them without devices.
     """
     by_process: dict[int, list[jax.Device]] = {}
     for device in devices:
@@ -115,5 +117,5 @@ def split_devices(devices: Sequence[jax.Device], apart: int) -> tuple[list[jax.D
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of a value that every device holds whole."""
+    """Sharding of a value that every device holds in full."""
     return NamedSharding(mesh, PartitionSpec())

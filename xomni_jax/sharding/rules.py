@@ -37,25 +37,25 @@ RULES: dict[str, tuple[str, ...] | None] = {
     "channels_out": ("fsdp",),
 }
 
-# The transformer while it samples: whole along its width. A decode step lasts about as long as reading the weights once from HBM takes; split
-# over "fsdp" they would come over the network for every token.
+# Parameters of the transformer while it samples, replicated over "fsdp". A decode step takes about as long as reading the weights from HBM
+# once; split over "fsdp" they would cross the network for every token.
 ROLLOUT_RULES = RULES | {"embed": None}
 
-# Activations of models that take many rows at a time: rows are split over "tensor" too, and nothing else is. Weights lie as RULES say and are
-# gathered layer by layer: 0.4 GB a layer of the MMDiT, where a split over heads would exchange 35 MB an image and projection.
+# Activations of models that run on many rows at a time: rows are split over "tensor" as well, nothing else is. Weights stay as in RULES and
+# are gathered layer by layer: 0.4 GB per layer of the MMDiT, where a split over heads would exchange 35 MB per image and projection.
 SPREAD_RULES = dict.fromkeys(RULES) | {"batch": MESH_AXES}
 
-_acting: ContextVar[Mapping] = ContextVar("rules of activations", default=RULES)
+_activation_rules: ContextVar[Mapping] = ContextVar("rules of activations", default=RULES)
 
 
 def spec_for(
     name: str, shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh | AbstractMesh, rules: Mapping = RULES
 ) -> PartitionSpec:
-    """PartitionSpec of one tensor; refuses what the compiler would quietly replicate.
+    """PartitionSpec of one tensor. Raises where the compiler would replicate without a warning.
 
     Raises:
       KeyError: a logical axis has no rule.
-      ValueError: the number of axes is not the rank, a mesh axis would serve two dimensions, or a size does not divide.
+      ValueError: the number of axes is not the rank, a mesh axis would split two dimensions, or a size does not divide.
     """
     if len(shape) != len(axes):
         raise ValueError(f"{name}{tuple(shape)}: {len(axes)} logical axes {tuple(axes)} for {len(shape)} dimensions")
@@ -77,72 +77,72 @@ def spec_for(
     return PartitionSpec(*entries)
 
 
-def row_ways(mesh: Mesh | AbstractMesh) -> int:
-    """Parts that the rows of a batch are split into."""
+def num_data_shards(mesh: Mesh | AbstractMesh) -> int:
+    """Number of parts that the rows of a batch are split into."""
     return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
 def constrain(x: jax.Array, *axes: str | None, name: str = "activation") -> jax.Array:
-    """Pins an activation to the table, by logical axis names. The identity where no mesh is set (`jax.set_mesh`)."""
+    """Constrains the sharding of an activation by its logical axes. Does nothing where no mesh is set (`jax.set_mesh`)."""
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, activation_spec(name, x.shape, axes, mesh))
 
 
 def activation_spec(name: str, shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """`spec_for` an activation: by RULES, or by SPREAD_RULES within `map_rows`."""
-    return spec_for(name, shape, axes, mesh, _acting.get())
+    """PartitionSpec of an activation by the table in use: RULES, or SPREAD_RULES within `map_rows`."""
+    return spec_for(name, shape, axes, mesh, _activation_rules.get())
 
 
 @contextmanager
-def acting(rules: Mapping) -> Iterator[None]:
-    """Within it activations are split by another table."""
-    token = _acting.set(rules)
+def activation_rules(rules: Mapping) -> Iterator[None]:
+    """Shards activations by another table within the context."""
+    token = _activation_rules.set(rules)
     try:
         yield
     finally:
-        _acting.reset(token)
+        _activation_rules.reset(token)
 
 
-def map_rows(fn: Callable[[Any], Any], rows: Any, at_once: int = 0) -> Any:
-    """fn(rows) for a tree of arrays whose rows do not depend on each other, at most `at_once` per device at a time; 0: all together.
+def map_rows(fn: Callable[[Any], Any], rows: Any, microbatch: int = 0) -> Any:
+    """fn(rows) for a tree of arrays [B, ...] with independent rows, at most `microbatch` rows at a time on each device; 0: all at once.
 
-    How they are split is said at `row_pieces`. Rows are dealt out in turn, so that those of a device stay there.
+    See `microbatches` for how they are split. A microbatch takes every k-th row, so that all devices compute on rows they hold.
     """
-    rules, pieces = row_pieces(len(jax.tree.leaves(rows)[0]), at_once, jax.sharding.get_abstract_mesh())
+    rules, pieces = microbatches(len(jax.tree.leaves(rows)[0]), microbatch, jax.sharding.get_abstract_mesh())
     if not pieces:
         return fn(rows)
 
     def piece(rows: Any) -> Any:
-        with acting(rules):
-            out = fn(jax.tree.map(pinned, rows))
-        return jax.tree.map(pinned, out)
+        with activation_rules(rules):
+            out = fn(jax.tree.map(constrained, rows))
+        return jax.tree.map(constrained, out)
 
-    def pinned(x: jax.Array) -> jax.Array:
+    def constrained(x: jax.Array) -> jax.Array:
         return constrain(x, "batch", *(None,) * (x.ndim - 1), name="rows")
 
     if pieces == 1:
         return piece(rows)
-    dealt = jax.tree.map(lambda x: x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1), rows)
-    out = jax.lax.map(piece, dealt)
+    interleaved = jax.tree.map(lambda x: x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1), rows)
+    out = jax.lax.map(piece, interleaved)
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), out)
 
 
-def row_pieces(n: int, at_once: int, mesh: Mesh | AbstractMesh) -> tuple[Mapping, int]:
-    """(table, number of equal pieces) for n rows of `map_rows`.
+def microbatches(n: int, microbatch: int, mesh: Mesh | AbstractMesh) -> tuple[Mapping, int]:
+    """(table, number of equal microbatches) for n rows of `map_rows`.
 
-    Rows are spread over every device of the mesh (SPREAD_RULES); where their number does not divide over all of them, they stay split as
-    any batch is (RULES); where it does not divide over those axes either, they are not cut (no pieces).
+    Rows are split over all devices of the mesh (SPREAD_RULES) if n divides over them, else as any batch is (RULES). If n does not divide
+    over those axes either, there are 0 microbatches: the rows are not split.
     """
     rules = RULES if mesh.empty or n % mesh.size else SPREAD_RULES
     each, odd = divmod(n, math.prod(mesh.shape.get(axis, 1) for axis in rules["batch"]))
     if odd:
         return rules, 0
-    return rules, next(k for k in range(1, each + 1) if each % k == 0 and (not at_once or each // k <= at_once))
+    return rules, next(k for k in range(1, each + 1) if each % k == 0 and (not microbatch or each // k <= microbatch))
 
 
 @contextmanager
 def unconstrained() -> Iterator[None]:
-    """Within it `constrain` is the identity whatever mesh is set: for initialisation, which traces inputs of one row."""
+    """Turns `constrain` off within the context, for initialisation, which traces inputs of a single row."""
     with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
         yield
 
@@ -150,7 +150,8 @@ def unconstrained() -> Iterator[None]:
 def param_shardings(boxed, mesh: Mesh, rules: Mapping = RULES):
     """NamedSharding tree of a boxed parameter tree, as `jax.eval_shape(model.init, ...)["params"]` returns it.
 
-    Every parameter must name its logical axes (`nn.with_logical_partitioning`); an unnamed one is an error.
+    Raises:
+      ValueError: a parameter names no logical axes (`nn.with_logical_partitioning`).
     """
 
     def one(path, leaf):

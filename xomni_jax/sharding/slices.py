@@ -11,12 +11,12 @@ _FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 _DEEP = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4), (4, 4, 8), (4, 8, 8), (8, 8, 8), (8, 8, 16), (8, 16, 16), (16, 16, 16))
 TOPOLOGIES = {"v4": _DEEP, "v5e": _FLAT, "v5p": _DEEP, "v6e": _FLAT, "tpu7x": _DEEP}
 PREFIXES = {"v4": "v4", "v5e": "v5litepod", "v5p": "v5p", "v6e": "v6e", "tpu7x": "tpu7x"}
-COUNTS_CORES = ("v4", "v5p", "tpu7x")  # the number in the name is that of TensorCores, two a chip
+COUNTS_CORES = ("v4", "v5p", "tpu7x")  # their names count TensorCores, of which a chip has two
 
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """One slice.
+    """One TPU slice.
 
     Attributes:
       chip: v4 | v5e | v5p | v6e | tpu7x.
@@ -28,22 +28,22 @@ class Slice:
 
     @property
     def chips(self) -> int:
-        """How many chips it has."""
+        """Number of chips."""
         return math.prod(self.topology)
 
     @property
     def chips_per_host(self) -> int:
-        """Of the usual machine: four, all of them in a slice of one or eight on a flat interconnect."""
+        """Chips of one machine: four, or the whole slice where it is a single chip or a flat one of eight."""
         return self.chips if self.topology in ((1, 1), (2, 4)) else 4
 
     @property
     def hosts(self) -> int:
-        """How many machines, and JAX processes."""
+        """Number of machines, and of JAX processes."""
         return self.chips // self.chips_per_host
 
     @property
     def name(self) -> str:
-        """The cloud's name."""
+        """Cloud name, such as v6e-64."""
         return f"{PREFIXES[self.chip]}-{self.chips * (2 if self.chip in COUNTS_CORES else 1)}"
 
 
@@ -51,7 +51,7 @@ def parse(name: str) -> Slice:
     """The slice of a cloud name.
 
     Raises:
-      ValueError: no such chip, or a size that the cloud does not offer; the message lists those that it does.
+      ValueError: unknown chip, or a size that the cloud does not offer; the message lists those that it does.
     """
     chip = chip_of(name)
     known = {s.name: s for s in (Slice(chip, t) for t in TOPOLOGIES[chip])}

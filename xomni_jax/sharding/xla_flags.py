@@ -1,11 +1,11 @@
-"""Flags of the TPU compiler and runtime: the one reviewed table, for the launch scripts, the manifests and their documentation.
+"""Flags of the TPU compiler and runtime: one reviewed table for the launch scripts, the manifests and their documentation.
 
     python -m xomni_jax.sharding.xla_flags v6e-64               what LIBTPU_INIT_ARGS should be on that slice
     python -m xomni_jax.sharding.xla_flags v6e-64 --slices 2    the same for two slices that train together
     python -m xomni_jax.sharding.xla_flags --table              the table as Markdown
 
-libtpu reads the variable when it is loaded, so it is set before Python starts. What is already set there wins: the scripts leave it alone.
-Imports nothing but the standard library: a manifest is written on machines without jax.
+libtpu reads the variable when it is loaded, so the launch scripts set it before Python starts; a value that is already set stays.
+Standard library only: manifests are written on machines without jax.
 """
 
 from __future__ import annotations
@@ -38,74 +38,67 @@ class Flag:
     multislice: bool = False
 
 
-# Asynchronous collective fusion is for v5e alone: libtpu 0.0.52 refuses it on other chips (wrong results, hangs), though older guides set it there.
-# Compiler defaults improve: with every new libtpu measure each group again and drop what no longer helps.
+def _flags(chips: tuple[str, ...], *rows: tuple[str, str, str], multislice: bool = False) -> tuple[Flag, ...]:
+    """Flags (name, value, reason) of the same chips."""
+    return tuple(Flag(name, value, chips, reason, multislice) for name, value, reason in rows)
+
+
+# Asynchronous collective fusion is for v5e only: libtpu 0.0.52 refuses it on other chips (wrong results, hangs), where older guides set it.
+# Compiler defaults improve: measure each group again with every new libtpu, and drop what no longer helps.
 FLAGS = (
-    Flag("xla_tpu_enable_async_collective_fusion", "true", ("v5e",), "runs a collective beside the matmul that does not need it yet"),
-    Flag(
-        "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
-        "true",
+    *_flags(
         ("v5e",),
-        "the same for FSDP's weight gathers, the bulk of our traffic",
+        ("xla_tpu_enable_async_collective_fusion", "true", "runs a collective beside the matmul that does not need it yet"),
+        ("xla_tpu_enable_async_collective_fusion_fuse_all_gather", "true", "the same for FSDP's weight gathers, the bulk of our traffic"),
+        (
+            "xla_tpu_enable_async_collective_fusion_multiple_steps",
+            "true",
+            "lets one gather stretch over several matmuls; a layer's are short",
+        ),
     ),
-    Flag(
-        "xla_tpu_enable_async_collective_fusion_multiple_steps",
-        "true",
-        ("v5e",),
-        "lets one gather stretch over several matmuls; a layer's are short",
+    *_flags(
+        _TRAINED_ON,
+        ("xla_tpu_overlap_compute_collective_tc", "true", "lets the TensorCore compute while it drives a collective"),
+        ("xla_enable_async_all_gather", "true", "splits gathers into start and done, without which nothing can be moved between"),
     ),
-    Flag("xla_tpu_overlap_compute_collective_tc", "true", _TRAINED_ON, "lets the TensorCore compute while it drives a collective"),
-    Flag(
-        "xla_enable_async_all_gather", "true", _TRAINED_ON, "splits gathers into start and done, without which nothing can be moved between"
+    *_flags(
+        ("v5p",),
+        ("xla_tpu_megacore_fusion_allow_ags", "false", "keeps gathers out of fusions over both cores, where they would block again"),
+        ("xla_enable_async_collective_permute", "true", "overlaps the permutes that large gathers turn into on a 3D torus"),
+        ("xla_tpu_enable_ag_backward_pipelining", "true", "starts the next layer's gather early in the backward pass"),
     ),
-    Flag(
-        "xla_tpu_megacore_fusion_allow_ags", "false", ("v5p",), "keeps gathers out of fusions over both cores, where they would block again"
-    ),
-    Flag("xla_enable_async_collective_permute", "true", ("v5p",), "overlaps the permutes that large gathers turn into on a 3D torus"),
-    Flag("xla_tpu_enable_ag_backward_pipelining", "true", ("v5p",), "starts the next layer's gather early in the backward pass"),
-    Flag(
-        "xla_tpu_scoped_vmem_limit_kib",
-        "98304",
+    *_flags(
         ("v6e",),
-        "three quarters of the 128 MiB of VMEM to the running kernel: larger tiles for matmuls and splash attention",
+        (
+            "xla_tpu_scoped_vmem_limit_kib",
+            "98304",
+            "three quarters of the 128 MiB of VMEM to the running kernel: larger tiles for matmuls and splash attention",
+        ),
     ),
-    Flag(
-        "xla_tpu_enable_sparse_core_collective_offload_all_gather",
-        "true",
+    *_flags(
         ("tpu7x",),
-        "the SparseCores drive gathers, the TensorCore computes",
+        ("xla_tpu_enable_sparse_core_collective_offload_all_gather", "true", "the SparseCores drive gathers, the TensorCore computes"),
+        ("xla_tpu_enable_sparse_core_collective_offload_reduce_scatter", "true", "the same for gradients"),
+        ("xla_tpu_enable_sparse_core_collective_offload_all_reduce", "true", "the same for norms and replicated gradients"),
+        (
+            "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
+            "false",
+            "a gather is either fused or offloaded; offloading loses when both are on",
+        ),
     ),
-    Flag("xla_tpu_enable_sparse_core_collective_offload_reduce_scatter", "true", ("tpu7x",), "the same for gradients"),
-    Flag("xla_tpu_enable_sparse_core_collective_offload_all_reduce", "true", ("tpu7x",), "the same for norms and replicated gradients"),
-    Flag(
-        "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
-        "false",
-        ("tpu7x",),
-        "a gather is either fused or offloaded; offloading loses when both are on",
-    ),
-    Flag(
-        "xla_tpu_enable_data_parallel_all_reduce_opt",
-        "true",
+    *_flags(
         CHIPS,
-        "reduces gradients between slices while the backward pass still runs",
-        True,
+        ("xla_tpu_enable_data_parallel_all_reduce_opt", "true", "reduces gradients between slices while the backward pass still runs"),
+        (
+            "xla_tpu_data_parallel_opt_different_sized_ops",
+            "true",
+            "the same where gradients differ in size, as stacked layers and tables do",
+        ),
+        ("xla_tpu_use_enhanced_launch_barrier", "true", "finds hosts that start different programs before they wait for each other"),
+        ("megascale_graph_hang_threshold", "10m", "a step that takes this long between slices is reported as hung"),
+        ("megascale_abort_on_hangs", "true", "and ends the process, so that the launcher starts again instead of waiting"),
+        multislice=True,
     ),
-    Flag(
-        "xla_tpu_data_parallel_opt_different_sized_ops",
-        "true",
-        CHIPS,
-        "the same where gradients differ in size, as stacked layers and tables do",
-        True,
-    ),
-    Flag(
-        "xla_tpu_use_enhanced_launch_barrier",
-        "true",
-        CHIPS,
-        "finds hosts that start different programs before they wait for each other",
-        True,
-    ),
-    Flag("megascale_graph_hang_threshold", "10m", CHIPS, "a step that takes this long between slices is reported as hung", True),
-    Flag("megascale_abort_on_hangs", "true", CHIPS, "and ends the process, so that the launcher starts again instead of waiting", True),
 )
 
 

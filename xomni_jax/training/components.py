@@ -18,7 +18,7 @@ from xomni_jax.pipeline import XOmni
 from xomni_jax.sampling.decoder import DecodeConfig
 from xomni_jax.sequence.tokenizer import TINY_TOKENIZER
 from xomni_jax.sharding.arrays import local_rows
-from xomni_jax.sharding.rules import row_ways
+from xomni_jax.sharding.rules import num_data_shards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +101,7 @@ def check_heads(kv_heads: int, mesh: jax.sharding.Mesh) -> None:
 
 def check_split(key: str, size: int, mesh: jax.sharding.Mesh) -> None:
     """Refuses a batch that does not split evenly over the mesh; `key` is where its size is configured."""
-    ways = row_ways(mesh)
+    ways = num_data_shards(mesh)
     if size % ways:
         raise ConfigError(
             f"{key}={size} does not split over the {ways} ways of config.mesh (replica x data x fsdp); use a multiple of {ways}, "

@@ -23,10 +23,9 @@ from xomni_jax.models import autoencoder, mmdit, siglip_vq, text_encoders
 from xomni_jax.models.registry import COMPONENTS, abstract_params, init_params
 from xomni_jax.models.section import ModelSection
 from xomni_jax.models.work import dense, mmdit_tokens
-from xomni_jax.sampling.decoder import DecodeConfig, Decoder, to_uint8
+from xomni_jax.sampling.decoder import DECODER_COMPONENTS, DecodeConfig, Decoder, to_uint8
 from xomni_jax.sampling.flow import Conditioning, flow_training_pair
 from xomni_jax.sampling.keys import image_keys
-from xomni_jax.sampling.pixels import DECODER_PARTS
 from xomni_jax.sharding import abstract
 from xomni_jax.sharding.arrays import spread, whole
 from xomni_jax.sharding.rules import map_rows
@@ -38,7 +37,7 @@ from xomni_jax.training.stage import GRID_SEED, RunConfig, RunningStage
 from xomni_jax.training.state import TrainState, new_state
 
 GRID_IMAGES = 8
-MODELS = ("siglip_vq", *DECODER_PARTS)
+MODELS = ("siglip_vq", *DECODER_COMPONENTS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +152,7 @@ class DecoderStage:
     def programs(cls, cfg: DecoderRun, models: Mapping[str, Any], mesh: Mesh, decoder_mesh: Mesh | None = None) -> Programs:
         """The update on a batch of images of the data's main size."""
         check_split("config.batch_size", cfg.batch_size, mesh)
-        configs = {name: models[name] for name in DECODER_PARTS}
+        configs = {name: models[name] for name in DECODER_COMPONENTS}
         decoder = Decoder(**{name: COMPONENTS[name].module(c) for name, c in configs.items()})
 
         def init():
@@ -194,7 +193,7 @@ class DecoderStage:
         rows = here("config.batch_size", cfg.batch_size, mesh)
         model = open_model(cfg.init_from, ("siglip_vq",), mesh, cfg.stage)
         models, decode = model_configs(cfg, MODELS, model), cfg.decode
-        for name in DECODER_PARTS:
+        for name in DECODER_COMPONENTS:
             if getattr(models[name], "int8", False):
                 raise ConfigError(
                     f"config.{name}.int8=True: kernels in 8 bits cannot learn; leave it False here and set it where the model is frozen"
@@ -205,13 +204,13 @@ class DecoderStage:
         state = made.create()
         state = state.replace(params={n: model.params(n) if n in stored else p for n, p in state.params.items()})
         vq, vq_params = model.module("siglip_vq"), model.params("siglip_vq")
-        decoder = Decoder(**{name: COMPONENTS[name].module(models[name]) for name in DECODER_PARTS})
+        decoder = Decoder(**{name: COMPONENTS[name].module(models[name]) for name in DECODER_COMPONENTS})
 
         flops = FlopCount()
         update = flops(made["decoder-update"].fn)
         ids = functools.partial(model.text_ids, cfg=decode)
         empty = ids([""])
-        empties = tuple(np.repeat(x, model.ways, axis=0) for x in empty)  # as many rows as the mesh splits
+        empties = tuple(np.repeat(x, model.num_data_shards, axis=0) for x in empty)  # as many rows as the mesh splits
 
         def to_batch(examples: dict[str, Any]) -> dict[str, Any]:
             text_BS, pooled_BS = ids(examples["caption"])
@@ -232,7 +231,7 @@ class DecoderStage:
             return to_uint8(decoder.decode(params, semantics, text_BS, pooled_BS, empties, noise, decode))
 
         def grid(state: TrainState, number: int) -> np.ndarray:
-            n = -(-GRID_IMAGES // model.ways) * model.ways
+            n = -(-GRID_IMAGES // model.num_data_shards) * model.num_data_shards
             examples = first_batch(cfg.data, cfg.seed + GRID_SEED, n)
             real = examples["image"]
             height, width = real.shape[1:3]
@@ -243,7 +242,7 @@ class DecoderStage:
             return tile(np.concatenate([whole(drawn), real]), columns=n)
 
         def export(state: TrainState, directory: Path, note: dict[str, Any]) -> None:
-            trained = {name: (state.params.get(name, {}), models[name]) for name in DECODER_PARTS}
+            trained = {name: (state.params.get(name, {}), models[name]) for name in DECODER_COMPONENTS}
             export_model(directory, trained, cfg.init_from, note, {"decode": decode, "size": ImageSize(*cfg.data.sizes[0])})
 
         return RunningStage(state, data, step, export, grid, items_per_step=cfg.batch_size, flops=lambda: flops.total)

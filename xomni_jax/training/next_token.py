@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from xomni_jax.models.heads import image_logp, select, text_logp
+from xomni_jax.models.vocab_heads import head_logp, select
 from xomni_jax.sequence.packing import pack, targets
 from xomni_jax.sequence.tokenizer import MultimodalTokenizer, TokenSequence
 
@@ -128,8 +128,8 @@ def gather_targets(ids_BL: np.ndarray, due_BL: np.ndarray, room: int) -> tuple[n
 def next_token_loss(model: nn.Module, params: Any, batch: PackedTargets, cfg: NextTokenConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Mean cross-entropy of text targets plus `image_weight` times that of image targets; float32 scalars in nats per token."""
     hidden_BLD = model.apply({"params": params}, batch.ids_BL, batch.positions_BL, batch.segments_BL)
-    text_BM, _ = text_logp(model, params, select(hidden_BLD, batch.text_at_BM), batch.text_ids_BM, cfg.chunk)
-    image_BM, entropy_BM = image_logp(model, params, select(hidden_BLD, batch.image_at_BM), batch.image_codes_BM, cfg.chunk)
+    text_BM, _ = head_logp(model, params, "text", select(hidden_BLD, batch.text_at_BM), batch.text_ids_BM, cfg.chunk)
+    image_BM, entropy_BM = head_logp(model, params, "image", select(hidden_BLD, batch.image_at_BM), batch.image_codes_BM, cfg.chunk)
 
     def mean(x_BM, mask_BM):
         return jnp.sum(jnp.where(mask_BM, x_BM, 0.0)) / jnp.maximum(jnp.sum(mask_BM), 1)

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from xomni_jax.models.attention import stacked
-from xomni_jax.models.heads import Head, head_logits, map_chunks, token_logp
 from xomni_jax.models.layers import Embed, Projection, RMSNorm
 from xomni_jax.models.quantizer import usage_metrics
 from xomni_jax.models.siglip_vq import SigLIPVQ, SigLIPVQConfig
+from xomni_jax.models.stack import stacked
 from xomni_jax.models.transformer import ARConfig, Context, DecoderLayer
+from xomni_jax.models.vocab_heads import Head, head_logits, map_chunks, token_logp
 from xomni_jax.sharding.rules import constrain
 
 
@@ -105,7 +105,7 @@ class FeatureReader(nn.Module):
 
         S = prefix + L
         ctx = Context(jnp.broadcast_to(jnp.arange(S), (B, S)), jnp.zeros((B, S), bool))
-        stack = stacked(DecoderLayer, c.n_layers, c.remat, broadcast=2)(d, False, name="layers")
+        stack = stacked(DecoderLayer, c.n_layers, c.remat, (nn.broadcast,) * 2)(d, False, name="layers")
         x_BSD, _ = stack(x_BSD, None, ctx)
         # The last image cell predicts the first text token, the last text token predicts nothing.
         x_BLD = RMSNorm(c.rms_eps, name="norm", **kind)(x_BSD[:, prefix - 1 : -1])

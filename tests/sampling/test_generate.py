@@ -13,8 +13,8 @@ import pytest
 from tests.models.test_transformer import CFG as BASE
 from tests.models.test_transformer import random_params
 from xomni_jax.models.transformer import ARTransformer
-from xomni_jax.sampling.cache import GeneratedCache, decode, prefill
-from xomni_jax.sampling.decode import append_codes, draw_codes, generate_codes, generate_text, replay_logp, start_codes, unpack_kept
+from xomni_jax.sampling.cache import GeneratedCache, decode_step, prefill
+from xomni_jax.sampling.generate import append_codes, draw_codes, generate_codes, generate_text, replay_logp, start_codes, unpack_mask
 from xomni_jax.sampling.logits import GREEDY, SamplingConfig
 from xomni_jax.sharding.mesh import make_mesh
 from xomni_jax.sharding.rules import param_shardings
@@ -34,9 +34,9 @@ def full():
     return jax.jit(lambda ids: MODEL.apply({"params": PARAMS}, ids))
 
 
-@functools.partial(jax.jit, static_argnames=("n_codes", "sampling", "kept"))
-def generate(params, ids, lengths, keys, n_codes, sampling, negative=None, kept=False):
-    return generate_codes(MODEL, params, ids, lengths, n_codes, keys, sampling, negative, kept)
+@functools.partial(jax.jit, static_argnames=("n_codes", "sampling", "return_mask"))
+def generate(params, ids, lengths, keys, n_codes, sampling, negative=None, return_mask=False):
+    return generate_codes(MODEL, params, ids, lengths, n_codes, keys, sampling, negative, return_mask)
 
 
 def keys_of(prompts: int, rollouts: int) -> jax.Array:
@@ -48,7 +48,7 @@ def test_cached_decoding_equals_the_full_forward():
     tokens = np.random.default_rng(1).integers(0, CFG.image_vocab_size, (P, R, T)) + V
     tokens[:, 1, 3] = 7  # a text token among codes, in one rollout only
     start_PD, prompt = jax.jit(lambda ids, n: prefill(MODEL, PARAMS, ids, n))(IDS, LENGTHS)
-    step = jax.jit(lambda ids, prompt, cache: decode(MODEL, PARAMS, ids, prompt, cache))
+    step = jax.jit(lambda ids, prompt, cache: decode_step(MODEL, PARAMS, ids, prompt, cache))
     cache, steps = GeneratedCache.empty(CFG, P, R, T), []
     for t in range(T):
         hidden_PRD, cache = step(tokens[:, :, t], prompt, cache)
@@ -94,7 +94,7 @@ def test_append_codes_follows_the_prompt_at_once():
 def test_a_rollout_does_not_depend_on_its_group_or_batch():
     keys = keys_of(3, 2)
     group = generate(PARAMS, IDS, LENGTHS, keys, 5, FREE)
-    assert group["codes"].shape == (3, 2, 5) and group["codes"].dtype == jnp.int32 and group["kept"] is None
+    assert group["codes"].shape == (3, 2, 5) and group["codes"].dtype == jnp.int32 and group["sampling_mask"] is None
     assert len({tuple(c) for c in group["codes"].reshape(6, 5).tolist()}) > 1
     for p, r in ((0, 1), (1, 0), (2, 1)):
         alone = generate(PARAMS, IDS[p : p + 1], LENGTHS[p : p + 1], keys[p : p + 1, r : r + 1], 5, FREE)
@@ -115,14 +115,14 @@ def test_replay_equals_the_sampler(sampling):
     P, R, T = 3, 2, 5
     negative = NEGATIVE if sampling.guided else None
     out = generate(PARAMS, IDS, LENGTHS, keys_of(P, R), T, sampling, negative, sampling.truncates)
-    codes, kept = out["codes"].reshape(P * R, T), out["kept"]
-    if kept is not None:
-        assert kept.shape == (P, R, T, 2) and kept.dtype == jnp.uint8
-        mask = unpack_kept(kept, CFG.image_vocab_size)
+    codes, packed = out["codes"].reshape(P * R, T), out["sampling_mask"]
+    if packed is not None:
+        assert packed.shape == (P, R, T, 2) and packed.dtype == jnp.uint8
+        mask = unpack_mask(packed, CFG.image_vocab_size)
         assert bool(jnp.all(jnp.take_along_axis(mask, out["codes"][..., None], -1))) and not bool(jnp.all(mask))
-        kept = kept.reshape(P * R, T, 2)
+        packed = packed.reshape(P * R, T, 2)
     ids, lengths = np.repeat(IDS, R, axis=0), np.repeat(LENGTHS, R)
-    replay = jax.jit(lambda params: replay_logp(MODEL, params, ids, lengths, codes, sampling, kept, negative, chunk=2))
+    replay = jax.jit(lambda params: replay_logp(MODEL, params, ids, lengths, codes, sampling, packed, negative, chunk=2))
     logp, entropy = replay(PARAMS)
     np.testing.assert_allclose(logp, out["logp"].reshape(P * R, T), atol=1e-4)
     assert entropy.shape == (P * R, T) and bool(jnp.all(entropy > -1e-5)) and np.isfinite(entropy).all()
@@ -138,12 +138,12 @@ def test_unguided_logp_is_that_of_the_image_head():
 
 def test_replay_is_differentiable_under_truncation():
     sampling, codes = SamplingConfig(top_k=3, min_p=0.0), np.array([[1, 5]])
-    kept = np.packbits(np.isin(np.arange(14), [1, 5, 6])[None, None].repeat(2, 1), axis=-1)
+    packed = np.packbits(np.isin(np.arange(14), [1, 5, 6])[None, None].repeat(2, 1), axis=-1)
 
     model = ARTransformer(dataclasses.replace(CFG, n_adapter_layers=0, n_language_layers=1, n_head_layers=0))
 
     def total(params):
-        return sum(jnp.sum(x) for x in replay_logp(model, params, IDS[:1], LENGTHS[:1], codes, sampling, kept, chunk=1))
+        return sum(jnp.sum(x) for x in replay_logp(model, params, IDS[:1], LENGTHS[:1], codes, sampling, packed, chunk=1))
 
     grads = jax.jit(jax.grad(total))(random_params(model.cfg)[1])
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
@@ -180,7 +180,7 @@ def test_meshes_sample_the_same_codes():
 
 def test_errors_name_the_mend():
     codes = jnp.zeros((3, 2), jnp.int32)
-    with pytest.raises(ValueError, match="truncates but no kept mask was given"):
+    with pytest.raises(ValueError, match="truncates but no sampling mask was given"):
         replay_logp(MODEL, PARAMS, IDS, LENGTHS, codes, SamplingConfig())
     with pytest.raises(ValueError, match="guidance=3.0 needs a negative prompt"):
         generate_codes(MODEL, PARAMS, IDS, LENGTHS, 2, keys_of(3, 1), SamplingConfig(guidance=3.0))

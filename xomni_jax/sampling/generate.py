@@ -1,4 +1,4 @@
-"""Generation of image codes and of text, and the teacher-forced replay of what the sampler did. Pure functions, to be jitted."""
+"""Generation of image codes and of text, and the teacher-forced log-probabilities of sampled codes. Pure functions, to be jitted."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from xomni_jax.models.heads import head_kernel, head_logits, map_chunks, select, token_logp
 from xomni_jax.models.transformer import ARTransformer
-from xomni_jax.sampling.cache import GENERATED_AXES, GeneratedCache, PromptCache, decode, prefill
+from xomni_jax.models.vocab_heads import head_kernel, head_logits, map_chunks, select, token_logp
+from xomni_jax.sampling.cache import GENERATED_AXES, GeneratedCache, PromptCache, decode_step, prefill
 from xomni_jax.sampling.logits import GREEDY, SamplingConfig, draw, guide, temper
 from xomni_jax.sharding.rules import constrain
 
@@ -19,34 +19,34 @@ Prompts = tuple[jax.Array, jax.Array]  # right-padded ids [P or 1, S] and length
 
 @struct.dataclass
 class RolloutState:
-    """R rollouts of P prompts (with guidance also of their negative ones) under way.
+    """Unfinished rollouts, R of each of P prompts (with guidance also of their negative prompts).
 
     Attributes:
-      hidden_PRD: what the next code is drawn from.
+      hidden_PRD: hidden states that predict the next code.
       cache: keys and values of the codes so far; its column is their number.
     """
 
     hidden_PRD: jax.Array
     cache: GeneratedCache
 
-    def pinned(self) -> RolloutState:
-        """The same, placed by the table: from call to call every array stays where it was, so that all calls are one program."""
+    def constrained(self) -> RolloutState:
+        """The same with its shardings fixed by the table, so that all calls with it use one compiled program."""
         kv = jax.tree.map(lambda x: constrain(x, *GENERATED_AXES, name="generated cache"), self.cache.kv)
         return RolloutState(constrain(self.hidden_PRD, "batch", None, "residual", name="hidden"), self.cache.replace(kv=kv))
 
 
-def pack_kept(kept: jax.Array) -> jax.Array:
-    """Bool [..., V] -> uint8 [..., ceil(V / 8)], eight tokens per byte."""
-    return jnp.packbits(kept, axis=-1)
+def pack_mask(sampling_mask: jax.Array) -> jax.Array:
+    """bool [..., V] -> uint8 [..., ceil(V / 8)], eight tokens per byte."""
+    return jnp.packbits(sampling_mask, axis=-1)
 
 
-def unpack_kept(packed: jax.Array, vocab: int) -> jax.Array:
+def unpack_mask(packed: jax.Array, vocab: int) -> jax.Array:
     """uint8 [..., ceil(V / 8)] -> bool [..., V]."""
     return jnp.unpackbits(packed, axis=-1, count=vocab).astype(bool)
 
 
 def append_codes(ids_BS: jax.Array, lengths_B: jax.Array, codes_BT: jax.Array, vocab_size: int) -> jax.Array:
-    """Prompts (right-padded) followed at once by their image codes: [B, S] + [B, T] -> token ids [B, S + T], padding last."""
+    """Right-padded prompts with image codes inserted before the padding: ids [B, S] and codes [B, T] -> ids [B, S + T]."""
     S, T = ids_BS.shape[1], codes_BT.shape[1]
     column_BL = jnp.broadcast_to(jnp.arange(S + T), (ids_BS.shape[0], S + T)) - lengths_B[:, None]
     codes_BL = jnp.take_along_axis(codes_BT, jnp.clip(column_BL, 0, T - 1), axis=1) + vocab_size
@@ -63,26 +63,26 @@ def generate_codes(
     keys_PR: jax.Array,
     sampling: SamplingConfig = SamplingConfig(),
     negative: Prompts | None = None,
-    return_kept: bool = False,
+    return_mask: bool = False,
 ) -> dict[str, jax.Array | None]:
     """Samples exactly `n_codes` image codes for R rollouts of each of P prompts.
 
     Args:
       prompt_ids_PS: prompts that end in <IMAGE>, right-padded. lengths_P: their real tokens.
       n_codes: T = Y * X, static.
-      keys_PR: PRNG keys; row (p, r) draws step t with fold_in(keys[p, r], t), so a rollout does not depend on its batch mates.
+      keys_PR: PRNG keys; rollout (p, r) samples step t with fold_in(keys[p, r], t) and so does not depend on the others.
       negative: the prompts guidance steers away from (ids [P or 1, S'], lengths [P or 1]); needed when guidance is not 1.
-      return_kept: also return which codes could have been drawn, for `replay_logp`.
+      return_mask: also return which codes could have been sampled, for `replay_logp`.
 
     Returns:
-      codes [P, R, T] int32, 0-based; logp [P, R, T] float32, under the distribution each code was drawn from;
-      kept: uint8 [P, R, T, ceil(image_vocab_size / 8)] or None.
+      codes [P, R, T] int32, 0-based; logp [P, R, T] float32, under the truncated distribution each code was sampled from;
+      sampling_mask: uint8 [P, R, T, ceil(image_vocab_size / 8)] or None.
 
     Raises:
       ValueError: guidance without a negative prompt.
     """
     prompt, state = start_codes(model, params, prompt_ids_PS, lengths_P, n_codes, keys_PR.shape[1], sampling, negative)
-    return draw_codes(model, params, prompt, state, n_codes, keys_PR, sampling, return_kept)[1]
+    return draw_codes(model, params, prompt, state, n_codes, keys_PR, sampling, return_mask)[1]
 
 
 def start_codes(
@@ -95,13 +95,13 @@ def start_codes(
     sampling: SamplingConfig,
     negative: Prompts | None = None,
 ) -> tuple[PromptCache, RolloutState]:
-    """Runs the prompts: what all rollouts of them share, and rollouts with no code yet and room for `n_codes`. See `generate_codes`."""
+    """Runs the prompts; see `generate_codes`. Returns their cache and the state of rollouts that have no code yet."""
     if sampling.guided:
         prompt_ids_PS, lengths_P = _with_negative(prompt_ids_PS, lengths_P, negative, sampling)
     hidden_PD, prompt = prefill(model, params, prompt_ids_PS, lengths_P)
     hidden_PRD = jnp.broadcast_to(hidden_PD[:, None], (hidden_PD.shape[0], rollouts, hidden_PD.shape[1]))
     cache = GeneratedCache.empty(model.cfg, hidden_PD.shape[0], rollouts, n_codes)
-    return prompt, RolloutState(hidden_PRD, cache).pinned()
+    return prompt, RolloutState(hidden_PRD, cache).constrained()
 
 
 def draw_codes(
@@ -112,26 +112,26 @@ def draw_codes(
     n: int,
     keys_PR: jax.Array,
     sampling: SamplingConfig,
-    return_kept: bool = False,
+    return_mask: bool = False,
 ) -> tuple[RolloutState, dict[str, jax.Array | None]]:
-    """Draws the next `n` (static) codes of rollouts, and returns them as `generate_codes` does.
+    """Samples the next `n` (static) codes of rollouts, and returns them as `generate_codes` does.
 
-    Donate `state`, or the cache is copied. However an image's codes are split into calls, they are the same, bit for bit.
+    Donate `state`, or the cache is copied. The codes do not depend, bit for bit, on how many are sampled per call.
     """
     P, kernel_DV = keys_PR.shape[0], head_kernel(params, "image", model.cfg)
 
     def step(state: RolloutState, _):
         logits = head_logits(state.hidden_PRD, kernel_DV)
-        pair = logits.reshape(P, -1, *logits.shape[1:])  # conditional rows, and with guidance the negative ones
+        pair = logits.reshape(P, -1, *logits.shape[1:])  # the prompt's, and with guidance the negative prompt's
         scores_PRV = guide(pair[:, 0], pair[:, 1] if sampling.guided else None, sampling.guidance)
-        codes_PR, logp_PR, kept_PRV = draw(scores_PRV, _fold_in(keys_PR, state.cache.column), sampling)
+        codes_PR, logp_PR, mask_PRV = draw(scores_PRV, _fold_in(keys_PR, state.cache.column), sampling)
         ids = jnp.repeat(codes_PR + model.cfg.vocab_size, pair.shape[1], axis=0)
-        state = RolloutState(*decode(model, params, ids, prompt, state.cache))
-        return state, (codes_PR, logp_PR, pack_kept(kept_PRV) if return_kept else None)
+        state = RolloutState(*decode_step(model, params, ids, prompt, state.cache))
+        return state, (codes_PR, logp_PR, pack_mask(mask_PRV) if return_mask else None)
 
     state, out = jax.lax.scan(step, state, length=n)
-    codes, logp, kept = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), out)
-    return state.pinned(), {"codes": codes, "logp": logp, "kept": kept}
+    codes, logp, sampling_mask = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), out)
+    return state.constrained(), {"codes": codes, "logp": logp, "sampling_mask": sampling_mask}
 
 
 def generate_text(
@@ -145,18 +145,18 @@ def generate_text(
     sampling: SamplingConfig = GREEDY,
     keys_P: jax.Array | None = None,
 ) -> jax.Array:
-    """Continues prompts (which may hold images) with text, ending early when every row has stopped.
+    """Continues prompts (which may hold images) with text, until every row has stopped.
 
     Args:
       prompt_ids_PS, lengths_P: right-padded prompts and their real tokens. max_new: static bound on new tokens.
       stop_ids: a row ends with the first of these, which is returned; every later entry is `pad_id`.
-      sampling: greedy as released, or drawn with keys_P (fold_in with the step).
+      sampling: greedy by default, as released. keys_P: needed otherwise; folded with the step.
 
     Returns:
       ids [P, max_new] int32, text ids only.
 
     Raises:
-      ValueError: guidance, which text has not; or sampling without keys.
+      ValueError: guidance, which is for images only; or sampling without keys.
     """
     if sampling.guided:
         raise ValueError(f"generate_text: guidance={sampling.guidance} is for images only; set it to 1")
@@ -179,8 +179,7 @@ def generate_text(
         tokens_P = jnp.where(done_P, pad_id, tokens_P)
         ids_PT = jax.lax.dynamic_update_slice_in_dim(ids_PT, tokens_P[:, None], t, axis=1)
         done_P |= jnp.any(tokens_P[:, None] == stops, axis=1)
-        # Only text follows, and text never takes a vision layer's output: those layers need not run.
-        hidden_PRD, cache = decode(model, params, tokens_P[:, None], prompt, cache, vision=False)
+        hidden_PRD, cache = decode_step(model, params, tokens_P[:, None], prompt, cache, vision=False)
         return t + 1, hidden_PRD, cache, ids_PT, done_P
 
     cache = GeneratedCache.empty(model.cfg, P, 1, max_new, vision=False)
@@ -200,7 +199,7 @@ def replay_logp(
     lengths_B: jax.Array,
     codes_BT: jax.Array,
     sampling: SamplingConfig,
-    kept: jax.Array | None = None,
+    sampling_mask: jax.Array | None = None,
     negative: Prompts | None = None,
     chunk: int = 512,
 ) -> tuple[jax.Array, jax.Array]:
@@ -208,19 +207,19 @@ def replay_logp(
 
     Args:
       prompt_ids_BS, lengths_B, codes_BT: prompts and codes as given to and returned by `generate_codes`, one row per rollout.
-      kept: [B, T, ceil(V / 8)] uint8 of the sampler; needed if `sampling` truncates.
-      negative: as in `generate_codes`. Its branch is differentiated too: this is the log-prob of the guided distribution.
-      chunk: positions per piece: logits exist for [B, chunk] positions at a time, and are recomputed in the backward pass.
+      sampling_mask: [B, T, ceil(V / 8)] uint8 of the sampler; needed if `sampling` truncates.
+      negative: as in `generate_codes`. Its branch is differentiated too: the result is the log-prob of the guided distribution.
+      chunk: positions whose logits exist at a time; they are recomputed in the backward pass.
 
     Returns:
       (logp [B, T], entropy [B, T]), float32, differentiable in params.
 
     Raises:
-      ValueError: truncation without `kept`, or guidance without `negative`.
+      ValueError: truncation without `sampling_mask`, or guidance without `negative`.
     """
-    if sampling.truncates and kept is None:
+    if sampling.truncates and sampling_mask is None:
         raise ValueError(
-            f"replay_logp: {sampling} truncates but no kept mask was given; sample with return_kept=True or turn truncation off"
+            f"replay_logp: {sampling} truncates but no sampling mask was given; sample with return_mask=True or turn truncation off"
         )
     cfg, prompts = model.cfg, [(prompt_ids_BS, lengths_B)]
     if sampling.guided:
@@ -228,13 +227,13 @@ def replay_logp(
     kernel_DV = head_kernel(params, "image", cfg)
     hidden = [_hidden_before_codes(model, params, ids, lengths, codes_BT) for ids, lengths in prompts]
 
-    def piece(codes_BC, *arrays):
+    def score(codes_BC, *arrays):
         logits = [head_logits(h_BCD, kernel_DV) for h_BCD in arrays[: len(hidden)]]
         scores = guide(logits[0], logits[1] if sampling.guided else None, sampling.guidance)
-        mask = unpack_kept(arrays[-1], cfg.image_vocab_size) if kept is not None else None
+        mask = unpack_mask(arrays[-1], cfg.image_vocab_size) if sampling_mask is not None else None
         return token_logp(temper(scores, sampling.temperature), codes_BC, mask)
 
-    return map_chunks(piece, (codes_BT, *hidden, *(() if kept is None else (kept,))), chunk)
+    return map_chunks(score, (codes_BT, *hidden, *(() if sampling_mask is None else (sampling_mask,))), chunk)
 
 
 def _hidden_before_codes(model: ARTransformer, params, ids_BS, lengths_B, codes_BT) -> jax.Array:
@@ -254,7 +253,7 @@ def _rows_of(negative: Prompts | None, rows: int, sampling: SamplingConfig) -> P
 
 
 def _with_negative(ids_PS: jax.Array, lengths_P: jax.Array, negative: Prompts | None, sampling: SamplingConfig) -> Prompts:
-    """Rows p, negative of p, p + 1, ...: neighbours, so that a pair stays on one device when prompts are sharded."""
+    """Prompts with the negative prompt of each in the next row, so that both stay on one device when rows are sharded: [2 P, S]."""
     neg_ids, neg_lengths = _rows_of(negative, ids_PS.shape[0], sampling)
     S = max(ids_PS.shape[1], neg_ids.shape[1])
     pair = [jnp.pad(x, ((0, 0), (0, S - x.shape[1]))) for x in (ids_PS, neg_ids)]

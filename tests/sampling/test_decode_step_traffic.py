@@ -15,7 +15,7 @@ from xomni_jax.models.registry import init_params
 from xomni_jax.models.transformer import PRESETS, ARTransformer
 from xomni_jax.planner import collectives, hlo, traffic
 from xomni_jax.sampling.cache import GENERATED_AXES, PROMPT_AXES
-from xomni_jax.sampling.decode import draw_codes, start_codes
+from xomni_jax.sampling.generate import draw_codes, start_codes
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sharding.rules import ROLLOUT_RULES, param_shardings, spec_for
 
