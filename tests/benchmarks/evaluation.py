@@ -79,22 +79,23 @@ def _together(model: str, suite: str, count: int) -> list[dict[str, float]]:
 
 def _measure(model: str, name: str, share: tuple[int, int]) -> None:
     """One process: does its share once, says "ready", waits for a line, does it again and prints how long that took."""
-    from xomni_jax.core.preemption import StopSignal
-    from xomni_jax.evaluation.runner import open_work
-    from xomni_jax.evaluation.session import ModelOptions, ModelSession
+    from xomni_jax.evaluation.outputs import model_opener
+    from xomni_jax.evaluation.run import EvalConfig, evaluate
     from xomni_jax.evaluation.suites import get_suite
+    from xomni_jax.inference import InferenceConfig
 
-    session = ModelSession(ModelOptions(model))
+    task = get_suite(name).task
+    config = lambda out: EvalConfig(name, out, phase=task, shard=share, inference=InferenceConfig(model=model))  # noqa: E731
+    opened = model_opener(config(""))
     for timed in (False, True):
         with tempfile.TemporaryDirectory() as out:
-            work = open_work(get_suite(name), "", out, share=share)
             if timed:
                 print("ready", flush=True)
                 sys.stdin.readline()
             began = time.perf_counter()
-            session.run(work, StopSignal())
+            done = evaluate(config(out), opened)
             seconds = time.perf_counter() - began
-    print(json.dumps({"items": len(work.mine()), "seconds": seconds}))
+    print(json.dumps({"items": len(done.run.mine()), "seconds": seconds}))
 
 
 if __name__ == "__main__":

@@ -10,9 +10,11 @@ from xomni_jax.cli.main import main
 
 def parse(*arguments):
     """Arguments of `xomni eval`."""
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    return parser.parse_args(arguments)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("sys.argv", ["xomni", "eval", *arguments])  # only what is asked for is imported
+        parser = argparse.ArgumentParser()
+        command.add_arguments(parser)
+        return parser.parse_args(arguments)
 
 
 def test_arguments(tmp_path):

@@ -1,23 +1,27 @@
 """The comparison with scorers that read the pixels; the models stand in one test, where they are untrained."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.evaluation.tiny_model import FakeClient, fake_clients, make_models, write_run
+from xomni_jax.data import rendered
 from xomni_jax.data.rendered import render_example
-from xomni_jax.evaluation import drawing
 from xomni_jax.evaluation import effect as effect_module
-from xomni_jax.evaluation.cells import Cell, EvaluationError, measure
-from xomni_jax.evaluation.drawing import Drawing, heldout_signs
-from xomni_jax.evaluation.effect import EffectConfig, open_services, run_effect
+from xomni_jax.evaluation.effect import EffectConfig, PolicySampler, open_services, run_effect
+from xomni_jax.evaluation.generation import Generation
 from xomni_jax.evaluation.grpo_run import read_run
-from xomni_jax.evaluation.images import colour_entropy, colour_histogram, edge_density
+from xomni_jax.evaluation.judges.services import RewardsJudge
+from xomni_jax.evaluation.measurement import EvaluationError, colour_entropy, colour_histogram, edge_density, measure
+from xomni_jax.evaluation.run import EvalConfig, evaluate
+from xomni_jax.evaluation.suites.rendered import HeldoutSigns, heldout_signs
+from xomni_jax.inference import InferenceConfig
 from xomni_jax.rl.image_statistics import image_statistics
 from xomni_jax.sampling.decoder import DecodeConfig
-from xomni_jax.sampling.logits import SamplingConfig
 
 
 def config(folder, out, **changes):
@@ -26,28 +30,34 @@ def config(folder, out, **changes):
     return EffectConfig(str(folder / "sft"), str(folder / "run/model"), str(folder / "run"), str(out), **base | changes)
 
 
-class NoiseDrawing:
+class NoiseSampler:
     """Stands for the models: codes and images are noise that depends on policy and sampling."""
 
-    def __init__(self, sft, rl, signs, seed, chunk):
-        self.signs, self.chunk, self.model = signs, chunk, SimpleNamespace(decode_config=DecodeConfig())
+    grid, num_data_shards, description = (lambda self, height, width: (4, 8)), 1, {}
+    mesh = SimpleNamespace(shape={"fsdp": 1, "tensor": 1})
+    decode_config, tokenizer = DecodeConfig(), SimpleNamespace(generation_prompt=lambda prompt, *grid: prompt.split())
+    check_prompts, decoder_tokens = lambda self, prompts: None, lambda self, prompt: 3
 
-    def codes(self, policy, sampling, samples):
-        seed = [len(policy), int(10 * sampling.temperature), int(10 * sampling.guidance)]
-        return np.random.default_rng(seed).integers(0, 512, (len(self.signs.captions), samples, 4, 8))
+    def __init__(self, sft, rl):
+        self.model, self.policy = self, ""
 
-    def real_codes(self):
-        return np.random.default_rng(0).integers(0, 512, (len(self.signs.captions), 1, 4, 8))
+    def with_policy(self, policy):
+        self.policy = policy
+        return self
 
-    def real_images(self):
-        yield self.signs.images, None, None
+    def sample_codes(self, prompts, grid, keys, sampling, length):
+        seed = [len(self.policy), int(10 * sampling.temperature), int(10 * sampling.guidance), keys.shape[1]]
+        return {"codes": jnp.asarray(np.random.default_rng(seed).integers(0, 512, (*keys.shape, *grid)))}
 
-    def images(self, codes):
-        flat = codes.reshape(-1, 4, 8)
-        for start in range(0, len(flat), self.chunk):
-            part = flat[start : start + self.chunk]
-            images = np.random.default_rng(part.ravel()).integers(0, 256, (len(part), 32, 64, 3)).astype(np.uint8)
-            yield images, part, np.where(part > 100, part, 0)
+    def noise(self, keys, grid):
+        return np.zeros(len(keys))
+
+    def decode_images(self, codes, prompts, noise):
+        images = [np.random.default_rng(np.asarray(c).ravel()).integers(0, 256, (32, 64, 3)) for c in codes]
+        return jnp.asarray(np.stack(images), jnp.uint8)
+
+    def encode_pixels(self, pixels):
+        return jnp.asarray([np.random.default_rng(int(abs(p).sum())).integers(0, 512, (4, 8)) for p in pixels])
 
 
 def test_report_and_resume(tmp_path, monkeypatch):
@@ -55,12 +65,13 @@ def test_report_and_resume(tmp_path, monkeypatch):
     for name in ("sft", "run/model"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "model.json").write_text('{"format": 1, "components": {}}')
-    monkeypatch.setattr(effect_module, "Drawing", NoiseDrawing)
+    monkeypatch.setattr(effect_module, "PolicySampler", NoiseSampler)
     made = []
-    monkeypatch.setattr(effect_module, "measure", lambda name, *a, **k: made.append(name) or measure(name, *a, **k))
+    note = lambda config, *a, **k: (made.append(config.out.name) if config.phase == "generate" else None) or evaluate(config, *a, **k)  # noqa: E731
+    monkeypatch.setattr(effect_module, "evaluate", note)
     cfg = config(tmp_path, tmp_path / "out")
-    effect, report = run_effect(cfg, fake_clients(), {"ocr": "1"}, first_image_seconds=3.5)
-    assert len(made) == 2 + 2 * 4
+    _, report = run_effect(cfg, fake_clients(), {"ocr": "1"}, first_image_seconds=3.5)
+    assert len(made) == 1 + 2 * 4
     assert report["heldout_prompts"] == 3 and report["grpo_steps"] == 5 and report["first_image_seconds"] == 3.5
     assert report["step_seconds"] == pytest.approx({"rollout": 0.3, "decode": 0.3, "reward": 0.2, "update": 0.4})
     assert report["settings"]["selection_weights"] == {"ocr": 1.0, "shapes": 0.5}
@@ -72,82 +83,87 @@ def test_report_and_resume(tmp_path, monkeypatch):
         assert report[name]["sft_best_of_2"]["ocr_reward"] >= report[name]["sft"]["ocr_reward"]
         # Greedy samples of a prompt are one and the same image.
         assert [(e["temperature"], e["samples"]) for e in report["sft_temperature_sweep"][name]] == [(1.0, 2), (0.5, 2), (0.0, 1)]
-        assert report["image_statistics"][name]["rl"]["reencode_agreement"] == pytest.approx(0.8, abs=0.1)
+        assert report["image_statistics"][name]["rl"]["reencode_agreement"] < 0.1  # of noise
     assert report["guidance_off"]["reconstruction"] == report["guidance_on"]["reconstruction"]
     assert json.loads((tmp_path / "out/report.json").read_text()) == json.loads(json.dumps(report))
 
     # An interrupted evaluation goes on; another version of a service makes everything again.
     made.clear()
-    (tmp_path / "out/cells/guidance_off-rl.npz").unlink()
+    shutil.rmtree(tmp_path / "out/cells/guidance_off-rl")
     _, second = run_effect(cfg, fake_clients(), {"ocr": "1"})
     assert made == ["guidance_off-rl"] and second["guidance_off"] == report["guidance_off"]
     made.clear()
     run_effect(cfg, fake_clients(), {"ocr": "2"})
-    assert len(made) == 10
-    # A new policy leaves SFT's cells alone.
+    assert len(made) == 9
+    # A new policy leaves SFT's measurements alone.
     made.clear()
     (tmp_path / "run/model/model.json").write_text('{"format": 1, "components": {} }')
     run_effect(cfg, fake_clients(), {"ocr": "2"})
     assert made == ["guidance_off-rl", "guidance_on-rl"]
+    # A broken service is one sentence; its replies are not kept, the images are.
+    made.clear()
+    with pytest.raises(EvaluationError, match=": 3 of 3 images could not be scored by ocr .no answer.; mend the service"):
+        run_effect(cfg, {"ocr": FakeClient(fail_every=1)}, {"ocr": "3"})
+    assert made and not (tmp_path / "out/cells/real/results.json").exists()
+    _, again = run_effect(cfg, {"ocr": FakeClient()}, {"ocr": "3"})
+    assert again["guidance_on"]["rl"]["ocr_reward"] == report["guidance_on"]["rl"]["ocr_reward"]
 
 
-def test_drawing(tmp_path, monkeypatch):
+def test_policies(tmp_path):
     """With real, untrained models: what is random, what is shared, and that another decoder is refused."""
-    models = make_models(tmp_path)
-    signs = heldout_signs(3, (32, 64), (3, 6), 0)
-    monkeypatch.setattr(drawing, "SAMPLER_ROWS", 5)  # one sample of each prompt at a time
-    studio, sampling = Drawing(models / "sft", models / "run/model", signs, seed=4, chunk=4), SamplingConfig(1.0, 0, 1.0, 0.0)
-    two, one, other = studio.codes("sft", sampling, 2), studio.codes("sft", sampling, 1), studio.codes("rl", sampling, 1)
-    assert two.shape == (3, 2, 4, 8) and (two[:, 0] != two[:, 1]).any() and (one != other).any()
-    np.testing.assert_array_equal(two[:, :1], one)
-    images, codes, again = (np.concatenate(x) for x in zip(*studio.images(two)))
-    alone = np.concatenate([c[0] for c in studio.images(one)])
-    assert images.shape == (6, 32, 64, 3) and again.shape == codes.shape == (6, 4, 8)
+    models, signs = make_models(tmp_path), heldout_signs(3, (32, 64), (3, 6), 0)
+    sampler = PolicySampler(models / "sft", models / "run/model")
+
+    def draw(policy, samples, reconstruct=False):
+        suite, inference = HeldoutSigns(signs, samples), InferenceConfig(top_k=0, min_p=0.0, batch=3, decode_batch=4)
+        how = {"repeats_per_call": 1, "reconstruct": reconstruct, "reencode": True}  # one sample of each prompt at a time
+        generation = Generation(sampler.with_policy(policy), suite, EvalConfig(suite, "", inference=inference, seed=4, **how))
+        (batch,) = generation.draw(suite.load(tmp_path))
+        assert [item.prompt for item, _, _ in batch] == list(signs.captions)
+        agreement = np.array([more["agreement"] for _, _, more in batch])
+        return np.stack([[np.asarray(image) for image in images] for _, images, _ in batch]), agreement
+
+    (two, agreement), (one, _), (other, _) = draw("sft", 2), draw("sft", 1), draw("rl", 1)
+    assert two.shape == (3, 2, 32, 64, 3) and agreement.shape == (3, 2) and (agreement >= 0).all() and (agreement <= 1).all()
+    assert (two[:, 0] != two[:, 1]).any() and (one != other).any()
     # Sample 0 stands elsewhere in a chunk when drawn alone; noise and codes are the same. One level is float rounding.
-    assert np.abs(images[::2].astype(int) - alone).max() <= 1
-    assert studio.real_codes().shape == (3, 1, 4, 8)
+    assert np.abs(two[:, :1].astype(int) - one).max() <= 1
+    assert draw("sft", 1, reconstruct=True)[0].shape == (3, 1, 32, 64, 3)
 
     path = models / "run/model/model.json"
     described = json.loads(path.read_text())
     described["components"]["mmdit"]["note"] = {"step": 7}
     path.write_text(json.dumps(described))
     with pytest.raises(EvaluationError, match="its mmdit is not that of"):
-        Drawing(models / "sft", models / "run/model", signs, seed=4)
+        PolicySampler(models / "sft", models / "run/model")
 
 
 def test_heldout_signs_are_different():
     signs = heldout_signs(20, (32, 64), (3, 6), 1)
     assert len(set(signs.captions)) == 20 and signs.images.shape == (20, 32, 64, 3)
-    assert all(3 <= len(t["text"][0]) <= 6 for t in signs.targets) and len(signs.items(3)) == 60
+    assert all(3 <= len(t["text"][0]) <= 6 for t in signs.targets) and all(image.shape == (32, 64, 3) for image in signs.images)
 
 
-def cell_of(rng, clients, prompts=4, samples=3):
-    """A cell of noise."""
-    images = rng.integers(0, 256, (prompts * samples, 16, 24, 3)).astype(np.uint8)
-    items = [{"prompt": "p", "targets": {"text": ["AB"]}}] * len(images)
-    chunks = [(images[i : i + 5], None, None) for i in range(0, len(images), 5)]
-    return measure("noise", chunks, items, prompts, clients)
+def measured(rng, clients, prompts=4, samples=3):
+    """A measurement of noise."""
+    images = rng.integers(0, 256, (prompts, samples, 16, 24, 3)).astype(np.uint8)
+    questions = [[{"prompt": "p", "targets": {"text": ["AB"]}}]] * samples
+    judge = RewardsJudge(clients, {})
+    return measure("noise", images, [[reply for (reply,) in judge.ask(list(row), questions)] for row in images])
 
 
-def test_a_failed_score_is_left_out_and_counted(rng, tmp_path):
-    cell = cell_of(rng, fake_clients(fail_every=6))
-    assert cell.failures == {"ocr": 2, "shapes": 0, "second": 0}
-    assert np.isnan(cell.metrics["ocr_reward"]).sum() == np.isnan(cell.metrics["word_accuracy"]).sum() == 2
-    assert np.isnan(cell.selection({"ocr": 1.0, "shapes": 1.0})).sum() == 2 and np.isfinite(cell.selection({"shapes": 1.0})).all()
-    cell.save(tmp_path / "a.npz", "key")
-    back = Cell.load(tmp_path / "a.npz", "key")
-    np.testing.assert_array_equal(back.metrics["ocr_reward"], cell.metrics["ocr_reward"])
-    assert back.failures == cell.failures and (back.texts["ocr"] == cell.texts["ocr"]).all()
-    assert Cell.load(tmp_path / "a.npz", "other") is None
-    (tmp_path / "a.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:100])
-    assert Cell.load(tmp_path / "a.npz", "key") is None
+def test_a_failed_score_is_left_out_and_counted(rng):
+    found = measured(rng, fake_clients(fail_every=6))
+    assert found.failures == {"ocr": 2, "shapes": 0, "second": 0}
+    assert np.isnan(found.metrics["ocr_reward"]).sum() == np.isnan(found.metrics["word_accuracy"]).sum() == 2
+    assert np.isnan(found.selection({"ocr": 1.0, "shapes": 1.0})).sum() == 2 and np.isfinite(found.selection({"shapes": 1.0})).all()
 
 
 def test_a_broken_service_stops_the_evaluation(rng):
     with pytest.raises(EvaluationError, match="noise: 6 of 12 images could not be scored by ocr .no answer.; mend the service"):
-        cell_of(rng, {"ocr": FakeClient(fail_every=2)})
+        measured(rng, {"ocr": FakeClient(fail_every=2)})
     with pytest.raises(EvaluationError, match="trained on .quality. was measured here"):
-        cell_of(rng, fake_clients()).selection({"quality": 1.0})
+        measured(rng, fake_clients()).selection({"quality": 1.0})
 
 
 def test_image_statistics_are_those_of_training(rng):
@@ -172,6 +188,6 @@ def test_mistakes_are_named(tmp_path, monkeypatch):
     with pytest.raises(EvaluationError, match="no OCR service is given; start one with"):
         with open_services({}):
             pass
-    monkeypatch.setattr(drawing, "render_example", lambda seed, index, config: render_example(seed, 0, config))
+    monkeypatch.setattr(rendered, "render_example", lambda seed, index, config: render_example(seed, 0, config))
     with pytest.raises(ValueError, match="only 1 different held-out signs of 3 to 3 characters"):
         heldout_signs(2, (32, 64), (3, 3), 0)

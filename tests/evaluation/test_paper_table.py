@@ -18,8 +18,10 @@ def parse(command):
     """The arguments that a printed command gives."""
     words = shlex.split(command)
     assert words[:2] == ["xomni", "eval"]
-    parser = argparse.ArgumentParser()
-    eval_command.add_arguments(parser)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("sys.argv", words)
+        parser = argparse.ArgumentParser()
+        eval_command.add_arguments(parser)
     return parser.parse_args(words[2:])
 
 

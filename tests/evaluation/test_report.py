@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from tests.evaluation.tiny_model import FakeClient, write_run
-from xomni_jax.evaluation.cells import measure
-from xomni_jax.evaluation.drawing import heldout_signs
 from xomni_jax.evaluation.effect import Effect, EffectConfig, Setting
 from xomni_jax.evaluation.grpo_run import read_run
+from xomni_jax.evaluation.judges.services import RewardsJudge
+from xomni_jax.evaluation.measurement import measure
 from xomni_jax.evaluation.report import write_report
+from xomni_jax.evaluation.suites.rendered import heldout_signs
 from xomni_jax.evaluation.summary import summarise, table_text
 
 
@@ -31,12 +32,13 @@ class NoisyReader(FakeClient):
 
 
 def made_up(signs, chance, samples, clients, noise, rng):
-    """A cell of blurred real images that read right with the given chance."""
-    images = np.repeat(signs.images, samples, axis=0).astype(np.float64)
+    """A measurement of blurred real images that read right with the given chance."""
+    images = np.repeat(signs.images[:, None], samples, axis=1).astype(np.float64)
     images = (images + rng.normal(0, noise, images.shape)).clip(0, 255).astype(np.uint8)
-    items = [item | {"chance": chance} for item in signs.items(samples)]
-    codes = rng.integers(0, 3, (len(images), 4, 8))
-    return measure("made up", [(images, codes, codes * (rng.random(codes.shape) < 0.8))], items, len(signs.captions), clients)
+    questions = [[{"prompt": c, "targets": t, "chance": chance}] for c, t in zip(signs.captions, signs.targets) for _ in range(samples)]
+    replies = iter(RewardsJudge(clients, {}).ask(images.reshape(-1, *images.shape[2:]), questions))
+    agreement = rng.binomial(32, 0.8, images.shape[:2]) / 32
+    return measure("made up", images, [[next(replies)[0] for _ in range(samples)] for _ in signs.captions], agreement)
 
 
 def made_up_effect(folder, prompts=24, samples=16, second=True):

@@ -13,7 +13,7 @@ from PIL import Image
 
 from tests.evaluation.made_runs import CATEGORIES, write_answer_run, write_generate_run
 from xomni_jax.evaluation import paper
-from xomni_jax.evaluation.eval_run import read_eval_run, shots
+from xomni_jax.evaluation.eval_run import read_eval_run, image_refs
 from xomni_jax.evaluation.gallery import embed, image_order, spread
 from xomni_jax.evaluation.run_report import write_run_report
 from xomni_jax.evaluation.suite import SuiteError
@@ -74,8 +74,8 @@ def test_the_page_is_bounded_and_says_what_it_leaves_out(tmp_path):
     run = write_generate_run(tmp_path / "run", items=6, repeats=3)
     read = read_eval_run(run)
     order = image_order([read], spread(6))
-    assert len(order) == 18 and {int(shot.path.stem[:4]) for shot in order[:6]} == set(range(6))
-    assert all(shot.path.stem.endswith(f"_{n // 6}") for n, shot in enumerate(order))  # first images first
+    assert len(order) == 18 and {int(ref.path.stem[:4]) for ref in order[:6]} == set(range(6))
+    assert all(ref.path.stem.endswith(f"_{n // 6}") for n, ref in enumerate(order))  # first images first
     sizes = [len(data) for data in embed(order).values()]
     limit = sum(sizes[:7])
     page = write_run_report(run, limit=limit).read_text()
@@ -102,8 +102,8 @@ def test_tiles_of_a_grid_are_its_images(tmp_path, rng):
     item = lines_of(run)[0] | {"images": ["images/grid.png"]}
     (run / "items.jsonl").write_text(json.dumps(item) + "\n")
     read = read_eval_run(run)
-    for shot, tile in zip(shots(read, read.items[0]), tiles, strict=True):
-        np.testing.assert_array_equal(np.asarray(shot.open()), tile)
+    for ref, tile in zip(image_refs(read, read.items[0]), tiles, strict=True):
+        np.testing.assert_array_equal(np.asarray(ref.open()), tile)
     assert write_run_report(run).read_text().count("data:image/png;base64,") == 4
 
 

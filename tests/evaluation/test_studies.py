@@ -10,8 +10,7 @@ import pytest
 
 from tests.evaluation.made_runs import write_answer_run, write_generate_run
 from xomni_jax.cli.main import main
-from xomni_jax.evaluation.reward_scores import reward_scores
-from xomni_jax.evaluation.studies import best_of_study, guidance_study, held_up_to, read_runs
+from xomni_jax.evaluation.studies import best_of_study, guidance_study, held_up_to, read_runs, reward_scores
 from xomni_jax.evaluation.suite import SuiteError
 
 ITEMS, SFT, RL = 7, {"path": "models/sft", "sha256": "aaaa"}, {"path": "models/rl", "sha256": "bbbb"}
@@ -96,7 +95,7 @@ def test_a_reward_service_is_asked_once_per_image(policies, tmp_path):
     from PIL import Image
 
     runs = read_runs(policies[0], [{}] * 2)
-    kept = tmp_path / "reward.jsonl"
+    kept = tmp_path / "reward"
     with pytest.raises(SuiteError, match="brightness gave item 000. of .* no value .no answer.; what is scored is kept"):
         reward_scores(runs, Service(fail_at=20), "1", kept)
     again = Service()

@@ -1,12 +1,14 @@
-"""xomni eval guidance and xomni eval best-of-n: studies over finished runs."""
+"""xomni eval guidance and best-of-n: studies over finished runs; xomni eval effect: SFT against RL, drawn and measured."""
 
 from __future__ import annotations
 
 import argparse
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
-STUDIES = ("guidance", "best-of-n")
+STUDIES = ("guidance", "best-of-n", "effect")
 GUIDANCE_EXAMPLE = "xomni eval guidance runs/off runs/on --out runs/guidance"
 BEST_EXAMPLE = "xomni eval best-of-n --sft runs/sft --rl runs/rl --out runs/best-of-n"
 _GUIDANCE = """\
@@ -34,9 +36,40 @@ which is told the fields of an item, such as "text", as its targets.
 Results: OUT/best_of_n.html (table and plot), OUT/best_of_n.json, OUT/best_of_n.csv.
 """
 
+EFFECT_EXAMPLE = (
+    "xomni eval effect --sft xomni_jax/assets/tiny_sft --rl runs/demo/grpo/model --rl-run runs/demo/grpo \\\n"
+    "    --ocr http://127.0.0.1:8001 --shapes http://127.0.0.1:8002 --out runs/demo"
+)
+_EFFECT = """\
+Draws held-out signs with a supervised model (SFT) and with the model GRPO made of it (RL), with and without guidance, reads every
+image with the reward services, and compares: one RL sample, one SFT sample, SFT's best of 2, 4, 8 and 16, SFT at other
+temperatures, and real images passed through the codes. Best-of-N picks with the reward that RL trains on and knows the wanted
+text: an oracle. Start the services first, each in a terminal of its own:
 
-def add_studies(kinds: Any) -> None:
-    """The subcommands guidance and best-of-n."""
+  xomni serve-reward ocr --port 8001
+  xomni serve-reward shapes --port 8002
+  xomni serve-reward tesseract --port 8004      # a second opinion, optional: --second http://127.0.0.1:8004
+
+Results: OUT/report.html (one page, opens anywhere), OUT/report.json (all numbers with 95% intervals), OUT/cells/NAME (the run of each
+measurement: images and replies). When it is interrupted, the same command goes on from the finished parts.
+"""
+_HOW_MUCH = {
+    "prompts": "N",
+    "samples": "N",
+    "rl_samples": "N",
+    "sweep_samples": "N",
+    "size": "HxW",
+    "lengths": "A-B",
+    "seed": "N",
+    "chunk": "N",
+}
+_SAMPLING = {"guidance": "SCALE", "temperature": "T", "top_k": "K", "top_p": "P", "min_p": "P", "temperatures": "T,T,..."}
+
+
+def add_studies(kinds: Any, wanted: str | None) -> None:
+    """The subcommands guidance and best-of-n, and effect unless another one is wanted."""
+    if wanted in (None, "effect"):
+        _add_effect(kinds)
     guidance = _parser(kinds, "guidance", "what guidance changes: runs with it off and on", _GUIDANCE, GUIDANCE_EXAMPLE)
     guidance.add_argument("runs", nargs="+", metavar="RUN", help="run directories, one per guidance value")
     best = _parser(kinds, "best-of-n", "one RL sample against the best of N SFT samples", _BEST, BEST_EXAMPLE)
@@ -48,8 +81,43 @@ def add_studies(kinds: Any) -> None:
         parser.add_argument("--bootstrap-seed", type=int, default=0, metavar="N", help="of the intervals (default 0)")
 
 
+def _add_effect(kinds: Any) -> None:
+    from xomni_jax.core.config import explanations
+    from xomni_jax.evaluation.effect import EffectConfig
+
+    says = explanations(EffectConfig)
+    parser = _parser(kinds, "effect", "what reinforcement learning changed: SFT against RL", _EFFECT, EFFECT_EXAMPLE)
+    what = parser.add_argument_group("what is compared")
+    what.add_argument("--sft", required=True, metavar="DIR", help=says["sft"])
+    what.add_argument("--rl", required=True, metavar="DIR", help=says["rl"])
+    what.add_argument("--rl-run", metavar="RUN", help=f"{says['rl_run']} (default: the folder that holds --rl)")
+    services = parser.add_argument_group("reward services (several URLs of one: separated by commas)")
+    services.add_argument("--ocr", required=True, metavar="URL", help="text recognition, as in training")
+    services.add_argument("--shapes", metavar="URL", help="colour of the ground; without it colour accuracy is null")
+    services.add_argument(
+        "--second", metavar="URL", help="tesseract, a reader that took no part in training; without it that column is null"
+    )
+    read = {"size": _size, "lengths": _lengths, "temperatures": _numbers}
+    written = {"size": "32x64", "lengths": "3-6", "temperatures": "1,0.7,0.5,0.3,0"}
+    for title, options in (("how much", _HOW_MUCH), ("sampling (the defaults are those of the rollouts in training)", _SAMPLING)):
+        group = parser.add_argument_group(title)
+        for name, metavar in options.items():
+            default = getattr(EffectConfig, name)
+            help_ = f"{says[name]} (default {written.get(name) or f'{default:g}'})"
+            kind = read.get(name, type(default))
+            group.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, metavar=metavar, help=help_)
+    out = parser.add_argument_group("report")
+    out.add_argument("--out", required=True, metavar="OUT", help=says["out"])
+    out.add_argument(
+        "--started", type=float, metavar="UNIX", help="`date +%%s` at the start of the whole job, for wall_seconds (default: now)"
+    )
+    out.add_argument("--first-image", type=_first_image, metavar="S|FILE", help="seconds until the first image, or a file that holds them")
+
+
 def run(args: argparse.Namespace) -> int:
     """Prints the table, writes the files."""
+    if args.evaluation == "effect":
+        return _effect(args)
     from xomni_jax.evaluation import study_page
 
     if args.evaluation == "guidance":
@@ -68,8 +136,7 @@ def _guidance(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _best_of(args: argparse.Namespace) -> dict[str, Any]:
-    from xomni_jax.evaluation.reward_scores import reward_scores
-    from xomni_jax.evaluation.studies import best_of_study, read_runs
+    from xomni_jax.evaluation.studies import best_of_study, read_runs, reward_scores
     from xomni_jax.rewards.client import RewardClient
 
     changes = [{"model": model, "seed": 1234 + i} for model, runs in (("SFT", args.sft), ("RL", args.rl)) for i in range(len(runs))]
@@ -80,8 +147,30 @@ def _best_of(args: argparse.Namespace) -> dict[str, Any]:
         return best_of_study(sft, rl, seed=args.bootstrap_seed)
     with RewardClient(name, url.split(","), max_wait=900.0) as client:
         version = client.versions()
-        values_PR = reward_scores(sft, client, version, Path(args.out) / f"reward_{name}.jsonl")
+        values_PR = reward_scores(sft, client, version, Path(args.out) / f"reward_{name}")
     return best_of_study(sft, rl, f"{name} ({version})", values_PR, args.bootstrap_seed)
+
+
+def _effect(args: argparse.Namespace) -> int:
+    from xomni_jax.evaluation.effect import EffectConfig, open_services, run_effect
+    from xomni_jax.evaluation.report import write_report
+    from xomni_jax.evaluation.summary import table_text
+
+    began = time.time()
+    given = {name: value for name, value in vars(args).items() if name in EffectConfig.__dataclass_fields__}
+    config = EffectConfig(**given | {"rl_run": args.rl_run or str(Path(args.rl).absolute().parent)})
+    try:
+        with open_services({role: getattr(args, role) for role in ("ocr", "shapes", "second")}) as (clients, versions):
+            effect, report = run_effect(config, clients, versions, args.started or began, args.first_image)
+    except KeyboardInterrupt:
+        print(
+            f"\ninterrupted; finished parts are in {Path(args.out) / 'cells'}, the same command goes on from there",
+            file=sys.stderr,
+        )
+        return 130
+    path = write_report(effect, report, Path(args.out) / "report.html")
+    print("\n" + table_text(report) + "\n".join(report["notes"]) + f"\n\nnumbers: {path.with_suffix('.json')}\nreport:  {path.absolute()}")
+    return 0
 
 
 def _reward(text: str) -> tuple[str, str]:
@@ -99,3 +188,33 @@ def _parser(kinds: Any, name: str, line: str, description: str, example: str) ->
         epilog="example:\n  " + example,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def _size(text: str) -> tuple[int, int]:
+    return _pair(text, "x", "32x64")
+
+
+def _lengths(text: str) -> tuple[int, int]:
+    return _pair(text, "-", "3-6")
+
+
+def _pair(text: str, separator: str, example: str) -> tuple[int, int]:
+    parts = text.split(separator)
+    if len(parts) != 2 or not all(p.isdigit() for p in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not two numbers; write it like {example}")
+    return int(parts[0]), int(parts[1])
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers; write it like 1,0.5,0") from None
+
+
+def _first_image(text: str) -> float:
+    path = Path(text)
+    try:
+        return float(path.read_text() if path.is_file() else text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of seconds nor a file that holds one") from None

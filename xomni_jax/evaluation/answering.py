@@ -1,25 +1,66 @@
-"""The answering of a suite's questions: images to codes one shape at a time, questions in static batches, greedy answers."""
+"""Greedy answers to a suite's questions about images, in batches of fixed shapes (see `generation` for why)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
+import jax
 import numpy as np
 from PIL import Image
 
 from xomni_jax.data.preprocess import ImageLimits, preprocess, token_grid
-from xomni_jax.evaluation.batches import Batch, make_batches
-from xomni_jax.evaluation.suite import Item, SuiteError
+from xomni_jax.evaluation.generation import SHORTEST
+from xomni_jax.evaluation.suite import Item, Suite, SuiteError
 from xomni_jax.pipeline import XOmni
-from xomni_jax.sharding.arrays import whole
+from xomni_jax.sampling.batches import Batch, batches_by_shape, run_batches
+from xomni_jax.sequence.padding import IMAGE_STEPS, bucket
 
-STEPS = 4  # buckets per octave: a prompt is mostly its image, and the prefill is most of the work
-OPENERS = 4  # threads that read images
+READERS = 4  # threads that read images
 
-Answered = list[tuple[Item, str, bool]]
+
+def answer(model: XOmni, suite: Suite, batch_size: int, items: Sequence[Item]) -> Iterator[list[tuple[Item, str, bool]]]:
+    """Batch by batch (item, answer, whether its image had to be changed); images are read while the device answers.
+
+    Args:
+      batch_size: questions at a time, by each data-parallel part of the mesh.
+
+    Raises:
+      SuiteError: an image cannot be read, or a question cannot be asked.
+    """
+    limits, fitted = model.preprocess_config, dict[int, bool]()
+
+    def image_of(item: Item) -> Image.Image:
+        try:
+            return item.image().convert("RGB")
+        except SuiteError:
+            raise
+        except (OSError, ValueError) as e:
+            raise SuiteError(f"{suite.name}: the image of item {item.id} cannot be read ({e}); fetch it again") from None
+
+    def length(item: Item) -> int:
+        grid = token_grid(*fitted_sizes(image_of(item).size, limits)[1], limits)
+        try:
+            return len(model.tokenizer.understanding_prompt(np.zeros(grid, np.int32), item.prompt))
+        except ValueError as e:
+            raise SuiteError(f"{suite.name}: item {item.id}: {e}") from None
+
+    def pixels_of(i: int) -> np.ndarray:
+        image, fitted[i] = fit(image_of(items[i]), limits)
+        return preprocess(image, limits)
+
+    with ThreadPoolExecutor(READERS) as pool:
+
+        def start(batch: Batch) -> jax.Array:
+            codes = dict(zip(batch.items, model.encode_ragged(list(pool.map(pixels_of, batch.items)))))
+            questions = batch.take([item.prompt for item in items])
+            return model.answer_ids(batch.take(codes), questions, suite.max_new_tokens, batch.shape)
+
+        shapes = [bucket(max(SHORTEST, n), IMAGE_STEPS) for n in pool.map(length, items)]
+        for batch, ids_BT in run_batches(start, batches_by_shape(shapes, batch_size * model.num_data_shards)):
+            answers = [model.tokenizer.decode_text(ids_T).strip() for ids_T in ids_BT]
+            yield [(items[i], text, fitted[i]) for i, text in zip(batch.items, answers)]
 
 
 def fitted_sizes(size: tuple[int, int], limits: ImageLimits) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -31,85 +72,14 @@ def fitted_sizes(size: tuple[int, int], limits: ImageLimits) -> tuple[tuple[int,
 
 
 def fit(image: Image.Image, limits: ImageLimits) -> tuple[Image.Image, bool]:
-    """The image as the tokenizer takes it, and whether it had to be changed for that.
+    """The RGB image as the tokenizer takes it, and whether it had to be changed for that.
 
     Benchmarks hold images that the released limits refuse, such as a single cropped word: they are padded with white to the most
     elongated shape that is accepted, then enlarged until the short side is.
     """
-    image = image.convert("RGB")
     canvas, enlarged = fitted_sizes(image.size, limits)
     if image.size == enlarged:
         return image, False
     padded = Image.new("RGB", canvas, "white")
     padded.paste(image, ((canvas[0] - image.width) // 2, (canvas[1] - image.height) // 2))
     return padded.resize(enlarged, Image.Resampling.BICUBIC), True
-
-
-class Answering:
-    """Answers the items of one suite with one model.
-
-    Args:
-      batch: questions at a time, by each data-parallel part of the mesh.
-      max_tokens: of an answer.
-    """
-
-    def __init__(self, model: XOmni, suite: str, batch: int, max_tokens: int):
-        self.model, self.suite, self.max_tokens, self.rows = model, suite, max_tokens, batch * model.num_data_shards
-
-    def batches(self, items: Sequence[Item]) -> list[Batch]:
-        """Static batches of questions. SuiteError names an item that cannot be asked."""
-        with ThreadPoolExecutor(OPENERS) as pool:
-            grids = list(pool.map(self._grid, items))
-        return make_batches(items, [self._length(item, grid) for item, grid in zip(items, grids)], self.rows, STEPS)
-
-    def answer(self, batches: Sequence[Batch]) -> Iterator[Answered]:
-        """The answers of each batch, in order. The images of the next batch are opened meanwhile."""
-        with ThreadPoolExecutor(OPENERS) as pool:
-            opening = None
-            for number, batch in enumerate(batches):
-                opened = opening or [pool.submit(self._open, item) for item in batch.items]
-                following = batches[number + 1].items if number + 1 < len(batches) else ()
-                opening = [pool.submit(self._open, item) for item in following]
-                images = [future.result() for future in opened]
-                codes = self._encode([pixels for pixels, _ in images])
-                filled = [codes[i] if i < len(codes) else codes[0] for i in range(batch.rows)]
-                ids = whole(self.model.answer_ids(filled, [item.prompt for item in batch.filled], self.max_tokens, batch.length))
-                answers = [self.model.tokenizer.decode_text(ids_T).strip() for ids_T in ids]
-                yield [(item, text, changed) for item, text, (_, changed) in zip(batch.items, answers, images)]
-
-    def _grid(self, item: Item) -> tuple[int, int]:
-        limits = self.model.preprocess_config
-        with self._reading(item):
-            return token_grid(*fitted_sizes(item.image().size, limits)[1], limits)
-
-    def _length(self, item: Item, grid: tuple[int, int]) -> int:
-        try:
-            return len(self.model.tokenizer.understanding_prompt(np.zeros(grid, np.int32), item.prompt))
-        except ValueError as e:
-            raise SuiteError(f"{self.suite}: item {item.id}: {e}") from None
-
-    def _open(self, item: Item) -> tuple[np.ndarray, bool]:
-        with self._reading(item):
-            image, changed = fit(item.image(), self.model.preprocess_config)
-        return preprocess(image, self.model.preprocess_config), changed
-
-    @contextmanager
-    def _reading(self, item: Item) -> Iterator[None]:
-        try:
-            yield
-        except SuiteError:
-            raise
-        except (OSError, ValueError) as e:
-            raise SuiteError(f"{self.suite}: the image of item {item.id} cannot be read ({e}); fetch it again") from None
-
-    def _encode(self, pixels: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Codes [Y, X] of each image; images of one shape fill the data-parallel parts of the mesh, one each."""
-        codes: list[np.ndarray | None] = [None] * len(pixels)
-        shapes = sorted({p.shape for p in pixels})
-        for shape in shapes:
-            alike = [i for i, p in enumerate(pixels) if p.shape == shape]
-            for first in range(0, len(alike), self.model.num_data_shards):
-                part = alike[first : first + self.model.num_data_shards]
-                for i, found in zip(part, whole(self.model.encode_pixels(np.stack([pixels[i] for i in part])))):
-                    codes[i] = found
-        return codes

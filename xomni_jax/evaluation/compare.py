@@ -10,7 +10,7 @@ import numpy as np
 
 from xomni_jax.checkpoint.store import write_json
 from xomni_jax.core.tables import TableCell, aligned, csv_text, format_estimate, format_number
-from xomni_jax.evaluation.eval_run import EvalRun, Shot, read_eval_run, same_items
+from xomni_jax.evaluation.eval_run import EvalRun, ImageRef, read_eval_run, same_items
 from xomni_jax.evaluation.gallery import embed, image_order, item_outputs, left_out
 from xomni_jax.evaluation.pages import write_page, write_text
 from xomni_jax.evaluation.statistics import bootstrap_mean, paired_difference, with_bounds
@@ -78,7 +78,7 @@ def row(name: str, scores: Sequence[np.ndarray], seed: int) -> dict[str, Any]:
 
 def different_settings(runs: Sequence[EvalRun]) -> dict[str, list[Any]]:
     """Settings, judge included, that are not the same in all runs: name -> value per run."""
-    every = [run.facts for run in runs]
+    every = [run.flat_settings for run in runs]
     names = dict.fromkeys(name for settings in every for name in settings)
     return {n: [s.get(n) for s in every] for n in names if len({repr(s.get(n)) for s in every}) > 1}
 
@@ -159,7 +159,7 @@ def difference(measured: dict[str, Any], items: int) -> TableCell:
 
 
 def changed_item(
-    runs: Sequence[EvalRun], names: Sequence[str], compared: dict[str, Any], i: int, images: dict[Shot, str], page_folder: Path
+    runs: Sequence[EvalRun], names: Sequence[str], compared: dict[str, Any], i: int, images: dict[ImageRef, str], page_folder: Path
 ) -> dict[str, Any]:
     """Item i in every run, for the page."""
     outputs = [item_outputs(run, run.items[i], images, page_folder) for run in runs]

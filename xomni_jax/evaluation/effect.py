@@ -3,29 +3,39 @@
 The paper's claim (X-Omni, arXiv 2507.22058): one sample after RL beats SFT's best of N. Best-of-N picks with the reward that RL
 trains on and knows the wanted text, so it is an oracle that nobody has when drawing; it bounds what choosing among SFT's
 samples could give.
+
+Every measurement is a run of the suite `HeldoutSigns` by the engine (`evaluation.run`); `summary` makes the report of them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import hashlib
+import json
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
+import numpy as np
 
-from xomni_jax.checkpoint.store import config_to_json, read_model_json, write_json
-from xomni_jax.evaluation.cells import Cell, EvaluationError, cell_key, directory_stamp, measure
-from xomni_jax.evaluation.drawing import Chunk, Drawing, Signs, heldout_signs
+from xomni_jax.core.preemption import StopSignal
 from xomni_jax.evaluation.grpo_run import GRPORun, read_run
-from xomni_jax.evaluation.summary import summarise
-from xomni_jax.rewards.client import RewardClient
-from xomni_jax.sampling.logits import SamplingConfig
+from xomni_jax.evaluation.judges.services import Client, RewardsJudge
+from xomni_jax.evaluation.measurement import EvaluationError, Measurement, measure
+from xomni_jax.evaluation.run import EvalConfig, evaluate
+from xomni_jax.evaluation.suites.rendered import HeldoutSigns, Signs, heldout_signs
+
+if TYPE_CHECKING:
+    from xomni_jax.pipeline import XOmni
 
 SERVICES = {"ocr": "ocr", "shapes": "shapes", "second": "tesseract"}  # role here -> scorer that must answer
+SAMPLER_ROWS = 256  # images in one call of the sampler
 
 
 @dataclass(frozen=True)
@@ -33,15 +43,24 @@ class EffectConfig:
     """What is compared, and how.
 
     Attributes:
-      sft, rl: model directories; they share tokenizer and decoder. rl_run: the GRPO run that made `rl`.
-      out: where report.json, report.html and the finished cells go.
-      prompts: held-out signs. samples: of SFT per prompt, the largest best-of-N. rl_samples, sweep_samples: per prompt.
-      guidance: of the AR part in the "on" setting; "off" is 1.
-      size: pixels, height and width. lengths: least and most characters of a sign.
-      seed: of signs, samples and decoder noise.
-      temperature, top_k, top_p, min_p: of all samples but the sweep's temperature; the defaults are those of the rollouts.
-      temperatures: of the sweep over SFT; 0 is greedy.
-      chunk: images decoded at a time.
+      sft: model directory of the supervised model
+      rl: model directory after GRPO, such as RUN/model; same tokenizer and decoder as the supervised model
+      rl_run: the GRPO run with metrics.jsonl and config.json
+      out: directory of the results, such as runs/demo
+      prompts: held-out signs, no two alike
+      samples: SFT samples per sign, the largest best-of-N
+      rl_samples: RL samples per sign, averaged
+      sweep_samples: SFT samples per sign and temperature of the sweep
+      guidance: of the setting "guidance on"; off is always measured
+      size: pixels, height and width
+      lengths: least and most characters of a sign
+      seed: of signs, samples and decoder noise
+      temperature: of all samples but those of the sweep
+      top_k: keep the so many likeliest codes; 0: off
+      top_p: keep the likeliest codes that hold this probability; 1: off
+      min_p: drop codes below this share of the likeliest one's probability; 0: off
+      temperatures: of the sweep over SFT; 0 is greedy
+      chunk: images decoded at a time
     """
 
     sft: str
@@ -72,11 +91,6 @@ class EffectConfig:
         if self.guidance == 1.0:
             raise ValueError("guidance=1 is the setting without guidance, which is measured anyway; give another value, such as 2")
 
-    def sampling(self, guidance: float, temperature: float | None = None) -> SamplingConfig:
-        """How codes are drawn in one setting."""
-        temperature = self.temperature if temperature is None else temperature
-        return SamplingConfig(temperature, self.top_k, self.top_p, self.min_p, guidance)
-
     def guidances(self) -> dict[str, float]:
         """Setting -> guidance."""
         return {"guidance_off": 1.0, "guidance_on": self.guidance}
@@ -84,12 +98,12 @@ class EffectConfig:
 
 @dataclass(frozen=True)
 class Setting:
-    """The cells of one guidance setting; `sweep` holds SFT by temperature."""
+    """The measurements of one guidance setting; `sweep` holds SFT by temperature, highest first."""
 
-    reconstruction: Cell
-    sft: Cell
-    rl: Cell
-    sweep: dict[float, Cell]
+    reconstruction: Measurement
+    sft: Measurement
+    rl: Measurement
+    sweep: dict[float, Measurement]
 
 
 @dataclass(frozen=True)
@@ -99,18 +113,20 @@ class Effect:
     config: EffectConfig
     signs: Signs
     run: GRPORun
-    real: Cell
+    real: Measurement
     settings: dict[str, Setting]
 
 
 @contextlib.contextmanager
-def open_services(urls: Mapping[str, str]) -> Iterator[tuple[dict[str, RewardClient], dict[str, str]]]:
+def open_services(urls: Mapping[str, str]) -> Iterator[tuple[dict[str, Client], dict[str, str]]]:
     """Clients by role and the versions of what answers. `urls`: "ocr" (needed), "shapes", "second"; several URLs by commas.
 
     Raises:
       EvaluationError: no OCR service is named.
       RewardServiceError: a service does not answer or serves something else.
     """
+    from xomni_jax.rewards.client import RewardClient
+
     if not urls.get("ocr"):
         raise EvaluationError(
             "no OCR service is given; start one with: xomni serve-reward ocr --port 8001, and pass --ocr http://127.0.0.1:8001"
@@ -126,25 +142,27 @@ def open_services(urls: Mapping[str, str]) -> Iterator[tuple[dict[str, RewardCli
 
 def run_effect(
     config: EffectConfig,
-    clients: Mapping[str, Any],
+    clients: Mapping[str, Client],
     versions: Mapping[str, str] | None = None,
     started: float | None = None,
     first_image_seconds: float | None = None,
 ) -> tuple[Effect, dict[str, Any]]:
-    """Measures every cell, or takes it from OUT/cells, and writes OUT/report.json. Returns what was measured and the report.
+    """Makes every measurement, or takes it from OUT/cells, and writes OUT/report.json. Returns what was measured and the report.
 
     Args:
       clients: role ("ocr", "shapes", "second") -> client; see `open_services`.
-      versions: role -> version, so that images are scored again after a service changed.
-      started: time.time() at the beginning of the whole job, for wall_seconds; now without it.
+      versions: role -> version, so that everything is measured again after a service changed.
+      started: time.time() at the beginning of the whole job, for wall_seconds; now by default.
       first_image_seconds: how long the first image took, to be reported.
 
     Raises:
       ValueError: a run, model or service that does not fit (`EvaluationError`, `CheckpointError`), in one sentence.
     """
+    from xomni_jax.checkpoint.store import write_json
+    from xomni_jax.evaluation.summary import summarise
+
     began = time.time()
-    run = read_run(config.rl_run)
-    effect = measure_cells(config, run, clients, versions or {})
+    effect = measure_all(config, read_run(config.rl_run), RewardsJudge(clients, versions or {}))
     seconds = {
         "first_image_seconds": first_image_seconds,
         "wall_seconds": time.time() - (began if started is None else started),
@@ -155,55 +173,162 @@ def run_effect(
     return effect, report
 
 
-def measure_cells(config: EffectConfig, run: GRPORun, clients: Mapping[str, Any], versions: Mapping[str, str]) -> Effect:
-    """All cells of the comparison, those on disk taken from there."""
-    for directory in (config.sft, config.rl):
-        read_model_json(directory)
+class PolicySampler:
+    """Two models that differ in the transformer alone, in one model object: they share the decoder and all compiled programs.
+
+    Raises:
+      EvaluationError: another part of the two models differs.
+    """
+
+    def __init__(self, sft: str | Path, rl: str | Path):
+        from xomni_jax.pipeline import XOmni
+        from xomni_jax.sampling.decoder import DECODER_COMPONENTS
+
+        self.model, self._rl = XOmni(sft), XOmni(rl)
+        models = (self.model, self._rl)
+        for part in ("siglip_vq", *DECODER_COMPONENTS):
+            ours, theirs = ((model.config(part), model.description["components"][part].get("note")) for model in models)
+            if ours != theirs:
+                raise EvaluationError(
+                    f"{rl}: its {part} is not that of {sft}, so a difference between the two need not come from the policy; "
+                    "compare with the model that the run started from"
+                )
+        if self.model.config("transformer") != self._rl.config("transformer"):
+            raise EvaluationError(
+                f"{rl}: its transformer has other sizes than that of {sft}; compare with the model that the run started from"
+            )
+
+    @functools.cached_property
+    def _params(self) -> dict[str, Any]:
+        return {"sft": self.model.params("transformer"), "rl": self._rl.params("transformer")}
+
+    def with_policy(self, policy: str) -> XOmni:
+        """The model with the transformer of "sft" or "rl"."""
+        self.model.set_params("transformer", self._params[policy])
+        return self.model
+
+
+def measure_all(config: EffectConfig, run: GRPORun, judge: RewardsJudge) -> Effect:
+    """All measurements of the comparison."""
     signs = heldout_signs(config.prompts, config.size, config.lengths, config.seed)
-    drawing = Drawing(config.sft, config.rl, signs, config.seed, config.chunk)
-    facts = {
-        "signs": [config.prompts, config.size, config.lengths, config.seed],
-        "decode": config_to_json(drawing.model.decode_config),
-        "services": {role: versions.get(role, "") for role in sorted(clients)},
-    }
-    stamps = {"sft": directory_stamp(config.sft), "rl": directory_stamp(config.rl)}
-    swept = {g: [t for t in config.temperatures if t != config.temperature] for g in config.guidances()}
-    shots = lambda t, n: 1 if t == 0 else n  # noqa: E731 - greedy samples of a prompt are all the same image
-    total = 2 + sum(
-        shots(config.temperature, config.samples)
-        + shots(config.temperature, config.rl_samples)
-        + sum(shots(t, config.sweep_samples) for t in ts)
-        for ts in swept.values()
-    )
-
-    with tqdm(total=total * config.prompts, unit="image", dynamic_ncols=True, mininterval=0.5) as bar:
-
-        def cell(name: str, samples: int, chunks: Callable[[], Iterator[Chunk]], **more: Any) -> Cell:
-            bar.set_description(name)
-            path = Path(config.out) / "cells" / f"{name}.npz"
-            key = cell_key(name=name, samples=samples, **facts, **more)
-            made = Cell.load(path, key)
-            if made is None:
-                made = measure(name, chunks(), signs.items(samples), config.prompts, clients, bar.update)
-                made.save(path, key)
-            else:
-                bar.update(samples * config.prompts)
-            return made
-
-        def sampled(name: str, policy: str, sampling: SamplingConfig, samples: int) -> Cell:
-            samples = shots(sampling.temperature, samples)
-            chunks = lambda: drawing.images(drawing.codes(policy, sampling, samples))  # noqa: E731
-            return cell(name, samples, chunks, policy=stamps[policy], decoder=stamps["sft"], sampling=dataclasses.asdict(sampling))
-
-        real = cell("real", 1, drawing.real_images)
-        reconstruction = cell("reconstruction", 1, lambda: drawing.images(drawing.real_codes()), decoder=stamps["sft"])
-        settings = {}
+    sampler = PolicySampler(config.sft, config.rl)
+    sampler.model.check_prompts(signs.captions)
+    with _Study(config, signs, sampler, judge) as study:
+        real, reconstruction = study.real(), study.drawn("reconstruction", "sft", 1, reconstruct=True)
+        made = {}
         for name, guidance in config.guidances().items():
-            sft = sampled(f"{name}-sft", "sft", config.sampling(guidance), config.samples)
-            rl = sampled(f"{name}-rl", "rl", config.sampling(guidance), config.rl_samples)
-            sweep = {t: sampled(f"{name}-sft-t{t:g}", "sft", config.sampling(guidance, t), config.sweep_samples) for t in swept[name]}
+            sft = study.drawn(f"{name}-sft", "sft", config.samples, guidance)
+            rl = study.drawn(f"{name}-rl", "rl", config.rl_samples, guidance)
+            swept = [t for t in config.temperatures if t != config.temperature]
+            sweep = {t: study.drawn(f"{name}-sft-t{t:g}", "sft", config.sweep_samples, guidance, t) for t in swept}
+            made[name] = sft, rl, sweep
+        settings = {}
+        for name, (sft, rl, sweep) in made.items():
+            sft, sweep = sft(), {t: found() for t, found in sweep.items()}
             if config.temperature in config.temperatures:
                 sweep[config.temperature] = sft
-            settings[name] = Setting(reconstruction, sft, rl, {t: sweep[t] for t in sorted(sweep, reverse=True)})
-        bar.set_description("measured")
-    return Effect(config, signs, run, real, settings)
+            settings[name] = Setting(reconstruction(), sft, rl(), {t: sweep[t] for t in sorted(sweep, reverse=True)})
+        return Effect(config, signs, run, real(), settings)
+
+
+class _Study(contextlib.AbstractContextManager):
+    """Makes measurements, each in a run directory of its own below OUT/cells; a thread has images scored while the next ones are drawn.
+
+    The methods return a function that waits for the measurement.
+    """
+
+    def __init__(self, config: EffectConfig, signs: Signs, sampler: PolicySampler, judge: RewardsJudge):
+        self.config, self.signs, self.sampler, self.judge = config, signs, sampler, judge
+        self._stop, self._pool, self._scoring = StopSignal(), ThreadPoolExecutor(1), list[Future]()
+        self._decides = {
+            "signs": [config.prompts, config.size, config.lengths, config.seed],
+            "decode": dataclasses.asdict(sampler.model.decode_config),
+            "services": judge.settings,
+        }
+        self._stamps = {"sft": directory_stamp(config.sft), "rl": directory_stamp(config.rl)}
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._stop.requested = kind is not None
+        self._pool.shutdown(cancel_futures=kind is not None)
+
+    def real(self) -> Callable[[], Measurement]:
+        """The real images."""
+        suite = HeldoutSigns(self.signs, 1)
+        out = self._directory("real")
+        for item in suite.load(out):
+            suite.save(out / "images", item, [item.image()])
+        return self._scored(EvalConfig(suite, out, report=False))
+
+    def drawn(
+        self,
+        name: str,
+        policy: str,
+        samples: int,
+        guidance: float = 1.0,
+        temperature: float | None = None,
+        reconstruct: bool = False,
+    ) -> Callable[[], Measurement]:
+        """Images by a policy; `reconstruct`: the real images passed through the codes."""
+        from xomni_jax.inference import InferenceConfig
+
+        c = self.config
+        temperature = c.temperature if temperature is None else temperature
+        samples = 1 if temperature == 0 else samples  # greedy samples of a prompt are all the same image
+        per_call = max(k for k in range(1, samples + 1) if samples % k == 0 and (k == 1 or k * c.prompts <= SAMPLER_ROWS))
+        how = {"temperature": temperature, "top_k": c.top_k, "top_p": c.top_p, "min_p": c.min_p, "guidance": guidance}
+        inference = InferenceConfig(model=c.rl if policy == "rl" else c.sft, **how, batch=c.prompts * per_call, decode_batch=c.chunk)
+        out = self._directory(name, samples=samples, policy=self._stamps[policy], decoder=self._stamps["sft"], sampling=how)
+        config = EvalConfig(
+            HeldoutSigns(self.signs, samples),
+            out,
+            inference=inference,
+            seed=c.seed,
+            repeats_per_call=per_call,
+            reconstruct=reconstruct,
+            reencode=True,
+            report=False,
+        )
+        if not (out / "results.json").is_file():
+            for scoring in self._scoring:
+                if scoring.done():
+                    scoring.result()  # a broken service stops the drawing, too
+            model = (lambda: self.sampler.model) if reconstruct else (lambda: self.sampler.with_policy(policy))
+            evaluate(dataclasses.replace(config, phase="generate"), model, stop=self._stop)
+        return self._scored(config)
+
+    def _directory(self, name: str, **decides: Any) -> Path:
+        """The directory of a measurement, emptied when something that decides the measurement has changed."""
+        out = Path(self.config.out) / "cells" / name
+        key = json.dumps(self._decides | decides, sort_keys=True)
+        if not (out / "key.json").is_file() or (out / "key.json").read_text() != key:
+            shutil.rmtree(out, ignore_errors=True)
+            out.mkdir(parents=True)
+            (out / "key.json").write_text(key)
+        return out
+
+    def _scored(self, config: EvalConfig) -> Callable[[], Measurement]:
+        self._scoring.append(self._pool.submit(self._score, dataclasses.replace(config, phase="score")))
+        return self._scoring[-1].result
+
+    def _score(self, config: EvalConfig) -> Measurement:
+        results = config.out / "results.json"
+        if not results.is_file():  # what was scored before an interruption may be failures of a service that is mended now
+            shutil.rmtree(config.out / "judged", ignore_errors=True)
+        run = evaluate(config, judge=self.judge, stop=self._stop).run
+        outputs, judged = run.outputs(), run.judged()
+        images = np.stack([[np.asarray(image) for image in run.suite.open(run.path / "images", item)] for item in run.items])
+        replies_PR = [[reply for (reply,) in judged[item.id]["replies"]] for item in run.items]
+        agreement = [outputs[item.id]["agreement"] for item in run.items] if config.reencode else None
+        try:
+            return measure(run.path.name, images, replies_PR, agreement)
+        except EvaluationError:
+            results.unlink()
+            raise
+
+
+def directory_stamp(directory: str | Path) -> str:
+    """Changes when any file of a model directory does: names, sizes and times, not contents."""
+    root = Path(directory)
+    files = sorted(p for p in root.rglob("*") if p.is_file())
+    stats = [(str(p.relative_to(root)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""A finished run of a suite, as its directory tells it: results.json, items.jsonl, and the images."""
+"""A finished run of a suite, read from its directory: results.json, items.jsonl, and the images."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DRAWN |= {name: f"sampling.{name}" for name in ("temperature", "top_k", "top_p",
 
 
 @dataclass(frozen=True)
-class Shot:
+class ImageRef:
     """An image: a file, or tile `k` of a file that holds side x side of them, row by row, or what `opener` opens."""
 
     path: Path
@@ -50,7 +50,7 @@ class Shot:
 
 @dataclass(frozen=True)
 class EvalRun:
-    """What a run measured; `items` are sorted by id, `asked` opens the images that were asked about, where they are at hand."""
+    """What a run measured. `items` are sorted by id; `asked`: item id -> opens the image that its question is about, where available."""
 
     path: Path
     results: dict[str, Any]
@@ -59,11 +59,11 @@ class EvalRun:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What decided the outputs; empty where another program drew the images."""
+        """Everything that decided the outputs; empty where another program drew the images."""
         return self.results.get("settings") or {}
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def flat_settings(self) -> dict[str, Any]:
         """Settings, judge, switches and wordings on one level, such as "sampling.guidance" and "judge.name"."""
         judge = self.results.get("judge") or {"name": "local rules"}
         choices = {"switches": self.results.get("switches") or "none", "instruction": self.results.get("instructions") or {}}
@@ -76,7 +76,7 @@ class EvalRun:
 
     @property
     def name(self) -> str:
-        """What a reader calls the run: its folder."""
+        """Name for readers: that of its folder."""
         return self.path.name or str(self.path)
 
     @property
@@ -151,19 +151,19 @@ def outputs(item: Item) -> int:
     return len(item["verdicts"])
 
 
-def shots(run: EvalRun, item: Item) -> list[Shot]:
-    """The kept images of an item: one per output, also where the official layout is one grid of them; of a question, its image."""
+def image_refs(run: EvalRun, item: Item) -> list[ImageRef]:
+    """The images of an item: one per output, also where the official layout is one grid of them; of a question, its image."""
     if item["id"] in run.asked:
-        return [Shot(run.path / item["id"], opener=run.asked[item["id"]])]
+        return [ImageRef(run.path / item["id"], opener=run.asked[item["id"]])]
     images = [run.path / name for name in item.get("images", ())]
     if len(images) == 1 < outputs(item):
         side = math.isqrt(outputs(item))
-        return [Shot(images[0], k, side) for k in range(outputs(item))]
-    return [Shot(image) for image in images]
+        return [ImageRef(images[0], k, side) for k in range(outputs(item))]
+    return [ImageRef(image) for image in images]
 
 
 def reading(item: Item, repeat: int) -> str:
-    """What a reader is told about one output: the model's answer, what the judge read, or else the judge's replies."""
+    """One output in words: the model's answer, the text that the judge read, or the judge's replies."""
     if "answer" in item:
         return str(item["answer"])
     if "read" in item["record"]:

@@ -1,102 +1,117 @@
-"""The drawing of a suite's images: prompts in static batches, the next batch sampled while the last one's images are fetched."""
+"""The images of a suite's prompts, in batches of fixed shapes.
+
+An image must not depend on which items happen to be drawn beside it. A row of a batch depends on its own prompt and keys alone, but
+programs of other shapes may round differently: so a prompt is padded to a length that its own length decides, and every batch has the
+same number of rows. Then an item drawn alone equals the item in any batch, to the bit.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from xomni_jax.evaluation.batches import Batch, item_keys, make_batches
-from xomni_jax.evaluation.suite import Item, SuiteError
+from xomni_jax.data.preprocess import to_pixels
+from xomni_jax.evaluation.measurement import code_agreement
+from xomni_jax.evaluation.run import EvalConfig
+from xomni_jax.evaluation.suite import Item, Suite, SuiteError
 from xomni_jax.pipeline import XOmni
+from xomni_jax.sampling.batches import Batch, batches_by_shape, in_order, make_batches, run_batches
 from xomni_jax.sampling.keys import NOISE
-from xomni_jax.sampling.logits import SamplingConfig
-from xomni_jax.sharding.arrays import whole
+from xomni_jax.sequence.padding import bucket
 
-Drawn = list[tuple[Item, list[Image.Image]]]
-
-
-@dataclass(frozen=True)
-class DrawConfig:
-    """How images are drawn.
-
-    Attributes:
-      repeats: images per prompt.
-      batch: images sampled at a time, decode_batch: images decoded at a time, by each data-parallel part of the mesh.
-    """
-
-    height: int
-    width: int
-    seed: int
-    sampling: SamplingConfig
-    repeats: int
-    batch: int
-    decode_batch: int
+SHORTEST = 32  # tokens that prompts are padded to at least
 
 
 class Generation:
-    """Draws the items of one suite with one model."""
+    """Draws the items of one suite with one model. `settings` is what decides the images, for the record."""
 
-    def __init__(self, model: XOmni, suite: str, config: DrawConfig):
-        self.model, self.suite, self.config = model, suite, config
-        self.grid = model.grid(config.height, config.width)
-        R = config.repeats
-        self.at_once = max(r for r in range(1, R + 1) if R % r == 0 and (r == 1 or r <= config.batch))  # repeats in one call
-        self.rows = max(1, config.batch // self.at_once) * model.num_data_shards
+    def __init__(self, model: XOmni, suite: Suite, config: EvalConfig):
+        self.model, self.suite, self.config, inference = model, suite, config, config.inference
+        own = model.description.get("settings", {}).get("size", {})
+        height, width = suite.size or (own.get("height", 1152), own.get("width", 1152))
+        height, width = inference.height or height, inference.width or width
+        self.grid = model.grid(height, width)
+        self.sampling = inference.sampling
+        R, batch = suite.repeats, inference.batch
+        self.per_call = config.repeats_per_call or max(r for r in range(1, R + 1) if R % r == 0 and (r == 1 or r <= batch))
+        self.rows, self.decode_rows = max(1, batch // self.per_call) * model.num_data_shards, inference.decode_batch * model.num_data_shards
+        self.settings = {"height": height, "width": width, "seed": config.seed, "sampling": dataclasses.asdict(self.sampling)}
+        self.settings |= {"repeats": R, "batch": batch, "decode_batch": inference.decode_batch}
+        self.settings |= {name: on for name in ("repeats_per_call", "reconstruct", "reencode") if (on := getattr(config, name))}
 
-    def batches(self, items: Sequence[Item]) -> list[Batch]:
-        """Static batches of prompts. SuiteError names an item whose prompt cannot be drawn."""
-        return make_batches(items, [self._length(item) for item in items], self.rows)
+    def draw(self, items: Sequence[Item]) -> Iterator[list[tuple[Item, list[Image.Image], dict[str, Any]]]]:
+        """Batch by batch (item, images, what else is recorded of it); the device draws the next batch meanwhile.
 
-    def overlong(self, items: Sequence[Item]) -> list[str]:
-        """Ids of the prompts that are drawn whole, but decoded to pixels from their beginning: the text encoders take no more."""
+        "overlong" marks a prompt that is drawn whole, but decoded to pixels from its beginning: the text encoder takes no more.
+
+        Raises:
+          SuiteError: the prompt of an item cannot be drawn.
+        """
         limit = self.model.decode_config.text_length - 1
-        return [item.id for item in items if self.model.decoder_tokens(item.prompt) > limit]
-
-    def draw(self, batches: Sequence[Batch]) -> Iterator[Drawn]:
-        """The images of each batch, in order. One batch is under way while the caller has the one before it."""
-        waiting = None
-        for batch in batches:
-            started = batch, self._start(batch)
-            if waiting is not None:
-                yield self._fetch(*waiting)
-            waiting = started
-        if waiting is not None:
-            yield self._fetch(*waiting)
+        batches = batches_by_shape([bucket(max(SHORTEST, self._length(item))) for item in items], self.rows)
+        for batch, (images_PRHWC, codes_PRYX) in run_batches(lambda batch: self._start(batch, items), batches):
+            more = [{"overlong": self.model.decoder_tokens(items[i].prompt) > limit} for i in batch.items]
+            if self.config.reencode:
+                again = self._encode(images_PRHWC.reshape(-1, *images_PRHWC.shape[2:])).reshape(codes_PRYX.shape)
+                more = [m | {"agreement": row_R.tolist()} for m, row_R in zip(more, code_agreement(codes_PRYX, again))]
+            drawn = [[Image.fromarray(image) for image in images_RHWC] for images_RHWC in images_PRHWC]
+            yield [(items[i], *one) for i, *one in zip(batch.items, drawn, more)]
 
     def _length(self, item: Item) -> int:
         if not item.prompt.strip():
-            raise SuiteError(f"{self.suite}: the prompt of item {item.id} is empty; correct the data")
+            raise SuiteError(f"{self.suite.name}: the prompt of item {item.id} is empty; correct the data")
         try:
             return len(self.model.tokenizer.generation_prompt(item.prompt, *self.grid))
         except ValueError as e:
-            raise SuiteError(f"{self.suite}: item {item.id}: {e}") from None
+            raise SuiteError(f"{self.suite.name}: item {item.id}: {e}") from None
 
-    def _start(self, batch: Batch) -> list[jax.Array]:
-        """Dispatches the sampling and decoding of a batch; nothing is waited for."""
-        c, items, R = self.config, batch.filled, self.config.repeats
-        prompts, ids = [item.prompt for item in items], [item.id for item in items]
-        keys_PR = item_keys(c.seed, self.suite, ids, R, 0)
-        parts = [
-            self.model.sample_codes(prompts, self.grid, keys_PR[:, r : r + self.at_once], c.sampling, batch.length)["codes"]
-            for r in range(0, R, self.at_once)
-        ]
-        codes_BYX = jax.numpy.concatenate(parts, axis=1).reshape(-1, *self.grid)
-        noise_keys = item_keys(c.seed, self.suite, ids, R, NOISE).reshape(-1)
+    def _start(self, batch: Batch, items: Sequence[Item]) -> tuple[jax.Array, jax.Array]:
+        """Dispatches a batch without waiting for it: images [P, R, H, W, 3] and codes [P, R, Y, X] of its P items."""
+        seed, R, P = self.config.seed, self.suite.repeats, len(batch.items)
+        prompts, ids = batch.take([item.prompt for item in items]), batch.take([item.id for item in items])
+        if self.config.reconstruct:
+            codes_BYX = jnp.asarray(self._encode(np.stack([np.asarray(items[i].image()) for i in batch.items])))
+        else:
+            keys_PR = self.suite.keys(seed, ids, R, 0)
+            calls = [keys_PR[:, r : r + self.per_call] for r in range(0, R, self.per_call)]
+            parts = [self.model.sample_codes(prompts, self.grid, keys, self.sampling, batch.shape)["codes"] for keys in calls]
+            codes_BYX = jnp.concatenate(parts, axis=1).reshape(-1, *self.grid)
+        noise_keys = self.suite.keys(seed, ids, R, NOISE).reshape(-1)
         texts = [prompt for prompt in prompts for _ in range(R)]
-        rows, wanted = c.decode_batch * self.model.num_data_shards, len(batch.items) * R
         images = []
-        for first in range(0, wanted, rows):
-            index = np.arange(first, first + rows)
-            index[index >= len(texts)] = 0
-            noise_BTC = self.model.noise(noise_keys[index], self.grid)
-            images.append(self.model.decode_images(codes_BYX[index], [texts[i] for i in index], noise_BTC))
-        return images
+        for part in make_batches(P * R, self.decode_rows):
+            noise_BTC = self.model.noise(part.take(noise_keys), self.grid)
+            images.append(self.model.decode_images(part.take(codes_BYX), part.take(texts), noise_BTC))
+        images_BHWC = jnp.concatenate(images)[: P * R]
+        return images_BHWC.reshape(P, R, *images_BHWC.shape[1:]), codes_BYX[: P * R].reshape(P, R, *self.grid)
 
-    def _fetch(self, batch: Batch, parts: Sequence[jax.Array]) -> Drawn:
-        images = [Image.fromarray(image) for part in parts for image in whole(part)]
-        R = self.config.repeats
-        return [(item, images[k * R : (k + 1) * R]) for k, item in enumerate(batch.items)]
+    def _encode(self, images_BHWC: np.ndarray) -> np.ndarray:
+        """Codes [B, Y, X] of uint8 images of one size."""
+        program = lambda part: self.model.encode_pixels(to_pixels(part.take(images_BHWC)))
+        return np.stack(in_order(run_batches(program, make_batches(len(images_BHWC), self.decode_rows))))
+
+
+def item_keys(seed: int, suite: str, ids: Sequence[str], repeats: int, purpose: int) -> jax.Array:
+    """One key per item and repeat [P, R], from (seed, purpose, suite, id, repeat): any image can be drawn again alone."""
+    digests = [hashlib.sha256(f"{suite}\n{name}".encode()).digest()[:8] for name in ids]
+    words_P2 = np.frombuffer(b"".join(digests), ">u4").reshape(-1, 2).astype(np.uint32)
+    return _fold(np.uint32(seed), words_P2, repeats, purpose)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _fold(seed: Any, words_P2: Any, repeats: int, purpose: int) -> jax.Array:
+    root = jax.random.fold_in(jax.random.key(seed), purpose)
+
+    def of_item(words):
+        key = jax.random.fold_in(jax.random.fold_in(root, words[0]), words[1])
+        return jax.vmap(lambda r: jax.random.fold_in(key, r))(jnp.arange(repeats))
+
+    return jax.vmap(of_item)(words_P2)

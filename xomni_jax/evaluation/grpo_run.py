@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from xomni_jax.evaluation.cells import EvaluationError
+from xomni_jax.evaluation.measurement import EvaluationError
 
 STEP_PARTS = {"rollout": "perf/rollout_s", "decode": "perf/decode_s", "reward": "perf/reward_wait_s", "update": "perf/update_s"}
 

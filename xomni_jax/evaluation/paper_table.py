@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from xomni_jax.evaluation import paper
 from xomni_jax.evaluation.eval_run import EvalRun, read_eval_run
-from xomni_jax.evaluation.judges.opening import OFFICIAL
+from xomni_jax.evaluation.judges import OFFICIAL
 from xomni_jax.evaluation.suites import get_suite
 
 PAPER, CODE, BENCHMARK, OPEN = "paper", "released code", "benchmark", "not stated"
@@ -126,15 +126,15 @@ def departures(row: PaperRow) -> list[str]:
     """The settings in which a run differs from the row's command; empty when it does not."""
     if row.run is None:
         return []
-    facts, published = row.run.facts, get_suite(row.suite).published
-    facts["rewriting"] = "yes" if facts.get("data.rewritten") else "none"
+    settings, published = row.run.flat_settings, get_suite(row.suite).published
+    settings["rewriting"] = "yes" if settings.get("data.rewritten") else "none"
     differing = [f"{len(row.run.items)} of {published} items"] if published and len(row.run.items) != published else []
     for setting in row.settings:
         name = "repeats" if setting.name == "images per prompt" else setting.name.replace("-", "_")
-        value = facts.get(name, facts.get(f"sampling.{name}"))
+        value = settings.get(name, settings.get(f"sampling.{name}"))
         if value is not None and str(value) != setting.value and not same_number(value, setting.value):
             differing.append(f"{setting.name} {value}")
-    return differing + ([f"switches {facts['switches']}"] if facts["switches"] != "none" else [])
+    return differing + ([f"switches {settings['switches']}"] if settings["switches"] != "none" else [])
 
 
 def same_number(found: Any, wanted: str) -> bool:
@@ -169,8 +169,8 @@ def row_text(row: PaperRow) -> list[str]:
     ]
     if row.run is None:
         return [*lines, "  ours:  not run"]
-    model = str(row.run.facts.get("model.sha256", "images of another program"))[:12]
-    lines.append(f"  ours:  {numbers(row.ours)}   ({row.run.path}, model {model}, judge {row.run.facts['judge.name']})")
+    model = str(row.run.flat_settings.get("model.sha256", "images of another program"))[:12]
+    lines.append(f"  ours:  {numbers(row.ours)}   ({row.run.path}, model {model}, judge {row.run.flat_settings['judge.name']})")
     differing = departures(row)
     return [*lines, f"  not what the command above makes: {', '.join(differing)}"] if differing else lines
 

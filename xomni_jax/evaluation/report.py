@@ -9,10 +9,10 @@ import numpy as np
 from PIL import Image
 
 from xomni_jax.core.tables import TableCell, format_estimate, format_interval, format_number
-from xomni_jax.evaluation.cells import Cell
 from xomni_jax.evaluation.charts import Dot, Line, dot_chart, line_chart
 from xomni_jax.evaluation.effect import Effect
 from xomni_jax.evaluation.grpo_run import GRPORun
+from xomni_jax.evaluation.measurement import Measurement
 from xomni_jax.evaluation.pages import image_data, write_page
 from xomni_jax.rewards.text_metrics import is_exact
 
@@ -191,7 +191,7 @@ def prompts(effect: Effect, name: str) -> list[dict[str, Any]]:
     return shown
 
 
-def sample(cell: Cell, p: int, r: int, wanted: list[str]) -> dict[str, Any]:
+def sample(cell: Measurement, p: int, r: int, wanted: list[str]) -> dict[str, Any]:
     """One image with what was read in it, and whether that is right."""
     text = str(cell.texts["ocr"][p, r])
     data = image_data(Image.fromarray(cell.images[p, r]), optimize=True)

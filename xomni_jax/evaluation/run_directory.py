@@ -1,20 +1,20 @@
-"""What an evaluation leaves on disk, and how several processes add to it without losing or repeating anything.
+"""The files of an evaluation, and how several processes add to them without losing or repeating anything.
 
     OUT/
       settings.json      everything that decides the outputs: suite, data, model and its hash, sampling, seed, batch shape, versions.
-                         A command that would mix in outputs of other settings is refused
+                         A command that would add outputs of other settings is refused
       images/            suites that draw: the images, in the benchmark's official layout
       parts/*.jsonl      finished outputs, one line per item, one file per process: {"id", "files" and "pixels"} or {"id", "answer"};
                          "files" are relative to OUT, "pixels" is the SHA-256 of the item's images
       judged/*.jsonl     {"id", "replies", "asked"}: the judge's replies, one list per repeat, and a hash of the questions
       judged/judge.json  which judge, and how it was asked
-      items.jsonl        at the end: one line per item, sorted by id: {"id", "prompt", "fields", "images" (relative paths: one per repeat, or
-                         one where the official layout is a grid) or "answer", "replies", "score", "verdicts", "record"}
+      items.jsonl        at the end: one line per item, sorted by id: {"id", "prompt", "fields", "images" (relative paths: one per repeat,
+                         or one where the official layout is a grid) or "answer", "replies", "score", "verdicts", "record"}
       results.json       at the end: {"suite", "title", "headline": {"name", "value"}, "scores", "categories", "counts", "unparsed" (ids of
                          the items with replies that could not be read), "notes", "settings", "judge", "switches", "instructions"}
 
-A line is complete or absent: it is written in one piece and flushed to the disk, and a last line without its end is dropped, so a process
-may be killed at any time. Lines are read from all files, whoever wrote them: any number of processes may go on where others stopped.
+A line is complete or absent: it is written in one piece and flushed to the disk, and an incomplete last line is dropped, so a process may
+be killed at any time. Lines are read from all files, whichever process wrote them: any number of processes may continue the work.
 items.jsonl and results.json are functions of the lines alone, and are replaced as a whole.
 """
 
@@ -122,7 +122,7 @@ class LineFile:
             pass  # a file system without locks
         self._file.seek(0)
         whole = self._file.read()
-        self._file.truncate(whole.rfind(b"\n") + 1)  # the rest is of a line that a killed process could not end
+        self._file.truncate(whole.rfind(b"\n") + 1)  # drops the incomplete last line of a killed process
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Adds one line, on disk when this returns. A line that cannot be written whole is taken back."""
@@ -153,7 +153,7 @@ def _pretty(value: Any) -> str:
 
 
 def _write(path: Path, text: str) -> Path:
-    """Writes a neighbour of `path` of this process alone and returns it."""
+    """Writes a temporary file beside `path`, named for this process, and returns its path."""
     mine = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
     with mine.open("w", encoding="utf-8") as file:
         file.write(text)

@@ -42,7 +42,7 @@ def write_run_report(directory: str | Path, asked: Mapping[str, Callable[[], Ima
         "run.html",
         run=run,
         cards=headline(run),
-        settings=[(name, str(value)) for name, value in sorted(run.facts.items(), key=lambda setting: rank(setting[0]))],
+        settings=[(name, str(value)) for name, value in sorted(run.flat_settings.items(), key=lambda setting: rank(setting[0]))],
         notes=run.results.get("notes"),
         paper=paper_table(run) if in_paper else None,
         paper_note=paper_note(run.suite) if in_paper else "",

@@ -5,22 +5,29 @@ Runs are made by `xomni eval SUITE`; a study reads their directories and draws n
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from tqdm import tqdm
 
 from xomni_jax.evaluation import suite as contract
 from xomni_jax.evaluation.compare import labels
-from xomni_jax.evaluation.eval_run import EvalRun, Item, command, outputs, read_eval_run, same_items
+from xomni_jax.evaluation.eval_run import EvalRun, Item, command, image_refs, outputs, read_eval_run, same_items
+from xomni_jax.evaluation.run_directory import RunDirectory
 from xomni_jax.evaluation.statistics import best_of_weights, bootstrap_mean, paired_difference, weighted_rows, with_bounds
 from xomni_jax.evaluation.suite import SuiteError
 from xomni_jax.evaluation.suites import get_suite
 
+if TYPE_CHECKING:
+    from xomni_jax.rewards.client import RewardClient
+
+REWARD_BATCH = 4  # items scored at a time
 BEST_OF = (1, 2, 4, 8, 16)
 OWN = "score"  # the reward that is the suite's own score of an output
-# What may differ between runs that are taken for the same experiment: it moves images by rounding, if at all.
+# Settings that may differ between runs of one experiment: they change images by rounding at most.
 INCIDENTAL = ("model.path", "data.path", "batch", "decode_batch", "mesh.", "device", "versions.")
 
 
@@ -51,8 +58,8 @@ def check_settings(runs: Sequence[EvalRun], varied: Iterable[str]) -> None:
     free = (*varied, *INCIDENTAL)
     first = runs[0]
     for run in runs[1:]:
-        for name in dict.fromkeys((*first.facts, *run.facts)):
-            ours, theirs = first.facts.get(name), run.facts.get(name)
+        for name in dict.fromkeys((*first.flat_settings, *run.flat_settings)):
+            ours, theirs = first.flat_settings.get(name), run.flat_settings.get(name)
             if ours != theirs and not any(name == f or (f.endswith(".") and name.startswith(f)) for f in free):
                 raise SuiteError(
                     f"{run.path}: {name} is {theirs}, in {first.path} it is {ours}; a difference would not come from what is studied"
@@ -69,7 +76,7 @@ def guidance_study(runs: Sequence[EvalRun], seed: int = 0) -> dict[str, Any]:
     check_settings(runs, ["sampling.guidance"])
     by_value: dict[float, EvalRun] = {}
     for run in runs:
-        value = run.facts.get("sampling.guidance")
+        value = run.flat_settings.get("sampling.guidance")
         if value is None:
             raise SuiteError(f"{run.path}: its settings name no guidance; draw the images with xomni eval")
         if value in by_value:
@@ -96,7 +103,7 @@ def guidance_study(runs: Sequence[EvalRun], seed: int = 0) -> dict[str, Any]:
 
 
 def about(run: EvalRun, seed: int) -> dict[str, Any]:
-    """What a study is of."""
+    """What a study is about."""
     head = run.results["headline"]["name"]
     return {"suite": run.suite, "title": run.results["title"], "headline": head, "items": len(run.items), "seed": seed}
 
@@ -117,11 +124,11 @@ def best_of_study(
     """
     for runs in (sft, rl):
         check_settings(runs, ["seed"])
-        seeds = [run.facts.get("seed") for run in runs]
+        seeds = [run.flat_settings.get("seed") for run in runs]
         if len(set(seeds)) < len(seeds):
             raise SuiteError(f"{', '.join(labels(runs))} have the seeds {seeds}; runs of one seed hold the same samples")
     check_settings([sft[0], rl[0]], ["seed", "model.sha256", "repeats"])
-    if sft[0].facts.get("model.sha256") == rl[0].facts.get("model.sha256") is not None:
+    if sft[0].flat_settings.get("model.sha256") == rl[0].flat_settings.get("model.sha256") is not None:
         raise SuiteError(f"{sft[0].path} and {rl[0].path} are runs of the same model; give runs of the SFT and of the RL model")
     score_PR, rl_PR = pooled_scores(sft), pooled_scores(rl)
     samples = score_PR.shape[1]
@@ -169,7 +176,7 @@ def held_up_to(single: float | None, rows: Sequence[Mapping[str, Any]]) -> int:
 
 def more_samples(run: EvalRun) -> str:
     """The command of a further run of the same model."""
-    return command(run.suite, f"{run.path}-more", run.settings, seed=int(run.facts.get("seed", 1234)) + 1)
+    return command(run.suite, f"{run.path}-more", run.settings, seed=int(run.flat_settings.get("seed", 1234)) + 1)
 
 
 def pooled_scores(runs: Sequence[EvalRun]) -> np.ndarray:
@@ -201,3 +208,50 @@ def headline_of_picks(suite: contract.Suite, runs: Sequence[EvalRun], selection_
         records.append(output_record(suite, item, repeat) | {"id": item["id"], "fields": item["fields"]})
     found = suite.aggregate(records)
     return found["scores"][found["headline"]]
+
+
+# ---- values of a reward service ----
+def reward_scores(runs: Sequence[EvalRun], client: RewardClient, version: str, stored: Path) -> np.ndarray:
+    """Values [P, R] that a reward service gives to all images, the runs' side by side. An item's fields are told to it as its targets.
+
+    Args:
+      version: of the service; values of another version are not mixed in.
+      stored: directory in which finished items are kept, so that an interruption loses little.
+
+    Raises:
+      SuiteError: an image is gone, or the service could not score one or says that it does not apply to the item.
+    """
+    directory, kind = RunDirectory(stored), hashlib.sha256(f"{client.name} {version}".encode()).hexdigest()[:16]
+    done = {name: record["values"] for name, record in directory.lines(kind).items()}
+    name_of = lambda run, item: f"{run.path.resolve()}#{item['id']}"
+    pairs = [(run, item) for items in zip(*(run.items for run in runs)) for run, item in zip(runs, items)]
+    left = [pair for pair in pairs if name_of(*pair) not in done]
+    with directory.writer(kind, "values") as lines, tqdm(total=len(left), desc=f"scored by {client.name}", unit="item") as bar:
+        for start in range(0, len(left), REWARD_BATCH):
+            group = left[start : start + REWARD_BATCH]
+            for (run, item), values in zip(group, _reward_values(client, group)):
+                done[name_of(run, item)] = values
+                lines.append({"id": name_of(run, item), "values": values})
+                bar.update()
+    return np.array([[v for run in runs for v in done[name_of(run, run.items[i])]] for i in range(len(runs[0].items))], np.float64)
+
+
+def _reward_values(client: RewardClient, group: Sequence[tuple[EvalRun, Item]]) -> list[list[float]]:
+    """Values of the images of some items."""
+    images, told = [], []
+    for run, item in group:
+        if len(image_refs(run, item)) != outputs(item):
+            raise SuiteError(f"{run.path}: item {item['id']} lists no images, another program drew them; draw with xomni eval")
+        for ref in image_refs(run, item):
+            if not ref.path.is_file():
+                raise SuiteError(f"{ref.path} of item {item['id']} is gone, so {client.name} cannot score it; draw it again")
+            images.append(np.asarray(ref.open()))
+            told.append({"prompt": item["prompt"], "targets": dict(item["fields"])})
+    scores, rows = iter(client.score(images, told)), []
+    for run, item in group:
+        row = [next(scores) for _ in range(outputs(item))]
+        if bad := next((score for score in row if score.value is None), None):
+            reason = bad.error or "it says that it does not apply"
+            raise SuiteError(f"{client.name} gave item {item['id']} of {run.path} no value ({reason}); what is scored is kept")
+        rows.append([float(score.value) for score in row])
+    return rows

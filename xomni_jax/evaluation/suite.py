@@ -1,17 +1,18 @@
-"""What a benchmark is to the runner: items to load, an output to make per item and repeat, questions for a judge, integers to add up.
+"""What a benchmark is: items to load, outputs to make per item and repeat, questions for a judge, integers to add up.
 
-The path of one suite, the same for all of them:
+Every suite takes the same path:
 
     load(data) -> items --model--> outputs (images or answers) --judge--> replies --score--> one record per item --aggregate--> results
 
-A record holds integers (or a value that is a function of one item alone), never an average over items: items may be judged in any
-order, by any number of processes, in any number of sittings, and `aggregate` sees them once, sorted by id. So the result file is the
-same to the byte however the work was cut up.
+A record holds integers, or values that are functions of one item alone, never an average over items. Items may therefore be judged
+in any order, by any number of processes, in any number of sittings: `aggregate` sees every record once, sorted by id, and the result
+file is the same to the byte.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -19,8 +20,19 @@ from typing import Any, Literal, Protocol
 from PIL import Image
 
 Record = dict[str, Any]
-Replies = Sequence[Any]  # a judge's replies to the questions about one output, in their order
 Task = Literal["generate", "answer"]
+
+# Name -> our wording. The official wordings stand in the official scorers (see each suite's docstring). To compare a score with an
+# official one to the last digit, give the exact text in a file (xomni eval SUITE --instruction NAME=FILE).
+INSTRUCTIONS = {
+    "ocr": "Write down all text that is visible in this image. Give the text alone and do not repeat what you have already written. "
+    "If the image holds no text, reply: No text recognized",
+    "yes-no": "{question} Reply with one word, yes or no.",
+    "word": "{question}\nAnswer the question using a single word or phrase.",
+    "rewrite": "Rewrite this prompt for an image generator as one detailed English sentence. Keep every object, its number, its colour and "
+    "its position exactly as they are, add no further objects, and describe setting, light and style. Prompt: {prompt}",
+    "letter": "Reply with the letter of the right option and nothing else.",
+}
 
 
 class SuiteError(ValueError):
@@ -28,7 +40,7 @@ class SuiteError(ValueError):
 
 
 class JudgeUnavailable(SuiteError):
-    """A judge does not answer. Nothing is scored in its place: what has been answered stays, and the same command goes on later."""
+    """A judge does not answer. No score is made up: what is judged stays, and the same command continues later."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +50,8 @@ class Item:
     Attributes:
       id: unique within the suite, as published; the key of everything that is stored.
       prompt: what the model is given: the text to draw, or the question.
-      fields: JSON-able facts for scoring and the report; "category" is what the report groups by.
-      image: opens the image that the question is about; None where images are to be drawn. SuiteError when it is missing;
+      fields: JSON values for scoring and for the report, which groups items by "category".
+      image: opens the image that the question is about; None where an image is to be drawn. Raises SuiteError when it is missing;
         `check_images` finds that out before a model is loaded.
     """
 
@@ -49,79 +61,146 @@ class Item:
     image: Callable[[], Image.Image] | None = None
 
 
-@dataclass(frozen=True)
 class Suite:
-    """One benchmark.
+    """One benchmark. A subclass sets the attributes that differ and defines `load`, `score` and `aggregate`.
 
     Attributes:
       name: as typed on the command line. title: as in the paper's tables.
       task: "generate": images are drawn from prompts; "answer": questions about images are answered.
       repeats: outputs per item (images per prompt); 1 for answers.
-      judge: "ocr", "detector", "contours" or "vqa" where outputs go to a judge; None where local rules read them.
-      load: (data directory) -> items in published order. Raises SuiteError.
-      questions: item -> what the judge is asked about each of its outputs, one JSON-able request per reply; () without a judge.
-      score: (item, outputs) -> record. `outputs` holds one entry per repeat: the judge's replies, or the model's answer (a string).
-        The record is JSON-able and has "score" (0 to 1, of this item, for sorting and paired comparisons), "verdicts" (one short
-        text per repeat, for a reader) and the integers that `aggregate` adds; "unparsed" counts replies that could not be read.
-        Text suites also give "read": what the judge read, one string per repeat.
-      aggregate: records sorted by item id, each with its item's "id" and "fields" -> {"headline": name, "scores": {name: value},
-        "categories": {category: {"score": value, "items": n}}}; values as the official scorer prints them.
-        Optional: "notes", sentences that the report must show (what was left out, replies that could not be read).
-      save: (directory, item, images in the order of repeats) -> writes the official layout of the images of one item.
-      open: (directory, item) -> its images back from that layout, whoever drew them. SuiteError naming the missing file.
-      size: height and width of the images where the suite says so; None: the user's choice.
+      judge: the kind of judge that looks at the images: "ocr", "detector", "contours" or "vqa"; None where local rules score.
+      size: height and width of the images in pixels, if the suite fixes them; None: the user's choice.
       max_new_tokens: of an answer.
-      published: items in the published data, so that a part is called a part; 0 where no count is known for sure.
+      published: number of items in the published data; 0 where it is not known for sure.
       paper_scale: the headline times this is what the paper's tables print.
-      files: what must lie in the data directory and where a user gets it, for --help and for the error when it is missing.
-      switches: named departures from official quirks -> what they do; off by default, see `suites.get_suite`.
+      files: what the data directory must hold and where to get it, for --help and for the error when it is missing.
+      switches: names of deliberate departures from the official scorer -> what they do; all are off by default.
     """
 
-    name: str
-    title: str
-    task: Task
-    load: Callable[[Path], list[Item]]
-    score: Callable[[Item, Sequence[Any]], Record]
-    aggregate: Callable[[Sequence[Record]], dict[str, Any]]
+    name: str = ""
+    title: str = ""
+    task: Task = "generate"
     repeats: int = 1
     judge: str | None = None
-    questions: Callable[[Item], Sequence[Any]] = lambda item: ()
-    save: Callable[[Path, Item, Sequence[Image.Image]], None] | None = None
-    open: Callable[[Path, Item], list[Image.Image]] | None = None
     size: tuple[int, int] | None = None
     max_new_tokens: int = 0
     published: int = 0
     paper_scale: float = 1.0
     files: str = ""
-    switches: Mapping[str, str] = field(default_factory=dict)
+    switches: Mapping[str, str] = {}
+
+    def __init__(self, name: str = "", switches: Iterable[str] = (), instructions: Mapping[str, str] | None = None):
+        """Args: `switches` are those that are on; `instructions` replace wordings of `INSTRUCTIONS`.
+
+        Raises:
+          SuiteError: a switch or an instruction does not exist.
+        """
+        self.name = name or self.name or type(self).__name__
+        self.title = self.title or self.name
+        self.on, self.instructions = frozenset(switches), INSTRUCTIONS | dict(instructions or {})
+        for switch in switches:
+            if switch not in self.switches:
+                raise SuiteError(f"{self.name} has no switch {switch!r}; it has {', '.join(self.switches) or 'none'}")
+        for instruction, text in self.instructions.items():
+            if instruction not in INSTRUCTIONS or not text.strip():
+                raise SuiteError(f"there is no instruction {instruction!r}, or its text is empty; there are {', '.join(INSTRUCTIONS)}")
+
+    def load(self, data: Path) -> list[Item]:
+        """Items of a data directory, in published order. Raises SuiteError."""
+        raise NotImplementedError
+
+    def questions(self, item: Item) -> Sequence[Any]:
+        """What the judge is asked about each output of an item: one JSON value per reply."""
+        return ()
+
+    def score(self, item: Item, outputs: Sequence[Any]) -> Record:
+        """The record of an item: JSON values, among them
+
+        "score" (0 to 1, for sorting and paired comparisons), "verdicts" (a short text per output, for readers), "unparsed" (how many
+        replies could not be read), the integers that `aggregate` adds, and for text suites "read" (what was read in each output).
+
+        Args:
+          outputs: one entry per repeat: the judge's replies in the order of `questions`, or the model's answer as a string.
+        """
+        raise NotImplementedError
+
+    def aggregate(self, records: Sequence[Record]) -> dict[str, Any]:
+        """Records sorted by item id, each with its item's "id" and "fields" -> the suite's numbers, as the official scorer prints them:
+
+        {"headline": name, "scores": {name: value}, "categories": {category: {"score": value, "items": n}}}, and optionally "notes":
+        sentences that the report must show, such as what was left out.
+        """
+        raise NotImplementedError
+
+    def keys(self, seed: int, ids: Sequence[str], repeats: int, purpose: int) -> Any:
+        """Random keys [P, R] of P items and their repeats; `purpose` is that of `sampling.keys`."""
+        from xomni_jax.evaluation.generation import item_keys
+
+        return item_keys(seed, self.name, ids, repeats, purpose)
+
+    # ---- layout of the images on disk; the default is one file per image, {id}_{k}.png with k from 0 ----
+    def save(self, directory: Path, item: Item, images: Sequence[Image.Image]) -> None:
+        """Writes the images of one item, in the order of repeats, as the official scorer expects them."""
+        for k, image in enumerate(self.counted(images, item)):
+            write_image(Path(directory) / f"{item.id}_{k}.png", image)
+
+    def open(self, directory: Path, item: Item) -> list[Image.Image]:
+        """The images of an item, whoever drew them. Raises SuiteError naming the missing file."""
+        return [read_image(Path(directory) / f"{item.id}_{k}.png") for k in range(self.repeats)]
+
+    def counted(self, images: Sequence[Image.Image], item: Item) -> Sequence[Image.Image]:
+        """The images. Raises SuiteError unless there are as many as the suite wants."""
+        if len(images) != self.repeats:
+            raise SuiteError(f"item {item.id} has {len(images)} images, the suite wants {self.repeats}")
+        return images
 
 
 class Judge(Protocol):
-    """What answers the questions of a suite's `questions`; made by `judges.open_judge`.
+    """What answers a suite's `questions` about images; made by `judges.open_judge`.
 
     Attributes:
       name: for the result file, such as "pp-ocr" or the name of a model.
-      settings: JSON-able facts that belong beside a score: version of the model, decoding, the judge that the benchmark names;
-        no address, so that the same judge elsewhere gives the same file.
+      settings: JSON values that belong beside a score, such as the model's version; no address, so that the same judge elsewhere gives
+        the same file.
     """
 
     name: str
     settings: dict[str, Any]
 
     def ask(self, images: Sequence[Image.Image], questions: Sequence[Sequence[Any]]) -> list[list[Any]]:
-        """One list of replies per image, in the order of its questions. JudgeUnavailable when there is no answer.
+        """One list of replies per image, in the order of its questions. Raises JudgeUnavailable when there is no answer.
 
-        Give it a handful of items at a time and store what comes back: a batch is the unit that is lost with an interruption.
+        Pass a handful of items per call and store the replies: an interruption loses one call.
         """
         ...
 
     def close(self) -> None:
-        """Free connections and models."""
+        """Frees connections and models."""
         ...
 
 
 def check_images(items: Sequence[Item]) -> None:
-    """SuiteError with the number of missing images and the first of them. Reads no image."""
+    """Raises SuiteError with the number of missing images and the first of them. Reads no image."""
     missing = [item for item in items if item.image is not None and not getattr(item.image, "exists", lambda: True)()]
     if missing:
         raise SuiteError(f"{len(missing)} of {len(items)} images are missing; the first is {missing[0].image}")
+
+
+def write_image(path: Path, image: Image.Image) -> None:
+    """Writes a PNG or lossless WebP file; it gets its name only once it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    kind = {".png": {"format": "PNG"}, ".webp": {"format": "WEBP", "lossless": True}}[path.suffix]
+    image.convert("RGB").save(part, **kind)
+    os.replace(part, path)
+
+
+def read_image(path: Path) -> Image.Image:
+    """An RGB image. Raises SuiteError when the file is missing or broken."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError as error:
+        raise SuiteError(f"the image {path} is missing; draw it with --phase generate, or put it there") from error
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise SuiteError(f"the image {path} cannot be read ({type(error).__name__}); delete it and draw it again") from error

@@ -1,4 +1,4 @@
-"""From measured cells to report.json: rows with intervals, paired comparisons, failures, and the sentences that explain them."""
+"""From measurements to report.json: rows with intervals, paired comparisons, failures, and the sentences that explain them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from xomni_jax.evaluation.cells import REWARDS, Cell
-from xomni_jax.evaluation.images import colour_entropy
+from xomni_jax.evaluation.measurement import REWARDS, Measurement, colour_entropy
 from xomni_jax.evaluation.statistics import (
     best_of_weights,
     bootstrap_mean,
@@ -29,21 +28,21 @@ BEST_OF = (2, 4, 8, 16)
 
 
 class Row(NamedTuple):
-    """Images of a cell with a weight each [P, R]: uniform, or the chance to be picked as the best of N."""
+    """Images of a measurement with a weight each [P, R]: uniform, or the chance to be picked as the best of N."""
 
-    cell: Cell
+    measurement: Measurement
     weights_PR: np.ndarray
 
     def values(self, metric: str) -> np.ndarray:
         """Mean of a metric per prompt [P]; all NaN when it was not measured."""
-        if metric not in self.cell.metrics:
+        if metric not in self.measurement.metrics:
             return np.full(len(self.weights_PR), np.nan)
-        return weighted_rows(self.cell.metrics[metric], self.weights_PR)
+        return weighted_rows(self.measurement.metrics[metric], self.weights_PR)
 
 
-def plain_row(cell: Cell) -> Row:
+def plain_row(measurement: Measurement) -> Row:
     """Every image counts alike."""
-    return Row(cell, np.ones(cell.images.shape[:2]))
+    return Row(measurement, np.ones(measurement.images.shape[:2]))
 
 
 def setting_rows(setting: Setting, weights: dict[str, float]) -> dict[str, Row]:
@@ -61,10 +60,10 @@ def summarise(effect: Effect, seconds: dict[str, float | None]) -> dict[str, Any
     config, weights = effect.config, effect.run.weights
     rows = {name: setting_rows(setting, weights) for name, setting in effect.settings.items()}
     comparisons = {name: compare(rows[name], effect.settings[name], config.seed) for name in rows}
-    cells = {"real": effect.real, "reconstruction": next(iter(effect.settings.values())).reconstruction}
+    measurements = {"real": effect.real, "reconstruction": next(iter(effect.settings.values())).reconstruction}
     for name, setting in effect.settings.items():
-        cells |= {f"{name}/sft": setting.sft, f"{name}/rl": setting.rl}
-        cells |= {f"{name}/sft_temperature_{t:g}": cell for t, cell in setting.sweep.items() if cell is not setting.sft}
+        measurements |= {f"{name}/sft": setting.sft, f"{name}/rl": setting.rl}
+        measurements |= {f"{name}/sft_temperature_{t:g}": m for t, m in setting.sweep.items() if m is not setting.sft}
     return {
         "heldout_prompts": config.prompts,
         "grpo_steps": effect.run.steps,
@@ -76,7 +75,7 @@ def summarise(effect: Effect, seconds: dict[str, float | None]) -> dict[str, Any
         "comparisons": comparisons,
         "sft_temperature_sweep": {name: sweep_entries(setting, config.seed) for name, setting in effect.settings.items()},
         "image_statistics": {name: {row: image_entry(r) for row, r in rows[name].items()} for name in rows},
-        "failures": {name: {"images": int(np.prod(c.images.shape[:2])), **c.failures} for name, c in cells.items()},
+        "failures": {name: {"images": int(np.prod(m.images.shape[:2])), **m.failures} for name, m in measurements.items()},
         "prompts_left_out": {name: {row: int(np.isnan(r.weights_PR[:, 0]).sum()) for row, r in rows[name].items()} for name in rows},
         "settings": dataclasses.asdict(config) | {"selection_weights": {s: w for s, w in weights.items() if measured(effect.real, s)}},
         "prompts": list(effect.signs.captions),
@@ -120,9 +119,9 @@ def compare(rows: dict[str, Row], setting: Setting, seed: int) -> dict[str, Any]
     }
 
 
-def best_temperature(setting: Setting) -> tuple[float | None, Cell]:
+def best_temperature(setting: Setting) -> tuple[float | None, Measurement]:
     """The temperature at which SFT reads right most often; (None, plain SFT) without a sweep."""
-    means = {t: bootstrap_mean(plain_row(cell).values("word_accuracy")).value for t, cell in setting.sweep.items()}
+    means = {t: bootstrap_mean(plain_row(m).values("word_accuracy")).value for t, m in setting.sweep.items()}
     known = {t: mean for t, mean in means.items() if math.isfinite(mean)}
     if not known:
         return None, setting.sft
@@ -132,13 +131,13 @@ def best_temperature(setting: Setting) -> tuple[float | None, Cell]:
 
 def sweep_entries(setting: Setting, seed: int) -> list[dict[str, Any]]:
     """One entry per temperature, highest first."""
-    return [{"temperature": t, "samples": cell.images.shape[1]} | entry(plain_row(cell), seed) for t, cell in setting.sweep.items()]
+    return [{"temperature": t, "samples": m.images.shape[1]} | entry(plain_row(m), seed) for t, m in setting.sweep.items()]
 
 
 def image_entry(row: Row) -> dict[str, float | None]:
     """Edge density, colour entropy of the pooled images in bits, re-encode agreement, colour reward."""
     weights_PR = np.nan_to_num(row.weights_PR)
-    share = (weights_PR[..., None] * row.cell.colours).sum((0, 1)) / max(weights_PR.sum(), 1e-12)
+    share = (weights_PR[..., None] * row.measurement.colours).sum((0, 1)) / max(weights_PR.sum(), 1e-12)
     mean = lambda metric: number(bootstrap_mean(row.values(metric)).value)  # noqa: E731
     return {
         "edge_density": mean("edge_density"),
@@ -169,9 +168,9 @@ def notes(effect: Effect) -> list[str]:
     return said
 
 
-def measured(cell: Cell, service: str) -> bool:
-    """Whether a cell holds the reward of a service."""
-    return REWARDS.get(service) in cell.metrics
+def measured(measurement: Measurement, service: str) -> bool:
+    """Whether the reward of a service was measured."""
+    return REWARDS.get(service) in measurement.metrics
 
 
 def table_text(report: dict[str, Any]) -> str:

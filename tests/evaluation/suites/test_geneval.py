@@ -8,13 +8,13 @@ from PIL import Image
 from tests.evaluation.suites.worked import EXAMPLES, PUBLISHED, as_records, needs_published
 from xomni_jax.evaluation.suite import Item, SuiteError
 from xomni_jax.evaluation.suites import get_suite
-from xomni_jax.evaluation.suites.geneval import judge, kept, relations
+from xomni_jax.evaluation.suites.geneval import counted_boxes, judge, relations
 
 
 @pytest.mark.parametrize("example", EXAMPLES["geneval"], ids=lambda e: e["metadata"]["tag"])
 def test_verdicts(example):
     assert judge(example["metadata"], example["detections"]) == (example["correct"], example["reason"])
-    assert {name: len(boxes) for name, boxes in kept(example["detections"], example["metadata"]["tag"]).items()} == example["kept"]
+    assert {name: len(boxes) for name, boxes in counted_boxes(example["detections"], example["metadata"]["tag"]).items()} == example["kept"]
 
 
 @pytest.mark.parametrize("example", EXAMPLES["geneval_relative_position"])
@@ -27,8 +27,8 @@ def box(score=0.9, color="red", at=(0, 0, 10, 10)):
 
 
 def test_thresholds_are_strict_and_at_most_16_boxes_count():
-    assert kept({"cat": [box(0.3)]}, "colors") == {} == kept({"cat": [box(0.9)]}, "counting")
-    many = kept({"cat": [box(0.31 + n / 100) for n in range(20)]}, "two_object")["cat"]
+    assert counted_boxes({"cat": [box(0.3)]}, "colors") == {} == counted_boxes({"cat": [box(0.9)]}, "counting")
+    many = counted_boxes({"cat": [box(0.31 + n / 100) for n in range(20)]}, "two_object")["cat"]
     assert len(many) == 16 and many[0]["score"] == 0.5 and many[-1]["score"] == 0.35
 
 

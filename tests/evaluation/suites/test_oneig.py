@@ -6,7 +6,7 @@ from PIL import Image
 from tests.evaluation.suites.worked import EXAMPLES, PUBLISHED, as_records, needs_published
 from xomni_jax.evaluation.suite import Item, SuiteError
 from xomni_jax.evaluation.suites import get_suite, oneig_text
-from xomni_jax.evaluation.suites.oneig_alignment import alignment_score
+from xomni_jax.evaluation.suites.oneig_text import alignment_score
 
 
 def item(content, id="000"):

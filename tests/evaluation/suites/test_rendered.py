@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from tests.evaluation.suites.worked import as_records
-from xomni_jax.data.rendered import render_example
+from xomni_jax.data.rendered import RenderedConfig, render_example
 from xomni_jax.data.words import is_heldout_shape
 from xomni_jax.evaluation.judges import open_judge
 from xomni_jax.evaluation.suites import get_suite, rendered
@@ -12,7 +12,7 @@ from xomni_jax.evaluation.suites import get_suite, rendered
 
 def perfect(suite, share):
     """The images that the prompts describe, as a faultless model would draw them."""
-    config = rendered.RenderedConfig(
+    config = RenderedConfig(
         split="heldout", sizes=(rendered.SIZE,), weights=(1.0,), text_lengths=((3, 8),), shapes=share, shape_sizes=(rendered.SIZE,)
     )
     drawn = {f"{n:04d}": render_example(rendered._SEED, n, config) for n in range(8)}

@@ -52,7 +52,7 @@ def test_bad_files(geneval, tmp_path, rows, message):
 def test_a_model_is_asked_once(geneval, tmp_path):
     cache = tmp_path / "run" / "rewrites.jsonl"
     with fake_endpoint('say "a fine\n animal"') as endpoint:
-        suite = with_rewrites(geneval, f"tiny-vlm@{endpoint.url}", cache, "Rewrite: {prompt}")
+        suite = with_rewrites(get_suite("geneval", (), {"rewrite": "Rewrite: {prompt}"}), f"tiny-vlm@{endpoint.url}", cache)
         assert [i.prompt for i in suite.load(tmp_path)] == ["a fine animal"] * 2
         assert {b["messages"][0]["content"][0]["text"] for b in endpoint.asked} == {
             "Rewrite: a photo of a cat",

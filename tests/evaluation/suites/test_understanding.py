@@ -6,8 +6,9 @@ import pytest
 
 from tests.evaluation.suites.published import png, write_parquet, write_tsv
 from tests.evaluation.suites.worked import EXAMPLES, PUBLISHED, as_records, needs_published
+from xomni_jax.core.registry import RegistryError
 from xomni_jax.evaluation.suite import Item, SuiteError
-from xomni_jax.evaluation.suites import docvqa, get_suite, gqa, letters, pope, seedbench
+from xomni_jax.evaluation.suites import get_suite, multiple_choice, pope, short_answers
 
 RED, BLUE = (250, 0, 0), (0, 0, 250)
 
@@ -84,7 +85,7 @@ def test_pope_published_questions():
 
 @pytest.mark.parametrize("example", EXAMPLES["gqa_exact_match"])
 def test_gqa_matches(example):
-    assert float(gqa.equal(example["gold"], example["prediction"])) == example["score"]
+    assert float(short_answers.equal(example["gold"], example["prediction"])) == example["score"]
 
 
 def test_gqa_parquet(tmp_path):
@@ -130,17 +131,17 @@ def test_broken_images_and_files_are_named(tmp_path):
 
 @pytest.mark.parametrize("example", EXAMPLES["mcq_extraction"], ids=lambda e: e["prediction"])
 def test_letters(example):
-    assert (letters.lmms_eval(example["prediction"], example["choices"]) or False) == example["lmms_eval"]
-    assert (letters.vlmevalkit(example["prediction"], example["choices"]) or False) == example["vlmevalkit"]
+    assert (multiple_choice.lmms_eval(example["prediction"], example["choices"]) or False) == example["lmms_eval"]
+    assert (multiple_choice.vlmevalkit(example["prediction"], example["choices"]) or False) == example["vlmevalkit"]
 
 
 def test_letters_beyond_the_examples():
     options = {"A": "red", "B": "blue"}
-    assert letters.vlmevalkit("B it is, I am quite sure of that", options) is None  # not among the last four words
-    assert letters.lmms_eval("There is A cat here", options) is None  # an article
-    assert letters.lmms_eval("There is A cat, so B.", options) == "B"
+    assert multiple_choice.vlmevalkit("B it is, I am quite sure of that", options) is None  # not among the last four words
+    assert multiple_choice.lmms_eval("There is A cat here", options) is None  # an article
+    assert multiple_choice.lmms_eval("There is A cat, so B.", options) == "B"
     long = "It seems to me that the answer must be red"
-    assert (letters.vlmevalkit(long, options), letters.lmms_eval(long, options)) == (None, "A")
+    assert (multiple_choice.vlmevalkit(long, options), multiple_choice.lmms_eval(long, options)) == (None, "A")
 
 
 def mmbench_rows():
@@ -206,7 +207,7 @@ def test_two_versions_of_mmbench_are_not_mixed(tmp_path):
 
 @pytest.mark.parametrize("example", EXAMPLES["seed_first_character"], ids=lambda e: e["prediction"])
 def test_seed_first_character(example):
-    assert seedbench.first_character(example["prediction"]) == example["pred_used"]
+    assert multiple_choice.first_character(example["prediction"]) == example["pred_used"]
     item = Item("1", "?", {"answer": "B", "options": {"A": "x", "B": "y"}})
     assert get_suite("seedbench").score(item, [example["prediction"]])["score"] == example["correct_if_B"]
 
@@ -235,7 +236,7 @@ def test_seedbench_keeps_images_only(tmp_path):
 
 @pytest.mark.parametrize("example", EXAMPLES["docvqa_anls"])
 def test_anls(example):
-    assert docvqa.anls(example["answers"], example["prediction"]) == example["anls"]
+    assert short_answers.anls(example["answers"], example["prediction"]) == example["anls"]
 
 
 def test_docvqa_parquet_and_tsv(tmp_path):
@@ -264,7 +265,7 @@ def test_docvqa_without_answers(tmp_path):
 
 
 def test_names_switches_and_instructions_are_checked():
-    with pytest.raises(SuiteError, match="the suite 'nope' is unknown; choose one of longtext-en"):
+    with pytest.raises(RegistryError, match="the suite 'nope' is unknown; use one of longtext-en"):
         get_suite("nope")
     with pytest.raises(SuiteError, match="pope has no switch 'x'; it has single-word"):
         get_suite("pope", ["x"])

@@ -1,4 +1,4 @@
-"""A model behind an OpenAI-compatible chat endpoint, as a judge that reads and looks. Nothing is invented when it is silent."""
+"""A model behind an OpenAI-compatible chat endpoint as a judge. No reply is made up when the model does not answer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 from PIL import Image
 
-from xomni_jax.evaluation.judges.preparing import encoded, format_of, is_skipped
+from xomni_jax.evaluation.judges import encoded, format_of, is_skipped
 from xomni_jax.evaluation.suite import JudgeUnavailable
 
 KEY = "OPENAI_API_KEY"  # the only place a key is taken from; servers of one's own need none
@@ -23,8 +23,10 @@ _PAUSE, _LONGEST_PAUSE = 0.5, 30.0
 class ChatEndpoint:
     """One model at one base URL (up to and with /v1). Thread-safe.
 
-    timeout    seconds for one request
-    attempts   tries of a request that fails (5xx, no connection, nonsense); "busy" (429) is bounded by the deadline alone
+    Args:
+      timeout: seconds for one request.
+      attempts: tries of a request that fails (5xx, no connection, a malformed answer); "busy" (429) is retried until the deadline.
+      pause: seconds before the first retry; doubled each time.
     """
 
     def __init__(self, model: str, url: str, *, timeout: float = 180.0, attempts: int = 5, pause: float = _PAUSE):
@@ -32,12 +34,12 @@ class ChatEndpoint:
         key = os.environ.get(KEY)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         wait, limits = httpx.Timeout(timeout, connect=10.0), httpx.Limits(max_connections=None)
-        # A proxy meant for the outside world must not swallow requests to a neighbour.
+        # Requests to a local server must not go through a proxy that is configured for the internet.
         self._http = httpx.Client(headers=headers, timeout=wait, limits=limits, trust_env=url.startswith("https://"))
         self._closing = threading.Event()
 
     def check(self) -> None:
-        """JudgeUnavailable when nothing answers at the URL, or when it wants another key or has no such model."""
+        """Raises JudgeUnavailable when nothing answers at the URL, or the key is refused, or the model is not served."""
         try:
             answer = self._http.get(self.url + "/models", timeout=10.0)
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
@@ -84,10 +86,10 @@ class ChatEndpoint:
 
 
 class ChatJudge:
-    """Asks a ChatEndpoint: the image as a data URL, then the question's instruction. Some requests are under way at once.
+    """Asks a ChatEndpoint: the image as a data URL, then the question's instruction. `concurrency` requests are sent at a time.
 
-    Replies to questions with "answers" are matched with these but for case, white space and full stops; another reply stays as it
-    is, for the suite to count as unparsed.
+    A question may list its "answers": a reply that equals one but for case, white space and full stops becomes that answer; any other
+    reply is returned as it is, for the suite to count as unparsed.
     """
 
     def __init__(self, endpoint: ChatEndpoint, *, concurrency: int = 16, max_wait: float = 900.0):
@@ -105,7 +107,7 @@ class ChatJudge:
         """See Judge; a reply is a string, or None for an image that is left out."""
         deadline, submit = time.monotonic() + self._max_wait, self._threads.submit
         pairs = list(zip(images, questions, strict=True))
-        # Each image is encoded once, however many questions are asked; these tasks are first in the queue, so nobody waits for ever.
+        # Each image is encoded once for all its questions. These tasks come first in the queue, so no reply waits for one behind it.
         urls = [{kind: submit(_data_url, p, kind) for kind in {format_of(q) for q in asked}} for p, asked in pairs]
         tasks = [[submit(self._reply, p, q, url, deadline) for q in asked] for (p, asked), url in zip(pairs, urls)]
         try:
@@ -116,7 +118,6 @@ class ChatJudge:
             raise
 
     def close(self) -> None:
-        """See Judge."""
         self._endpoint.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 

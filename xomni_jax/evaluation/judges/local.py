@@ -9,9 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from xomni_jax.evaluation.judges.preparing import is_skipped, seen
-from xomni_jax.rewards.services.ocr import PPOCRReader
-from xomni_jax.rewards.services.shapes import ShapesScorer
+from xomni_jax.evaluation.judges import as_shown, is_skipped
 
 
 class PPOCRJudge:
@@ -20,6 +18,8 @@ class PPOCRJudge:
     name = "pp-ocr"
 
     def __init__(self) -> None:
+        from xomni_jax.rewards.services.ocr import PPOCRReader
+
         self._reader = PPOCRReader()
         self.settings: dict[str, Any] = {"model": "pp-ocr-small", "mode": self._reader.mode, "rapidocr": version("rapidocr")}
 
@@ -31,7 +31,7 @@ class PPOCRJudge:
         """See Judge."""
 
     def _read(self, image: Image.Image, question: Mapping[str, Any]) -> str | None:
-        return None if is_skipped(image, question) else self._reader.read(np.asarray(seen(image, question)))
+        return None if is_skipped(image, question) else self._reader.read(np.asarray(as_shown(image, question)))
 
 
 class ContoursJudge:
@@ -40,6 +40,8 @@ class ContoursJudge:
     name = "contours"
 
     def __init__(self) -> None:
+        from xomni_jax.rewards.services.shapes import ShapesScorer
+
         self._scorer = ShapesScorer()
         self.settings: dict[str, Any] = {"version": self._scorer.version}
 

@@ -3,7 +3,7 @@
 A tile's score is the share of its questions answered `yes`, where a question whose parent has no `yes` is set to 0; the zeros cascade
 in the order of the file. 100 x the mean over prompts is the score.
 
-Kept as officially written, each with a switch that mends it:
+As officially written, each with a switch that corrects it:
 * The reader skips the first data row. Its item loses proposition 1, and is dropped whole when another question needs that one as a
   parent: published numbers average 1064 prompts. `keep-first-row` reads it.
 * Category values come from the last tile alone and from before dependencies are applied, hence higher than the score.
@@ -19,63 +19,105 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xomni_jax.evaluation.suite import Item, Record, Suite, SuiteError
-from xomni_jax.evaluation.suites import images
-from xomni_jax.evaluation.suites.choices import Choices
-from xomni_jax.evaluation.suites.reading import Row, check_unique, find, read_rows
-from xomni_jax.evaluation.suites.sums import unparsed_notes
+from xomni_jax.evaluation.suite import Item, Record, SuiteError
+from xomni_jax.evaluation.suites.layouts import GridLayout
+from xomni_jax.evaluation.suites.reading import Row, find, read_rows, unique_items
+from xomni_jax.evaluation.suites.scoring import unparsed_notes
 
-REPEATS = 4
 _SOURCE = "github.com/TencentQQGYLab/ELLA, folder dpg_bench"
-FILES = f"the folder prompts (one text file per item) and dpg_bench.csv, both from {_SOURCE}; drawing needs only the prompts"
-SWITCHES = {
-    "keep-first-row": "read the first row of dpg_bench.csv, which the official reader skips",
-    "all-tiles": "category values over all four tiles, not only the last one",
-}
 Questions = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class QuestionedItem(Item):
-    """A prompt and what is asked about its images; None without dpg_bench.csv. Not a field: a run drawn without it can be scored."""
+    """A prompt and the questions about its images, None without dpg_bench.csv. Not in `fields`: a run drawn without them can be scored."""
 
     asked: Questions | None = None
 
 
-def suite(name: str, choices: Choices) -> Suite:
+class DPG(GridLayout):
     """dpg."""
-    save, open_ = images.grid(REPEATS, ".png")
-    return Suite(
-        name=name,
-        title="DPG-Bench",
-        task="generate",
-        repeats=REPEATS,
-        judge="vqa",
-        load=lambda data: load(data, choices.on("keep-first-row")),
-        questions=lambda item: questions(item, choices.instruction("yes-no")),
-        score=score,
-        aggregate=lambda records: aggregate(records, choices.on("all-tiles")),
-        save=save,
-        open=open_,
-        published=1065,
-        files=FILES,
-        switches=SWITCHES,
-    )
 
+    title = "DPG-Bench"
+    repeats = 4
+    judge = "vqa"
+    published = 1065
+    files = f"the folder prompts (one text file per item) and dpg_bench.csv, both from {_SOURCE}; drawing needs only the prompts"
+    switches = {
+        "keep-first-row": "read the first row of dpg_bench.csv, which the official reader skips",
+        "all-tiles": "category values over all four tiles, not only the last one",
+    }
 
-def load(data: Path, keep_first_row: bool = False) -> list[Item]:
-    """Prompts, with their questions when dpg_bench.csv is there."""
-    prompts = _prompts(data)
-    try:
-        (table,) = find(data, ("dpg_bench",), ("dpg_bench.csv",), FILES)
-    except SuiteError:
-        asked = None
-    else:
-        asked = read_questions(table, keep_first_row)
-        missing = [id for id, _, _ in prompts if id not in asked]
-        if missing:
-            raise SuiteError(f"{table} has no questions for {len(missing)} prompts, the first is {missing[0]!r}; download it again")
-    return check_unique([(_item(id, prompt, asked), where) for id, prompt, where in prompts])
+    def load(self, data: Path) -> list[Item]:
+        """Prompts, with their questions when dpg_bench.csv is there."""
+        prompts = self._prompts(data)
+        try:
+            (table,) = find(data, ("dpg_bench",), ("dpg_bench.csv",), self.files)
+        except SuiteError:
+            asked = None
+        else:
+            asked = read_questions(table, "keep-first-row" in self.on)
+            missing = [id for id, _, _ in prompts if id not in asked]
+            if missing:
+                raise SuiteError(f"{table} has no questions for {len(missing)} prompts, the first is {missing[0]!r}; download it again")
+        return unique_items((_item(id, prompt, asked), where) for id, prompt, where in prompts)
+
+    def questions(self, item: Item) -> Sequence[Any]:
+        """One request per question of the item. Raises SuiteError when dpg_bench.csv was not there."""
+        wording = self.instructions["yes-no"]
+        return tuple(
+            {"instruction": wording.format(question=q["question"]), "question": q["question"], "max_tokens": 8, "answers": ["yes", "no"]}
+            for q in _asked(item)
+        )
+
+    def score(self, item: Item, outputs: Sequence[Any]) -> Record:
+        """yes: right answers after dependencies over all tiles, asked: their number; by category the two variants of [right, asked]."""
+        asked = _asked(item)
+        read = [q for q in asked if not q["skipped"]]
+        tiles = [dict(zip((q["proposition"] for q in asked), (reply == "yes" for reply in replies), strict=True)) for replies in outputs]
+        dropped = not read or any(_after_dependencies(read, tile)[1] for tile in tiles)
+        counted = [
+            _after_dependencies(asked if dropped else read, tile)[0] for tile in tiles
+        ]  # a dropped item still gets a score of its own
+        wrong = ["; ".join(q["question"] for q in asked if not c.get(q["proposition"], True)) for c in counted]
+        yes, number = sum(sum(c.values()) for c in counted), sum(len(c) for c in counted)
+        return {
+            "score": yes / number,
+            "yes": yes,
+            "asked": number,
+            "dropped": int(dropped),
+            "last_tile": _by_category(read, tiles[-1:]),
+            "all_tiles": _by_category(read, tiles),
+            "verdicts": [f"{sum(c.values())} of {len(c)}" + (f"; not: {w}" if w else "") for c, w in zip(counted, wrong)],
+            "unparsed": sum(reply not in ("yes", "no") for replies in outputs for reply in replies),
+        }
+
+    def aggregate(self, records: Sequence[Record]) -> dict[str, Any]:
+        """The score, and values of the broad (L1) and fine (L2) categories, times 100."""
+        counted = [r for r in records if not r["dropped"]]
+        if not counted:
+            raise SuiteError("DPG-Bench: no prompt is left, the official reader drops the first one; use the switch keep-first-row")
+        all_tiles = "all-tiles" in self.on
+        variants = ("all_tiles", "last_tile") if all_tiles else ("last_tile", "all_tiles")
+        (broad, fine), (other, _) = (_categories(counted, variant) for variant in variants)
+        named = "last tile" if all_tiles else "all tiles"
+        scores = {"score": 100 * sum(r["yes"] / r["asked"] for r in counted) / len(counted)}
+        scores |= {name: value["score"] for name, value in fine.items()}
+        scores |= {f"{name} ({named})": value["score"] for name, value in other.items()}
+        notes = [f"{r['id']} is left out, as by the official reader, which skips its first question." for r in records if r["dropped"]]
+        notes += unparsed_notes(records, "no")
+        return {"headline": "score", "scores": scores, "categories": broad, "notes": notes}
+
+    def _prompts(self, data: Path) -> list[tuple[str, str, str]]:
+        """(id, prompt, where) from the published text files or from one jsonl with item_id and prompt."""
+        paths = find(data, ("dpg_bench",), ("prompts/*.txt", "prompts.jsonl"), self.files)
+        if paths[0].suffix == ".jsonl":
+            return [(row.text("item_id"), row.text("prompt"), row.where) for row in read_rows(paths[0])]
+        found = [(p.stem, p.read_text(encoding="utf-8").strip(), str(p)) for p in paths]
+        empty = [where for _, prompt, where in found if not prompt]
+        if empty:
+            raise SuiteError(f"{empty[0]} is empty; download it again")
+        return found
 
 
 def read_questions(table: Path, keep_first_row: bool = False) -> dict[str, Questions]:
@@ -100,53 +142,8 @@ def read_questions(table: Path, keep_first_row: bool = False) -> dict[str, Quest
     return {id: list(of_item.values()) for id, of_item in asked.items()}
 
 
-def questions(item: Item, instruction: str) -> tuple[dict[str, Any], ...]:
-    """One request per question of the item. SuiteError when dpg_bench.csv was not there."""
-    return tuple(
-        {"instruction": instruction.format(question=q["question"]), "question": q["question"], "max_tokens": 8, "answers": ["yes", "no"]}
-        for q in _asked(item)
-    )
-
-
-def score(item: Item, outputs: Sequence[Any]) -> Record:
-    """yes: right answers after dependencies over all tiles, asked: their number; by category the two variants of [right, asked]."""
-    asked = _asked(item)
-    read = [q for q in asked if not q["skipped"]]
-    tiles = [dict(zip((q["proposition"] for q in asked), (reply == "yes" for reply in replies), strict=True)) for replies in outputs]
-    dropped = not read or any(_depended(read, tile)[1] for tile in tiles)
-    counted = [_depended(asked if dropped else read, tile)[0] for tile in tiles]  # a dropped item still gets a score of its own
-    wrong = ["; ".join(q["question"] for q in asked if not c.get(q["proposition"], True)) for c in counted]
-    yes, number = sum(sum(c.values()) for c in counted), sum(len(c) for c in counted)
-    return {
-        "score": yes / number,
-        "yes": yes,
-        "asked": number,
-        "dropped": int(dropped),
-        "last_tile": _by_category(read, tiles[-1:]),
-        "all_tiles": _by_category(read, tiles),
-        "verdicts": [f"{sum(c.values())} of {len(c)}" + (f"; not: {w}" if w else "") for c, w in zip(counted, wrong)],
-        "unparsed": sum(reply not in ("yes", "no") for replies in outputs for reply in replies),
-    }
-
-
-def aggregate(records: Sequence[Record], all_tiles: bool = False) -> dict[str, Any]:
-    """The score, and values of the broad (L1) and fine (L2) categories, times 100."""
-    counted = [r for r in records if not r["dropped"]]
-    if not counted:
-        raise SuiteError("DPG-Bench: no prompt is left, the official reader drops the first one; use the switch keep-first-row")
-    variants = ("all_tiles", "last_tile") if all_tiles else ("last_tile", "all_tiles")
-    (broad, fine), (other, _) = (_categories(counted, variant) for variant in variants)
-    named = "last tile" if all_tiles else "all tiles"
-    scores = {"score": 100 * sum(r["yes"] / r["asked"] for r in counted) / len(counted)}
-    scores |= {name: value["score"] for name, value in fine.items()}
-    scores |= {f"{name} ({named})": value["score"] for name, value in other.items()}
-    notes = [f"{r['id']} is left out, as by the official reader, which skips its first question." for r in records if r["dropped"]]
-    notes += unparsed_notes(records, "no")
-    return {"headline": "score", "scores": scores, "categories": broad, "notes": notes}
-
-
-def _depended(asked: Questions, answers: Mapping[int, bool]) -> tuple[dict[int, bool], bool]:
-    """Answers after dependencies, and whether a parent was looked up that was not read: there the official scorer fails."""
+def _after_dependencies(asked: Questions, answers: Mapping[int, bool]) -> tuple[dict[int, bool], bool]:
+    """Answers after dependencies, and whether a question depends on one that was not read, where the official scorer fails."""
     found = {q["proposition"]: answers[q["proposition"]] for q in asked}
     failed = False
     for q in asked:
@@ -178,18 +175,6 @@ def _categories(records: Sequence[Record], variant: str) -> tuple[dict[str, Any]
                 entry[0], entry[1] = entry[0] + right, entry[1] + asked
     broad, fine = ({k: {"score": 100 * a / n, "items": n} for k, (a, n) in sorted(s.items())} for s in sums.values())
     return broad, fine
-
-
-def _prompts(data: Path) -> list[tuple[str, str, str]]:
-    """(id, prompt, where) from the published text files or from one jsonl with item_id and prompt."""
-    paths = find(data, ("dpg_bench",), ("prompts/*.txt", "prompts.jsonl"), FILES)
-    if paths[0].suffix == ".jsonl":
-        return [(row.text("item_id"), row.text("prompt"), row.where) for row in read_rows(paths[0])]
-    found = [(p.stem, p.read_text(encoding="utf-8").strip(), str(p)) for p in paths]
-    empty = [where for _, prompt, where in found if not prompt]
-    if empty:
-        raise SuiteError(f"{empty[0]} is empty; download it again")
-    return found
 
 
 def _item(id: str, prompt: str, asked: Mapping[str, Questions] | None) -> QuestionedItem:

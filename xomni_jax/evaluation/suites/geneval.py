@@ -1,6 +1,6 @@
 """GenEval (djghosh13/geneval): does a detector find the objects, counts, colours and positions that the prompt asks for?
 
-Four images per prompt; the judge reports detections, the rules here decide. Kept as officially written: confidence must be strictly
+Four images per prompt; the judge reports detections, the rules here decide. As officially written: confidence must be strictly
 greater than 0.3, for the tag counting than 0.9 (by the tag, not by whether something is excluded); at most 16 boxes per class; only
 as many as asked for, the most confident ones, are looked at for colour and position. Overall is the mean of the tags' means.
 """
@@ -12,16 +12,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from xomni_jax.evaluation.suite import Item, Record, Suite, SuiteError
-from xomni_jax.evaluation.suites import images
-from xomni_jax.evaluation.suites.choices import Choices
-from xomni_jax.evaluation.suites.reading import Row, check_unique, find, read_rows
-from xomni_jax.evaluation.suites.sums import ratio, ratios_by
+from xomni_jax.evaluation.suite import Item, Record, SuiteError
+from xomni_jax.evaluation.suites.layouts import FolderLayout
+from xomni_jax.evaluation.suites.reading import Row, find, read_rows, unique_items
+from xomni_jax.evaluation.suites.scoring import ratio, ratios_by
 
-REPEATS = 4
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 RELATIONS = ("left of", "right of", "above", "below")
-FILES = "evaluation_metadata.jsonl from github.com/djghosh13/geneval, folder prompts"
 _CONFIDENCE, _COUNTING_CONFIDENCE, _MOST_BOXES = 0.3, 0.9, 16
 _SHRINK = 0.1  # share of both boxes' sizes that an offset must exceed to be one
 
@@ -29,47 +26,60 @@ Box = Mapping[str, Any]  # {"box": [x1, y1, x2, y2], "score": confidence, "color
 Detections = Mapping[str, Sequence[Box]]
 
 
-def suite(name: str, choices: Choices) -> Suite:
+class GenEval(FolderLayout):
     """geneval."""
-    save, open_ = images.folders(REPEATS)
-    return Suite(
-        name=name,
-        title="GenEval",
-        task="generate",
-        repeats=REPEATS,
-        judge="detector",
-        load=load,
-        questions=questions,
-        score=score,
-        aggregate=aggregate,
-        save=save,
-        open=open_,
-        published=553,
-        files=FILES,
-    )
+
+    title = "GenEval"
+    repeats = 4
+    judge = "detector"
+    published = 553
+    files = "evaluation_metadata.jsonl from github.com/djghosh13/geneval, folder prompts"
+
+    def load(self, data: Path) -> list[Item]:
+        """Items of the published jsonl; the id is the row's index with five digits, the official folder's name."""
+        paths = find(data, ("geneval", "prompts"), ("evaluation_metadata.jsonl",), self.files)
+        return unique_items((_item(n, row), row.where) for n, row in enumerate(read_rows(paths)))
+
+    def questions(self, item: Item) -> Sequence[Any]:
+        """One request: the classes that matter, those whose colour is asked for, and which detections to report."""
+        metadata = item.fields["metadata"]
+        clauses = [*metadata["include"], *metadata.get("exclude", ())]
+        return (
+            {
+                "classes": sorted({c["class"] for c in clauses}),
+                "coloured": sorted({c["class"] for c in clauses if "color" in c}),
+                "min_score": _CONFIDENCE,
+                "at_most": _MOST_BOXES,
+            },
+        )
+
+    def score(self, item: Item, outputs: Sequence[Any]) -> Record:
+        """correct: right images of the item; images: judged ones."""
+        verdicts = [judge(item.fields["metadata"], found) for (found,) in outputs]
+        right = sum(correct for correct, _ in verdicts)
+        return {
+            "score": right / len(outputs),
+            "correct": right,
+            "images": len(outputs),
+            "any": int(right > 0),
+            "one": 1,
+            "verdicts": ["correct" if correct else reason for correct, reason in verdicts],
+            "unparsed": 0,
+        }
+
+    def aggregate(self, records: Sequence[Record]) -> dict[str, Any]:
+        """Per tag the mean over images; overall the unweighted mean of the tags."""
+        tags = ratios_by(records, "category", "correct", "images")
+        overall = sum(t["score"] for t in tags.values()) / len(tags)
+        scores = {
+            "overall": overall,
+            "correct images": ratio(records, "correct", "images"),
+            "prompts with a correct image": ratio(records, "any", "one"),
+        }
+        return {"headline": "overall", "scores": scores, "categories": tags}
 
 
-def load(data: Path) -> list[Item]:
-    """Items of the published jsonl; the id is the row's index with five digits, the official folder's name."""
-    paths = find(data, ("geneval", "prompts"), ("evaluation_metadata.jsonl",), FILES)
-    return check_unique([(_item(n, row), row.where) for n, row in enumerate(read_rows(paths))])
-
-
-def questions(item: Item) -> tuple[dict[str, Any], ...]:
-    """One request: the classes that matter, those whose colour is asked for, and what is worth reporting."""
-    metadata = item.fields["metadata"]
-    clauses = [*metadata["include"], *metadata.get("exclude", ())]
-    return (
-        {
-            "classes": sorted({c["class"] for c in clauses}),
-            "coloured": sorted({c["class"] for c in clauses if "color" in c}),
-            "min_score": _CONFIDENCE,
-            "at_most": _MOST_BOXES,
-        },
-    )
-
-
-def kept(found: Detections, tag: str) -> dict[str, list[Box]]:
+def counted_boxes(found: Detections, tag: str) -> dict[str, list[Box]]:
     """The boxes that count, most confident first."""
     least = _COUNTING_CONFIDENCE if tag == "counting" else _CONFIDENCE
     sure = {name: sorted((b for b in boxes if b["score"] > least), key=lambda b: -b["score"]) for name, boxes in found.items()}
@@ -90,7 +100,7 @@ def relations(a: Sequence[float], b: Sequence[float]) -> list[str]:
 
 def judge(metadata: Mapping[str, Any], found: Detections) -> tuple[bool, str]:
     """Whether an image shows what its row asks for, and what is wrong with it, in the official scorer's words."""
-    boxes = kept(found, metadata["tag"])
+    boxes = counted_boxes(found, metadata["tag"])
     reasons: list[str] = []
     passed: list[list[Box] | None] = []
     for clause in metadata["include"]:
@@ -103,33 +113,6 @@ def judge(metadata: Mapping[str, Any], found: Detections) -> tuple[bool, str]:
         if number >= clause["count"]:
             reasons.append(f"expected {clause['class']}<{clause['count']}, found {number}")
     return not reasons, "\n".join(reasons)
-
-
-def score(item: Item, outputs: Sequence[Any]) -> Record:
-    """correct: right images of the item; images: judged ones."""
-    verdicts = [judge(item.fields["metadata"], found) for (found,) in outputs]
-    right = sum(correct for correct, _ in verdicts)
-    return {
-        "score": right / len(outputs),
-        "correct": right,
-        "images": len(outputs),
-        "any": int(right > 0),
-        "one": 1,
-        "verdicts": ["correct" if correct else reason for correct, reason in verdicts],
-        "unparsed": 0,
-    }
-
-
-def aggregate(records: Sequence[Record]) -> dict[str, Any]:
-    """Per tag the mean over images; overall the unweighted mean of the tags."""
-    tags = ratios_by(records, "category", "correct", "images")
-    overall = sum(t["score"] for t in tags.values()) / len(tags)
-    scores = {
-        "overall": overall,
-        "correct images": ratio(records, "correct", "images"),
-        "prompts with a correct image": ratio(records, "any", "one"),
-    }
-    return {"headline": "overall", "scores": scores, "categories": tags}
 
 
 def _presence(clause: Mapping[str, Any], used: Sequence[Box]) -> str:

@@ -4,7 +4,7 @@ Four images per prompt, read by an OCR model; recall of words (English, lower-ca
 of sums over all images. Order and extra text cost nothing. The official judge is Qwen2.5-VL-7B-Instruct with at most 1024 new
 tokens; its exact instruction stands in the scorer (X-Omni-Team/X-Omni, textbench), ours says the same.
 
-Kept as the official scorer has it: only `No text recognized.` with the full stop is removed from a reply, and the OCR model's stray
+As in the official scorer: only `No text recognized.` with the full stop is removed from a reply, and the OCR model's stray
 word `addCriterion` stays, because the cleaning restarts from the raw reply; `clean-replies` is the loop as it was meant.
 """
 
@@ -15,90 +15,77 @@ from pathlib import Path
 from typing import Any
 
 from xomni_jax.evaluation.suite import Item, Record, Suite, SuiteError
-from xomni_jax.evaluation.suites import images, texts
-from xomni_jax.evaluation.suites.choices import Choices
-from xomni_jax.evaluation.suites.reading import Row, check_unique, find, read_rows
-from xomni_jax.evaluation.suites.sums import ratio, ratios_by
+from xomni_jax.evaluation.suites import texts
+from xomni_jax.evaluation.suites.reading import Row, find, read_rows, unique_items
+from xomni_jax.evaluation.suites.scoring import ratio, ratios_by
 
-REPEATS = 4
 _FILES = {"en": "text_prompts.jsonl", "zh": "text_prompts_zh.jsonl"}
 _SOURCE = "from github.com/X-Omni-Team/X-Omni, folder textbench (also the Hugging Face dataset X-Omni/LongText-Bench)"
-SWITCHES = {"clean-replies": "remove addCriterion and 'No text recognized' with or without the full stop before counting"}
 
 
-def suite(name: str, choices: Choices) -> Suite:
+class LongText(Suite):
     """longtext-en or longtext-zh."""
-    language = name.removeprefix("longtext-")
-    files = f"{_FILES[language]} {_SOURCE}"
-    save, open_ = images.numbered(REPEATS)
-    question = {"instruction": choices.instruction("ocr"), "max_tokens": 1024}
-    return Suite(
-        name=name,
-        title=f"LongText-Bench {language.upper()}",
-        task="generate",
-        repeats=REPEATS,
-        judge="ocr",
-        load=lambda data: load(data, language, files),
-        questions=lambda item: (question,),
-        score=lambda item, outputs: score(item, outputs, choices.on("clean-replies")),
-        aggregate=aggregate,
-        save=save,
-        open=open_,
-        published=160,
-        files=files,
-        switches=SWITCHES,
-    )
 
+    repeats = 4
+    judge = "ocr"
+    published = 160
+    switches = {"clean-replies": "remove addCriterion and 'No text recognized' with or without the full stop before counting"}
+    language = "en"
 
-def load(data: Path, language: str, files: str) -> list[Item]:
-    """Items of the published jsonl. The id is prompt_id with four digits: a key with gaps, not a row number."""
-    paths = find(data, ("longtext_bench", "textbench"), (_FILES[language],), files)
-    return check_unique([(_item(row, language), row.where) for row in read_rows(paths)])
+    def __init__(self, name: str = "", *how: Any):
+        self.language = "zh" if name.endswith("-zh") else "en"
+        self.title = f"LongText-Bench {self.language.upper()}"
+        self.files = f"{_FILES[self.language]} {_SOURCE}"
+        super().__init__(name, *how)
+
+    def load(self, data: Path) -> list[Item]:
+        """Items of the published jsonl. The id is prompt_id with four digits: a key with gaps, not a row number."""
+        paths = find(data, ("longtext_bench", "textbench"), (_FILES[self.language],), self.files)
+        return unique_items((_item(row, self.language), row.where) for row in read_rows(paths))
+
+    def questions(self, item: Item) -> Sequence[Any]:
+        return ({"instruction": self.instructions["ocr"], "max_tokens": 1024},)
+
+    def score(self, item: Item, outputs: Sequence[Any]) -> Record:
+        """match and gt: tokens found and wanted, summed over the item's images."""
+        language = item.fields["language"]
+        wanted = tokens(" ".join(item.fields["text"]), language)
+        read = [clean(reply, "clean-replies" in self.on) for (reply,) in outputs]
+        found = [texts.matches(wanted, tokens(reply, language)) for reply in read]
+        gt = len(wanted) * len(outputs)
+        unit = "characters" if language == "zh" else "words"
+        return {
+            "score": sum(found) / gt,
+            "match": sum(found),
+            "gt": gt,
+            "read": read,
+            "verdicts": [f"{n} of {len(wanted)} {unit}" for n in found],
+            "unparsed": 0,
+        }
+
+    def aggregate(self, records: Sequence[Record]) -> dict[str, Any]:
+        """Text accuracy: all matches over all wanted tokens (not a mean of ratios), by category and by length."""
+        by_length = ratios_by(records, "length", "match", "gt")
+        return {
+            "headline": "text accuracy",
+            "scores": {"text accuracy": ratio(records, "match", "gt")} | {f"{k} prompts": v["score"] for k, v in by_length.items()},
+            "categories": ratios_by(records, "category", "match", "gt"),
+        }
 
 
 def tokens(text: str, language: str) -> list[str]:
     """What is counted: words of English, single characters of Chinese."""
     if language == "zh":
-        return list(texts.without_space(texts.kept(text)))
-    return texts.collapse(texts.kept(text)).lower().split()
+        return list(texts.without_space(texts.countable(text)))
+    return texts.collapse(texts.countable(text)).lower().split()
 
 
 def clean(reply: str, thorough: bool = False) -> str:
-    """The judge's reply without its phrase for "nothing"; `thorough` as it was meant."""
+    """The judge's reply without its phrase for "nothing"; `thorough`: as the official loop was meant."""
     if thorough:
         reply = reply.replace(texts.HALLUCINATION, "")
         return "" if reply.strip().rstrip(".") == texts.NO_TEXT.rstrip(".") else reply.replace(texts.NO_TEXT, "")
     return reply.replace(texts.NO_TEXT, "")
-
-
-def score(item: Item, outputs: Sequence[Any], thorough: bool = False) -> Record:
-    """match and gt: tokens found and wanted, summed over the item's images."""
-    language = item.fields["language"]
-    wanted = tokens(" ".join(item.fields["text"]), language)
-    read = [clean(reply, thorough) for (reply,) in outputs]
-    found = [texts.matches(wanted, tokens(reply, language)) for reply in read]
-    gt = len(wanted) * len(outputs)
-    unit = "characters" if language == "zh" else "words"
-    return {
-        "score": sum(found) / gt,
-        "match": sum(found),
-        "gt": gt,
-        "read": read,
-        "verdicts": [f"{n} of {len(wanted)} {unit}" for n in found],
-        "unparsed": 0,
-    }
-
-
-def aggregate(records: Sequence[Record]) -> dict[str, Any]:
-    """Text accuracy: all matches over all wanted tokens (not a mean of ratios), by category and by length."""
-    return {
-        "headline": "text accuracy",
-        "scores": {
-            "text accuracy": ratio(records, "match", "gt"),
-            **{f"{k} prompts": v["score"] for k, v in ratios_by(records, "length", "match", "gt").items()},
-        },
-        "categories": ratios_by(records, "category", "match", "gt"),
-    }
 
 
 def _item(row: Row, language: str) -> Item:

@@ -13,39 +13,50 @@ from pathlib import Path
 from typing import Any
 
 from xomni_jax.evaluation.suite import Item, Record, Suite, SuiteError
-from xomni_jax.evaluation.suites.choices import Choices
-from xomni_jax.evaluation.suites.reading import Row, check_unique, find, read_rows
-from xomni_jax.evaluation.suites.stored import FileImage
-from xomni_jax.evaluation.suites.sums import ratios_by, right_or_wrong
+from xomni_jax.evaluation.suites.reading import FileImage, Row, find, read_rows, unique_items
+from xomni_jax.evaluation.suites.scoring import ratios_by, right_or_wrong
 
 FORMULAS = "HME100k"
 _SOURCE = "github.com/Yuliang-Liu/MultimodalOCR, folder OCRBench"
-FILES = f"OCRBench.json from {_SOURCE}, and the folder OCRBench_Images that is linked there, unpacked beside it"
-SWITCHES = {"half-width": "fold full-width ASCII to half-width in answers and replies, as current versions of lmms-eval do"}
 _HALF_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: 0x20}
 
 
-def suite(name: str, choices: Choices) -> Suite:
+class OCRBench(Suite):
     """ocrbench."""
-    return Suite(
-        name=name,
-        title="OCRBench",
-        task="answer",
-        load=load,
-        score=lambda item, outputs: score(item, outputs, choices.on("half-width")),
-        aggregate=aggregate,
-        max_new_tokens=128,
-        published=1000,
-        files=FILES,
-        switches=SWITCHES,
-    )
 
+    title = "OCRBench"
+    task = "answer"
+    max_new_tokens = 128
+    published = 1000
+    files = f"OCRBench.json from {_SOURCE}, and the folder OCRBench_Images that is linked there, unpacked beside it"
+    switches = {"half-width": "fold full-width ASCII to half-width in answers and replies, as current versions of lmms-eval do"}
 
-def load(data: Path) -> list[Item]:
-    """Items of OCRBench.json; `id` repeats between its source datasets, so the dataset's name is put before it."""
-    (path,) = find(data, ("ocrbench", "OCRBench"), ("OCRBench.json",), FILES)
-    folder = next((f for f in (path.parent / "OCRBench_Images", path.parent / "images") if f.is_dir()), path.parent)
-    return check_unique([(_item(row, folder), row.where) for row in read_rows(path)])
+    def load(self, data: Path) -> list[Item]:
+        """Items of OCRBench.json; `id` repeats between its source datasets, so the dataset's name is put before it."""
+        (path,) = find(data, ("ocrbench", "OCRBench"), ("OCRBench.json",), self.files)
+        folder = next((f for f in (path.parent / "OCRBench_Images", path.parent / "images") if f.is_dir()), path.parent)
+        return unique_items((self._item(row, folder), row.where) for row in read_rows(path))
+
+    def score(self, item: Item, outputs: Sequence[Any]) -> Record:
+        """right: 0 or 1."""
+        right = is_right(item.fields["dataset"], item.fields["answers"], outputs[0], "half-width" in self.on)
+        wanted = json.dumps(item.fields["answers"], ensure_ascii=False)
+        return right_or_wrong(right, f"wanted {wanted}")
+
+    def aggregate(self, records: Sequence[Record]) -> dict[str, Any]:
+        """Points: one per right answer, out of 1000 when the data is complete; categories are shares."""
+        points = sum(r["right"] for r in records)
+        scores = {"points": points, "accuracy": points / len(records)}
+        return {"headline": "points", "scores": scores, "categories": ratios_by(records, "category", "right", "one")}
+
+    def _item(self, row: Row, folder: Path) -> Item:
+        answers = row.strings("answers")
+        if not all(a.strip() for a in answers):
+            raise SuiteError(f"{row.where}: an answer is empty, and an empty answer is found in every reply")
+        dataset = row.text("dataset_name")
+        image = FileImage(folder / row.text("image_path"), f"get it with {self.files}")
+        fields = {"category": row.text("type"), "dataset": dataset, "answers": answers}
+        return Item(f"{dataset}-{row.number('id'):05d}", row.text("question"), fields, image)
 
 
 def is_right(dataset: str, answers: Sequence[str], reply: str, half_width: bool = False) -> bool:
@@ -59,27 +70,3 @@ def is_right(dataset: str, answers: Sequence[str], reply: str, half_width: bool 
         return text.lower().strip().replace("\n", " ")
 
     return any(plain(answer) in plain(reply) for answer in answers)
-
-
-def score(item: Item, outputs: Sequence[Any], half_width: bool = False) -> Record:
-    """right: 0 or 1."""
-    right = is_right(item.fields["dataset"], item.fields["answers"], outputs[0], half_width)
-    wanted = json.dumps(item.fields["answers"], ensure_ascii=False)
-    return right_or_wrong(right, f"wanted {wanted}")
-
-
-def aggregate(records: Sequence[Record]) -> dict[str, Any]:
-    """Points: one per right answer, out of 1000 when the data is complete; categories are shares."""
-    points = sum(r["right"] for r in records)
-    scores = {"points": points, "accuracy": points / len(records)}
-    return {"headline": "points", "scores": scores, "categories": ratios_by(records, "category", "right", "one")}
-
-
-def _item(row: Row, folder: Path) -> Item:
-    answers = row.strings("answers")
-    if not all(a.strip() for a in answers):
-        raise SuiteError(f"{row.where}: an answer is empty, and an empty answer is found in every reply")
-    dataset = row.text("dataset_name")
-    image = FileImage(folder / row.text("image_path"), f"get it with {FILES}")
-    fields = {"category": row.text("type"), "dataset": dataset, "answers": answers}
-    return Item(f"{dataset}-{row.number('id'):05d}", row.text("question"), fields, image)

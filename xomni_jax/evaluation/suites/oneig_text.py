@@ -4,7 +4,7 @@ Four images per prompt as one 2x2 grid; each tile is read by the OCR model (offi
 JPEG, with 256 new tokens for a ground truth of more than 60 pieces, else 128). Case matters; whether words or characters are
 counted is decided for each string. The composite is computed once from the means over all images.
 
-Kept as officially written: a tile that is entirely black is a failed image and takes no part; a prompt of black tiles only is scored
+As officially written: a tile that is entirely black is a failed image and takes no part; a prompt of black tiles only is scored
 with the texts read for the prompt before it (officially an error when it is the first). `leave-out-black` leaves such a prompt out.
 """
 
@@ -16,55 +16,68 @@ from typing import Any
 
 from rapidfuzz.distance import Levenshtein
 
-from xomni_jax.evaluation.suite import Item, Record, Suite, SuiteError
-from xomni_jax.evaluation.suites import images, texts
-from xomni_jax.evaluation.suites.choices import Choices
-from xomni_jax.evaluation.suites.reading import Row, check_unique, find, read_rows
-from xomni_jax.evaluation.suites.sums import group_by, ratio
+from xomni_jax.evaluation.suite import Item, Record, SuiteError
+from xomni_jax.evaluation.suites import texts
+from xomni_jax.evaluation.suites.layouts import GridLayout
+from xomni_jax.evaluation.suites.reading import Row, find, read_rows, unique_items
+from xomni_jax.evaluation.suites.scoring import group_by, ratio
 
-REPEATS = 4
 _FOLDERS = ("oneig_bench", "scripts/text", "oneig_bench/scripts/text")
 _PROMPTS = {"en": "OneIG-Bench.csv", "zh": "OneIG-Bench-ZH.csv"}
 _TEXTS = {"en": "text_content.csv", "zh": "text_content_zh.csv"}
 _SOURCE = "from github.com/OneIG-Bench/OneIG-Benchmark (its root and its folder scripts/text; CC BY-NC 4.0)"
 _MAX_DISTANCE = {"en": 100, "zh": 50}  # where the composite stops counting edits
 _LONG = 60  # pieces of ground truth above which the judge may write more
-SWITCHES = {"leave-out-black": "leave out a prompt whose tiles are all black instead of scoring it with its neighbour's texts"}
 
 
-def suite(name: str, choices: Choices) -> Suite:
+class OneIGText(GridLayout):
     """oneig-text-en or oneig-text-zh."""
-    language = name.removeprefix("oneig-text-")
-    files = f"{_PROMPTS[language]} and {_TEXTS[language]} {_SOURCE}"
-    save, open_ = images.grid(REPEATS, ".webp")
-    return Suite(
-        name=name,
-        title=f"OneIG-Bench text {language.upper()}",
-        task="generate",
-        repeats=REPEATS,
-        judge="ocr",
-        load=lambda data: load(data, language, files),
-        questions=lambda item: (question(item, choices.instruction("ocr")),),
-        score=score,
-        aggregate=lambda records: aggregate(records, language, choices.on("leave-out-black")),
-        save=save,
-        open=open_,
-        published=200,
-        files=files,
-        switches=SWITCHES,
-    )
 
+    repeats = 4
+    suffix = ".webp"
+    judge = "ocr"
+    published = 200
+    switches = {"leave-out-black": "leave out a prompt whose tiles are all black instead of scoring it with its neighbour's texts"}
 
-def load(data: Path, language: str, files: str) -> list[Item]:
-    """The text rendering prompts in the order of the ground truth file, joined by id. The id stays a string: "000"."""
-    (prompts,), (wanted,) = (find(data, _FOLDERS, (names[language],), files) for names in (_PROMPTS, _TEXTS))
-    by_id = {r.text("id"): r for r in read_rows(prompts) if r.get("category") == "Text_Rendering"}
-    return check_unique([(_item(row, by_id, prompts), row.where) for row in read_rows(wanted)])
+    def __init__(self, name: str = "", *how: Any):
+        self.language = "zh" if name.endswith("-zh") else "en"
+        self.title = f"OneIG-Bench text {self.language.upper()}"
+        self.files = f"{_PROMPTS[self.language]} and {_TEXTS[self.language]} {_SOURCE}"
+        super().__init__(name, *how)
 
+    def load(self, data: Path) -> list[Item]:
+        """The text rendering prompts in the order of the ground truth file, joined by id. The id stays a string: "000"."""
+        (prompts,), (wanted,) = (find(data, _FOLDERS, (names[self.language],), self.files) for names in (_PROMPTS, _TEXTS))
+        by_id = {r.text("id"): r for r in read_rows(prompts) if r.get("category") == "Text_Rendering"}
+        return unique_items((_item(row, by_id, prompts), row.where) for row in read_rows(wanted))
 
-def question(item: Item, instruction: str) -> dict[str, Any]:
-    """What the OCR judge is asked: "black" has it return None for an image that is entirely black."""
-    return {"instruction": instruction, "max_tokens": max_tokens(item.fields["text_content"]), "black": "skip", "format": "JPEG"}
+    def questions(self, item: Item) -> Sequence[Any]:
+        """ "black": the judge returns None for an image that is entirely black."""
+        most = max_tokens(item.fields["text_content"])
+        return ({"instruction": self.instructions["ocr"], "max_tokens": most, "black": "skip", "format": "JPEG"},)
+
+    def score(self, item: Item, outputs: Sequence[Any]) -> Record:
+        """The sums of `measure` over the item's images that are not black, and what was read in them. Score: share of words found."""
+        content = item.fields["text_content"]
+        replies = [reply for (reply,) in outputs]
+        read = [clean(r) for r in replies if r is not None]
+        sums = measure(content, read)
+        return {
+            **sums,
+            "score": sums["match"] / sums["gt"] if read else 0.0,
+            "black": replies.count(None),
+            "read": ["" if r is None else clean(r) for r in replies],
+            "counted": read,
+            "verdicts": [_verdict(content, r) for r in replies],
+            "unparsed": 0,
+        }
+
+    def aggregate(self, records: Sequence[Record]) -> dict[str, Any]:
+        """ED and CR are means over images, WAC a ratio of sums; the composite joins the three."""
+        counted, notes = _without_black_prompts(records, "leave-out-black" in self.on)
+        by_class = group_by(counted, "category").items()
+        groups = {name: {"score": composite(r, self.language)["text score"], "items": len(r)} for name, r in by_class}
+        return {"headline": "text score", "scores": composite(counted, self.language), "categories": groups, "notes": notes}
 
 
 def max_tokens(text_content: str) -> int:
@@ -79,7 +92,7 @@ def clean(reply: str) -> str:
 
 def normalise(text: str) -> str:
     """What is compared; the brackets, quotes and commas of a list's notation go like any other sign."""
-    text = texts.kept(text)
+    text = texts.countable(text)
     return texts.without_space(text) if texts.is_chinese(text) else texts.collapse(text)
 
 
@@ -97,37 +110,28 @@ def measure(text_content: str, replies: Sequence[str]) -> dict[str, int]:
     }
 
 
-def score(item: Item, outputs: Sequence[Any]) -> Record:
-    """The sums of `measure` over the item's images that are not black, and what was read in them. Score: share of words found."""
-    content = item.fields["text_content"]
-    replies = [reply for (reply,) in outputs]
-    read = [clean(r) for r in replies if r is not None]
-    sums = measure(content, read)
-    return {
-        **sums,
-        "score": sums["match"] / sums["gt"] if read else 0.0,
-        "black": replies.count(None),
-        "read": ["" if r is None else clean(r) for r in replies],
-        "counted": read,
-        "verdicts": [_verdict(content, r) for r in replies],
-        "unparsed": 0,
-    }
-
-
-def aggregate(records: Sequence[Record], language: str, leave_out_black: bool = False) -> dict[str, Any]:
-    """ED and CR are means over images, WAC a ratio of sums; the composite joins the three."""
-    counted, notes = _without_black_prompts(records, leave_out_black)
-    scores = composite(counted, language)
-    groups = {n: {"score": composite(r, language)["text score"], "items": len(r)} for n, r in group_by(counted, "category").items()}
-    return {"headline": "text score", "scores": scores, "categories": groups, "notes": notes}
-
-
 def composite(records: Sequence[Mapping[str, Any]], language: str) -> dict[str, float]:
     """text score = 1 - min(M, ED) (1 - CR) (1 - WAC) / M with M = 100 (English) or 50 (Chinese)."""
     distance, exact, words = (ratio(records, a, b) for a, b in (("edits", "images"), ("exact", "images"), ("match", "gt")))
     most = _MAX_DISTANCE[language]
     text_score = 1 - min(most, distance) * (1 - exact) * (1 - words) / most
     return {"text score": text_score, "ED": distance, "CR": exact, "WAC": words}
+
+
+def alignment_score(answers: Mapping[str, Sequence[str]], dependency: Mapping[str, Sequence[int]]) -> float:
+    """Alignment score of one prompt: {question: one answer per image} and {question: its parents, 0 for none} -> 0 to 1.
+
+    Right is the exact string "Yes". A question with a wrong parent counts as wrong, by the parents' own answers: unlike in
+    DPG-Bench nothing cascades. Mean over questions, then over images; the dimension's score is the mean over prompts.
+    """
+    right = {question: [answer == "Yes" for answer in given] for question, given in answers.items()}
+    images = len(next(iter(right.values())))
+    counted = sum(
+        right[question][n] and all(right[str(parent)][n] for parent in dependency[question] if parent)
+        for question in right
+        for n in range(images)
+    )
+    return counted / (len(right) * images)
 
 
 def _without_black_prompts(records: Sequence[Record], leave_out: bool) -> tuple[list[Record], list[str]]:

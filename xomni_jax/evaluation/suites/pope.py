@@ -12,46 +12,57 @@ from pathlib import Path
 from typing import Any
 
 from xomni_jax.evaluation.suite import Item, Record, Suite, SuiteError
-from xomni_jax.evaluation.suites.choices import Choices
-from xomni_jax.evaluation.suites.reading import Row, check_unique, find, read_rows
-from xomni_jax.evaluation.suites.stored import FileImage
-from xomni_jax.evaluation.suites.sums import group_by
+from xomni_jax.evaluation.suites.reading import FileImage, Row, find, read_rows, unique_items
+from xomni_jax.evaluation.suites.scoring import group_by
 
 SPLITS = ("random", "popular", "adversarial")
-FILES = (
-    "coco_pope_random.json, coco_pope_popular.json and coco_pope_adversarial.json from github.com/RUCAIBox/POPE, folder output/coco, "
-    "and the folder val2014 of the COCO 2014 validation images (cocodataset.org)"
-)
-SWITCHES = {"single-word": "append lmms-eval's request for a single word or phrase to each question"}
 _PUNCTUATION = str.maketrans(dict.fromkeys("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~", " "))
 
 
-def suite(name: str, choices: Choices) -> Suite:
+class POPE(Suite):
     """pope."""
-    template = choices.instruction("word") if choices.on("single-word") else "{question}"
-    return Suite(
-        name=name,
-        title="POPE",
-        task="answer",
-        load=lambda data: load(data, template),
-        score=score,
-        aggregate=aggregate,
-        max_new_tokens=128,
-        published=9000,
-        paper_scale=100.0,
-        files=FILES,
-        switches=SWITCHES,
+
+    title = "POPE"
+    task = "answer"
+    max_new_tokens = 128
+    published = 9000
+    paper_scale = 100.0
+    files = (
+        "coco_pope_random.json, coco_pope_popular.json and coco_pope_adversarial.json from github.com/RUCAIBox/POPE, folder output/coco, "
+        "and the folder val2014 of the COCO 2014 validation images (cocodataset.org)"
     )
+    switches = {"single-word": "append lmms-eval's request for a single word or phrase to each question"}
 
+    def load(self, data: Path) -> list[Item]:
+        """All questions; the id is the split and question_id, which alone repeats between the splits."""
+        template = self.instructions["word"] if "single-word" in self.on else "{question}"
+        items = []
+        for split in SPLITS:
+            (path,) = find(data, ("pope", "output/coco"), (f"coco_pope_{split}.json",), self.files)
+            folder = next((f for f in (Path(data) / "val2014", path.parent / "val2014") if f.is_dir()), path.parent)
+            items += [(_item(row, split, folder, template), row.where) for row in read_rows(path)]
+        return unique_items(items)
 
-def load(data: Path, template: str = "{question}") -> list[Item]:
-    """All questions; the id is the split and question_id, which alone repeats between the splits."""
-    items = []
-    for split in SPLITS:
-        (path,) = find(data, ("pope", "output/coco"), (f"coco_pope_{split}.json",), FILES)
-        folder = next((f for f in (Path(data) / "val2014", path.parent / "val2014") if f.is_dir()), path.parent)
-        items += [(_item(row, split, folder, template), row.where) for row in read_rows(path)]
-    return check_unique(items)
+    def score(self, item: Item, outputs: Sequence[Any]) -> Record:
+        """For each way of reading the reply [true positive, false positive, true negative, false negative]; neither yes nor no: all 0."""
+        label, read = item.fields["label"], {name: reader(outputs[0]) for name, reader in _READERS.items()}
+        counts = {name: _counts(label, answer) for name, answer in read.items()}
+        right = read["official"] == label
+        undecided = vlmevalkit(outputs[0]) == "Unknown"
+        verdict = f"{'right' if right else 'wrong'}: read as {read['official']}" + (", though it says neither or both" if undecided else "")
+        return {"score": float(right), "counts": counts, "undecided": int(undecided), "verdicts": [verdict], "unparsed": 0}
+
+    def aggregate(self, records: Sequence[Record]) -> dict[str, Any]:
+        """Mean F1 and accuracy over the splits, the numbers of each split, and the other readings."""
+        splits = group_by(records, "category")
+        by_split = {split: metrics(rows, "official") for split, rows in splits.items()}
+        scores = {f"mean {name}": _mean(m[name] for m in by_split.values()) for name in ("F1", "accuracy")}
+        for reader in ("lmms-eval", "VLMEvalKit"):
+            others = [metrics(rows, reader) for rows in splits.values()]
+            scores |= {f"mean {name} ({reader})": _mean(m[name] for m in others) for name in ("F1", "accuracy")}
+        scores |= {f"{name}, {split}": value for split, m in by_split.items() for name, value in m.items()}
+        categories = {split: {"score": by_split[split]["F1"], "items": len(rows)} for split, rows in splits.items()}
+        return {"headline": "mean F1", "scores": scores, "categories": categories, "notes": _notes(records, splits)}
 
 
 def official(answer: str) -> str:
@@ -77,29 +88,6 @@ _READERS: dict[str, Callable[[str], str]] = {
     "lmms-eval": lmms_eval,
     "VLMEvalKit": lambda answer: "yes" if vlmevalkit(answer) == "Yes" else "no",  # its rating takes Unknown for No
 }
-
-
-def score(item: Item, outputs: Sequence[Any]) -> Record:
-    """For each way of reading the reply [true positive, false positive, true negative, false negative]; neither yes nor no: all 0."""
-    label, read = item.fields["label"], {name: reader(outputs[0]) for name, reader in _READERS.items()}
-    counts = {name: _counts(label, answer) for name, answer in read.items()}
-    right = read["official"] == label
-    undecided = vlmevalkit(outputs[0]) == "Unknown"
-    verdict = f"{'right' if right else 'wrong'}: read as {read['official']}" + (", though it says neither or both" if undecided else "")
-    return {"score": float(right), "counts": counts, "undecided": int(undecided), "verdicts": [verdict], "unparsed": 0}
-
-
-def aggregate(records: Sequence[Record]) -> dict[str, Any]:
-    """Mean F1 and accuracy over the splits, the numbers of each split, and the other readings."""
-    splits = group_by(records, "category")
-    by_split = {split: metrics(rows, "official") for split, rows in splits.items()}
-    scores = {f"mean {name}": _mean(m[name] for m in by_split.values()) for name in ("F1", "accuracy")}
-    for reader in ("lmms-eval", "VLMEvalKit"):
-        others = [metrics(rows, reader) for rows in splits.values()]
-        scores |= {f"mean {name} ({reader})": _mean(m[name] for m in others) for name in ("F1", "accuracy")}
-    scores |= {f"{name}, {split}": value for split, m in by_split.items() for name, value in m.items()}
-    categories = {split: {"score": by_split[split]["F1"], "items": len(rows)} for split, rows in splits.items()}
-    return {"headline": "mean F1", "scores": scores, "categories": categories, "notes": _notes(records, splits)}
 
 
 def metrics(records: Sequence[Record], reader: str) -> dict[str, float]:

@@ -1,10 +1,16 @@
-"""Rows of the published files: jsonl, json, csv, tsv and parquet, each row knowing its file and line, images read when asked for."""
+"""Rows of the published files (jsonl, json, csv, tsv, parquet), each with its file and line, and their images, read when asked for.
+
+Question tables come as VLMEvalKit publishes them (tsv, images in base64) and as lmms-lab does on Hugging Face (parquet, images as bytes).
+"""
 
 from __future__ import annotations
 
 import ast
+import base64
+import binascii
 import csv
 import functools
+import io
 import json
 import re
 import sys
@@ -13,10 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xomni_jax.evaluation.suite import Item, SuiteError
-from xomni_jax.evaluation.suites.stored import ParquetImage, pyarrow
+from PIL import Image
+
+from xomni_jax.evaluation.suite import Item, Suite, SuiteError
 
 _MISSING = object()
+_REFERENCE = 64  # a base64 field no longer than this is the index of the row that holds the image
 _ABSENT = (None, "", "nan")  # how a table writes "no value"
 
 
@@ -122,16 +130,22 @@ def read_rows(paths: Path | Iterable[Path]) -> Iterator[Row]:
             raise SuiteError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def check_unique(items: Sequence[tuple[Item, str]]) -> list[Item]:
-    """The items of (item, where) pairs. SuiteError when there are none or when two have one id."""
-    if not items:
+def unique_items(pairs: Iterable[tuple[Item | None, str]]) -> list[Item]:
+    """The items of (item, where it was read) pairs, without those that are None.
+
+    Raises:
+      SuiteError: there are no items, or two have one id.
+    """
+    found: dict[str, tuple[Item, str]] = {}
+    for item, where in pairs:
+        if item is None:
+            continue
+        if item.id in found:
+            raise SuiteError(f"{where}: the id {item.id!r} was used before, at {found[item.id][1]}; ids must be unique")
+        found[item.id] = item, where
+    if not found:
         raise SuiteError("the file holds no rows for this suite; download it again")
-    seen: dict[str, str] = {}
-    for item, where in items:
-        if item.id in seen:
-            raise SuiteError(f"{where}: the id {item.id!r} was used before, at {seen[item.id]}; ids must be unique")
-        seen[item.id] = where
-    return [item for item, _ in items]
+    return [item for item, _ in found.values()]
 
 
 def _jsonl(path: Path) -> Iterator[Row]:
@@ -209,3 +223,124 @@ _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".tsv": functools.partial(_table, delimiter="\t"),
     ".parquet": _parquet,
 }
+
+
+# ---- images ----
+@dataclass(frozen=True)
+class ParquetImage:
+    """An image inside a parquet file (a struct of bytes and path, or a list of them); read with its row group, once."""
+
+    path: Path
+    group: int
+    row: int
+    column: str
+
+    def __call__(self) -> Image.Image:
+        """The image, RGB. SuiteError when it has no bytes or cannot be decoded."""
+        value = _row_group(self.path, self.group, self.column)[self.row].as_py()
+        value = value[0] if isinstance(value, list) and value else value
+        if not isinstance(value, dict) or not value.get("bytes"):
+            raise SuiteError(f"{self} holds no image; download the file again")
+        return decode(value["bytes"], str(self))
+
+    def __str__(self) -> str:
+        return f"{self.path} row group {self.group} row {self.row + 1}, {self.column}"
+
+
+@functools.lru_cache(maxsize=2)
+def _row_group(path: Path, group: int, column: str) -> Any:
+    return pyarrow().parquet.ParquetFile(path).read_row_group(group, columns=[column]).column(0)
+
+
+def pyarrow() -> Any:
+    """The package, with its parquet reader. SuiteError when it is not installed."""
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise SuiteError("reading parquet needs the package pyarrow: pip install 'xomni_jax[eval]'") from error
+    return pyarrow
+
+
+@dataclass(frozen=True)
+class FileImage:
+    """An image that lies in a file of its own. `remedy` says where to get it."""
+
+    path: Path
+    remedy: str
+
+    def exists(self) -> bool:
+        """Whether the file is there, without reading it."""
+        return self.path.is_file()
+
+    def __call__(self) -> Image.Image:
+        """The image, RGB."""
+        if not self.exists():
+            raise SuiteError(f"the image {self} is missing")
+        return decode(self.path.read_bytes(), str(self.path))
+
+    def __str__(self) -> str:
+        return f"{self.path} ({self.remedy})"
+
+
+def base64_image(text: str, where: str) -> Callable[[], Image.Image]:
+    """An image held as base64 in a table."""
+
+    def open_image() -> Image.Image:
+        try:
+            data = base64.b64decode(text, validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise SuiteError(f"{where}: the image is not base64; download the file again") from error
+        return decode(data, where)
+
+    return open_image
+
+
+def decode(data: bytes, where: str) -> Image.Image:
+    """RGB image of an encoded file. SuiteError naming `where`."""
+    try:
+        return Image.open(io.BytesIO(data)).convert("RGB")
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise SuiteError(f"{where}: the image cannot be read ({type(error).__name__}); download it again") from error
+
+
+def rows_with_images(paths: Sequence[Path]) -> Iterator[tuple[Row, Callable[[], Any]]]:
+    """(row, image) of a table whose column `image` holds the images, or names the row that does."""
+    rows, tables = list(read_rows(paths)), {}
+    if not isinstance(rows[0].values.get("image") if rows else None, ParquetImage):
+        tables = {row.text("index"): row for row in rows}
+    for row in rows:
+        image = row.values.get("image")
+        if image is None:
+            raise SuiteError(f"{row.where}: the field 'image' is missing")
+        yield row, image if isinstance(image, ParquetImage) else _base64(row, tables)
+
+
+def _base64(row: Row, tables: dict[str, Row]) -> Callable[[], Any]:
+    text = row.text("image")
+    if len(text) > _REFERENCE:
+        return base64_image(text, row.where)
+    source = tables.get(text)
+    if source is None or len(source.text("image")) <= _REFERENCE:
+        raise SuiteError(f"{row.where}: the image is neither base64 nor the index of a row that holds one: {text!r}")
+    return base64_image(source.text("image"), source.where)
+
+
+class QuestionTable(Suite):
+    """A suite whose questions and images stand together in one published table. A subclass defines `item`.
+
+    Attributes:
+      folders: names of the folder below the data directory that may hold the table. patterns: of its files, the first that exist are read.
+    """
+
+    task = "answer"
+    paper_scale = 100.0
+    folders: tuple[str, ...] = ()
+    patterns: tuple[str, ...] = ()
+
+    def load(self, data: Path) -> list[Item]:
+        paths = find(data, self.folders, self.patterns, self.files)
+        return unique_items((self.item(row, image), row.where) for row, image in rows_with_images(paths))
+
+    def item(self, row: Row, image: Callable[[], Any]) -> Item | None:
+        """The item of a row, None to leave the row out. Raises SuiteError when the row does not fit."""
+        raise NotImplementedError

@@ -1,13 +1,14 @@
 """Prompts that are rewritten before they are drawn, as the paper did for GenEval without publishing how.
 
 Rewritten prompts come from a jsonl file, one object per line with "rewritten" and either "id" or "prompt" (the original), or from a
-model behind an OpenAI-compatible endpoint with the instruction `rewrite` of choices.INSTRUCTIONS, which is ours. What a model wrote is
+model behind an OpenAI-compatible endpoint with the instruction `rewrite` of suite.INSTRUCTIONS, which is ours. What a model wrote is
 kept in a cache of the same form, so that a run that goes on, and the run of another model, draw the same prompts. Scoring does not change:
 it goes by the original row.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -20,18 +21,19 @@ from tqdm import tqdm
 
 from xomni_jax.evaluation.judges.chat import ChatEndpoint
 from xomni_jax.evaluation.suite import Item, Suite, SuiteError
-from xomni_jax.evaluation.suites.choices import INSTRUCTIONS
 from xomni_jax.evaluation.suites.reading import read_rows
 
 _TOKENS, _MAX_WAIT, _CONCURRENCY = 512, 600.0, 8
 FORMS = "a jsonl file with 'id' or 'prompt' and 'rewritten' on each line, or MODEL@URL of an OpenAI-compatible endpoint"
 
 
-def with_rewrites(suite: Suite, spec: str, cache: Path, instruction: str = INSTRUCTIONS["rewrite"]) -> Suite:
+def with_rewrites(suite: Suite, spec: str, cache: Path) -> Suite:
     """The suite with its prompts rewritten by `spec` (see FORMS). `cache` keeps what a model wrote; a file needs none."""
     if suite.task != "generate":
         raise SuiteError(f"{suite.name} draws nothing; only prompts that are drawn can be rewritten")
-    return dataclasses.replace(suite, load=lambda data: rewrite(suite.load(data), spec, cache, instruction))
+    rewritten = copy.copy(suite)
+    rewritten.load = lambda data: rewrite(suite.load(data), spec, cache, suite.instructions["rewrite"])
+    return rewritten
 
 
 def rewrite(items: Sequence[Item], spec: str, cache: Path, instruction: str) -> list[Item]:

@@ -11,11 +11,11 @@ HALLUCINATION = "addCriterion"  # the OCR model's own stray word
 # Everything else is deleted, not replaced by a space: "ice-cold" becomes one word. Accents outside the list go as well.
 _OTHER = re.compile(r"[^\u4e00-\u9fa5a-zA-Z0-9\sàâäéèêëîïôöùûüçÀÂÄÉÈÊËÎÏÔÖÙÛÜÇ]")
 _SPACE = re.compile(r"\s+")
-_CHINESE = re.compile(r"[\u4e00-\u9fff]")  # wider than what is kept above: 9FA6 to 9FFF never survive to be found
+_CHINESE = re.compile(r"[\u4e00-\u9fff]")  # wider than what is kept above: 9FA6 to 9FFF never are left to be found
 
 
-def kept(text: str) -> str:
-    """The text without the characters that never count."""
+def countable(text: str) -> str:
+    """The text without the characters that no scorer counts."""
     return _OTHER.sub("", text)
 
 

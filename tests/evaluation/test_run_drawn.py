@@ -8,8 +8,9 @@ import jax
 import pytest
 
 from tests.evaluation.judges.fake_endpoint import fake_endpoint
+from xomni_jax import inference
 from xomni_jax.cli.main import main
-from xomni_jax.evaluation import judges, runner, session
+from xomni_jax.evaluation import judges, outputs, run
 from xomni_jax.evaluation.judges.chat import ChatEndpoint
 from xomni_jax.evaluation.run_directory import RunDirectory
 from xomni_jax.pipeline import XOmni
@@ -23,9 +24,9 @@ DOGS = {"tag": "counting", "include": [{"class": "dog", "count": 2}], "exclude":
 def one_model():
     """Opened once for all commands, on one device."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(session, "make_mesh", lambda axes: make_mesh({}, jax.devices()[:1]))
+        patched.setattr(outputs, "make_mesh", lambda axes: make_mesh({}, jax.devices()[:1]))
         opened = functools.cache(lambda path: XOmni(path, make_mesh({}, jax.devices()[:1])))
-        patched.setattr(session, "XOmni", lambda path, mesh: opened(path))
+        patched.setattr(inference, "XOmni", lambda path, mesh: opened(path))
         yield
 
 
@@ -81,7 +82,7 @@ def oneig(folder):
 )
 def test_a_judge_that_goes_away(name, write, official, model_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(ChatEndpoint.__init__.__kwdefaults__, "pause", 0.01)
-    monkeypatch.setattr(runner, "JUDGED_AT_ONCE", 1)
+    monkeypatch.setattr(run, "JUDGE_BATCH", 1)
     first, whole, out = write(tmp_path), tmp_path / "whole", tmp_path / "out"
     with fake_endpoint("by content") as endpoint:
         judge = ("--judge", f"tiny-vlm@{endpoint.url}")

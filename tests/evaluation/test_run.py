@@ -1,10 +1,10 @@
-"""The runner on a miniature model: shares, stops and resumption leave the results as they are, to the byte; what is wrong is said."""
+"""The engine on a miniature model: shares, stops and resumption leave the results as they are, to the byte; what is wrong is said."""
 
-import dataclasses
 import errno
 import json
 import math
 import os
+import shutil
 
 import jax
 import numpy as np
@@ -12,15 +12,16 @@ import pytest
 from PIL import Image
 
 from xomni_jax.core.preemption import StopRequested, StopSignal
-from xomni_jax.evaluation import runner
-from xomni_jax.evaluation import session as session_module
+from xomni_jax.evaluation import outputs
+from xomni_jax.evaluation.outputs import model_opener
+from xomni_jax.evaluation.run import EvalConfig, evaluate, open_run, write_results
 from xomni_jax.evaluation.run_directory import RunError
-from xomni_jax.evaluation.session import ModelOptions, ModelSession
 from xomni_jax.evaluation.suite import JudgeUnavailable, SuiteError
-from xomni_jax.evaluation.suites import get_suite
+from xomni_jax.inference import InferenceConfig
 from xomni_jax.sharding.mesh import make_mesh
 
 WORDS = ("CAT", "DOG", "SUN", "SKY", "TREE", "MILK", "OPEN")
+FILES = {"settings.json", "images", "parts", "judged", "items.jsonl", "results.json", "results.csv", "report.html"}
 LONG = " on a wall of grey stone beside a road"
 
 
@@ -73,42 +74,33 @@ def data(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def session(model_dir):
-    """One model for all runs, so that its programs are compiled once."""
-    return ModelSession(ModelOptions(str(model_dir), {"fsdp": 1}, batch=8, decode_batch=3))
-
-
 @pytest.fixture(scope="module", autouse=True)
 def few_devices():
     """Meshes are of as many devices as their axes say, among the eight that tests simulate."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(session_module, "make_mesh", lambda axes: make_mesh(axes, jax.devices()[: math.prod(axes.values())]))
+        patched.setattr(outputs, "make_mesh", lambda axes: make_mesh(axes, jax.devices()[: math.prod(axes.values())]))
         yield
 
 
-def work_of(data, out, name="longtext-en", **how):
-    """As a command opens it."""
-    return runner.open_work(get_suite(name), data, out, **how)
+@pytest.fixture(scope="module")
+def make(model_dir, data):
+    """Evaluates with one model for all runs, so that its programs are compiled once; the bytes of the results, or None."""
+    settings = {"inference": InferenceConfig(model=str(model_dir), batch=8, decode_batch=3), "mesh": {"fsdp": 1}}
+    model = model_opener(EvalConfig("", "", **settings))
 
+    def run(out, name="longtext-en", *, judge=None, stop=None, opened=model, **how):
+        config = EvalConfig(name, out, **({"data": data} | settings | how))
+        done = evaluate(config, opened, judge or PixelJudge(), stop or StopAfter())
+        return done.values and tuple((config.out / file).read_bytes() for file in ("results.json", "items.jsonl"))
 
-def complete(session, work, stop=None, judge=None):
-    """All phases of one worker; the results' bytes when everything is there."""
-    stop = stop or StopAfter()
-    session.run(work, stop)
-    if work.suite.judge:
-        runner.judge_outputs(work, judge or PixelJudge(), stop)
-    if runner.missing(work):
-        return None
-    runner.write_results(work, [])
-    return (work.run.path / "results.json").read_bytes(), (work.run.path / "items.jsonl").read_bytes()
+    return run
 
 
 @pytest.fixture(scope="module")
-def whole(few_devices, session, data, tmp_path_factory):
+def whole(few_devices, make, tmp_path_factory):
     """Results of one undisturbed process, by suite."""
     root = tmp_path_factory.mktemp("whole")
-    return {name: (root / name, complete(session, work_of(data, root / name, name))) for name in ("longtext-en", "ocrbench")}
+    return {name: (root / name, make(root / name, name)) for name in ("longtext-en", "ocrbench")}
 
 
 def test_a_whole_run(whole, data):
@@ -123,7 +115,7 @@ def test_a_whole_run(whole, data):
         assert item["images"] == [f"images/{item['id']}_{k}.png" for k in range(4)]
         assert len(item["replies"]) == len(item["verdicts"]) == 4
         assert len({Image.open(path / name).tobytes() for name in item["images"]}) == 4  # repeats differ
-    assert {p.name for p in path.iterdir()} == {"settings.json", "images", "parts", "judged", "items.jsonl", "results.json"}
+    assert {p.name for p in path.iterdir()} == FILES
 
 
 def test_answers_of_images_that_the_limits_refuse(whole):
@@ -135,93 +127,86 @@ def test_answers_of_images_that_the_limits_refuse(whole):
 @pytest.mark.parametrize(
     "name, shares, stops", [("longtext-en", 2, (1, 0, 2)), ("longtext-en", 3, (0,)), ("ocrbench", 2, (0,)), ("ocrbench", 3, ())]
 )
-def test_any_cut_gives_the_same_bytes(whole, session, data, tmp_path, name, shares, stops):
+def test_any_cut_gives_the_same_bytes(whole, make, data, tmp_path, name, shares, stops):
     """Workers in reverse order, stopped at polls and gone on with, and a torn line in between."""
     found = None
     for k in reversed(range(shares)):
         for polls in (*stops, 10**9):
-            work = work_of(data, tmp_path, name, share=(k, shares))
             try:
-                found = complete(session, work, StopAfter(polls))
+                found = make(tmp_path, name, stop=StopAfter(polls), shard=(k, shares))
             except StopRequested:
-                with (tmp_path / "parts" / f"{work.worker}.jsonl").open("a") as torn:
+                with (tmp_path / "parts" / f"{k + 1}-of-{shares}.jsonl").open("a") as torn:
                     torn.write('{"id": "00')
     assert found == whole[name][1]
     lines = [line for file in (tmp_path / "parts").glob("*.jsonl") for line in file.read_text().splitlines()]
-    assert len(lines) == len({json.loads(line)["id"] for line in lines}) == len(work_of(data, tmp_path, name).items)
+    items = open_run(EvalConfig(name, tmp_path, data)).items
+    assert len(lines) == len({json.loads(line)["id"] for line in lines}) == len(items)
 
 
-def test_an_item_alone_equals_the_item_in_its_batch(whole, session, data, tmp_path):
-    path, (_, items) = whole["longtext-en"]
+def test_an_item_alone_equals_the_item_in_its_batch(whole, make, tmp_path):
+    path, _ = whole["longtext-en"]
     for name in ("0003", "0009"):  # one of each length bucket
-        session.run(work_of(data, tmp_path / name, ids=[name]), StopAfter())
+        make(tmp_path / name, ids=[name], phase="generate")
         for k in range(4):
             assert (tmp_path / name / f"images/{name}_{k}.png").read_bytes() == (path / f"images/{name}_{k}.png").read_bytes()
         assert len(list((tmp_path / name / "images").iterdir())) == 4
 
 
-def test_data_parallel_devices_draw_the_same(whole, data, model_dir, tmp_path):
+def test_data_parallel_devices_draw_the_same(whole, make, tmp_path):
     """The batch is counted per data-parallel part, so every part computes in the shapes of one device."""
-    spread = ModelSession(ModelOptions(str(model_dir), {"data": 2}, batch=8, decode_batch=3))
     for name in ("longtext-en", "ocrbench"):
-        assert complete(spread, work_of(data, tmp_path / name, name)) == whole[name][1]
+        assert make(tmp_path / name, name, mesh={"data": 2}, opened=None) == whole[name][1]
 
 
-def test_a_part_first_and_the_rest_later(whole, session, data, tmp_path):
-    part = complete(session, work_of(data, tmp_path, limit=3))
+def test_a_part_first_and_the_rest_later(whole, make, tmp_path):
+    part = make(tmp_path, limit=3)
     assert json.loads(part[0])["counts"]["items"] == 3
-    assert complete(session, work_of(data, tmp_path)) == whole["longtext-en"][1]
+    assert make(tmp_path) == whole["longtext-en"][1]
 
 
-def test_other_settings_are_refused_by_name(session, data, whole, model_dir, tmp_path):
+def test_other_settings_are_refused_by_name(make, data, whole, tmp_path):
     path = whole["longtext-en"][0]
-    other = ModelSession(ModelOptions(str(model_dir), {"fsdp": 1}, batch=8, decode_batch=3, seed=3))
     with pytest.raises(RunError, match="settings.json: seed is 1234, this command has 3; take another --out"):
-        other.run(work_of(data, path), StopAfter())
+        make(path, seed=3)
     (tmp_path / "text_prompts.jsonl").write_text((data / "text_prompts.jsonl").read_text().replace("CAT", "COW"))
     with pytest.raises(RunError, match="settings.json: data.sha256 is "):
-        work_of(tmp_path, path)
+        make(path, data=tmp_path)
     judge = PixelJudge()
     judge.settings = {"version": 2}
     with pytest.raises(RunError, match="judge.json: settings.version is 1, this command has 2; .*delete .*judged"):
-        runner.judge_outputs(work_of(data, path), judge, StopAfter())
-    worded = runner.open_work(get_suite("longtext-en", (), {"ocr": "What do you read?"}), data, path)
+        make(path, judge=judge)
     with pytest.raises(RunError, match="judged: item 0000 was judged by other questions; give the data and --instruction of then"):
-        runner.missing(worded)
+        make(path, instructions={"ocr": "What do you read?"})
 
 
-def test_a_silent_judge_leaves_nothing_scored(whole, session, data, tmp_path):
-    work = work_of(data, tmp_path)
-    session.run(work, StopAfter())
+def test_a_silent_judge_leaves_nothing_scored(whole, make, data, tmp_path):
     with pytest.raises(JudgeUnavailable, match="does not answer"):
-        runner.judge_outputs(work, PixelJudge(answers=1), StopAfter())
-    assert runner.missing(work) == 3 and not (tmp_path / "results.json").exists()  # four were judged in the one call
-    assert complete(session, work) == whole["longtext-en"][1]
+        make(tmp_path, judge=PixelJudge(answers=1))
+    missing = open_run(EvalConfig("longtext-en", tmp_path, data)).missing()
+    assert missing == 3 and not (tmp_path / "results.json").exists()  # four were judged in the one call
+    assert make(tmp_path) == whole["longtext-en"][1]
 
 
-def test_missing_images_are_counted_and_named(whole, session, data, tmp_path):
-    work = work_of(data, tmp_path)
-    session.run(work, StopAfter())
+def test_missing_images_are_counted_and_named(whole, make, tmp_path):
+    make(tmp_path, phase="generate")
     (tmp_path / "images/0006_1.png").unlink()
     with pytest.raises(SuiteError, match=r"1 of 7 items have no images, the first is 0006 \(the image .*0006_1\.png is missing"):
-        runner.judge_outputs(work, PixelJudge(), StopAfter())
+        make(tmp_path, phase="score")
     assert not (tmp_path / "judged").exists()
-    assert complete(session, work) == whole["longtext-en"][1]  # drawn again, and the same
+    assert make(tmp_path) == whole["longtext-en"][1]  # drawn again, and the same
 
 
-def test_images_of_another_program_are_scored(whole, data, tmp_path):
-    source, (_, items) = whole["longtext-en"]
+def test_images_of_another_program_are_scored(whole, make, tmp_path):
+    source, (results, _) = whole["longtext-en"]
     os.makedirs(tmp_path / "images")
     for image in (source / "images").iterdir():
         os.link(image, tmp_path / "images" / image.name)
-    work = work_of(data, tmp_path)
-    runner.judge_outputs(work, PixelJudge(), StopAfter())
-    results = runner.write_results(work, [])
-    assert results["settings"] is None and results["headline"] == json.loads(whole["longtext-en"][1][0])["headline"]
+    found = json.loads(make(tmp_path, phase="score")[0])
+    assert found["settings"] is None and found["headline"] == json.loads(results)["headline"]
 
 
-def test_a_full_disk_is_one_sentence_and_loses_nothing(whole, session, data, tmp_path, monkeypatch):
-    work, replace = work_of(data, tmp_path), os.replace
+def test_a_full_disk_is_one_sentence_and_loses_nothing(whole, make, data, tmp_path, monkeypatch):
+    replace = os.replace
     room = iter(range(14))
 
     def until_full(source, target):
@@ -232,33 +217,34 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(whole, session, data, tmp
     with monkeypatch.context() as patched:
         patched.setattr(os, "replace", until_full)
         with pytest.raises(RunError, match="No space left on device; what is finished is kept: make room"):
-            session.run(work, StopAfter())
-    assert 0 < len(work.outputs()) < 7
-    assert complete(session, work) == whole["longtext-en"][1]
+            make(tmp_path)
+    assert 0 < len(open_run(EvalConfig("longtext-en", tmp_path, data)).outputs()) < 7
+    assert make(tmp_path) == whole["longtext-en"][1]
 
 
-def test_unreadable_replies_are_counted_and_listed(data, tmp_path, whole, session):
+def test_unreadable_replies_are_counted_and_listed(data, whole, tmp_path):
     """A suite whose score cannot read some replies says which items they are of."""
-    suite = get_suite("longtext-en")
-    unreadable = lambda item, outputs: suite.score(item, outputs) | {"unparsed": 2 * (item.id == "0006")}  # noqa: E731
-    work = dataclasses.replace(work_of(data, whole["longtext-en"][0]), suite=dataclasses.replace(suite, score=unreadable))
-    results = runner.write_results(work, [])
+    out = shutil.copytree(whole["longtext-en"][0], tmp_path / "out")
+    run = open_run(EvalConfig("longtext-en", out, data))
+    assert write_results(run)["unparsed"] == []
+    score = run.suite.score
+    run.suite.score = lambda item, outputs: score(item, outputs) | {"unparsed": 2 * (item.id == "0006")}
+    results = write_results(run)
     assert results["counts"]["unparsed"] == 2 and results["unparsed"] == ["0006"]
-    assert runner.write_results(work_of(data, whole["longtext-en"][0]), [])["unparsed"] == []
 
 
-def test_ids_that_do_not_fit(data, tmp_path):
+def test_ids_that_do_not_fit(make, data, tmp_path):
     with pytest.raises(SuiteError, match="longtext-en has no item '99'; ids are such as '0000'"):
-        work_of(data, tmp_path, ids=["99"])
+        make(tmp_path, ids=["99"])
     rows = (data / "text_prompts.jsonl").read_text().splitlines()
     (tmp_path / "text_prompts.jsonl").write_text("\n".join([*rows, rows[2]]))
     with pytest.raises(SuiteError, match=r"text_prompts.jsonl line 8: the id '0006' was used before, at .* line 3"):
-        work_of(tmp_path, tmp_path / "out")
+        make(tmp_path / "out", data=tmp_path)
 
 
-def test_prompts_that_cannot_be_drawn_are_named(session, data, tmp_path):
+def test_prompts_that_cannot_be_drawn_are_named(make, data, tmp_path):
     rows = [json.loads(line) for line in (data / "text_prompts.jsonl").read_text().splitlines()]
     rows[1]["prompt"] = "a <SOM>"
     (tmp_path / "text_prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(SuiteError, match="item 0003: The text 'a <SOM>' contains the multimodal token <SOM>"):
-        session.run(work_of(tmp_path, tmp_path / "out"), StopAfter())
+        make(tmp_path / "out", data=tmp_path)

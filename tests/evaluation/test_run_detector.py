@@ -12,7 +12,8 @@ torch = pytest.importorskip("torch")
 from tests.rewards.running import service
 from tests.rewards.test_detector import folders  # noqa: F401 - a fixture
 from xomni_jax.cli.main import main
-from xomni_jax.evaluation import session
+from xomni_jax.evaluation import outputs
+from xomni_jax.evaluation.suite import Item
 from xomni_jax.evaluation.suites import geneval
 from xomni_jax.rewards.scorer import build_scorer
 from xomni_jax.sharding.mesh import make_mesh
@@ -31,7 +32,7 @@ ROWS = [
 
 
 def test_from_prompts_to_page(folders, model_dir, tmp_path, monkeypatch, capsys):  # noqa: F811
-    monkeypatch.setattr(session, "make_mesh", lambda axes: make_mesh({}, jax.devices()[:1]))
+    monkeypatch.setattr(outputs, "make_mesh", lambda axes: make_mesh({}, jax.devices()[:1]))
     monkeypatch.setattr(geneval, "_CONFIDENCE", 0.0)  # untrained models are sure of nothing
     (tmp_path / "evaluation_metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     out = tmp_path / "out"
@@ -48,7 +49,7 @@ def test_from_prompts_to_page(folders, model_dir, tmp_path, monkeypatch, capsys)
     scorer = build_scorer("detector", {"detector": folders[0], "clip": folders[1], "short_side": 64})
     means = []
     for item, row in zip(items, ROWS, strict=True):
-        (asked,) = geneval.questions(type("Row", (), {"fields": {"metadata": row}}))
+        (asked,) = geneval.GenEval().questions(Item("", "", {"metadata": row}))
         images = [np.asarray(Image.open(out / name).convert("RGB")) for name in item["images"]]
         seen = [scorer.score_image(image, {"prompt": "", "targets": {"detect": asked}}).detail["detections"] for image in images]
         assert item["replies"] == [[found] for found in seen] and any(any(found.values()) for found in seen)

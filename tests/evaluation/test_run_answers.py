@@ -8,7 +8,7 @@ import pytest
 
 from tests.evaluation.suites.published import png, write_parquet, write_tsv
 from xomni_jax.cli.main import main
-from xomni_jax.evaluation import session
+from xomni_jax.evaluation import outputs
 from xomni_jax.sharding.mesh import make_mesh
 
 RED, BLUE = png((250, 0, 0)), png((0, 0, 250), (16, 16))
@@ -97,7 +97,7 @@ def ocrbench(folder):
     ids=lambda value: getattr(value, "__name__", None),
 )
 def test_from_files_to_page(name, write, items, headline, model_dir, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(session, "make_mesh", lambda axes: make_mesh({}, jax.devices()[:1]))
+    monkeypatch.setattr(outputs, "make_mesh", lambda axes: make_mesh({}, jax.devices()[:1]))
     data, out = tmp_path / "data", tmp_path / "out"
     data.mkdir()
     write(data)

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from xomni_jax.cli.main import main
-from xomni_jax.evaluation import session
+from xomni_jax.evaluation import outputs
 from xomni_jax.sharding.mesh import make_mesh
 
 SHARED = Path(os.environ.get("XOMNI_SHARED", Path(__file__).parents[3] / "shared")) / "data"
@@ -17,7 +17,7 @@ SHARED = Path(os.environ.get("XOMNI_SHARED", Path(__file__).parents[3] / "shared
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
     """Of the eight that tests simulate: one compiles faster, and is what the tiny model is for."""
-    monkeypatch.setattr(session, "make_mesh", lambda axes: make_mesh({}, jax.devices()[:1]))
+    monkeypatch.setattr(outputs, "make_mesh", lambda axes: make_mesh({}, jax.devices()[:1]))
 
 
 def results_of(out, capsys):
