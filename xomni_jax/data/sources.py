@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-import grain
 import numpy as np
 
 from xomni_jax.core.config import ConfigError, as_dict, checked, explanations, updated
 from xomni_jax.core.registry import Registry
+
+if TYPE_CHECKING:
+    import grain
 
 ENDLESS = 2**40  # examples of a source without an end; grain counts with 64-bit integers
 
@@ -103,6 +105,8 @@ def batches(
     Raises:
       ValueError: there is no batch, or a row that it has not.
     """
+    import grain  # takes seconds, and commands that only render examples do without it
+
     rows = range(batch_size) if rows is None else tuple(rows)
     if not rows or min(rows) < 0 or max(rows) >= batch_size:
         raise ValueError(f"batch_size={batch_size}, rows {tuple(rows)}: need rows from 0 to below batch_size")
