@@ -1,7 +1,7 @@
-"""Configurations: dataclasses hold every default and its explanation, a file and the command line name what differs from them.
+"""Configurations: dataclasses hold every default and its explanation; a file and the command line give only what differs.
 
-A file's `get_config()` returns an `ml_collections.ConfigDict` with the changes alone; `--config.KEY=VALUE` adds more. `updated` applies both
-to the default instance of a stage's config class, checked by the types of its fields.
+A file's `get_config()` returns an `ml_collections.ConfigDict` of changes; `--config.KEY=VALUE` adds more. `updated` applies both to the
+default instance of a stage's config class and checks each value against the type of its field.
 """
 
 from __future__ import annotations
@@ -10,18 +10,19 @@ import ast
 import dataclasses
 import difflib
 import functools
-import importlib.util
 import inspect
 import json
 import os
 import re
+import runpy
 import sys
-import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import msgspec
 from ml_collections import ConfigDict
 
 T = TypeVar("T")
@@ -36,11 +37,11 @@ class Text(str):
 
 
 class Changes(NamedTuple):
-    """What a file and the command line change.
+    """The values that a file and the command line set.
 
     Attributes:
       values: nested sections; values of the command line are `Text`.
-      file, command: dotted keys that each of the two sets.
+      file, command: dotted keys set by the file, and by the command line.
     """
 
     values: dict[str, Any]
@@ -50,7 +51,7 @@ class Changes(NamedTuple):
 
 # ---- reading ----
 def load_changes(path: str | Path, overrides: Sequence[str] = ()) -> Changes:
-    """The changes of a file's `get_config()`, and of `section.key=value` overrides over them.
+    """The changes of a file's `get_config()`, and those of `section.key=value` overrides, which take precedence.
 
     Raises:
       ConfigError: the file is missing, raises, or returns no ConfigDict; an override has no value.
@@ -61,20 +62,16 @@ def load_changes(path: str | Path, overrides: Sequence[str] = ()) -> Changes:
     root = next((p for p in path.resolve().parents if p.name == "configs"), path.resolve().parent).parent
     sys.path.insert(0, str(root))
     try:
-        spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        if not hasattr(module, "get_config"):
-            raise ConfigError(f"{path}: defines no get_config()")
-        config = module.get_config()
-        if not isinstance(config, ConfigDict):
-            raise ConfigError(f"{path}: get_config returns {type(config).__name__}, not a ConfigDict")
-    except ConfigError:
-        raise
-    except Exception as e:  # noqa: BLE001 - the file is the user's code: whatever it raises is theirs to mend
-        raise ConfigError(f"{path}: {str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__}") from e
+        defined = runpy.run_path(str(path))
+        config = defined["get_config"]() if "get_config" in defined else None
+    except Exception as e:  # noqa: BLE001 - the file is the user's code, which may raise anything
+        raise ConfigError(f"{path}: {(str(e).strip().splitlines() or [type(e).__name__])[0]}") from e
     finally:
         sys.path.remove(str(root))
+    if "get_config" not in defined:
+        raise ConfigError(f"{path}: defines no get_config()")
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f"{path}: get_config returns {type(config).__name__}, not a ConfigDict")
     values = config.to_dict()
     file = frozenset(flat(values))
     command = merge_overrides(values, overrides)
@@ -125,61 +122,25 @@ class Section(typing.Protocol):
 
 
 def updated(default: T, changes: Mapping[str, Any], where: str = "config") -> T:
-    """A copy of a (nested) frozen dataclass with some fields changed, each value checked by the type of its field.
+    """A copy of a (nested) frozen dataclass with some fields changed, each value checked against the type of its field.
 
     Raises:
       ConfigError: an unknown key (the nearest known ones are named), a value of another type, or one that the dataclass refuses.
     """
+    if not isinstance(changes, Mapping):
+        raise ConfigError(f"{where} is a section; set one of its keys: {', '.join(sorted(as_dict(default)))}")
     if isinstance(default, Section):
         return default.updated(changes, where)
-    if isinstance(default, Mapping):
-        return _updated_mapping(default, changes, where)
-    hints = typing.get_type_hints(type(default))
-    fields = [f.name for f in dataclasses.fields(default) if f.init]
-    new = {}
+    if isinstance(default, Mapping):  # sections of one class under free names: a new name starts from the class's defaults
+        new_section = type(next(iter(default.values())))
+        new = {name: updated(default.get(name) or new_section(), value, f"{where}.{name}") for name, value in changes.items()}
+        return dict(default) | new
+    hints, new = field_types(type(default)), {}
+    check_keys(changes, hints, where)
     for key, value in changes.items():
-        if key not in fields:
-            raise ConfigError(unknown_key(where, key, fields))
         old = getattr(default, key)
-        if not is_section(old):
-            new[key] = typed(value, hints[key], f"{where}.{key}", old)
-        elif isinstance(value, Mapping):
-            new[key] = updated(old, value, f"{where}.{key}")
-        else:
-            raise ConfigError(f"{where}.{key} is a section; set one of its keys: {', '.join(sorted(as_dict(old)))}")
+        new[key] = updated(old, value, f"{where}.{key}") if is_section(old) else typed(value, hints[key], f"{where}.{key}", old)
     return checked(lambda: dataclasses.replace(default, **new), where)
-
-
-def checked(make: Any, where: str) -> Any:
-    """What `make()` returns; a value that a dataclass refuses becomes a ConfigError that says where it stands."""
-    try:
-        return make()
-    except ConfigError:
-        raise
-    except (TypeError, ValueError) as e:
-        raise ConfigError(f"{where}: {e}") from None
-
-
-def _updated_mapping(default: Mapping[str, Any], changes: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Sections of one class under free names: a new name starts from the class's defaults."""
-    new, kind = dict(default), type(next(iter(default.values())))
-    for name, value in changes.items():
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{where}.{name} is a section; set one of its keys: {', '.join(f.name for f in dataclasses.fields(kind))}")
-        new[name] = updated(default[name] if name in default else kind(), value, f"{where}.{name}")
-    return new
-
-
-def is_section(value: Any) -> bool:
-    """Whether a field's value has keys of its own."""
-    return isinstance(value, (Section, Mapping)) or dataclasses.is_dataclass(value) and not isinstance(value, type)
-
-
-def unknown_key(where: str, key: str, known: Sequence[str]) -> str:
-    """The message for a key that a section does not have."""
-    near = difflib.get_close_matches(key, known, n=3)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known here: {', '.join(sorted(known))}"
-    return f"{where}.{key}: unknown key; {hint}"
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
@@ -188,78 +149,78 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     Raises:
       ConfigError: an unknown key, a missing one, or a value that does not fit.
     """
-    hints = typing.get_type_hints(cls)
-    fields = [f.name for f in dataclasses.fields(cls) if f.init]
-    for key in values:
-        if key not in fields:
-            raise ConfigError(unknown_key(where, key, fields))
+    hints = field_types(cls)
+    check_keys(values, hints, where)
     given = {key: typed(value, hints[key], f"{where}.{key}") for key, value in values.items()}
     return checked(lambda: cls(**given), where)
 
 
+def checked(make: Callable[[], T], where: str) -> T:
+    """The dataclass that `make()` returns. Its own complaint about a value becomes a ConfigError that names the section."""
+    try:
+        return make()
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as e:
+        raise ConfigError(f"{where}: {e}") from None
+
+
+def is_section(value: Any) -> bool:
+    """Whether a field's value has keys of its own."""
+    return isinstance(value, (Section, Mapping)) or dataclasses.is_dataclass(value)
+
+
+def check_keys(keys: Iterable[str], known: Iterable[str], where: str) -> None:
+    """Raises ConfigError for a key that a section does not have; it names the nearest known keys."""
+    for key in keys:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"known here: {', '.join(sorted(known))}"
+            raise ConfigError(f"{where}.{key}: unknown key; {hint}")
+
+
 # ---- types ----
+def field_types(cls: type) -> dict[str, Any]:
+    """{field: annotated type} of the arguments of a dataclass."""
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
+
+
 def typed(value: Any, hint: Any, where: str, example: Any = None) -> Any:
-    """A value as an annotated type wants it: lists become tuples, and `Text` is read as a literal, or taken as it is for a string.
+    """A value as the annotated type `hint`. Lists become tuples, whole numbers floats; `Text` is read as a Python literal if that fits.
 
     Raises:
       ConfigError: naming the key, its value and what is expected.
     """
     if isinstance(value, Text):
-        given, value = str(value), literal(value)
-        if not fits(value, hint):
-            value = {"true": True, "false": False}.get(given.lower(), given)
+        text = str(value)
+        readings = [text, {"true": True, "false": False}.get(text.lower(), text)]
+        with suppress(ValueError, SyntaxError):
+            readings.insert(0, ast.literal_eval(text))
     else:
-        given = repr(value)
-    value = frozen(value)
-    if not fits(value, hint):
-        expected = hint.__name__ if isinstance(hint, type) else str(hint)
-        such = "" if example is None else f", such as {example!r}"
-        raise ConfigError(f"{where}={given}: expected {expected}{such}")
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    return float(value) if whole and hint in (float, float | None) else value
-
-
-def literal(text: str) -> Any:
-    """A Python literal, or the text itself where it is none."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return str(text)
-
-
-def frozen(value: Any) -> Any:
-    """Lists become tuples, at every depth."""
-    return tuple(map(frozen, value)) if isinstance(value, (list, tuple)) else value
-
-
-def fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of an annotated type; whole numbers fit `float`, lists fit tuples."""
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return True
-    if origin in (typing.Union, types.UnionType):
-        return any(fits(value, h) for h in inner)
-    if origin is typing.Literal:
-        return value in inner
-    if origin is tuple or hint is tuple:
-        if not isinstance(value, (list, tuple)) or not inner:
-            return isinstance(value, (list, tuple))
-        inner = inner[:1] * len(value) if inner[1:] in ((), (...,)) else inner
-        return len(inner) == len(value) and all(map(fits, value, inner))
-    if hint in (int, float):
-        return isinstance(value, (int, hint)) and not isinstance(value, bool)
-    return not isinstance(hint, type) or isinstance(value, hint)
+        readings = [value]
+    for reading in readings:
+        with suppress(msgspec.ValidationError):
+            return msgspec.convert(reading, hint)
+    given = value if isinstance(value, Text) else repr(value)
+    expected = hint.__name__ if isinstance(hint, type) else str(hint)
+    such = "" if example is None else f", such as {example!r}"
+    raise ConfigError(f"{where}={given}: expected {expected}{such}")
 
 
 # ---- showing and saving ----
 def as_dict(config: Any) -> dict[str, Any]:
     """Every key of a configuration with its value, sections as nested dictionaries; JSON-able."""
+    return {key: as_dict(value) if is_section(value) else value for key, value in entries(config).items()}
+
+
+def entries(config: Any) -> dict[str, Any]:
+    """Every key of one section with its value."""
     if isinstance(config, Section):
         return config.as_dict()
-    items = (
-        config.items() if isinstance(config, Mapping) else ((f.name, getattr(config, f.name)) for f in dataclasses.fields(config) if f.init)
-    )
-    return {name: as_dict(value) if is_section(value) else value for name, value in items}
+    if isinstance(config, Mapping):
+        return dict(config)
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.init}
 
 
 @functools.cache
@@ -270,8 +231,8 @@ def explanations(cls: type) -> dict[str, str]:
     """
     out: dict[str, str] = {}
     for base in reversed(cls.__mro__):
-        _, _, entries = inspect.cleandoc(base.__dict__.get("__doc__") or "").partition("Attributes:\n")
-        for entry in re.split(r"\n(?=  \S)", entries.split("\n\n")[0]):
+        _, _, listed = inspect.cleandoc(base.__dict__.get("__doc__") or "").partition("Attributes:\n")
+        for entry in re.split(r"\n(?=  \S)", listed.split("\n\n")[0]):
             names, colon, sentence = entry.strip().partition(": ")
             if colon and re.fullmatch(r"\w+(, \w+)*", names):
                 out |= dict.fromkeys(names.split(", "), " ".join(sentence.split()))
@@ -279,7 +240,7 @@ def explanations(cls: type) -> dict[str, str]:
 
 
 def shown(config: Any, changes: Changes) -> str:
-    """The resolved configuration as text: a line a key, with where its value comes from and what it means."""
+    """The resolved configuration as text, one key per line with its value, what set it, and its explanation."""
     legend = "# * set by the file, + set on the command line; everything else is the default"
     return "\n".join([legend, *_lines(config, changes, "", 0)])
 
@@ -287,8 +248,7 @@ def shown(config: Any, changes: Changes) -> str:
 def _lines(config: Any, changes: Changes, prefix: str, depth: int) -> Iterator[str]:
     own = isinstance(config, Section)
     said = config.explained() if own else {} if isinstance(config, Mapping) else explanations(type(config))
-    inner = config.as_dict() if own else config if isinstance(config, Mapping) else vars(config)
-    for name, value in inner.items():
+    for name, value in entries(config).items():
         key, indent, why = prefix + name, "  " * depth, f"  # {said[name]}" if said.get(name) else ""
         if is_section(value) and not own:
             yield f"  {indent}{name}:{why}"
@@ -299,10 +259,13 @@ def _lines(config: Any, changes: Changes, prefix: str, depth: int) -> Iterator[s
 
 
 def save_resolved(config: Any, run_dir: Path, write: bool = True) -> None:
-    """Writes RUN/config.json; refuses to go on in a run directory that was made with another configuration.
+    """Writes RUN/config.json, or compares with the one that is there.
 
-    Logging intervals and the addresses of services may change between sessions of one run, they do not change what a step computes;
-    and `steps` may, to train on: schedules then follow the new length. Without `write` it only compares: one process of a run writes.
+    A resumed run may change what does not affect a step, such as logging intervals and the addresses of services. It may also change
+    `steps` to train longer; schedules then follow the new length. With `write=False` it only compares: one process of a run writes.
+
+    Raises:
+      ConfigError: the run was started with another value of some other key.
     """
     path = run_dir / "config.json"
     text = json.dumps(as_dict(config), indent=1, sort_keys=True, default=str)
@@ -335,7 +298,7 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-# ---- sections of their own kind ----
+# ---- settings that are known later ----
 @dataclasses.dataclass(frozen=True)
 class Overrides:
     """Changes to a dataclass whose own values are known only later, such as the settings that a model directory holds.
@@ -349,15 +312,11 @@ class Overrides:
     values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def updated(self, changes: Mapping[str, Any], where: str) -> Overrides:
-        """More changes; None takes one back."""
-        hints, fields = typing.get_type_hints(self.cls), [f.name for f in dataclasses.fields(self.cls)]
-        new = dict(self.values)
-        for key, value in changes.items():
-            if key not in fields:
-                raise ConfigError(unknown_key(where, key, fields))
-            value = typed(value, hints[key] | None, f"{where}.{key}")
-            new = {k: v for k, v in new.items() if k != key} | ({} if value is None else {key: value})
-        return Overrides(self.cls, new)
+        """More changes; None removes one."""
+        hints = field_types(self.cls)
+        check_keys(changes, hints, where)
+        new = {key: typed(value, hints[key] | None, f"{where}.{key}") for key, value in changes.items()}
+        return Overrides(self.cls, {key: value for key, value in {**self.values, **new}.items() if value is not None})
 
     def over(self, settings: T, where: str) -> T:
         """The settings with the changes applied."""
@@ -365,7 +324,7 @@ class Overrides:
 
     def as_dict(self) -> dict[str, Any]:
         """Every field; None where it is not changed."""
-        return {f.name: self.values.get(f.name) for f in dataclasses.fields(self.cls)}
+        return {name: self.values.get(name) for name in field_types(self.cls)}
 
     def explained(self) -> dict[str, str]:
         """The explanations of the dataclass."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import typing
 from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 
-from xomni_jax.core.config import ConfigError, Text, checked, explanations, typed, unknown_key
+from xomni_jax.core.config import ConfigError, Text, check_keys, checked, explanations, field_types, typed
 
 STORED = "stored"  # the preset of a component as the model directory holds it
 
@@ -38,13 +37,12 @@ class ModelSection:
 
     def updated(self, changes: Mapping[str, Any], where: str) -> ModelSection:
         """With another preset, or more fields replaced. ConfigError for what the config class does not have or take."""
-        hints, known = typing.get_type_hints(self.cls), [f.name for f in dataclasses.fields(self.cls) if f.init]
+        hints = field_types(self.cls)
+        check_keys(changes, ["preset", *hints], where)
         preset, fields = self.preset, dict(self.fields)
         for key, value in changes.items():
             if key == "preset":
                 preset = str(value)
-            elif key not in known:
-                raise ConfigError(unknown_key(where, key, ["preset", *known]))
             else:
                 fields[key] = (
                     number_format(value, f"{where}.{key}") if key.endswith("dtype") else typed(value, hints[key], f"{where}.{key}")
