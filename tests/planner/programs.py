@@ -1,7 +1,7 @@
 """The programs of the released configurations on their slices, as hashes of their StableHLO text: `python -m tests.planner.programs`.
 
-It lowers every program of `planner.gates.GATES` (nothing is compiled; about half a minute), prints which differ from programs.json, and with
---write records them. A program that has changed must be compiled again with `xomni plan --gates`.
+It lowers every program of `planner.gates.GATES` without compiling it (about half a minute) and prints which differ from programs.json;
+with --write it records them. A program that has changed must be compiled again with `xomni plan --gates`.
 """
 
 from __future__ import annotations

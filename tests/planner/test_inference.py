@@ -32,7 +32,7 @@ def test_every_program_of_a_batch(tmp_path):
 
 
 def test_answers_end_when_they_end(tmp_path):
-    (facts,) = plan.make_plan(tiny(tmp_path), CPU, ["answer"], tmp_path, reserve=0.06, propose=False, quiet=True).facts
+    (facts,) = plan.make_plan(tiny(tmp_path), CPU, ["answer"], tmp_path, propose=False, quiet=True).facts
     assert len(facts.unknown) == 1
     assert [c.name for c in checks(facts, CPU) if not c.ok] == []
     # A second such loop would be one too many.

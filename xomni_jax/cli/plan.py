@@ -67,11 +67,11 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     from xomni_jax.planner.plan import make_plan
 
     plan = make_plan(config, topology, args.program or ["all"], cache, args.reserve)
-    print(report.text(plan, args.reserve, args.price), end="", flush=True)
+    print(report.text(plan, args.price), end="", flush=True)
     if args.json:
-        write_json(Path(args.json), report.as_json(plan, args.reserve, args.price))
+        write_json(Path(args.json), report.as_json(plan, args.price))
     if args.html:
-        report.write_html(args.html, plan, args.reserve, args.price)
+        report.write_html(args.html, plan, args.price)
     print("written: " + ", ".join(filter(None, (args.json, args.html, f"{cache} (what was compiled)"))))
     return 0
 

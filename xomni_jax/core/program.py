@@ -19,12 +19,12 @@ class Work:
       attention: operations of attention products, causal ones halved.
       tokens: that the execution reads or makes.
       images: that it finishes.
-      hbm_per_step: bytes that a device must move in each of `steps` decoding steps (0: no lower bound).
+      floor: bytes of HBM that a device must at least move in each of `steps` decoding steps (0: no lower bound).
       cache: bytes of the key-value cache on a device.
       gathered, reduced: bytes of weights and of gradients that a device receives over fsdp.
-      logits: most positions whose logits should exist at the same time (0: no limit).
+      logits_limit: most positions whose logits should exist at the same time (0: no limit).
       vocabularies: widths of the output heads.
-      head_gathers: gathers of output heads, one for each head and set of weights.
+      head_gathers: most gathers of output heads, one for each head and set of weights.
       open_loops: loops whose length depends on data; they are counted once.
     """
 
@@ -33,12 +33,12 @@ class Work:
     attention: float = 0.0
     tokens: int = 0
     images: int = 0
-    hbm_per_step: float = 0.0
+    floor: float = 0.0
     cache: float = 0.0
     steps: int = 1
     gathered: float = 0.0
     reduced: float = 0.0
-    logits: int = 0
+    logits_limit: int = 0
     vocabularies: tuple[int, ...] = ()
     head_gathers: int = 0
     open_loops: int = 0

@@ -34,7 +34,7 @@ def next_token(c: ARConfig, rows: int, length: int, targets: int, phase: str, ch
     gathered, reduced = fsdp_bytes(c, 1, heads, mesh, new if phase != "all" else c.n_layers)
     return Work(
         learned=learned, attention=3 * causal(c, rows, length), tokens=tokens, gathered=gathered, reduced=reduced,
-        logits=rows * (chunk or targets), vocabularies=(c.vocab_size, c.image_vocab_size), head_gathers=2,
+        logits_limit=rows * (chunk or targets), vocabularies=(c.vocab_size, c.image_vocab_size), head_gathers=2,
     )  # fmt: skip
 
 
@@ -49,7 +49,7 @@ def policy_update(
     return Work(
         learned=6.0 * per_pass, forward=2.0 * per_pass if reference else 0.0,
         attention=(3 + reference) * sides * causal(c, rows, length), tokens=rows * length, gathered=gathered + passes, reduced=reduced,
-        logits=rows // parts * (chunk or codes), vocabularies=(c.image_vocab_size,), head_gathers=1 + reference,
+        logits_limit=rows // parts * (chunk or codes), vocabularies=(c.image_vocab_size,), head_gathers=1 + reference,
     )  # fmt: skip
 
 
@@ -82,7 +82,7 @@ def rollout(c: ARConfig, prompts: int, rollouts: int, prompt: int, codes: int, s
     cache = (prompts * sides * prompt + n * codes) * token / batch / tensor
     attention = 4.0 * n * segment * (prompt + codes / 2) * c.n_heads * c.head_dim * c.n_layers
     return Work(
-        forward=decode, attention=attention, tokens=prompts * rollouts * segment, hbm_per_step=weights + cache, cache=cache, steps=segment
+        forward=decode, attention=attention, tokens=prompts * rollouts * segment, floor=weights + cache, cache=cache, steps=segment
     )
 
 

@@ -1,1 +1,1 @@
-"""Compile any step for a slice that is not there: memory, operations, bytes and collectives, read off before a chip is rented."""
+"""Compiles the programs of a run for a TPU slice without having it: memory, operations, bytes and collectives before a chip is rented."""

@@ -7,10 +7,9 @@ import math
 import re
 from collections.abc import Iterator
 
-from xomni_jax.planner.chips import GIB, Topology
+from xomni_jax.planner.chips import GIB, RESERVE, Topology
 from xomni_jax.planner.facts import Facts
 
-RESERVE = 0.06  # share of HBM left to the runtime's own buffers and to fragmentation
 MIB = 2**20
 LAYER = re.compile(r"/(adapters|language|heads|layers|blocks|double_blocks|single_blocks)/")  # in the name of an operation of a layer loop
 

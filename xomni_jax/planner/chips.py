@@ -13,6 +13,7 @@ from typing import Any
 from xomni_jax.sharding import slices
 
 GIB = 2**30
+RESERVE = 0.06  # share of HBM left to the runtime's own buffers and to fragmentation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,13 +132,11 @@ def devices(topology: Topology) -> Sequence[Any]:
     """Devices for a mesh: descriptions of the slice's chips, or simulated CPU devices.
 
     Raises:
-      ValueError: libtpu is not installed, or fewer CPU devices are simulated than asked for.
+      ValueError: libtpu is not installed.
     """
     import jax
 
     if topology.chip is None:
-        if jax.device_count() < topology.size:
-            raise ValueError(f"topology {topology.name} needs {topology.size} simulated devices, this process has {jax.device_count()}")
         return jax.devices()[: topology.size]
     if importlib.util.find_spec("libtpu") is None:
         extra = "pip install 'xomni_jax[plan]' brings it; cpu:8 works without"

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from xomni_jax.planner.hlo import HLOError, Instruction, Module
+from xomni_jax.planner.hlo import Instruction, Module
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all", "ragged-all-to-all")
 
@@ -20,7 +20,7 @@ class Collective:
 
     Attributes:
       axes: the mesh axes over which devices exchange.
-      bytes: of the gathered, reduced or exchanged array in one execution (for a reduce-scatter before it is scattered).
+      bytes: of the gathered, reduced or exchanged array in one execution; for a reduce-scatter, before it is scattered.
       times: executions per run of the program.
       group_size: devices that exchange with each other.
       source: the operation of the traced program that it belongs to.
@@ -81,7 +81,7 @@ def _group(text: str, devices: int) -> list[int]:
     """Partition numbers of one group, from any of the notations of HLO.
 
     Raises:
-      HLOError: the notation is unknown.
+      ValueError: the notation is unknown.
     """
     pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", text)
     if pairs:
@@ -102,7 +102,7 @@ def _group(text: str, devices: int) -> list[int]:
     listed = re.search(r"replica_groups=\{(?:\{([\d,]*)\}|\})", text)
     if listed:
         return _numbers(listed.group(1)) or list(range(devices))
-    raise HLOError(f"a collective names its devices in an unknown way: {text[:200]}")
+    raise ValueError(f"a collective names its devices in an unknown way: {text[:200]}")
 
 
 def _numbers(text: str | None) -> list[int] | None:

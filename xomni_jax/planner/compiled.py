@@ -28,33 +28,23 @@ _SIZE = re.compile(r"([\d.]+)([KMGT])")
 
 
 @dataclasses.dataclass(frozen=True)
-class Memory:
-    """Bytes a device needs, by kind; `peak` is what must fit at once."""
-
-    arguments: int
-    outputs: int
-    temporaries: int
-    aliased: int
-    peak: int
-
-
-@dataclasses.dataclass(frozen=True)
 class Compiled:
     """The analysis of a compiled program.
 
     Attributes:
       key: of its entry in the cache. jaxpr: of the traced program.
-      memory, hlo: None when the program does not fit; then `needs` is the number of bytes that the compiler named.
-      seconds: that the compilation took. cached: whether it was read from the cache.
+      memory: bytes of a device by kind (arguments, outputs, temporaries, aliased), and the peak, which must fit.
+      hlo: the optimised HLO text.
+      needs: bytes that the compiler named where the program does not fit; then memory and hlo are None.
+      seconds: that the compilation took.
     """
 
     key: str
     jaxpr: Any
-    memory: Memory | None
+    memory: dict[str, int] | None
     hlo: str | None
     needs: int
     seconds: float
-    cached: bool
 
 
 def versions(topology: Topology) -> dict[str, str]:
@@ -75,17 +65,24 @@ def compile_program(fn: Any, args: tuple[Any, ...], mesh: jax.sharding.Mesh, top
         traced = fn.trace(*args)
         lowered = traced.lower(**platform)
         key = _key(lowered.as_text(), topology, options)
-        stored = cache / f"{key}.json"
-        if stored.is_file():
-            return _read(stored, key, traced.jaxpr)
+        entry_file, hlo_file = cache / f"{key}.json", cache / f"{key}.hlo.gz"
+        if entry_file.is_file():
+            entry = json.loads(entry_file.read_text())
+            hlo = gzip.decompress(hlo_file.read_bytes()).decode() if entry["memory"] else None
+            return Compiled(key, traced.jaxpr, hlo=hlo, **entry)
         began = time.perf_counter()
         memory, hlo, needs = _compile(lowered, options)
-    entry = {"memory": memory and dataclasses.asdict(memory), "needs": needs, "seconds": time.perf_counter() - began}
-    _write(stored, entry, hlo)
-    return Compiled(key, traced.jaxpr, memory, hlo, needs, entry["seconds"], False)
+    entry = {"memory": memory, "needs": needs, "seconds": time.perf_counter() - began}
+    cache.mkdir(parents=True, exist_ok=True)
+    if hlo is not None:
+        hlo_file.write_bytes(gzip.compress(hlo.encode(), 6))
+    part = entry_file.with_suffix(f".part{os.getpid()}")
+    part.write_text(json.dumps(entry))
+    part.replace(entry_file)  # last, since the entry exists from here on
+    return Compiled(key, traced.jaxpr, hlo=hlo, **entry)
 
 
-def _compile(lowered: Any, options: dict[str, str]) -> tuple[Memory | None, str | None, int]:
+def _compile(lowered: Any, options: dict[str, str]) -> tuple[dict[str, int] | None, str | None, int]:
     try:
         compiled = lowered.compile(compiler_options=options or None)
     except jax.errors.JaxRuntimeError as e:
@@ -93,16 +90,21 @@ def _compile(lowered: Any, options: dict[str, str]) -> tuple[Memory | None, str 
             raise ValueError(f"the compiler refuses the program: {str(e).strip().splitlines()[0]}") from e
         return None, None, needed(str(e))
     m = compiled.memory_analysis()
-    sizes = [getattr(m, f"{kind}_size_in_bytes") for kind in ("argument", "output", "temp", "alias")]
+    sizes = {
+        "arguments": m.argument_size_in_bytes,
+        "outputs": m.output_size_in_bytes,
+        "temporaries": m.temp_size_in_bytes,
+        "aliased": m.alias_size_in_bytes,
+    }
     # The compiler's peak counts an array that goes to on-chip memory and back twice, and may exceed what is allocated.
-    allocated = sizes[0] + sizes[1] + sizes[2] - sizes[3]
+    allocated = sizes["arguments"] + sizes["outputs"] + sizes["temporaries"] - sizes["aliased"]
     peak = min(getattr(m, "peak_memory_in_bytes", 0) or allocated, allocated)
-    return Memory(*sizes, peak), compiled.as_text(), 0
+    return {**sizes, "peak": peak}, compiled.as_text(), 0
 
 
 def needed(message: str) -> int:
     """Bytes that the compiler's out-of-memory message names; 0 where it names none."""
-    found = _SIZE.findall(message.split("exceeds available")[0].split("Exceeded")[0]) if message else []
+    found = _SIZE.findall(message.split("exceeds available")[0].split("Exceeded")[0])
     unit = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
     return int(max((float(n) * unit[u] for n, u in found), default=0))
 
@@ -110,18 +112,3 @@ def needed(message: str) -> int:
 def _key(text: str, topology: Topology, options: dict[str, str]) -> str:
     said = json.dumps([topology.name, options, versions(topology)], sort_keys=True)
     return hashlib.sha256((said + text).encode()).hexdigest()[:24]
-
-
-def _read(path: Path, key: str, jaxpr: Any) -> Compiled:
-    entry = json.loads(path.read_text())
-    hlo = gzip.decompress(path.with_suffix(".hlo.gz").read_bytes()).decode() if entry["memory"] else None
-    return Compiled(key, jaxpr, entry["memory"] and Memory(**entry["memory"]), hlo, entry["needs"], entry["seconds"], True)
-
-
-def _write(path: Path, entry: dict[str, Any], hlo: str | None) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if hlo is not None:
-        path.with_suffix(".hlo.gz").write_bytes(gzip.compress(hlo.encode(), 6))
-    part = path.with_suffix(f".part{os.getpid()}")
-    part.write_text(json.dumps(entry))
-    part.replace(path)  # last, since the entry exists from here on

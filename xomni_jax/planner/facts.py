@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from xomni_jax.core import flops
-from xomni_jax.core.program import Programs
+from xomni_jax.core.program import Programs, Work
 from xomni_jax.planner import collectives, hlo, traffic
 from xomni_jax.planner.compiled import Compiled
 from xomni_jax.sharding import abstract
@@ -14,23 +14,22 @@ from xomni_jax.sharding import abstract
 LARGE = 2**20
 
 
-@dataclasses.dataclass(frozen=True)
-class Facts:
-    """One program, per device and execution unless said otherwise.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Facts(Work):
+    """A program's minimal work (over all devices), and what was measured of one execution (per device unless said otherwise).
 
     Attributes:
       key: of the compilation in the cache. seconds: that it took.
       memory: bytes by kind, or None where the program does not fit and the compiler asked for `needs` bytes.
-      state: bytes of the donated argument. resident: of the other arrays that stay on the device while it runs.
+      state: bytes of the donated argument. persistent: of other arrays that stay on the device while it runs.
       on_decoder_mesh: whether it runs on the decoder's own devices.
-      per_step: executions in a training step. tokens, images: that one execution reads or makes.
-      flops: counted over all devices, by kind. learned, forward, attention: by arithmetic, over all devices (see `core.program.Work`).
-      logits: shape of the largest array of logits. logits_limit: most positions it may have. head_gathers: most gathers of output heads.
+      per_step: executions in a training step.
+      flops: counted over all devices, by kind.
+      logits: shape of the largest array of logits.
       collectives: rows of kind, axes, dtype, shape, times, bytes, sent (over all executions), source, largest first.
-      gathered, reduced: bytes of weights and gradients that must be exchanged over fsdp.
-      hbm: bytes moved. hbm_step: per decoding step, of `steps`; floor: the least possible. cache: bytes of the key-value cache.
+      hbm: bytes moved. hbm_step: bytes moved in each decoding step.
       copies: copies from HBM to HBM of at least LARGE bytes. repeated: large weights that several devices hold, with the number of copies.
-      loops: trip counts. unknown: loops counted once, since their trip counts could not be read. open_loops: how many there should be.
+      loops: trip counts. unknown: loops whose trip counts could not be read; they are counted once.
     """
 
     program: str
@@ -43,30 +42,17 @@ class Facts:
     persistent: int
     on_decoder_mesh: bool
     per_step: int
-    tokens: int
-    images: int
     devices: int
     fsdp: int
     flops: dict[str, float]
-    learned: float
-    forward: float
-    attention: float
     logits: tuple[int, ...]
-    logits_limit: int
-    head_gathers: int
     collectives: list[dict[str, Any]]
-    gathered: float
-    reduced: float
     hbm: int
     hbm_step: float
-    floor: float
-    cache: float
-    steps: int
     copies: list[dict[str, Any]]
     repeated: list[dict[str, Any]]
     loops: list[int]
     unknown: list[str]
-    open_loops: int
 
     @property
     def fits_in(self) -> int:
@@ -80,46 +66,36 @@ class Facts:
 
 
 def read(name: str, made: Programs, compiled: Compiled) -> Facts:
-    """Measures a compiled program.
-
-    Raises:
-      HLOError: the HLO text cannot be parsed.
-    """
+    """Measures a compiled program."""
     program = made[name]
-    where, w = made.mesh_of(program), program.work
-    mesh, counted = dict(where.shape), flops.count(compiled.jaxpr)
+    mesh, steps = made.mesh_of(program), program.work.steps
     beside = [
-        group
-        for group in made.persistent
+        arrays
+        for group, arrays in made.persistent.items()
         if group not in (*program.uses, *program.freed) and program.on_decoder_mesh == (group in made.on_decoder_mesh)
     ]
-    persistent = sum(abstract.bytes_per_device(made.persistent[group]) for group in beside)
+    used = {group: made.persistent[group] for group in program.uses if group in made.persistent}
     rows, moves, module = [], [], None
     if compiled.hlo is not None:
         module = hlo.parse(compiled.hlo)
-        rows, moves = collectives.collectives(module, mesh), traffic.moves(module)
-    step = sum(m.total for m in moves if m.times >= w.steps) / w.steps if w.steps > 1 else 0.0
-    repeated = [
-        row for group in program.uses if group in made.persistent for row in abstract.repeated({group: made.persistent[group]}, LARGE)
-    ]
+        rows, moves = collectives.collectives(module, dict(mesh.shape)), traffic.moves(module)
+    copies = sorted(traffic.copies(moves, LARGE), key=lambda m: -m.written * m.times)
     return Facts(
-        program=name, about=program.about, key=compiled.key, seconds=round(compiled.seconds, 1),
-        memory=compiled.memory and dataclasses.asdict(compiled.memory), needs=compiled.needs,
-        state=abstract.bytes_per_device(program.state) if program.state is not None else 0, persistent=persistent,
-        on_decoder_mesh=program.on_decoder_mesh,
-        per_step=program.per_step,
-        tokens=w.tokens, images=w.images, devices=where.size, fsdp=mesh["fsdp"], flops=dataclasses.asdict(counted),
-        learned=w.learned, forward=w.forward, attention=w.attention,
-        logits=flops.widest(compiled.jaxpr, frozenset(w.vocabularies)), logits_limit=w.logits, head_gathers=w.head_gathers,
-        collectives=_merged(rows), gathered=w.gathered, reduced=w.reduced,
-        hbm=sum(m.total for m in moves), hbm_step=step, floor=w.hbm_per_step, cache=w.cache, steps=w.steps,
+        **vars(program.work), program=name, about=program.about, per_step=program.per_step, on_decoder_mesh=program.on_decoder_mesh,
+        key=compiled.key, seconds=round(compiled.seconds, 1), memory=compiled.memory, needs=compiled.needs,
+        state=abstract.bytes_per_device(program.state), persistent=abstract.bytes_per_device(beside),
+        devices=mesh.size, fsdp=mesh.shape["fsdp"],
+        flops=dataclasses.asdict(flops.count(compiled.jaxpr)),
+        logits=flops.widest(compiled.jaxpr, frozenset(program.work.vocabularies)),
+        collectives=_merged(rows),
+        hbm=sum(m.total for m in moves),
+        hbm_step=sum(m.total for m in moves if m.times >= steps) / steps if steps > 1 else 0.0,
         copies=[
-            dict(bytes=m.written, times=m.times, shape=str(m.instruction.result[0]), source=m.instruction.source)
-            for m in sorted(traffic.copies(moves, LARGE), key=lambda m: -m.written * m.times)
+            dict(bytes=m.written, times=m.times, shape=str(m.instruction.result[0]), source=m.instruction.source) for m in copies
         ],
-        repeated=[dict(name=n, shape=s, copies=c, bytes=b) for n, s, c, b in repeated],
-        loops=sorted(set(module.trips.values())) if module else [], unknown=module.unknown if module else [],
-        open_loops=w.open_loops,
+        repeated=[dict(name=n, shape=s, copies=c, bytes=b) for n, s, c, b in abstract.repeated(used, LARGE)],
+        loops=sorted(set(module.trips.values())) if module else [],
+        unknown=module.unknown if module else [],
     )  # fmt: skip
 
 

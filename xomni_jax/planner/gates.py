@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from xomni_jax.core.config import ConfigError
+from xomni_jax.core.tables import markdown
 from xomni_jax.planner import chips
 from xomni_jax.planner.check import checks
 from xomni_jax.planner.chips import GIB
@@ -24,7 +25,7 @@ KEPT = ("peak", "temporaries", "aliased", "operations", "attention", "hbm", "sen
 
 
 class Gate(NamedTuple):
-    """One configuration on one slice, with the settings that are of that slice."""
+    """One configuration on one slice, with the overrides that this slice needs."""
 
     config: str
     topology: str
@@ -34,14 +35,12 @@ class Gate(NamedTuple):
 GATES = (
     Gate("grpo", "v5p-64"),
     Gate("grpo", "v6e-64"),
-    # 64 ways of fsdp are more than the VAE's narrowest convolution has channels.
+    # The VAE's narrowest convolution has too few channels for 64 fsdp shards.
     Gate("grpo", "v5e-256", ("mesh.data=2", "mesh.fsdp=32", "batch_size=64", "rollout.chunks=1")),
     Gate("sft", "v5p-64"),
     Gate("sft", "v6e-64"),
     Gate("sft", "v5e-256"),
 )
-
-
 PROGRAMS = {
     "grpo": ("policy-update", "reference", "layout", "rollout", "prefill", "decoder", "text", "vae"),
     "sft": ("sft-update",),
@@ -89,7 +88,7 @@ class Numbers:
         self.kept: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
 
     def add(self, gate: Gate, f: Facts, reserve: float) -> None:
-        """Takes in one program's facts; a drift from what is kept for these versions is a miss."""
+        """Stores one program's numbers; a drift from those kept for the same versions counts as a miss."""
         from xomni_jax.checkpoint.store import write_json
         from xomni_jax.planner.compiled import versions
 
@@ -109,7 +108,7 @@ class Numbers:
 
 
 def numbers(f: Facts, gate: Gate, reserve: float) -> dict[str, Any]:
-    """What is kept of a program."""
+    """The stored numbers of a program."""
     topology, m = chips.parse(gate.topology), f.memory or {}
     time = time_of(f, topology)
     return dict(
@@ -122,7 +121,7 @@ def numbers(f: Facts, gate: Gate, reserve: float) -> dict[str, Any]:
 
 
 def write_table(path: Path, numbers: Numbers) -> None:
-    """Rewrites what stands between the marks of the README; the rest of it stays."""
+    """Replaces the text between the marks of the README."""
     text = path.read_text() if path.is_file() else f"{BEGIN}\n{END}\n"
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
@@ -130,25 +129,23 @@ def write_table(path: Path, numbers: Numbers) -> None:
 
 
 def table(kept: dict[str, Any]) -> str:
-    """The table of every set of versions, then what was missed with its size."""
+    """For every set of versions: the table, the checks that were missed, and the programs that are not compiled yet."""
     lines = []
     for versions, places in kept.items():
-        lines += [f"\nCompiled with {versions}. Memory per chip: the program's peak and, with it, everything else that stays.\n"]
-        lines += ["| slice | program | peak GiB | with the rest | operations | HBM GiB | sent GiB | at best | checks |", "| --- " * 9 + "|"]
+        rows = [("slice", "program", "peak GiB", "with the rest", "operations", "HBM GiB", "sent GiB", "at best", "checks")]
         missed = []
-        for place, programs in places.items():
-            for program, r in programs.items():
-                bad = [c for c in r["checks"] if not c["ok"]]
-                seconds = f"{r['seconds']:.3g} s, {r['bound']}" if r["seconds"] else ""
-                cells = (
-                    place, program, f"{r['peak'] / GIB:.2f}", f"{(r['peak'] + r['resident']) / GIB:.2f}", f"{r['operations']:.3g}",
-                    f"{r['hbm'] / GIB:.1f}", f"{r['sent'] / GIB:.1f}", seconds, f"{len(bad)} missed" if bad else f"{len(r['checks'])} hold",
-                )  # fmt: skip
-                lines.append("| " + " | ".join(cells) + " |")
-                missed += [f"- {place}, {program}: {c['name']} {c['found']}, limit {c['limit']}" for c in bad]
-        lines += ["", *(["Missed:", "", *missed, ""] if missed else ["Nothing of these was missed.", ""])]
+        for place, program, r in ((place, program, r) for place, programs in places.items() for program, r in programs.items()):
+            bad = [c for c in r["checks"] if not c["ok"]]
+            rows.append((
+                place, program, f"{r['peak'] / GIB:.2f}", f"{(r['peak'] + r['resident']) / GIB:.2f}", f"{r['operations']:.3g}",
+                f"{r['hbm'] / GIB:.1f}", f"{r['sent'] / GIB:.1f}", f"{r['seconds']:.3g} s, {r['bound']}" if r["seconds"] else "",
+                f"{len(bad)} missed" if bad else f"{len(r['checks'])} hold",
+            ))  # fmt: skip
+            missed += [f"- {place}, {program}: {c['name']} {c['found']}, limit {c['limit']}" for c in bad]
         due = {f"{g.config} {g.topology}": PROGRAMS[g.config] for g in GATES}
-        left = {place: [r for r in programs if r not in places.get(place, {})] for place, programs in due.items()}
+        left = {place: [p for p in programs if p not in places.get(place, {})] for place, programs in due.items()}
         left_lines = [f"- {place}: {', '.join(programs)}" for place, programs in left.items() if programs]
+        lines += [f"\nCompiled with {versions}. Memory per chip: the program's peak and, with it, everything else that stays.\n"]
+        lines += [markdown(rows), "", *(["Missed:", "", *missed, ""] if missed else ["Nothing of these was missed.", ""])]
         lines += ["Not compiled yet with these versions:", "", *left_lines, ""] if left_lines else []
     return "\n".join(lines) + "\n"

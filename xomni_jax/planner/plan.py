@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import sys
 import threading
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from xomni_jax.core.config import ConfigError, merge_overrides, updated
 from xomni_jax.core.program import Programs
 from xomni_jax.planner import chips
 from xomni_jax.planner.check import budget
-from xomni_jax.planner.chips import GIB, Topology
+from xomni_jax.planner.chips import GIB, RESERVE, Topology
 from xomni_jax.planner.compiled import compile_program, versions
 from xomni_jax.planner.facts import Facts, read
 from xomni_jax.sharding.mesh import make_mesh
@@ -27,7 +28,7 @@ TRIALS = 4  # proposals that are compiled for one program at most
 
 @dataclasses.dataclass(frozen=True)
 class Proposal:
-    """Changes of the configuration with which a program was found to fit, and what it then needs."""
+    """Overrides with which a program was found to fit, and the bytes that it then needs."""
 
     program: str
     overrides: tuple[str, ...]
@@ -41,6 +42,7 @@ class Plan:
     Attributes:
       decoder_mesh: of an image decoder with devices of its own; empty otherwise.
       whole: every program of a training step is among `facts`.
+      reserve: share of HBM that must stay free.
     """
 
     stage: str
@@ -51,10 +53,16 @@ class Plan:
     facts: list[Facts]
     proposals: list[Proposal]
     whole: bool
+    reserve: float = RESERVE
+
+    @property
+    def room(self) -> float:
+        """Bytes of a device that a program may use; infinite on a CPU."""
+        return budget(self.topology, self.reserve)
 
 
 def make_plan(
-    cfg: Any, topology: Topology, names: Iterable[str], cache: Path, reserve: float, propose: bool = True, quiet: bool = False
+    cfg: Any, topology: Topology, names: Collection[str], cache: Path, reserve: float = RESERVE, propose: bool = True, quiet: bool = False
 ) -> Plan:
     """Compiles the named programs of a configuration and reads their facts; for what does not fit, looks for what would.
 
@@ -69,16 +77,15 @@ def make_plan(
             proposals += propose_for(cfg, f, topology, cache, reserve, quiet)
     whole = {name for name, p in made.programs.items() if p.per_step} <= {f.program for f in found}
     apart = dict(made.decoder_mesh.shape) if made.decoder_mesh else {}
-    return Plan(cfg.stage, topology, dict(made.mesh.shape), apart, versions(topology), found, proposals, whole)
+    return Plan(cfg.stage, topology, dict(made.mesh.shape), apart, versions(topology), found, proposals, whole, reserve)
 
 
-def choose(stage: str, made: Programs, names: Iterable[str]) -> list[str]:
+def choose(stage: str, made: Programs, names: Collection[str]) -> Collection[str]:
     """The programs asked for; "all" is every one.
 
     Raises:
       ConfigError: the stage has no such program.
     """
-    names = list(names)
     for name in names:
         if name != "all" and name not in made.programs:
             raise ConfigError(f"--program {name}: stage {stage} has no such program; it has {', '.join(made.programs)}, and all")
@@ -98,7 +105,7 @@ def compile_all(
 
 
 def programs_on(cfg: Any, topology: Topology) -> Programs:
-    """The programs of a configuration on the meshes it asks for.
+    """The programs of a configuration on its meshes.
 
     Raises:
       ConfigError: they do not fill the topology (the message says which sizes would), or the stage refuses the configuration.
@@ -108,7 +115,7 @@ def programs_on(cfg: Any, topology: Topology) -> Programs:
         raise ConfigError(f"config.data.sizes={cfg.data.sizes} must hold one size to be planned: a program has one static shape")
     try:
         devices, own = meshes(cfg, chips.devices(topology))
-        if own and topology.chip:  # the parts of a slice are compiled for as slices of as many chips
+        if own and topology.chip:  # the compiler knows whole slices only, so each part is compiled as a slice of its size
             devices, own = (chips.devices(chips.part(topology, len(part))) for part in (devices, own))
         mesh, decoder_mesh = make_mesh(cfg.mesh.sizes(), devices), make_mesh(cfg.decoder_mesh.sizes(), own) if own else None
     except ValueError as e:
@@ -128,7 +135,7 @@ def facts_of(name: str, made: Programs, topology: Topology, cache: Path) -> Fact
 
 
 def propose_for(cfg: Any, f: Facts, topology: Topology, cache: Path, reserve: float, quiet: bool) -> list[Proposal]:
-    """The first change, of those that are likely to help, with which the program fits; compiled to be sure."""
+    """The first of `candidates` with which the program, compiled anew, fits; none of more than TRIALS."""
     room, tried = budget(topology, reserve), 0
     for overrides in candidates(cfg, f):
         if tried == TRIALS:
@@ -150,7 +157,7 @@ def propose_for(cfg: Any, f: Facts, topology: Topology, cache: Path, reserve: fl
 
 
 def candidates(cfg: Any, f: Facts) -> Iterator[list[str]]:
-    """Changes worth trying for a program, cheapest for the run first."""
+    """Overrides worth trying for a program; those that slow the run least come first."""
     name, mesh = f.program, "decoder_mesh" if f.on_decoder_mesh else "mesh"
     section = {"decoder-update": "mmdit", "tokenizer-update": "siglip_vq"}.get(name, "transformer")
     component = lambda part: planned_configs(cfg, [part], model_directory(cfg))[part]
@@ -182,28 +189,27 @@ def candidates(cfg: Any, f: Facts) -> Iterator[list[str]]:
 
 
 def fewer(cfg: Any, name: str, n: int) -> list[str]:
-    """A change with which a program draws an n-th of its images at a time."""
+    """The override with which a program handles an n-th of its images at a time."""
     if hasattr(cfg, "rollout"):
         return [f"rollout.chunks={cfg.rollout.chunks * n}"]
     key = "decode_batch" if name in ("decoder", "vae", "text") else "batch"
     return [f"{key}={max(1, getattr(cfg, key) // n)}"]
 
 
-class ticking:
-    """Keeps a progress bar's clock running while the compiler is at work."""
+@contextmanager
+def ticking(bar: tqdm, what: str) -> Iterator[None]:
+    """Names the present work beside a progress bar and refreshes its clock, since the compiler does not."""
+    done = threading.Event()
 
-    def __init__(self, bar: tqdm, what: str):
-        self.bar, self.done = bar, threading.Event()
-        bar.set_postfix_str(what)
-        self.thread = threading.Thread(target=self._tick, daemon=True)
+    def tick() -> None:
+        while not done.wait(2.0 if sys.stderr.isatty() else 60.0):
+            bar.refresh()
 
-    def _tick(self) -> None:
-        while not self.done.wait(2.0 if sys.stderr.isatty() else 60.0):
-            self.bar.refresh()
-
-    def __enter__(self) -> None:
-        self.thread.start()
-
-    def __exit__(self, *_) -> None:
-        self.done.set()
-        self.thread.join()
+    bar.set_postfix_str(what)
+    thread = threading.Thread(target=tick, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()

@@ -9,7 +9,7 @@ from typing import Any
 
 from xomni_jax.evaluation.charts import bar_chart
 from xomni_jax.evaluation.pages import write_page
-from xomni_jax.planner.check import RESERVE, budget, checks
+from xomni_jax.planner.check import checks
 from xomni_jax.planner.chips import GIB
 from xomni_jax.planner.facts import Facts
 from xomni_jax.planner.plan import Plan
@@ -27,32 +27,30 @@ def head(plan: Plan) -> str:
     return f"{plan.stage} on {t.name} ({rented}), mesh {mesh}; {', '.join(f'{k} {v}' for k, v in plan.versions.items())}"
 
 
-def text(plan: Plan, reserve: float = RESERVE, price: float | None = None) -> str:
+def text(plan: Plan, price: float | None = None) -> str:
     """The report for a terminal."""
     lines = [head(plan), ""]
     for f in plan.facts:
-        lines += [f"{f.program}: {f.about}", *(f"  {line}" for line in program_lines(f, plan, reserve)), ""]
-    return "\n".join([*lines, *proposal_lines(plan, reserve), *step_lines(step(plan, price))]).rstrip() + "\n"
+        lines += [f"{f.program}: {f.about}", *(f"  {line}" for line in program_lines(f, plan)), ""]
+    return "\n".join([*lines, *proposal_lines(plan), *step_lines(step(plan, price))]).rstrip() + "\n"
 
 
-def proposal_lines(plan: Plan, reserve: float) -> Iterator[str]:
+def proposal_lines(plan: Plan) -> Iterator[str]:
     """What would make the programs fit that do not."""
     for p in plan.proposals:
         yield f"{p.program} would fit in {p.needs / GIB:.1f} GiB with {' '.join('--config.' + o for o in p.overrides)} (compiled)"
     helped = {p.program for p in plan.proposals}
     for f in plan.facts:
-        if f.fits_in > budget(plan.topology, reserve) and f.program not in helped:
+        if f.fits_in > plan.room and f.program not in helped:
             yield f"{f.program} fits with none of the changes that were tried; take a larger slice"
 
 
-def program_lines(f: Facts, plan: Plan, reserve: float) -> Iterator[str]:
+def program_lines(f: Facts, plan: Plan) -> Iterator[str]:
     """Lines about a program: memory, operations, HBM, collectives, replicated weights, time, checks."""
-    room = budget(plan.topology, reserve)
-    yield memory_line(f, room, plan.topology.chip is None)
+    yield memory_line(f, plan)
     counted = ", ".join(f"{kind} {n:.4g}" for kind, n in f.flops.items() if n)
-    by_hand = f.learned + f.forward
-    against = f"; by arithmetic {by_hand:.4g} without attention" if by_hand else ""
-    yield f"operations  {counted}{against}"
+    least = f.learned + f.forward
+    yield f"operations  {counted}" + (f"; by arithmetic {least:.4g} without attention" if least else "")
     if f.memory is None:
         return
     a_step = f"; {f.hbm_step / GIB:.3f} a decoding step, floor {f.floor / GIB:.3f}" if f.floor else ""
@@ -63,20 +61,20 @@ def program_lines(f: Facts, plan: Plan, reserve: float) -> Iterator[str]:
     time = time_of(f, plan.topology)
     if time:
         yield time_line(f, time, plan)
-    for c in checks(f, plan.topology, reserve):
+    for c in checks(f, plan.topology, plan.reserve):
         yield f"{'ok    ' if c.ok else 'MISSED'}      {c.name}: {c.found}, limit {c.limit}"
 
 
-def memory_line(f: Facts, room: float, simulated: bool) -> str:
+def memory_line(f: Facts, plan: Plan) -> str:
     """Memory by kind, and whether the program fits."""
     kinds = f.memory or {}
     parts = ", ".join(f"{kind} {size / GIB:.2f}" for kind, size in kinds.items()) or f"the compiler needs {f.needs / GIB:.1f}"
     line = f"memory GiB  {parts}; beside it {f.persistent / GIB:.2f} stay"
-    if simulated:
+    if plan.topology.chip is None:
         return line
-    free = (room - f.fits_in) / GIB
+    free = (plan.room - f.fits_in) / GIB
     verdict = f"fits, {free:.2f} free" if free >= 0 else f"DOES NOT FIT, {-free:.2f} too much"
-    return f"{line}; {f.fits_in / GIB:.2f} of {room / GIB:.2f}: {verdict}"
+    return f"{line}; {f.fits_in / GIB:.2f} of {plan.room / GIB:.2f}: {verdict}"
 
 
 def collective_lines(f: Facts) -> Iterator[str]:
@@ -117,7 +115,7 @@ def step_lines(s: Step | None) -> Iterator[str]:
         yield f"at least {s.dollars:.2f} a step at the given price per chip-hour"
 
 
-def as_json(plan: Plan, reserve: float = RESERVE, price: float | None = None) -> dict[str, Any]:
+def as_json(plan: Plan, price: float | None = None) -> dict[str, Any]:
     """The report as JSON-able data."""
     s = step(plan, price)
     out = dict(
@@ -126,32 +124,27 @@ def as_json(plan: Plan, reserve: float = RESERVE, price: float | None = None) ->
         mesh=plan.mesh,
         decoder_mesh=plan.decoder_mesh,
         versions=plan.versions,
-        reserve=reserve,
+        reserve=plan.reserve,
         programs=[],
     )
     for f in plan.facts:
         time = time_of(f, plan.topology)
-        row = dataclasses.asdict(f) | {"checks": [dataclasses.asdict(c) for c in checks(f, plan.topology, reserve)]}
+        row = dataclasses.asdict(f) | {"checks": [dataclasses.asdict(c) for c in checks(f, plan.topology, plan.reserve)]}
         out["programs"].append(row | {"roofline": time and dataclasses.asdict(time) | {"total": time.total, "bound": time.bound}})
     out["proposals"] = [dataclasses.asdict(p) for p in plan.proposals]
     out["step"] = s and dataclasses.asdict(s) | {"seconds": s.seconds}
     return out
 
 
-def write_html(path: str | Path, plan: Plan, reserve: float = RESERVE, price: float | None = None) -> Path:
+def write_html(path: str | Path, plan: Plan, price: float | None = None) -> Path:
     """Writes the report as one page and returns its path."""
-    programs = [
-        {"name": f.program, "about": f.about, "memory": memory_chart(f, plan, reserve), "lines": program_lines(f, plan, reserve)}
-        for f in plan.facts
-    ]
-    return write_page(
-        path, "plan.html", head=head(plan), programs=programs, lines=[*proposal_lines(plan, reserve), *step_lines(step(plan, price))]
-    )
+    programs = [{"name": f.program, "about": f.about, "memory": memory_chart(f, plan), "lines": program_lines(f, plan)} for f in plan.facts]
+    return write_page(path, "plan.html", head=head(plan), programs=programs, lines=[*proposal_lines(plan), *step_lines(step(plan, price))])
 
 
-def memory_chart(f: Facts, plan: Plan, reserve: float) -> str:
+def memory_chart(f: Facts, plan: Plan) -> str:
     """Memory of a device against its limit; empty where there is none."""
     if f.memory is None or plan.topology.chip is None:
         return ""
     parts = {"the program": f.memory["peak"] / GIB, "other arrays": f.persistent / GIB}
-    return bar_chart(f"Memory of {f.program}", parts, budget(plan.topology, reserve) / GIB, "GiB per device")
+    return bar_chart(f"Memory of {f.program}", parts, plan.room / GIB, "GiB per device")
