@@ -45,23 +45,14 @@ def test_mesh_axes_of_size_one_split_nothing():
 
 
 @pytest.mark.parametrize(
-    "shape, axes, error, words",
+    "shape, axes, words",
     [
-        ((4, 4), ("embed", "colour"), KeyError, "x: logical axis 'colour' has no rule; known axes: .*'batch'"),
-        ((4, 4), ("mlp", "heads"), ValueError, r"x\(4, 4\): mesh axis \['tensor'\] serves two dimensions of \('mlp', 'heads'\)"),
-        ((4, 4), ("batch", "embed"), ValueError, r"mesh axis \['fsdp'\] serves two"),
-        (
-            (5, 4),
-            ("embed", "mlp"),
-            ValueError,
-            r"x\(5, 4\): embed=5 does not divide over mesh axes \('fsdp',\) \(2 ways\); lower that mesh axis",
-        ),
-        ((6, 1), ("batch", None), ValueError, r"batch=6 does not divide over mesh axes \('data', 'fsdp'\) \(4 ways\)"),
-        ((4, 4), ("embed",), ValueError, r"x\(4, 4\): 1 logical axes \('embed',\) for 2 dimensions"),
+        ((5, 4), ("embed", "mlp"), r"x\(5, 4\): embed=5 does not divide over mesh axes \('fsdp',\) \(2 devices\); lower that mesh axis"),
+        ((6, 1), ("batch", None), r"batch=6 does not divide over mesh axes \('data', 'fsdp'\) \(4 devices\)"),
     ],
 )
-def test_what_does_not_fit_is_refused(mesh, shape, axes, error, words):
-    with pytest.raises(error, match=words):
+def test_what_does_not_fit_is_refused(mesh, shape, axes, words):
+    with pytest.raises(ValueError, match=words):
         spec_for("x", shape, axes, mesh)
 
 
@@ -104,11 +95,6 @@ def test_parameters_of_every_component_are_placed(name, mesh):
         assert part < 0.6 * whole  # the large ones are split at least two ways
 
 
-def test_a_parameter_without_names_is_refused(mesh):
-    with pytest.raises(ValueError, match="a/kernel: parameter names no logical axes"):
-        param_shardings({"a": {"kernel": jax.ShapeDtypeStruct((2, 2), jnp.float32)}}, mesh)
-
-
 @pytest.mark.parametrize(
     "axes, shape",
     [
@@ -133,7 +119,6 @@ def test_meshes(axes, shape):
         ({"data": 16, "fsdp": -1}, "mesh data=16 needs a multiple of 16 devices"),
         ({"data": -1, "fsdp": -1}, "mesh: only one axis may be -1, got data and fsdp"),
         ({"data": 0}, "mesh data=0 is not a number of devices"),
-        ({"data": "2"}, "mesh data='2' is not a number of devices"),
     ],
 )
 def test_meshes_that_do_not_fit(axes, words):

@@ -16,7 +16,8 @@ topology, slices, axes = json.loads(sys.argv[1])
 devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, num_slices=slices).devices
 try:
     mesh = make_mesh(axes, devices)
-    print(json.dumps([mesh.devices.shape, [sorted({getattr(d, "slice_index", 0) for d in replica.ravel()}) for replica in mesh.devices], len({d.id for d in mesh.devices.ravel()})]))
+    slices_of_each = [sorted({getattr(d, "slice_index", 0) for d in replica.ravel()}) for replica in mesh.devices]
+    print(json.dumps([mesh.devices.shape, slices_of_each, len({d.id for d in mesh.devices.ravel()})]))
 except ValueError as e:
     print(json.dumps(str(e)))
 """

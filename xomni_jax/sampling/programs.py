@@ -99,7 +99,7 @@ def decoder_programs(
     semantics = work.dense(params["siglip_vq"], {"post": T, "vit": 0, "quant": 0})
     images = f"{rows} images of {grid[0] * configs['siglip_vq'].patch}x{grid[1] * configs['siglip_vq'].patch}"
     rules, pieces = microbatches(rows, configs["mmdit"].microbatch, mesh)
-    gathered = cfg.steps * pieces * sum(x.size * abstract.item_size(x.dtype) for _, x in abstract.leaves(params["mmdit"]))
+    gathered = cfg.steps * pieces * sum(x.size * x.dtype.itemsize for _, x in abstract.leaves(params["mmdit"]))
     gathered = gathered if rules is SPREAD_RULES and mesh.shape["fsdp"] * mesh.shape["tensor"] > 1 else 0.0
     return params, {
         "decoder": Program(

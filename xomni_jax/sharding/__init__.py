@@ -1,1 +1,1 @@
-"""Where it lives: the mesh and the one table from logical axes to mesh axes."""
+"""Where arrays lie: meshes, and one table from logical axes to mesh axes."""

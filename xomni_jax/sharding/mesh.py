@@ -48,7 +48,7 @@ def make_mesh(axes: Mapping[str, int] | None = None, devices=None) -> Mesh:
     unknown = sorted(set(sizes) - set(MESH_AXES))
     if unknown:
         raise ValueError(f"mesh axis {unknown[0]!r} is unknown; known axes: {', '.join(MESH_AXES)}")
-    bad = [name for name, size in sizes.items() if not isinstance(size, int) or (size < 1 and size != -1)]
+    bad = [name for name, size in sizes.items() if size < 1 and size != -1]
     if bad:
         raise ValueError(f"mesh {bad[0]}={sizes[bad[0]]!r} is not a number of devices; use 1 or more, or -1 for the remaining devices")
     devices = jax.devices() if devices is None else list(devices)
@@ -61,11 +61,11 @@ def make_mesh(axes: Mapping[str, int] | None = None, devices=None) -> Mesh:
     if math.prod(sizes.values()) != len(devices):
         asked = " x ".join(f"{name}={size}" for name, size in sizes.items() if size not in (1, -1)) or "1"
         needs = f"a multiple of {fixed}" if free else f"{fixed}"
-        mend = "change config.mesh"
+        remedy = "change config.mesh"
         if math.prod(sizes.values()) > len(devices) and (hosts := jax.process_count()) > 1:
             each = len(devices) // hosts
-            mend = f"that is {hosts} hosts with {each} each; start it on {-(-fixed // each)} hosts, or {mend}"
-        raise ValueError(f"mesh {asked} needs {needs} devices, {len(devices)} are present; {mend}")
+            remedy = f"that is {hosts} hosts with {each} each; start it on {-(-fixed // each)} hosts, or {remedy}"
+        raise ValueError(f"mesh {asked} needs {needs} devices, {len(devices)} are present; {remedy}")
     grid = arrange(tuple(sizes[a] for a in MESH_AXES), devices)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
@@ -91,13 +91,13 @@ def arrange(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray
 
 
 def has_holes(devices: Sequence[jax.Device]) -> bool:
-    """Whether the devices do not fill their bounding cuboid, as where a decoder has devices of its own: no axis then follows the torus."""
+    """Whether the devices do not fill their bounding cuboid, because a decoder has some of its own; no mesh axis then follows the torus."""
     sides = (max(c) - min(c) + 1 for c in zip(*((*d.coords, d.core_on_chip) for d in devices)))
     return math.prod(sides) != len(devices)
 
 
 def split_devices(devices: Sequence[jax.Device], apart: int) -> tuple[list[jax.Device], list[jax.Device]]:
-    """(the rest, `apart` devices), equally many of every process, so that each process takes part in both meshes.
+    """(the rest, `apart` devices): the same number from every process, so that each process takes part in both meshes.
 
     Raises:
       ValueError: `apart` is not a multiple of the processes, or leaves one of them without devices.

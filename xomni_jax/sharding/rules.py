@@ -1,4 +1,4 @@
-"""The one table from logical axes to mesh axes, and its strict application."""
+"""The one table from logical axes to mesh axes, and the shardings that follow from it."""
 
 from __future__ import annotations
 
@@ -51,28 +51,19 @@ _activation_rules: ContextVar[Mapping] = ContextVar("rules of activations", defa
 def spec_for(
     name: str, shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh | AbstractMesh, rules: Mapping = RULES
 ) -> PartitionSpec:
-    """PartitionSpec of one tensor. Raises where the compiler would replicate without a warning.
+    """PartitionSpec of one tensor with one logical axis (or None) per dimension.
 
     Raises:
-      KeyError: a logical axis has no rule.
-      ValueError: the number of axes is not the rank, a mesh axis would split two dimensions, or a size does not divide.
+      ValueError: a size does not divide over its mesh axes; the compiler would replicate the tensor without a warning.
     """
-    if len(shape) != len(axes):
-        raise ValueError(f"{name}{tuple(shape)}: {len(axes)} logical axes {tuple(axes)} for {len(shape)} dimensions")
-    used: set[str] = set()
     entries: list[tuple[str, ...] | None] = []
-    for size, axis in zip(shape, axes):
-        if axis is not None and axis not in rules:
-            raise KeyError(f"{name}: logical axis {axis!r} has no rule; known axes: {sorted(rules)}")
+    for size, axis in zip(shape, axes, strict=True):
         over = tuple(m for m in (rules[axis] if axis else None) or () if mesh.shape.get(m, 1) > 1)
-        ways = math.prod(mesh.shape[m] for m in over)
-        if used & set(over):
-            raise ValueError(f"{name}{tuple(shape)}: mesh axis {sorted(used & set(over))} serves two dimensions of {tuple(axes)}")
-        if size % ways:
+        parts = math.prod(mesh.shape[m] for m in over)
+        if size % parts:
             raise ValueError(
-                f"{name}{tuple(shape)}: {axis}={size} does not divide over mesh axes {over} ({ways} ways); lower that mesh axis"
+                f"{name}{tuple(shape)}: {axis}={size} does not divide over mesh axes {over} ({parts} devices); lower that mesh axis"
             )
-        used |= set(over)
         entries.append(over or None)
     return PartitionSpec(*entries)
 
@@ -150,14 +141,11 @@ def unconstrained() -> Iterator[None]:
 def param_shardings(boxed, mesh: Mesh, rules: Mapping = RULES):
     """NamedSharding tree of a boxed parameter tree, as `jax.eval_shape(model.init, ...)["params"]` returns it.
 
-    Raises:
-      ValueError: a parameter names no logical axes (`nn.with_logical_partitioning`).
+    Every parameter must name its logical axes with `nn.with_logical_partitioning`.
     """
 
-    def one(path, leaf):
-        name = "/".join(str(getattr(p, "key", p)) for p in path)
-        if not isinstance(leaf, nn.Partitioned):
-            raise ValueError(f"{name}: parameter names no logical axes")
+    def one(path, leaf: nn.Partitioned) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
         return NamedSharding(mesh, spec_for(name, leaf.value.shape, leaf.names, mesh, rules))
 
     return jax.tree_util.tree_map_with_path(one, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))

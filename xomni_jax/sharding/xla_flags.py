@@ -15,6 +15,8 @@ import dataclasses
 import re
 import sys
 
+from xomni_jax.core.tables import markdown
+
 CHIPS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
 _TRAINED_ON = ("v5e", "v5p", "v6e")
 
@@ -128,11 +130,11 @@ def libtpu_init_args(slice_name: str, slices: int = 1) -> str:
 
 def markdown_table() -> str:
     """The table of the documentation, one row per flag."""
-    rows = ["| flag | on | why |", "|---|---|---|"]
+    rows = [("flag", "on", "why")]
     for f in FLAGS:
         where = "every chip" if f.chips == CHIPS else ", ".join(f.chips)
-        rows.append(f"| `{f.name}={f.value}` | {where}{', several slices' if f.multislice else ''} | {f.reason} |")
-    return "\n".join(rows)
+        rows.append((f"`{f.name}={f.value}`", f"{where}, several slices" if f.multislice else where, f.reason))
+    return markdown(rows)
 
 
 def main(argv: list[str] | None = None) -> int:
