@@ -17,7 +17,9 @@ from xomni_jax.models.transformer import PRESETS
 SMALL = Parts(
     dataclasses.replace(PRESETS["tiny"], d_model=512, mlp_dim=1536, n_language_layers=40, vocab_size=999),
     SigLIPVQConfig(width=96, layers=2, heads=16, mlp=40, patch=4, pos_grid=5, codebook_size=512, code_width=10),
-    MMDiTConfig(in_channels=12, d_model=24, n_heads=2, axes_dims=(2, 4, 6), n_double=2, n_single=3, text_dim=14, pooled_dim=18, semantic_dim=96),
+    MMDiTConfig(
+        in_channels=12, d_model=24, n_heads=2, axes_dims=(2, 4, 6), n_double=2, n_single=3, text_dim=14, pooled_dim=18, semantic_dim=96
+    ),
 )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ EXAMPLE = """\
 The keys and files are those of the released checkpoints: config.json, sharded safetensors with an index, the image tokenizer's two files,
 the MMDiT in its own folder. What belongs to FLUX.1-dev (VAE, text encoders) goes to TO/flux, which xomni convert takes as --flux. Tensors
 equal the converted ones byte for byte, unless they were trained or --dtype is given; tensors that the model does not use (the ViT's
-pooling head) are not kept.
+pooling head) are missing.
 To run the result with the published PyTorch code, copy its *.py files beside config.json.
 
 examples:

@@ -36,7 +36,6 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
         name = f"{i:03d}_{re.sub(r'[^A-Za-z0-9]+', '_', prompt).strip('_')[:60]}.png"
         image.save(out / name)
         print(out / name)
-    print(
-        f"{len(images)} image{'s' * (len(images) > 1)} of {images[0].height}x{images[0].width} in {time.perf_counter() - began:.1f} s, in {out}"
-    )
+    size, seconds = f"{images[0].height}x{images[0].width}", time.perf_counter() - began
+    print(f"{len(images)} image{'s' * (len(images) > 1)} of {size} in {seconds:.1f} s, in {out}")
     return 0

@@ -1,4 +1,4 @@
-"""Options that the commands of inference share: the model, its mesh, and how it draws."""
+"""Options that the commands of inference share: the model, its mesh, size of images and sampling."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from xomni_jax.pipeline import XOmni
 
-# Over several processes a sum that is split has another order than within one: a code that is nearly a tie may then be drawn otherwise.
+# A sum that is split over processes is added in another order, which may change the choice between two almost equally likely codes.
 EXACT = "data=N gives the same outputs to the bit with any number of processes"
 
 
@@ -35,8 +35,10 @@ def add_drawing(parser: Any) -> None:
 
 
 def settle(args: argparse.Namespace, rest: Sequence[str] = ()) -> None:
-    """Fills the options that were not given, from --config and its overrides `rest`, or with the defaults; `args.sections` becomes the
-    configuration, or None."""
+    """Fills the options that were not given from --config and its overrides `rest`, or with the defaults.
+
+    `args.sections` becomes the configuration, or None without --config.
+    """
     from xomni_jax.core.config import ConfigError, read_overrides
     from xomni_jax.inference import InferenceConfig, read_config
 

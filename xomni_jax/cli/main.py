@@ -1,4 +1,4 @@
-"""`xomni SUBCOMMAND`: parse, build, call, print. Errors a user can mend are one sentence and exit code 2."""
+"""`xomni SUBCOMMAND`: parse, build, call, print. Errors that a user can fix are one sentence and exit code 2."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ COMMANDS = {
     "compare": "paired differences between runs of one benchmark",
     "convert": "turn downloaded PyTorch checkpoints into a model directory",
     "export": "turn a model directory back into the released PyTorch layout",
-    "inspect": "say what a checkpoint holds, or how two differ",
+    "inspect": "show what a checkpoint holds, or how two differ",
     "serve-reward": "start a scoring service: ocr, shapes, quality, tesseract, detector",
     "rewards": "check running reward services, or score images with them",
-    "plan": "compile a run for a slice that is not there: does it fit, what bounds it, what it costs",
-    "bench": "measure speed: against transformers and diffusers, of a GRPO step, of a conversion",
+    "plan": "compile a run for a TPU slice without having it: does it fit, what limits its speed, what does it cost",
+    "bench": "measure speed: against transformers and diffusers, of a GRPO step, of a conversion, of an evaluation",
 }
 
 
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def explain(command: str, e: BaseException) -> int:
-    """Tells an error that a user can mend in one sentence -> exit code. Any other is raised again."""
+    """Prints an error that the user can fix as one sentence and returns the exit code; raises any other error again."""
     if isinstance(e, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
         return 130
@@ -76,7 +76,7 @@ def explain(command: str, e: BaseException) -> int:
     if more and type(e).__module__.startswith("xomni_jax."):
         first = message.strip()  # a list of problems, such as those of a conversion
     elif more and not isinstance(e, OSError):
-        # Ours are one sentence each; several lines come from inside a library and are nothing a user wrote wrongly.
+        # Our own messages are one sentence each; several lines come from inside a library, not from wrong input.
         print(f"xomni {command}: internal error, {type(e).__name__}: {first} (XOMNI_DEBUG=1 shows where)", file=sys.stderr)
         return 1
     print(f"xomni {command}: {first}", file=sys.stderr)

@@ -6,16 +6,17 @@ import argparse
 from pathlib import Path
 
 from xomni_jax.core.config import ConfigError, read_overrides
+from xomni_jax.planner import chips
 
 EXAMPLE = """\
-Every program of a stage is compiled for the slice by the TPU compiler itself, without weights and without a TPU: minutes per program on one
-core. What was compiled once is kept; the same plan then takes seconds.
+The TPU compiler itself compiles every program of a stage for the slice, without weights and without a TPU: minutes per program on one core.
+Results are cached; the same plan then takes seconds.
 
 programs: grpo has policy-update, reference (a part of it), layout, rollout, prefill (a part of it), decoder, text and vae (parts of it);
        tokenizer, pretrain, sft and decoder have one update each; inference has rollout, prefill, decoder, text, vae and answer.
 
-Topologies other than cpu:N need the extra [plan]. Times are the least the hardware allows, no measurement: what bounds a program, and MFU,
-tokens and images at most.
+Topologies other than cpu:N need the extra [plan]. Times are lower bounds from the hardware's peaks, not measurements; MFU, tokens and
+images per second are upper bounds.
 
 examples:
   xomni plan --config=configs/tiny/sft.py --topology=cpu:8 --config.next_token.rows=16
@@ -35,15 +36,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="also write everything to this file")
     parser.add_argument("--html", metavar="FILE", help="also write the report as one page")
     parser.add_argument("--price", type=float, metavar="X", help="of one chip for an hour: adds what a step costs")
-    parser.add_argument("--reserve", type=float, default=0.06, metavar="SHARE", help="of HBM that must stay free (default 0.06)")
-    parser.add_argument("--cache", metavar="DIR", help="where compiled facts are kept (default ~/.cache/xomni_jax/plans)")
+    parser.add_argument(
+        "--reserve", type=float, default=chips.RESERVE, metavar="SHARE", help="of HBM that must stay free (default %(default)s)"
+    )
+    parser.add_argument("--cache", metavar="DIR", help="where results of compilations are kept (default ~/.cache/xomni_jax/plans)")
     parser.add_argument("--gates", action="store_true", help="check the released configurations, rewrite configs/xomni/README.md's table")
 
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:
     """Plans, prints the report, writes the files. ValueError (one sentence) for what cannot be planned."""
-    from xomni_jax.planner import chips
-
     overrides = read_overrides(rest)
     if not 0 <= args.reserve < 1:
         raise ConfigError(f"--reserve {args.reserve:g} is a share of HBM; give a number from 0 to below 1")
@@ -82,6 +83,5 @@ def run_gates(args: argparse.Namespace, cache: Path, overrides: list[str]) -> in
         raise ConfigError("--gates plans the released configurations as they are; beside it only --topology, --reserve and --cache")
     from xomni_jax.planner.gates import run as check_all
 
-    table = check_all(cache, args.topology, args.reserve)
-    print(f"written: {table}")
+    print(f"written: {check_all(cache, args.topology, args.reserve)}")
     return 0

@@ -14,7 +14,7 @@ from typing import Any
 
 
 class RegistryError(ValueError):
-    """A name leads to no implementation. One sentence with the remedy."""
+    """A name leads to no implementation; the message is one sentence with the remedy."""
 
 
 class Registry:
@@ -55,19 +55,17 @@ class Registry:
             return getattr(importlib.import_module(module), attribute)
         path, colon, attribute = name.rpartition(":")
         if colon and path.endswith(".py"):
-            return self._attribute(import_file(path, self.kind), attribute, path)
+            module = import_file(path, self.kind)
+            if not hasattr(module, attribute):
+                own = ", ".join(sorted(k for k, v in vars(module).items() if getattr(v, "__module__", None) == module.__name__))
+                raise RegistryError(f"{path} defines no {attribute!r}; it defines {own or 'nothing'}")
+            return getattr(module, attribute)
         installed = self._installed()
         if name in installed:
             return installed[name].load()
         raise RegistryError(
             f"the {self.kind} {name!r} is unknown; use one of {', '.join(self.names())}, or a class of your own as path/to/file.py:Class"
         )
-
-    def _attribute(self, module: ModuleType, attribute: str, path: str) -> Any:
-        if not hasattr(module, attribute):
-            own = ", ".join(sorted(k for k, v in vars(module).items() if getattr(v, "__module__", None) == module.__name__))
-            raise RegistryError(f"{path} defines no {attribute!r}; it defines {own or 'nothing'}")
-        return getattr(module, attribute)
 
     def _installed(self) -> dict[str, metadata.EntryPoint]:
         return {point.name: point for point in metadata.entry_points(group=f"xomni_jax.{self.kind}")}
@@ -90,7 +88,7 @@ def import_file(path: str, kind: str) -> ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as e:  # noqa: BLE001 - the file is the user's code: whatever it raises is theirs to mend
+    except Exception as e:  # noqa: BLE001 - the file is the user's code, which may raise anything
         del sys.modules[name]
         raise RegistryError(f"{path}: {type(e).__name__}: {(str(e).strip().splitlines() or [''])[0]}") from e
     return module

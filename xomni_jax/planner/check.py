@@ -1,4 +1,4 @@
-"""Checks of a compiled program against limits. A plan prints them; for the released configurations they are gates."""
+"""Checks of a compiled program against limits. A plan prints them; `gates` records those of the released configurations."""
 
 from __future__ import annotations
 
@@ -77,17 +77,13 @@ def _collectives(f: Facts) -> Iterator[Check]:
     inside = [r for r in f.collectives if r["kind"] == "all-to-all" and LAYER.search(r["source"])]
     yield Check("all-to-all in the layer loop", f"{sum(r['times'] for r in inside)}", "0", not inside)
     if f.gathered:
-        got, bound = weight_bytes(f), (f.gathered + f.reduced) * (f.fsdp - 1) / f.fsdp
-        yield Check("FSDP bytes / theory", f"{got / bound:.3f} ({got / GIB:.1f} GiB)", "1.15", got <= 1.15 * bound)
-
-
-def weight_bytes(f: Facts) -> float:
-    """Bytes of weights and gradients that a device sends over fsdp, in rings. Leaves out collectives too small to be of a weight."""
-    return sum(r["sent"] for r in f.collectives if is_weight(r) and _one(r) > MIB / 4)
+        bound = (f.gathered + f.reduced) * (f.fsdp - 1) / f.fsdp
+        sent = sum(r["sent"] for r in f.collectives if is_weight(r) and _one(r) > MIB / 4)  # smaller ones are not of a weight
+        yield Check("FSDP bytes / theory", f"{sent / bound:.3f} ({sent / GIB:.1f} GiB)", "1.15", sent <= 1.15 * bound)
 
 
 def is_weight(row: dict) -> bool:
-    """Whether a collective moves a parameter, judged by its kind and axes."""
+    """Whether a collective moves a parameter or its gradient, judged by its kind and axes."""
     return "fsdp" in row["axes"] and row["kind"] in ("all-gather", "reduce-scatter", "all-reduce", "collective-permute")
 
 

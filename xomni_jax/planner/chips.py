@@ -1,9 +1,10 @@
-"""Peak numbers of TPU chips, the names of their slices, and device descriptions for compiling without the devices."""
+"""Published peaks of TPU chips, names of slices, and device descriptions with which to compile without the devices."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 import math
 import os
 import re
@@ -100,7 +101,7 @@ def parse(name: str) -> Topology:
 
 
 def part(topology: Topology, size: int) -> Topology:
-    """The most compact slice of `size` devices, which stands for a part of a topology: the compiler knows only whole slices.
+    """The most compact slice of `size` devices, in place of a part of a topology: the compiler knows only whole slices.
 
     Raises:
       ValueError: there is no slice of that size.
@@ -108,18 +109,12 @@ def part(topology: Topology, size: int) -> Topology:
     chip = topology.chip
     if chip is None:
         return Topology(f"cpu:{size}", None, size)
-    chips_needed, odd = divmod(size, chip.devices)
-    sides = [s for s in _layouts(chips_needed, chip.axes) if not odd and all(n % 2 == 0 for n in s[:2])]
-    if not sides:
+    divisors = [n for n in range(1, size + 1) if size % n == 0]
+    boxes = itertools.product(divisors, repeat=chip.axes)
+    whole = [sides for sides in boxes if math.prod(sides) * chip.devices == size and sides[0] % 2 == sides[1] % 2 == 0]
+    if not whole:
         raise ValueError(f"{size} of {topology.name}'s {topology.size} devices are no {chip.name} slice of their own, which planning needs")
-    return parse(f"{chip.name}:{'x'.join(map(str, min(sides, key=sum)))}")
-
-
-def _layouts(chips: int, axes: int) -> list[tuple[int, ...]]:
-    """All boxes of `chips` chips with `axes` sides."""
-    if axes == 1:
-        return [(chips,)]
-    return [(n, *rest) for n in range(1, chips + 1) if chips % n == 0 for rest in _layouts(chips // n, axes - 1)]
+    return parse(f"{chip.name}:{'x'.join(map(str, min(whole, key=sum)))}")
 
 
 def known() -> str:
