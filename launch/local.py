@@ -26,7 +26,7 @@ SAVED = int(os.environ.get("XOMNI_STOPPED_CODE", "0"))  # exit code of a run tha
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The options, and the command, which follows --."""
+    """The options, and the command that follows `--`."""
     parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=2, metavar="N", help="processes to start, 2 by default")
     parser.add_argument(
@@ -87,25 +87,25 @@ def start(args: argparse.Namespace) -> list[subprocess.Popen]:
     ]  # fmt: skip
 
 
-def watch(processes: list[subprocess.Popen], told: list[int]) -> int:
+def watch(processes: list[subprocess.Popen], signals: list[int]) -> int:
     """Waits for all processes, and ends them if one fails. Returns the exit code of the first that failed, or that of all.
 
     Args:
-      told: the signals that have been passed on so far.
+      signals: those passed on so far.
     """
     code, deadline = 0, float("inf")
     while None in [process.poll() for process in processes]:
         if not code and any(process.returncode not in (None, 0, SAVED) for process in processes):
             time.sleep(0.2)  # when one is killed, others end almost at once: wait to see which one to name
-            code, deadline = tell_failure(processes, told), time.monotonic() + GRACE
+            code, deadline = report_failure(processes, signals), time.monotonic() + GRACE
         if time.monotonic() > deadline:
             for process in processes:
                 process.kill()
         time.sleep(0.05)
-    return code or tell_failure(processes, told) or max(process.returncode for process in processes)
+    return code or report_failure(processes, signals) or max(process.returncode for process in processes)
 
 
-def tell_failure(processes: list[subprocess.Popen], told: list[int]) -> int:
+def report_failure(processes: list[subprocess.Popen], signals: list[int]) -> int:
     """Prints which process failed and returns its exit code; 0 if none did. One that a signal ended comes before the others."""
     failed = [(process.poll(), index) for index, process in enumerate(processes) if process.poll() not in (None, 0, SAVED)]
     if not failed:
@@ -113,22 +113,22 @@ def tell_failure(processes: list[subprocess.Popen], told: list[int]) -> int:
     status, index = min(failed, key=lambda one: (one[0] > 0, one[1]))
     code = status if status > 0 else 128 - status
     how = f"failed with exit code {status}" if status > 0 else f"was ended by {signal.Signals(-status).name}"
-    print(f"process {index} {'stopped' if stopped(code, told) else how}; ending the others", file=sys.stderr, flush=True)
+    print(f"process {index} {'stopped' if stopped(code, signals) else how}; ending the others", file=sys.stderr, flush=True)
     return code
 
 
-def stopped(code: int, told: list[int]) -> bool:
+def stopped(code: int, signals: list[int]) -> bool:
     """Whether an exit code is that of a process that ended because it was told to."""
-    return code == 128 + signal.SIGINT or code - 128 in told or code == SAVED and bool(code or told)
+    return code == 128 + signal.SIGINT or code - 128 in signals or code == SAVED and bool(code or signals)
 
 
 def main(argv: list[str]) -> int:
     """Starts the processes, shows their output, and waits for them."""
     args = parse(argv)
-    processes, told = start(args), []
+    processes, signals = start(args), []
 
     def pass_on(number: int, _frame) -> None:
-        told.append(number)
+        signals.append(number)
         for process in processes:
             if process.poll() is None:
                 process.send_signal(number)
@@ -138,10 +138,10 @@ def main(argv: list[str]) -> int:
     readers = [threading.Thread(target=show, args=(i, p.stdout), daemon=True) for i, p in enumerate(processes)]
     for reader in readers:
         reader.start()
-    code = watch(processes, told)
+    code = watch(processes, signals)
     for reader in readers:
         reader.join(timeout=5)
-    how = "stopped" if stopped(code, told) else "ended well" if code == 0 else "failed"
+    how = "stopped" if stopped(code, signals) else "ended well" if code == 0 else "failed"
     print(f"all {len(processes)} processes {how}" if code in (0, SAVED) else f"{how}, exit code {code}", flush=True)
     return code
 

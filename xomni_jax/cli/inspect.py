@@ -37,8 +37,8 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
             raise ValueError(f"{name} cannot be compared: {why.splitlines()[0]}")
     for d in compare(view, other):
         differing += d.parameters
-        told = f"max abs {d.absolute:.3e}, relative {d.relative:.3e}, {d.count:,} values differ" if d.absolute == d.absolute else ""
-        print(f"{d.name}: {'; '.join(filter(None, (told, d.note)))}")
+        measured = f"max abs {d.absolute:.3e}, relative {d.relative:.3e}, {d.count:,} values differ" if d.absolute == d.absolute else ""
+        print(f"{d.name}: {'; '.join(filter(None, (measured, d.note)))}")
     total = sum(len({*view.arrays.get(c, {}), *other.arrays.get(c, {})}) for c in {*view.arrays, *other.arrays})
     print(f"{differing} of {total} parameters differ" if differing else f"all {total} parameters are equal")
     return int(differing > 0)

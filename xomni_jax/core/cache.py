@@ -1,4 +1,4 @@
-"""Results of methods cached on their object, and so freed with it."""
+"""Caches results of methods on their object, with which they are freed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 def cached_method(method: Callable[..., T]) -> Callable[..., T]:
-    """`functools.cache` for a method of hashable positional arguments. That one keeps every object it was called on alive."""
+    """Caches a method's results by its hashable positional arguments. `functools.cache` would keep every object of the class alive."""
 
     @functools.wraps(method)
     def cached(self: Any, *args: Any) -> T:

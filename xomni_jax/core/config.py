@@ -247,9 +247,9 @@ def shown(config: Any, changes: Changes) -> str:
 
 def _lines(config: Any, changes: Changes, prefix: str, depth: int) -> Iterator[str]:
     own = isinstance(config, Section)
-    said = config.explained() if own else {} if isinstance(config, Mapping) else explanations(type(config))
+    sentences = config.explained() if own else {} if isinstance(config, Mapping) else explanations(type(config))
     for name, value in entries(config).items():
-        key, indent, why = prefix + name, "  " * depth, f"  # {said[name]}" if said.get(name) else ""
+        key, indent, why = prefix + name, "  " * depth, f"  # {sentences[name]}" if sentences.get(name) else ""
         if is_section(value) and not own:
             yield f"  {indent}{name}:{why}"
             yield from _lines(value, changes, f"{key}.", depth + 1)

@@ -1,4 +1,4 @@
-"""Operations of a traced program, counted from its jaxpr over all devices, loops multiplied out; nothing is compiled."""
+"""Counts the operations of a traced program in its jaxpr: over all devices, loop bodies once per iteration; nothing is compiled."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Flops:
 
 
 def count(jaxpr: Any) -> Flops:
-    """Operations of a (closed) jaxpr. The body of a `while` of unknown length counts once; of branches the dearest counts."""
+    """Operations of a (closed) jaxpr. A `while` body of unknown length counts once; of the branches of a `cond`, the costliest."""
     total = Flops()
     for eqn in _open(jaxpr).eqns:
         total += _equation(eqn)
@@ -73,7 +73,7 @@ def _kernel(params: dict[str, Any]) -> float:
 
 
 def _shards(eqn: Any) -> int:
-    """Devices over which a shard_map splits its inputs; what others hold is a repetition and not counted."""
+    """Devices over which a shard_map splits its inputs; the others repeat their work, which is not counted."""
     used: set[str] = set()
     for spec in eqn.params["in_specs"]:
         for entry in spec or ():

@@ -1,4 +1,4 @@
-"""Stopping in good order: Ctrl-C and SIGTERM set a flag that loops and long waits poll; several processes stop at the same poll."""
+"""Orderly stops: Ctrl-C and SIGTERM set a flag that loops and long waits poll; several processes stop at the same poll."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class StopRequested(Exception):
 
 
 class StepRefused(ValueError):
-    """Raised by a step that cannot be made, before it changed anything; the loop saves, then raises it again."""
+    """Raised by a step that cannot go on, before it has changed anything; the loop saves, then raises it again."""
 
 
 class StopSignal:

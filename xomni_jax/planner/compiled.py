@@ -110,5 +110,5 @@ def needed(message: str) -> int:
 
 
 def _key(text: str, topology: Topology, options: dict[str, str]) -> str:
-    said = json.dumps([topology.name, options, versions(topology)], sort_keys=True)
-    return hashlib.sha256((said + text).encode()).hexdigest()[:24]
+    environment = json.dumps([topology.name, options, versions(topology)], sort_keys=True)
+    return hashlib.sha256((environment + text).encode()).hexdigest()[:24]

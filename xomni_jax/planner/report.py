@@ -36,7 +36,7 @@ def text(plan: Plan, price: float | None = None) -> str:
 
 
 def proposal_lines(plan: Plan) -> Iterator[str]:
-    """What would make the programs fit that do not."""
+    """For each program that does not fit: the overrides with which it would."""
     for p in plan.proposals:
         yield f"{p.program} would fit in {p.needs / GIB:.1f} GiB with {' '.join('--config.' + o for o in p.overrides)} (compiled)"
     helped = {p.program for p in plan.proposals}
@@ -117,23 +117,22 @@ def step_lines(s: Step | None) -> Iterator[str]:
 
 def as_json(plan: Plan, price: float | None = None) -> dict[str, Any]:
     """The report as JSON-able data."""
-    s = step(plan, price)
-    out = dict(
+    s, programs = step(plan, price), []
+    for f in plan.facts:
+        time, held = time_of(f, plan.topology), [dataclasses.asdict(c) for c in checks(f, plan.topology, plan.reserve)]
+        roofline = time and dataclasses.asdict(time) | {"total": time.total, "bound": time.bound}
+        programs.append(dataclasses.asdict(f) | {"checks": held, "roofline": roofline})
+    return dict(
         stage=plan.stage,
         topology=plan.topology.name,
         mesh=plan.mesh,
         decoder_mesh=plan.decoder_mesh,
         versions=plan.versions,
         reserve=plan.reserve,
-        programs=[],
+        programs=programs,
+        proposals=[dataclasses.asdict(p) for p in plan.proposals],
+        step=s and dataclasses.asdict(s) | {"seconds": s.seconds},
     )
-    for f in plan.facts:
-        time = time_of(f, plan.topology)
-        row = dataclasses.asdict(f) | {"checks": [dataclasses.asdict(c) for c in checks(f, plan.topology, plan.reserve)]}
-        out["programs"].append(row | {"roofline": time and dataclasses.asdict(time) | {"total": time.total, "bound": time.bound}})
-    out["proposals"] = [dataclasses.asdict(p) for p in plan.proposals]
-    out["step"] = s and dataclasses.asdict(s) | {"seconds": s.seconds}
-    return out
 
 
 def write_html(path: str | Path, plan: Plan, price: float | None = None) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 
+from xomni_jax.core.cache import cached_method
 from xomni_jax.planner.hlo import Array, Instruction, Module
 
 FREE = {
@@ -61,7 +62,6 @@ def _hbm(arrays: tuple[Array, ...]) -> int:
 class _Reader:
     def __init__(self, module: Module):
         self.module = module
-        self.known: dict[tuple[str, int], int | None] = {}
 
     def move(self, i: Instruction, operands: list[Instruction | None], trips: int | None) -> tuple[int, int]:
         """(bytes read, bytes written) by one execution."""
@@ -122,14 +122,12 @@ class _Reader:
         part = self._part(computation, number)
         return _hbm(arrays) if part is None else min(part, _hbm(arrays))
 
+    @cached_method
     def _part(self, computation: str, number: int) -> int | None:
         """Bytes read of an operand that is only sliced or updated in place; None where all of it is read."""
-        key = (computation, number)
-        if key not in self.known:
-            lines = self.module.computations[computation]
-            name = next((i.name for i in lines if i.op == "parameter" and i.number == number), None)
-            self.known[key] = self._uses(lines, name) if name else 0
-        return self.known[key]
+        lines = self.module.computations[computation]
+        name = next((i.name for i in lines if i.op == "parameter" and i.number == number), None)
+        return self._uses(lines, name) if name else 0
 
     def _uses(self, lines: list[Instruction], name: str) -> int | None:
         total = 0
