@@ -32,11 +32,11 @@ def test_every_program_of_a_batch(tmp_path):
 
 
 def test_answers_end_when_they_end(tmp_path):
-    (facts,) = plan.make_plan(tiny(tmp_path), CPU, ["answer"], tmp_path, propose=False, quiet=True).facts
-    assert len(facts.unknown) == 1
-    assert [c.name for c in checks(facts, CPU) if not c.ok] == []
+    (analysis,) = plan.make_plan(tiny(tmp_path), CPU, ["answer"], tmp_path, propose=False, quiet=True).analyses
+    assert len(analysis.unknown) == 1
+    assert [c.name for c in checks(analysis, CPU) if not c.ok] == []
     # A second such loop would be one too many.
-    worse = dataclasses.replace(facts, unknown=facts.unknown * 2)
+    worse = dataclasses.replace(analysis, unknown=analysis.unknown * 2)
     assert [c.name for c in checks(worse, CPU) if not c.ok] == ["loops understood"]
 
 

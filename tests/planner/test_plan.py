@@ -34,13 +34,13 @@ def made(config, topology, programs, cache):
     return plan.make_plan(config, chips.parse(topology), programs, cache, propose=False, quiet=True)
 
 
-def verdicts(facts, topology):
-    return {c.name: (c.ok, c.found) for c in checks(facts, chips.parse(topology))}
+def verdicts(analysis, topology):
+    return {c.name: (c.ok, c.found) for c in checks(analysis, chips.parse(topology))}
 
 
 def test_the_text_encoders_on_simulated_devices(cache):
     """Operations by arithmetic: every kernel once per token."""
-    (f,) = made(narrow.grpo("mesh.tensor=1"), "cpu:4", ["text"], cache).facts
+    (f,) = made(narrow.grpo("mesh.tensor=1"), "cpu:4", ["text"], cache).analyses
     assert f.flops["weights"] == pytest.approx(f.forward, rel=1e-3)
     assert f.memory["arguments"] > 0 and not f.unknown
 
@@ -73,7 +73,7 @@ def test_updates_cost_what_arithmetic_says(config, program):
 
 def test_a_head_is_gathered_once_for_all_micro_batches(cache):
     """Four of them, on simulated devices: the policy's and the reference's."""
-    (f,) = made(narrow.grpo("rollout.micro_batch=4"), "cpu:4", ["policy-update"], cache).facts
+    (f,) = made(narrow.grpo("rollout.micro_batch=4"), "cpu:4", ["policy-update"], cache).analyses
     assert verdicts(f, "cpu:4")["head gathers"] == (True, "2") and 4 in f.loops
 
 
@@ -95,7 +95,7 @@ def test_what_the_compiler_says_it_would_need():
 def test_an_update_for_a_slice_that_is_not_there(cache, tmp_path):
     """Narrow, on v5e:2x2: the checks of the full size hold, and the plan reads as text, page and JSON."""
     made_plan = made(narrow.sft(), "v5e:2x2", ["sft-update"], cache)
-    (f,) = made_plan.facts
+    (f,) = made_plan.analyses
     found = verdicts(f, "v5e:2x2")
     held = {"memory", "loops understood", "operations / 6ND, attention apart", "positions with logits at once", "state updated in place",
             "float32 weight gathers", "all-to-all in the layer loop"}  # fmt: skip
@@ -110,7 +110,7 @@ def test_an_update_for_a_slice_that_is_not_there(cache, tmp_path):
 
 def test_decoding_for_a_slice_that_is_not_there(cache):
     """Narrow, on v5e:2x2: nothing as large as the cache is copied, no weight is gathered in the loop."""
-    (f,) = made(narrow.grpo(), "v5e:2x2", ["rollout"], cache).facts
+    (f,) = made(narrow.grpo(), "v5e:2x2", ["rollout"], cache).analyses
     found = verdicts(f, "v5e:2x2")
     held = (
         "memory",
@@ -127,7 +127,7 @@ def test_decoding_for_a_slice_that_is_not_there(cache):
 def test_the_decoder_gathers_weights_and_exchanges_no_activations(cache):
     """Narrow, on simulated devices: within the MMDiT's blocks weights are gathered, each once a step, and what else is exchanged is less
     than the smallest activation."""
-    (f,) = made(narrow.grpo("mmdit.unroll=1", "mmdit.n_double=2"), "cpu:4", ["decoder"], cache).facts
+    (f,) = made(narrow.grpo("mmdit.unroll=1", "mmdit.n_double=2"), "cpu:4", ["decoder"], cache).analyses
     inside = [r for r in f.collectives if re.search("MMDiT/while/body|(double|single)_blocks", r["source"])]
     weights = [r for r in inside if r["kind"] == "all-gather"]
     assert {a for r in weights for a in r["axes"]} == {"fsdp", "tensor"}
@@ -143,7 +143,7 @@ def test_a_decoder_on_devices_of_its_own(cache):
     """Both meshes, and what stays on each; on a slice both parts are planned as slices."""
     apart = narrow.grpo("mesh.tensor=1", "decoder_mesh.fsdp=2", "rollout.chunks=2")
     made_plan = made(apart, "cpu:4", ["text", "prefill"], cache)
-    text, first = made_plan.facts
+    text, first = made_plan.analyses
     assert (text.on_decoder_mesh, text.devices, first.on_decoder_mesh, first.devices) == (True, 2, False, 2)
     stage = plan.programs_on(apart, CPU)
     held = lambda *names: sum(abstract.bytes_per_device(stage.persistent[name]) for name in names)  # noqa: E731
@@ -164,33 +164,33 @@ def test_a_decoder_apart_works_beside_the_rollout():
     """Two chunks: the first is decoded while the second is sampled."""
     topology, memory = chips.parse("v6e:2x2"), dict(peak=0)
     rows = [("layout", 1, 1, False), ("rollout", 10, 2, False), ("decoder", 4, 2, True), ("policy-update", 7, 1, False)]
-    facts = [
+    analyses = [
         fake(program=program, hbm=seconds * topology.chip.bandwidth, per_step=times, on_decoder_mesh=apart, memory=memory)
         for program, seconds, times, apart in rows
     ]
-    step = roofline.step(plan.Plan("grpo", topology, {}, {}, {}, facts, [], True), price=None)
+    step = roofline.step(plan.Plan("grpo", topology, {}, {}, {}, analyses, [], True), price=None)
     assert (step.overlapped, step.seconds) == (4, 1 + 20 + 8 + 7 - 4)
 
 
 def fake(**changes):
-    """Facts of a program that was never compiled."""
-    fields = {f.name: 0 for f in dataclasses.fields(plan.Facts)} | dict(
+    """The analysis of a program that was never compiled."""
+    fields = {f.name: 0 for f in dataclasses.fields(plan.ProgramAnalysis)} | dict(
         program="policy-update", about="", key="k", memory=None, needs=40 * GIB, devices=4, per_step=1,
         flops=dict(weights=1e15, attention=0.0, convolution=0.0, kernels=0.0), copies=[], collectives=[], repeated=[],
         loops=[], unknown=[], logits=(),
     )  # fmt: skip
-    return plan.Facts(**fields | changes)
+    return plan.ProgramAnalysis(**fields | changes)
 
 
 def test_a_proposal_is_what_was_compiled_and_fits(monkeypatch, tmp_path):
     """The first change with which it fits, in the order of what it costs the run."""
     asked = []
 
-    def facts_of(name, made, topology, cache):
+    def analyse_program(name, made, topology, cache):
         asked.append(made[name].about)
         return fake(needs=int((40 if len(asked) < 2 else 10) * GIB))
 
-    monkeypatch.setattr(plan, "facts_of", facts_of)
+    monkeypatch.setattr(plan, "analyse_program", analyse_program)
     monkeypatch.setattr(chips, "devices", lambda topology: jax.devices()[:4])
     (found,) = plan.propose_for(narrow.grpo("rollout.micro_batch=16"), fake(), chips.parse("v6e:2x2"), tmp_path, 0.06, True)
     assert found.overrides == ("rollout.micro_batch=4",) and found.needs == 10 * GIB
@@ -199,12 +199,12 @@ def test_a_proposal_is_what_was_compiled_and_fits(monkeypatch, tmp_path):
 
 def test_a_proposal_for_real(cache, monkeypatch):
     """Smaller chunks, found by compiling them, when the first chunk does not fit."""
-    (f,) = made(narrow.grpo(), "cpu:4", ["prefill"], cache).facts
+    (f,) = made(narrow.grpo(), "cpu:4", ["prefill"], cache).analyses
     monkeypatch.setattr(plan, "budget", lambda topology, reserve: f.fits_in - 1)
     found = plan.make_plan(narrow.grpo(), CPU, ["prefill"], cache, quiet=True)
     (proposal,) = found.proposals
     assert proposal.overrides == ("rollout.chunks=2",) and proposal.needs < f.fits_in
-    (again,) = made(narrow.grpo(*proposal.overrides), "cpu:4", ["prefill"], cache).facts
+    (again,) = made(narrow.grpo(*proposal.overrides), "cpu:4", ["prefill"], cache).analyses
     assert again.fits_in == proposal.needs
     assert "prefill would fit in 0.0 GiB with --config.rollout.chunks=2 (compiled)" in report.text(found)
 

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 from xomni_jax.core.config import ConfigError
 from xomni_jax.core.tables import markdown
 from xomni_jax.planner import chips
+from xomni_jax.planner.analysis import ProgramAnalysis
 from xomni_jax.planner.check import checks
 from xomni_jax.planner.chips import GIB
-from xomni_jax.planner.facts import Facts
 from xomni_jax.planner.roofline import time_of
 
 FOLDER = Path("configs/xomni")
@@ -61,16 +61,16 @@ def run(cache: Path, only: str | None, reserve: float) -> Path:
         raise ConfigError(f"--topology {only}: no gate is on it; they are on {', '.join(dict.fromkeys(g.topology for g in GATES))}")
     numbers = Numbers(FOLDER / "gates.json")
     for gate in gates:
-        for facts in plans(gate, cache):
-            numbers.add(gate, facts, reserve)
+        for analysis in plans(gate, cache):
+            numbers.add(gate, analysis, reserve)
             write_table(FOLDER / "README.md", numbers)
     for line in numbers.missed:
         print(line)
     return FOLDER / "README.md"
 
 
-def plans(gate: Gate, cache: Path) -> Iterator[Facts]:
-    """The facts of every program of a gate, one after the other."""
+def plans(gate: Gate, cache: Path) -> Iterator[ProgramAnalysis]:
+    """The analyses of all programs of a gate, one after the other."""
     topology = chips.parse(gate.topology)
     chips.prepare(topology)
     from xomni_jax.planner.plan import compile_all, programs_on
@@ -87,36 +87,36 @@ class Numbers:
         self.path, self.missed = path, []
         self.kept: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
 
-    def add(self, gate: Gate, f: Facts, reserve: float) -> None:
+    def add(self, gate: Gate, a: ProgramAnalysis, reserve: float) -> None:
         """Stores one program's numbers; a drift from those kept for the same versions counts as a miss."""
         from xomni_jax.checkpoint.store import write_json
         from xomni_jax.planner.compiled import versions
 
         topology = chips.parse(gate.topology)
         with_these = self.kept.setdefault(", ".join(f"{k} {v}" for k, v in versions(topology).items()), {})
-        where, row = f"{gate.config} {gate.topology}", numbers(f, gate, reserve)
+        where, row = f"{gate.config} {gate.topology}", numbers(a, gate, reserve)
         place = with_these.setdefault(where, {})
-        old = place.get(f.program, {})
+        old = place.get(a.program, {})
         if old.get("key") != row["key"]:
             old = {}  # the program changed: these are its first numbers
         for name in KEPT:
             if old.get(name) and abs(row[name] / old[name] - 1) > DRIFT:
-                self.missed.append(f"{where} {f.program}: {name} drifted from {old[name]:.6g} to {row[name]:.6g} with the same versions")
-        self.missed += [f"{where} {f.program}: {c['name']} is {c['found']}, limit {c['limit']}" for c in row["checks"] if not c["ok"]]
-        place[f.program] = row
+                self.missed.append(f"{where} {a.program}: {name} drifted from {old[name]:.6g} to {row[name]:.6g} with the same versions")
+        self.missed += [f"{where} {a.program}: {c['name']} is {c['found']}, limit {c['limit']}" for c in row["checks"] if not c["ok"]]
+        place[a.program] = row
         write_json(self.path, self.kept)
 
 
-def numbers(f: Facts, gate: Gate, reserve: float) -> dict[str, Any]:
+def numbers(a: ProgramAnalysis, gate: Gate, reserve: float) -> dict[str, Any]:
     """The stored numbers of a program."""
-    topology, m = chips.parse(gate.topology), f.memory or {}
-    time = time_of(f, topology)
+    topology, m = chips.parse(gate.topology), a.memory or {}
+    time = time_of(a, topology)
     return dict(
-        about=f.about, key=f.key, peak=m.get("peak", f.needs), temporaries=m.get("temporaries", 0), aliased=m.get("aliased", 0),
-        resident=f.persistent,
-        operations=f.flops["weights"] + f.flops["convolution"], attention=f.flops["attention"] + f.flops["kernels"], hbm=f.hbm,
-        sent=sum(r["sent"] for r in f.collectives), seconds=time and time.total, bound=time and time.bound,
-        checks=[dict(name=c.name, found=c.found, limit=c.limit, ok=c.ok) for c in checks(f, topology, reserve)],
+        about=a.about, key=a.key, peak=m.get("peak", a.needs), temporaries=m.get("temporaries", 0), aliased=m.get("aliased", 0),
+        resident=a.persistent,
+        operations=a.flops["weights"] + a.flops["convolution"], attention=a.flops["attention"] + a.flops["kernels"], hbm=a.hbm,
+        sent=sum(r["sent"] for r in a.collectives), seconds=time and time.total, bound=time and time.bound,
+        checks=[dict(name=c.name, found=c.found, limit=c.limit, ok=c.ok) for c in checks(a, topology, reserve)],
     )  # fmt: skip
 
 

@@ -15,10 +15,10 @@ from tqdm import tqdm
 from xomni_jax.core.config import ConfigError, merge_overrides, updated
 from xomni_jax.core.program import Programs
 from xomni_jax.planner import chips
+from xomni_jax.planner.analysis import ProgramAnalysis, analyse
 from xomni_jax.planner.check import budget
 from xomni_jax.planner.chips import GIB, RESERVE, Topology
 from xomni_jax.planner.compiled import compile_program, versions
-from xomni_jax.planner.facts import Facts, read
 from xomni_jax.sharding.mesh import make_mesh
 from xomni_jax.training.components import planned_configs
 from xomni_jax.training.stage import STAGES, meshes
@@ -41,7 +41,7 @@ class Plan:
 
     Attributes:
       decoder_mesh: of an image decoder with devices of its own; empty otherwise.
-      whole: every program of a training step is among `facts`.
+      whole: every program of a training step is among `analyses`.
       reserve: share of HBM that must stay free.
     """
 
@@ -50,7 +50,7 @@ class Plan:
     mesh: dict[str, int]
     decoder_mesh: dict[str, int]
     versions: dict[str, str]
-    facts: list[Facts]
+    analyses: list[ProgramAnalysis]
     proposals: list[Proposal]
     whole: bool
     reserve: float = RESERVE
@@ -64,7 +64,7 @@ class Plan:
 def make_plan(
     cfg: Any, topology: Topology, names: Collection[str], cache: Path, reserve: float = RESERVE, propose: bool = True, quiet: bool = False
 ) -> Plan:
-    """Compiles the named programs of a configuration and reads their facts; for what does not fit, looks for what would.
+    """Compiles the named programs of a configuration and analyses them; for what does not fit, looks for what would.
 
     Raises:
       ConfigError: the configuration or its mesh is impossible on this topology.
@@ -72,10 +72,10 @@ def make_plan(
     made, proposals = programs_on(cfg, topology), []
     title = f"{cfg.stage} on {topology.name}"
     found = list(compile_all(made, choose(cfg.stage, made, names), title, topology, cache, quiet))
-    for f in found:
-        if propose and f.fits_in > budget(topology, reserve):
-            proposals += propose_for(cfg, f, topology, cache, reserve, quiet)
-    whole = {name for name, p in made.programs.items() if p.per_step} <= {f.program for f in found}
+    for a in found:
+        if propose and a.fits_in > budget(topology, reserve):
+            proposals += propose_for(cfg, a, topology, cache, reserve, quiet)
+    whole = {name for name, p in made.programs.items() if p.per_step} <= {a.program for a in found}
     apart = dict(made.decoder_mesh.shape) if made.decoder_mesh else {}
     return Plan(cfg.stage, topology, dict(made.mesh.shape), apart, versions(topology), found, proposals, whole, reserve)
 
@@ -94,14 +94,14 @@ def choose(stage: str, made: Programs, names: Collection[str]) -> Collection[str
 
 def compile_all(
     made: Programs, names: Collection[str], title: str, topology: Topology, cache: Path, quiet: bool = False
-) -> Iterator[Facts]:
-    """The facts of programs, one after the other, under a progress bar."""
+) -> Iterator[ProgramAnalysis]:
+    """The analyses of programs, one after the other, under a progress bar."""
     with tqdm(total=len(names), desc=title, unit="program", disable=quiet, file=sys.stderr) as bar:
         for name in names:
             with ticking(bar, name):
-                facts = facts_of(name, made, topology, cache)
+                analysis = analyse_program(name, made, topology, cache)
             bar.update()
-            yield facts
+            yield analysis
 
 
 def programs_on(cfg: Any, topology: Topology) -> Programs:
@@ -128,16 +128,16 @@ def model_directory(cfg: Any) -> str:
     return cfg.model if hasattr(cfg, "model") else cfg.init_from
 
 
-def facts_of(name: str, made: Programs, topology: Topology, cache: Path) -> Facts:
+def analyse_program(name: str, made: Programs, topology: Topology, cache: Path) -> ProgramAnalysis:
     """Compiles one program and reads it."""
     program = made[name]
-    return read(name, made, compile_program(program.fn, program.args, made.mesh_of(program), topology, cache))
+    return analyse(name, made, compile_program(program.fn, program.args, made.mesh_of(program), topology, cache))
 
 
-def propose_for(cfg: Any, f: Facts, topology: Topology, cache: Path, reserve: float, quiet: bool) -> list[Proposal]:
+def propose_for(cfg: Any, a: ProgramAnalysis, topology: Topology, cache: Path, reserve: float, quiet: bool) -> list[Proposal]:
     """The first of `candidates` with which the program, compiled anew, fits; none of more than TRIALS."""
     room, tried = budget(topology, reserve), 0
-    for overrides in candidates(cfg, f):
+    for overrides in candidates(cfg, a):
         if tried == TRIALS:
             break
         values: dict[str, Any] = {}
@@ -148,17 +148,17 @@ def propose_for(cfg: Any, f: Facts, topology: Topology, cache: Path, reserve: fl
             continue  # not possible with the other settings
         tried += 1
         if not quiet:
-            short = f"{f.program} does not fit ({f.fits_in / GIB:.1f} of {room / GIB:.1f} GiB)"
+            short = f"{a.program} does not fit ({a.fits_in / GIB:.1f} of {room / GIB:.1f} GiB)"
             print(f"{short}; trying {' '.join(overrides)}", file=sys.stderr, flush=True)
-        trial = facts_of(f.program, made, topology, cache)
+        trial = analyse_program(a.program, made, topology, cache)
         if trial.fits_in <= room:
-            return [Proposal(f.program, tuple(overrides), trial.fits_in)]
+            return [Proposal(a.program, tuple(overrides), trial.fits_in)]
     return []
 
 
-def candidates(cfg: Any, f: Facts) -> Iterator[list[str]]:
+def candidates(cfg: Any, a: ProgramAnalysis) -> Iterator[list[str]]:
     """Overrides worth trying for a program; those that slow the run least come first."""
-    name, mesh = f.program, "decoder_mesh" if f.on_decoder_mesh else "mesh"
+    name, mesh = a.program, "decoder_mesh" if a.on_decoder_mesh else "mesh"
     section = {"decoder-update": "mmdit", "tokenizer-update": "siglip_vq"}.get(name, "transformer")
     component = lambda part: planned_configs(cfg, [part], model_directory(cfg))[part]
     learns = name.endswith("update")
@@ -176,9 +176,9 @@ def candidates(cfg: Any, f: Facts) -> Iterator[list[str]]:
     elif learns:
         smaller = [[f"batch_size={cfg.batch_size // n}"] for n in (2, 4) if cfg.batch_size % n == 0]
     splits = [
-        [f"{mesh}.fsdp={f.devices // t}", f"{mesh}.tensor={t}", f"{mesh}.data=1", f"{mesh}.replica=1"]
+        [f"{mesh}.fsdp={a.devices // t}", f"{mesh}.tensor={t}", f"{mesh}.data=1", f"{mesh}.replica=1"]
         for t in (4, 2, 1)
-        if t != getattr(cfg, mesh).tensor and f.devices % t == 0
+        if t != getattr(cfg, mesh).tensor and a.devices % t == 0
     ]
     if remat:
         yield remat

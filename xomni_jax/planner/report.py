@@ -9,9 +9,9 @@ from typing import Any
 
 from xomni_jax.evaluation.charts import bar_chart
 from xomni_jax.evaluation.pages import write_page
+from xomni_jax.planner.analysis import ProgramAnalysis
 from xomni_jax.planner.check import checks
 from xomni_jax.planner.chips import GIB
-from xomni_jax.planner.facts import Facts
 from xomni_jax.planner.plan import Plan
 from xomni_jax.planner.roofline import Step, Time, mfu, step, time_of
 
@@ -30,8 +30,8 @@ def head(plan: Plan) -> str:
 def text(plan: Plan, price: float | None = None) -> str:
     """The report for a terminal."""
     lines = [head(plan), ""]
-    for f in plan.facts:
-        lines += [f"{f.program}: {f.about}", *(f"  {line}" for line in program_lines(f, plan)), ""]
+    for a in plan.analyses:
+        lines += [f"{a.program}: {a.about}", *(f"  {line}" for line in program_lines(a, plan)), ""]
     return "\n".join([*lines, *proposal_lines(plan), *step_lines(step(plan, price))]).rstrip() + "\n"
 
 
@@ -40,63 +40,63 @@ def proposal_lines(plan: Plan) -> Iterator[str]:
     for p in plan.proposals:
         yield f"{p.program} would fit in {p.needs / GIB:.1f} GiB with {' '.join('--config.' + o for o in p.overrides)} (compiled)"
     helped = {p.program for p in plan.proposals}
-    for f in plan.facts:
-        if f.fits_in > plan.room and f.program not in helped:
-            yield f"{f.program} fits with none of the changes that were tried; take a larger slice"
+    for a in plan.analyses:
+        if a.fits_in > plan.room and a.program not in helped:
+            yield f"{a.program} fits with none of the changes that were tried; take a larger slice"
 
 
-def program_lines(f: Facts, plan: Plan) -> Iterator[str]:
+def program_lines(a: ProgramAnalysis, plan: Plan) -> Iterator[str]:
     """Lines about a program: memory, operations, HBM, collectives, replicated weights, time, checks."""
-    yield memory_line(f, plan)
-    counted = ", ".join(f"{kind} {n:.4g}" for kind, n in f.flops.items() if n)
-    least = f.learned + f.forward
+    yield memory_line(a, plan)
+    counted = ", ".join(f"{kind} {n:.4g}" for kind, n in a.flops.items() if n)
+    least = a.learned + a.forward
     yield f"operations  {counted}" + (f"; by arithmetic {least:.4g} without attention" if least else "")
-    if f.memory is None:
+    if a.memory is None:
         return
-    a_step = f"; {f.hbm_step / GIB:.3f} a decoding step, floor {f.floor / GIB:.3f}" if f.floor else ""
-    yield f"HBM         {f.hbm / GIB:.2f} GiB moved{a_step}"
-    yield from collective_lines(f)
-    for row in f.repeated[:SHOWN]:
+    a_step = f"; {a.hbm_step / GIB:.3f} a decoding step, floor {a.floor / GIB:.3f}" if a.floor else ""
+    yield f"HBM         {a.hbm / GIB:.2f} GiB moved{a_step}"
+    yield from collective_lines(a)
+    for row in a.repeated[:SHOWN]:
         yield f"repeated    {row['copies']} times: {row['name']} {'x'.join(map(str, row['shape']))}, {row['bytes'] / 2**20:.1f} MiB each"
-    time = time_of(f, plan.topology)
+    time = time_of(a, plan.topology)
     if time:
-        yield time_line(f, time, plan)
-    for c in checks(f, plan.topology, plan.reserve):
+        yield time_line(a, time, plan)
+    for c in checks(a, plan.topology, plan.reserve):
         yield f"{'ok    ' if c.ok else 'MISSED'}      {c.name}: {c.found}, limit {c.limit}"
 
 
-def memory_line(f: Facts, plan: Plan) -> str:
+def memory_line(a: ProgramAnalysis, plan: Plan) -> str:
     """Memory by kind, and whether the program fits."""
-    kinds = f.memory or {}
-    parts = ", ".join(f"{kind} {size / GIB:.2f}" for kind, size in kinds.items()) or f"the compiler needs {f.needs / GIB:.1f}"
-    line = f"memory GiB  {parts}; beside it {f.persistent / GIB:.2f} stay"
+    kinds = a.memory or {}
+    parts = ", ".join(f"{kind} {size / GIB:.2f}" for kind, size in kinds.items()) or f"the compiler needs {a.needs / GIB:.1f}"
+    line = f"memory GiB  {parts}; beside it {a.persistent / GIB:.2f} stay"
     if plan.topology.chip is None:
         return line
-    free = (plan.room - f.fits_in) / GIB
+    free = (plan.room - a.fits_in) / GIB
     verdict = f"fits, {free:.2f} free" if free >= 0 else f"DOES NOT FIT, {-free:.2f} too much"
-    return f"{line}; {f.fits_in / GIB:.2f} of {plan.room / GIB:.2f}: {verdict}"
+    return f"{line}; {a.fits_in / GIB:.2f} of {plan.room / GIB:.2f}: {verdict}"
 
 
-def collective_lines(f: Facts) -> Iterator[str]:
+def collective_lines(a: ProgramAnalysis) -> Iterator[str]:
     """Collectives by kind and axes, then the bytes of weights and gradients by arithmetic."""
     sums: dict[tuple, list[float]] = {}
-    for r in f.collectives:
+    for r in a.collectives:
         row = sums.setdefault((r["kind"], tuple(r["axes"])), [0, 0.0, 0.0])
         for n, key in enumerate(("times", "bytes", "sent")):
             row[n] += r[key]
     for (kind, axes), (times, size, sent) in sorted(sums.items(), key=lambda row: -row[1][2])[:SHOWN]:
         yield f"collective  {kind} over {'+'.join(axes) or 'none'}: {times:,} times, {size / GIB:.2f} GiB, {sent / GIB:.2f} sent"
-    if f.gathered:
-        reduced = f", gradients reduced {f.reduced / GIB:.2f}" if f.reduced else ""
-        yield f"by theory   weights gathered {f.gathered / GIB:.2f} GiB{reduced}"
+    if a.gathered:
+        reduced = f", gradients reduced {a.reduced / GIB:.2f}" if a.reduced else ""
+        yield f"by theory   weights gathered {a.gathered / GIB:.2f} GiB{reduced}"
 
 
-def time_line(f: Facts, time: Time, plan: Plan) -> str:
+def time_line(a: ProgramAnalysis, time: Time, plan: Plan) -> str:
     """The least time of one execution."""
     parts = f"operations {time.operations:.3g} s, HBM {time.hbm:.3g}, collectives {time.collectives:.3g}"
-    useful = f"; MFU at most {mfu(f, time.total, plan.topology):.0%}" if f.learned + f.forward else ""
-    chips = f.devices // plan.topology.chip.devices
-    rate = f", {f.tokens / time.total / chips:,.0f} tokens/s/chip" if f.tokens else ""
+    useful = f"; MFU at most {mfu(a, time.total, plan.topology):.0%}" if a.learned + a.forward else ""
+    chips = a.devices // plan.topology.chip.devices
+    rate = f", {a.tokens / time.total / chips:,.0f} tokens/s/chip" if a.tokens else ""
     return f"at best     {time.total:.3g} s, bound by {time.bound} ({parts}){useful}{rate}"
 
 
@@ -118,10 +118,10 @@ def step_lines(s: Step | None) -> Iterator[str]:
 def as_json(plan: Plan, price: float | None = None) -> dict[str, Any]:
     """The report as JSON-able data."""
     s, programs = step(plan, price), []
-    for f in plan.facts:
-        time, held = time_of(f, plan.topology), [dataclasses.asdict(c) for c in checks(f, plan.topology, plan.reserve)]
+    for a in plan.analyses:
+        time, held = time_of(a, plan.topology), [dataclasses.asdict(c) for c in checks(a, plan.topology, plan.reserve)]
         roofline = time and dataclasses.asdict(time) | {"total": time.total, "bound": time.bound}
-        programs.append(dataclasses.asdict(f) | {"checks": held, "roofline": roofline})
+        programs.append(dataclasses.asdict(a) | {"checks": held, "roofline": roofline})
     return dict(
         stage=plan.stage,
         topology=plan.topology.name,
@@ -137,13 +137,15 @@ def as_json(plan: Plan, price: float | None = None) -> dict[str, Any]:
 
 def write_html(path: str | Path, plan: Plan, price: float | None = None) -> Path:
     """Writes the report as one page and returns its path."""
-    programs = [{"name": f.program, "about": f.about, "memory": memory_chart(f, plan), "lines": program_lines(f, plan)} for f in plan.facts]
+    programs = [
+        {"name": a.program, "about": a.about, "memory": memory_chart(a, plan), "lines": program_lines(a, plan)} for a in plan.analyses
+    ]
     return write_page(path, "plan.html", head=head(plan), programs=programs, lines=[*proposal_lines(plan), *step_lines(step(plan, price))])
 
 
-def memory_chart(f: Facts, plan: Plan) -> str:
+def memory_chart(a: ProgramAnalysis, plan: Plan) -> str:
     """Memory of a device against its limit; empty where there is none."""
-    if f.memory is None or plan.topology.chip is None:
+    if a.memory is None or plan.topology.chip is None:
         return ""
-    parts = {"the program": f.memory["peak"] / GIB, "other arrays": f.persistent / GIB}
-    return bar_chart(f"Memory of {f.program}", parts, plan.room / GIB, "GiB per device")
+    parts = {"the program": a.memory["peak"] / GIB, "other arrays": a.persistent / GIB}
+    return bar_chart(f"Memory of {a.program}", parts, plan.room / GIB, "GiB per device")

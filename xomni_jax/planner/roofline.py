@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+from xomni_jax.planner.analysis import ProgramAnalysis
 from xomni_jax.planner.chips import Topology
-from xomni_jax.planner.facts import Facts
 
 if TYPE_CHECKING:
     from xomni_jax.planner.plan import Plan
@@ -58,38 +58,38 @@ class Step:
         return sum(t for _, t in self.times) - self.overlapped
 
 
-def time_of(facts: Facts, topology: Topology) -> Time | None:
+def time_of(a: ProgramAnalysis, topology: Topology) -> Time | None:
     """The time of one execution; None on a CPU, or when the program did not fit."""
     chip = topology.chip
-    if chip is None or facts.memory is None:
+    if chip is None or a.memory is None:
         return None
-    sent = sum(row["sent"] for row in facts.collectives)
-    operations = sum(facts.flops.values()) / facts.devices / chip.flops
-    return Time(operations, facts.hbm / chip.bandwidth, sent / (2 * chip.link))
+    sent = sum(row["sent"] for row in a.collectives)
+    operations = sum(a.flops.values()) / a.devices / chip.flops
+    return Time(operations, a.hbm / chip.bandwidth, sent / (2 * chip.link))
 
 
-def mfu(facts: Facts, seconds: float, topology: Topology) -> float:
+def mfu(a: ProgramAnalysis, seconds: float, topology: Topology) -> float:
     """Model FLOPs utilisation: the share of the peak that the useful operations reach in so many seconds."""
-    return facts.useful / facts.devices / topology.chip.flops / seconds
+    return a.useful / a.devices / topology.chip.flops / seconds
 
 
 def step(plan: Plan, price: float | None) -> Step | None:
     """The step made of the programs; `price` is that of one chip-hour. None where a program is missing or has no time."""
-    programs = [f for f in plan.facts if f.per_step]
-    times = [time_of(f, plan.topology) for f in programs]
+    programs = [a for a in plan.analyses if a.per_step]
+    times = [time_of(a, plan.topology) for a in programs]
     if not plan.whole or any(t is None for t in times):
         return None
-    seconds = [t.total * f.per_step for f, t in zip(programs, times)]
+    seconds = [t.total * a.per_step for a, t in zip(programs, times)]
     # While a chunk of the batch is decoded, the next one is sampled.
-    beside = [t.total * (f.per_step - 1) for f, t in zip(programs, times) if f.program in ("rollout", "decoder")]
-    overlapped = min(beside) if any(f.on_decoder_mesh for f in programs) else 0.0
+    beside = [t.total * (a.per_step - 1) for a, t in zip(programs, times) if a.program in ("rollout", "decoder")]
+    overlapped = min(beside) if any(a.on_decoder_mesh for a in programs) else 0.0
     total, chips = sum(seconds) - overlapped, plan.topology.chips
-    useful = sum(f.useful * f.per_step for f in programs)
+    useful = sum(a.useful * a.per_step for a in programs)
     return Step(
-        tuple((f.program, s) for f, s in zip(programs, seconds)),
+        tuple((a.program, s) for a, s in zip(programs, seconds)),
         overlapped,
         useful / plan.topology.size / plan.topology.chip.flops / total,
-        max(f.tokens * f.per_step for f in programs) / total / chips,
-        max(f.images * f.per_step for f in programs) / total * 3600,
+        max(a.tokens * a.per_step for a in programs) / total / chips,
+        max(a.images * a.per_step for a in programs) / total * 3600,
         None if price is None else price * chips * total / 3600,
     )

@@ -15,7 +15,7 @@ LARGE = 2**20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Facts(Work):
+class ProgramAnalysis(Work):
     """A program's minimal work (over all devices), and what was measured of one execution (per device unless said otherwise).
 
     Attributes:
@@ -65,7 +65,7 @@ class Facts(Work):
         return self.learned + self.forward + self.attention
 
 
-def read(name: str, made: Programs, compiled: Compiled) -> Facts:
+def analyse(name: str, made: Programs, compiled: Compiled) -> ProgramAnalysis:
     """Measures a compiled program."""
     program = made[name]
     mesh, steps = made.mesh_of(program), program.work.steps
@@ -74,13 +74,13 @@ def read(name: str, made: Programs, compiled: Compiled) -> Facts:
         for group, arrays in made.persistent.items()
         if group not in (*program.uses, *program.freed) and program.on_decoder_mesh == (group in made.on_decoder_mesh)
     ]
-    used = {group: made.persistent[group] for group in program.uses if group in made.persistent}
+    used = [{group: made.persistent[group]} for group in program.uses if group in made.persistent]
     rows, moves, module = [], [], None
     if compiled.hlo is not None:
         module = hlo.parse(compiled.hlo)
         rows, moves = collectives.collectives(module, dict(mesh.shape)), traffic.moves(module)
     copies = sorted(traffic.copies(moves, LARGE), key=lambda m: -m.written * m.times)
-    return Facts(
+    return ProgramAnalysis(
         **vars(program.work), program=name, about=program.about, per_step=program.per_step, on_decoder_mesh=program.on_decoder_mesh,
         key=compiled.key, seconds=round(compiled.seconds, 1), memory=compiled.memory, needs=compiled.needs,
         state=abstract.bytes_per_device(program.state), persistent=abstract.bytes_per_device(beside),
@@ -93,7 +93,7 @@ def read(name: str, made: Programs, compiled: Compiled) -> Facts:
         copies=[
             dict(bytes=m.written, times=m.times, shape=str(m.instruction.result[0]), source=m.instruction.source) for m in copies
         ],
-        repeated=[dict(name=n, shape=s, copies=c, bytes=b) for n, s, c, b in abstract.repeated(used, LARGE)],
+        repeated=[dict(name=n, shape=s, copies=c, bytes=b) for group in used for n, s, c, b in abstract.repeated(group, LARGE)],
         loops=sorted(set(module.trips.values())) if module else [],
         unknown=module.unknown if module else [],
     )  # fmt: skip
