@@ -219,9 +219,9 @@ def test_gates_write_their_table_and_notice_a_drift(tmp_path, monkeypatch):
     gates.run(tmp_path, None, 0.06)
     text = (tmp_path / "README.md").read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "stale" not in text and "| grpo v6e-64 | vae | 2.00 |" in text
-    numbers = gates.Numbers(tmp_path / "gates.json")
-    numbers.add(gates.GATES[0], fake(program="vae", memory=memory | dict(peak=3 * GIB)), 0.06)
-    assert [line for line in numbers.missed if "peak drifted" in line]
+    records = gates.GateRecords(tmp_path / "gates.json")
+    records.add(gates.GATES[0], fake(program="vae", memory=memory | dict(peak=3 * GIB)), 0.06)
+    assert [line for line in records.missed if "peak drifted" in line]
 
 
 def test_the_table_says_what_the_numbers_say_and_what_is_missing():

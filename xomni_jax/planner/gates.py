@@ -1,6 +1,6 @@
-"""The released configurations on their slices: every program compiled, checked, and written down as the table of configs/xomni/README.md.
+"""Compiles and checks every program of the released configurations on their slices, and writes the table of configs/xomni/README.md.
 
-Numbers are kept beside it, in gates.json, for every set of versions; those of the same versions must not drift from what is kept there.
+gates.json beside it holds a record of each program for every set of versions. A new record may not drift from that of the same versions.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from xomni_jax.planner.roofline import time_of
 
 FOLDER = Path("configs/xomni")
 BEGIN, END = "<!-- gates: written by `xomni plan --gates` -->", "<!-- end of gates -->"
-DRIFT = 0.02  # share by which a number may differ from the one kept for the same versions
-KEPT = ("peak", "temporaries", "aliased", "operations", "attention", "hbm", "sent")
+DRIFT = 0.02  # share by which a number may differ from the stored one of the same versions
+# Numbers that must not drift.
+COMPARED = ("peak", "temporaries", "aliased", "operations", "attention", "hbm", "sent")
 
 
 class Gate(NamedTuple):
@@ -48,7 +49,7 @@ PROGRAMS = {
 
 
 def run(cache: Path, only: str | None, reserve: float) -> Path:
-    """Compiles what the cache does not hold, rewrites the numbers and the table after every program, and returns the table's path.
+    """Compiles what the cache does not hold, rewrites the records and the table after every program, and returns the table's path.
 
     Raises:
       ConfigError: this is not the repository's root, or no gate is on the topology `only`.
@@ -59,12 +60,12 @@ def run(cache: Path, only: str | None, reserve: float) -> Path:
     gates = [g for g in GATES if wanted in (None, chips.parse(g.topology).name)]
     if not gates:
         raise ConfigError(f"--topology {only}: no gate is on it; they are on {', '.join(dict.fromkeys(g.topology for g in GATES))}")
-    numbers = Numbers(FOLDER / "gates.json")
+    records = GateRecords(FOLDER / "gates.json")
     for gate in gates:
         for analysis in plans(gate, cache):
-            numbers.add(gate, analysis, reserve)
-            write_table(FOLDER / "README.md", numbers)
-    for line in numbers.missed:
+            records.add(gate, analysis, reserve)
+            write_table(FOLDER / "README.md", records)
+    for line in records.missed:
         print(line)
     return FOLDER / "README.md"
 
@@ -80,35 +81,35 @@ def plans(gate: Gate, cache: Path) -> Iterator[ProgramAnalysis]:
     yield from compile_all(made, made.programs, f"{gate.config} on {topology.name}", topology, cache)
 
 
-class Numbers:
-    """gates.json: {versions: {"config topology": {program: numbers}}}, and what this run found against it."""
+class GateRecords:
+    """The records of gates.json, {versions: {"config topology": {program: record}}}, and the checks and comparisons that a run missed."""
 
     def __init__(self, path: Path):
         self.path, self.missed = path, []
-        self.kept: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+        self.stored: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
 
     def add(self, gate: Gate, a: ProgramAnalysis, reserve: float) -> None:
-        """Stores one program's numbers; a drift from those kept for the same versions counts as a miss."""
+        """Stores the record of a program; a drift from the stored one of the same versions counts as missed."""
         from xomni_jax.checkpoint.store import write_json
         from xomni_jax.planner.compiled import versions
 
         topology = chips.parse(gate.topology)
-        with_these = self.kept.setdefault(", ".join(f"{k} {v}" for k, v in versions(topology).items()), {})
-        where, row = f"{gate.config} {gate.topology}", numbers(a, gate, reserve)
+        with_these = self.stored.setdefault(", ".join(f"{k} {v}" for k, v in versions(topology).items()), {})
+        where, row = f"{gate.config} {gate.topology}", record(a, gate, reserve)
         place = with_these.setdefault(where, {})
         old = place.get(a.program, {})
         if old.get("key") != row["key"]:
             old = {}  # the program changed: these are its first numbers
-        for name in KEPT:
+        for name in COMPARED:
             if old.get(name) and abs(row[name] / old[name] - 1) > DRIFT:
                 self.missed.append(f"{where} {a.program}: {name} drifted from {old[name]:.6g} to {row[name]:.6g} with the same versions")
         self.missed += [f"{where} {a.program}: {c['name']} is {c['found']}, limit {c['limit']}" for c in row["checks"] if not c["ok"]]
         place[a.program] = row
-        write_json(self.path, self.kept)
+        write_json(self.path, self.stored)
 
 
-def numbers(a: ProgramAnalysis, gate: Gate, reserve: float) -> dict[str, Any]:
-    """The stored numbers of a program."""
+def record(a: ProgramAnalysis, gate: Gate, reserve: float) -> dict[str, Any]:
+    """The record of a program: its numbers, lower bound on time, and checks."""
     topology, m = chips.parse(gate.topology), a.memory or {}
     time = time_of(a, topology)
     return dict(
@@ -120,18 +121,18 @@ def numbers(a: ProgramAnalysis, gate: Gate, reserve: float) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def write_table(path: Path, numbers: Numbers) -> None:
+def write_table(path: Path, records: GateRecords) -> None:
     """Replaces the text between the marks of the README."""
     text = path.read_text() if path.is_file() else f"{BEGIN}\n{END}\n"
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    path.write_text(f"{before}{BEGIN}\n{table(numbers.kept)}{END}{after}")
+    path.write_text(f"{before}{BEGIN}\n{table(records.stored)}{END}{after}")
 
 
-def table(kept: dict[str, Any]) -> str:
+def table(stored: dict[str, Any]) -> str:
     """For every set of versions: the table, the checks that were missed, and the programs that are not compiled yet."""
     lines = []
-    for versions, places in kept.items():
+    for versions, places in stored.items():
         rows = [("slice", "program", "peak GiB", "with the rest", "operations", "HBM GiB", "sent GiB", "at best", "checks")]
         missed = []
         for place, program, r in ((place, program, r) for place, programs in places.items() for program, r in programs.items()):
