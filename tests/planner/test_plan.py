@@ -38,14 +38,14 @@ def verdicts(analysis, topology):
     return {c.name: (c.ok, c.found) for c in checks(analysis, chips.parse(topology))}
 
 
-def test_the_text_encoders_on_simulated_devices(cache):
+def test_text_encoders_on_simulated_devices(cache):
     """Operations by arithmetic: every kernel once per token."""
     (f,) = made(narrow.grpo("mesh.tensor=1"), "cpu:4", ["text"], cache).analyses
     assert f.flops["weights"] == pytest.approx(f.forward, rel=1e-3)
     assert f.memory["arguments"] > 0 and not f.unknown
 
 
-def test_all_roles_are_the_trainers_own(cache):
+def test_every_program_is_the_trainers_own(cache):
     stage = plan.programs_on(narrow.grpo(), CPU)
     assert list(stage.programs) == ["policy-update", "reference", "layout", "rollout", "prefill", "decoder", "text", "vae"]
     assert {name: p.per_step for name, p in stage.programs.items() if p.per_step} == {

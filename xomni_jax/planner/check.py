@@ -24,7 +24,7 @@ class Check:
     ok: bool
 
 
-def budget(topology: Topology, reserve: float = RESERVE) -> float:
+def budget(topology: Topology, reserve: float) -> float:
     """Bytes of a device that a program may use; infinite on a CPU."""
     return topology.chip.hbm * (1 - reserve) if topology.chip else math.inf
 
