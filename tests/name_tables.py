@@ -1,6 +1,6 @@
 """Whole models converted in memory by a name table, both ways."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -8,11 +8,11 @@ import numpy as np
 from xomni_jax.checkpoint.conversion import ConversionError, NameTable, Rule, flatten, problems, unflatten
 
 
-def plan(sources: Iterable[str] | Mapping[str, Any], table: NameTable, wanted: Mapping[str, tuple[int, ...]]) -> list[Rule]:
+def plan(sources: Mapping[str, Any], table: NameTable, wanted: Mapping[str, tuple[int, ...]]) -> list[Rule]:
     """The rules that turn `sources` into the parameters `wanted` ({path: shape}), checked without reading a tensor.
 
     Args:
-      sources: keys, or {key: object with `shape`}, whose shapes are then checked too.
+      sources: {key: object with `shape`}.
 
     Raises:
       ConversionError: see `problems`.

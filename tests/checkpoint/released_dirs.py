@@ -11,8 +11,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from xomni_jax.checkpoint.safetensors_file import write_safetensors
-from xomni_jax.checkpoint.torch_file import write_torch_file
+from tests.checkpoint.writing import write_safetensors, write_torch_file
 from xomni_jax.sequence.tokenizer import TINY_TOKENIZER
 
 # Odd, distinct sizes where the model allows them: a swapped axis cannot pass. The ViT has 16 heads and 32 groups, whatever its width.
@@ -219,7 +218,10 @@ def xomni_config(sizes: dict, dtype: str = "bfloat16") -> dict:
     v, q = sizes["vit"], sizes["vq"]
     vision = {
         "dtype": dtype,
-        "transform": {"short_size": 384, "long_size": 1152, "patch_size": v["patch"], "random_ratio": None, "min_short_size": 128, "max_aspect_ratio": 3.0, "filtering": True},
+        "transform": {
+            "short_size": 384, "long_size": 1152, "patch_size": v["patch"], "random_ratio": None, "min_short_size": 128,
+            "max_aspect_ratio": 3.0, "filtering": True,
+        },
         "encoder": {
             "siglip_name": "siglip2_giant_patch16_384", "siglip_path": "vit/siglip2_giant.pth", "projector_path": "vit/projector.pth",
             "z_channels": v["d"], "codebook_size": q["codes"], "codebook_dim": q["width"], "with_norm": True,
@@ -240,7 +242,8 @@ def flux_config(s: dict) -> dict:
 def vae_config(s: dict) -> dict:
     n = len(s["channels"])
     return {
-        "_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": list(s["channels"]), "down_block_types": ["DownEncoderBlock2D"] * n,
+        "_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": list(s["channels"]),
+        "down_block_types": ["DownEncoderBlock2D"] * n,
         "up_block_types": ["UpDecoderBlock2D"] * n, "in_channels": 3, "out_channels": 3, "latent_channels": s["latent"],
         "layers_per_block": s["layers"], "mid_block_add_attention": True, "norm_num_groups": s["groups"], "scaling_factor": 0.3611,
         "shift_factor": 0.1159, "use_quant_conv": False, "use_post_quant_conv": False, "latents_mean": None, "latents_std": None,
@@ -249,7 +252,8 @@ def vae_config(s: dict) -> dict:
 
 def t5_config(s: dict) -> dict:
     return {
-        "model_type": "t5", "vocab_size": s["vocab"], "d_model": s["d"], "num_layers": s["layers"], "num_heads": s["heads"], "d_kv": s["head"],
+        "model_type": "t5", "vocab_size": s["vocab"], "d_model": s["d"], "num_layers": s["layers"], "num_heads": s["heads"],
+        "d_kv": s["head"],
         "d_ff": s["mlp"], "relative_attention_num_buckets": s["buckets"], "relative_attention_max_distance": s["distance"],
         "feed_forward_proj": "gated-gelu",
     }  # fmt: skip
@@ -258,12 +262,16 @@ def t5_config(s: dict) -> dict:
 def clip_config(s: dict) -> dict:
     return {
         "model_type": "clip_text_model", "vocab_size": s["vocab"], "hidden_size": s["d"], "num_hidden_layers": s["layers"],
-        "num_attention_heads": s["heads"], "intermediate_size": s["mlp"], "max_position_embeddings": s["length"], "hidden_act": "quick_gelu",
+        "num_attention_heads": s["heads"], "intermediate_size": s["mlp"], "max_position_embeddings": s["length"],
+        "hidden_act": "quick_gelu",
         "eos_token_id": 2, "bos_token_id": 0, "pad_token_id": 1,
     }  # fmt: skip
 
 
-SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True, "base_shift": 0.25, "max_shift": 1.25, "base_image_seq_len": 256, "max_image_seq_len": 4096, "shift": 3.0}  # fmt: skip
+SCHEDULER = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True, "base_shift": 0.25, "max_shift": 1.25,
+    "base_image_seq_len": 256, "max_image_seq_len": 4096, "shift": 3.0,
+}  # fmt: skip
 
 
 # ---- directories ----

@@ -15,6 +15,7 @@ import pytest
 
 import xomni_jax
 from tests.checkpoint import released_dirs as dirs
+from tests.checkpoint.writing import write_safetensors
 from tests.miniature import ROOT
 from tests.name_tables import to_params
 from xomni_jax.checkpoint import convert as module
@@ -26,7 +27,6 @@ from xomni_jax.checkpoint.convert import convert
 from xomni_jax.checkpoint.names import autoencoder, clip, mmdit, siglip_vq, t5, transformer
 from xomni_jax.checkpoint.orbax_reader import OrbaxReader
 from xomni_jax.checkpoint.released import open_release
-from xomni_jax.checkpoint.safetensors_file import write_safetensors
 from xomni_jax.checkpoint.store import read_model_json
 from xomni_jax.checkpoint.tensors import open_sharded, open_tensor_file
 

@@ -8,15 +8,14 @@ import numpy as np
 import pytest
 
 from tests.checkpoint import released_dirs as dirs
+from tests.checkpoint.writing import write_safetensors, write_torch_file
 from xomni_jax.checkpoint.conversion import ConversionError
 from xomni_jax.checkpoint.conversion_plan import make_plan
 from xomni_jax.checkpoint.convert import convert
 from xomni_jax.checkpoint.formats import detect_format
 from xomni_jax.checkpoint.orbax_reader import OrbaxReader
 from xomni_jax.checkpoint.released import open_release
-from xomni_jax.checkpoint.safetensors_file import write_safetensors
 from xomni_jax.checkpoint.tensors import open_sharded, open_tensor_file
-from xomni_jax.checkpoint.torch_file import write_torch_file
 
 
 def refused(tmp_path, *arguments, **options):

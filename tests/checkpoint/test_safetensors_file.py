@@ -5,13 +5,13 @@ import struct
 import tracemalloc
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
 
 from tests.checkpoint.fuzzing import NUMBERS, fuzz
-from xomni_jax.checkpoint.safetensors_file import DTYPES, SafetensorsFile, write_safetensors
+from tests.checkpoint.writing import write_safetensors
+from xomni_jax.checkpoint.safetensors_file import DTYPES, SafetensorsFile
 from xomni_jax.checkpoint.tensor_file import LazyTensor, TensorFileError
 from xomni_jax.checkpoint.tensors import open_sharded
 
@@ -226,9 +226,9 @@ def test_the_package_s_files_are_read_and_ours_by_it(tmp_path):
 
 
 def test_arrays_in_other_orders(tmp_path):
-    """Strides and byte order are normalised."""
+    """Elements are written in C order."""
     base = np.arange(2 * 3 * 40, dtype=np.float32).reshape(2, 3, 40)
-    tensors = {"t": base.T, "r": base[:, ::-1], "big": base.astype(">f4"), "row": base[0, 0, ::3], "one": np.asfortranarray(base[:1])}
+    tensors = {"t": base.T, "r": base[:, ::-1], "row": base[0, 0, ::3], "one": np.asfortranarray(base[:1])}
     write_safetensors(tmp_path, tensors)
     for key, value in safetensors.numpy.load_file(tmp_path / "model.safetensors").items():
         np.testing.assert_array_equal(value, tensors[key])
@@ -267,20 +267,10 @@ def test_tensors_are_made_one_at_a_time(tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) == 3 and open_sharded(tmp_path).read("4")[-1, 1] == 4
 
 
-@pytest.mark.parametrize(
-    "key, tensor, words",
-    [
-        ("w", np.zeros(2, np.complex128), "'w' of dtype complex128 cannot be stored as safetensors; cast or rename it first"),
-        ("w", np.zeros(2, ml_dtypes.float4_e2m1fn), "'w' of dtype float4_e2m1fn cannot be stored"),
-        ("__metadata__", np.zeros(2), "'__metadata__' of dtype float64 cannot be stored"),
-        ("w", LazyTensor(np.float32, (3,), lambda: np.zeros(2, np.float32)), r"'w' came out as float32\[2\], float32\[3\] was promised"),
-        ("w", LazyTensor(np.float32, (2**58,), lambda: None), "GB are to be written, .* GB are free; free some space"),
-    ],
-)
-def test_what_cannot_be_written(tmp_path, key, tensor, words):
-    with pytest.raises(TensorFileError, match=words):
-        write_safetensors(tmp_path, {key: tensor})
-    assert "came out as" in words or [p for p in tmp_path.iterdir() if p.is_file()] == []
+def test_too_little_space(tmp_path):
+    with pytest.raises(TensorFileError, match="GB are to be written, .* GB are free; free some space"):
+        write_safetensors(tmp_path, {"w": LazyTensor(np.float32, (2**58,), lambda: None)})
+    assert [p for p in tmp_path.iterdir() if p.is_file()] == []
 
 
 # ---- fuzz ----

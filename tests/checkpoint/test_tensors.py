@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from tests.checkpoint.pickles import archive, program, tensor
+from tests.checkpoint.writing import write_safetensors, write_torch_file
 from tests.miniature import ROOT
-from xomni_jax.checkpoint.safetensors_file import SafetensorsFile, write_safetensors
+from xomni_jax.checkpoint.safetensors_file import SafetensorsFile
 from xomni_jax.checkpoint.tensors import LISTED, TensorFileError, TensorInfo, open_sharded, open_tensor_file
-from xomni_jax.checkpoint.torch_file import TorchFile, write_torch_file
+from xomni_jax.checkpoint.torch_file import TorchFile
 
 A, B = np.arange(6, dtype=np.float32).reshape(2, 3), np.arange(4, dtype=np.int8)
 
@@ -248,8 +249,8 @@ def test_torch_is_not_loaded(tmp_path):
     write_torch_file(tmp_path / "a.pth", {"a": A})
     code = f"""
 import sys
+from tests.checkpoint.writing import write_safetensors
 from xomni_jax.checkpoint.tensors import open_tensor_file
-from xomni_jax.checkpoint.safetensors_file import write_safetensors
 file = open_tensor_file({str(tmp_path / "a.pth")!r})
 write_safetensors({str(tmp_path)!r}, {{k: file.read(k) for k in file.infos}})
 assert open_tensor_file({str(tmp_path / "model.safetensors")!r}).read("a").sum() == 15

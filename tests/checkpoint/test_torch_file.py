@@ -6,15 +6,15 @@ import tracemalloc
 import zipfile
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import pytest
 
 from tests.checkpoint.fuzzing import fuzz
 from tests.checkpoint.pickles import FLOATS, HERE, Raw, W, archive, call, code, name, program, refused, storage, tensor, two_storages
+from tests.checkpoint.writing import write_torch_file
 from xomni_jax.checkpoint import torch_file
 from xomni_jax.checkpoint.tensor_file import LazyTensor, TensorFileError
-from xomni_jax.checkpoint.torch_file import ALIGNMENT, TorchFile, write_torch_file
+from xomni_jax.checkpoint.torch_file import ALIGNMENT, TorchFile
 from xomni_jax.checkpoint.torch_pickle import DTYPES, STORAGES
 
 
@@ -306,7 +306,7 @@ def everything() -> dict[str, np.ndarray]:
     out = {f"values.{name_}": bits(dtype).reshape(2, 3) for name_, dtype in DTYPES.items()}
     strided = np.arange(60, dtype=np.float32).reshape(3, 4, 5).transpose(2, 0, 1)[::2]
     out |= {"strided": strided, "scalar": np.array(7, np.float32), "empty": np.zeros((0, 3), np.int64)}
-    return out | {"big end": np.arange(3, dtype=">i4"), "é": FLOATS}
+    return out | {"é": FLOATS}
 
 
 def test_what_is_written_comes_back(tmp_path):
@@ -315,10 +315,8 @@ def test_what_is_written_comes_back(tmp_path):
     file = TorchFile(tmp_path / "a.pth")
     assert list(file.infos) == list(tensors)
     for key, value in tensors.items():
-        assert file.read(key).shape == value.shape and file.read(key).tobytes() == value.astype(value.dtype.newbyteorder("=")).tobytes(), (
-            key
-        )
-        assert file.read(key).dtype == value.dtype.newbyteorder("=")
+        read = file.read(key)
+        assert read.shape == value.shape and read.dtype == value.dtype and read.tobytes() == value.tobytes(), key
     assert all(extent.offset % ALIGNMENT == 0 for extent in file.extents.values())
     assert [p.name for p in tmp_path.iterdir()] == ["a.pth"]
     with zipfile.ZipFile(tmp_path / "a.pth") as archive_:
@@ -342,20 +340,10 @@ def test_tensors_are_made_one_at_a_time(tmp_path):
     assert TorchFile(tmp_path / "a.pth").read("4")[1, 5] == 4
 
 
-@pytest.mark.parametrize(
-    "tensor_, words",
-    [
-        (np.zeros(2, ml_dtypes.float4_e2m1fn), "torch has no dtype for 'w' of dtype float4_e2m1fn; cast it first"),
-        (np.array(["a"]), "torch has no dtype for 'w' of dtype <U1"),
-        (LazyTensor(np.float32, (3,), lambda: np.zeros(2, np.float32)), r"'w' came out as float32\[2\], float32\[3\] was promised"),
-        (LazyTensor(np.float32, (2,), lambda: np.zeros(2, np.float16)), r"'w' came out as float16\[2\], float32\[2\] was promised"),
-        (LazyTensor(np.float32, (2**58,), lambda: None), "GB are to be written, .* GB are free; free some space or choose another disk"),
-    ],
-)
-def test_what_cannot_be_written(tmp_path, tensor_, words):
-    with pytest.raises(TensorFileError, match=words):
-        write_torch_file(tmp_path / "a.pth", {"w": tensor_})
-    assert "came out as" in words or list(tmp_path.iterdir()) == []
+def test_too_little_space(tmp_path):
+    with pytest.raises(TensorFileError, match="GB are to be written, .* GB are free; free some space or choose another disk"):
+        write_torch_file(tmp_path / "a.pth", {"w": LazyTensor(np.float32, (2**58,), lambda: None)})
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---- fuzz ----

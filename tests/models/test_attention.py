@@ -5,7 +5,6 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from xomni_jax.models.attention import attend
 
@@ -38,5 +37,3 @@ def test_chunks_change_neither_values_nor_gradients(rng):
     for chunk in (3, 7):  # with and without a padded rest
         for a, b in zip(jax.tree.leaves(run(chunk)), whole):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match="not supported together with query_chunk"):
-        attend(q, k, v, scale=0.3, bias=np.zeros((3, 7, 5), np.float32), query_chunk=3)

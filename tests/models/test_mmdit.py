@@ -145,15 +145,3 @@ def test_presets_fit_their_table(name):
 def test_config_refusals(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(SMALL, **change)
-
-
-def test_call_refusals():
-    (latents, sigma, text, pooled, grid, semantics), _, params = _random(SMALL)
-    apply = lambda *a, **k: MMDiT(SMALL).apply({"params": params}, latents, sigma, text, pooled, *a, **k)  # noqa: E731
-    with pytest.raises(ValueError, match="12 latent tokens do not fill the grid 3 x 5"):
-        apply((3, 5))
-    with pytest.raises(ValueError, match="11 semantic vectors for 12 latent tokens"):
-        apply(grid, semantics[:, 1:])
-    with pytest.raises(ValueError, match="without guidance embedding"):
-        cfg = dataclasses.replace(SMALL, guidance_embed=False)
-        MMDiT(cfg).apply({"params": params}, latents, sigma, text, pooled, grid, guidance_B=sigma)

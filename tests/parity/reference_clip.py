@@ -17,7 +17,8 @@ def build(seed: int, s: dict = SIZES, eos_token_id: int | None = None):
     model = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=s["vocab_size"], hidden_size=s["d_model"], intermediate_size=s["mlp_dim"], num_hidden_layers=s["n_layers"],
-            num_attention_heads=s["n_heads"], max_position_embeddings=s["max_length"], eos_token_id=eos_token_id, bos_token_id=0, pad_token_id=s["eos_id"],
+            num_attention_heads=s["n_heads"], max_position_embeddings=s["max_length"], eos_token_id=eos_token_id,
+            bos_token_id=0, pad_token_id=s["eos_id"],
             hidden_act="quick_gelu",
         )
     ).eval()  # fmt: skip

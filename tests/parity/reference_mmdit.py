@@ -49,7 +49,8 @@ def outputs(seed: int = 0) -> dict[str, np.ndarray]:
             lambda _module, _inputs, streams: streams if semantics is None else (streams[0], streams[1] + model.siglip_embed(semantics))
         )
         velocity = model(
-            hidden_states=inputs["latents"], encoder_hidden_states=inputs["text"], pooled_projections=inputs["pooled"], timestep=inputs["sigma"],
+            hidden_states=inputs["latents"], encoder_hidden_states=inputs["text"], pooled_projections=inputs["pooled"],
+            timestep=inputs["sigma"],
             img_ids=image_ids, txt_ids=torch.zeros(TEXT, 3), guidance=inputs["guidance"], return_dict=False,
         )[0]  # fmt: skip
         hook.remove()

@@ -16,8 +16,10 @@ def build(seed: int, s: dict = SIZES):
     torch.manual_seed(seed)
     model = T5EncoderModel(
         T5Config(
-            vocab_size=s["vocab_size"], d_model=s["d_model"], d_kv=s["head_dim"], d_ff=s["mlp_dim"], num_layers=s["n_layers"], num_heads=s["n_heads"],
-            relative_attention_num_buckets=s["n_buckets"], relative_attention_max_distance=s["max_distance"], feed_forward_proj="gated-gelu",
+            vocab_size=s["vocab_size"], d_model=s["d_model"], d_kv=s["head_dim"], d_ff=s["mlp_dim"], num_layers=s["n_layers"],
+            num_heads=s["n_heads"],
+            relative_attention_num_buckets=s["n_buckets"], relative_attention_max_distance=s["max_distance"],
+            feed_forward_proj="gated-gelu",
         )
     ).eval()  # fmt: skip
     for p in model.parameters():

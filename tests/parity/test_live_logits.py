@@ -52,7 +52,7 @@ def whole_vocabulary(codes_BV: np.ndarray) -> np.ndarray:
 
 
 def reference(cond_BV, neg_BV, s: SamplingConfig, order: tuple[str, ...] = RELEASED_ORDER) -> np.ndarray:
-    """Log-probabilities [B, V] of the codes after transformers' processors, run over the whole vocabulary; -inf where a filter removed one."""
+    """Log-probabilities [B, V] of the codes after transformers' processors on the whole vocabulary; -inf where a filter removed one."""
     import torch
     from transformers.generation import logits_process as lp
     from transformers.modeling_outputs import CausalLMOutput

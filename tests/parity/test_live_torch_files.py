@@ -9,7 +9,9 @@ import pytest
 torch = pytest.importorskip("torch")
 import safetensors.torch  # noqa: E402
 
-from xomni_jax.checkpoint import safetensors_file, torch_file  # noqa: E402
+from tests.checkpoint.writing import write_safetensors, write_torch_file  # noqa: E402
+from xomni_jax.checkpoint import torch_file  # noqa: E402
+from xomni_jax.checkpoint.safetensors_file import NAMES  # noqa: E402
 from xomni_jax.checkpoint.tensors import TensorFileError, open_sharded, open_tensor_file  # noqa: E402
 from xomni_jax.checkpoint.torch_pickle import DTYPES  # noqa: E402
 
@@ -123,7 +125,7 @@ def test_our_files_are_loaded_by_torch(tmp_path, options, wide, monkeypatch):
     tensors = views() | {f"dtype.{name}": random(name) for name in DTYPES}
     torch.save(tensors, tmp_path / "theirs.pth")
     source = open_tensor_file(tmp_path / "theirs.pth")
-    torch_file.write_torch_file(tmp_path / "ours.pth", {k: source.read(k) for k in source.infos})
+    write_torch_file(tmp_path / "ours.pth", {k: source.read(k) for k in source.infos})
     loaded = torch.load(tmp_path / "ours.pth", weights_only=True, **options)
     assert type(loaded) is collections.OrderedDict and list(loaded) == list(tensors)
     for key, value in tensors.items():
@@ -134,20 +136,20 @@ def test_our_files_are_loaded_by_torch(tmp_path, options, wide, monkeypatch):
 
 def test_a_module_takes_our_file(tmp_path):
     model, other = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
-    torch_file.write_torch_file(tmp_path / "a.pth", {k: v.numpy() for k, v in model.state_dict().items()})
+    write_torch_file(tmp_path / "a.pth", {k: v.numpy() for k, v in model.state_dict().items()})
     other.load_state_dict(torch.load(tmp_path / "a.pth", weights_only=True), strict=True)
     assert torch.equal(model.weight, other.weight) and torch.equal(model.bias, other.bias)
 
 
 def test_safetensors_of_every_dtype_both_ways(tmp_path):
-    names = [dtype.name for dtype in safetensors_file.NAMES if dtype.name in DTYPES]
-    assert len(names) == len(safetensors_file.NAMES)
+    names = [dtype.name for dtype in NAMES if dtype.name in DTYPES]
+    assert len(names) == len(NAMES)
     tensors = {f"{i}.{name}": random(name) for i, name in enumerate(names)}
     safetensors.torch.save_file(tensors, tmp_path / "theirs.safetensors", {"format": "pt"})
     theirs = open_tensor_file(tmp_path / "theirs.safetensors")
     for key, value in tensors.items():
         assert_same(theirs.read(key), value)
-    (ours,) = safetensors_file.write_safetensors(tmp_path / "ours", {k: theirs.read(k) for k in theirs.infos})
+    (ours,) = write_safetensors(tmp_path / "ours", {k: theirs.read(k) for k in theirs.infos})
     assert ours.read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
     for key, value in safetensors.torch.load_file(ours).items():
         assert value.dtype == tensors[key].dtype and raw_bytes(value) == raw_bytes(tensors[key])
@@ -170,7 +172,7 @@ def test_our_shards_are_loaded_by_transformers(tmp_path):
     theirs = open_sharded(tmp_path / "theirs")
     assert len({i.file for i in theirs.infos.values()}) > 1 and set(theirs.infos) == set(model.state_dict())
     config.save_pretrained(tmp_path / "ours")
-    safetensors_file.write_safetensors(tmp_path / "ours", {k: theirs.read(k) for k in theirs.infos}, shard_bytes=6000)
+    write_safetensors(tmp_path / "ours", {k: theirs.read(k) for k in theirs.infos}, shard_bytes=6000)
     assert (tmp_path / "ours" / "model.safetensors.index.json").is_file()
     again = transformers.Qwen2ForCausalLM.from_pretrained(tmp_path / "ours").state_dict()
     for key, value in model.state_dict().items():

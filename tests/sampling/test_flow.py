@@ -5,7 +5,6 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from tests.models import golden
 from tests.parity.reference_flow import CASES
@@ -39,8 +38,6 @@ def test_sigmas_by_hand():
     np.testing.assert_allclose(flow_sigmas(2, 256), [1.0, e / (e + 1), 0.0], rtol=1e-6)
     np.testing.assert_allclose(flow_sigmas(4, 99, base_shift=0.0, max_shift=0.0), [1, 0.75, 0.5, 0.25, 0], rtol=1e-6)
     assert flow_sigmas(3, 5184)[1] > flow_sigmas(3, 4096)[1]  # not clamped at the largest token count
-    with pytest.raises(ValueError, match="at least 1 step, got 0"):
-        flow_sigmas(0, 256)
 
 
 def test_euler_is_exact_on_a_straight_path(rng):
@@ -99,5 +96,3 @@ def test_sigma_distributions():
     assert abs(logits.mean() - 0.7) < 0.02 and abs(logits.std() - 0.5) < 0.02
     uniform = np.asarray(sample_sigmas(jax.random.key(0), 20_000, distribution="uniform"))
     assert 0 <= uniform.min() and uniform.max() < 1 and abs(np.var(uniform) - 1 / 12) < 0.002
-    with pytest.raises(ValueError, match="choose logit_normal or uniform"):
-        sample_sigmas(jax.random.key(0), 2, distribution="cosine")

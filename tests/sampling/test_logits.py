@@ -97,8 +97,3 @@ def test_gradients_stay_finite_under_a_mask():
 def test_settings_are_checked(bad, message):
     with pytest.raises(ValueError, match=message):
         SamplingConfig(**bad)
-
-
-def test_guidance_needs_a_negative():
-    with pytest.raises(ValueError, match="guidance=2.0 needs a negative prompt"):
-        guide(COND, None, 2.0)

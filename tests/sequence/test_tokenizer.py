@@ -164,7 +164,6 @@ def test_bad_folders(tmp_path):
             lambda t: t.understanding_prompt(CODES_YX, "<MM-Token-7>?"),
             "The text '<MM-Token-7>?' contains the multimodal token <MM-Token-7>;",
         ),
-        (lambda t: t.negative_prompt(0, 5), "An image of 0 x 5 tokens is empty; both sides must be at least 1."),
         (lambda t: t.image_ids(np.full((2, 3), 512)), "Image codes 512..512 must lie within 0..511."),
         (lambda t: t.image_ids(np.zeros(6, int)), "Image codes must be integers [Y, X], not int64 [6]."),
         (lambda t: t.image_ids(np.zeros((2, 3))), "Image codes must be integers [Y, X], not float64 [2, 3]."),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -136,31 +137,27 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def problems(
-    sources: Iterable[str] | Mapping[str, Any],
+    sources: Mapping[str, Any],
     table: NameTable,
     wanted: Mapping[str, tuple[int, ...]],
     describe: Callable[[str], str] = str,
-    describe_missing: Callable[[str], str] | None = None,
+    describe_missing: Callable[[str], str] = str,
 ) -> list[str]:
     """Keys without a rule, rules without a key, parameters filled twice, in part or not at all, and shapes that do not fit.
 
     Args:
+      sources: {key: object with a shape}. wanted: {path: shape} of the parameters.
       describe, describe_missing: name a key that exists, and one that does not, in a message (with their files).
     """
-    describe_missing, keys, by_source, out = describe_missing or describe, set(sources), {}, []
-    for rule in table.rules:
-        if rule.source in by_source:
-            out.append(f"{describe(rule.source)}: two rules")
-        by_source[rule.source] = rule
-    for key in sorted(keys - set(by_source)):
-        if ignored_rule(key, table) is None:
-            out.append(f"{describe(key)}: in the checkpoint, no rule takes it")
-    out += [f"{describe_missing(key)}: missing from the checkpoint" for key in sorted(set(by_source) - keys)]
+    keys, taken = set(sources), [rule.source for rule in table.rules]
+    out = [f"{describe(key)}: two rules" for key, n in collections.Counter(taken).items() if n > 1]
+    unknown = [key for key in sorted(keys.difference(taken)) if ignored_rule(key, table) is None]
+    out += [f"{describe(key)}: in the checkpoint, no rule takes it" for key in unknown]
+    out += [f"{describe_missing(key)}: missing from the checkpoint" for key in sorted(set(taken) - keys)]
     out += _coverage(table, wanted)
-    if isinstance(sources, Mapping):
-        for rule in table.rules:
-            if rule.source in keys and rule.target in wanted:
-                out += [f"{describe(rule.source)}: {e}" for e in _misfit(rule, tuple(sources[rule.source].shape), wanted[rule.target])]
+    for rule in table.rules:
+        if rule.source in keys and rule.target in wanted:
+            out += [f"{describe(rule.source)}: {e}" for e in _misfit(rule, tuple(sources[rule.source].shape), wanted[rule.target])]
     return out
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from xomni_jax.checkpoint.component_source import ComponentSource, NewParts, Release
+from xomni_jax.checkpoint.component_source import NewParts, Release
 from xomni_jax.checkpoint.conversion import ConversionError
 from xomni_jax.checkpoint.param_reader import ParamReader
 from xomni_jax.checkpoint.released import check_compatible, open_release
@@ -71,14 +71,10 @@ def make_plan(release: Release, dtype: str = "keep", existing: Mapping[str, Any]
         problems += wrong
     if problems:
         raise ConversionError.of(problems)
-    if DTYPES[dtype] is not None:
-        release.components = {name: _cast(part, DTYPES[dtype]) for name, part in release.components.items()}
+    if cast := DTYPES[dtype]:
+        for part in release.components.values():
+            part.config = dataclasses.replace(part.config, dtype=cast, param_dtype=cast)
     return ConversionPlan(release, params)
-
-
-def _cast(part: ComponentSource, dtype: np.dtype) -> ComponentSource:
-    """The component stored and computed in `dtype`."""
-    return dataclasses.replace(part, config=dataclasses.replace(part.config, dtype=dtype, param_dtype=dtype))
 
 
 def _existing_components(to: Path) -> dict[str, Any]:

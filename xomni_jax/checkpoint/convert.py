@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
+from jax.experimental.multihost_utils import sync_global_devices
 
 from xomni_jax.checkpoint.component_source import NewParts
 from xomni_jax.checkpoint.conversion import ConversionError
@@ -73,16 +73,11 @@ def convert(
             size, seconds = sum(p.nbytes for p in params), time.perf_counter() - began
             say(f"{name}: {len(params)} arrays, {size / 1e9:.3f} GB in {seconds:.1f} s")
         not_finite = {key: kind for found in done.values() for key, kind in found.items()}
-        _barrier("written")
+        sync_global_devices("written")
         if jax.process_index() == 0:
             _publish(part, to, plan, report_of(plan, hashes.result(), not_finite), tokenizer, say)
-    _barrier("published")
+    sync_global_devices("published")
     return [f"{key}: holds values that are {kind}" for key, kind in sorted(not_finite.items())]
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"xomni convert: {name}")
 
 
 def _identity(plan: ConversionPlan, dtype: str) -> dict[str, Any]:
@@ -105,13 +100,13 @@ def _done(part: Path, identity: dict[str, Any]) -> dict[str, dict[str, str]]:
 
 def _prepare(part: Path, done: Mapping[str, Any]) -> None:
     """Makes TO.part and leaves in it only what is done."""
-    _barrier("looked")
+    sync_global_devices("looked")
     if jax.process_index() == 0:
         part.mkdir(parents=True, exist_ok=True)
         for path in part.iterdir():
             if path.name not in (*done, PROGRESS):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-    _barrier("prepared")
+    sync_global_devices("prepared")
 
 
 def _publish(part: Path, to: Path, plan: ConversionPlan, report: dict[str, Any], tokenizer: str | None, say: Say) -> None:

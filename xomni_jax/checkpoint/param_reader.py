@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from xomni_jax.checkpoint.conversion import Init, NameTable, Rule
+from xomni_jax.checkpoint.tensor_file import contiguous_strides
 from xomni_jax.checkpoint.tensors import TensorFiles
 
 INFINITY_BITS = {np.dtype(np.float32): 0x7F800000, np.dtype(ml_dtypes.bfloat16): 0x7F80, np.dtype(np.float16): 0x7C00}
@@ -52,8 +53,10 @@ class ParamReader:
         if self.init:
             return tuple(range(len(self.shape)))
         rule = self.rules[0]
-        view = rule.transform.to_jax(np.broadcast_to(np.int8(0), self.sources.infos[rule.source].shape))
-        strides = rule.transform.to_jax(_strides_of(self.sources.infos[rule.source].shape)).strides if view.size else view.strides
+        shape = self.sources.infos[rule.source].shape
+        # A stand-in with the strides of the file's array, but without its memory.
+        array = np.lib.stride_tricks.as_strided(np.zeros(1, np.int8), shape, contiguous_strides(shape, 1), writeable=False)
+        strides = rule.transform.to_jax(array).strides
         free = [axis for axis, at in enumerate(rule.place(len(self.shape))) if isinstance(at, slice)]
         fixed = [axis for axis in range(len(self.shape)) if axis not in free]
         return (*fixed, *sorted(free, key=lambda axis: -strides[free.index(axis)]))
@@ -100,15 +103,6 @@ class ParamReader:
                 out[...] = values[at]
             else:
                 out[layer - spans[0].start] = values[at[1:]]
-
-
-def _strides_of(shape: tuple[int, ...]) -> np.ndarray:
-    """A stand-in with the strides of a C-ordered array of this shape; it has no memory and must not be read."""
-    strides, step = [], 1
-    for n in reversed(shape):
-        strides.append(step)
-        step *= n
-    return np.lib.stride_tricks.as_strided(np.zeros(1, np.int8), shape, tuple(reversed(strides)), writeable=False)
 
 
 def copy_strided(out: np.ndarray, value: np.ndarray) -> None:

@@ -19,7 +19,6 @@ from xomni_jax.checkpoint.tensor_file import (
     LazyTensor,
     TensorFile,
     TensorFileError,
-    as_lazy,
     check_space,
     reason,
     show,
@@ -85,7 +84,7 @@ class SafetensorsFile(TensorFile):
 
 # ---- writing ----
 def write_safetensors(
-    folder: str | Path, tensors: Mapping[str, np.ndarray | LazyTensor], shard_bytes: int = 5_000_000_000, name: str = "model"
+    folder: str | Path, tensors: Mapping[str, LazyTensor], shard_bytes: int = 5_000_000_000, name: str = "model"
 ) -> list[Path]:
     """Writes tensors as Hugging Face libraries do: one `name`.safetensors, or numbered shards and `name`.safetensors.index.json.
 
@@ -93,7 +92,7 @@ def write_safetensors(
 
     Args:
       folder: made if needed.
-      tensors: {key: array or LazyTensor}.
+      tensors: of the dtypes in `DTYPES`.
       shard_bytes: the most tensor bytes in one shard; a tensor larger than this gets its own shard.
       name: the stem of the files, such as "model" or "diffusion_pytorch_model".
 
@@ -101,21 +100,16 @@ def write_safetensors(
       The files with tensors, in order.
 
     Raises:
-      TensorFileError: a dtype that the format lacks, a LazyTensor that is not what it promised, or too little space on the disk (before
-        anything is written).
+      TensorFileError: too little space on the disk; nothing is written.
     """
-    folder, lazy = Path(folder), as_lazy(tensors)
-    for key, tensor in lazy.items():
-        if tensor.dtype not in NAMES or key == "__metadata__":
-            raise TensorFileError(f"{folder}: {show(key)} of dtype {tensor.dtype} cannot be stored as safetensors; cast or rename it first")
-    nbytes = sum(t.nbytes for t in lazy.values())
+    folder, nbytes = Path(folder), sum(t.nbytes for t in tensors.values())
     check_space(folder, nbytes)
-    shards = shards_of(lazy, shard_bytes)
+    shards = shards_of(tensors, shard_bytes)
     files = [folder / f"{name}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     if len(shards) == 1:
         files = [folder / f"{name}.safetensors"]
     for path, keys in zip(files, shards, strict=True):
-        write_file(path, {key: lazy[key] for key in keys})
+        write_file(path, {key: tensors[key] for key in keys})
     if len(shards) > 1:
         weight_map = {key: path.name for path, keys in zip(files, shards, strict=True) for key in keys}
         index = {"metadata": {"total_size": nbytes}, "weight_map": dict(sorted(weight_map.items()))}
@@ -149,7 +143,7 @@ def write_file(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
     with synced_file(path) as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for key in list(table)[1:]:
-            write_tensor(file, path, key, tensors[key])
+            write_tensor(file, tensors[key])
 
 
 def lora_only(keys: Sequence[str]) -> bool:

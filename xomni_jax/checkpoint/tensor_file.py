@@ -6,11 +6,11 @@ import math
 import mmap
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 
@@ -37,7 +37,7 @@ class TensorInfo:
 
 
 class LazyTensor(NamedTuple):
-    """A tensor to be written; `make` is called once, when it is written, and must return this dtype and shape."""
+    """A tensor to be written; `make` is called once, when it is written, and returns this dtype and shape."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -46,7 +46,7 @@ class LazyTensor(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes it will take in the file."""
-        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Extent(NamedTuple):
@@ -132,27 +132,11 @@ def reason(error: Exception, limit: int = 160) -> str:
 
 
 # ---- writing ----
-def as_lazy(tensors: Mapping[str, Any]) -> dict[str, LazyTensor]:
-    """Turns arrays into LazyTensors, with dtypes in this machine's (little-endian) byte order, which both formats require."""
-    out = {}
-    for key, value in tensors.items():
-        lazy = value if isinstance(value, LazyTensor) else LazyTensor(value.dtype, value.shape, lambda value=value: value)
-        out[key] = lazy._replace(dtype=np.dtype(lazy.dtype).newbyteorder("="), shape=tuple(int(n) for n in lazy.shape))
-    return out
-
-
-def write_tensor(file: IO[bytes], path: Path, key: str, lazy: LazyTensor) -> None:
-    """Makes one tensor and writes its elements in C order.
-
-    Raises:
-      TensorFileError: the tensor is not what was promised, and the header written already.
-    """
-    array = np.asarray(lazy.make())
-    if array.dtype.newbyteorder("=") != lazy.dtype or array.shape != lazy.shape:
-        found, wanted = f"{array.dtype.name}{list(array.shape)}", f"{lazy.dtype.name}{list(lazy.shape)}"
-        raise TensorFileError(f"{path}: {show(key)} came out as {found}, {wanted} was promised; fix the maker of this tensor")
+def write_tensor(file: IO[bytes], tensor: LazyTensor) -> None:
+    """Makes one tensor and writes its elements in C order."""
+    array = np.ascontiguousarray(tensor.make())
     if array.size:  # uint8, since the buffer protocol does not know bfloat16
-        file.write(np.ascontiguousarray(array, lazy.dtype).reshape(-1).view(np.uint8).data)
+        file.write(array.reshape(-1).view(np.uint8).data)
 
 
 def check_space(path: Path, needed: int, error: type[ValueError] = TensorFileError) -> None:

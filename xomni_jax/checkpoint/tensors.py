@@ -11,10 +11,8 @@ from typing import Any
 import numpy as np
 
 from xomni_jax.checkpoint.safetensors_file import SafetensorsFile, lora_only
-from xomni_jax.checkpoint.tensor_file import LazyTensor, TensorFile, TensorFileError, TensorInfo, map_file, show
+from xomni_jax.checkpoint.tensor_file import TensorFile, TensorFileError, TensorInfo, map_file, show
 from xomni_jax.checkpoint.torch_file import TorchFile
-
-__all__ = ["LazyTensor", "TensorFile", "TensorFileError", "TensorInfo", "open_sharded", "open_tensor_file"]
 
 STEMS = ("model", "diffusion_pytorch_model")
 LISTED = 20  # problems shown of one folder

@@ -15,13 +15,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
-
 from xomni_jax.checkpoint.tensor_file import (
     LazyTensor,
     TensorFile,
     TensorFileError,
-    as_lazy,
     check_space,
     contiguous_strides,
     reason,
@@ -176,26 +173,25 @@ STORAGE_OF = {dtype: name for name, dtype in STORAGES.items()}
 NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def write_torch_file(path: str | Path, tensors: Mapping[str, np.ndarray | LazyTensor]) -> None:
+def write_torch_file(path: str | Path, tensors: Mapping[str, LazyTensor]) -> None:
     """Writes a state_dict as torch.save would: loaded by torch.load(weights_only=True), with mmap=True as well. Needs no torch.
 
     One tensor at a time is made and written, each into its own storage. The file is incomplete after an error.
 
+    Args:
+      tensors: of the dtypes in `torch_pickle.DTYPES`.
+
     Raises:
-      TensorFileError: a dtype that torch lacks, a LazyTensor that is not what it promised, or too little space on the disk (before anything
-        is written).
+      TensorFileError: too little space on the disk; nothing is written.
     """
-    path, lazy = Path(path), as_lazy(tensors)
-    for key, tensor in lazy.items():
-        if tensor.dtype not in NAME_OF:
-            raise TensorFileError(f"{path}: torch has no dtype for {show(key)} of dtype {tensor.dtype}; cast it first")
-    check_space(path.parent, sum(t.nbytes + 512 for t in lazy.values()))
+    path = Path(path)
+    check_space(path.parent, sum(t.nbytes + 512 for t in tensors.values()))
     with synced_file(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        write_entry(archive, "data.pkl", state_dict_pickle(lazy))
+        write_entry(archive, "data.pkl", state_dict_pickle(tensors))
         write_entry(archive, "byteorder", b"little")
-        for i, (key, tensor) in enumerate(lazy.items()):
+        for i, tensor in enumerate(tensors.values()):
             with open_entry(archive, f"data/{i}", tensor.nbytes) as entry:
-                write_tensor(entry, path, key, tensor)
+                write_tensor(entry, tensor)
         write_entry(archive, "version", b"3\n")
 
 

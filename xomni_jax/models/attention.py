@@ -50,8 +50,6 @@ def on_kernels(kind: str) -> bool:
 
 def plain_attention(q_BLNH, k_BSKH, v_BSKH, scale, causal, segments_BL, bias, query_chunk) -> jax.Array:
     """`attend` by matrix products; see there."""
-    if bias is not None and query_chunk:
-        raise ValueError("attend: a bias is not supported together with query_chunk; leave one of them out")
     B, L, N, H = q_BLNH.shape
     S, K = k_BSKH.shape[1:3]
     # With one query head per KV head the axis G is left out: it would make a CPU transpose.

@@ -200,9 +200,6 @@ class Autoencoder(nn.Module):
 
     def moments(self, pixels_BYXC: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Mean and log-variance [B, Y, X, C] of the posterior, float32, unscaled; log-variance within [-30, 20]. The "kl" kind only."""
-        self._check_pixels(pixels_BYXC)
-        if self.cfg.kind != "kl":
-            raise ValueError("autoencoder: the identity kind has no posterior; call encode")
         mean, logvar = jnp.split(self.encoder(pixels_BYXC).astype(jnp.float32), 2, axis=-1)
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
@@ -215,9 +212,11 @@ class Autoencoder(nn.Module):
         Raises:
           ValueError: a side is not a multiple of the factor.
         """
+        H, W = pixels_BYXC.shape[1:3]
+        f = self.cfg.factor
+        if H % f or W % f:
+            raise ValueError(f"autoencoder: {H} x {W} pixels do not divide by its factor {f}; crop or resize them")
         if self.cfg.kind == "identity":
-            self._check_pixels(pixels_BYXC)
-            f = self.cfg.factor
             z = rearrange(pixels_BYXC.astype(jnp.float32), "B (Y dy) (X dx) C -> B Y X (C dy dx)", dy=f, dx=f)
         else:
             mean, logvar = self.moments(pixels_BYXC)
@@ -231,8 +230,3 @@ class Autoencoder(nn.Module):
             f = self.cfg.factor
             return rearrange(z, "B Y X (C dy dx) -> B (Y dy) (X dx) C", dy=f, dx=f)
         return self.decoder(z.astype(self.cfg.dtype)).astype(jnp.float32)
-
-    def _check_pixels(self, pixels_BYXC: jax.Array) -> None:
-        H, W = pixels_BYXC.shape[1:3]
-        if H % self.cfg.factor or W % self.cfg.factor:
-            raise ValueError(f"autoencoder: {H} x {W} pixels do not divide by its factor {self.cfg.factor}; crop or resize them")

@@ -269,12 +269,8 @@ class MMDiT(nn.Module):
 
         Returns:
           velocity_BTC in float32.
-
-        Raises:
-          ValueError: the latents or the semantics do not fill the grid, or guidance is given to a model without its embedding.
         """
         c, (B, T, _) = self.cfg, latents_BTC.shape
-        self._check(grid, T, semantics_BTC, guidance_B)
         cos_LH, sin_LH = rope_tables(grid, text_BSE.shape[1], c.axes_dims, c.theta)
 
         condition_BD = ConditionMLP(c, name="time_embed")(sinusoidal(sigma_B * 1000.0))
@@ -305,11 +301,3 @@ class MMDiT(nn.Module):
             return out_BTC
         # x = (1 - sigma) data + sigma noise, so noise - data = (x - data) / sigma; the floor bounds the loss's weight near the data.
         return (latents_BTC - out_BTC) / jnp.maximum(sigma_B, MIN_SIGMA)[:, None, None]
-
-    def _check(self, grid, T, semantics_BTC, guidance_B) -> None:
-        if grid[0] * grid[1] != T:
-            raise ValueError(f"mmdit: {T} latent tokens do not fill the grid {grid[0]} x {grid[1]}; pass the latents' own (Y, X)")
-        if semantics_BTC is not None and semantics_BTC.shape[1] != T:
-            raise ValueError(f"mmdit: {semantics_BTC.shape[1]} semantic vectors for {T} latent tokens; give one per token")
-        if guidance_B is not None and not self.cfg.guidance_embed:
-            raise ValueError("mmdit: guidance given to a model without guidance embedding; leave it out or set guidance_embed=True")

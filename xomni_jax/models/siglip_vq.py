@@ -139,16 +139,11 @@ class SigLIPVQ(nn.Module):
         Returns:
           {"semantics": [B, Y, X, D], "codes": [B, Y, X], "z": [B, Y, X, C] normalised encoder outputs, "losses": the terms of
           `Quantized.losses`, "usage": [V] share of positions per code, "skipped": [B] bool}.
-
-        Raises:
-          ValueError: training without key and skip_B.
         """
         c, B = self.cfg, pixels_BHWC.shape[0]
         if not train:
             skip_B = jnp.zeros((B,), bool)
         elif skip_B is None:
-            if key is None:
-                raise ValueError("SigLIPVQ: training needs a key to draw the images that skip quantisation; pass key= or skip_B=")
             p = c.skip_probability if skip_probability is None else skip_probability
             skip_B = jax.random.uniform(key, (B,)) < p
         z_BYXC = self.outputs(pixels_BHWC)

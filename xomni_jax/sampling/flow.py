@@ -34,8 +34,6 @@ def flow_sigmas(
     linspace(1, 1 / n) is shifted by e^mu / (e^mu + 1 / sigma - 1). mu is linear in the token count through (base_tokens, base_shift) and
     (max_tokens, max_shift), not clamped outside of them; with both shifts 0 the steps are even.
     """
-    if n_steps < 1:
-        raise ValueError(f"flow sampling needs at least 1 step, got {n_steps}")
     mu = base_shift + (max_shift - base_shift) * (n_tokens - base_tokens) / (max_tokens - base_tokens)
     sigmas = np.linspace(1.0, 1.0 / n_steps, n_steps)
     shifted = math.exp(mu) / (math.exp(mu) + (1.0 / sigmas - 1.0))
@@ -89,11 +87,9 @@ def guided_velocity(
 
 def sample_sigmas(key: jax.Array, n: int, *, distribution: str = "logit_normal", mean: float = 0.0, std: float = 1.0) -> jax.Array:
     """Noise levels [n] for training: "logit_normal" = sigmoid(mean + std * normal), or "uniform" in [0, 1)."""
-    if distribution == "logit_normal":
-        return jax.nn.sigmoid(mean + std * jax.random.normal(key, (n,)))
     if distribution == "uniform":
         return jax.random.uniform(key, (n,))
-    raise ValueError(f"sigma distribution {distribution!r} is unknown; choose logit_normal or uniform")
+    return jax.nn.sigmoid(mean + std * jax.random.normal(key, (n,)))
 
 
 def flow_training_pair(

@@ -77,9 +77,6 @@ def generate_codes(
     Returns:
       codes [P, R, T] int32, 0-based; logp [P, R, T] float32, under the truncated distribution each code was sampled from;
       sampling_mask: uint8 [P, R, T, ceil(image_vocab_size / 8)] or None.
-
-    Raises:
-      ValueError: guidance without a negative prompt.
     """
     prompt, state = start_codes(model, params, prompt_ids_PS, lengths_P, n_codes, keys_PR.shape[1], sampling, negative)
     return draw_codes(model, params, prompt, state, n_codes, keys_PR, sampling, return_mask)[1]
@@ -97,7 +94,7 @@ def start_codes(
 ) -> tuple[PromptCache, RolloutState]:
     """Runs the prompts; see `generate_codes`. Returns their cache and the state of rollouts that have no code yet."""
     if sampling.guided:
-        prompt_ids_PS, lengths_P = _with_negative(prompt_ids_PS, lengths_P, negative, sampling)
+        prompt_ids_PS, lengths_P = _with_negative(prompt_ids_PS, lengths_P, negative)
     hidden_PD, prompt = prefill(model, params, prompt_ids_PS, lengths_P)
     hidden_PRD = jnp.broadcast_to(hidden_PD[:, None], (hidden_PD.shape[0], rollouts, hidden_PD.shape[1]))
     cache = GeneratedCache.empty(model.cfg, hidden_PD.shape[0], rollouts, n_codes)
@@ -150,21 +147,12 @@ def generate_text(
     Args:
       prompt_ids_PS, lengths_P: right-padded prompts and their real tokens. max_new: static bound on new tokens.
       stop_ids: a row ends with the first of these, which is returned; every later entry is `pad_id`.
-      sampling: greedy by default, as released. keys_P: needed otherwise; folded with the step.
+      sampling: greedy by default, as released; guidance is not applied. keys_P: needed otherwise; folded with the step.
 
     Returns:
       ids [P, max_new] int32, text ids only.
-
-    Raises:
-      ValueError: guidance, which is for images only; or sampling without keys.
     """
-    if sampling.guided:
-        raise ValueError(f"generate_text: guidance={sampling.guidance} is for images only; set it to 1")
     if keys_P is None:
-        if not sampling.greedy:
-            raise ValueError(
-                f"generate_text: temperature={sampling.temperature} needs keys_P; pass one key per prompt or use temperature=0"
-            )
         keys_P = jax.random.split(jax.random.key(0), prompt_ids_PS.shape[0])
     P, stops = prompt_ids_PS.shape[0], jnp.asarray(list(stop_ids), jnp.int32)
     hidden_PD, prompt = prefill(model, params, prompt_ids_PS, lengths_P)
@@ -213,17 +201,10 @@ def replay_logp(
 
     Returns:
       (logp [B, T], entropy [B, T]), float32, differentiable in params.
-
-    Raises:
-      ValueError: truncation without `sampling_mask`, or guidance without `negative`.
     """
-    if sampling.truncates and sampling_mask is None:
-        raise ValueError(
-            f"replay_logp: {sampling} truncates but no sampling mask was given; sample with return_mask=True or turn truncation off"
-        )
     cfg, prompts = model.cfg, [(prompt_ids_BS, lengths_B)]
     if sampling.guided:
-        prompts.append(_rows_of(negative, prompt_ids_BS.shape[0], sampling))
+        prompts.append(_rows_of(negative, prompt_ids_BS.shape[0]))
     kernel_DV = head_kernel(params, "image", cfg)
     hidden = [_hidden_before_codes(model, params, ids, lengths, codes_BT) for ids, lengths in prompts]
 
@@ -242,19 +223,15 @@ def _hidden_before_codes(model: ARTransformer, params, ids_BS, lengths_B, codes_
     return select(hidden_BLD, lengths_B[:, None] - 1 + jnp.arange(codes_BT.shape[1]))
 
 
-def _rows_of(negative: Prompts | None, rows: int, sampling: SamplingConfig) -> Prompts:
+def _rows_of(negative: Prompts, rows: int) -> Prompts:
     """The negative prompts with one row per conditional row."""
-    if negative is None:
-        raise ValueError(
-            f"guidance={sampling.guidance} needs a negative prompt and none was given; pass negative=(ids, lengths) or set guidance=1"
-        )
     ids, lengths = negative
     return jnp.broadcast_to(ids, (rows, ids.shape[1])), jnp.broadcast_to(lengths, (rows,))
 
 
-def _with_negative(ids_PS: jax.Array, lengths_P: jax.Array, negative: Prompts | None, sampling: SamplingConfig) -> Prompts:
+def _with_negative(ids_PS: jax.Array, lengths_P: jax.Array, negative: Prompts) -> Prompts:
     """Prompts with the negative prompt of each in the next row, so that both stay on one device when rows are sharded: [2 P, S]."""
-    neg_ids, neg_lengths = _rows_of(negative, ids_PS.shape[0], sampling)
+    neg_ids, neg_lengths = _rows_of(negative, ids_PS.shape[0])
     S = max(ids_PS.shape[1], neg_ids.shape[1])
     pair = [jnp.pad(x, ((0, 0), (0, S - x.shape[1]))) for x in (ids_PS, neg_ids)]
     return jnp.stack(pair, axis=1).reshape(-1, S), jnp.stack([lengths_P, neg_lengths], axis=1).reshape(-1)

@@ -65,8 +65,6 @@ def guide(cond: jax.Array, neg: jax.Array | None, guidance: float) -> jax.Array:
     cond = cond.astype(jnp.float32)
     if guidance == 1.0:
         return cond
-    if neg is None:
-        raise ValueError(f"guidance={guidance} needs a negative prompt and none was given; pass one or set guidance=1")
     cond, neg = jax.nn.log_softmax(cond, axis=-1), jax.nn.log_softmax(neg.astype(jnp.float32), axis=-1)
     return neg + guidance * (cond - neg)
 

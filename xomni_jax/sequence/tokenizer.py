@@ -95,8 +95,6 @@ class MultimodalTokenizer:
 
     def image_prefix(self, y: int, x: int) -> np.ndarray:
         """`<SOM>Y X<IMAGE>` -> ids [L]."""
-        if y < 1 or x < 1:
-            raise ValueError(f"An image of {y} x {x} tokens is empty; both sides must be at least 1.")
         return np.concatenate([[self.som], self.encode_text(f"{y} {x}"), [self.image]]).astype(np.int32)
 
     def image_ids(self, codes_YX: np.ndarray) -> np.ndarray:

@@ -35,8 +35,8 @@ def _square(cfg: SigLIPVQConfig) -> Transform:
     return Transform(name, lambda p: p.reshape(grid, grid, -1), lambda p: p.reshape(1, grid * grid, -1))
 
 
-def vit_table(cfg: SigLIPVQConfig, prefix: str = "") -> NameTable:
-    """Names in the ViT's file; targets below `vit/` of `SigLIPVQ`'s parameters. `prefix` precedes every source key."""
+def vit_table(cfg: SigLIPVQConfig) -> NameTable:
+    """Names in the ViT's file; targets below `vit/` of `SigLIPVQ`'s parameters."""
     heads = (cfg.heads, cfg.head_dim)
     rules = [Rule("pos_embed", "vit/pos_embed", _square(cfg)), *weight_and_bias("patch_embed.proj", "vit/patch_embed", CONV)]
     for i in range(cfg.layers):
@@ -47,15 +47,11 @@ def vit_table(cfg: SigLIPVQConfig, prefix: str = "") -> NameTable:
         rules += weight_and_bias(f"{source}.attn.proj", f"{target}/proj", in_axes(*heads), layer=i)
         for name in ("fc1", "fc2"):
             rules += weight_and_bias(f"{source}.mlp.{name}", f"{target}/{name}", layer=i)
-    escaped = prefix.replace(".", r"\.")
-    return NameTable(
-        tuple(rule._replace(source=prefix + rule.source) for rule in rules),
-        tuple(Ignored(escaped + entry.pattern, entry.reason) for entry in VIT_IGNORED),
-    )
+    return NameTable(rules, VIT_IGNORED)
 
 
-def projector_table(cfg: SigLIPVQConfig, prefix: str = "") -> NameTable:
-    """Names in the projector's file: everything of `SigLIPVQ` but the ViT. `prefix` precedes every source key."""
+def projector_table(cfg: SigLIPVQConfig) -> NameTable:
+    """Names in the projector's file: everything of `SigLIPVQ` but the ViT."""
     rules = [Rule("quantize.embedding.weight", "codebook")]
     for name in ("quant_conv", "post_quant_conv"):
         rules += weight_and_bias(name, name, POINTWISE)
@@ -63,10 +59,11 @@ def projector_table(cfg: SigLIPVQConfig, prefix: str = "") -> NameTable:
         for n in (1, 2):
             rules += norm_rules(f"post_conv.{i}.norm{n}", f"post_conv_{i}/norm{n}")
             rules += weight_and_bias(f"post_conv.{i}.conv{n}", f"post_conv_{i}/conv{n}", CONV)
-    return NameTable(tuple(rule._replace(source=prefix + rule.source) for rule in rules))
+    return NameTable(rules)
 
 
-def table(cfg: SigLIPVQConfig, vit_prefix: str = "vit.", projector_prefix: str = "vqproj.") -> NameTable:
-    """Both files as one table for `SigLIPVQ`'s whole parameter tree; the reader puts the prefixes before each file's keys."""
-    vit, projector = vit_table(cfg, vit_prefix), projector_table(cfg, projector_prefix)
-    return NameTable((*vit.rules, *projector.rules), (*vit.ignored, *projector.ignored))
+def table(cfg: SigLIPVQConfig) -> NameTable:
+    """Both files as one table for `SigLIPVQ`'s whole parameter tree, the keys of each behind "vit." and "vqproj."."""
+    rules = [rule._replace(source=f"vit.{rule.source}") for rule in vit_table(cfg).rules]
+    rules += [rule._replace(source=f"vqproj.{rule.source}") for rule in projector_table(cfg).rules]
+    return NameTable(rules, [Ignored(rf"vit\.{entry.pattern}", entry.reason) for entry in VIT_IGNORED])
