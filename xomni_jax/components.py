@@ -61,7 +61,7 @@ class ModelComponents:
             return self._configs[name]
         described = self.description["components"].get(name)
         if described is None and self.released and name in self.released.errors:
-            raise CheckpointError(self.released.errors[name])
+            raise CheckpointError(self.released.errors[name].splitlines()[0])
         if described is None:
             have = ", ".join(sorted(self.description["components"])) or "nothing"
             raise CheckpointError(f"{self.path}: this model has no {name} (it has {have}); train that stage, or use a complete model")

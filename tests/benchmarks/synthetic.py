@@ -17,7 +17,7 @@ from xomni_jax.checkpoint.conversion import NameTable
 from xomni_jax.checkpoint.names import mmdit, siglip_vq, transformer
 from xomni_jax.checkpoint.safetensors_file import write_safetensors
 from xomni_jax.checkpoint.store import write_json
-from xomni_jax.checkpoint.tensors import LazyTensor
+from xomni_jax.checkpoint.tensor_file import LazyTensor
 from xomni_jax.checkpoint.torch_file import write_torch_file
 from xomni_jax.models.mmdit import MMDiTConfig
 from xomni_jax.models.siglip_vq import SigLIPVQConfig

@@ -22,7 +22,7 @@ from xomni_jax.checkpoint.component_source import NewParts
 from xomni_jax.checkpoint.conversion import ConversionError
 from xomni_jax.checkpoint.conversion_plan import ConversionPlan, plan_conversion
 from xomni_jax.checkpoint.conversion_report import Hashes, report_of
-from xomni_jax.checkpoint.store import FORMAT, CheckpointError, config_to_json, read_model_json, write_json
+from xomni_jax.checkpoint.store import CheckpointError, config_to_json, model_json_or_new, write_json
 from xomni_jax.checkpoint.stream import save_params
 from xomni_jax.checkpoint.tensor_file import check_space
 from xomni_jax.checkpoint.tokenizer_files import copy_tokenizer, with_image_tokens
@@ -115,8 +115,7 @@ def _publish(part: Path, to: Path, plan: ConversionPlan, report: dict[str, Any],
         copy_tokenizer(folder, part / name, say)
         if name == "tokenizer" and tokenizer is not None:
             (part / name / "tokenizer.json").write_text(tokenizer)
-    new = not (to / "model.json").is_file()
-    data: dict[str, Any] = {"format": FORMAT, "components": {}} if new else read_model_json(to)
+    new, data = not (to / "model.json").is_file(), model_json_or_new(to)
     if not new and (to / REPORT).is_file():
         old = _read_report(to)
         report = {key: {**old.get(key, {}), **value} for key, value in report.items()}

@@ -26,7 +26,7 @@ from xomni_jax.checkpoint.param_reader import copy_strided
 from xomni_jax.checkpoint.released import ALL, HEADS, PARTS
 from xomni_jax.checkpoint.safetensors_file import write_safetensors
 from xomni_jax.checkpoint.store import CheckpointError, config_from_json, read_model_json, write_json
-from xomni_jax.checkpoint.tensors import LazyTensor
+from xomni_jax.checkpoint.tensor_file import LazyTensor
 from xomni_jax.checkpoint.torch_file import write_torch_file
 from xomni_jax.models.registry import COMPONENTS
 from xomni_jax.models.siglip_vq import SigLIPVQConfig

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from xomni_jax.checkpoint.conversion import ConversionError
-from xomni_jax.checkpoint.conversion_plan import make_plan
 from xomni_jax.checkpoint.formats import detect_format, is_released
 from xomni_jax.checkpoint.orbax_reader import OrbaxReader
-from xomni_jax.checkpoint.released import ALL, PARTS, NotThere, open_release
+from xomni_jax.checkpoint.released import ALL
+from xomni_jax.checkpoint.released_model import ReleasedModel
 from xomni_jax.checkpoint.store import TOKENIZERS, CheckpointError, config_to_json, read_model_json
 
 TITLES = {"xomni": "released X-Omni", "qwen2": "plain Qwen2.5", "siglip2": "plain SigLIP2", "flux": "FLUX.1-dev"}
@@ -58,21 +58,16 @@ def open_view(path: str | Path) -> CheckpointView:
     path = Path(path)
     if not is_released(path) and (path / "model.json").is_file():
         return _of_model(path)
-    kind = detect_format(path)
-    view = CheckpointView(path, TITLES[kind])
-    for only, names in PARTS.items():
-        try:
-            plan = make_plan(open_release(*((None, path) if kind == "flux" else (path, None)), only))
-        except NotThere:
+    model = ReleasedModel(path)
+    view = CheckpointView(path, TITLES[detect_format(path)], faults=model.errors, settings=model.description["settings"])
+    view.tokenizers = list(model.folders)
+    for name, part in model.components.items():
+        params, wrong = part.readers()
+        if wrong:
+            view.faults[name] = str(ConversionError.of(wrong))
             continue
-        except ConversionError as e:
-            view.faults |= dict.fromkeys(names, str(e))
-            continue
-        for name, params in plan.params.items():
-            view.configs[name] = config_to_json(plan.release.components[name].config)
-            view.arrays[name] = {p.path: StoredArray(p.shape, p.dtype, p.read, p.release) for p in params}
-        view.settings |= plan.release.settings
-        view.tokenizers += list(plan.release.tokenizers)
+        view.configs[name] = config_to_json(part.config)
+        view.arrays[name] = {p.path: StoredArray(p.shape, p.dtype, p.read, p.release) for p in params}
     return view
 
 
@@ -124,7 +119,7 @@ class Difference:
       absolute: the largest |a - b|; NaN where there is nothing to compare.
       relative: that over the largest |a|.
       count: the number of values that differ.
-      parameters: the number of arrays it stands for: several for a component that one side lacks.
+      parameters: how many arrays differ in this way: all of a component that one side lacks, otherwise 1.
     """
 
     name: str

@@ -13,7 +13,7 @@ import tensorstore as ts
 
 from xomni_jax.checkpoint.store import DAMAGED, CheckpointError, array_metadata, reading
 
-SMALL = 4 * 2**20  # bytes of an array that is read whole and kept
+SMALL = 4 * 2**20  # bytes; smaller arrays are read whole and kept
 
 
 class OrbaxReader:
@@ -34,8 +34,7 @@ class OrbaxReader:
         self._context = ts.Context({"cache_pool": {"total_bytes_limit": 16 * 2**20}})  # for the directory of arrays, which all share
         self._kept: dict[str, np.ndarray] = {}
 
-    def store(self, path: str) -> ts.TensorStore:
-        """The open array."""
+    def _array(self, path: str) -> ts.TensorStore:
         if path not in self._open:
             name, base = path.replace("/", "."), f"file://{self.directory}/"
             kvstore: dict[str, Any] = {"driver": "file", "path": f"{self.directory}/{name}/"}
@@ -56,7 +55,7 @@ class OrbaxReader:
     def _read(self, path: str, index: Any) -> np.ndarray:
         if path in self._kept:
             return self._kept[path][index]
-        store = self.store(path)
+        store = self._array(path)
         nbytes = math.prod(store.shape) * store.dtype.numpy_dtype.itemsize
         if nbytes <= SMALL:
             self._kept[path] = store.read().result()

@@ -20,7 +20,7 @@ class ReleasedModel:
 
     Attributes:
       description: as in model.json.
-      errors: {component: why it cannot be read}, raised when it is used.
+      errors: {component: why it cannot be read}, to be raised when it is used.
       folders: {"tokenizer", "tokenizer_t5", "tokenizer_clip": directory}, as far as they exist.
     """
 
@@ -38,7 +38,7 @@ class ReleasedModel:
             except NotThere:
                 continue
             except ConversionError as e:
-                self.errors |= dict.fromkeys(names, str(e).splitlines()[0])
+                self.errors |= dict.fromkeys(names, str(e))
                 continue
             self.components |= release.components
             self.folders |= release.tokenizers

@@ -54,12 +54,12 @@ def config_to_json(cfg: Any) -> dict[str, Any]:
     return {f.name: plain(getattr(cfg, f.name)) for f in dataclasses.fields(cfg) if f.init}
 
 
-OLD_FIELDS = {"at_once": "microbatch"}  # {name in older model directories: name}
+RENAMED_FIELDS = {"at_once": "microbatch"}  # {name in older model directories: name}
 
 
 def config_from_json(cls: type, data: Mapping[str, Any], where: str) -> Any:
     """The inverse of `config_to_json`; the error names an unknown or missing field."""
-    data = {OLD_FIELDS.get(name, name): value for name, value in data.items()}
+    data = {RENAMED_FIELDS.get(name, name): value for name, value in data.items()}
     names = {f.name for f in dataclasses.fields(cls) if f.init}
     unknown = sorted(set(data) - names)
     if unknown:
@@ -101,6 +101,11 @@ def read_model_json(directory: str | Path) -> dict[str, Any]:
     return data
 
 
+def model_json_or_new(directory: str | Path) -> dict[str, Any]:
+    """The description of a model directory; that of an empty model where there is none yet."""
+    return read_model_json(directory) if (Path(directory) / "model.json").is_file() else {"format": FORMAT, "components": {}}
+
+
 def save_component(directory: str | Path, name: str, params: Any, config: Any, note: Mapping[str, Any] | None = None) -> None:
     """Writes one component's parameters and records it in model.json, replacing an earlier one of that name.
 
@@ -117,37 +122,29 @@ def save_component(directory: str | Path, name: str, params: Any, config: Any, n
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(directory / name, params, force=True)
     if jax.process_index() == 0:
-        path = directory / "model.json"
-        data = read_model_json(directory) if path.is_file() else {"format": FORMAT, "components": {}}
+        data = model_json_or_new(directory)
         data["components"][name] = {"config": config_to_json(config), "note": dict(note or {})}
-        write_json(path, data)
+        write_json(directory / "model.json", data)
 
 
 def save_settings(directory: str | Path, **settings: Any) -> None:
     """Records in model.json how the model is run by default: {name: frozen dataclass}."""
-    path = Path(directory) / "model.json"
     data = read_model_json(directory)
     data.setdefault("settings", {}).update({name: config_to_json(value) for name, value in settings.items()})
-    write_json(path, data)
+    write_json(Path(directory) / "model.json", data)
 
 
 def copy_components(source: str | Path, target: str | Path, names: tuple[str, ...]) -> None:
     """Copies components and all tokenizers of one model directory into another, unchanged."""
     source, target = Path(source), Path(target)
-    data = read_model_json(source)
+    data, out = read_model_json(source), model_json_or_new(target)
     target.mkdir(parents=True, exist_ok=True)
-    path = target / "model.json"
-    out = read_model_json(target) if path.is_file() else {"format": FORMAT, "components": {}}
-    for name in names:
-        if name in data["components"]:
-            if (source / name).is_dir():
-                shutil.copytree(source / name, target / name, dirs_exist_ok=True)
-            out["components"][name] = data["components"][name]
+    out["components"] |= {name: data["components"][name] for name in names if name in data["components"]}
     out["settings"] = data.get("settings", {}) | out.get("settings", {})
-    for name in TOKENIZERS:
+    for name in (*names, *TOKENIZERS):
         if (source / name).is_dir():
             shutil.copytree(source / name, target / name, dirs_exist_ok=True)
-    write_json(path, out)
+    write_json(target / "model.json", out)
 
 
 def load_component(directory: str | Path, name: str, wanted: Any, dtype: Any = None) -> Any:
@@ -173,7 +170,7 @@ def load_component(directory: str | Path, name: str, wanted: Any, dtype: Any = N
     return params if dtype is None else jax.jit(lambda t: jax.tree.map(lambda x: x.astype(dtype), t), donate_argnums=0)(params)
 
 
-class TidyLoop(asyncio.SelectorEventLoop):
+class QuietEventLoop(asyncio.SelectorEventLoop):
     """An event loop that prints nothing after a failed read.
 
     Orbax closes its loop at the first array that cannot be read. The coroutines of the other arrays are then abandoned, and TensorStore's
@@ -197,14 +194,14 @@ class TidyLoop(asyncio.SelectorEventLoop):
             return asyncio.Handle(callback, args, self, context)  # which nothing will run
 
 
-class TidyLoops(asyncio.DefaultEventLoopPolicy):
-    """Makes Orbax use `TidyLoop`."""
+class QuietEventLoopPolicy(asyncio.DefaultEventLoopPolicy):
+    """Makes Orbax use `QuietEventLoop`."""
 
     def new_event_loop(self) -> asyncio.AbstractEventLoop:
-        return TidyLoop()
+        return QuietEventLoop()
 
 
-ONE_READ = threading.RLock()  # the policy is global to the process
+READ_LOCK = threading.RLock()  # the policy is global to the process
 
 
 def reading(action: Callable[[], Any], sentence: str) -> Any:
@@ -212,9 +209,9 @@ def reading(action: Callable[[], Any], sentence: str) -> Any:
 
     Errors of the JAX runtime, such as too little memory or a process that does not answer, pass unchanged: the files are not at fault.
     """
-    with ONE_READ:
+    with READ_LOCK:
         before = asyncio.get_event_loop_policy()
-        asyncio.set_event_loop_policy(TidyLoops())
+        asyncio.set_event_loop_policy(QuietEventLoopPolicy())
         try:
             return action()
         except (CheckpointError, jax.errors.JaxRuntimeError):

@@ -61,9 +61,9 @@ def open_tensor_file(path: str | Path) -> TensorFile:
     elif head.startswith(b"PK"):
         file = TorchFile(path, data)
     else:
-        for start, kind, mend in OTHER_FORMATS:
+        for start, kind, remedy in OTHER_FORMATS:
             if head.startswith(start):
-                raise TensorFileError(f"{path}: is {kind}; {mend}")
+                raise TensorFileError(f"{path}: is {kind}; {remedy}")
         if path.suffix == ".safetensors":
             raise TensorFileError(f"{path}: does not start like a safetensors file; download it again")
         raise TensorFileError(f"{path}: is neither safetensors nor a zip file of torch.save; give one of these")
@@ -133,8 +133,8 @@ def open_sharded(folder: str | Path) -> TensorFiles:
     folder = Path(folder)
     if not folder.is_dir():
         raise TensorFileError(f"{folder}: no such folder; give a folder with {STEMS[0]}.safetensors or its index")
-    index, out = the_index(folder), TensorFiles()
-    for file in [open_tensor_file(the_file(folder))] if index is None else open_shards(index):
+    index, out = find_index(folder), TensorFiles()
+    for file in [open_tensor_file(find_file(folder))] if index is None else open_shards(index):
         out.add(file)
     out.paths[""] = folder
     return out
@@ -171,7 +171,7 @@ def disagreements(weight_map: dict[str, str], files: dict[str, TensorFile]) -> I
                 yield f"{show(key)} is in {name} as well as in {owner}, where the index places it"
 
 
-def the_index(folder: Path) -> Path | None:
+def find_index(folder: Path) -> Path | None:
     """The folder's index; the usual names first, since a variant (such as fp16) may lie beside it."""
     for stem in STEMS:
         if (folder / f"{stem}.safetensors.index.json").is_file():
@@ -182,16 +182,16 @@ def the_index(folder: Path) -> Path | None:
     return found[0] if found else None
 
 
-def the_file(folder: Path) -> Path:
+def find_file(folder: Path) -> Path:
     """The folder's only safetensors file, or a sentence that says what the folder is instead."""
     for stem in STEMS:
         if (folder / f"{stem}.safetensors").is_file():
             return folder / f"{stem}.safetensors"
     names = sorted(p.name for p in folder.iterdir())
-    for pattern, kind, mend in OTHER_FOLDERS:
+    for pattern, kind, remedy in OTHER_FOLDERS:
         for name in names:
             if re.fullmatch(pattern, name):
-                raise TensorFileError(f"{folder}: holds {kind} ({show(name)}), not model.safetensors or an index of shards; {mend}")
+                raise TensorFileError(f"{folder}: holds {kind} ({show(name)}), not model.safetensors or an index of shards; {remedy}")
     raise TensorFileError(
         f"{folder}: holds no {' or '.join(s + '.safetensors' for s in STEMS)} and no index of shards; give the model's folder"
     )
@@ -200,7 +200,7 @@ def the_file(folder: Path) -> Path:
 def read_index(path: Path) -> dict[str, str]:
     """{key: shard file name} of an index."""
     try:
-        index: Any = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+        index: Any = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
     except (OSError, ValueError, RecursionError) as e:
         raise TensorFileError(f"{path}: cannot be read as JSON ({show(str(e))}); download it again") from None
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
@@ -212,7 +212,7 @@ def read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object; a key that comes twice is an error, where `json` would silently keep the last."""
     out = dict(pairs)
     if len(out) != len(pairs):

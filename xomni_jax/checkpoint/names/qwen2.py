@@ -1,8 +1,8 @@
-"""Names of a plain Qwen2.5 language model, from which an X-Omni starts: what is taken, and how what is new starts.
+"""Names of a plain Qwen2.5 language model, from which an X-Omni starts.
 
-Taken as it is: text embedding and head, final norm, all layers (they become the language stack). New, drawn at random: vision layers, image
-embedding, image head; the norm before that head starts at 1. Until trained, text is computed exactly as Qwen2.5 computes it, since text
-positions pass through vision layers unchanged.
+Text embedding, text head, final norm and all layers are copied; the layers become the language stack. Vision layers, image embedding and
+image head are drawn at random; the norm before the image head starts at 1. Before training, text is computed exactly as Qwen2.5 computes
+it, since text positions pass through vision layers unchanged.
 """
 
 from __future__ import annotations

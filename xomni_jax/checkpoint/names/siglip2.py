@@ -22,7 +22,7 @@ from xomni_jax.checkpoint.conversion import (
 from xomni_jax.checkpoint.names.initializers import constant, fan_in, unit_rows
 from xomni_jax.models.siglip_vq import SigLIPVQConfig
 
-# Behind the prefix of the image tower, then in the whole file.
+# Keys after the prefix of the image tower.
 TOWER_IGNORED = (
     Ignored(r"post_layernorm\..*", "a final norm the tokenizer does not apply: the last block's output is the feature"),
     Ignored(r"head\..*", "the pooling head of contrastive training"),
@@ -35,7 +35,7 @@ IGNORED = (
 
 
 def table(cfg: SigLIPVQConfig, prefix: str = "vision_model.") -> NameTable:
-    """The image tower of `cfg`'s sizes below `vit/`, and how everything behind it starts.
+    """The image tower of `cfg`'s sizes, as parameters below `vit/`, and initial values of everything after it.
 
     Towers saved alone by transformers 5 have no prefix: pass an empty one.
     """

@@ -63,7 +63,7 @@ def projector_table(cfg: SigLIPVQConfig) -> NameTable:
 
 
 def table(cfg: SigLIPVQConfig) -> NameTable:
-    """Both files as one table for `SigLIPVQ`'s whole parameter tree, the keys of each behind "vit." and "vqproj."."""
+    """Both files as one table for `SigLIPVQ`'s whole parameter tree; keys have the prefix "vit." or "vqproj."."""
     rules = [rule._replace(source=f"vit.{rule.source}") for rule in vit_table(cfg).rules]
     rules += [rule._replace(source=f"vqproj.{rule.source}") for rule in projector_table(cfg).rules]
     return NameTable(rules, [Ignored(rf"vit\.{entry.pattern}", entry.reason) for entry in VIT_IGNORED])
