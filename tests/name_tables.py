@@ -22,6 +22,12 @@ def plan(sources: Mapping[str, Any], table: NameTable, wanted: Mapping[str, tupl
     return list(table.rules)
 
 
+def stand_ins(table: NameTable, wanted: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """Arrays {key: array} of the shapes that the table turns into `wanted`; they take no memory."""
+    made = {rule.target: np.broadcast_to(np.int8(0), wanted[rule.target]) for rule in table.rules}
+    return {rule.source: rule.transform.to_torch(made[rule.target][rule.place(made[rule.target].ndim)]) for rule in table.rules}
+
+
 def to_params(tensors: Mapping[str, np.ndarray], table: NameTable, wanted: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """PyTorch tensors {key: array} -> nested linen parameters with the shapes `wanted` ({path: shape}); dtypes are kept."""
     flat: dict[str, np.ndarray] = {}

@@ -52,7 +52,7 @@ class XOmni(ModelComponents):
           length: tokens that the prompts are padded to; by default the bucket of the longest.
         """
         ids_PS, lengths_P = pad_prompts([self.tokenizer.generation_prompt(p, *grid) for p in prompts], length)
-        negative = pad_prompts([self.tokenizer.negative_prompt(*grid)] * len(prompts)) if sampling.guided else None
+        negative = pad_prompts([self.tokenizer.image_prefix(*grid)] * len(prompts)) if sampling.guided else None
         (batch,) = self.batches(len(prompts))
         inputs = jax.tree.map(batch.take, (ids_PS, lengths_P, keys_PR, negative))
         with jax.set_mesh(self.mesh):

@@ -24,7 +24,7 @@ def config(**changes) -> SigLIPVQConfig:
 def shapes(cfg: SigLIPVQConfig) -> dict[str, tuple[int, ...]]:
     """{parameter path: shape} of the model."""
     pixels = jax.ShapeDtypeStruct((1, cfg.patch, cfg.patch, 3), jnp.float32)
-    tree = jax.eval_shape(lambda x: SigLIPVQ(cfg).init(jax.random.key(0), x, train=False), pixels)["params"]
+    tree = jax.eval_shape(lambda x: SigLIPVQ(cfg).init(jax.random.key(0), x), pixels)["params"]
     return {path: leaf.shape for path, leaf in flatten(meta.unbox(tree)).items()}
 
 

@@ -14,7 +14,7 @@ from tests.models.test_transformer import CFG as BASE
 from tests.models.test_transformer import random_params
 from xomni_jax.models.transformer import ARTransformer
 from xomni_jax.sampling.cache import GeneratedCache, decode_step, prefill
-from xomni_jax.sampling.generate import append_codes, draw_codes, generate_codes, generate_text, replay_logp, start_codes, unpack_mask
+from xomni_jax.sampling.generate import append_codes, draw_codes, generate_codes, generate_text, replay_logp, start_codes
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sharding.mesh import make_mesh
 from xomni_jax.sharding.rules import param_shardings
@@ -118,7 +118,7 @@ def test_replay_equals_the_sampler(sampling):
     codes, packed = out["codes"].reshape(P * R, T), out["sampling_mask"]
     if packed is not None:
         assert packed.shape == (P, R, T, 2) and packed.dtype == jnp.uint8
-        mask = unpack_mask(packed, CFG.image_vocab_size)
+        mask = jnp.unpackbits(packed, axis=-1, count=CFG.image_vocab_size).astype(bool)
         assert bool(jnp.all(jnp.take_along_axis(mask, out["codes"][..., None], -1))) and not bool(jnp.all(mask))
         packed = packed.reshape(P * R, T, 2)
     ids, lengths = np.repeat(IDS, R, axis=0), np.repeat(LENGTHS, R)

@@ -10,6 +10,7 @@ from xomni_jax.data import build_tiny_tokenizer, glyphs, rendered, words
 from xomni_jax.sequence.tokenizer import TINY_TOKENIZER, MultimodalTokenizer, encoder_ids, fixed_length_ids, read_tokenizer
 
 CODES_YX = np.arange(15).reshape(3, 5) * 31 % 512
+IMAGE_STRING = "<SOM>3 5<IMAGE>" + "".join(f"<MM-Token-{k}>" for k in CODES_YX.ravel()) + "<EOM>"
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +59,8 @@ def test_generation_prompt_is_the_tokenised_string(tok):
     prompt = 'two blue circles, "X"'
     whole = tok.text.encode(prompt + "<SOM>3 12<IMAGE>", add_special_tokens=False)
     assert tok.generation_prompt(prompt, 3, 12).tolist() == whole
-    assert tok.negative_prompt(3, 12).tolist() == tok.text.encode("<SOM>3 12<IMAGE>", add_special_tokens=False)
-    assert tok.image_ids(CODES_YX).tolist() == tok.text.encode(tok.image_string(3, 5, CODES_YX), add_special_tokens=False)
+    assert tok.image_prefix(3, 12).tolist() == tok.text.encode("<SOM>3 12<IMAGE>", add_special_tokens=False)
+    assert tok.image_ids(CODES_YX).tolist() == tok.text.encode(IMAGE_STRING, add_special_tokens=False)
 
 
 def test_generation_sequence(tok):
@@ -73,7 +74,7 @@ def test_generation_sequence(tok):
 
 def test_understanding_is_the_tokenised_chat(tok):
     question = "what does the sign say?"
-    turn = f"<|im_start|>user\n{tok.image_string(3, 5, CODES_YX)}\n{question}<|im_end|>\n<|im_start|>assistant\n"
+    turn = f"<|im_start|>user\n{IMAGE_STRING}\n{question}<|im_end|>\n<|im_start|>assistant\n"
     prompt = tok.understanding_prompt(CODES_YX, question)
     assert prompt.tolist() == tok.text.encode(turn, add_special_tokens=False)
     ids_L, loss_L = tok.understanding_sequence(CODES_YX, question, "HELLO")

@@ -84,6 +84,13 @@ class RMSNorm(nn.Module):
         return (x * scale.astype(jnp.float32)).astype(self.dtype)
 
 
+def scale_and_shift(norm: nn.Module, x: jax.Array) -> jax.Array:
+    """x * scale + bias over the last axis, in float32, with the parameters of the normalisation `norm`."""
+    scale = norm.param("scale", named(nn.initializers.ones, "norm"), (x.shape[-1],), norm.param_dtype)
+    bias = norm.param("bias", named(nn.initializers.zeros, "norm"), (x.shape[-1],), norm.param_dtype)
+    return x * scale.astype(jnp.float32) + bias.astype(jnp.float32)
+
+
 class LayerNorm(nn.Module):
     """Layer normalisation over the last axis, computed in float32, returned in `dtype`; `affine` adds scale and bias."""
 
@@ -97,11 +104,7 @@ class LayerNorm(nn.Module):
         x = x.astype(jnp.float32)
         mean = jnp.mean(x, axis=-1, keepdims=True)
         x = (x - mean) * jax.lax.rsqrt(jnp.mean((x - mean) ** 2, axis=-1, keepdims=True) + self.eps)
-        if self.affine:
-            scale = self.param("scale", named(nn.initializers.ones, "norm"), (x.shape[-1],), self.param_dtype)
-            bias = self.param("bias", named(nn.initializers.zeros, "norm"), (x.shape[-1],), self.param_dtype)
-            x = x * scale.astype(jnp.float32) + bias.astype(jnp.float32)
-        return x.astype(self.dtype)
+        return (scale_and_shift(self, x) if self.affine else x).astype(self.dtype)
 
 
 class GroupNorm(nn.Module):
@@ -119,9 +122,7 @@ class GroupNorm(nn.Module):
         over = (-4, -3, -1)
         mean = jnp.mean(g, axis=over, keepdims=True)
         g = (g - mean) * jax.lax.rsqrt(jnp.mean((g - mean) ** 2, axis=over, keepdims=True) + self.eps)
-        scale = self.param("scale", named(nn.initializers.ones, "norm"), (channels,), self.param_dtype)
-        bias = self.param("bias", named(nn.initializers.zeros, "norm"), (channels,), self.param_dtype)
-        return (g.reshape(x.shape) * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(self.dtype)
+        return scale_and_shift(self, g.reshape(x.shape)).astype(self.dtype)
 
 
 class Conv(nn.Module):

@@ -20,14 +20,13 @@ class Component(NamedTuple):
 
     Attributes:
       config: its config class. module: (config) -> its linen module. presets: its named configs.
-      inputs: (config) -> inputs small enough to trace its initialisation. options: keyword arguments beside them.
+      inputs: (config) -> inputs small enough to trace its initialisation.
     """
 
     config: type
     module: Callable[[Any], nn.Module]
     presets: Mapping[str, Any]
     inputs: Callable[[Any], tuple[Any, ...]] = lambda c: (jnp.zeros((1, 2), jnp.int32),)
-    options: Mapping[str, Any] = {}
 
 
 def _mmdit_inputs(c: mmdit.MMDiTConfig):
@@ -48,7 +47,6 @@ COMPONENTS: dict[str, Component] = {
         siglip_vq.SigLIPVQ,
         siglip_vq.PRESETS,
         lambda c: (jnp.zeros((1, 2 * c.patch, c.patch, 3)),),
-        {"train": False},
     ),
     "mmdit": Component(mmdit.MMDiTConfig, mmdit.MMDiT, mmdit.PRESETS, _mmdit_inputs),
     "autoencoder": Component(
@@ -64,10 +62,9 @@ def init_params(name: str, cfg: Any, key: jax.Array) -> Any:
 
     A component without parameters gives an empty tree.
     """
-    row = COMPONENTS[name]
-    inputs = row.inputs(cfg)
+    component = COMPONENTS[name]
     with unconstrained():
-        return row.module(cfg).init(key, *inputs, **row.options).get("params", {})
+        return component.module(cfg).init(key, *component.inputs(cfg)).get("params", {})
 
 
 def boxed_shapes(name: str, cfg: Any) -> Any:

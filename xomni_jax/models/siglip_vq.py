@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from xomni_jax.models.layers import Conv, GroupNorm, Projection, named
-from xomni_jax.models.quantizer import Quantized, nearest_codes, normalize, quantize_train
+from xomni_jax.models.quantizer import nearest_codes, normalize, quantize_train
 from xomni_jax.models.vit import ViT, ViTConfig
 from xomni_jax.sharding.rules import constrain
 
@@ -71,7 +71,7 @@ class ResidualConv(nn.Module):
 
 
 class SigLIPVQ(nn.Module):
-    """The tokenizer; `__call__` is its training forward, the other methods are its parts. Any size the patch divides."""
+    """The tokenizer; `__call__` is the forward pass of its training. Takes images of any size that the patch divides."""
 
     cfg: SigLIPVQConfig
 
@@ -94,15 +94,7 @@ class SigLIPVQ(nn.Module):
 
     def outputs(self, pixels_BHWC: jax.Array) -> jax.Array:
         """Normalised encoder outputs z [B, Y, X, C]: what codes are searched for, and what a codebook is started from."""
-        return self._project(self.vit(pixels_BHWC))
-
-    def _project(self, features_BYXD: jax.Array) -> jax.Array:
-        return normalize(self.quant_conv(features_BYXD))
-
-    def quantize(self, features_BYXD: jax.Array, skip_B: jax.Array | None = None) -> Quantized:
-        """Codes, straight-through rows, IBQ losses and code usage of ViT features; see `quantizer.quantize_train`."""
-        c = self.cfg
-        return quantize_train(self._project(features_BYXD), self.codebook, skip_B, c.temperature, c.beta)
+        return normalize(self.quant_conv(self.vit(pixels_BHWC)))
 
     def encode(self, pixels_BHWC: jax.Array) -> jax.Array:
         """Pixels [B, H, W, 3] in [-1, 1] -> codes [B, Y, X] int32."""
@@ -119,33 +111,19 @@ class SigLIPVQ(nn.Module):
             x_BYXD = block(x_BYXD)
         return x_BYXD
 
-    def __call__(
-        self,
-        pixels_BHWC: jax.Array,
-        key: jax.Array | None = None,
-        *,
-        skip_B: jax.Array | None = None,
-        skip_probability: float | jax.Array | None = None,
-        train: bool = True,
-    ) -> dict[str, Any]:
-        """Semantics of what quantisation lets through, with its losses.
+    def __call__(self, pixels_BHWC: jax.Array, skip_B: jax.Array | None = None) -> dict[str, Any]:
+        """Semantics of images after quantisation, with its losses.
 
         Args:
-          key: draws which images skip quantisation; needed in training unless `skip_B` names them.
-          skip_B: bool [B], True: the image passes as continuous features.
-          skip_probability: overrides the config's, traced or not; 1 is a fully continuous warm-up.
-          train: False: nothing is skipped.
+          skip_B: bool [B], True: the image skips quantisation and passes as continuous features. None quantises all.
 
         Returns:
           {"semantics": [B, Y, X, D], "codes": [B, Y, X], "z": [B, Y, X, C] normalised encoder outputs, "losses": the terms of
           `Quantized.losses`, "usage": [V] share of positions per code, "skipped": [B] bool}.
         """
-        c, B = self.cfg, pixels_BHWC.shape[0]
-        if not train:
-            skip_B = jnp.zeros((B,), bool)
-        elif skip_B is None:
-            p = c.skip_probability if skip_probability is None else skip_probability
-            skip_B = jax.random.uniform(key, (B,)) < p
+        c = self.cfg
+        if skip_B is None:
+            skip_B = jnp.zeros(pixels_BHWC.shape[:1], bool)
         z_BYXC = self.outputs(pixels_BHWC)
         q = quantize_train(z_BYXC, self.codebook, skip_B, c.temperature, c.beta)
         return {"semantics": self._decode(q.rows), "codes": q.codes, "z": z_BYXC, "losses": q.losses, "usage": q.usage, "skipped": skip_B}

@@ -311,7 +311,7 @@ class GRPOStage:
             prompts = first_batch(cfg.data, cfg.seed + GRID_SEED, n)["caption"]
             keys_P = image_keys(cfg.seed, n)
             ids_PS, lengths_P = rollouts.prompt_ids(prompts)
-            negative = pad_prompts([model.tokenizer.negative_prompt(*grid)] * n) if cfg.sampling.guided else None
+            negative = pad_prompts([model.tokenizer.image_prefix(*grid)] * n) if cfg.sampling.guided else None
             keys_PR = jax.vmap(lambda k: jax.random.split(k, 8))(keys_P)
             out = rollouts.sampler(rollouts.sampler_params(state.params), ids_PS, lengths_P, keys_PR, negative, stop.check)
             images = rollouts.images(out["codes"], [p for p in prompts for _ in range(8)], jnp.repeat(keys_P, 8))

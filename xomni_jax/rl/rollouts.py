@@ -171,7 +171,7 @@ class Rollouts:
             else jax.vmap(lambda k: jax.random.split(k, R))(noise_keys_P)
         )
         ids_PS, lengths_P = self.prompt_ids(prompts)
-        negative = pad_prompts([self.model.tokenizer.negative_prompt(*self.grid)] * P) if self.sampling.guided else None
+        negative = pad_prompts([self.model.tokenizer.image_prefix(*self.grid)] * P) if self.sampling.guided else None
         seconds = {"perf/rollout_s": 0.0, "perf/decode_s": 0.0}
         made, drawing, images, waiting = [], [], [], []
 

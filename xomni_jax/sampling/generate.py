@@ -35,16 +35,6 @@ class RolloutState:
         return RolloutState(constrain(self.hidden_PRD, "batch", None, "residual", name="hidden"), self.cache.replace(kv=kv))
 
 
-def pack_mask(sampling_mask: jax.Array) -> jax.Array:
-    """bool [..., V] -> uint8 [..., ceil(V / 8)], eight tokens per byte."""
-    return jnp.packbits(sampling_mask, axis=-1)
-
-
-def unpack_mask(packed: jax.Array, vocab: int) -> jax.Array:
-    """uint8 [..., ceil(V / 8)] -> bool [..., V]."""
-    return jnp.unpackbits(packed, axis=-1, count=vocab).astype(bool)
-
-
 def append_codes(ids_BS: jax.Array, lengths_B: jax.Array, codes_BT: jax.Array, vocab_size: int) -> jax.Array:
     """Right-padded prompts with image codes inserted before the padding: ids [B, S] and codes [B, T] -> ids [B, S + T]."""
     S, T = ids_BS.shape[1], codes_BT.shape[1]
@@ -76,7 +66,7 @@ def generate_codes(
 
     Returns:
       codes [P, R, T] int32, 0-based; logp [P, R, T] float32, under the truncated distribution each code was sampled from;
-      sampling_mask: uint8 [P, R, T, ceil(image_vocab_size / 8)] or None.
+      sampling_mask: uint8 [P, R, T, ceil(image_vocab_size / 8)], eight codes per byte, or None.
     """
     prompt, state = start_codes(model, params, prompt_ids_PS, lengths_P, n_codes, keys_PR.shape[1], sampling, negative)
     return draw_codes(model, params, prompt, state, n_codes, keys_PR, sampling, return_mask)[1]
@@ -124,7 +114,7 @@ def draw_codes(
         codes_PR, logp_PR, mask_PRV = draw(scores_PRV, _fold_in(keys_PR, state.cache.column), sampling)
         ids = jnp.repeat(codes_PR + model.cfg.vocab_size, pair.shape[1], axis=0)
         state = RolloutState(*decode_step(model, params, ids, prompt, state.cache))
-        return state, (codes_PR, logp_PR, pack_mask(mask_PRV) if return_mask else None)
+        return state, (codes_PR, logp_PR, jnp.packbits(mask_PRV, axis=-1) if return_mask else None)
 
     state, out = jax.lax.scan(step, state, length=n)
     codes, logp, sampling_mask = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), out)
@@ -211,7 +201,9 @@ def replay_logp(
     def score(codes_BC, *arrays):
         logits = [head_logits(h_BCD, kernel_DV) for h_BCD in arrays[: len(hidden)]]
         scores = guide(logits[0], logits[1] if sampling.guided else None, sampling.guidance)
-        mask = unpack_mask(arrays[-1], cfg.image_vocab_size) if sampling_mask is not None else None
+        mask = None
+        if sampling_mask is not None:
+            mask = jnp.unpackbits(arrays[-1], axis=-1, count=cfg.image_vocab_size).astype(bool)
         return token_logp(temper(scores, sampling.temperature), codes_BC, mask)
 
     return map_chunks(score, (codes_BT, *hidden, *(() if sampling_mask is None else (sampling_mask,))), chunk)

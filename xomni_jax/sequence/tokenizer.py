@@ -6,6 +6,7 @@ k is id `vocab_size + k`, and the three special tokens, looked up by name, lie b
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -45,15 +46,15 @@ class MultimodalTokenizer:
             )
         self.som, self.eom, self.image, first, self.end_of_turn = (table[n] for n in (SOM, EOM, IMAGE, FIRST_CODE, END_OF_TURN))
         self.pad = text.pad_token_id if text.pad_token_id is not None else self.end_of_turn
-        codes = sum(name.startswith("<MM-Token-") for name in table)
-
         self.vocab_size = first if vocab_size is None else vocab_size
         if first != self.vocab_size:
             raise ValueError(
                 f"The tokenizer {text.name_or_path!r} puts {FIRST_CODE} at id {first} but the model's vocab_size is"
                 f" {self.vocab_size}; take both from the same checkpoint."
             )
-        self.image_vocab_size = self._first_gap(table, codes) if image_vocab_size is None else image_vocab_size
+        if image_vocab_size is None:  # codes follow each other without a gap
+            image_vocab_size = next(k for k in itertools.count(1) if table.get(f"<MM-Token-{k}>") != first + k)
+        self.image_vocab_size = image_vocab_size
         last = f"<MM-Token-{self.image_vocab_size - 1}>"
         if table.get(last) != first + self.image_vocab_size - 1:
             raise ValueError(
@@ -81,20 +82,16 @@ class MultimodalTokenizer:
         wrong = np.flatnonzero(ids >= self.vocab_size)
         if wrong.size:
             token = self.text.convert_ids_to_tokens(int(ids[wrong[0]]))
-            raise ValueError(f"The text {_short(text)} contains the multimodal token {token}; leave it out.")
+            shown = repr(text if len(text) <= 60 else text[:57] + "...")
+            raise ValueError(f"The text {shown} contains the multimodal token {token}; leave it out.")
         return ids
 
     def decode_text(self, ids: Sequence[int] | np.ndarray) -> str:
         """Ids -> text without special tokens."""
         return self.text.decode([int(i) for i in ids], skip_special_tokens=True)
 
-    def image_string(self, y: int, x: int, codes_YX: np.ndarray | None = None) -> str:
-        """An image as text: the part before the codes, or the whole image with `codes_YX`."""
-        head = f"{SOM}{y} {x}{IMAGE}"
-        return head if codes_YX is None else head + "".join(f"<MM-Token-{k}>" for k in np.ravel(codes_YX)) + EOM
-
     def image_prefix(self, y: int, x: int) -> np.ndarray:
-        """`<SOM>Y X<IMAGE>` -> ids [L]."""
+        """`<SOM>Y X<IMAGE>` -> ids [L]; the negative prompt of guidance."""
         return np.concatenate([[self.som], self.encode_text(f"{y} {x}"), [self.image]]).astype(np.int32)
 
     def image_ids(self, codes_YX: np.ndarray) -> np.ndarray:
@@ -106,10 +103,6 @@ class MultimodalTokenizer:
     def generation_prompt(self, prompt: str, y: int, x: int) -> np.ndarray:
         """Prompt of an image to be sampled: the plain text and the image prefix, without chat template -> ids [L]."""
         return np.concatenate([self.encode_text(prompt), self.image_prefix(y, x)])
-
-    def negative_prompt(self, y: int, x: int) -> np.ndarray:
-        """Negative prompt of guidance: the image prefix alone -> ids [L]."""
-        return self.image_prefix(y, x)
 
     def generation_sequence(self, prompt: str, codes_YX: np.ndarray) -> TokenSequence:
         """Prompt and image for training. Targets are the codes; `<EOM>` is appended and never predicted, and so is not a target."""
@@ -126,7 +119,8 @@ class MultimodalTokenizer:
         assistant's turn -> ids [L]."""
         codes_YX = self._checked(codes_YX)
         self.encode_text(question)  # raises if it contains multimodal tokens
-        content = self.image_string(*codes_YX.shape) + EOM + "\n" + question
+        y, x = codes_YX.shape
+        content = f"{SOM}{y} {x}{IMAGE}{EOM}\n{question}"
         turn = self.text.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
         # The tokenizer splits text at special tokens, so inserting the codes as ids is equal to tokenising their 5,184 names.
         ids_L = np.array(self.text.encode(turn, add_special_tokens=False), np.int32)
@@ -147,9 +141,6 @@ class MultimodalTokenizer:
         if codes_YX.size and not 0 <= codes_YX.min() <= codes_YX.max() < self.image_vocab_size:
             raise ValueError(f"Image codes {codes_YX.min()}..{codes_YX.max()} must lie within 0..{self.image_vocab_size - 1}.")
         return codes_YX
-
-    def _first_gap(self, table: dict[str, int], most: int) -> int:
-        return next((k for k in range(most) if table.get(f"<MM-Token-{k}>") != self.vocab_size + k), most)
 
 
 def read_tokenizer(path: str | Path) -> Any:
@@ -191,7 +182,3 @@ def fixed_length_ids(tokenizer: Any, texts: Sequence[str], length: int) -> np.nd
         found = text.encode(t, add_special_tokens=False)[: length - 1]
         row[: len(found)] = found
     return ids
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 60 else text[:57] + "...")

@@ -133,7 +133,7 @@ class TokenizerLearner(nn.Module):
 
     def __call__(self, pixels_BHWC: jax.Array, ids_BL: jax.Array, skip_B: jax.Array | None = None) -> dict[str, Any]:
         """`SigLIPVQ.__call__`'s outputs plus "logp" and "right" [B, L] of the text, "cells" [B, Y, X, classes] float32 logits."""
-        out = self.tokenizer(pixels_BHWC, skip_B=skip_B, train=skip_B is not None)
+        out = self.tokenizer(pixels_BHWC, skip_B)
         out["logp"], out["right"] = self.reader(out["semantics"], ids_BL)
         if self.read.dense_classes:
             # One linear map: what it can read is linearly there in every vector, which is also what the image decoder adds in.
