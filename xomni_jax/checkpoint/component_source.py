@@ -23,9 +23,9 @@ from xomni_jax.models.registry import init_params
 
 @dataclasses.dataclass(frozen=True)
 class NewParts:
-    """Sizes of what a plain model lacks (by default the released ones), and the seed of its initial values.
+    """Sizes of the parts that a plain model lacks, by default as released, and the seed of their initial values.
 
-    `semantic_dim`, the width of the decoder's semantic input, is the image tokenizer's width where that is known.
+    `semantic_dim` is the width of the decoder's semantic input; where an image tokenizer is converted, its width is used instead.
     """
 
     image_vocab_size: int = 16384

@@ -53,8 +53,8 @@ class Rule(NamedTuple):
 
     Attributes:
       source: the key in the PyTorch file. target: the "/"-joined parameter path.
-      layer: the row of a stacked (scanned) parameter that this key fills.
-      part: (axis, index) within that row, or within an unstacked parameter, where several keys make one parameter: the q of a fused qkv.
+      layer: index of the layer, if the parameter is a stack of all layers.
+      part: (axis, index) within the layer, if several keys fill one parameter, such as q, k and v of a fused qkv.
     """
 
     source: str
@@ -100,7 +100,7 @@ class Initializer(NamedTuple):
 
 
 class Init(NamedTuple):
-    """A parameter that no source key fills. One layer is drawn at a time if `stacked`, that is, if the first axis counts layers."""
+    """A parameter that no source key fills. If its first axis counts layers (`stacked`), each layer is drawn on its own."""
 
     target: str
     initializer: Initializer
@@ -143,7 +143,7 @@ def problems(
     describe: Callable[[str], str] = str,
     describe_missing: Callable[[str], str] = str,
 ) -> list[str]:
-    """Keys without a rule, rules without a key, parameters filled twice, in part or not at all, and shapes that do not fit.
+    """What is wrong: keys without a rule, rules without a key, parameters filled twice, partly or not at all, shapes that do not fit.
 
     Args:
       sources: {key: object with a shape}. wanted: {path: shape} of the parameters.
@@ -189,7 +189,7 @@ def _coverage(table: NameTable, wanted: Mapping[str, tuple[int, ...]]) -> list[s
 
 
 def _misfit(rule: Rule, shape: tuple[int, ...], target: tuple[int, ...]) -> list[str]:
-    """[why a source of this shape does not fill the rule's place], or []; tried on an array of this shape that takes no memory."""
+    """Why a source of this shape does not fit its place in the target, or []; tried on an array that takes no memory."""
     stand_in = np.broadcast_to(np.int8(0), shape)
     expected = np.broadcast_to(np.int8(0), target)[rule.place(len(target))].shape
     try:

@@ -1,4 +1,4 @@
-"""Published directories into one model directory, streamed component by component.
+"""Converts published directories into one model directory, component by component.
 
 The work is done in TO.part. An interrupted run leaves it there, and the same command resumes after the last complete component. TO itself
 appears, or gains components, only when everything is written.

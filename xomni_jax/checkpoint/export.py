@@ -1,4 +1,4 @@
-"""A model directory back into the released layout, one tensor at a time, by the tables that read it.
+"""Writes a model directory in the released layout, one tensor at a time, by the tables that convert it.
 
 TO/config.json, model*.safetensors, tokenizer files     the unified transformer
 TO/<siglip_path>, TO/<projector_path>                   the image tokenizer, as safetensors or .pth

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and how two differ; model directories and published ones alike, under our parameters' names."""
+"""Describes a checkpoint and compares two, in our parameters' names; takes model directories and published ones."""
 
 from __future__ import annotations
 

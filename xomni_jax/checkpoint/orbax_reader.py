@@ -1,4 +1,4 @@
-"""Reads what Orbax wrote in parts: one array, or one layer of a stacked one, at a time."""
+"""Reads an Orbax checkpoint piece by piece: one array, or one layer of a stacked array, at a time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class OrbaxReader:
 
     Attributes:
       arrays: {path: object with shape and dtype}.
-      spill: a folder for arrays that are stored in chunks of many layers but read layer by layer; each is unpacked there once.
+      spill: a folder for large arrays whose chunks hold several layers; each is copied there once, and its layers are read from the copy.
     """
 
     def __init__(self, directory: str | Path, spill: str | Path | None = None):

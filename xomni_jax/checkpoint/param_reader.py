@@ -1,4 +1,4 @@
-"""Our parameters read out of a checkpoint's tensors, any rectangle of one at a time; no more than that rectangle is held in memory."""
+"""Reads our parameters from a checkpoint's tensors, one rectangle of a parameter at a time; only that rectangle is held in memory."""
 
 from __future__ import annotations
 

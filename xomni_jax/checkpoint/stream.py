@@ -1,4 +1,4 @@
-"""Streaming into Orbax: parameters that are never whole in memory, written as an ordinary checkpoint that Orbax restores on any mesh."""
+"""Writes parameters block by block as an ordinary Orbax checkpoint, which any mesh can restore; no parameter is whole in memory."""
 
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ class _Writer(ocp.type_handlers.TypeHandler):
         return "jax.Array"  # which handler restores it
 
     async def serialize(self, values: Sequence[ParamReader], infos: Sequence[Any], args: Any = None) -> list[Any]:
-        context, pending = _context(), _Pending()
+        limits = {"cache_pool": {"total_bytes_limit": 0}, "data_copy_concurrency": {"limit": 2}, "file_io_concurrency": {"limit": 4}}
+        context, pending = ts.Context(limits), _Pending()
         # In the order of the files, so that a disk reads forward; layers of one parameter stay together.
         pairs = sorted(zip(values, infos), key=lambda pair: _first_source(pair[0]))
         arrays = []
@@ -131,10 +132,6 @@ def _first_source(param: ParamReader) -> tuple[str, str]:
 def _base(directory: Any) -> str:
     path = str(directory).rstrip("/") + "/"
     return path if "://" in path else f"file://{path}"
-
-
-def _context() -> ts.Context:
-    return ts.Context({"cache_pool": {"total_bytes_limit": 0}, "data_copy_concurrency": {"limit": 2}, "file_io_concurrency": {"limit": 4}})
 
 
 def _create(base: str, name: str, param: ParamReader, context: ts.Context) -> Any:

@@ -1,4 +1,4 @@
-"""Files of tensors: names, shapes and dtypes are known at once; values are views of a memory map, one at a time."""
+"""Files of tensors: opening one reads names, shapes and dtypes; values are views of a memory map."""
 
 from __future__ import annotations
 

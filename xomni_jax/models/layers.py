@@ -64,9 +64,9 @@ class Projection(nn.Module):
 
 
 def linear(cfg: Any, name: str, features: int | Sequence[int], axes: Sequence[str | None], bias: bool = True, **kw: Any) -> Projection:
-    """A `Projection` whose number formats are those of a model's config: its `dtype`, `param_dtype` and `int8`."""
-    features = (features,) if isinstance(features, int) else features
-    return Projection(features, axes, bias=bias, dtype=cfg.dtype, param_dtype=cfg.param_dtype, int8=cfg.int8, name=name, **kw)
+    """A `Projection` whose number formats are those of a model's config: its `dtype`, `param_dtype` and, where it has one, `int8`."""
+    features, int8 = (features,) if isinstance(features, int) else features, getattr(cfg, "int8", False)
+    return Projection(features, axes, bias=bias, dtype=cfg.dtype, param_dtype=cfg.param_dtype, int8=int8, name=name, **kw)
 
 
 class RMSNorm(nn.Module):

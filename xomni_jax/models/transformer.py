@@ -12,7 +12,7 @@ from flax import struct
 
 from xomni_jax.models.attention import attend, check_attention, on_kernels
 from xomni_jax.models.decode_attention import step_kernel
-from xomni_jax.models.layers import Embed, Projection, RMSNorm
+from xomni_jax.models.layers import Embed, RMSNorm, linear
 from xomni_jax.models.stack import StackConfig, stacked
 from xomni_jax.models.vocab_heads import Head, select
 from xomni_jax.sharding.rules import constrain
@@ -181,10 +181,10 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array, past: tuple[jax.Array, ...] | None, ctx: Context):
-        c, dtypes = self.cfg, dict(dtype=self.cfg.dtype, param_dtype=self.cfg.param_dtype)
+        c = self.cfg
 
         def heads(name: str, axis: str, n: int) -> jax.Array:
-            y = Projection((n, c.head_dim), ("embed", axis, "head_dim"), bias=True, name=name, **dtypes)(x_BLD)
+            y = linear(c, name, (n, c.head_dim), ("embed", axis, "head_dim"))(x_BLD)
             return constrain(y, "batch", "length", axis, "head_dim", name=name)
 
         q_BLNH, k_BLKH = heads("q_proj", "heads", c.n_heads), heads("k_proj", "kv_heads", c.n_kv_heads)
@@ -204,7 +204,7 @@ class Attention(nn.Module):
                 y_BLKGH = step_kernel(q_BLKGH, k_BLKH, v_BLKH, ctx.stacked, past, ctx.lengths_B, ctx.column)
             y_BLNH = y_BLKGH.reshape(q_BLNH.shape)
             new = (k_BLKH, v_BLKH)
-        out = Projection((c.d_model,), ("heads", "head_dim", "embed"), contract=2, init=_residual_init(c), name="o_proj", **dtypes)
+        out = linear(c, "o_proj", c.d_model, ("heads", "head_dim", "embed"), bias=False, contract=2, init=_residual_init(c))
         return out(y_BLNH), new
 
 
@@ -215,16 +215,17 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
-        c, dtypes = self.cfg, dict(dtype=self.cfg.dtype, param_dtype=self.cfg.param_dtype)
-        gate_BLF = Projection((c.mlp_dim,), ("embed", "mlp"), name="gate_proj", **dtypes)(x_BLD)
-        up_BLF = Projection((c.mlp_dim,), ("embed", "mlp"), name="up_proj", **dtypes)(x_BLD)
-        down = Projection((c.d_model,), ("mlp", "embed"), init=_residual_init(c), name="down_proj", **dtypes)
+        c = self.cfg
+        gate_BLF, up_BLF = (linear(c, name, c.mlp_dim, ("embed", "mlp"), bias=False)(x_BLD) for name in ("gate_proj", "up_proj"))
+        down = linear(c, "down_proj", c.d_model, ("mlp", "embed"), bias=False, init=_residual_init(c))
         return down(nn.silu(gate_BLF) * up_BLF)
 
 
 class DecoderLayer(nn.Module):
-    """A pre-norm Qwen2 layer. With `vision`, its output is kept at multimodal tokens only; text tokens pass through unchanged
-    (but feed the layer's keys and values). (x [B, L, D], past, Context) -> (x [B, L, D], new keys and values or None)."""
+    """A pre-norm Qwen2 layer: (x [B, L, D], past, Context) -> (x [B, L, D], new keys and values or None).
+
+    With `vision` only multimodal tokens take its output. Text tokens pass through unchanged, but the others attend to them.
+    """
 
     cfg: ARConfig
     vision: bool

@@ -10,7 +10,7 @@ import numpy as np
 from flax import linen as nn
 
 from xomni_jax.models.attention import attend, check_attention
-from xomni_jax.models.layers import Conv, LayerNorm, Projection, named
+from xomni_jax.models.layers import Conv, LayerNorm, linear, named
 from xomni_jax.models.stack import StackConfig, stacked
 from xomni_jax.sharding.rules import constrain
 
@@ -86,21 +86,20 @@ class ViTBlock(nn.Module):
     @nn.compact
     def __call__(self, x_BLD: jax.Array) -> tuple[jax.Array, None]:
         c = self.cfg
-        kind = dict(bias=True, dtype=c.dtype, param_dtype=c.param_dtype)
         norm = dict(eps=c.norm_eps, dtype=c.dtype, param_dtype=c.param_dtype)
 
         h_BLD = LayerNorm(name="norm1", **norm)(x_BLD)
         # One projection to (q, k, v), heads, head width: the order in which the released weights stack their rows.
-        qkv_BLSNH = Projection((3, c.heads, c.head_dim), ("embed", None, "heads", "head_dim"), name="qkv", **kind)(h_BLD)
+        qkv_BLSNH = linear(c, "qkv", (3, c.heads, c.head_dim), ("embed", None, "heads", "head_dim"))(h_BLD)
         qkv_BLSNH = constrain(qkv_BLSNH, "batch", "length", None, "heads", "head_dim", name="vit qkv")
         q_BLNH, k_BLNH, v_BLNH = (qkv_BLSNH[:, :, i] for i in range(3))
         h_BLNH = attend(q_BLNH, k_BLNH, v_BLNH, scale=c.head_dim**-0.5, kind=c.attention, query_chunk=c.query_chunk)
-        x_BLD = x_BLD + Projection((c.width,), ("heads", "head_dim", "embed"), contract=2, name="proj", **kind)(h_BLNH)
+        x_BLD = x_BLD + linear(c, "proj", c.width, ("heads", "head_dim", "embed"), contract=2)(h_BLNH)
 
         h_BLD = LayerNorm(name="norm2", **norm)(x_BLD)
         # The erf form: SigLIP's own code uses the tanh form, the released tokenizer does not.
-        h_BLF = jax.nn.gelu(Projection((c.mlp,), ("embed", "mlp"), name="fc1", **kind)(h_BLD), approximate=False)
-        x_BLD = x_BLD + Projection((c.width,), ("mlp", "embed"), name="fc2", **kind)(h_BLF)
+        h_BLF = jax.nn.gelu(linear(c, "fc1", c.mlp, ("embed", "mlp"))(h_BLD), approximate=False)
+        x_BLD = x_BLD + linear(c, "fc2", c.width, ("mlp", "embed"))(h_BLF)
         return constrain(x_BLD, "batch", "length", "residual", name="vit residual"), None
 
 
