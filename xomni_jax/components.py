@@ -17,7 +17,7 @@ from xomni_jax.checkpoint.store import CheckpointError, config_from_json, load_c
 from xomni_jax.core.cache import cached_method
 from xomni_jax.data.preprocess import ImageLimits
 from xomni_jax.models.int8 import quantize
-from xomni_jax.models.registry import COMPONENTS, init_params
+from xomni_jax.models.registry import COMPONENTS, boxed_shapes
 from xomni_jax.sampling.batches import Batch, make_batches
 from xomni_jax.sampling.decoder import DECODER_COMPONENTS, DecodeConfig, Decoder
 from xomni_jax.sequence.tokenizer import MultimodalTokenizer, read_tokenizer
@@ -79,7 +79,7 @@ class ModelComponents:
         return self._params[name]
 
     def _restore(self, name: str, cfg: Any) -> Any:
-        boxed = jax.eval_shape(lambda: init_params(name, cfg, jax.random.key(0)))
+        boxed = boxed_shapes(name, cfg)
         shardings = param_shardings(boxed, self.mesh, ROLLOUT_RULES if name == "transformer" and not self._training else RULES)
         if getattr(cfg, "int8", False):
             stored = self._restore(name, dataclasses.replace(cfg, int8=False))

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import ml_dtypes
 import numpy as np
 from flax.linen import meta
@@ -18,7 +17,7 @@ from xomni_jax.checkpoint.conversion import ConversionError, NameTable, flatten,
 from xomni_jax.checkpoint.param_reader import FLOATS, ParamReader, param_readers, usual_dtype
 from xomni_jax.checkpoint.tensors import TensorFiles
 from xomni_jax.models.mmdit import MMDiTConfig
-from xomni_jax.models.registry import init_params
+from xomni_jax.models.registry import boxed_shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +81,7 @@ class Release:
 @functools.lru_cache(maxsize=32)  # tracing a model takes seconds
 def wanted_shapes(name: str, config: Any) -> dict[str, tuple[int, ...]]:
     """{path: shape} of a component's parameters; nothing is computed."""
-    tree = meta.unbox(jax.eval_shape(lambda: init_params(name, config, jax.random.key(0))))
-    return {path: tuple(leaf.shape) for path, leaf in flatten(tree).items()}
+    return {path: tuple(leaf.shape) for path, leaf in flatten(meta.unbox(boxed_shapes(name, config))).items()}
 
 
 def component_source(name: str, config: Any, table: NameTable, sources: TensorFiles, original: Mapping[str, Any]) -> ComponentSource:

@@ -32,7 +32,7 @@ def plan_lines(plan: ConversionPlan) -> Iterator[str]:
 
 
 def _index_text(rule: Rule) -> str:
-    """Where in a stacked or joined parameter a tensor goes: "[3]" or "[3] part 0"."""
+    """The place of a tensor in a parameter that several tensors fill: "[3]" or "[3] part 0"."""
     return ("" if rule.layer is None else f"[{rule.layer}]") + ("" if rule.part is None else f" part {rule.part[1]}")
 
 

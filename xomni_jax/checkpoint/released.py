@@ -1,4 +1,4 @@
-"""What published directories hold: released X-Omni and FLUX.1-dev, or the plain Qwen2.5, SigLIP2 and FLUX.1-dev that training starts from.
+"""Finds the components in published directories: released X-Omni, or the plain Qwen2.5, SigLIP2 and FLUX.1-dev that training starts from.
 
 Only names, shapes and configs are read here. A released X-Omni directory:
 
@@ -54,8 +54,8 @@ SHARED = (
 Openers = dict[str, Callable[[], ComponentSource]]  # {component: opens its files}
 
 
-class NotThere(ConversionError):
-    """The given directories are not of a kind that holds the wanted part."""
+class MissingPart(ConversionError):
+    """No given directory is of a kind that holds the wanted part."""
 
 
 def open_release(xomni: str | Path | None, flux: str | Path | None, only: str | None = None, parts: NewParts = NewParts()) -> Release:
@@ -86,7 +86,7 @@ def open_release(xomni: str | Path | None, flux: str | Path | None, only: str | 
         raise ConversionError.of(problems)
     if not out.components:
         mend = "flux" if only in ("vae", "text") else "xomni"
-        raise NotThere(f"--only {only}: the given directories hold no {' or '.join(wanted)}; give --{mend}")
+        raise MissingPart(f"--only {only}: the given directories hold no {' or '.join(wanted)}; give --{mend}")
     if "transformer" not in out.components:
         out.tokenizers.pop("tokenizer", None)
     out.tokenizers = {k: v for k, v in out.tokenizers.items() if k == "tokenizer" or k.removeprefix("tokenizer_") in out.components}
@@ -194,7 +194,7 @@ def _path_in(folder: Path, c: ConfigFile, key: str) -> Path:
 
 
 def _cast_compute(vision: ConfigFile, part: ComponentSource) -> ComponentSource:
-    """The component computing in `vision_config.dtype`, as the released code casts both vision parts; float16 becomes float32 here."""
+    """The component, computed in `vision_config.dtype` as in the released code, except that float16 becomes float32."""
     if (name := vision.get("dtype", None)) is None:
         return part
     vision.expect("dtype", "float32", "float16", "bfloat16")
@@ -289,7 +289,7 @@ def _flux(folder: Path, out: Release, plain: bool) -> Openers:
 
 
 def _mmdit(folder: Path, semantic_dim: int | None) -> ComponentSource:
-    """The MMDiT in diffusers' layout; with `semantic_dim` that of plain FLUX.1-dev, whose semantic input starts at zero."""
+    """The MMDiT in diffusers' layout. With `semantic_dim` it is plain FLUX.1-dev's, and gets a semantic input that starts at zero."""
     sources, c = open_sharded(folder), ConfigFile(folder / "config.json")
     width, ratio = c.size("num_attention_heads") * c.size("attention_head_dim"), 4
     if "transformer_blocks.0.ff.net.0.proj.weight" in sources.infos and width:

@@ -11,12 +11,12 @@ import numpy as np
 from xomni_jax.checkpoint.component_source import ComponentSource
 from xomni_jax.checkpoint.conversion import ConversionError, flatten, unflatten
 from xomni_jax.checkpoint.formats import detect_format
-from xomni_jax.checkpoint.released import PARTS, NotThere, open_release
+from xomni_jax.checkpoint.released import PARTS, MissingPart, open_release
 from xomni_jax.checkpoint.store import FORMAT, CheckpointError, config_to_json
 
 
 class ReleasedModel:
-    """What `XOmni` asks a model directory for.
+    """A published directory, with what `XOmni` needs of a model directory.
 
     Attributes:
       description: as in model.json.
@@ -35,7 +35,7 @@ class ReleasedModel:
         for only, names in PARTS.items():
             try:
                 release = open_release(path, flux, only)
-            except NotThere:
+            except MissingPart:
                 continue
             except ConversionError as e:
                 self.errors |= dict.fromkeys(names, str(e))

@@ -205,7 +205,7 @@ READ_LOCK = threading.RLock()  # the policy is global to the process
 
 
 def reading(action: Callable[[], Any], sentence: str) -> Any:
-    """Runs a read through Orbax. What fails is raised as a CheckpointError: `sentence` with the cause, on one line, for its {reason}.
+    """Runs a read through Orbax; a failure is raised as a CheckpointError of `sentence`, with the cause in place of {reason}.
 
     Errors of the JAX runtime, such as too little memory or a process that does not answer, pass unchanged: the files are not at fault.
     """

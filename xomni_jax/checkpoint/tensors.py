@@ -1,4 +1,4 @@
-"""Opens tensors on disk: a file, whose format its content shows, or a folder of shards."""
+"""Opens files of tensors, whose format is told by their content, and folders of shards."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def open_shards(index: Path) -> list[TensorFile]:
 
 
 def disagreements(weight_map: dict[str, str], files: dict[str, TensorFile]) -> Iterator[str]:
-    """One sentence for each key that is not where the index places it, as far as the shards are readable."""
+    """One sentence for each key that is not in the shard that the index names; unreadable shards are left out."""
     for key, name in weight_map.items():
         if name in files and key not in files[name].infos:
             others = [other for other, file in files.items() if key in file.infos]
@@ -183,7 +183,7 @@ def find_index(folder: Path) -> Path | None:
 
 
 def find_file(folder: Path) -> Path:
-    """The folder's only safetensors file, or a sentence that says what the folder is instead."""
+    """The folder's only safetensors file. TensorFileError says what a folder without one is instead."""
     for stem in STEMS:
         if (folder / f"{stem}.safetensors").is_file():
             return folder / f"{stem}.safetensors"

@@ -1,4 +1,4 @@
-"""The tokenizer's files of a converted model; those of a plain Qwen2.5 get the image tokens that X-Omni adds."""
+"""Copies the tokenizers of a converted model, and adds X-Omni's image tokens to that of a plain Qwen2.5."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ class TorchFile(TensorFile):
         return bytes(self.data[start : start + size])
 
     def _add(self, key: str, tensor: Tensor, entry: str) -> None:
-        """Places one tensor, whose storage must be there in the promised size."""
+        """Records one tensor, whose storage must exist and have the size that the pickle states."""
         if key in self.infos:
             raise self._error(f"two tensors are called {show(key)}; rename one and save again")
         if entry not in self.spans:
@@ -127,7 +127,7 @@ class TorchFile(TensorFile):
 
 
 def named_tensors(top: Any, limit: int) -> Iterator[tuple[str, Tensor]]:
-    """(dotted key, tensor) of all tensors in what the pickle described, in its order.
+    """(dotted key, tensor) of every tensor in the unpickled object, in its order.
 
     Args:
       limit: the most objects to look at; containers that hold each other many times over have exponentially many paths.
@@ -155,7 +155,7 @@ def named_tensors(top: Any, limit: int) -> Iterator[tuple[str, Tensor]]:
 
 
 def joined(key: str, name: Any, child: Any) -> str:
-    """The child's key. Names are text or counted; others only matter if a tensor may lie below."""
+    """The dotted key of a child. Its name must be text or an integer if a tensor may lie below it."""
     if type(name) is int and abs(name) < 2**63:
         name = str(name)
     if type(name) is str:
@@ -227,16 +227,16 @@ def state_dict_pickle(tensors: Mapping[str, LazyTensor]) -> bytes:
 
 
 def global_code(module: str, name: str) -> bytes:
-    """GLOBAL."""
+    """The instruction GLOBAL."""
     return f"c{module}\n{name}\n".encode()
 
 
 def text_code(text: str) -> bytes:
-    """BINUNICODE."""
+    """The instruction BINUNICODE."""
     raw = text.encode()
     return b"X" + struct.pack("<I", len(raw)) + raw
 
 
 def int_code(value: int) -> bytes:
-    """BININT, or LONG1 of 8 bytes."""
+    """The instruction BININT, or LONG1 with 8 bytes."""
     return b"J" + struct.pack("<i", value) if value < 2**31 else b"\x8a\x08" + struct.pack("<q", value)

@@ -124,7 +124,7 @@ class WeightsUnpickler(pickle.Unpickler):
         return find(module, name)
 
     def persistent_load(self, pid: Any) -> Storage:
-        """("storage", type, key, device, number of elements), the only outside object that torch writes."""
+        """The only persistent id that torch writes: ("storage", type, key, device, number of elements)."""
         if type(pid) is not tuple or len(pid) != 5 or pid[0] != "storage":
             raise Refused("an outside object that is no storage")
         _, kind, key, _, count = pid

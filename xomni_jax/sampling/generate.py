@@ -129,21 +129,17 @@ def generate_text(
     max_new: int,
     stop_ids: Sequence[int],
     pad_id: int = 0,
-    sampling: SamplingConfig = GREEDY,
-    keys_P: jax.Array | None = None,
 ) -> jax.Array:
-    """Continues prompts (which may hold images) with text, until every row has stopped.
+    """Continues prompts (which may hold images) with the most probable text, as released, until every row has stopped.
 
     Args:
       prompt_ids_PS, lengths_P: right-padded prompts and their real tokens. max_new: static bound on new tokens.
       stop_ids: a row ends with the first of these, which is returned; every later entry is `pad_id`.
-      sampling: greedy by default, as released; guidance is not applied. keys_P: needed otherwise; folded with the step.
 
     Returns:
       ids [P, max_new] int32, text ids only.
     """
-    if keys_P is None:
-        keys_P = jax.random.split(jax.random.key(0), prompt_ids_PS.shape[0])
+    keys_P = jax.random.split(jax.random.key(0), prompt_ids_PS.shape[0])  # `draw` needs some; greedy, it does not depend on them
     P, stops = prompt_ids_PS.shape[0], jnp.asarray(list(stop_ids), jnp.int32)
     hidden_PD, prompt = prefill(model, params, prompt_ids_PS, lengths_P)
 
@@ -153,7 +149,7 @@ def generate_text(
     def step(state):
         t, hidden_PRD, cache, ids_PT, done_P = state
         logits = model.apply({"params": params}, hidden_PRD, method="text_logits")
-        tokens_P = draw(logits, _fold_in(keys_P[:, None], t), sampling)[0][:, 0]
+        tokens_P = draw(logits, _fold_in(keys_P[:, None], t), GREEDY)[0][:, 0]
         tokens_P = jnp.where(done_P, pad_id, tokens_P)
         ids_PT = jax.lax.dynamic_update_slice_in_dim(ids_PT, tokens_P[:, None], t, axis=1)
         done_P |= jnp.any(tokens_P[:, None] == stops, axis=1)

@@ -1,4 +1,4 @@
-"""The programs that draw: prompts to codes, codes to pixels. They serve a GRPO step and inference alike."""
+"""The sampling programs of GRPO and of inference: prompts to codes, and codes to pixels."""
 
 from __future__ import annotations
 

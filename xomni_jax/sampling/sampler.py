@@ -38,7 +38,7 @@ class Sampler:
 
     @classmethod
     def make(cls, net: nn.Module, n_codes: int, sampling: SamplingConfig, most: int = SEGMENT, return_mask: bool = False) -> Sampler:
-        """The programs for images of `n_codes`. `most`: the most codes of a segment. `return_mask`: see `generate_codes`."""
+        """The programs for images of `n_codes`, at most `most` of them in a segment. `return_mask`: see `generate_codes`."""
         segment = segment_length(n_codes, most)
 
         def start(params, ids_PS, lengths_P, keys_PR, negative):

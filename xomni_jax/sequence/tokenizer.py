@@ -167,15 +167,12 @@ def encoder_ids(tokenizer: Any, texts: Sequence[str], length: int) -> np.ndarray
     return np.array(rows["input_ids"], np.int32)
 
 
-def fixed_length_ids(tokenizer: Any, texts: Sequence[str], length: int) -> np.ndarray:
+def fixed_length_ids(tokenizer: MultimodalTokenizer, texts: Sequence[str], length: int) -> np.ndarray:
     """Texts -> ids int32 [B, length] for text encoders that share the model's tokenizer: truncated, then padded.
 
     Every row ends with at least one padding token, the end-of-text position that CLIP pools.
-
-    Args:
-      tokenizer: a MultimodalTokenizer or a Hugging Face one.
     """
-    text = tokenizer.text if isinstance(tokenizer, MultimodalTokenizer) else tokenizer
+    text = tokenizer.text
     pad = text.pad_token_id if text.pad_token_id is not None else text.eos_token_id
     ids = np.full((len(texts), length), pad, np.int32)
     for row, t in zip(ids, texts, strict=True):
