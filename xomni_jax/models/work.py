@@ -81,9 +81,7 @@ def rollout(c: ARConfig, prompts: int, rollouts: int, prompt: int, codes: int, s
     token = c.n_layers * 2 * c.n_kv_heads * c.head_dim * 2
     cache = (prompts * sides * prompt + n * codes) * token / batch / tensor
     attention = 4.0 * n * segment * (prompt + codes / 2) * c.n_heads * c.head_dim * c.n_layers
-    return Work(
-        forward=decode, attention=attention, tokens=prompts * rollouts * segment, floor=weights + cache, cache=cache, steps=segment
-    )
+    return Work(forward=decode, attention=attention, tokens=prompts * rollouts * segment, floor=weights + cache, cache=cache, steps=segment)
 
 
 def answer(c: ARConfig, rows: int, prompt: int) -> Work:
