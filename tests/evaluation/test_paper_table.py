@@ -10,7 +10,7 @@ from tests.evaluation.made_runs import write_answer_run, write_generate_run
 from xomni_jax.cli import eval as eval_command
 from xomni_jax.cli.main import main
 from xomni_jax.evaluation import paper
-from xomni_jax.evaluation.paper_table import OPEN, PAPER, departures, find_runs, rows
+from xomni_jax.evaluation.paper import OPEN, PAPER, departures, find_runs, rows
 from xomni_jax.evaluation.suites import PUBLISHED, get_suite
 
 

@@ -8,11 +8,10 @@ import pytest
 from tests.evaluation.tiny_model import FakeClient, write_run
 from xomni_jax.evaluation.effect import Effect, EffectConfig, Setting
 from xomni_jax.evaluation.grpo_run import read_run
-from xomni_jax.evaluation.judges.services import RewardsJudge
-from xomni_jax.evaluation.measurement import measure
+from xomni_jax.evaluation.judges import RewardsJudge
+from xomni_jax.evaluation.measurement import measure, summarise, table_text
 from xomni_jax.evaluation.report import write_report
 from xomni_jax.evaluation.suites.rendered import heldout_signs
-from xomni_jax.evaluation.summary import summarise, table_text
 
 
 class NoisyReader(FakeClient):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
 from pathlib import Path
@@ -97,7 +98,7 @@ def _add_effect(kinds: Any) -> None:
     services.add_argument(
         "--second", metavar="URL", help="tesseract, a reader that took no part in training; without it that column is null"
     )
-    read = {"size": _size, "lengths": _lengths, "temperatures": _numbers}
+    read = {"size": functools.partial(_pair, "x", "32x64"), "lengths": functools.partial(_pair, "-", "3-6"), "temperatures": _numbers}
     written = {"size": "32x64", "lengths": "3-6", "temperatures": "1,0.7,0.5,0.3,0"}
     for title, options in (("how much", _HOW_MUCH), ("sampling (the defaults are those of the rollouts in training)", _SAMPLING)):
         group = parser.add_argument_group(title)
@@ -118,14 +119,14 @@ def run(args: argparse.Namespace) -> int:
     """Prints the table, writes the files."""
     if args.evaluation == "effect":
         return _effect(args)
-    from xomni_jax.evaluation import study_page
+    from xomni_jax.evaluation import studies
 
     if args.evaluation == "guidance":
-        study, name, text = _guidance(args), "guidance", study_page.guidance_text
+        study, name, text = _guidance(args), "guidance", studies.guidance_text
     else:
-        study, name, text = _best_of(args), "best_of_n", study_page.best_of_text
+        study, name, text = _best_of(args), "best_of_n", studies.best_of_text
     print(text(study))
-    print(f"report: {study_page.write_study(study, name, args.out).absolute()}")
+    print(f"report: {studies.write_study(study, name, args.out).absolute()}")
     return 0
 
 
@@ -153,8 +154,8 @@ def _best_of(args: argparse.Namespace) -> dict[str, Any]:
 
 def _effect(args: argparse.Namespace) -> int:
     from xomni_jax.evaluation.effect import EffectConfig, open_services, run_effect
+    from xomni_jax.evaluation.measurement import table_text
     from xomni_jax.evaluation.report import write_report
-    from xomni_jax.evaluation.summary import table_text
 
     began = time.time()
     given = {name: value for name, value in vars(args).items() if name in EffectConfig.__dataclass_fields__}
@@ -190,15 +191,7 @@ def _parser(kinds: Any, name: str, line: str, description: str, example: str) ->
     )
 
 
-def _size(text: str) -> tuple[int, int]:
-    return _pair(text, "x", "32x64")
-
-
-def _lengths(text: str) -> tuple[int, int]:
-    return _pair(text, "-", "3-6")
-
-
-def _pair(text: str, separator: str, example: str) -> tuple[int, int]:
+def _pair(separator: str, example: str, text: str) -> tuple[int, int]:
     parts = text.split(separator)
     if len(parts) != 2 or not all(p.isdigit() for p in parts):
         raise argparse.ArgumentTypeError(f"{text!r} is not two numbers; write it like {example}")

@@ -74,29 +74,23 @@ class Row:
 
     def strings(self, *names: str, spelled: bool = False) -> list[str]:
         """A list of strings; a single one is a list of one. `spelled`: text is the written form of a Python list, as in a table."""
-        value = self.get(*names, kind=(str, list, int, float))
+        value, field = self.get(*names, kind=(str, list, int, float)), f"{self.where}: the field {names[0]!r}"
         if isinstance(value, str) and spelled:
-            value = literal_list(value, self.where, names[0])
+            try:
+                found = ast.literal_eval(value)
+            except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+                raise SuiteError(f"{field} is not the text of a list: {value[:60]!r}") from error
+            if not isinstance(found, list):
+                raise SuiteError(f"{field} is {type(found).__name__}, not a list")
+            value = found
         values = [str(v) for v in value] if isinstance(value, list) else [str(value)]
         if not values:
-            raise SuiteError(f"{self.where}: the field {names[0]!r} is an empty list")
+            raise SuiteError(f"{field} is an empty list")
         return values
-
-
-def literal_list(text: str, where: str, name: str) -> list[Any]:
-    """The Python list that `text` spells. SuiteError otherwise; nothing is executed."""
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
-        raise SuiteError(f"{where}: the field {name!r} is not the text of a list: {text[:60]!r}") from error
-    if not isinstance(value, list):
-        raise SuiteError(f"{where}: the field {name!r} is {type(value).__name__}, not a list")
-    return value
 
 
 def find(data: Path, folders: Sequence[str], patterns: Sequence[str], files: str) -> list[Path]:
     """Files of the first of `patterns` found in the data directory or in one of its `folders`, sorted. SuiteError saying `files`."""
-    data = Path(data)
     if not data.is_dir():
         raise SuiteError(f"the data directory {data} does not exist; it must hold {files}")
     for pattern in patterns:
