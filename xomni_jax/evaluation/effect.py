@@ -94,10 +94,6 @@ class EffectConfig:
         if self.guidance == 1.0:
             raise ValueError("guidance=1 is the setting without guidance, which is measured anyway; give another value, such as 2")
 
-    def guidances(self) -> dict[str, float]:
-        """Setting -> guidance."""
-        return {"guidance_off": 1.0, "guidance_on": self.guidance}
-
 
 @dataclass(frozen=True)
 class Setting:
@@ -214,7 +210,7 @@ def measure_all(config: EffectConfig, run: GRPORun, judge: RewardsJudge) -> Effe
     with _Study(config, signs, sampler, judge) as study:
         real, reconstruction = study.real(), study.drawn("reconstruction", "sft", 1, reconstruct=True)
         made = {}
-        for name, guidance in config.guidances().items():
+        for name, guidance in {"guidance_off": 1.0, "guidance_on": config.guidance}.items():
             sft = study.drawn(f"{name}-sft", "sft", config.samples, guidance)
             rl = study.drawn(f"{name}-rl", "rl", config.rl_samples, guidance)
             swept = [t for t in config.temperatures if t != config.temperature]
@@ -232,7 +228,7 @@ def measure_all(config: EffectConfig, run: GRPORun, judge: RewardsJudge) -> Effe
 class _Study(contextlib.AbstractContextManager):
     """Makes measurements, each in a run directory of its own below OUT/cells; a thread has images scored while the next ones are drawn.
 
-    The methods return a function that waits for the measurement.
+    `real` and `drawn` return a function that waits for the measurement.
     """
 
     def __init__(self, config: EffectConfig, signs: Signs, sampler: PolicySampler, judge: RewardsJudge):

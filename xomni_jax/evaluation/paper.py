@@ -119,7 +119,7 @@ class StatedSetting(NamedTuple):
     """One setting of a suite and who states it: PAPER, CODE, BENCHMARK or OPEN."""
 
     name: str
-    value: str
+    value: Any
     source: str
 
 
@@ -155,12 +155,12 @@ def suite_settings(name: str) -> tuple[StatedSetting, ...]:
         return (
             checkpoint,
             StatedSetting("decoding", "greedy", CODE),
-            StatedSetting("max_new_tokens", str(suite.max_new_tokens), BENCHMARK),
+            StatedSetting("max_new_tokens", suite.max_new_tokens, BENCHMARK),
             StatedSetting("instruction after the question", "the suite's default", BENCHMARK),
         )
-    repeats = StatedSetting("images per prompt", str(suite.repeats), PAPER if name in FOUR_STATED else BENCHMARK)
+    repeats = StatedSetting("images per prompt", suite.repeats, PAPER if name in FOUR_STATED else BENCHMARK)
     rewriting = StatedSetting("rewriting", "yes" if name == "geneval" else "none", PAPER if name == "geneval" else OPEN)
-    return (checkpoint, *(StatedSetting(n, str(v), CODE) for n, v in SAMPLING.items()), repeats, rewriting, judge_of(name))
+    return (checkpoint, *(StatedSetting(n, v, CODE) for n, v in SAMPLING.items()), repeats, rewriting, judge_of(name))
 
 
 def judge_of(name: str) -> StatedSetting:
@@ -209,17 +209,9 @@ def departures(row: PaperRow) -> list[str]:
     for setting in row.settings:
         name = "repeats" if setting.name == "images per prompt" else setting.name.replace("-", "_")
         value = settings.get(name, settings.get(f"sampling.{name}"))
-        if value is not None and str(value) != setting.value and not same_number(value, setting.value):
+        if value not in (None, setting.value):
             differing.append(f"{setting.name} {value}")
     return differing + ([f"switches {settings['switches']}"] if settings["switches"] != "none" else [])
-
-
-def same_number(found: Any, wanted: str) -> bool:
-    """1 and 1.0 are the same."""
-    try:
-        return float(found) == float(wanted)
-    except (TypeError, ValueError):
-        return False
 
 
 def table_text(made: list[PaperRow]) -> str:

@@ -25,7 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from xomni_jax.core.preemption import StopSignal
-from xomni_jax.evaluation.run_directory import RunDirectory, RunError, json_line
+from xomni_jax.evaluation.run_directory import RunDirectory, RunError, json_line, pretty_json
 from xomni_jax.evaluation.suite import Item, Judge, Suite, SuiteError
 from xomni_jax.evaluation.suites import PUBLISHED, get_suite
 
@@ -397,5 +397,5 @@ def write_results(run: SuiteRun) -> dict[str, Any]:
         "instructions": dict(run.config.instructions),
     }
     run.directory.write("items.jsonl", "".join(lines))
-    run.directory.write("results.json", json.dumps(results, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
+    run.directory.write("results.json", pretty_json(results))
     return results

@@ -17,7 +17,8 @@ from tqdm import tqdm
 from xomni_jax.core.tables import UNKNOWN, TableCell, csv_text, format_interval
 from xomni_jax.evaluation import paper
 from xomni_jax.evaluation.eval_run import EvalRun, ImageRef, Item, category, image_refs, outputs, read_eval_run, reading
-from xomni_jax.evaluation.pages import image_data, write_page, write_text
+from xomni_jax.evaluation.pages import image_data, write_page
+from xomni_jax.evaluation.run_directory import write_text
 from xomni_jax.evaluation.statistics import bootstrap_mean
 
 # Beginnings of the names of settings: what a reader looks for first, and what seldom matters.

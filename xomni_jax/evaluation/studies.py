@@ -19,8 +19,8 @@ from xomni_jax.evaluation import suite as contract
 from xomni_jax.evaluation.charts import Line, line_chart
 from xomni_jax.evaluation.compare import labels
 from xomni_jax.evaluation.eval_run import EvalRun, Item, command, image_refs, outputs, read_eval_run, same_items
-from xomni_jax.evaluation.pages import write_page, write_text
-from xomni_jax.evaluation.run_directory import RunDirectory
+from xomni_jax.evaluation.pages import write_page
+from xomni_jax.evaluation.run_directory import RunDirectory, write_text
 from xomni_jax.evaluation.statistics import (
     BEST_OF,
     best_of_weights,
