@@ -189,7 +189,10 @@ def summarise(effect: Effect, seconds: dict[str, float | None]) -> dict[str, Any
         "real_images": entry(plain_row(effect.real), config.seed),
         "rl_holds_up_to_best_of": comparisons["guidance_off"]["rl_holds_up_to_best_of"],
         "comparisons": comparisons,
-        "sft_temperature_sweep": {name: sweep_entries(setting, config.seed) for name, setting in effect.settings.items()},
+        "sft_temperature_sweep": {
+            name: [{"temperature": t, "samples": m.images.shape[1]} | entry(plain_row(m), config.seed) for t, m in setting.sweep.items()]
+            for name, setting in effect.settings.items()
+        },
         "image_statistics": {name: {row: image_entry(r) for row, r in rows[name].items()} for name in rows},
         "failures": {name: {"images": int(np.prod(m.images.shape[:2])), **m.failures} for name, m in measurements.items()},
         "prompts_left_out": {name: {row: int(np.isnan(r.weights_PR[:, 0]).sum()) for row, r in rows[name].items()} for name in rows},
@@ -235,11 +238,6 @@ def best_temperature(setting: Setting) -> tuple[float | None, Measurement]:
         return None, setting.sft
     best = max(known, key=known.__getitem__)
     return best, setting.sweep[best]
-
-
-def sweep_entries(setting: Setting, seed: int) -> list[dict[str, Any]]:
-    """One entry per temperature, highest first."""
-    return [{"temperature": t, "samples": m.images.shape[1]} | entry(plain_row(m), seed) for t, m in setting.sweep.items()]
 
 
 def image_entry(row: Row) -> dict[str, float | None]:

@@ -144,7 +144,8 @@ def best_of_study(
     score_PR, rl_PR = pooled_scores(sft), pooled_scores(rl)
     samples = score_PR.shape[1]
     if samples < 2:
-        raise SuiteError(f"there is one SFT sample per item; add runs with other seeds: {more_samples(sft[0])}")
+        more = command(sft[0].suite, f"{sft[0].path}-more", sft[0].settings, seed=int(sft[0].flat_settings.get("seed", 1234)) + 1)
+        raise SuiteError(f"there is one SFT sample per item; add runs with other seeds: {more}")
     selection_PR = score_PR if selection_PR is None else selection_PR
     suite = get_suite(sft[0].suite, sft[0].results.get("switches") or ())
     rl_P = weighted_rows(rl_PR, np.ones_like(rl_PR))
@@ -171,11 +172,6 @@ def best_of_study(
         "left_out": [n for n in BEST_OF if n > samples],
         "rl_holds_up_to_best_of": held_up_to(single.value, {n: mean.value for n, mean in means.items()}),
     }
-
-
-def more_samples(run: EvalRun) -> str:
-    """The command of a further run of the same model."""
-    return command(run.suite, f"{run.path}-more", run.settings, seed=int(run.flat_settings.get("seed", 1234)) + 1)
 
 
 def pooled_scores(runs: Sequence[EvalRun]) -> np.ndarray:

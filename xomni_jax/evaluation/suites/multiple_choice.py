@@ -49,13 +49,18 @@ class MMBench(QuestionTable):
         return super().load(data)
 
     def item(self, row: Row, image: Callable[[], Any]) -> Item:
-        index, options = row.number("index"), options_of(row)
+        index, options = row.number("index"), {letter: text for letter in "ABCDE" if (text := row.optional(letter))}
+        answer = row.optional("answer").strip().upper()
+        if len(options) < 2:
+            raise SuiteError(f"{row.where}: a question needs two options, it has {len(options)}")
+        if answer not in options:
+            raise SuiteError(f"{row.where}: the answer {answer!r} is not an option; the answers of test splits are not public, use dev")
         fields = {
             "category": row.optional("category") or "all",
             "l2_category": row.optional("l2-category", "L2-category"),
             "group": index % _ROTATIONS,
             "options": options,
-            "answer": answer_of(row, options),
+            "answer": answer,
         }
         return Item(str(index), self.prompt(row, options), fields, image)
 
@@ -126,22 +131,6 @@ class SEEDBench(QuestionTable):
 def listed(options: Mapping[str, str]) -> str:
     """The options, one a line."""
     return "\n".join(f"{letter}. {text}" for letter, text in options.items())
-
-
-def options_of(row: Row) -> dict[str, str]:
-    """The options that the row has, by letter. SuiteError when there are fewer than two."""
-    options = {letter: text for letter in "ABCDE" if (text := row.optional(letter))}
-    if len(options) < 2:
-        raise SuiteError(f"{row.where}: a question needs two options, it has {len(options)}")
-    return options
-
-
-def answer_of(row: Row, options: Mapping[str, str]) -> str:
-    """The right letter. SuiteError when the row has none."""
-    answer = row.optional("answer").strip().upper()
-    if answer not in options:
-        raise SuiteError(f"{row.where}: the answer {answer!r} is not an option; the answers of test splits are not public, use dev")
-    return answer
 
 
 def first_character(reply: str) -> str:
