@@ -158,18 +158,12 @@ def suite_settings(name: str) -> tuple[StatedSetting, ...]:
             StatedSetting("max_new_tokens", suite.max_new_tokens, BENCHMARK),
             StatedSetting("instruction after the question", "the suite's default", BENCHMARK),
         )
+    # DPG-Bench's own judge is not available as a service; a general model replaces it.
+    other = {"geneval": (OFFICIAL["detector"], BENCHMARK), "dpg": (f"{VLM} in place of {OFFICIAL['vqa']}", OPEN)}
+    judge = StatedSetting("judge", *other.get(name, (VLM, CODE if name.startswith("longtext") else BENCHMARK)))
     repeats = StatedSetting("images per prompt", suite.repeats, PAPER if name in FOUR_STATED else BENCHMARK)
     rewriting = StatedSetting("rewriting", "yes" if name == "geneval" else "none", PAPER if name == "geneval" else OPEN)
-    return (checkpoint, *(StatedSetting(n, v, CODE) for n, v in SAMPLING.items()), repeats, rewriting, judge_of(name))
-
-
-def judge_of(name: str) -> StatedSetting:
-    """The judge of a suite of generated images. DPG-Bench's own judge is not available as a service; a general model replaces it."""
-    if name == "geneval":
-        return StatedSetting("judge", OFFICIAL["detector"], BENCHMARK)
-    if name == "dpg":
-        return StatedSetting("judge", f"{VLM} in place of {OFFICIAL['vqa']}", OPEN)
-    return StatedSetting("judge", VLM, CODE if name.startswith("longtext") else BENCHMARK)
+    return (checkpoint, *(StatedSetting(n, v, CODE) for n, v in SAMPLING.items()), repeats, rewriting, judge)
 
 
 def language_of(name: str) -> str:

@@ -74,12 +74,9 @@ class RunDirectory:
         """The JSON object in OUT/name."""
         path = self.path / name
         try:
-            value = json.loads(path.read_text())
+            return json.loads(path.read_text())
         except ValueError as e:
             raise RunError(f"{path}: not readable as JSON ({e}); delete it, or take another --out") from None
-        if not isinstance(value, dict):
-            raise RunError(f"{path}: holds no JSON object; delete it, or take another --out")
-        return value
 
     def lines(self, kind: str) -> dict[str, dict[str, Any]]:
         """id -> record, over all files of "parts" or "judged".

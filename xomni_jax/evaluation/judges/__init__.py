@@ -66,13 +66,8 @@ def is_skipped(image: Image.Image, question: Mapping[str, Any]) -> bool:
     return question.get("black") == "skip" and image.convert("RGB").getextrema() == ((0, 0),) * 3
 
 
-def format_of(question: Mapping[str, Any]) -> str:
-    """The kind of file that the question wants the image to be: PNG, or JPEG with Pillow's defaults."""
-    return question.get("format", "PNG")
-
-
 def encoded(image: Image.Image, kind: str) -> bytes:
-    """The image as a file."""
+    """The image as a file: PNG, or JPEG with Pillow's defaults."""
     out = io.BytesIO()
     image.convert("RGB").save(out, kind, **({"compress_level": 1} if kind == "PNG" else {}))
     return out.getvalue()
@@ -80,7 +75,7 @@ def encoded(image: Image.Image, kind: str) -> bytes:
 
 def as_shown(image: Image.Image, question: Mapping[str, Any]) -> Image.Image:
     """The image after the encoding that the question asks for."""
-    kind = format_of(question)
+    kind = question.get("format", "PNG")
     return image.convert("RGB") if kind == "PNG" else Image.open(io.BytesIO(encoded(image, kind))).convert("RGB")
 
 

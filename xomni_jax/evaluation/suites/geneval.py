@@ -115,7 +115,9 @@ def judge(metadata: Mapping[str, Any], found: Detections) -> tuple[bool, str]:
     passed: list[list[Box] | None] = []
     for clause in metadata["include"]:
         used = boxes.get(clause["class"], [])[: clause["count"]]
-        wrong = _presence(clause, used) or _colour(clause, used) or _position(clause, used, passed)
+        wrong = _colour(clause, used) or _position(clause, used, passed)
+        if len(used) < clause["count"]:
+            wrong = f"expected {clause['class']}>={clause['count']}, found {len(used)}"
         passed.append(None if wrong else used)
         reasons += [wrong] if wrong else []
     for clause in metadata.get("exclude", ()):
@@ -123,12 +125,6 @@ def judge(metadata: Mapping[str, Any], found: Detections) -> tuple[bool, str]:
         if number >= clause["count"]:
             reasons.append(f"expected {clause['class']}<{clause['count']}, found {number}")
     return not reasons, "\n".join(reasons)
-
-
-def _presence(clause: Mapping[str, Any], used: Sequence[Box]) -> str:
-    if len(used) >= clause["count"]:
-        return ""
-    return f"expected {clause['class']}>={clause['count']}, found {len(used)}"
 
 
 def _colour(clause: Mapping[str, Any], used: Sequence[Box]) -> str:
