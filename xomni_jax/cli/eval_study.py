@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from xomni_jax.cli.eval_suite import add_command
+
 STUDIES = ("guidance", "best-of-n", "effect")
 GUIDANCE_EXAMPLE = "xomni eval guidance runs/off runs/on --out runs/guidance"
 BEST_EXAMPLE = "xomni eval best-of-n --sft runs/sft --rl runs/rl --out runs/best-of-n"
@@ -71,9 +73,9 @@ def add_studies(kinds: Any, wanted: str | None) -> None:
     """The subcommands guidance and best-of-n, and effect unless another one is wanted."""
     if wanted in (None, "effect"):
         _add_effect(kinds)
-    guidance = _parser(kinds, "guidance", "what guidance changes: runs with it off and on", _GUIDANCE, GUIDANCE_EXAMPLE)
+    guidance = add_command(kinds, "guidance", "what guidance changes: runs with it off and on", _GUIDANCE, GUIDANCE_EXAMPLE)
     guidance.add_argument("runs", nargs="+", metavar="RUN", help="run directories, one per guidance value")
-    best = _parser(kinds, "best-of-n", "one RL sample against the best of N SFT samples", _BEST, BEST_EXAMPLE)
+    best = add_command(kinds, "best-of-n", "one RL sample against the best of N SFT samples", _BEST, BEST_EXAMPLE)
     best.add_argument("--sft", nargs="+", required=True, metavar="RUN", help="runs of the supervised model, seeds apart")
     best.add_argument("--rl", nargs="+", required=True, metavar="RUN", help="runs of the model after RL, seeds apart")
     best.add_argument("--reward", type=_reward, default=("score", ""), metavar="score|NAME=URL", help="what picks the best (default score)")
@@ -87,7 +89,7 @@ def _add_effect(kinds: Any) -> None:
     from xomni_jax.evaluation.effect import EffectConfig
 
     says = explanations(EffectConfig)
-    parser = _parser(kinds, "effect", "what reinforcement learning changed: SFT against RL", _EFFECT, EFFECT_EXAMPLE)
+    parser = add_command(kinds, "effect", "what reinforcement learning changed: SFT against RL", _EFFECT, EFFECT_EXAMPLE)
     what = parser.add_argument_group("what is compared")
     what.add_argument("--sft", required=True, metavar="DIR", help=says["sft"])
     what.add_argument("--rl", required=True, metavar="DIR", help=says["rl"])
@@ -179,16 +181,6 @@ def _reward(text: str) -> tuple[str, str]:
     if text != "score" and not (name and url.startswith(("http://", "https://"))):
         raise argparse.ArgumentTypeError(f"{text!r} is neither score nor NAME=URL; write it like ocr=http://127.0.0.1:8001")
     return name, url
-
-
-def _parser(kinds: Any, name: str, line: str, description: str, example: str) -> argparse.ArgumentParser:
-    return kinds.add_parser(
-        name,
-        help=line,
-        description=description,
-        epilog="example:\n  " + example,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
 
 
 def _pair(separator: str, example: str, text: str) -> tuple[int, int]:
