@@ -74,7 +74,7 @@ def make_outputs(run: SuiteRun, model: Callable[[], XOmni], stop: StopSignal) ->
         _generate(run, generation, stop)
         return
     _claim_settings(run, opened, {"max_new_tokens": suite.max_new_tokens})
-    left = _left(run)
+    left = _unfinished_items(run)
     with run.appending("parts", "answered", len(left)) as add:
         for answers in answer(opened, suite, run.config.inference.batch, left):
             add({"id": item.id, "answer": text, "fitted": changed} for item, text, changed in answers)
@@ -116,7 +116,7 @@ def checkpoint_hash(directory: str | Path) -> str:
     return digest.hexdigest()
 
 
-def _left(run: SuiteRun) -> list[Item]:
+def _unfinished_items(run: SuiteRun) -> list[Item]:
     """This worker's items without outputs, the same on all its processes."""
     ids = {item.id for item in run.mine()} - set(run.outputs()) if run.writes else set()
     if run.process[1] > 1:
@@ -126,7 +126,7 @@ def _left(run: SuiteRun) -> list[Item]:
 
 def _generate(run: SuiteRun, generation: Generation, stop: StopSignal) -> None:
     """Draws images and saves them in the official layout; images are compressed while the next ones are drawn."""
-    left, staging = _left(run), run.path / ".drawing" / run.worker
+    left, staging = _unfinished_items(run), run.path / ".drawing" / run.worker
     if run.writes:
         shutil.rmtree(staging, ignore_errors=True)  # of a killed process
     with run.appending("parts", "drawn", len(left)) as add, ThreadPoolExecutor(SAVERS) as pool:

@@ -29,17 +29,19 @@ PAGE_BYTES = 24 << 20
 ORDERS = ("as published", "lowest score first", "highest score first")
 
 
-def write_run_report(directory: str | Path, asked: Mapping[str, Callable[[], Image.Image]] | None = None, limit: int = PAGE_BYTES) -> Path:
+def write_run_report(
+    directory: str | Path, question_images: Mapping[str, Callable[[], Image.Image]] | None = None, limit: int = PAGE_BYTES
+) -> Path:
     """Writes report.html and results.csv into the directory of a scored run and returns the path of the page.
 
     Args:
-      asked: item -> opens the image that it asks about, of suites that answer.
+      question_images: item id -> opens the image that the question is about, of suites that answer.
       limit: bytes of images on the page.
 
     Raises:
       SuiteError: the directory holds no scored run.
     """
-    run = dataclasses.replace(read_eval_run(directory), asked=asked or {})
+    run = dataclasses.replace(read_eval_run(directory), question_images=question_images or {})
     # Python before 3.13 leaves a bare carriage return unquoted unless every text is quoted.
     write_text(run.path / "results.csv", csv_text(output_rows(run), csv.QUOTE_NONNUMERIC))
     wanted = image_order([run], spread(len(run.items)))

@@ -1,4 +1,4 @@
-"""What a benchmark is: items to load, outputs to make per item and repeat, questions for a judge, integers to add up.
+"""What a suite (a benchmark) and a judge are.
 
 Every suite takes the same path:
 
