@@ -22,7 +22,7 @@ grpo 0
 # The control: as many seconds of fine-tuning as the first GRPO run took, at the speed its own first steps show.
 if [ ! -d "$out/control/model" ]; then
   xomni train --config=configs/tiny/control.py --config.init_from="$sft" --config.run_dir="$out/control_speed" --config.steps=30
-  steps=$(python -m xomni_jax.evaluation.long_run steps "$out/grpo_0" "$out/control_speed")
+  steps=$(python -m launch.long_run steps "$out/grpo_0" "$out/control_speed")
   xomni train --config=configs/tiny/control.py --config.init_from="$sft" --config.run_dir="$out/control" --config.steps="$steps"
 fi
 grpo 1
@@ -38,4 +38,4 @@ for sampling in 0 1 2; do
   for seed in 0 1 2; do effect "$out/grpo_$seed/model" "$out/grpo_$seed" "effect_${seed}_${sampling}" "$sampling"; done
   [ "$sampling" != 0 ] || effect "$out/control/model" "$out/control" effect_control 0
 done
-python -m xomni_jax.evaluation.long_run collect "$out" configs/tiny/results_grpo.json
+python -m launch.long_run collect "$out" configs/tiny/results_grpo.json

@@ -12,5 +12,5 @@ done
 rm -rf xomni_jax/assets/tiny_sft
 cp -r runs/tiny/sft/model xomni_jax/assets/tiny_sft
 sed -i "s|$PWD/||" xomni_jax/assets/tiny_sft/*/commit_success.txt  # Orbax writes where it wrote
-python -m xomni_jax.evaluation.card runs/tiny xomni_jax/assets/tiny_sft
+python -m launch.card runs/tiny xomni_jax/assets/tiny_sft
 echo "installed: xomni_jax/assets/tiny_sft ($(du -sh xomni_jax/assets/tiny_sft | cut -f1))"

@@ -71,8 +71,17 @@ def finish(folder, lines, suite, title, headline, judge, **settings):
     settings = {"suite": suite, "data": {"items": 160}, "model": {"path": "models/tiny", "sha256": "0123abcd"}, "seed": 1234} | settings
     settings["sampling"] = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.03, "guidance": settings.pop("guidance", 1.0)}
     results = {
-        "suite": suite, "title": title, "headline": {"name": headline, "value": value}, "scores": {headline: value},
-        "categories": categories, "counts": {"items": len(lines), "unparsed": 0}, "unparsed": [], "notes": [], "settings": settings, "judge": judge, "switches": [],
-    }  # fmt: skip
+        "suite": suite,
+        "title": title,
+        "headline": {"name": headline, "value": value},
+        "scores": {headline: value},
+        "categories": categories,
+        "counts": {"items": len(lines), "unparsed": 0},
+        "unparsed": [],
+        "notes": [],
+        "settings": settings,
+        "judge": judge,
+        "switches": [],
+    }
     (folder / "results.json").write_text(json.dumps(results))
     return folder

@@ -13,11 +13,12 @@ from xomni_jax.data import rendered
 from xomni_jax.data.rendered import render_example
 from xomni_jax.evaluation import effect as effect_module
 from xomni_jax.evaluation.effect import EffectConfig, PolicySampler, open_services, run_effect
-from xomni_jax.evaluation.generation import Generation
 from xomni_jax.evaluation.grpo_run import read_run
-from xomni_jax.evaluation.judges.services import RewardsJudge
-from xomni_jax.evaluation.measurement import EvaluationError, colour_entropy, colour_histogram, edge_density, measure
+from xomni_jax.evaluation.judges import RewardsJudge
+from xomni_jax.evaluation.measurement import colour_entropy, colour_histogram, edge_density, measure
+from xomni_jax.evaluation.outputs import Generation
 from xomni_jax.evaluation.run import EvalConfig, evaluate
+from xomni_jax.evaluation.suite import SuiteError
 from xomni_jax.evaluation.suites.rendered import HeldoutSigns, heldout_signs
 from xomni_jax.inference import InferenceConfig
 from xomni_jax.rl.image_statistics import image_statistics
@@ -100,11 +101,10 @@ def test_report_and_resume(tmp_path, monkeypatch):
     (tmp_path / "run/model/model.json").write_text('{"format": 1, "components": {} }')
     run_effect(cfg, fake_clients(), {"ocr": "2"})
     assert made == ["guidance_off-rl", "guidance_on-rl"]
-    # A broken service is one sentence; its replies are not kept, the images are.
-    made.clear()
-    with pytest.raises(EvaluationError, match=": 3 of 3 images could not be scored by ocr .no answer.; mend the service"):
+    # A broken service is one sentence, whether it is noticed before or after the first images are drawn; its replies are not kept.
+    with pytest.raises(SuiteError, match=": 3 of 3 images could not be scored by ocr .no answer.; mend the service"):
         run_effect(cfg, {"ocr": FakeClient(fail_every=1)}, {"ocr": "3"})
-    assert made and not (tmp_path / "out/cells/real/results.json").exists()
+    assert not (tmp_path / "out/cells/real/results.json").exists()
     _, again = run_effect(cfg, {"ocr": FakeClient()}, {"ocr": "3"})
     assert again["guidance_on"]["rl"]["ocr_reward"] == report["guidance_on"]["rl"]["ocr_reward"]
 
@@ -134,7 +134,7 @@ def test_policies(tmp_path):
     described = json.loads(path.read_text())
     described["components"]["mmdit"]["note"] = {"step": 7}
     path.write_text(json.dumps(described))
-    with pytest.raises(EvaluationError, match="its mmdit is not that of"):
+    with pytest.raises(SuiteError, match="its mmdit is not that of"):
         PolicySampler(models / "sft", models / "run/model")
 
 
@@ -160,9 +160,9 @@ def test_a_failed_score_is_left_out_and_counted(rng):
 
 
 def test_a_broken_service_stops_the_evaluation(rng):
-    with pytest.raises(EvaluationError, match="noise: 6 of 12 images could not be scored by ocr .no answer.; mend the service"):
+    with pytest.raises(SuiteError, match="noise: 6 of 12 images could not be scored by ocr .no answer.; mend the service"):
         measured(rng, {"ocr": FakeClient(fail_every=2)})
-    with pytest.raises(EvaluationError, match="trained on .quality. was measured here"):
+    with pytest.raises(SuiteError, match="trained on .quality. was measured here"):
         measured(rng, fake_clients()).selection({"quality": 1.0})
 
 
@@ -178,14 +178,14 @@ def test_run_files(tmp_path):
     run = read_run(tmp_path / "run")
     assert run.steps == 5 and run.weights == {"ocr": 1.0, "shapes": 0.5}
     assert len(run.curve("perf/update_s")[0]) == 4
-    with pytest.raises(EvaluationError, match="no metrics.jsonl here; give the run directory"):
+    with pytest.raises(SuiteError, match="no metrics.jsonl here; give the run directory"):
         read_run(tmp_path)
 
 
 def test_mistakes_are_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="guidance=1 is the setting without guidance"):
         config(tmp_path, tmp_path, guidance=1.0)
-    with pytest.raises(EvaluationError, match="no OCR service is given; start one with"):
+    with pytest.raises(SuiteError, match="no OCR service is given; start one with"):
         with open_services({}):
             pass
     monkeypatch.setattr(rendered, "render_example", lambda seed, index, config: render_example(seed, 0, config))

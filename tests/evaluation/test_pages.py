@@ -13,11 +13,10 @@ from tests.evaluation.test_report import SECONDS, made_up_effect
 from xomni_jax.evaluation.charts import Dot, Line, bar_chart, dot_chart, line_chart, moving_average
 from xomni_jax.evaluation.compare import compare, read_runs, write_comparison
 from xomni_jax.evaluation.eval_run import read_eval_run
+from xomni_jax.evaluation.measurement import summarise
 from xomni_jax.evaluation.report import write_report
 from xomni_jax.evaluation.run_report import write_run_report
-from xomni_jax.evaluation.studies import guidance_study
-from xomni_jax.evaluation.study_page import write_study
-from xomni_jax.evaluation.summary import summarise
+from xomni_jax.evaluation.studies import guidance_study, write_study
 
 EVIL = """<script>alert("1")</script> 'single' "double" {{ 1 + 1 }} </article> &amp;"""
 VOID = ("meta", "img", "br", "input")

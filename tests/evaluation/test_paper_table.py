@@ -10,7 +10,7 @@ from tests.evaluation.made_runs import write_answer_run, write_generate_run
 from xomni_jax.cli import eval as eval_command
 from xomni_jax.cli.main import main
 from xomni_jax.evaluation import paper
-from xomni_jax.evaluation.paper_table import OPEN, PAPER, departures, find_runs, rows
+from xomni_jax.evaluation.paper import OPEN, PAPER, departures, find_runs, rows
 from xomni_jax.evaluation.suites import PUBLISHED, get_suite
 
 
@@ -36,11 +36,11 @@ def test_every_command_is_accepted_and_names_its_settings():
         assert settings["checkpoint"] == ("X-Omni-Zh" if row.suite.endswith("zh") else "X-Omni-En")
         assert getattr(args, "rewrite", None) is not None if row.suite == "geneval" else not getattr(args, "rewrite", None)
         if suite.task == "generate":
-            assert (args.height, args.width, args.seed) == (1152, 1152, 1234) and settings["images per prompt"] == str(suite.repeats) == "4"
+            assert (args.height, args.width, args.seed) == (1152, 1152, 1234) and settings["images per prompt"] == suite.repeats == 4
             for name in ("height", "width", "seed", "temperature", "top-k", "top-p", "min-p", "guidance"):
-                assert float(settings[name]) == getattr(args, name.replace("-", "_"))
+                assert settings[name] == getattr(args, name.replace("-", "_"))
         else:
-            assert settings["max_new_tokens"] == str(suite.max_new_tokens)
+            assert settings["max_new_tokens"] == suite.max_new_tokens
         assert any(s.source == OPEN for s in row.settings)
     stated = {(row.suite, s.name) for row in made for s in row.settings if s.source == PAPER}
     assert stated == {("geneval", "rewriting"), ("longtext-en", "images per prompt"), ("longtext-zh", "images per prompt")}

@@ -8,11 +8,10 @@ import pytest
 from tests.evaluation.tiny_model import FakeClient, write_run
 from xomni_jax.evaluation.effect import Effect, EffectConfig, Setting
 from xomni_jax.evaluation.grpo_run import read_run
-from xomni_jax.evaluation.judges.services import RewardsJudge
-from xomni_jax.evaluation.measurement import measure
+from xomni_jax.evaluation.judges import RewardsJudge
+from xomni_jax.evaluation.measurement import measure, summarise, table_text
 from xomni_jax.evaluation.report import write_report
 from xomni_jax.evaluation.suites.rendered import heldout_signs
-from xomni_jax.evaluation.summary import summarise, table_text
 
 
 class NoisyReader(FakeClient):
@@ -50,7 +49,7 @@ def made_up_effect(folder, prompts=24, samples=16, second=True):
     config = EffectConfig("sft", "run/model", str(folder / "run"), str(folder), prompts=prompts, samples=samples)
     settings = {}
     reconstruction = cell(0.8, 1, 10)
-    for name in config.guidances():
+    for name in ("guidance_off", "guidance_on"):
         sft = cell(0.25, samples)
         sweep = {1.0: sft, 0.7: cell(0.3, 4), 0.5: cell(0.4, 4), 0.3: cell(0.38, 4), 0.0: cell(0.35, 1)}
         settings[name] = Setting(reconstruction, sft, cell(0.75, 4, 15), sweep)

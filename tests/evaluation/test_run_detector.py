@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-torch = pytest.importorskip("torch")
-
 from tests.rewards.running import service
 from tests.rewards.test_detector import folders  # noqa: F401 - a fixture
 from xomni_jax.cli.main import main
@@ -18,6 +16,7 @@ from xomni_jax.evaluation.suites import geneval
 from xomni_jax.rewards.scorer import build_scorer
 from xomni_jax.sharding.mesh import make_mesh
 
+pytest.importorskip("torch")
 pytestmark = pytest.mark.parity
 ROWS = [
     {"tag": "single_object", "include": [{"class": "cat", "count": 1}], "prompt": "a photo of a cat"},

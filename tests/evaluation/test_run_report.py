@@ -13,9 +13,8 @@ from PIL import Image
 
 from tests.evaluation.made_runs import CATEGORIES, write_answer_run, write_generate_run
 from xomni_jax.evaluation import paper
-from xomni_jax.evaluation.eval_run import read_eval_run, image_refs
-from xomni_jax.evaluation.gallery import embed, image_order, spread
-from xomni_jax.evaluation.run_report import write_run_report
+from xomni_jax.evaluation.eval_run import image_refs, read_eval_run
+from xomni_jax.evaluation.run_report import embed, image_order, spread, write_run_report
 from xomni_jax.evaluation.suite import SuiteError
 from xomni_jax.evaluation.suites import get_suite
 

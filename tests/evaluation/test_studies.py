@@ -10,7 +10,7 @@ import pytest
 
 from tests.evaluation.made_runs import write_answer_run, write_generate_run
 from xomni_jax.cli.main import main
-from xomni_jax.evaluation.studies import best_of_study, guidance_study, held_up_to, read_runs, reward_scores
+from xomni_jax.evaluation.studies import best_of_study, guidance_study, read_runs, reward_scores
 from xomni_jax.evaluation.suite import SuiteError
 
 ITEMS, SFT, RL = 7, {"path": "models/sft", "sha256": "aaaa"}, {"path": "models/rl", "sha256": "bbbb"}
@@ -65,11 +65,6 @@ def test_another_reward_picks(policies):
         worst = np.mean([np.mean([min(s) / 3 for s in itertools.combinations(of_item, row["n"])]) for of_item in table])
         assert row["score"]["value"] == pytest.approx(worst)
     assert study["reward"] == "contrary"
-
-
-def test_held_up_to_stops_at_the_first_that_is_not_beaten():
-    rows = [{"n": n, "score": {"value": s}} for n, s in ((1, 0.2), (2, 0.4), (4, 0.5), (8, 0.3))]
-    assert [held_up_to(rl, rows) for rl in (0.1, 0.2, 0.3, 0.45, 0.6, None)] == [0, 0, 1, 2, 8, 0]
 
 
 class Service:

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, rest: list[str]) -> int:
     """Runs the evaluation that was asked for."""
     if args.paper_table:
-        from xomni_jax.evaluation.paper_table import find_runs, rows, table_text
+        from xomni_jax.evaluation.paper import find_runs, rows, table_text
 
         print(table_text(rows(find_runs(args.runs) if args.runs else ())))
         return 0

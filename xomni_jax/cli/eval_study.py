@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from xomni_jax.cli.eval_suite import add_command
 
 STUDIES = ("guidance", "best-of-n", "effect")
 GUIDANCE_EXAMPLE = "xomni eval guidance runs/off runs/on --out runs/guidance"
@@ -70,9 +73,9 @@ def add_studies(kinds: Any, wanted: str | None) -> None:
     """The subcommands guidance and best-of-n, and effect unless another one is wanted."""
     if wanted in (None, "effect"):
         _add_effect(kinds)
-    guidance = _parser(kinds, "guidance", "what guidance changes: runs with it off and on", _GUIDANCE, GUIDANCE_EXAMPLE)
+    guidance = add_command(kinds, "guidance", "what guidance changes: runs with it off and on", _GUIDANCE, GUIDANCE_EXAMPLE)
     guidance.add_argument("runs", nargs="+", metavar="RUN", help="run directories, one per guidance value")
-    best = _parser(kinds, "best-of-n", "one RL sample against the best of N SFT samples", _BEST, BEST_EXAMPLE)
+    best = add_command(kinds, "best-of-n", "one RL sample against the best of N SFT samples", _BEST, BEST_EXAMPLE)
     best.add_argument("--sft", nargs="+", required=True, metavar="RUN", help="runs of the supervised model, seeds apart")
     best.add_argument("--rl", nargs="+", required=True, metavar="RUN", help="runs of the model after RL, seeds apart")
     best.add_argument("--reward", type=_reward, default=("score", ""), metavar="score|NAME=URL", help="what picks the best (default score)")
@@ -86,7 +89,7 @@ def _add_effect(kinds: Any) -> None:
     from xomni_jax.evaluation.effect import EffectConfig
 
     says = explanations(EffectConfig)
-    parser = _parser(kinds, "effect", "what reinforcement learning changed: SFT against RL", _EFFECT, EFFECT_EXAMPLE)
+    parser = add_command(kinds, "effect", "what reinforcement learning changed: SFT against RL", _EFFECT, EFFECT_EXAMPLE)
     what = parser.add_argument_group("what is compared")
     what.add_argument("--sft", required=True, metavar="DIR", help=says["sft"])
     what.add_argument("--rl", required=True, metavar="DIR", help=says["rl"])
@@ -97,7 +100,7 @@ def _add_effect(kinds: Any) -> None:
     services.add_argument(
         "--second", metavar="URL", help="tesseract, a reader that took no part in training; without it that column is null"
     )
-    read = {"size": _size, "lengths": _lengths, "temperatures": _numbers}
+    read = {"size": functools.partial(_pair, "x", "32x64"), "lengths": functools.partial(_pair, "-", "3-6"), "temperatures": _numbers}
     written = {"size": "32x64", "lengths": "3-6", "temperatures": "1,0.7,0.5,0.3,0"}
     for title, options in (("how much", _HOW_MUCH), ("sampling (the defaults are those of the rollouts in training)", _SAMPLING)):
         group = parser.add_argument_group(title)
@@ -118,14 +121,14 @@ def run(args: argparse.Namespace) -> int:
     """Prints the table, writes the files."""
     if args.evaluation == "effect":
         return _effect(args)
-    from xomni_jax.evaluation import study_page
+    from xomni_jax.evaluation import studies
 
     if args.evaluation == "guidance":
-        study, name, text = _guidance(args), "guidance", study_page.guidance_text
+        study, name, text = _guidance(args), "guidance", studies.guidance_text
     else:
-        study, name, text = _best_of(args), "best_of_n", study_page.best_of_text
+        study, name, text = _best_of(args), "best_of_n", studies.best_of_text
     print(text(study))
-    print(f"report: {study_page.write_study(study, name, args.out).absolute()}")
+    print(f"report: {studies.write_study(study, name, args.out).absolute()}")
     return 0
 
 
@@ -153,8 +156,8 @@ def _best_of(args: argparse.Namespace) -> dict[str, Any]:
 
 def _effect(args: argparse.Namespace) -> int:
     from xomni_jax.evaluation.effect import EffectConfig, open_services, run_effect
+    from xomni_jax.evaluation.measurement import table_text
     from xomni_jax.evaluation.report import write_report
-    from xomni_jax.evaluation.summary import table_text
 
     began = time.time()
     given = {name: value for name, value in vars(args).items() if name in EffectConfig.__dataclass_fields__}
@@ -180,25 +183,7 @@ def _reward(text: str) -> tuple[str, str]:
     return name, url
 
 
-def _parser(kinds: Any, name: str, line: str, description: str, example: str) -> argparse.ArgumentParser:
-    return kinds.add_parser(
-        name,
-        help=line,
-        description=description,
-        epilog="example:\n  " + example,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-
-
-def _size(text: str) -> tuple[int, int]:
-    return _pair(text, "x", "32x64")
-
-
-def _lengths(text: str) -> tuple[int, int]:
-    return _pair(text, "-", "3-6")
-
-
-def _pair(text: str, separator: str, example: str) -> tuple[int, int]:
+def _pair(separator: str, example: str, text: str) -> tuple[int, int]:
     parts = text.split(separator)
     if len(parts) != 2 or not all(p.isdigit() for p in parts):
         raise argparse.ArgumentTypeError(f"{text!r} is not two numbers; write it like {example}")

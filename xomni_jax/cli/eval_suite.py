@@ -59,15 +59,15 @@ def _add_suite(kinds: Any, name: str) -> None:
     _add_options(sub, {suite.task}, bool(suite.files), judges, bool(suite.switches))
 
 
+def add_command(kinds: Any, name: str, line: str, description: str, example: str) -> argparse.ArgumentParser:
+    """The parser of one subcommand of `xomni eval`."""
+    how = argparse.RawDescriptionHelpFormatter
+    return kinds.add_parser(name, help=line, description=description, epilog="example:\n  " + example, formatter_class=how)
+
+
 def _parser(kinds: Any, name: str, line: str, description: str, judge: str = "") -> argparse.ArgumentParser:
     example = EXAMPLE if name.startswith("rendered") else f"xomni eval {name} --model MODEL --data DATA --out runs/{name}{judge}"
-    return kinds.add_parser(
-        name,
-        help=line,
-        description=f"{description}\n\n{_PHASES}",
-        epilog="example:\n  " + example.replace("rendered-text", name),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    return add_command(kinds, name, line, f"{description}\n\n{_PHASES}", example.replace("rendered-text", name))
 
 
 def _add_options(parser: argparse.ArgumentParser, tasks: set[str], data: bool, judges: str, switches: bool) -> None:

@@ -11,8 +11,9 @@ import numpy as np
 from xomni_jax.checkpoint.store import write_json
 from xomni_jax.core.tables import TableCell, aligned, csv_text, format_estimate, format_number
 from xomni_jax.evaluation.eval_run import EvalRun, ImageRef, read_eval_run, same_items
-from xomni_jax.evaluation.gallery import embed, image_order, item_outputs, left_out
-from xomni_jax.evaluation.pages import write_page, write_text
+from xomni_jax.evaluation.pages import write_page
+from xomni_jax.evaluation.run_directory import write_text
+from xomni_jax.evaluation.run_report import embed, image_order, item_outputs, left_out
 from xomni_jax.evaluation.statistics import bootstrap_mean, paired_difference, with_bounds
 from xomni_jax.evaluation.suite import SuiteError
 

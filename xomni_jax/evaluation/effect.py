@@ -24,15 +24,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from xomni_jax.checkpoint.store import write_json
 from xomni_jax.core.preemption import StopSignal
 from xomni_jax.evaluation.grpo_run import GRPORun, read_run
-from xomni_jax.evaluation.judges.services import Client, RewardsJudge
-from xomni_jax.evaluation.measurement import EvaluationError, Measurement, measure
+from xomni_jax.evaluation.judges import RewardsJudge
+from xomni_jax.evaluation.measurement import Measurement, measure, summarise
 from xomni_jax.evaluation.run import EvalConfig, evaluate
+from xomni_jax.evaluation.suite import SuiteError
 from xomni_jax.evaluation.suites.rendered import HeldoutSigns, Signs, heldout_signs
 
 if TYPE_CHECKING:
     from xomni_jax.pipeline import XOmni
+    from xomni_jax.rewards.client import RewardClient
 
 SERVICES = {"ocr": "ocr", "shapes": "shapes", "second": "tesseract"}  # role here -> scorer that must answer
 SAMPLER_ROWS = 256  # images in one call of the sampler
@@ -91,10 +94,6 @@ class EffectConfig:
         if self.guidance == 1.0:
             raise ValueError("guidance=1 is the setting without guidance, which is measured anyway; give another value, such as 2")
 
-    def guidances(self) -> dict[str, float]:
-        """Setting -> guidance."""
-        return {"guidance_off": 1.0, "guidance_on": self.guidance}
-
 
 @dataclass(frozen=True)
 class Setting:
@@ -118,17 +117,17 @@ class Effect:
 
 
 @contextlib.contextmanager
-def open_services(urls: Mapping[str, str]) -> Iterator[tuple[dict[str, Client], dict[str, str]]]:
+def open_services(urls: Mapping[str, str]) -> Iterator[tuple[dict[str, RewardClient], dict[str, str]]]:
     """Clients by role and the versions of what answers. `urls`: "ocr" (needed), "shapes", "second"; several URLs by commas.
 
     Raises:
-      EvaluationError: no OCR service is named.
+      SuiteError: no OCR service is named.
       RewardServiceError: a service does not answer or serves something else.
     """
     from xomni_jax.rewards.client import RewardClient
 
     if not urls.get("ocr"):
-        raise EvaluationError(
+        raise SuiteError(
             "no OCR service is given; start one with: xomni serve-reward ocr --port 8001, and pass --ocr http://127.0.0.1:8001"
         )
     with contextlib.ExitStack() as stack:
@@ -142,7 +141,7 @@ def open_services(urls: Mapping[str, str]) -> Iterator[tuple[dict[str, Client], 
 
 def run_effect(
     config: EffectConfig,
-    clients: Mapping[str, Client],
+    clients: Mapping[str, RewardClient],
     versions: Mapping[str, str] | None = None,
     started: float | None = None,
     first_image_seconds: float | None = None,
@@ -156,11 +155,8 @@ def run_effect(
       first_image_seconds: how long the first image took, to be reported.
 
     Raises:
-      ValueError: a run, model or service that does not fit (`EvaluationError`, `CheckpointError`), in one sentence.
+      ValueError: a run, model or service that does not fit (`SuiteError`, `CheckpointError`), in one sentence.
     """
-    from xomni_jax.checkpoint.store import write_json
-    from xomni_jax.evaluation.summary import summarise
-
     began = time.time()
     effect = measure_all(config, read_run(config.rl_run), RewardsJudge(clients, versions or {}))
     seconds = {
@@ -177,7 +173,7 @@ class PolicySampler:
     """Two models that differ in the transformer alone, in one model object: they share the decoder and all compiled programs.
 
     Raises:
-      EvaluationError: another part of the two models differs.
+      SuiteError: another part of the two models differs.
     """
 
     def __init__(self, sft: str | Path, rl: str | Path):
@@ -189,14 +185,12 @@ class PolicySampler:
         for part in ("siglip_vq", *DECODER_COMPONENTS):
             ours, theirs = ((model.config(part), model.description["components"][part].get("note")) for model in models)
             if ours != theirs:
-                raise EvaluationError(
+                raise SuiteError(
                     f"{rl}: its {part} is not that of {sft}, so a difference between the two need not come from the policy; "
                     "compare with the model that the run started from"
                 )
         if self.model.config("transformer") != self._rl.config("transformer"):
-            raise EvaluationError(
-                f"{rl}: its transformer has other sizes than that of {sft}; compare with the model that the run started from"
-            )
+            raise SuiteError(f"{rl}: its transformer has other sizes than that of {sft}; compare with the model that the run started from")
 
     @functools.cached_property
     def _params(self) -> dict[str, Any]:
@@ -216,7 +210,7 @@ def measure_all(config: EffectConfig, run: GRPORun, judge: RewardsJudge) -> Effe
     with _Study(config, signs, sampler, judge) as study:
         real, reconstruction = study.real(), study.drawn("reconstruction", "sft", 1, reconstruct=True)
         made = {}
-        for name, guidance in config.guidances().items():
+        for name, guidance in {"guidance_off": 1.0, "guidance_on": config.guidance}.items():
             sft = study.drawn(f"{name}-sft", "sft", config.samples, guidance)
             rl = study.drawn(f"{name}-rl", "rl", config.rl_samples, guidance)
             swept = [t for t in config.temperatures if t != config.temperature]
@@ -234,7 +228,7 @@ def measure_all(config: EffectConfig, run: GRPORun, judge: RewardsJudge) -> Effe
 class _Study(contextlib.AbstractContextManager):
     """Makes measurements, each in a run directory of its own below OUT/cells; a thread has images scored while the next ones are drawn.
 
-    The methods return a function that waits for the measurement.
+    `real` and `drawn` return a function that waits for the measurement.
     """
 
     def __init__(self, config: EffectConfig, signs: Signs, sampler: PolicySampler, judge: RewardsJudge):
@@ -321,7 +315,7 @@ class _Study(contextlib.AbstractContextManager):
         agreement = [outputs[item.id]["agreement"] for item in run.items] if config.reencode else None
         try:
             return measure(run.path.name, images, replies_PR, agreement)
-        except EvaluationError:
+        except SuiteError:
             results.unlink()
             raise
 

@@ -50,12 +50,17 @@ class ImageRef:
 
 @dataclass(frozen=True)
 class EvalRun:
-    """What a run measured. `items` are sorted by id; `asked`: item id -> opens the image that its question is about, where available."""
+    """What a run measured.
+
+    Attributes:
+      items: the lines of items.jsonl, sorted by id.
+      question_images: item id -> opens the image that its question is about, where available.
+    """
 
     path: Path
     results: dict[str, Any]
     items: list[Item]
-    asked: Mapping[str, Callable[[], Image.Image]] = field(default_factory=dict)
+    question_images: Mapping[str, Callable[[], Image.Image]] = field(default_factory=dict)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -153,8 +158,8 @@ def outputs(item: Item) -> int:
 
 def image_refs(run: EvalRun, item: Item) -> list[ImageRef]:
     """The images of an item: one per output, also where the official layout is one grid of them; of a question, its image."""
-    if item["id"] in run.asked:
-        return [ImageRef(run.path / item["id"], opener=run.asked[item["id"]])]
+    if item["id"] in run.question_images:
+        return [ImageRef(run.path / item["id"], opener=run.question_images[item["id"]])]
     images = [run.path / name for name in item.get("images", ())]
     if len(images) == 1 < outputs(item):
         side = math.isqrt(outputs(item))
@@ -187,11 +192,7 @@ def same_items(runs: Sequence[EvalRun]) -> None:
             raise SuiteError(f"{first.path} is a run of {first.suite}, {run.path} one of {run.suite}; a paired comparison needs one suite")
         mine, theirs = {i["id"] for i in first.items}, {i["id"] for i in run.items}
         if mine != theirs:
-            apart = {first.path: mine - theirs, run.path: theirs - mine}
-            told = [f"{len(ids)} only in {path} ({examples(ids)})" for path, ids in apart.items() if ids]
-            raise SuiteError(f"the runs hold different items: {', '.join(told)}; make both with the same data and --limit")
-
-
-def examples(ids: set[str]) -> str:
-    """The first few of many ids."""
-    return ", ".join(sorted(ids)[:3]) + (", ..." if len(ids) > 3 else "")
+            only_in = {first.path: sorted(mine - theirs), run.path: sorted(theirs - mine)}
+            shown = lambda ids: ", ".join(ids[:3] + ["..."] * (len(ids) > 3))
+            counts = [f"{len(ids)} only in {path} ({shown(ids)})" for path, ids in only_in.items() if ids]
+            raise SuiteError(f"the runs hold different items: {', '.join(counts)}; make both with the same data and --limit")

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from xomni_jax.evaluation.measurement import EvaluationError
+from xomni_jax.evaluation.suite import SuiteError
 
 STEP_PARTS = {"rollout": "perf/rollout_s", "decode": "perf/decode_s", "reward": "perf/reward_wait_s", "update": "perf/update_s"}
 
@@ -51,11 +51,11 @@ def read_run(directory: str | Path) -> GRPORun:
     """Reads RUN/metrics.jsonl and RUN/config.json.
 
     Raises:
-      EvaluationError: there is no run here, or none of its lines can be read.
+      SuiteError: there is no run here, or none of its lines can be read.
     """
     path = Path(directory) / "metrics.jsonl"
     if not path.is_file():
-        raise EvaluationError(f"{directory}: no metrics.jsonl here; give the run directory of the GRPO stage, such as runs/demo/grpo")
+        raise SuiteError(f"{directory}: no metrics.jsonl here; give the run directory of the GRPO stage, such as runs/demo/grpo")
     records = []
     for line in path.read_text().splitlines():
         try:
@@ -65,9 +65,9 @@ def read_run(directory: str | Path) -> GRPORun:
         if isinstance(record, dict) and isinstance(record.get("step"), int):
             records.append(record)
     if not records:
-        raise EvaluationError(f"{path}: no step was logged; let the run make at least one step")
+        raise SuiteError(f"{path}: no step was logged; let the run make at least one step")
     config = path.with_name("config.json")
     try:
         return GRPORun(tuple(records), json.loads(config.read_text()) if config.is_file() else {})
     except ValueError as error:
-        raise EvaluationError(f"{config}: not readable as JSON ({error}); restore it from the run that wrote it") from None
+        raise SuiteError(f"{config}: not readable as JSON ({error}); restore it from the run that wrote it") from None

@@ -1,36 +1,49 @@
-"""The model's side of an evaluation: opens the model, records the settings that decide its outputs, makes them and saves them."""
+"""The model's side of an evaluation: opens the model, records the settings that decide its outputs, makes them and saves them.
+
+An output must not depend on which items happen to be in the same batch. A row of a batch depends on its own prompt and keys alone, but
+programs of other shapes may round differently: so a prompt is padded to a length that its own length decides, and every batch has the
+same number of rows. Then an item drawn or answered alone equals the item in any batch, to the bit.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import importlib.metadata
+import math
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from PIL import Image
 
 from xomni_jax.core.config import as_dict
 from xomni_jax.core.distributed import connect, gather_json
 from xomni_jax.core.preemption import StopRequested, StopSignal
-from xomni_jax.evaluation.answering import answer
-from xomni_jax.evaluation.generation import Generation
+from xomni_jax.data.preprocess import ImageLimits, preprocess, to_pixels, token_grid
 from xomni_jax.evaluation.run import EvalConfig, SuiteRun
-from xomni_jax.evaluation.suite import Item, check_images
+from xomni_jax.evaluation.suite import Item, Suite, SuiteError, check_images
 from xomni_jax.inference import MODELS, open_model
 from xomni_jax.pipeline import XOmni
+from xomni_jax.sampling.batches import Batch, batches_by_shape, in_order, make_batches, run_batches
+from xomni_jax.sampling.keys import NOISE
+from xomni_jax.sequence.padding import IMAGE_STEPS, bucket
 from xomni_jax.sharding.mesh import make_mesh
 
 HASHED = 1 << 20  # bytes of the beginning and of the end of a file that go into a checkpoint's hash
 VERSIONS = ("xomni_jax", "jax", "jaxlib", "flax", "transformers")
 SAVERS = 4  # threads that compress images
+SHORTEST = 32  # tokens that prompts and questions are padded to at least
+READERS = 4  # threads that read images
 
 
 def model_opener(config: EvalConfig) -> Callable[[], XOmni]:
@@ -61,7 +74,7 @@ def make_outputs(run: SuiteRun, model: Callable[[], XOmni], stop: StopSignal) ->
         _generate(run, generation, stop)
         return
     _claim_settings(run, opened, {"max_new_tokens": suite.max_new_tokens})
-    left = _left(run)
+    left = _unfinished_items(run)
     with run.appending("parts", "answered", len(left)) as add:
         for answers in answer(opened, suite, run.config.inference.batch, left):
             add({"id": item.id, "answer": text, "fitted": changed} for item, text, changed in answers)
@@ -103,7 +116,7 @@ def checkpoint_hash(directory: str | Path) -> str:
     return digest.hexdigest()
 
 
-def _left(run: SuiteRun) -> list[Item]:
+def _unfinished_items(run: SuiteRun) -> list[Item]:
     """This worker's items without outputs, the same on all its processes."""
     ids = {item.id for item in run.mine()} - set(run.outputs()) if run.writes else set()
     if run.process[1] > 1:
@@ -113,7 +126,7 @@ def _left(run: SuiteRun) -> list[Item]:
 
 def _generate(run: SuiteRun, generation: Generation, stop: StopSignal) -> None:
     """Draws images and saves them in the official layout; images are compressed while the next ones are drawn."""
-    left, staging = _left(run), run.path / ".drawing" / run.worker
+    left, staging = _unfinished_items(run), run.path / ".drawing" / run.worker
     if run.writes:
         shutil.rmtree(staging, ignore_errors=True)  # of a killed process
     with run.appending("parts", "drawn", len(left)) as add, ThreadPoolExecutor(SAVERS) as pool:
@@ -147,3 +160,156 @@ def _save(run: SuiteRun, staging: Path, item: Item, images: Sequence[Image.Image
         digest.update(repr(image.size).encode() + image.tobytes())
     files = [f"images/{name}" for name in names if name.endswith((".png", ".webp", ".jpg"))]
     return {"id": item.id, "files": files, "pixels": digest.hexdigest(), **more}
+
+
+class Generation:
+    """Draws the items of one suite with one model. `settings` is what decides the images, for the record."""
+
+    def __init__(self, model: XOmni, suite: Suite, config: EvalConfig):
+        self.model, self.suite, self.config, inference = model, suite, config, config.inference
+        own = model.description.get("settings", {}).get("size", {})
+        height, width = suite.size or (own.get("height", 1152), own.get("width", 1152))
+        height, width = inference.height or height, inference.width or width
+        self.grid = model.grid(height, width)
+        self.sampling = inference.sampling
+        R, batch = suite.repeats, inference.batch
+        self.per_call = config.repeats_per_call or max(r for r in range(1, R + 1) if R % r == 0 and (r == 1 or r <= batch))
+        self.rows, self.decode_rows = max(1, batch // self.per_call) * model.num_data_shards, inference.decode_batch * model.num_data_shards
+        self.settings = {"height": height, "width": width, "seed": config.seed, "sampling": dataclasses.asdict(self.sampling)}
+        self.settings |= {"repeats": R, "batch": batch, "decode_batch": inference.decode_batch}
+        self.settings |= {name: on for name in ("repeats_per_call", "reconstruct", "reencode") if (on := getattr(config, name))}
+
+    def draw(self, items: Sequence[Item]) -> Iterator[list[tuple[Item, list[Image.Image], dict[str, Any]]]]:
+        """Batch by batch (item, images, what else is recorded of it); the device draws the next batch meanwhile.
+
+        "overlong" marks a prompt that is drawn whole, but decoded to pixels from its beginning: the text encoder takes no more.
+
+        Raises:
+          SuiteError: the prompt of an item cannot be drawn.
+        """
+        limit = self.model.decode_config.text_length - 1
+        batches = batches_by_shape([bucket(max(SHORTEST, self._length(item))) for item in items], self.rows)
+        for batch, (images_PRHWC, codes_PRYX) in run_batches(lambda batch: self._start(batch, items), batches):
+            more = [{"overlong": self.model.decoder_tokens(items[i].prompt) > limit} for i in batch.items]
+            if self.config.reencode:
+                again = self._encode(images_PRHWC.reshape(-1, *images_PRHWC.shape[2:])).reshape(codes_PRYX.shape)
+                agreement_PR = (np.asarray(codes_PRYX) == again).mean((-2, -1))
+                more = [m | {"agreement": row_R.tolist()} for m, row_R in zip(more, agreement_PR)]
+            drawn = [[Image.fromarray(image) for image in images_RHWC] for images_RHWC in images_PRHWC]
+            yield [(items[i], *one) for i, *one in zip(batch.items, drawn, more)]
+
+    def _length(self, item: Item) -> int:
+        if not item.prompt.strip():
+            raise SuiteError(f"{self.suite.name}: the prompt of item {item.id} is empty; correct the data")
+        try:
+            return len(self.model.tokenizer.generation_prompt(item.prompt, *self.grid))
+        except ValueError as e:
+            raise SuiteError(f"{self.suite.name}: item {item.id}: {e}") from None
+
+    def _start(self, batch: Batch, items: Sequence[Item]) -> tuple[jax.Array, jax.Array]:
+        """Dispatches a batch without waiting for it: images [P, R, H, W, 3] and codes [P, R, Y, X] of its P items."""
+        seed, R, P = self.config.seed, self.suite.repeats, len(batch.items)
+        prompts, ids = batch.take([item.prompt for item in items]), batch.take([item.id for item in items])
+        if self.config.reconstruct:
+            codes_BYX = jnp.asarray(self._encode(np.stack([np.asarray(items[i].image()) for i in batch.items])))
+        else:
+            keys_PR = self.suite.keys(seed, ids, R, 0)
+            calls = [keys_PR[:, r : r + self.per_call] for r in range(0, R, self.per_call)]
+            parts = [self.model.sample_codes(prompts, self.grid, keys, self.sampling, batch.shape)["codes"] for keys in calls]
+            codes_BYX = jnp.concatenate(parts, axis=1).reshape(-1, *self.grid)
+        noise_keys = self.suite.keys(seed, ids, R, NOISE).reshape(-1)
+        texts = [prompt for prompt in prompts for _ in range(R)]
+        images = []
+        for part in make_batches(P * R, self.decode_rows):
+            noise_BTC = self.model.noise(part.take(noise_keys), self.grid)
+            images.append(self.model.decode_images(part.take(codes_BYX), part.take(texts), noise_BTC))
+        images_BHWC = jnp.concatenate(images)[: P * R]
+        return images_BHWC.reshape(P, R, *images_BHWC.shape[1:]), codes_BYX[: P * R].reshape(P, R, *self.grid)
+
+    def _encode(self, images_BHWC: np.ndarray) -> np.ndarray:
+        """Codes [B, Y, X] of uint8 images of one size."""
+        program = lambda part: self.model.encode_pixels(to_pixels(part.take(images_BHWC)))
+        return np.stack(in_order(run_batches(program, make_batches(len(images_BHWC), self.decode_rows))))
+
+
+def item_keys(seed: int, suite: str, ids: Sequence[str], repeats: int, purpose: int) -> jax.Array:
+    """One key per item and repeat [P, R], from (seed, purpose, suite, id, repeat): any image can be drawn again alone."""
+    digests = [hashlib.sha256(f"{suite}\n{name}".encode()).digest()[:8] for name in ids]
+    words_P2 = np.frombuffer(b"".join(digests), ">u4").reshape(-1, 2).astype(np.uint32)
+    return _fold(np.uint32(seed), words_P2, repeats, purpose)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _fold(seed: Any, words_P2: Any, repeats: int, purpose: int) -> jax.Array:
+    root = jax.random.fold_in(jax.random.key(seed), purpose)
+
+    def of_item(words):
+        key = jax.random.fold_in(jax.random.fold_in(root, words[0]), words[1])
+        return jax.vmap(lambda r: jax.random.fold_in(key, r))(jnp.arange(repeats))
+
+    return jax.vmap(of_item)(words_P2)
+
+
+def answer(model: XOmni, suite: Suite, batch_size: int, items: Sequence[Item]) -> Iterator[list[tuple[Item, str, bool]]]:
+    """Batch by batch (item, answer, whether its image had to be changed); images are read while the device answers.
+
+    Args:
+      batch_size: questions at a time, by each data-parallel part of the mesh.
+
+    Raises:
+      SuiteError: an image cannot be read, or a question cannot be asked.
+    """
+    limits, fitted = model.preprocess_config, dict[int, bool]()
+
+    def image_of(item: Item) -> Image.Image:
+        try:
+            return item.image().convert("RGB")
+        except SuiteError:
+            raise
+        except (OSError, ValueError) as e:
+            raise SuiteError(f"{suite.name}: the image of item {item.id} cannot be read ({e}); fetch it again") from None
+
+    def length(item: Item) -> int:
+        grid = token_grid(*fitted_sizes(image_of(item).size, limits)[1], limits)
+        try:
+            return len(model.tokenizer.understanding_prompt(np.zeros(grid, np.int32), item.prompt))
+        except ValueError as e:
+            raise SuiteError(f"{suite.name}: item {item.id}: {e}") from None
+
+    def pixels_of(i: int) -> np.ndarray:
+        image, fitted[i] = fit(image_of(items[i]), limits)
+        return preprocess(image, limits)
+
+    with ThreadPoolExecutor(READERS) as pool:
+
+        def start(batch: Batch) -> jax.Array:
+            codes = dict(zip(batch.items, model.encode_ragged(list(pool.map(pixels_of, batch.items)))))
+            questions = batch.take([item.prompt for item in items])
+            return model.answer_ids(batch.take(codes), questions, suite.max_new_tokens, batch.shape)
+
+        shapes = [bucket(max(SHORTEST, n), IMAGE_STEPS) for n in pool.map(length, items)]
+        for batch, ids_BT in run_batches(start, batches_by_shape(shapes, batch_size * model.num_data_shards)):
+            answers = [model.tokenizer.decode_text(ids_T).strip() for ids_T in ids_BT]
+            yield [(items[i], text, fitted[i]) for i, text in zip(batch.items, answers)]
+
+
+def fitted_sizes(size: tuple[int, int], limits: ImageLimits) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(width, height) -> the canvas that its image is pasted on, and the size that the canvas is enlarged to."""
+    least = math.ceil(max(size) / limits.max_aspect_ratio)
+    canvas = max(size[0], least), max(size[1], least)
+    scale = max(1.0, limits.min_short_size / min(canvas))
+    return canvas, tuple(max(limits.min_short_size, int(side * scale)) for side in canvas)
+
+
+def fit(image: Image.Image, limits: ImageLimits) -> tuple[Image.Image, bool]:
+    """The RGB image as the tokenizer takes it, and whether it had to be changed for that.
+
+    Benchmarks hold images that the released limits refuse, such as a single cropped word: they are padded with white to the most
+    elongated shape that is accepted, then enlarged until the short side is.
+    """
+    canvas, enlarged = fitted_sizes(image.size, limits)
+    if image.size == enlarged:
+        return image, False
+    padded = Image.new("RGB", canvas, "white")
+    padded.paste(image, ((canvas[0] - image.width) // 2, (canvas[1] - image.height) // 2))
+    return padded.resize(enlarged, Image.Resampling.BICUBIC), True

@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import functools
 import io
-import os
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from PIL import Image
+
+from xomni_jax.evaluation.run_directory import write_text
 
 
 @functools.cache
@@ -26,16 +27,7 @@ def _templates() -> jinja2.Environment:
 
 def write_page(path: str | Path, template: str, **values: Any) -> Path:
     """Writes a page made from a template of assets/templates and returns its path. All values are text to be escaped, but for charts."""
-    return write_text(path, _templates().get_template(template).render(**values))
-
-
-def write_text(path: str | Path, text: str) -> Path:
-    """Writes a text file as a whole, also when several processes finish a run together. Returns its path."""
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
-    part.write_text(text, encoding="utf-8", newline="")
-    os.replace(part, path)
-    return path
+    return write_text(Path(path), _templates().get_template(template).render(**values))
 
 
 def image_data(image: Image.Image, form: str = "PNG", **options: Any) -> str:

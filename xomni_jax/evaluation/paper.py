@@ -1,17 +1,45 @@
-"""Tables 1 to 4 of the paper (arXiv 2507.22058), and where each suite stands in them. Values are kept as printed, digits and all."""
+"""Tables 1 to 4 of the paper (arXiv 2507.22058): its values as printed, the commands that reproduce them, and results of finished runs.
+
+The paper states few settings. The others are those of the released code or of the benchmark, and are marked as such.
+"""
 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
+from xomni_jax.evaluation.eval_run import EvalRun, read_eval_run
+from xomni_jax.evaluation.judges import OFFICIAL
 from xomni_jax.evaluation.suites import get_suite
 
 OURS = "X-Omni"
+PAPER, CODE, BENCHMARK, OPEN = "paper", "released code", "benchmark", "not stated"
+MARKS = {PAPER: "", CODE: "*", BENCHMARK: "+", OPEN: "?"}
+LEGEND = {
+    PAPER: "stated in the paper",
+    CODE: "not stated in the paper for its tables; as the released code does by default",
+    BENCHMARK: "not stated in the paper; as the benchmark prescribes",
+    OPEN: "not stated anywhere; the choice made here",
+}
+MODELS = {"en": "models/xomni-en", "zh": "models/xomni-zh"}  # converted from the released X-Omni-En and X-Omni-Zh
+VLM = "Qwen/Qwen2.5-VL-7B-Instruct"
+JUDGES = {"ocr": f"{VLM}@http://127.0.0.1:8000/v1", "vqa": f"{VLM}@http://127.0.0.1:8000/v1", "detector": "http://127.0.0.1:8003"}
+SAMPLING = {"height": 1152, "width": 1152, "temperature": 1.0, "top-k": 50, "top-p": 1.0, "min-p": 0.03, "guidance": 1.0, "seed": 1234}
+FOUR_STATED = ("longtext-en", "longtext-zh")  # the paper states four images per prompt
+# What the paper leaves open about a row beside the marked settings.
+NOTES = {
+    "geneval": "the rewritten prompts, the rewriter and its instruction",
+    "pope": "the metric (mean F1 of the splits is taken)",
+    "mmbench": "the version and the split (dev is the one with answers)",
+    "seedbench": "how a letter is read from the reply",
+    "docvqa": "the split (val is the one with answers)",
+}
 
 
 @dataclass(frozen=True)
@@ -85,3 +113,131 @@ def ours(results: Mapping[str, Any]) -> dict[str, str | None]:
     scores[columns.headline] = results["headline"]["value"]
     decimals = len(values(suite)[OURS][columns.headline].partition(".")[2])
     return {column: None if value is None else f"{scale * value:.{decimals}f}" for column, value in scores.items()}
+
+
+class StatedSetting(NamedTuple):
+    """One setting of a suite and who states it: PAPER, CODE, BENCHMARK or OPEN."""
+
+    name: str
+    value: Any
+    source: str
+
+
+class PaperRow(NamedTuple):
+    """One suite: its table, how to reproduce its numbers, what the paper prints, and what a run gave ({} without one)."""
+
+    table: int
+    suite: str
+    settings: tuple[StatedSetting, ...]
+    command: str
+    paper: dict[str, str | None]
+    ours: dict[str, str | None]
+    run: EvalRun | None
+
+
+def rows(runs: Iterable[EvalRun] = ()) -> list[PaperRow]:
+    """One row per suite, in the order of the paper, with the run of the suite that has the most items (of equals the latest)."""
+    best = {run.suite: run for run in sorted(runs, key=lambda run: (len(run.items), (run.path / "results.json").stat().st_mtime))}
+    made = []
+    for suite, columns in COLUMNS.items():
+        run = best.get(suite)
+        found = {} if run is None else ours(run.results)
+        printed = values(suite)[OURS]
+        made.append(PaperRow(columns.table, suite, suite_settings(suite), command(suite), printed, found, run))
+    return sorted(made, key=lambda row: row.table)
+
+
+def suite_settings(name: str) -> tuple[StatedSetting, ...]:
+    """Every setting of a suite's run, with its source."""
+    suite, language = get_suite(name), language_of(name)
+    checkpoint = StatedSetting("checkpoint", f"X-Omni-{language.capitalize()}", OPEN)
+    if suite.task == "answer":
+        return (
+            checkpoint,
+            StatedSetting("decoding", "greedy", CODE),
+            StatedSetting("max_new_tokens", suite.max_new_tokens, BENCHMARK),
+            StatedSetting("instruction after the question", "the suite's default", BENCHMARK),
+        )
+    # DPG-Bench's own judge is not available as a service; a general model replaces it.
+    other = {"geneval": (OFFICIAL["detector"], BENCHMARK), "dpg": (f"{VLM} in place of {OFFICIAL['vqa']}", OPEN)}
+    judge = StatedSetting("judge", *other.get(name, (VLM, CODE if name.startswith("longtext") else BENCHMARK)))
+    repeats = StatedSetting("images per prompt", suite.repeats, PAPER if name in FOUR_STATED else BENCHMARK)
+    rewriting = StatedSetting("rewriting", "yes" if name == "geneval" else "none", PAPER if name == "geneval" else OPEN)
+    return (checkpoint, *(StatedSetting(n, v, CODE) for n, v in SAMPLING.items()), repeats, rewriting, judge)
+
+
+def language_of(name: str) -> str:
+    """Language of the checkpoint that a suite evaluates: Chinese for Chinese text, English otherwise."""
+    return "zh" if name.endswith("-zh") else "en"
+
+
+def command(name: str) -> str:
+    """The whole command of a suite; the user adapts the paths of data and output."""
+    suite = get_suite(name)
+    options: dict[str, Any] = {"model": MODELS[language_of(name)], "data": f"data/{name}"}
+    if suite.task == "generate":
+        options |= SAMPLING
+    if name == "geneval":
+        options["rewrite"] = f"{VLM}@http://127.0.0.1:8000/v1"
+    if suite.judge:
+        options["judge"] = JUDGES[suite.judge]
+    return f"xomni eval {name} " + " ".join(f"--{n} {v}" for n, v in options.items()) + f" --out runs/{name}"
+
+
+def find_runs(directory: str | Path) -> list[EvalRun]:
+    """The finished runs of the paper's suites in a directory and below. ValueError when there is no such directory."""
+    root = Path(directory)
+    if not root.is_dir():
+        raise ValueError(f"--runs {root} is no directory; give the one that holds the run directories")
+    runs = [read_eval_run(path.parent) for path in sorted(root.rglob("results.json")) if (path.parent / "items.jsonl").is_file()]
+    return [run for run in runs if run.suite in COLUMNS]
+
+
+def departures(row: PaperRow) -> list[str]:
+    """The settings in which a run differs from the row's command; empty when it does not."""
+    if row.run is None:
+        return []
+    settings, published = row.run.flat_settings, get_suite(row.suite).published
+    settings["rewriting"] = "yes" if settings.get("data.rewritten") else "none"
+    differing = [f"{len(row.run.items)} of {published} items"] if published and len(row.run.items) != published else []
+    for setting in row.settings:
+        name = "repeats" if setting.name == "images per prompt" else setting.name.replace("-", "_")
+        value = settings.get(name, settings.get(f"sampling.{name}"))
+        if value not in (None, setting.value):
+            differing.append(f"{setting.name} {value}")
+    return differing + ([f"switches {settings['switches']}"] if settings["switches"] != "none" else [])
+
+
+def table_text(made: list[PaperRow]) -> str:
+    """The table for a terminal."""
+    lines = []
+    for number, of_table in itertools.groupby(made, key=lambda row: row.table):
+        lines += [f"Table {number}: {tables()[number]['title']}", ""]
+        for row in of_table:
+            lines += [*row_text(row), ""]
+        lines.append("")
+    marks = "\n".join(f"  {mark or ' '} {LEGEND[source]}" for source, mark in MARKS.items())
+    return "\n".join(lines[:-1]) + f"Marks after a setting:\n{marks}\n"
+
+
+def row_text(row: PaperRow) -> list[str]:
+    """The lines of one suite."""
+    unstated = [s.name for s in row.settings if s.source != PAPER]
+    lines = [
+        f"{row.suite}: {get_suite(row.suite).title}",
+        f"  {row.command}",
+        f"  settings: {', '.join(f'{s.name} {s.value}{MARKS[s.source]}' for s in row.settings)}",
+        f"  the paper does not say: {', '.join(filter(None, (*unstated, NOTES.get(row.suite))))}",
+        f"  paper: {numbers(row.paper)}",
+    ]
+    if row.run is None:
+        return [*lines, "  ours:  not run"]
+    model = str(row.run.flat_settings.get("model.sha256", "images of another program"))[:12]
+    lines.append(f"  ours:  {numbers(row.ours)}   ({row.run.path}, model {model}, judge {row.run.flat_settings['judge.name']})")
+    differing = departures(row)
+    return [*lines, f"  not what the command above makes: {', '.join(differing)}"] if differing else lines
+
+
+def numbers(values: Mapping[str, str | None]) -> str:
+    """Columns and their values."""
+    return ", ".join(f"{column} {value or '-'}" for column, value in values.items())

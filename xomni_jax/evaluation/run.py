@@ -1,9 +1,9 @@
-"""The evaluation engine: one suite from data to result file. Outputs by the model, replies by the judge, one aggregation.
+"""The evaluation engine: takes one suite from its data to the result file.
 
-Work is cut by item. Every process takes its share of the items, leaves out what anybody has finished, and appends what it finishes to a
-file of its own (see `run_directory`); whoever finds everything finished writes the results. So it can be stopped at any point, and a
-result depends on the items alone: outputs on (model, settings, item, repeat) through static batches and counted keys, replies on the
-outputs, the aggregation on the records sorted by id.
+Work is divided by item. Every process takes its share of the items, skips those that any process has finished, and appends what it
+finishes to a file of its own (see `run_directory`); the process that finds nothing missing writes the results. So a run can be stopped at
+any point, and its results do not depend on how the work was divided: random keys belong to an item and repeat, batch shapes are fixed,
+and records are aggregated in the order of their ids.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from xomni_jax.core.preemption import StopSignal
-from xomni_jax.evaluation.run_directory import RunDirectory, RunError, json_line
+from xomni_jax.evaluation.run_directory import RunDirectory, RunError, json_line, pretty_json
 from xomni_jax.evaluation.suite import Item, Judge, Suite, SuiteError
 from xomni_jax.evaluation.suites import PUBLISHED, get_suite
 
@@ -229,10 +229,10 @@ def evaluate_all(config: EvalConfig, stop: StopSignal | None = None, process: tu
 
     found, model = AllResults(), model_opener(config)
     for name in PUBLISHED:
-        kind = get_suite(name)
-        if config.phase not in ("all", kind.task, "score"):
+        suite = get_suite(name)
+        if config.phase not in ("all", suite.task, "score"):
             continue
-        data, switches = Path(config.data) / name, [s for s in config.switches if s in kind.switches]
+        data, switches = Path(config.data) / name, [s for s in config.switches if s in suite.switches]
         one = dataclasses.replace(
             config, suite=name, switches=switches, data=data if data.is_dir() else config.data, out=Path(config.out) / name
         )
@@ -397,5 +397,5 @@ def write_results(run: SuiteRun) -> dict[str, Any]:
         "instructions": dict(run.config.instructions),
     }
     run.directory.write("items.jsonl", "".join(lines))
-    run.directory.write("results.json", json.dumps(results, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
+    run.directory.write("results.json", pretty_json(results))
     return results

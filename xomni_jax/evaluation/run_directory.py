@@ -52,7 +52,7 @@ class RunDirectory:
         path, value = self.path / name, json.loads(json.dumps(value))
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            mine = _write(path, _pretty(value))
+            mine = _write(path, pretty_json(value))
             try:
                 os.link(mine, path)
             except FileExistsError:
@@ -74,12 +74,9 @@ class RunDirectory:
         """The JSON object in OUT/name."""
         path = self.path / name
         try:
-            value = json.loads(path.read_text())
+            return json.loads(path.read_text())
         except ValueError as e:
             raise RunError(f"{path}: not readable as JSON ({e}); delete it, or take another --out") from None
-        if not isinstance(value, dict):
-            raise RunError(f"{path}: holds no JSON object; delete it, or take another --out")
-        return value
 
     def lines(self, kind: str) -> dict[str, dict[str, Any]]:
         """id -> record, over all files of "parts" or "judged".
@@ -103,7 +100,7 @@ class RunDirectory:
 
     def write(self, name: str, text: str) -> None:
         """Replaces OUT/name as a whole."""
-        os.replace(_write(self.path / name, text), self.path / name)
+        write_text(self.path / name, text)
 
 
 class LineFile:
@@ -148,14 +145,21 @@ def json_line(value: Mapping[str, Any]) -> str:
     return json.dumps(value, ensure_ascii=False, sort_keys=True) + "\n"
 
 
-def _pretty(value: Any) -> str:
+def pretty_json(value: Any) -> str:
+    """The text of settings.json and results.json."""
     return json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Replaces a text file as a whole, also when several processes finish a run together. Returns its path."""
+    os.replace(_write(path, text), path)
+    return path
 
 
 def _write(path: Path, text: str) -> Path:
     """Writes a temporary file beside `path`, named for this process, and returns its path."""
     mine = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
-    with mine.open("w", encoding="utf-8") as file:
+    with mine.open("w", encoding="utf-8", newline="") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

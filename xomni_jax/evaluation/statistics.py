@@ -6,12 +6,14 @@ P prompts, R samples per prompt. NaN is a value that is not known: it is left ou
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 RESAMPLES = 2000
 LEVEL = 0.95
+BEST_OF = (1, 2, 4, 8, 16)  # the N of best-of-N in reports
 
 
 class Interval(NamedTuple):
@@ -31,18 +33,12 @@ def best_of_weights(selection_PR: np.ndarray, n: int) -> np.ndarray:
     probability of each score. The mean of a metric with these weights is its exact mean over all subsets of size n.
 
     Args:
-      selection_PR: scores [P, R], NaN where unknown.
-      n: samples to choose from; 1 gives the plain mean.
+      selection_PR: scores float64 [P, R], NaN where unknown.
+      n: samples to choose from, 1 to R; 1 gives the plain mean.
 
     Returns:
       Weights [P, R]; rows sum to 1, or are NaN where fewer than n scores are known.
-
-    Raises:
-      ValueError: n outside 1..R.
     """
-    selection_PR = np.asarray(selection_PR, np.float64)
-    if selection_PR.ndim != 2 or not 1 <= n <= selection_PR.shape[1]:
-        raise ValueError(f"best of {n} needs at least {n} samples per prompt, the table has shape {selection_PR.shape}; sample more")
     weights_PR = np.full(selection_PR.shape, np.nan)
     for scores_R, weights_R in zip(selection_PR, weights_PR):
         known = np.isfinite(scores_R)
@@ -64,7 +60,6 @@ def weighted_rows(metric_PR: np.ndarray, weights_PR: np.ndarray) -> np.ndarray:
 
     NaN where the weights are NaN, or where no sample of positive weight has a known metric.
     """
-    metric_PR = np.asarray(metric_PR, np.float64)
     used_PR = np.where(np.isfinite(metric_PR), weights_PR, 0.0)
     total_P = used_PR.sum(-1)
     value_P = (used_PR * np.nan_to_num(metric_PR)).sum(-1)
@@ -73,8 +68,7 @@ def weighted_rows(metric_PR: np.ndarray, weights_PR: np.ndarray) -> np.ndarray:
 
 def bootstrap_mean(value_P: np.ndarray, seed: int = 0) -> Interval:
     """Mean over prompts with a percentile bootstrap interval. Resamples prompts, since the samples of one prompt are not independent."""
-    known = np.asarray(value_P, np.float64)
-    known = known[np.isfinite(known)]
+    known = value_P[np.isfinite(value_P)]
     if not known.size:
         return Interval(math.nan, math.nan, math.nan, 0)
     means = known[_resample(known.size, seed)].mean(-1)
@@ -82,14 +76,12 @@ def bootstrap_mean(value_P: np.ndarray, seed: int = 0) -> Interval:
 
 
 def paired_difference(a_P: np.ndarray, b_P: np.ndarray, seed: int = 0) -> Interval:
-    """Mean of a - b over the prompts where both are known, with its interval. ValueError when the two are of different length."""
-    a_P, b_P = _pair(a_P, b_P)
+    """Mean of a - b over the prompts where both are known, with its interval."""
     return bootstrap_mean(a_P - b_P, seed)
 
 
 def paired_ratio(a_P: np.ndarray, b_P: np.ndarray, seed: int = 0) -> Interval:
     """mean(a) / mean(b) over the prompts where both are known, with its interval; NaN when the mean of b is 0."""
-    a_P, b_P = _pair(a_P, b_P)
     both = np.isfinite(a_P) & np.isfinite(b_P)
     a, b = a_P[both], b_P[both]
     if not a.size or b.mean() == 0:
@@ -99,6 +91,20 @@ def paired_ratio(a_P: np.ndarray, b_P: np.ndarray, seed: int = 0) -> Interval:
     # A resample without any success in b has an infinite ratio; it belongs to the upper end.
     ratios = np.divide(top, bottom, out=np.full(len(top), np.inf), where=bottom > 0)
     return Interval(float(a.mean() / b.mean()), *_percentiles(ratios), int(a.size))
+
+
+def held_up_to(single: float, best: Mapping[int, float]) -> int:
+    """The largest N such that one sample of mean `single` scores above the best of N and of every smaller N; 0: not even above one.
+
+    Args:
+      best: N -> mean of the best of N, by rising N; NaN where unknown.
+    """
+    held = 0
+    for n, value in best.items():
+        if not single > value:
+            break
+        held = n
+    return held
 
 
 def number(value: float) -> float | None:
@@ -114,13 +120,6 @@ def bounds(interval: Interval) -> list[float | None] | None:
 def with_bounds(interval: Interval) -> dict[str, Any]:
     """A value with its interval."""
     return {"value": number(interval.value), "ci95": bounds(interval)}
-
-
-def _pair(a_P: np.ndarray, b_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    a_P, b_P = np.asarray(a_P, np.float64), np.asarray(b_P, np.float64)
-    if a_P.shape != b_P.shape:
-        raise ValueError(f"a paired comparison needs the same prompts on both sides, got {a_P.shape} and {b_P.shape}")
-    return a_P, b_P
 
 
 def _resample(n: int, seed: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What a benchmark is: items to load, outputs to make per item and repeat, questions for a judge, integers to add up.
+"""What a suite (a benchmark) and a judge are.
 
 Every suite takes the same path:
 
@@ -11,6 +11,7 @@ file is the same to the byte.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -134,25 +135,38 @@ class Suite:
 
     def keys(self, seed: int, ids: Sequence[str], repeats: int, purpose: int) -> Any:
         """Random keys [P, R] of P items and their repeats; `purpose` is that of `sampling.keys`."""
-        from xomni_jax.evaluation.generation import item_keys
+        from xomni_jax.evaluation.outputs import item_keys
 
         return item_keys(seed, self.name, ids, repeats, purpose)
 
     # ---- layout of the images on disk; the default is one file per image, {id}_{k}.png with k from 0 ----
     def save(self, directory: Path, item: Item, images: Sequence[Image.Image]) -> None:
         """Writes the images of one item, in the order of repeats, as the official scorer expects them."""
-        for k, image in enumerate(self.counted(images, item)):
-            write_image(Path(directory) / f"{item.id}_{k}.png", image)
+        for k, image in enumerate(images):
+            write_image(directory / f"{item.id}_{k}.png", image)
 
     def open(self, directory: Path, item: Item) -> list[Image.Image]:
         """The images of an item, whoever drew them. Raises SuiteError naming the missing file."""
-        return [read_image(Path(directory) / f"{item.id}_{k}.png") for k in range(self.repeats)]
+        return [read_image(directory / f"{item.id}_{k}.png") for k in range(self.repeats)]
 
-    def counted(self, images: Sequence[Image.Image], item: Item) -> Sequence[Image.Image]:
-        """The images. Raises SuiteError unless there are as many as the suite wants."""
-        if len(images) != self.repeats:
-            raise SuiteError(f"item {item.id} has {len(images)} images, the suite wants {self.repeats}")
-        return images
+
+class GridLayout(Suite):
+    """{id}{suffix}: the images of one item as tiles of a square, row by row; a tile is width // columns by height // rows."""
+
+    suffix = ".png"
+
+    def save(self, directory: Path, item: Item, images: Sequence[Image.Image]) -> None:
+        side, (width, height) = math.isqrt(self.repeats), images[0].size
+        grid = Image.new("RGB", (side * width, side * height))
+        for k, image in enumerate(images):
+            grid.paste(image, (k % side * width, k // side * height))
+        write_image(directory / f"{item.id}{self.suffix}", grid)
+
+    def open(self, directory: Path, item: Item) -> list[Image.Image]:
+        side, grid = math.isqrt(self.repeats), read_image(directory / f"{item.id}{self.suffix}")
+        width, height = grid.width // side, grid.height // side
+        corners = [(k % side * width, k // side * height) for k in range(self.repeats)]
+        return [grid.crop((x, y, x + width, y + height)) for x, y in corners]
 
 
 class Judge(Protocol):
@@ -175,8 +189,7 @@ class Judge(Protocol):
         ...
 
     def close(self) -> None:
-        """Frees connections and models."""
-        ...
+        """Frees connections and models, if there are any."""
 
 
 def check_images(items: Sequence[Item]) -> None:
@@ -190,8 +203,7 @@ def write_image(path: Path, image: Image.Image) -> None:
     """Writes a PNG or lossless WebP file; it gets its name only once it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    kind = {".png": {"format": "PNG"}, ".webp": {"format": "WEBP", "lossless": True}}[path.suffix]
-    image.convert("RGB").save(part, **kind)
+    image.convert("RGB").save(part, path.suffix[1:].upper(), lossless=True)  # PNG takes no notice of lossless
     os.replace(part, path)
 
 

@@ -6,7 +6,6 @@ from PIL import Image
 from tests.evaluation.suites.worked import EXAMPLES, PUBLISHED, as_records, needs_published
 from xomni_jax.evaluation.suite import Item, SuiteError
 from xomni_jax.evaluation.suites import get_suite, oneig_text
-from xomni_jax.evaluation.suites.oneig_text import alignment_score
 
 
 def item(content, id="000"):
@@ -54,12 +53,6 @@ def test_one_black_image_takes_no_part():
     assert record["read"] == ["Hot Tea", "", "Hot", ""] and record["verdicts"][1] == "black image, left out"
 
 
-def test_alignment_does_not_cascade():
-    example = EXAMPLES["oneig_alignment"]
-    assert alignment_score(example["answers"], example["dependency"]) == example["score"]
-    assert alignment_score({"1": ["yes"], "2": ["Yes"]}, {"1": [0], "2": [0]}) == 0.5  # the exact string Yes
-
-
 def tables(folder, prompts, texts):
     (folder / "OneIG-Bench.csv").write_text("category,id,prompt_en,type,prompt_length,class\n" + prompts, encoding="utf-8")
     (folder / "text_content.csv").write_text(",id,prompt_en,text_content\n" + texts, encoding="utf-8")
@@ -103,8 +96,6 @@ def test_the_grid(tmp_path):
     tiles = suite.open(tmp_path, item("['x']"))
     assert [t.size for t in tiles] == [(32, 16)] * 4
     assert [t.getcolors() for t in tiles] == [[(512, c)] for c in colours]  # black stays black, or it would be scored
-    with pytest.raises(SuiteError, match="must have one size"):
-        suite.save(tmp_path, item("['x']"), [Image.new("RGB", (8 + k, 8)) for k in range(4)])
 
 
 @needs_published

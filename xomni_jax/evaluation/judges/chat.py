@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 from PIL import Image
 
-from xomni_jax.evaluation.judges import encoded, format_of, is_skipped
+from xomni_jax.evaluation.judges import encoded, is_skipped
 from xomni_jax.evaluation.suite import JudgeUnavailable
 
 KEY = "OPENAI_API_KEY"  # the only place a key is taken from; servers of one's own need none
@@ -108,7 +108,7 @@ class ChatJudge:
         deadline, submit = time.monotonic() + self._max_wait, self._threads.submit
         pairs = list(zip(images, questions, strict=True))
         # Each image is encoded once for all its questions. These tasks come first in the queue, so no reply waits for one behind it.
-        urls = [{kind: submit(_data_url, p, kind) for kind in {format_of(q) for q in asked}} for p, asked in pairs]
+        urls = [{kind: submit(_data_url, p, kind) for kind in {q.get("format", "PNG") for q in asked}} for p, asked in pairs]
         tasks = [[submit(self._reply, p, q, url, deadline) for q in asked] for (p, asked), url in zip(pairs, urls)]
         try:
             return [[task.result() for task in of_image] for of_image in tasks]
@@ -124,7 +124,7 @@ class ChatJudge:
     def _reply(self, image: Image.Image, question: Mapping[str, Any], urls: Mapping[str, Future[str]], deadline: float) -> str | None:
         if is_skipped(image, question):
             return None
-        url = urls[format_of(question)].result()
+        url = urls[question.get("format", "PNG")].result()
         content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question["instruction"]}]
         reply = self._endpoint.complete(content, question["max_tokens"], deadline)
         plain = reply.strip().rstrip(".!").strip().lower()

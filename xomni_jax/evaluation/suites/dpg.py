@@ -3,13 +3,9 @@
 A tile's score is the share of its questions answered `yes`, where a question whose parent has no `yes` is set to 0; the zeros cascade
 in the order of the file. 100 x the mean over prompts is the score.
 
-As officially written, each with a switch that corrects it:
-* The reader skips the first data row. Its item loses proposition 1, and is dropped whole when another question needs that one as a
-  parent: published numbers average 1064 prompts. `keep-first-row` reads it.
-* Category values come from the last tile alone and from before dependencies are applied, hence higher than the score.
-  `all-tiles` takes all tiles; either way the other variant stands among the scores.
-
-The official judge is mPLUG-large (VQA, COCO). Any vision-language model behind the "vqa" judge can stand in for it; results name it.
+As officially written, each with a switch that corrects it: the reader skips the first data row, and its item is dropped when another
+question has the skipped one as a parent (published numbers average 1064 prompts); and category values come from the last tile alone and
+from before dependencies are applied.
 """
 
 from __future__ import annotations
@@ -19,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xomni_jax.evaluation.suite import Item, Record, SuiteError
-from xomni_jax.evaluation.suites.layouts import GridLayout
+from xomni_jax.evaluation.suite import GridLayout, Item, Record, SuiteError
 from xomni_jax.evaluation.suites.reading import Row, find, read_rows, unique_items
 from xomni_jax.evaluation.suites.scoring import unparsed_notes
 
@@ -60,7 +55,9 @@ class DPG(GridLayout):
             missing = [id for id, _, _ in prompts if id not in asked]
             if missing:
                 raise SuiteError(f"{table} has no questions for {len(missing)} prompts, the first is {missing[0]!r}; download it again")
-        return unique_items((_item(id, prompt, asked), where) for id, prompt, where in prompts)
+        # The category to look at images by is where the prompt comes from: the letters its id begins with.
+        fields = lambda id: {"category": id.rstrip("0123456789") or "other"}
+        return unique_items((QuestionedItem(id, prompt, fields(id), asked=asked and asked[id]), where) for id, prompt, where in prompts)
 
     def questions(self, item: Item) -> Sequence[Any]:
         """One request per question of the item. Raises SuiteError when dpg_bench.csv was not there."""
@@ -76,9 +73,8 @@ class DPG(GridLayout):
         read = [q for q in asked if not q["skipped"]]
         tiles = [dict(zip((q["proposition"] for q in asked), (reply == "yes" for reply in replies), strict=True)) for replies in outputs]
         dropped = not read or any(_after_dependencies(read, tile)[1] for tile in tiles)
-        counted = [
-            _after_dependencies(asked if dropped else read, tile)[0] for tile in tiles
-        ]  # a dropped item still gets a score of its own
+        # A dropped item still gets a score of its own.
+        counted = [_after_dependencies(asked if dropped else read, tile)[0] for tile in tiles]
         wrong = ["; ".join(q["question"] for q in asked if not c.get(q["proposition"], True)) for c in counted]
         yes, number = sum(sum(c.values()) for c in counted), sum(len(c) for c in counted)
         return {
@@ -175,12 +171,6 @@ def _categories(records: Sequence[Record], variant: str) -> tuple[dict[str, Any]
                 entry[0], entry[1] = entry[0] + right, entry[1] + asked
     broad, fine = ({k: {"score": 100 * a / n, "items": n} for k, (a, n) in sorted(s.items())} for s in sums.values())
     return broad, fine
-
-
-def _item(id: str, prompt: str, asked: Mapping[str, Questions] | None) -> QuestionedItem:
-    """The category to look at images by is where the prompt comes from: the letters its id begins with."""
-    source = id.rstrip("0123456789") or "other"
-    return QuestionedItem(id, prompt, {"category": source}, asked=None if asked is None else asked[id])
 
 
 def _asked(item: Item) -> Questions:

@@ -1,19 +1,20 @@
 """GenEval (djghosh13/geneval): does a detector find the objects, counts, colours and positions that the prompt asks for?
 
-Four images per prompt; the judge reports detections, the rules here decide. As officially written: confidence must be strictly
-greater than 0.3, for the tag counting than 0.9 (by the tag, not by whether something is excluded); at most 16 boxes per class; only
-as many as asked for, the most confident ones, are looked at for colour and position. Overall is the mean of the tags' means.
+Four images per prompt; the judge reports detections, the rules here decide, as in the official scorer: only as many boxes as are asked
+for, the most confident ones, are looked at for colour and position. Overall is the mean of the tags' means.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from xomni_jax.evaluation.suite import Item, Record, SuiteError
-from xomni_jax.evaluation.suites.layouts import FolderLayout
+from PIL import Image
+
+from xomni_jax.evaluation.suite import Item, Record, Suite, SuiteError, read_image, write_image
 from xomni_jax.evaluation.suites.reading import Row, find, read_rows, unique_items
 from xomni_jax.evaluation.suites.scoring import ratio, ratios_by
 
@@ -26,8 +27,8 @@ Box = Mapping[str, Any]  # {"box": [x1, y1, x2, y2], "score": confidence, "color
 Detections = Mapping[str, Sequence[Box]]
 
 
-class GenEval(FolderLayout):
-    """geneval."""
+class GenEval(Suite):
+    """geneval. Images lie as {id}/samples/{k}.png, with the prompt's row in {id}/metadata.jsonl."""
 
     title = "GenEval"
     repeats = 4
@@ -78,6 +79,15 @@ class GenEval(FolderLayout):
         }
         return {"headline": "overall", "scores": scores, "categories": tags}
 
+    def save(self, directory: Path, item: Item, images: Sequence[Image.Image]) -> None:
+        folder = directory / item.id
+        for k, image in enumerate(images):
+            write_image(folder / "samples" / f"{k:04d}.png", image)
+        (folder / "metadata.jsonl").write_text(json.dumps(item.fields["metadata"]) + "\n", encoding="utf-8")
+
+    def open(self, directory: Path, item: Item) -> list[Image.Image]:
+        return [read_image(directory / item.id / "samples" / f"{k:04d}.png") for k in range(self.repeats)]
+
 
 def counted_boxes(found: Detections, tag: str) -> dict[str, list[Box]]:
     """The boxes that count, most confident first."""
@@ -105,7 +115,9 @@ def judge(metadata: Mapping[str, Any], found: Detections) -> tuple[bool, str]:
     passed: list[list[Box] | None] = []
     for clause in metadata["include"]:
         used = boxes.get(clause["class"], [])[: clause["count"]]
-        wrong = _presence(clause, used) or _colour(clause, used) or _position(clause, used, passed)
+        wrong = _colour(clause, used) or _position(clause, used, passed)
+        if len(used) < clause["count"]:
+            wrong = f"expected {clause['class']}>={clause['count']}, found {len(used)}"
         passed.append(None if wrong else used)
         reasons += [wrong] if wrong else []
     for clause in metadata.get("exclude", ()):
@@ -113,12 +125,6 @@ def judge(metadata: Mapping[str, Any], found: Detections) -> tuple[bool, str]:
         if number >= clause["count"]:
             reasons.append(f"expected {clause['class']}<{clause['count']}, found {number}")
     return not reasons, "\n".join(reasons)
-
-
-def _presence(clause: Mapping[str, Any], used: Sequence[Box]) -> str:
-    if len(used) >= clause["count"]:
-        return ""
-    return f"expected {clause['class']}>={clause['count']}, found {len(used)}"
 
 
 def _colour(clause: Mapping[str, Any], used: Sequence[Box]) -> str:
@@ -145,14 +151,13 @@ def _position(clause: Mapping[str, Any], used: Sequence[Box], passed: Sequence[S
 
 
 def _item(number: int, row: Row) -> Item:
-    for clauses, needed in (("include", True), ("exclude", False)):
-        given = row.get(clauses, kind=list) if needed else row.get(clauses, kind=list, default=[])
-        if needed and not given:
-            raise SuiteError(f"{row.where}: 'include' is empty, so every image would be right")
+    clauses = {"include": row.get("include", kind=list), "exclude": row.get("exclude", kind=list, default=[])}
+    if not clauses["include"]:
+        raise SuiteError(f"{row.where}: 'include' is empty, so every image would be right")
+    for name, given in clauses.items():
         for n, clause in enumerate(given):
-            _check_clause(clause, n, f"{row.where}: {clauses} clause {n}")
-    tag = row.text("tag")
-    return Item(f"{number:05d}", row.text("prompt"), {"category": tag, "metadata": row.values})
+            _check_clause(clause, n, f"{row.where}: {name} clause {n}")
+    return Item(f"{number:05d}", row.text("prompt"), {"category": row.text("tag"), "metadata": row.values})
 
 
 def _check_clause(clause: Any, number: int, where: str) -> None:

@@ -1,11 +1,8 @@
 """LongText-Bench (X-Omni, arXiv 2507.22058, section 4.3.1): how much of a long text appears in the image.
 
-Four images per prompt, read by an OCR model; recall of words (English, lower-cased) or characters (Chinese, case kept), as a ratio
-of sums over all images. Order and extra text cost nothing. The official judge is Qwen2.5-VL-7B-Instruct with at most 1024 new
-tokens; its exact instruction stands in the scorer (X-Omni-Team/X-Omni, textbench), ours says the same.
-
-As in the official scorer: only `No text recognized.` with the full stop is removed from a reply, and the OCR model's stray
-word `addCriterion` stays, because the cleaning restarts from the raw reply; `clean-replies` is the loop as it was meant.
+Four images per prompt, read by an OCR model (officially Qwen2.5-VL-7B-Instruct, at most 1024 new tokens); recall of words (English,
+lower-cased) or characters (Chinese, case kept), as a ratio of sums over all images. Rules: github.com/X-Omni-Team/X-Omni, textbench.
+Its cleaning of replies removes `No text recognized.` but, by mistake, not the stray word `addCriterion`; `clean-replies` removes both.
 """
 
 from __future__ import annotations
@@ -15,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from xomni_jax.evaluation.suite import Item, Record, Suite, SuiteError
-from xomni_jax.evaluation.suites import texts
 from xomni_jax.evaluation.suites.reading import Row, find, read_rows, unique_items
-from xomni_jax.evaluation.suites.scoring import ratio, ratios_by
+from xomni_jax.evaluation.suites.scoring import HALLUCINATION, NO_TEXT, countable, matches, ratio, ratios_by, without_space
 
 _FILES = {"en": "text_prompts.jsonl", "zh": "text_prompts_zh.jsonl"}
 _SOURCE = "from github.com/X-Omni-Team/X-Omni, folder textbench (also the Hugging Face dataset X-Omni/LongText-Bench)"
@@ -51,7 +47,7 @@ class LongText(Suite):
         language = item.fields["language"]
         wanted = tokens(" ".join(item.fields["text"]), language)
         read = [clean(reply, "clean-replies" in self.on) for (reply,) in outputs]
-        found = [texts.matches(wanted, tokens(reply, language)) for reply in read]
+        found = [matches(wanted, tokens(reply, language)) for reply in read]
         gt = len(wanted) * len(outputs)
         unit = "characters" if language == "zh" else "words"
         return {
@@ -76,16 +72,16 @@ class LongText(Suite):
 def tokens(text: str, language: str) -> list[str]:
     """What is counted: words of English, single characters of Chinese."""
     if language == "zh":
-        return list(texts.without_space(texts.countable(text)))
-    return texts.collapse(texts.countable(text)).lower().split()
+        return list(without_space(countable(text)))
+    return countable(text).lower().split()
 
 
 def clean(reply: str, thorough: bool = False) -> str:
-    """The judge's reply without its phrase for "nothing"; `thorough`: as the official loop was meant."""
+    """The judge's reply without its phrase for "nothing"; `thorough`: also without its stray word."""
     if thorough:
-        reply = reply.replace(texts.HALLUCINATION, "")
-        return "" if reply.strip().rstrip(".") == texts.NO_TEXT.rstrip(".") else reply.replace(texts.NO_TEXT, "")
-    return reply.replace(texts.NO_TEXT, "")
+        reply = reply.replace(HALLUCINATION, "")
+        return "" if reply.strip().rstrip(".") == NO_TEXT.rstrip(".") else reply.replace(NO_TEXT, "")
+    return reply.replace(NO_TEXT, "")
 
 
 def _item(row: Row, language: str) -> Item:

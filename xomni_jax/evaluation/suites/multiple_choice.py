@@ -1,12 +1,11 @@
 """MMBench (English) and SEED-Bench (images): multiple choice, and two toolkits' rules for which option a reply means.
 
-MMBench: a question is right only when every rotation of its options is answered right. Rows with equal index modulo 1,000,000 are one
-question with its options rotated. By default prompt and extraction are VLMEvalKit's, with `lmms-eval` those of lmms-eval. Both toolkits
-would ask a language model about replies that their rules cannot decide, and draw a random letter when that fails; here an undecided
-reply counts as wrong, is counted and listed, so that the number is reproducible. The answers of the test split are not public: use dev.
+MMBench: a question is right only when every rotation of its options is answered right. Both toolkits would ask a language model about
+replies that their rules cannot decide, and draw a random letter when that fails; here an undecided reply counts as wrong and is listed,
+so that the number is reproducible.
 
-SEED-Bench: four options, the first character of the reply decides (lmms-eval): "B." and "b" are right, "(B)" and "The answer is B" are
-wrong. `vlmevalkit` extracts the letter with VLMEvalKit's rules instead, without rotations. Rows of videos are left out.
+SEED-Bench: four options, the first character of the reply decides (lmms-eval), or with `vlmevalkit` VLMEvalKit's rules. Rows of videos
+are left out.
 
 The closing request for a letter is worded by us (see suite.INSTRUCTIONS).
 """
@@ -21,10 +20,9 @@ from xomni_jax.evaluation.suite import Item, Record, SuiteError
 from xomni_jax.evaluation.suites.reading import QuestionTable, Row, find
 from xomni_jax.evaluation.suites.scoring import group_by, mean, right_or_wrong, share_right, unparsed_notes
 
-_ROTATIONS = 1_000_000
+_ROTATIONS = 1_000_000  # rows with equal index modulo this are one question with its options rotated
 # Characters that may surround a letter, in the order in which lmms-eval tries them.
-_AROUND = (("", "."), ("", ","), ("", ":"), ("", ")"), ("", ")."), ("(", ")"), ("(", ")."), (":", ""), (":", ","), (":", "."), (":", ")"),
-           (":", ")."))  # fmt: skip
+_AROUND = ("{}.", "{},", "{}:", "{})", "{}).", "({})", "({}).", ":{}", ":{},", ":{}.", ":{})", ":{}).")
 _BLANKED = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
 _LAST_WORDS = 4
 # Replies in which a model refuses; VLMEvalKit counts them as the wrong option Z.
@@ -51,13 +49,18 @@ class MMBench(QuestionTable):
         return super().load(data)
 
     def item(self, row: Row, image: Callable[[], Any]) -> Item:
-        index, options = row.number("index"), options_of(row)
+        index, options = row.number("index"), {letter: text for letter in "ABCDE" if (text := row.optional(letter))}
+        answer = row.optional("answer").strip().upper()
+        if len(options) < 2:
+            raise SuiteError(f"{row.where}: a question needs two options, it has {len(options)}")
+        if answer not in options:
+            raise SuiteError(f"{row.where}: the answer {answer!r} is not an option; the answers of test splits are not public, use dev")
         fields = {
             "category": row.optional("category") or "all",
             "l2_category": row.optional("l2-category", "L2-category"),
             "group": index % _ROTATIONS,
             "options": options,
-            "answer": answer_of(row, options),
+            "answer": answer,
         }
         return Item(str(index), self.prompt(row, options), fields, image)
 
@@ -130,23 +133,6 @@ def listed(options: Mapping[str, str]) -> str:
     return "\n".join(f"{letter}. {text}" for letter, text in options.items())
 
 
-def options_of(row: Row) -> dict[str, str]:
-    """The options that the row has, by letter. SuiteError when there are fewer than two."""
-    found = {letter: row.optional(letter) for letter in "ABCDE"}
-    options = {letter: text for letter, text in found.items() if text}
-    if len(options) < 2:
-        raise SuiteError(f"{row.where}: a question needs two options, it has {len(options)}")
-    return options
-
-
-def answer_of(row: Row, options: Mapping[str, str]) -> str:
-    """The right letter. SuiteError when the row has none."""
-    answer = row.optional("answer").strip().upper()
-    if answer not in options:
-        raise SuiteError(f"{row.where}: the answer {answer!r} is not an option; the answers of test splits are not public, use dev")
-    return answer
-
-
 def first_character(reply: str) -> str:
     """What lmms-eval takes for the answer; "" of an empty reply."""
     return reply.strip()[:1]
@@ -164,8 +150,8 @@ def lmms_eval(reply: str, options: Mapping[str, str]) -> str | None:
     bare = _present(words, letters)
     if len(bare) == 1 and not ("A" in words and len(words) > 3):
         return bare[0]
-    for before, after in _AROUND:
-        found = _present(words, [before + letter + after for letter in letters])
+    for form in _AROUND:
+        found = _present(words, [form.format(letter) for letter in letters])
         if len(found) == 1:
             return found[0].strip(".,:()")
     return _by_text(reply, options)
@@ -175,7 +161,7 @@ def vlmevalkit(reply: str, options: Mapping[str, str]) -> str | None:
     """The option by VLMEvalKit's rules; None when undecided.
 
     The letter must be the only one and among the last four words; an option's text is looked for only in replies no longer than
-    twice all options together. Its list of refusals is left out: such replies are undecided here and count as wrong either way.
+    twice all options together.
     """
     words = reply.translate(_BLANKED).split()
     found = _present(words, options)

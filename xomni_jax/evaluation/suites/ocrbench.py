@@ -1,8 +1,7 @@
 """OCRBench (Yuliang-Liu/MultimodalOCR): 1000 questions about text in images, a point for each answer found in the reply.
 
-The question is the prompt, nothing added; greedy, at most 128 new tokens (lmms-eval; the original script takes 100). An answer
-counts when it is a substring of the reply, both stripped, lower-cased and with newlines as spaces; for handwritten formulas
-(HME100k) case matters and spaces go. So "42" is found in "1420": long replies help, which is the benchmark's rule.
+The question is the prompt; at most 128 new tokens (lmms-eval; the original script takes 100). An answer counts when it is a substring
+of the reply, so "42" is found in "1420"; for handwritten formulas (HME100k) case matters and spaces go.
 """
 
 from __future__ import annotations

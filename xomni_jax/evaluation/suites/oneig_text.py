@@ -1,11 +1,8 @@
 """OneIG-Bench, text rendering (OneIG-Bench/OneIG-Benchmark): edit distance, completion and word accuracy, and their composite.
 
 Four images per prompt as one 2x2 grid; each tile is read by the OCR model (officially Qwen2.5-VL-7B-Instruct, given the tile as a
-JPEG, with 256 new tokens for a ground truth of more than 60 pieces, else 128). Case matters; whether words or characters are
-counted is decided for each string. The composite is computed once from the means over all images.
-
-As officially written: a tile that is entirely black is a failed image and takes no part; a prompt of black tiles only is scored
-with the texts read for the prompt before it (officially an error when it is the first). `leave-out-black` leaves such a prompt out.
+JPEG). Case matters; whether words or characters are counted is decided for each string. As officially written, a tile that is entirely
+black takes no part, and a prompt of black tiles only is scored with the texts read for the prompt before it.
 """
 
 from __future__ import annotations
@@ -16,11 +13,17 @@ from typing import Any
 
 from rapidfuzz.distance import Levenshtein
 
-from xomni_jax.evaluation.suite import Item, Record, SuiteError
-from xomni_jax.evaluation.suites import texts
-from xomni_jax.evaluation.suites.layouts import GridLayout
+from xomni_jax.evaluation.suite import GridLayout, Item, Record, SuiteError
 from xomni_jax.evaluation.suites.reading import Row, find, read_rows, unique_items
-from xomni_jax.evaluation.suites.scoring import group_by, ratio
+from xomni_jax.evaluation.suites.scoring import (
+    HALLUCINATION,
+    NO_TEXT,
+    countable,
+    group_by,
+    is_chinese,
+    matches,
+    ratio,
+)
 
 _FOLDERS = ("oneig_bench", "scripts/text", "oneig_bench/scripts/text")
 _PROMPTS = {"en": "OneIG-Bench.csv", "zh": "OneIG-Bench-ZH.csv"}
@@ -87,24 +90,24 @@ def max_tokens(text_content: str) -> int:
 
 def clean(reply: str) -> str:
     """The judge's reply without its stray word and its phrase for "nothing"."""
-    return reply.replace(texts.HALLUCINATION, "").replace(texts.NO_TEXT, "")
+    return reply.replace(HALLUCINATION, "").replace(NO_TEXT, "")
 
 
 def normalise(text: str) -> str:
     """What is compared; the brackets, quotes and commas of a list's notation go like any other sign."""
-    text = texts.countable(text)
-    return texts.without_space(text) if texts.is_chinese(text) else texts.collapse(text)
+    text = countable(text)
+    return ("" if is_chinese(text) else " ").join(text.split())
 
 
 def measure(text_content: str, replies: Sequence[str]) -> dict[str, int]:
     """Sums over images: edits, exact ones, matched and wanted words (characters where the ground truth is Chinese)."""
     wanted, found = normalise(text_content), [normalise(r) for r in replies]
-    split = list if texts.is_chinese(wanted) else str.split
+    split = list if is_chinese(wanted) else str.split
     distances = [Levenshtein.distance(f, wanted) for f in found]
     return {
         "edits": sum(distances),
         "exact": distances.count(0),
-        "match": sum(texts.matches(split(wanted), split(f)) for f in found),
+        "match": sum(matches(split(wanted), split(f)) for f in found),
         "gt": len(split(wanted)) * len(found),
         "images": len(found),
     }
@@ -116,22 +119,6 @@ def composite(records: Sequence[Mapping[str, Any]], language: str) -> dict[str, 
     most = _MAX_DISTANCE[language]
     text_score = 1 - min(most, distance) * (1 - exact) * (1 - words) / most
     return {"text score": text_score, "ED": distance, "CR": exact, "WAC": words}
-
-
-def alignment_score(answers: Mapping[str, Sequence[str]], dependency: Mapping[str, Sequence[int]]) -> float:
-    """Alignment score of one prompt: {question: one answer per image} and {question: its parents, 0 for none} -> 0 to 1.
-
-    Right is the exact string "Yes". A question with a wrong parent counts as wrong, by the parents' own answers: unlike in
-    DPG-Bench nothing cascades. Mean over questions, then over images; the dimension's score is the mean over prompts.
-    """
-    right = {question: [answer == "Yes" for answer in given] for question, given in answers.items()}
-    images = len(next(iter(right.values())))
-    counted = sum(
-        right[question][n] and all(right[str(parent)][n] for parent in dependency[question] if parent)
-        for question in right
-        for n in range(images)
-    )
-    return counted / (len(right) * images)
 
 
 def _without_black_prompts(records: Sequence[Record], leave_out: bool) -> tuple[list[Record], list[str]]:
@@ -157,7 +144,7 @@ def _verdict(content: str, reply: str | None) -> str:
     if reply is None:
         return "black image, left out"
     sums = measure(content, [clean(reply)])
-    unit = "characters" if texts.is_chinese(normalise(content)) else "words"
+    unit = "characters" if is_chinese(normalise(content)) else "words"
     return f"{sums['match']} of {sums['gt']} {unit}, {sums['edits']} edits"
 
 

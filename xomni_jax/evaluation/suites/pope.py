@@ -1,8 +1,7 @@
 """POPE (RUCAIBox/POPE): is there a chair in the image? Three splits of 3000 questions that differ in how absent objects were drawn.
 
-Headline: the mean over the splits of the official F1 of "yes", accuracy beside it. The official parser keeps what stands before the
-first full stop, deletes commas, splits at single spaces and says no when `No`, `no` or `not` is among the words, else yes: "NO" is a yes.
-The readings of lmms-eval and VLMEvalKit are computed from the same answers and stand among the scores.
+Headline: the mean over the splits of the official F1 of "yes". The readings of the replies by lmms-eval and VLMEvalKit are computed
+from the same answers and stand among the scores.
 """
 
 from __future__ import annotations
@@ -13,9 +12,10 @@ from typing import Any
 
 from xomni_jax.evaluation.suite import Item, Record, Suite, SuiteError
 from xomni_jax.evaluation.suites.reading import FileImage, Row, find, read_rows, unique_items
-from xomni_jax.evaluation.suites.scoring import group_by
+from xomni_jax.evaluation.suites.scoring import group_by, mean
 
 SPLITS = ("random", "popular", "adversarial")
+_OUTCOMES = (("yes", "yes"), ("no", "yes"), ("no", "no"), ("yes", "no"))  # (label, answer) of true and false positives and negatives
 _PUNCTUATION = str.maketrans(dict.fromkeys("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~", " "))
 
 
@@ -39,14 +39,14 @@ class POPE(Suite):
         items = []
         for split in SPLITS:
             (path,) = find(data, ("pope", "output/coco"), (f"coco_pope_{split}.json",), self.files)
-            folder = next((f for f in (Path(data) / "val2014", path.parent / "val2014") if f.is_dir()), path.parent)
+            folder = next((f for f in (data / "val2014", path.parent / "val2014") if f.is_dir()), path.parent)
             items += [(_item(row, split, folder, template), row.where) for row in read_rows(path)]
         return unique_items(items)
 
     def score(self, item: Item, outputs: Sequence[Any]) -> Record:
         """For each way of reading the reply [true positive, false positive, true negative, false negative]; neither yes nor no: all 0."""
         label, read = item.fields["label"], {name: reader(outputs[0]) for name, reader in _READERS.items()}
-        counts = {name: _counts(label, answer) for name, answer in read.items()}
+        counts = {name: [int((label, answer) == outcome) for outcome in _OUTCOMES] for name, answer in read.items()}
         right = read["official"] == label
         undecided = vlmevalkit(outputs[0]) == "Unknown"
         verdict = f"{'right' if right else 'wrong'}: read as {read['official']}" + (", though it says neither or both" if undecided else "")
@@ -56,10 +56,11 @@ class POPE(Suite):
         """Mean F1 and accuracy over the splits, the numbers of each split, and the other readings."""
         splits = group_by(records, "category")
         by_split = {split: metrics(rows, "official") for split, rows in splits.items()}
-        scores = {f"mean {name}": _mean(m[name] for m in by_split.values()) for name in ("F1", "accuracy")}
-        for reader in ("lmms-eval", "VLMEvalKit"):
-            others = [metrics(rows, reader) for rows in splits.values()]
-            scores |= {f"mean {name} ({reader})": _mean(m[name] for m in others) for name in ("F1", "accuracy")}
+        scores = {}
+        for reader in _READERS:
+            found = [metrics(rows, reader) for rows in splits.values()]
+            suffix = "" if reader == "official" else f" ({reader})"
+            scores |= {f"mean {name}{suffix}": mean(found, name) for name in ("F1", "accuracy")}
         scores |= {f"{name}, {split}": value for split, m in by_split.items() for name, value in m.items()}
         categories = {split: {"score": by_split[split]["F1"], "items": len(rows)} for split, rows in splits.items()}
         return {"headline": "mean F1", "scores": scores, "categories": categories, "notes": _notes(records, splits)}
@@ -107,23 +108,13 @@ def metrics(records: Sequence[Record], reader: str) -> dict[str, float]:
     }
 
 
-def _counts(label: str, answer: str) -> list[int]:
-    outcomes = (("yes", "yes"), ("no", "yes"), ("no", "no"), ("yes", "no"))
-    return [int((label, answer) == outcome) for outcome in outcomes]
-
-
 def _share(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
 
 
-def _mean(values: Any) -> float:
-    values = list(values)
-    return sum(values) / len(values)
-
-
 def _notes(records: Sequence[Record], splits: dict[str, list[Record]]) -> list[str]:
-    notes = [f"The official scorer divides by 0 in {s}: nothing was right or asked with yes." for s, r in splits.items() if not
-             sum(x["counts"]["official"][0] for x in r)]  # fmt: skip
+    without = [split for split, rows in splits.items() if not any(r["counts"]["official"][0] for r in rows)]
+    notes = [f"The official scorer divides by 0 in {split}: nothing was right or asked with yes." for split in without]
     missing = [s for s in SPLITS if s not in splits]
     notes += [f"Without {', '.join(missing)}: the mean is over {', '.join(splits)}."] if missing else []
     undecided = sum(r["undecided"] for r in records)

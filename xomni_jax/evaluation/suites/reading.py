@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import base64
-import binascii
 import csv
 import functools
 import io
@@ -74,29 +73,23 @@ class Row:
 
     def strings(self, *names: str, spelled: bool = False) -> list[str]:
         """A list of strings; a single one is a list of one. `spelled`: text is the written form of a Python list, as in a table."""
-        value = self.get(*names, kind=(str, list, int, float))
+        value, field = self.get(*names, kind=(str, list, int, float)), f"{self.where}: the field {names[0]!r}"
         if isinstance(value, str) and spelled:
-            value = literal_list(value, self.where, names[0])
+            try:
+                found = ast.literal_eval(value)
+            except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+                raise SuiteError(f"{field} is not the text of a list: {value[:60]!r}") from error
+            if not isinstance(found, list):
+                raise SuiteError(f"{field} is {type(found).__name__}, not a list")
+            value = found
         values = [str(v) for v in value] if isinstance(value, list) else [str(value)]
         if not values:
-            raise SuiteError(f"{self.where}: the field {names[0]!r} is an empty list")
+            raise SuiteError(f"{field} is an empty list")
         return values
-
-
-def literal_list(text: str, where: str, name: str) -> list[Any]:
-    """The Python list that `text` spells. SuiteError otherwise; nothing is executed."""
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
-        raise SuiteError(f"{where}: the field {name!r} is not the text of a list: {text[:60]!r}") from error
-    if not isinstance(value, list):
-        raise SuiteError(f"{where}: the field {name!r} is {type(value).__name__}, not a list")
-    return value
 
 
 def find(data: Path, folders: Sequence[str], patterns: Sequence[str], files: str) -> list[Path]:
     """Files of the first of `patterns` found in the data directory or in one of its `folders`, sorted. SuiteError saying `files`."""
-    data = Path(data)
     if not data.is_dir():
         raise SuiteError(f"the data directory {data} does not exist; it must hold {files}")
     for pattern in patterns:
@@ -282,17 +275,13 @@ class FileImage:
         return f"{self.path} ({self.remedy})"
 
 
-def base64_image(text: str, where: str) -> Callable[[], Image.Image]:
-    """An image held as base64 in a table."""
-
-    def open_image() -> Image.Image:
-        try:
-            data = base64.b64decode(text, validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise SuiteError(f"{where}: the image is not base64; download the file again") from error
-        return decode(data, where)
-
-    return open_image
+def decode_base64(text: str, where: str) -> Image.Image:
+    """RGB image held as base64 in a table. SuiteError naming `where`."""
+    try:
+        data = base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise SuiteError(f"{where}: the image is not base64; download the file again") from error
+    return decode(data, where)
 
 
 def decode(data: bytes, where: str) -> Image.Image:
@@ -317,12 +306,10 @@ def rows_with_images(paths: Sequence[Path]) -> Iterator[tuple[Row, Callable[[], 
 
 def _base64(row: Row, tables: dict[str, Row]) -> Callable[[], Any]:
     text = row.text("image")
-    if len(text) > _REFERENCE:
-        return base64_image(text, row.where)
-    source = tables.get(text)
+    source = row if len(text) > _REFERENCE else tables.get(text)
     if source is None or len(source.text("image")) <= _REFERENCE:
         raise SuiteError(f"{row.where}: the image is neither base64 nor the index of a row that holds one: {text!r}")
-    return base64_image(source.text("image"), source.where)
+    return functools.partial(decode_base64, source.text("image"), source.where)
 
 
 class QuestionTable(Suite):

@@ -10,7 +10,7 @@ HeldoutSigns is rendered-text with another choice of signs, judged by the reward
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ from xomni_jax.evaluation.suites.scoring import right_or_wrong, share_right
 
 # The data set imports grain and jax, which are slow to import and not needed for --help: so its functions are imported where they are used.
 if TYPE_CHECKING:
-    from xomni_jax.data.rendered import Example, RenderedConfig
+    from xomni_jax.data.rendered import Example
 
 ITEMS = 96
 SIZE = (32, 64)
@@ -46,7 +46,14 @@ class _Rendered(Suite):
 
         sizes = {"sizes": (SIZE,), "weights": (1.0,), "text_lengths": ((3, 8),), "shape_sizes": (SIZE,)}
         config = RenderedConfig(split="heldout", shapes=self.shapes, **sizes)
-        return [self.item(f"{n:04d}", render_example(_SEED, n, config), config, n) for n in range(ITEMS)]
+        # An image is drawn again when it is asked for, so that none is held in memory.
+        image = lambda n: Image.fromarray(render_example(_SEED, n, config)["image"])
+        examples = [render_example(_SEED, n, config) for n in range(ITEMS)]
+        return [self.item(f"{n:04d}", example, functools.partial(image, n)) for n, example in enumerate(examples)]
+
+    def item(self, id: str, example: Example, image: Callable[[], Image.Image]) -> Item:
+        """The item of one example; `image` draws it again."""
+        raise NotImplementedError
 
 
 class RenderedText(_Rendered, LongText):
@@ -56,8 +63,7 @@ class RenderedText(_Rendered, LongText):
         super().__init__(name, *how)
         self.title, self.files = "Rendered signs", ""
 
-    def item(self, id: str, example: Example, config: RenderedConfig, index: int) -> Item:
-        """The item of one example."""
+    def item(self, id: str, example: Example, image: Callable[[], Image.Image]) -> Item:
         text = example["targets"]["text"]
         length = "short" if len(text[0]) <= 5 else "long"
         fields = {"text": text, "language": "en", "category": example["targets"]["background"], "length": length}
@@ -71,8 +77,7 @@ class RenderedShapes(_Rendered, GenEval):
     judge = "contours"
     shapes = 1.0
 
-    def item(self, id: str, example: Example, config: RenderedConfig, index: int) -> Item:
-        """The item of one example."""
+    def item(self, id: str, example: Example, image: Callable[[], Image.Image]) -> Item:
         from xomni_jax.data.rendered import NUMBERS
 
         (wanted,) = example["targets"]["shapes"]
@@ -91,11 +96,9 @@ class RenderedQA(_Rendered):
     max_new_tokens = 16
     shapes = 0.5
 
-    def item(self, id: str, example: Example, config: RenderedConfig, index: int) -> Item:
-        """The item of one example. Its image is drawn again when asked for: images in memory would travel to every process."""
-        open_image = functools.partial(_image, index, config)
+    def item(self, id: str, example: Example, image: Callable[[], Image.Image]) -> Item:
         fields = {"category": f"{example['kind']}: {example['question']}", "answer": example["answer"]}
-        return Item(id, example["question"], fields, open_image)
+        return Item(id, example["question"], fields, image)
 
     def score(self, item: Item, outputs: Sequence[Any]) -> Record:
         """right: 0 or 1."""
@@ -105,12 +108,6 @@ class RenderedQA(_Rendered):
     def aggregate(self, records: Sequence[Record]) -> dict[str, Any]:
         """Exact match but for case, over all questions and by their kind."""
         return share_right(records, "exact match")
-
-
-def _image(index: int, config: RenderedConfig) -> Image.Image:
-    from xomni_jax.data.rendered import render_example
-
-    return Image.fromarray(render_example(_SEED, index, config)["image"])
 
 
 # ---- signs for studies of reinforcement learning ----
@@ -179,10 +176,10 @@ class HeldoutSigns(Suite):
     def score(self, item: Item, outputs: Sequence[Any]) -> Record:
         """right: images whose words the OCR service reads exactly, of those that it could score."""
         replies = [reply["ocr"] for (reply,) in outputs]
-        right = [reply["detail"].get("exact") for reply in replies if reply["value"] is not None]
+        right = [float(reply["detail"].get("exact")) for reply in replies if reply["value"] is not None]
         return {
-            "score": sum(map(float, right)) / len(right) if right else None,
-            "right": sum(map(float, right)),
+            "score": sum(right) / len(right) if right else None,
+            "right": sum(right),
             "scored": len(right),
             "read": [str(reply["detail"].get("text", "")) for reply in replies],
             "verdicts": ["not scored" if r["value"] is None else "right" if r["detail"].get("exact") else "wrong" for r in replies],

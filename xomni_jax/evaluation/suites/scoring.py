@@ -1,7 +1,9 @@
-"""Aggregates of integers over records, and the sentence about replies that could not be read."""
+"""What suites share when they score: which characters and words of a text count, and sums of integers over records."""
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,10 +22,10 @@ def mean(records: Sequence[Record], part: str) -> float:
     return sum(r[part] for r in records) / len(records)
 
 
-def ratios_by(records: Sequence[Record], key: str | Group, part: str, whole: str, scale: float = 1.0) -> dict[str, dict[str, Any]]:
+def ratios_by(records: Sequence[Record], key: str | Group, part: str, whole: str) -> dict[str, dict[str, Any]]:
     """The ratio within each value of a field (or of a function of the record): {value: {"score", "items"}}, in order of value."""
     groups = group_by(records, key)
-    return {name: {"score": scale * ratio(rows, part, whole), "items": len(rows)} for name, rows in groups.items()}
+    return {name: {"score": ratio(rows, part, whole), "items": len(rows)} for name, rows in groups.items()}
 
 
 def group_by(records: Sequence[Record], key: str | Group) -> dict[str, list[Record]]:
@@ -54,3 +56,31 @@ def unparsed_notes(records: Sequence[Record], counted_as: str) -> list[str]:
     shown = ", ".join(listed[:20]) + (f" and {len(listed) - 20} more" if len(listed) > 20 else "")
     total = sum(r["unparsed"] for r in records)
     return [f"{total} replies of {len(listed)} items could not be read and count as {counted_as}: {shown}."]
+
+
+NO_TEXT = "No text recognized."
+HALLUCINATION = "addCriterion"  # the OCR model's own stray word
+
+# Everything else is deleted, not replaced by a space: "ice-cold" becomes one word. Accents outside the list go as well.
+_OTHER = re.compile(r"[^\u4e00-\u9fa5a-zA-Z0-9\sàâäéèêëîïôöùûüçÀÂÄÉÈÊËÎÏÔÖÙÛÜÇ]")
+_CHINESE = re.compile(r"[\u4e00-\u9fff]")  # wider than what is kept above: 9FA6 to 9FFF never are left to be found
+
+
+def countable(text: str) -> str:
+    """The text without the characters that no scorer counts."""
+    return _OTHER.sub("", text)
+
+
+def without_space(text: str) -> str:
+    """The text without any white space."""
+    return "".join(text.split())
+
+
+def is_chinese(text: str) -> bool:
+    """Whether any character is Chinese, as OneIG-Bench tests it."""
+    return bool(_CHINESE.search(text))
+
+
+def matches(wanted: list[str] | str, found: list[str] | str) -> int:
+    """Size of the multiset intersection of two lists of words, or of two strings' characters."""
+    return (Counter(wanted) & Counter(found)).total()

@@ -1,12 +1,10 @@
 """GQA and DocVQA: questions with short answers; one published table of questions and images each. Greedy.
 
-GQA, testdev balanced: compared with the one published answer, no synonyms and no articles. Equal after lower-casing and deleting ASCII
-punctuation (lmms-eval): "tank-top" becomes "tanktop" and is not "tank top". VLMEvalKit lower-cases and strips only; that reading of the
-same answers stands among the scores.
+GQA, testdev balanced: equal to the published answer after lower-casing and deleting ASCII punctuation (lmms-eval). VLMEvalKit only
+lower-cases and strips; that reading of the same answers stands among the scores.
 
-DocVQA, validation split: ANLS, an edit similarity that is 0 below one half. Distances are between the normalised strings (stripped,
-lower-cased, white space collapsed), lengths those of the original ones: a quirk that is part of the metric. The reply reaches the metric
-stripped, as in lmms-eval. The test split's answers are only on the challenge server.
+DocVQA, validation split: ANLS, an edit similarity that is 0 below one half. As in lmms-eval, distances are between normalised strings but
+lengths those of the original ones.
 """
 
 from __future__ import annotations

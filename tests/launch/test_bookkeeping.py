@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from xomni_jax.evaluation import card, long_run
+from launch import card, long_run
 
 
 def write_run(path, seconds, stage="sft", **last):

@@ -1,6 +1,6 @@
 """The model card of a model trained in several stages: commands, seeds, times and last metrics, read from the runs.
 
-python -m xomni_jax.evaluation.card RUNS MODEL writes MODEL/CARD.md; run it where configs/ is.
+python -m launch.card RUNS MODEL writes MODEL/CARD.md; run it where configs/ is.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Helpers of launch/long_run.sh: how many steps the control run makes, and one JSON file with all its measurements.
 
-python -m xomni_jax.evaluation.long_run steps GRPO_RUN SPEED_RUN    prints the steps that take SPEED_RUN's stage as long as GRPO_RUN took
-python -m xomni_jax.evaluation.long_run collect OUT FILE            gathers OUT/effect_*/report.json and the curves of OUT/grpo_* into FILE
+python -m launch.long_run steps GRPO_RUN SPEED_RUN    prints the steps that take SPEED_RUN's stage as long as GRPO_RUN took
+python -m launch.long_run collect OUT FILE            gathers OUT/effect_*/report.json and the curves of OUT/grpo_* into FILE
 """
 
 from __future__ import annotations
