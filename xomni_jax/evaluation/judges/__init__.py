@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from xomni_jax.evaluation.judges.preparation import as_shown, is_skipped
 from xomni_jax.evaluation.suite import Judge, JudgeUnavailable, SuiteError
 
 if TYPE_CHECKING:
@@ -58,25 +58,6 @@ def _open(kind: str, spec: str | None) -> Judge:
         return DetectorJudge(spec.split(","))
     given = f"--judge {spec}" if spec else "no --judge"
     raise SuiteError(f"a judge of kind {kind!r} is needed and {given} was given; it can be {HELP[kind]}")
-
-
-# ---- what judges do to an image before they look at it ----
-def is_skipped(image: Image.Image, question: Mapping[str, Any]) -> bool:
-    """Whether the question asks to leave out an image that is entirely black; its reply is None."""
-    return question.get("black") == "skip" and image.convert("RGB").getextrema() == ((0, 0),) * 3
-
-
-def encoded(image: Image.Image, kind: str) -> bytes:
-    """The image as a file: PNG, or JPEG with Pillow's defaults."""
-    out = io.BytesIO()
-    image.convert("RGB").save(out, kind, **({"compress_level": 1} if kind == "PNG" else {}))
-    return out.getvalue()
-
-
-def as_shown(image: Image.Image, question: Mapping[str, Any]) -> Image.Image:
-    """The image after the encoding that the question asks for."""
-    kind = question.get("format", "PNG")
-    return image.convert("RGB") if kind == "PNG" else Image.open(io.BytesIO(encoded(image, kind))).convert("RGB")
 
 
 class PPOCRJudge(Judge):

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 from PIL import Image
 
-from xomni_jax.evaluation.judges import encoded, is_skipped
+from xomni_jax.evaluation.judges.preparation import encoded, is_skipped
 from xomni_jax.evaluation.suite import JudgeUnavailable
 
 KEY = "OPENAI_API_KEY"  # the only place a key is taken from; servers of one's own need none
