@@ -21,8 +21,10 @@ MODULES = {
 
 
 def imported(path):
-    """Modules of the package that a file imports, wherever in the file."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    """Modules of the package that a file imports, wherever in the file, but for annotations alone."""
+    tree = ast.parse(path.read_text())
+    tree.body = [node for node in tree.body if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")]
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("xomni_jax"):
             for name in node.names:
                 whole = f"{node.module}.{name.name}"

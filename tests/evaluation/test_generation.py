@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from xomni_jax.evaluation.outputs import item_keys
+from xomni_jax.sampling.keys import item_keys
 
 
 def test_keys_depend_on_all_they_are_named_for():

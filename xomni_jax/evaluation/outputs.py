@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,6 @@ from xomni_jax.core.config import as_dict
 from xomni_jax.core.distributed import connect, gather_json
 from xomni_jax.core.preemption import StopRequested, StopSignal
 from xomni_jax.data.preprocess import ImageLimits, preprocess, to_pixels, token_grid
-from xomni_jax.evaluation.run import EvalConfig, SuiteRun
 from xomni_jax.evaluation.suite import Item, Suite, SuiteError, check_images
 from xomni_jax.inference import MODELS, open_model
 from xomni_jax.pipeline import XOmni
@@ -38,6 +37,9 @@ from xomni_jax.sampling.batches import Batch, batches_by_shape, in_order, make_b
 from xomni_jax.sampling.keys import NOISE
 from xomni_jax.sequence.padding import IMAGE_STEPS, bucket
 from xomni_jax.sharding.mesh import make_mesh
+
+if TYPE_CHECKING:
+    from xomni_jax.evaluation.run import EvalConfig, SuiteRun
 
 HASHED = 1 << 20  # bytes of the beginning and of the end of a file that go into a checkpoint's hash
 VERSIONS = ("xomni_jax", "jax", "jaxlib", "flax", "transformers")
@@ -230,24 +232,6 @@ class Generation:
         """Codes [B, Y, X] of uint8 images of one size."""
         program = lambda part: self.model.encode_pixels(to_pixels(part.take(images_BHWC)))
         return np.stack(in_order(run_batches(program, make_batches(len(images_BHWC), self.decode_rows))))
-
-
-def item_keys(seed: int, suite: str, ids: Sequence[str], repeats: int, purpose: int) -> jax.Array:
-    """One key per item and repeat [P, R], from (seed, purpose, suite, id, repeat): any image can be drawn again alone."""
-    digests = [hashlib.sha256(f"{suite}\n{name}".encode()).digest()[:8] for name in ids]
-    words_P2 = np.frombuffer(b"".join(digests), ">u4").reshape(-1, 2).astype(np.uint32)
-    return _fold(np.uint32(seed), words_P2, repeats, purpose)
-
-
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _fold(seed: Any, words_P2: Any, repeats: int, purpose: int) -> jax.Array:
-    root = jax.random.fold_in(jax.random.key(seed), purpose)
-
-    def of_item(words):
-        key = jax.random.fold_in(jax.random.fold_in(root, words[0]), words[1])
-        return jax.vmap(lambda r: jax.random.fold_in(key, r))(jnp.arange(repeats))
-
-    return jax.vmap(of_item)(words_P2)
 
 
 def answer(model: XOmni, suite: Suite, batch_size: int, items: Sequence[Item]) -> Iterator[list[tuple[Item, str, bool]]]:

@@ -135,7 +135,7 @@ class Suite:
 
     def keys(self, seed: int, ids: Sequence[str], repeats: int, purpose: int) -> Any:
         """Random keys [P, R] of P items and their repeats; `purpose` is that of `sampling.keys`."""
-        from xomni_jax.evaluation.outputs import item_keys
+        from xomni_jax.sampling.keys import item_keys
 
         return item_keys(seed, self.name, ids, repeats, purpose)
 

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 NOISE = 1  # purpose of the keys of the decoder's noise; 0 is the sampler's
 
@@ -14,3 +20,21 @@ def image_keys(seed: int, n: int, purpose: int = 0) -> jax.Array:
         raise ValueError(f"seed={seed} must lie within 0..{2**32 - 1}")
     root = jax.random.fold_in(jax.random.key(seed), purpose)
     return jax.vmap(lambda i: jax.random.fold_in(root, i))(jnp.arange(n))
+
+
+def item_keys(seed: int, name: str, ids: Sequence[str], repeats: int, purpose: int) -> jax.Array:
+    """One key per item and repeat [P, R], from (seed, purpose, name of the suite, id, repeat): any image can be drawn again alone."""
+    digests = [hashlib.sha256(f"{name}\n{id}".encode()).digest()[:8] for id in ids]
+    words_P2 = np.frombuffer(b"".join(digests), ">u4").reshape(-1, 2).astype(np.uint32)
+    return _fold(np.uint32(seed), words_P2, repeats, purpose)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _fold(seed: Any, words_P2: Any, repeats: int, purpose: int) -> jax.Array:
+    root = jax.random.fold_in(jax.random.key(seed), purpose)
+
+    def of_item(words):
+        key = jax.random.fold_in(jax.random.fold_in(root, words[0]), words[1])
+        return jax.vmap(lambda r: jax.random.fold_in(key, r))(jnp.arange(repeats))
+
+    return jax.vmap(of_item)(words_P2)
