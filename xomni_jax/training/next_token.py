@@ -119,7 +119,7 @@ def pack_batch(
 
 
 def gather_targets(ids_BL: np.ndarray, due_BL: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The due positions of each row, first ones first: (position [B, M], id there [B, M], mask [B, M]); M = room, what exceeds it is dropped."""
+    """The first M = `room` positions of each row that are due -> (positions [B, M], ids there [B, M], mask [B, M])."""
     order_BM = np.argsort(~due_BL, axis=1, kind="stable")[:, :room].astype(np.int32)
     mask_BM = np.take_along_axis(due_BL, order_BM, axis=1)
     return order_BM, np.where(mask_BM, np.take_along_axis(ids_BL, order_BM, axis=1), 0).astype(np.int32), mask_BM
