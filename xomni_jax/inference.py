@@ -116,7 +116,7 @@ def open_model(path: str | Path, mesh: Mesh | None = None, config: InferenceConf
 
 
 class InferenceStage:
-    """The programs of inference: a batch of images from prompts to pixels, and answers to a batch of questions about images. Planned only."""
+    """A batch of images, from prompts to pixels, and answers to a batch of questions about images. It is planned, not run as a stage."""
 
     Config: ClassVar[type] = InferenceConfig
     components: ClassVar[tuple[str, ...]] = MODELS

@@ -101,13 +101,6 @@ def test_counted_and_transformed():
     assert sizes == [2, 2, 2, 2]
 
 
-def test_errors():
-    with pytest.raises(ValueError, match=r"batch_size=4, rows \(3, 4\): need rows from 0 to below batch_size"):
-        batches(DATA, 0, 4, rows=(3, 4))
-    with pytest.raises(ValueError, match=r"batch_size=0, rows \(\)"):
-        batches(DATA, 0, 0)
-
-
 def test_a_finite_source_is_shuffled_anew_in_every_epoch(numbers):
     def epochs(seed):
         taken = _take(iter(batches(numbers, seed, batch_size=4)), 10)  # 40 examples: batches cross the borders of epochs

@@ -84,13 +84,9 @@ class RewardClient:
         self.name = name
         self.stats = ClientStats()
         self._replicas = [_Replica(url.rstrip("/")) for url in ([urls] if isinstance(urls, str) else urls)]
-        if not self._replicas:
-            raise RewardServiceError(f"reward {name!r} has no URL; give one, such as http://127.0.0.1:8001")
         for replica in self._replicas:
             if not replica.url.startswith(("http://", "https://")):
                 raise RewardServiceError(f"reward {name!r} has the URL {replica.url!r}; it must begin with http:// or https://")
-        if chunk < 1 or attempts < 1 or timeout <= 0 or max_wait <= 0:
-            raise RewardServiceError(f"reward {name!r}: chunk and attempts must be at least 1, timeout and max_wait above 0")
         self.chunk, self.timeout, self.max_wait, self.attempts, self.backoff = chunk, timeout, max_wait, attempts, backoff
         self._poll, self._poll_every = poll, poll_every
         # trust_env off: a proxy meant for the outside world must not receive requests to a neighbour.
@@ -133,8 +129,6 @@ class RewardClient:
 
     def score_async(self, images: Sequence[np.ndarray | Image.Image | bytes], items: Sequence[Item]) -> Future[list[Score]]:
         """`score` in the background, to overlap with other work; `wait` collects the result."""
-        if len(images) != len(items):
-            raise ValueError(f"reward {self.name!r} got {len(images)} images and {len(items)} items; give one item per image")
         return self._start(self._score(list(images), list(items)))
 
     def wait(self, future: Future[list[Score]], poll: Callable[[], None] | None = None) -> list[Score]:

@@ -35,7 +35,7 @@ from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sampling.programs import RolloutShape, decoder_programs, sampler_programs
 from xomni_jax.sampling.sampler import Sampler
 from xomni_jax.sharding import abstract
-from xomni_jax.sharding.arrays import share, whole
+from xomni_jax.sharding.arrays import local_rows, share, whole
 from xomni_jax.sharding.mesh import MeshConfig, make_mesh
 from xomni_jax.sharding.rules import num_data_shards
 from xomni_jax.training.components import (
@@ -44,14 +44,13 @@ from xomni_jax.training.components import (
     check_split,
     decode_settings,
     export_model,
-    here,
     model_configs,
     open_model,
     read_description,
 )
 from xomni_jax.training.loop import key_for, tile
 from xomni_jax.training.operations import FlopCount
-from xomni_jax.training.optimizer import Optimizer, OptimizerConfig, make_optimizer
+from xomni_jax.training.optimizer import Optimizer, OptimizerConfig
 from xomni_jax.training.stage import GRID_SEED, RunConfig, RunningStage, meshes
 from xomni_jax.training.state import TrainState, new_state
 
@@ -227,7 +226,7 @@ class GRPOStage:
             check_split("config.batch_size x grpo.rollouts_per_prompt / rollout.chunks", part * R, decoder_mesh)
 
         # ---- arrays that stay ----
-        optimizer = make_optimizer(cfg.optimizer, cfg.steps * cfg.grpo.updates_per_batch)
+        optimizer = Optimizer(cfg.optimizer, cfg.steps * cfg.grpo.updates_per_batch)
         create, state = new_state(lambda: init_params("transformer", ar, jax.random.key(0)), optimizer, mesh)
         boxed = boxed_shapes("transformer", ar)
         layout = param_converter(boxed, mesh, ar.dtype, ar.image_vocab_size)
@@ -281,7 +280,7 @@ class GRPOStage:
             made["layout"].fn, clients, weights, stop,
         )  # fmt: skip
         flops = FlopCount()
-        rows = here("config.batch_size", cfg.batch_size, mesh)
+        rows = local_rows(mesh, cfg.batch_size)
         return RunningStage(
             state,
             DataIterator(batches(cfg.data, cfg.seed, cfg.batch_size, rows=rows), functools.partial(all_prompts, rows, cfg.batch_size)),

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import msgspec
 import numpy as np
 
+from xomni_jax.core.config import check_known, check_least
 from xomni_jax.core.distributed import gather_json
 from xomni_jax.core.preemption import StepRefused, StopRequested, StopSignal
 from xomni_jax.pipeline import XOmni
@@ -63,18 +64,9 @@ class RolloutConfig:
     reference_dtype: str = "float32"
 
     def __post_init__(self):
-        if self.noise not in ("group", "independent"):
-            raise ValueError(f"noise={self.noise!r} is unknown; use group or independent")
-        for name in ("chunks", "segment"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.combine not in MODES:
-            raise ValueError(f"combine={self.combine!r} is unknown; use {' or '.join(MODES)}")
-        if self.reference_dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"reference_dtype={self.reference_dtype!r} is unknown; use float32 or bfloat16")
-        for name in ("micro_batch", "logit_chunk", "max_logp_gap"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative; 0 turns it off")
+        check_known(self, noise=("group", "independent"), combine=MODES, reference_dtype=("float32", "bfloat16"))
+        check_least(self, 1, "chunks", "segment")
+        check_least(self, 0, "micro_batch", "logit_chunk", "max_logp_gap")
 
 
 def param_converter(boxed: Any, mesh: jax.sharding.Mesh, dtype: Any, codes: int = 0) -> Callable[[Any], Any]:

@@ -14,7 +14,7 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from xomni_jax.core.config import ConfigError
+from xomni_jax.core.config import ConfigError, check_known
 from xomni_jax.core.preemption import StopSignal
 from xomni_jax.core.program import Program, Programs, Work
 from xomni_jax.data.preprocess import to_pixels
@@ -29,12 +29,12 @@ from xomni_jax.sampling.decoder import DECODER_COMPONENTS, DecodeConfig, Decoder
 from xomni_jax.sampling.flow import Conditioning, flow_training_pair
 from xomni_jax.sampling.keys import image_keys
 from xomni_jax.sharding import abstract
-from xomni_jax.sharding.arrays import spread, whole
+from xomni_jax.sharding.arrays import local_rows, spread, whole
 from xomni_jax.sharding.rules import map_rows
-from xomni_jax.training.components import DataIterator, ImageSize, check_split, export_model, here, model_configs, open_model
+from xomni_jax.training.components import DataIterator, ImageSize, check_split, export_model, model_configs, open_model
 from xomni_jax.training.loop import key_for, tile
 from xomni_jax.training.operations import FlopCount
-from xomni_jax.training.optimizer import Optimizer, OptimizerConfig, make_optimizer
+from xomni_jax.training.optimizer import Optimizer, OptimizerConfig
 from xomni_jax.training.stage import GRID_SEED, RunConfig, RunningStage
 from xomni_jax.training.state import TrainState, new_state
 
@@ -63,8 +63,7 @@ class DecoderTrainConfig:
     def __post_init__(self):
         if not 0 <= self.drop_condition < 1:
             raise ValueError(f"drop_condition={self.drop_condition} is a share; give a number from 0 to below 1")
-        if self.sigma not in ("logit_normal", "uniform"):
-            raise ValueError(f"sigma={self.sigma!r} is unknown; use logit_normal or uniform")
+        check_known(self, sigma=("logit_normal", "uniform"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +160,7 @@ class DecoderStage:
             return {n: init_params(n, c, key_for(cfg.seed, i, 7)) for i, (n, c) in enumerate(configs.items())}
 
         frozen = frozen_parts(cfg.decoder, jax.eval_shape(init))
-        optimizer = make_optimizer(cfg.optimizer, cfg.steps, freeze=frozen)
+        optimizer = Optimizer(cfg.optimizer, cfg.steps, freeze=frozen)
         create, state = new_state(init, optimizer, mesh)
         vq, vq_params = COMPONENTS["siglip_vq"].module(models["siglip_vq"]), abstract_params("siglip_vq", models["siglip_vq"], mesh)
         (height, width), c = cfg.data.sizes[0], models["siglip_vq"]
@@ -192,7 +191,6 @@ class DecoderStage:
     @classmethod
     def make(cls, cfg: DecoderRun, mesh: Mesh, stop: StopSignal) -> RunningStage:
         """A run on the data of the configuration, starting from the decoder of `init_from` where that has one."""
-        rows = here("config.batch_size", cfg.batch_size, mesh)
         model = open_model(cfg.init_from, ("siglip_vq",), mesh, cfg.stage)
         models = model_configs(cfg, MODELS, model)
         for name in DECODER_COMPONENTS:
@@ -205,7 +203,7 @@ class DecoderStage:
         state, stored = made.create(), model.description["components"]
         state = state.replace(params={n: model.params(n) if n in stored else p for n, p in state.params.items()})
         vq_params, empty = model.params("siglip_vq"), model.text_ids([""], cfg.decode)
-        flops = FlopCount()
+        rows, flops = local_rows(mesh, cfg.batch_size), FlopCount()
         update = flops(made["decoder-update"].fn)
 
         def to_batch(examples: dict[str, Any]) -> dict[str, Any]:

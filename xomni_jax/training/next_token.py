@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from xomni_jax.core.config import check_known
 from xomni_jax.models.vocab_heads import head_logp, select
 from xomni_jax.sequence.packing import pack, targets
 from xomni_jax.sequence.tokenizer import MultimodalTokenizer, TokenSequence
@@ -55,8 +56,7 @@ class NextTokenConfig:
     chunk: int = 0
 
     def __post_init__(self):
-        if self.phase not in FREEZE:
-            raise ValueError(f"phase={self.phase!r} is unknown; use one of {', '.join(FREEZE)}")
+        check_known(self, phase=tuple(FREEZE))
         shares = (self.generation, self.understanding, self.text)
         if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
             raise ValueError(f"generation, understanding and text are {shares}; they are shares and must sum to 1")

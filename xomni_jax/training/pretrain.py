@@ -27,11 +27,11 @@ from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sequence.tokenizer import MultimodalTokenizer
 from xomni_jax.sharding import abstract
 from xomni_jax.sharding.arrays import local_rows, share, spread, whole
-from xomni_jax.training.components import DataIterator, check_heads, check_split, export_model, here, model_configs, open_model
+from xomni_jax.training.components import DataIterator, check_heads, check_split, export_model, model_configs, open_model
 from xomni_jax.training.loop import tile
 from xomni_jax.training.next_token import FREEZE, NextTokenConfig, PackedTargets, build_sequences, next_token_loss, pack_batch
 from xomni_jax.training.operations import FlopCount
-from xomni_jax.training.optimizer import Optimizer, OptimizerConfig, make_optimizer
+from xomni_jax.training.optimizer import Optimizer, OptimizerConfig
 from xomni_jax.training.stage import GRID_SEED, RunConfig, RunningStage
 from xomni_jax.training.state import TrainState, new_state
 
@@ -120,7 +120,7 @@ class PretrainStage:
         ar, c = models["transformer"], cfg.next_token
         check_heads(ar.n_kv_heads, mesh)
         check_split("config.next_token.rows", c.rows, mesh)
-        optimizer = make_optimizer(cfg.optimizer, cfg.steps, train=FREEZE[c.phase])
+        optimizer = Optimizer(cfg.optimizer, cfg.steps, train=FREEZE[c.phase])
         create, state = new_state(lambda: init_params("transformer", ar, jax.random.key(cfg.seed)), optimizer, mesh)
         B, L, M = c.rows, c.row_length, max(1, int(c.row_length * c.target_share))
         ids, flags = lambda *shape: abstract.rows(mesh, shape, jnp.int32), lambda *shape: abstract.rows(mesh, shape, jnp.bool_)
@@ -139,7 +139,10 @@ class PretrainStage:
     def make(cls, cfg: PretrainRun, mesh: Mesh, stop: StopSignal) -> RunningStage:
         """A run on the data of the configuration, starting from the transformer of `init_from` where that has one."""
         # One process fills the batch of images up until it splits; several have their rows each.
-        rows = here("config.batch_size", cfg.batch_size, mesh) if jax.process_count() > 1 else None
+        rows = None
+        if jax.process_count() > 1:
+            check_split("config.batch_size", cfg.batch_size, mesh)
+            rows = local_rows(mesh, cfg.batch_size)
         model = open_model(cfg.init_from, ("siglip_vq",), mesh, cfg.stage)
         models = model_configs(cfg, ("transformer",), model)
         ar = models["transformer"]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from xomni_jax.core.config import ConfigError
+from xomni_jax.core.config import ConfigError, check_least
 from xomni_jax.core.preemption import StopSignal
 from xomni_jax.core.program import Program, Programs, Work
 from xomni_jax.data.preprocess import TINY, ImageLimits, to_pixels
@@ -25,13 +25,13 @@ from xomni_jax.models.section import ModelSection
 from xomni_jax.models.work import dense
 from xomni_jax.sequence.tokenizer import MultimodalTokenizer
 from xomni_jax.sharding import abstract
-from xomni_jax.sharding.arrays import spread
+from xomni_jax.sharding.arrays import local_rows, spread
 from xomni_jax.sharding.rules import unconstrained
 from xomni_jax.training import understanding
-from xomni_jax.training.components import DataIterator, check_heads, check_split, export_model, here
+from xomni_jax.training.components import DataIterator, check_heads, check_split, export_model
 from xomni_jax.training.loop import key_for
 from xomni_jax.training.operations import FlopCount
-from xomni_jax.training.optimizer import Optimizer, OptimizerConfig, make_optimizer
+from xomni_jax.training.optimizer import Optimizer, OptimizerConfig
 from xomni_jax.training.stage import RunConfig, RunningStage
 from xomni_jax.training.state import TrainState, new_state
 
@@ -67,12 +67,8 @@ class TokenizerConfig:
     quantizer_weight: float = 1.0
 
     def __post_init__(self):
-        for name in ("warmup_steps", "ramp_steps", "restart_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
-        for name in ("start_batches", "text_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        check_least(self, 0, "warmup_steps", "ramp_steps", "restart_every")
+        check_least(self, 1, "start_batches", "text_length")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +147,7 @@ class TokenizerStage:
         vq, reader, c = models["siglip_vq"], models["reader"], cfg.tokenizer
         check_heads(reader.n_kv_heads, mesh)
         learner = make_learner(models)
-        optimizer = make_optimizer(cfg.optimizer, cfg.steps)
+        optimizer = Optimizer(cfg.optimizer, cfg.steps)
         (height, width), B, L = cfg.data.sizes[0], cfg.batch_size, c.text_length
         # The running usage of codes lives beside the parameters' state, so that a resumed run restarts the same codes.
         create, state = new_state(lambda: init_params(learner, cfg.seed, (height, width)), optimizer, mesh, lambda: even_usage(vq))
@@ -180,7 +176,6 @@ class TokenizerStage:
         """A run from random parameters on the data of the configuration."""
         if cfg.init_from:
             raise ConfigError(f"config.init_from={cfg.init_from}: the tokenizer is the first stage and starts from nothing; leave it empty")
-        rows = here("config.batch_size", cfg.batch_size, mesh)
         models = {name: getattr(cfg, name).config(where=f"config.{name}") for name in ("siglip_vq", "reader")}
         vq, c = models["siglip_vq"], cfg.tokenizer
         if cfg.preprocess.patch_size != vq.patch:
@@ -190,7 +185,7 @@ class TokenizerStage:
         learner = make_learner(models)
         made = cls.programs(cfg, models, mesh)
         load = functools.partial(
-            batches, cfg.data, batch_size=cfg.batch_size, rows=rows,
+            batches, cfg.data, batch_size=cfg.batch_size, rows=local_rows(mesh, cfg.batch_size),
             transform=functools.partial(learning_batch, MultimodalTokenizer.load(), c.text_length),
         )  # fmt: skip
 
