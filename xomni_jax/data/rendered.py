@@ -62,7 +62,7 @@ class RenderedConfig:
     """Distribution of the rendered examples.
 
     Attributes:
-      split: train or heldout; the held-out words and combinations of shapes are in no training example, and none of its words is made up
+      split: train or heldout, whose words and combinations of shapes are in no training example; it has no made-up words
       sizes: (height, width) of the images in pixels, multiples of 8
       weights: how often each size is drawn
       text_lengths: fewest and most characters of a sign, for each size

@@ -70,12 +70,13 @@ class RolloutConfig:
 
 
 def param_converter(boxed: Any, mesh: jax.sharding.Mesh, dtype: Any, codes: int = 0) -> Callable[[Any], Any]:
-    """The jitted change of a transformer's parameters to another number format and, for the sampler, another layout.
+    """A jitted function that converts a transformer's parameters to another number format and, for the sampler, to its layout.
 
     Args:
-      boxed: parameters with their logical axes, shapes are enough. mesh: where they are, and stay.
+      boxed: parameters with their logical axes; shapes are enough. mesh: where they are, and stay.
       dtype: of what the model computes in its own dtype; norm gains, which it reads in float32, keep theirs.
-      codes: for the sampler: ROLLOUT_RULES, and of the heads so many rows of the image's. It computes what the trainer does, bit for bit.
+      codes: 0 keeps the training layout. Otherwise the sampler's: sharded by ROLLOUT_RULES, without the text head, and with the first
+        `codes` columns of the image head. It computes the same log-probs as the training layout, bit for bit.
     """
     here, there = param_shardings(boxed, mesh), param_shardings(boxed, mesh, ROLLOUT_RULES if codes else RULES)
 

@@ -40,10 +40,10 @@ def model_configs(cfg: Any, names: Sequence[str], model: XOmni) -> dict[str, Any
 
 
 def planned_configs(cfg: Any, names: Sequence[str], directory: str) -> dict[str, Any]:
-    """The same without a model: a directory that is not on this machine is not missed where presets are named, and not compared.
+    """`model_configs` for a plan, which needs no model on this machine: presets are taken as they are, not compared with a directory.
 
     Raises:
-      ConfigError: a section takes what is stored, and there is no such model on this machine.
+      ConfigError: a section takes the stored config, and there is no such model on this machine.
     """
     held = read_description(directory).get("components", {})
     out = {}
@@ -82,14 +82,14 @@ def _model_config(section: ModelSection, stored: Any, name: str, path: str) -> A
 
 
 def decode_settings(decode: Overrides, description: Mapping[str, Any]) -> DecodeConfig:
-    """How codes become pixels: the configuration's choices over those of a model directory, or over the released ones without it."""
+    """How codes become pixels: the configuration's changes to the settings of a model directory, or to the released ones without one."""
     own = description.get("settings", {}).get("decode", {})
     return decode.over(build(DecodeConfig, own, "config.decode"), "config.decode")
 
 
 # ---- sizes that must fit the mesh ----
 def check_heads(kv_heads: int, mesh: jax.sharding.Mesh) -> None:
-    """Refuses a tensor axis over which the heads of the transformer's keys and values do not split."""
+    """Refuses a tensor axis that does not divide the number of key and value heads."""
     parts = mesh.shape["tensor"]
     if kv_heads % parts:
         fit = ", ".join(str(n) for n in range(1, kv_heads + 1) if kv_heads % n == 0)
