@@ -11,7 +11,7 @@ from xomni_jax.cli import main as cli
 from xomni_jax.training.stage import load_config
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "launch/README.md", *sorted(ROOT.glob("configs/*/README.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "launch/README.md", ROOT / "configs/README.md", *sorted(ROOT.glob("configs/*/README.md"))]
 TEXT = DOCUMENTS[0].read_text()
 
 

@@ -47,10 +47,10 @@ class InferenceConfig:
       top_p: keep the likeliest codes that hold this probability; 1: off
       min_p: drop codes below this share of the likeliest one's probability; 0: off
       guidance: classifier-free guidance of the codes; 1: off
-      batch: images or answers at a time, of each data-parallel part of the mesh
-      decode_batch: images decoded to pixels at a time, of each data-parallel part of the mesh
-      prompt_length: tokens of a prompt that a plan counts on, with the image prefix
-      max_tokens: tokens of an answer that a plan counts on
+      batch: images or answers at a time in each data shard
+      decode_batch: images decoded to pixels at a time in each data shard
+      prompt_length: tokens of a prompt with its image prefix; for plans only
+      max_tokens: tokens of an answer; for plans only
       mesh: how the devices are divided
       decode: changes to the model's own settings of decoding; None: the model's
       transformer, siglip_vq, mmdit, t5, clip, autoencoder: the model's components, and how they are computed
@@ -116,7 +116,7 @@ def open_model(path: str | Path, mesh: Mesh | None = None, config: InferenceConf
 
 
 class InferenceStage:
-    """The programs of inference: a batch of images from prompts to pixels, and answers to a batch of questions about images. Planned only."""
+    """A batch of images, from prompts to pixels, and answers to a batch of questions about images. It is planned, not run as a stage."""
 
     Config: ClassVar[type] = InferenceConfig
     components: ClassVar[tuple[str, ...]] = MODELS

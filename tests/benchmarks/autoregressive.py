@@ -18,7 +18,7 @@ from tests.benchmarks.timing import Case, relative_difference, unequal_share
 from xomni_jax.models.transformer import PRESETS, ARConfig, ARTransformer
 from xomni_jax.models.vocab_heads import head_logp
 from xomni_jax.sampling.generate import generate_text
-from xomni_jax.training.optimizer import OptimizerConfig, make_optimizer
+from xomni_jax.training.optimizer import Optimizer, OptimizerConfig
 from xomni_jax.training.state import TrainState
 
 PACKAGES = ("torch", "transformers")
@@ -89,7 +89,7 @@ def train_cases(cfg: ARConfig, batch: int = 16, length: int = 96) -> tuple[str, 
     ids = np.random.default_rng(0).integers(0, cfg.vocab_size, (batch, length))
     net = peers.qwen2(cfg, params).train()
     # What only images use does not exist on the other side: it is not trained here.
-    optimizer = make_optimizer(OPTIMIZER, 1, freeze=("mm_.*",))
+    optimizer = Optimizer(OPTIMIZER, 1, freeze=("mm_.*",))
     # A copy: the step donates its state, and these parameters belong to the caller.
     state = TrainState(jnp.int32(0), jax.tree.map(jnp.copy, params), optimizer.transform.init(params), {})
     ids_BL, tokens = jax.device_put(ids.astype(np.int32)), torch.from_numpy(ids)

@@ -1,15 +1,57 @@
-"""The grain data set: same batches after a restore, the same data on any number of hosts, one size per batch."""
+"""Batches of endless and of finite sources: the same after a restore and on any number of hosts; sources named by their file."""
 
 import itertools
 
 import numpy as np
 import pytest
 
-from xomni_jax.data.rendered import RenderedConfig, render_example
+from xomni_jax.core.config import ConfigError
+from xomni_jax.data.rendered import SIGNS, RenderedConfig, render_example
 from xomni_jax.data.sources import DataSection, batches
 
 CONFIG = RenderedConfig()
 DATA = DataSection("rendered", CONFIG)
+NUMBERS = '''
+from dataclasses import dataclass
+
+import numpy as np
+
+
+class Numbers:
+    @dataclass(frozen=True)
+    class Options:
+        """How many.
+
+        Attributes:
+          sizes: (height, width) of the images
+          count: number of examples
+        """
+
+        sizes: tuple[tuple[int, int], ...] = ((16, 32),)
+        count: int = 10
+
+    def __init__(self, options, seed, batch_size):
+        self.options = options
+
+    def __len__(self):
+        return self.options.count
+
+    def __getitem__(self, index):
+        return {"id": f"n{index}", "caption": str(index), "image": np.full((*self.options.sizes[0], 3), index, np.uint8)}
+
+
+class Sizeless:
+    @dataclass(frozen=True)
+    class Options:
+        count: int = 10
+'''
+
+
+@pytest.fixture
+def numbers(tmp_path):
+    """Ten examples, from a source named by its file."""
+    (tmp_path / "numbers.py").write_text(NUMBERS)
+    return SIGNS.updated({"source": f"{tmp_path}/numbers.py:Numbers"}, "config.data")
 
 
 def _take(iterator, n):
@@ -59,8 +101,56 @@ def test_counted_and_transformed():
     assert sizes == [2, 2, 2, 2]
 
 
-def test_errors():
-    with pytest.raises(ValueError, match=r"batch_size=4, rows \(3, 4\): need rows from 0 to below batch_size"):
-        batches(DATA, 0, 4, rows=(3, 4))
-    with pytest.raises(ValueError, match=r"batch_size=0, rows \(\)"):
-        batches(DATA, 0, 0)
+def test_a_finite_source_is_shuffled_anew_in_every_epoch(numbers):
+    def epochs(seed):
+        taken = _take(iter(batches(numbers, seed, batch_size=4)), 10)  # 40 examples: batches cross the borders of epochs
+        ids = [k for b in taken for k in b["id"]]
+        return [ids[n : n + 10] for n in range(0, 40, 10)]
+
+    orders = epochs(seed=0)
+    assert all(sorted(order) == [f"n{i}" for i in range(10)] for order in orders)
+    assert len(set(map(tuple, orders))) == 4
+    assert epochs(seed=0) == orders != epochs(seed=1)
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_a_finite_source_resumes_in_a_later_epoch(numbers, prefetch):
+    first = iter(batches(numbers, seed=3, batch_size=4, prefetch=prefetch))
+    _take(first, 4)
+    second = iter(batches(numbers, seed=3, batch_size=4, prefetch=prefetch))
+    second.set_state(first.get_state())
+    _same(_take(first, 7), _take(second, 7))
+
+
+def test_hosts_share_the_batches_of_a_finite_source(numbers):
+    whole = _take(iter(batches(numbers, seed=1, batch_size=4)), 6)
+    hosts = [_take(iter(batches(numbers, seed=1, batch_size=4, rows=rows)), 6) for rows in ((0, 2), (1, 3))]
+    for batch, even, odd in zip(whole, *hosts, strict=True):
+        assert batch["id"] == [even["id"][0], odd["id"][0], even["id"][1], odd["id"][1]]
+        np.testing.assert_array_equal(batch["image"][::2], even["image"])
+
+
+def test_a_source_named_by_its_file(numbers, tmp_path):
+    assert numbers.as_dict() == {"source": f"{tmp_path}/numbers.py:Numbers", "sizes": ((16, 32),), "count": 10}
+    assert numbers.sizes == ((16, 32),) and numbers.explained()["count"] == "number of examples"
+    fewer = numbers.updated({"count": 3}, "config.data")
+    assert len(fewer.open(seed=0, batch_size=4)) == 3 and len(numbers.open(0, 4)) == 10
+    back = fewer.updated({"source": "rendered", "shapes": 0.5}, "config.data")
+    assert back.options == RenderedConfig(shapes=0.5)  # the source's own defaults, not those of a stage
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"count": "many"}, r"config.data.count='many': expected int, such as 10"),
+        ({"shapes": 0.5}, r"config.data.shapes: unknown key; known here: count, sizes"),
+        ({"source": "dreams"}, r"config.data.source: the source 'dreams' is unknown; use one of rendered"),
+        ({"source": "{folder}/nothing.py:Numbers"}, r"config.data.source: .*nothing.py: no such file"),
+        ({"source": "{folder}/numbers.py:Letters"}, r"config.data.source: .*numbers.py defines no 'Letters'; it defines Numbers, Sizeless"),
+        ({"source": "{folder}/numbers.py:Sizeless"}, r"config.data.source=.*: its Options have no field `sizes`"),
+    ],
+)
+def test_data_sections_that_are_refused(numbers, changes, words, tmp_path):
+    changes = {key: value.format(folder=tmp_path) if isinstance(value, str) else value for key, value in changes.items()}
+    with pytest.raises(ConfigError, match=words):
+        numbers.updated(changes, "config.data")

@@ -45,7 +45,3 @@ def test_pseudo_words_hold_no_heldout_word(rng):
 def test_phrase_errors(rng):
     with pytest.raises(ValueError, match=r"No text of 40 characters can be made of 1 to 3 words; use 2 to 26\."):
         words.phrase(rng, "train", 40)
-    with pytest.raises(ValueError, match=r"pseudo=0.5 with split 'heldout': made-up words are for training only"):
-        words.phrase(rng, "heldout", 6, pseudo=0.5)
-    with pytest.raises(ValueError, match=r"split='test' is unknown; use one of train, heldout\."):
-        words.words("test")

@@ -1,4 +1,4 @@
-"""Whole runs of GRPO with what saves memory or works on devices of its own: each trains, saves, and goes on from a checkpoint bit for bit."""
+"""Whole runs of GRPO with smaller frozen models, or a decoder on its own devices: each trains, saves, and resumes bit for bit."""
 
 import shutil
 
@@ -21,8 +21,8 @@ VARIANTS = {
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_run_with_a(variant, model_dir, tmp_path, monkeypatch):
-    painters, make_painter = [], grpo.make_painter
-    monkeypatch.setattr(grpo, "make_painter", lambda *args: painters.append(make_painter(*args)) or painters[-1])
+    decoders, make = [], grpo.make_image_decoder
+    monkeypatch.setattr(grpo, "make_image_decoder", lambda *args: decoders.append(make(*args)) or decoders[-1])
     run, straight = tmp_path / "run", tmp_path / "straight"
     with pixel_service() as service:
         config = grpo_config(run, model_dir, service.url, "steps=2", "grid_every=0", *VARIANTS[variant])
@@ -42,6 +42,6 @@ def test_a_run_with_a(variant, model_dir, tmp_path, monkeypatch):
     kl = [line["grpo/kl"] for line in lines]
     assert 1e-8 < kl[0] < 1e-4 if variant == SMALL else abs(kl[0]) < 1e-9
     assert kl[1] > 10 * kl[0]
-    for painter in painters:
-        kernels = {x.dtype for path, x in jax.tree_util.tree_leaves_with_path(painter.params("mmdit")) if path[-1].key == "kernel"}
-        assert kernels == {jnp.dtype("int8" if variant == SMALL else "float32")} and painter.mesh.size == (8 if variant == SMALL else 4)
+    for decoder in decoders:
+        kernels = {x.dtype for path, x in jax.tree_util.tree_leaves_with_path(decoder.params("mmdit")) if path[-1].key == "kernel"}
+        assert kernels == {jnp.dtype("int8" if variant == SMALL else "float32")} and decoder.mesh.size == (8 if variant == SMALL else 4)

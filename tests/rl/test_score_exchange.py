@@ -3,6 +3,8 @@
 import json
 from types import SimpleNamespace
 
+import jax.numpy as jnp
+
 from xomni_jax.core.preemption import StopRequested
 from xomni_jax.rewards import Score
 from xomni_jax.rl import rollouts
@@ -22,8 +24,11 @@ def exchange(monkeypatch, wait, others=OTHERS):
     polled = []
     monkeypatch.setattr(rollouts, "gather_json", gather)
     stop = SimpleNamespace(check=lambda: polled.append(1), check_waiting=None)
-    this = SimpleNamespace(clients={"ocr": SimpleNamespace(wait=wait)}, stop=stop)
-    scores = rollouts.Rollouts.scores(this, [{"ocr": 0}, {"ocr": 1}], [0, 2], 4)["ocr"]
+    client = SimpleNamespace(wait=wait, score_async=lambda images, items: items[0]["chunk"])
+    scoring = rollouts.Scoring({"ocr": client}, [{"chunk": n // 4} for n in range(8)], [0, 2], 4, stop)
+    scoring.decoding = [jnp.zeros((4, 2, 2, 3), jnp.uint8)] * 2
+    scoring.send(wait=True)
+    scores = scoring.scores()["ocr"]
     assert polled == [1]
     return scores
 

@@ -17,7 +17,7 @@ from xomni_jax.rl.update import Policy, RolloutBatch, grpo_update
 from xomni_jax.sampling.generate import generate_codes
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sharding.mesh import make_mesh
-from xomni_jax.training.optimizer import OptimizerConfig, make_optimizer
+from xomni_jax.training.optimizer import Optimizer, OptimizerConfig
 from xomni_jax.training.state import TrainState, new_state
 
 P, R, T, S = 4, 2, 6, 7
@@ -147,7 +147,7 @@ MODEL = ARTransformer(CONFIG)
 CFG = GRPOConfig(rollouts_per_prompt=R, kl_coef=0.05)
 PLAIN = SamplingConfig(top_k=0, min_p=0.0)
 EVERYTHING = SamplingConfig(temperature=0.8, top_k=9, min_p=0.02, guidance=1.5)
-OPTIMIZER = make_optimizer(OptimizerConfig(1e-3, schedule="constant"), 10)
+OPTIMIZER = Optimizer(OptimizerConfig(1e-3, schedule="constant"), 10)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from xomni_jax.models.layers import Embed, Projection, RMSNorm
 from xomni_jax.sharding.abstract import path_name
 from xomni_jax.sharding.mesh import make_mesh
 from xomni_jax.sharding.rules import constrain
-from xomni_jax.training.optimizer import OptimizerConfig, make_optimizer
+from xomni_jax.training.optimizer import Optimizer, OptimizerConfig
 from xomni_jax.training.state import TrainState, new_state, state_shardings
 
 B, L, D, F, V = 8, 5, 16, 24, 32
@@ -42,7 +42,7 @@ def init():
 
 
 def optimizer(train=(".*",)):
-    return make_optimizer(OptimizerConfig(0.02, warmup_steps=2, weight_decay=0.1), 10, train=train)
+    return Optimizer(OptimizerConfig(0.02, warmup_steps=2, weight_decay=0.1), 10, train=train)
 
 
 def run(axes: dict, devices, steps: int = 4, train=(".*",)) -> tuple[dict, TrainState, list[dict]]:

@@ -124,7 +124,7 @@ def test_released_reader_is_qwens():
     d = PRESETS["qwen2.5-1.5b"].decoder
     assert (d.d_model, d.n_layers, d.n_heads * d.head_dim, d.mlp_dim) == (1536, 28, 1536, 8960)
     with pytest.raises(ValueError, match="not a multiple of n_kv_heads"):
-        ReaderConfig(vocab_size=9, n_heads=4, n_kv_heads=3).decoder
+        print(ReaderConfig(vocab_size=9, n_heads=4, n_kv_heads=3).decoder)
 
 
 def test_tokenizer_learns_through_its_codes(params, batch):

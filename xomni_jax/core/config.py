@@ -143,6 +143,20 @@ def updated(default: T, changes: Mapping[str, Any], where: str = "config") -> T:
     return checked(lambda: dataclasses.replace(default, **new), where)
 
 
+def check_known(config: Any, **known: Sequence[str]) -> None:
+    """ValueError for a field whose value is none of its known ones: `check_known(self, schedule=SCHEDULES)`."""
+    for name, values in known.items():
+        if getattr(config, name) not in values:
+            raise ValueError(f"{name}={getattr(config, name)!r} is unknown; use one of {', '.join(values)}")
+
+
+def check_least(config: Any, least: int, *names: str) -> None:
+    """ValueError for a number below `least`, which is 0 or 1."""
+    for name in names:
+        if not getattr(config, name) >= least:
+            raise ValueError(f"{name}={getattr(config, name)} must {'be at least 1' if least else 'not be negative'}")
+
+
 def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     """A frozen dataclass from plain values, such as those of a JSON file.
 

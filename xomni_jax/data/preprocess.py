@@ -1,4 +1,4 @@
-"""Images to the pixels that the released tokenizer takes, and back."""
+"""Images to the pixels that the released tokenizer takes."""
 
 from __future__ import annotations
 
@@ -71,12 +71,6 @@ def to_pixels(image: np.ndarray) -> np.ndarray:
     """uint8 [..., C] -> float32 in [-1, 1], by (x / 255 - 0.5) / 0.5."""
     half = np.float32(0.5)
     return (np.asarray(image).astype(np.float32) / np.float32(255) - half) / half
-
-
-def to_uint8(pixels: np.ndarray) -> np.ndarray:
-    """float [..., C] in [-1, 1] -> uint8, rounded, values outside clipped; undoes `to_pixels` exactly."""
-    scaled = (np.asarray(pixels, np.float32) + 1.0) * 127.5
-    return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
 
 
 def preprocess(image: Image.Image | np.ndarray, limits: ImageLimits = RELEASED) -> np.ndarray:

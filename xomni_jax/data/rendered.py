@@ -19,8 +19,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from xomni_jax.core.config import check_known
 from xomni_jax.data import glyphs, words
-from xomni_jax.data.sources import DataSection
+from xomni_jax.data.sources import ENDLESS, DataSection
 
 PATCH = 8
 COLOURS = {
@@ -61,7 +62,7 @@ class RenderedConfig:
     """Distribution of the rendered examples.
 
     Attributes:
-      split: train or heldout; the held-out words and combinations of shapes are in no training example, and none of its words is made up
+      split: train or heldout, whose words and combinations of shapes are in no training example; it has no made-up words
       sizes: (height, width) of the images in pixels, multiples of 8
       weights: how often each size is drawn
       text_lengths: fewest and most characters of a sign, for each size
@@ -85,7 +86,7 @@ class RenderedConfig:
     on_grid: float = 0.5
 
     def __post_init__(self):
-        words.check_split(self.split)
+        check_known(self, split=words.SPLITS)
         # A configuration file gives lists; tuples keep the config hashable.
         for name in ("sizes", "text_lengths", "shape_sizes"):
             object.__setattr__(self, name, tuple(tuple(int(v) for v in pair) for pair in getattr(self, name)))
@@ -121,7 +122,7 @@ class RenderedSource:
         self.options, self.seed, self.batch_size = options, seed, batch_size
 
     def __len__(self) -> int:
-        return 2**40
+        return ENDLESS
 
     def __getitem__(self, index: int) -> Example:
         size = draw_size(self.seed, index // self.batch_size, self.options)
@@ -137,8 +138,6 @@ def draw_size(seed: int, index: int, config: RenderedConfig) -> Size:
 def render_example(seed: int, index: int, config: RenderedConfig, size: Size | None = None) -> Example:
     """Example number `index` of the sequence of `seed`. `size` (height, width) is drawn by weight if None."""
     size = draw_size(seed, index, config) if size is None else tuple(size)
-    if size not in config.sizes:
-        raise ValueError(f"size {size[0]}x{size[1]} is not among the configured sizes {config.sizes}.")
     rng = np.random.default_rng([seed, index, 2 + words.SPLITS.index(config.split)])
     shapes = size in config.shape_sizes and rng.random() < config.shapes
     example = (_shapes_example if shapes else _sign_example)(rng, size, config)
@@ -151,21 +150,11 @@ def render_sign(
     """Text on a coloured ground -> image uint8 [H, W, 3], columns int32 [Y, X].
 
     Letters stand on the 8-px grid, two token rows high, each line centred; `row` is the token row of the first line (None: the
-    middle). Text wider than the image breaks at spaces. Raises ValueError when the text does not fit or has other characters.
+    middle). Text wider than the image breaks at spaces. It must fit, and consist of A to Z and spaces.
     """
-    _check_size(size)
     height, width = size
     lines = wrap(text, width // PATCH)
-    free = height // PATCH - 2 * len(lines)
-    if free < 0:
-        raise ValueError(f"{text!r} takes {len(lines)} lines of 16 px, more than {height}x{width} holds; use a larger size.")
-    row = free // 2 if row is None else row
-    if not 0 <= row <= free:
-        raise ValueError(f"row={row} puts {text!r} outside the image; use 0 to {free}.")
-
-    if background not in COLOURS:
-        raise ValueError(f"The colour {background!r} is not known; use one of {', '.join(COLOURS)}.")
-
+    row = (height // PATCH - 2 * len(lines)) // 2 if row is None else row
     mask = np.zeros(size, np.float32)
     columns = np.zeros((height // PATCH, width // PATCH), np.int32)
     for i, line in enumerate(lines):
@@ -180,11 +169,9 @@ def render_sign(
 
 
 def wrap(text: str, width: int) -> list[str]:
-    """Lines of at most `width` characters, broken at spaces. Raises ValueError when a word is longer than a line."""
+    """Lines of at most `width` characters, broken at spaces; no word may be longer."""
     lines: list[str] = []
     for word in text.split(" "):
-        if len(word) > width:
-            raise ValueError(f"The word {word!r} is longer than a line of {width} characters; use a wider image.")
         if lines and len(lines[-1]) + 1 + len(word) <= width:
             lines[-1] += " " + word
         else:
@@ -269,7 +256,6 @@ def _shapes_example(rng: np.random.Generator, size: Size, config: RenderedConfig
 @functools.cache
 def shape_combinations(split: words.Split) -> tuple[tuple[str, str, int], ...]:
     """The (shape, colour, count) of one split."""
-    words.check_split(split)
     every = ((s, c, n) for s in glyphs.SHAPES for c in COLOURS for n in range(1, 5))
     return tuple(t for t in every if words.is_heldout_shape(*t) == (split == "heldout"))
 

@@ -1,7 +1,7 @@
 """Where training examples come from: named sources with random access, and their batches as grain data.
 
-An example is a dict. Every stage reads `image` (uint8 [H, W, 3]), `caption` and `id`; understanding reads `question` and `answer`, rewards read
-`targets`, and the tokenizer's dense task reads `columns` (int32 [Y, X], a label per token).
+An example is a dict. Every stage reads `image` (uint8 [H, W, 3]), `caption` and `id`; understanding reads `question` and `answer`, rewards
+read `targets`, and the tokenizer's dense task reads `columns` (int32 [Y, X], a label per token).
 """
 
 from __future__ import annotations
@@ -101,15 +101,10 @@ def batches(
     `batch_size` counts examples over all hosts; `rows` are those of every batch that this host loads (None: all), so that batches do
     not depend on the number of hosts, nor does an iterator's state: it counts batches. `transform` maps a collated batch (see `collate`).
     One thread loads `prefetch` batches ahead; 0 loads in the caller's thread. Iterators have `get_state()` and `set_state()`.
-
-    Raises:
-      ValueError: there is no batch, or a row that it has not.
     """
     import grain  # takes seconds, and commands that only render examples do without it
 
     rows = range(batch_size) if rows is None else tuple(rows)
-    if not rows or min(rows) < 0 or max(rows) >= batch_size:
-        raise ValueError(f"batch_size={batch_size}, rows {tuple(rows)}: need rows from 0 to below batch_size")
     source = data.open(seed, batch_size)
     examples = source if len(source) >= ENDLESS else grain.MapDataset.source(source).shuffle(seed).repeat()
 

@@ -36,7 +36,6 @@ def all_words() -> tuple[str, ...]:
 @functools.cache
 def words(split: Split) -> tuple[str, ...]:
     """The words of one split. A word that is part of another is in "train", so that training text never contains a held-out word."""
-    check_split(split)
     listed = all_words()
     parts = {w[i:j] for w in listed for i, j in itertools.combinations(range(len(w) + 1), 2) if j - i < len(w)}
     held = {w for w in listed if w not in parts and stable_fraction(f"word:{w}") < HELDOUT_WORDS}
@@ -71,24 +70,16 @@ def phrase(rng: np.random.Generator, split: Split, length: int, pseudo: float = 
     """Text of exactly `length` characters: one to three words joined by spaces. Phrases of the same number of words are equally likely.
 
     Args:
-      pseudo: share of words replaced by made-up ones of the same length, in training only.
+      pseudo: share of words replaced by made-up ones of the same length; for training only.
 
     Raises:
       ValueError: no words of the split add up to `length`.
     """
-    if pseudo and split != "train":
-        raise ValueError(f"pseudo={pseudo} with split {split!r}: made-up words are for training only; set it to 0.")
     shapes, chances = _compositions(split, length)
     by_length = _by_length(split)
     lengths = shapes[int(np.searchsorted(chances, rng.random(), side="right"))]
     drawn = (pseudo_word(rng, n) if pseudo and rng.random() < pseudo else _pick(rng, by_length[n]) for n in lengths)
     return " ".join(drawn)
-
-
-def check_split(split: str) -> None:
-    """Raises ValueError unless `split` is a known split."""
-    if split not in SPLITS:
-        raise ValueError(f"split={split!r} is unknown; use one of {', '.join(SPLITS)}.")
 
 
 @functools.cache

@@ -29,17 +29,6 @@ class RewardServiceError(ValueError):
 
 
 @dataclass
-class ClientStats:
-    """Counts since the client was made."""
-
-    images: int = 0
-    failed: int = 0
-    requests: int = 0
-    retries: int = 0
-    busy: int = 0
-
-
-@dataclass
 class _Replica:
     url: str
     in_flight: int = 0
@@ -82,15 +71,10 @@ class RewardClient:
         poll_every: float = 0.5,
     ):
         self.name = name
-        self.stats = ClientStats()
         self._replicas = [_Replica(url.rstrip("/")) for url in ([urls] if isinstance(urls, str) else urls)]
-        if not self._replicas:
-            raise RewardServiceError(f"reward {name!r} has no URL; give one, such as http://127.0.0.1:8001")
         for replica in self._replicas:
             if not replica.url.startswith(("http://", "https://")):
                 raise RewardServiceError(f"reward {name!r} has the URL {replica.url!r}; it must begin with http:// or https://")
-        if chunk < 1 or attempts < 1 or timeout <= 0 or max_wait <= 0:
-            raise RewardServiceError(f"reward {name!r}: chunk and attempts must be at least 1, timeout and max_wait above 0")
         self.chunk, self.timeout, self.max_wait, self.attempts, self.backoff = chunk, timeout, max_wait, attempts, backoff
         self._poll, self._poll_every = poll, poll_every
         # trust_env off: a proxy meant for the outside world must not receive requests to a neighbour.
@@ -133,8 +117,6 @@ class RewardClient:
 
     def score_async(self, images: Sequence[np.ndarray | Image.Image | bytes], items: Sequence[Item]) -> Future[list[Score]]:
         """`score` in the background, to overlap with other work; `wait` collects the result."""
-        if len(images) != len(items):
-            raise ValueError(f"reward {self.name!r} got {len(images)} images and {len(items)} items; give one item per image")
         return self._start(self._score(list(images), list(items)))
 
     def wait(self, future: Future[list[Score]], poll: Callable[[], None] | None = None) -> list[Score]:
@@ -181,8 +163,6 @@ class RewardClient:
                 scores |= zip(encoded, answers)
         except Exception as error:  # noqa: BLE001 - whatever happens concerns these images alone
             scores = dict.fromkeys(range(len(images)), Score(None, f"{self.name}: {type(error).__name__}: {error}"))
-        self.stats.images += len(images)
-        self.stats.failed += sum(score.failed for score in scores.values())
         return [scores[n] for n in range(len(images))]
 
     def _encode(self, images: list[Any]) -> tuple[dict[int, bytes], dict[int, Score]]:
@@ -212,7 +192,6 @@ class RewardClient:
                         reason, rest = f"{replica.url}: {str(error) or type(error).__name__}", pause
                         tries, pause = tries + 1, min(pause * 2, 8.0)
                     replica.rest_until = time.monotonic() + rest
-                    self.stats.retries += 1
         except TimeoutError:
             pass
         except _Refused as refusal:
@@ -232,7 +211,6 @@ class RewardClient:
         return min(self._replicas, key=lambda r: (max(r.rest_until - now, 0.0), r.in_flight))
 
     async def _post(self, replica: _Replica, request: Request, body: bytes) -> list[Score]:
-        self.stats.requests += 1
         replica.in_flight += 1
         try:
             # httpx bounds the time between bytes; this bounds the whole, also of an answer that trickles in.
@@ -241,7 +219,6 @@ class RewardClient:
         finally:
             replica.in_flight -= 1
         if status == 429:
-            self.stats.busy += 1
             raise _Busy(_seconds(headers.get("retry-after")))
         if 400 <= status < 500:
             raise _Refused(f"{replica.url} refused ({status}): {content[:300].decode('utf-8', 'replace')}")

@@ -26,7 +26,7 @@ class ServiceConfig:
       scorer: a name of `scorer.SCORERS`, or path/to/file.py:Class.
       options: fields of the scorer's `Options`.
       workers: processes that score.
-      max_queue: images accepted and not yet scored; a request beyond it is answered 429.
+      max_queue: images accepted and not yet scored, at least those of one request; a request beyond it is answered 429.
       limits: what one request may hold.
     """
 
@@ -39,8 +39,6 @@ class ServiceConfig:
     def __post_init__(self) -> None:
         if self.workers < 1:
             raise ServiceError(f"--workers {self.workers} must be at least 1")
-        if self.max_queue < self.limits.max_images:
-            raise ServiceError(f"max_queue={self.max_queue} images is smaller than one request ({self.limits.max_images}); raise it")
 
 
 def create_app(config: ServiceConfig, ready: Callable[[], None] = lambda: None) -> Any:

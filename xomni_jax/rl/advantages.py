@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-SCALES = ("group", "batch", "none")
-BASELINES = ("mean", "rloo")
+from xomni_jax.core.config import check_known
 
 
 @dataclass(frozen=True)
@@ -41,10 +40,7 @@ class AdvantageConfig:
             raise ValueError(f"ddof={self.ddof} is not 0 (population) or 1 (sample)")
         if not (math.isfinite(self.eps) and self.eps > 0):
             raise ValueError(f"eps={self.eps} must be positive: equal rewards would divide zero by zero")
-        if self.scale not in SCALES:
-            raise ValueError(f"scale={self.scale!r} is unknown; use one of {', '.join(SCALES)}")
-        if self.baseline not in BASELINES:
-            raise ValueError(f"baseline={self.baseline!r} is unknown; use one of {', '.join(BASELINES)}")
+        check_known(self, scale=("group", "batch", "none"), baseline=("mean", "rloo"))
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"clip={self.clip} must be positive, or None for no clamp")
 
@@ -87,14 +83,11 @@ def group_advantages(
     if cfg.clip is not None:
         adv_PR = jnp.clip(adv_PR, -cfg.clip, cfg.clip)
 
-    return jax.lax.stop_gradient(adv_PR), _metrics(flat_P1, ok_PR)
+    dtype = jnp.result_type(float)
+    metrics = {"grpo/flat_group_frac": jnp.mean(flat_P1, dtype=dtype), "grpo/unscored_frac": jnp.mean(~ok_PR, dtype=dtype)}
+    return jax.lax.stop_gradient(adv_PR), metrics
 
 
 def _std(dev: jax.Array, n: jax.Array, ddof: int, axis: int | None) -> jax.Array:
     """Standard deviation from deviations that are 0 where nothing is known; n counts the known ones."""
     return jnp.sqrt(jnp.sum(dev**2, axis=axis, keepdims=axis is not None) / jnp.maximum(n - ddof, 1))
-
-
-def _metrics(flat: jax.Array, ok: jax.Array) -> dict[str, jax.Array]:
-    dtype = jnp.result_type(float)
-    return {"grpo/flat_group_frac": jnp.mean(flat, dtype=dtype), "grpo/unscored_frac": jnp.mean(~ok, dtype=dtype)}

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -29,15 +28,14 @@ from xomni_jax.rl.image_statistics import image_sums, join_statistics
 from xomni_jax.rl.objectives import GRPOConfig
 from xomni_jax.rl.rewards import RewardConfig, close_all, open_clients
 from xomni_jax.rl.rollouts import RolloutConfig, Rollouts, param_converter
-from xomni_jax.rl.update import Policy, RolloutBatch, frozen_logp, make_update
+from xomni_jax.rl.update import Advantages, Policy, RolloutBatch, frozen_logp, make_update
 from xomni_jax.sampling.decoder import DECODER_COMPONENTS, DecodeConfig
 from xomni_jax.sampling.keys import image_keys
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sampling.programs import RolloutShape, decoder_programs, sampler_programs
 from xomni_jax.sampling.sampler import Sampler
-from xomni_jax.sequence.padding import pad_prompts
 from xomni_jax.sharding import abstract
-from xomni_jax.sharding.arrays import share, whole
+from xomni_jax.sharding.arrays import local_rows, share, whole
 from xomni_jax.sharding.mesh import MeshConfig, make_mesh
 from xomni_jax.sharding.rules import num_data_shards
 from xomni_jax.training.components import (
@@ -46,18 +44,18 @@ from xomni_jax.training.components import (
     check_split,
     decode_settings,
     export_model,
-    here,
     model_configs,
     open_model,
     read_description,
 )
 from xomni_jax.training.loop import key_for, tile
 from xomni_jax.training.operations import FlopCount
-from xomni_jax.training.optimizer import OptimizerConfig, make_optimizer
+from xomni_jax.training.optimizer import Optimizer, OptimizerConfig
 from xomni_jax.training.stage import GRID_SEED, RunConfig, RunningStage, meshes
 from xomni_jax.training.state import TrainState, new_state
 
 SHUFFLE = 2  # purpose of a step's key, beside those of `rollouts`
+GRID_PROMPTS, GRID_COLUMNS = 2, 8  # of an image grid: a row per prompt, a column per sample
 MODELS = ("transformer", "siglip_vq", *DECODER_COMPONENTS)
 
 
@@ -112,31 +110,22 @@ class GRPORun(RunConfig):
     )
 
 
-def micro_batches(prompts: int, grpo: GRPOConfig, rollout: RolloutConfig) -> int:
-    """Gradient accumulation steps of an update."""
-    minibatch = prompts * grpo.rollouts_per_prompt // grpo.updates_per_batch
-    return max(1, minibatch // rollout.micro_batch) if rollout.micro_batch else 1
+def micro_batches(cfg: GRPORun) -> int:
+    """Gradient accumulation steps of an update; the sizes must divide (`check_divides`)."""
+    minibatch = cfg.batch_size * cfg.grpo.rollouts_per_prompt // cfg.grpo.updates_per_batch
+    return minibatch // (cfg.rollout.micro_batch or minibatch)
 
 
-def make_image_decoder(cfg: GRPORun, model: XOmni) -> XOmni:
-    """The model that decodes images: `model`, or one on `decoder_mesh`, whose devices the policy's mesh leaves out."""
-    _, devices = meshes(cfg, jax.devices())
-    if not devices:
-        return model
-    mesh = make_mesh(cfg.decoder_mesh.sizes(), devices)
-    connect(mesh)
-    return model.on(mesh)
-
-
-def check_divides(prompts: int, grpo: GRPOConfig, rollout: RolloutConfig, ways: int) -> None:
-    """Refuses batch sizes that do not split evenly, naming the keys."""
+def check_divides(cfg: GRPORun, shards: int) -> None:
+    """Refuses batch sizes that do not split evenly over the mesh's `shards` data-parallel parts, naming the keys."""
+    prompts, grpo, rollout = cfg.batch_size, cfg.grpo, cfg.rollout
     if prompts % rollout.chunks:
         raise ConfigError(f"config.rollout.chunks={rollout.chunks} does not divide config.batch_size={prompts} prompts; use a divisor")
     chunk = prompts // rollout.chunks
-    if chunk % ways:
+    if chunk % shards:
         raise ConfigError(
-            f"config.batch_size={prompts} in config.rollout.chunks={rollout.chunks} leaves {chunk} prompts a chunk, which config.mesh cannot "
-            f"split {ways} ways (replica x data x fsdp); raise batch_size or lower those axes"
+            f"config.batch_size={prompts} in config.rollout.chunks={rollout.chunks} leaves {chunk} prompts a chunk, which "
+            f"config.mesh cannot split {shards} ways (replica x data x fsdp); raise batch_size or lower those axes"
         )
     rollouts = prompts * grpo.rollouts_per_prompt
     if rollouts % grpo.updates_per_batch:
@@ -147,9 +136,68 @@ def check_divides(prompts: int, grpo: GRPOConfig, rollout: RolloutConfig, ways: 
     micro = rollout.micro_batch or minibatch
     if minibatch % micro:
         raise ConfigError(f"config.rollout.micro_batch={micro} does not divide the {minibatch} rollouts of an update; use a divisor")
-    if micro % ways:
+    if micro % shards:
         key = "config.rollout.micro_batch" if rollout.micro_batch else "config.grpo.updates_per_batch"
-        raise ConfigError(f"{key}: {micro} rollouts at a time do not split over the {ways} ways of config.mesh; use a multiple of {ways}")
+        raise ConfigError(
+            f"{key}: {micro} rollouts at a time do not split over the {shards} ways of config.mesh; use a multiple of {shards}"
+        )
+
+
+# ---- programs ----
+def abstract_batch(cfg: GRPORun, ar: transformer.ARConfig, codes: int, mesh: Mesh) -> RolloutBatch:
+    """Shapes of all rollouts of a step, on the mesh; `codes` of an image."""
+    B, S = cfg.batch_size * cfg.grpo.rollouts_per_prompt, cfg.rollout.prompt_length
+    rows = lambda dtype, *shape: abstract.rows(mesh, (B, *shape), dtype)
+    return RolloutBatch(
+        ids_BS=rows(jnp.int32, S),
+        lengths_B=rows(jnp.int32),
+        codes_BT=rows(jnp.int32, codes),
+        sampler_logp_BT=rows(jnp.float32, codes),
+        sampling_mask=rows(jnp.uint8, codes, -(-ar.image_vocab_size // 8)) if cfg.sampling.truncates else None,
+        negative=(rows(jnp.int32, S), rows(jnp.int32)) if cfg.sampling.guided else None,
+        adv_B=rows(jnp.float32),
+        ok_B=rows(jnp.bool_),
+    )
+
+
+def learner_programs(
+    cfg: GRPORun, policy: Policy, optimizer: Optimizer, advantages: Advantages, state: TrainState, reference: Any, codes: int, mesh: Mesh
+) -> dict[str, Program]:
+    """The update of the policy, and, with a KL term, the log-probs of the reference, which are a part of it.
+
+    Args:
+      state, reference: shapes of the training state and of the reference's parameters, which are None without a KL term.
+      codes: of an image.
+    """
+    ar, batch, parts, sides = (
+        policy.model.cfg,
+        abstract_batch(cfg, policy.model.cfg, codes, mesh),
+        micro_batches(cfg),
+        1 + cfg.sampling.guided,
+    )
+    (B, S), chunk = batch.ids_BS.shape, cfg.rollout.logit_chunk
+    shape = f"{B} rollouts of {S} + {codes} tokens"
+    update = Program(
+        make_update(policy, optimizer, cfg.grpo, advantages, parts),
+        (state, reference, batch, abstract.rows(mesh, (cfg.batch_size, B // cfg.batch_size), jnp.float32), None, abstract.keys(mesh, ())),
+        f"{shape} in {parts} micro-batches",
+        work.policy_update(ar, B, S, codes, parts, sides, reference is not None, chunk, mesh.shape),
+        uses=("params", "optimizer", "reference"),
+        freed=("sampler",),
+        state=state,
+    )
+    if reference is None:
+        return {"policy-update": update}
+    replay = Program(
+        jax.jit(lambda params, batch: frozen_logp(policy, params, batch, parts)),
+        (reference, batch),
+        f"log-probs of {shape}",
+        work.replay(ar, B, S, codes, parts, sides, chunk, mesh.shape),
+        uses=("reference",),
+        freed=("sampler",),
+        per_step=0,
+    )
+    return {"policy-update": update, "reference": replay}
 
 
 class GRPOStage:
@@ -160,80 +208,46 @@ class GRPOStage:
 
     @staticmethod
     def advantages(cfg: GRPORun, reward_PR: jax.Array, ok_PR: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Advantages [P, R] of P groups of R rewards, of which only those marked `ok_PR` are known, and metrics; a method may differ here."""
+        """Advantages [P, R] of P groups of R rewards, of which only those marked `ok_PR` are known, and metrics.
+
+        A method of your own may override it.
+        """
         return group_advantages(reward_PR, ok_PR, cfg.advantage)
 
     @classmethod
     def programs(cls, cfg: GRPORun, models: Mapping[str, Any], mesh: Mesh, decoder_mesh: Mesh | None = None) -> Programs:
         """The programs of a step, for images of the data's size."""
-        ar, c, sampling = models["transformer"], cfg.rollout, cfg.sampling
+        ar, c, patch = models["transformer"], cfg.rollout, models["siglip_vq"].patch
         check_heads(ar.n_kv_heads, mesh)
-        check_divides(cfg.batch_size, cfg.grpo, c, num_data_shards(mesh))
-        patch, (height, width) = models["siglip_vq"].patch, cfg.data.sizes[0]
-        grid = height // patch, width // patch
-        P, R, S, T = cfg.batch_size, cfg.grpo.rollouts_per_prompt, c.prompt_length, grid[0] * grid[1]
-        B, part, sides, parts = P * R, P // c.chunks, 2 if sampling.guided else 1, micro_batches(P, cfg.grpo, c)
+        check_divides(cfg, num_data_shards(mesh))
+        grid = tuple(side // patch for side in cfg.data.sizes[0])
+        R, T, part = cfg.grpo.rollouts_per_prompt, grid[0] * grid[1], cfg.batch_size // c.chunks
+        if decoder_mesh is not None and len({d.process_index for d in decoder_mesh.devices.flat}) > 1:
+            check_split("config.batch_size x grpo.rollouts_per_prompt / rollout.chunks", part * R, decoder_mesh)
 
         # ---- arrays that stay ----
-        optimizer = make_optimizer(cfg.optimizer, cfg.steps * cfg.grpo.updates_per_batch)
+        optimizer = Optimizer(cfg.optimizer, cfg.steps * cfg.grpo.updates_per_batch)
         create, state = new_state(lambda: init_params("transformer", ar, jax.random.key(0)), optimizer, mesh)
         boxed = boxed_shapes("transformer", ar)
         layout = param_converter(boxed, mesh, ar.dtype, ar.image_vocab_size)
         weights = jax.eval_shape(layout, state.params)
-        keep_reference = param_converter(boxed, mesh, c.reference_dtype)
-        reference = jax.eval_shape(keep_reference, state.params) if cfg.grpo.kl_coef else None
-
-        # ---- a batch of rollouts ----
-        ids = lambda n, *more: abstract.rows(mesh, (n, *more), jnp.int32)
-        f32 = lambda *shape: abstract.rows(mesh, shape, jnp.float32)
-        kept = abstract.rows(mesh, (B, T, -(-ar.image_vocab_size // 8)), jnp.uint8) if sampling.truncates else None
-        negative = (ids(B, S), ids(B)) if sampling.guided else None
-        ok = abstract.rows(mesh, (B,), jnp.bool_)
-        batch = RolloutBatch(ids(B, S), ids(B), ids(B, T), f32(B, T), kept, negative, f32(B), ok)
+        reference = jax.eval_shape(param_converter(boxed, mesh, c.reference_dtype), state.params) if cfg.grpo.kl_coef else None
+        persistent = {"params": state.params, "optimizer": state.opt_state, "reference": reference, "sampler": weights}
 
         # ---- programs ----
-        policy = Policy(transformer.ARTransformer(ar), sampling, c.logit_chunk)
-        shape = f"{B} rollouts of {S} + {T} tokens"
-        update = Program(
-            make_update(policy, optimizer, cfg.grpo, functools.partial(cls.advantages, cfg), parts),
-            (state, reference, batch, f32(P, R), None, abstract.keys(mesh, ())),
-            f"{shape} in {parts} micro-batches",
-            work.policy_update(ar, B, S, T, parts, sides, bool(cfg.grpo.kl_coef), c.logit_chunk, mesh.shape),
-            uses=("params", "optimizer", "reference"),
-            freed=("sampler",),
-            state=state,
-        )
-        replay = Program(
-            jax.jit(lambda params, batch: frozen_logp(policy, params, batch, parts)),
-            (reference, batch),
-            f"log-probs of {shape}",
-            work.replay(ar, B, S, T, parts, sides, c.logit_chunk, mesh.shape),
-            uses=("reference",),
-            freed=("sampler",),
-            per_step=0,
-        )
-        convert = Program(
-            layout,
-            (state.params,),
-            "the policy's weights in the sampler's layout and number format",
-            Work(),
-            uses=("params",),
-            freed=("sampler",),
-        )
-        sampler = Sampler.make(policy.model, T, sampling, c.segment, return_mask=sampling.truncates)
-        drawing = sampler_programs(sampler, ar, weights, RolloutShape(part, R, S, T), sampling.guided, c.chunks, mesh)
-        if decoder_mesh is not None and len({d.process_index for d in decoder_mesh.devices.flat}) > 1:
-            check_split("config.batch_size x grpo.rollouts_per_prompt / rollout.chunks", part * R, decoder_mesh)
+        policy = Policy(transformer.ARTransformer(ar), cfg.sampling, c.logit_chunk)
+        learning = learner_programs(cfg, policy, optimizer, functools.partial(cls.advantages, cfg), state, reference, T, mesh)
+        about = "the policy's weights in the sampler's layout and number format"
+        convert = Program(layout, (state.params,), about, Work(), uses=("params",), freed=("sampler",))
+        sampler = Sampler.make(policy.model, T, cfg.sampling, c.segment, return_mask=cfg.sampling.truncates)
+        drawing = sampler_programs(sampler, ar, weights, RolloutShape(part, R, c.prompt_length, T), cfg.sampling.guided, c.chunks, mesh)
         decode = decode_settings(cfg.decode, read_description(cfg.init_from))
         frozen, decoding = decoder_programs(models, grid, decode, part * R, c.chunks, decoder_mesh or mesh)
         decoding = {name: dataclasses.replace(p, on_decoder_mesh=decoder_mesh is not None) for name, p in decoding.items()}
         return Programs(
             mesh,
-            {"policy-update": update} | ({"reference": replay} if reference is not None else {}) | {"layout": convert} | drawing | decoding,
-            {"params": state.params, "optimizer": state.opt_state}
-            | ({"reference": reference} if reference is not None else {})
-            | {"sampler": weights}
-            | frozen,
+            learning | {"layout": convert} | drawing | decoding,
+            {name: arrays for name, arrays in persistent.items() if arrays is not None} | frozen,
             create,
             decoder_mesh,
             tuple(frozen) if decoder_mesh else (),
@@ -242,7 +256,6 @@ class GRPOStage:
     @classmethod
     def make(cls, cfg: GRPORun, mesh: Mesh, stop: StopSignal) -> RunningStage:
         """A run on the prompts of the configuration, starting from the transformer of `init_from`."""
-        group, rollout = cfg.grpo.rollouts_per_prompt, cfg.rollout
         model = open_model(cfg.init_from, MODELS, mesh, cfg.stage)
         models = model_configs(cfg, MODELS, model)
         for name, config in models.items():
@@ -252,81 +265,84 @@ class GRPOStage:
         if len(cfg.data.sizes) != 1:
             raise ConfigError(f"config.data.sizes={cfg.data.sizes} must hold one size: rollouts have one static shape")
         grid = model.grid(*cfg.data.sizes[0])
-        B = cfg.batch_size * group
-        check_divides(cfg.batch_size, cfg.grpo, rollout, model.num_data_shards)
-        if jax.process_count() > 1:  # each has its own rows of a chunk's images
-            check_split("config.batch_size x grpo.rollouts_per_prompt / rollout.chunks", B // rollout.chunks, image_decoder.mesh)
+        made = cls.programs(cfg, models, mesh, None if image_decoder is model else image_decoder.mesh)
 
-        # ---- policy, reference, rollouts ----
         ar, start = models["transformer"], model.params("transformer")
-        made = cls.programs(cfg, models, mesh)
         state = made.create().starting_from(start)
-        ref_params = param_converter(boxed_shapes("transformer", ar), mesh, rollout.reference_dtype)(start) if cfg.grpo.kl_coef else None
+        keep = param_converter(boxed_shapes("transformer", ar), mesh, cfg.rollout.reference_dtype)
+        reference = keep(start) if cfg.grpo.kl_coef else None
         model.release("transformer")  # policy and reference are copies
         del start
         clients, weights = open_clients(cfg.rewards, stop.check_waiting)
-        sampler = Sampler.of(made["prefill"].fn, made["rollout"].fn, grid[0] * grid[1], rollout.segment)
+        sampler = Sampler.of(made["prefill"].fn, made["rollout"].fn, grid[0] * grid[1], cfg.rollout.segment)
         rollouts = Rollouts(
-            model,
-            image_decoder,
-            grid,
-            group,
-            rollout,
-            cfg.advantage,
-            cfg.sampling,
-            decode,
-            sampler,
-            made["layout"].fn,
-            clients,
-            weights,
-            stop,
-        )
+            model, image_decoder, grid, cfg.grpo.rollouts_per_prompt, cfg.rollout, cfg.advantage, cfg.sampling, decode, sampler,
+            made["layout"].fn, clients, weights, stop,
+        )  # fmt: skip
         flops = FlopCount()
-        update = flops(made["policy-update"].fn)
-
-        def step(state: TrainState, batch: dict[str, Any], number: int):
-            key = key_for(cfg.seed, number, 0)
-            rows, total, images, seconds = rollouts(state.params, batch["caption"], batch["targets"], key)
-            failed = 1.0 - float(total.ok_PR.mean())
-            if failed > rollout.max_fail_frac:
-                raise StepRefused(
-                    f"{failed:.0%} of the rollouts of step {number + 1} could not be scored (limit config.rollout.max_fail_frac="
-                    f"{rollout.max_fail_frac:.0%}); check the services with `xomni rewards` and run the same command again"
-                )
-            began = time.perf_counter()
-            reward_PR = jnp.asarray(np.nan_to_num(total.total_PR), jnp.float32)
-            given_PR = None if total.advantage_PR is None else jnp.asarray(total.advantage_PR, jnp.float32)
-            state, metrics = update(state, ref_params, rows, reward_PR, given_PR, jax.random.fold_in(key, SHUFFLE))
-            gap = float(metrics["grpo/logp_gap_max"])
-            if rollout.max_logp_gap and ar.dtype == jnp.float32 and gap > rollout.max_logp_gap:
-                raise FloatingPointError(
-                    f"sampler and trainer differ by {gap:.2e} in a log-prob at step {number + 1} (limit {rollout.max_logp_gap:g})"
-                )
-            seconds["perf/update_s"] = time.perf_counter() - began
-            rewards = {k: v for k, v in total.stats.items() if np.isfinite(v)}
-            return state, rewards | metrics | join_statistics(gather_json(image_sums(images))) | seconds
-
-        def grid_image(state: TrainState, number: int) -> np.ndarray:
-            n = -(-2 // model.num_data_shards) * model.num_data_shards
-            prompts = first_batch(cfg.data, cfg.seed + GRID_SEED, n)["caption"]
-            keys_P = image_keys(cfg.seed, n)
-            ids_PS, lengths_P = rollouts.prompt_ids(prompts)
-            negative = pad_prompts([model.tokenizer.image_prefix(*grid)] * n) if cfg.sampling.guided else None
-            keys_PR = jax.vmap(lambda k: jax.random.split(k, 8))(keys_P)
-            out = rollouts.sampler(rollouts.sampler_params(state.params), ids_PS, lengths_P, keys_PR, negative, stop.check)
-            images = rollouts.images(out["codes"], [p for p in prompts for _ in range(8)], jnp.repeat(keys_P, 8))
-            return tile(whole(images), columns=8)
-
-        prompts_here = here("config.batch_size", cfg.batch_size, mesh)
-
-        def to_batch(examples: dict[str, Any]) -> dict[str, list[Any]]:
-            return share({name: examples[name] for name in ("caption", "targets")}, prompts_here, cfg.batch_size)
-
-        data = DataIterator(batches(cfg.data, cfg.seed, cfg.batch_size, rows=prompts_here), to_batch)
-
-        def export(state: TrainState, directory: Path, note: dict[str, Any]) -> None:
-            export_model(directory, {"transformer": (state.params, ar)}, cfg.init_from, note)
-
+        rows = local_rows(mesh, cfg.batch_size)
         return RunningStage(
-            state, data, step, export, grid_image, items_per_step=B, close=lambda: close_all(clients), flops=lambda: flops.total
+            state,
+            DataIterator(batches(cfg.data, cfg.seed, cfg.batch_size, rows=rows), functools.partial(all_prompts, rows, cfg.batch_size)),
+            functools.partial(train_step, cfg, rollouts, flops(made["policy-update"].fn), reference),
+            lambda state, directory, note: export_model(directory, {"transformer": (state.params, ar)}, cfg.init_from, note),
+            functools.partial(sample_grid, cfg, rollouts),
+            items_per_step=cfg.batch_size * cfg.grpo.rollouts_per_prompt,
+            close=functools.partial(close_all, clients),
+            flops=lambda: flops.total,
         )
+
+
+# ---- a run ----
+def make_image_decoder(cfg: GRPORun, model: XOmni) -> XOmni:
+    """The model that decodes images: `model`, or one on `decoder_mesh`, whose devices the policy's mesh leaves out."""
+    _, devices = meshes(cfg, jax.devices())
+    if not devices:
+        return model
+    mesh = make_mesh(cfg.decoder_mesh.sizes(), devices)
+    connect(mesh)
+    return model.on(mesh)
+
+
+def all_prompts(rows: Sequence[int], batch_size: int, examples: dict[str, Any]) -> dict[str, list[Any]]:
+    """Prompts and targets of a whole batch, of which this process has loaded `rows`."""
+    return share({name: examples[name] for name in ("caption", "targets")}, rows, batch_size)
+
+
+def train_step(
+    cfg: GRPORun, rollouts: Rollouts, update: Callable[..., Any], reference: Any, state: TrainState, batch: dict[str, Any], number: int
+) -> tuple[TrainState, dict[str, Any]]:
+    """Rollouts of a batch of prompts, and the update on them -> (state, metrics).
+
+    Raises:
+      StepRefused: too many rollouts could not be scored.
+      FloatingPointError: sampler and trainer disagree about the log-prob of a code.
+    """
+    key = key_for(cfg.seed, number, 0)
+    rows, total, images, seconds = rollouts(state.params, batch["caption"], batch["targets"], key)
+    failed, limit = 1.0 - float(total.ok_PR.mean()), cfg.rollout.max_fail_frac
+    if failed > limit:
+        raise StepRefused(
+            f"{failed:.0%} of the rollouts of step {number + 1} could not be scored (limit config.rollout.max_fail_frac={limit:.0%}); "
+            "check the services with `xomni rewards` and run the same command again"
+        )
+    began = time.perf_counter()
+    reward_PR = jnp.asarray(np.nan_to_num(total.total_PR), jnp.float32)
+    given_PR = None if total.advantage_PR is None else jnp.asarray(total.advantage_PR, jnp.float32)
+    state, metrics = update(state, reference, rows, reward_PR, given_PR, jax.random.fold_in(key, SHUFFLE))
+    gap, limit = float(metrics["grpo/logp_gap_max"]), cfg.rollout.max_logp_gap
+    if limit and gap > limit and rollouts.model.config("transformer").dtype == jnp.float32:
+        raise FloatingPointError(f"sampler and trainer differ by {gap:.2e} in a log-prob at step {number + 1} (limit {limit:g})")
+    seconds["perf/update_s"] = time.perf_counter() - began
+    return state, total.stats | metrics | join_statistics(gather_json(image_sums(images))) | seconds
+
+
+def sample_grid(cfg: GRPORun, rollouts: Rollouts, state: TrainState, number: int) -> np.ndarray:
+    """Samples of the policy for the first prompts of its own data, a row per prompt."""
+    prompts = first_batch(cfg.data, cfg.seed + GRID_SEED, GRID_PROMPTS)["caption"]
+    (batch,) = rollouts.model.batches(GRID_PROMPTS)
+    keys_P, prompts = batch.take(image_keys(cfg.seed, GRID_PROMPTS)), batch.take(prompts)
+    inputs = rollouts.sampler_inputs(prompts, jax.vmap(lambda k: jax.random.split(k, GRID_COLUMNS))(keys_P))
+    out = rollouts.sampler(rollouts.sampler_params(state.params), *inputs, rollouts.stop.check)
+    images = rollouts.images(out["codes"], [p for p in prompts for _ in range(GRID_COLUMNS)], jnp.repeat(keys_P, GRID_COLUMNS))
+    return tile(whole(images)[: GRID_PROMPTS * GRID_COLUMNS], GRID_COLUMNS)

@@ -1,4 +1,4 @@
-"""Statistics of images, for every process's share of a batch."""
+"""Statistics of images that show reward hacking, summed over the processes that hold them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def image_statistics(images: np.ndarray) -> dict[str, float]:
-    """What reward hacking would move: edge density (mean absolute gradient, 0..255) and entropy in bits of colours at 4 levels a channel."""
-    return join_statistics([image_sums(images)])
-
-
 def image_sums(images: np.ndarray) -> list[float]:
-    """What `image_statistics` are made of, to be added up over processes: images, mean gradients per image, colours."""
+    """Sums over uint8 images [N, H, W, 3]: their number, their mean absolute gradients, and counts of 64 colours (4 levels a channel)."""
     x = images.astype(np.float32)
     edges = np.abs(np.diff(x, axis=1)).mean((1, 2, 3)) + np.abs(np.diff(x, axis=2)).mean((1, 2, 3))
     level = images >> 6
@@ -22,7 +17,7 @@ def image_sums(images: np.ndarray) -> list[float]:
 
 
 def join_statistics(sums: Sequence[Sequence[float]]) -> dict[str, float]:
-    """Image statistics of all processes' images."""
+    """From the `image_sums` of all processes: edge density (mean absolute gradient, 0..255) and entropy of the colours in bits."""
     n, edges, *colours = np.sum(sums, axis=0)
     p = np.array(colours) / np.sum(colours)
     return {"image/edge_density": float(edges / n), "image/colour_entropy": float(-(p[p > 0] * np.log2(p[p > 0])).sum())}

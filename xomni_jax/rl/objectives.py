@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-RATIOS = ("token", "sequence", "trajectory")
-KL_ESTIMATORS = ("k1", "k2", "k3")
+from xomni_jax.core.config import check_known, check_least
 
 # Reduction -> (weight of a token inside its rollout, what the sum over rollouts is divided by).
 #   mean  1 / (number of tokens of the rollout)     rows    rollouts, fully masked ones included
@@ -72,17 +71,14 @@ class GRPOConfig:
     def __post_init__(self):
         if self.rollouts_per_prompt < 2:
             raise ValueError(f"rollouts_per_prompt={self.rollouts_per_prompt} leaves nothing to compare; use at least 2")
-        if self.updates_per_batch < 1:
-            raise ValueError(f"updates_per_batch={self.updates_per_batch} must be at least 1")
+        check_least(self, 1, "updates_per_batch")
         if not 0 < self.clip_low <= 1:
             raise ValueError(f"clip_low={self.clip_low} must be in (0, 1]: the ratio is clipped below at 1 - clip_low")
         if not self.clip_high > 0:
             raise ValueError(f"clip_high={self.clip_high} must be positive: the ratio is clipped above at 1 + clip_high")
         if not (math.isfinite(self.kl_coef) and self.kl_coef >= 0):
             raise ValueError(f"kl_coef={self.kl_coef} must be 0 or positive")
-        for name, known in (("kl_estimator", KL_ESTIMATORS), ("ratio", RATIOS), ("reduction", tuple(REDUCTIONS))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(known)}")
+        check_known(self, kl_estimator=("k1", "k2", "k3"), ratio=("token", "sequence", "trajectory"), reduction=tuple(REDUCTIONS))
         if self.kl_estimator == "k1" and self.kl_coef > 0 and not self.kl_importance:
             raise ValueError(
                 "kl_estimator='k1' in the loss has zero expected gradient, so it would regularise nothing; "
@@ -95,13 +91,12 @@ class GRPOConfig:
             )
         if self.delta is not None and not self.delta > 1 + self.clip_high:
             raise ValueError(f"delta={self.delta} must lie above 1 + clip_high = {1 + self.clip_high:g}, or be None")
-        if not self.ratio_cap > 0:
-            raise ValueError(f"ratio_cap={self.ratio_cap} must be positive")
-        if not self.log_ratio_cap > 0:
-            raise ValueError(f"log_ratio_cap={self.log_ratio_cap} must be positive")
-        if self.max_length is not None and self.max_length < 1:
-            raise ValueError(f"max_length={self.max_length} must be at least 1")
-        if self.max_length is None and REDUCTIONS[self.reduction][0] == "scale":
+        for name in ("ratio_cap", "log_ratio_cap"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        if self.max_length is not None:
+            check_least(self, 1, "max_length")
+        elif REDUCTIONS[self.reduction][0] == "scale":
             raise ValueError(f"reduction={self.reduction!r} divides by max_length; set it to the longest completion")
 
 
@@ -155,14 +150,7 @@ def grpo_loss(
     Returns:
       The loss, and metrics `grpo/{policy_loss, ratio_mean, ratio_max, clip_frac, logp_gap_max}`, with a reference also
       `grpo/{kl, kl_max}`, with an entropy `grpo/entropy`. Join those of micro-batches with `join_metrics`.
-
-    Raises:
-      ValueError: old log-probs are missing though updates_per_batch > 1, or reference log-probs though kl_coef > 0.
     """
-    if old_logp_BL is None and cfg.updates_per_batch > 1:
-        raise ValueError(f"updates_per_batch={cfg.updates_per_batch} needs the rollout policy's log-probs; pass old_logp_BL")
-    if ref_logp_BL is None and cfg.kl_coef > 0:
-        raise ValueError(f"kl_coef={cfg.kl_coef} needs the reference's log-probs; pass ref_logp_BL or set kl_coef=0")
     dtype = jnp.promote_types(logp_BL.dtype, jnp.float32)
     mask_BL = jnp.asarray(mask_BL, bool)
     adv_B1 = jax.lax.stop_gradient(jnp.asarray(adv_B).astype(dtype))[:, None]

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -13,12 +14,13 @@ import jax.numpy as jnp
 import msgspec
 import numpy as np
 
+from xomni_jax.core.config import check_known, check_least
 from xomni_jax.core.distributed import gather_json
 from xomni_jax.core.preemption import StepRefused, StopRequested, StopSignal
 from xomni_jax.pipeline import XOmni
 from xomni_jax.rewards.client import RewardClient
 from xomni_jax.rewards.combine import MODES, Combined, column, combine
-from xomni_jax.rewards.protocol import Score
+from xomni_jax.rewards.protocol import Item, Score
 from xomni_jax.rl.advantages import AdvantageConfig
 from xomni_jax.rl.update import RolloutBatch
 from xomni_jax.sampling.batches import make_batches
@@ -62,27 +64,19 @@ class RolloutConfig:
     reference_dtype: str = "float32"
 
     def __post_init__(self):
-        if self.noise not in ("group", "independent"):
-            raise ValueError(f"noise={self.noise!r} is unknown; use group or independent")
-        for name in ("chunks", "segment"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.combine not in MODES:
-            raise ValueError(f"combine={self.combine!r} is unknown; use {' or '.join(MODES)}")
-        if self.reference_dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"reference_dtype={self.reference_dtype!r} is unknown; use float32 or bfloat16")
-        for name in ("micro_batch", "logit_chunk", "max_logp_gap"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative; 0 turns it off")
+        check_known(self, noise=("group", "independent"), combine=MODES, reference_dtype=("float32", "bfloat16"))
+        check_least(self, 1, "chunks", "segment")
+        check_least(self, 0, "micro_batch", "logit_chunk", "max_logp_gap")
 
 
 def param_converter(boxed: Any, mesh: jax.sharding.Mesh, dtype: Any, codes: int = 0) -> Callable[[Any], Any]:
-    """The jitted change of a transformer's parameters to another number format and, for the sampler, another layout.
+    """A jitted function that converts a transformer's parameters to another number format and, for the sampler, to its layout.
 
     Args:
-      boxed: parameters with their logical axes, shapes are enough. mesh: where they are, and stay.
+      boxed: parameters with their logical axes; shapes are enough. mesh: where they are, and stay.
       dtype: of what the model computes in its own dtype; norm gains, which it reads in float32, keep theirs.
-      codes: for the sampler: ROLLOUT_RULES, and of the heads so many rows of the image's. It computes what the trainer does, bit for bit.
+      codes: 0 keeps the training layout. Otherwise the sampler's: sharded by ROLLOUT_RULES, without the text head, and with the first
+        `codes` columns of the image head. It computes the same log-probs as the training layout, bit for bit.
     """
     here, there = param_shardings(boxed, mesh), param_shardings(boxed, mesh, ROLLOUT_RULES if codes else RULES)
 
@@ -112,40 +106,131 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
         seconds[name] += time.perf_counter() - began
 
 
-class Rollouts:
-    """Samples, decodes and scores one batch of prompts, chunk by chunk, with scoring in the background."""
+class Scoring:
+    """The images of one batch of rollouts on their way to the scorers, chunk by chunk, and the scores on their way back.
 
-    def __init__(
-        self,
-        model: XOmni,
-        image_decoder: XOmni,
-        grid: tuple[int, int],
-        group: int,
-        cfg: RolloutConfig,
-        advantage: AdvantageConfig,
-        sampling: SamplingConfig,
-        decode: DecodeConfig,
-        sampler: Sampler,
-        sampler_params: Callable[[Any], Any],
-        clients: Mapping[str, RewardClient],
-        weights: Mapping[str, float],
-        stop: StopSignal,
-    ):
-        """`model` samples codes and `image_decoder` decodes them: the same, or one on a mesh of its own.
+    Attributes:
+      decoding: images [chunk, H, W, 3] of chunks that the image decoder may still be working on.
+      images: this process's images of the chunks that have been sent.
+    """
 
-        Args:
-          grid: rows and columns of an image's codes. group: rollouts of a prompt.
-          sampler, sampler_params: the sampler's programs, and what makes their parameters of those that learn.
-          clients, weights: of the rewards.
-          stop: looked at between segments of codes and after each chunk, and within waits for rewards.
+    def __init__(self, clients: Mapping[str, RewardClient], items: Sequence[Item], rows: Sequence[int], chunk: int, stop: StopSignal):
+        """`items` of all rollouts, `chunk` of them at a time; `rows` of a chunk are those whose scores this process asks for."""
+        self.clients, self.items, self.rows, self.chunk, self.stop = clients, items, rows, chunk, stop
+        self.decoding: list[jax.Array] = []
+        self.images: list[np.ndarray] = []
+        self._waiting: list[dict[str, Future[list[Score]]]] = []
+
+    def send(self, wait: bool) -> None:
+        """Sends decoded images to the scorers; without `wait` only those that are ready."""
+        while self.decoding and (wait or self.decoding[0].is_ready()):
+            first = len(self.images) * self.chunk
+            images = rows_here(self.decoding.pop(0), self.rows)
+            items = [self.items[first + row] for row in self.rows]
+            self.images.append(images)
+            self._waiting.append({name: client.score_async(list(images), items) for name, client in self.clients.items()})
+
+    def scores(self) -> dict[str, list[Score]]:
+        """{reward: a score for every rollout of the batch}: waits for this process's own and exchanges them with the others.
+
+        A stop is acted upon after the exchange, which all must make: whoever raised before would leave the others waiting.
         """
-        self.model, self.image_decoder, self.grid, self.group = model, image_decoder, grid, group
-        self.cfg, self.advantage, self.sampling, self.decode = cfg, advantage, sampling, decode
-        self.sampler, self.sampler_params = sampler, sampler_params
-        self.clients, self.weights, self.stop = clients, weights, stop
+        poll = self.stop.check_waiting
+        try:
+            own = [{name: client.wait(chunk[name], poll) for name, client in self.clients.items()} for chunk in self._waiting]
+        except StopRequested:
+            own = []
+        # Without the details, which only reports need.
+        told = [{name: [Score(s.value, s.error) for s in scores] for name, scores in chunk.items()} for chunk in own]
+        table = gather_json({"rows": list(self.rows), "chunks": msgspec.to_builtins(told)})
+        self.stop.check()
+        out: dict[str, list[Score]] = {name: [None] * len(self.items) for name in self.clients}
+        for part in table:
+            for c, chunk in enumerate(msgspec.convert(part["chunks"], list[dict[str, list[Score]]])):
+                for name, scores in chunk.items():
+                    for row, score in zip(part["rows"], scores, strict=True):
+                        out[name][c * self.chunk + row] = score
+        return out
 
-    def prompt_ids(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Generation prompts padded to the configured length."""
+
+@dataclasses.dataclass(frozen=True)
+class Rollouts:
+    """Samples, decodes and scores one batch of prompts, chunk by chunk, with scoring in the background.
+
+    Attributes:
+      model, image_decoder: samples codes, and decodes them to images: the same model, or one on a mesh of its own.
+      grid: rows and columns of an image's codes.
+      group: rollouts of a prompt.
+      sampler, sampler_params: the sampler's programs, and the function from the policy's parameters to those that they take.
+      clients, weights: of the rewards.
+      stop: polled between segments of codes, after each chunk, and while waiting for rewards.
+    """
+
+    model: XOmni
+    image_decoder: XOmni
+    grid: tuple[int, int]
+    group: int
+    cfg: RolloutConfig
+    advantage: AdvantageConfig
+    sampling: SamplingConfig
+    decode: DecodeConfig
+    sampler: Sampler
+    sampler_params: Callable[[Any], Any]
+    clients: Mapping[str, RewardClient]
+    weights: Mapping[str, float]
+    stop: StopSignal
+
+    def __call__(
+        self, params: Any, prompts: Sequence[str], targets: Sequence[dict], key: jax.Array
+    ) -> tuple[RolloutBatch, Combined, np.ndarray, dict[str, float]]:
+        """One scored batch under the policy's parameters -> (rows without advantages, combined rewards, images [B, H, W, 3], timings)."""
+        params, P, R = self.sampler_params(params), len(prompts), self.group
+        chunk = P // self.cfg.chunks * R
+        keys_PR, noise_keys_PR = self.keys(key, P)
+        inputs = self.sampler_inputs(prompts, keys_PR)
+        items = [{"prompt": prompt, "targets": target} for prompt, target in zip(prompts, targets, strict=True) for _ in range(R)]
+        scoring = Scoring(self.clients, items, owned_rows(self.image_decoder.mesh, chunk), chunk, self.stop)
+        seconds = dict.fromkeys(("perf/rollout_s", "perf/decode_s", "perf/reward_wait_s"), 0.0)
+        made = []
+
+        def send(wait: bool = False) -> None:
+            with timed(seconds, "perf/decode_s"):
+                scoring.send(wait)
+
+        def between() -> None:
+            self.stop.check()
+            send()
+
+        for part in make_batches(P, P // self.cfg.chunks):
+            with timed(seconds, "perf/rollout_s"):
+                made.append(jax.block_until_ready(self.sampler(params, *jax.tree.map(part.take, inputs), between)))
+            with timed(seconds, "perf/decode_s"):
+                texts = [p for p in part.take(prompts) for _ in range(R)]
+                scoring.decoding.append(self.images(made[-1]["codes"], texts, part.take(noise_keys_PR).reshape(-1)))
+            # A decoder with its own devices works on this chunk while the next one is sampled, which otherwise would wait for it.
+            send(wait=self.image_decoder is self.model)
+            self.stop.check()
+        send(wait=True)
+        with timed(seconds, "perf/reward_wait_s"):
+            columns = {name: column(scores, P) for name, scores in scoring.scores().items()}
+        total = combine(columns, self.weights, self.cfg.combine, ddof=self.advantage.ddof, eps=self.advantage.eps)
+        return self.rows(made, inputs, total.ok_PR), total, np.concatenate(scoring.images), seconds
+
+    def keys(self, key: jax.Array, prompts: int) -> tuple[jax.Array, jax.Array]:
+        """Keys [P, R] of the codes and of the image decoder's noise, which a group shares where the configuration says so."""
+
+        def each(purpose: int) -> jax.Array:
+            return jax.vmap(lambda p: jax.random.fold_in(jax.random.fold_in(key, purpose), p))(jnp.arange(prompts))
+
+        def split(keys_P: jax.Array) -> jax.Array:
+            return jax.vmap(lambda k: jax.random.split(k, self.group))(keys_P)
+
+        noise_P = each(NOISE)
+        shared = jnp.broadcast_to(noise_P[:, None], (prompts, self.group))
+        return split(each(ROLLOUT)), shared if self.cfg.noise == "group" else split(noise_P)
+
+    def sampler_inputs(self, prompts: Sequence[str], keys_PR: jax.Array) -> tuple[Any, ...]:
+        """What the sampler reads: prompt ids [P, S] padded to the configured length, lengths [P], keys, negative prompts with guidance."""
         ids = [self.model.tokenizer.generation_prompt(p, *self.grid) for p in prompts]
         longest = max(range(len(ids)), key=lambda i: len(ids[i]))
         if len(ids[longest]) > self.cfg.prompt_length:
@@ -153,85 +238,8 @@ class Rollouts:
                 f"prompt {prompts[longest]!r} has {len(ids[longest])} tokens with its image prefix; raise config.rollout.prompt_length "
                 f"(now {self.cfg.prompt_length})"
             )
-        return pad_prompts(ids, self.cfg.prompt_length)
-
-    def __call__(
-        self, params: Any, prompts: Sequence[str], targets: Sequence[dict], key: jax.Array
-    ) -> tuple[RolloutBatch, Combined, np.ndarray, dict]:
-        """One scored batch under the policy's parameters -> (rows without advantages, combined rewards, images [B, H, W, 3], timings)."""
-        params = self.sampler_params(params)
-        P, R, n = len(prompts), self.group, len(prompts) // self.cfg.chunks
-        mine = owned_rows(self.image_decoder.mesh, n * R)  # of a chunk: the images whose rewards this process asks for
-        keys_P = jax.vmap(lambda p: jax.random.fold_in(jax.random.fold_in(key, ROLLOUT), p))(jnp.arange(P))
-        keys_PR = jax.vmap(lambda k: jax.random.split(k, R))(keys_P)
-        noise_keys_P = jax.vmap(lambda p: jax.random.fold_in(jax.random.fold_in(key, NOISE), p))(jnp.arange(P))
-        noise_keys_PR = (
-            jnp.broadcast_to(noise_keys_P[:, None], (P, R))
-            if self.cfg.noise == "group"
-            else jax.vmap(lambda k: jax.random.split(k, R))(noise_keys_P)
-        )
-        ids_PS, lengths_P = self.prompt_ids(prompts)
-        negative = pad_prompts([self.model.tokenizer.image_prefix(*self.grid)] * P) if self.sampling.guided else None
-        seconds = {"perf/rollout_s": 0.0, "perf/decode_s": 0.0}
-        made, drawing, images, waiting = [], [], [], []
-
-        def send(wait: bool = False) -> None:
-            """Gives images to the scorers, those that are drawn already or all."""
-            while drawing and (wait or drawing[0].is_ready()):
-                with timed(seconds, "perf/decode_s"):
-                    images.append(rows_here(drawing.pop(0), mine))
-                asked = [(len(images) - 1) * n + row // R for row in mine]
-                items = [{"prompt": prompts[p], "targets": targets[p]} for p in asked]
-                waiting.append({name: client.score_async(list(images[-1]), items) for name, client in self.clients.items()})
-
-        def between() -> None:
-            self.stop.check()
-            send()
-
-        for part in make_batches(P, n):
-            with timed(seconds, "perf/rollout_s"):
-                inputs = jax.tree.map(part.take, (ids_PS, lengths_P, keys_PR, negative))
-                out = jax.block_until_ready(self.sampler(params, *inputs, between))
-            with timed(seconds, "perf/decode_s"):
-                texts = [p for p in part.take(prompts) for _ in range(R)]
-                drawing.append(self.images(out["codes"], texts, part.take(noise_keys_PR).reshape(-1)))
-            made.append(out)
-            # With devices of its own the decoder draws this chunk while the next one is sampled, which would else wait for it.
-            send(wait=self.image_decoder is self.model)
-            self.stop.check()
-        send(wait=True)
-        began = time.perf_counter()
-        columns = {name: column(scores, P) for name, scores in self.scores(waiting, mine, n * R).items()}
-        seconds["perf/reward_wait_s"] = time.perf_counter() - began
-        total = combine(columns, self.weights, self.cfg.combine, ddof=self.advantage.ddof, eps=self.advantage.eps)
-        rows = lambda name: jnp.concatenate([m[name] for m in made]).reshape(P * R, *made[0][name].shape[2:])  # noqa: E731
-        repeat = lambda x: jnp.repeat(jnp.asarray(x), R, axis=0)  # noqa: E731
-        batch = RolloutBatch(
-            repeat(ids_PS), repeat(lengths_P), rows("codes"), rows("logp"), rows("sampling_mask") if self.sampling.truncates else None,
-            negative and tuple(map(repeat, negative)), jnp.zeros(P * R), jnp.asarray(total.ok_PR.reshape(-1)),
-        )  # fmt: skip
-        return batch, total, np.concatenate(images), seconds
-
-    def scores(self, waiting: Sequence[Mapping[str, Any]], mine: Sequence[int], n: int) -> dict[str, list[Score]]:
-        """{reward: a score for every rollout of the batch}: waits for this process's own and exchanges them with the others.
-
-        A stop is acted upon after the exchange, which all must make: whoever raised before would leave the others waiting.
-        """
-        try:
-            own = [{name: client.wait(chunk[name], self.stop.check_waiting) for name, client in self.clients.items()} for chunk in waiting]
-        except StopRequested:
-            own = []
-        # Without the details, which only reports need.
-        told = [{name: [Score(s.value, s.error) for s in scores] for name, scores in chunk.items()} for chunk in own]
-        table = gather_json({"rows": list(mine), "chunks": msgspec.to_builtins(told)})
-        self.stop.check()
-        out: dict[str, list[Score]] = {name: [None] * (n * len(waiting)) for name in self.clients}
-        for part in table:
-            for c, chunk in enumerate(msgspec.convert(part["chunks"], list[dict[str, list[Score]]])):
-                for name, scores in chunk.items():
-                    for row, score in zip(part["rows"], scores, strict=True):
-                        out[name][c * n + row] = score
-        return out
+        negative = pad_prompts([self.model.tokenizer.image_prefix(*self.grid)] * len(ids)) if self.sampling.guided else None
+        return *pad_prompts(ids, self.cfg.prompt_length), keys_PR, negative
 
     def images(self, codes_PRT: jax.Array, prompts: Sequence[str], noise_keys_B: jax.Array) -> jax.Array:
         """uint8 images [B, H, W, 3] of rollouts, on the mesh."""
@@ -240,3 +248,25 @@ class Rollouts:
         if self.image_decoder is not self.model:  # copies through the host, because the meshes differ
             codes_BYX, noise = whole(codes_BYX), whole(noise)
         return self.image_decoder.decode_images(codes_BYX, prompts, noise, self.decode)
+
+    def rows(self, made: Sequence[Mapping[str, Any]], inputs: tuple[Any, ...], ok_PR: np.ndarray) -> RolloutBatch:
+        """The rollouts of all chunks, one row each, without advantages yet."""
+        ids_PS, lengths_P, keys_PR, negative = inputs
+        B = keys_PR.size
+
+        def joined(name: str) -> jax.Array:
+            return jnp.concatenate([m[name] for m in made]).reshape(B, *made[0][name].shape[2:])
+
+        def repeated(x: np.ndarray) -> jax.Array:
+            return jnp.repeat(jnp.asarray(x), self.group, axis=0)
+
+        return RolloutBatch(
+            ids_BS=repeated(ids_PS),
+            lengths_B=repeated(lengths_P),
+            codes_BT=joined("codes"),
+            sampler_logp_BT=joined("logp"),
+            sampling_mask=joined("sampling_mask") if self.sampling.truncates else None,
+            negative=negative and tuple(map(repeated, negative)),
+            adv_B=jnp.zeros(B),
+            ok_B=jnp.asarray(ok_PR.reshape(-1)),
+        )

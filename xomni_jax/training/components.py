@@ -17,7 +17,6 @@ from xomni_jax.models.section import COMPUTATION, STORED, ModelSection
 from xomni_jax.pipeline import XOmni
 from xomni_jax.sampling.decoder import DecodeConfig
 from xomni_jax.sequence.tokenizer import TINY_TOKENIZER
-from xomni_jax.sharding.arrays import local_rows
 from xomni_jax.sharding.rules import num_data_shards
 
 
@@ -41,10 +40,10 @@ def model_configs(cfg: Any, names: Sequence[str], model: XOmni) -> dict[str, Any
 
 
 def planned_configs(cfg: Any, names: Sequence[str], directory: str) -> dict[str, Any]:
-    """The same without a model: a directory that is not on this machine is not missed where presets are named, and not compared.
+    """`model_configs` for a plan, which needs no model on this machine: presets are taken as they are, not compared with a directory.
 
     Raises:
-      ConfigError: a section takes what is stored, and there is no such model on this machine.
+      ConfigError: a section takes the stored config, and there is no such model on this machine.
     """
     held = read_description(directory).get("components", {})
     out = {}
@@ -83,36 +82,30 @@ def _model_config(section: ModelSection, stored: Any, name: str, path: str) -> A
 
 
 def decode_settings(decode: Overrides, description: Mapping[str, Any]) -> DecodeConfig:
-    """How codes become pixels: the configuration's choices over those of a model directory, or over the released ones without it."""
+    """How codes become pixels: the configuration's changes to the settings of a model directory, or to the released ones without one."""
     own = description.get("settings", {}).get("decode", {})
     return decode.over(build(DecodeConfig, own, "config.decode"), "config.decode")
 
 
 # ---- sizes that must fit the mesh ----
 def check_heads(kv_heads: int, mesh: jax.sharding.Mesh) -> None:
-    """Refuses a tensor axis over which the heads of the transformer's keys and values do not split."""
-    ways = mesh.shape["tensor"]
-    if kv_heads % ways:
+    """Refuses a tensor axis that does not divide the number of key and value heads."""
+    parts = mesh.shape["tensor"]
+    if kv_heads % parts:
         fit = ", ".join(str(n) for n in range(1, kv_heads + 1) if kv_heads % n == 0)
         raise ConfigError(
-            f"config.mesh.tensor={ways}: {kv_heads} key and value heads do not split {ways} ways; use {fit}, and fsdp for the rest"
+            f"config.mesh.tensor={parts}: {kv_heads} key and value heads do not split {parts} ways; use {fit}, and fsdp for the rest"
         )
 
 
 def check_split(key: str, size: int, mesh: jax.sharding.Mesh) -> None:
     """Refuses a batch that does not split evenly over the mesh; `key` is where its size is configured."""
-    ways = num_data_shards(mesh)
-    if size % ways:
+    shards = num_data_shards(mesh)
+    if size % shards:
         raise ConfigError(
-            f"{key}={size} does not split over the {ways} ways of config.mesh (replica x data x fsdp); use a multiple of {ways}, "
+            f"{key}={size} does not split over the {shards} ways of config.mesh (replica x data x fsdp); use a multiple of {shards}, "
             "or lower those axes"
         )
-
-
-def here(key: str, size: int, mesh: jax.sharding.Mesh) -> list[int]:
-    """The rows of a batch whose data this process loads; `key` is where its size is configured. Refuses what does not split evenly."""
-    check_split(key, size, mesh)
-    return local_rows(mesh, size)
 
 
 def open_model(init_from: str, needed: tuple[str, ...], mesh: jax.sharding.Mesh, stage: str) -> XOmni:

@@ -14,25 +14,27 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from xomni_jax.core.config import ConfigError
+from xomni_jax.core.config import ConfigError, check_known
 from xomni_jax.core.preemption import StopSignal
 from xomni_jax.core.program import Program, Programs, Work
+from xomni_jax.data.preprocess import to_pixels
 from xomni_jax.data.rendered import SIGNS
 from xomni_jax.data.sources import DataSection, batches, first_batch
 from xomni_jax.models import autoencoder, mmdit, siglip_vq, text_encoders
 from xomni_jax.models.registry import COMPONENTS, abstract_params, init_params
 from xomni_jax.models.section import ModelSection
 from xomni_jax.models.work import dense, mmdit_tokens
-from xomni_jax.sampling.decoder import DECODER_COMPONENTS, DecodeConfig, Decoder, to_uint8
+from xomni_jax.pipeline import XOmni
+from xomni_jax.sampling.decoder import DECODER_COMPONENTS, DecodeConfig, Decoder
 from xomni_jax.sampling.flow import Conditioning, flow_training_pair
 from xomni_jax.sampling.keys import image_keys
 from xomni_jax.sharding import abstract
-from xomni_jax.sharding.arrays import spread, whole
+from xomni_jax.sharding.arrays import local_rows, spread, whole
 from xomni_jax.sharding.rules import map_rows
-from xomni_jax.training.components import DataIterator, ImageSize, check_split, export_model, here, model_configs, open_model
+from xomni_jax.training.components import DataIterator, ImageSize, check_split, export_model, model_configs, open_model
 from xomni_jax.training.loop import key_for, tile
 from xomni_jax.training.operations import FlopCount
-from xomni_jax.training.optimizer import Optimizer, OptimizerConfig, make_optimizer
+from xomni_jax.training.optimizer import Optimizer, OptimizerConfig
 from xomni_jax.training.stage import GRID_SEED, RunConfig, RunningStage
 from xomni_jax.training.state import TrainState, new_state
 
@@ -61,8 +63,7 @@ class DecoderTrainConfig:
     def __post_init__(self):
         if not 0 <= self.drop_condition < 1:
             raise ValueError(f"drop_condition={self.drop_condition} is a share; give a number from 0 to below 1")
-        if self.sigma not in ("logit_normal", "uniform"):
-            raise ValueError(f"sigma={self.sigma!r} is unknown; use logit_normal or uniform")
+        check_known(self, sigma=("logit_normal", "uniform"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +160,7 @@ class DecoderStage:
             return {n: init_params(n, c, key_for(cfg.seed, i, 7)) for i, (n, c) in enumerate(configs.items())}
 
         frozen = frozen_parts(cfg.decoder, jax.eval_shape(init))
-        optimizer = make_optimizer(cfg.optimizer, cfg.steps, freeze=frozen)
+        optimizer = Optimizer(cfg.optimizer, cfg.steps, freeze=frozen)
         create, state = new_state(init, optimizer, mesh)
         vq, vq_params = COMPONENTS["siglip_vq"].module(models["siglip_vq"]), abstract_params("siglip_vq", models["siglip_vq"], mesh)
         (height, width), c = cfg.data.sizes[0], models["siglip_vq"]
@@ -190,9 +191,8 @@ class DecoderStage:
     @classmethod
     def make(cls, cfg: DecoderRun, mesh: Mesh, stop: StopSignal) -> RunningStage:
         """A run on the data of the configuration, starting from the decoder of `init_from` where that has one."""
-        rows = here("config.batch_size", cfg.batch_size, mesh)
         model = open_model(cfg.init_from, ("siglip_vq",), mesh, cfg.stage)
-        models, decode = model_configs(cfg, MODELS, model), cfg.decode
+        models = model_configs(cfg, MODELS, model)
         for name in DECODER_COMPONENTS:
             if getattr(models[name], "int8", False):
                 raise ConfigError(
@@ -200,49 +200,43 @@ class DecoderStage:
                 )
         model.set_config("siglip_vq", models["siglip_vq"])
         made = cls.programs(cfg, models, mesh)
-        stored = model.description["components"]
-        state = made.create()
+        state, stored = made.create(), model.description["components"]
         state = state.replace(params={n: model.params(n) if n in stored else p for n, p in state.params.items()})
-        vq, vq_params = model.module("siglip_vq"), model.params("siglip_vq")
-        decoder = Decoder(**{name: COMPONENTS[name].module(models[name]) for name in DECODER_COMPONENTS})
-
-        flops = FlopCount()
+        vq_params, empty = model.params("siglip_vq"), model.text_ids([""], cfg.decode)
+        rows, flops = local_rows(mesh, cfg.batch_size), FlopCount()
         update = flops(made["decoder-update"].fn)
-        ids = functools.partial(model.text_ids, cfg=decode)
-        empty = ids([""])
-        empties = tuple(np.repeat(x, model.num_data_shards, axis=0) for x in empty)  # as many rows as the mesh splits
 
         def to_batch(examples: dict[str, Any]) -> dict[str, Any]:
-            text_BS, pooled_BS = ids(examples["caption"])
-            return {"pixels": examples["image"].astype(np.float32) / 127.5 - 1.0, "text": text_BS, "pooled": pooled_BS}
+            text_BS, pooled_BS = model.text_ids(examples["caption"], cfg.decode)
+            return {"pixels": to_pixels(examples["image"]), "text": text_BS, "pooled": pooled_BS}
 
         def to_mesh(batch: dict[str, Any]) -> dict[str, Any]:
             return spread(mesh, batch, cfg.batch_size) | {"empty": empty}
 
-        data = DataIterator(batches(cfg.data, cfg.seed, cfg.batch_size, rows=rows, transform=to_batch), to_mesh)
-
-        def step(state: TrainState, batch, number: int):
+        def step(state: TrainState, batch: dict[str, Any], number: int):
             return update(state, vq_params, batch, key_for(cfg.seed, number, 0))
-
-        @jax.jit
-        def reconstruct(params, vq_params, pixels, text_BS, pooled_BS, noise):
-            codes_BYX = vq.apply({"params": vq_params}, pixels, method="encode")
-            semantics = vq.apply({"params": vq_params}, codes_BYX, method="semantics")
-            return to_uint8(decoder.decode(params, semantics, text_BS, pooled_BS, empties, noise, decode))
-
-        def grid(state: TrainState, number: int) -> np.ndarray:
-            n = -(-GRID_IMAGES // model.num_data_shards) * model.num_data_shards
-            examples = first_batch(cfg.data, cfg.seed + GRID_SEED, n)
-            real = examples["image"]
-            height, width = real.shape[1:3]
-            noise_shape = (height * width // vq.cfg.patch**2, models["mmdit"].in_channels)
-            noise = jax.vmap(lambda k: jax.random.normal(k, noise_shape))(image_keys(cfg.seed, n))
-            pixels = real.astype(np.float32) / 127.5 - 1.0
-            drawn = reconstruct(state.params, vq_params, pixels, *ids(examples["caption"]), noise)
-            return tile(np.concatenate([whole(drawn), real]), columns=n)
 
         def export(state: TrainState, directory: Path, note: dict[str, Any]) -> None:
             trained = {name: (state.params.get(name, {}), models[name]) for name in DECODER_COMPONENTS}
-            export_model(directory, trained, cfg.init_from, note, {"decode": decode, "size": ImageSize(*cfg.data.sizes[0])})
+            export_model(directory, trained, cfg.init_from, note, {"decode": cfg.decode, "size": ImageSize(*cfg.data.sizes[0])})
 
-        return RunningStage(state, data, step, export, grid, items_per_step=cfg.batch_size, flops=lambda: flops.total)
+        return RunningStage(
+            state,
+            DataIterator(batches(cfg.data, cfg.seed, cfg.batch_size, rows=rows, transform=to_batch), to_mesh),
+            step,
+            export,
+            functools.partial(reconstruct, cfg, model, models),
+            items_per_step=cfg.batch_size,
+            flops=lambda: flops.total,
+        )
+
+
+def reconstruct(cfg: DecoderRun, model: XOmni, models: Mapping[str, Any], state: TrainState, number: int) -> np.ndarray:
+    """Images decoded from the codes of the first examples of the run's own data, one row of them above one of the real images."""
+    examples = first_batch(cfg.data, cfg.seed + GRID_SEED, GRID_IMAGES)
+    for name in DECODER_COMPONENTS:
+        model.set_params(name, state.params.get(name, {}), models[name])
+    codes_BYX = model.encode_pixels(to_pixels(examples["image"]))
+    noise = model.noise(image_keys(cfg.seed, GRID_IMAGES), codes_BYX.shape[1:])
+    images = whole(model.decode_images(codes_BYX, examples["caption"], noise, cfg.decode))
+    return tile(np.concatenate([images, examples["image"]]), columns=GRID_IMAGES)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from xomni_jax.core.config import check_known
 from xomni_jax.models.vocab_heads import head_logp, select
 from xomni_jax.sequence.packing import pack, targets
 from xomni_jax.sequence.tokenizer import MultimodalTokenizer, TokenSequence
@@ -55,8 +56,7 @@ class NextTokenConfig:
     chunk: int = 0
 
     def __post_init__(self):
-        if self.phase not in FREEZE:
-            raise ValueError(f"phase={self.phase!r} is unknown; use one of {', '.join(FREEZE)}")
+        check_known(self, phase=tuple(FREEZE))
         shares = (self.generation, self.understanding, self.text)
         if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
             raise ValueError(f"generation, understanding and text are {shares}; they are shares and must sum to 1")
@@ -119,7 +119,7 @@ def pack_batch(
 
 
 def gather_targets(ids_BL: np.ndarray, due_BL: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The due positions of each row, first ones first: (position [B, M], id there [B, M], mask [B, M]); M = room, what exceeds it is dropped."""
+    """The first M = `room` positions of each row that are due -> (positions [B, M], ids there [B, M], mask [B, M])."""
     order_BM = np.argsort(~due_BL, axis=1, kind="stable")[:, :room].astype(np.int32)
     mask_BM = np.take_along_axis(due_BL, order_BM, axis=1)
     return order_BM, np.where(mask_BM, np.take_along_axis(ids_BL, order_BM, axis=1), 0).astype(np.int32), mask_BM

@@ -16,10 +16,10 @@ from xomni_jax.core.config import ConfigError
 from xomni_jax.core.flops import count
 
 LARGE = 1 << 20  # bytes from which an array gets a line at start-up; the five largest always do
-BY_ACCIDENT = 0.02  # share of the parameter bytes that may be replicated although the mesh splits parameters
+MAX_REPLICATED = 0.02  # share of the parameters' bytes that may be replicated although the mesh splits parameters
 # Replicated by design: vectors, where splitting saves little; the codebook, of which every device looks up arbitrary rows; and the
 # projections of a time or a pooled text, whose input is one vector.
-BY_DESIGN = re.compile(r".*/(scale|bias)|(.*/)?codebook|(.*/)?(time|guidance|pooled)_embed/in/kernel")
+REPLICATED = re.compile(r".*/(scale|bias)|(.*/)?codebook|(.*/)?(time|guidance|pooled)_embed/in/kernel")
 
 # Published peak of dense bfloat16 matrix products by `device_kind`, in FLOP/s. CPUs have no entry.
 PEAK = {
@@ -44,12 +44,12 @@ def placement(params: Any, mesh: jax.sharding.Mesh) -> list[str]:
     ]
     total = sum(x.nbytes for _, x in leaves)
     lines.append(f"  in all {len(leaves)} arrays, {size(total)}, {size(sum(local_bytes(x) for _, x in leaves))} a device")
-    whole = [(name, x) for name, x in leaves if local_bytes(x) == x.nbytes and not BY_DESIGN.fullmatch(name)]
+    whole = [(name, x) for name, x in leaves if local_bytes(x) == x.nbytes and not REPLICATED.fullmatch(name)]
     lost = sum(x.nbytes for _, x in whole)
-    if mesh.shape["fsdp"] > 1 and total and lost > BY_ACCIDENT * total:
+    if mesh.shape["fsdp"] > 1 and total and lost > MAX_REPLICATED * total:
         raise ConfigError(
             f"{lost / total:.1%} of the parameters' bytes are replicated on every device, first {whole[0][0]}{tuple(whole[0][1].shape)} "
-            f"(limit {BY_ACCIDENT:.0%} where config.mesh.fsdp={mesh.shape['fsdp']}); name an axis of it that sharding.rules splits"
+            f"(limit {MAX_REPLICATED:.0%} where config.mesh.fsdp={mesh.shape['fsdp']}); name an axis of it that sharding.rules splits"
         )
     return lines
 

@@ -12,11 +12,9 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 
+from xomni_jax.core.config import check_known, check_least
 from xomni_jax.models.transformer import STACKS
 from xomni_jax.sharding.abstract import path_name
-
-NAMES = ("adamw", "muon")
-SCHEDULES = ("constant", "linear", "cosine")
 
 
 @dataclass(frozen=True)
@@ -54,15 +52,10 @@ class OptimizerConfig:
     rates: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self):
-        if self.name not in NAMES:
-            raise ValueError(f"name={self.name!r} is unknown; use one of {', '.join(NAMES)}")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule={self.schedule!r} is unknown; use one of {', '.join(SCHEDULES)}")
+        check_known(self, name=("adamw", "muon"), schedule=("constant", "linear", "cosine"))
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate={self.learning_rate} must be positive")
-        for name in ("warmup_steps", "clip_norm", "weight_decay"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        check_least(self, 0, "warmup_steps", "clip_norm", "weight_decay")
         for name in ("b1", "b2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
@@ -90,7 +83,12 @@ def learning_rate(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 class Optimizer:
-    """An optax transformation with its schedule and the patterns of what it trains."""
+    """The optimizer of a run of `steps` updates. It trains the parameters whose path matches `train` and not `freeze`.
+
+    Attributes:
+      schedule: learning rate by update number.
+      transform: the optax transformation.
+    """
 
     def __init__(self, cfg: OptimizerConfig, steps: int, train: Sequence[str] = (".*",), freeze: Sequence[str] = ()):
         self.schedule = learning_rate(cfg, steps)
@@ -124,10 +122,6 @@ class Optimizer:
             )
         return jax.tree.unflatten(jax.tree.structure(params), ["train" if learns(name) else "freeze" for name in names])
 
-    def trained(self, params: Any) -> list[str]:
-        """Paths of the parameters that are trained."""
-        return [path_name(path) for path, kind in jax.tree_util.tree_leaves_with_path(self.labels(params)) if kind == "train"]
-
     def update(self, grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any, dict[str, jax.Array]]:
         """One update -> (params, opt_state, `optim/{grad,update,param}_norm`). Frozen parameters are returned as they are.
 
@@ -142,11 +136,6 @@ class Optimizer:
             return global_norm(jax.tree.map(lambda kind, x: x if kind == "train" else None, labels, tree))
 
         return new, opt_state, {"optim/grad_norm": norm(grads), "optim/update_norm": norm(updates), "optim/param_norm": norm(new)}
-
-
-def make_optimizer(cfg: OptimizerConfig, steps: int, train: Sequence[str] = (".*",), freeze: Sequence[str] = ()) -> Optimizer:
-    """The optimizer of a run of `steps` updates. It trains the parameters that match `train` and not `freeze`."""
-    return Optimizer(cfg, steps, train, freeze)
 
 
 def scale_by_muon(cfg: OptimizerConfig) -> optax.GradientTransformation:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -16,6 +15,7 @@ from jax.sharding import Mesh
 
 from xomni_jax.core.preemption import StopSignal
 from xomni_jax.core.program import Program, Programs
+from xomni_jax.data.preprocess import to_pixels
 from xomni_jax.data.rendered import SIGNS
 from xomni_jax.data.sources import DataSection, batches, first_batch
 from xomni_jax.models import transformer, work
@@ -26,12 +26,12 @@ from xomni_jax.sampling.keys import NOISE, image_keys
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sequence.tokenizer import MultimodalTokenizer
 from xomni_jax.sharding import abstract
-from xomni_jax.sharding.arrays import share, spread, whole
-from xomni_jax.training.components import DataIterator, check_heads, check_split, export_model, here, model_configs, open_model
+from xomni_jax.sharding.arrays import local_rows, share, spread, whole
+from xomni_jax.training.components import DataIterator, check_heads, check_split, export_model, model_configs, open_model
 from xomni_jax.training.loop import tile
 from xomni_jax.training.next_token import FREEZE, NextTokenConfig, PackedTargets, build_sequences, next_token_loss, pack_batch
 from xomni_jax.training.operations import FlopCount
-from xomni_jax.training.optimizer import Optimizer, OptimizerConfig, make_optimizer
+from xomni_jax.training.optimizer import Optimizer, OptimizerConfig
 from xomni_jax.training.stage import GRID_SEED, RunConfig, RunningStage
 from xomni_jax.training.state import TrainState, new_state
 
@@ -87,6 +87,27 @@ def sample_grid(model: XOmni, ar: transformer.ARConfig, data: DataSection, state
     return tile(np.concatenate([images, real]), columns=GRID_PROMPTS)
 
 
+def packed_batch(
+    cfg: PretrainRun, model: XOmni, text: MultimodalTokenizer, rows: Sequence[int] | None, examples: dict[str, Any]
+) -> tuple[PackedTargets, dict[str, float]]:
+    """Examples -> packed rows on the mesh, with the codes of the frozen tokenizer, and counts of what found no room.
+
+    Packing looks at the whole batch: codes and texts, which are small, go to every process, and each keeps its own packed rows. The random
+    choices depend on the batch's own id.
+
+    Args:
+      rows: of the batch, those that this process has loaded; None if it has loaded all.
+    """
+    c, mesh = cfg.next_token, model.mesh
+    pixels = to_pixels(examples["image"])
+    codes = whole(model.encode_pixels(pixels if rows is None else spread(mesh, pixels, cfg.batch_size)))
+    texts = share({name: examples[name] for name in ("id", "caption", "question", "answer")}, rows, cfg.batch_size)
+    rng = np.random.default_rng([cfg.seed, *map(ord, texts["id"][0])])
+    packed, counts = pack_batch(build_sequences(texts, codes, text, c, rng), text, c)
+    own = local_rows(mesh, c.rows)
+    return spread(mesh, jax.tree.map(lambda x: x[own], packed), c.rows), counts
+
+
 class PretrainStage:
     """Pre-training, registered as a stage."""
 
@@ -99,7 +120,7 @@ class PretrainStage:
         ar, c = models["transformer"], cfg.next_token
         check_heads(ar.n_kv_heads, mesh)
         check_split("config.next_token.rows", c.rows, mesh)
-        optimizer = make_optimizer(cfg.optimizer, cfg.steps, train=FREEZE[c.phase])
+        optimizer = Optimizer(cfg.optimizer, cfg.steps, train=FREEZE[c.phase])
         create, state = new_state(lambda: init_params("transformer", ar, jax.random.key(cfg.seed)), optimizer, mesh)
         B, L, M = c.rows, c.row_length, max(1, int(c.row_length * c.target_share))
         ids, flags = lambda *shape: abstract.rows(mesh, shape, jnp.int32), lambda *shape: abstract.rows(mesh, shape, jnp.bool_)
@@ -117,48 +138,39 @@ class PretrainStage:
     @classmethod
     def make(cls, cfg: PretrainRun, mesh: Mesh, stop: StopSignal) -> RunningStage:
         """A run on the data of the configuration, starting from the transformer of `init_from` where that has one."""
-        c = cfg.next_token
-        packed_rows = here("config.next_token.rows", c.rows, mesh)
         # One process fills the batch of images up until it splits; several have their rows each.
-        rows = here("config.batch_size", cfg.batch_size, mesh) if jax.process_count() > 1 else None
+        rows = None
+        if jax.process_count() > 1:
+            check_split("config.batch_size", cfg.batch_size, mesh)
+            rows = local_rows(mesh, cfg.batch_size)
         model = open_model(cfg.init_from, ("siglip_vq",), mesh, cfg.stage)
         models = model_configs(cfg, ("transformer",), model)
         ar = models["transformer"]
         sizes = dict(vocab_size=ar.vocab_size, image_vocab_size=ar.image_vocab_size, mm_vocab_size=ar.mm_vocab_size)
         text = MultimodalTokenizer.load(model.path / "tokenizer", **sizes)
-
         made = cls.programs(cfg, models, mesh)
         state = made.create()
         if "transformer" in model.description["components"]:
             state = state.starting_from(model.params("transformer"))
             model.release("transformer")
-
         flops = FlopCount()
         update = flops(made[f"{cfg.stage}-update"].fn)
 
-        def to_batch(examples: dict[str, Any]):
-            """Codes by the frozen tokenizer, then packed rows; the mixture's draws depend on the batch's own id.
-
-            Packing looks at the whole batch: codes and texts, which are small, go to every process, and each keeps its own packed rows.
-            """
-            pixels = examples["image"].astype(np.float32) / 127.5 - 1.0
-            codes = whole(model.encode_pixels(pixels if rows is None else spread(mesh, pixels, cfg.batch_size)))
-            texts = share({name: examples[name] for name in ("id", "caption", "question", "answer")}, rows, cfg.batch_size)
-            rng = np.random.default_rng([cfg.seed, *map(ord, texts["id"][0])])
-            packed, counts = pack_batch(build_sequences(texts, codes, text, c, rng), text, c)
-            return spread(mesh, jax.tree.map(lambda x: x[packed_rows], packed), c.rows), counts
-
-        def step(state: TrainState, batch, number: int):
+        def step(state: TrainState, batch: tuple[PackedTargets, dict[str, float]], number: int):
             packed, counts = batch
             state, metrics = update(state, packed)
             return state, metrics | counts
 
-        def export(state: TrainState, directory: Path, note: dict[str, Any]) -> None:
-            export_model(directory, {"transformer": (state.params, ar)}, cfg.init_from, note)
-
-        data = DataIterator(batches(cfg.data, cfg.seed, cfg.batch_size, rows=rows), to_batch)
-        grid = functools.partial(sample_grid, model, ar, cfg.data) if "mmdit" in model.description["components"] else None
-        return RunningStage(state, data, step, export, grid, items_per_step=cfg.batch_size, flops=lambda: flops.total)
+        draws = "mmdit" in model.description["components"]
+        return RunningStage(
+            state,
+            DataIterator(batches(cfg.data, cfg.seed, cfg.batch_size, rows=rows), functools.partial(packed_batch, cfg, model, text, rows)),
+            step,
+            lambda state, directory, note: export_model(directory, {"transformer": (state.params, ar)}, cfg.init_from, note),
+            functools.partial(sample_grid, model, ar, cfg.data) if draws else None,
+            items_per_step=cfg.batch_size,
+            flops=lambda: flops.total,
+        )
 
 
 class SFTStage(PretrainStage):

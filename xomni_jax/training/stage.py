@@ -77,7 +77,7 @@ class RunningStage:
     Attributes:
       state: the starting state, on its devices.
       batches: endless iterator with `get_state() -> dict` (JSON-able) and `set_state(dict)`.
-      step: (state, batch, step number) -> (state, metrics of scalars). Before it changes the state it may raise StopRequested or StepRefused.
+      step: (state, batch, step number) -> (state, scalar metrics). It may raise StopRequested or StepRefused before it changes the state.
       export: (state, model directory, provenance) -> writes everything `xomni_jax.load` needs.
       grid: (state, step number) -> uint8 [H, W, 3] image for the run folder, or None. It may raise StopRequested.
       items_per_step: examples or samples one step handles, for the rate.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from xomni_jax.core.config import ConfigError
+from xomni_jax.core.config import ConfigError, check_least
 from xomni_jax.core.preemption import StopSignal
 from xomni_jax.core.program import Program, Programs, Work
-from xomni_jax.data.preprocess import TINY, ImageLimits
+from xomni_jax.data.preprocess import TINY, ImageLimits, to_pixels
 from xomni_jax.data.rendered import N_COLUMN_CLASSES, SIGNS
 from xomni_jax.data.sources import DataSection, batches
 from xomni_jax.models import siglip_vq
@@ -24,13 +25,13 @@ from xomni_jax.models.section import ModelSection
 from xomni_jax.models.work import dense
 from xomni_jax.sequence.tokenizer import MultimodalTokenizer
 from xomni_jax.sharding import abstract
-from xomni_jax.sharding.arrays import spread
+from xomni_jax.sharding.arrays import local_rows, spread
 from xomni_jax.sharding.rules import unconstrained
 from xomni_jax.training import understanding
-from xomni_jax.training.components import DataIterator, check_heads, check_split, export_model, here
+from xomni_jax.training.components import DataIterator, check_heads, check_split, export_model
 from xomni_jax.training.loop import key_for
 from xomni_jax.training.operations import FlopCount
-from xomni_jax.training.optimizer import Optimizer, OptimizerConfig, make_optimizer
+from xomni_jax.training.optimizer import Optimizer, OptimizerConfig
 from xomni_jax.training.stage import RunConfig, RunningStage
 from xomni_jax.training.state import TrainState, new_state
 
@@ -66,12 +67,8 @@ class TokenizerConfig:
     quantizer_weight: float = 1.0
 
     def __post_init__(self):
-        for name in ("warmup_steps", "ramp_steps", "restart_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
-        for name in ("start_batches", "text_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        check_least(self, 0, "warmup_steps", "ramp_steps", "restart_every")
+        check_least(self, 1, "start_batches", "text_length")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,15 +93,15 @@ class TokenizerRun(RunConfig):
     data: DataSection = SIGNS
 
 
-def answer_batch(examples: dict[str, Any], tokenizer: MultimodalTokenizer, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Question, newline, answer, end of turn as ids [B, L] with a mask [B, L] on the answer; cut at `length`."""
+def learning_batch(text: MultimodalTokenizer, length: int, examples: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The batch of `understanding.tokenizer_loss`: question, newline, answer, end of turn as ids, cut at `length`, the answer masked in."""
     n = len(examples["question"])
-    ids_BL, mask_BL = np.full((n, length), tokenizer.pad, np.int32), np.zeros((n, length), bool)
+    ids_BL, mask_BL = np.full((n, length), text.pad, np.int32), np.zeros((n, length), bool)
     for i, (question, answer) in enumerate(zip(examples["question"], examples["answer"], strict=True)):
-        asked = tokenizer.encode_text(question + "\n")
-        ids = np.concatenate([asked, tokenizer.encode_text(answer), [tokenizer.end_of_turn]])[:length]
+        asked = text.encode_text(question + "\n")
+        ids = np.concatenate([asked, text.encode_text(answer), [text.end_of_turn]])[:length]
         ids_BL[i, : len(ids)], mask_BL[i, len(asked) : len(ids)] = ids, True
-    return ids_BL, mask_BL
+    return {"pixels": to_pixels(examples["image"]), "columns": examples["columns"], "ids": ids_BL, "loss_mask": mask_BL}
 
 
 def make_update(learner: understanding.TokenizerLearner, optimizer: Optimizer, cfg: TokenizerConfig) -> Callable[..., Any]:
@@ -150,7 +147,7 @@ class TokenizerStage:
         vq, reader, c = models["siglip_vq"], models["reader"], cfg.tokenizer
         check_heads(reader.n_kv_heads, mesh)
         learner = make_learner(models)
-        optimizer = make_optimizer(cfg.optimizer, cfg.steps)
+        optimizer = Optimizer(cfg.optimizer, cfg.steps)
         (height, width), B, L = cfg.data.sizes[0], cfg.batch_size, c.text_length
         # The running usage of codes lives beside the parameters' state, so that a resumed run restarts the same codes.
         create, state = new_state(lambda: init_params(learner, cfg.seed, (height, width)), optimizer, mesh, lambda: even_usage(vq))
@@ -179,69 +176,83 @@ class TokenizerStage:
         """A run from random parameters on the data of the configuration."""
         if cfg.init_from:
             raise ConfigError(f"config.init_from={cfg.init_from}: the tokenizer is the first stage and starts from nothing; leave it empty")
-        rows = here("config.batch_size", cfg.batch_size, mesh)
         models = {name: getattr(cfg, name).config(where=f"config.{name}") for name in ("siglip_vq", "reader")}
         vq, c = models["siglip_vq"], cfg.tokenizer
         if cfg.preprocess.patch_size != vq.patch:
             raise ConfigError(
                 f"config.preprocess.patch_size={cfg.preprocess.patch_size}: the tokenizer's patch has {vq.patch} pixels; set it to that"
             )
-        learner, text = make_learner(models), MultimodalTokenizer.load()
+        learner = make_learner(models)
         made = cls.programs(cfg, models, mesh)
+        load = functools.partial(
+            batches, cfg.data, batch_size=cfg.batch_size, rows=local_rows(mesh, cfg.batch_size),
+            transform=functools.partial(learning_batch, MultimodalTokenizer.load(), c.text_length),
+        )  # fmt: skip
+
+        def to_mesh(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+            return spread(mesh, batch, cfg.batch_size)
 
         @jax.jit
         def encode(params, pixels):
             return learner.apply({"params": params}, pixels, method=lambda m, x: m.tokenizer.outputs(x))
 
-        flops = FlopCount()
-        update = flops(made["tokenizer-update"].fn)
-
-        @jax.jit
-        def restart(key, codebook, usage, z):
-            codebook, n = restart_dead_codes(key, codebook, usage, z.reshape(-1, z.shape[-1]))
-            return codebook, jnp.where(dead_codes(usage), 1.0 / usage.shape[0], usage), n
-
-        def first_codebook(params, number: int) -> jax.Array:
+        def first_codebook(params: Any, key: jax.Array) -> jax.Array:
             # Batches of their own, not those that just passed: a run that was resumed here has not seen them.
-            seed, n = cfg.seed + CODEBOOK_SEED, c.start_batches
-            examples = batches(cfg.data, seed, cfg.batch_size, rows=rows, count=n, transform=to_batch, prefetch=0)
+            examples = load(seed=cfg.seed + CODEBOOK_SEED, count=c.start_batches, prefetch=0)
             z = jnp.concatenate([encode(params, to_mesh(batch)["pixels"]).reshape(-1, vq.code_width) for batch in examples])
-            return jax.jit(start_codebook, static_argnums=2)(key_for(cfg.seed, number, 1), z, vq.codebook_size)
-
-        def step(state: TrainState, batch, number: int):
-            strength = np.clip((number - c.warmup_steps) / max(c.ramp_steps, 1), 0.0, 1.0)
-            if number == c.warmup_steps:
-                state = with_codebook(state, first_codebook(state.params, number))
-            state, metrics, z = update(state, batch, key_for(cfg.seed, number, 0), np.float32(strength))
-            due = c.restart_every and number > c.warmup_steps and number % c.restart_every == 0
-            if due and number < c.restart_until * cfg.steps:
-                codebook, usage, moved = restart(
-                    key_for(cfg.seed, number, 2), state.params["tokenizer"]["codebook"], state.extra["usage"], z
-                )
-                state = with_codebook(state, codebook).replace(extra={"usage": usage})
-                metrics = metrics | {"codes/restarted": moved}
-            return state, metrics
-
-        def with_codebook(state: TrainState, codebook: jax.Array) -> TrainState:
-            old = state.params["tokenizer"]["codebook"]
-            tokenizer = state.params["tokenizer"] | {"codebook": jax.device_put(codebook.astype(old.dtype), old.sharding)}
-            return state.replace(params=state.params | {"tokenizer": tokenizer})
-
-        def to_batch(examples):
-            ids_BL, mask_BL = answer_batch(examples, text, c.text_length)
-            return {
-                "pixels": examples["image"].astype(np.float32) / 127.5 - 1.0,
-                "columns": examples["columns"],
-                "ids": ids_BL,
-                "loss_mask": mask_BL,
-            }
-
-        def to_mesh(batch):
-            return spread(mesh, batch, cfg.batch_size)
-
-        data = DataIterator(batches(cfg.data, cfg.seed, cfg.batch_size, rows=rows, transform=to_batch), to_mesh)
+            return jax.jit(start_codebook, static_argnums=2)(key, z, vq.codebook_size)
 
         def export(state: TrainState, directory: Path, note: dict[str, Any]) -> None:
             export_model(directory, {"siglip_vq": (state.params["tokenizer"], vq)}, "", note, {"preprocess": cfg.preprocess})
 
-        return RunningStage(made.create(), data, step, export, items_per_step=cfg.batch_size, flops=lambda: flops.total)
+        flops = FlopCount()
+        update = flops(made["tokenizer-update"].fn)
+        return RunningStage(
+            made.create(),
+            DataIterator(load(seed=cfg.seed), to_mesh),
+            functools.partial(train_step, cfg, update, first_codebook),
+            export,
+            items_per_step=cfg.batch_size,
+            flops=lambda: flops.total,
+        )
+
+
+def train_step(
+    cfg: TokenizerRun,
+    update: Callable[..., Any],
+    first_codebook: Callable[[Any, jax.Array], jax.Array],
+    state: TrainState,
+    batch: dict[str, jax.Array],
+    number: int,
+) -> tuple[TrainState, dict[str, Any]]:
+    """One update -> (state, metrics). The codebook starts after the warm-up; from then on its dead codes are restarted now and then.
+
+    Args:
+      first_codebook: (parameters, key) -> the codebook [V, C] that quantisation starts from.
+    """
+    c = cfg.tokenizer
+    strength = np.clip((number - c.warmup_steps) / max(c.ramp_steps, 1), 0.0, 1.0)
+    if number == c.warmup_steps:
+        state = with_codebook(state, first_codebook(state.params, key_for(cfg.seed, number, 1)))
+    state, metrics, z = update(state, batch, key_for(cfg.seed, number, 0), np.float32(strength))
+    due = c.restart_every and number > c.warmup_steps and number % c.restart_every == 0
+    if due and number < c.restart_until * cfg.steps:
+        key, old = key_for(cfg.seed, number, 2), state.params["tokenizer"]["codebook"]
+        codebook, usage, restarted = restart(key, old, state.extra["usage"], z)
+        state = with_codebook(state, codebook).replace(extra={"usage": usage})
+        metrics = metrics | {"codes/restarted": restarted}
+    return state, metrics
+
+
+@jax.jit
+def restart(key: jax.Array, codebook_VC: jax.Array, usage_V: jax.Array, z_BYXC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Dead codes start again from encoder outputs, with average usage -> (codebook, usage, number of restarted codes)."""
+    codebook_VC, n = restart_dead_codes(key, codebook_VC, usage_V, z_BYXC.reshape(-1, z_BYXC.shape[-1]))
+    return codebook_VC, jnp.where(dead_codes(usage_V), 1.0 / usage_V.shape[0], usage_V), n
+
+
+def with_codebook(state: TrainState, codebook_VC: jax.Array) -> TrainState:
+    """The state with another codebook, in the number format and on the devices of the old one."""
+    old = state.params["tokenizer"]["codebook"]
+    tokenizer = state.params["tokenizer"] | {"codebook": jax.device_put(codebook_VC.astype(old.dtype), old.sharding)}
+    return state.replace(params=state.params | {"tokenizer": tokenizer})

@@ -1,5 +1,8 @@
-"""What teaches the tokenizer: understanding. A causal language model answers from quantised semantics alone (X-Omni section 3.1),
-and a classifier reads every semantic vector by itself, a loss dense in space that small models need beside the answers."""
+"""The understanding tasks that train the tokenizer (X-Omni section 3.1).
+
+A causal language model answers questions from an image's quantised semantics alone. A linear classifier labels every semantic vector: a
+spatially dense loss, which small models need beside the answers.
+"""
 
 from __future__ import annotations
 
@@ -136,7 +139,7 @@ class TokenizerLearner(nn.Module):
         out = self.tokenizer(pixels_BHWC, skip_B)
         out["logp"], out["right"] = self.reader(out["semantics"], ids_BL)
         if self.read.dense_classes:
-            # One linear map: what it can read is linearly there in every vector, which is also what the image decoder adds in.
+            # A linear map, because the image decoder reads the same vectors through one.
             out["cells"] = self.dense(out["semantics"]).astype(jnp.float32)
         return out
 

