@@ -25,7 +25,7 @@ from tests.miniature import ROOT, model_dir  # noqa: F401 - a fixture
 
 
 def pytest_collection_modifyitems(config, items):
-    """Marks the slow modules. Tests whose peer is not on this machine are left out: live parity without torch, tesseract without its data."""
+    """Marks the slow modules. Tests whose peer is not here are left out: live parity without torch, tesseract without its data."""
     slow = set((ROOT / "tests" / "slow.txt").read_text().split())
     for item in items:
         if str(item.path.relative_to(ROOT)) in slow:

@@ -1,4 +1,4 @@
-"""Small tokenizers of the decoder's text encoders, in the files that FLUX.1-dev ships: T5 as tokenizer.json, CLIP as vocabulary and merges."""
+"""Small tokenizers of the decoder's text encoders, in FLUX.1-dev's files: T5 as tokenizer.json, CLIP as vocabulary and merges."""
 
 from __future__ import annotations
 

@@ -16,7 +16,8 @@ def tpu_mesh(topology: str, **axes: int):
         pytest.skip("libtpu is not installed")
     # No cloud is asked, and a second process may load the library.
     for name, value in {
-        "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-16", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }.items():  # fmt: skip
         os.environ.setdefault(name, value)
     from jax.experimental import topologies

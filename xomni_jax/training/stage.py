@@ -147,6 +147,8 @@ def resolve(changes: Changes) -> Any:
         stage = STAGES.get(str(name))
     except ValueError as e:
         raise ConfigError(f"config.stage: {e}") from None
+    if not hasattr(stage, "Config") or not hasattr(stage, "programs"):
+        raise ConfigError(f"config.stage={name}: is no stage: it has no Config or no programs; derive it from one, such as GRPOStage")
     values = {key: value for key, value in changes.values.items() if key != "stage"}
     return dataclasses.replace(updated(stage.Config(), values), stage=str(name))
 
