@@ -33,8 +33,8 @@ def test_a_missing_peer_names_the_extra(name, package, monkeypatch, capsys):
         monkeypatch.setitem(sys.modules, other, None if other == package else argparse)
     monkeypatch.setattr(argparse, "set_num_threads", lambda n: None, raising=False)
     assert main(["bench", name]) == 2
-    mend = "pip install 'xomni_jax[parity]' brings it"
-    assert capsys.readouterr().err == f"xomni bench: bench {name} compares with {package}, which is not installed; {mend}\n"
+    fix = "pip install 'xomni_jax[parity]' brings it"
+    assert capsys.readouterr().err == f"xomni bench: bench {name} compares with {package}, which is not installed; {fix}\n"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The command line: help that works, and one sentence with exit code 2 for whatever a user can mend."""
+"""The command line: help that works, and one sentence with exit code 2 for whatever a user can fix."""
 
 import importlib
 import shutil

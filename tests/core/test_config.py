@@ -137,9 +137,12 @@ def test_overrides(override, value):
         ("transformer.preset=huge", "config.transformer.preset='huge' is unknown; use one of xomni-7b, tiny"),
         ("transformer.d_modle=1", "config.transformer.d_modle: unknown key; did you mean d_model"),
         ("stage=dreams", "config.stage: the stage 'dreams' is unknown; use one of tokenizer, "),
+        ("stage=launch/local.py:main", "config.stage=launch/local.py:main: is no stage: it has no Config or no programs"),
+        ("data.source=launch/local.py:main", "config.data.source=launch/local.py:main: is no source: it has no Options with `sizes`"),
     ],
 )
-def test_wrong_overrides_name_the_key(override, words):
+def test_wrong_overrides_name_the_key(override, words, monkeypatch):
+    monkeypatch.chdir(ROOT)
     with pytest.raises(ConfigError) as error:
         load_config(GRPO, [override])
     assert words in str(error.value) and "\n" not in str(error.value)

@@ -102,7 +102,7 @@ def test_report_and_resume(tmp_path, monkeypatch):
     run_effect(cfg, fake_clients(), {"ocr": "2"})
     assert made == ["guidance_off-rl", "guidance_on-rl"]
     # A broken service is one sentence, whether it is noticed before or after the first images are drawn; its replies are not kept.
-    with pytest.raises(SuiteError, match=": 3 of 3 images could not be scored by ocr .no answer.; mend the service"):
+    with pytest.raises(SuiteError, match=": 3 of 3 images could not be scored by ocr .no answer.; fix the service"):
         run_effect(cfg, {"ocr": FakeClient(fail_every=1)}, {"ocr": "3"})
     assert not (tmp_path / "out/cells/real/results.json").exists()
     _, again = run_effect(cfg, {"ocr": FakeClient()}, {"ocr": "3"})
@@ -160,7 +160,7 @@ def test_a_failed_score_is_left_out_and_counted(rng):
 
 
 def test_a_broken_service_stops_the_evaluation(rng):
-    with pytest.raises(SuiteError, match="noise: 6 of 12 images could not be scored by ocr .no answer.; mend the service"):
+    with pytest.raises(SuiteError, match="noise: 6 of 12 images could not be scored by ocr .no answer.; fix the service"):
         measured(rng, {"ocr": FakeClient(fail_every=2)})
     with pytest.raises(SuiteError, match="trained on .quality. was measured here"):
         measured(rng, fake_clients()).selection({"quality": 1.0})

@@ -85,8 +85,8 @@ def open_release(xomni: str | Path | None, flux: str | Path | None, only: str | 
     if problems:
         raise ConversionError.of(problems)
     if not out.components:
-        mend = "flux" if only in ("vae", "text") else "xomni"
-        raise MissingPart(f"--only {only}: the given directories hold no {' or '.join(wanted)}; give --{mend}")
+        fix = "flux" if only in ("vae", "text") else "xomni"
+        raise MissingPart(f"--only {only}: the given directories hold no {' or '.join(wanted)}; give --{fix}")
     if "transformer" not in out.components:
         out.tokenizers.pop("tokenizer", None)
     out.tokenizers = {k: v for k, v in out.tokenizers.items() if k == "tokenizer" or k.removeprefix("tokenizer_") in out.components}

@@ -70,9 +70,11 @@ class DataSection:
         changes = dict(changes)
         source, options = str(changes.pop("source", self.source)), self.options
         if source != self.source:
-            options = checked(lambda: SOURCES.get(source).Options(), f"{where}.source")
+            options = checked(lambda: getattr(SOURCES.get(source), "Options", object)(), f"{where}.source")
             if not hasattr(options, "sizes"):
-                raise ConfigError(f"{where}.source={source!r}: its Options have no field `sizes`, the (height, width) pairs of its images")
+                raise ConfigError(
+                    f"{where}.source={source}: is no source: it has no Options with `sizes`, the (height, width) of its images"
+                )
         return DataSection(source, updated(options, changes, where))
 
     def as_dict(self) -> dict[str, Any]:

@@ -306,7 +306,7 @@ class _Study(contextlib.AbstractContextManager):
 
     def _score(self, config: EvalConfig) -> Measurement:
         results = config.out / "results.json"
-        if not results.is_file():  # what was scored before an interruption may be failures of a service that is mended now
+        if not results.is_file():  # what was scored before an interruption may be failures of a service that is fixed now
             shutil.rmtree(config.out / "judged", ignore_errors=True)
         run = evaluate(config, judge=self.judge, stop=self._stop).run
         outputs, judged = run.outputs(), run.judged()

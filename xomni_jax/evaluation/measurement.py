@@ -117,7 +117,7 @@ def _failures(name: str, service: str, replies: Sequence[Mapping[str, Any]]) -> 
         reason = failed[0]["error"] or "it does not apply to these images"
         raise SuiteError(
             f"{name}: {len(failed)} of {len(replies)} images could not be scored by {service} ({reason}); "
-            "mend the service and run the same command again, finished parts are kept"
+            "fix the service and run the same command again, finished parts are kept"
         )
     return len(failed)
 

@@ -178,7 +178,7 @@ class SuiteRun:
             if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
                 raise
             full = f"{self.path}: {os.strerror(e.errno)}; what is finished is kept"
-            raise RunError(f"{full}: make room or mend it, the same command goes on from there") from None
+            raise RunError(f"{full}: make room or fix it, the same command goes on from there") from None
 
 
 @dataclass(frozen=True)

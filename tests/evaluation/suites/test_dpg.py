@@ -58,8 +58,8 @@ def test_worked(tmp_path):
     assert {k: v["score"] for k, v in result["categories"].items()} == EXAMPLE["result"]["L1"]
     assert {k: result["scores"][k] for k in EXAMPLE["result"]["L2"]} == EXAMPLE["result"]["L2"]
     assert result["scores"]["entity (all tiles)"] == 75.0  # six of eight
-    mended = get_suite("dpg", ["all-tiles"]).aggregate([record | {"id": "demo", "fields": demo.fields}])
-    assert mended["categories"]["entity"]["score"] == 75.0 and mended["scores"]["entity (last tile)"] == 100.0
+    fixed = get_suite("dpg", ["all-tiles"]).aggregate([record | {"id": "demo", "fields": demo.fields}])
+    assert fixed["categories"]["entity"]["score"] == 75.0 and fixed["scores"]["entity (last tile)"] == 100.0
 
 
 def test_the_first_row_is_skipped_and_its_item_dropped(tmp_path):

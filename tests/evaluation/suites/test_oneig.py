@@ -39,8 +39,8 @@ def test_a_prompt_of_black_images():
     found = result(items)
     assert found["scores"] == example["EN"]
     assert found["notes"] == ["All images of 001 are black; as officially, it is scored with the texts of the prompt before it."]
-    mended = result(items, switches=["leave-out-black"])
-    assert mended["scores"]["text score"] == 1.0 and mended["notes"] == ["All images of 001 are black; it is left out."]
+    fixed = result(items, switches=["leave-out-black"])
+    assert fixed["scores"]["text score"] == 1.0 and fixed["notes"] == ["All images of 001 are black; it is left out."]
     first = result([items[1], items[2]])  # officially an error
     assert first["scores"]["text score"] == 1.0 and "001 are black; it is left out" in first["notes"][0]
     with pytest.raises(SuiteError, match="nothing to score"):

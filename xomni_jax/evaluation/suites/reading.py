@@ -149,7 +149,7 @@ def _jsonl(path: Path) -> Iterator[Row]:
                 try:
                     values = json.loads(line)
                 except (ValueError, RecursionError) as error:
-                    raise SuiteError(f"{where} is not JSON ({error}); mend the line or download the file again") from error
+                    raise SuiteError(f"{where} is not JSON ({error}); fix the line or download the file again") from error
                 yield _row(values, where)
 
 
@@ -184,11 +184,11 @@ def _table(path: Path, delimiter: str) -> Iterator[Row]:
             for fields in rows:
                 where = f"{path} line {rows.line_num}"
                 if fields and len(fields) != len(header):
-                    raise SuiteError(f"{where} has {len(fields)} fields, the header has {len(header)}; mend the line")
+                    raise SuiteError(f"{where} has {len(fields)} fields, the header has {len(header)}; fix the line")
                 if fields:
                     yield Row(dict(zip(header, fields)), where)
         except csv.Error as error:
-            raise SuiteError(f"{path} line {rows.line_num}: {error}; mend the quotes or download the file again") from error
+            raise SuiteError(f"{path} line {rows.line_num}: {error}; fix the quotes or download the file again") from error
 
 
 def _parquet(path: Path) -> Iterator[Row]:
