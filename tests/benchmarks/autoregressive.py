@@ -29,7 +29,7 @@ SIZES: dict[str, ARConfig] = {
         n_adapter_layers=0, n_language_layers=8, n_head_layers=0,
     ),
 }  # fmt: skip
-OPTIMIZER = OptimizerConfig(learning_rate=1e-3, schedule="constant", weight_decay=0.1)
+OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_steps=0, schedule="constant", weight_decay=0.1)
 DECODE_REST = "every step writes the cache, and each product reads its layer's weights as a slice of the stacked ones"
 # Timed part by part, tiny, one core: MLPs run at the speed of their products; attention and its projections, backward, do not.
 TRAIN_REST = "attention is separate products and a softmax, torch has one fused kernel, and its projections are slow backward"

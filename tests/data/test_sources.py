@@ -147,7 +147,7 @@ def test_a_source_named_by_its_file(numbers, tmp_path):
         ({"source": "dreams"}, r"config.data.source: the source 'dreams' is unknown; use one of rendered"),
         ({"source": "{folder}/nothing.py:Numbers"}, r"config.data.source: .*nothing.py: no such file"),
         ({"source": "{folder}/numbers.py:Letters"}, r"config.data.source: .*numbers.py defines no 'Letters'; it defines Numbers, Sizeless"),
-        ({"source": "{folder}/numbers.py:Sizeless"}, r"config.data.source=.*: its Options have no field `sizes`"),
+        ({"source": "{folder}/numbers.py:Sizeless"}, r"config.data.source=.*: is no source: it has no Options with `sizes`"),
     ],
 )
 def test_data_sections_that_are_refused(numbers, changes, words, tmp_path):

@@ -147,7 +147,7 @@ MODEL = ARTransformer(CONFIG)
 CFG = GRPOConfig(rollouts_per_prompt=R, kl_coef=0.05)
 PLAIN = SamplingConfig(top_k=0, min_p=0.0)
 EVERYTHING = SamplingConfig(temperature=0.8, top_k=9, min_p=0.02, guidance=1.5)
-OPTIMIZER = Optimizer(OptimizerConfig(1e-3, schedule="constant"), 10)
+OPTIMIZER = Optimizer(OptimizerConfig(1e-3, warmup_steps=0, schedule="constant"), 10)
 
 
 @pytest.fixture(scope="module")
