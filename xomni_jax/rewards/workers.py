@@ -71,6 +71,9 @@ class Workers:
             pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_prepare, initargs=(os.getpid(),))
             try:
                 self.version = await asyncio.wrap_future(pool.submit(_start, self._scorer, self._options))
+            except ServiceError:
+                pool.shutdown(wait=True)  # it is idle; an interpreter that ends while a pool closes may print a traceback
+                raise
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
