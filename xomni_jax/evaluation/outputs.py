@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,15 +31,13 @@ from xomni_jax.core.distributed import connect, gather_json
 from xomni_jax.core.preemption import StopRequested, StopSignal
 from xomni_jax.data.preprocess import ImageLimits, preprocess, to_pixels, token_grid
 from xomni_jax.evaluation.suite import Item, Suite, SuiteError, check_images
+from xomni_jax.evaluation.suite_run import EvalConfig, SuiteRun
 from xomni_jax.inference import MODELS, open_model
 from xomni_jax.pipeline import XOmni
 from xomni_jax.sampling.batches import Batch, batches_by_shape, in_order, make_batches, run_batches
 from xomni_jax.sampling.keys import NOISE
 from xomni_jax.sequence.padding import IMAGE_STEPS, bucket
 from xomni_jax.sharding.mesh import make_mesh
-
-if TYPE_CHECKING:
-    from xomni_jax.evaluation.run import EvalConfig, SuiteRun
 
 HASHED = 1 << 20  # bytes of the beginning and of the end of a file that go into a checkpoint's hash
 VERSIONS = ("xomni_jax", "jax", "jaxlib", "flax", "transformers")
