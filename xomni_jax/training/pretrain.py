@@ -76,7 +76,7 @@ def make_update(net: nn.Module, optimizer: Optimizer, cfg: NextTokenConfig) -> C
     return jax.jit(update, donate_argnums=0)
 
 
-def sample_grid(model: XOmni, ar: transformer.ARConfig, data: DataSection, state: TrainState, step: int, seed: int = 0) -> np.ndarray:
+def sample_grid(model: XOmni, ar: transformer.ARConfig, data: DataSection, seed: int, state: TrainState, step: int) -> np.ndarray:
     """Images of the policy for the first examples of its own data, one row of samples above one of the real images."""
     examples = first_batch(data, seed + GRID_SEED, GRID_PROMPTS)
     prompts, real = examples["caption"], examples["image"]
@@ -168,7 +168,7 @@ class PretrainStage:
             DataIterator(batches(cfg.data, cfg.seed, cfg.batch_size, rows=rows), functools.partial(packed_batch, cfg, model, text, rows)),
             step,
             lambda state, directory, note: export_model(directory, {"transformer": (state.params, ar)}, cfg.init_from, note),
-            functools.partial(sample_grid, model, ar, cfg.data) if draws else None,
+            functools.partial(sample_grid, model, ar, cfg.data, cfg.seed) if draws else None,
             items_per_step=cfg.batch_size,
             flops=lambda: flops.total,
         )
