@@ -58,18 +58,73 @@ def test_several_targets():
     both = tm.text_score(["HELLO", "WORLD"], "world HELLO")
     one = tm.text_score(["HELLO", "WORLD"], "HELLO")
     junk = tm.text_score(["HELLO", "WORLD"], "HELLO WORLD HELLO WORLD")
-    assert both == 1 and one == pytest.approx((1 + 0.2) / 2) and junk == 0.5
+    assert both == 1 and one == junk == 0.5
     assert tm.text_score(["HELLO", "WORLD"], "HELLO WORLB") == pytest.approx(0.9)
     assert tm.text_score(["HELLO"], "xxHELLOyy") == tm.edit_similarity("HELLO", "xxHELLOyy")
-    assert tm.text_score(["HELLO", "WORLD"], "HELLO WORLD", "edit") == 0.5
+    assert tm.text_score(["HELLO", "WORLD"], "HELLO WORLD", "edit") == 1
 
 
-def test_window_distance_against_all_substrings():
+ALIKE = {
+    "full width": ("Ｃａｆｅ　１２％", "CAFE 12%"),
+    "half-width kana": ("ｶﾌｪ", "カフェ"),
+    "accents": ("Cafe\u0301 A\u030angstro\u0308m", "café Ångström"),
+    "ligature": ("oﬃce", "office"),
+    "ellipsis": ("soon…", "soon..."),
+    "dashes": ("a–b—c‑d−e", "a-b-c-d-e"),
+    "quotes": ("‘it’s’ “big” „low“ «far»", '\'it\'s\' "big" "low" "far"'),
+    "primes": ("6′ 2″", "6' 2\""),
+    "sharp s": ("Straße", "STRASSE"),
+    "final sigma": ("ΟΔΟΣ", "οδος"),
+    "dotted I": ("İzmir", "i\u0307zmir"),
+    "without a glyph": ("zero\u200bwidth so\u00adft", "zerowidth soft"),
+}
+
+
+@pytest.mark.parametrize("name", ALIKE)
+@pytest.mark.parametrize("formula", tm.FORMULAS)
+def test_texts_that_look_alike_are_equal(name, formula):
+    one, other = ALIKE[name]
+    assert tm.text_score(one, other, formula) == tm.text_score(other, one, formula) == 1
+    assert tm.is_exact(one, other) and tm.text_score([one, "42"], f"42 {other}", formula) == 1
+
+
+def test_texts_that_differ_stay_different():
+    for one, other in (("café", "cafe"), ("10:00", "10.00"), ("ー", "-"), ("ONE", "0NE")):
+        assert tm.text_score(one, other) < 1 and not tm.is_exact(one, other)
+
+
+@pytest.mark.parametrize("formula", tm.FORMULAS)
+@pytest.mark.parametrize(
+    "targets, once, all_of_them",
+    [
+        (["SALE", "SALE"], "SALE", "SALESALE"),
+        (["ON", "NO"], "ONO", "NOON"),
+        (["OPEN", "PEN"], "OPEN", "PENOPEN"),
+        (["A", "A", "A"], "AA", "AAA"),
+    ],
+)
+def test_one_place_serves_one_target(targets, once, all_of_them, formula):
+    apart = " ".join(targets[::-1])
+    assert tm.text_score(targets, once, formula) < 1 and not tm.is_exact(targets, once)
+    assert not tm.is_exact(targets, once + "X" * (len(all_of_them) - len(once)))
+    assert tm.text_score(targets, apart, formula) == 1 and tm.is_exact(targets, all_of_them)
+
+
+def test_places_by_hand():
+    assert tm.text_score(["AA", "AA"], "AABB") == 0.5
+    assert tm.text_score(["ON", "NO"], "ONOX") == 0.75  # ON has its place; NO is left with OX
+    assert tm.text_score(["OFF", "ON"], "ON OFF") == 1
+    assert tm.text_score(["aba", "ab"], "ababa") == 1 and tm.is_exact(["aba", "ab"], "ababa")  # where the first match would spoil it
+
+
+def test_best_place_against_all_stretches():
     rng = np.random.default_rng(3)
     for _ in range(100):
         target, text = ("".join(rng.choice(list("abc"), n)) for n in rng.integers(1, 8, 2))
-        pieces = {text[i:j] for i in range(len(text) + 1) for j in range(i, len(text) + 1)}
-        assert tm.window_distance(target, text) == min(tm.Levenshtein.distance(target, p) for p in pieces)
+        stretches = {text[i:j] for i in range(len(text) + 1) for j in range(i, len(text) + 1)}
+        distance, start, end = tm.best_place(target, text)
+        assert distance == min(tm.Levenshtein.distance(target, s) for s in stretches)
+        assert distance == tm.Levenshtein.distance(target, text[start:end])
 
 
 def test_every_formula_stays_in_the_unit_interval_and_is_one_on_a_match():

@@ -1,12 +1,15 @@
 """How well a recognised text matches the wanted one: pure functions of two strings, all in [0, 1].
 
-`target` is what the prompt asked for, `text` what a recogniser read. X-Omni (arXiv 2507.22058) uses an OCR reward but does not
-publish its formula; the substring form is FlowGRPO's, the edit distance GOT-OCR2.0's, the recall LongText-Bench's.
+`target` is what the prompt asked for, `text` what a recogniser read. Both are folded first, so that only differences that a reader
+sees count; the benchmarks of evaluation/suites clean texts by their own published rules instead. X-Omni (arXiv 2507.22058) uses an
+OCR reward but does not publish its formula; the substring form is FlowGRPO's, the edit distance GOT-OCR2.0's, the recall
+LongText-Bench's.
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,17 +19,37 @@ from rapidfuzz.distance import Levenshtein
 SHORT_TEXT = 20  # up to this many characters order and junk matter; in longer text the order of blocks is arbitrary
 _CJK = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
 _UNWANTED = re.compile(r"[^\w\s]|_")  # \w keeps letters with accents, digits and CJK
+# Before NFKC, which would turn some of these into others: the non-breaking hyphen, the double prime, the acute accent.
+_ASCII = str.maketrans(
+    dict.fromkeys("‘’‚‛‹›′‵´`", "'") | dict.fromkeys("“”„‟«»″‶〝〞〟", '"') | dict.fromkeys("‐‑‒–—―−⁃﹘︱︲", "-") | {"〜": "~"}
+)
+
+
+def fold(text: str) -> str:
+    """One form for what looks alike: NFKC (full width, ligatures, ellipsis, accents), ASCII quotes and dashes, no case.
+
+    Characters without a glyph, such as a soft hyphen, are left out.
+    """
+    plain = unicodedata.normalize("NFKC", text.translate(_ASCII)).casefold()
+    # Again: folding the case may take a letter and its accent apart.
+    return "".join(c for c in unicodedata.normalize("NFKC", plain) if unicodedata.category(c) != "Cf")
 
 
 def normalise(text: str) -> str:
-    """Lower case without any white space: how texts are compared."""
-    return "".join(text.lower().split())
+    """Folded, without any white space: how texts are compared."""
+    return "".join(fold(text).split())
 
 
 def is_exact(targets: str | Sequence[str], text: str) -> bool:
-    """Whether the text equals the target but for case and spaces; with several targets, holds each of them and nothing else."""
-    wanted, found = [normalise(t) for t in _as_list(targets)], normalise(text)
-    return all(t in found for t in wanted) and len(found) == sum(map(len, wanted))
+    """Whether the text consists of the targets, each once and in any order, and of nothing else."""
+    return _consists_of(normalise(text), [normalise(t) for t in _as_list(targets)])
+
+
+def _consists_of(text: str, parts: list[str]) -> bool:
+    if sorted(text) != sorted("".join(parts)):
+        return False
+    left = Counter(parts)
+    return not text or any(text.startswith(p) and _consists_of(text[len(p) :], list((left - Counter([p])).elements())) for p in left)
 
 
 def substring_or_edit(target: str, text: str) -> float:
@@ -47,7 +70,7 @@ def edit_similarity(target: str, text: str) -> float:
 
 def recall(target: str, text: str) -> tuple[int, int]:
     """(matched, wanted) words, or characters of a Chinese target, as multisets: order does not count (LongText-Bench)."""
-    wanted, found = _units(target, bool(_CJK.search(target))), _units(text, bool(_CJK.search(target)))
+    wanted, found = (_units(t, bool(_CJK.search(target))) for t in (target, text))
     return sum((Counter(wanted) & Counter(found)).values()), len(wanted)
 
 
@@ -73,17 +96,18 @@ FORMULAS: dict[str, Callable[[str, str], float]] = {
 
 
 def text_score(targets: str | Sequence[str], text: str, formula: str = "auto") -> float:
-    """A recognised text against one target, or the mean over several. `formula`: a name in FORMULAS. ValueError for an empty target.
+    """A recognised text against one target or several. `formula`: a name in FORMULAS. ValueError for an empty target.
 
-    With several targets and "auto", each is searched inside the whole text and the mean is multiplied by min(1, |targets| / |text|).
-    Plain edit similarity would count the other targets as junk: writing one of two words would score more than both.
+    Several targets with "recall" are one list of words. With the other formulas every target is searched inside the text, where each
+    place serves one target, and the mean of 1 - edit distance / |target| counts; but for "substring", times min(1, |targets| / |text|).
+    Similarity to the whole text would count the other targets as junk: writing one of two words would score more than both.
     """
     wanted = _as_list(targets)
-    if len(wanted) == 1 or formula != "auto":
-        return sum(FORMULAS[formula](t, text) for t in wanted) / len(wanted)
-    found, length = normalise(text), sum(len(_wanted(t)) for t in wanted)
-    inside = sum(1 - min(window_distance(normalise(t), found), len(normalise(t))) / len(normalise(t)) for t in wanted)
-    return inside / len(wanted) * min(1.0, length / max(len(found), 1))
+    if len(wanted) == 1 or formula == "recall":
+        return FORMULAS[formula](" ".join(wanted), text)
+    sought, found = [_wanted(t) for t in wanted], normalise(text)
+    inside = sum(1 - distance / len(t) for t, distance in zip(sought, place_distances(sought, found))) / len(sought)
+    return inside if formula == "substring" else inside * min(1.0, sum(map(len, sought)) / max(len(found), 1))
 
 
 def compare_text(targets: str | Sequence[str], text: str, formula: str = "auto") -> tuple[float, dict[str, Any]]:
@@ -91,14 +115,29 @@ def compare_text(targets: str | Sequence[str], text: str, formula: str = "auto")
     return text_score(targets, text, formula), {"text": text, "exact": is_exact(targets, text), "no_text": not text.strip()}
 
 
-def window_distance(target: str, text: str) -> int:
-    """Smallest edit distance between the target and any stretch of the text (Sellers' algorithm); 0 when it is a substring."""
-    row = [0] * (len(text) + 1)  # a match may begin anywhere in the text for free ...
+def place_distances(targets: Sequence[str], text: str) -> list[int]:
+    """Edit distance of each target to a stretch of the text of its own. Longer targets choose first."""
+    if _consists_of(text, list(targets)):  # a choice of the longer ones may spoil the only arrangement that fits
+        return [0] * len(targets)
+    distances, pieces = [0] * len(targets), [text]
+    for n in sorted(range(len(targets)), key=lambda n: -len(targets[n])):
+        places = [best_place(targets[n], piece) for piece in pieces]
+        at = min(range(len(pieces)), key=lambda i: places[i][0])
+        distances[n], start, end = places[at]
+        pieces[at : at + 1] = [pieces[at][:start], pieces[at][end:]]
+    return distances
+
+
+def best_place(target: str, text: str) -> tuple[int, int, int]:
+    """(edit distance, start, end) of the stretch of the text that is nearest to the target (Sellers' algorithm)."""
+    row = [(0, -j) for j in range(len(text) + 1)]  # distance and minus the start of a match, which may begin anywhere for free
     for i, wanted in enumerate(target, 1):
-        last, row[0] = row[0], i
+        last, row[0] = row[0], (i, 0)
         for j, found in enumerate(text, 1):
-            last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (wanted != found))
-    return min(row)  # ... and end anywhere
+            options = ((row[j][0] + 1, row[j][1]), (row[j - 1][0] + 1, row[j - 1][1]), (last[0] + (wanted != found), last[1]))
+            last, row[j] = row[j], min(options)
+    end = min(range(len(row)), key=lambda j: row[j][0])
+    return row[end][0], -row[end][1], end
 
 
 def _as_list(targets: str | Sequence[str]) -> list[str]:
@@ -116,5 +155,5 @@ def _wanted(target: str) -> str:
 
 
 def _units(text: str, characters: bool) -> list[str]:
-    words = _UNWANTED.sub("", text.lower()).split()
+    words = _UNWANTED.sub("", fold(text)).split()
     return list("".join(words)) if characters else words
