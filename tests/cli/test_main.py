@@ -114,11 +114,12 @@ def test_chat_answers(image, model_dir, capsys):
 
 def test_chat_refuses(image, model_dir, tmp_path, capsys):
     model = ["--model", str(model_dir)]
-    assert "image.png: no such file; give an image" in refusal(capsys, "chat", str(tmp_path / "no" / "image.png"), "what?", *model)
+    told = refusal(capsys, "chat", str(tmp_path / "no" / "image.png"), "what?", *model)
+    assert "image.png cannot be read: No such file or directory; give" in told
     (tmp_path / "text.png").write_text("this is no image")
-    assert "text.png: not a readable image" in refusal(capsys, "chat", str(tmp_path / "text.png"), "what?", *model)
+    assert "text.png cannot be read: it is none of PNG, JPEG" in refusal(capsys, "chat", str(tmp_path / "text.png"), "what?", *model)
     (tmp_path / "cut.png").write_bytes(open(image, "rb").read()[:60])
-    assert "cut.png: not a readable image" in refusal(capsys, "chat", str(tmp_path / "cut.png"), "what?", *model)
+    assert "cut.png cannot be read: it is damaged or cut off" in refusal(capsys, "chat", str(tmp_path / "cut.png"), "what?", *model)
     assert "the question is empty" in refusal(capsys, "chat", image, " ", *model)
     assert "--max-tokens 0 must be at least 1" in refusal(capsys, "chat", image, "what?", *model, "--max-tokens", "0")
     Image.fromarray(np.zeros((6, 32, 3), np.uint8)).save(tmp_path / "low.png")

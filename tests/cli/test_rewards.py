@@ -3,6 +3,7 @@
 import argparse
 
 import pytest
+from PIL import Image
 
 from tests.rewards.fake_service import fake_service
 from xomni_jax.cli import rewards
@@ -16,14 +17,14 @@ def run(*line):
 
 def test_prints_health_and_scores(tmp_path, capsys):
     good, empty = tmp_path / "good.png", tmp_path / "other.png"
-    good.write_bytes(b"2..")  # the fake service scores the first byte: 50 / 100
-    empty.write_bytes(b"2..")
+    for file in (good, empty):
+        Image.new("RGB", (8, 8)).save(file)
     with fake_service("ok", "error", "null") as s:
         assert run(f"ocr={s.url}", "--image", str(good), "--text", "HI") == 0
         assert run(f"ocr={s.url}", "--image", str(good), "--text", "HI") == 1
         assert run(f"ocr={s.url}", "--image", str(empty)) == 0
     out = capsys.readouterr().out
-    assert "good.png: 0.500" in out and "not scored: the image is empty" in out and "does not apply" in out and s.url in out
+    assert "good.png: 1.370" in out and "not scored: the image is empty" in out and "does not apply" in out and s.url in out
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+
+from PIL import Image
+
+from xomni_jax.data.images import UnreadableImage, read_image
 
 EXAMPLE = """\
 Several replicas of one scorer: ocr=http://host-a:8001,http://host-b:8001
@@ -29,7 +32,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     """Print one line per service and one per image. 1 when an image could not be scored; ValueError when nothing answers."""
     from xomni_jax.rewards.client import RewardClient
 
-    images = [_read(Path(file)) for file in args.image]
+    images = [_read(file) for file in args.image]
     targets = {k: v for k, v in (("text", args.text), ("background", args.background)) if v}
     failed = 0
     for service in args.services:
@@ -46,8 +49,8 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     return 1 if failed else 0
 
 
-def _read(file: Path) -> bytes:
+def _read(file: str) -> Image.Image:
     try:
-        return file.read_bytes()
-    except OSError as error:
-        raise ValueError(f"the image {file} cannot be read ({error.strerror}); give a PNG, JPEG or WebP file") from error
+        return read_image(file)
+    except UnreadableImage as error:
+        raise ValueError(f"the image {file} cannot be read: {error}; give a PNG, JPEG or WebP file") from error

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from xomni_jax.data.images import to_rgb
+
 
 class ImageRejected(ValueError):
     """An image is too small or too elongated for the limits."""
@@ -74,7 +76,7 @@ def to_pixels(image: np.ndarray) -> np.ndarray:
 
 
 def preprocess(image: Image.Image | np.ndarray, limits: ImageLimits = RELEASED) -> np.ndarray:
-    """An image (PIL, or uint8 [H, W, 3]) -> pixels float32 [H', W', 3] in [-1, 1]: converted to RGB, resized (bicubic) and scaled.
+    """An image (PIL, or uint8 [H, W, 3]) -> pixels float32 [H', W', 3] in [-1, 1]: as `to_rgb` gives it, resized (bicubic) and scaled.
 
     Raises:
       ImageRejected: see `target_size`.
@@ -84,7 +86,7 @@ def preprocess(image: Image.Image | np.ndarray, limits: ImageLimits = RELEASED) 
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
             raise ValueError(f"image array is {image.dtype} {image.shape}; pass uint8 [height, width, 3] or a PIL image")
         image = Image.fromarray(image)
-    image = image.convert("RGB")
+    image = to_rgb(image)
     return to_pixels(np.asarray(image.resize(target_size(*image.size, limits), Image.Resampling.BICUBIC)))
 
 

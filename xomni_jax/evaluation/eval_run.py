@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from xomni_jax.data.images import read_image
 from xomni_jax.evaluation.suite import SuiteError
 
 Item = dict[str, Any]  # a line of items.jsonl
@@ -40,12 +41,10 @@ class ImageRef:
         """The image, RGB."""
         if self.opener is not None:
             return self.opener().convert("RGB")
-        with Image.open(self.path) as whole:
-            if self.side == 1:
-                return whole.convert("RGB")
-            width, height = whole.width // self.side, whole.height // self.side
-            x, y = self.k % self.side * width, self.k // self.side * height
-            return whole.crop((x, y, x + width, y + height)).convert("RGB")
+        whole = read_image(self.path)
+        width, height = whole.width // self.side, whole.height // self.side
+        x, y = self.k % self.side * width, self.k // self.side * height
+        return whole.crop((x, y, x + width, y + height))
 
 
 @dataclass(frozen=True)

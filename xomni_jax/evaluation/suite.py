@@ -20,6 +20,8 @@ from typing import Any, Literal, Protocol
 
 from PIL import Image
 
+from xomni_jax.data.images import UnreadableImage, read_image
+
 Record = dict[str, Any]
 Task = Literal["generate", "answer"]
 
@@ -147,7 +149,7 @@ class Suite:
 
     def open(self, directory: Path, item: Item) -> list[Image.Image]:
         """The images of an item, whoever drew them. Raises SuiteError naming the missing file."""
-        return [read_image(directory / f"{item.id}_{k}.png") for k in range(self.repeats)]
+        return [read_drawn(directory / f"{item.id}_{k}.png") for k in range(self.repeats)]
 
 
 class GridLayout(Suite):
@@ -163,7 +165,7 @@ class GridLayout(Suite):
         write_image(directory / f"{item.id}{self.suffix}", grid)
 
     def open(self, directory: Path, item: Item) -> list[Image.Image]:
-        side, grid = math.isqrt(self.repeats), read_image(directory / f"{item.id}{self.suffix}")
+        side, grid = math.isqrt(self.repeats), read_drawn(directory / f"{item.id}{self.suffix}")
         width, height = grid.width // side, grid.height // side
         corners = [(k % side * width, k // side * height) for k in range(self.repeats)]
         return [grid.crop((x, y, x + width, y + height)) for x, y in corners]
@@ -207,12 +209,11 @@ def write_image(path: Path, image: Image.Image) -> None:
     os.replace(part, path)
 
 
-def read_image(path: Path) -> Image.Image:
-    """An RGB image. Raises SuiteError when the file is missing or broken."""
+def read_drawn(path: Path) -> Image.Image:
+    """A drawn image, RGB. Raises SuiteError when the file is missing or broken."""
+    if not path.is_file():
+        raise SuiteError(f"the image {path} is missing; draw it with --phase generate, or put it there")
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except FileNotFoundError as error:
-        raise SuiteError(f"the image {path} is missing; draw it with --phase generate, or put it there") from error
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise SuiteError(f"the image {path} cannot be read ({type(error).__name__}); delete it and draw it again") from error
+        return read_image(path)
+    except UnreadableImage as error:
+        raise SuiteError(f"the image {path} cannot be read: {error}; delete it and draw it again") from error

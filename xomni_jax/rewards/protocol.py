@@ -13,7 +13,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypedDict, TypeVar
@@ -21,6 +20,8 @@ from typing import Annotated, Any, Literal, TypedDict, TypeVar
 import msgspec
 import numpy as np
 from PIL import Image
+
+from xomni_jax.data.images import TooManyPixels, UnreadableImage, read_image
 
 SCHEMA = 1
 MSGPACK = "application/msgpack"
@@ -211,17 +212,11 @@ def encode_image(image: np.ndarray | Image.Image) -> bytes:
 def decode_image(data: bytes, limits: Limits = Limits()) -> np.ndarray:
     """uint8 [Y, X, 3] of an image file; the size in its header is checked first. ProtocolError when unreadable, TooLarge when too big."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is stricter
-            image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
-        width, height = image.size
-        if width * height <= limits.max_pixels:
-            return np.array(image.convert("RGB"))
-    except Image.DecompressionBombError as error:  # Pillow's own limit, far above this one
-        raise TooLarge(f"the image has too many pixels, the limit is {limits.max_pixels} in all") from error
-    except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
-        raise ProtocolError(f"the image cannot be read as PNG, JPEG or WebP ({type(error).__name__})") from error
-    raise TooLarge(f"the image has {width} x {height} pixels, the limit is {limits.max_pixels} in all")
+        # As stored: a scorer sees the pixels that were sent, as the published scorers do.
+        return np.array(read_image(data, as_stored=True, max_pixels=limits.max_pixels, formats=("PNG", "JPEG", "WEBP")))
+    except UnreadableImage as error:
+        kind = TooLarge if isinstance(error, TooManyPixels) else ProtocolError
+        raise kind(f"the image cannot be read: {error}") from error
 
 
 def _limit(what: str, size: int, limit: int, unit: str) -> None:

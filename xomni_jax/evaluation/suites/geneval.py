@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from xomni_jax.evaluation.suite import Item, Record, Suite, SuiteError, read_image, write_image
+from xomni_jax.evaluation.suite import Item, Record, Suite, SuiteError, read_drawn, write_image
 from xomni_jax.evaluation.suites.reading import Row, find, read_rows, unique_items
 from xomni_jax.evaluation.suites.scoring import ratio, ratios_by
 
@@ -86,7 +86,7 @@ class GenEval(Suite):
         (folder / "metadata.jsonl").write_text(json.dumps(item.fields["metadata"]) + "\n", encoding="utf-8")
 
     def open(self, directory: Path, item: Item) -> list[Image.Image]:
-        return [read_image(directory / item.id / "samples" / f"{k:04d}.png") for k in range(self.repeats)]
+        return [read_drawn(directory / item.id / "samples" / f"{k:04d}.png") for k in range(self.repeats)]
 
 
 def counted_boxes(found: Detections, tag: str) -> dict[str, list[Box]]:

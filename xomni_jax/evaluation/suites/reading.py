@@ -9,7 +9,6 @@ import ast
 import base64
 import csv
 import functools
-import io
 import json
 import re
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 
 from PIL import Image
 
+from xomni_jax.data.images import UnreadableImage, read_image
 from xomni_jax.evaluation.suite import Item, Suite, SuiteError
 
 _MISSING = object()
@@ -287,9 +287,9 @@ def decode_base64(text: str, where: str) -> Image.Image:
 def decode(data: bytes, where: str) -> Image.Image:
     """RGB image of an encoded file. SuiteError naming `where`."""
     try:
-        return Image.open(io.BytesIO(data)).convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise SuiteError(f"{where}: the image cannot be read ({type(error).__name__}); download it again") from error
+        return read_image(data)
+    except UnreadableImage as error:
+        raise SuiteError(f"{where}: the image cannot be read: {error}; download it again") from error
 
 
 def rows_with_images(paths: Sequence[Path]) -> Iterator[tuple[Row, Callable[[], Any]]]:

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from xomni_jax.rewards.protocol import Item, ProtocolError, Score, decode_image
+from xomni_jax.data.images import UnreadableImage, read_image
+from xomni_jax.rewards.protocol import Item, Score
 from xomni_jax.rewards.scorer import Scorer, ServiceError
 from xomni_jax.rewards.services.efficientnet import EfficientNetLite0
 
@@ -82,7 +83,10 @@ def _read_folder(folder: Path) -> list[np.ndarray]:
         raise ServiceError(
             f"--references {folder} holds {len(files)} images; give a folder of {_NEIGHBOURS} or more PNG, JPEG or WebP files"
         )
+    images: list[np.ndarray] = []
     try:
-        return [decode_image(p.read_bytes()) for p in files]
-    except ProtocolError as error:
-        raise ServiceError(f"--references {folder} holds an image that cannot be read: {error}") from error
+        for file in files:
+            images.append(np.array(read_image(file)))
+    except UnreadableImage as error:
+        raise ServiceError(f"--references {folder}: the image {file.name} cannot be read: {error}; take it away") from error
+    return images
