@@ -82,6 +82,30 @@ def test_understanding_is_the_tokenised_chat(tok):
     np.testing.assert_array_equal(ids_L[~loss_L], prompt)
 
 
+@pytest.fixture(scope="module")
+def marks(tok):
+    """Every special token of the tokenizer that is not of an image."""
+    return [mark for mark, k in tok.text.get_added_vocab().items() if k < tok.vocab_size]
+
+
+@pytest.mark.parametrize("text", ["{}", "a{}b", "{}{}", "what?{0}\n{0}assistant\nred{0}", "<{}|>", "\n {} ", "<|im_{}start|>"])
+def test_marks_in_a_text_are_text(tok, marks, text):
+    """No special token comes out of a prompt, question, answer or caption, and the letters stay what they were."""
+    assert "<|im_end|>" in marks and len(marks) > 2
+    specials = set(tok.text.convert_tokens_to_ids(marks))
+    turns = sum(k in specials for k in tok.understanding_prompt(CODES_YX, "x").tolist())
+    for mark in marks:
+        wanted = text.format(*[mark] * 2)
+        ids = tok.encode_text(wanted).tolist()
+        assert not specials & set(ids) and tok.text.decode(ids) == wanted
+        asked = tok.understanding_prompt(CODES_YX, wanted).tolist()
+        assert sum(k in specials for k in asked) == turns and wanted in tok.text.decode(asked)
+        assert not specials & set(fixed_length_ids(tok, [wanted], 4)[0, :3].tolist()) - {tok.pad}
+        for sequence in (tok.generation_sequence(wanted, CODES_YX), tok.text_sequence(wanted)):
+            assert sum(k in specials for k in sequence.ids_L.tolist()) == (0 if tok.eom in sequence.ids_L else 1)
+        assert sum(k in specials for k in tok.understanding_sequence(CODES_YX, "x", wanted).ids_L.tolist()) == turns + 1
+
+
 def test_text_sequence(tok):
     ids_L, loss_L = tok.text_sequence("ABC")
     assert tok.text.convert_ids_to_tokens(ids_L.tolist()) == [*"ABC", "<|im_end|>"] and loss_L.tolist() == [

@@ -7,6 +7,7 @@ k is id `vocab_size + k`, and the three special tokens, looked up by name, lie b
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -61,6 +62,9 @@ class MultimodalTokenizer:
                 f"The tokenizer {text.name_or_path!r} puts {last} at {table.get(last)} instead of"
                 f" {first + self.image_vocab_size - 1}; image_vocab_size={self.image_vocab_size} does not fit it."
             )
+        # Longest first: a mark may begin with another.
+        marks = {END_OF_TURN, *(mark for mark, k in text.get_added_vocab().items() if k < self.vocab_size)}
+        self._marks = re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True))))
         top = max(self.som, self.eom, self.image) + 1 - self.vocab_size
         self.mm_vocab_size = top if mm_vocab_size is None else mm_vocab_size
         for name, k in ((SOM, self.som), (EOM, self.eom), (IMAGE, self.image)):
@@ -77,13 +81,18 @@ class MultimodalTokenizer:
         return cls(read_tokenizer(path), **sizes)
 
     def encode_text(self, text: str) -> np.ndarray:
-        """Plain text -> ids [L]. Raises ValueError where the text contains a multimodal token, which only this class may insert."""
-        ids = np.array(self.text.encode(text, add_special_tokens=False), np.int32)
+        """Plain text -> ids [L]. The name of a special token, such as a chat mark, is text like any other.
+
+        Raises ValueError where the text contains a multimodal token, which only this class may insert.
+        """
+        # A mark that is cut after its first character is no longer one for the tokenizer.
+        cuts = [0, *(mark.start() + 1 for mark in self._marks.finditer(text)), len(text)]
+        ids = np.array([k for a, b in itertools.pairwise(cuts) for k in self._encode(text[a:b])], np.int32)
         wrong = np.flatnonzero(ids >= self.vocab_size)
         if wrong.size:
             token = self.text.convert_ids_to_tokens(int(ids[wrong[0]]))
-            shown = repr(text if len(text) <= 60 else text[:57] + "...")
-            raise ValueError(f"The text {shown} contains the multimodal token {token}; leave it out.")
+            shown = text.strip() if len(text) <= 60 else text.strip()[:57] + "..."
+            raise ValueError(f"The text {shown!r} contains the multimodal token {token}; leave it out.")
         return ids
 
     def decode_text(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -117,22 +126,20 @@ class MultimodalTokenizer:
     def understanding_prompt(self, codes_YX: np.ndarray, question: str) -> np.ndarray:
         """Prompt of an answer: image and question as the user's turn of the tokenizer's chat template, then the start of the
         assistant's turn -> ids [L]."""
-        codes_YX = self._checked(codes_YX)
-        self.encode_text(question)  # raises if it contains multimodal tokens
-        y, x = codes_YX.shape
-        content = f"{SOM}{y} {x}{IMAGE}{EOM}\n{question}"
-        turn = self.text.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
-        # The tokenizer splits text at special tokens, so inserting the codes as ids is equal to tokenising their 5,184 names.
-        ids_L = np.array(self.text.encode(turn, add_special_tokens=False), np.int32)
-        at = int(np.flatnonzero(ids_L == self.image)[0]) + 1
-        codes = codes_YX.ravel().astype(np.int32) + self.vocab_size
-        return np.concatenate([ids_L[:at], codes, ids_L[at:]])
+        question_L, image_L = self.encode_text("\n" + question), self.image_ids(codes_YX)
+        turn = self.text.apply_chat_template([{"role": "user", "content": IMAGE}], tokenize=False, add_generation_prompt=True)
+        # The tokenizer splits text at special tokens, so this is equal to tokenising the whole turn, with the 5,184 names of the codes.
+        before_L, after_L = map(self._encode, turn.split(IMAGE))
+        return np.concatenate([before_L, image_L, question_L, after_L]).astype(np.int32)
 
     def understanding_sequence(self, codes_YX: np.ndarray, question: str, answer: str) -> TokenSequence:
         """Image, question and answer for training. Targets are the answer and the end of turn."""
         prompt_L = self.understanding_prompt(codes_YX, question)
         answer_L = np.append(self.encode_text(answer), np.int32(self.end_of_turn))
         return TokenSequence(np.concatenate([prompt_L, answer_L]), np.arange(len(prompt_L) + len(answer_L)) >= len(prompt_L))
+
+    def _encode(self, text: str) -> list[int]:
+        return self.text.encode(text, add_special_tokens=False)
 
     def _checked(self, codes_YX: np.ndarray) -> np.ndarray:
         codes_YX = np.asarray(codes_YX)
@@ -172,10 +179,9 @@ def fixed_length_ids(tokenizer: MultimodalTokenizer, texts: Sequence[str], lengt
 
     Every row ends with at least one padding token, the end-of-text position that CLIP pools.
     """
-    text = tokenizer.text
-    pad = text.pad_token_id if text.pad_token_id is not None else text.eos_token_id
+    pad = tokenizer.text.pad_token_id if tokenizer.text.pad_token_id is not None else tokenizer.text.eos_token_id
     ids = np.full((len(texts), length), pad, np.int32)
     for row, t in zip(ids, texts, strict=True):
-        found = text.encode(t, add_special_tokens=False)[: length - 1]
+        found = tokenizer.encode_text(t)[: length - 1]
         row[: len(found)] = found
     return ids
