@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP", "PPM")  # others of Pillow's run programs or are not images of a screen
 MAX_PIXELS = 1 << 26
+_ORIENTATION = 0x0112  # the tag of EXIF; from 5 on, sides are exchanged
 
 
 class UnreadableImage(ValueError):
@@ -34,28 +35,45 @@ def read_image(
     Raises:
       UnreadableImage: there is no such file, or it is no image of `formats`, is damaged or cut off, or holds too many pixels.
     """
-    try:
+    with _reasons(formats):
         data = file if isinstance(file, bytes) else Path(file).read_bytes()
-    except OSError as error:
-        raise UnreadableImage(error.strerror or str(error)) from error
+        _open(io.BytesIO(data), max_pixels, formats).verify()  # the check sums of a PNG file, after which it has to be opened again
+        image = _open(io.BytesIO(data), max_pixels, formats)
+        ImageFile.LOAD_TRUNCATED_IMAGES = False  # other packages set it, and a cut file would be grey below
+        image.load()
+        return to_rgb(image, as_stored)
+
+
+def image_size(file: str | Path) -> tuple[int, int]:
+    """(width, height) of the upright image, from the header of its file alone. UnreadableImage as far as the header tells."""
+    with _reasons(FORMATS), open(file, "rb") as stream:
+        image = _open(stream, MAX_PIXELS, FORMATS)
+        return image.size[::-1] if image.getexif().get(_ORIENTATION, 1) >= 5 else image.size
+
+
+def _open(stream: BinaryIO, max_pixels: int, formats: Sequence[str]) -> Image.Image:
+    image = Image.open(stream, formats=formats)
+    if image.width * image.height > max_pixels:
+        raise TooManyPixels(f"it has {image.width} x {image.height} pixels, the limit is {max_pixels} in all")
+    return image
+
+
+@contextmanager
+def _reasons(formats: Sequence[str]) -> Iterator[None]:
+    """Whatever goes wrong becomes an UnreadableImage."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of Pillow's: what matters becomes an error, and the limit below is stricter than its own
-            image = Image.open(io.BytesIO(data), formats=formats)
-            if image.width * image.height > max_pixels:
-                raise TooManyPixels(f"it has {image.width} x {image.height} pixels, the limit is {max_pixels} in all")
-            image.verify()  # the check sums of a PNG file, after which it has to be opened again
-            image = Image.open(io.BytesIO(data), formats=formats)
-            ImageFile.LOAD_TRUNCATED_IMAGES = False  # other packages set it, and a cut file would be grey below
-            image.load()
-            return to_rgb(image, as_stored)
+            warnings.simplefilter("ignore")  # of Pillow's: what matters becomes an error, and the limit of pixels is stricter than its own
+            yield
     except UnreadableImage:
         raise
-    except Image.DecompressionBombError as error:  # Pillow's own limit, far above this one
-        raise TooManyPixels(f"it has too many pixels, the limit is {max_pixels} in all") from error
+    except Image.DecompressionBombError as error:  # Pillow's own limit, far above ours
+        raise TooManyPixels(f"it has too many pixels, the limit is {MAX_PIXELS} in all") from error
     except UnidentifiedImageError as error:
-        raise UnreadableImage("it is empty" if not data else f"it is none of {', '.join(formats)}, or of a rare kind of these") from error
+        raise UnreadableImage(f"it is none of {', '.join(formats)}, or of a rare kind of these") from error
     except Exception as error:  # noqa: BLE001 - decoders of damaged files raise whatever they meet
+        if isinstance(error, OSError) and error.strerror:
+            raise UnreadableImage(error.strerror) from error
         reason = (str(error).splitlines() or [""])[0]
         raise UnreadableImage(f"it is damaged or cut off ({reason or type(error).__name__})") from error
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
-from xomni_jax.core.config import ConfigError, as_dict, checked, explanations, updated
+from xomni_jax.core.config import ConfigError, Text, as_dict, build, checked, explanations, field_types, updated
 from xomni_jax.core.registry import Registry
 
 if TYPE_CHECKING:
@@ -41,7 +41,14 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Example: ...
 
 
-SOURCES = Registry("source", {"rendered": "xomni_jax.data.rendered:RenderedSource"})
+SOURCES = Registry(
+    "source",
+    {
+        "rendered": "xomni_jax.data.rendered:RenderedSource",
+        "folder": "xomni_jax.data.files:FolderSource",
+        "jsonl": "xomni_jax.data.files:JsonLinesSource",
+    },
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,14 +75,16 @@ class DataSection:
     def updated(self, changes: Mapping[str, Any], where: str) -> DataSection:
         """With another source, which starts from its own defaults, or with other options."""
         changes = dict(changes)
-        source, options = str(changes.pop("source", self.source)), self.options
-        if source != self.source:
-            options = checked(lambda: getattr(SOURCES.get(source), "Options", object)(), f"{where}.source")
-            if not hasattr(options, "sizes"):
-                raise ConfigError(
-                    f"{where}.source={source}: is no source: it has no Options with `sizes`, the (height, width) of its images"
-                )
-        return DataSection(source, updated(options, changes, where))
+        named = changes.pop("source", self.source)
+        source, options = str(named), self.options
+        if source == self.source:
+            return DataSection(source, updated(options, changes, where))
+        kind = getattr(checked(lambda: SOURCES.get(source), f"{where}.source"), "Options", None)
+        if kind is None or "sizes" not in field_types(kind):
+            raise ConfigError(f"{where}.source={source}: is no source: it has no Options with `sizes`, the (height, width) of its images")
+        if isinstance(named, Text):  # on the command line: options in the file that are those of another source do not count
+            changes = {key: value for key, value in changes.items() if key in field_types(kind) or isinstance(value, Text)}
+        return DataSection(source, build(kind, changes, where))
 
     def as_dict(self) -> dict[str, Any]:
         """The source's name and its options."""
@@ -97,17 +106,26 @@ def batches(
     count: int | None = None,
     transform: Callable[[dict[str, Any]], Any] | None = None,
     prefetch: int = 2,
+    fields: Sequence[str] = (),
 ) -> grain.IterDataset:
     """Batches of a source as a grain IterDataset, endless unless `count` says how many.
 
     `batch_size` counts examples over all hosts; `rows` are those of every batch that this host loads (None: all), so that batches do
     not depend on the number of hosts, nor does an iterator's state: it counts batches. `transform` maps a collated batch (see `collate`).
+    `fields` are those that the caller reads of every example; ConfigError when the source does not give them.
     One thread loads `prefetch` batches ahead; 0 loads in the caller's thread. Iterators have `get_state()` and `set_state()`.
     """
     import grain  # takes seconds, and commands that only render examples do without it
 
     rows = range(batch_size) if rows is None else tuple(rows)
     source = data.open(seed, batch_size)
+    given = source[0] if fields else {}
+    missing = [name for name in fields if name not in given]
+    if missing:
+        raise ConfigError(
+            f"config.data.source={data.source}: its examples have no {', '.join(missing)}, which this stage learns from, but only "
+            f"{', '.join(sorted(given))}; add what is missing, or set the share or weight of what needs it to 0"
+        )
     examples = source if len(source) >= ENDLESS else grain.MapDataset.source(source).shuffle(seed).repeat()
 
     def batch(number: int) -> dict[str, Any]:

@@ -283,7 +283,10 @@ class GRPOStage:
         rows = local_rows(mesh, cfg.batch_size)
         return RunningStage(
             state,
-            DataIterator(batches(cfg.data, cfg.seed, cfg.batch_size, rows=rows), functools.partial(all_prompts, rows, cfg.batch_size)),
+            DataIterator(
+                batches(cfg.data, cfg.seed, cfg.batch_size, rows=rows, fields=("caption", "targets")),
+                functools.partial(all_prompts, rows, cfg.batch_size),
+            ),
             functools.partial(train_step, cfg, rollouts, flops(made["policy-update"].fn), reference),
             lambda state, directory, note: export_model(directory, {"transformer": (state.params, ar)}, cfg.init_from, note),
             functools.partial(sample_grid, cfg, rollouts),

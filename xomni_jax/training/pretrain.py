@@ -87,6 +87,11 @@ def sample_grid(model: XOmni, ar: transformer.ARConfig, data: DataSection, seed:
     return tile(np.concatenate([images, real]), columns=GRID_PROMPTS)
 
 
+def text_fields(cfg: NextTokenConfig) -> tuple[str, ...]:
+    """What the mixture reads of every example, beside its image."""
+    return ("id", "caption", *(("question", "answer") if cfg.understanding else ()))
+
+
 def packed_batch(
     cfg: PretrainRun, model: XOmni, text: MultimodalTokenizer, rows: Sequence[int] | None, examples: dict[str, Any]
 ) -> tuple[PackedTargets, dict[str, float]]:
@@ -101,7 +106,7 @@ def packed_batch(
     c, mesh = cfg.next_token, model.mesh
     pixels = to_pixels(examples["image"])
     codes = whole(model.encode_pixels(pixels if rows is None else spread(mesh, pixels, cfg.batch_size)))
-    texts = share({name: examples[name] for name in ("id", "caption", "question", "answer")}, rows, cfg.batch_size)
+    texts = share({name: examples[name] for name in text_fields(c)}, rows, cfg.batch_size)
     rng = np.random.default_rng([cfg.seed, *map(ord, texts["id"][0])])
     packed, counts = pack_batch(build_sequences(texts, codes, text, c, rng), text, c)
     own = local_rows(mesh, c.rows)
@@ -165,7 +170,10 @@ class PretrainStage:
         draws = "mmdit" in model.description["components"]
         return RunningStage(
             state,
-            DataIterator(batches(cfg.data, cfg.seed, cfg.batch_size, rows=rows), functools.partial(packed_batch, cfg, model, text, rows)),
+            DataIterator(
+                batches(cfg.data, cfg.seed, cfg.batch_size, rows=rows, fields=text_fields(cfg.next_token)),
+                functools.partial(packed_batch, cfg, model, text, rows),
+            ),
             step,
             lambda state, directory, note: export_model(directory, {"transformer": (state.params, ar)}, cfg.init_from, note),
             functools.partial(sample_grid, model, ar, cfg.data, cfg.seed) if draws else None,

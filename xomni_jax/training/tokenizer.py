@@ -93,15 +93,20 @@ class TokenizerRun(RunConfig):
     data: DataSection = SIGNS
 
 
-def learning_batch(text: MultimodalTokenizer, length: int, examples: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The batch of `understanding.tokenizer_loss`: question, newline, answer, end of turn as ids, cut at `length`, the answer masked in."""
+def learning_batch(text: MultimodalTokenizer, length: int, patch: int, examples: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The batch of `understanding.tokenizer_loss`: question, newline, answer, end of turn as ids, cut at `length`, the answer masked in.
+
+    Labels of the dense task are all 0 where the data have none.
+    """
     n = len(examples["question"])
     ids_BL, mask_BL = np.full((n, length), text.pad, np.int32), np.zeros((n, length), bool)
     for i, (question, answer) in enumerate(zip(examples["question"], examples["answer"], strict=True)):
         asked = text.encode_text(question + "\n")
         ids = np.concatenate([asked, text.encode_text(answer), [text.end_of_turn]])[:length]
         ids_BL[i, : len(ids)], mask_BL[i, len(asked) : len(ids)] = ids, True
-    return {"pixels": to_pixels(examples["image"]), "columns": examples["columns"], "ids": ids_BL, "loss_mask": mask_BL}
+    pixels = to_pixels(examples["image"])
+    columns = examples.get("columns", np.zeros((n, *(side // patch for side in pixels.shape[1:3])), np.int32))
+    return {"pixels": pixels, "columns": columns, "ids": ids_BL, "loss_mask": mask_BL}
 
 
 def make_update(learner: understanding.TokenizerLearner, optimizer: Optimizer, cfg: TokenizerConfig) -> Callable[..., Any]:
@@ -186,7 +191,8 @@ class TokenizerStage:
         made = cls.programs(cfg, models, mesh)
         load = functools.partial(
             batches, cfg.data, batch_size=cfg.batch_size, rows=local_rows(mesh, cfg.batch_size),
-            transform=functools.partial(learning_batch, MultimodalTokenizer.load(), c.text_length),
+            transform=functools.partial(learning_batch, MultimodalTokenizer.load(), c.text_length, vq.patch),
+            fields=("question", "answer", *(("columns",) if c.dense_weight else ())),
         )  # fmt: skip
 
         def to_mesh(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
