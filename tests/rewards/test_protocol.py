@@ -128,6 +128,34 @@ def test_image_bomb_is_refused_from_its_header():
         p.decode_image(out.getvalue())
 
 
+def test_an_image_too_elongated_for_scorers():
+    assert p.decode_image(p.encode_image(Image.new("RGB", (160, 10)))).shape == (10, 160, 3)
+    for size in ((161, 10), (1, 17)):
+        with pytest.raises(p.TooLarge, match=f"{size[0]} x {size[1]} pixels, the limit is 16 to 1"):
+            p.decode_image(p.encode_image(Image.new("RGB", size)))
+
+
+@pytest.mark.parametrize("depth", [40, 500, 900, 5000, 200_000])
+@pytest.mark.parametrize("pair", ["[]", ('{"a":', "}")])
+def test_deeply_nested_targets_are_malformed(depth, pair):
+    opened, closed = pair
+    targets = '{"text":' + opened * depth + '"x"' + closed * depth + "}"
+    body = f'{{"schema":1,"id":"a","images":["aaaa"],"items":[{{"prompt":"","targets":{targets}}}]}}'
+    with pytest.raises(p.ProtocolError, match="nested more than 32 deep|recursion") as caught:
+        p.read_request(body.encode(), p.JSON)
+    assert caught.value.status == 400 and len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("key", ["schema", "id", "images", "items", "x" * 100_000])
+def test_a_refusal_does_not_repeat_the_body(key):
+    body = {"schema": 1, "id": "a", "images": [], "items": []} | {key: "y" * 100_000}
+    for content, kind in ((json.dumps(body).encode(), p.JSON), (msgpack.packb(body), p.MSGPACK), (b"{}", "t" * 100_000)):
+        try:
+            p.read_request(content, kind)
+        except p.ProtocolError as error:
+            assert len(str(error)) < 300
+
+
 @pytest.mark.parametrize("data", [b"", b"not an image", p.encode_image(sign("HI"))[:60], b"GIF89a" + bytes(40)])
 def test_unreadable_image(data):
     with pytest.raises(p.ProtocolError, match="cannot be read"):

@@ -109,8 +109,10 @@ class Limits:
     max_images: int = 256
     max_image_bytes: int = 8 << 20
     max_pixels: int = 2048 * 2048
+    max_aspect_ratio: float = 16.0  # of an image's long side to its short one: scorers enlarge low images
     max_prompt_chars: int = 8192
     max_target_chars: int = 16384
+    max_target_depth: int = 32  # far from the depth at which Python's own recursion ends
     max_body_bytes: int = 128 << 20
 
 
@@ -147,7 +149,7 @@ def encode(message: msgspec.Struct, content_type: str = MSGPACK) -> bytes:
 def decode(body: bytes | bytearray, content_type: str, kind: type[T]) -> T:
     """A message of type `kind`. ProtocolError when the body is anything else."""
     if content_type not in _CODECS:
-        raise ProtocolError(f"content type {content_type!r} is not supported; send {MSGPACK} or {JSON}")
+        raise ProtocolError(f"content type {content_type[:80]!r} is not supported; send {MSGPACK} or {JSON}")
     try:
         return _CODECS[content_type].decode(body, type=kind)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
@@ -170,9 +172,11 @@ def read_request(body: bytes | bytearray, content_type: str = MSGPACK, limits: L
     for n, (image, item) in enumerate(zip(request.images, request.items)):
         _limit(f"images[{n}]", len(image), limits.max_image_bytes, "bytes")
         _limit(f"the prompt of items[{n}]", len(item["prompt"]), limits.max_prompt_chars, "characters")
+        if _deeper(item["targets"], limits.max_target_depth):
+            raise ProtocolError(f"items[{n}] has targets that are nested more than {limits.max_target_depth} deep")
         try:
             size = len(json.dumps(item["targets"]))
-        except (TypeError, ValueError, RecursionError) as error:
+        except (TypeError, ValueError) as error:
             raise ProtocolError(f"items[{n}] has targets that JSON cannot express") from error
         _limit(f"the targets of items[{n}]", size, limits.max_target_chars, "characters")
     return request
@@ -213,15 +217,24 @@ def decode_image(data: bytes, limits: Limits = Limits()) -> np.ndarray:
     """uint8 [Y, X, 3] of an image file; the size in its header is checked first. ProtocolError when unreadable, TooLarge when too big."""
     try:
         # As stored: a scorer sees the pixels that were sent, as the published scorers do.
-        return np.array(read_image(data, as_stored=True, max_pixels=limits.max_pixels, formats=("PNG", "JPEG", "WEBP")))
+        image = read_image(data, as_stored=True, max_pixels=limits.max_pixels, formats=("PNG", "JPEG", "WEBP"))
     except UnreadableImage as error:
         kind = TooLarge if isinstance(error, TooManyPixels) else ProtocolError
         raise kind(f"the image cannot be read: {error}") from error
+    if max(image.size) > limits.max_aspect_ratio * min(image.size):
+        raise TooLarge(f"the image has {image.width} x {image.height} pixels, the limit is {limits.max_aspect_ratio:g} to 1")
+    return np.array(image)
 
 
 def _limit(what: str, size: int, limit: int, unit: str) -> None:
     if size > limit:
         raise TooLarge(f"{what} has {size}, over the limit of {limit} {unit}")
+
+
+def _deeper(value: Any, depth: int) -> bool:
+    """Whether lists and objects are nested more than `depth` deep."""
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return depth < 0 or any(_deeper(v, depth - 1) for v in inside)
 
 
 def _plain(value: Any) -> Any:
