@@ -145,6 +145,8 @@ FAULTS = {
     "half a character": ({"text": "a\ud800"}, "'text' is not Unicode"),
     "question of another kind": ({"question": 3}, "'question' is no text"),
     "not JSON": ("{nothing", "it is not JSON"),
+    "null": ("null", "it is no object with named columns"),
+    "nested too deep": ('{"text":' + "[" * 100_000, "it is not JSON"),
     "no object": ("[1]", "it is no object with named columns"),
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -109,7 +109,9 @@ def usable_records(kind: str, options: FilesConfig) -> tuple[list[Record], dict[
     if faults:
         told = f"{len(faults)} of {len(found)} records cannot be used; the first: {faults[0]}"
         if not options.skip_faulty or not records:
-            raise ConfigError(f"{told}; repair them, or leave them out with config.data.skip_faulty=True")
+            raise ConfigError(
+                f"{told}; repair them" + ("" if options.skip_faulty else ", or leave them out with config.data.skip_faulty=True")
+            )
         logging.getLogger(__name__).warning("%s", told)
     if not records:
         raise ConfigError(f"config.data.path={options.path}: holds no images; name a folder with images in it, or a file of records")
@@ -118,7 +120,7 @@ def usable_records(kind: str, options: FilesConfig) -> tuple[list[Record], dict[
     for n, (_, (width, height)) in enumerate(records):
         nearest = min(options.sizes, key=lambda size: abs(np.log(size[0] / size[1]) - np.log(height / width)))
         members.setdefault(nearest, []).append(n)
-    return [record.with_columns(common) for record, _ in records], members
+    return [replace(record, more={name: record.more[name] for name in common}) for record, _ in records], members
 
 
 def _checked(record: Record | FaultyRecord, whole: bool) -> tuple[Record | FaultyRecord, tuple[int, int]]:

@@ -8,7 +8,7 @@ import json
 import os
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,6 @@ class Record:
     caption: str
     where: str
     more: dict[str, Any] = field(default_factory=dict)
-
-    def with_columns(self, names: set[str]) -> Record:
-        """With these of its other columns alone."""
-        return replace(self, more={name: value for name, value in self.more.items() if name in names})
 
 
 class FaultyRecord(ValueError):
@@ -86,8 +82,10 @@ def table_records(path: Path, image: str, caption: str, images: str) -> Iterator
     )
     for number, (row, where) in enumerate(rows):
         try:
+            if isinstance(row, FaultyRecord):
+                raise row
             if not isinstance(row, dict):
-                raise FaultyRecord(f"{where}: {row}" if isinstance(row, str) else f"{where}: it is no object with named columns")
+                raise FaultyRecord(f"{where}: it is no object with named columns")
             name = get(row, image)
             if not isinstance(name, str) or not name:
                 raise FaultyRecord(f"{where}: the column {image!r} names no image")
@@ -100,7 +98,7 @@ def table_records(path: Path, image: str, caption: str, images: str) -> Iterator
 
 
 def read_table(path: Path) -> Iterator[tuple[Any, str]]:
-    """(values, "FILE line N") of a file; a line that is not JSON gives the reason instead of values. ConfigError when it cannot be read.
+    """(values, "FILE line N") of a file; values are a FaultyRecord where a line is not JSON. ConfigError when it cannot be read.
 
     Lines end with a line feed alone: other line separators may stand inside a text.
     """
@@ -117,15 +115,18 @@ def read_table(path: Path) -> Iterator[tuple[Any, str]]:
             raise ConfigError(f"config.data: {path} line {rows.line_num + 1}: {error}; correct the quotes") from error
         return
     if text.lstrip().startswith("["):
-        whole, reason = _json(text)
-        if whole is None:
-            raise ConfigError(f"config.data: {path} is no list in JSON: {reason}")
-        yield from ((row, f"{path} entry {n}") for n, row in enumerate(whole, 1))
+        try:
+            yield from ((row, f"{path} entry {n}") for n, row in enumerate(json.loads(text), 1))
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"config.data: {path} is no list in JSON ({error}); correct it") from error
         return
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            row, reason = _json(line)
-            yield (reason if row is None else row), f"{path} line {number}"
+            where = f"{path} line {number}"
+            try:
+                yield json.loads(line), where
+            except (ValueError, RecursionError) as error:
+                yield FaultyRecord(f"{where}: it is not JSON ({error})"), where
 
 
 def get(row: Any, column: str) -> Any:
@@ -134,13 +135,6 @@ def get(row: Any, column: str) -> Any:
         return row[column]
     first, _, rest = column.partition(".")
     return get(row.get(first), rest) if rest and isinstance(row, dict) else None
-
-
-def _json(text: str) -> tuple[Any, str]:
-    try:
-        return json.loads(text), ""
-    except (ValueError, RecursionError) as error:
-        return None, f"it is not JSON ({error})"
 
 
 def _column(path: Path, key: str, chosen: str, usual: Sequence[str], rows: list[tuple[Any, str]], names: list[str]) -> str:

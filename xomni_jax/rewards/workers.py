@@ -65,7 +65,7 @@ class Workers:
             self._idle.put_nowait(n)
 
     async def _pool(self, n: int) -> ProcessPoolExecutor:
-        """Worker n, started first when it has not been or has died."""
+        """Worker n; it is started first if it never was or has died."""
         pool = self._pools[n]
         if pool is None:
             pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_prepare, initargs=(os.getpid(),))

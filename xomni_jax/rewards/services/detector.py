@@ -121,11 +121,11 @@ class Mask2Former:
         padded = [-(-side // _DIVISOR) * _DIVISOR for side in (height, width)]
         pixels = torch.nn.functional.pad(pixels, (0, padded[1] - width, 0, padded[0] - height))
         with torch.inference_mode():
-            said = self._model(pixel_values=pixels.to(self._device))
-            masks = torch.nn.functional.interpolate(said.masks_queries_logits, padded, mode="bilinear", align_corners=False)
+            outputs = self._model(pixel_values=pixels.to(self._device))
+            masks = torch.nn.functional.interpolate(outputs.masks_queries_logits, padded, mode="bilinear", align_corners=False)
             masks = masks[..., :height, :width]
             masks = torch.nn.functional.interpolate(masks, image.size[::-1], mode="bilinear", align_corners=False)
-            chosen = choose_instances(torch, said.class_queries_logits[0], masks[0])
+            chosen = choose_instances(torch, outputs.class_queries_logits[0], masks[0])
         return [Instance(self.names[label], score, box, mask) for label, score, box, mask in chosen]
 
 
@@ -207,9 +207,9 @@ def _normalised(torch: Any, image: Image.Image, mean: Sequence[float], std: Sequ
     return torch.from_numpy(pixels_YXC.transpose(2, 0, 1)[None].copy())
 
 
-def _features(said: Any) -> Any:
+def _features(outputs: Any) -> Any:
     """Projected features; versions of transformers return them bare or as the pooler output."""
-    return said if hasattr(said, "shape") else said.pooler_output
+    return outputs if hasattr(outputs, "shape") else outputs.pooler_output
 
 
 def _unit(features: Any) -> Any:

@@ -69,7 +69,7 @@ class OCRScorer(Scorer):
         Attributes:
           mode: crop reads every line of ink, detect finds text boxes first, auto crops images of up to 64 pixels of height.
           formula: how texts are compared; auto is edit similarity up to 20 characters, recall with a length penalty above.
-          second: a second reader; the lower of the two scores counts, so that glyphs which only one can read do not pay.
+          second: a second reader; the lower of the two scores counts, so that text which only one of them can read earns nothing.
         """
 
         mode: Literal["auto", "crop", "detect"] = "auto"
