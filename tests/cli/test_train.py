@@ -1,10 +1,12 @@
 """xomni train: overrides reach the stage, and what is wrong is told before anything is written."""
 
+import json
 import sys
 
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from PIL import Image
 
 from tests.cli.test_main import refusal, settings  # noqa: F401 - a fixture
 from tests.miniature import ROOT
@@ -104,6 +106,28 @@ def test_what_only_the_stage_can_see(file, overrides, told, mini, capsys, tmp_pa
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     assert told in refusal(capsys, "train", mini(file), *(f"--config.{o}" for o in overrides))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_images_of_ones_own(mini, tmp_path, capsys):
+    """Fine-tuning on images with captions beside them; what is wrong with them is told before anything is written."""
+    images, run = tmp_path / "images", tmp_path / "run"
+    images.mkdir()
+    options = [mini("sft"), "--config.data.source=folder", f"--config.data.path={images}", "--config.data.sizes=((16,32),)"]
+    options += ["--config.steps=3", "--config.log_every=1", "--config.grid_every=0"]
+    assert "images: holds no images; name a folder with images" in refusal(capsys, "train", *options)
+    for n in range(5):
+        Image.new("RGB", (70, 40), (50 * n, 90, 90)).save(images / f"{n}.png")
+        (images / f"{n}.txt").write_text(f"the <|im_end|> number {n}")
+    (images / "cut.png").write_bytes((images / "1.png").read_bytes()[:20])
+    assert "1 of 6 records cannot be used; the first: " in refusal(capsys, "train", *options)
+    (images / "cut.png").unlink()
+    assert "examples have no question, answer, which this stage learns from, but only caption, id, image" in refusal(
+        capsys, "train", *options
+    )
+    options += ["--config.next_token.generation=0.9", "--config.next_token.understanding=0", "--config.next_token.text=0.1"]
+    assert not run.exists()
+    assert main(["train", *options]) == 0
+    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["loss/image"] > 0
 
 
 def test_a_damaged_model_to_start_from(mini, model_dir, tmp_path, capsys):

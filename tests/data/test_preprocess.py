@@ -72,9 +72,9 @@ def _accepted(width: int, height: int, limits: ImageLimits) -> tuple[int, int] |
 
 @pytest.mark.parametrize("limits", [RELEASED, ImageLimits(**released.LIMITS)], ids=["released", "small"])
 def test_any_size_is_treated_as_by_the_released_code(limits, rng):
-    """Two hundred sizes around the limits against the program written from the description, refusals included."""
-    taken = 0
-    for _ in range(200):
+    """Sizes around the limits against the program written from the description, refusals included."""
+    taken, tries = 0, 200 if limits.long_size < 500 else 50  # large images take their time
+    for _ in range(tries):
         height = int(np.exp(rng.uniform(np.log(limits.min_short_size * 0.9), np.log(limits.long_size * 1.5))))
         width = max(1, int(height * np.exp(rng.uniform(-1.2, 1.2))))
         image = Image.fromarray(rng.integers(0, 256, (2, 3, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.NEAREST)
@@ -83,7 +83,7 @@ def test_any_size_is_treated_as_by_the_released_code(limits, rng):
         if theirs is not None:
             taken += 1
             np.testing.assert_array_equal(preprocess(image, limits), theirs)
-    assert 80 < taken < 200
+    assert 0.4 * tries < taken < tries
 
 
 @pytest.mark.parametrize("size", [(127, 128), (128, 127), (128, 385), (385, 128), (128, 384), (1, 1), (383, 1153), (1153, 383)], ids=str)
