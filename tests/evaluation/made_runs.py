@@ -59,8 +59,8 @@ def write_answer_run(folder, items=9, right=0.7, seed=0, suite="pope", **setting
     return finish(folder, lines, suite, "POPE", "f1", judge=None, **settings)
 
 
-def finish(folder, lines, suite, title, headline, judge, **settings):
-    """items.jsonl and results.json of the given lines; the headline is the mean score."""
+def finish(folder, lines, suite, title, headline, judge, objections=(), **settings):
+    """items.jsonl and results.json of the given lines; the headline is the mean score. `objections`: why it is not comparable."""
     (folder / "items.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     categories = {
         c: {"score": float(np.mean(scores)), "items": len(scores)}
@@ -73,10 +73,11 @@ def finish(folder, lines, suite, title, headline, judge, **settings):
     results = {
         "suite": suite,
         "title": title,
-        "headline": {"name": headline, "value": value},
+        "headline": {"name": headline, "value": value, "stderr": 0.01, "interval": [value - 0.0196, value + 0.0196]},
+        "comparable": {"yes": not objections, "because": list(objections)},
         "scores": {headline: value},
         "categories": categories,
-        "counts": {"items": len(lines), "unparsed": 0},
+        "counts": {"items": len(lines), "published": 9000 if suite == "pope" else 160, "unparsed": 0},
         "unparsed": [],
         "notes": [],
         "settings": settings,

@@ -135,7 +135,7 @@ def test_guidance_by_hand(tmp_path, capsys):
     rows = list(csv.DictReader((tmp_path / "out" / "guidance.csv").open()))
     assert [float(row["guidance"]) for row in rows] == [1.0, 1.5, 3.0] and rows[0]["minus_off"] == ""
     page = (tmp_path / "out" / "guidance.html").read_text()
-    assert page.count("<svg") == 1 and "guidance 1 (off)" in page and "<th>poster</th>" in page
+    assert page.count("<svg") == 1 and "guidance 1 (off)" in page and ">poster</th>" in page
 
 
 def test_runs_that_are_no_experiment_are_refused(policies, tmp_path):

@@ -155,9 +155,9 @@ def _best_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _effect(args: argparse.Namespace) -> int:
-    from xomni_jax.evaluation.effect import EffectConfig, open_services, run_effect
-    from xomni_jax.evaluation.measurement import table_text
-    from xomni_jax.evaluation.report import write_report
+    from xomni_jax.evaluation.effect import EffectConfig, open_services
+    from xomni_jax.evaluation.effect_page import write_report
+    from xomni_jax.evaluation.effect_summary import run_effect, table_text
 
     began = time.time()
     given = {name: value for name, value in vars(args).items() if name in EffectConfig.__dataclass_fields__}

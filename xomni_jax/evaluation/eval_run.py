@@ -93,6 +93,11 @@ class EvalRun:
         """Category per item; "" where the suite has none."""
         return [category(item) for item in self.items]
 
+    @property
+    def published_order(self) -> list[int]:
+        """Numbers of the items in the order of the benchmark's data."""
+        return sorted(range(len(self.items)), key=lambda i: self.items[i].get("position", i))
+
 
 def read_eval_run(directory: str | Path, remedy: str = MAKE_ONE) -> EvalRun:
     """The run in a directory.
