@@ -10,7 +10,8 @@ import pytest
 
 from tests.evaluation.made_runs import write_answer_run, write_generate_run
 from xomni_jax.cli.main import main
-from xomni_jax.evaluation.studies import best_of_study, guidance_study, read_runs, reward_scores
+from xomni_jax.evaluation.reward_scores import reward_scores
+from xomni_jax.evaluation.studies import best_of_study, guidance_study, read_runs
 from xomni_jax.evaluation.suite import SuiteError
 
 ITEMS, SFT, RL = 7, {"path": "models/sft", "sha256": "aaaa"}, {"path": "models/rl", "sha256": "bbbb"}

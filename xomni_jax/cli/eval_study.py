@@ -121,14 +121,11 @@ def run(args: argparse.Namespace) -> int:
     """Prints the table, writes the files."""
     if args.evaluation == "effect":
         return _effect(args)
-    from xomni_jax.evaluation import studies
+    from xomni_jax.evaluation.studies import study_text, write_study
 
-    if args.evaluation == "guidance":
-        study, name, text = _guidance(args), "guidance", studies.guidance_text
-    else:
-        study, name, text = _best_of(args), "best_of_n", studies.best_of_text
-    print(text(study))
-    print(f"report: {studies.write_study(study, name, args.out).absolute()}")
+    study, name = (_guidance(args), "guidance") if args.evaluation == "guidance" else (_best_of(args), "best_of_n")
+    print(study_text(study, name))
+    print(f"report: {write_study(study, name, args.out).absolute()}")
     return 0
 
 
@@ -139,7 +136,8 @@ def _guidance(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _best_of(args: argparse.Namespace) -> dict[str, Any]:
-    from xomni_jax.evaluation.studies import best_of_study, read_runs, reward_scores
+    from xomni_jax.evaluation.reward_scores import reward_scores
+    from xomni_jax.evaluation.studies import best_of_study, read_runs
     from xomni_jax.rewards.client import RewardClient
 
     changes = [{"model": model, "seed": 1234 + i} for model, runs in (("SFT", args.sft), ("RL", args.rl)) for i in range(len(runs))]
