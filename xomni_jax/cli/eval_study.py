@@ -56,17 +56,8 @@ text: an oracle. Start the services first, each in a terminal of its own:
 Results: OUT/report.html (one page, opens anywhere), OUT/report.json (all numbers with 95% intervals), OUT/cells/NAME (the run of each
 measurement: images and replies). When it is interrupted, the same command goes on from the finished parts.
 """
-_HOW_MUCH = {
-    "prompts": "N",
-    "samples": "N",
-    "rl_samples": "N",
-    "sweep_samples": "N",
-    "size": "HxW",
-    "lengths": "A-B",
-    "seed": "N",
-    "chunk": "N",
-}
-_SAMPLING = {"guidance": "SCALE", "temperature": "T", "top_k": "K", "top_p": "P", "min_p": "P", "temperatures": "T,T,..."}
+_HOW_MUCH = ("prompts", "samples", "rl_samples", "sweep_samples", "size", "lengths", "seed", "chunk")
+_SAMPLING = ("guidance", "temperature", "top_k", "top_p", "min_p", "temperatures")
 
 
 def add_studies(kinds: Any, wanted: str | None) -> None:
@@ -100,15 +91,19 @@ def _add_effect(kinds: Any) -> None:
     services.add_argument(
         "--second", metavar="URL", help="tesseract, a reader that took no part in training; without it that column is null"
     )
-    read = {"size": functools.partial(_pair, "x", "32x64"), "lengths": functools.partial(_pair, "-", "3-6"), "temperatures": _numbers}
-    written = {"size": "32x64", "lengths": "3-6", "temperatures": "1,0.7,0.5,0.3,0"}
-    for title, options in (("how much", _HOW_MUCH), ("sampling (the defaults are those of the rollouts in training)", _SAMPLING)):
+    # How an option that is no plain number is read, its metavar and its default.
+    special = {
+        "size": (functools.partial(_pair, "x", "32x64"), "HxW", "32x64"),
+        "lengths": (functools.partial(_pair, "-", "3-6"), "A-B", "3-6"),
+        "temperatures": (_numbers, "T,T,...", "1,0.7,0.5,0.3,0"),
+    }
+    for title, names in (("how much", _HOW_MUCH), ("sampling (the defaults are those of the rollouts in training)", _SAMPLING)):
         group = parser.add_argument_group(title)
-        for name, metavar in options.items():
+        for name in names:
             default = getattr(EffectConfig, name)
-            help_ = f"{says[name]} (default {written.get(name) or f'{default:g}'})"
-            kind = read.get(name, type(default))
-            group.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, metavar=metavar, help=help_)
+            kind, metavar, shown = special.get(name) or (type(default), "N" if isinstance(default, int) else "X", f"{default:g}")
+            option = f"--{name.replace('_', '-')}"
+            group.add_argument(option, type=kind, default=default, metavar=metavar, help=f"{says[name]} (default {shown})")
     out = parser.add_argument_group("report")
     out.add_argument("--out", required=True, metavar="OUT", help=says["out"])
     out.add_argument(

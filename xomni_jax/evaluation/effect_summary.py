@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,17 +16,15 @@ from xomni_jax.core.tables import TableCell, aligned, format_estimate, format_in
 from xomni_jax.evaluation.effect import Effect, EffectConfig, Setting, measure_all
 from xomni_jax.evaluation.grpo_run import read_run
 from xomni_jax.evaluation.judges import RewardsJudge
-from xomni_jax.evaluation.measurement import REWARDS, Measurement, colour_entropy
+from xomni_jax.evaluation.measurement import Measurement, colour_entropy
 from xomni_jax.evaluation.statistics import (
     BEST_OF,
-    best_of_weights,
     bootstrap_mean,
     bounds,
     held_up_to,
     number,
     paired_difference,
     paired_ratio,
-    weighted_rows,
     with_bounds,
 )
 
@@ -73,32 +71,11 @@ def run_effect(
     return effect, report
 
 
-class Row(NamedTuple):
-    """Images of a measurement with a weight each [P, R]: uniform, or the chance to be picked as the best of N."""
-
-    measurement: Measurement
-    weights_PR: np.ndarray
-
-    def values(self, metric: str) -> np.ndarray:
-        """Mean of a metric per prompt [P]; all NaN when it was not measured."""
-        if metric not in self.measurement.metrics:
-            return np.full(len(self.weights_PR), np.nan)
-        return weighted_rows(self.measurement.metrics[metric], self.weights_PR)
-
-
-def plain_row(measurement: Measurement) -> Row:
-    """Every image counts alike."""
-    return Row(measurement, np.ones(measurement.images.shape[:2]))
-
-
-def setting_rows(setting: Setting, weights: dict[str, float]) -> dict[str, Row]:
+def setting_rows(setting: Setting, weights: dict[str, float]) -> dict[str, Measurement]:
     """The rows of one guidance setting: reconstruction, sft, sft_best_of_N as far as there are N samples, rl."""
-    rows = {"reconstruction": plain_row(setting.reconstruction), "sft": plain_row(setting.sft)}
     selection_PR = setting.sft.selection(weights)
-    for n in BEST_OF[1:]:
-        if n <= selection_PR.shape[1]:
-            rows[f"sft_best_of_{n}"] = Row(setting.sft, best_of_weights(selection_PR, n))
-    return rows | {"rl": plain_row(setting.rl)}
+    best = {f"sft_best_of_{n}": setting.sft.best_of(n, selection_PR) for n in BEST_OF[1:] if n <= selection_PR.shape[1]}
+    return {"reconstruction": setting.reconstruction, "sft": setting.sft, **best, "rl": setting.rl}
 
 
 def summarise(effect: Effect, seconds: dict[str, float | None]) -> dict[str, Any]:
@@ -116,33 +93,33 @@ def summarise(effect: Effect, seconds: dict[str, float | None]) -> dict[str, Any
         **seconds,
         "step_seconds": effect.run.step_seconds(),
         **{name: {row: entry(r, config.seed) for row, r in rows[name].items()} for name in rows},
-        "real_images": entry(plain_row(effect.real), config.seed),
+        "real_images": entry(effect.real, config.seed),
         "rl_holds_up_to_best_of": comparisons["guidance_off"]["rl_holds_up_to_best_of"],
         "comparisons": comparisons,
         "sft_temperature_sweep": {
-            name: [{"temperature": t, "samples": m.images.shape[1]} | entry(plain_row(m), config.seed) for t, m in setting.sweep.items()]
+            name: [{"temperature": t, "samples": m.images.shape[1]} | entry(m, config.seed) for t, m in setting.sweep.items()]
             for name, setting in effect.settings.items()
         },
         "image_statistics": {name: {row: image_entry(r) for row, r in rows[name].items()} for name in rows},
         "failures": {name: {"images": int(np.prod(m.images.shape[:2])), **m.failures} for name, m in measurements.items()},
         "prompts_left_out": {name: {row: int(np.isnan(r.weights_PR[:, 0]).sum()) for row, r in rows[name].items()} for name in rows},
-        "settings": dataclasses.asdict(config) | {"selection_weights": {s: w for s, w in weights.items() if measured(effect.real, s)}},
+        "settings": dataclasses.asdict(config) | {"selection_weights": effect.real.counted(weights)},
         "prompts": list(effect.signs.captions),
         "notes": notes(effect),
     }
 
 
-def entry(row: Row, seed: int) -> dict[str, Any]:
+def entry(row: Measurement, seed: int) -> dict[str, Any]:
     """Means of the shown metrics over prompts, with `ci95`: metric -> [low, high]."""
     intervals = {metric: bootstrap_mean(row.values(metric), seed) for metric in METRIC_NAMES}
     return {metric: number(i.value) for metric, i in intervals.items()} | {"ci95": {metric: bounds(i) for metric, i in intervals.items()}}
 
 
-def compare(rows: dict[str, Row], setting: Setting, seed: int) -> dict[str, Any]:
+def compare(rows: dict[str, Measurement], setting: Setting, seed: int) -> dict[str, Any]:
     """RL against the other rows on the same prompts; `rl_holds_up_to_best_of` goes by word accuracy, see `statistics.held_up_to`."""
     rl = rows["rl"]
     best_t, best = best_temperature(setting)
-    others = {name: row for name, row in rows.items() if name != "rl"} | {"sft_best_temperature": plain_row(best)}
+    others = {name: row for name, row in rows.items() if name != "rl"} | {"sft_best_temperature": best}
     words = {name: bootstrap_mean(row.values("word_accuracy")).value for name, row in rows.items()}
     best_of = {n: "sft" if n == 1 else f"sft_best_of_{n}" for n in BEST_OF}
     ratios = {
@@ -162,7 +139,7 @@ def compare(rows: dict[str, Row], setting: Setting, seed: int) -> dict[str, Any]
 
 def best_temperature(setting: Setting) -> tuple[float | None, Measurement]:
     """The temperature at which SFT reads right most often; (None, plain SFT) without a sweep."""
-    means = {t: bootstrap_mean(plain_row(m).values("word_accuracy")).value for t, m in setting.sweep.items()}
+    means = {t: bootstrap_mean(m.values("word_accuracy")).value for t, m in setting.sweep.items()}
     known = {t: mean for t, mean in means.items() if math.isfinite(mean)}
     if not known:
         return None, setting.sft
@@ -170,10 +147,10 @@ def best_temperature(setting: Setting) -> tuple[float | None, Measurement]:
     return best, setting.sweep[best]
 
 
-def image_entry(row: Row) -> dict[str, float | None]:
+def image_entry(row: Measurement) -> dict[str, float | None]:
     """Edge density, colour entropy of the pooled images in bits, re-encode agreement, colour reward."""
     weights_PR = np.nan_to_num(row.weights_PR)
-    share = (weights_PR[..., None] * row.measurement.colours).sum((0, 1)) / max(weights_PR.sum(), 1e-12)
+    share = (weights_PR[..., None] * row.colours).sum((0, 1)) / max(weights_PR.sum(), 1e-12)
     mean = lambda metric: number(bootstrap_mean(row.values(metric)).value)  # noqa: E731
     return {
         "edge_density": mean("edge_density"),
@@ -198,15 +175,9 @@ def notes(effect: Effect) -> list[str]:
         said.append("second_reader_accuracy is null: no second reader was given (--second).")
     if "colour_accuracy" not in effect.real.metrics:
         said.append("colour_accuracy is null: no shapes service was given (--shapes).")
-    absent = [name for name in run.weights if not measured(effect.real, name)]
-    if absent:
-        said.append(f"The run was also trained on {', '.join(absent)}, not measured here and without part in best-of-N's choice.")
+    if absent := run.weights.keys() - effect.real.counted(run.weights).keys():
+        said.append(f"The run was also trained on {', '.join(sorted(absent))}, not measured here and without part in best-of-N's choice.")
     return said
-
-
-def measured(measurement: Measurement, service: str) -> bool:
-    """Whether the reward of a service was measured."""
-    return REWARDS.get(service) in measurement.metrics
 
 
 # ---- for readers ----

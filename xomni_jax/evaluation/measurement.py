@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from xomni_jax.evaluation.statistics import best_of_weights, weighted_rows
 from xomni_jax.evaluation.suite import SuiteError
 
 MAX_FAILED = 0.2  # share of images that a service may fail to score before the measurement is refused
@@ -24,9 +26,9 @@ METRICS: dict[str, tuple[str, str | None]] = {
 REWARDS = {service: metric for metric, (service, key) in METRICS.items() if key is None}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Measurement:
-    """P prompts x R images and what was measured.
+    """P prompts x R images and what was measured, each image with a weight.
 
     Attributes:
       images: uint8 [P, R, H, W, 3].
@@ -35,13 +37,27 @@ class Measurement:
       colours: share of pixels per colour [P, R, 64].
       texts: what each reader read, reader -> [P, R] of str.
       failures: service -> number of images that it could not score; they are NaN in its metrics.
+      weights_PR: how much an image counts in the mean of its prompt: all alike, or the chance to be picked as the best of N.
     """
 
     images: np.ndarray
     metrics: dict[str, np.ndarray]
     colours: np.ndarray
     texts: dict[str, np.ndarray]
-    failures: dict[str, int] = field(default_factory=dict)
+    failures: dict[str, int]
+    weights_PR: np.ndarray
+
+    def values(self, metric: str) -> np.ndarray:
+        """Mean of a metric per prompt [P]; all NaN when it was not measured."""
+        return weighted_rows(self.metrics.get(metric, np.full_like(self.weights_PR, np.nan)), self.weights_PR)
+
+    def best_of(self, n: int, selection_PR: np.ndarray) -> Measurement:
+        """The same images, each weighted by its chance to be the best of n of its prompt."""
+        return dataclasses.replace(self, weights_PR=best_of_weights(selection_PR, n))
+
+    def counted(self, weights: Mapping[str, float]) -> dict[str, float]:
+        """The weights of the rewards that were measured."""
+        return {service: weight for service, weight in weights.items() if REWARDS.get(service) in self.metrics}
 
     def selection(self, weights: Mapping[str, float]) -> np.ndarray:
         """The reward that best-of-N picks by [P, R]: weighted sum of the measured rewards, NaN where one of them failed.
@@ -49,13 +65,12 @@ class Measurement:
         Raises:
           SuiteError: none of the weighted rewards was measured.
         """
-        counted = {REWARDS[s]: w for s, w in weights.items() if w and REWARDS.get(s) in self.metrics}
-        if not counted:
+        if not (counted := self.counted(weights)):
             raise SuiteError(
                 f"none of the rewards that the run was trained on ({', '.join(weights) or 'none'}) was measured here; "
                 "pass the URL of its service"
             )
-        return sum(w * self.metrics[name] for name, w in counted.items())
+        return sum(weight * self.metrics[REWARDS[service]] for service, weight in counted.items())
 
 
 def measure(name: str, images: np.ndarray, replies_PR: Sequence[Sequence[Mapping[str, Any]]], agreement: Any = None) -> Measurement:
@@ -85,7 +100,7 @@ def measure(name: str, images: np.ndarray, replies_PR: Sequence[Sequence[Mapping
         for service in ("ocr", "second")
         if service in services
     }
-    return Measurement(images, metrics, colour_histogram(images), texts, failures)
+    return Measurement(images, metrics, colour_histogram(images), texts, failures, np.ones(images.shape[:2]))
 
 
 def _value(reply: Mapping[str, Any], key: str | None) -> float:

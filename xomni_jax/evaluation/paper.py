@@ -148,28 +148,6 @@ class StatedSetting(NamedTuple):
     source: str
 
 
-class PaperRow(NamedTuple):
-    """One suite: its table, how to reproduce its numbers, what the paper prints, and a finished run if there is one."""
-
-    table: int
-    suite: str
-    settings: tuple[StatedSetting, ...]
-    command: str
-    paper: dict[str, str | None]
-    run: EvalRun | None
-
-
-def rows(runs: Iterable[EvalRun] = ()) -> list[PaperRow]:
-    """One row per suite, in the order of the paper, with its best run: a comparable one, of most items, the latest."""
-    rank = lambda run: (not objections(run.results), len(run.items), (run.path / "results.json").stat().st_mtime)
-    best = {run.suite: run for run in sorted(runs, key=rank)}
-    made = [
-        PaperRow(columns.table, suite, suite_settings(suite), command(suite), values(suite)[OURS], best.get(suite))
-        for suite, columns in COLUMNS.items()
-    ]
-    return sorted(made, key=lambda row: row.table)
-
-
 def suite_settings(name: str) -> tuple[StatedSetting, ...]:
     """Every setting of a suite's run, with its source."""
     suite, language = get_suite(name), language_of(name)
@@ -216,12 +194,12 @@ def find_runs(directory: str | Path) -> list[EvalRun]:
     return [run for run in runs if run.suite in COLUMNS]
 
 
-def departures(row: PaperRow, run: EvalRun) -> list[str]:
-    """The settings in which a run differs from the row's command; empty when it does not."""
+def departures(run: EvalRun) -> list[str]:
+    """The settings in which a run differs from the command of its suite; empty when it does not."""
     settings = run.flat_settings
     settings["rewriting"] = "yes" if settings.get("data.rewritten") else "none"
     differing = []
-    for setting in row.settings:
+    for setting in suite_settings(run.suite):
         name = "repeats" if setting.name == "images per prompt" else setting.name.replace("-", "_")
         value = settings.get(name, settings.get(f"sampling.{name}"))
         if value not in (None, setting.value):
@@ -229,42 +207,52 @@ def departures(row: PaperRow, run: EvalRun) -> list[str]:
     return differing + ([f"switches {settings['switches']}"] if settings["switches"] != "none" else [])
 
 
-def table_text(made: list[PaperRow]) -> str:
-    """The table for a terminal."""
-    lines = []
-    for number, of_table in itertools.groupby(made, key=lambda row: row.table):
+def best_runs(runs: Iterable[EvalRun]) -> dict[str, EvalRun]:
+    """Suite -> the run to show of it: a comparable one before others, then of most items, then the latest."""
+    rank = lambda run: (not objections(run.results), len(run.items), (run.path / "results.json").stat().st_mtime)
+    return {run.suite: run for run in sorted(runs, key=rank)}
+
+
+def table_text(runs: Iterable[EvalRun] = ()) -> str:
+    """All suites for a terminal, in the order of the paper, each with the best of the finished runs."""
+    lines, best, number_of = [], best_runs(runs), lambda suite: COLUMNS[suite].table
+    for number, suites in itertools.groupby(sorted(COLUMNS, key=number_of), key=number_of):
         lines += [f"Table {number}: {tables()[number]['title']}", ""]
-        for row in of_table:
-            lines += [*row_text(row), ""]
+        for suite in suites:
+            lines += [*suite_text(suite), *(run_text(best[suite]) if suite in best else ["  ours:  not run"]), ""]
         lines.append("")
     return "\n".join([*lines, "Marks after a setting:", *(f"  {mark or ' '} {meaning}" for mark, meaning in LEGEND.items()), ""])
 
 
-def row_text(row: PaperRow) -> list[str]:
-    """The lines of one suite."""
-    unstated = [s.name for s in row.settings if s.source != PAPER]
+def suite_text(suite: str) -> list[str]:
+    """How to reproduce the numbers of a suite, and what the paper prints."""
+    settings = suite_settings(suite)
+    unstated = [s.name for s in settings if s.source != PAPER]
     return [
-        f"{row.suite}: {get_suite(row.suite).title}",
-        f"  {row.command}",
-        f"  settings: {', '.join(f'{s.name} {s.value}{s.source}' for s in row.settings)}",
-        f"  the paper does not say: {', '.join(filter(None, (*unstated, NOTES.get(row.suite))))}",
-        f"  paper: {numbers(row.paper)}",
-        *(["  ours:  not run"] if row.run is None else run_text(row, row.run)),
+        f"{suite}: {get_suite(suite).title}",
+        f"  {command(suite)}",
+        f"  settings: {', '.join(f'{s.name} {s.value}{s.source}' for s in settings)}",
+        f"  the paper does not say: {', '.join(filter(None, (*unstated, NOTES.get(suite))))}",
+        f"  paper: {numbers(values(suite)[OURS])}",
     ]
 
 
-def run_text(row: PaperRow, run: EvalRun) -> list[str]:
+def run_text(run: EvalRun) -> list[str]:
     """What a finished run gave, and why that cannot be compared with the paper where it cannot."""
-    settings, interval = run.flat_settings, run.results["headline"].get("interval")
+    settings, interval, why, differing = (
+        run.flat_settings,
+        run.results["headline"].get("interval"),
+        objections(run.results),
+        departures(run),
+    )
     model = str(settings.get("model.sha256", "images of another program"))[:12]
-    scale = get_suite(row.suite).paper_scale
-    between = f", 95% interval {format_interval(interval, '.4g', scale)}" if interval else ""
-    why, differing = objections(run.results), departures(row, run)
-    name = "ours, not comparable" if why else "ours"
-    lines = [f"  {name}: {numbers(ours(run.results))} from {sample(run.results)}{between}"]
-    lines += [f"    {run.path}, model {model}, judge {settings['judge.name']}"]
-    lines += [f"    not comparable: {sentence}" for sentence in why]
-    return lines + [f"    not what the command above makes: {', '.join(differing)}"] * bool(differing)
+    between = f", 95% interval {format_interval(interval, '.4g', get_suite(run.suite).paper_scale)}" if interval else ""
+    return [
+        f"  ours{', not comparable' * bool(why)}: {numbers(ours(run.results))} from {sample(run.results)}{between}",
+        f"    {run.path}, model {model}, judge {settings['judge.name']}",
+        *(f"    not comparable: {sentence}" for sentence in why),
+        *[f"    not what the command above makes: {', '.join(differing)}"] * bool(differing),
+    ]
 
 
 def numbers(values: Mapping[str, str | None]) -> str:
