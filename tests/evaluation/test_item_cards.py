@@ -40,10 +40,20 @@ def test_either_text_comes_back_from_its_marks(rng):
 
 
 def test_where_the_wanted_text_stands():
-    item = {"fields": {"text": ["Grand", "Opening"], "language": "en"}}
-    assert wanted_text(item) == ("Grand Opening", True)  # LongText-Bench counts English without case
-    assert wanted_text({"fields": {"text_content": "['Open Daily', '9 to 5']"}}) == ("Open Daily 9 to 5", False)
-    assert wanted_text({"fields": {"category": "colors"}})[0] == wanted_text(item | {"answer": "Grand"})[0] == ""
+    assert wanted_text({"text": ["Grand", "Opening"], "language": "en"}) == "Grand Opening"
+    assert wanted_text({"text_content": "['Open Daily', '9 to 5']"}) == "Open Daily 9 to 5"
+    assert wanted_text({"answers": ["J. Doe", "John Doe"]}) == "J. Doe | John Doe" and wanted_text({"label": "yes"}) == "yes"
+    assert wanted_text({"answer": "B", "options": {}}) == "B" and wanted_text({"category": "colors"}) == ""
+
+
+def test_case_counts_as_it_does_for_the_suite(tmp_path):
+    """LongText-Bench lower-cases English; an answer is shown as it is."""
+    run = read_eval_run(write_generate_run(tmp_path / "run", items=1, repeats=1))
+    item = run.items[0] | {"replies": [["WORD0 Open daily"]]}
+    card = lambda fields: item_card(run, item | {"fields": item["fields"] | fields}, {}, run.path)["texts"][0]  # noqa: E731
+    assert card({}) == [("", "WORD0 Open daily")] and card({"language": "zh"})[:2] == [("del", "word"), ("ins", "WORD")]
+    answer = item | {"answer": "Yes", "fields": {"label": "yes"}}
+    assert item_card(run, answer, {}, run.path) | {"wanted": "yes", "texts": ["Yes"]} == item_card(run, answer, {}, run.path)
 
 
 def test_boxes_are_in_percent_of_the_image():
@@ -51,7 +61,7 @@ def test_boxes_are_in_percent_of_the_image():
     cup, dog = detected_boxes([found], Thumbnail("", 200, 100))
     assert cup == {"label": "cup 0.50 red", "style": "left:5.00%;top:20.00%;width:25.00%;height:50.00%", "colour": 1}
     assert dog == {"label": "dog 0.91", "style": "left:0.00%;top:0.00%;width:100.00%;height:100.00%", "colour": 2}
-    assert detected_boxes(["a text", None], Thumbnail("", 200, 100)) == []
+    assert detected_boxes(["a text", None, {"unreadable": "no JSON"}], Thumbnail("", 200, 100)) == []
 
 
 def test_every_image_of_a_page_has_its_own_boxes(tmp_path):

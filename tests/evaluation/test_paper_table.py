@@ -10,7 +10,7 @@ from tests.evaluation.made_runs import write_answer_run, write_generate_run
 from xomni_jax.cli import eval as eval_command
 from xomni_jax.cli.main import main
 from xomni_jax.evaluation import paper
-from xomni_jax.evaluation.paper import OPEN, PAPER, best_runs, command, departures, find_runs, suite_settings, table_text
+from xomni_jax.evaluation.paper import OPEN, PAPER, best_runs, command, find_runs, other_settings, suite_settings, table_text
 from xomni_jax.evaluation.suites import PUBLISHED, get_suite
 
 
@@ -66,16 +66,16 @@ def test_a_run_of_other_settings_is_not_passed_off_as_the_papers(tmp_path):
     make = lambda name, **how: write_generate_run(tmp_path / name, size=(8, 8), width=1152, **how)  # noqa: E731
     best = lambda: best_runs(find_runs(tmp_path))["longtext-en"]  # noqa: E731
     run = make("a", items=3, repeats=4, height=1152)
-    assert departures(best()) == [] and "not comparable" not in table_text([best()])
+    assert other_settings(best()) == [] and "not comparable" not in table_text([best()])
     results = json.loads((run / "results.json").read_text())
     results["settings"]["data"]["rewritten"] = True
     (run / "results.json").write_text(json.dumps(results))
-    assert departures(best()) == ["rewriting yes"]
+    assert other_settings(best()) == ["rewriting yes"]
     # A comparable run goes before one of more items; without one, the number is marked.
     make("b", items=9, repeats=1, height=32, guidance=2.0, objections=["9 of 160 items were evaluated", "images of 32 x 1152 pixels"])
     assert best().path == run
     (run / "results.json").unlink()
-    assert departures(best()) == ["height 32", "guidance 2.0", "images per prompt 1"]
+    assert other_settings(best()) == ["height 32", "guidance 2.0", "images per prompt 1"]
     said = table_text([best()])
     assert "ours, not comparable: LongText EN" in said and "not comparable: 9 of 160 items were evaluated" in said
     assert "not comparable: images of 32 x 1152 pixels" in said

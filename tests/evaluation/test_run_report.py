@@ -43,7 +43,7 @@ def test_page_stands_alone_and_says_what_was_measured(tmp_path):
     assert places == sorted(places)  # results, then settings, then items
     assert all(fact in page for fact in ("0123abcd", "sampling.min_p", "judge.name"))
     for item in items:
-        assert escape(item["prompt"]) in page and f"<b>Wanted text</b> {' '.join(item['fields']['text'])}" in page
+        assert escape(item["prompt"]) in page and f"<b>Wanted:</b> {' '.join(item['fields']['text'])}" in page
         assert all(escape(reply) in re.sub("<del>.*?</del>|</?ins>", "", page) for (reply,) in item["replies"])
     for category in CATEGORIES:
         scores = [item["score"] for item in items if item["fields"]["category"] == category]

@@ -67,12 +67,14 @@ def add_studies(kinds: Any, wanted: str | None) -> None:
     guidance = add_command(kinds, "guidance", "what guidance changes: runs with it off and on", _GUIDANCE, GUIDANCE_EXAMPLE)
     guidance.add_argument("runs", nargs="+", metavar="RUN", help="run directories, one per guidance value")
     best = add_command(kinds, "best-of-n", "one RL sample against the best of N SFT samples", _BEST, BEST_EXAMPLE)
-    best.add_argument("--sft", nargs="+", required=True, metavar="RUN", help="runs of the supervised model, seeds apart")
-    best.add_argument("--rl", nargs="+", required=True, metavar="RUN", help="runs of the model after RL, seeds apart")
-    best.add_argument("--reward", type=_reward, default=("score", ""), metavar="score|NAME=URL", help="what picks the best (default score)")
+    best.add_argument("--sft", nargs="+", required=True, metavar="RUN", help="runs of the supervised model, each with another seed")
+    best.add_argument("--rl", nargs="+", required=True, metavar="RUN", help="runs of the model after RL, each with another seed")
+    best.add_argument(
+        "--reward", type=_reward, default=("score", ""), metavar="score|NAME=URL", help="what chooses the best sample (default score)"
+    )
     for parser in (guidance, best):
         parser.add_argument("--out", required=True, metavar="OUT", help="folder of the results")
-        parser.add_argument("--bootstrap-seed", type=int, default=0, metavar="N", help="of the intervals (default 0)")
+        parser.add_argument("--bootstrap-seed", type=int, default=0, metavar="N", help="seed of the bootstrap intervals (default 0)")
 
 
 def _add_effect(kinds: Any) -> None:

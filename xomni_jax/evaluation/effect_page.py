@@ -70,6 +70,7 @@ def headline(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     verdict = {0: "not above one SFT sample", 1: "above one SFT sample"}.get(held, f"above best of {held}")
     beaten = comparison["rl_minus"]["sft" if held < 2 else f"sft_best_of_{held}"]["word_accuracy"]
     by, between = format_estimate(beaten, "+.0f", 100)
+    unclear = ", no clear difference" if beaten["ci95"] and beaten["ci95"][0] <= 0 < held else ""
     accuracy = [format_number(off[row]["word_accuracy"], ".0%") for row in ("sft", "rl")]
     colour = comparison["rl_minus"]["sft"]["colour_accuracy"]["value"]
     return [
@@ -80,7 +81,7 @@ def headline(report: dict[str, Any]) -> list[tuple[str, str, str]]:
             times(best["value"]),
             "no sweep" if temperature is None else f"temperature {temperature:g}",
         ),
-        ("One RL sample is", verdict, f"by {by} points ({between or 'unknown'}); SFT's best is picked by an oracle"),
+        ("One RL sample is", verdict, f"by {by} points ({between or 'unknown'}{unclear}); SFT's best is picked by an oracle"),
         ("Colour", "not measured" if colour is None else f"{100 * colour:+.1f} points", "RL minus SFT"),
     ]
 

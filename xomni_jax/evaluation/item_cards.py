@@ -34,8 +34,8 @@ def item_card(run: EvalRun, item: Item, images: Mapping[ImageRef, Thumbnail], pa
     """One item of a run, with what was made of it, for items.html.
 
     "images" holds one entry per output, or the image of the question. Its "data" is "" where the page has no room for the image, and its
-    "link" is the file relative to the page, "" without one. "texts" says per output what was read or answered; where a text was asked for,
-    the differences are marked.
+    "link" is the file relative to the page, "" without one. "texts" says per output what was read, with the differences to the wanted
+    text marked, or what was answered.
     """
     shown = []
     for r, ref in enumerate(image_refs(run, item)):
@@ -43,7 +43,7 @@ def item_card(run: EvalRun, item: Item, images: Mapping[ImageRef, Thumbnail], pa
         if link or small:
             boxes = detected_boxes(item["replies"][r], small) if small and "replies" in item else []
             shown.append({"name": ref.path.name, "link": link, "data": small.data if small else "", "boxes": boxes})
-    wanted, fold_case = wanted_text(item)
+    answered, wanted, fold_case = "answer" in item, wanted_text(item["fields"]), item["fields"].get("language") == "en"
     read = [reading(item, r) for r in range(outputs(item))]
     return {
         "id": item["id"],
@@ -52,20 +52,21 @@ def item_card(run: EvalRun, item: Item, images: Mapping[ImageRef, Thumbnail], pa
         "score": item.get("score"),
         "images": shown,
         "wanted": wanted,
-        "texts": [marked_differences(wanted, text, fold_case) if wanted else text for text in read],
+        "texts": [marked_differences(wanted, text, fold_case) if wanted and not answered else text for text in read],
         "verdicts": item["verdicts"],
-        "answered": "answer" in item,
+        "answered": answered,
     }
 
 
-def wanted_text(item: Item) -> tuple[str, bool]:
-    """The text that the images of an item must show, "" for other tasks; and whether upper and lower case count alike.
+def wanted_text(fields: Mapping[str, Any]) -> str:
+    """The text that an item's images must show, or the right answers; "" for other tasks.
 
-    LongText-Bench has a list in "text" and lower-cases English; OneIG-Bench has the list as a Python literal in "text_content".
+    LongText-Bench has its texts in "text", OneIG-Bench in "text_content" as a Python literal; questions have a label or answers.
     """
-    fields = item["fields"]
-    texts = ast.literal_eval(fields["text_content"]) if "text_content" in fields else fields.get("text")
-    return (" ".join(texts) if isinstance(texts, list) and "answer" not in item else ""), fields.get("language") == "en"
+    if "text_content" in fields:
+        return " ".join(ast.literal_eval(fields["text_content"]))
+    wanted = next((fields[name] for name in ("text", "answers", "answer", "label") if name in fields), "")
+    return wanted if isinstance(wanted, str) else (" " if "text" in fields else " | ").join(wanted)
 
 
 def marked_differences(wanted: str, read: str, fold_case: bool = False) -> Marked:
@@ -83,7 +84,7 @@ def detected_boxes(replies: Sequence[Any], image: Thumbnail) -> list[dict[str, A
     found = []
     for detections in (reply for reply in replies if isinstance(reply, Mapping)):
         for number, (name, boxes) in enumerate(detections.items()):
-            for box in boxes:
+            for box in boxes if isinstance(boxes, list) else ():  # not of a reply that could not be read
                 left, top, right, bottom = (100 * v / side for v, side in zip(box["box"], 2 * (image.width, image.height)))
                 style = f"left:{left:.2f}%;top:{top:.2f}%;width:{right - left:.2f}%;height:{bottom - top:.2f}%"
                 label = f"{name} {box['score']:.2f} {box.get('color', '')}".strip()

@@ -194,7 +194,7 @@ def find_runs(directory: str | Path) -> list[EvalRun]:
     return [run for run in runs if run.suite in COLUMNS]
 
 
-def departures(run: EvalRun) -> list[str]:
+def other_settings(run: EvalRun) -> list[str]:
     """The settings in which a run differs from the command of its suite; empty when it does not."""
     settings = run.flat_settings
     settings["rewriting"] = "yes" if settings.get("data.rewritten") else "none"
@@ -243,7 +243,7 @@ def run_text(run: EvalRun) -> list[str]:
         run.flat_settings,
         run.results["headline"].get("interval"),
         objections(run.results),
-        departures(run),
+        other_settings(run),
     )
     model = str(settings.get("model.sha256", "images of another program"))[:12]
     between = f", 95% interval {format_interval(interval, '.4g', get_suite(run.suite).paper_scale)}" if interval else ""

@@ -120,20 +120,13 @@ def best_of_study(
 
     Args:
       sft, rl: runs of the two models. Several runs of one model differ in the seed alone: their samples are pooled.
-      reward: name of what picks. selection_PR: its values of SFT's samples [P, R], runs side by side; without it the suite's own
-        score picks, which knows the answer.
+      reward: name of the reward that picks.
+      selection_PR: its values of SFT's samples [P, R], runs side by side; without it the suite's own score picks, which knows the answer.
 
     Raises:
       SuiteError: runs that differ in more than model and seed, seeds used twice, or one SFT sample per item.
     """
-    for runs in (sft, rl):
-        check_settings(runs, ["seed"])
-        seeds = [run.flat_settings.get("seed") for run in runs]
-        if len(set(seeds)) < len(seeds):
-            raise SuiteError(f"{', '.join(labels(runs))} have the seeds {seeds}; runs of one seed hold the same samples")
-    check_settings([sft[0], rl[0]], ["seed", "model.sha256", "repeats"])
-    if sft[0].flat_settings.get("model.sha256") == rl[0].flat_settings.get("model.sha256") is not None:
-        raise SuiteError(f"{sft[0].path} and {rl[0].path} are runs of the same model; give runs of the SFT and of the RL model")
+    check_policies(sft, rl)
     score_PR, rl_PR = pooled_scores(sft), pooled_scores(rl)
     samples = score_PR.shape[1]
     if samples < 2:
@@ -165,6 +158,18 @@ def best_of_study(
         "left_out": [n for n in BEST_OF if n > samples],
         "rl_holds_up_to_best_of": held_up_to(single.value, {n: mean.value for n, mean in means.items()}),
     }
+
+
+def check_policies(sft: Sequence[EvalRun], rl: Sequence[EvalRun]) -> None:
+    """SuiteError unless the runs are of two models, differ in nothing else, and those of one model have different seeds."""
+    for runs in (sft, rl):
+        check_settings(runs, ["seed"])
+        seeds = [run.flat_settings.get("seed") for run in runs]
+        if len(set(seeds)) < len(seeds):
+            raise SuiteError(f"{', '.join(labels(runs))} have the seeds {seeds}; runs of one seed hold the same samples")
+    check_settings([sft[0], rl[0]], ["seed", "model.sha256", "repeats"])
+    if sft[0].flat_settings.get("model.sha256") == rl[0].flat_settings.get("model.sha256") is not None:
+        raise SuiteError(f"{sft[0].path} and {rl[0].path} are runs of the same model; give runs of the SFT and of the RL model")
 
 
 def pooled_scores(runs: Sequence[EvalRun]) -> np.ndarray:
