@@ -73,7 +73,7 @@ def headline(run: EvalRun) -> list[tuple[str, str, str]]:
     cards = [(head["name"], score_text(head["value"]), f"{interval}; {paper.sample(run.results)}")]
     if run.suite in paper.COLUMNS:
         column = paper.COLUMNS[run.suite].headline
-        mine = f"this run: {paper.ours(run.results)[column] or UNKNOWN}{', not comparable' * bool(paper.objections(run.results))}"
+        mine = f"this run: {paper.ours(run.results)[column] or UNKNOWN}, {'not ' * bool(paper.objections(run.results))}comparable"
         cards.append(("X-Omni in the paper", paper.values(run.suite)[paper.OURS][column], mine))
     told = {name: n for name, n in counts.items() if name not in ("items", "published") and (n or name == "unparsed")}
     return cards + [({"unparsed": "unreadable replies"}.get(name, name), score_text(n), "") for name, n in told.items()]

@@ -239,7 +239,8 @@ def write_study(study: dict[str, Any], name: str, out: str | Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / f"{name}.json", study)
     write_text(out / f"{name}.csv", csv_text(view.csv))
-    cards = [(row, *format_estimate(score)) for row, score in view.scores.items()]
+    shown = {row: format_estimate(score) for row, score in view.scores.items()}
+    cards = [(row, value, f"mean score of an item; 95% interval {between or 'unknown'}") for row, (value, between) in shown.items()]
     return write_page(out / f"{name}.html", "study.html", study=study, view=view, cards=cards)
 
 
