@@ -28,7 +28,7 @@ def write_generate_run(folder, items=12, repeats=4, right=0.5, seed=0, suite="lo
             "id": f"{i:04d}", "prompt": f'a {CATEGORIES[i % 3]} that says "{" ".join(words)}" & <more>', "images": images,
             "fields": {"category": CATEGORIES[i % 3], "text": words, "language": "en", "length": "short"}, "replies": replies,
             "verdicts": [f"{m} of 3 words" for m in matches], "score": sum(matches) / (3 * repeats),
-            "record": {"match": sum(matches), "gt": 3 * repeats, "unparsed": 0},
+            "record": {"match": sum(matches), "gt": 3 * repeats, "unparsed": 0, "read": [text for (text,) in replies]},
         })  # fmt: skip
     return finish(
         folder,

@@ -47,13 +47,15 @@ def test_where_the_wanted_text_stands():
 
 
 def test_case_counts_as_it_does_for_the_suite(tmp_path):
-    """LongText-Bench lower-cases English; an answer is shown as it is."""
+    """LongText-Bench lower-cases English. What is no text that was read in an image is shown as it is."""
     run = read_eval_run(write_generate_run(tmp_path / "run", items=1, repeats=1))
-    item = run.items[0] | {"replies": [["WORD0 Open daily"]]}
-    card = lambda fields: item_card(run, item | {"fields": item["fields"] | fields}, {}, run.path)["texts"][0]  # noqa: E731
-    assert card({}) == [("", "WORD0 Open daily")] and card({"language": "zh"})[:2] == [("del", "word"), ("ins", "WORD")]
-    answer = item | {"answer": "Yes", "fields": {"label": "yes"}}
-    assert item_card(run, answer, {}, run.path) | {"wanted": "yes", "texts": ["Yes"]} == item_card(run, answer, {}, run.path)
+    item = run.items[0] | {"record": {"read": ["WORD0 Open daily"]}}
+    card = lambda item: item_card(run, item, {}, run.path)["texts"][0]  # noqa: E731
+    assert card(item) == [("", "WORD0 Open daily")]
+    assert card(item | {"fields": item["fields"] | {"language": "zh"}})[:2] == [("del", "word"), ("ins", "WORD")]
+    assert card(item | {"answer": "Yes", "fields": {"label": "yes"}, "record": {}}) == "Yes"
+    lost = {"record": {}, "score": None, "verdicts": ["not scored"], "replies": [[{"unreadable": "it was cut off"}]]}
+    assert card(item | lost) == "could not be read: it was cut off"
 
 
 def test_boxes_are_in_percent_of_the_image():

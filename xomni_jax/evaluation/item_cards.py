@@ -43,8 +43,10 @@ def item_card(run: EvalRun, item: Item, images: Mapping[ImageRef, Thumbnail], pa
         if link or small:
             boxes = detected_boxes(item["replies"][r], small) if small and "replies" in item else []
             shown.append({"name": ref.path.name, "link": link, "data": small.data if small else "", "boxes": boxes})
-    answered, wanted, fold_case = "answer" in item, wanted_text(item["fields"]), item["fields"].get("language") == "en"
-    read = [reading(item, r) for r in range(outputs(item))]
+    wanted, fold_case = wanted_text(item["fields"]), item["fields"].get("language") == "en"  # as LongText-Bench counts English
+    texts: list[Any] = [reading(item, r) for r in range(outputs(item))]
+    if wanted and "read" in item["record"]:
+        texts = [marked_differences(wanted, text, fold_case) for text in texts]
     return {
         "id": item["id"],
         "category": category(item),
@@ -52,9 +54,9 @@ def item_card(run: EvalRun, item: Item, images: Mapping[ImageRef, Thumbnail], pa
         "score": item.get("score"),
         "images": shown,
         "wanted": wanted,
-        "texts": [marked_differences(wanted, text, fold_case) if wanted and not answered else text for text in read],
+        "texts": texts,
         "verdicts": item["verdicts"],
-        "answered": answered,
+        "answered": "answer" in item,
     }
 
 
