@@ -28,7 +28,7 @@ def write_generate_run(folder, items=12, repeats=4, right=0.5, seed=0, suite="lo
             "id": f"{i:04d}", "prompt": f'a {CATEGORIES[i % 3]} that says "{" ".join(words)}" & <more>', "images": images,
             "fields": {"category": CATEGORIES[i % 3], "text": words, "language": "en", "length": "short"}, "replies": replies,
             "verdicts": [f"{m} of 3 words" for m in matches], "score": sum(matches) / (3 * repeats),
-            "record": {"match": sum(matches), "gt": 3 * repeats, "unparsed": 0},
+            "record": {"match": sum(matches), "gt": 3 * repeats, "unparsed": 0, "read": [text for (text,) in replies]},
         })  # fmt: skip
     return finish(
         folder,
@@ -59,8 +59,8 @@ def write_answer_run(folder, items=9, right=0.7, seed=0, suite="pope", **setting
     return finish(folder, lines, suite, "POPE", "f1", judge=None, **settings)
 
 
-def finish(folder, lines, suite, title, headline, judge, **settings):
-    """items.jsonl and results.json of the given lines; the headline is the mean score."""
+def finish(folder, lines, suite, title, headline, judge, objections=(), **settings):
+    """items.jsonl and results.json of the given lines; the headline is the mean score. `objections`: why it is not comparable."""
     (folder / "items.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     categories = {
         c: {"score": float(np.mean(scores)), "items": len(scores)}
@@ -73,10 +73,11 @@ def finish(folder, lines, suite, title, headline, judge, **settings):
     results = {
         "suite": suite,
         "title": title,
-        "headline": {"name": headline, "value": value},
+        "headline": {"name": headline, "value": value, "stderr": 0.01, "interval": [value - 0.0196, value + 0.0196]},
+        "comparable": {"yes": not objections, "because": list(objections)},
         "scores": {headline: value},
         "categories": categories,
-        "counts": {"items": len(lines), "unparsed": 0},
+        "counts": {"items": len(lines), "published": 9000 if suite == "pope" else 160, "unparsed": 0},
         "unparsed": [],
         "notes": [],
         "settings": settings,

@@ -44,7 +44,7 @@ def test_numbers_by_hand(three):
     comparison = compare(read_runs(three))
     scores = [{line["id"]: line["score"] for line in lines_of(run)} for run in three]
     category = {line["id"]: line["fields"]["category"] for line in lines_of(three[0])}
-    assert [row["name"] for row in comparison["rows"]] == ["all items", *sorted(CATEGORIES)]
+    assert [row["name"] for row in comparison["rows"]] == ["all items", *CATEGORIES]
     for row in comparison["rows"]:
         ids = [name for name in sorted(category) if row["name"] in ("all items", category[name])]
         assert row["items"] == len(ids)
@@ -70,10 +70,25 @@ def test_files_and_page(three, tmp_path, capsys):
     page = (tmp_path / "out" / "compare.html").read_text()
     changed = most_changed(comparison)
     assert page.count("<article") == len(changed) and page.count("data:image/png;base64,") == 3 * 2 * len(changed)
-    assert '<a href="../a/images/' in page and "<link" not in page and "http://" not in page
+    assert '<a class="shown" href="../a/images/' in page and "<link" not in page and "http://" not in page
     value = comparison["rows"][0]["differences"][1]["value"]
     for text in (page, table_text(comparison)):
         assert f"{value:+.4f}" in text and ", 10 items" in text  # of 11, one without a score
+
+
+def test_headlines_come_first_and_say_when_they_are_not_comparable(tmp_path, capsys):
+    part = write_generate_run(tmp_path / "part", items=3, repeats=1, objections=["the judge is pp-ocr"])
+    runs = [part, write_generate_run(tmp_path / "whole", items=3, repeats=1, right=1.0, seed=1)]
+    assert main(["compare", *map(str, runs), "--out", str(tmp_path / "out")]) == 0
+    said, page = capsys.readouterr().out, (tmp_path / "out" / "compare.html").read_text()
+    values = [json.loads((run / "results.json").read_text())["headline"]["value"] for run in runs]
+    between = f"{values[1] - 0.0196:.4f} to {values[1] + 0.0196:.4f}"
+    assert f"whole: {values[1]:.4f} (text accuracy; 95% interval {between}; {values[1] - values[0]:+.4f} against part)" in said
+    assert page.index(f"<strong>{values[1]:.4f}</strong>") < page.index("<table>") and between in page
+    assert "part: not comparable with published numbers: the judge is pp-ocr" in said and "whole: not comparable" not in said
+    assert "<li><b>part</b>: the judge is pp-ocr</li>" in page
+    stored = json.loads((tmp_path / "out" / "compare.json").read_text())["runs"]
+    assert [run["not_comparable"] for run in stored] == [["the judge is pp-ocr"], []] and "interval" in stored[0]["headline"]
 
 
 def test_without_out_nothing_is_written(three, tmp_path, capsys):

@@ -12,7 +12,8 @@ from tests.evaluation.tiny_model import FakeClient, fake_clients, make_models, w
 from xomni_jax.data import rendered
 from xomni_jax.data.rendered import render_example
 from xomni_jax.evaluation import effect as effect_module
-from xomni_jax.evaluation.effect import EffectConfig, PolicySampler, open_services, run_effect
+from xomni_jax.evaluation.effect import EffectConfig, PolicySampler, open_services
+from xomni_jax.evaluation.effect_summary import run_effect
 from xomni_jax.evaluation.grpo_run import read_run
 from xomni_jax.evaluation.judges import RewardsJudge
 from xomni_jax.evaluation.measurement import colour_entropy, colour_histogram, edge_density, measure

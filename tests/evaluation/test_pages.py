@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 from html.parser import HTMLParser
+from importlib import resources
 
 import numpy as np
 import pytest
@@ -12,9 +13,9 @@ from tests.evaluation.made_runs import write_answer_run, write_generate_run
 from tests.evaluation.test_report import SECONDS, made_up_effect
 from xomni_jax.evaluation.charts import Dot, Line, bar_chart, dot_chart, line_chart, moving_average
 from xomni_jax.evaluation.compare import compare, read_runs, write_comparison
+from xomni_jax.evaluation.effect_page import write_report
+from xomni_jax.evaluation.effect_summary import summarise
 from xomni_jax.evaluation.eval_run import read_eval_run
-from xomni_jax.evaluation.measurement import summarise
-from xomni_jax.evaluation.report import write_report
 from xomni_jax.evaluation.run_report import write_run_report
 from xomni_jax.evaluation.studies import guidance_study, write_study
 
@@ -102,7 +103,32 @@ def test_long_texts_are_folded_without_loss(tmp_path):
     prompt = "a long prompt with <tags> " * 30
     (run / "items.jsonl").write_text(json.dumps(item | {"prompt": prompt}) + "\n")
     page = write_run_report(run).read_text()
-    assert page.count("<details>") == 1 and prompt in Page(page).text.replace(" …", "")
+    assert page.count("<details>") == 2 and prompt in Page(page).text.replace(" …", "")
+
+
+def luminance(colour):
+    """Relative luminance of #rgb or #rrggbb (WCAG 2)."""
+    digits = colour.lstrip("#") if len(colour) == 7 else "".join(2 * c for c in colour.lstrip("#"))
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4))]
+    return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear))
+
+
+def contrast(a, b):
+    """From 1 to 21."""
+    low, high = sorted((luminance(a), luminance(b)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_colours_can_be_told_apart_in_light_and_dark():
+    """WCAG 2 AA: 4.5 for text, 3 for what charts and boxes draw."""
+    css = (resources.files("xomni_jax") / "assets" / "templates" / "page.css").read_text()
+    schemes = [dict(re.findall(r"--(\w+):(#\w+)", block)) for block in re.findall(r":root\{(.*?)\}", css)]
+    assert len(schemes) == 2 and set(schemes[0]) == set(schemes[1])
+    for colours in schemes:
+        for ground in ("paper", "ground"):
+            for text in ("ink", "soft", "s1", "s2", "s3", "good", "missing", "extra"):
+                assert contrast(colours[text], colours[ground]) >= 4.5, (text, ground)
+            assert contrast(colours["s0"], colours[ground]) >= 3
 
 
 def test_charts_use_the_colours_of_the_page():

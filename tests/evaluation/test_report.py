@@ -7,10 +7,11 @@ import pytest
 
 from tests.evaluation.tiny_model import FakeClient, write_run
 from xomni_jax.evaluation.effect import Effect, EffectConfig, Setting
+from xomni_jax.evaluation.effect_page import write_report
+from xomni_jax.evaluation.effect_summary import summarise, table_text
 from xomni_jax.evaluation.grpo_run import read_run
 from xomni_jax.evaluation.judges import RewardsJudge
-from xomni_jax.evaluation.measurement import measure, summarise, table_text
-from xomni_jax.evaluation.report import write_report
+from xomni_jax.evaluation.measurement import measure
 from xomni_jax.evaluation.suites.rendered import heldout_signs
 
 

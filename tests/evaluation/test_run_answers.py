@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import jax
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from tests.evaluation.suites.published import png, write_parquet, write_tsv
 from xomni_jax.cli.main import main
 from xomni_jax.evaluation import outputs
+from xomni_jax.evaluation.suites import get_suite
 from xomni_jax.sharding.mesh import make_mesh
 
 RED, BLUE = png((250, 0, 0)), png((0, 0, 250), (16, 16))
@@ -110,6 +112,9 @@ def test_from_files_to_page(name, write, items, headline, model_dir, tmp_path, m
     assert all(isinstance(line["answer"], str) and len(line["verdicts"]) == 1 for line in lines)
     assert results["settings"]["max_new_tokens"] > 0 and results["judge"] is None
     page = (out / "report.html").read_text()
-    assert results["title"] in page and all(line["id"] in page for line in lines)
+    assert results["title"] in page
+    published = [item.id for item in get_suite(name).load(data)]  # in this order on the page, sorted by id in items.jsonl
+    assert [line["id"] for line in sorted(lines, key=lambda line: line["position"])] == published
+    assert re.findall(r"<h3><b .*?</b> <span>(.*?)</span>", page) == published
     with (out / "results.csv").open(newline="", encoding="utf-8") as file:
         assert [(row["id"], row["text"]) for row in csv.DictReader(file)] == [(line["id"], line["answer"]) for line in lines]

@@ -14,7 +14,8 @@ from PIL import Image
 from tests.evaluation.made_runs import CATEGORIES, write_answer_run, write_generate_run
 from xomni_jax.evaluation import paper
 from xomni_jax.evaluation.eval_run import image_refs, read_eval_run
-from xomni_jax.evaluation.run_report import embed, image_order, spread, write_run_report
+from xomni_jax.evaluation.item_cards import embed, image_order, spread
+from xomni_jax.evaluation.run_report import write_run_report
 from xomni_jax.evaluation.suite import SuiteError
 from xomni_jax.evaluation.suites import get_suite
 
@@ -36,12 +37,14 @@ def test_page_stands_alone_and_says_what_was_measured(tmp_path):
     value = np.mean([item["score"] for item in items])
     assert f"<strong>{value:.4f}</strong>" in page
     # Beside the paper: table 1, its own value and a peer's, this run at the paper's digits.
-    assert "Table 1 of the paper" in page and "<td>0.900</td>" in page and "<th>GPT-4o</th><td>0.956</td>" in page
-    assert f"<th>This run</th><td>{value:.3f}</td>" in page
-    for fact in ("0123abcd", "models/tiny", "sampling.min_p", "judge.name"):
-        assert page.index(fact) < page.index("Beside the paper")  # settings and the checkpoint's hash at the top
+    assert "Table 1 of the paper" in page and "<td>0.900</td>" in page and '<th scope="row">GPT-4o</th><td>0.956</td>' in page
+    assert f'<th scope="row">This run</th><td>{value:.3f}</td>' in page
+    places = [page.index(text) for text in (f"{value:.4f}", "By category", "Beside the paper", "All scores", "models/tiny", "<article")]
+    assert places == sorted(places)  # results, then settings, then items
+    assert all(fact in page for fact in ("0123abcd", "sampling.min_p", "judge.name"))
     for item in items:
-        assert escape(item["prompt"]) in page and all(escape(reply) in page for (reply,) in item["replies"])
+        assert escape(item["prompt"]) in page and f"<b>Wanted:</b> {' '.join(item['fields']['text'])}" in page
+        assert all(escape(reply) in re.sub("<del>.*?</del>|</?ins>", "", page) for (reply,) in item["replies"])
     for category in CATEGORIES:
         scores = [item["score"] for item in items if item["fields"]["category"] == category]
         assert f'<div>{category}</div><div class="track"><i style="width:{100 * np.mean(scores):.1f}%">' in page
@@ -75,13 +78,53 @@ def test_the_page_is_bounded_and_says_what_it_leaves_out(tmp_path):
     order = image_order([read], spread(6))
     assert len(order) == 18 and {int(ref.path.stem[:4]) for ref in order[:6]} == set(range(6))
     assert all(ref.path.stem.endswith(f"_{n // 6}") for n, ref in enumerate(order))  # first images first
-    sizes = [len(data) for data in embed(order).values()]
+    sizes = [len(small.data) for small in embed(order).values()]
     limit = sum(sizes[:7])
     page = write_run_report(run, limit=limit).read_text()
     assert page.count("data:image/") == 7 and "7 of 18 images are on this page" in page and "The other 11 are linked" in page
     assert page.count('class="file"') == 11
     (run / "images" / "0000_0.png").unlink()
     assert "1 images are no longer in the folder" in write_run_report(run).read_text()
+
+
+def test_a_number_that_is_not_comparable_stands_apart_from_the_papers(tmp_path):
+    run = write_generate_run(tmp_path / "run", items=3, objections=["3 of 160 items were evaluated", "the judge is another one"])
+    page = write_run_report(run).read_text()
+    warning = page[page.index('<aside class="warning">') :]
+    assert "Not comparable with published numbers" in warning and "<li>3 of 160 items were evaluated</li>" in warning
+    apart, published = re.search(r"<h3>This run, not comparable.*?</table>", page, re.S), page.index("<h3>As published</h3>")
+    assert apart.end() < published < page.index("GPT-4o") and "3 of 160 items" in apart[0] and "This run" not in page[published:]
+    assert ", not comparable</small>" in page[: page.index('<aside class="warning">')]  # also where the headline stands
+    results = json.loads((run / "results.json").read_text())
+    results["comparable"] = {"yes": True, "because": []}
+    (run / "results.json").write_text(json.dumps(results))
+    assert "ot comparable" not in write_run_report(run).read_text()
+    del results["comparable"]  # what an older version left
+    (run / "results.json").write_text(json.dumps(results))
+    assert "the run does not record how it was judged" in write_run_report(run).read_text()
+
+
+def test_the_headline_has_its_interval_and_sample(tmp_path):
+    run = write_generate_run(tmp_path / "run", items=3)
+    low, high = json.loads((run / "results.json").read_text())["headline"]["interval"]
+    (card,) = re.findall(r'<section class="headline chief">\s*<div class="card">(.*?)</div>', write_run_report(run).read_text(), re.S)
+    assert f"95% interval {low:.4g} to {high:.4g}; 3 of 160 items" in card
+
+
+def test_rows_are_in_the_published_order(tmp_path):
+    """POPE's ids and splits sort otherwise; GenEval's tags are those of the paper's columns."""
+    run = write_answer_run(tmp_path / "run", items=9)
+    lines = lines_of(run)
+    place = {"poster": 0, "slide": 1, "sign": 2}
+    lines = [line | {"position": 10 * place[line["fields"]["category"]] + n} for n, line in enumerate(lines)]
+    (run / "items.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = write_run_report(run).read_text()
+    assert re.findall(r'<article data-category="(\w+)"', page) == 3 * ["poster"] + 3 * ["slide"] + 3 * ["sign"]
+    assert re.findall(r'<div>(\w+)</div><div class="track">', page) == ["poster", "slide", "sign"]
+    read = read_eval_run(run)
+    tags = sorted(paper.COLUMNS["geneval"].categories.values())
+    read.results.update(suite="geneval", categories=dict.fromkeys(["other", *tags]))
+    assert paper.category_order(read) == ["single_object", "two_object", "counting", "colors", "position", "color_attr", "other"]
 
 
 def test_any_beginning_of_the_order_is_spread_over_the_run():
@@ -118,7 +161,7 @@ def test_answers_show_question_answer_and_verdict(tmp_path):
     assert page.count("data:image/png;base64,") == 9 and page.count("<a ") == 0
     # The paper prints percent, the scorer a share.
     share = json.loads((run / "results.json").read_text())["headline"]["value"]
-    assert f"<th>This run</th><td>{100 * share:.1f}</td>" in page and "<th>X-Omni</th><td>89.3</td>" in page
+    assert f'<th scope="row">This run</th><td>{100 * share:.1f}</td>' in page and '<th scope="row">X-Omni</th><td>89.3</td>' in page
 
 
 def test_a_suite_that_is_not_in_the_paper_has_no_such_table(tmp_path):

@@ -10,7 +10,8 @@ import pytest
 
 from tests.evaluation.made_runs import write_answer_run, write_generate_run
 from xomni_jax.cli.main import main
-from xomni_jax.evaluation.studies import best_of_study, guidance_study, read_runs, reward_scores
+from xomni_jax.evaluation.reward_scores import reward_scores
+from xomni_jax.evaluation.studies import best_of_study, guidance_study, read_runs
 from xomni_jax.evaluation.suite import SuiteError
 
 ITEMS, SFT, RL = 7, {"path": "models/sft", "sha256": "aaaa"}, {"path": "models/rl", "sha256": "bbbb"}
@@ -135,7 +136,7 @@ def test_guidance_by_hand(tmp_path, capsys):
     rows = list(csv.DictReader((tmp_path / "out" / "guidance.csv").open()))
     assert [float(row["guidance"]) for row in rows] == [1.0, 1.5, 3.0] and rows[0]["minus_off"] == ""
     page = (tmp_path / "out" / "guidance.html").read_text()
-    assert page.count("<svg") == 1 and "guidance 1 (off)" in page and "<th>poster</th>" in page
+    assert page.count("<svg") == 1 and "guidance 1 (off)" in page and ">poster</th>" in page
 
 
 def test_runs_that_are_no_experiment_are_refused(policies, tmp_path):

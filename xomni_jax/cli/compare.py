@@ -7,8 +7,9 @@ from pathlib import Path
 
 EXAMPLE = "xomni compare runs/sft runs/rl --out runs/rl/compared"
 _HELP = """\
-Compares scored runs (directories of `xomni eval SUITE`) with the first of them, pair by pair of items: mean differences with 95%
-bootstrap intervals over items, overall and per category. Runs of different suites or items are refused.
+Compares scored runs (directories of `xomni eval SUITE`) with the first of them: the headline of each, and the mean difference of the
+items' scores with 95% bootstrap intervals, overall and per category. Runs of different suites or items are refused. A run whose headline
+cannot be compared with published numbers says why.
 
 With --out: OUT/compare.html (also the items that changed most, images side by side), OUT/compare.json (all numbers),
 OUT/compare.csv (one line per item).
@@ -20,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description += "\n\n" + _HELP
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories; the first is what the others are compared with")
     parser.add_argument("--out", metavar="OUT", help="folder for the page, the numbers and the items; without it a table is printed")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap intervals (default 0)")
 
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:

@@ -31,9 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, rest: list[str]) -> int:
     """Runs the evaluation that was asked for."""
     if args.paper_table:
-        from xomni_jax.evaluation.paper import find_runs, rows, table_text
+        from xomni_jax.evaluation.paper import find_runs, table_text
 
-        print(table_text(rows(find_runs(args.runs) if args.runs else ())))
+        print(table_text(find_runs(args.runs) if args.runs else ()))
         return 0
     if args.evaluation is None:
         raise ValueError("say what to evaluate, such as rendered-text, or give --paper-table; xomni eval --help lists all")

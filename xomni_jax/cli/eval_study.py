@@ -56,17 +56,8 @@ text: an oracle. Start the services first, each in a terminal of its own:
 Results: OUT/report.html (one page, opens anywhere), OUT/report.json (all numbers with 95% intervals), OUT/cells/NAME (the run of each
 measurement: images and replies). When it is interrupted, the same command goes on from the finished parts.
 """
-_HOW_MUCH = {
-    "prompts": "N",
-    "samples": "N",
-    "rl_samples": "N",
-    "sweep_samples": "N",
-    "size": "HxW",
-    "lengths": "A-B",
-    "seed": "N",
-    "chunk": "N",
-}
-_SAMPLING = {"guidance": "SCALE", "temperature": "T", "top_k": "K", "top_p": "P", "min_p": "P", "temperatures": "T,T,..."}
+_HOW_MUCH = ("prompts", "samples", "rl_samples", "sweep_samples", "size", "lengths", "seed", "chunk")
+_SAMPLING = ("guidance", "temperature", "top_k", "top_p", "min_p", "temperatures")
 
 
 def add_studies(kinds: Any, wanted: str | None) -> None:
@@ -76,12 +67,14 @@ def add_studies(kinds: Any, wanted: str | None) -> None:
     guidance = add_command(kinds, "guidance", "what guidance changes: runs with it off and on", _GUIDANCE, GUIDANCE_EXAMPLE)
     guidance.add_argument("runs", nargs="+", metavar="RUN", help="run directories, one per guidance value")
     best = add_command(kinds, "best-of-n", "one RL sample against the best of N SFT samples", _BEST, BEST_EXAMPLE)
-    best.add_argument("--sft", nargs="+", required=True, metavar="RUN", help="runs of the supervised model, seeds apart")
-    best.add_argument("--rl", nargs="+", required=True, metavar="RUN", help="runs of the model after RL, seeds apart")
-    best.add_argument("--reward", type=_reward, default=("score", ""), metavar="score|NAME=URL", help="what picks the best (default score)")
+    best.add_argument("--sft", nargs="+", required=True, metavar="RUN", help="runs of the supervised model, each with another seed")
+    best.add_argument("--rl", nargs="+", required=True, metavar="RUN", help="runs of the model after RL, each with another seed")
+    best.add_argument(
+        "--reward", type=_reward, default=("score", ""), metavar="score|NAME=URL", help="what chooses the best sample (default score)"
+    )
     for parser in (guidance, best):
         parser.add_argument("--out", required=True, metavar="OUT", help="folder of the results")
-        parser.add_argument("--bootstrap-seed", type=int, default=0, metavar="N", help="of the intervals (default 0)")
+        parser.add_argument("--bootstrap-seed", type=int, default=0, metavar="N", help="seed of the bootstrap intervals (default 0)")
 
 
 def _add_effect(kinds: Any) -> None:
@@ -100,15 +93,19 @@ def _add_effect(kinds: Any) -> None:
     services.add_argument(
         "--second", metavar="URL", help="tesseract, a reader that took no part in training; without it that column is null"
     )
-    read = {"size": functools.partial(_pair, "x", "32x64"), "lengths": functools.partial(_pair, "-", "3-6"), "temperatures": _numbers}
-    written = {"size": "32x64", "lengths": "3-6", "temperatures": "1,0.7,0.5,0.3,0"}
-    for title, options in (("how much", _HOW_MUCH), ("sampling (the defaults are those of the rollouts in training)", _SAMPLING)):
+    # How an option that is no plain number is read, its metavar and its default.
+    special = {
+        "size": (functools.partial(_pair, "x", "32x64"), "HxW", "32x64"),
+        "lengths": (functools.partial(_pair, "-", "3-6"), "A-B", "3-6"),
+        "temperatures": (_numbers, "T,T,...", "1,0.7,0.5,0.3,0"),
+    }
+    for title, names in (("how much", _HOW_MUCH), ("sampling (the defaults are those of the rollouts in training)", _SAMPLING)):
         group = parser.add_argument_group(title)
-        for name, metavar in options.items():
+        for name in names:
             default = getattr(EffectConfig, name)
-            help_ = f"{says[name]} (default {written.get(name) or f'{default:g}'})"
-            kind = read.get(name, type(default))
-            group.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, metavar=metavar, help=help_)
+            kind, metavar, shown = special.get(name) or (type(default), "N" if isinstance(default, int) else "X", f"{default:g}")
+            option = f"--{name.replace('_', '-')}"
+            group.add_argument(option, type=kind, default=default, metavar=metavar, help=f"{says[name]} (default {shown})")
     out = parser.add_argument_group("report")
     out.add_argument("--out", required=True, metavar="OUT", help=says["out"])
     out.add_argument(
@@ -121,14 +118,11 @@ def run(args: argparse.Namespace) -> int:
     """Prints the table, writes the files."""
     if args.evaluation == "effect":
         return _effect(args)
-    from xomni_jax.evaluation import studies
+    from xomni_jax.evaluation.studies import study_text, write_study
 
-    if args.evaluation == "guidance":
-        study, name, text = _guidance(args), "guidance", studies.guidance_text
-    else:
-        study, name, text = _best_of(args), "best_of_n", studies.best_of_text
-    print(text(study))
-    print(f"report: {studies.write_study(study, name, args.out).absolute()}")
+    study, name = (_guidance(args), "guidance") if args.evaluation == "guidance" else (_best_of(args), "best_of_n")
+    print(study_text(study, name))
+    print(f"report: {write_study(study, name, args.out).absolute()}")
     return 0
 
 
@@ -139,7 +133,8 @@ def _guidance(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _best_of(args: argparse.Namespace) -> dict[str, Any]:
-    from xomni_jax.evaluation.studies import best_of_study, read_runs, reward_scores
+    from xomni_jax.evaluation.reward_scores import reward_scores
+    from xomni_jax.evaluation.studies import best_of_study, read_runs
     from xomni_jax.rewards.client import RewardClient
 
     changes = [{"model": model, "seed": 1234 + i} for model, runs in (("SFT", args.sft), ("RL", args.rl)) for i in range(len(runs))]
@@ -155,9 +150,9 @@ def _best_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _effect(args: argparse.Namespace) -> int:
-    from xomni_jax.evaluation.effect import EffectConfig, open_services, run_effect
-    from xomni_jax.evaluation.measurement import table_text
-    from xomni_jax.evaluation.report import write_report
+    from xomni_jax.evaluation.effect import EffectConfig, open_services
+    from xomni_jax.evaluation.effect_page import write_report
+    from xomni_jax.evaluation.effect_summary import run_effect, table_text
 
     began = time.time()
     given = {name: value for name, value in vars(args).items() if name in EffectConfig.__dataclass_fields__}

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 WIDTH, HEIGHT, ROW_HEIGHT = 420, 230, 26  # pixels; matplotlib's SVG has 72 to the inch
-SERIES = ("#8a97a8", "#d9480f", "#1971c2", "#5f3dc4")
+SERIES = ("#74829a", "#c2410c", "#1971c2", "#5f3dc4")
 INK, SOFT, GRID = "#1c2430", "#5b6675", "#dfe4ea"
 # Colours become the custom properties of page.css, which has a second set of values for dark screens.
 VARIABLES = {INK: "var(--ink)", SOFT: "var(--soft)", GRID: "var(--line)"} | {colour: f"var(--s{i})" for i, colour in enumerate(SERIES)}

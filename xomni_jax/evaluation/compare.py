@@ -10,10 +10,11 @@ import numpy as np
 
 from xomni_jax.checkpoint.store import write_json
 from xomni_jax.core.tables import TableCell, aligned, csv_text, format_estimate, format_number
-from xomni_jax.evaluation.eval_run import EvalRun, ImageRef, read_eval_run, same_items
+from xomni_jax.evaluation import paper
+from xomni_jax.evaluation.eval_run import EvalRun, read_eval_run, same_items
+from xomni_jax.evaluation.item_cards import embed, image_order, item_card, left_out
 from xomni_jax.evaluation.pages import write_page
 from xomni_jax.evaluation.run_directory import write_text
-from xomni_jax.evaluation.run_report import embed, image_order, item_outputs, left_out
 from xomni_jax.evaluation.statistics import bootstrap_mean, paired_difference, with_bounds
 from xomni_jax.evaluation.suite import SuiteError
 
@@ -50,11 +51,15 @@ def compare(runs: Sequence[EvalRun], seed: int = 0) -> dict[str, Any]:
     names, base = labels(runs), runs[0]
     categories = np.array(base.categories)
     groups = {OVERALL: np.ones(len(base.items), bool)}
-    groups |= {name: categories == name for name in sorted(set(base.categories) - {""})}
+    appearing = dict.fromkeys((*paper.category_order(base), *(base.categories[i] for i in base.published_order)))
+    groups |= {name: at for name in appearing if name and (at := categories == name).any()}
     return {
         "suite": base.suite,
         "title": base.results["title"],
-        "runs": [{"name": name, "path": str(run.path), "headline": run.results["headline"]} for name, run in zip(names, runs)],
+        "runs": [
+            {"name": name, "path": str(run.path), "headline": run.results["headline"], "not_comparable": paper.objections(run.results)}
+            for name, run in zip(names, runs)
+        ],
         "settings": different_settings(runs),
         "rows": [row(name, [run.scores[at] for run in runs], seed) for name, at in groups.items()],
         "items": [
@@ -100,9 +105,11 @@ def change(scores: Sequence[float | None]) -> float:
 # ---- for readers ----
 def table_text(comparison: dict[str, Any]) -> str:
     """The comparison for a terminal."""
-    lines = [f"{comparison['title']}: {len(comparison['items'])} items, means and differences with 95% intervals"]
+    lines = [f"{comparison['title']}: {len(comparison['items'])} items"]
+    lines += [f"  {name}: {value} ({note})" for name, value, note in headlines(comparison)]
     lines += [f"  {name}: " + " | ".join(map(str, values)) for name, values in comparison["settings"].items()]
-    return "\n".join([*lines, "", aligned(difference_table(comparison)), ""])
+    lines += [f"  {name}: not comparable with published numbers: {why}" for name, why in objections(comparison)]
+    return "\n".join([*lines, "", "Mean scores of items, and differences with 95% intervals:", aligned(difference_table(comparison)), ""])
 
 
 def item_rows(comparison: dict[str, Any]) -> Iterator[list[Any]]:
@@ -129,24 +136,40 @@ def write_comparison(runs: Sequence[EvalRun], comparison: dict[str, Any], out: s
         "compare.html",
         comparison=comparison,
         names=names,
+        cards=headlines(comparison),
         differences=difference_table(comparison),
+        objections=objections(comparison),
         settings=[["", *names], *([name, *map(str, values)] for name, values in comparison["settings"].items())],
-        items=[changed_item(runs, names, comparison["items"][i], i, images, out) for i in changed],
+        items=[
+            {"change": change(comparison["items"][i]["scores"]), "cards": [item_card(run, run.items[i], images, out) for run in runs]}
+            for i in changed
+        ],
         orders=ORDERS,
         left_out=f"The {len(changed)} items whose score changed most, {names[0]} first. {left_out(wanted, images)}",
     )
 
 
+def headlines(comparison: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The headline of every run: name of the run, value, and a note with its interval and its difference to the first run's."""
+    heads = [run["headline"] for run in comparison["runs"]]
+    cards = []
+    for run, head in zip(comparison["runs"], heads):
+        value, between = format_estimate(head | {"ci95": head.get("interval")})
+        minus = "" if head is heads[0] or None in (head["value"], heads[0]["value"]) else f"{head['value'] - heads[0]['value']:+.4f}"
+        said = (head["name"], f"95% interval {between}" * bool(between), f"{minus} against {comparison['runs'][0]['name']}" * bool(minus))
+        cards.append((run["name"], value, "; ".join(filter(None, said))))
+    return cards
+
+
+def objections(comparison: dict[str, Any]) -> list[tuple[str, str]]:
+    """Name of a run and why its headline is not comparable with published numbers, for every such run."""
+    return [(run["name"], "; ".join(run["not_comparable"])) for run in comparison["runs"] if run["not_comparable"]]
+
+
 def difference_table(comparison: dict[str, Any]) -> list[list[TableCell]]:
-    """Headline, then mean scores and differences, overall and per category."""
+    """Mean scores and differences, overall and per category."""
     first, *others = (run["name"] for run in comparison["runs"])
-    heads = [run["headline"]["value"] for run in comparison["runs"]]
-    gains = [None if None in (value, heads[0]) else value - heads[0] for value in heads[1:]]
-    name, count = comparison["runs"][0]["headline"]["name"], str(len(comparison["items"]))
-    table = [
-        ["", "items", first, *others, *(f"{other} minus {first}" for other in others)],
-        [f"headline: {name}", count, *map(format_number, heads), *(format_number(gain, "+.4f") for gain in gains)],
-    ]
+    table: list[list[TableCell]] = [["", "items", first, *others, *(f"{other} minus {first}" for other in others)]]
     for r in comparison["rows"]:
         table.append([r["name"], str(r["items"]), *map(format_number, r["means"]), *(difference(d, r["items"]) for d in r["differences"])])
     return table
@@ -157,17 +180,3 @@ def difference(measured: dict[str, Any], items: int) -> TableCell:
     value, between = format_estimate(measured, "+.4f")
     paired = "" if measured["items"] == items else f"{measured['items']} items"
     return value, ", ".join(filter(None, (between, paired)))
-
-
-def changed_item(
-    runs: Sequence[EvalRun], names: Sequence[str], compared: dict[str, Any], i: int, images: dict[ImageRef, str], page_folder: Path
-) -> dict[str, Any]:
-    """Item i in every run, for the page."""
-    outputs = [item_outputs(run, run.items[i], images, page_folder) for run in runs]
-    return {
-        "id": compared["id"],
-        "category": compared["category"],
-        "change": change(compared["scores"]),
-        "prompts": list(dict.fromkeys(run.items[i]["prompt"] for run in runs)),  # rewritten prompts may differ
-        "runs": list(zip(names, map(format_number, compared["scores"]), outputs)),
-    }

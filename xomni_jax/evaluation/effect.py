@@ -15,7 +15,6 @@ import functools
 import hashlib
 import json
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,11 +23,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from xomni_jax.checkpoint.store import write_json
 from xomni_jax.core.preemption import StopSignal
-from xomni_jax.evaluation.grpo_run import GRPORun, read_run
+from xomni_jax.evaluation.grpo_run import GRPORun
 from xomni_jax.evaluation.judges import RewardsJudge
-from xomni_jax.evaluation.measurement import Measurement, measure, summarise
+from xomni_jax.evaluation.measurement import Measurement, measure
 from xomni_jax.evaluation.run import EvalConfig, evaluate
 from xomni_jax.evaluation.suite import SuiteError
 from xomni_jax.evaluation.suites.rendered import HeldoutSigns, Signs, heldout_signs
@@ -137,36 +135,6 @@ def open_services(urls: Mapping[str, str]) -> Iterator[tuple[dict[str, RewardCli
                 clients[role] = stack.enter_context(RewardClient(scorer, urls[role].split(","), max_wait=900.0))
                 versions[role] = clients[role].versions()
         yield clients, versions
-
-
-def run_effect(
-    config: EffectConfig,
-    clients: Mapping[str, RewardClient],
-    versions: Mapping[str, str] | None = None,
-    started: float | None = None,
-    first_image_seconds: float | None = None,
-) -> tuple[Effect, dict[str, Any]]:
-    """Makes every measurement, or takes it from OUT/cells, and writes OUT/report.json. Returns what was measured and the report.
-
-    Args:
-      clients: role ("ocr", "shapes", "second") -> client; see `open_services`.
-      versions: role -> version, so that everything is measured again after a service changed.
-      started: time.time() at the beginning of the whole job, for wall_seconds; now by default.
-      first_image_seconds: how long the first image took, to be reported.
-
-    Raises:
-      ValueError: a run, model or service that does not fit (`SuiteError`, `CheckpointError`), in one sentence.
-    """
-    began = time.time()
-    effect = measure_all(config, read_run(config.rl_run), RewardsJudge(clients, versions or {}))
-    seconds = {
-        "first_image_seconds": first_image_seconds,
-        "wall_seconds": time.time() - (began if started is None else started),
-        "evaluation_seconds": time.time() - began,
-    }
-    report = summarise(effect, seconds)
-    write_json(Path(config.out) / "report.json", report)
-    return effect, report
 
 
 class PolicySampler:

@@ -93,6 +93,11 @@ class EvalRun:
         """Category per item; "" where the suite has none."""
         return [category(item) for item in self.items]
 
+    @property
+    def published_order(self) -> list[int]:
+        """Numbers of the items in the order of the benchmark's data."""
+        return sorted(range(len(self.items)), key=lambda i: self.items[i].get("position", i))
+
 
 def read_eval_run(directory: str | Path, remedy: str = MAKE_ONE) -> EvalRun:
     """The run in a directory.
@@ -176,9 +181,11 @@ def reading(item: Item, repeat: int) -> str:
 
 
 def _reply(reply: Any) -> str:
-    """Text as it is; a detector's boxes as their classes, confidences and colours."""
-    if isinstance(reply, str):
-        return reply
+    """Text as it is; a detector's boxes as their classes, confidences and colours; why a reply could not be read."""
+    if not isinstance(reply, Mapping):
+        return "" if reply is None else str(reply)
+    if isinstance(reply.get("unreadable"), str):
+        return f"could not be read: {reply['unreadable']}"
     found = {name: [f"{box['score']:.2f} {box.get('color', '')}".strip() for box in boxes] for name, boxes in reply.items() if boxes}
     return "; ".join(f"{name} {', '.join(boxes)}" for name, boxes in found.items()) or "nothing found"
 

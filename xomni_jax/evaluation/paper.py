@@ -1,6 +1,7 @@
 """Tables 1 to 4 of the paper (arXiv 2507.22058): its values as printed, the commands that reproduce them, and results of finished runs.
 
-The paper states few settings. The others are those of the released code or of the benchmark, and are marked as such.
+The paper states few settings. The others are those of the released code or of the benchmark, and are marked as such. A run's number that
+is not comparable (see `objections`) never stands beside the paper's without saying so.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from xomni_jax.core.tables import format_interval
 from xomni_jax.evaluation.eval_run import EvalRun, read_eval_run
 from xomni_jax.evaluation.judges import OFFICIAL
 from xomni_jax.evaluation.suites import get_suite
 
 OURS = "X-Omni"
-PAPER, CODE, BENCHMARK, OPEN = "paper", "released code", "benchmark", "not stated"
-MARKS = {PAPER: "", CODE: "*", BENCHMARK: "+", OPEN: "?"}
+# Who states a setting, by the mark that follows it in the table.
+PAPER, CODE, BENCHMARK, OPEN = "", "*", "+", "?"
 LEGEND = {
     PAPER: "stated in the paper",
     CODE: "not stated in the paper for its tables; as the released code does by default",
@@ -115,36 +117,35 @@ def ours(results: Mapping[str, Any]) -> dict[str, str | None]:
     return {column: None if value is None else f"{scale * value:.{decimals}f}" for column, value in scores.items()}
 
 
+# ---- one run beside the paper ----
+def objections(results: Mapping[str, Any]) -> list[str]:
+    """Why a run's headline cannot be compared with published numbers, one sentence each; empty when it can."""
+    comparable = results.get("comparable")
+    if comparable is None:
+        return ["the run does not record how it was judged; run the same command again with --phase score"]
+    return [] if comparable["yes"] else list(comparable["because"])
+
+
+def sample(results: Mapping[str, Any]) -> str:
+    """How many items a run's numbers are made of."""
+    items, published = (results["counts"].get(name) for name in ("items", "published"))
+    return f"{items} of {published} items" if published and items != published else f"{items} items"
+
+
+def category_order(run: EvalRun) -> list[str]:
+    """The categories of a run in the order of the paper's columns; others as they first appear in the published data."""
+    columns = COLUMNS[run.suite].categories.values() if run.suite in COLUMNS else ()
+    appearing = (run.categories[i] for i in run.published_order)
+    return [name for name in dict.fromkeys((*columns, *appearing, *run.results["categories"])) if name in run.results["categories"]]
+
+
+# ---- the table of all suites ----
 class StatedSetting(NamedTuple):
     """One setting of a suite and who states it: PAPER, CODE, BENCHMARK or OPEN."""
 
     name: str
     value: Any
     source: str
-
-
-class PaperRow(NamedTuple):
-    """One suite: its table, how to reproduce its numbers, what the paper prints, and what a run gave ({} without one)."""
-
-    table: int
-    suite: str
-    settings: tuple[StatedSetting, ...]
-    command: str
-    paper: dict[str, str | None]
-    ours: dict[str, str | None]
-    run: EvalRun | None
-
-
-def rows(runs: Iterable[EvalRun] = ()) -> list[PaperRow]:
-    """One row per suite, in the order of the paper, with the run of the suite that has the most items (of equals the latest)."""
-    best = {run.suite: run for run in sorted(runs, key=lambda run: (len(run.items), (run.path / "results.json").stat().st_mtime))}
-    made = []
-    for suite, columns in COLUMNS.items():
-        run = best.get(suite)
-        found = {} if run is None else ours(run.results)
-        printed = values(suite)[OURS]
-        made.append(PaperRow(columns.table, suite, suite_settings(suite), command(suite), printed, found, run))
-    return sorted(made, key=lambda row: row.table)
 
 
 def suite_settings(name: str) -> tuple[StatedSetting, ...]:
@@ -193,14 +194,12 @@ def find_runs(directory: str | Path) -> list[EvalRun]:
     return [run for run in runs if run.suite in COLUMNS]
 
 
-def departures(row: PaperRow) -> list[str]:
-    """The settings in which a run differs from the row's command; empty when it does not."""
-    if row.run is None:
-        return []
-    settings, published = row.run.flat_settings, get_suite(row.suite).published
+def other_settings(run: EvalRun) -> list[str]:
+    """The settings in which a run differs from the command of its suite; empty when it does not."""
+    settings = run.flat_settings
     settings["rewriting"] = "yes" if settings.get("data.rewritten") else "none"
-    differing = [f"{len(row.run.items)} of {published} items"] if published and len(row.run.items) != published else []
-    for setting in row.settings:
+    differing = []
+    for setting in suite_settings(run.suite):
         name = "repeats" if setting.name == "images per prompt" else setting.name.replace("-", "_")
         value = settings.get(name, settings.get(f"sampling.{name}"))
         if value not in (None, setting.value):
@@ -208,34 +207,52 @@ def departures(row: PaperRow) -> list[str]:
     return differing + ([f"switches {settings['switches']}"] if settings["switches"] != "none" else [])
 
 
-def table_text(made: list[PaperRow]) -> str:
-    """The table for a terminal."""
-    lines = []
-    for number, of_table in itertools.groupby(made, key=lambda row: row.table):
+def best_runs(runs: Iterable[EvalRun]) -> dict[str, EvalRun]:
+    """Suite -> the run to show of it: a comparable one before others, then of most items, then the latest."""
+    rank = lambda run: (not objections(run.results), len(run.items), (run.path / "results.json").stat().st_mtime)
+    return {run.suite: run for run in sorted(runs, key=rank)}
+
+
+def table_text(runs: Iterable[EvalRun] = ()) -> str:
+    """All suites for a terminal, in the order of the paper, each with the best of the finished runs."""
+    lines, best, number_of = [], best_runs(runs), lambda suite: COLUMNS[suite].table
+    for number, suites in itertools.groupby(sorted(COLUMNS, key=number_of), key=number_of):
         lines += [f"Table {number}: {tables()[number]['title']}", ""]
-        for row in of_table:
-            lines += [*row_text(row), ""]
+        for suite in suites:
+            lines += [*suite_text(suite), *(run_text(best[suite]) if suite in best else ["  ours:  not run"]), ""]
         lines.append("")
-    marks = "\n".join(f"  {mark or ' '} {LEGEND[source]}" for source, mark in MARKS.items())
-    return "\n".join(lines[:-1]) + f"Marks after a setting:\n{marks}\n"
+    return "\n".join([*lines, "Marks after a setting:", *(f"  {mark or ' '} {meaning}" for mark, meaning in LEGEND.items()), ""])
 
 
-def row_text(row: PaperRow) -> list[str]:
-    """The lines of one suite."""
-    unstated = [s.name for s in row.settings if s.source != PAPER]
-    lines = [
-        f"{row.suite}: {get_suite(row.suite).title}",
-        f"  {row.command}",
-        f"  settings: {', '.join(f'{s.name} {s.value}{MARKS[s.source]}' for s in row.settings)}",
-        f"  the paper does not say: {', '.join(filter(None, (*unstated, NOTES.get(row.suite))))}",
-        f"  paper: {numbers(row.paper)}",
+def suite_text(suite: str) -> list[str]:
+    """How to reproduce the numbers of a suite, and what the paper prints."""
+    settings = suite_settings(suite)
+    unstated = [s.name for s in settings if s.source != PAPER]
+    return [
+        f"{suite}: {get_suite(suite).title}",
+        f"  {command(suite)}",
+        f"  settings: {', '.join(f'{s.name} {s.value}{s.source}' for s in settings)}",
+        f"  the paper does not say: {', '.join(filter(None, (*unstated, NOTES.get(suite))))}",
+        f"  paper: {numbers(values(suite)[OURS])}",
     ]
-    if row.run is None:
-        return [*lines, "  ours:  not run"]
-    model = str(row.run.flat_settings.get("model.sha256", "images of another program"))[:12]
-    lines.append(f"  ours:  {numbers(row.ours)}   ({row.run.path}, model {model}, judge {row.run.flat_settings['judge.name']})")
-    differing = departures(row)
-    return [*lines, f"  not what the command above makes: {', '.join(differing)}"] if differing else lines
+
+
+def run_text(run: EvalRun) -> list[str]:
+    """What a finished run gave, and why that cannot be compared with the paper where it cannot."""
+    settings, interval, why, differing = (
+        run.flat_settings,
+        run.results["headline"].get("interval"),
+        objections(run.results),
+        other_settings(run),
+    )
+    model = str(settings.get("model.sha256", "images of another program"))[:12]
+    between = f", 95% interval {format_interval(interval, '.4g', get_suite(run.suite).paper_scale)}" if interval else ""
+    return [
+        f"  ours{', not comparable' * bool(why)}: {numbers(ours(run.results))} from {sample(run.results)}{between}",
+        f"    {run.path}, model {model}, judge {settings['judge.name']}",
+        *(f"    not comparable: {sentence}" for sentence in why),
+        *[f"    not what the command above makes: {', '.join(differing)}"] * bool(differing),
+    ]
 
 
 def numbers(values: Mapping[str, str | None]) -> str:

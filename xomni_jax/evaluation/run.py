@@ -207,12 +207,12 @@ def write_results(run: SuiteRun) -> dict[str, Any]:
     suite = run.suite
     outputs, judged = run.outputs(), run.judged() if suite.judge else {}
     lines, records, unparsed = [], [], []
-    for item in sorted(run.items, key=lambda item: item.id):
+    for position, item in sorted(enumerate(run.items), key=lambda numbered: numbered[1].id):
         output = outputs.get(item.id, {})
         replies = judged[item.id]["replies"] if suite.judge else [output["answer"]]
         record = suite.score(item, replies)
         made = {"images": output.get("files", []), "replies": replies} if suite.task == "generate" else {"answer": output["answer"]}
-        shown = {"id": item.id, "prompt": item.prompt, "fields": dict(item.fields), **made}
+        shown = {"id": item.id, "position": position, "prompt": item.prompt, "fields": dict(item.fields), **made}
         apart = {name: record[name] for name in ("score", "verdicts")}
         lines.append(json_line(shown | apart | {"record": {k: v for k, v in record.items() if k not in apart}}))
         records.append({**record, "id": item.id, "fields": item.fields})

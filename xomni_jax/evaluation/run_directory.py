@@ -8,8 +8,9 @@
                          "files" are relative to OUT, "pixels" is the SHA-256 of the item's images
       judged/*.jsonl     {"id", "replies", "asked"}: the judge's replies, one list per repeat, and a hash of the questions
       judged/judge.json  which judge, and how it was asked
-      items.jsonl        at the end: one line per item, sorted by id: {"id", "prompt", "fields", "images" (relative paths: one per repeat,
-                         or one where the official layout is a grid) or "answer", "replies", "score", "verdicts", "record"}
+      items.jsonl        at the end: one line per item, sorted by id: {"id", "position" (in the published data, from 0), "prompt", "fields",
+                         "images" (relative paths: one per repeat, or one where the official layout is a grid) or "answer", "replies",
+                         "score", "verdicts", "record"}
       results.json       at the end: {"suite", "title", "headline": {"name", "value"}, "scores", "categories", "counts", "unparsed" (ids of
                          the items with replies that could not be read), "notes", "settings", "judge", "switches", "instructions"}
 
@@ -146,8 +147,8 @@ def json_line(value: Mapping[str, Any]) -> str:
 
 
 def pretty_json(value: Any) -> str:
-    """The text of settings.json and results.json."""
-    return json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+    """The text of settings.json and results.json; scores stay in the order in which a suite gives them."""
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
 def write_text(path: Path, text: str) -> Path:

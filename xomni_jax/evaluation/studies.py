@@ -5,22 +5,21 @@ Runs are made by `xomni eval SUITE`; a study reads their directories and draws n
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from xomni_jax.checkpoint.store import write_json
 from xomni_jax.core.tables import TableCell, aligned, csv_text, format_estimate, format_number
 from xomni_jax.evaluation import suite as contract
 from xomni_jax.evaluation.charts import Line, line_chart
 from xomni_jax.evaluation.compare import labels
-from xomni_jax.evaluation.eval_run import EvalRun, Item, command, image_refs, outputs, read_eval_run, same_items
+from xomni_jax.evaluation.eval_run import EvalRun, Item, command, outputs, read_eval_run, same_items
 from xomni_jax.evaluation.pages import write_page
-from xomni_jax.evaluation.run_directory import RunDirectory, write_text
+from xomni_jax.evaluation.paper import category_order
+from xomni_jax.evaluation.run_directory import write_text
 from xomni_jax.evaluation.statistics import (
     BEST_OF,
     best_of_weights,
@@ -33,10 +32,6 @@ from xomni_jax.evaluation.statistics import (
 from xomni_jax.evaluation.suite import SuiteError
 from xomni_jax.evaluation.suites import get_suite
 
-if TYPE_CHECKING:
-    from xomni_jax.rewards.client import RewardClient
-
-REWARD_BATCH = 4  # items scored at a time
 OWN = "score"  # the reward that is the suite's own score of an output
 # Settings that may differ between runs of one experiment: they change images by rounding at most.
 INCIDENTAL = ("model.path", "data.path", "batch", "decode_batch", "mesh.", "device", "versions.")
@@ -97,19 +92,17 @@ def guidance_study(runs: Sequence[EvalRun], seed: int = 0) -> dict[str, Any]:
         made = command(runs[0].suite, "RUN", runs[0].settings, guidance="1.0" if 1.0 not in by_value else "2.0")
         raise SuiteError(f"a run with guidance off (1) and one with guidance on are needed; make the other with\n  {made}")
     off = by_value[1.0].scores
-    rows = []
-    for value, run in sorted(by_value.items()):
-        categories = {name: c["score"] for name, c in run.results["categories"].items()}
-        rows.append(
-            {
-                "guidance": value,
-                "run": str(run.path),
-                "headline": run.results["headline"]["value"],
-                "score": with_bounds(bootstrap_mean(run.scores, seed)),
-                "minus_off": None if value == 1.0 else with_bounds(paired_difference(run.scores, off, seed)),
-                "categories": categories,
-            }
-        )
+    rows = [
+        {
+            "guidance": value,
+            "run": str(run.path),
+            "headline": run.results["headline"]["value"],
+            "score": with_bounds(bootstrap_mean(run.scores, seed)),
+            "minus_off": None if value == 1.0 else with_bounds(paired_difference(run.scores, off, seed)),
+            "categories": {name: run.results["categories"][name]["score"] for name in category_order(run)},
+        }
+        for value, run in sorted(by_value.items())
+    ]
     return about(runs[0], seed) | {"rows": rows}
 
 
@@ -127,20 +120,13 @@ def best_of_study(
 
     Args:
       sft, rl: runs of the two models. Several runs of one model differ in the seed alone: their samples are pooled.
-      reward: name of what picks. selection_PR: its values of SFT's samples [P, R], runs side by side; without it the suite's own
-        score picks, which knows the answer.
+      reward: name of the reward that picks.
+      selection_PR: its values of SFT's samples [P, R], runs side by side; without it the suite's own score picks, which knows the answer.
 
     Raises:
       SuiteError: runs that differ in more than model and seed, seeds used twice, or one SFT sample per item.
     """
-    for runs in (sft, rl):
-        check_settings(runs, ["seed"])
-        seeds = [run.flat_settings.get("seed") for run in runs]
-        if len(set(seeds)) < len(seeds):
-            raise SuiteError(f"{', '.join(labels(runs))} have the seeds {seeds}; runs of one seed hold the same samples")
-    check_settings([sft[0], rl[0]], ["seed", "model.sha256", "repeats"])
-    if sft[0].flat_settings.get("model.sha256") == rl[0].flat_settings.get("model.sha256") is not None:
-        raise SuiteError(f"{sft[0].path} and {rl[0].path} are runs of the same model; give runs of the SFT and of the RL model")
+    check_policies(sft, rl)
     score_PR, rl_PR = pooled_scores(sft), pooled_scores(rl)
     samples = score_PR.shape[1]
     if samples < 2:
@@ -174,6 +160,18 @@ def best_of_study(
     }
 
 
+def check_policies(sft: Sequence[EvalRun], rl: Sequence[EvalRun]) -> None:
+    """SuiteError unless the runs are of two models, differ in nothing else, and those of one model have different seeds."""
+    for runs in (sft, rl):
+        check_settings(runs, ["seed"])
+        seeds = [run.flat_settings.get("seed") for run in runs]
+        if len(set(seeds)) < len(seeds):
+            raise SuiteError(f"{', '.join(labels(runs))} have the seeds {seeds}; runs of one seed hold the same samples")
+    check_settings([sft[0], rl[0]], ["seed", "model.sha256", "repeats"])
+    if sft[0].flat_settings.get("model.sha256") == rl[0].flat_settings.get("model.sha256") is not None:
+        raise SuiteError(f"{sft[0].path} and {rl[0].path} are runs of the same model; give runs of the SFT and of the RL model")
+
+
 def pooled_scores(runs: Sequence[EvalRun]) -> np.ndarray:
     """The suite's score of every single output [P, R], runs side by side; NaN where an output has none."""
     suite = get_suite(runs[0].suite, runs[0].results.get("switches") or ())
@@ -204,165 +202,114 @@ def headline_of_picks(suite: contract.Suite, runs: Sequence[EvalRun], selection_
     return found["scores"][found["headline"]]
 
 
-# ---- values of a reward service ----
-def reward_scores(runs: Sequence[EvalRun], client: RewardClient, version: str, stored: Path) -> np.ndarray:
-    """Values [P, R] that a reward service gives to all images, the runs' side by side. An item's fields are told to it as its targets.
-
-    Args:
-      version: of the service; values of another version are not mixed in.
-      stored: directory in which finished items are kept, so that an interruption loses little.
-
-    Raises:
-      SuiteError: an image is gone, or the service could not score one or says that it does not apply to the item.
-    """
-    directory, kind = RunDirectory(stored), hashlib.sha256(f"{client.name} {version}".encode()).hexdigest()[:16]
-    done = {name: record["values"] for name, record in directory.lines(kind).items()}
-    name_of = lambda run, item: f"{run.path.resolve()}#{item['id']}"
-    pairs = [(run, item) for items in zip(*(run.items for run in runs)) for run, item in zip(runs, items)]
-    left = [pair for pair in pairs if name_of(*pair) not in done]
-    with directory.writer(kind, "values") as lines, tqdm(total=len(left), desc=f"scored by {client.name}", unit="item") as bar:
-        for start in range(0, len(left), REWARD_BATCH):
-            group = left[start : start + REWARD_BATCH]
-            for (run, item), values in zip(group, _reward_values(client, group)):
-                done[name_of(run, item)] = values
-                lines.append({"id": name_of(run, item), "values": values})
-                bar.update()
-    return np.array([[v for run in runs for v in done[name_of(run, run.items[i])]] for i in range(len(runs[0].items))], np.float64)
-
-
-def _reward_values(client: RewardClient, group: Sequence[tuple[EvalRun, Item]]) -> list[list[float]]:
-    """Values of the images of some items."""
-    images, told = [], []
-    for run, item in group:
-        if len(image_refs(run, item)) != outputs(item):
-            raise SuiteError(f"{run.path}: item {item['id']} lists no images, another program drew them; draw with xomni eval")
-        for ref in image_refs(run, item):
-            if not ref.path.is_file():
-                raise SuiteError(f"{ref.path} of item {item['id']} is gone, so {client.name} cannot score it; draw it again")
-            images.append(np.asarray(ref.open()))
-            told.append({"prompt": item["prompt"], "targets": dict(item["fields"])})
-    scores, rows = iter(client.score(images, told)), []
-    for run, item in group:
-        row = [next(scores) for _ in range(outputs(item))]
-        if bad := next((score for score in row if score.value is None), None):
-            reason = bad.error or "it says that it does not apply"
-            raise SuiteError(f"{client.name} gave item {item['id']} of {run.path} no value ({reason}); what is scored is kept")
-        rows.append([float(score.value) for score in row])
-    return rows
-
-
-GUIDANCE_NOTE = (
-    "The score of an item is the suite's own, 0 to 1; means with 95% bootstrap intervals over items, differences paired by item. "
-    "Guidance 1 is off."
-)
+# ---- for readers ----
+SCORES = "The score of an item is the suite's own, 0 to 1; intervals are 95% bootstraps over items, differences are paired by item."
+GUIDANCE_NOTE = f"{SCORES} Guidance 1 is off."
 BEST_OF_NOTE = (
-    "The score of an item is the suite's own, 0 to 1. Best of N is the exact mean over all choices of N of the SFT samples of an item; "
-    "intervals are 95% bootstraps over items, differences paired by item. The headline of the first N is the suite's own number over one "
-    "image per item, the best of its first N."
+    f"{SCORES} Best of N is the exact mean over all choices of N of the SFT samples of an item. The headline of the first N is the suite's "
+    "own number over one image per item, the best of its first N."
 )
 ORACLE_NOTE = "The reward that picks is the score itself, which knows what was asked for: an oracle, which no user has."
 
 
-def write_study(study: dict[str, Any], name: str, out: str | Path) -> Path:
-    """Writes OUT/name.json, .csv and .html; `name` is guidance or best_of_n. Returns the path of the page."""
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    rows, page = {"guidance": (guidance_rows, guidance_page), "best_of_n": (best_of_rows, best_of_page)}[name]
-    write_json(out / f"{name}.json", study)
-    write_text(out / f"{name}.csv", csv_text(rows(study)))
-    return write_page(out / f"{name}.html", "study.html", study=study, **page(study))
+class View(NamedTuple):
+    """What readers see of a study: `csv` are the rows of the CSV file, `scores` the main numbers by name, the rest is for study.html."""
+
+    heading: str
+    verdict: str
+    note: str
+    scores: dict[str, dict[str, Any]]
+    table: list[list[TableCell]]
+    csv: list[list[Any]]
+    chart_title: str
+    chart: str
+    categories: list[list[TableCell]]
+    runs: list[list[TableCell]]
 
 
-# ---- guidance ----
-def guidance_rows(study: dict[str, Any]) -> list[list[Any]]:
-    """Rows of the CSV."""
-    categories = list(study["rows"][0]["categories"])
-    head = ["guidance", study["headline"], "score", "low", "high", "minus_off", "minus_off_low", "minus_off_high", *categories]
-    return [
-        head,
-        *(
-            [r["guidance"], r["headline"], *with_ends(r["score"]), *with_ends(r["minus_off"]), *map(r["categories"].get, categories)]
-            for r in study["rows"]
-        ),
-    ]
-
-
-def guidance_table(study: dict[str, Any]) -> list[list[TableCell]]:
-    """The scores for readers."""
-    table: list[list[TableCell]] = [["", study["headline"], "mean score", "minus off"]]
-    for r in study["rows"]:
-        name = guidance_name(r) + " (off)" * (r["guidance"] == 1)
-        minus_off = "" if r["minus_off"] is None else format_estimate(r["minus_off"], "+.4f")
-        table.append([name, format_number(r["headline"]), format_estimate(r["score"]), minus_off])
-    return table
-
-
-def guidance_text(study: dict[str, Any]) -> str:
+def study_text(study: dict[str, Any], name: str) -> str:
     """The study for a terminal."""
-    return f"{study['title']}: {study['items']} items\n{aligned(guidance_table(study))}"
+    view = VIEWS[name](study)
+    return "\n".join([f"{study['title']}: {study['items']} items", aligned(view.table), *[view.verdict] * bool(view.verdict)])
 
 
-def guidance_page(study: dict[str, Any]) -> dict[str, Any]:
-    """Values of the template."""
-    rows = study["rows"]
-    names, categories = [guidance_name(r) for r in rows], list(rows[0]["categories"])
-    return dict(
-        title="guidance",
+def write_study(study: dict[str, Any], name: str, out: str | Path) -> Path:
+    """Writes OUT/name.json, .csv and .html; `name` is one of `VIEWS`. Returns the path of the page."""
+    out, view = Path(out), VIEWS[name](study)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / f"{name}.json", study)
+    write_text(out / f"{name}.csv", csv_text(view.csv))
+    shown = {row: format_estimate(score) for row, score in view.scores.items()}
+    cards = [(row, value, f"mean score of an item; 95% interval {between or 'unknown'}") for row, (value, between) in shown.items()]
+    return write_page(out / f"{name}.html", "study.html", study=study, view=view, cards=cards)
+
+
+def guidance_view(study: dict[str, Any]) -> View:
+    """The score over guidance."""
+    rows = {f"guidance {r['guidance']:g}" + " (off)" * (r["guidance"] == 1): r for r in study["rows"]}
+    categories = list(study["rows"][0]["categories"])
+    columns = ["guidance", study["headline"], "score", "low", "high", "minus_off", "minus_off_low", "minus_off_high"]
+    minus_off = {name: "" if r["minus_off"] is None else format_estimate(r["minus_off"], "+.4f") for name, r in rows.items()}
+    return View(
         heading="guidance off and on",
         verdict="",
         note=GUIDANCE_NOTE,
-        scores=guidance_table(study),
+        scores={name: r["score"] for name, r in rows.items()},
+        table=[
+            ["", study["headline"], "mean score", "minus off"],
+            *([n, format_number(r["headline"]), format_estimate(r["score"]), minus_off[n]] for n, r in rows.items()),
+        ],
+        csv=[
+            [*columns, *sorted(categories)],
+            *(
+                [
+                    r["guidance"],
+                    r["headline"],
+                    *with_ends(r["score"]),
+                    *with_ends(r["minus_off"]),
+                    *map(r["categories"].get, sorted(categories)),
+                ]
+                for r in study["rows"]
+            ),
+        ],
         chart_title="Mean score by guidance",
-        score_chart=score_chart(study, "guidance"),
-        categories=categories and [["", *names], *([c, *(format_number(r["categories"].get(c)) for r in rows)] for c in categories)],
-        runs=[["", "run"], *([name, r["run"]] for name, r in zip(names, rows))],
+        chart=score_chart(study, "guidance"),
+        categories=categories
+        and [["", *rows], *([c, *(format_number(r["categories"].get(c)) for r in rows.values())] for c in categories)],
+        runs=[["", "run"], *([name, r["run"]] for name, r in rows.items())],
     )
 
 
-def guidance_name(row: dict[str, Any]) -> str:
-    """Name of a row."""
-    return f"guidance {row['guidance']:g}"
-
-
-# ---- best of N ----
-def best_of_rows(study: dict[str, Any]) -> list[list[Any]]:
-    """Rows of the CSV; RL's single sample is the last."""
-    head = ["policy", "best_of", "score", "low", "high", "rl_minus", "rl_minus_low", "rl_minus_high", "headline_of_first_n"]
-    rows = [["sft", r["n"], *with_ends(r["score"]), *with_ends(r["rl_minus"]), r["headline_of_first_n"]] for r in study["rows"]]
-    return [head, *rows, ["rl", 1, *with_ends(study["rl"]["score"]), "", "", "", study["rl"]["headline"]]]
-
-
-def best_of_table(study: dict[str, Any]) -> list[list[TableCell]]:
-    """The scores for readers."""
-    table: list[list[TableCell]] = [["", "mean score", "RL minus it", f"{study['headline']} of the first N"]]
-    for r in study["rows"]:
-        name = "SFT" if r["n"] == 1 else f"SFT best of {r['n']}"
-        rl_minus, first = format_estimate(r["rl_minus"], "+.4f"), format_number(r["headline_of_first_n"])
-        table.append([name, format_estimate(r["score"]), rl_minus, first])
-    rl = study["rl"]
-    return [*table, ["RL", format_estimate(rl["score"]), "", (format_number(rl["headline"]), "all its samples")]]
-
-
-def best_of_text(study: dict[str, Any]) -> str:
-    """The study for a terminal, with the verdict."""
-    head = f"{study['title']}: {study['items']} items, reward: {study['reward']}"
-    return "\n".join([head, aligned(best_of_table(study)), verdict(study)])
-
-
-def best_of_page(study: dict[str, Any]) -> dict[str, Any]:
-    """Values of the template."""
-    single = study["rl"]["score"]["value"]
-    return dict(
-        title="best of N",
+def best_of_view(study: dict[str, Any]) -> View:
+    """RL's single sample against SFT's best of N."""
+    rows, rl = {"SFT" if r["n"] == 1 else f"SFT best of {r['n']}": r for r in study["rows"]}, study["rl"]
+    single, own = rl["score"]["value"], study["reward"] == OWN
+    return View(
         heading="one RL sample against the best of N",
         verdict=verdict(study),
-        note=f"{BEST_OF_NOTE} {ORACLE_NOTE if study['reward'] == 'score' else 'Picked by the reward ' + study['reward'] + '.'}",
-        scores=best_of_table(study),
+        note=f"{BEST_OF_NOTE} {ORACLE_NOTE if own else 'Picked by the reward ' + study['reward'] + '.'}",
+        scores={"RL, one sample": rl["score"]} | {name: r["score"] for name, r in rows.items()},
+        table=[
+            ["", "mean score", "RL minus it", f"{study['headline']} of the first N"],
+            *(
+                [n, format_estimate(r["score"]), format_estimate(r["rl_minus"], "+.4f"), format_number(r["headline_of_first_n"])]
+                for n, r in rows.items()
+            ),
+            ["RL", format_estimate(rl["score"]), "", (format_number(rl["headline"]), "all its samples")],
+        ],
+        csv=[
+            ["policy", "best_of", "score", "low", "high", "rl_minus", "rl_minus_low", "rl_minus_high", "headline_of_first_n"],
+            *(["sft", r["n"], *with_ends(r["score"]), *with_ends(r["rl_minus"]), r["headline_of_first_n"]] for r in study["rows"]),
+            ["rl", 1, *with_ends(rl["score"]), "", "", "", rl["headline"]],
+        ],
         chart_title="Mean score of SFT's best of N",
-        score_chart=score_chart(study, "n", None if single is None else ("RL, one sample", single)),
-        categories=None,
+        chart=score_chart(study, "n", None if single is None else ("RL, one sample", single)),
+        categories=[],
         runs=[["", "runs"], *([name, ", ".join(study[policy]["runs"])] for name, policy in (("SFT", "sft"), ("RL", "rl")))],
     )
+
+
+VIEWS = {"guidance": guidance_view, "best_of_n": best_of_view}
 
 
 def verdict(study: dict[str, Any]) -> str:
@@ -374,7 +321,6 @@ def verdict(study: dict[str, Any]) -> str:
     return f"One RL sample scores {beaten}{limit}{more}."
 
 
-# ---- both ----
 def score_chart(study: dict[str, Any], x: str, level: tuple[str, float] | None = None) -> str:
     """Mean scores with their band over guidance or over n; empty when none is known."""
     known = [r for r in study["rows"] if r["score"]["value"] is not None]

@@ -1,7 +1,8 @@
-"""report.html of `xomni eval effect`: what was measured, on one page that needs no other file."""
+"""report.html of `xomni eval effect`: what RL changed, on one page."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,13 @@ from PIL import Image
 from xomni_jax.core.tables import TableCell, format_estimate, format_interval, format_number
 from xomni_jax.evaluation.charts import Dot, Line, dot_chart, line_chart
 from xomni_jax.evaluation.effect import Effect
+from xomni_jax.evaluation.effect_summary import SETTING_NAMES, metrics_table, row_name
 from xomni_jax.evaluation.grpo_run import GRPORun
+from xomni_jax.evaluation.item_cards import marked_differences
 from xomni_jax.evaluation.measurement import Measurement
 from xomni_jax.evaluation.pages import image_data, write_page
 from xomni_jax.rewards.text_metrics import is_exact
 
-SETTING_NAMES = {"guidance_off": "Guidance off", "guidance_on": "Guidance on"}
-ROW_NAMES = {"reconstruction": "Reconstruction", "sft": "SFT", "rl": "RL", "real images": "Real images"}
-METRIC_NAMES = {
-    "ocr_reward": "OCR reward",
-    "word_accuracy": "Word accuracy",
-    "colour_accuracy": "Colour accuracy",
-    "second_reader_accuracy": "Second reader",
-}
 STATISTIC_NAMES = {
     "second_reader_accuracy": "Second reader",
     "edge_density": "Edge density",
@@ -75,6 +70,7 @@ def headline(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     verdict = {0: "not above one SFT sample", 1: "above one SFT sample"}.get(held, f"above best of {held}")
     beaten = comparison["rl_minus"]["sft" if held < 2 else f"sft_best_of_{held}"]["word_accuracy"]
     by, between = format_estimate(beaten, "+.0f", 100)
+    unclear = ", no clear difference" if beaten["ci95"] and beaten["ci95"][0] <= 0 < held else ""
     accuracy = [format_number(off[row]["word_accuracy"], ".0%") for row in ("sft", "rl")]
     colour = comparison["rl_minus"]["sft"]["colour_accuracy"]["value"]
     return [
@@ -85,7 +81,7 @@ def headline(report: dict[str, Any]) -> list[tuple[str, str, str]]:
             times(best["value"]),
             "no sweep" if temperature is None else f"temperature {temperature:g}",
         ),
-        ("One RL sample is", verdict, f"by {by} points ({between or 'unknown'}); SFT's best is picked by an oracle"),
+        ("One RL sample is", verdict, f"by {by} points ({between or 'unknown'}{unclear}); SFT's best is picked by an oracle"),
         ("Colour", "not measured" if colour is None else f"{100 * colour:+.1f} points", "RL minus SFT"),
     ]
 
@@ -134,16 +130,6 @@ def sweep_note(report: dict[str, Any]) -> str:
 
 
 # ---- tables ----
-def metrics_table(report: dict[str, Any], name: str) -> list[list[TableCell]]:
-    """All metrics with intervals, and RL's difference to each row."""
-    rows = [["", *METRIC_NAMES.values(), "RL minus row, words, points"]]
-    for row, e in ({"real images": report["real_images"]} | report[name]).items():
-        cells = [(format_number(e[metric], ".3f"), format_interval(e["ci95"][metric], ".2f")) for metric in METRIC_NAMES]
-        rl_minus = report["comparisons"][name]["rl_minus"].get(row)
-        rows.append([row_name(row), *cells, "" if rl_minus is None else format_estimate(rl_minus["word_accuracy"], "+.0f", 100)])
-    return rows
-
-
 def statistics_table(report: dict[str, Any], name: str) -> list[list[TableCell]]:
     """Second reader and image statistics of every row."""
     form = lambda key: ".1f" if key == "edge_density" else ".2f"
@@ -171,11 +157,6 @@ def times_and_settings(report: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def row_name(row: str) -> str:
-    """What readers are told for a row of the report."""
-    return ROW_NAMES.get(row) or "SFT best of " + row.removeprefix("sft_best_of_")
-
-
 # ---- images ----
 def prompts(effect: Effect, name: str) -> list[dict[str, Any]]:
     """The first prompts, each with its reconstruction, SFT samples, the best of all of them, and RL samples."""
@@ -187,12 +168,18 @@ def prompts(effect: Effect, name: str) -> list[dict[str, Any]]:
         best = [int(np.nanargmax(selection_PR[p]))] if np.isfinite(selection_PR[p]).any() else []
         samples = {"reconstruction": (setting.reconstruction, [0]), "best": (setting.sft, best)}
         samples |= {row: (cell, range(cell.images.shape[1])[:SHOWN_SAMPLES]) for row, cell in (("sft", setting.sft), ("rl", setting.rl))}
-        shown.append({"caption": caption} | {row: [sample(cell, p, r, text) for r in rs] for row, (cell, rs) in samples.items()})
+        shown.append({"caption": caption} | {row: signs(cell, p, which, text) for row, (cell, which) in samples.items()})
     return shown
 
 
-def sample(cell: Measurement, p: int, r: int, wanted: list[str]) -> dict[str, Any]:
-    """One image with what was read in it, and whether that is right."""
-    text = str(cell.texts["ocr"][p, r])
-    data = image_data(Image.fromarray(cell.images[p, r]), optimize=True)
-    return {"text": text, "right": is_exact(list(wanted), text), "width": 2 * cell.images.shape[3], "data": data}
+def signs(cell: Measurement, p: int, which: Sequence[int], wanted: list[str]) -> dict[str, Any]:
+    """Some images of a prompt with what was read in them, in the form of `item_cards.item_card`."""
+    texts = [str(cell.texts["ocr"][p, r]) for r in which]
+    datas = [image_data(Image.fromarray(cell.images[p, r]), optimize=True) for r in which]
+    return {
+        "id": wanted[0],
+        "images": [{"data": data, "link": "", "boxes": []} for data in datas],
+        "texts": [marked_differences(" ".join(wanted), text, fold_case=True) for text in texts],
+        "verdicts": ["right" if is_exact(wanted, text) else "wrong" for text in texts],
+        "answered": False,
+    }
