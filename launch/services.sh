@@ -1,9 +1,15 @@
 # shellcheck shell=bash
-# Sourced by demo.sh and long_run.sh: starts the reward services on free ports and ends them with the script.
+# Sourced by demo.sh and long_run.sh: starts the reward services on free ports and ends them with the script. A training that was told to stop
+# ends the script, too, which then says how to go on.
 # usage: start_services OUT      sets url_ocr and url_shapes, and second=(--second URL) if tesseract is installed
 # shellcheck disable=SC2034  # the scripts that source this file use them
 services=() url_ocr="" url_shapes="" url_tesseract="" second=()
-trap 'kill "${services[@]}" 2>/dev/null || true' EXIT
+export XOMNI_STOPPED_CODE=75  # exit code of a training that was stopped and has saved
+ended() {  # CODE ARGUMENTS OF THE SCRIPT
+  kill "${services[@]}" 2>/dev/null || true
+  case $1 in 75|130|143) echo "stopped; the same command goes on from here: bash launch/$(basename "$0")${*:2}" >&2 ;; esac
+}
+trap 'ended $? ${1:+"$(printf " %q" "$@")"}' EXIT
 
 start() {  # OUT NAME [options]: returns when the service answers, with its address in url_NAME
   local log="$1/service_$2.log" url="" name=$2

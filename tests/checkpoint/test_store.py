@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -239,7 +240,7 @@ def test_copies_are_whole(model_dir, tmp_path):
 # ---- resumable states ----
 def state(mesh, value=0.0):
     params = jax.tree.map(lambda x: x + jnp.asarray(value, x.dtype), tree(mesh))
-    return TrainState(jnp.int32(3), params, {"mu": params}, {})
+    return TrainState(jax.device_put(jnp.int32(3), NamedSharding(mesh, PartitionSpec())), params, {"mu": params}, {})
 
 
 def abstract(state):
@@ -257,17 +258,98 @@ def test_states_keep_the_newest_and_move_between_meshes(tmp_path):
     assert step == 6 and data == {"next": 6, "grain": {"a": [1, 2]}}
     assert restored.params["table"].dtype == jnp.bfloat16 and len(restored.params["table"].sharding.device_set) == 4
     assert_equal(restored, state(mesh_of(1), 6))
-    assert checkpoints.restore(abstract(state(mesh_of(1))), 4)[2]["next"] == 4
     checkpoints.close()
 
 
-def test_a_damaged_state_says_what_to_delete(tmp_path):
-    checkpoints = RunCheckpoints(tmp_path)
-    checkpoints.save(2, state(mesh_of(1)), {}, wait=True)
-    data_file(tmp_path / "2").unlink()
-    with pytest.raises(CheckpointError, match="2: cannot be restored .*; delete this step's folder to resume from an earlier one") as error:
+def remove(path):
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def change(at):
+    """Changes a bit of one byte, `at` of the way through a file."""
+
+    def one(path):
+        content = bytearray(path.read_bytes())
+        content[int(at * (len(content) - 1))] ^= 4
+        path.write_bytes(content)
+
+    return one
+
+
+RUN_DAMAGE = {
+    "no arrays": (lambda step: step / "state", remove),
+    "no counters": (lambda step: step / "data", remove),
+    "a cut list of arrays": (lambda step: step / "state" / "_METADATA", lambda path: os.truncate(path, 50)),
+    "an empty manifest": (lambda step: step / "state" / "manifest.ocdbt", lambda path: os.truncate(path, 0)),
+    "no data file": (lambda step: data_file(step), remove),
+    "a cut data file": (lambda step: data_file(step), lambda path: os.truncate(path, path.stat().st_size // 2)),
+    "a changed byte": (lambda step: data_file(step), change(0.3)),
+    "another changed byte": (lambda step: data_file(step), change(0.9)),
+    "changed counters": (lambda step: step / "data" / "metadata", change(0.0)),
+    "another counter": (lambda step: step / "data" / "metadata", lambda path: path.write_text(path.read_text().replace("6", "7", 1))),
+    "counters that are none": (lambda step: step / "data" / "metadata", lambda path: path.write_text("[]")),
+    "nothing at all": (lambda step: step, lambda path: (remove(path), path.mkdir())),
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Checkpoints of steps 4 and 6, and a save that was cut off."""
+    folder = tmp_path_factory.mktemp("saved")
+    checkpoints = RunCheckpoints(folder, keep=3)
+    for step in (4, 6):
+        checkpoints.save(step, state(mesh_of(1), step), {"next": step}, wait=True)
+    checkpoints.close()
+    shutil.copytree(folder / "6" / "state", folder / "8.orbax-checkpoint-tmp" / "state")
+    return folder
+
+
+@pytest.mark.parametrize("how", RUN_DAMAGE)
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(how, saved, tmp_path, capsys):
+    folder = shutil.copytree(saved, tmp_path / "checkpoints")
+    find, spoil = RUN_DAMAGE[how]
+    spoil(find(folder / "6"))
+    checkpoints = RunCheckpoints(folder, keep=3)
+    step, restored, data = checkpoints.restore(abstract(state(mesh_of(1))))
+    assert step == 4 and data == {"next": 4}
+    assert_equal(restored, state(mesh_of(1), 4))
+    (told,) = capsys.readouterr().out.splitlines()
+    assert told.startswith(f"{folder / '6'} is damaged (") and told.endswith("going on from step 4, the damaged folder is now 6.damaged")
+    checkpoints.save(6, state(mesh_of(1), 66), {"next": 66}, wait=True)  # the run makes this step again
+    assert checkpoints.restore(abstract(state(mesh_of(1))))[2] == {"next": 66}
+    checkpoints.close()
+    assert sorted(path.name for path in folder.iterdir()) == ["4", "6", "6.damaged"]
+
+
+def test_when_no_checkpoint_is_whole_none_is_touched(saved, tmp_path):
+    folder = shutil.copytree(saved, tmp_path / "checkpoints")
+    for step in ("4", "6"):
+        data_file(folder / step).unlink()
+    checkpoints = RunCheckpoints(folder)
+    with pytest.raises(CheckpointError, match="6: cannot be restored .*, as can none of the earlier ones; restore the folder") as error:
         checkpoints.restore(abstract(state(mesh_of(1))))
     assert "\n" not in str(error.value)
+    checkpoints.close()
+    assert {"4", "6"} <= {path.name for path in folder.iterdir()}
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_sum(saved, tmp_path):
+    folder = shutil.copytree(saved, tmp_path / "checkpoints")
+    (folder / "6" / "data" / "metadata").write_text('{"next": 6}')
+    checkpoints = RunCheckpoints(folder)
+    assert checkpoints.restore(abstract(state(mesh_of(1))))[::2] == (6, {"next": 6})
+    checkpoints.close()
+
+
+def test_a_save_that_fails_names_the_folder_and_the_cause(tmp_path, monkeypatch):
+    checkpoints = RunCheckpoints(tmp_path)
+
+    def full(*args, **kwargs):
+        raise ValueError("INTERNAL: Error writing: [Errno 28] No space left on device\nmany lines")
+
+    monkeypatch.setattr(checkpoints.manager, "save", full)
+    with pytest.raises(CheckpointError, match=f"{tmp_path}: a checkpoint cannot be written .the disk is full.; make room"):
+        checkpoints.save(1, state(mesh_of(1)), {})
     checkpoints.close()
 
 

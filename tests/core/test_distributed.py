@@ -4,6 +4,7 @@ import socket
 import sys
 
 import jax
+import orbax.checkpoint as ocp
 import pytest
 
 from xomni_jax.checkpoint.store import CheckpointError, RunCheckpoints
@@ -77,6 +78,17 @@ def test_other_errors_are_left_alone(error):
     assert explain_silence(error) is None
 
 
+def test_an_error_that_orbax_raised_because_of_it():
+    try:
+        try:
+            raise jax.errors.JaxRuntimeError(BARRIER)
+        except jax.errors.JaxRuntimeError as e:
+            raise ValueError("Failed to save state") from e
+    except ValueError as e:
+        told = explain_silence(e)
+    assert told.startswith("process 1 did not answer: ")
+
+
 class Alone:
     """The group of a process whose error nobody hears."""
 
@@ -92,7 +104,7 @@ def test_a_silent_process_is_not_taken_for_a_damaged_checkpoint(tmp_path, monkey
     def restore(*args, **kwargs):
         raise jax.errors.JaxRuntimeError(NOBODY.format(devices="0,2"))
 
-    monkeypatch.setattr(checkpoints.manager, "restore", restore)
+    monkeypatch.setattr(ocp.StandardCheckpointHandler, "restore", restore)
     monkeypatch.setattr(process_group, "exit_now", sys.exit)
     group = Alone()
     with pytest.raises(SystemExit) as end:

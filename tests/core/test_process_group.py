@@ -186,3 +186,18 @@ def test_process_0_is_gone(address, exits, capfd):
         connection.shutdown(socket.SHUT_RDWR)
     wait_until(lambda: exits == [1])
     assert "xomni: process 0 is gone; process 1 ends too" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("silent", [0, 1])
+def test_a_process_that_is_stopped_is_named(silent, address, exits, capfd, monkeypatch):
+    """As SIGSTOP leaves it: its connections stay open, and nothing comes over them."""
+    monkeypatch.setattr(process_group, "PULSE", 0.05)
+    monkeypatch.setattr(process_group, "SILENCE", 1.0)
+    groups = join(address, [{}] * 2)
+    time.sleep(1.5)
+    assert exits == []  # both are alive, though nobody has anything to say
+    groups[silent]._leaving = True
+    if silent == 0:
+        monkeypatch.setattr(process_group, "send", lambda connection, **message: None)
+    wait_until(lambda: exits == [1])
+    assert f"xomni: process {silent} has not answered for 1 s: it hangs, is stopped or cut off; process" in capfd.readouterr().err

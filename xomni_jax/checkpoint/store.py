@@ -13,10 +13,13 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import hashlib
 import json
 import os
+import re
 import shutil
 import threading
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,9 +29,11 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from xomni_jax.checkpoint.conversion import flatten, unflatten
+from xomni_jax.core.distributed import explain_silence, gather_json
 
 FORMAT = 1
 DAMAGED = "cannot be read, it is incomplete or damaged ({reason}); restore it or write it again"
+HASHED = 1 << 20  # bytes of the beginning and of the end of a file that go into a checkpoint's hash
 TOKENIZERS = ("tokenizer", "tokenizer_t5", "tokenizer_clip")
 
 
@@ -99,6 +104,19 @@ def read_model_json(directory: str | Path) -> dict[str, Any]:
     if data.get("format") != FORMAT:
         raise CheckpointError(f"{path}: format {data.get('format')!r}, this version reads format {FORMAT}")
     return data
+
+
+def checkpoint_hash(directory: str | Path) -> str:
+    """SHA-256 over the names and sizes of a model directory's files and over the first and last MiB of each."""
+    root, digest = Path(directory), hashlib.sha256()
+    for path in sorted(p for p in root.rglob("*") if p.is_file()):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(root).as_posix()}\n{size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(HASHED))
+            file.seek(max(HASHED, size - HASHED))
+            digest.update(file.read(HASHED))
+    return digest.hexdigest()
 
 
 def model_json_or_new(directory: str | Path) -> dict[str, Any]:
@@ -217,10 +235,16 @@ def reading(action: Callable[[], Any], sentence: str) -> Any:
         except (CheckpointError, jax.errors.JaxRuntimeError):
             raise
         except Exception as e:  # noqa: BLE001 - many kinds for damaged files; the user needs the directory, not the kind
-            reason = str(e).strip().splitlines()[0][:200] if str(e).strip() else type(e).__name__
-            raise CheckpointError(sentence.replace("{reason}", reason)) from None
+            if explain_silence(e):
+                raise
+            raise CheckpointError(sentence.replace("{reason}", first_line(e))) from None
         finally:
             asyncio.set_event_loop_policy(before)
+
+
+def first_line(e: Exception) -> str:
+    """The beginning of an error of Orbax, which may fill a page."""
+    return str(e).strip().splitlines()[0][:200] if str(e).strip() else type(e).__name__
 
 
 def array_metadata(checkpointer: ocp.StandardCheckpointer, path: Path) -> dict[str, Any]:
@@ -245,41 +269,120 @@ def check_fit(path: Path, stored: Mapping[str, Any], expected: Mapping[str, Any]
 
 
 class RunCheckpoints:
-    """The resumable states of one training run: train state, data iterator and counters, saved together and atomically."""
+    """The resumable states of one training run: train state, data iterator and counters, saved together and atomically.
+
+    A sum over the bits of all arrays and of the counters is stored with them, since TensorStore returns an array with a changed byte
+    without an error.
+    """
 
     def __init__(self, directory: str | Path, keep: int = 2, keep_every: int = 0):
         """Keeps the newest `keep`, and those of steps that are multiples of `keep_every` (0: no others)."""
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_every or None, enable_async_checkpointing=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, keep_period=keep_every or None, enable_async_checkpointing=True, cleanup_tmp_directories=True
+        )
         self.directory = Path(directory).absolute()
         self.manager = ocp.CheckpointManager(self.directory, options=options)
 
     def latest(self) -> int | None:
-        """The newest step that was written completely, or None."""
+        """The newest step, or None. A save that was cut off does not count."""
         return self.manager.latest_step()
 
     def save(self, step: int, state: Any, data: Mapping[str, Any], wait: bool = False) -> None:
-        """Starts an asynchronous save; `wait` blocks until it is on disk. A step that is already saved is not saved again."""
-        if step not in self.manager.all_steps():
-            args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(dict(data)))
-            # Without force, Orbax silently skips a save that comes while another is being written, and each process decides for itself.
-            self.manager.save(step, args=args, force=True)
-        if wait:
-            self.manager.wait_until_finished()
+        """Starts an asynchronous save; `wait` blocks until it is on disk. A step that is already saved is not saved again.
 
-    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any]]:
-        """(step, state, data) of the newest or the given step, with the shapes, dtypes and shardings of `abstract_state`."""
-        step = self.latest() if step is None else step
-        if step is None:
+        Raises:
+          CheckpointError: this save, or the one before, could not be written.
+        """
+        if step not in self.manager.all_steps():
+            stored = {"data": dict(data), "sum": checksum(state, data)}
+            args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(stored))
+            # Without force, Orbax silently skips a save that comes while another is being written, and each process decides for itself.
+            self._writing(lambda: self.manager.save(step, args=args, force=True))
+        if wait:
+            self._writing(self.manager.wait_until_finished)
+
+    def restore(self, abstract_state: Any) -> tuple[int, Any, dict[str, Any]]:
+        """(step, state, data) of the newest step that is whole, with the shapes, dtypes and shardings of `abstract_state`.
+
+        Damaged steps after it are renamed to STEP.damaged, with a line of output for each.
+
+        Raises:
+          CheckpointError: there is no step, or none of them is whole.
+        """
+        damaged: dict[int, str] = {}
+        for step in sorted(self.manager.all_steps(), reverse=True):
+            try:
+                state, data = self._read(step, abstract_state)
+            except CheckpointError as e:
+                damaged[step] = str(e)
+                continue
+            self._set_aside(damaged, step)
+            return step, state, data
+        if not damaged:
             raise CheckpointError(f"{self.directory}: no checkpoint to resume from")
-        wanted = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore())
-        out = reading(
-            lambda: self.manager.restore(step, args=wanted),
-            f"{self.directory / str(step)}: cannot be restored ({{reason}}); delete this step's folder to resume from an earlier one, "
-            "or start with another run_dir",
+        newest = max(damaged)
+        others = "the only checkpoint" if len(damaged) == 1 else "as can none of the earlier ones"
+        raise CheckpointError(
+            f"{self.directory / str(newest)}: cannot be restored ({damaged[newest]}), {others}; restore the folder from a copy, "
+            "or start again with another run_dir"
         )
-        return step, out["state"], out["data"]
 
     def close(self) -> None:
         """Waits for pending saves and releases the manager."""
-        self.manager.wait_until_finished()
-        self.manager.close()
+        try:
+            self._writing(self.manager.wait_until_finished)
+        finally:
+            self.manager.close()
+
+    def _read(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+        """(state, data) of a step. CheckpointError, in all processes if in one, with the reason why it cannot be read."""
+        folder, why = self.directory / str(step), None
+        try:
+            # Not through the manager, which waits for the other processes before it returns: one of them may have failed.
+            handler = ocp.StandardCheckpointHandler()
+            state = reading(lambda: handler.restore(folder / "state", args=ocp.args.StandardRestore(abstract_state)), "{reason}")
+            stored = reading(lambda: dict(json.loads((folder / "data" / "metadata").read_text())), "{reason}")
+        except CheckpointError as e:
+            why = str(e)
+        if why := next(filter(None, gather_json(why)), None):
+            raise CheckpointError(why)
+        data = stored.get("data")
+        if not stored or "sum" in stored and stored["sum"] != checksum(state, data):
+            raise CheckpointError("its content has changed since it was written")
+        return state, stored if data is None else data  # without a sum: saved by an earlier version
+
+    def _set_aside(self, damaged: Mapping[int, str], good: int) -> None:
+        """Renames damaged steps, so that the run can save these steps again."""
+        for step, why in damaged.items():
+            if jax.process_index() == 0:
+                folder = self.directory / str(step)
+                aside = folder.with_name(f"{step}.damaged")
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)
+                print(f"{folder} is damaged ({why}); going on from step {good}, the damaged folder is now {aside.name}", flush=True)
+        if damaged:
+            gather_json(None)  # process 0 has renamed them
+            self.manager.reload()
+
+    def _writing(self, action: Callable[[], Any]) -> None:
+        """Runs a part of a save; what Orbax raises becomes a CheckpointError."""
+        try:
+            action()
+        except Exception as e:  # noqa: BLE001 - many kinds; the user needs the directory and the cause
+            if explain_silence(e):
+                raise
+            full = "the disk is full" if re.search(r"No space left|Disk quota|RESOURCE_EXHAUSTED", str(e)) else first_line(e)
+            raise CheckpointError(
+                f"{self.directory}: a checkpoint cannot be written ({full}); make room or mend it, and run the same command again"
+            ) from None
+
+
+@jax.jit
+def bit_sum(tree: Any) -> jax.Array:
+    """Sum of all values of a tree, taken as unsigned integers, modulo 2^32: the same for every sharding."""
+    return sum(jnp.sum(x.view(f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)) for x in jax.tree.leaves(tree))
+
+
+def checksum(state: Any, data: Mapping[str, Any]) -> list[int]:
+    """What changes when a byte of a saved state or of its data changes."""
+    return [int(bit_sum(state)), zlib.crc32(json.dumps(data, sort_keys=True).encode())]

@@ -7,6 +7,8 @@ import importlib
 import os
 import sys
 
+from xomni_jax.core.preemption import interruptible
+
 # name -> one line of help; the module xomni_jax.cli.<name with underscores> provides add_arguments(parser), run(args, rest) and EXAMPLE.
 COMMANDS = {
     "generate": "draw images from prompts",
@@ -52,14 +54,17 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     # Compiled programs are kept between commands; an explicit setting of the user's wins.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(os.path.expanduser("~"), ".cache", "xomni_jax", "xla"))
-    parser = build_parser()
-    args, rest = parser.parse_known_args()
-    if rest and "config" not in args:
-        parser.error(f"unknown argument {rest[0]}; see xomni {args.command} --help")
+    command = "xomni"
     try:
-        return args.run(args, rest) or 0
+        with interruptible():
+            parser = build_parser()
+            args, rest = parser.parse_known_args()
+            command = args.command
+            if rest and "config" not in args:
+                parser.error(f"unknown argument {rest[0]}; see xomni {command} --help")
+            return args.run(args, rest) or 0
     except (KeyboardInterrupt, ValueError, OSError, FloatingPointError, KeyError) as e:
-        return explain(args.command, e)
+        return explain(command, e)
 
 
 def explain(command: str, e: BaseException) -> int:

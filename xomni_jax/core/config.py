@@ -11,8 +11,6 @@ import dataclasses
 import difflib
 import functools
 import inspect
-import json
-import os
 import re
 import runpy
 import sys
@@ -20,12 +18,23 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import msgspec
 from ml_collections import ConfigDict
+from msgspec import Meta
 
 T = TypeVar("T")
+
+# Numbers of a configuration, with their ranges: every number of a dataclass has one, or 1e30 would be found out in the middle of a run.
+Natural = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+Finite = Annotated[float, Meta(ge=-1e9, le=1e9)]
+NonNegative = Annotated[float, Meta(ge=0, le=1e9)]
+Positive = Annotated[float, Meta(gt=0, le=1e9)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+PositiveShare = Annotated[float, Meta(gt=0, le=1)]
+BelowOne = Annotated[float, Meta(ge=0, lt=1)]
 
 
 class ConfigError(ValueError):
@@ -59,12 +68,14 @@ def load_changes(path: str | Path, overrides: Sequence[str] = ()) -> Changes:
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"{path}: no such config file; the shipped ones are under configs/")
+    if path.suffix != ".py":
+        raise ConfigError(f"{path}: is no Python file; a config file defines get_config(), as those under configs/ do")
     root = next((p for p in path.resolve().parents if p.name == "configs"), path.resolve().parent).parent
     sys.path.insert(0, str(root))
     try:
         defined = runpy.run_path(str(path))
         config = defined["get_config"]() if "get_config" in defined else None
-    except Exception as e:  # noqa: BLE001 - the file is the user's code, which may raise anything
+    except (Exception, SystemExit) as e:  # noqa: BLE001 - the file is the user's code, which may raise anything
         raise ConfigError(f"{path}: {(str(e).strip().splitlines() or [type(e).__name__])[0]}") from e
     finally:
         sys.path.remove(str(root))
@@ -150,13 +161,6 @@ def check_known(config: Any, **known: Sequence[str]) -> None:
             raise ValueError(f"{name}={getattr(config, name)!r} is unknown; use one of {', '.join(values)}")
 
 
-def check_least(config: Any, least: int, *names: str) -> None:
-    """ValueError for a number below `least`, which is 0 or 1."""
-    for name in names:
-        if not getattr(config, name) >= least:
-            raise ValueError(f"{name}={getattr(config, name)} must {'be at least 1' if least else 'not be negative'}")
-
-
 def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     """A frozen dataclass from plain values, such as those of a JSON file.
 
@@ -194,9 +198,12 @@ def check_keys(keys: Iterable[str], known: Iterable[str], where: str) -> None:
 
 
 # ---- types ----
+ANNOTATED = re.compile(r"typing\.Annotated\[(\w+)[^\]]*\]")
+
+
 def field_types(cls: type) -> dict[str, Any]:
     """{field: annotated type} of the arguments of a dataclass."""
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
 
 
@@ -213,11 +220,16 @@ def typed(value: Any, hint: Any, where: str, example: Any = None) -> Any:
             readings.insert(0, ast.literal_eval(text))
     else:
         readings = [value]
+    problems = []
     for reading in readings:
-        with suppress(msgspec.ValidationError):
+        try:
             return msgspec.convert(reading, hint)
+        except msgspec.ValidationError as e:
+            problems.append(str(e).replace("`", "").removeprefix("Expected "))
     given = value if isinstance(value, Text) else repr(value)
-    expected = hint.__name__ if isinstance(hint, type) else str(hint)
+    expected = problems[0]
+    if ", got" in expected:  # of another type, rather than out of range
+        expected = hint.__name__ if isinstance(hint, type) else ANNOTATED.sub(r"\1", str(hint))
     such = "" if example is None else f", such as {example!r}"
     raise ConfigError(f"{where}={given}: expected {expected}{such}")
 
@@ -270,38 +282,6 @@ def _lines(config: Any, changes: Changes, prefix: str, depth: int) -> Iterator[s
         else:
             mark = "+" if key in changes.command else "*" if key in changes.file else " "
             yield f"{mark} {indent}{name} = {value!r}{why}"
-
-
-def save_resolved(config: Any, run_dir: Path, write: bool = True) -> None:
-    """Writes RUN/config.json, or compares with the one that is there.
-
-    A resumed run may change what does not affect a step, such as logging intervals and the addresses of services. It may also change
-    `steps` to train longer; schedules then follow the new length. With `write=False` it only compares: one process of a run writes.
-
-    Raises:
-      ConfigError: the run was started with another value of some other key.
-    """
-    path = run_dir / "config.json"
-    text = json.dumps(as_dict(config), indent=1, sort_keys=True, default=str)
-    if path.is_file():
-        old, new = flat(json.loads(path.read_text())), flat(json.loads(text))
-        changed = sorted(k for k in set(old) | set(new) if not may_change(k) and old.get(k) != new.get(k))
-        if changed:
-            raise ConfigError(
-                f"{run_dir}: this run was started with config.{changed[0]}={old.get(changed[0])!r}, now it is "
-                f"{new.get(changed[0])!r}; use another run_dir or delete this one"
-            )
-    if not write:
-        return
-    run_dir.mkdir(parents=True, exist_ok=True)
-    part = path.with_name("config.json.part")
-    part.write_text(text + "\n")
-    os.replace(part, path)
-
-
-def may_change(key: str) -> bool:
-    """Whether a run may be resumed with another value of this key."""
-    return key in ("steps", "log_every", "save_every", "save_minutes", "grid_every", "keep", "keep_every") or key.endswith(".urls")
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

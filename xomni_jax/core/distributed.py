@@ -20,7 +20,7 @@ from xomni_jax.core.cluster import membership, number
 from xomni_jax.core.process_group import ProcessGroup, split_address
 
 START_TIMEOUT = 300.0  # seconds for all processes to join; XOMNI_START_TIMEOUT changes it
-HEARTBEAT_TIMEOUT = 60  # seconds after which JAX takes a silent process for dead
+HEARTBEAT_TIMEOUT = 100  # seconds after which JAX aborts because a process is silent; `process_group.SILENCE` comes first
 BARRIERS = itertools.count()  # numbers the barriers of `connect`, which all processes pass in the same order
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # compiled into every program, so they must agree, too
 
@@ -78,8 +78,12 @@ def explain_silence(error: BaseException) -> str | None:
     JAX raises the same errors wherever processes exchange something, such as while a checkpoint is read, and whether the other process
     is slow, hangs, was cut off or has ended.
     """
+    while not isinstance(error, jax.errors.JaxRuntimeError):  # Orbax raises errors of its own because of it
+        error = error.__cause__ or error.__context__
+        if error is None:
+            return None
     text = str(error)
-    if not isinstance(error, jax.errors.JaxRuntimeError) or not re.search(r"Gloo \S+.* failed|Barrier timed out", text):
+    if not re.search(r"Gloo \S+.* failed|Barrier timed out", text):
         return None
     who, process_of = "another process", {device.id: device.process_index for device in jax.devices()}
     if key := re.search(r"gloo/([\d,]+)/(\d+)", text):  # the devices of a group, and which of them was not there

@@ -5,7 +5,12 @@ from __future__ import annotations
 import _thread
 import os
 import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from xomni_jax.core.process_group import ProcessGroup
 
@@ -16,6 +21,32 @@ class StopRequested(Exception):
 
 class StepRefused(ValueError):
     """Raised by a step that cannot go on, before it has changed anything; the loop saves, then raises it again."""
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Context in which Ctrl-C always arrives, as KeyboardInterrupt.
+
+    Python drops an exception that is raised in a finaliser or in a callback of the garbage collector, of which JAX has one, and the
+    program goes on. An interrupt that was dropped is raised again shortly after.
+    """
+    before = sys.unraisablehook
+
+    def again() -> None:
+        time.sleep(0.05)  # until the callback has returned
+        _thread.interrupt_main()
+
+    def dropped(what: Any) -> None:
+        if issubclass(what.exc_type, KeyboardInterrupt):
+            _thread.start_new_thread(again, ())
+        else:
+            before(what)
+
+    sys.unraisablehook = dropped
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 class StopSignal:

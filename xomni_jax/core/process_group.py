@@ -1,7 +1,7 @@
 """The processes of a run: whether all have joined and were started alike, when they stop, and which one has ended.
 
 Every process keeps one TCP connection to process 0 besides those of JAX, which lack four things: JAX aborts, without a name, when a
-process does not join; it hangs, until a heartbeat times out, when one dies later; it does not compare how processes were started; and
+process does not join; when one dies or falls silent later it hangs, then aborts; it does not compare how processes were started; and
 `multihost_utils.reached_preemption_sync_point` reacts to SIGTERM only and cannot end a wait inside a step.
 Messages are JSON objects, one per line.
 """
@@ -19,6 +19,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 NEVER = 2**53  # the number of a poll that no process reaches
+PULSE = 10.0  # seconds between two signs of life of a process
+SILENCE = 60.0  # seconds without one after which a process counts as lost; it may hang or be stopped, with its connections open
 GRACE = 5.0  # seconds for a process to report an error of its own after another process has failed
 LOST_PEER = 1  # exit code of a process that ends because another one did
 
@@ -54,8 +56,9 @@ class ProcessGroup:
         ended = f"process 0 at {address} ended before all had joined, and its output says why; or something else answers at that address"
         if refusal := next(messages, {}).get("refusal", ended):
             raise ProcessGroupError(refusal)
-        self._connection.settimeout(None)
+        self._connection.settimeout(SILENCE)
         threading.Thread(target=self._listen, args=(messages,), daemon=True).start()
+        threading.Thread(target=self._pulse, daemon=True).start()
 
     def request_stop(self) -> None:
         """Asks all processes to stop at the first poll that none of them has made yet."""
@@ -78,10 +81,19 @@ class ProcessGroup:
         if error is not None and self._server is not None:
             self._server.outlast_others(GRACE + 2)
 
+    def _pulse(self) -> None:
+        """Sends signs of life, which process 0 answers."""
+        while not self._leaving:
+            send(self._connection, alive=True)
+            time.sleep(PULSE)
+
     def _listen(self, messages: Iterator[dict[str, Any]]) -> None:
         """Answers the server, and ends this process when another one has ended."""
-        ended = {"ended": "process 0 is gone", "grace": 0.0}
+        ended, heard = None, time.monotonic()
         for message in messages:
+            heard = time.monotonic()
+            if "alive" in message:
+                continue
             if "report" in message:
                 self._poll_lock.acquire()  # until "stop_at" arrives: a poll made in between could pass the agreed one
                 send(self._connection, polls=self._polls)
@@ -91,6 +103,7 @@ class ProcessGroup:
             else:
                 ended = message
                 break
+        ended = ended or lost(0, heard)
         time.sleep(ended["grace"])
         if self._leaving:
             return
@@ -139,7 +152,7 @@ class Server:
                 index = joining["join"]
             except (OSError, StopIteration, KeyError):
                 continue  # the timeout, or not a process of this run
-            connection.settimeout(None)
+            connection.settimeout(SILENCE)
             if index in settings:
                 refusal = f"two processes have the index {index}; number them from 0 to {self._count - 1}"
             self._members[index], settings[index], messages[index] = connection, joining["settings"], incoming
@@ -152,19 +165,24 @@ class Server:
 
     def _serve(self, index: int, messages: Iterator[dict[str, Any]]) -> None:
         """Handles the messages of one process until it leaves or is gone."""
-        ended = {"ended": f"process {index} is gone", "grace": 0.0}
+        left, ended, heard = False, None, time.monotonic()
         for message in messages:
+            heard = time.monotonic()
             with self._lock:
-                if "polls" in message:
+                if "alive" in message:
+                    send(self._members[index], alive=True)
+                elif "polls" in message:
                     self._polls[index] = message["polls"]
                 elif "stop" in message and not self._stopping:
                     self._stopping = True
                     self._send_all(report=True)
                 elif "leave" in message:
-                    error = message["leave"]
+                    error, left = message["leave"], True
                     ended = error and {"ended": f"process {index} stopped: {error}", "grace": GRACE}
                     break
                 self._agree()
+        if not left:
+            ended = lost(index, heard)
         with self._lock:
             del self._members[index]
             self._polls[index] = NEVER  # it has made its last poll without stopping, so nobody may stop any more
@@ -180,6 +198,13 @@ class Server:
     def _send_all(self, **message: Any) -> None:
         for connection in self._members.values():
             send(connection, **message)
+
+
+def lost(index: int, heard: float) -> dict[str, Any]:
+    """The message about a process that ended without leaving, last heard at a monotonic time."""
+    silent = time.monotonic() - heard
+    how = "is gone" if silent < SILENCE else f"has not answered for {silent:.0f} s: it hangs, is stopped or cut off"
+    return {"ended": f"process {index} {how}", "grace": 0.0}
 
 
 def why_refused(settings: Mapping[int, Mapping[str, Any]], count: int, timeout: float) -> str | None:

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from xomni_jax.checkpoint.store import checkpoint_hash
 from xomni_jax.core.config import as_dict
 from xomni_jax.core.distributed import connect, gather_json
 from xomni_jax.core.preemption import StopRequested, StopSignal
@@ -39,7 +40,6 @@ from xomni_jax.sampling.keys import NOISE
 from xomni_jax.sequence.padding import IMAGE_STEPS, bucket
 from xomni_jax.sharding.mesh import make_mesh
 
-HASHED = 1 << 20  # bytes of the beginning and of the end of a file that go into a checkpoint's hash
 VERSIONS = ("xomni_jax", "jax", "jaxlib", "flax", "transformers")
 SAVERS = 4  # threads that compress images
 SHORTEST = 32  # tokens that prompts and questions are padded to at least
@@ -101,19 +101,6 @@ def _claim_settings(run: SuiteRun, model: XOmni, how: Mapping[str, Any]) -> None
         "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
     }
     run.directory.claim("settings.json", settings, "take another --out, or the settings that it was begun with")
-
-
-def checkpoint_hash(directory: str | Path) -> str:
-    """SHA-256 over the names and sizes of a model directory's files and over the first and last MiB of each."""
-    root, digest = Path(directory), hashlib.sha256()
-    for path in sorted(p for p in root.rglob("*") if p.is_file()):
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(root).as_posix()}\n{size}\n".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(HASHED))
-            file.seek(max(HASHED, size - HASHED))
-            digest.update(file.read(HASHED))
-    return digest.hexdigest()
 
 
 def _unfinished_items(run: SuiteRun) -> list[Item]:

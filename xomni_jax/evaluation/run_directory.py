@@ -21,13 +21,14 @@ items.jsonl and results.json are functions of the lines alone, and are replaced 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from xomni_jax.core.folders import lock, why_taken
 
 UNCOMPARED = ("path", "at")  # keys that may differ between machines or sittings
 
@@ -41,8 +42,8 @@ class RunDirectory:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        if self.path.exists() and not self.path.is_dir():
-            raise RunError(f"--out {self.path} is a file; give a folder")
+        if taken := why_taken(self.path, "evaluation"):
+            raise RunError(f"--out {self.path} {taken}; give another folder")
 
     def claim(self, name: str, value: Mapping[str, Any], remedy: str) -> None:
         """Writes OUT/name once; afterwards refuses a value that differs, naming the first key. Processes may race for it.
@@ -111,13 +112,9 @@ class LineFile:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a+b")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock(self._file):
             self._file.close()
-            raise RunError(f"{path}: another process writes here; wait for it, or give each process its own --shard") from None
-        except OSError:
-            pass  # a file system without locks
+            raise RunError(f"{path}: another process writes here; wait for it, or give each process its own --shard")
         self._file.seek(0)
         whole = self._file.read()
         self._file.truncate(whole.rfind(b"\n") + 1)  # drops the incomplete last line of a killed process

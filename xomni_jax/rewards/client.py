@@ -99,6 +99,11 @@ class RewardClient:
             asyncio.run_coroutine_threadsafe(self._shut_down(), self._loop).result()
             self._loop.call_soon_threadsafe(self._loop.stop)
 
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """The addresses of its replicas."""
+        return tuple(replica.url for replica in self._replicas)
+
     def health(self) -> list[Health]:
         """State of every replica. RewardServiceError naming the URL when one does not answer or serves something else."""
 

@@ -10,7 +10,7 @@ masked out of its group, since a sum that lacks a term cannot be compared with t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -91,11 +91,17 @@ def combine(
 
 def standardise(x_PR: np.ndarray, ok_PR: np.ndarray, axis: int | None, ddof: int = 1, eps: float = 1e-4) -> np.ndarray:
     """(x - mean) / (std + eps) over the ok entries along `axis` (None: all); 0 where not ok and where fewer than two are."""
-    n = ok_PR.sum(axis, keepdims=True)
-    mean = np.where(ok_PR, x_PR, 0.0).sum(axis, keepdims=True) / np.maximum(n, 1)
-    dev_PR = np.where(ok_PR, x_PR - mean, 0.0)
-    std = np.sqrt((dev_PR**2).sum(axis, keepdims=True) / np.maximum(n - ddof, 1))
+    dev_PR, std, n = deviations(x_PR, ok_PR, axis, ddof)
     return np.where(n > 1, dev_PR / (std + eps), 0.0)
+
+
+def deviations(x_PR: Any, ok_PR: Any, axis: int | None, ddof: int) -> tuple[Any, Any, Any]:
+    """(x - mean, standard deviation, number) of the ok entries along `axis` (None: all), in numpy or in JAX; x - mean is 0 where not ok."""
+    xp = x_PR.__array_namespace__()
+    n = ok_PR.sum(axis=axis, keepdims=True)
+    mean = xp.where(ok_PR, x_PR, 0.0).sum(axis=axis, keepdims=True) / xp.maximum(n, 1)
+    dev_PR = xp.where(ok_PR, x_PR - mean, 0.0)
+    return dev_PR, xp.sqrt((dev_PR**2).sum(axis=axis, keepdims=True) / xp.maximum(n - ddof, 1)), n
 
 
 def _column_stats(c: Column) -> dict[str, float]:

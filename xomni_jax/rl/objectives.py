@@ -6,13 +6,14 @@ For an X-Omni image these are exactly the height x width codes after `<IMAGE>`; 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
+from msgspec import Meta
 
-from xomni_jax.core.config import check_known, check_least
+from xomni_jax.core.config import Count, NonNegative, Positive, PositiveShare, check_known
 
 # Reduction -> (weight of a token inside its rollout, what the sum over rollouts is divided by).
 #   mean  1 / (number of tokens of the rollout)     rows    rollouts, fully masked ones included
@@ -51,33 +52,24 @@ class GRPOConfig:
       delta: caps the unclipped ratio, so that a negative advantage with a large ratio is bounded (Tunix: epsilon_c); None: no cap
       ratio_cap: eps_max of CISPO: cap of the detached ratio; read by reduction cispo only
       max_length: |o|_max: the constant divisor of dr_grpo and sequence-mean-token-scale
-      log_ratio_cap: log-ratios, to pi_old and to pi_ref, are clamped to plus or minus this before exp
+      log_ratio_cap: exp of a log-ratio, to pi_old or to pi_ref, goes on as a straight line above this, so that it stays finite
     """
 
-    rollouts_per_prompt: int = 16
-    updates_per_batch: int = 1
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    kl_coef: float = 0.01
+    rollouts_per_prompt: Annotated[int, Meta(ge=2, le=2**31 - 1)] = 16
+    updates_per_batch: Count = 1
+    clip_low: PositiveShare = 0.2
+    clip_high: Positive = 0.2
+    kl_coef: NonNegative = 0.01
     kl_estimator: str = "k3"
     kl_importance: bool = False
     ratio: str = "token"
     reduction: str = "grpo"
-    delta: float | None = None
-    ratio_cap: float = 5.0
-    max_length: int | None = None
-    log_ratio_cap: float = 20.0
+    delta: Positive | None = None
+    ratio_cap: Positive = 5.0
+    max_length: Count | None = None
+    log_ratio_cap: Annotated[float, Meta(gt=0, le=80)] = 20.0
 
     def __post_init__(self):
-        if self.rollouts_per_prompt < 2:
-            raise ValueError(f"rollouts_per_prompt={self.rollouts_per_prompt} leaves nothing to compare; use at least 2")
-        check_least(self, 1, "updates_per_batch")
-        if not 0 < self.clip_low <= 1:
-            raise ValueError(f"clip_low={self.clip_low} must be in (0, 1]: the ratio is clipped below at 1 - clip_low")
-        if not self.clip_high > 0:
-            raise ValueError(f"clip_high={self.clip_high} must be positive: the ratio is clipped above at 1 + clip_high")
-        if not (math.isfinite(self.kl_coef) and self.kl_coef >= 0):
-            raise ValueError(f"kl_coef={self.kl_coef} must be 0 or positive")
         check_known(self, kl_estimator=("k1", "k2", "k3"), ratio=("token", "sequence", "trajectory"), reduction=tuple(REDUCTIONS))
         if self.kl_estimator == "k1" and self.kl_coef > 0 and not self.kl_importance:
             raise ValueError(
@@ -91,26 +83,27 @@ class GRPOConfig:
             )
         if self.delta is not None and not self.delta > 1 + self.clip_high:
             raise ValueError(f"delta={self.delta} must lie above 1 + clip_high = {1 + self.clip_high:g}, or be None")
-        for name in ("ratio_cap", "log_ratio_cap"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be positive")
-        if self.max_length is not None:
-            check_least(self, 1, "max_length")
-        elif REDUCTIONS[self.reduction][0] == "scale":
+        if self.max_length is None and REDUCTIONS[self.reduction][0] == "scale":
             raise ValueError(f"reduction={self.reduction!r} divides by max_length; set it to the longest completion")
 
 
 def kl_estimate(logp: jax.Array, ref_logp: jax.Array, estimator: str = "k3", cap: float = 20.0) -> jax.Array:
-    """Estimate of KL(pi || pi_ref) at sampled tokens, elementwise; d = ref_logp - logp is clamped to +- cap.
+    """Estimate of KL(pi || pi_ref) at sampled tokens, elementwise.
 
     As a loss term on-policy: E[grad k1] = 0, E[grad k2] = grad KL(pi || ref), E[grad k3] = grad KL(ref || pi).
     """
-    d = jnp.clip(ref_logp - logp, -cap, cap)
+    d = ref_logp - logp
     if estimator == "k1":
         return -d
     if estimator == "k2":
         return 0.5 * d * d
-    return jnp.expm1(d) - d
+    # expm1 is exact near 0, where almost all of d lies; above the cap this is `bounded_exp`.
+    return jnp.expm1(jnp.minimum(d, cap)) + jnp.exp(cap) * jnp.maximum(d - cap, 0.0) - d
+
+
+def bounded_exp(x: jax.Array, cap: float) -> jax.Array:
+    """exp(x) up to `cap`, above it the tangent there: a clamp would have no gradient that brings x back."""
+    return jnp.exp(jnp.minimum(x, cap)) * (1.0 + jnp.maximum(x - cap, 0.0))
 
 
 def loss_items(mask_BL: jax.Array, cfg: GRPOConfig) -> jax.Array:
@@ -165,12 +158,7 @@ def grpo_loss(
     ratio, live = _ratio(log_ratio_BL, mask_BL, tokens_B1, cfg)
     policy, clipped = _policy_loss(ratio, logp_BL, adv_B1, cfg)
 
-    metrics = {
-        "grpo/ratio_mean": _masked_mean(ratio, live),
-        "grpo/ratio_max": jnp.max(jnp.where(live, ratio, 0.0)),
-        "grpo/clip_frac": _masked_mean(clipped.astype(dtype), live),
-        "grpo/logp_gap_max": jnp.max(jnp.abs(log_ratio_BL)),
-    }
+    metrics = _ratio_metrics(ratio, live, clipped, log_ratio_BL)
     kl_BL = jnp.zeros_like(logp_BL)
     if ref_logp_BL is not None:
         kl_BL = kl_estimate(logp_BL, jax.lax.stop_gradient(known(ref_logp_BL)), cfg.kl_estimator, cfg.log_ratio_cap)
@@ -180,16 +168,15 @@ def grpo_loss(
 
     penalty_BL = cfg.kl_coef * (ratio * kl_BL if cfg.kl_importance else kl_BL)
     n = loss_items(mask_BL, cfg) if n_items is None else n_items
-    if cfg.ratio == "trajectory":
-        # Equation 1 as printed: one clipped term per rollout, and the KL of a trajectory is the sum over its tokens.
-        policy_B, penalty_B = (jnp.sum(jnp.where(m, x, 0.0), -1) for m, x in ((live, policy), (mask_BL, penalty_BL)))
-    else:
-        weights = {"mean": 1 / jnp.maximum(tokens_B1[:, 0], 1), "sum": 1.0, "scale": 1 / (cfg.max_length or 1)}
-        weight_B = weights[REDUCTIONS[cfg.reduction][0]]
-        policy_B, penalty_B = (weight_B * jnp.sum(jnp.where(mask_BL, x, 0.0), -1) for x in (policy, penalty_BL))
-    policy_loss = jnp.sum(policy_B) / n
-    metrics["grpo/policy_loss"] = policy_loss
-    return policy_loss + jnp.sum(penalty_B) / n, jax.lax.stop_gradient(metrics)
+    weights = {"mean": 1 / jnp.maximum(tokens_B1[:, 0], 1), "sum": 1.0, "scale": 1 / (cfg.max_length or 1)}
+    # Equation 1 as printed has one clipped term per rollout, and the KL of a trajectory is the sum over its tokens.
+    weight_B = 1.0 if cfg.ratio == "trajectory" else weights[REDUCTIONS[cfg.reduction][0]]
+
+    def reduced(x, counts):
+        return jnp.sum(weight_B * jnp.sum(jnp.where(counts, x, 0.0), -1)) / n
+
+    metrics["grpo/policy_loss"] = reduced(policy, live if cfg.ratio == "trajectory" else mask_BL)
+    return metrics["grpo/policy_loss"] + reduced(penalty_BL, mask_BL), jax.lax.stop_gradient(metrics)
 
 
 def join_metrics(stacked: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -212,7 +199,16 @@ def _ratio(log_ratio_BL, mask_BL, tokens_B1, cfg):
         log_ratio, live = jnp.sum(log_ratio_BL, -1, keepdims=True), tokens_B1 > 0
         if cfg.ratio == "sequence":
             log_ratio = log_ratio / jnp.maximum(tokens_B1, 1)
-    return jnp.exp(jnp.clip(log_ratio, -cfg.log_ratio_cap, cfg.log_ratio_cap)), live
+    return bounded_exp(log_ratio, cfg.log_ratio_cap), live
+
+
+def _ratio_metrics(ratio, live, clipped, log_ratio_BL):
+    return {
+        "grpo/ratio_mean": _masked_mean(ratio, live),
+        "grpo/ratio_max": jnp.max(jnp.where(live, ratio, 0.0)),
+        "grpo/clip_frac": _masked_mean(clipped.astype(ratio.dtype), live),
+        "grpo/logp_gap_max": jnp.max(jnp.abs(log_ratio_BL)),
+    }
 
 
 def _policy_loss(ratio, logp_BL, adv_B1, cfg):

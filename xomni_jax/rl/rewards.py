@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 
-import numpy as np
-
-from xomni_jax.core.config import ConfigError
+from xomni_jax.core.config import ConfigError, Finite
 from xomni_jax.rewards.client import RewardClient
 
 
@@ -21,7 +19,7 @@ class RewardConfig:
     """
 
     urls: tuple[str, ...] = ()
-    weight: float | None = None
+    weight: Finite | None = None
 
 
 def open_clients(rewards: Mapping[str, RewardConfig], poll: Callable[[], None]) -> tuple[dict[str, RewardClient], dict[str, float]]:
@@ -32,7 +30,7 @@ def open_clients(rewards: Mapping[str, RewardConfig], poll: Callable[[], None]) 
       RewardServiceError: a service does not answer, or another scorer does.
     """
     weights = {name: float(reward.weight) for name, reward in rewards.items() if reward.weight is not None}
-    if not any(weights.values()) or not np.isfinite(list(weights.values())).all():
+    if not any(weights.values()):
         raise ConfigError(f"config.rewards: the weights {weights or 'are all None'}; give at least one reward a weight other than 0")
     for name in weights:
         if not rewards[name].urls:

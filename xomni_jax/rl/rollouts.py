@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import msgspec
 import numpy as np
 
-from xomni_jax.core.config import check_known, check_least
+from xomni_jax.core.config import Count, Natural, NonNegative, Share, check_known
 from xomni_jax.core.distributed import gather_json
 from xomni_jax.core.preemption import StepRefused, StopRequested, StopSignal
 from xomni_jax.pipeline import XOmni
@@ -52,21 +53,19 @@ class RolloutConfig:
         transformer computes in it
     """
 
-    prompt_length: int = 32
-    segment: int = SEGMENT
+    prompt_length: Count = 32
+    segment: Count = SEGMENT
     noise: str = "group"
-    chunks: int = 2
-    micro_batch: int = 0
-    logit_chunk: int = 0
-    max_logp_gap: float = 1e-4
-    max_fail_frac: float = 0.5
+    chunks: Count = 2
+    micro_batch: Natural = 0
+    logit_chunk: Natural = 0
+    max_logp_gap: NonNegative = 1e-4
+    max_fail_frac: Share = 0.5
     combine: str = "sum_then_normalize"
     reference_dtype: str = "float32"
 
     def __post_init__(self):
         check_known(self, noise=("group", "independent"), combine=MODES, reference_dtype=("float32", "bfloat16"))
-        check_least(self, 1, "chunks", "segment")
-        check_least(self, 0, "micro_batch", "logit_chunk", "max_logp_gap")
 
 
 def param_converter(boxed: Any, mesh: jax.sharding.Mesh, dtype: Any, codes: int = 0) -> Callable[[Any], Any]:
@@ -212,9 +211,27 @@ class Rollouts:
             self.stop.check()
         send(wait=True)
         with timed(seconds, "perf/reward_wait_s"):
-            columns = {name: column(scores, P) for name, scores in scoring.scores().items()}
+            scores = scoring.scores()
+        columns = {name: column(own, P) for name, own in scores.items()}
         total = combine(columns, self.weights, self.cfg.combine, ddof=self.advantage.ddof, eps=self.advantage.eps)
+        self.check_scored(scores, 1.0 - float(total.ok_PR.mean()))
         return self.rows(made, inputs, total.ok_PR), total, np.concatenate(scoring.images), seconds
+
+    def check_scored(self, scores: Mapping[str, Sequence[Score]], failed: float) -> None:
+        """StepRefused if too many rollouts could not be scored; it names the service that failed most often, and why."""
+        if failed <= self.cfg.max_fail_frac:
+            return
+        errors = Counter((name, score.error) for name in scores if self.weights[name] for score in scores[name] if score.error)
+        why, remedy = "no reward applies to them", "give the prompts targets that a scorer reads"
+        if errors:
+            ((name, error), _), *_ = errors.most_common(1)
+            urls = self.clients[name].urls
+            why = error if any(url in error for url in urls) else f"{name} at {', '.join(urls)}: {error}"
+            remedy = "start the service again (`xomni rewards` checks it)"
+        raise StepRefused(
+            f"{failed:.0%} of a step's rollouts could not be scored (limit config.rollout.max_fail_frac={self.cfg.max_fail_frac:.0%}): "
+            f"{why}; {remedy}, then run the same command again"
+        )
 
     def keys(self, key: jax.Array, prompts: int) -> tuple[jax.Array, jax.Array]:
         """Keys [P, R] of the codes and of the image decoder's noise, which a group shares where the configuration says so."""

@@ -5,13 +5,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import Annotated
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from msgspec import Meta
 
 from xomni_jax.sharding.rules import MESH_AXES
+
+Parts = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,10 +30,10 @@ class MeshConfig:
       tensor: parts that attention heads and the MLP's width are split into
     """
 
-    replica: int = 1
-    data: int = 1
-    fsdp: int = -1
-    tensor: int = 1
+    replica: Parts = 1
+    data: Parts = 1
+    fsdp: Parts = -1
+    tensor: Parts = 1
 
     def sizes(self) -> dict[str, int]:
         """{axis: devices}, as `make_mesh` takes it."""

@@ -14,7 +14,7 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from xomni_jax.core.config import ConfigError, check_known
+from xomni_jax.core.config import BelowOne, ConfigError, Finite, NonNegative, check_known
 from xomni_jax.core.preemption import StopSignal
 from xomni_jax.core.program import Program, Programs, Work
 from xomni_jax.data.preprocess import to_pixels
@@ -54,15 +54,13 @@ class DecoderTrainConfig:
       train_text_encoders: train T5 and CLIP along (small models made from scratch) or keep them frozen (released ones)
     """
 
-    drop_condition: float = 0.1
+    drop_condition: BelowOne = 0.1
     sigma: str = "logit_normal"
-    sigma_mean: float = 0.0
-    sigma_std: float = 1.0
+    sigma_mean: Finite = 0.0
+    sigma_std: NonNegative = 1.0
     train_text_encoders: bool = True
 
     def __post_init__(self):
-        if not 0 <= self.drop_condition < 1:
-            raise ValueError(f"drop_condition={self.drop_condition} is a share; give a number from 0 to below 1")
         check_known(self, sigma=("logit_normal", "uniform"))
 
 

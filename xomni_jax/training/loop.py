@@ -19,7 +19,6 @@ from xomni_jax.core.preemption import StepRefused, StopRequested, StopSignal
 from xomni_jax.training.metrics import MetricWriter, Progress
 from xomni_jax.training.operations import CompileLog, Meter, Profile, say
 from xomni_jax.training.stage import RunConfig, RunningStage
-from xomni_jax.training.state import TrainState
 
 WARM_UP = 2  # first steps after a start, which may compile
 
@@ -43,85 +42,132 @@ def train(run: RunConfig, stage: RunningStage, stop: StopSignal, profile: tuple[
       StepRefused: by the stage; the run has saved.
     """
     with contextlib.ExitStack() as ending:
-        ending.callback(stage.close)
-        run_dir = Path(run.run_dir)
-        meter, compiled = Meter(stage.flops), ending.enter_context(CompileLog())
-        trace = Profile(profile, run_dir / "profile")
-        ending.callback(trace.close)
-        checkpoints = RunCheckpoints(run_dir / "checkpoints", keep=run.keep, keep_every=run.keep_every)
-        ending.callback(checkpoints.close)
-        state, batches, first = stage.state, stage.batches, 0
-
-        # ---- resume ----
-        if checkpoints.latest() is not None:
-            abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-            with meter.aside():
-                first, state, data = checkpoints.restore(abstract)
-            batches.set_state(data)
-            say(f"resuming {run_dir} after step {first}")
-        if first > run.steps:
-            raise ConfigError(f"config.steps={run.steps}: {run_dir} has already made {first} steps; raise it or use another run_dir")
-
-        # ---- steps ----
-        writer = MetricWriter(run_dir, resume_step=first)
-        ending.callback(writer.close)
-        step, data, metrics, refused = first, batches.get_state(), {}, None
-        with meter.aside():
-            draw_grid(stage, state, run, writer, step)
-        progress = Progress(run.stage, first, run.steps, stage.items_per_step)
-        logged, logged_at, compiling = step, time.perf_counter(), 0.0
-        saved_at = time.monotonic()
+        session, refused = Session(run, stage, profile, ending), None
         try:
-            while step < run.steps and not stop.reached():
-                trace.before(step + 1)
-                compiled.since()
-                so_far = compiled.seconds
-                with jax.profiler.StepTraceAnnotation(run.stage, step_num=step + 1):
-                    batch = next(batches)
-                    state, metrics = stage.step(state, batch, step)
-                step, data = step + 1, batches.get_state()
-                trace.after(step, metrics)
-                compiling += compiled.seconds - so_far
-                if (names := compiled.since()) and step > first + WARM_UP:
-                    progress.say(f"step {step} compiled again: {', '.join(names[-3:])}; changing shapes cost this time whenever they occur")
-                logs = step % run.log_every == 0 or step == run.steps
-                saves = step < run.steps and (step % run.save_every == 0 or logs and time_to_save(run, saved_at))
-                if logs or saves:  # what is saved must be finite
-                    scalars = finite_scalars(metrics, step, checkpoints)
-                if logs:
-                    now = time.perf_counter()  # finite_scalars has waited for the device
-                    scalars |= {"perf/seconds": now - logged_at, "perf/step_s": (now - logged_at) / (step - logged)}
-                    scalars |= meter.scalars(now - logged_at, compiling)
-                    logged, logged_at = step, now
-                    writer.write(step, scalars)
-                    progress.show(step, scalars)
-                else:
-                    progress.advance(step)
-                with meter.aside():
-                    if saves:
-                        checkpoints.save(step, state, data)
-                        saved_at = time.monotonic()
-                    if run.grid_every and step % run.grid_every == 0 and step < run.steps:
-                        draw_grid(stage, state, run, writer, step)
+            while session.step < run.steps and not stop.reached():
+                session.make_step()
         except StopRequested:
-            pass  # raised before the step changed anything: `state` and `data` are those after step `step`
+            pass  # raised before the step changed anything
         except StepRefused as e:
             refused = e
         finally:
-            progress.close()
-
-        # ---- end ----
-        finite_scalars(metrics, step, checkpoints)
-        checkpoints.save(step, state, data, wait=True)
+            session.progress.close()
+        session.save_last()
         if refused is not None:
             raise refused
-        if step < run.steps:
-            say(f"stopped after step {step} of {run.steps}, saved in {run_dir / 'checkpoints'}; the same command goes on from here")
+        if session.step < run.steps:
+            saved = session.run_dir / "checkpoints"
+            say(f"stopped after step {session.step} of {run.steps}, saved in {saved}; the same command goes on from here")
             return None
-        draw_grid(stage, state, run, writer, step)
-        stage.export(state, run_dir / "model", {"run": run.stage, "step": step, "seed": run.seed})
-        say(f"finished: model in {run_dir / 'model'}, metrics in {run_dir / 'metrics.jsonl'}")
-        return run_dir / "model"
+        return session.export()
+
+
+class Session:
+    """The steps of a run from one start to one end, and everything that is due between them.
+
+    Attributes:
+      state: after `step` steps.
+      data: where the batches stand after them.
+      metrics: of the last step.
+    """
+
+    def __init__(self, run: RunConfig, stage: RunningStage, profile: tuple[int, int] | None, ending: contextlib.ExitStack):
+        """Resumes the run. What must be closed is left to `ending`."""
+        ending.callback(stage.close)
+        self.run, self.stage, self.run_dir = run, stage, Path(run.run_dir)
+        self.meter, self.compiled = Meter(stage.flops), ending.enter_context(CompileLog())
+        self.trace = Profile(profile, self.run_dir / "profile")
+        ending.callback(self.trace.close)
+        self.checkpoints = RunCheckpoints(self.run_dir / "checkpoints", keep=run.keep, keep_every=run.keep_every)
+        ending.callback(self.checkpoints.close)
+        self.state, self.metrics = stage.state, dict[str, Any]()
+        self.step = self.first = self.resume()
+        self.data = stage.batches.get_state()
+        self.writer = MetricWriter(self.run_dir, resume_step=self.first)
+        ending.callback(self.writer.close)
+        self.draw_grid()
+        self.progress = Progress(run.stage, self.first, run.steps, stage.items_per_step)
+        self.logged, self.logged_at, self.saved_at, self.compiling = self.first, time.perf_counter(), time.monotonic(), 0.0
+
+    def resume(self) -> int:
+        """Restores the newest checkpoint, if there is one; returns the number of steps that are made."""
+        first = 0
+        if self.checkpoints.latest() is not None:
+            abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.state)
+            with self.meter.aside():
+                first, self.state, data = self.checkpoints.restore(abstract)
+            self.stage.batches.set_state(data)
+            say(f"resuming {self.run_dir} after step {first}")
+        if first > self.run.steps:
+            raise ConfigError(
+                f"config.steps={self.run.steps}: {self.run_dir} has already made {first} steps; raise it or use another run_dir"
+            )
+        return first
+
+    def make_step(self) -> None:
+        """One step, and what is due after it."""
+        run, number = self.run, self.step + 1
+        self.trace.before(number)
+        self.compiled.since()
+        so_far = self.compiled.seconds
+        with jax.profiler.StepTraceAnnotation(run.stage, step_num=number):
+            batch = next(self.stage.batches)
+            self.state, self.metrics = self.stage.step(self.state, batch, self.step)
+        self.step, self.data = number, self.stage.batches.get_state()
+        self.trace.after(number, self.metrics)
+        self.compiling += self.compiled.seconds - so_far
+        if (names := self.compiled.since()) and number > self.first + WARM_UP:
+            self.progress.say(f"step {number} compiled again: {', '.join(names[-3:])}; changing shapes cost this time whenever they occur")
+        logs = number % run.log_every == 0 or number == run.steps
+        saves = number < run.steps and (number % run.save_every == 0 or logs and time_to_save(run, self.saved_at))
+        scalars = finite_scalars(self.metrics, number, self.checkpoints) if logs or saves else {}  # what is saved must be finite
+        if logs:
+            self.log(scalars)
+        else:
+            self.progress.advance(number)
+        if saves:
+            with self.meter.aside():
+                self.checkpoints.save(number, self.state, self.data)
+                self.saved_at = time.monotonic()
+        if run.grid_every and number % run.grid_every == 0 and number < run.steps:
+            self.draw_grid()
+
+    def log(self, scalars: Mapping[str, float]) -> None:
+        """Writes the metrics of a step, with those of speed; the device has computed them."""
+        now = time.perf_counter()
+        seconds = now - self.logged_at
+        speed = {"perf/seconds": seconds, "perf/step_s": seconds / (self.step - self.logged)} | self.meter.scalars(seconds, self.compiling)
+        self.logged, self.logged_at = self.step, now
+        self.writer.write(self.step, scalars | speed)
+        self.progress.show(self.step, scalars | speed)
+
+    def draw_grid(self) -> None:
+        """Saves the current image of the stage to RUN/images/, unless the run is told to stop meanwhile."""
+        if self.stage.grid is None or not self.run.grid_every:
+            return
+        with self.meter.aside():
+            try:
+                image = self.stage.grid(self.state, self.step)
+            except StopRequested:  # the loop will notice it, too
+                return
+            if jax.process_index() == 0:
+                folder = self.run_dir / "images"
+                folder.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(image).save(folder / f"step_{self.step:06d}.png")
+                self.writer.image(self.step, "samples", image)
+
+    def save_last(self) -> None:
+        """Saves the state and waits until it is on disk."""
+        finite_scalars(self.metrics, self.step, self.checkpoints)
+        self.checkpoints.save(self.step, self.state, self.data, wait=True)
+
+    def export(self) -> Path:
+        """Writes the final image and the model; returns its directory."""
+        self.draw_grid()
+        directory = self.run_dir / "model"
+        self.stage.export(self.state, directory, {"run": self.run.stage, "step": self.step, "seed": self.run.seed})
+        say(f"finished: model in {directory}, metrics in {self.run_dir / 'metrics.jsonl'}")
+        return directory
 
 
 def time_to_save(run: RunConfig, saved_at: float) -> bool:
@@ -140,22 +186,6 @@ def finite_scalars(metrics: Mapping[str, Any], step: int, checkpoints: RunCheckp
             f"{bad[0]} is {scalars[bad[0]]} at step {step}, {saved}; lower config.optimizer.learning_rate and start in another run_dir"
         )
     return scalars
-
-
-def draw_grid(stage: RunningStage, state: TrainState, run: RunConfig, writer: MetricWriter, step: int) -> None:
-    """Saves the current image of the stage to RUN/images/, unless the run is told to stop meanwhile."""
-    if stage.grid is None or not run.grid_every:
-        return
-    try:
-        image = stage.grid(state, step)
-    except StopRequested:  # the loop will notice it, too
-        return
-    if jax.process_index() != 0:
-        return
-    folder = Path(run.run_dir) / "images"
-    folder.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image).save(folder / f"step_{step:06d}.png")
-    writer.image(step, "samples", image)
 
 
 def tile(images: np.ndarray, columns: int, margin: int = 2) -> np.ndarray:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from xomni_jax.core.config import check_known
+from xomni_jax.core.config import BelowOne, Count, Natural, NonNegative, PositiveShare, Share, check_known
 from xomni_jax.models.vocab_heads import head_logp, select
 from xomni_jax.sequence.packing import pack, targets
 from xomni_jax.sequence.tokenizer import MultimodalTokenizer, TokenSequence
@@ -45,25 +45,21 @@ class NextTokenConfig:
     """
 
     phase: str = "all"
-    generation: float = 0.8
-    understanding: float = 0.15
-    text: float = 0.05
-    drop_prompt: float = 0.1
-    row_length: int = 208
-    rows: int = 16
-    image_weight: float = 1.0
-    target_share: float = 1.0
-    chunk: int = 0
+    generation: Share = 0.8
+    understanding: Share = 0.15
+    text: Share = 0.05
+    drop_prompt: BelowOne = 0.1
+    row_length: Count = 208
+    rows: Count = 16
+    image_weight: NonNegative = 1.0
+    target_share: PositiveShare = 1.0
+    chunk: Natural = 0
 
     def __post_init__(self):
         check_known(self, phase=tuple(FREEZE))
         shares = (self.generation, self.understanding, self.text)
-        if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+        if abs(sum(shares) - 1) > 1e-6:
             raise ValueError(f"generation, understanding and text are {shares}; they are shares and must sum to 1")
-        if not 0 <= self.drop_prompt < 1:
-            raise ValueError(f"drop_prompt={self.drop_prompt} is a share; give a number from 0 to below 1")
-        if not 0 < self.target_share <= 1:
-            raise ValueError(f"target_share={self.target_share} is a share; give a number above 0, up to 1")
 
 
 class PackedTargets(NamedTuple):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 
-from xomni_jax.core.config import check_known, check_least
+from xomni_jax.core.config import BelowOne, ConfigError, Natural, NonNegative, Positive, Share, check_known
 from xomni_jax.models.transformer import STACKS
 from xomni_jax.sharding.abstract import path_name
 
@@ -40,30 +40,24 @@ class OptimizerConfig:
         match counts, other parameters keep 1
     """
 
-    learning_rate: float = 1e-3
+    learning_rate: Positive = 1e-3
     name: str = "adamw"
-    warmup_steps: int = 50
+    warmup_steps: Natural = 50
     schedule: str = "cosine"
-    final_fraction: float = 0.1
-    b1: float = 0.9
-    b2: float = 0.95
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
-    rates: tuple[tuple[str, float], ...] = ()
+    final_fraction: Share = 0.1
+    b1: BelowOne = 0.9
+    b2: BelowOne = 0.95
+    weight_decay: NonNegative = 0.0
+    clip_norm: NonNegative = 1.0
+    rates: tuple[tuple[str, Positive], ...] = ()
 
     def __post_init__(self):
         check_known(self, name=("adamw", "muon"), schedule=("constant", "linear", "cosine"))
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate={self.learning_rate} must be positive")
-        check_least(self, 0, "warmup_steps", "clip_norm", "weight_decay")
-        for name in ("b1", "b2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
-        for pattern, factor in self.rates:
-            if not factor > 0:
-                raise ValueError(f"rates: {pattern!r} has the factor {factor}, which must be positive; freezing is configured by the stage")
-        if not 0 <= self.final_fraction <= 1:
-            raise ValueError(f"final_fraction={self.final_fraction} is a share of learning_rate; give a number from 0 to 1")
+        for pattern, _ in self.rates:
+            try:
+                re.compile(pattern)
+            except re.error as e:
+                raise ValueError(f"rates: {pattern!r} is no regular expression ({e}); write one such as '.*/(scale|bias)'") from None
 
 
 def learning_rate(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -92,7 +86,7 @@ class Optimizer:
 
     def __init__(self, cfg: OptimizerConfig, steps: int, train: Sequence[str] = (".*",), freeze: Sequence[str] = ()):
         self.schedule = learning_rate(cfg, steps)
-        self._train, self._freeze = tuple(train), tuple(freeze)
+        self._train, self._freeze, self._rates = tuple(train), tuple(freeze), cfg.rates
         adamw = optax.chain(
             optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity(),
             scale_by_muon(cfg) if cfg.name == "muon" else optax.scale_by_adam(cfg.b1, cfg.b2),
@@ -109,7 +103,7 @@ class Optimizer:
         A freeze pattern may match nothing, since the identity autoencoder has no parameters.
 
         Raises:
-          ValueError: no parameter is trained.
+          ValueError: no parameter is trained, or a pattern of the rates matches none of those that are.
         """
         names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
 
@@ -120,6 +114,10 @@ class Optimizer:
             raise ValueError(
                 f"no parameter is trained: train patterns {self._train}, freeze patterns {self._freeze}; paths look like {names[0]!r}"
             )
+        for pattern, _ in self._rates:
+            if not any(re.fullmatch(pattern, name) for name in names if learns(name)):
+                like = next(filter(learns, names))
+                raise ConfigError(f"config.optimizer.rates: {pattern!r} matches no parameter that is trained; paths look like {like!r}")
         return jax.tree.unflatten(jax.tree.structure(params), ["train" if learns(name) else "freeze" for name in names])
 
     def update(self, grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any, dict[str, jax.Array]]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import jax
 
-from xomni_jax.core.config import ConfigError, save_resolved
+from xomni_jax.core.config import ConfigError
 from xomni_jax.core.distributed import connect, description
 from xomni_jax.core.preemption import StopSignal
 from xomni_jax.core.process_group import ProcessGroup
 from xomni_jax.training.loop import train
 from xomni_jax.training.operations import placement, say
+from xomni_jax.training.run_directory import check_continues, check_room, claimed, save_config
 from xomni_jax.training.stage import STAGES, RunConfig, policy_mesh
 
 
@@ -24,11 +26,14 @@ def run_stage(cfg: RunConfig, group: ProcessGroup | None = None, profile: tuple[
     """
     if profile and profile[1] > cfg.steps:
         raise ConfigError(f"--profile-steps {profile[0]}-{profile[1]}: the run has {cfg.steps} steps; name two of them")
-    mesh = policy_mesh(cfg)
-    print(f"{cfg.stage}: {description()}, mesh {dict(mesh.shape)}, output in {cfg.run_dir}", flush=True)
-    connect(mesh)
-    with StopSignal(group) as stop, jax.set_mesh(mesh):
+    run_dir, mesh, first = Path(cfg.run_dir), policy_mesh(cfg), jax.process_index() == 0
+    print(f"{cfg.stage}: {description()}, mesh {dict(mesh.shape)}, output in {run_dir}", flush=True)
+    with claimed(run_dir) if first else nullcontext(), StopSignal(group) as stop, jax.set_mesh(mesh):
+        check_continues(cfg)
+        connect(mesh)
         stage = STAGES.get(cfg.stage).make(cfg, mesh, stop)
         say("\n".join(["weights:", *placement(stage.state.params, mesh)]))
-        save_resolved(cfg, Path(cfg.run_dir), write=jax.process_index() == 0)
+        if first:
+            check_room(run_dir, sum(x.nbytes for x in jax.tree.leaves(stage.state)))
+            save_config(cfg)
         return train(cfg, stage, stop, profile)

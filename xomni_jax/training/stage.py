@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from xomni_jax.core.config import Changes, ConfigError, load_changes, updated
+from xomni_jax.core.config import Changes, ConfigError, Count, Natural, NonNegative, load_changes, updated
 from xomni_jax.core.preemption import StopSignal
 from xomni_jax.core.program import Programs
 from xomni_jax.core.registry import Registry
@@ -47,25 +47,19 @@ class RunConfig:
     stage: str = ""
     run_dir: str = ""
     init_from: str = ""
-    seed: int = 0
-    steps: int = 1000
-    batch_size: int = 64
-    log_every: int = 10
-    save_every: int = 200
-    grid_every: int = 200
-    save_minutes: float = 0.0
-    keep: int = 2
-    keep_every: int = 0
+    seed: Natural = 0
+    steps: Count = 1000
+    batch_size: Count = 64
+    log_every: Count = 10
+    save_every: Count = 200
+    grid_every: Natural = 200
+    save_minutes: NonNegative = 0.0
+    keep: Count = 2
+    keep_every: Natural = 0
     mesh: MeshConfig = MeshConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "log_every", "save_every", "keep"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"config.{name}={getattr(self, name)} must be at least 1")
-        for name in ("save_minutes", "keep_every"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"config.{name}={getattr(self, name)} must not be negative; 0 turns it off")
         if not self.run_dir:
             raise ConfigError("config.run_dir is empty; name a folder for the run's output")
 

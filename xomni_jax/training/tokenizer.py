@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from xomni_jax.core.config import ConfigError, check_least
+from xomni_jax.core.config import BelowOne, ConfigError, Count, Natural, NonNegative, Share
 from xomni_jax.core.preemption import StopSignal
 from xomni_jax.core.program import Program, Programs, Work
 from xomni_jax.data.preprocess import TINY, ImageLimits, to_pixels
@@ -55,20 +55,16 @@ class TokenizerConfig:
       quantizer_weight: weight of the quantiser's own losses
     """
 
-    warmup_steps: int = 200
-    ramp_steps: int = 100
-    start_batches: int = 8
-    restart_every: int = 25
-    restart_until: float = 0.7
-    usage_decay: float = 0.98
-    text_length: int = 48
-    answer_weight: float = 1.0
-    dense_weight: float = 1.0
-    quantizer_weight: float = 1.0
-
-    def __post_init__(self):
-        check_least(self, 0, "warmup_steps", "ramp_steps", "restart_every")
-        check_least(self, 1, "start_batches", "text_length")
+    warmup_steps: Natural = 200
+    ramp_steps: Natural = 100
+    start_batches: Count = 8
+    restart_every: Natural = 25
+    restart_until: Share = 0.7
+    usage_decay: BelowOne = 0.98
+    text_length: Count = 48
+    answer_weight: NonNegative = 1.0
+    dense_weight: NonNegative = 1.0
+    quantizer_weight: NonNegative = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
