@@ -2,12 +2,11 @@
 
 import ast
 import dataclasses
-import json
 
 import pytest
 
 from tests.miniature import ROOT
-from xomni_jax.core.config import ConfigError, Overrides, as_dict, build, explanations, flat, load_changes, save_resolved, shown, updated
+from xomni_jax.core.config import ConfigError, Overrides, as_dict, build, explanations, flat, load_changes, shown, updated
 from xomni_jax.data.rendered import RenderedConfig
 from xomni_jax.data.sources import DataSection
 from xomni_jax.inference import InferenceConfig
@@ -185,10 +184,10 @@ def test_a_missing_file():
         (OptimizerConfig, {"learning_rate": "fast"}, "x.learning_rate='fast': expected float"),
         (OptimizerConfig, {"learning_rate": None}, "x.learning_rate=None: expected float"),
         (OptimizerConfig, {"learning_rate": 1e-3, "b3": 1}, "x.b3: unknown key; known here: b1, b2, "),
-        (OptimizerConfig, {"learning_rate": -1.0}, "x: learning_rate=-1.0 must be positive"),
+        (OptimizerConfig, {"learning_rate": -1.0}, "x.learning_rate=-1.0: expected float > 0.0"),
         (RunConfig, {"stage": "sft", "run_dir": "r", "steps": None}, "x.steps=None: expected int"),
         (RunConfig, {"stage": "sft", "run_dir": "r", "steps": True}, "x.steps=True: expected int"),
-        (RunConfig, {"stage": "sft", "run_dir": "r", "steps": 0}, "config.steps=0 must be at least 1"),
+        (RunConfig, {"stage": "sft", "run_dir": "r", "steps": 0}, "x.steps=0: expected int >= 1"),
         (RunConfig, {"stage": "sft", "run_dir": ""}, "config.run_dir is empty"),
         (RewardConfig, {"urls": "http://a"}, "x.urls='http://a': expected tuple"),
         (RewardConfig, {"urls": ("http://a", 8)}, "expected tuple"),
@@ -227,21 +226,6 @@ def test_what_is_shown_says_where_values_come_from():
     assert any(x.strip().startswith("optimizer:") for x in lines)
     every = flat(as_dict(resolve(changes)))
     assert len(lines) >= len(every)
-
-
-def test_what_may_change_between_sessions(tmp_path):
-    sft = ROOT / "configs" / "tiny" / "sft.py"
-    save_resolved(load_config(sft), tmp_path / "run")
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["next_token"]["phase"] == "all"
-    save_resolved(load_config(sft, ["steps=5", "save_every=6", "keep=7"]), tmp_path / "run")
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["steps"] == 5
-    save_resolved(load_config(GRPO), tmp_path / "grpo")
-    save_resolved(load_config(GRPO, ["rewards.ocr.urls=('http://elsewhere:1',)"]), tmp_path / "grpo")
-    with pytest.raises(
-        ConfigError, match="started with config.next_token.rows=[0-9]+, now it is 8; use another run_dir or delete this one"
-    ):
-        save_resolved(load_config(sft, ["next_token.rows=8"]), tmp_path / "run")
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["config.json"]
 
 
 def test_inference_has_the_same_reader(tmp_path):

@@ -198,6 +198,7 @@ def check_keys(keys: Iterable[str], known: Iterable[str], where: str) -> None:
 
 
 # ---- types ----
+OPTIONAL = re.compile(r"typing\.Optional\[(\w+)\]")
 ANNOTATED = re.compile(r"typing\.Annotated\[(\w+)[^\]]*\]")
 
 
@@ -229,7 +230,7 @@ def typed(value: Any, hint: Any, where: str, example: Any = None) -> Any:
     given = value if isinstance(value, Text) else repr(value)
     expected = problems[0]
     if ", got" in expected:  # of another type, rather than out of range
-        expected = hint.__name__ if isinstance(hint, type) else ANNOTATED.sub(r"\1", str(hint))
+        expected = hint.__name__ if isinstance(hint, type) else OPTIONAL.sub(r"\1 | None", ANNOTATED.sub(r"\1", str(hint)))
     such = "" if example is None else f", such as {example!r}"
     raise ConfigError(f"{where}={given}: expected {expected}{such}")
 
