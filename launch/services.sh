@@ -5,11 +5,12 @@
 # shellcheck disable=SC2034  # the scripts that source this file use them
 services=() url_ocr="" url_shapes="" url_tesseract="" second=()
 export XOMNI_STOPPED_CODE=75  # exit code of a training that was stopped and has saved
-ended() {  # CODE ARGUMENTS OF THE SCRIPT
+again="bash launch/$(basename "$0")${1:+ $(printf %q "$1")}"
+ended() {  # CODE
   kill "${services[@]}" 2>/dev/null || true
-  case $1 in 75|130|143) echo "stopped; the same command goes on from here: bash launch/$(basename "$0")${*:2}" >&2 ;; esac
+  case $1 in 75|130|143) echo "stopped; the same command goes on from here: $again" >&2 ;; esac
 }
-trap 'ended $? ${1:+"$(printf " %q" "$@")"}' EXIT
+trap 'ended $?' EXIT
 
 start() {  # OUT NAME [options]: returns when the service answers, with its address in url_NAME
   local log="$1/service_$2.log" url="" name=$2

@@ -71,7 +71,7 @@ def test_launchers_tell_a_stopped_run_from_a_finished_one(monkeypatch, model, co
         (["--config=/nowhere.py"], "/nowhere.py: no such config file; the shipped ones are under configs/"),
         ([SFT, "--config.stepz=3"], "config.stepz: unknown key; did you mean steps"),
         ([SFT, "--config.steps=three"], "config.steps=three: expected int, such as"),
-        ([SFT, "--config.steps=0"], "config.steps=0 must be at least 1"),
+        ([SFT, "--config.steps=0"], "config.steps=0: expected int >= 1"),
         ([SFT, "--config.steps"], "override 'steps' has no value; write --config.steps=VALUE"),
         ([SFT, "--steps=3"], "unknown argument '--steps=3'; overrides are written --config.KEY=VALUE"),
         ([SFT, "--devices", "0"], "--devices 0 must be at least 1"),

@@ -10,7 +10,7 @@ import weakref
 
 import pytest
 
-from xomni_jax.core.preemption import StopRequested, StopSignal
+from xomni_jax.core.preemption import StopRequested, StopSignal, interruptible
 
 
 class Group:
@@ -97,6 +97,68 @@ def test_a_wait_ends_and_the_handlers_are_restored_after_an_error():
                     os.kill(os.getpid(), signal.SIGTERM)
                 stop.check()
     assert polls == 3 and signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("where", ["gc", "finaliser", "weakref"])
+def test_an_interrupt_that_python_drops_is_raised_again(where):
+    """Three times in a row, in each place whose exceptions Python drops."""
+    program = f"""
+import gc, os, signal, weakref
+import time
+from xomni_jax.core.preemption import interruptible
+
+left = 3
+
+def interrupted(*_):
+    global left
+    if left:
+        left -= 1
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+
+class Thing:
+    def __del__(self):
+        interrupted()
+
+class Plain:
+    pass
+
+def collected(): gc.collect()
+def finalised(): Thing()
+def dropped():
+    thing = Plain()
+    reference = weakref.ref(thing, interrupted)
+    del thing
+
+if {where!r} == "gc":
+    gc.callbacks.append(interrupted)
+work = dict(gc=collected, finaliser=finalised, weakref=dropped)[{where!r}]
+try:
+    with interruptible():
+        for _ in range(200):
+            work()
+            time.sleep(0.02)
+        print("never")
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "interrupted\n" and done.stderr == "", done.stderr
+
+
+def test_other_errors_of_a_finaliser_are_reported_as_ever(capsys):
+    class Thing:
+        def __del__(self):
+            raise ValueError("broken")
+
+    told = []
+    before, sys.unraisablehook = sys.unraisablehook, told.append
+    try:
+        with interruptible():
+            Thing()
+        assert sys.unraisablehook == told.append and [type(t.exc_value) for t in told] == [ValueError]
+    finally:
+        sys.unraisablehook = before
 
 
 def test_a_signal_in_the_middle_of_a_write_to_stderr():

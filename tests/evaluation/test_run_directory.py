@@ -82,7 +82,7 @@ def test_a_line_that_does_not_fit_on_the_disk_is_taken_back(tmp_path, monkeypatc
 
 def test_a_file_in_place_of_the_directory(tmp_path):
     (tmp_path / "x").write_text("")
-    with pytest.raises(RunError, match="--out .*x is a file; give a folder"):
+    with pytest.raises(RunError, match="--out .*x is a file; give another folder"):
         RunDirectory(tmp_path / "x")
     (tmp_path / "results.json").write_text("[")
     with pytest.raises(RunError, match="results.json: not readable as JSON"):

@@ -29,6 +29,31 @@ def test_help(script):
     assert done.returncode == 0 and f"bash launch/{script}" in done.stdout and "#!" not in done.stdout
 
 
+@pytest.mark.parametrize("code, goes_on", [(75, True), (130, True), (2, False)])
+@pytest.mark.parametrize("script", ["demo.sh", "long_run.sh"])
+def test_a_training_that_was_stopped_ends_the_script(script, code, goes_on, tmp_path):
+    """SIGTERM or Ctrl-C: the trainer saves and says so by its exit code; nothing is reported of a model that is not there."""
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    (tmp_path / "launch" / "environment.sh").write_text("environment() { :; }\nkeep_memory() { :; }\n")
+    (tmp_path / "launch" / "tesseract_data.sh").write_text("exit 1\n")
+    xomni = tmp_path / "bin" / "xomni"
+    xomni.parent.mkdir()
+    xomni.write_text(
+        "#!/bin/sh\n"
+        '[ "$1" != generate ] || mkdir -p "$6"\n'
+        'case $1 in serve-reward) echo "ready on http://here:1; Ctrl-C ends it"; exec sleep 60 ;;\n'
+        f'train) [ "$XOMNI_STOPPED_CODE" = 75 ] || exit 1; exit {code} ;; eval) echo WENT ON ;; esac\n'
+    )
+    xomni.chmod(0o755)
+    environment = os.environ | {"PATH": f"{xomni.parent}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", f"launch/{script}", "out put"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == code and "WENT ON" not in done.stdout, done.stdout + done.stderr
+    told = f"stopped; the same command goes on from here: bash launch/{script} out\\ put\n"
+    assert done.stderr.endswith(told) if goes_on else told not in done.stderr
+
+
 DOCUMENTS = [ROOT / "README.md", ROOT / "launch/README.md"]
 HELP = subprocess.run(["bash", "launch/queued_resource.sh", "--help"], cwd=ROOT, capture_output=True, text=True).stdout.rpartition(
     "example ("

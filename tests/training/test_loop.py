@@ -1,6 +1,7 @@
 """The loop by itself, on a stage that counts: what is saved, logged and drawn when, and how a run ends."""
 
 import json
+import shutil
 import signal
 
 import jax
@@ -101,6 +102,17 @@ def test_a_run_may_be_made_longer(tmp_path):
     (tmp_path / "run" / "model").rmdir()
     go(run(tmp_path, steps=7), counting())
     assert json.loads((tmp_path / "run" / "model" / "note.json").read_text())["sum"] == 21.0
+
+
+def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_as_if_it_had_not_been(tmp_path, capsys):
+    go(run(tmp_path, run_dir=str(tmp_path / "straight")), counting())
+    assert go(run(tmp_path), counting(lambda n: signal.raise_signal(signal.SIGTERM) if n == 4 else None)) is None
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "5" / "state")
+    go(run(tmp_path), counting())
+    assert "5 is damaged" in (told := capsys.readouterr().out) and f"resuming {tmp_path / 'run'} after step 3" in told
+    assert saved(tmp_path) == [3, 6, 7]
+    notes = [(tmp_path / name / "model" / "note.json").read_text() for name in ("run", "straight")]
+    assert notes[0] == notes[1] and [line["step"] for line in lines(tmp_path)] == [2, 4, 6, 7]
 
 
 def test_fewer_steps_than_made(tmp_path):

@@ -179,6 +179,8 @@ def checked(make: Callable[[], T], where: str) -> T:
         return make()
     except ConfigError:
         raise
+    except ZeroDivisionError:
+        raise ConfigError(f"{where}: a size that others are divided by is 0; give a positive number") from None
     except (TypeError, ValueError) as e:
         raise ConfigError(f"{where}: {e}") from None
 

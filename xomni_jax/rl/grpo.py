@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from xomni_jax.core.config import ConfigError, Overrides
+from xomni_jax.core.config import ConfigError, Count, Overrides
 from xomni_jax.core.distributed import connect, gather_json
 from xomni_jax.core.preemption import StopSignal
 from xomni_jax.core.program import Program, Programs, Work
@@ -82,8 +82,8 @@ class GRPORun(RunConfig):
 
     stage: str = "grpo"
     run_dir: str = "runs/grpo"
-    batch_size: int = 32
-    log_every: int = 1
+    batch_size: Count = 32
+    log_every: Count = 1
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-6, warmup_steps=0, schedule="constant")
     transformer: ModelSection = ModelSection(transformer.PRESETS)
     siglip_vq: ModelSection = ModelSection(siglip_vq.PRESETS)

@@ -42,7 +42,11 @@ def claimed(run_dir: Path) -> Iterator[None]:
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()
             ready = True
-            yield
+            try:
+                yield
+            finally:
+                if [path.name for path in run_dir.iterdir()] == ["lock"]:  # refused before it began
+                    shutil.rmtree(run_dir)
     except OSError as e:
         if ready and e.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise  # not about this folder
