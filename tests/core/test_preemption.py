@@ -6,10 +6,12 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import weakref
 
 import pytest
 
+from tests.miniature import ROOT
 from xomni_jax.core.preemption import StopRequested, StopSignal, interruptible
 
 
@@ -99,22 +101,18 @@ def test_a_wait_ends_and_the_handlers_are_restored_after_an_error():
     assert polls == 3 and signal.getsignal(signal.SIGTERM) is before
 
 
-@pytest.mark.parametrize("where", ["gc", "finaliser", "weakref"])
-def test_an_interrupt_that_python_drops_is_raised_again(where):
-    """Three times in a row, in each place whose exceptions Python drops."""
+@pytest.mark.parametrize("where", ["collected", "finalised", "dropped", "imported"])
+def test_an_interrupt_that_would_be_lost_ends_the_process(where, tmp_path):
+    """In each place whose exceptions Python drops, and in a module that takes them for its own."""
+    (tmp_path / "careless.py").write_text("import __main__\ntry:\n    __main__.interrupted()\nexcept BaseException:\n    pass\n")
     program = f"""
 import gc, os, signal, weakref
-import time
 from xomni_jax.core.preemption import interruptible
 
-left = 3
-
 def interrupted(*_):
-    global left
-    if left:
-        left -= 1
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGINT)
+    for _ in range(1000):
+        pass
 
 class Thing:
     def __del__(self):
@@ -123,27 +121,37 @@ class Thing:
 class Plain:
     pass
 
-def collected(): gc.collect()
-def finalised(): Thing()
+def collected():
+    gc.callbacks.append(interrupted)
+    gc.collect()
+
+def finalised():
+    Thing()
+
 def dropped():
     thing = Plain()
     reference = weakref.ref(thing, interrupted)
     del thing
 
-if {where!r} == "gc":
-    gc.callbacks.append(interrupted)
-work = dict(gc=collected, finaliser=finalised, weakref=dropped)[{where!r}]
-try:
-    with interruptible():
-        for _ in range(200):
-            work()
-            time.sleep(0.02)
-        print("never")
-except KeyboardInterrupt:
-    print("interrupted")
+def imported():
+    import careless
+
+with interruptible():
+    {where}()
+    print("went on", flush=True)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
-    assert done.stdout == "interrupted\n" and done.stderr == "", done.stderr
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+def test_elsewhere_an_interrupt_is_raised_and_the_handler_comes_back():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        with interruptible():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_other_errors_of_a_finaliser_are_reported_as_ever(capsys):

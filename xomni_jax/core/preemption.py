@@ -6,7 +6,7 @@ import _thread
 import os
 import signal
 import sys
-import time
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -23,30 +23,48 @@ class StepRefused(ValueError):
     """Raised by a step that cannot go on, before it has changed anything; the loop saves, then raises it again."""
 
 
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """A handler of Ctrl-C: raises KeyboardInterrupt, but ends the process where that would be lost.
+
+    An exception in the middle of an import may be dropped by the module that is imported, or crash it: extensions do not expect one.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            end_now()
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+def end_now() -> None:
+    """Ends the process as an interrupted one. Neither print nor an orderly exit: a handler may interrupt code that holds their locks."""
+    os.write(2, b"interrupted\n")
+    os._exit(128 + signal.SIGINT)
+
+
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Context in which Ctrl-C always arrives, as KeyboardInterrupt.
+    """Context in which Ctrl-C is never lost.
 
     Python drops an exception that is raised in a finaliser or in a callback of the garbage collector, of which JAX has one, and the
-    program goes on. An interrupt that was dropped is raised again shortly after.
+    program would go on.
     """
-    before = sys.unraisablehook
-
-    def again() -> None:
-        time.sleep(0.05)  # until the callback has returned
-        _thread.interrupt_main()
 
     def dropped(what: Any) -> None:
         if issubclass(what.exc_type, KeyboardInterrupt):
-            _thread.start_new_thread(again, ())
-        else:
-            before(what)
+            end_now()
+        hook(what)
 
-    sys.unraisablehook = dropped
+    hook, sys.unraisablehook = sys.unraisablehook, dropped
+    # Not in another thread, nor where a shell has started the program with interrupts ignored.
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if ours:
+        signal.signal(signal.SIGINT, interrupt)
     try:
         yield
     finally:
-        sys.unraisablehook = before
+        sys.unraisablehook = hook
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class StopSignal:
@@ -73,7 +91,7 @@ class StopSignal:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
+            interrupt(number, frame)
         # Neither print nor threading: a handler may interrupt code that holds their locks, such as the progress line's write to stderr.
         if self._group is not None and not self.requested:
             _thread.start_new_thread(self._group.request_stop, ())
