@@ -174,10 +174,3 @@ def test_a_damaged_configuration_is_named(tmp_path):
     (tmp_path / "run" / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="config.json is damaged; restore it, or name another run_dir"):
         resumed(tmp_path)
-
-
-def test_a_run_of_an_earlier_version_has_no_hash_of_its_model(tmp_path, model):
-    started(tmp_path, f"init_from={model}")
-    path = tmp_path / "run" / "config.json"
-    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "init_from_sha256"}))
-    resumed(tmp_path, f"init_from={model}")

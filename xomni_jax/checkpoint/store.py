@@ -347,9 +347,9 @@ class RunCheckpoints:
         if why := next(filter(None, gather_json(why)), None):
             raise CheckpointError(why)
         data = stored.get("data")
-        if not stored or "sum" in stored and stored["sum"] != checksum(state, data):
+        if stored.get("sum") != checksum(state, data):
             raise CheckpointError("its content has changed since it was written")
-        return state, stored if data is None else data  # without a sum: saved by an earlier version
+        return state, data
 
     def _set_aside(self, damaged: Mapping[int, str], good: int) -> None:
         """Renames damaged steps, so that the run can save these steps again."""

@@ -73,30 +73,13 @@ def grpo_update(
     several = cfg.updates_per_batch > 1
     old = frozen_logp(policy, state.params, batch, micro_batches) if several else None
     ref = None if ref_params is None else frozen_logp(policy, ref_params, batch, micro_batches)
+    rows = (batch, old, ref)
 
     def one_update(state: TrainState, rows: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-        mask = lambda b: jnp.broadcast_to(b.ok_B[:, None], b.codes_BT.shape)  # noqa: E731
-        n_items = loss_items(mask(rows[0]), cfg)
-
-        def loss(params, part):
-            b, old, ref = part
-            logp_BT, entropy_BT = policy.logp(params, b)
-            value, metrics = grpo_loss(logp_BT, old, ref, b.adv_B, mask(b), cfg, n_items, entropy_BT)
-            gap = jnp.max(jnp.where(mask(b), jnp.abs(logp_BT - b.sampler_logp_BT), 0.0))
-            return value, metrics | {"grpo/logp_gap_max": gap}
-
-        params, back = jax.vjp(policy.ready, state.params)
-
-        def accumulate(carry, part):
-            (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, part)
-            return (jax.tree.map(jnp.add, carry[0], back(grads)[0]), carry[1] + value), metrics
-
-        zeros = jax.tree.map(jnp.zeros_like, state.params)
-        (grads, value), metrics = jax.lax.scan(accumulate, (zeros, jnp.float32(0.0)), split_rows(rows, micro_batches))
+        grads, metrics = loss_and_gradient(policy, state.params, rows, cfg, micro_batches)
         state, optim = state.apply(optimizer, grads)
-        return state, join_metrics(metrics) | optim | {"loss/grpo": value}
+        return state, metrics | optim
 
-    rows = (batch, old, ref)
     if not several:
         return one_update(state, rows)
     order_B = jax.random.permutation(key, batch.adv_B.shape[0])
@@ -104,6 +87,29 @@ def grpo_update(
     state, stacked = jax.lax.scan(one_update, state, minibatches)
     joined = {name: (jnp.max if name.endswith("_max") else jnp.mean)(value) for name, value in stacked.items()}
     return state, joined | {"grpo/logp_gap_max": stacked["grpo/logp_gap_max"][0]}
+
+
+def loss_and_gradient(policy: Policy, params: Any, rows: Any, cfg: GRPOConfig, parts: int) -> tuple[Any, dict[str, jax.Array]]:
+    """Gradient and metrics of (rollouts, their old log-probs, those of the reference), accumulated over `parts` micro-batches."""
+    mask = lambda b: jnp.broadcast_to(b.ok_B[:, None], b.codes_BT.shape)  # noqa: E731
+    n_items = loss_items(mask(rows[0]), cfg)
+
+    def loss(ready, part):
+        b, old, ref = part
+        logp_BT, entropy_BT = policy.logp(ready, b)
+        value, metrics = grpo_loss(logp_BT, old, ref, b.adv_B, mask(b), cfg, n_items, entropy_BT)
+        gap = jnp.max(jnp.where(mask(b), jnp.abs(logp_BT - b.sampler_logp_BT), 0.0))
+        return value, metrics | {"grpo/logp_gap_max": gap}
+
+    ready, back = jax.vjp(policy.ready, params)
+
+    def accumulate(carry, part):
+        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(ready, part)
+        return (jax.tree.map(jnp.add, carry[0], back(grads)[0]), carry[1] + value), metrics
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    (grads, value), metrics = jax.lax.scan(accumulate, (zeros, jnp.float32(0.0)), split_rows(rows, parts))
+    return grads, join_metrics(metrics) | {"loss/grpo": value}
 
 
 def frozen_logp(policy: Policy, params: Any, batch: RolloutBatch, parts: int) -> jax.Array:

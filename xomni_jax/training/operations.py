@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ import jax
 
 from xomni_jax.core.config import ConfigError
 from xomni_jax.core.flops import count
+from xomni_jax.sharding.abstract import leaves, shard_bytes
 
 LARGE = 1 << 20  # bytes from which an array gets a line at start-up; the five largest always do
 MAX_REPLICATED = 0.02  # share of the parameters' bytes that may be replicated although the mesh splits parameters
@@ -35,16 +35,15 @@ def placement(params: Any, mesh: jax.sharding.Mesh) -> list[str]:
     Raises:
       ConfigError: on a mesh with fsdp > 1, more than 2 % of the bytes are replicated.
     """
-    leaves = [(jax.tree_util.keystr(path, simple=True, separator="/"), x) for path, x in jax.tree_util.tree_leaves_with_path(params)]
-    leaves.sort(key=lambda leaf: -leaf[1].nbytes)
+    arrays = sorted(leaves(params), key=lambda leaf: -leaf[1].nbytes)
     lines = [
-        f"  {name} {'x'.join(map(str, x.shape))} {x.dtype} {getattr(x.sharding, 'spec', x.sharding)} {size(local_bytes(x))} a device"
-        for i, (name, x) in enumerate(leaves)
+        f"  {name} {'x'.join(map(str, x.shape))} {x.dtype} {getattr(x.sharding, 'spec', x.sharding)} {size(shard_bytes(x))} a device"
+        for i, (name, x) in enumerate(arrays)
         if i < 5 or x.nbytes >= LARGE
     ]
-    total = sum(x.nbytes for _, x in leaves)
-    lines.append(f"  in all {len(leaves)} arrays, {size(total)}, {size(sum(local_bytes(x) for _, x in leaves))} a device")
-    whole = [(name, x) for name, x in leaves if local_bytes(x) == x.nbytes and not REPLICATED.fullmatch(name)]
+    total = sum(x.nbytes for _, x in arrays)
+    lines.append(f"  in all {len(arrays)} arrays, {size(total)}, {size(sum(shard_bytes(x) for _, x in arrays))} a device")
+    whole = [(name, x) for name, x in arrays if shard_bytes(x) == x.nbytes and not REPLICATED.fullmatch(name)]
     lost = sum(x.nbytes for _, x in whole)
     if mesh.shape["fsdp"] > 1 and total and lost > MAX_REPLICATED * total:
         raise ConfigError(
@@ -52,11 +51,6 @@ def placement(params: Any, mesh: jax.sharding.Mesh) -> list[str]:
             f"(limit {MAX_REPLICATED:.0%} where config.mesh.fsdp={mesh.shape['fsdp']}); name an axis of it that sharding.rules splits"
         )
     return lines
-
-
-def local_bytes(x: jax.Array) -> int:
-    """Bytes of an array on one device."""
-    return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
 
 
 def size(n: float) -> str:

@@ -73,8 +73,6 @@ def check_continues(cfg: RunConfig) -> None:
     except ValueError:
         raise ConfigError(f"{path} is damaged; restore it, or name another run_dir") from None
     new = flat(json.loads(json.dumps(described(cfg), default=str)))
-    if "init_from_sha256" not in old:  # of a run that began before models were compared by content
-        new.pop("init_from_sha256")
     for key in sorted(old.keys() | new.keys()):
         if not may_change(key) and not same(old.get(key), new.get(key)):
             was, now = (f"{values.get(key)!r}" for values in (old, new))

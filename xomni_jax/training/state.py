@@ -11,7 +11,7 @@ from flax import linen as nn
 from flax import struct
 from jax.sharding import Mesh
 
-from xomni_jax.sharding.abstract import path_name
+from xomni_jax.sharding.abstract import path_name, placed
 from xomni_jax.sharding.mesh import replicated
 from xomni_jax.sharding.rules import param_shardings
 from xomni_jax.training.optimizer import Optimizer
@@ -64,10 +64,8 @@ def new_state(
         return TrainState(jnp.int32(0), params, optimizer.transform.init(params), dict(extra()))
 
     abstract = jax.eval_shape(create)
-    placed = state_shardings(abstract, shardings, mesh)
-    return jax.jit(create, out_shardings=placed), jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placed
-    )
+    where = state_shardings(abstract, shardings, mesh)
+    return jax.jit(create, out_shardings=where), placed(abstract, where)
 
 
 def state_shardings(abstract: TrainState, shardings: Any, mesh: Mesh) -> TrainState:
