@@ -341,7 +341,7 @@ def test_a_save_that_fails_names_the_folder_and_the_cause(tmp_path, monkeypatch)
         raise ValueError("INTERNAL: Error writing: [Errno 28] No space left on device\nmany lines")
 
     monkeypatch.setattr(checkpoints.manager, "save", full)
-    with pytest.raises(CheckpointError, match=f"{tmp_path}: a checkpoint cannot be written .the disk is full.; make room"):
+    with pytest.raises(CheckpointError, match=f"{tmp_path}: cannot be written .the disk is full.; mend that, and run"):
         checkpoints.save(1, state(mesh_of(1)), {})
     checkpoints.close()
 

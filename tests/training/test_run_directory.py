@@ -92,7 +92,7 @@ def test_a_directory_that_cannot_be_written(tmp_path):
 def test_a_disk_too_small_for_a_checkpoint(tmp_path):
     free = shutil.disk_usage(tmp_path).free
     check_room(tmp_path, free // 2)
-    with pytest.raises(ConfigError, match="a checkpoint takes .* GB, the disk has .* GB left; make room"):
+    with pytest.raises(ConfigError, match="a checkpoint takes [0-9.]+ [KMG]B, the disk has [0-9.]+ [KMG]B left; make room"):
         check_room(tmp_path, 2 * free)
 
 

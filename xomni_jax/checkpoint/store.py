@@ -15,6 +15,7 @@ import asyncio
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -35,6 +36,9 @@ FORMAT = 1
 DAMAGED = "cannot be read, it is incomplete or damaged ({reason}); restore it or write it again"
 HASHED = 1 << 20  # bytes of the beginning and of the end of a file that go into a checkpoint's hash
 TOKENIZERS = ("tokenizer", "tokenizer_t5", "tokenizer_clip")
+
+# Orbax logs what it raises as well, once in each of its threads, with a page of traceback.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 class CheckpointError(ValueError):
@@ -137,8 +141,12 @@ def save_component(directory: str | Path, name: str, params: Any, config: Any, n
     directory = Path(directory).absolute()
     directory.mkdir(parents=True, exist_ok=True)
     if jax.tree.leaves(params):
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(directory / name, params, force=True)
+
+        def write() -> None:
+            with ocp.StandardCheckpointer() as checkpointer:
+                checkpointer.save(directory / name, params, force=True)
+
+        writing(directory / name, write)
     if jax.process_index() == 0:
         data = model_json_or_new(directory)
         data["components"][name] = {"config": config_to_json(config), "note": dict(note or {})}
@@ -242,6 +250,17 @@ def reading(action: Callable[[], Any], sentence: str) -> Any:
             asyncio.set_event_loop_policy(before)
 
 
+def writing(directory: Path, action: Callable[[], Any]) -> None:
+    """Runs a write through Orbax; a failure is raised as a CheckpointError, unless a process did not answer."""
+    try:
+        action()
+    except Exception as e:  # noqa: BLE001 - many kinds; the user needs the directory and the cause
+        if explain_silence(e):
+            raise
+        why = "the disk is full" if re.search(r"No space left|Disk quota|RESOURCE_EXHAUSTED", str(e)) else first_line(e)
+        raise CheckpointError(f"{directory}: cannot be written ({why}); mend that, and run the same command again") from None
+
+
 def first_line(e: Exception) -> str:
     """The beginning of an error of Orbax, which may fill a page."""
     return str(e).strip().splitlines()[0][:200] if str(e).strip() else type(e).__name__
@@ -291,15 +310,15 @@ class RunCheckpoints:
         """Starts an asynchronous save; `wait` blocks until it is on disk. A step that is already saved is not saved again.
 
         Raises:
-          CheckpointError: this save, or the one before, could not be written.
+          CheckpointError: this save, or the one before, cannot be written.
         """
         if step not in self.manager.all_steps():
             stored = {"data": dict(data), "sum": checksum(state, data)}
             args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(stored))
             # Without force, Orbax silently skips a save that comes while another is being written, and each process decides for itself.
-            self._writing(lambda: self.manager.save(step, args=args, force=True))
+            writing(self.directory, lambda: self.manager.save(step, args=args, force=True))
         if wait:
-            self._writing(self.manager.wait_until_finished)
+            writing(self.directory, self.manager.wait_until_finished)
 
     def restore(self, abstract_state: Any) -> tuple[int, Any, dict[str, Any]]:
         """(step, state, data) of the newest step that is whole, with the shapes, dtypes and shardings of `abstract_state`.
@@ -330,7 +349,7 @@ class RunCheckpoints:
     def close(self) -> None:
         """Waits for pending saves and releases the manager."""
         try:
-            self._writing(self.manager.wait_until_finished)
+            writing(self.directory, self.manager.wait_until_finished)
         finally:
             self.manager.close()
 
@@ -363,18 +382,6 @@ class RunCheckpoints:
         if damaged:
             gather_json(None)  # process 0 has renamed them
             self.manager.reload()
-
-    def _writing(self, action: Callable[[], Any]) -> None:
-        """Runs a part of a save; what Orbax raises becomes a CheckpointError."""
-        try:
-            action()
-        except Exception as e:  # noqa: BLE001 - many kinds; the user needs the directory and the cause
-            if explain_silence(e):
-                raise
-            full = "the disk is full" if re.search(r"No space left|Disk quota|RESOURCE_EXHAUSTED", str(e)) else first_line(e)
-            raise CheckpointError(
-                f"{self.directory}: a checkpoint cannot be written ({full}); make room or mend it, and run the same command again"
-            ) from None
 
 
 @jax.jit
