@@ -200,11 +200,11 @@ def test_muon_by_hand():
 
 
 def test_a_rate_for_nothing_is_refused():
-    """A typing error in a pattern would go unnoticed; a pattern of frozen parameters alone is one, too."""
+    """A typing error in a pattern would go unnoticed."""
     params = {"new": {"kernel": jnp.ones(2)}, "old": {"kernel": jnp.ones(2)}}
     Optimizer(OptimizerConfig(rates=(("new/.*", 2.0), (".*", 3.0))), 5, freeze=("old/.*",)).labels(params)
-    for pattern in ("new", "old/.*", "newer/kernel"):
-        with pytest.raises(ConfigError, match=f"config.optimizer.rates: '{pattern}' matches no parameter that is trained; .*'new/kernel'"):
+    for pattern in ("new", "newer/kernel"):
+        with pytest.raises(ConfigError, match=f"config.optimizer.rates: '{pattern}' matches no parameter; paths look like 'new/kernel'"):
             Optimizer(OptimizerConfig(rates=((".*/kernel", 2.0), (pattern, 2.0))), 5, freeze=("old/.*",)).labels(params)
 
 

@@ -103,7 +103,7 @@ class Optimizer:
         A freeze pattern may match nothing, since the identity autoencoder has no parameters.
 
         Raises:
-          ValueError: no parameter is trained, or a pattern of the rates matches none of those that are.
+          ValueError: no parameter is trained, or a pattern of the rates matches none.
         """
         names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
 
@@ -115,9 +115,8 @@ class Optimizer:
                 f"no parameter is trained: train patterns {self._train}, freeze patterns {self._freeze}; paths look like {names[0]!r}"
             )
         for pattern, _ in self._rates:
-            if not any(re.fullmatch(pattern, name) for name in names if learns(name)):
-                like = next(filter(learns, names))
-                raise ConfigError(f"config.optimizer.rates: {pattern!r} matches no parameter that is trained; paths look like {like!r}")
+            if not any(re.fullmatch(pattern, name) for name in names):
+                raise ConfigError(f"config.optimizer.rates: {pattern!r} matches no parameter; paths look like {names[0]!r}")
         return jax.tree.unflatten(jax.tree.structure(params), ["train" if learns(name) else "freeze" for name in names])
 
     def update(self, grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any, dict[str, jax.Array]]:
