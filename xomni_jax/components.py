@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,6 +16,7 @@ from xomni_jax.checkpoint.formats import is_released
 from xomni_jax.checkpoint.released_model import ReleasedModel
 from xomni_jax.checkpoint.store import CheckpointError, config_from_json, load_component, read_model_json
 from xomni_jax.core.cache import cached_method
+from xomni_jax.core.kept import kept, kept_program
 from xomni_jax.data.preprocess import ImageLimits
 from xomni_jax.models.int8 import quantize
 from xomni_jax.models.registry import COMPONENTS, boxed_shapes
@@ -79,7 +81,7 @@ class ModelComponents:
         return self._params[name]
 
     def _restore(self, name: str, cfg: Any) -> Any:
-        boxed = boxed_shapes(name, cfg)
+        boxed = kept(("shapes", name, cfg), lambda: boxed_shapes(name, cfg))
         shardings = param_shardings(boxed, self.mesh, ROLLOUT_RULES if name == "transformer" and not self._training else RULES)
         if getattr(cfg, "int8", False):
             stored = self._restore(name, dataclasses.replace(cfg, int8=False))
@@ -161,6 +163,10 @@ class ModelComponents:
     def patch(self) -> int:
         """Pixels per token along a side."""
         return self.config("siglip_vq").patch
+
+    def kept(self, program: Callable[..., Any], *about: Any, donate: int | None = None) -> Callable[..., Any]:
+        """A jitted program, on one device traced once for all processes; see `core.kept`."""
+        return program if self.mesh.size > 1 else kept_program(program, about, donate)
 
     def batches(self, rows: int, batch_size: int | None = None) -> list[Batch]:
         """Batches of `rows` rows that split over the mesh: `batch_size` rows at a time in each data shard, or all at once."""

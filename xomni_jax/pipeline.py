@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from xomni_jax.components import ModelComponents
 from xomni_jax.core.cache import cached_method
 from xomni_jax.data.preprocess import preprocess
 from xomni_jax.sampling.batches import Batch, batches_by_shape, in_order, run_batches
-from xomni_jax.sampling.decoder import DecodeConfig, make_decode
+from xomni_jax.sampling.decoder import DECODER_COMPONENTS, DecodeConfig, make_decode
 from xomni_jax.sampling.generate import make_answerer
 from xomni_jax.sampling.keys import NOISE, image_keys
 from xomni_jax.sampling.logits import SamplingConfig
@@ -61,7 +62,8 @@ class XOmni(ModelComponents):
 
     @cached_method
     def _sampler(self, n_codes: int, sampling: SamplingConfig) -> Sampler:
-        return Sampler.make(self.module("transformer"), n_codes, sampling)
+        made, about = Sampler.make(self.module("transformer"), n_codes, sampling), (self.config("transformer"), n_codes, sampling)
+        return dataclasses.replace(made, start=self.kept(made.start, "start", about), draw=self.kept(made.draw, "draw", about, donate=2))
 
     def text_ids(self, prompts: Sequence[str], cfg: DecodeConfig | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The prompts as T5 ids [B, text_length] and CLIP ids [B, pooled_length]."""
@@ -88,7 +90,8 @@ class XOmni(ModelComponents):
 
     @cached_method
     def _decode(self, cfg: DecodeConfig):
-        return make_decode(self.module("siglip_vq"), self.decoder, cfg, self.num_data_shards)
+        about = [self.config(name) for name in ("siglip_vq", *DECODER_COMPONENTS)]
+        return self.kept(make_decode(self.module("siglip_vq"), self.decoder, cfg, self.num_data_shards), "decode", (about, cfg))
 
     def decode(
         self, codes_BYX: Any, prompts: Sequence[str] | None = None, noise: Any = None, seed: int = 0, batch_size: int = BATCH_SIZE
@@ -276,4 +279,5 @@ class XOmni(ModelComponents):
 
     @cached_method
     def _answerer(self, max_tokens: int):
-        return make_answerer(self.module("transformer"), max_tokens, self.tokenizer.end_of_turn, self.tokenizer.pad)
+        about = self.config("transformer"), max_tokens, self.tokenizer.end_of_turn, self.tokenizer.pad
+        return self.kept(make_answerer(self.module("transformer"), *about[1:]), "answer", about)
