@@ -169,6 +169,11 @@ class ModelComponents:
         return program if self.mesh.size > 1 else kept_program(program, about, donate)
 
     def batches(self, rows: int, batch_size: int | None = None) -> list[Batch]:
-        """Batches of `rows` rows that split over the mesh: `batch_size` rows at a time in each data shard, or all at once."""
-        most = -(-rows // self.num_data_shards) * self.num_data_shards
-        return make_batches(rows, most if batch_size is None else min(batch_size * self.num_data_shards, most))
+        """Batches of `rows` rows that split over the mesh: `batch_size` rows at a time in each data shard, or all at once.
+
+        Fewer rows fill a batch up to a power of two, so that not every number of rows is a program of its own.
+        """
+        each = -(-rows // self.num_data_shards)
+        if batch_size is not None:
+            each = min(batch_size, 1 << (each - 1).bit_length())
+        return make_batches(rows, each * self.num_data_shards)

@@ -61,8 +61,10 @@ def _add_suite(kinds: Any, name: str) -> None:
 
 def add_command(kinds: Any, name: str, line: str, description: str, example: str) -> argparse.ArgumentParser:
     """The parser of one subcommand of `xomni eval`."""
-    how = argparse.RawDescriptionHelpFormatter
-    return kinds.add_parser(name, help=line, description=description, epilog="example:\n  " + example, formatter_class=how)
+    first, _, details = description.partition("\n\n")
+    parser = kinds.add_parser(name, help=line, description=first, epilog="example:\n  " + example)
+    parser.details = details
+    return parser
 
 
 def _parser(kinds: Any, name: str, line: str, description: str, judge: str = "") -> argparse.ArgumentParser:

@@ -19,6 +19,7 @@ class QuickTokenizer:
         self._quick.no_padding()
         self._quick.no_truncation()
         config = json.loads((folder / "tokenizer_config.json").read_text())
+        self.model_max_length = config.get("model_max_length", 10**30)  # without one, as transformers has it
         self.pad_token_id, self.eos_token_id = (self._id(config.get(name)) for name in ("pad_token", "eos_token"))
 
     def _id(self, token: str | dict[str, Any] | None) -> int | None:
