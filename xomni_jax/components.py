@@ -17,6 +17,7 @@ from xomni_jax.checkpoint.released_model import ReleasedModel
 from xomni_jax.checkpoint.store import CheckpointError, config_from_json, load_component, read_model_json
 from xomni_jax.core.cache import cached_method
 from xomni_jax.core.kept import kept, kept_program
+from xomni_jax.core.shipped import shipped
 from xomni_jax.data.preprocess import ImageLimits
 from xomni_jax.models.int8 import quantize
 from xomni_jax.models.registry import COMPONENTS, boxed_shapes
@@ -41,7 +42,8 @@ class ModelComponents:
     def __init__(
         self, path: str | Path, mesh: Mesh | None = None, dtype: Any = None, flux: str | Path | None = None, training: bool = False
     ):
-        self.path, self.dtype, self._flux, self._training = Path(path), dtype, flux, training
+        path = Path(shipped(str(path)))
+        self.path, self.dtype, self._flux, self._training = path, dtype, flux, training
         self.mesh = make_mesh({}, jax.devices()[:1]) if mesh is None else mesh
         self.released = ReleasedModel(path, flux) if is_released(path) else None
         if flux is not None and self.released is None:

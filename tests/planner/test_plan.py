@@ -249,7 +249,6 @@ def test_an_impossible_mesh_is_refused_with_the_sizes_that_would_work():
         ("--config=configs/tiny/sft.py --topology=cpu:8 --price 0", "--price 0 must be above 0"),
         ("--config=configs/tiny/sft.py --topology=cpu:8 --reserve 1", "--reserve 1 is a share of HBM"),
         ("--config=configs/tiny/sft.py --topology=cpu:8 --json /no/such/a.json", "there is no folder /no/such; make it first"),
-        ("--config=configs/tiny/sft.py --topology=cpu:8 --steps 3", "unknown argument '--steps'; overrides are written --config.KEY=VALUE"),
         (
             "--config=configs/tiny/sft.py --topology=cpu:2 --program rollout",
             "--program rollout: stage sft has no such program; it has sft-update, and all",

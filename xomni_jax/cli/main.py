@@ -11,6 +11,7 @@ from pathlib import Path
 
 from xomni_jax import __version__
 from xomni_jax.cli.parser import Parser
+from xomni_jax.core.shipped import shipped
 
 # name -> one line of help; the module xomni_jax.cli.<name with underscores> provides add_arguments(parser), run(args, rest), EXAMPLE and
 # perhaps DETAILS, which only --help-all shows.
@@ -57,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.argv[1:] = argv
     set_up()
     args, rest = build_parser().parse_known_args()
+    vars(args).update({name: shipped(value) for name, value in vars(args).items() if isinstance(value, str)})
     try:
         return args.run(args, rest) or 0
     except (KeyboardInterrupt, ValueError, OSError, FloatingPointError, KeyError) as e:

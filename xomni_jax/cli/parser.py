@@ -19,8 +19,8 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **settings: Any) -> None:
         super().__init__(add_help=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
         self.details, self._rare = "", list[argparse._ArgumentGroup]()
-        self.add_argument("-h", "--help", action=_Help, nargs=0, help="show the common options")
-        self.add_argument("--help-all", action=_Help, nargs=0, help="show all options and what there is to know")
+        self.add_argument("-h", "--help", action=_Help, nargs=0, help="explain the command")
+        self.add_argument("--help-all", action=_Help, nargs=0, help="explain every option, and more of what the command does")
 
     def add_rare_group(self, title: str) -> argparse._ArgumentGroup:
         """A group of options that only --help-all shows."""

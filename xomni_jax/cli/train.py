@@ -64,6 +64,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
         print(shown(resolve(changes), changes))
         return 0
     config = resolve_run(changes)
+    print(f"curves: tensorboard --logdir {config.run_dir}/tensorboard   (pip install 'xomni_jax[tensorboard]' brings it)", flush=True)
     group = distributed.start(shared_settings(config), args.distributed)
     if group is None:
         return exit_code(run_stage(config, **options))

@@ -25,6 +25,8 @@ from typing import Any, NamedTuple, TypeVar
 import msgspec
 from ml_collections import ConfigDict
 
+from xomni_jax.core.shipped import CONFIGS, shipped
+
 T = TypeVar("T")
 
 
@@ -56,18 +58,18 @@ def load_changes(path: str | Path, overrides: Sequence[str] = ()) -> Changes:
     Raises:
       ConfigError: the file is missing, raises, or returns no ConfigDict; an override has no value.
     """
-    path = Path(path)
+    path = Path(shipped(str(path)))
     if not path.is_file():
         raise ConfigError(f"{path}: no such config file; the shipped ones are under configs/")
     root = next((p for p in path.resolve().parents if p.name == "configs"), path.resolve().parent).parent
-    sys.path.insert(0, str(root))
+    before, sys.path = sys.path, [str(root), *sys.path, str(CONFIGS.parent)]
     try:
         defined = runpy.run_path(str(path))
         config = defined["get_config"]() if "get_config" in defined else None
     except Exception as e:  # noqa: BLE001 - the file is the user's code, which may raise anything
         raise ConfigError(f"{path}: {(str(e).strip().splitlines() or [type(e).__name__])[0]}") from e
     finally:
-        sys.path.remove(str(root))
+        sys.path = before
     if "get_config" not in defined:
         raise ConfigError(f"{path}: defines no get_config()")
     if not isinstance(config, ConfigDict):
@@ -96,10 +98,7 @@ def merge_overrides(values: dict[str, Any], overrides: Sequence[str]) -> frozens
 
 
 def read_overrides(arguments: Sequence[str]) -> list[str]:
-    """`--config.key=value` arguments without their dashes. ConfigError for any other argument."""
-    for argument in arguments:
-        if not argument.startswith("--config."):
-            raise ConfigError(f"unknown argument {argument!r}; overrides are written --config.KEY=VALUE")
+    """`--config.key=value` arguments without their dashes."""
     return [argument.removeprefix("--config.") for argument in arguments]
 
 
@@ -215,7 +214,8 @@ def typed(value: Any, hint: Any, where: str, example: Any = None) -> Any:
         readings = [value]
     for reading in readings:
         with suppress(msgspec.ValidationError):
-            return msgspec.convert(reading, hint)
+            converted = msgspec.convert(reading, hint)
+            return shipped(converted) if isinstance(converted, str) else converted
     given = value if isinstance(value, Text) else repr(value)
     expected = hint.__name__ if isinstance(hint, type) else str(hint)
     such = "" if example is None else f", such as {example!r}"
