@@ -123,7 +123,7 @@ def test_settings_that_cannot_be_computed_with_are_refused(settings):
     "settings",
     [
         *(dict(temperature=t) for t in (1e-6, 1e30, 3e38)), dict(top_k=10**30), dict(top_k=2.0), dict(top_p=DENORMAL),
-        dict(top_p=1 - 1e-16),        dict(min_p=DENORMAL), dict(min_p=1), dict(guidance=0), dict(guidance=1e4),
+        dict(top_p=1 - 1e-16), dict(min_p=DENORMAL), dict(min_p=1), dict(guidance=0), dict(guidance=1e4),
         dict(guidance=1e4, temperature=1e-6, top_p=1e-9, min_p=1),
     ],
     ids=str,
