@@ -167,8 +167,10 @@ class ModelComponents:
         return self.config("siglip_vq").patch
 
     def kept(self, program: Callable[..., Any], *about: Any, donate: int | None = None) -> Callable[..., Any]:
-        """A jitted program, on one device traced once for all processes; see `core.kept`."""
-        return program if self.mesh.size > 1 else kept_program(program, about, donate)
+        """A jitted program, on one CPU traced once for all processes; see `core.kept`."""
+        # Elsewhere compilation takes longest, and kernels are calls whose form may change from version to version.
+        alone = self.mesh.size == 1 and self.mesh.devices.flat[0].platform == "cpu"
+        return kept_program(program, about, donate) if alone else program
 
     def batches(self, rows: int, batch_size: int | None = None) -> list[Batch]:
         """Batches of `rows` rows that split over the mesh: `batch_size` rows at a time in each data shard, or all at once.

@@ -65,7 +65,7 @@ class Parser(argparse.ArgumentParser):
         if not word.startswith("-"):
             return f"unexpected argument {word!r}; a text with spaces needs quotation marks"
         option = word.partition("=")[0]
-        near = difflib.get_close_matches(option, self._option_string_actions, 1)
+        near = difflib.get_close_matches(option, self._option_string_actions, 1, 0.7)
         keys = "; keys of the configuration are written --config.KEY=VALUE" * has_config
         return f"unknown option {option}" + (f"; did you mean {near[0]}?" if near else keys)
 
