@@ -177,7 +177,11 @@ class XOmni(ModelComponents):
         self.check_prompts(prompts)
         sampling = SamplingConfig(temperature, top_k, top_p, min_p, guidance)
         image_keys(seed, 1)  # refuses a seed out of range
+        return self._drawn(prompts, grid, seed, sampling, batch_size, decode_batch_size)
 
+    def _drawn(
+        self, prompts: list[str], grid: tuple[int, int], seed: int, sampling: SamplingConfig, batch_size: int, decode_batch_size: int
+    ) -> Iterator[Image.Image]:
         def program(batch: Batch) -> jax.Array:
             keys_P1 = image_keys(seed, batch.take(np.arange(len(prompts))))[:, None]
             return self.sample_codes(batch.take(prompts), grid, keys_P1, sampling)["codes"][:, 0]

@@ -29,10 +29,12 @@ eval    items per second of xomni eval on the rendered suites, in one process an
 decode, train and mmdit need the extra [parity], grpo needs [rewards].
 """
 EXAMPLE = """\
+xomni bench decode
 xomni bench train --size small
-  xomni bench mmdit --threads 1 --json mmdit.json
-  xomni bench convert --gb 4 --dir /tmp
-  xomni bench eval"""
+xomni bench mmdit --threads 1 --json mmdit.json
+xomni bench grpo
+xomni bench convert --gb 4 --dir /tmp
+xomni bench eval"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

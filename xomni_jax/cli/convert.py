@@ -27,10 +27,10 @@ Beside the checkpoint, conversion.json says which tensor of which file (with its
 """
 EXAMPLE = """\
 xomni convert --xomni X-Omni-En --flux FLUX.1-dev --to models/xomni --plan
-  xomni convert --xomni X-Omni-En --flux FLUX.1-dev --to models/xomni
-  xomni convert --xomni Qwen2.5-7B --to models/start
-  xomni convert --xomni siglip2-giant-opt-patch16-384 --to models/start
-  xomni export --from xomni_jax/assets/tiny_sft --to tiny_released && xomni convert --xomni tiny_released --to tiny_model"""
+xomni convert --xomni X-Omni-En --flux FLUX.1-dev --to models/xomni
+xomni convert --xomni Qwen2.5-7B --to models/start
+xomni convert --xomni siglip2-giant-opt-patch16-384 --to models/start
+xomni export --from xomni_jax/assets/tiny_sft --to tiny_released && xomni convert --xomni tiny_released --to tiny_model"""
 # (option, field of NewParts, help)
 NEW = (
     ("--image-vocab", "image_vocab_size", "image codes"),

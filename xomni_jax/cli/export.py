@@ -16,9 +16,9 @@ To run the result with the published PyTorch code, copy its *.py files beside co
 """
 EXAMPLE = """\
 xomni export --from models/xomni --to X-Omni-mine
-  xomni export --from runs/grpo/model --to X-Omni-mine --only transformer --dtype bfloat16 --shard-gb 2
-  xomni export --from models/xomni --to X-Omni-mine --pth
-  xomni export --from xomni_jax/assets/tiny_sft --to tiny_released"""
+xomni export --from runs/grpo/model --to X-Omni-mine --only transformer --dtype bfloat16 --shard-gb 2
+xomni export --from models/xomni --to X-Omni-mine --pth
+xomni export --from xomni_jax/assets/tiny_sft --to tiny_released"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

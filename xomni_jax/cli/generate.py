@@ -34,10 +34,11 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     out, written = Path(args.out), 0
     model, config = opened(args, rest)
     height, width = model.image_size(args.height, args.width)
-    check_folder(out, len(args.prompts) * height * width * 3)
     sampling = args.seed, args.temperature, args.top_k, args.top_p, args.min_p, args.guidance
+    images = model.draw(args.prompts, height, width, *sampling, config.batch, config.decode_batch)  # refuses what is wrong
+    check_folder(out, len(args.prompts) * height * width * 3)
     try:
-        for image in model.draw(args.prompts, height, width, *sampling, config.batch, config.decode_batch):
+        for image in images:
             print(save(image, out, f"{written:03d}_{re.sub(r'[^A-Za-z0-9]+', '_', args.prompts[written]).strip('_')[:60]}"), flush=True)
             written += 1
     except KeyboardInterrupt:

@@ -10,8 +10,8 @@ compared; the exit code is 0 if all are equal and 1 if some differ, as with diff
 """
 EXAMPLE = """\
 xomni inspect X-Omni-En
-  xomni inspect models/xomni --diff X-Omni-mine
-  xomni inspect xomni_jax/assets/tiny_sft"""
+xomni inspect models/xomni --diff X-Omni-mine
+xomni inspect xomni_jax/assets/tiny_sft"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import textwrap
 import warnings
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def build_parser() -> Parser:
             module = importlib.import_module("xomni_jax.cli." + name.replace("-", "_"))
             module.add_arguments(sub)
             sub.details = sub.details or getattr(module, "DETAILS", "")
-            sub.epilog = ("examples:\n  " if "\n" in module.EXAMPLE else "example:\n  ") + module.EXAMPLE
+            sub.epilog = f"example{'s' * (chr(10) in module.EXAMPLE)}:\n" + textwrap.indent(module.EXAMPLE, "  ")
             sub.set_defaults(run=module.run)
     return parser
 

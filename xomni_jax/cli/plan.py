@@ -20,9 +20,9 @@ images per second are upper bounds.
 """
 EXAMPLE = """\
 xomni plan --config=configs/xomni/grpo.py --topology=v6e-64 --program rollout --price 2.7
-  xomni plan --config=configs/xomni/generate.py --topology=v5litepod-8 --html plan.html
-  xomni plan --gates
-  xomni plan --config=configs/tiny/sft.py --topology=cpu:8 --config.next_token.rows=16"""
+xomni plan --config=configs/xomni/generate.py --topology=v5litepod-8 --html plan.html
+xomni plan --gates
+xomni plan --config=configs/tiny/sft.py --topology=cpu:8 --config.next_token.rows=16"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,8 +13,8 @@ Several replicas of one scorer: ocr=http://host-a:8001,http://host-b:8001
 """
 EXAMPLE = """\
 xomni serve-reward ocr --port 8001
-  xomni rewards ocr=http://127.0.0.1:8001
-  xomni rewards ocr=http://127.0.0.1:8001 --image sign.png --text HELLO"""
+xomni rewards ocr=http://127.0.0.1:8001
+xomni rewards ocr=http://127.0.0.1:8001 --image sign.png --text HELLO"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -24,9 +24,9 @@ trainer all their URLs.
 """
 EXAMPLE = """\
 xomni serve-reward ocr --help
-  xomni serve-reward ocr --port 8001
-  xomni serve-reward shapes --port 8002
-  xomni rewards ocr=http://127.0.0.1:8001 shapes=http://127.0.0.1:8002"""
+xomni serve-reward ocr --port 8001
+xomni serve-reward shapes --port 8002
+xomni rewards ocr=http://127.0.0.1:8001 shapes=http://127.0.0.1:8002"""
 
 
 class _ScorerOptions(argparse.Action):
