@@ -90,7 +90,7 @@ def sampling_mask(scores: jax.Array, sampling: SamplingConfig) -> jax.Array:
     z = temper(scores, sampling.temperature)
     mask = jnp.ones(z.shape, bool)
     if sampling.top_k:
-        mask &= z >= jax.lax.top_k(z, min(sampling.top_k, z.shape[-1]))[0][..., -1:]
+        mask &= z >= jax.lax.top_k(z, min(int(sampling.top_k), z.shape[-1]))[0][..., -1:]
     if sampling.top_p < 1:
         left = jnp.where(mask, z, -jnp.inf)
         order = jnp.argsort(left, axis=-1, stable=True)
