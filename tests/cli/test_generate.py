@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -65,11 +66,11 @@ def stubbed(monkeypatch):
 
     def sample_codes(self, prompts, grid, keys_PR, sampling):
         calls.append(("codes", len(prompts)))
-        return {"codes": np.zeros((len(prompts), 1, *grid), np.int32)}
+        return {"codes": jnp.asarray(np.zeros((len(prompts), 1, *grid), np.int32))}
 
     def decode_images(self, codes_BYX, prompts, noise_BTC):
         calls.append(("pixels", len(prompts)))
-        return np.zeros((len(prompts), *SIZE, 3), np.uint8)
+        return jnp.asarray(np.zeros((len(prompts), *SIZE, 3), np.uint8))
 
     monkeypatch.setattr(XOmni, "sample_codes", sample_codes)
     monkeypatch.setattr(XOmni, "decode_images", decode_images)
