@@ -84,11 +84,10 @@ def generate(model_dir, out, prompts, *more):
 def test_batches_are_those_of_the_configuration(stubbed, model_dir, tmp_path):
     (tmp_path / "mine.py").write_text(FILE)
     given = [f"--config={tmp_path / 'mine.py'}", "--config.batch=2", "--config.decode_batch=1"]
-    assert generate(model_dir, tmp_path / "out", "abcdefg", *given) == 0
-    assert [rows for what, rows in stubbed if what == "codes"] == [2, 2, 2, 2] and {rows for what, rows in stubbed if what == "pixels"} == {
-        1
-    }
-    assert len(list((tmp_path / "out").iterdir())) == 7
+    assert generate(model_dir, tmp_path / "out", [f"sign {n}" for n in range(40)], *given) == 0
+    assert [rows for what, rows in stubbed if what == "codes"] == [16, 16, 16]  # 2 and 1 on each of eight devices
+    assert {rows for what, rows in stubbed if what == "pixels"} == {8}
+    assert len(list((tmp_path / "out").iterdir())) == 40
 
 
 def test_what_is_drawn_is_written_and_kept(stubbed, model_dir, tmp_path, monkeypatch, capsys):
