@@ -1,6 +1,8 @@
 """Packaging of xomni_jax. Ranges are what the tests run on: Python 3.11 to 3.13, jax 0.10 to 0.12."""
 
-from setuptools import find_packages, setup
+import runpy
+
+from setuptools import find_namespace_packages, find_packages, setup
 
 CORE = [
     "jax>=0.10,<0.13",
@@ -44,21 +46,27 @@ TEST = [
     "kubernetes-validate>=1.34,<2",
 ]
 PLAN = ["jax[tpu]>=0.10,<0.13"]  # brings libtpu, the TPU compiler, which needs no TPU
+TENSORBOARD = ["tensorboard>=2.18,<3"]  # shows the curves that a training writes
 PARITY = ["torch>=2.13,<2.14", "diffusers>=0.34,<0.50", "sentencepiece>=0.2,<0.3"]
+
+CONFIGS = find_namespace_packages(include=["configs", "configs.*"])
 
 setup(
     name="xomni_jax",
-    version="0.1.0",
+    version=runpy.run_path("xomni_jax/__init__.py")["__version__"],
     description="X-Omni in JAX: discrete autoregressive image generation trained with reinforcement learning.",
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
-    packages=find_packages(include=["xomni_jax", "xomni_jax.*"]),
-    package_data={"xomni_jax": ["assets/**/*"]},
+    # The wheel has the configurations inside the package, where `core.shipped` finds them.
+    packages=[*find_packages(include=["xomni_jax", "xomni_jax.*"]), *(f"xomni_jax.{name}" for name in CONFIGS)],
+    package_dir={"xomni_jax.configs": "configs"},
+    package_data={"xomni_jax": ["assets/**/*"]} | {f"xomni_jax.{name}": ["*.md", "*.json"] for name in CONFIGS},
     install_requires=CORE,
     extras_require={
         "tpu": PLAN,
         "rewards": REWARDS,
         "plan": PLAN,
+        "tensorboard": TENSORBOARD,
         "eval": EVAL,
         "detector": REWARDS + ["torch>=2.13,<2.14"],  # of a service that runs on its own, never of the model's process
         "test": TEST + REWARDS + EVAL + PLAN,

@@ -3,6 +3,7 @@
 import argparse
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -69,3 +70,14 @@ def test_files_and_links_exist():
             assert (ROOT / path).exists(), path
     for path in re.findall(r"bash (launch/\S+\.sh)", TEXT):
         assert (ROOT / path).is_file(), path
+
+
+def test_what_the_commands_write_is_ignored_by_git():
+    written = {"images"}  # where xomni generate writes unless it is told
+    for line in commands(TEXT):
+        written |= set(re.findall(r"--(?:out|to|json|html|config\.run_dir)[ =](\S+)", line))
+    written = {path for path in written if not path.startswith("/")}
+    told = subprocess.run(["git", "check-ignore", *(f"{path}/file" for path in written)], cwd=ROOT, capture_output=True, text=True)
+    if told.returncode == 128:
+        pytest.skip("not a git checkout")
+    assert {line.removesuffix("/file") for line in told.stdout.splitlines()} == written and len(written) > 5

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+__version__ = "0.1.0"
+
 
 def load(path: Any, mesh: Any = None, dtype: Any = None, flux: Any = None):
     """Opens a model directory or a released one as downloaded. The arguments are those of `components.ModelComponents`.

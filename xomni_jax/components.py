@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,6 +16,8 @@ from xomni_jax.checkpoint.formats import is_released
 from xomni_jax.checkpoint.released_model import ReleasedModel
 from xomni_jax.checkpoint.store import CheckpointError, config_from_json, load_component, read_model_json
 from xomni_jax.core.cache import cached_method
+from xomni_jax.core.kept import kept, kept_program
+from xomni_jax.core.shipped import shipped
 from xomni_jax.data.preprocess import ImageLimits
 from xomni_jax.models.int8 import quantize
 from xomni_jax.models.registry import COMPONENTS, boxed_shapes
@@ -39,7 +42,8 @@ class ModelComponents:
     def __init__(
         self, path: str | Path, mesh: Mesh | None = None, dtype: Any = None, flux: str | Path | None = None, training: bool = False
     ):
-        self.path, self.dtype, self._flux, self._training = Path(path), dtype, flux, training
+        path = Path(shipped(str(path)))
+        self.path, self.dtype, self._flux, self._training = path, dtype, flux, training
         self.mesh = make_mesh({}, jax.devices()[:1]) if mesh is None else mesh
         self.released = ReleasedModel(path, flux) if is_released(path) else None
         if flux is not None and self.released is None:
@@ -79,7 +83,7 @@ class ModelComponents:
         return self._params[name]
 
     def _restore(self, name: str, cfg: Any) -> Any:
-        boxed = boxed_shapes(name, cfg)
+        boxed = kept(("shapes", name, cfg), lambda: boxed_shapes(name, cfg))
         shardings = param_shardings(boxed, self.mesh, ROLLOUT_RULES if name == "transformer" and not self._training else RULES)
         if getattr(cfg, "int8", False):
             stored = self._restore(name, dataclasses.replace(cfg, int8=False))
@@ -162,7 +166,18 @@ class ModelComponents:
         """Pixels per token along a side."""
         return self.config("siglip_vq").patch
 
+    def kept(self, program: Callable[..., Any], *about: Any, donate: int | None = None) -> Callable[..., Any]:
+        """A jitted program, on one CPU traced once for all processes; see `core.kept`."""
+        # Elsewhere compilation takes longest, and kernels are calls whose form may change from version to version.
+        alone = self.mesh.size == 1 and self.mesh.devices.flat[0].platform == "cpu"
+        return kept_program(program, about, donate) if alone else program
+
     def batches(self, rows: int, batch_size: int | None = None) -> list[Batch]:
-        """Batches of `rows` rows that split over the mesh: `batch_size` rows at a time in each data shard, or all at once."""
-        most = -(-rows // self.num_data_shards) * self.num_data_shards
-        return make_batches(rows, most if batch_size is None else min(batch_size * self.num_data_shards, most))
+        """Batches of `rows` rows that split over the mesh: `batch_size` rows at a time in each data shard, or all at once.
+
+        Fewer rows fill a batch up to a power of two, so that not every number of rows is a program of its own.
+        """
+        each = -(-rows // self.num_data_shards)
+        if batch_size is not None:
+            each = min(batch_size, 1 << (each - 1).bit_length())
+        return make_batches(rows, each * self.num_data_shards)

@@ -1,6 +1,7 @@
 """A configuration of inference: which model, on which mesh, how its components are computed and how it draws.
 
 `xomni generate`, `xomni chat` and `xomni eval` take one with --config; `xomni plan` compiles its programs for a slice.
+Training, which knows configurations of every stage, is imported where one is read: an image is drawn sooner without it.
 """
 
 from __future__ import annotations
@@ -27,8 +28,6 @@ from xomni_jax.sampling.sampler import SEGMENT, Sampler
 from xomni_jax.sharding import abstract
 from xomni_jax.sharding.mesh import MeshConfig
 from xomni_jax.sharding.rules import ROLLOUT_RULES, num_data_shards
-from xomni_jax.training.components import check_heads, decode_settings, model_configs, read_description
-from xomni_jax.training.stage import resolve
 
 MODELS = ("transformer", "siglip_vq", *DECODER_COMPONENTS)
 SIZE = 1152  # pixels of a side, of the released model
@@ -91,6 +90,8 @@ class InferenceConfig:
 
 def read_config(path: str | Path, overrides: Sequence[str] = ()) -> InferenceConfig:
     """The configuration of a file with get_config(), of stage "inference". ConfigError where it is none."""
+    from xomni_jax.training.stage import resolve
+
     changes = load_changes(path, overrides)
     if changes.values.get("stage") != "inference":
         stage = changes.values.get("stage")
@@ -107,6 +108,8 @@ def open_model(path: str | Path, mesh: Mesh | None = None, config: InferenceConf
     model = XOmni(path, mesh)
     if config is None:
         return model
+    from xomni_jax.training.components import check_heads, decode_settings, model_configs
+
     for name, chosen in model_configs(config, [n for n in MODELS if n in model.description["components"]], model).items():
         model.set_config(name, chosen)
         if name == "transformer":
@@ -128,6 +131,8 @@ class InferenceStage:
         Raises:
           ConfigError: what the commands would refuse as well.
         """
+        from xomni_jax.training.components import check_heads, decode_settings, read_description
+
         ar, patch = models["transformer"], models["siglip_vq"].patch
         check_heads(ar.n_kv_heads, mesh)
         height, width = cfg.height or SIZE, cfg.width or SIZE

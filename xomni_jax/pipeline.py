@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from xomni_jax.components import ModelComponents
 from xomni_jax.core.cache import cached_method
 from xomni_jax.data.preprocess import preprocess
 from xomni_jax.sampling.batches import Batch, batches_by_shape, in_order, run_batches
-from xomni_jax.sampling.decoder import DecodeConfig, make_decode
+from xomni_jax.sampling.decoder import DECODER_COMPONENTS, DecodeConfig, make_decode
 from xomni_jax.sampling.generate import make_answerer
 from xomni_jax.sampling.keys import NOISE, image_keys
 from xomni_jax.sampling.logits import SamplingConfig
@@ -25,6 +26,14 @@ from xomni_jax.sequence.padding import IMAGE_STEPS, pad_prompts
 from xomni_jax.sequence.tokenizer import encoder_ids, fixed_length_ids
 
 BATCH_SIZE = 16  # images or answers at a time in each data shard
+
+
+def check_text(text: str, what: str) -> None:
+    """Raises ValueError for a text with bytes that are no UTF-8, as a shell may pass them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(f"{what} is not valid UTF-8 at character {e.start + 1}; leave that character out") from None
 
 
 class XOmni(ModelComponents):
@@ -61,7 +70,8 @@ class XOmni(ModelComponents):
 
     @cached_method
     def _sampler(self, n_codes: int, sampling: SamplingConfig) -> Sampler:
-        return Sampler.make(self.module("transformer"), n_codes, sampling)
+        made, about = Sampler.make(self.module("transformer"), n_codes, sampling), (self.config("transformer"), n_codes, sampling)
+        return dataclasses.replace(made, start=self.kept(made.start, "start", about), draw=self.kept(made.draw, "draw", about, donate=2))
 
     def text_ids(self, prompts: Sequence[str], cfg: DecodeConfig | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The prompts as T5 ids [B, text_length] and CLIP ids [B, pooled_length]."""
@@ -88,25 +98,33 @@ class XOmni(ModelComponents):
 
     @cached_method
     def _decode(self, cfg: DecodeConfig):
-        return make_decode(self.module("siglip_vq"), self.decoder, cfg, self.num_data_shards)
+        about = [self.config(name) for name in ("siglip_vq", *DECODER_COMPONENTS)]
+        return self.kept(make_decode(self.module("siglip_vq"), self.decoder, cfg, self.num_data_shards), "decode", (about, cfg))
 
     def decode(
-        self, codes_BYX: Any, prompts: Sequence[str] | None = None, noise: Any = None, seed: int = 0, batch_size: int = BATCH_SIZE
+        self,
+        codes_BYX: Any,
+        prompts: Sequence[str] | None = None,
+        noise: Any = None,
+        seed: int = 0,
+        batch_size: int = BATCH_SIZE,
+        numbers: Sequence[int] | None = None,
     ) -> list[Image.Image]:
         """Codes [B, Y, X] -> images, `batch_size` at a time in each data shard.
 
         Args:
           prompts: one per image; empty ones by default.
-          noise: starting noise [B, T, C]; drawn from `seed` by default.
+          noise: starting noise [B, T, C]; by default drawn from `seed` and the images' `numbers` (0, 1, ...).
         """
         codes_BYX = self.checked(codes_BYX)
         prompts = [""] * len(codes_BYX) if prompts is None else list(prompts)
         if len(prompts) != len(codes_BYX):
             raise ValueError(f"{len(prompts)} prompts for {len(codes_BYX)} images' codes; give one each, or none")
-        keys_B = image_keys(seed, len(codes_BYX), NOISE)
+        numbers_B = np.arange(len(codes_BYX)) if numbers is None else np.array(numbers)
 
         def program(batch: Batch) -> jax.Array:
-            noise_BTC = self.noise(batch.take(keys_B), codes_BYX.shape[1:]) if noise is None else batch.take(noise)
+            keys = functools.partial(image_keys, seed, batch.take(numbers_B), NOISE)
+            noise_BTC = self.noise(keys(), codes_BYX.shape[1:]) if noise is None else batch.take(noise)
             return self.decode_images(batch.take(codes_BYX), batch.take(prompts), noise_BTC)
 
         return [Image.fromarray(x) for x in in_order(run_batches(program, self.batches(len(codes_BYX), batch_size)))]
@@ -123,7 +141,11 @@ class XOmni(ModelComponents):
             )
         return codes_BYX.astype(np.int32)
 
-    def generate(
+    def generate(self, prompts: str | Sequence[str], *args: Any, **settings: Any) -> list[Image.Image]:
+        """One image per prompt. The arguments are those of `draw`."""
+        return list(self.draw(prompts, *args, **settings))
+
+    def draw(
         self,
         prompts: str | Sequence[str],
         height: int | None = None,
@@ -135,28 +157,49 @@ class XOmni(ModelComponents):
         min_p: float = 0.03,
         guidance: float = 1.0,
         batch_size: int = BATCH_SIZE,
-    ) -> list[Image.Image]:
-        """One image per prompt. The defaults are the released ones; image i depends on (seed, i) and its prompt alone.
+        decode_batch_size: int = BATCH_SIZE,
+    ) -> Iterator[Image.Image]:
+        """One image per prompt, each as soon as its batch is drawn. Image i depends on (seed, i) and its prompt alone.
 
         Args:
-          height, width: pixels; by default the model's own size (1152 x 1152, as released, when it names none).
-          temperature: 0 takes the likeliest code. top_k: 0 is off. guidance: of the transformer; 1 is off.
-          batch_size: prompts at a time in each data shard.
+          height, width: pixels; by default the model's own size. Another one than it was trained on is drawn with a warning.
+          temperature, top_k, top_p, min_p, guidance: see `SamplingConfig`; the defaults are the released ones.
+          batch_size: prompts at a time in each data shard. decode_batch_size: images decoded to pixels at a time.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
             raise ValueError("no prompts given; pass at least one")
-        size = self.description.get("settings", {}).get("size", {})
-        grid = self.grid(size.get("height", 1152) if height is None else height, size.get("width", 1152) if width is None else width)
+        size = self.image_size(height, width)
+        grid, trained = self.grid(*size), self.trained_sizes
+        if trained and size not in trained:
+            known = ", ".join(f"{y}x{x}" for y, x in trained)
+            warnings.warn(f"{size[0]}x{size[1]}: this model was trained on {known}; expect a worse image", stacklevel=2)
         self.check_prompts(prompts)
         sampling = SamplingConfig(temperature, top_k, top_p, min_p, guidance)
-        keys_P1 = image_keys(seed, len(prompts))[:, None]
+        image_keys(seed, 1)  # refuses a seed out of range
+        return self._drawn(prompts, grid, seed, sampling, batch_size, decode_batch_size)
 
+    def _drawn(
+        self, prompts: list[str], grid: tuple[int, int], seed: int, sampling: SamplingConfig, batch_size: int, decode_batch_size: int
+    ) -> Iterator[Image.Image]:
         def program(batch: Batch) -> jax.Array:
-            return self.sample_codes(batch.take(prompts), grid, batch.take(keys_P1), sampling)["codes"][:, 0]
+            keys_P1 = image_keys(seed, batch.take(np.arange(len(prompts))))[:, None]
+            return self.sample_codes(batch.take(prompts), grid, keys_P1, sampling)["codes"][:, 0]
 
-        codes = in_order(run_batches(program, self.batches(len(prompts), batch_size)))
-        return self.decode(np.stack(codes), prompts, seed=seed, batch_size=batch_size)
+        for batch in self.batches(len(prompts), batch_size):
+            codes = np.stack(in_order(run_batches(program, [batch])))
+            yield from self.decode(codes, [prompts[i] for i in batch.items], None, seed, decode_batch_size, batch.items)
+
+    def image_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """(height, width) in pixels of an image, by default the model's own: 1152 x 1152, as released, when it names none."""
+        own = self.description.get("settings", {}).get("size", {"height": 1152, "width": 1152})
+        return own["height"] if height is None else height, own["width"] if width is None else width
+
+    @property
+    def trained_sizes(self) -> list[tuple[int, int]]:
+        """(height, width) of the images that the decoder was trained on; empty where the model does not say."""
+        own = self.description.get("settings", {}).get("size", {})
+        return [(own["height"], own["width"]), *map(tuple, own["others"])] if "others" in own else []
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Raises ValueError for prompts that are empty or longer than the decoder's text encoder takes.
@@ -166,6 +209,7 @@ class XOmni(ModelComponents):
         limit = self.decode_config.text_length - 1  # every row ends with an end or padding token
         own = self.encoder_tokenizer("t5")
         for i, prompt in enumerate(prompts):
+            check_text(prompt, f"prompt {i + 1}")
             if not prompt.strip():
                 raise ValueError(f"prompt {i + 1} is empty; describe the image")
             n = self.decoder_tokens(prompt)
@@ -247,6 +291,13 @@ class XOmni(ModelComponents):
         """Answers a question about an image, greedily, until the end of the turn or `max_tokens` (512 as released)."""
         if not question.strip():
             raise ValueError("the question is empty; ask something about the image")
+        check_text(question, "the question")
+        limit, length = self.tokenizer.text.model_max_length, len(self.tokenizer.encode_text(question))
+        if not 1 <= max_tokens <= limit:
+            raise ValueError(f"an answer of {max_tokens} tokens is not possible; this model's tokenizer allows 1 to {limit}")
+        if length + max_tokens > limit:
+            most = f"beside an answer of {max_tokens} this model's tokenizer allows {limit - max_tokens}"
+            raise ValueError(f"the question has {length} tokens, {most}; shorten it")
         return self.answer(self.encode([image]), [question], max_tokens)[0]
 
     def answer(
@@ -276,4 +327,5 @@ class XOmni(ModelComponents):
 
     @cached_method
     def _answerer(self, max_tokens: int):
-        return make_answerer(self.module("transformer"), max_tokens, self.tokenizer.end_of_turn, self.tokenizer.pad)
+        about = self.config("transformer"), max_tokens, self.tokenizer.end_of_turn, self.tokenizer.pad
+        return self.kept(make_answerer(self.module("transformer"), *about[1:]), "answer", about)

@@ -1,9 +1,11 @@
 """The command line: help that works, and one sentence with exit code 2 for whatever a user can fix."""
 
 import importlib
+import re
 import shutil
 import socket
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -20,7 +22,9 @@ def settings(monkeypatch):
     """What main changes for the process is undone; a debugging switch of the developer's shell is ignored."""
     monkeypatch.setattr(sys, "argv", ["xomni"])
     monkeypatch.delenv("XOMNI_DEBUG", raising=False)
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "unused")
+    for name, value in (("JAX_COMPILATION_CACHE_DIR", "unused"), ("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
 
 
 def refusal(capsys, *arguments: str) -> str:
@@ -38,6 +42,77 @@ def test_every_command_explains_itself(name, capsys):
     assert done.value.code == 0
     told = capsys.readouterr().out
     assert COMMANDS[name][1:] in told and f"xomni {name} " in told.split("options:")[1]  # the example at the end
+
+
+@pytest.mark.parametrize(
+    "words", [[], *([name] for name in BUILT), *(["eval", k] for k in ("geneval", "rendered-qa", "all", "effect", "guidance"))]
+)
+def test_help_fits_a_screen_and_help_all_explains_every_option(words, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    told = []
+    for option in ("--help", "--help-all"):
+        with pytest.raises(SystemExit, match="0"):
+            main([*words, option])
+        told.append(capsys.readouterr().out)
+    short, whole = (set(re.findall(r"^  (?:-h, )?(--[a-z-]+)", text, flags=re.M)) for text in told)
+    assert told[0].count("\n") <= 40 and told[0].startswith("usage: ") and short <= whole | {"--help-all"}
+    assert ("--help-all also explains" in told[0]) == (short < whole)
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        (["generate", "a", "--tempature", "1"], "xomni generate: unknown option --tempature; did you mean --temperature?"),
+        (["eval", "geneval", "--out", "x", "--data", "x", "--juge=y"], "xomni eval geneval: unknown option --juge; did you mean --judge?"),
+        (
+            ["train", "--config=x", "--steps=3"],
+            "xomni train: unknown option --steps; keys of the configuration are written --config.KEY=VALUE",
+        ),
+        (["inspect", "a", "--config.steps=3"], "xomni inspect: unknown option --config.steps"),
+        (["inspect", "a", "b"], "xomni inspect: unexpected argument 'b'; a text with spaces needs quotation marks"),
+        (["serve-reward", "ocr", "--port", "x"], "xomni serve-reward ocr: argument --port: invalid int value: 'x'"),
+        (["export", "--from", "x", "--to", "y", "--dtype", "bfloat"], "argument --dtype: invalid choice: 'bfloat'; did you mean bfloat16?"),
+        (["genrate", "a"], "xomni: argument SUBCOMMAND: invalid choice: 'genrate'; did you mean generate?"),
+        (["generate"], "xomni generate: the following arguments are required: PROMPT"),
+    ],
+)
+def test_a_mistake_is_answered_by_the_sentence_and_little_else(arguments, told, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    first, *more = capsys.readouterr().err.splitlines()
+    assert told in first and 1 <= len(more) <= 3 and more[0].startswith("usage: ") and more[-1].endswith("--help lists the options")
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert re.fullmatch(r"xomni_jax \d+\.\d+\.\d+\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    "files, found",
+    [
+        ({}, False),
+        ({"dev/accel0": ""}, True),  # v4, v5e
+        ({"dev/vfio/0": ""}, True),  # v5p, v6e
+        ({"dev/vfio/vfio": ""}, False),
+        ({"dev/nvidia0": ""}, True),
+        ({"sys/bus/pci/devices/0000:00:05.0/vendor": "0x1ae0\n", "sys/bus/pci/devices/0000:00:05.0/device": "0x006f\n"}, True),
+        ({"sys/bus/pci/devices/0000:00:04.0/vendor": "0x1ae0\n", "sys/bus/pci/devices/0000:00:04.0/device": "0x0042\n"}, False),  # network
+        ({"sys/bus/pci/devices/0000:00:03.0/vendor": "0x8086\n", "sys/bus/pci/devices/0000:00:03.0/device": "0x1237\n"}, False),
+    ],
+)
+@pytest.mark.parametrize("chosen", [None, "tpu,cpu"])
+def test_a_tpu_is_looked_for_only_where_there_may_be_one(files, found, chosen, tmp_path, monkeypatch):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.delenv("JAX_PLATFORMS")
+    if chosen:
+        monkeypatch.setenv("JAX_PLATFORMS", chosen)
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: name)
+    cli.set_up(tmp_path)
+    assert cli.os.environ.get("JAX_PLATFORMS") == (chosen or (None if found else "cpu"))
 
 
 def test_the_overview_lists_every_command(capsys):
@@ -121,7 +196,12 @@ def test_chat_refuses(image, model_dir, tmp_path, capsys):
     (tmp_path / "cut.png").write_bytes(open(image, "rb").read()[:60])
     assert "cut.png cannot be read: it is damaged or cut off" in refusal(capsys, "chat", str(tmp_path / "cut.png"), "what?", *model)
     assert "the question is empty" in refusal(capsys, "chat", image, " ", *model)
-    assert "--max-tokens 0 must be at least 1" in refusal(capsys, "chat", image, "what?", *model, "--max-tokens", "0")
+    for tokens in ("0", "5000"):
+        told = refusal(capsys, "chat", image, "what?", *model, "--max-tokens", tokens)
+        assert f"an answer of {tokens} tokens is not possible; this model's tokenizer allows 1 to 4096" in told
+    told = refusal(capsys, "chat", image, "what " * 10_000, *model)
+    assert re.search(r"the question has \d{5} tokens, beside an answer of 512 this model's tokenizer allows 3584; shorten it", told)
+    assert "the question is not valid UTF-8 at character 6" in refusal(capsys, "chat", image, "what \udcff?", *model)
     Image.fromarray(np.zeros((6, 32, 3), np.uint8)).save(tmp_path / "low.png")
     assert "the short side is below 8 pixels" in refusal(capsys, "chat", str(tmp_path / "low.png"), "what?", *model)
     assert "/nowhere: no such directory; give a model directory" in refusal(capsys, "chat", image, "what?", "--model", "/nowhere")

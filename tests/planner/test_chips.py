@@ -14,6 +14,7 @@ from xomni_jax.planner import chips
         ("v5p-64", "v5p:2x4x4", 32, "v5p-64"),  # counts cores, two a chip
         ("v5litepod-256", "v5e:16x16", 256, "v5litepod-256"),
         ("v5e-256", "v5e:16x16", 256, "v5litepod-256"),
+        ("v5litepod-4", "v5e:2x2", 4, "v5litepod-4"),
         ("v6e-64", "v6e:8x8", 64, "v6e-64"),
         ("tpu7x-128", "tpu7x:4x4x4", 128, "tpu7x-128"),  # two devices a chip
         ("cpu:8", "cpu:8", 8, "cpu:8"),

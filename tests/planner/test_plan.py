@@ -14,6 +14,8 @@ from tests.planner import narrow
 from xomni_jax.cli.main import main
 from xomni_jax.core.config import ConfigError
 from xomni_jax.core.flops import count
+from xomni_jax.models import work
+from xomni_jax.models.transformer import PRESETS
 from xomni_jax.planner import chips, gates, plan, report, roofline
 from xomni_jax.planner.check import checks
 from xomni_jax.planner.chips import GIB
@@ -172,6 +174,24 @@ def test_a_decoder_apart_works_beside_the_rollout():
     assert (step.overlapped, step.seconds) == (4, 1 + 20 + 8 + 7 - 4)
 
 
+@pytest.mark.parametrize(
+    "seconds, text", [(123.4, "123 s"), (1.0, "1 s"), (0.9994, "999 ms"), (0.0456, "45.6 ms"), (7.89e-6, "0.00789 ms")]
+)
+def test_a_time_is_never_rounded_to_nothing(seconds, text):
+    assert report.duration(seconds) == text
+
+
+def test_what_a_small_model_cannot_show_is_not_checked():
+    """Weights below a GiB, of which norms and biases are a large part; an output head as wide as a layer."""
+    updated = dict(memory=dict(aliased=1, peak=0), state=1, learned=1e15, program="sft-update", fsdp=4)
+    names = lambda **more: {c.name for c in checks(fake(**updated | more), CPU)}
+    telling = {"positions with logits at once", "FSDP bytes / theory"}
+    assert telling <= names(gathered=2 * GIB, vocabularies=(512,)) and not telling & names(gathered=GIB / 2, vocabularies=())
+    for widths, kept in (((384, 100), (512,)), ((128, 512), (384,)), ((64, 65), (384, 512))):
+        ar = dataclasses.replace(PRESETS["tiny"], vocab_size=384, image_vocab_size=512, mlp_dim=widths[0], d_model=widths[1])
+        assert work.telling(ar, ar.vocab_size, ar.image_vocab_size) == kept
+
+
 def fake(**changes):
     """The analysis of a program that was never compiled."""
     fields = {f.name: 0 for f in dataclasses.fields(plan.ProgramAnalysis)} | dict(
@@ -249,7 +269,6 @@ def test_an_impossible_mesh_is_refused_with_the_sizes_that_would_work():
         ("--config=configs/tiny/sft.py --topology=cpu:8 --price 0", "--price 0 must be above 0"),
         ("--config=configs/tiny/sft.py --topology=cpu:8 --reserve 1", "--reserve 1 is a share of HBM"),
         ("--config=configs/tiny/sft.py --topology=cpu:8 --json /no/such/a.json", "there is no folder /no/such; make it first"),
-        ("--config=configs/tiny/sft.py --topology=cpu:8 --steps 3", "unknown argument '--steps'; overrides are written --config.KEY=VALUE"),
         (
             "--config=configs/tiny/sft.py --topology=cpu:2 --program rollout",
             "--program rollout: stage sft has no such program; it has sft-update, and all",

@@ -83,17 +83,39 @@ def test_gradients_stay_finite_under_a_mask():
     assert np.isfinite(grad).all() and (grad[~mask] == 0).all()
 
 
+INF, NAN, DENORMAL = float("inf"), float("nan"), 1e-45
+
+
 @pytest.mark.parametrize(
-    "bad, message",
+    "settings",
     [
-        (dict(temperature=-1.0), "temperature=-1.0 is not a number >= 0"),
-        (dict(temperature=float("nan")), "temperature=nan"),
-        (dict(top_k=-2), "top_k=-2 is not a count"),
-        (dict(top_p=0.0), r"top_p=0.0 is outside \(0, 1\]"),
-        (dict(min_p=1.5), r"min_p=1.5 is outside \[0, 1\]"),
-        (dict(guidance=-0.5), "guidance=-0.5 is not a number >= 0"),
+        *(dict(temperature=t) for t in (NAN, INF, -INF, -1.0, -DENORMAL, DENORMAL, 1e-38, 1e-30, 1e-7)),
+        *(dict(top_k=k) for k in (-1, 1.5, NAN, INF)),
+        *(dict(top_p=p) for p in (0, -DENORMAL, 1 + 1e-9, NAN, INF)),
+        *(dict(min_p=p) for p in (-DENORMAL, 1 + 1e-9, NAN, INF)),
+        *(dict(guidance=g) for g in (-DENORMAL, NAN, INF, 1e30, 3e38)),
     ],
+    ids=str,
 )
-def test_settings_are_checked(bad, message):
-    with pytest.raises(ValueError, match=message):
-        SamplingConfig(**bad)
+def test_settings_that_cannot_be_computed_with_are_refused(settings):
+    (name,) = settings
+    with pytest.raises(ValueError, match=f"^sampling {name}=.*; use "):
+        SamplingConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *(dict(temperature=t) for t in (1e-6, 1e30, 3e38)), dict(top_k=10**30), dict(top_k=2.0), dict(top_p=DENORMAL),
+        dict(top_p=1 - 1e-16), dict(min_p=DENORMAL), dict(min_p=1), dict(guidance=0), dict(guidance=1e4),
+        dict(guidance=1e4, temperature=1e-6, top_p=1e-9, min_p=1),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_extreme_settings_draw_a_token_of_the_vocabulary_at_a_finite_log_probability(settings):
+    """Of scores that are as far apart as those of models get, with a token that is masked by the dtype's minimum."""
+    sampling = SamplingConfig(**settings)
+    scores = jnp.array([[[-90.0, 80.0, 79.9, -3e4, float(jnp.finfo(jnp.float32).min)]]])
+    guided = guide(scores, jnp.zeros_like(scores) if sampling.guided else None, sampling.guidance)
+    tokens, logp, mask = draw(guided, jax.random.split(jax.random.key(0), (1, 1)), sampling)
+    assert 0 <= int(tokens[0, 0]) < 5 and np.isfinite(logp).all() and logp[0, 0] <= 0 and bool(mask[0, 0, tokens[0, 0]])

@@ -13,6 +13,7 @@ import pytest
 
 import xomni_jax
 from tests.miniature import ROOT, SIZE, configs, stage_config
+from tests.test_metrics import documented
 from xomni_jax.checkpoint.store import RunCheckpoints
 from xomni_jax.core.config import ConfigError
 from xomni_jax.sharding.abstract import path_name
@@ -86,7 +87,8 @@ def test_a_stage_leaves_everything_in_its_run_directory(file, finished):
         assert all(value is not None and np.isfinite(value) for value in line.values())
         assert {"optim/grad_norm", "optim/update_norm", "optim/param_norm", "optim/lr"} <= set(line)
         assert any(name.startswith("loss/") for name in line)
-    assert "perf/step_s" in (run_dir / "metrics.jsonl").read_text()
+    written = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert "perf/step_s" in written[-1] and {name for line in written for name in line} <= documented(config["stage"])
     assert list((run_dir / "tensorboard").glob("events*"))
     images = sorted(p.name for p in (run_dir / "images").glob("*")) if file != "tokenizer" else []
     assert images == ([] if file == "tokenizer" else ["step_000000.png", "step_000002.png", f"step_{steps:06d}.png"])

@@ -16,7 +16,7 @@ _OPTIONS = dict.fromkeys(("decode", "train", "mmdit"), ("size", "threads")) | {
     "eval": ("model",),
 }
 
-EXAMPLE = """\
+DETAILS = """\
 In decode, train and mmdit both sides do the same work with the same weights and all cores; results are compared before anything is timed.
 
 decode  greedy decoding at batch 1 and 16, against transformers' Qwen2
@@ -27,15 +27,14 @@ convert peak memory and speed of xomni convert against a plain copy, on a releas
 eval    items per second of xomni eval on the rendered suites, in one process and shared by two
 
 decode, train and mmdit need the extra [parity], grpo needs [rewards].
-
-examples:
-  xomni bench decode
-  xomni bench train --size small
-  xomni bench mmdit --threads 1 --json mmdit.json
-  xomni bench grpo
-  xomni bench convert --gb 4 --dir /tmp
-  xomni bench eval
 """
+EXAMPLE = """\
+xomni bench decode
+xomni bench train --size small
+xomni bench mmdit --threads 1 --json mmdit.json
+xomni bench grpo
+xomni bench convert --gb 4 --dir /tmp
+xomni bench eval"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

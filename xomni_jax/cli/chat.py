@@ -22,11 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:
     """Prints the answer."""
-    if args.max_tokens < 1:
-        raise ValueError(f"--max-tokens {args.max_tokens} must be at least 1")
     try:
         image = read_image(args.image, as_stored=args.as_stored)
     except UnreadableImage as error:
         raise ValueError(f"the image {args.image} cannot be read: {error}; give another image file") from None
-    print(opened(args, rest).chat(image, args.question, args.max_tokens))
+    print(opened(args, rest)[0].chat(image, args.question, args.max_tokens))
     return 0

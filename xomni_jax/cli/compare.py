@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 EXAMPLE = "xomni compare runs/sft runs/rl --out runs/rl/compared"
-_HELP = """\
+DETAILS = """\
 Compares scored runs (directories of `xomni eval SUITE`) with the first of them: the headline of each, and the mean difference of the
 items' scores with 95% bootstrap intervals, overall and per category. Runs of different suites or items are refused. A run whose headline
 cannot be compared with published numbers says why.
@@ -18,7 +18,6 @@ OUT/compare.csv (one line per item).
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Runs, and where to write."""
-    parser.description += "\n\n" + _HELP
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories; the first is what the others are compared with")
     parser.add_argument("--out", metavar="OUT", help="folder for the page, the numbers and the items; without it a table is printed")
     parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap intervals (default 0)")

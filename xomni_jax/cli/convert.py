@@ -11,7 +11,7 @@ from xomni_jax.checkpoint.conversion_report import plan_lines
 from xomni_jax.checkpoint.convert import convert
 from xomni_jax.checkpoint.released import PARTS
 
-EXAMPLE = """\
+DETAILS = """\
 The directories are read as they were downloaded; nothing in them is run, and no PyTorch is needed. --xomni may be:
 
   X-Omni-En, -Zh, -SFT, -PT   transformer, image tokenizer and decoder, found through its config.json
@@ -24,16 +24,13 @@ Training keeps its parameters in float32: convert what it starts from with --dty
 Everything is checked before anything is written; --plan prints what would be done. The work is done in TO.part: the same command resumes
 an interrupted conversion, and TO appears when it is complete. A second conversion into TO adds the parts that it lacks.
 Beside the checkpoint, conversion.json says which tensor of which file (with its sha256) became what.
-
-examples:
-  xomni convert --xomni X-Omni-En --flux FLUX.1-dev --to models/xomni
-  xomni convert --xomni X-Omni-En --flux FLUX.1-dev --to models/xomni --plan
-  xomni convert --xomni Qwen2.5-7B --to models/start
-  xomni convert --xomni siglip2-giant-opt-patch16-384 --to models/start
-
-without a download, from a clone of this repository:
-  xomni export --from xomni_jax/assets/tiny_sft --to tiny_released && xomni convert --xomni tiny_released --to tiny_model
 """
+EXAMPLE = """\
+xomni convert --xomni X-Omni-En --flux FLUX.1-dev --to models/xomni --plan
+xomni convert --xomni X-Omni-En --flux FLUX.1-dev --to models/xomni
+xomni convert --xomni Qwen2.5-7B --to models/start
+xomni convert --xomni siglip2-giant-opt-patch16-384 --to models/start
+xomni export --from xomni_jax/assets/tiny_sft --to tiny_released && xomni convert --xomni tiny_released --to tiny_model"""
 # (option, field of NewParts, help)
 NEW = (
     ("--image-vocab", "image_vocab_size", "image codes"),

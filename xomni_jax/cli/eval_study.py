@@ -100,7 +100,7 @@ def _add_effect(kinds: Any) -> None:
         "temperatures": (_numbers, "T,T,...", "1,0.7,0.5,0.3,0"),
     }
     for title, names in (("how much", _HOW_MUCH), ("sampling (the defaults are those of the rollouts in training)", _SAMPLING)):
-        group = parser.add_argument_group(title)
+        group = parser.add_rare_group(title)
         for name in names:
             default = getattr(EffectConfig, name)
             kind, metavar, shown = special.get(name) or (type(default), "N" if isinstance(default, int) else "X", f"{default:g}")
@@ -150,11 +150,14 @@ def _best_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _effect(args: argparse.Namespace) -> int:
+    from xomni_jax.checkpoint.store import read_model_json
     from xomni_jax.evaluation.effect import EffectConfig, open_services
     from xomni_jax.evaluation.effect_page import write_report
     from xomni_jax.evaluation.effect_summary import run_effect, table_text
 
     began = time.time()
+    if not args.rl_run:
+        read_model_json(args.rl)  # whose folder is otherwise looked up first, for the curves of the training
     given = {name: value for name, value in vars(args).items() if name in EffectConfig.__dataclass_fields__}
     config = EffectConfig(**given | {"rl_run": args.rl_run or str(Path(args.rl).absolute().parent)})
     try:

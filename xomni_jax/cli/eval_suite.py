@@ -61,8 +61,10 @@ def _add_suite(kinds: Any, name: str) -> None:
 
 def add_command(kinds: Any, name: str, line: str, description: str, example: str) -> argparse.ArgumentParser:
     """The parser of one subcommand of `xomni eval`."""
-    how = argparse.RawDescriptionHelpFormatter
-    return kinds.add_parser(name, help=line, description=description, epilog="example:\n  " + example, formatter_class=how)
+    first, _, details = description.partition("\n\n")
+    parser = kinds.add_parser(name, help=line, description=first, epilog="example:\n  " + example)
+    parser.details = details
+    return parser
 
 
 def _parser(kinds: Any, name: str, line: str, description: str, judge: str = "") -> argparse.ArgumentParser:
@@ -84,7 +86,7 @@ def _add_options(parser: argparse.ArgumentParser, tasks: set[str], data: bool, j
     which.add_argument(
         "--shard", type=_shard, default=(0, 1), metavar="K/N", help="this process is the K-th of N that share OUT (default 1/1)"
     )
-    model = parser.add_argument_group("the model")
+    model = parser.add_rare_group("the model")
     add_model(model, f"; {EXACT}, and so does --shard", "fsdp=-1, all")
     what = "one of several processes that hold one model together, which JAX finds by itself (TPU slice, Slurm)"
     model.add_argument("--distributed", action="store_true", help=what)
@@ -92,7 +94,7 @@ def _add_options(parser: argparse.ArgumentParser, tasks: set[str], data: bool, j
     at_a_time = f"{what} at a time, of each data-parallel part of the mesh (default 16)"
     model.add_argument("--batch", type=positive, metavar="N", help=at_a_time)
     if "generate" in tasks:
-        drawing = parser.add_argument_group("drawing (the defaults are the released ones)")
+        drawing = parser.add_rare_group("drawing (the defaults are the released ones)")
         drawing.add_argument("--decode-batch", type=positive, metavar="N", help="images decoded to pixels at a time (default 16)")
         add_drawing(drawing)
         drawing.add_argument("--seed", type=_seed, default=EvalConfig.seed, help=f"{says['seed']} ({EvalConfig.seed})")

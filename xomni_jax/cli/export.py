@@ -7,19 +7,18 @@ import argparse
 from xomni_jax.checkpoint.conversion_plan import DTYPES
 from xomni_jax.checkpoint.released import PARTS
 
-EXAMPLE = """\
+DETAILS = """\
 The keys and files are those of the released checkpoints: config.json, sharded safetensors with an index, the image tokenizer's two files,
 the MMDiT in its own folder. What belongs to FLUX.1-dev (VAE, text encoders) goes to TO/flux, which xomni convert takes as --flux. Tensors
 equal the converted ones byte for byte, unless they were trained or --dtype is given; tensors that the model does not use (the ViT's
 pooling head) are missing.
 To run the result with the published PyTorch code, copy its *.py files beside config.json.
-
-examples:
-  xomni export --from models/xomni --to X-Omni-mine
-  xomni export --from runs/grpo/model --to X-Omni-mine --only transformer --dtype bfloat16 --shard-gb 2
-  xomni export --from models/xomni --to X-Omni-mine --pth
-  xomni export --from xomni_jax/assets/tiny_sft --to tiny_released      # from a clone of this repository
 """
+EXAMPLE = """\
+xomni export --from models/xomni --to X-Omni-mine
+xomni export --from runs/grpo/model --to X-Omni-mine --only transformer --dtype bfloat16 --shard-gb 2
+xomni export --from models/xomni --to X-Omni-mine --pth
+xomni export --from xomni_jax/assets/tiny_sft --to tiny_released"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from xomni_jax.inference import InferenceConfig
     from xomni_jax.pipeline import XOmni
 
 # A sum that is split over processes is added in another order, which may change the choice between two almost equally likely codes.
@@ -53,13 +54,13 @@ def settle(args: argparse.Namespace, rest: Sequence[str] = ()) -> None:
         args.mesh = args.sections.mesh.sizes()
 
 
-def opened(args: argparse.Namespace, rest: Sequence[str]) -> XOmni:
-    """The model that the options name, on its mesh; settles them first."""
-    from xomni_jax.inference import open_model
+def opened(args: argparse.Namespace, rest: Sequence[str]) -> tuple[XOmni, InferenceConfig]:
+    """The model that the options name, on its mesh, and the configuration; settles the options first."""
+    from xomni_jax.inference import InferenceConfig, open_model
     from xomni_jax.sharding.mesh import make_mesh
 
     settle(args, rest)
-    return open_model(args.model, make_mesh(args.mesh) if args.mesh else None, args.sections)
+    return open_model(args.model, make_mesh(args.mesh) if args.mesh else None, args.sections), args.sections or InferenceConfig()
 
 
 def positive(text: str) -> int:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-EXAMPLE = """\
+DETAILS = """\
 PATH is a model directory or a published one (X-Omni, FLUX.1-dev, Qwen2.5, SigLIP2). With --diff the values of all parameters are
 compared; the exit code is 0 if all are equal and 1 if some differ, as with diff.
-
-examples:
-  xomni inspect models/xomni
-  xomni inspect X-Omni-En
-  xomni inspect models/xomni --diff X-Omni-mine
-  xomni inspect xomni_jax/assets/tiny_sft      # from a clone of this repository
 """
+EXAMPLE = """\
+xomni inspect X-Omni-En
+xomni inspect models/xomni --diff X-Omni-mine
+xomni inspect xomni_jax/assets/tiny_sft"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

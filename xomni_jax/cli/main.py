@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
+import importlib.util
 import os
 import sys
+import textwrap
+import warnings
+from pathlib import Path
 
+from xomni_jax import __version__
+from xomni_jax.cli.parser import Parser
 from xomni_jax.core.preemption import interruptible
+from xomni_jax.core.shipped import shipped
 
-# name -> one line of help; the module xomni_jax.cli.<name with underscores> provides add_arguments(parser), run(args, rest) and EXAMPLE.
+# name -> one line of help; the module xomni_jax.cli.<name with underscores> provides add_arguments(parser), run(args, rest), EXAMPLE and
+# perhaps DETAILS, which only --help-all shows.
 COMMANDS = {
     "generate": "draw images from prompts",
     "chat": "ask a question about an image",
@@ -26,23 +33,23 @@ COMMANDS = {
 }
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The whole command line; subcommand modules are imported only for the one that is used."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="xomni",
         description="X-Omni in JAX: discrete autoregressive image generation, trained with reinforcement learning.",
         epilog="xomni SUBCOMMAND --help explains one and ends with an example that works.",
     )
-    commands = parser.add_subparsers(dest="command", metavar="SUBCOMMAND", required=True)
+    parser.add_argument("--version", action="version", version=f"xomni_jax {__version__}", help="show the version")
+    commands = parser.add_subparsers(dest="command", metavar="SUBCOMMAND", required=True, title="subcommands")
     wanted = next((a for a in sys.argv[1:] if not a.startswith("-")), None)
     for name, line in COMMANDS.items():
-        sub = commands.add_parser(
-            name, help=line, description=line[0].upper() + line[1:] + ".", formatter_class=argparse.RawDescriptionHelpFormatter
-        )
+        sub = commands.add_parser(name, help=line, description=line[0].upper() + line[1:] + ".")
         if name == wanted:
             module = importlib.import_module("xomni_jax.cli." + name.replace("-", "_"))
             module.add_arguments(sub)
-            sub.epilog = module.EXAMPLE if "\n" in module.EXAMPLE else "example:\n  " + module.EXAMPLE
+            sub.details = sub.details or getattr(module, "DETAILS", "")
+            sub.epilog = f"example{'s' * (chr(10) in module.EXAMPLE)}:\n" + textwrap.indent(module.EXAMPLE, "  ")
             sub.set_defaults(run=module.run)
     return parser
 
@@ -51,20 +58,36 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point of the `xomni` command; returns the exit code."""
     if argv is not None:
         sys.argv[1:] = argv
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    # Compiled programs are kept between commands; an explicit setting of the user's wins.
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(os.path.expanduser("~"), ".cache", "xomni_jax", "xla"))
-    command = "xomni"
+    set_up()
+    command = ""
     try:
         with interruptible():
-            parser = build_parser()
-            args, rest = parser.parse_known_args()
+            args, rest = build_parser().parse_known_args()
             command = args.command
-            if rest and "config" not in args:
-                parser.error(f"unknown argument {rest[0]}; see xomni {command} --help")
+            vars(args).update({name: shipped(value) for name, value in vars(args).items() if isinstance(value, str)})
             return args.run(args, rest) or 0
     except (KeyboardInterrupt, ValueError, OSError, FloatingPointError, KeyError) as e:
         return explain(command, e)
+
+
+def set_up(root: Path = Path("/")) -> None:
+    """Settings of JAX, which the user's environment overrides: programs are kept between commands, and a TPU is not looked for where there
+    is none, since libtpu would print several lines about that."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(os.path.expanduser("~"), ".cache", "xomni_jax", "xla"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    if importlib.util.find_spec("libtpu") and not has_accelerator(root):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+def has_accelerator(root: Path) -> bool:
+    """Whether the machine has a TPU or a GPU: a device file, or a PCI device of Google's other than its network card."""
+    files = ("accel[0-9]*", "vfio/[0-9]*", "nvidia[0-9]*", "nvidiactl", "kfd", "dxg")
+    if any(next(root.glob(f"dev/{name}"), None) for name in files):
+        return True
+    pci = root.glob("sys/bus/pci/devices/*/vendor")
+    return any(v.read_text().strip() == "0x1ae0" and (v.parent / "device").read_text().strip() != "0x0042" for v in pci)
 
 
 def explain(command: str, e: BaseException) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from xomni_jax.core.config import ConfigError, read_overrides
 from xomni_jax.planner import chips
 
-EXAMPLE = """\
+DETAILS = """\
 The TPU compiler itself compiles every program of a stage for the slice, without weights and without a TPU: minutes per program on one core.
 Results are cached; the same plan then takes seconds.
 
@@ -17,19 +17,16 @@ programs: grpo has policy-update, reference (a part of it), layout, rollout, pre
 
 Topologies other than cpu:N need the extra [plan]. Times are lower bounds from the hardware's peaks, not measurements; MFU, tokens and
 images per second are upper bounds.
-
-examples:
-  xomni plan --config=configs/tiny/sft.py --topology=cpu:8 --config.next_token.rows=16
-  xomni plan --config=configs/xomni/grpo.py --topology=v6e-64 --program rollout
-  xomni plan --config=configs/xomni/generate.py --topology=v5litepod-8
-  xomni plan --config=configs/xomni/sft.py --topology=v5p:2x4x4 --price 4.2 --html plan.html
-  xomni plan --gates
 """
+EXAMPLE = """\
+xomni plan --config=configs/xomni/grpo.py --topology=v6e-64 --program rollout --price 2.7
+xomni plan --config=configs/xomni/generate.py --topology=v5litepod-8 --html plan.html
+xomni plan --gates
+xomni plan --config=configs/tiny/sft.py --topology=cpu:8 --config.next_token.rows=16"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The subcommand's own options."""
-    parser.usage = "xomni plan (--config=FILE --topology=NAME | --gates) [--program NAME] [--config.KEY=VALUE ...] [...]"
     parser.add_argument("--config", metavar="FILE", help="a configuration of training or of inference; see configs/")
     parser.add_argument("--topology", metavar="NAME", help="v6e:8x8, or as rented: v6e-64, v5p-64, v5litepod-256; cpu:8 simulates")
     parser.add_argument("--program", action="append", metavar="NAME", help="one program; may be repeated (default: all)")

@@ -8,15 +8,13 @@ from PIL import Image
 
 from xomni_jax.data.images import UnreadableImage, read_image
 
-EXAMPLE = """\
+DETAILS = """\
 Several replicas of one scorer: ocr=http://host-a:8001,http://host-b:8001
-
-Start a service, then ask it:
-
-  xomni serve-reward ocr --port 8001
-  xomni rewards ocr=http://127.0.0.1:8001
-  xomni rewards ocr=http://127.0.0.1:8001 --image sign.png --text HELLO
 """
+EXAMPLE = """\
+xomni serve-reward ocr --port 8001
+xomni rewards ocr=http://127.0.0.1:8001
+xomni rewards ocr=http://127.0.0.1:8001 --image sign.png --text HELLO"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

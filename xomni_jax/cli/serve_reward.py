@@ -7,25 +7,26 @@ import dataclasses
 import inspect
 from typing import Any
 
+from xomni_jax.cli.parser import Parser
 from xomni_jax.core.options import add_flags
 from xomni_jax.rewards.scorer import SCORERS, scorer_class
 
-EXAMPLE = f"""\
-A service scores images over HTTP for the trainer and the evaluations. GET /health reports its state.
+DETAILS = f"""\
+A service scores images over HTTP for the trainer and the evaluations. GET /health reports its state. The scorers:
 
 {chr(10).join(f"{name:<11}{line}" for name, line in SCORERS.summaries().items())}
 
-A scorer of your own is path/to/my_scorer.py:MyScorer, see xomni_jax/rewards/README.md. Each scorer has options of its own:
+A scorer of your own is path/to/my_scorer.py:MyScorer, see xomni_jax/rewards/README.md.
+Each scorer has options of its own: xomni serve-reward ocr --help
 
-  xomni serve-reward ocr --help
-
-Several replicas of one scorer may run on other ports or machines; give the trainer all their URLs.
-Start one service per reward, in a terminal of its own:
-
-  xomni serve-reward ocr --port 8001
-  xomni serve-reward shapes --port 8002
-  xomni rewards ocr=http://127.0.0.1:8001 shapes=http://127.0.0.1:8002
+Start one service per reward, in a terminal of its own. Several replicas of one scorer may run on other ports or machines; give the
+trainer all their URLs.
 """
+EXAMPLE = """\
+xomni serve-reward ocr --help
+xomni serve-reward ocr --port 8001
+xomni serve-reward shapes --port 8002
+xomni rewards ocr=http://127.0.0.1:8001 shapes=http://127.0.0.1:8002"""
 
 
 class _ScorerOptions(argparse.Action):
@@ -39,8 +40,8 @@ class _ScorerOptions(argparse.Action):
             scorer = scorer_class(name)
         except ValueError as error:
             raise argparse.ArgumentError(self, str(error)) from error
-        own = argparse.ArgumentParser(
-            prog=f"{parser.prog} {name}", description=inspect.getdoc(scorer), formatter_class=argparse.RawDescriptionHelpFormatter
+        own = Parser(
+            prog=f"{parser.prog} {name}", description=inspect.getdoc(scorer), epilog=f"example:\n  {parser.prog} {name} --port 8001"
         )
         _add_service_options(own)
         add_flags(own.add_argument_group(f"options of {scorer.name}"), scorer.Options)
@@ -58,8 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of every service, the scorer's name, and the scorer's own options after it."""
     _add_service_options(parser)
     parser.add_argument(
-        "scorer", nargs=argparse.PARSER, action=_ScorerOptions, metavar="SCORER", help="name of a scorer, followed by its options"
-    )
+        "scorer", nargs=argparse.PARSER, action=_ScorerOptions, metavar="SCORER",
+        help=f"{', '.join(SCORERS.names())}, or path/to/file.py:Class; then its own options",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:

@@ -22,6 +22,11 @@ EXAMPLE = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """--config FILE and any number of --config.key=value."""
     parser.add_argument("--config", required=True, metavar="FILE", help="a file with get_config(); see configs/")
+    parser.add_argument(
+        "--print-config",
+        action="store_true",
+        help="print every key with its value, its explanation and what changed it, and do nothing else",
+    )
     parser.add_argument("--devices", type=int, metavar="N", help="simulate N CPU devices (to try a mesh on one machine)")
     parser.add_argument(
         "--distributed", action="store_true",
@@ -32,15 +37,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compilation-cache",
         metavar="DIR",
         help="keep compiled programs here (default $JAX_COMPILATION_CACHE_DIR); on a pod, where every host sees it",
-    )
-    parser.add_argument(
-        "--print-config",
-        action="store_true",
-        help="print every key with its value, its explanation and what changed it, and do nothing else",
-    )
-    parser.usage = (
-        "xomni train --config=FILE [--config.KEY=VALUE ...] [--print-config] [--devices N] [--distributed] [--profile-steps A-B] "
-        "[--compilation-cache DIR]"
     )
 
 
@@ -68,6 +64,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
         print(shown(resolve(changes), changes))
         return 0
     config = resolve_run(changes)
+    print(f"curves: tensorboard --logdir {config.run_dir}/tensorboard   (pip install 'xomni_jax[tensorboard]' brings it)", flush=True)
     group = distributed.start(shared_settings(config), args.distributed)
     if group is None:
         return exit_code(run_stage(config, **options))

@@ -24,6 +24,8 @@ import msgspec
 from ml_collections import ConfigDict
 from msgspec import Meta
 
+from xomni_jax.core.shipped import CONFIGS, shipped
+
 T = TypeVar("T")
 
 # Numbers of a configuration, with their ranges: every number of a dataclass has one, or 1e30 would be found out in the middle of a run.
@@ -65,20 +67,20 @@ def load_changes(path: str | Path, overrides: Sequence[str] = ()) -> Changes:
     Raises:
       ConfigError: the file is missing, raises, or returns no ConfigDict; an override has no value.
     """
-    path = Path(path)
+    path = Path(shipped(str(path)))
     if not path.is_file():
         raise ConfigError(f"{path}: no such config file; the shipped ones are under configs/")
     if path.suffix != ".py":
         raise ConfigError(f"{path}: is no Python file; a config file defines get_config(), as those under configs/ do")
     root = next((p for p in path.resolve().parents if p.name == "configs"), path.resolve().parent).parent
-    sys.path.insert(0, str(root))
+    before, sys.path = sys.path, [str(root), *sys.path, str(CONFIGS.parent)]
     try:
         defined = runpy.run_path(str(path))
         config = defined["get_config"]() if "get_config" in defined else None
     except (Exception, SystemExit) as e:  # noqa: BLE001 - the file is the user's code, which may raise anything
         raise ConfigError(f"{path}: {(str(e).strip().splitlines() or [type(e).__name__])[0]}") from e
     finally:
-        sys.path.remove(str(root))
+        sys.path = before
     if "get_config" not in defined:
         raise ConfigError(f"{path}: defines no get_config()")
     if not isinstance(config, ConfigDict):
@@ -107,10 +109,7 @@ def merge_overrides(values: dict[str, Any], overrides: Sequence[str]) -> frozens
 
 
 def read_overrides(arguments: Sequence[str]) -> list[str]:
-    """`--config.key=value` arguments without their dashes. ConfigError for any other argument."""
-    for argument in arguments:
-        if not argument.startswith("--config."):
-            raise ConfigError(f"unknown argument {argument!r}; overrides are written --config.KEY=VALUE")
+    """`--config.key=value` arguments without their dashes."""
     return [argument.removeprefix("--config.") for argument in arguments]
 
 
@@ -226,7 +225,8 @@ def typed(value: Any, hint: Any, where: str, example: Any = None) -> Any:
     problems = []
     for reading in readings:
         try:
-            return msgspec.convert(reading, hint)
+            converted = msgspec.convert(reading, hint)
+            return shipped(converted) if isinstance(converted, str) else converted
         except msgspec.ValidationError as e:
             problems.append(str(e).replace("`", "").removeprefix("Expected "))
     given = value if isinstance(value, Text) else repr(value)

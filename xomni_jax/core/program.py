@@ -23,7 +23,7 @@ class Work:
       cache: bytes of the key-value cache on a device.
       gathered, reduced: bytes of weights and of gradients that a device receives over fsdp.
       logits_limit: most positions whose logits should exist at the same time (0: no limit).
-      vocabularies: widths of the output heads.
+      vocabularies: widths of the output heads that nothing else has.
       head_gathers: most gathers of output heads, one for each head and set of weights.
       open_loops: loops whose length depends on data; they are counted once.
     """

@@ -23,6 +23,11 @@ def causal(c: ARConfig, rows: int, length: int) -> float:
     return 2.0 * rows * length * length * c.n_heads * c.head_dim * c.n_layers
 
 
+def telling(c: ARConfig, *vocabularies: int) -> tuple[int, ...]:
+    """The sizes by which logits are told from other arrays: those that no layer of a small model has as its width."""
+    return tuple(n for n in vocabularies if n not in (c.d_model, c.mlp_dim))
+
+
 def next_token(c: ARConfig, rows: int, length: int, targets: int, phase: str, chunk: int, mesh: Mapping[str, int]) -> Work:
     """A step of pre-training or fine-tuning, in which both output heads see every target."""
     tokens, heads = rows * length, c.d_model * (c.vocab_size + c.image_vocab_size)
@@ -34,7 +39,7 @@ def next_token(c: ARConfig, rows: int, length: int, targets: int, phase: str, ch
     gathered, reduced = fsdp_bytes(c, 1, heads, mesh, new if phase != "all" else c.n_layers)
     return Work(
         learned=learned, attention=3 * causal(c, rows, length), tokens=tokens, gathered=gathered, reduced=reduced,
-        logits_limit=rows * (chunk or targets), vocabularies=(c.vocab_size, c.image_vocab_size), head_gathers=2,
+        logits_limit=rows * (chunk or targets), vocabularies=telling(c, c.vocab_size, c.image_vocab_size), head_gathers=2,
     )  # fmt: skip
 
 
@@ -49,7 +54,7 @@ def policy_update(
     return Work(
         learned=6.0 * per_pass, forward=2.0 * per_pass if reference else 0.0,
         attention=(3 + reference) * sides * causal(c, rows, length), tokens=rows * length, gathered=gathered + passes, reduced=reduced,
-        logits_limit=rows // parts * (chunk or codes), vocabularies=(c.image_vocab_size,), head_gathers=1 + reference,
+        logits_limit=rows // parts * (chunk or codes), vocabularies=telling(c, c.image_vocab_size), head_gathers=1 + reference,
     )  # fmt: skip
 
 

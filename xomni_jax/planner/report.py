@@ -93,26 +93,28 @@ def collective_lines(a: ProgramAnalysis) -> Iterator[str]:
 
 def time_line(a: ProgramAnalysis, time: Time, plan: Plan) -> str:
     """The least time of one execution."""
-    parts = f"operations {time.operations:.3g} s, HBM {time.hbm:.3g}, collectives {time.collectives:.3g}"
+    parts = ", ".join(f"{name} {duration(t)}" for name, t in vars(time).items())
     useful = f"; MFU at most {mfu(a, time.total, plan.topology):.0%}" if a.learned + a.forward else ""
     chips = a.devices // plan.topology.chip.devices
     rate = f", {a.tokens / time.total / chips:,.0f} tokens/s/chip" if a.tokens else ""
-    return f"at best     {time.total:.3g} s, bound by {time.bound} ({parts}){useful}{rate}"
+    return f"at best     {duration(time.total)}, bound by {time.bound} ({parts}){useful}{rate}"
 
 
 def step_lines(s: Step | None) -> Iterator[str]:
     """Lines about the whole step."""
     if s is None:
         return
-    yield (
-        f"a step takes at least {s.seconds:.1f} s: "
-        + ", ".join(f"{name} {t:.1f}" for name, t in s.times)
-        + (f"; {s.overlapped:.1f} s of it side by side" if s.overlapped else "")
-    )
+    parts = ", ".join(f"{name} {duration(t)}" for name, t in s.times)
+    yield f"a step takes at least {duration(s.seconds)}: {parts}" + f"; {duration(s.overlapped)} of it side by side" * bool(s.overlapped)
     images = f", {s.images_per_hour:,.0f} images/hour" if s.images_per_hour else ""
     yield f"MFU at most {s.mfu:.0%}, {s.tokens_per_chip:,.0f} tokens/s/chip{images}"
     if s.dollars is not None:
         yield f"at least {s.dollars:.2f} a step at the given price per chip-hour"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as text with three digits: 12.3 s, 45.6 ms, 0.00789 ms."""
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
 
 def as_json(plan: Plan, price: float | None = None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import signal
@@ -122,18 +123,23 @@ def serve(config: ServiceConfig, host: str = "127.0.0.1", port: int = 8001) -> N
 
 
 def _listen(scorer: str, host: str, port: int) -> socket.socket:
+    if not 0 <= port <= 65535:
+        raise ServiceError(f"--port {port} is no port; give a number from 1 to 65535, or 0 for a free one")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
         listener.listen(128)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         listener.close()
+        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+            here = "use 127.0.0.1 for this machine alone, or 0.0.0.0 to let others in"
+            raise ServiceError(f"--host {host} is no address of this machine ({error.strerror}); {here}") from None
         raise ServiceError(
-            f"port {port} on {host} cannot be used ({getattr(error, 'strerror', None) or error}); "
+            f"port {port} on {host} cannot be used ({error.strerror}); "
             f"stop what runs there or choose another: xomni serve-reward {scorer} --port {port % 65535 + 1}"
-        ) from error
+        ) from None
     return listener
 
 

@@ -12,6 +12,7 @@ from flax import linen as nn
 
 from xomni_jax.models.autoencoder import pack, unpack
 from xomni_jax.sampling.flow import Conditioning, euler_sample, flow_sigmas, guided_velocity, null_conditioning
+from xomni_jax.sampling.logits import STRONGEST
 from xomni_jax.sharding.rules import constrain, map_rows
 
 DECODER_COMPONENTS = ("mmdit", "t5", "clip", "autoencoder")
@@ -40,8 +41,8 @@ class DecodeConfig:
     def __post_init__(self):
         if self.steps < 1:
             raise ValueError(f"decode.steps={self.steps} must be at least 1")
-        if self.guidance < 0:
-            raise ValueError(f"decode.guidance={self.guidance} is negative; 1 turns guidance off")
+        if not 0 <= self.guidance <= STRONGEST:
+            raise ValueError(f"decode.guidance={self.guidance} is not a number from 0 to {STRONGEST:g}; 1 turns guidance off")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,12 +14,17 @@ import numpy as np
 NOISE = 1  # purpose of the keys of the decoder's noise; 0 is the sampler's
 
 
-def image_keys(seed: int, n: int, purpose: int = 0) -> jax.Array:
-    """Keys [n], each from (seed, purpose, index of the image), so that an image can be made again alone."""
+def image_keys(seed: int, images: int | np.ndarray, purpose: int = 0) -> jax.Array:
+    """A key for each of so many images, or of the images of these numbers, from (seed, purpose, number): it can be made again alone."""
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed={seed} must lie within 0..{2**32 - 1}")
+    return _fold_numbers(np.uint32(seed), np.arange(images) if isinstance(images, int) else images, purpose)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _fold_numbers(seed: Any, numbers_B: Any, purpose: int) -> jax.Array:
     root = jax.random.fold_in(jax.random.key(seed), purpose)
-    return jax.vmap(lambda i: jax.random.fold_in(root, i))(jnp.arange(n))
+    return jax.vmap(lambda i: jax.random.fold_in(root, i))(numbers_B)
 
 
 def item_keys(seed: int, name: str, ids: Sequence[str], repeats: int, purpose: int) -> jax.Array:

@@ -9,6 +9,9 @@ import jax.numpy as jnp
 
 from xomni_jax.models.vocab_heads import token_logp
 
+COLDEST = 1e-6  # below, float32 logits divided by the temperature may overflow; the likeliest token is certain long before
+STRONGEST = 1e4  # guidance beyond it overflows likewise
+
 
 @dataclass(frozen=True)
 class SamplingConfig:
@@ -31,14 +34,16 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"sampling temperature={self.temperature} is not a number >= 0; use 1.0, or 0 for greedy")
-        if self.top_k < 0 or self.top_k != int(self.top_k):
+        if 0 < self.temperature < COLDEST:
+            raise ValueError(f"sampling temperature={self.temperature} is too small to divide logits by; use 0 for greedy")
+        if not (self.top_k >= 0 and float(self.top_k).is_integer()):
             raise ValueError(f"sampling top_k={self.top_k} is not a count; use a whole number, or 0 to turn it off")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"sampling top_p={self.top_p} is outside (0, 1]; use 1 to turn it off")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"sampling min_p={self.min_p} is outside [0, 1]; use 0 to turn it off")
-        if not 0 <= self.guidance < float("inf"):
-            raise ValueError(f"sampling guidance={self.guidance} is not a number >= 0; use 1 to turn it off")
+        if not 0 <= self.guidance <= STRONGEST:
+            raise ValueError(f"sampling guidance={self.guidance} is not a number from 0 to {STRONGEST:g}; use 1 to turn it off")
 
     @property
     def greedy(self) -> bool:
@@ -85,7 +90,7 @@ def sampling_mask(scores: jax.Array, sampling: SamplingConfig) -> jax.Array:
     z = temper(scores, sampling.temperature)
     mask = jnp.ones(z.shape, bool)
     if sampling.top_k:
-        mask &= z >= jax.lax.top_k(z, min(sampling.top_k, z.shape[-1]))[0][..., -1:]
+        mask &= z >= jax.lax.top_k(z, min(int(sampling.top_k), z.shape[-1]))[0][..., -1:]
     if sampling.top_p < 1:
         left = jnp.where(mask, z, -jnp.inf)
         order = jnp.argsort(left, axis=-1, stable=True)

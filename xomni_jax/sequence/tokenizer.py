@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from xomni_jax.sequence.quick_tokenizer import QuickTokenizer, is_complete
+
 SOM, EOM, IMAGE, FIRST_CODE = "<SOM>", "<EOM>", "<IMAGE>", "<MM-Token-0>"
 END_OF_TURN = "<|im_end|>"
 TINY_TOKENIZER = Path(str(resources.files("xomni_jax"))) / "assets" / "tiny_tokenizer"
@@ -78,7 +80,7 @@ class MultimodalTokenizer:
     @classmethod
     def load(cls, path: str | Path = TINY_TOKENIZER, **sizes: int) -> MultimodalTokenizer:
         """Reads a local folder, by default the package's tiny tokenizer; `sizes` as in the constructor. Never online."""
-        return cls(read_tokenizer(path), **sizes)
+        return cls(read_tokenizer(path, quick=True), **sizes)
 
     def encode_text(self, text: str) -> np.ndarray:
         """Plain text -> ids [L]. The name of a special token, such as a chat mark, is text like any other.
@@ -150,14 +152,19 @@ class MultimodalTokenizer:
         return codes_YX
 
 
-def read_tokenizer(path: str | Path) -> Any:
-    """The Hugging Face tokenizer of a local folder. Never online. Raises ValueError if there is none."""
+def read_tokenizer(path: str | Path, quick: bool = False) -> Any:
+    """The Hugging Face tokenizer of a local folder; `quick`: without transformers where possible. Never online.
+
+    Raises ValueError if there is none.
+    """
     path = Path(path)
     if not path.is_dir():
         raise ValueError(f"The tokenizer folder {str(path)!r} does not exist; give the folder that holds tokenizer.json.")
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
     try:
+        if quick and is_complete(path):
+            return QuickTokenizer(path)
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
         # tokenizer.json is complete; AutoTokenizer would first read the model's config.json, whose type it may not know.
         kind = PreTrainedTokenizerFast if (path / "tokenizer.json").is_file() else AutoTokenizer
         return kind.from_pretrained(str(path), local_files_only=True)

@@ -22,10 +22,11 @@ from xomni_jax.sharding.rules import num_data_shards
 
 @dataclasses.dataclass(frozen=True)
 class ImageSize:
-    """Pixels of the images a model makes when not told otherwise; a setting of model.json."""
+    """Pixels of the images a model makes when not told otherwise, and the `others` it was trained on; a setting of model.json."""
 
     height: int
     width: int
+    others: tuple[tuple[int, int], ...] = ()
 
 
 # ---- what a configuration says of the models ----

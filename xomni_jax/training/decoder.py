@@ -216,7 +216,8 @@ class DecoderStage:
 
         def export(state: TrainState, directory: Path, note: dict[str, Any]) -> None:
             trained = {name: (state.params.get(name, {}), models[name]) for name in DECODER_COMPONENTS}
-            export_model(directory, trained, cfg.init_from, note, {"decode": cfg.decode, "size": ImageSize(*cfg.data.sizes[0])})
+            size = ImageSize(*cfg.data.sizes[0], cfg.data.sizes[1:])
+            export_model(directory, trained, cfg.init_from, note, {"decode": cfg.decode, "size": size})
 
         return RunningStage(
             state,
