@@ -11,6 +11,7 @@ from typing import Any
 
 from xomni_jax.checkpoint.conversion import Rule, ignored_rule
 from xomni_jax.checkpoint.conversion_plan import ConversionPlan
+from xomni_jax.core.tables import bytes_text
 
 
 def plan_lines(plan: ConversionPlan) -> Iterator[str]:
@@ -18,7 +19,7 @@ def plan_lines(plan: ConversionPlan) -> Iterator[str]:
     for name, params in plan.params.items():
         part = plan.release.components[name]
         count, size = sum(math.prod(p.shape) for p in params), sum(p.nbytes for p in params)
-        yield f"{name}: {count:,} parameters in {len(params)} arrays, {size / 1e9:.3f} GB"
+        yield f"{name}: {count:,} parameters in {len(params)} arrays, {bytes_text(size)}"
         for param in params:
             for rule in param.rules:
                 info = part.sources.infos[rule.source]

@@ -5,13 +5,14 @@ Settings that our modules do not compute (another activation, scaled rotary posi
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from xomni_jax.checkpoint.conversion import ConversionError
+from xomni_jax.checkpoint.tensor_file import read_json
 from xomni_jax.data.preprocess import ImageLimits
 from xomni_jax.models.autoencoder import AutoencoderConfig
 from xomni_jax.models.mmdit import MMDiTConfig
@@ -21,6 +22,8 @@ from xomni_jax.sampling.decoder import DecodeConfig
 
 REQUIRED = object()
 SAME = "take the config of the same checkpoint as the weights"
+IDENTITY = "IdentityAutoencoder"
+IDENTITY_FIELDS = ("identity_factor", "pixel_channels", "latent_channels", "scaling_factor", "shift_factor")
 CHUNK = 512  # queries per attention step of a converted transformer: bounds memory, changes no value
 
 
@@ -70,25 +73,19 @@ class ConfigFile:
             raise ConversionError(f"{self.path}: {self.section}{key} is no object; {SAME}")
         return ConfigFile(self.path, value, f"{self.section}{key}.")
 
+    def path_within(self, key: str, default: Any = REQUIRED) -> Path:
+        """A path that must lie within the directory of the config."""
+        name = self.get(key, default)
+        if not isinstance(name, str) or not name or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ConversionError(f"{self.path}: {self.section}{key}={name!r} is no path within the directory")
+        return Path(name)
+
     def build(self, cls: type, **fields: Any) -> Any:
         """A config dataclass; its errors name this file."""
         try:
             return cls(**fields)
         except ValueError as e:
             raise ConversionError(f"{self.path}: {e}") from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. ConversionError in one sentence otherwise."""
-    try:
-        data = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ConversionError(f"{path}: no such file; the directory is incomplete") from None
-    except (ValueError, OSError) as e:
-        raise ConversionError(f"{path}: not readable as JSON ({str(e).splitlines()[0]}); download it again") from None
-    if not isinstance(data, dict):
-        raise ConversionError(f"{path}: is no JSON object; download it again")
-    return data
 
 
 # ---- unified transformer ----
@@ -164,7 +161,9 @@ def write_mmdit(cfg: MMDiTConfig) -> dict[str, Any]:
 
 
 def read_vae(c: ConfigFile) -> AutoencoderConfig:
-    """Sizes of the VAE from diffusers' config."""
+    """Sizes of the VAE from diffusers' config, or of the identity, which diffusers does not know."""
+    if c.data.get("_class_name") == IDENTITY:
+        return c.build(AutoencoderConfig, kind="identity", **{key: c.number(key) for key in IDENTITY_FIELDS})
     c.expect("act_fn", "silu", default="silu")
     c.expect("use_quant_conv", False, default=True)
     c.expect("use_post_quant_conv", False, default=True)
@@ -182,6 +181,8 @@ def read_vae(c: ConfigFile) -> AutoencoderConfig:
 def write_vae(cfg: AutoencoderConfig) -> dict[str, Any]:
     """diffusers' config."""
     n = len(cfg.block_channels)
+    if cfg.kind == "identity":
+        return {"_class_name": IDENTITY} | {key: getattr(cfg, key) for key in IDENTITY_FIELDS}
     return {
         "_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": list(cfg.block_channels),
         "down_block_types": ["DownEncoderBlock2D"] * n, "up_block_types": ["UpDecoderBlock2D"] * n, "force_upcast": True,
@@ -241,8 +242,7 @@ def write_clip(cfg: CLIPTextConfig) -> dict[str, Any]:
 # ---- how the model is run: only the fields that the file sets ----
 def read_preprocess(c: ConfigFile) -> dict[str, Any]:
     """`vision_config.transform` as fields of `ImageLimits`."""
-    names = ("short_size", "long_size", "patch_size", "min_short_size", "max_aspect_ratio")
-    fields = {name: c.number(name) for name in names if c.data.get(name) is not None}
+    fields = {f.name: c.number(f.name) for f in dataclasses.fields(ImageLimits) if c.data.get(f.name) is not None}
     c.build(ImageLimits, **fields)
     return fields
 
@@ -254,6 +254,11 @@ def read_decode(c: ConfigFile) -> dict[str, Any]:
     return fields
 
 
+def write_decode(decode: DecodeConfig) -> dict[str, Any]:
+    """The same for an export. The published pipeline takes the guidance twice, and stops where the two differ."""
+    return {"num_inference_steps": decode.steps, "cfg_scale": decode.guidance, "cfg_scale_2": decode.guidance}
+
+
 def read_scheduler(c: ConfigFile) -> dict[str, Any]:
     """FLUX.1's scheduler config as fields of `DecodeConfig`."""
     c.expect("base_image_seq_len", 256, default=256)
@@ -263,13 +268,53 @@ def read_scheduler(c: ConfigFile) -> dict[str, Any]:
     return {key: c.number(key) for key in ("base_shift", "max_shift") if key in c.data}
 
 
-def write_scheduler(decode: Mapping[str, Any]) -> dict[str, Any]:
-    """FLUX.1's scheduler config."""
-    return {
-        "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting": True,
-        "base_shift": decode.get("base_shift", 0.5), "max_shift": decode.get("max_shift", 1.15),
-        "base_image_seq_len": 256, "max_image_seq_len": 4096,
-    }  # fmt: skip
+SCHEDULER = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting": True,
+    "base_image_seq_len": 256, "max_image_seq_len": 4096,
+}  # fmt: skip
+# FluxPipeline's parts: {folder: [library, class]}. The transformer is X-Omni's own, which the published code passes to the pipeline.
+PIPELINE = {
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "text_encoder_2": ["transformers", "T5EncoderModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "tokenizer_2": ["transformers", "T5TokenizerFast"],
+    "transformer": ["diffusers", "FluxTransformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+TOKENIZER_OF = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+
+
+def read_own(c: ConfigFile) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(fields of `DecodeConfig`, of the image size) that the released layout has no place for: the section `xomni_jax` of an export."""
+    own = c.part("xomni_jax", {})
+    decode, size = (
+        {key: own.size(key) for key in keys if key in own.data} for keys in (("text_length", "pooled_length"), ("height", "width"))
+    )
+    return decode, size
+
+
+def write_own(decode: DecodeConfig, pooled_length: int, size: Mapping[str, int]) -> dict[str, int]:
+    """The same for an export; empty where all is as converted. `pooled_length` is what a conversion takes from CLIP."""
+    usual = {"text_length": DecodeConfig.text_length, "pooled_length": pooled_length}
+    return {key: getattr(decode, key) for key, n in usual.items() if getattr(decode, key) != n} | dict(size)
+
+
+# ---- what an export restores ----
+def restored(
+    original: Mapping[str, Any], cfg: Any, read: Callable[[ConfigFile], Any], write: Callable[[Any], dict[str, Any]]
+) -> dict[str, Any]:
+    """The config that a component was converted from if it still describes `cfg`, otherwise one written from `cfg`."""
+    written = write(cfg)
+    try:
+        return dict(original) if original and write(read(ConfigFile(Path("config.json"), original))) == written else written
+    except ConversionError:  # of another model, such as that which only gave the image tokenizer
+        return written
+
+
+def changed(original: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The original with the fields whose value differs."""
+    return {**original, **{key: value for key, value in fields.items() if key not in original or original[key] != value}}
 
 
 def side_of(n: int, what: str) -> int:

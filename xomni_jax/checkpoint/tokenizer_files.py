@@ -9,7 +9,7 @@ from pathlib import Path
 
 from xomni_jax.checkpoint.component_source import Release
 from xomni_jax.checkpoint.conversion import ConversionError
-from xomni_jax.checkpoint.released_configs import read_json
+from xomni_jax.checkpoint.tensor_file import read_json
 from xomni_jax.sequence.tokenizer import EOM, IMAGE, SOM
 
 TEXT_TOKENIZER = (

@@ -14,6 +14,7 @@ import jax
 
 from xomni_jax.core.config import ConfigError
 from xomni_jax.core.flops import count
+from xomni_jax.core.tables import bytes_text
 
 LARGE = 1 << 20  # bytes from which an array gets a line at start-up; the five largest always do
 MAX_REPLICATED = 0.02  # share of the parameters' bytes that may be replicated although the mesh splits parameters
@@ -38,12 +39,12 @@ def placement(params: Any, mesh: jax.sharding.Mesh) -> list[str]:
     leaves = [(jax.tree_util.keystr(path, simple=True, separator="/"), x) for path, x in jax.tree_util.tree_leaves_with_path(params)]
     leaves.sort(key=lambda leaf: -leaf[1].nbytes)
     lines = [
-        f"  {name} {'x'.join(map(str, x.shape))} {x.dtype} {getattr(x.sharding, 'spec', x.sharding)} {size(local_bytes(x))} a device"
+        f"  {name} {'x'.join(map(str, x.shape))} {x.dtype} {getattr(x.sharding, 'spec', x.sharding)} {bytes_text(local_bytes(x))} a device"
         for i, (name, x) in enumerate(leaves)
         if i < 5 or x.nbytes >= LARGE
     ]
     total = sum(x.nbytes for _, x in leaves)
-    lines.append(f"  in all {len(leaves)} arrays, {size(total)}, {size(sum(local_bytes(x) for _, x in leaves))} a device")
+    lines.append(f"  in all {len(leaves)} arrays, {bytes_text(total)}, {bytes_text(sum(local_bytes(x) for _, x in leaves))} a device")
     whole = [(name, x) for name, x in leaves if local_bytes(x) == x.nbytes and not REPLICATED.fullmatch(name)]
     lost = sum(x.nbytes for _, x in whole)
     if mesh.shape["fsdp"] > 1 and total and lost > MAX_REPLICATED * total:
@@ -57,15 +58,6 @@ def placement(params: Any, mesh: jax.sharding.Mesh) -> list[str]:
 def local_bytes(x: jax.Array) -> int:
     """Bytes of an array on one device."""
     return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-
-
-def size(n: float) -> str:
-    """A number of bytes as readable text."""
-    for unit in ("B", "KB", "MB"):
-        if n < 1000:
-            return f"{n:.3g} {unit}"
-        n /= 1000
-    return f"{n:.3g} GB"
 
 
 # ---- speed and memory ----
