@@ -88,9 +88,9 @@ def component_source(name: str, config: Any, table: NameTable, sources: TensorFi
     return ComponentSource(name, dataclasses.replace(config, dtype=compute, param_dtype=stored), table, sources)
 
 
-def layer_count(sources: TensorFiles, pattern: str) -> int:
-    """Number of layers, from the highest number in the keys that match."""
-    return max((int(m[1]) for key in sources.infos if (m := re.match(pattern, key))), default=-1) + 1
+def layer_count(sources: TensorFiles, prefix: str) -> int:
+    """Number of layers, from the highest number that follows the pattern `prefix` in the keys."""
+    return max((int(m[1]) for key in sources.infos if (m := re.match(prefix + r"(\d+)\.", key))), default=-1) + 1
 
 
 def shape_of(sources: TensorFiles, key: str, rank: int) -> tuple[int, ...]:

@@ -162,7 +162,7 @@ class _Export:
         vision = dict(original.get("vision_config", {}))
         if "transformer" in self.components:
             language = {key: value for key, value in original.items() if key not in ("vision_config", "xomni_jax")}
-            config = self._restored("transformer", language, lambda c: configs.read_transformer(c, None), configs.write_transformer)
+            config = self._restored("transformer", language, configs.read_transformer, configs.write_transformer)
             self._add("transformer", Path("model.safetensors"), transformer.table(self.components["transformer"]))
             self._copy_tokenizer("tokenizer", Path())
         else:

@@ -42,5 +42,5 @@ def limits(configs: Mapping[str, Any], decode: DecodeConfig) -> str | None:
     if not found:
         return None
     what = "; ".join(f"{name} with {wrong}" for name, wrong in found.items())
-    runs = "its transformer gives text and codes there, and this package runs all" if "transformer" in configs else "this package does"
-    return f"X-Omni's published code cannot run {what}; in brackets what it takes: {runs}"
+    runs = "it runs the transformer alone (text and codes), this package runs all" if "transformer" in configs else "this package runs it"
+    return f"X-Omni's published code cannot run {what} (what it takes is in brackets); {runs}"

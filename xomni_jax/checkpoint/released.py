@@ -164,7 +164,7 @@ def _xomni(folder: Path, out: Release) -> Openers:
 
 
 def _transformer(folder: Path, c: ConfigFile) -> ComponentSource:
-    cfg = configs.read_transformer(c, None)
+    cfg = configs.read_transformer(c)
     return component_source("transformer", cfg, transformer.table(cfg), open_sharded(folder))
 
 
@@ -173,34 +173,29 @@ def _siglip_vq(folder: Path, vision: ConfigFile) -> ComponentSource:
     name = c.get("siglip_name")
     heads = c.size("num_heads", HEADS.get(name, 0))
     if not heads:
-        raise ConversionError(
-            f"{c.path}: {c.section}siglip_name={name!r} is unknown, and no tensor shows its head count; known: {', '.join(HEADS)}"
-        )
+        known = f"no tensor shows its head count; known: {', '.join(HEADS)}"
+        raise ConversionError(f"{c.path}: {c.section}siglip_name={name!r} is unknown, and {known}")
     sources = TensorFiles()
     sources.add(open_tensor_file(_path_in(folder, c, "siglip_path")), "vit.", "patch_embed.proj.weight")
     sources.add(open_tensor_file(_path_in(folder, c, "projector_path")), "vqproj.", "quantize.embedding.weight")
-    width, _, patch, _ = shape_of(sources, "vit.patch_embed.proj.weight", 4)
-    positions = shape_of(sources, "vit.pos_embed", 3)[1]
+    vit = _vit_sizes(sources, "vit.patch_embed.proj.weight", "vit.pos_embed", 3, r"vit\.blocks\.", "vit.blocks.0.mlp.fc1.weight")
     codes, code_width = shape_of(sources, "vqproj.quantize.embedding.weight", 2)
-    cfg = c.build(
-        SigLIPVQConfig,
-        width=width,
-        layers=layer_count(sources, r"vit\.blocks\.(\d+)\."),
-        heads=heads,
-        mlp=shape_of(sources, "vit.blocks.0.mlp.fc1.weight", 2)[0],
-        patch=patch,
-        pos_grid=configs.side_of(positions, sources.describe("vit.pos_embed")),
-        codebook_size=codes,
-        code_width=code_width,
-        conv_blocks=layer_count(sources, r"vqproj\.post_conv\.(\d+)\."),
-        groups=c.size("num_groups", 32),
-    )
-    for key, size in (("z_channels", width), ("codebook_size", codes), ("codebook_dim", code_width)):
+    for key, size in (("z_channels", vit["width"]), ("codebook_size", codes), ("codebook_dim", code_width)):
         if c.size(key, size) != size:
-            raise ConversionError(
-                f"{c.path}: {c.section}{key}={c.get(key)}, but the tensors have {size}; take config and weights from one checkpoint"
-            )
+            wrong = f"{c.section}{key}={c.get(key)}, but the tensors have {size}"
+            raise ConversionError(f"{c.path}: {wrong}; take config and weights from one checkpoint")
+    blocks = layer_count(sources, r"vqproj\.post_conv\.")
+    quantizer = dict(codebook_size=codes, code_width=code_width, conv_blocks=blocks, groups=c.size("num_groups", 32))
+    cfg = c.build(SigLIPVQConfig, **vit, heads=heads, **quantizer)
     return component_source("siglip_vq", cfg, siglip_vq.table(cfg), sources)
+
+
+def _vit_sizes(sources: TensorFiles, patch: str, positions: str, rank: int, blocks: str, mlp: str) -> dict[str, int]:
+    """Sizes of an image tower, from the shapes of three tensors and the number of its blocks; `rank` is that of its positions."""
+    width, _, side, _ = shape_of(sources, patch, 4)
+    grid = shape_of(sources, positions, rank)[-2]
+    layers, hidden = layer_count(sources, blocks), shape_of(sources, mlp, 2)[0]
+    return dict(width=width, layers=layers, mlp=hidden, patch=side, pos_grid=configs.side_of(grid, sources.describe(positions)))
 
 
 def _path_in(folder: Path, c: ConfigFile, key: str) -> Path:
@@ -226,13 +221,10 @@ def _qwen2(folder: Path, out: Release) -> Openers:
 
     def opened() -> ComponentSource:
         p, c = out.parts, ConfigFile(folder / "config.json")
-        vision = dict(
-            num_mm_adap_layers=p.adapter_layers,
-            num_mm_head_layers=p.head_layers,
-            mm_vocab_size=p.mm_vocab_size,
-            image_vocab_size=p.image_vocab_size,
-        )
-        cfg, sources = configs.read_transformer(c, vision), open_sharded(folder)
+        c.data |= dict(num_mm_adap_layers=p.adapter_layers, num_mm_head_layers=p.head_layers)
+        c.data |= dict(mm_vocab_size=p.mm_vocab_size, image_vocab_size=p.image_vocab_size)
+        c.data["num_hidden_layers"] = c.size("num_hidden_layers") + p.adapter_layers + p.head_layers
+        cfg, sources = configs.read_transformer(c), open_sharded(folder)
         if c.get("tie_word_embeddings", False):
             sources.tie("lm_head.weight", "model.embed_tokens.weight")
             sources.tie("model.embed_tokens.weight", "lm_head.weight")
@@ -252,20 +244,10 @@ def _siglip2(folder: Path, out: Release) -> Openers:
         c = c.part("vision_config") if "vision_config" in c.data else c
         sources = open_sharded(folder)
         top = "" if "embeddings.patch_embedding.weight" in sources.infos else "vision_model."
-        at = top + "embeddings."
-        width, _, patch, _ = shape_of(sources, at + "patch_embedding.weight", 4)
-        positions = shape_of(sources, at + "position_embedding.weight", 2)[0]
-        cfg = c.build(
-            SigLIPVQConfig,
-            width=width,
-            layers=layer_count(sources, re.escape(top) + r"encoder\.layers\.(\d+)\."),
-            heads=c.size("num_attention_heads"),
-            mlp=shape_of(sources, top + "encoder.layers.0.mlp.fc1.weight", 2)[0],
-            patch=patch,
-            pos_grid=configs.side_of(positions, sources.describe(at + "position_embedding.weight")),
-            codebook_size=out.parts.image_vocab_size,
-            code_width=out.parts.code_width,
-        )
+        at, layers = f"{top}embeddings.", f"{top}encoder.layers."
+        names = at + "patch_embedding.weight", at + "position_embedding.weight", 2, re.escape(layers), layers + "0.mlp.fc1.weight"
+        sizes = _vit_sizes(sources, *names) | dict(codebook_size=out.parts.image_vocab_size, code_width=out.parts.code_width)
+        cfg = c.build(SigLIPVQConfig, **sizes, heads=c.size("num_attention_heads"))
         return component_source("siglip_vq", cfg, siglip2.table(cfg, top), sources)
 
     out.notes.append(f"{folder}: a plain image tower; quantizer, codebook and projector start at random (seed {out.parts.seed})")
