@@ -41,14 +41,13 @@ def trained(tmp_path_factory):
         shutil.rmtree(flux / name)
     (folder / "t5").replace(flux / "tokenizer_2")
     write_clip(flux / "tokenizer")
+    dirs.write_json(xomni / "generation_config.json", {"eos_token_id": 5, "pad_token_id": 3})
     # What a released config may hold beside the sizes that this package reads.
     dirs.edit_config(xomni, max_position_embeddings=4096, bos_token_id=7, rope_theta=1000000, torch_dtype="float32")
     dirs.edit_config(xomni, vision_config__transform__short_size=16, vision_config__transform__min_short_size=16)
     convert(xomni, flux, folder / "model", say=list)
     sft = dict(stage="sft", run_dir=str(folder / "sft"), init_from=str(folder / "model"), data=IMAGES, transformer=dict(preset="stored"))
-    run_stage(
-        resolve(Changes(STEP | sft | dict(next_token=dict(rows=1, row_length=64), preprocess=dict(short_size=16, min_short_size=16))))
-    )
+    run_stage(resolve(Changes(STEP | sft | dict(next_token=dict(rows=1, row_length=64)))))
     with pixel_service() as service:
         grpo = dict(stage="grpo", run_dir=str(folder / "grpo"), init_from=str(folder / "sft" / "model"), data=IMAGES)
         rewards = dict(ocr=dict(urls=(service.url,)), shapes=dict(weight=None))

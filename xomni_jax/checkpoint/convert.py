@@ -6,12 +6,14 @@ appears, or gains components, only when everything is written.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from jax.experimental.multihost_utils import sync_global_devices
 
 from xomni_jax.checkpoint.component_source import NewParts
 from xomni_jax.checkpoint.conversion_plan import ConversionPlan, plan_conversion
-from xomni_jax.checkpoint.conversion_report import Hashes, report_of
+from xomni_jax.checkpoint.conversion_report import sha256, what_becomes
 from xomni_jax.checkpoint.store import config_to_json, model_json_or_new, write_json
 from xomni_jax.checkpoint.stream import save_params
 from xomni_jax.checkpoint.tensor_file import check_space, read_json
@@ -61,7 +63,9 @@ def convert(
     _prepare(part, done)
     for line in plan.release.notes:
         say(line)
-    with Hashes(plan.source_files if jax.process_index() == 0 else []) as hashes:
+    with ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as stack:
+        stack.callback(pool.shutdown, cancel_futures=True)
+        hashes = {file: pool.submit(sha256, file) for file in plan.source_files if jax.process_index() == 0}
         for name, params in plan.params.items():
             if name in done:
                 say(f"{name}: already in {part}")
@@ -75,7 +79,9 @@ def convert(
         not_finite = {key: kind for found in done.values() for key, kind in found.items()}
         sync_global_devices("written")
         if jax.process_index() == 0:
-            _publish(part, to, plan, report_of(plan, hashes.result(), not_finite), tokenizer, say)
+            files = {file: digest.result() for file, digest in hashes.items()}
+            report = {"files": files, "components": what_becomes(plan), "not_finite": not_finite}
+            _publish(part, to, plan, report, tokenizer, say)
     sync_global_devices("published")
     return [f"{key}: holds values that are {kind}" for key, kind in sorted(not_finite.items())]
 

@@ -13,14 +13,9 @@ from xomni_jax.checkpoint.tensor_file import read_json
 from xomni_jax.sequence.tokenizer import EOM, IMAGE, SOM
 
 TEXT_TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",
+    "chat_template.jinja", "generation_config.json",  # the last is no tokenizer's, but names its special ids
+)  # fmt: skip
 FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
 
 
