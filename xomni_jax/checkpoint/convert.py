@@ -6,14 +6,12 @@ appears, or gains components, only when everything is written.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from jax.experimental.multihost_utils import sync_global_devices
 
 from xomni_jax.checkpoint.component_source import NewParts
 from xomni_jax.checkpoint.conversion_plan import ConversionPlan, plan_conversion
-from xomni_jax.checkpoint.conversion_report import sha256, what_becomes
+from xomni_jax.checkpoint.conversion_report import digests, what_becomes
 from xomni_jax.checkpoint.store import config_to_json, model_json_or_new, write_json
 from xomni_jax.checkpoint.stream import save_params
 from xomni_jax.checkpoint.tensor_file import check_space, read_json
@@ -63,24 +61,12 @@ def convert(
     _prepare(part, done)
     for line in plan.release.notes:
         say(line)
-    with ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as stack:
-        stack.callback(pool.shutdown, cancel_futures=True)
-        hashes = {file: pool.submit(sha256, file) for file in plan.source_files if jax.process_index() == 0}
-        for name, params in plan.params.items():
-            if name in done:
-                say(f"{name}: already in {part}")
-                continue
-            began = time.perf_counter()
-            done[name] = save_params(part / name, params) if params else {}
-            if jax.process_index() == 0:
-                write_json(part / PROGRESS, {"identity": identity, "done": done})
-            size, seconds = sum(p.nbytes for p in params), time.perf_counter() - began
-            say(f"{name}: {len(params)} arrays, {bytes_text(size)} in {seconds:.1f} s")
+    with digests(plan.source_files if jax.process_index() == 0 else []) as hashes:
+        _write(part, plan, done, identity, say)
         not_finite = {key: kind for found in done.values() for key, kind in found.items()}
         sync_global_devices("written")
         if jax.process_index() == 0:
-            files = {file: digest.result() for file, digest in hashes.items()}
-            report = {"files": files, "components": what_becomes(plan), "not_finite": not_finite}
+            report = {"files": hashes(), "components": what_becomes(plan), "not_finite": not_finite}
             _publish(part, to, plan, report, tokenizer, say)
     sync_global_devices("published")
     return [f"{key}: holds values that are {kind}" for key, kind in sorted(not_finite.items())]
@@ -113,6 +99,20 @@ def _prepare(part: Path, done: Mapping[str, Any]) -> None:
             if path.name not in (*done, PROGRESS):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
     sync_global_devices("prepared")
+
+
+def _write(part: Path, plan: ConversionPlan, done: dict[str, dict[str, str]], identity: dict[str, Any], say: Say) -> None:
+    """Writes the components that are not done, one after the other."""
+    for name, params in plan.params.items():
+        if name in done:
+            say(f"{name}: already in {part}")
+            continue
+        began = time.perf_counter()
+        done[name] = save_params(part / name, params) if params else {}
+        if jax.process_index() == 0:
+            write_json(part / PROGRESS, {"identity": identity, "done": done})
+        size, seconds = sum(p.nbytes for p in params), time.perf_counter() - began
+        say(f"{name}: {len(params)} arrays, {bytes_text(size)} in {seconds:.1f} s")
 
 
 def _publish(part: Path, to: Path, plan: ConversionPlan, report: dict[str, Any], tokenizer: str | None, say: Say) -> None:
