@@ -207,7 +207,10 @@ def test_a_part_that_is_not_there(tmp_path, released):
         export(tmp_path / "out", tmp_path / "back", only="transformer", say=list)
     lines = []
     export(tmp_path / "out", tmp_path / "back", say=lines.append)
-    assert lines[-1] == "flux: diffusers opens it once text_encoder, text_encoder_2, tokenizer, tokenizer_2 of FLUX.1-dev lie in it, too"
+    assert (
+        lines[-1]
+        == "flux: diffusers opens it once text_encoder, text_encoder_2, tokenizer, tokenizer_2, transformer of FLUX.1-dev lie in it, too"
+    )
     assert sorted(os.listdir(tmp_path / "back")) == ["flux"]
     assert {v.dtype for v in published.folder(tmp_path / "back/flux/vae", "diffusion_pytorch_model").values()} == {
         np.dtype(ml_dtypes.bfloat16)

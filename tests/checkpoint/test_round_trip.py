@@ -27,7 +27,7 @@ SIZES = {
     "t5": dict(vocab=0, d=14, layers=1, heads=3, head=5, mlp=22, buckets=12, distance=9),
     "clip": dict(vocab=len(CLIP_TOKENS), d=18, layers=1, heads=3, mlp=26, length=77),
 }
-STEP = dict(steps=1, batch_size=2, grid_every=0, log_every=1, optimizer=dict(warmup_steps=0, learning_rate=0.01))
+STEP = dict(steps=1, batch_size=8, grid_every=0, log_every=1, mesh=dict(data=8, fsdp=1), optimizer=dict(warmup_steps=0, learning_rate=0.01))
 IMAGES = dict(sizes=((16, 32),), weights=(1.0,), text_lengths=((2, 3),), shapes=0.0)
 
 
@@ -47,7 +47,7 @@ def trained(tmp_path_factory):
     dirs.edit_config(xomni, vision_config__transform__short_size=16, vision_config__transform__min_short_size=16)
     convert(xomni, flux, folder / "model", say=list)
     sft = dict(stage="sft", run_dir=str(folder / "sft"), init_from=str(folder / "model"), data=IMAGES, transformer=dict(preset="stored"))
-    run_stage(resolve(Changes(STEP | sft | dict(next_token=dict(rows=1, row_length=64)))))
+    run_stage(resolve(Changes(STEP | sft | dict(next_token=dict(rows=8, row_length=64)))))
     with pixel_service() as service:
         grpo = dict(stage="grpo", run_dir=str(folder / "grpo"), init_from=str(folder / "sft" / "model"), data=IMAGES)
         rewards = dict(ocr=dict(urls=(service.url,)), shapes=dict(weight=None))

@@ -136,7 +136,7 @@ def test_transformers_loads_the_text_encoders(exported):
 
 @pytest.mark.parametrize("trained", ["all", "vae"])
 def test_diffusers_opens_the_flux_folder(trained, tmp_path):
-    """A FluxPipeline but for the transformer, which is passed as the published code does; what was not exported is FLUX.1-dev's."""
+    """As a FluxPipeline, alone or with the transformer passed as the published code does; what was not exported is FLUX.1-dev's."""
     import torch
     from diffusers import FluxPipeline, FluxTransformer2DModel
 
@@ -150,8 +150,9 @@ def test_diffusers_opens_the_flux_folder(trained, tmp_path):
     export(tmp_path / "model", back, only=None if trained == "all" else trained, say=lines.append)
     for name in () if trained == "all" else lines[-1].removeprefix("flux: diffusers opens it once ").split(" of ")[0].split(", "):
         shutil.copytree(f / name, back / "flux" / name)
-    transformer = FluxTransformer2DModel.from_pretrained(back / "mmdit" if trained == "all" else f / "transformer")
-    pipe = FluxPipeline.from_pretrained(back / "flux", transformer=transformer, torch_dtype=torch.float32)
+    passed = {"transformer": FluxTransformer2DModel.from_pretrained(back / "mmdit")} if trained == "all" else {}
+    pipe = FluxPipeline.from_pretrained(back / "flux", torch_dtype=torch.float32, **passed)
+    assert FluxPipeline.from_pretrained(back / "flux").transformer.config.num_layers == S["mmdit"]["double"]
     model, prompts = xomni_jax.load(tmp_path / "model"), ["a red sign that says 7", ""]
     with torch.no_grad():
         text, pooled, _ = pipe.encode_prompt(prompts, None)

@@ -3,7 +3,7 @@
 TO/config.json, model*.safetensors, tokenizer files     the unified transformer
 TO/<siglip_path>, TO/<projector_path>                   the image tokenizer
 TO/<decoder.model_path>/                                the MMDiT, as diffusers saves it
-TO/flux/                                                FLUX.1-dev without its transformer, as diffusers saves a FluxPipeline
+TO/flux/                                                FLUX.1-dev as diffusers saves a FluxPipeline; its transformer is a link to the MMDiT
 
 The configs are those that the model was converted from, as far as they still describe it; what training changed is changed in them.
 """
@@ -108,6 +108,7 @@ class _Export:
         self.tensors: dict[Path, tuple[str, dict[str, LazyTensor]]] = {}
         self.configs: dict[Path, dict[str, Any]] = {}
         self.copies: dict[Path, Path] = {}
+        self.linked: Path | None = None  # the MMDiT's folder, if it is the transformer of a FluxPipeline
         self.notes: list[str] = []
         if {"transformer", "siglip_vq", "mmdit"} & set(self.components):
             self._xomni()
@@ -137,6 +138,8 @@ class _Export:
         for path, config in self.configs.items():
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             write_json(folder / path, config)
+        if self.linked:
+            (folder / "flux" / "transformer").symlink_to(Path("..") / self.linked)
         shutil.rmtree(self.spill)
         for note in self.notes:
             say(note)
@@ -248,7 +251,10 @@ class _Export:
             self.notes.append(f"flux: is read by this package alone, diffusers has no such parts: {' and '.join(own)}")
             return
         self.configs[flux / "model_index.json"] = {"_class_name": "FluxPipeline"} | configs.PIPELINE | self.released.get("flux", {})
-        if missing := sorted(set(configs.PIPELINE) - written - {"transformer"}):
+        if "mmdit" in self.components:
+            written.add("transformer")
+            self.linked = next(path.parent for path, (name, _) in self.tensors.items() if name == "mmdit")
+        if missing := sorted(set(configs.PIPELINE) - written):
             self.notes.append(f"flux: diffusers opens it once {', '.join(missing)} of FLUX.1-dev lie in it, too")
 
 

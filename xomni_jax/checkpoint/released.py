@@ -152,14 +152,14 @@ def _xomni(folder: Path, out: Release) -> Openers:
         openers = {}
     vision = c.part("vision_config", {})
     reads = {
-        "siglip_vq": ("encoder", lambda: _siglip_vq(folder, vision)),
-        "mmdit": ("decoder", lambda: _mmdit(_path_in(folder, vision.part("decoder"), "model_path"), None, out)),
+        "siglip_vq": ("encoder", "image tokenizer", lambda: _siglip_vq(folder, vision)),
+        "mmdit": ("decoder", "decoder", lambda: _mmdit(_path_in(folder, vision.part("decoder"), "model_path"), None, out)),
     }
-    for name, (section, read) in reads.items():
+    for name, (section, what, read) in reads.items():
         if section in vision.data:
             openers[name] = lambda read=read: _cast_compute(vision, read())
         else:
-            out.notes.append(f"{c.path}: no vision_config.{section}, so no {name} is read")
+            out.notes.append(f"{c.path}: no vision_config.{section}, so no {what} is read")
     return openers
 
 
@@ -291,14 +291,15 @@ def _flux(folder: Path, out: Release, plain: bool) -> Openers:
 
 
 def _mmdit(folder: Path, semantic_dim: int | None, out: Release) -> ComponentSource:
-    """The MMDiT in diffusers' layout. With `semantic_dim` it is plain FLUX.1-dev's, and gets a semantic input that starts at zero."""
+    """The MMDiT in diffusers' layout. Plain FLUX.1-dev's gets a semantic input of `semantic_dim` columns that starts at zero."""
     sources, c = open_sharded(folder), ConfigFile(folder / "config.json")
     width, ratio = c.size("num_attention_heads") * c.size("attention_head_dim"), 4
     if "transformer_blocks.0.ff.net.0.proj.weight" in sources.infos and width:
         ratio = shape_of(sources, "transformer_blocks.0.ff.net.0.proj.weight", 2)[0] // width
-    cfg = configs.read_mmdit(c, semantic_dim or shape_of(sources, "siglip_embed.weight", 2)[1], ratio)
+    plain = semantic_dim is not None and "siglip_embed.weight" not in sources.infos
+    cfg = configs.read_mmdit(c, semantic_dim if plain else shape_of(sources, "siglip_embed.weight", 2)[1], ratio)
     table = mmdit.table(cfg)
-    if semantic_dim is not None:
+    if plain:
         rules = [rule for rule in table.rules if rule.target != "siglip_embed/kernel"]
         table = NameTable(rules, table.ignored, [Init("siglip_embed/kernel", constant(0))])
     out.released["mmdit"] = c.data

@@ -262,7 +262,7 @@ SCHEDULER = {
     "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting": True,
     "base_image_seq_len": 256, "max_image_seq_len": 4096,
 }  # fmt: skip
-# FluxPipeline's parts: {folder: [library, class]}. The transformer is X-Omni's own, which the published code passes to the pipeline.
+# FluxPipeline's parts: {folder: [library, class]}.
 PIPELINE = {
     "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
     "text_encoder": ["transformers", "CLIPTextModel"],

@@ -14,9 +14,8 @@ are missing. Without a released original they are named as in X-Omni-En.
 
 To run the result with the published PyTorch code (torch 2.6, transformers 4.51.3, diffusers 0.34), copy the *.py files of a downloaded
 X-Omni beside config.json; its generate.py and chat.py take TO as --model_name_or_path. The --flux_model_name_or_path is FLUX.1-dev, or
-TO/flux where the VAE or the text encoders were trained: a FluxPipeline without its transformer, which diffusers opens with
-FluxPipeline.from_pretrained("TO/flux", transformer=...). The last lines say what that code cannot run, and which folders of FLUX.1-dev
-TO/flux needs. xomni convert --xomni TO reads all of it again.
+TO/flux where the VAE or the text encoders were trained: diffusers opens it as a FluxPipeline, whose transformer is a link to the MMDiT.
+The last lines say what that code cannot run, and which folders of FLUX.1-dev TO/flux needs. xomni convert --xomni TO reads all of it again.
 
 examples:
   xomni export --from models/xomni --to X-Omni-mine
