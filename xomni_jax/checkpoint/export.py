@@ -38,6 +38,7 @@ from xomni_jax.models.registry import COMPONENTS
 from xomni_jax.sampling.decoder import DecodeConfig
 
 Say = Callable[[str], None]
+SECTIONS = {"encoder": "siglip_vq", "decoder": "mmdit"}  # of vision_config
 # Component of FLUX.1-dev -> (its folder, stem of its files, table, config there, config of ours).
 FLUX = {
     "autoencoder": ("vae", "diffusion_pytorch_model", autoencoder.table, configs.read_vae, configs.write_vae),
@@ -174,11 +175,7 @@ class _Export:
             self._image_tokenizer(vision, original.get("vision_config", {}))
         if "mmdit" in self.components:
             self._decoder(vision, original.get("vision_config", {}))
-        if left := [
-            section
-            for section, name in (("encoder", "siglip_vq"), ("decoder", "mmdit"))
-            if section in vision and name not in self.components
-        ]:
+        if left := [section for section, name in SECTIONS.items() if section in vision and name not in self.components]:
             self.notes.append(f"config.json: vision_config.{' and '.join(left)} name files that are not part of this export")
         if vision:
             run = self.components.get("mmdit", self.components.get("siglip_vq"))
@@ -242,9 +239,8 @@ class _Export:
         scheduler = {key: getattr(self.decode, key) for key in ("base_shift", "max_shift")}
         self.configs[flux / "scheduler" / "scheduler_config.json"] = changed(self.released.get("scheduler", configs.SCHEDULER), scheduler)
         written = {path.parts[1] for path in (*self.configs, *self.copies) if path.parts[:1] == ("flux",)}
-        own = (
-            ["its VAE is the identity"] if self.configs.get(flux / "vae" / "config.json", {}).get("_class_name") == configs.IDENTITY else []
-        )
+        vae = self.components.get("autoencoder")
+        own = ["its VAE is the identity"] if vae and vae.kind == "identity" else []
         if any(encoder in written and tokenizer not in written for encoder, tokenizer in configs.TOKENIZER_OF.items()):
             own.append("its text encoders read the ids of the text tokenizer")
         if own:

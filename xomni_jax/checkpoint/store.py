@@ -141,8 +141,7 @@ def copy_components(source: str | Path, target: str | Path, names: tuple[str, ..
     data, out = read_model_json(source), model_json_or_new(target)
     target.mkdir(parents=True, exist_ok=True)
     out["components"] |= {name: data["components"][name] for name in names if name in data["components"]}
-    for key in ("settings", "released"):
-        out[key] = data.get(key, {}) | out.get(key, {})
+    out |= {key: data[key] | out.get(key, {}) for key in ("settings", "released") if key in data}
     for name in (*names, *TOKENIZERS):
         if (source / name).is_dir():
             shutil.copytree(source / name, target / name, dirs_exist_ok=True)

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", choices=tuple(PARTS), help="one part; text means T5 and CLIP")
     parser.add_argument("--shard-gb", type=float, default=5.0, metavar="GB", help="most that one safetensors file holds (default 5)")
     parser.add_argument(
-        "--safetensors", action="store_true", help="the image tokenizer as safetensors, which the published code does not load, not as .pth"
+        "--safetensors", action="store_true", help="the image tokenizer as safetensors, which torch 2.6 does not load, instead of .pth"
     )
 
 
