@@ -19,9 +19,9 @@ from xomni_jax.training.stage import resolve
 
 # The smallest that one step of each stage takes: 8 pixels a token, images of 2 x 4 tokens, one layer of each kind.
 SIZES = {
-    "ar": dict(vocab=384, mm=22, image=13, d=16, mlp=24, heads=4, kv=2, head=4, language=1, adapters=1, tail=1),
+    "ar": dict(vocab=384, mm=576, image=512, d=16, mlp=24, heads=4, kv=2, head=4, language=1, adapters=1, tail=1),
     "vit": dict(d=96, layers=1, mlp=40, patch=8, grid=4),
-    "vq": dict(codes=13, width=10, blocks=1),
+    "vq": dict(codes=512, width=10, blocks=1),
     "mmdit": dict(channels=12, heads=2, head=12, axes=(2, 4, 6), double=1, single=1, text=14, pooled=18),
     "vae": dict(channels=(16, 16, 16), layers=1, latent=3, groups=8),
     "t5": dict(vocab=0, d=14, layers=1, heads=3, head=5, mlp=22, buckets=12, distance=9),
