@@ -226,7 +226,7 @@ def xomni_config(sizes: dict, dtype: str = "bfloat16") -> dict:
             "siglip_name": "siglip2_giant_patch16_384", "siglip_path": "vit/siglip2_giant.pth", "projector_path": "vit/projector.pth",
             "z_channels": v["d"], "codebook_size": q["codes"], "codebook_dim": q["width"], "with_norm": True,
         },
-        "decoder": {"model_path": "mmdit", "upscale_factor": 16, "num_inference_steps": 7, "cfg_scale": 1.5, "cfg_scale_2": 1.0},
+        "decoder": {"model_path": "mmdit", "upscale_factor": 16, "num_inference_steps": 7, "cfg_scale": 1.5, "cfg_scale_2": 1.5},
     }  # fmt: skip
     return ar_config(sizes["ar"]) | {"vision_config": vision}
 
@@ -274,6 +274,14 @@ SCHEDULER = {
 }  # fmt: skip
 
 
+MODEL_INDEX = {
+    "_class_name": "FluxPipeline", "_diffusers_version": "0.30.0.dev0", "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"], "text_encoder_2": ["transformers", "T5EncoderModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"], "tokenizer_2": ["transformers", "T5TokenizerFast"],
+    "transformer": ["diffusers", "FluxTransformer2DModel"], "vae": ["diffusers", "AutoencoderKL"],
+}  # fmt: skip
+
+
 # ---- directories ----
 def drawn(shapes: dict[str, tuple[int, ...]], dtype=ml_dtypes.bfloat16, seed: int = 0) -> dict[str, np.ndarray]:
     """Random tensors without a zero among them; norms about 1."""
@@ -304,7 +312,7 @@ def write_xomni(folder: Path, sizes: dict = SMALL, dtype=ml_dtypes.bfloat16, vis
 
 def write_flux(folder: Path, sizes: dict = SMALL, dtype=ml_dtypes.bfloat16) -> Path:
     """FLUX.1-dev, its own transformer included."""
-    write_json(folder / "model_index.json", {"_class_name": "FluxPipeline"})
+    write_json(folder / "model_index.json", MODEL_INDEX)
     write_json(folder / "transformer" / "config.json", flux_config(sizes["mmdit"]))
     write_safetensors(folder / "transformer", drawn(flux(sizes["mmdit"], None), dtype, 5), name="diffusion_pytorch_model")
     write_json(folder / "vae" / "config.json", vae_config(sizes["vae"]))

@@ -279,7 +279,7 @@ convert.convert({str(released[0])!r}, None, {str(tmp_path / "out")!r})
 
 def test_a_full_disk_is_said_before_the_start(released, tmp_path, monkeypatch):
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 10**6))
-    with pytest.raises(ConversionError, match="GB are to be written, 0.00 GB are free; free some space or choose another disk"):
+    with pytest.raises(ConversionError, match="3.46 MB are to be written, 1 MB are free; free some space or choose another disk"):
         convert(*released, tmp_path / "out", say=list)
     assert not (tmp_path / "out").exists()
 

@@ -184,10 +184,10 @@ def test_a_long_list_of_problems_is_cut(tmp_path):
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("{", "index.json: cannot be read as JSON"),
-        ("[" * 5000, "index.json: cannot be read as JSON"),
+        ("{", "index.json: not readable as JSON"),
+        ("[" * 5000, "index.json: not readable as JSON"),
         ('{"weight_map": {"a": "x", "a": "y"}}', "a comes twice"),
-        ("[]", "has no weight_map from keys to files"),
+        ("[]", "is no JSON object"),
         ("{}", "has no weight_map from keys to files"),
         ('{"weight_map": {}}', "has no weight_map from keys to files"),
         ('{"weight_map": {"a": 1}}', "has no weight_map from keys to files"),

@@ -13,7 +13,7 @@ from tests.checkpoint.fuzzing import fuzz
 from tests.checkpoint.pickles import FLOATS, HERE, Raw, W, archive, call, code, name, program, refused, storage, tensor, two_storages
 from tests.checkpoint.writing import write_torch_file
 from xomni_jax.checkpoint import torch_file
-from xomni_jax.checkpoint.tensor_file import LazyTensor, TensorFileError
+from xomni_jax.checkpoint.tensor_file import LazyTensor
 from xomni_jax.checkpoint.torch_file import ALIGNMENT, TorchFile
 from xomni_jax.checkpoint.torch_pickle import DTYPES, STORAGES
 
@@ -338,12 +338,6 @@ def test_tensors_are_made_one_at_a_time(tmp_path):
     tracemalloc.stop()
     assert made == list(range(6)) and peak < 18 * 2**20, peak  # the tensor and one ordered copy
     assert TorchFile(tmp_path / "a.pth").read("4")[1, 5] == 4
-
-
-def test_too_little_space(tmp_path):
-    with pytest.raises(TensorFileError, match="GB are to be written, .* GB are free; free some space or choose another disk"):
-        write_torch_file(tmp_path / "a.pth", {"w": LazyTensor(np.float32, (2**58,), lambda: None)})
-    assert list(tmp_path.iterdir()) == []
 
 
 # ---- fuzz ----

@@ -32,7 +32,7 @@ def test_there_and_back(xomni, tmp_path, capsys):
     assert told.out.splitlines()[-1] == f"written: {tmp_path / 'model'}" and told.err == ""
     told = said(capsys, 0, "inspect", tmp_path / "model")
     assert told.out.splitlines()[-1] == "missing: autoencoder, t5, clip"
-    told = said(capsys, 0, "export", "--from", tmp_path / "model", "--to", tmp_path / "back", "--pth", "--shard-gb", "0.00002")
+    told = said(capsys, 0, "export", "--from", tmp_path / "model", "--to", tmp_path / "back", "--shard-gb", "0.00002")
     assert told.out.splitlines()[-1] == f"written: {tmp_path / 'back'}"
     assert len(list((tmp_path / "back").glob("model-*.safetensors"))) > 2
     assert said(capsys, 0, "inspect", xomni, "--diff", tmp_path / "back").out == "all 145 parameters are equal\n"
@@ -56,7 +56,7 @@ def test_a_missing_component_counts_with_all_its_parameters(xomni, tmp_path, cap
 
 def test_the_plan_is_printed_and_nothing_written(xomni, tmp_path, capsys):
     told = said(capsys, 0, "convert", "--xomni", xomni, "--to", tmp_path / "model", "--only", "tokenizer", "--plan").out.splitlines()
-    assert told[0].startswith("siglip_vq: 433,084 parameters in 36 arrays") and told[-1] == "nothing written; 0.002 GB would be"
+    assert told[0].startswith("siglip_vq: 433,084 parameters in 36 arrays") and told[-1] == "nothing written; 1.73 MB would be"
     assert "  head.weight  dropped: a classifier head" in told
     assert not list(tmp_path.iterdir())
 
@@ -85,6 +85,8 @@ def test_a_nan_is_a_warning(xomni, tmp_path, capsys):
     [
         ("convert", "neither --xomni nor --flux is given; say what to convert"),
         ("convert --xomni X", "--to is missing; say where the model directory goes"),
+        ("convert --xomni X --to=", "--to is missing; say where the model directory goes"),
+        ("export --from X --to=", "--to is empty; say where the export goes"),
         ("convert --xomni /nowhere --to {}/a", "/nowhere: no such directory; give the directory of a downloaded checkpoint"),
         ("convert --xomni X --to {}/a --only vae", "--only vae: the given directories hold no autoencoder; give --flux"),
         ("convert --xomni X --to {}/a --image-vocab 0", "image_vocab_size=0 is too small"),

@@ -1,6 +1,7 @@
 """Exported checkpoints are loaded by transformers, diffusers and torch, which compute from them what we compute."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 
 import xomni_jax
 from tests.checkpoint import released_dirs as dirs
+from tests.encoder_tokenizers import CLIP_TOKENS, write_clip, write_t5
 from xomni_jax.checkpoint.convert import convert
 from xomni_jax.checkpoint.export import export
 
@@ -21,7 +23,7 @@ def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported")
     x, f = dirs.write_xomni(folder / "x", vision_dtype="float32"), dirs.write_flux(folder / "f")
     convert(x, f, folder / "model", "float32", say=list)
-    export(folder / "model", folder / "back", pth=True, shard_bytes=40_000, say=list)
+    export(folder / "model", folder / "back", shard_bytes=40_000, say=list)
     return xomni_jax.load(folder / "model"), folder / "back"
 
 
@@ -130,6 +132,34 @@ def test_transformers_loads_the_text_encoders(exported):
         theirs = CLIPTextModel.from_pretrained(back / "flux" / "text_encoder").eval()(torch.tensor(ids))
     hidden, pooled = model.module("clip").apply({"params": model.params("clip")}, ids)
     close(hidden, theirs.last_hidden_state), close(pooled, theirs.pooler_output)
+
+
+@pytest.mark.parametrize("trained", ["all", "vae"])
+def test_diffusers_opens_the_flux_folder(trained, tmp_path):
+    """As a FluxPipeline, alone or with the transformer passed as the published code does; what was not exported is FLUX.1-dev's."""
+    import torch
+    from diffusers import FluxPipeline, FluxTransformer2DModel
+
+    sizes = S | {"t5": S["t5"] | dict(vocab=write_t5(tmp_path / "t5")), "clip": S["clip"] | dict(vocab=len(CLIP_TOKENS), length=77)}
+    x, f = dirs.write_xomni(tmp_path / "x", sizes, vision_dtype="float32"), dirs.write_flux(tmp_path / "f", sizes)
+    for name in ("tokenizer", "tokenizer_2"):
+        shutil.rmtree(f / name)
+    (tmp_path / "t5").rename(f / "tokenizer_2"), write_clip(f / "tokenizer")
+    convert(x, f, tmp_path / "model", "float32", say=list)
+    lines, back = [], tmp_path / "back"
+    export(tmp_path / "model", back, only=None if trained == "all" else trained, say=lines.append)
+    for name in () if trained == "all" else lines[-1].removeprefix("flux: diffusers opens it once ").split(" of ")[0].split(", "):
+        shutil.copytree(f / name, back / "flux" / name)
+    passed = {"transformer": FluxTransformer2DModel.from_pretrained(back / "mmdit")} if trained == "all" else {}
+    pipe = FluxPipeline.from_pretrained(back / "flux", torch_dtype=torch.float32, **passed)
+    assert FluxPipeline.from_pretrained(back / "flux").transformer.config.num_layers == S["mmdit"]["double"]
+    model, prompts = xomni_jax.load(tmp_path / "model"), ["a red sign that says 7", ""]
+    with torch.no_grad():
+        text, pooled, _ = pipe.encode_prompt(prompts, None)
+    ids = model.text_ids(prompts)
+    close(model.module("t5").apply({"params": model.params("t5")}, ids[0]), text)
+    close(model.module("clip").apply({"params": model.params("clip")}, ids[1])[1], pooled)
+    assert pipe.vae.config.scaling_factor == 0.3611 and pipe.scheduler.config.max_shift == 1.25
 
 
 def test_torch_loads_the_pth(exported):

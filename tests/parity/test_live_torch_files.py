@@ -92,8 +92,16 @@ UNNEEDED = {
     "half complex": (lambda: torch.zeros(2, dtype=torch.complex32), "'torch.complex32'"),
     "a numpy number": (lambda: np.float64(1), "'numpy.*scalar'"),
     "a module": (lambda: torch.nn.Linear(2, 2), "'torch.nn.modules.linear.Linear'"),
-    "a counter": (lambda: collections.Counter("a"), "'collections.Counter'"),
 }
+BESIDE = [collections.Counter("aab"), b"\xff\0", bytearray(b"ab"), 1.5 - 2j, {1, 2}, torch.strided, torch.device("cpu"), torch.Size([2])]
+
+
+@pytest.mark.parametrize("value", BESIDE, ids=lambda value: type(value).__name__)
+def test_what_torch_loads_beside_weights_is_read(tmp_path, value):
+    torch.save({"model": {"w": torch.ones(2)}, "x": value, "y": [value]}, tmp_path / "a.pth")
+    torch.load(tmp_path / "a.pth", weights_only=True)
+    file = open_tensor_file(tmp_path / "a.pth")
+    assert list(file.infos) == ["model.w"] and file.others == {"x", "y"}
 
 
 @pytest.mark.parametrize("what", UNNEEDED)

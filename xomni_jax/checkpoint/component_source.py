@@ -38,17 +38,12 @@ class NewParts:
 
 @dataclasses.dataclass
 class ComponentSource:
-    """One component of a published checkpoint, and what it becomes.
-
-    Attributes:
-      original: its `config.json`, kept so that an export can restore it.
-    """
+    """One component of a published checkpoint, and what it becomes."""
 
     name: str
     config: Any
     table: NameTable
     sources: TensorFiles
-    original: dict[str, Any]
 
     def readers(
         self, wanted: Mapping[str, tuple[int, ...]] | None = None, dtype: np.dtype | None = None, seed: int = 0
@@ -64,7 +59,7 @@ class Release:
     """Everything found in the given directories.
 
     Attributes:
-      settings: {name: fields} of how the model is run, as in model.json.
+      settings, released: as in model.json, see `checkpoint.store`.
       tokenizers: {folder in the model directory: source folder}.
       extend: whether image tokens must be added to the text tokenizer, which is then a plain language model's.
       notes: lines for the user.
@@ -72,6 +67,7 @@ class Release:
 
     components: dict[str, ComponentSource] = dataclasses.field(default_factory=dict)
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    released: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     tokenizers: dict[str, Path] = dataclasses.field(default_factory=dict)
     extend: bool = False
     notes: list[str] = dataclasses.field(default_factory=list)
@@ -84,24 +80,24 @@ def wanted_shapes(name: str, config: Any) -> dict[str, tuple[int, ...]]:
     return {path: tuple(leaf.shape) for path, leaf in flatten(meta.unbox(boxed_shapes(name, config))).items()}
 
 
-def component_source(name: str, config: Any, table: NameTable, sources: TensorFiles, original: Mapping[str, Any]) -> ComponentSource:
+def component_source(name: str, config: Any, table: NameTable, sources: TensorFiles) -> ComponentSource:
     """The component with the stored dtype in its config. It computes in bfloat16 if that is stored, else in float32."""
     stored = usual_dtype(sources, table)
     stored = stored if stored in FLOATS else np.dtype(np.float32)  # others are refused, or cast
     compute = stored if stored == ml_dtypes.bfloat16 else np.dtype(np.float32)
-    return ComponentSource(name, dataclasses.replace(config, dtype=compute, param_dtype=stored), table, sources, dict(original))
+    return ComponentSource(name, dataclasses.replace(config, dtype=compute, param_dtype=stored), table, sources)
 
 
-def layer_count(sources: TensorFiles, pattern: str) -> int:
-    """Number of layers, from the highest number in the keys that match."""
-    return max((int(m[1]) for key in sources.infos if (m := re.match(pattern, key))), default=-1) + 1
+def layer_count(sources: TensorFiles, prefix: str) -> int:
+    """Number of layers, from the highest number that follows the pattern `prefix` in the keys."""
+    return max((int(m[1]) for key in sources.infos if (m := re.match(prefix + r"(\d+)\.", key))), default=-1) + 1
 
 
 def shape_of(sources: TensorFiles, key: str, rank: int) -> tuple[int, ...]:
     """Shape of a tensor from which a config's sizes are read."""
     if key not in sources.infos:
         raise ConversionError(f"{sources.describe_missing(key)}: missing from the checkpoint")
-    shape = tuple(sources.infos[key].shape)
+    shape = sources.infos[key].shape
     if len(shape) != rank or 0 in shape:
         raise ConversionError(f"{sources.describe(key)}: shape {shape}, expected {rank} dimensions")
     return shape

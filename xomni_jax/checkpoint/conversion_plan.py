@@ -47,7 +47,7 @@ def plan_conversion(
     parts: NewParts = NewParts(),
 ) -> ConversionPlan:
     """The plan of `convert` with the same arguments; without `to`, of a new directory."""
-    existing = {} if to is None else _existing_components(Path(to).absolute())
+    existing = {} if to is None else _existing_components(Path(to).resolve())
     if "siglip_vq" in existing:
         parts = dataclasses.replace(parts, semantic_dim=existing["siglip_vq"].width)
     return make_plan(open_release(xomni, flux, only, parts), dtype, existing)

@@ -2,42 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from xomni_jax.checkpoint.conversion import Rule, ignored_rule
+from xomni_jax.checkpoint.conversion import ignored_rule
 from xomni_jax.checkpoint.conversion_plan import ConversionPlan
+from xomni_jax.core.tables import bytes_text
 
 
 def plan_lines(plan: ConversionPlan) -> Iterator[str]:
     """The plan as a table: every source key, its transformation, and the parameter it becomes."""
-    for name, params in plan.params.items():
-        part = plan.release.components[name]
+    for name, rows in what_becomes(plan).items():
+        params = plan.params[name]
         count, size = sum(math.prod(p.shape) for p in params), sum(p.nbytes for p in params)
-        yield f"{name}: {count:,} parameters in {len(params)} arrays, {size / 1e9:.3f} GB"
-        for param in params:
-            for rule in param.rules:
-                info = part.sources.infos[rule.source]
-                dtype = info.dtype.name if info.dtype == param.dtype else f"{info.dtype.name} -> {param.dtype.name}"
-                yield f"  {info.key}  {dtype} {list(info.shape)}  {rule.transform.name}  {param.path}{_index_text(rule)}"
-            if param.init:
-                yield f"  (new)  {param.dtype.name} {list(param.shape)}  {param.init.initializer.description}  {param.path}"
-        for key, info in part.sources.infos.items():
-            if ignored := ignored_rule(key, part.table):
-                yield f"  {info.key}  dropped: {ignored.reason}"
+        yield f"{name}: {count:,} parameters in {len(params)} arrays, {bytes_text(size)}"
+        for row in rows["taken"]:
+            dtype = row["dtype"] if row["dtype"] == row["stored_dtype"] else f"{row['dtype']} -> {row['stored_dtype']}"
+            index = ("" if row["layer"] is None else f"[{row['layer']}]") + ("" if row["part"] is None else f" part {row['part']}")
+            yield f"  {row['key']}  {dtype} {row['shape']}  {row['transform']}  {row['target']}{index}"
+        for row in rows["new"]:
+            yield f"  (new)  {row['stored_dtype']} {row['shape']}  {row['how']}  {row['target']}"
+        for row in rows["dropped"]:
+            yield f"  {row['key']}  dropped: {row['reason']}"
 
 
-def _index_text(rule: Rule) -> str:
-    """The place of a tensor in a parameter that several tensors fill: "[3]" or "[3] part 0"."""
-    return ("" if rule.layer is None else f"[{rule.layer}]") + ("" if rule.part is None else f" part {rule.part[1]}")
-
-
-def report_of(plan: ConversionPlan, hashes: dict[str, str], not_finite: dict[str, str]) -> dict[str, Any]:
-    """The report: files with their sha256, and for every source key what became of it."""
+def what_becomes(plan: ConversionPlan) -> dict[str, Any]:
+    """{component: rows of source tensors that are taken or dropped, and of parameters that are new}."""
     components: dict[str, Any] = {}
     for name, params in plan.params.items():
         part = plan.release.components[name]
@@ -55,30 +49,20 @@ def report_of(plan: ConversionPlan, hashes: dict[str, str], not_finite: dict[str
             if ignored := ignored_rule(key, part.table):
                 dropped.append({"file": str(info.file), "key": info.key, "reason": ignored.reason})
         components[name] = {"taken": taken, "new": new, "dropped": dropped}
-    return {"files": hashes, "components": components, "not_finite": not_finite}
+    return components
 
 
-class Hashes:
-    """sha256 of files, computed by a thread during the conversion; leaving the block without `result` stops it."""
+@contextlib.contextmanager
+def digests(files: Sequence[str]) -> Iterator[Callable[[], dict[str, str]]]:
+    """sha256 of files, computed by a thread while the block runs; the function waits for them. An error in the block ends the thread."""
 
-    def __init__(self, files: list[str]):
-        self.files, self._stop, self._pool = files, threading.Event(), ThreadPoolExecutor(1)
-
-    def __enter__(self) -> Hashes:
-        self._future = self._pool.submit(lambda: {file: self._one(file) for file in self.files})
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._stop.set()
-        self._pool.shutdown()
-
-    def result(self) -> dict[str, str]:
-        """{file: sha256}, once all are done."""
-        return self._future.result()
-
-    def _one(self, file: str) -> str:
-        digest, block = hashlib.sha256(), memoryview(bytearray(4 * 2**20))
+    def sha256(file: str) -> str:
         with open(file, "rb", buffering=0) as source:
-            while not self._stop.is_set() and (n := source.readinto(block)):
-                digest.update(block[:n])
-        return digest.hexdigest()
+            return hashlib.file_digest(source, "sha256").hexdigest()
+
+    with ThreadPoolExecutor(1) as pool:
+        found = {file: pool.submit(sha256, file) for file in files}
+        try:
+            yield lambda: {file: digest.result() for file, digest in found.items()}
+        finally:
+            pool.shutdown(cancel_futures=True)

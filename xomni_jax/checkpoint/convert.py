@@ -19,13 +19,13 @@ import jax
 from jax.experimental.multihost_utils import sync_global_devices
 
 from xomni_jax.checkpoint.component_source import NewParts
-from xomni_jax.checkpoint.conversion import ConversionError
 from xomni_jax.checkpoint.conversion_plan import ConversionPlan, plan_conversion
-from xomni_jax.checkpoint.conversion_report import Hashes, report_of
-from xomni_jax.checkpoint.store import CheckpointError, config_to_json, model_json_or_new, write_json
+from xomni_jax.checkpoint.conversion_report import digests, what_becomes
+from xomni_jax.checkpoint.store import config_to_json, model_json_or_new, write_json
 from xomni_jax.checkpoint.stream import save_params
-from xomni_jax.checkpoint.tensor_file import check_space
+from xomni_jax.checkpoint.tensor_file import check_space, read_json
 from xomni_jax.checkpoint.tokenizer_files import copy_tokenizer, with_image_tokens
+from xomni_jax.core.tables import bytes_text
 
 REPORT, PROGRESS = "conversion.json", "progress.json"
 Say = Callable[[str], None]
@@ -51,31 +51,23 @@ def convert(
     Raises:
       ConversionError: nothing was written.
     """
-    to = Path(to).absolute()
+    to = Path(to).resolve()
     part, plan = to.with_name(to.name + ".part"), plan_conversion(xomni, flux, to, dtype, only, parts)
     tokenizer = with_image_tokens(plan.release)
     identity = _identity(plan, dtype)
     done = _done(part, identity)
     needed = sum(p.nbytes for name, params in plan.params.items() if name not in done for p in params)
-    check_space(to, int(needed * 1.01) + 2**20, ConversionError)
+    check_space(to, int(needed * 1.01) + 2**20)
     _prepare(part, done)
     for line in plan.release.notes:
         say(line)
-    with Hashes(plan.source_files if jax.process_index() == 0 else []) as hashes:
-        for name, params in plan.params.items():
-            if name in done:
-                say(f"{name}: already in {part}")
-                continue
-            began = time.perf_counter()
-            done[name] = save_params(part / name, params)
-            if jax.process_index() == 0:
-                write_json(part / PROGRESS, {"identity": identity, "done": done})
-            size, seconds = sum(p.nbytes for p in params), time.perf_counter() - began
-            say(f"{name}: {len(params)} arrays, {size / 1e9:.3f} GB in {seconds:.1f} s")
+    with digests(plan.source_files if jax.process_index() == 0 else []) as hashes:
+        _write(part, plan, done, identity, say)
         not_finite = {key: kind for found in done.values() for key, kind in found.items()}
         sync_global_devices("written")
         if jax.process_index() == 0:
-            _publish(part, to, plan, report_of(plan, hashes.result(), not_finite), tokenizer, say)
+            report = {"files": hashes(), "components": what_becomes(plan), "not_finite": not_finite}
+            _publish(part, to, plan, report, tokenizer, say)
     sync_global_devices("published")
     return [f"{key}: holds values that are {kind}" for key, kind in sorted(not_finite.items())]
 
@@ -109,6 +101,20 @@ def _prepare(part: Path, done: Mapping[str, Any]) -> None:
     sync_global_devices("prepared")
 
 
+def _write(part: Path, plan: ConversionPlan, done: dict[str, dict[str, str]], identity: dict[str, Any], say: Say) -> None:
+    """Writes the components that are not done, one after the other."""
+    for name, params in plan.params.items():
+        if name in done:
+            say(f"{name}: already in {part}")
+            continue
+        began = time.perf_counter()
+        done[name] = save_params(part / name, params) if params else {}
+        if jax.process_index() == 0:
+            write_json(part / PROGRESS, {"identity": identity, "done": done})
+        size, seconds = sum(p.nbytes for p in params), time.perf_counter() - began
+        say(f"{name}: {len(params)} arrays, {bytes_text(size)} in {seconds:.1f} s")
+
+
 def _publish(part: Path, to: Path, plan: ConversionPlan, report: dict[str, Any], tokenizer: str | None, say: Say) -> None:
     release = plan.release
     for name, folder in release.tokenizers.items():
@@ -117,16 +123,15 @@ def _publish(part: Path, to: Path, plan: ConversionPlan, report: dict[str, Any],
             (part / name / "tokenizer.json").write_text(tokenizer)
     new, data = not (to / "model.json").is_file(), model_json_or_new(to)
     if not new and (to / REPORT).is_file():
-        old = _read_report(to)
+        old = read_json(to / REPORT)
         report = {key: {**old.get(key, {}), **value} for key, value in report.items()}
     for name, source in release.components.items():
-        note = {"converted_from": str(next(iter(source.sources.paths.values())))}
-        if source.original:
-            note["released_config"] = source.original
+        note = {"converted_from": str(next(iter(source.sources.paths.values()), ""))}
         data["components"][name] = {"config": config_to_json(source.config), "note": note}
     settings = data.setdefault("settings", {})
     for name, fields in release.settings.items():
         settings[name] = settings.get(name, {}) | fields
+    data["released"] = data.get("released", {}) | release.released
     (part / PROGRESS).unlink(missing_ok=True)
     if new:
         write_json(part / REPORT, report)
@@ -143,10 +148,3 @@ def _publish(part: Path, to: Path, plan: ConversionPlan, report: dict[str, Any],
     write_json(to / REPORT, report)
     write_json(to / "model.json", data)
     part.rmdir()
-
-
-def _read_report(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / REPORT).read_text())
-    except ValueError as e:
-        raise CheckpointError(f"{folder / REPORT}: not readable as JSON ({e}); move it away") from None

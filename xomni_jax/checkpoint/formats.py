@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from xomni_jax.checkpoint.conversion import ConversionError
-from xomni_jax.checkpoint.released_configs import read_json
+from xomni_jax.checkpoint.tensor_file import read_json
 
 LORA_FILES = {"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors"}
 SIGLIP = ("siglip", "siglip2", "siglip_vision_model", "siglip2_vision_model")

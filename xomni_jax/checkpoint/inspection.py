@@ -16,6 +16,7 @@ from xomni_jax.checkpoint.orbax_reader import OrbaxReader
 from xomni_jax.checkpoint.released import ALL
 from xomni_jax.checkpoint.released_model import ReleasedModel
 from xomni_jax.checkpoint.store import TOKENIZERS, CheckpointError, config_to_json, read_model_json
+from xomni_jax.core.tables import bytes_text
 
 TITLES = {"xomni": "released X-Omni", "qwen2": "plain Qwen2.5", "siglip2": "plain SigLIP2", "flux": "FLUX.1-dev"}
 BLOCK = 64 * 2**20  # bytes compared at a time
@@ -82,6 +83,7 @@ def _of_model(path: Path) -> CheckpointView:
             continue
         try:
             stored = OrbaxReader(path / name)
+            stored.check()
         except CheckpointError as e:
             view.faults[name] = str(e)
             continue
@@ -99,16 +101,14 @@ def describe(view: CheckpointView) -> Iterator[str]:
         arrays = view.arrays[name].values()
         dtypes = ", ".join(sorted({a.dtype.name for a in arrays})) or "no parameters"
         count, size = sum(math.prod(a.shape) for a in arrays), sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays)
-        yield f"{name}: {count:,} parameters in {len(arrays)} arrays, {size / 1e9:.3f} GB, {dtypes}"
+        yield f"{name}: {count:,} parameters in {len(arrays)} arrays, {bytes_text(size)}, {dtypes}"
         yield "  " + ", ".join(f"{k}={v}" for k, v in view.configs[name].items())
     yield f"total: {sum(math.prod(a.shape) for arrays in view.arrays.values() for a in arrays.values()):,} parameters"
     for name, fields in view.settings.items():
         yield f"settings.{name}: " + ", ".join(f"{k}={v}" for k, v in fields.items())
-    for name, why in view.faults.items():
-        yield f"unreadable: {name}: {why}"
     missing = [name for name in ALL if name not in view.arrays and name not in view.faults]
     missing += ["tokenizer"] * ("tokenizer" not in view.tokenizers)
-    yield f"missing: {', '.join(missing)}" if missing else "missing: nothing"
+    yield f"missing: {', '.join(missing) or 'nothing'}" + (f"; damaged: {', '.join(view.faults)}" if view.faults else "")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,6 +44,24 @@ class OrbaxReader:
             self._open[path] = ts.open(spec, open=True, context=self._context).result()
         return self._open[path]
 
+    def check(self) -> None:
+        """Raises CheckpointError where a file of values is missing or cut off; reads the list of their places, not the values."""
+        reading(self._check, f"{self.directory}: {DAMAGED}")
+
+    def _check(self) -> None:
+        if not (self.directory / "manifest.ocdbt").exists():
+            return
+        base = ts.KvStore.open(f"file://{self.directory}/").result()
+        nodes = [ts.ocdbt.dump(base).result()["versions"][-1]["root"]["location"]]
+        while nodes:
+            for entry in ts.ocdbt.dump(base, nodes.pop()).result()["entries"]:
+                nodes += [entry["location"]] if "location" in entry else []
+                if "indirect_value" in entry:
+                    _, folder, name, offset, length = entry["indirect_value"].split(":")
+                    file = self.directory / (folder + name)
+                    if not file.is_file() or file.stat().st_size < int(offset) + int(length):
+                        raise ValueError(f"{folder}{name} is {'cut off' if file.is_file() else 'missing'}")
+
     def read(self, path: str, index: Any = ...) -> np.ndarray:
         """A rectangle of one array, or one layer of it by its number.
 

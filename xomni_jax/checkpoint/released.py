@@ -29,8 +29,10 @@ from xomni_jax.checkpoint.conversion import ConversionError, Init, NameTable
 from xomni_jax.checkpoint.formats import detect_format
 from xomni_jax.checkpoint.names import autoencoder, clip, mmdit, qwen2, siglip2, siglip_vq, t5, transformer
 from xomni_jax.checkpoint.names.initializers import constant
+from xomni_jax.checkpoint.official import HEADS
 from xomni_jax.checkpoint.released_configs import ConfigFile
-from xomni_jax.checkpoint.tensors import TensorFileError, TensorFiles, open_sharded, open_tensor_file
+from xomni_jax.checkpoint.tensor_file import absence, check_links, read_json
+from xomni_jax.checkpoint.tensors import TensorFiles, open_sharded, open_tensor_file
 from xomni_jax.models.siglip_vq import SigLIPVQConfig
 
 # What --only names -> components.
@@ -42,7 +44,6 @@ PARTS = {
     "text": ("t5", "clip"),
 }
 ALL = sum(PARTS.values(), ())
-HEADS = {"siglip2_giant_patch16_384": 16, "siglip_so400m_patch16_384": 16}  # the one size that no tensor shows
 # Sizes that two components must share.
 SHARED = (
     ("transformer", "image_vocab_size", "siglip_vq", "codebook_size"),
@@ -71,6 +72,9 @@ def open_release(xomni: str | Path | None, flux: str | Path | None, only: str | 
         if kind == "flux":
             raise ConversionError(f"{xomni}: is FLUX.1-dev; give it as --flux")
         openers |= {"xomni": _xomni, "qwen2": _qwen2, "siglip2": _siglip2}[kind](xomni, out)
+        if flux is None and kind == "xomni" and (xomni / "flux").is_dir():
+            flux = xomni / "flux"
+            out.notes.append(f"{flux}: read as FLUX.1-dev, as no other is given")
     if flux is not None:
         if (other := detect_format(flux)) != "flux":
             raise ConversionError(f"{flux}: is {'X-Omni' if other == 'xomni' else other}, not FLUX.1-dev; give it as --xomni")
@@ -80,7 +84,8 @@ def open_release(xomni: str | Path | None, flux: str | Path | None, only: str | 
         try:
             if name in openers:
                 out.components[name] = openers[name]()
-        except (ConversionError, TensorFileError) as e:
+                out.notes += out.components[name].sources.left
+        except ConversionError as e:
             problems.append(str(e))
     if problems:
         raise ConversionError.of(problems)
@@ -90,6 +95,8 @@ def open_release(xomni: str | Path | None, flux: str | Path | None, only: str | 
     if "transformer" not in out.components:
         out.tokenizers.pop("tokenizer", None)
     out.tokenizers = {k: v for k, v in out.tokenizers.items() if k == "tokenizer" or k.removeprefix("tokenizer_") in out.components}
+    for tokenizer in out.tokenizers.values():
+        check_links(tokenizer)
     _settings(out, Path(xomni) if kind == "xomni" else None, Path(flux) if flux else None)
     return out
 
@@ -104,19 +111,32 @@ def check_compatible(components: Mapping[str, Any]) -> list[str]:
 
 
 def _settings(out: Release, xomni: Path | None, flux: Path | None) -> None:
-    vision = ConfigFile(xomni / "config.json").part("vision_config", {}) if xomni else None
+    """How the model is run, by the configs of both directories."""
+    top = ConfigFile(xomni / "config.json") if xomni else None
+    vision = top.part("vision_config", {}) if top else None
     if "siglip_vq" in out.components:
         fields = configs.read_preprocess(vision.part("transform")) if vision and "transform" in vision.data else {}
         out.settings["preprocess"] = {"patch_size": out.components["siglip_vq"].config.patch} | fields
     decode: dict[str, Any] = {}
     if vision and "mmdit" in out.components and "decoder" in vision.data:
         decode |= configs.read_decode(vision.part("decoder"))
-        if (second := vision.part("decoder").get("cfg_scale_2", 1.0)) != 1.0:
-            out.notes.append(f"{vision.path}: vision_config.decoder.cfg_scale_2={second} is not used; cfg_scale alone guides the decoder")
+        first, second = (vision.data["decoder"].get(key, 1.0) for key in ("cfg_scale", "cfg_scale_2"))
+        if first != second:
+            out.notes.append(f"{vision.path}: vision_config.decoder.cfg_scale_2={second} is not used; cfg_scale={first} guides the decoder")
     if flux and (flux / "scheduler").is_dir():
-        decode |= configs.read_scheduler(ConfigFile(flux / "scheduler" / "scheduler_config.json"))
+        scheduler = ConfigFile(flux / "scheduler" / "scheduler_config.json")
+        decode |= configs.read_scheduler(scheduler)
+        out.released["scheduler"] = scheduler.data
+    if flux and (flux / "model_index.json").is_file():
+        out.released["flux"] = read_json(flux / "model_index.json")
     if "clip" in out.components:
         decode["pooled_length"] = out.components["clip"].config.max_length
+    if top:
+        out.released["xomni"] = top.data
+        lengths, size = configs.read_own(top)
+        decode |= lengths
+        if size:
+            out.settings["size"] = size
     if decode:
         out.settings["decode"] = decode
 
@@ -131,17 +151,21 @@ def _xomni(folder: Path, out: Release) -> Openers:
         out.notes.append(f"{c.path}: describes no transformer, so none is read")
         openers = {}
     vision = c.part("vision_config", {})
-    for section, name, what, read in (("encoder", "siglip_vq", "image tokenizer", _siglip_vq), ("decoder", "mmdit", "decoder", _decoder)):
+    reads = {
+        "siglip_vq": ("encoder", "image tokenizer", lambda: _siglip_vq(folder, vision)),
+        "mmdit": ("decoder", "decoder", lambda: _mmdit(_path_in(folder, vision.part("decoder"), "model_path"), None, out)),
+    }
+    for name, (section, what, read) in reads.items():
         if section in vision.data:
-            openers[name] = lambda read=read: _cast_compute(vision, read(folder, vision))
+            openers[name] = lambda read=read: _cast_compute(vision, read())
         else:
             out.notes.append(f"{c.path}: no vision_config.{section}, so no {what} is read")
     return openers
 
 
 def _transformer(folder: Path, c: ConfigFile) -> ComponentSource:
-    cfg = configs.read_transformer(c, None)
-    return component_source("transformer", cfg, transformer.table(cfg), open_sharded(folder), c.data)
+    cfg = configs.read_transformer(c)
+    return component_source("transformer", cfg, transformer.table(cfg), open_sharded(folder))
 
 
 def _siglip_vq(folder: Path, vision: ConfigFile) -> ComponentSource:
@@ -149,48 +173,37 @@ def _siglip_vq(folder: Path, vision: ConfigFile) -> ComponentSource:
     name = c.get("siglip_name")
     heads = c.size("num_heads", HEADS.get(name, 0))
     if not heads:
-        raise ConversionError(
-            f"{c.path}: {c.section}siglip_name={name!r} is unknown, and no tensor shows its head count; known: {', '.join(HEADS)}"
-        )
+        known = f"no tensor shows its head count; known: {', '.join(HEADS)}"
+        raise ConversionError(f"{c.path}: {c.section}siglip_name={name!r} is unknown, and {known}")
     sources = TensorFiles()
     sources.add(open_tensor_file(_path_in(folder, c, "siglip_path")), "vit.", "patch_embed.proj.weight")
     sources.add(open_tensor_file(_path_in(folder, c, "projector_path")), "vqproj.", "quantize.embedding.weight")
-    width, _, patch, _ = shape_of(sources, "vit.patch_embed.proj.weight", 4)
-    positions = shape_of(sources, "vit.pos_embed", 3)[1]
+    vit = _vit_sizes(sources, "vit.patch_embed.proj.weight", "vit.pos_embed", 3, r"vit\.blocks\.", "vit.blocks.0.mlp.fc1.weight")
     codes, code_width = shape_of(sources, "vqproj.quantize.embedding.weight", 2)
-    cfg = c.build(
-        SigLIPVQConfig,
-        width=width,
-        layers=layer_count(sources, r"vit\.blocks\.(\d+)\."),
-        heads=heads,
-        mlp=shape_of(sources, "vit.blocks.0.mlp.fc1.weight", 2)[0],
-        patch=patch,
-        pos_grid=configs.side_of(positions, sources.describe("vit.pos_embed")),
-        codebook_size=codes,
-        code_width=code_width,
-        conv_blocks=layer_count(sources, r"vqproj\.post_conv\.(\d+)\."),
-        groups=c.size("num_groups", 32),
-    )
-    for key, size in (("z_channels", width), ("codebook_size", codes), ("codebook_dim", code_width)):
+    for key, size in (("z_channels", vit["width"]), ("codebook_size", codes), ("codebook_dim", code_width)):
         if c.size(key, size) != size:
-            raise ConversionError(
-                f"{c.path}: {c.section}{key}={c.get(key)}, but the tensors have {size}; take config and weights from one checkpoint"
-            )
-    return component_source("siglip_vq", cfg, siglip_vq.table(cfg), sources, vision.data)
+            wrong = f"{c.section}{key}={c.get(key)}, but the tensors have {size}"
+            raise ConversionError(f"{c.path}: {wrong}; take config and weights from one checkpoint")
+    blocks = layer_count(sources, r"vqproj\.post_conv\.")
+    quantizer = dict(codebook_size=codes, code_width=code_width, conv_blocks=blocks, groups=c.size("num_groups", 32))
+    cfg = c.build(SigLIPVQConfig, **vit, heads=heads, **quantizer)
+    return component_source("siglip_vq", cfg, siglip_vq.table(cfg), sources)
 
 
-def _decoder(folder: Path, vision: ConfigFile) -> ComponentSource:
-    return _mmdit(_path_in(folder, vision.part("decoder"), "model_path"), None)
+def _vit_sizes(sources: TensorFiles, patch: str, positions: str, rank: int, blocks: str, mlp: str) -> dict[str, int]:
+    """Sizes of an image tower, from the shapes of three tensors and the number of its blocks; `rank` is that of its positions."""
+    width, _, side, _ = shape_of(sources, patch, 4)
+    grid = shape_of(sources, positions, rank)[-2]
+    layers, hidden = layer_count(sources, blocks), shape_of(sources, mlp, 2)[0]
+    return dict(width=width, layers=layers, mlp=hidden, patch=side, pos_grid=configs.side_of(grid, sources.describe(positions)))
 
 
 def _path_in(folder: Path, c: ConfigFile, key: str) -> Path:
     """A path that a config names, which must exist within the config's directory."""
-    name = c.get(key)
-    if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ConversionError(f"{c.path}: {c.section}{key}={name!r} is no path within the directory")
-    if not (folder / name).exists():
-        raise ConversionError(f"{folder / name}: no such file, but {c.path.name} names it as {c.section}{key}; download it too")
-    return folder / name
+    path = folder / c.path_within(key)
+    if not path.exists():
+        raise ConversionError(f"{path}: {absence(path)}, but {c.path.name} names it as {c.section}{key}; download it too")
+    return path
 
 
 def _cast_compute(vision: ConfigFile, part: ComponentSource) -> ComponentSource:
@@ -208,16 +221,14 @@ def _qwen2(folder: Path, out: Release) -> Openers:
 
     def opened() -> ComponentSource:
         p, c = out.parts, ConfigFile(folder / "config.json")
-        vision = dict(
-            num_mm_adap_layers=p.adapter_layers,
-            num_mm_head_layers=p.head_layers,
-            mm_vocab_size=p.mm_vocab_size,
-            image_vocab_size=p.image_vocab_size,
-        )
-        cfg, sources = configs.read_transformer(c, vision), open_sharded(folder)
-        if c.get("tie_word_embeddings", False) and "lm_head.weight" not in sources.infos and "model.embed_tokens.weight" in sources.infos:
-            sources.alias("lm_head.weight", "model.embed_tokens.weight")
-        return component_source("transformer", cfg, qwen2.table(cfg, c.number("initializer_range", 0.02)), sources, {})
+        c.data |= dict(num_mm_adap_layers=p.adapter_layers, num_mm_head_layers=p.head_layers)
+        c.data |= dict(mm_vocab_size=p.mm_vocab_size, image_vocab_size=p.image_vocab_size)
+        c.data["num_hidden_layers"] = c.size("num_hidden_layers") + p.adapter_layers + p.head_layers
+        cfg, sources = configs.read_transformer(c), open_sharded(folder)
+        if c.get("tie_word_embeddings", False):
+            sources.tie("lm_head.weight", "model.embed_tokens.weight")
+            sources.tie("model.embed_tokens.weight", "lm_head.weight")
+        return component_source("transformer", cfg, qwen2.table(cfg, c.number("initializer_range", 0.02)), sources)
 
     out.tokenizers["tokenizer"], out.extend = folder, True
     what = "a plain language model; vision layers, image embedding and image head start at random"
@@ -233,21 +244,11 @@ def _siglip2(folder: Path, out: Release) -> Openers:
         c = c.part("vision_config") if "vision_config" in c.data else c
         sources = open_sharded(folder)
         top = "" if "embeddings.patch_embedding.weight" in sources.infos else "vision_model."
-        at = top + "embeddings."
-        width, _, patch, _ = shape_of(sources, at + "patch_embedding.weight", 4)
-        positions = shape_of(sources, at + "position_embedding.weight", 2)[0]
-        cfg = c.build(
-            SigLIPVQConfig,
-            width=width,
-            layers=layer_count(sources, re.escape(top) + r"encoder\.layers\.(\d+)\."),
-            heads=c.size("num_attention_heads"),
-            mlp=shape_of(sources, top + "encoder.layers.0.mlp.fc1.weight", 2)[0],
-            patch=patch,
-            pos_grid=configs.side_of(positions, sources.describe(at + "position_embedding.weight")),
-            codebook_size=out.parts.image_vocab_size,
-            code_width=out.parts.code_width,
-        )
-        return component_source("siglip_vq", cfg, siglip2.table(cfg, top), sources, {})
+        at, layers = f"{top}embeddings.", f"{top}encoder.layers."
+        names = at + "patch_embedding.weight", at + "position_embedding.weight", 2, re.escape(layers), layers + "0.mlp.fc1.weight"
+        sizes = _vit_sizes(sources, *names) | dict(codebook_size=out.parts.image_vocab_size, code_width=out.parts.code_width)
+        cfg = c.build(SigLIPVQConfig, **sizes, heads=c.size("num_attention_heads"))
+        return component_source("siglip_vq", cfg, siglip2.table(cfg, top), sources)
 
     out.notes.append(f"{folder}: a plain image tower; quantizer, codebook and projector start at random (seed {out.parts.seed})")
     return {"siglip_vq": opened}
@@ -259,15 +260,16 @@ def _flux(folder: Path, out: Release, plain: bool) -> Openers:
 
     def opener(name: str, sub: str, read: Callable, table: Callable) -> Callable[[], ComponentSource]:
         def opened() -> ComponentSource:
-            c, sources = ConfigFile(folder / sub / "config.json"), open_sharded(folder / sub)
+            c = ConfigFile(folder / sub / "config.json")
             cfg = read(c)
-            return component_source(name, cfg, table(cfg, sources), sources, c.data)
+            sources = TensorFiles() if getattr(cfg, "kind", None) == "identity" else open_sharded(folder / sub)
+            out.released[name] = c.data
+            return component_source(name, cfg, table(cfg, sources), sources)
 
         return opened
 
     def t5_table(cfg: Any, sources: TensorFiles) -> NameTable:
-        if "shared.weight" not in sources.infos and "encoder.embed_tokens.weight" in sources.infos:
-            sources.alias("shared.weight", "encoder.embed_tokens.weight")
+        sources.tie("shared.weight", "encoder.embed_tokens.weight")
         return t5.table(cfg)
 
     def clip_table(cfg: Any, sources: TensorFiles) -> NameTable:
@@ -276,7 +278,7 @@ def _flux(folder: Path, out: Release, plain: bool) -> Openers:
     def decoder() -> ComponentSource:
         width = out.components["siglip_vq"].config.width if "siglip_vq" in out.components else out.parts.semantic_dim
         out.notes.append(f"{folder}: plain FLUX.1; its semantic input ({width} wide) starts at zero")
-        return _mmdit(folder / "transformer", width)
+        return _mmdit(folder / "transformer", width, out)
 
     for key, sub in (("tokenizer_clip", "tokenizer"), ("tokenizer_t5", "tokenizer_2")):
         if (folder / sub).is_dir():
@@ -288,15 +290,17 @@ def _flux(folder: Path, out: Release, plain: bool) -> Openers:
     } | ({"mmdit": decoder} if plain and (folder / "transformer").is_dir() else {})
 
 
-def _mmdit(folder: Path, semantic_dim: int | None) -> ComponentSource:
-    """The MMDiT in diffusers' layout. With `semantic_dim` it is plain FLUX.1-dev's, and gets a semantic input that starts at zero."""
+def _mmdit(folder: Path, semantic_dim: int | None, out: Release) -> ComponentSource:
+    """The MMDiT in diffusers' layout. Plain FLUX.1-dev's gets a semantic input of `semantic_dim` columns that starts at zero."""
     sources, c = open_sharded(folder), ConfigFile(folder / "config.json")
     width, ratio = c.size("num_attention_heads") * c.size("attention_head_dim"), 4
     if "transformer_blocks.0.ff.net.0.proj.weight" in sources.infos and width:
         ratio = shape_of(sources, "transformer_blocks.0.ff.net.0.proj.weight", 2)[0] // width
-    cfg = configs.read_mmdit(c, semantic_dim or shape_of(sources, "siglip_embed.weight", 2)[1], ratio)
+    plain = semantic_dim is not None and "siglip_embed.weight" not in sources.infos
+    cfg = configs.read_mmdit(c, semantic_dim if plain else shape_of(sources, "siglip_embed.weight", 2)[1], ratio)
     table = mmdit.table(cfg)
-    if semantic_dim is not None:
+    if plain:
         rules = [rule for rule in table.rules if rule.target != "siglip_embed/kernel"]
         table = NameTable(rules, table.ignored, [Init("siglip_embed/kernel", constant(0))])
-    return component_source("mmdit", cfg, table, sources, c.data)
+    out.released["mmdit"] = c.data
+    return component_source("mmdit", cfg, table, sources)

@@ -15,39 +15,15 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from xomni_jax.checkpoint.tensor_file import (
-    LazyTensor,
-    TensorFile,
-    TensorFileError,
-    check_space,
-    reason,
-    show,
-    synced_file,
-    write_tensor,
-)  # fmt: skip
+from xomni_jax.checkpoint.tensor_file import LazyTensor, TensorFile, TensorFileError, reason, show, synced_file, write_tensor
 
 # In the order in which the safetensors package lays tensors out (largest alignment first), so that our files equal its files.
-DTYPES: dict[str, np.dtype] = {
-    "U64": np.dtype(np.uint64),
-    "I64": np.dtype(np.int64),
-    "F64": np.dtype(np.float64),
-    "C64": np.dtype(np.complex64),
-    "F32": np.dtype(np.float32),
-    "U32": np.dtype(np.uint32),
-    "I32": np.dtype(np.int32),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F16": np.dtype(np.float16),
-    "U16": np.dtype(np.uint16),
-    "I16": np.dtype(np.int16),
-    "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
-    "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
-    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-    "I8": np.dtype(np.int8),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
-}
+_DTYPES = """
+    U64 uint64, I64 int64, F64 float64, C64 complex64, F32 float32, U32 uint32, I32 int32, BF16 bfloat16, F16 float16, U16 uint16,
+    I16 int16, F8_E5M2FNUZ float8_e5m2fnuz, F8_E4M3FNUZ float8_e4m3fnuz, F8_E8M0 float8_e8m0fnu, F8_E4M3 float8_e4m3fn, F8_E5M2 float8_e5m2,
+    I8 int8, U8 uint8, BOOL bool
+"""
+DTYPES = {name: np.dtype(getattr(ml_dtypes, ours, ours)) for name, ours in (pair.split() for pair in _DTYPES.split(","))}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 ORDER = {name: i for i, name in enumerate(DTYPES)}
 DAMAGED = "the file is damaged or cut off; download it again"
@@ -69,6 +45,7 @@ class SafetensorsFile(TensorFile):
         try:
             with safe_open(self.path, "numpy") as file:
                 slices = {key: file.get_slice(key) for key in file.offset_keys()}
+                self.tied = file.metadata() or {}  # save_model writes {name that was left out: key}
         except SafetensorError as e:
             what = reason(e).removeprefix("Error while deserializing header: ")
             raise TensorFileError(f"{self.path}: its header cannot be read ({what}); {DAMAGED}") from None
@@ -99,11 +76,8 @@ def write_safetensors(
     Returns:
       The files with tensors, in order.
 
-    Raises:
-      TensorFileError: too little space on the disk; nothing is written.
     """
-    folder, nbytes = Path(folder), sum(t.nbytes for t in tensors.values())
-    check_space(folder, nbytes)
+    folder = Path(folder)
     shards = shards_of(tensors, shard_bytes)
     files = [folder / f"{name}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     if len(shards) == 1:
@@ -112,7 +86,7 @@ def write_safetensors(
         write_file(path, {key: tensors[key] for key in keys})
     if len(shards) > 1:
         weight_map = {key: path.name for path, keys in zip(files, shards, strict=True) for key in keys}
-        index = {"metadata": {"total_size": nbytes}, "weight_map": dict(sorted(weight_map.items()))}
+        index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": dict(sorted(weight_map.items()))}
         with synced_file(folder / f"{name}.safetensors.index.json") as file:
             file.write((json.dumps(index, indent=2) + "\n").encode())
     return files

@@ -2,7 +2,8 @@
 
 A model directory is what `xomni_jax.load` takes:
 
-    DIR/model.json        format, and for every component its configuration and provenance; settings, such as the decoder's steps
+    DIR/model.json        format, and for every component its configuration and provenance; settings, such as the decoder's steps;
+                          released: the published configurations that the model was converted from, which an export restores
     DIR/<component>/      Orbax tree of the component's parameters (see `models.registry` for the components)
     DIR/tokenizer/        the text tokenizer, as transformers saves it
     DIR/tokenizer_t5/     the tokenizers of the decoder's T5 and CLIP (FLUX.1-dev's tokenizer_2 and tokenizer), each optional:
@@ -161,12 +162,12 @@ def save_settings(directory: str | Path, **settings: Any) -> None:
 
 
 def copy_components(source: str | Path, target: str | Path, names: tuple[str, ...]) -> None:
-    """Copies components and all tokenizers of one model directory into another, unchanged."""
+    """Copies components, all tokenizers, settings and published configurations of one model directory into another, unchanged."""
     source, target = Path(source), Path(target)
     data, out = read_model_json(source), model_json_or_new(target)
     target.mkdir(parents=True, exist_ok=True)
     out["components"] |= {name: data["components"][name] for name in names if name in data["components"]}
-    out["settings"] = data.get("settings", {}) | out.get("settings", {})
+    out |= {key: data[key] | out.get(key, {}) for key in ("settings", "released") if key in data}
     for name in (*names, *TOKENIZERS):
         if (source / name).is_dir():
             shutil.copytree(source / name, target / name, dirs_exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import mmap
 import os
@@ -10,14 +11,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
+
+from xomni_jax.checkpoint.conversion import ConversionError
+from xomni_jax.core.tables import bytes_text
 
 MAX_RANK = 32
 
 
-class TensorFileError(ValueError):
+class TensorFileError(ConversionError):
     """A file of tensors cannot be read or written. One sentence: the file, the key if one is concerned, and what to do."""
 
 
@@ -65,10 +69,13 @@ class TensorFile:
 
     Attributes:
       infos: {key: TensorInfo}, in the file's order; complete before any value is read.
+      others: what the file holds beside tensors, by name.
+      tied: {another name of a tensor: its key}, where the file says so.
     """
 
     def __init__(self, path: str | Path, data: mmap.mmap | bytes | None = None):
-        self.path, self.infos = Path(path), dict[str, TensorInfo]()
+        self.path, self.infos, self.tied = Path(path), dict[str, TensorInfo](), dict[str, str]()
+        self.others: set[str] = set()
         self.data = map_file(self.path) if data is None else data
         self.extents: dict[str, Extent] = {}
 
@@ -107,9 +114,47 @@ def map_file(path: Path) -> mmap.mmap | bytes:
             size = os.fstat(file.fileno()).st_size
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
     except FileNotFoundError:
-        raise TensorFileError(f"{path}: no such file; check the path, or download it again") from None
+        raise TensorFileError(f"{path}: {absence(path)}; check the path, or download it again") from None
     except (OSError, ValueError) as e:
         raise TensorFileError(f"{path}: cannot be opened ({e}); give a file that can be read") from None
+
+
+def absence(path: Path) -> str:
+    """Why a file cannot be opened: it is missing, or a link whose target is, as an interrupted download into a cache leaves them."""
+    return f"is a link to {os.readlink(path)}, which does not exist" if path.is_symlink() else "no such file"
+
+
+def check_links(folder: Path) -> None:
+    """Refuses a folder with a broken link, which `is_file` would take for a file that nobody wanted."""
+    for path in sorted(folder.iterdir()):
+        if not path.exists():
+            raise TensorFileError(f"{path}: {absence(path)}; the download is incomplete, download it again")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object in any Unicode encoding, with or without its mark.
+
+    Raises:
+      TensorFileError: missing, no JSON object, or a key comes twice, of which `json` would silently keep the last.
+    """
+    try:
+        data = json.loads(path.read_bytes(), object_pairs_hook=_unique)
+    except FileNotFoundError:
+        raise TensorFileError(f"{path}: {absence(path)}; the directory is incomplete") from None
+    except (ValueError, OSError, RecursionError) as e:
+        raise TensorFileError(f"{path}: not readable as JSON ({reason(e)}); restore it, or download it again") from None
+    if not isinstance(data, dict):
+        raise TensorFileError(f"{path}: is no JSON object; restore it, or download it again")
+    return data
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in out:
+            raise ValueError(f"{key[:80]} comes twice")
+        out[key] = value
+    return out
 
 
 def contiguous_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
@@ -139,13 +184,12 @@ def write_tensor(file: IO[bytes], tensor: LazyTensor) -> None:
         file.write(array.reshape(-1).view(np.uint8).data)
 
 
-def check_space(path: Path, needed: int, error: type[ValueError] = TensorFileError) -> None:
+def check_space(path: Path, needed: int) -> None:
     """Refuses to start a write that the disk has no space for."""
     free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.is_dir())).free
     if needed > free:
-        raise error(
-            f"{path}: {needed / 1e9:.2f} GB are to be written, {free / 1e9:.2f} GB are free; free some space or choose another disk"
-        )
+        sizes = f"{bytes_text(needed)} are to be written, {bytes_text(free)} are free"
+        raise TensorFileError(f"{path}: {sizes}; free some space or choose another disk")
 
 
 @contextmanager

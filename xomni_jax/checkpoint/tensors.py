@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from xomni_jax.checkpoint.safetensors_file import SafetensorsFile, lora_only
-from xomni_jax.checkpoint.tensor_file import TensorFile, TensorFileError, TensorInfo, map_file, show
+from xomni_jax.checkpoint.tensor_file import TensorFile, TensorFileError, TensorInfo, check_links, map_file, read_json, show
 from xomni_jax.checkpoint.torch_file import TorchFile
 
 STEMS = ("model", "diffusion_pytorch_model")
+MOMENTS = re.compile(r"optim|exp_avg|moment", re.IGNORECASE)  # an optimizer's tensors, which may go by the names of the weights
+SHOWN = 8  # parts of a file that one sentence names
 LISTED = 20  # problems shown of one folder
 # (first bytes, what it is, what the user can do)
 OTHER_FORMATS = (
@@ -80,29 +80,40 @@ class TensorFiles:
     Attributes:
       infos: {name: TensorInfo}; `info.file` and `info.key` are those of the file.
       paths: {prefix of names: file or folder}, to say where a missing tensor should be.
+      left: a sentence for each file of which a part is left out.
     """
 
     def __init__(self) -> None:
         self.infos: dict[str, TensorInfo] = {}
         self.paths: dict[str, Path] = {}
+        self.left: list[str] = []
         self._files: dict[str, tuple[TensorFile, str]] = {}
 
     def add(self, file: TensorFile, prefix: str = "", known: str = "") -> TensorFiles:
         """Adds all tensors of a `TensorFile`, with `prefix` before their keys.
 
         Args:
-          known: a key that the file must hold; whatever a wrapper such as {"state_dict": ...} put before it is removed from all keys.
+          known: a key of the weights that the file must hold. Where it lies in a wrapper such as {"model": ...}, the wrapper is removed
+            from the keys, and what lies beside it is left.
         """
         self.paths[prefix] = file.path
-        wrapper = next((key.removesuffix(known) for key in file.infos if known and (key == known or key.endswith("." + known))), "")
+        wrapper = wrapper_of(file, known) if known else ""
         for key, info in file.infos.items():
-            name = prefix + key.removeprefix(wrapper)
-            self.infos[name], self._files[name] = info, (file, key)
+            if key.startswith(wrapper):
+                name = prefix + key.removeprefix(wrapper)
+                self.infos[name], self._files[name] = info, (file, key)
+        beside = {".".join(key.split(".")[: wrapper.count(".")]) for key in file.infos if not key.startswith(wrapper)}
+        if known and (beside := sorted(beside | file.others)):
+            more = f" and {len(beside) - SHOWN} more" if len(beside) > SHOWN else ""
+            self.left.append(f"{file.path}: holds {', '.join(map(show, beside[:SHOWN]))}{more} beside the weights; left out")
+        for name, key in file.tied.items():
+            self.tie(prefix + name, prefix + key)
         return self
 
-    def alias(self, name: str, of: str) -> None:
-        """Adds a second name for the tensor `of`, as tied weights need."""
-        self.infos[name], self._files[name] = self.infos[of], self._files[of]
+    def tie(self, name: str, other: str) -> None:
+        """Reads `name` from the tensor `other` where only that one is stored: tied weights."""
+        if name not in self.infos and other in self.infos:
+            self.infos[name], self._files[name] = self.infos[other], self._files[other]
 
     def read(self, name: str) -> np.ndarray:
         """The tensor, as a view of the memory map."""
@@ -124,6 +135,20 @@ class TensorFiles:
         return f"{self.paths.get(prefix, '')}: {name.removeprefix(prefix)}"
 
 
+def wrapper_of(file: TensorFile, known: str) -> str:
+    """What stands before the key `known` in a file: "" in a plain state_dict, otherwise the names of what it is wrapped in, and a dot.
+
+    Raises:
+      TensorFileError: several parts, such as the weights and their moving average, hold the key.
+    """
+    found = {key.removesuffix(known) for key in file.infos if key == known or key.endswith("." + known)}
+    found = {wrapper for wrapper in found if not MOMENTS.search(wrapper)}
+    if len(found) > 1 and "" not in found:
+        parts = " and ".join(show(wrapper[:-1]) for wrapper in sorted(found))
+        raise TensorFileError(f"{file.path}: {parts} each hold {known}; save the one to be read alone, as a plain state_dict")
+    return min(found, default="")
+
+
 def open_sharded(folder: str | Path) -> TensorFiles:
     """Opens a Hugging Face folder: its `*.safetensors.index.json` and the shards it names, or its single safetensors file.
 
@@ -133,6 +158,7 @@ def open_sharded(folder: str | Path) -> TensorFiles:
     folder = Path(folder)
     if not folder.is_dir():
         raise TensorFileError(f"{folder}: no such folder; give a folder with {STEMS[0]}.safetensors or its index")
+    check_links(folder)
     index, out = find_index(folder), TensorFiles()
     for file in [open_tensor_file(find_file(folder))] if index is None else open_shards(index):
         out.add(file)
@@ -143,6 +169,11 @@ def open_sharded(folder: str | Path) -> TensorFiles:
 def open_shards(index: Path) -> list[TensorFile]:
     """The files that an index names, which must hold exactly the tensors that it lists."""
     weight_map = read_index(index)
+    single = next((name for stem in STEMS if (index.parent / (name := f"{stem}.safetensors")).is_file()), None)
+    if single not in (None, *weight_map.values()):
+        raise TensorFileError(
+            f"{index.parent}: holds {index.name} with its shards and {single} as well; remove the one that is out of date"
+        )
     files, problems = {}, []
     for name in dict.fromkeys(weight_map.values()):
         try:
@@ -184,9 +215,11 @@ def find_index(folder: Path) -> Path | None:
 
 def find_file(folder: Path) -> Path:
     """The folder's only safetensors file. TensorFileError says what a folder without one is instead."""
-    for stem in STEMS:
-        if (folder / f"{stem}.safetensors").is_file():
-            return folder / f"{stem}.safetensors"
+    single = [f"{stem}.safetensors" for stem in STEMS if (folder / f"{stem}.safetensors").is_file()]
+    if len(single) > 1:
+        raise TensorFileError(f"{folder}: holds {' and '.join(single)}; remove the one that is out of date")
+    if single:
+        return folder / single[0]
     names = sorted(p.name for p in folder.iterdir())
     for pattern, kind, remedy in OTHER_FOLDERS:
         for name in names:
@@ -199,23 +232,10 @@ def find_file(folder: Path) -> Path:
 
 def read_index(path: Path) -> dict[str, str]:
     """{key: shard file name} of an index."""
-    try:
-        index: Any = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
-    except (OSError, ValueError, RecursionError) as e:
-        raise TensorFileError(f"{path}: cannot be read as JSON ({show(str(e))}); download it again") from None
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
         raise TensorFileError(f"{path}: has no weight_map from keys to files; download it again")
     for key, name in weight_map.items():
         if not name or Path(name).name != name or "\0" in name:  # an index must not reach into other folders
             raise TensorFileError(f"{path}: places {show(key)} in {show(name)}, which is no file of this folder; download it again")
     return weight_map
-
-
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; a key that comes twice is an error, where `json` would silently keep the last."""
-    out = dict(pairs)
-    if len(out) != len(pairs):
-        seen: set[str] = set()
-        raise ValueError(f"{next(k for k, _ in pairs if k in seen or seen.add(k))[:80]} comes twice")
-    return out

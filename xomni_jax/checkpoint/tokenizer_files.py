@@ -9,18 +9,13 @@ from pathlib import Path
 
 from xomni_jax.checkpoint.component_source import Release
 from xomni_jax.checkpoint.conversion import ConversionError
-from xomni_jax.checkpoint.released_configs import read_json
+from xomni_jax.checkpoint.tensor_file import read_json
 from xomni_jax.sequence.tokenizer import EOM, IMAGE, SOM
 
 TEXT_TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",
+    "chat_template.jinja", "generation_config.json",  # the last is no tokenizer's, but names its special ids
+)  # fmt: skip
 FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
 
 

@@ -19,13 +19,12 @@ from xomni_jax.checkpoint.tensor_file import (
     LazyTensor,
     TensorFile,
     TensorFileError,
-    check_space,
     contiguous_strides,
     reason,
     show,
     synced_file,
     write_tensor,
-)  # fmt: skip
+)
 from xomni_jax.checkpoint.torch_pickle import DTYPES, STORAGES, UNTYPED, Bag, Pairs, Tensor, instruction_limit, name_of, unpickle
 
 MAX_DEPTH = 64
@@ -37,7 +36,7 @@ class TorchFile(TensorFile):
     """A readable zip file of torch.save.
 
     Keys: nested dicts are joined with dots and lists count from 0, so {"model": {"a": t}, "ema": [t]} has "model.a" and "ema.0"; a
-    wrapper such as "state_dict" stays in the keys. Values that are not tensors (epochs, options, versions) are left out.
+    wrapper such as "state_dict" stays in the keys. Values that are not tensors (epochs, options, versions) are named in `others`.
 
     Raises:
       TensorFileError: at construction: not such a file, damaged, compressed, big-endian, or its pickle asks for more than weights.
@@ -58,6 +57,9 @@ class TorchFile(TensorFile):
             raise self._error(f"{e}; save a plain state_dict, or safetensors") from None
         for key, tensor in tensors:
             self._add(key, tensor, f"{root}data/{tensor.storage.key}")
+        if type(top) is Pairs:
+            parts = {key.split(".")[0] for key in self.infos}
+            self.others = {name for name, value in top.items if type(name) is str and name.split(".")[0] not in parts}
         if not self.infos:
             raise self._error(f"holds no tensor under a name ({name_of(top)}); give a file of a state_dict")
 
@@ -180,13 +182,8 @@ def write_torch_file(path: str | Path, tensors: Mapping[str, LazyTensor]) -> Non
 
     Args:
       tensors: of the dtypes in `torch_pickle.DTYPES`.
-
-    Raises:
-      TensorFileError: too little space on the disk; nothing is written.
     """
-    path = Path(path)
-    check_space(path.parent, sum(t.nbytes + 512 for t in tensors.values()))
-    with synced_file(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+    with synced_file(Path(path)) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         write_entry(archive, "data.pkl", state_dict_pickle(tensors))
         write_entry(archive, "byteorder", b"little")
         for i, tensor in enumerate(tensors.values()):

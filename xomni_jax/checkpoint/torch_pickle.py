@@ -56,6 +56,7 @@ PLAIN = "float64 float32 float16 int64 int32 int16 int8 uint64 uint32 uint16 uin
 EXTENDED = "bfloat16 float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu".split()
 DTYPES = {name: np.dtype(name) for name in PLAIN} | {name: np.dtype(getattr(ml_dtypes, name)) for name in EXTENDED}
 DTYPES["bool"] = np.dtype(np.bool_)
+BUILTINS = ("builtins", "__builtin__")  # protocol 2 uses Python 2's name
 UNTYPED = "torch.storage.UntypedStorage"
 
 
@@ -232,13 +233,18 @@ def is_size(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**60
 
 
+# What `torch.load(weights_only=True)` calls, too. What is no tensor comes to nothing: the callers only name it.
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": Pairs,
-    "builtins.set": Bag,
-    "__builtin__.set": Bag,  # protocol 2 uses Python 2's name
+    "collections.Counter": lambda *counts: None,
+    "_codecs.encode": lambda *text: None,  # bytes, in protocol 2
+    **{f"{module}.set": Bag for module in BUILTINS},
+    **{f"{module}.{name}": lambda *value: None for module in BUILTINS for name in ("bytearray", "complex")},
     "torch.Size": lambda sizes: sizes,
     "torch.device": lambda *place: None,
+    "torch.serialization._get_layout": lambda *name: None,
     "torch._utils._rebuild_parameter": lambda tensor, requires_grad, hooks: tensor,
+    "torch._utils._rebuild_parameter_with_state": lambda tensor, requires_grad, hooks, state: tensor,
     "torch._utils._rebuild_tensor_v2": rebuild_tensor,
     "torch._utils._rebuild_tensor_v3": rebuild_tensor_v3,
 }

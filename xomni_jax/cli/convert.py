@@ -10,6 +10,7 @@ from xomni_jax.checkpoint.conversion_plan import DTYPES, plan_conversion
 from xomni_jax.checkpoint.conversion_report import plan_lines
 from xomni_jax.checkpoint.convert import convert
 from xomni_jax.checkpoint.released import PARTS
+from xomni_jax.core.tables import bytes_text
 
 DETAILS = """\
 The directories are read as they were downloaded; nothing in them is run, and no PyTorch is needed. --xomni may be:
@@ -19,6 +20,7 @@ The directories are read as they were downloaded; nothing in them is run, and no
   a plain SigLIP2             an image tokenizer to train: quantizer, codebook and projector start at random
 
 --flux is FLUX.1-dev: VAE, text encoders, their tokenizers; without X-Omni its transformer too, with a semantic input that starts at zero.
+Of an export, the folder flux inside --xomni is taken where none is given.
 Training keeps its parameters in float32: convert what it starts from with --dtype float32.
 
 Everything is checked before anything is written; --plan prints what would be done. The work is done in TO.part: the same command resumes
@@ -61,7 +63,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     """Converts, or prints the plan. ValueError: one sentence, or every problem of the plan."""
     if args.xomni is None and args.flux is None:
         raise ValueError("neither --xomni nor --flux is given; say what to convert")
-    if args.to is None and not args.plan:
+    if not (args.to or args.plan):
         raise ValueError("--to is missing; say where the model directory goes, or --plan to look only")
     parts = NewParts(**{field: getattr(args, field) for _, field, _ in NEW})
     least = {"image_vocab_size": 1, "mm_vocab_size": 1, "code_width": 1}
@@ -72,7 +74,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
         plan = plan_conversion(args.xomni, args.flux, args.to, args.dtype, args.only, parts)
         for line in (*plan.release.notes, *plan_lines(plan)):
             print(line)
-        print(f"nothing written; {plan.nbytes / 1e9:.3f} GB would be")
+        print(f"nothing written; {bytes_text(plan.nbytes)} would be")
         return 0
     for warning in convert(args.xomni, args.flux, args.to, args.dtype, args.only, parts):
         print(f"warning: {warning}", file=sys.stderr)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import logging
 
 DETAILS = """\
-PATH is a model directory or a published one (X-Omni, FLUX.1-dev, Qwen2.5, SigLIP2). With --diff the values of all parameters are
-compared; the exit code is 0 if all are equal and 1 if some differ, as with diff.
+PATH is a model directory or a published one (X-Omni, FLUX.1-dev, Qwen2.5, SigLIP2). Where a part of it is damaged, the exit code is 2.
+With --diff the values of all parameters are compared; the exit code is 0 if all are equal and 1 if some differ, as with diff.
 """
 EXAMPLE = """\
 xomni inspect X-Omni-En
@@ -22,17 +23,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:
     """Prints the description or the differences."""
+    from xomni_jax.checkpoint.conversion import ConversionError
     from xomni_jax.checkpoint.inspection import compare, describe, open_view
 
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what is told here
     view = open_view(args.path)
+    other, differing = view if args.diff is None else open_view(args.diff), 0
     if args.diff is None:
         for line in describe(view):
             print(line)
+    if faults := {**view.faults, **other.faults}:
+        raise ConversionError.of([f"{name}: {why}" for name, why in faults.items()])
+    if args.diff is None:
         return 0
-    other, differing = open_view(args.diff), 0
-    for side in (view, other):
-        for name, why in side.faults.items():
-            raise ValueError(f"{name} cannot be compared: {why.splitlines()[0]}")
     for d in compare(view, other):
         differing += d.parameters
         measured = f"max abs {d.absolute:.3e}, relative {d.relative:.3e}, {d.count:,} values differ" if d.absolute == d.absolute else ""

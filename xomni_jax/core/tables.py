@@ -1,4 +1,4 @@
-"""Tables as text: aligned columns for a terminal, Markdown, and CSV; and the numbers in their cells.
+"""Tables as text: aligned columns for a terminal, Markdown, and CSV; the numbers in their cells; and sizes of files.
 
 A row is a sequence of cells, the first of which names it; the first row is the heading. A cell is a text, or a pair of a text and a note
 about it, such as an estimate and its interval.
@@ -57,3 +57,12 @@ def format_interval(pair: Sequence[float | None] | None, form: str = ".4f", scal
 def format_estimate(measured: dict[str, Any], form: str = ".4f", scale: float = 1.0) -> TableCell:
     """A cell of {"value", "ci95"}: the value, with its 95% interval as the note."""
     return format_number(measured["value"], form, scale), format_interval(measured["ci95"], form, scale)
+
+
+def bytes_text(n: float) -> str:
+    """A number of bytes in a unit that leaves one to three digits before the point."""
+    for unit in ("B", "KB", "MB"):
+        if n < 999.5:
+            return f"{n:.3g} {unit}"
+        n /= 1000
+    return f"{n:.3g} GB"

@@ -13,6 +13,7 @@ import jax
 
 from xomni_jax.core.config import ConfigError
 from xomni_jax.core.flops import count
+from xomni_jax.core.tables import bytes_text
 from xomni_jax.sharding.abstract import leaves, shard_bytes
 
 LARGE = 1 << 20  # bytes from which an array gets a line at start-up; the five largest always do
@@ -37,12 +38,12 @@ def placement(params: Any, mesh: jax.sharding.Mesh) -> list[str]:
     """
     arrays = sorted(leaves(params), key=lambda leaf: -leaf[1].nbytes)
     lines = [
-        f"  {name} {'x'.join(map(str, x.shape))} {x.dtype} {getattr(x.sharding, 'spec', x.sharding)} {size(shard_bytes(x))} a device"
+        f"  {name} {'x'.join(map(str, x.shape))} {x.dtype} {getattr(x.sharding, 'spec', x.sharding)} {bytes_text(shard_bytes(x))} a device"
         for i, (name, x) in enumerate(arrays)
         if i < 5 or x.nbytes >= LARGE
     ]
     total = sum(x.nbytes for _, x in arrays)
-    lines.append(f"  in all {len(arrays)} arrays, {size(total)}, {size(sum(shard_bytes(x) for _, x in arrays))} a device")
+    lines.append(f"  in all {len(arrays)} arrays, {bytes_text(total)}, {bytes_text(sum(shard_bytes(x) for _, x in arrays))} a device")
     whole = [(name, x) for name, x in arrays if shard_bytes(x) == x.nbytes and not REPLICATED.fullmatch(name)]
     lost = sum(x.nbytes for _, x in whole)
     if mesh.shape["fsdp"] > 1 and total and lost > MAX_REPLICATED * total:
@@ -51,15 +52,6 @@ def placement(params: Any, mesh: jax.sharding.Mesh) -> list[str]:
             f"(limit {MAX_REPLICATED:.0%} where config.mesh.fsdp={mesh.shape['fsdp']}); name an axis of it that sharding.rules splits"
         )
     return lines
-
-
-def size(n: float) -> str:
-    """A number of bytes as readable text."""
-    for unit in ("B", "KB", "MB"):
-        if n < 1000:
-            return f"{n:.3g} {unit}"
-        n /= 1000
-    return f"{n:.3g} GB"
 
 
 # ---- speed and memory ----

@@ -15,7 +15,7 @@ from typing import Any
 from xomni_jax.checkpoint.store import checkpoint_hash, read_model_json, write_json
 from xomni_jax.core.config import ConfigError, as_dict, flat
 from xomni_jax.core.folders import lock, why_taken
-from xomni_jax.training.operations import size
+from xomni_jax.core.tables import bytes_text
 from xomni_jax.training.stage import RunConfig
 
 MAY_CHANGE = ("run_dir", "init_from", "steps", "log_every", "save_every", "save_minutes", "grid_every", "keep", "keep_every")
@@ -111,4 +111,6 @@ def same(old: Any, new: Any) -> bool:
 def check_room(run_dir: Path, state_bytes: int) -> None:
     """Refuses a run whose first checkpoint does not fit on the disk."""
     if (free := shutil.disk_usage(run_dir).free) < state_bytes:
-        raise ConfigError(f"config.run_dir={run_dir}: a checkpoint takes {size(state_bytes)}, the disk has {size(free)} left; make room")
+        raise ConfigError(
+            f"config.run_dir={run_dir}: a checkpoint takes {bytes_text(state_bytes)}, the disk has {bytes_text(free)} left; make room"
+        )
