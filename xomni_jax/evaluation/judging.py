@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -65,7 +66,8 @@ def _ask_all(
             while not finished.empty():
                 task = finished.get()
                 if not task.cancelled() and not task.exception():
-                    store(task.result())
+                    with suppress(SuiteError):  # too many unreadable replies, which was said already
+                        store(task.result())
 
 
 def _next(finished: SimpleQueue[Future[Any]], stop: StopSignal) -> Future[Any]:

@@ -48,9 +48,9 @@ def write_results(run: SuiteRun) -> dict[str, Any]:
     lines, records, unscored, clusters = [], [], [], {}
     for item in sorted(run.items, key=lambda item: item.id):
         output, replies = outputs.get(item.id, {}), judged.get(item.id, {}).get("replies")
-        # The letter that a judge read from an answer takes the answer's place.
-        letter = [reply for (reply,) in filter(None, replies or ()) if isinstance(reply, str)]
-        scored = replies if suite.judge else letter or [output["answer"]]
+        # What a judge read from an answer takes the answer's place.
+        scored = replies if suite.judge else [reply for (reply,) in filter(None, replies or ()) if not is_unreadable(reply)]
+        scored = scored or [output["answer"]]
         record = score_outputs(suite, item, scored)
         lines.append(json_line(_line(suite, item, output, replies, record)))
         if record is None:

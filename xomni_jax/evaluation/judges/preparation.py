@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 # Speed counts more than size: an image is sent once or a few times and thrown away.
-_HOW = {"PNG": {"compress_level": 1}, "JPEG": {}, "WEBP": {"lossless": True, "quality": 0, "method": 0}}
+_HOW = {"PNG": {"compress_level": 1, "compress_type": 3}, "JPEG": {}, "WEBP": {"lossless": True, "quality": 0, "method": 0}}
 
 
 @dataclass(frozen=True)
