@@ -19,7 +19,7 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 _REPLY = b'{"choices": [{"message": {"content": "yes"}, "finish_reason": "stop"}]}'
 
 
-def measure(concurrency: int) -> list[dict[str, Any]]:
+def measure() -> list[dict[str, Any]]:
     """Seconds for all questions, by the format in which images are sent."""
     from xomni_jax.evaluation.judges.preparation import ChatOptions
     from xomni_jax.evaluation.run import EvalConfig, evaluate
@@ -55,12 +55,12 @@ def measure(concurrency: int) -> list[dict[str, Any]]:
                 out = Path(folder) / kind
                 out.mkdir()
                 (out / "images").symlink_to(folder)
-                chat = ChatOptions(concurrency, kind)
+                chat = ChatOptions(image_format=kind)
                 config = EvalConfig(Questions(), out, phase="score", judges={"vqa": f"instant@{url}"}, chat=chat, report=False)
-                began = time.perf_counter()
+                began, cpu = time.perf_counter(), time.process_time()
                 evaluate(config)
-                seconds = time.perf_counter() - began
-                results.append({"format": kind, "questions": 4 * ITEMS * QUESTIONS, "concurrency": concurrency, "seconds": seconds})
+                spent = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu}
+                results.append({"format": kind, "questions": 4 * ITEMS * QUESTIONS, **spent})
         finally:
             server.kill()
             server.wait()

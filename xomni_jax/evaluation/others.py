@@ -70,7 +70,8 @@ class FolderImages:
 
     def __init__(self, run: SuiteRun, folder: Path):
         self.settings = {"repeats": run.suite.repeats, "images": {"path": str(folder)}}
-        self._suite, self._files = run.suite, self._find(run, folder)
+        self._suite = run.suite
+        self._files = self._find(run, folder)
         missing = [item.id for item in run.items if not self._complete(item)]
         if missing:
             shown = ", ".join(missing[:_SHOWN]) + ", ..." * (len(missing) > _SHOWN)
@@ -100,22 +101,20 @@ class FolderImages:
         """Item id -> {number of the image: file}; -1 is a file with all images of an item."""
         if not folder.is_dir():
             raise SuiteError(f"--images {folder} is no directory; give the folder with the images")
-        found: dict[bool, dict[str, dict[int, Path]]] = {True: defaultdict(dict), False: defaultdict(dict)}
-        names = {str(position): name for name, position in run.positions.items()}
+        by_id: dict[str, dict[int, Path]] = defaultdict(dict)
+        by_position: dict[str, dict[int, Path]] = defaultdict(dict)
+        ids = {str(position): name for name, position in run.positions.items()}
         for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in ENDINGS):
             stem = path.relative_to(folder).with_suffix("").as_posix()
-            for key, k in ((stem, 0 if self._suite.repeats == 1 else -1), *_numbered(stem)):
-                if key in run.positions:
-                    found[True][key][k] = path
-                elif key.isdigit() and str(int(key)) in names:
-                    found[False][names[str(int(key))]][k] = path
-        return found[True] or found[False]
-
-
-def _numbered(stem: str) -> list[tuple[str, int]]:
-    """(ID, K) of a name that ends in the number of an image."""
-    parts = re.fullmatch(r"(.+?)(?:_|/samples/|/)(\d+)", stem)
-    return [(parts[1], int(parts[2]))] if parts else []
+            numbered = re.fullmatch(r"(.+?)(?:_|/samples/|/)(\d+)", stem)
+            whole = [(stem, 0 if self._suite.repeats == 1 else -1)]
+            for name, k in whole + ([(numbered[1], int(numbered[2]))] if numbered else []):
+                for key in {name, name.rpartition("/")[2]}:  # also in folders that are not named by item
+                    if key in run.positions:
+                        by_id[key][k] = path
+                    elif key.isdigit() and str(int(key)) in ids:
+                        by_position[ids[str(int(key))]][k] = path
+        return by_id or by_position
 
 
 class FileAnswers:

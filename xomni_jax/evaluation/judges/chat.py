@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, Protocol
 
 import httpx
@@ -80,9 +80,9 @@ class ChatEndpoint:
         self.name, self.url, self.attempts, self._max_wait, self._pause = name, url.rstrip("/"), attempts, max_wait, pause
         key = os.environ.get(KEY)
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-        wait, limits = httpx.Timeout(timeout, connect=10.0), httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        patience, limits = httpx.Timeout(timeout, connect=10.0), httpx.Limits(max_connections=None, max_keepalive_connections=None)
         # Requests to a local server must not go through a proxy that is configured for the internet.
-        self._http = httpx.Client(headers=headers, timeout=wait, limits=limits, trust_env=url.startswith("https://"))
+        self._http = httpx.Client(headers=headers, timeout=patience, limits=limits, trust_env=url.startswith("https://"))
         self._closing = threading.Event()
 
     def check(self) -> None:
@@ -162,8 +162,8 @@ class ChatJudge:
         try:
             return [[task.result() for task in of_image] for of_image in tasks]
         except JudgeUnavailable:
-            for task in (t for of_image in tasks for t in of_image):
-                task.cancel()
+            started = [task for of_image in tasks for task in of_image if not task.cancel()]
+            wait(started)  # so that nothing is asked any more when this returns
             raise
 
     def close(self) -> None:
