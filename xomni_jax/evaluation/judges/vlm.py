@@ -24,17 +24,16 @@ class LocalModel:
     def __init__(self, folder: Path):
         try:
             import torch
-            import torchvision  # noqa: F401 - the image processors of most models need it
             from transformers import AutoModelForImageTextToText, AutoProcessor
-        except ImportError as error:
-            raise SuiteError(f"a judge in this process needs torch and torchvision ({error}): pip install 'xomni_jax[judge]'") from error
-        self._torch, self._lock = torch, threading.Lock()
-        try:
+
             self._processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
             self._model = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True, dtype="auto")
+        except ImportError as error:
+            raise SuiteError(f"{folder} is read with torch, and Qwen2.5-VL with torchvision: pip install 'xomni_jax[judge]'") from error
         except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
             said = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise SuiteError(f"{folder} holds no model for images and text that transformers reads: {said}") from error
+        self._torch, self._lock = torch, threading.Lock()
         self._model = self._model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
         self.name = folder.resolve().name
         self.settings = {"version": checkpoint_hash(folder)[:16], "dtype": str(self._model.dtype).removeprefix("torch.")}
