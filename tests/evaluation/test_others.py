@@ -9,7 +9,8 @@ from PIL import Image
 from tests.evaluation.judges.fake_endpoint import fake_endpoint
 from tests.evaluation.suites.published import png, write_tsv
 from xomni_jax.cli.main import main
-from xomni_jax.evaluation.suite import read_image, tiles
+from xomni_jax.data.images import read_image
+from xomni_jax.evaluation.suite import tiles
 from xomni_jax.evaluation.suites import get_suite
 
 TEXTS = {0: "yes", 7: "no way"}

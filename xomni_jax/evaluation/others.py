@@ -12,13 +12,15 @@ from typing import Any, Protocol
 
 from PIL import Image
 
+from xomni_jax.data.images import UnreadableImage, read_image
 from xomni_jax.evaluation.judges import is_endpoint, open_model
 from xomni_jax.evaluation.judges.replies import Unreadable
-from xomni_jax.evaluation.suite import GridLayout, Item, SuiteError, read_image, tiles
+from xomni_jax.evaluation.suite import GridLayout, Item, SuiteError, tiles
 from xomni_jax.evaluation.suite_run import SuiteRun
 from xomni_jax.evaluation.suites.reading import read_rows
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+_ALL = -1  # in place of the number of an image
 _SHOWN = 5  # missing ids that an error lists
 
 
@@ -72,7 +74,7 @@ class FolderImages:
         self.settings = {"repeats": run.suite.repeats, "images": {"path": str(folder)}}
         self._suite = run.suite
         self._files = self._find(run, folder)
-        missing = [item.id for item in run.items if not self._complete(item)]
+        missing = [item.id for item in run.items if not self._paths(item)]
         if missing:
             shown = ", ".join(missing[:_SHOWN]) + ", ..." * (len(missing) > _SHOWN)
             raise SuiteError(
@@ -83,22 +85,27 @@ class FolderImages:
     def make(self, items: Sequence[Item]) -> Iterator[list[tuple[Item, list[Image.Image], dict[str, Any]]]]:
         """See Source."""
         for item in items:
-            files = self._files[item.id]
-            images = (
-                [read_image(files[k]) for k in range(self._suite.repeats)]
-                if 0 in files
-                else tiles(read_image(files[-1]), self._suite.repeats)
-            )
+            opened = [self._opened(path) for path in self._paths(item)]
+            images = opened if len(opened) == self._suite.repeats else tiles(opened[0], self._suite.repeats)
             if isinstance(self._suite, GridLayout) and len({image.size for image in images}) > 1:
                 raise SuiteError(f"the images of item {item.id} differ in size, and {self._suite.name} tiles them; give images of one size")
             yield [(item, images, {})]
 
-    def _complete(self, item: Item) -> bool:
-        files = self._files[item.id]
-        return all(k in files for k in range(self._suite.repeats)) or -1 in files and isinstance(self._suite, GridLayout)
+    def _paths(self, item: Item) -> list[Path]:
+        """The files of an item's images, or the one that holds all of them; none if some are missing."""
+        files = self._files.get(item.id, {})
+        if all(k in files for k in range(self._suite.repeats)):
+            return [files[k] for k in range(self._suite.repeats)]
+        return [files[_ALL]] if _ALL in files and isinstance(self._suite, GridLayout) else []
+
+    def _opened(self, path: Path) -> Image.Image:
+        try:
+            return read_image(path)
+        except UnreadableImage as error:
+            raise SuiteError(f"the image {path} cannot be read: {error}; make it again") from error
 
     def _find(self, run: SuiteRun, folder: Path) -> Mapping[str, dict[int, Path]]:
-        """Item id -> {number of the image: file}; -1 is a file with all images of an item."""
+        """Item id -> {number of the image: file}; `_ALL` is a file with all images of an item."""
         if not folder.is_dir():
             raise SuiteError(f"--images {folder} is no directory; give the folder with the images")
         by_id: dict[str, dict[int, Path]] = defaultdict(dict)
@@ -107,7 +114,7 @@ class FolderImages:
         for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in ENDINGS):
             stem = path.relative_to(folder).with_suffix("").as_posix()
             numbered = re.fullmatch(r"(.+?)(?:_|/samples/|/)(\d+)", stem)
-            whole = [(stem, 0 if self._suite.repeats == 1 else -1)]
+            whole = [(stem, 0 if self._suite.repeats == 1 else _ALL)]
             for name, k in whole + ([(numbered[1], int(numbered[2]))] if numbered else []):
                 for key in {name, name.rpartition("/")[2]}:  # also in folders that are not named by item
                     if key in run.positions:
