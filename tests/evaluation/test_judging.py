@@ -72,13 +72,15 @@ def out(tmp_path):
 
 def judged(out, judge, stop=None, **how):
     """The bytes of the results."""
-    evaluate(EvalConfig(Shades(), out, phase="score", report=False, **how), judge=judge, stop=stop)
+    evaluate(EvalConfig(Shades(), out, phase="score", **{"report": False} | how), judge=judge, stop=stop)
     return [(out / name).read_bytes() for name in ("results.json", "items.jsonl")]
 
 
 def test_a_few_unreadable_replies_take_no_part_and_are_listed(out):
     fails = {40: unreadable("no answer"), 60: unreadable("cut"), 61: unreadable("cut")}
-    results, items = judged(out(), Grey(fails))
+    path = out()
+    results, items = judged(path, Grey(fails), report=True)
+    assert NOT_READ in (path / "report.html").read_text()
     results, items = json.loads(results), [json.loads(line) for line in items.splitlines()]
     assert results["counts"]["unparsed"] == 1 and results["unparsed"] == ["02"]
     assert results["counts"]["unscored items"] == 1 and results["unscored"] == ["03"]
