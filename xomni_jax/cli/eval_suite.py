@@ -113,11 +113,14 @@ def _add_options(parser: argparse.ArgumentParser, tasks: set[str], data: bool, j
             from xomni_jax.evaluation.suites.rewriting import FORMS
 
             drawing.add_argument("--rewrite", metavar="SOURCE", help=f"draw rewritten prompts, in both phases: {FORMS} (kept in OUT)")
-    scoring = parser.add_argument_group("scoring")
+    _add_scoring(parser.add_argument_group("scoring"), judges, switches)
+
+
+def _add_scoring(scoring: Any, judges: str, switches: bool) -> None:
+    says, chat, how = explanations(EvalConfig), explanations(ChatOptions), ChatOptions()
     scoring.add_argument("--official", action="store_true", help=f"{says['official']}; images are of the published size")
     if judges:
         scoring.add_argument("--judge", action="append", metavar="JUDGE", help=judges)
-    chat, how = explanations(ChatOptions), ChatOptions()
     scoring.add_argument("--concurrency", type=positive, metavar="N", help=f"{chat['concurrency']} ({how.concurrency})")
     scoring.add_argument("--image-format", choices=("PNG", "JPEG", "WEBP"), help=chat["image_format"])
     thinking = f"{chat['thinking_tokens']} ({how.thinking_tokens})"
