@@ -144,6 +144,24 @@ def test_a_judge_reads_the_answers_that_rules_leave_open(mmbench, tmp_path):
     assert [item["answer"] for item in items] == list(ANSWERS.values())  # what the model said stays
 
 
+def test_answers_are_scored_where_the_images_are_absent(tmp_path):
+    for split in ("random", "popular", "adversarial"):
+        rows = [{"question_id": n, "image": "a.jpg", "text": "Is there a cat?", "label": label} for n, label in ((1, "yes"), (2, "no"))]
+        (tmp_path / f"coco_pope_{split}.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    answers = {f"{split}-{n:05d}": "yes" for split in ("random", "popular", "adversarial") for n in (1, 2)}
+    file = answers_file(tmp_path, "csv", answers)
+    assert main(["eval", "pope", "--data", str(tmp_path), "--answers", str(file), "--out", str(tmp_path / "out")]) == 0
+    results, _ = results_of(tmp_path / "out")
+    assert results["scores"]["mean accuracy"] == 0.5 and (tmp_path / "out" / "report.html").is_file()
+
+
+def test_what_is_not_answered_yet_is_not_judged(mmbench, tmp_path, capsys):
+    with fake_endpoint("say B") as endpoint:
+        judge = ["--judge", f"tiny-vlm@{endpoint.url}", "--phase", "score"]
+        assert main(["eval", "mmbench", "--data", str(mmbench), "--out", str(tmp_path / "out"), *judge]) == 2
+        assert "mmbench: 3 of 3 items are not answered" in capsys.readouterr().err and not endpoint.asked
+
+
 def test_a_chat_model_is_evaluated_as_ours_is(mmbench, tmp_path):
     replies = ("say <think>Is it A?</think>B", "say The answer is B", {"message": {"content": "<think>hm"}, "finish_reason": "length"})
     with fake_endpoint(*replies) as endpoint:

@@ -25,7 +25,7 @@ def judge_outputs(run: SuiteRun, judge: Judge, stop: StopSignal) -> None:
         What is judged is kept, but for the items with unreadable replies: the same command asks about them again.
     """
     outputs, judged = run.outputs(), run.judged()
-    left = [item for item in run.mine() if item.id not in judged]
+    left = [item for item in run.mine() if item.id not in judged and (run.suite.judge or item.id in outputs)]
     if run.suite.judge:
         _check_images(run, [item for item in left if item.id not in outputs])
     remedy = f"give the judge that was used, or delete {run.path / 'judged'} to judge everything anew"

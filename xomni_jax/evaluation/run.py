@@ -19,7 +19,7 @@ from xomni_jax.core.preemption import StopSignal
 from xomni_jax.evaluation.comparable import SIZE, departures
 from xomni_jax.evaluation.judging import judge_outputs
 from xomni_jax.evaluation.results import write_results
-from xomni_jax.evaluation.suite import Judge, SuiteError
+from xomni_jax.evaluation.suite import Judge, SuiteError, is_there
 from xomni_jax.evaluation.suite_run import EvalConfig, SuiteRun, open_run
 from xomni_jax.evaluation.suites import PUBLISHED, get_suite
 
@@ -117,7 +117,7 @@ def _finish(run: SuiteRun, model: Callable[[], XOmni] | None, judge: Judge | Non
         if kind:
             judge_outputs(run, judge, stop)
     missing = run.missing() if run.writes else 0
-    if missing and run.config.phase == "score" and not run.judge_kind:
+    if missing and run.config.phase == "score" and not run.suite.judge:
         raise SuiteError(f"{run.suite.name}: {missing} of {len(run.items)} items are not answered in {run.path}; run --phase answer")
     if missing or not run.scores:
         return Results(run, None, missing)
@@ -125,7 +125,8 @@ def _finish(run: SuiteRun, model: Callable[[], XOmni] | None, judge: Judge | Non
     if run.config.report:
         from xomni_jax.evaluation.run_report import write_run_report
 
-        write_run_report(run.path, {item.id: item.image for item in run.items if item.image is not None})
+        shown = [item for item in run.items if item.image is not None and is_there(item)]
+        write_run_report(run.path, {item.id: item.image for item in shown})
     return Results(run, values)
 
 

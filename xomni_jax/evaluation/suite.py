@@ -235,9 +235,14 @@ class Judge(Protocol):
         """Frees connections and models, if there are any."""
 
 
+def is_there(item: Item) -> bool:
+    """Whether the image of an item exists, without reading it; True where that cannot be told."""
+    return getattr(item.image, "exists", lambda: True)()
+
+
 def check_images(items: Sequence[Item]) -> None:
     """Raises SuiteError with the number of missing images and the first of them. Reads no image."""
-    missing = [item for item in items if item.image is not None and not getattr(item.image, "exists", lambda: True)()]
+    missing = [item for item in items if not is_there(item)]
     if missing:
         raise SuiteError(f"{len(missing)} of {len(items)} images are missing; the first is {missing[0].image}")
 
