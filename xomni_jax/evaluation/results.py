@@ -52,7 +52,7 @@ def write_results(run: SuiteRun) -> dict[str, Any]:
         scored = replies if suite.judge else [reply for (reply,) in filter(None, replies or ()) if not is_unreadable(reply)]
         scored = scored or [output["answer"]]
         record = score_outputs(suite, item, scored)
-        lines.append(json_line(_line(suite, item, output, replies, record)))
+        lines.append(json_line(_line(run, item, output, replies, record)))
         if record is None:
             unscored.append(item.id)
             continue
@@ -94,14 +94,15 @@ def write_results(run: SuiteRun) -> dict[str, Any]:
     return results
 
 
-def _line(suite: Suite, item: Item, output: Mapping[str, Any], replies: Any, record: Record | None) -> dict[str, Any]:
+def _line(run: SuiteRun, item: Item, output: Mapping[str, Any], replies: Any, record: Record | None) -> dict[str, Any]:
     """A line of items.jsonl."""
-    made = {"images": output.get("files", [])} if suite.task == "generate" else {"answer": output["answer"]}
+    made = {"images": output.get("files", [])} if run.suite.task == "generate" else {"answer": output["answer"]}
     made |= {} if replies is None else {"replies": replies}
     record = record or {"score": None, "verdicts": [NOT_READ] * len(replies)}
     apart = {name: record[name] for name in ("score", "verdicts")}
     more = {name: value for name, value in record.items() if name not in apart}
-    return {"id": item.id, "prompt": item.prompt, "fields": dict(item.fields), **made, **apart, "record": more}
+    place = {"id": item.id, "position": run.positions[item.id]}
+    return {**place, "prompt": item.prompt, "fields": dict(item.fields), **made, **apart, "record": more}
 
 
 def _headline(suite: Suite, found: Mapping[str, Any], clusters: Sequence[Sequence[Record]]) -> dict[str, Any]:
