@@ -5,6 +5,7 @@ from PIL import Image
 
 from tests.evaluation.judges.test_chat import ASK, PICTURE
 from xomni_jax.evaluation.judges import open_judge
+from xomni_jax.evaluation.judges.preparation import ChatOptions
 from xomni_jax.evaluation.suite import SuiteError, is_unreadable
 from xomni_jax.sequence.tokenizer import TINY_TOKENIZER
 
@@ -74,7 +75,7 @@ def folder(request, tmp_path_factory):
 
 
 def test_it_sees_the_image_and_answers_greedily(folder):
-    judge = open_judge("ocr", str(folder))
+    judge = open_judge("ocr", str(folder), ChatOptions(thinking_tokens=2))  # random weights do not end by themselves
     question = ASK | {"max_tokens": 6}
     blue = Image.new("RGB", PICTURE.size, (0, 0, 255))
     big = [image.resize((120, 90)) for image in (PICTURE, PICTURE, blue)]
