@@ -210,7 +210,8 @@ def test_official_refuses_what_cannot_be_had_before_work_starts(longtext, tmp_pa
 
 # ---- the directory of a run ----
 @pytest.mark.parametrize(
-    "kind, said", [("empty", "--out is empty"), ("file", "is a file; give a folder"), ("training", "of a training run")]
+    "kind, said",
+    [("empty", "--out is empty"), ("file", "is a file; give a folder"), ("training", "holds a training run; give another folder")],
 )
 def test_a_directory_that_cannot_hold_a_run_is_refused_first(kind, said, tmp_path, capsys):
     (tmp_path / "file").write_text("")
