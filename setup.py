@@ -69,6 +69,7 @@ setup(
         "tensorboard": TENSORBOARD,
         "eval": EVAL,
         "detector": REWARDS + ["torch>=2.13,<2.14"],  # of a service that runs on its own, never of the model's process
+        "judge": EVAL + ["torch>=2.13,<2.14", "torchvision>=0.28,<0.29"],  # a judge in the process of xomni eval --phase score
         "test": TEST + REWARDS + EVAL + PLAN,
         "parity": TEST + REWARDS + EVAL + PLAN + PARITY,
     },

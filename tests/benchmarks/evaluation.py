@@ -1,4 +1,4 @@
-"""How fast an evaluation makes outputs, in one process and shared by two that start together, once everything is compiled."""
+"""How fast an evaluation makes outputs, alone and shared by two processes, once everything is compiled; and how fast it asks a judge."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks import machine
+from tests.benchmarks import judging, machine
 from tests.benchmarks.report import OURS, Report, duration, machine_line
 from tests.benchmarks.timing import BenchError
 from xomni_jax.core.tables import aligned
@@ -29,11 +29,11 @@ def run(model: str) -> Report:
             measured = _together(model, suite, count)
             items, seconds = sum(m["items"] for m in measured), max(m["seconds"] for m in measured)
             results.append({"suite": suite, "processes": count, "items": items, "seconds": seconds, "items_per_second": items / seconds})
-    return report(model, results, others.cores())
+    return report(model, results, judging.measure(), others.cores())
 
 
-def report(model: str, results: Sequence[dict[str, Any]], others: float | None) -> Report:
-    """The table and the same as JSON."""
+def report(model: str, results: Sequence[dict[str, Any]], judged: Sequence[dict[str, Any]], others: float | None) -> Report:
+    """The tables and the same as JSON."""
     rows = [("", "processes", "items/s", "times one process", "items", "in")]
     alone = {r["suite"]: r["items_per_second"] for r in results if r["processes"] == 1}
     for r in results:
@@ -49,9 +49,17 @@ def report(model: str, results: Sequence[dict[str, Any]], others: float | None) 
         "",
         "An item of rendered-text is four images, one of rendered-qa an answer. All is done once before, so nothing is compiled. Processes",
         "on one machine share its cores: two are faster only where one leaves some idle.",
+        "",
+        aligned([("questions to an instant judge", "sent as", "in", "CPU time of ours"), *(_judged_row(r) for r in judged)]),
+        "",
+        f"Twelve questions about each of {judging.ITEMS * 4} images of {judging.SIDE} x {judging.SIDE} pixels, read from PNG files.",
     ]
-    data = {"benchmark": "eval", "model": model, "results": list(results), "versions": machine.versions(OURS)}
+    data = {"benchmark": "eval", "model": model, "results": list(results), "judge": list(judged), "versions": machine.versions(OURS)}
     return Report("\n".join(lines), data | {"other_programs_cores": others, "machine": machine.describe()})
+
+
+def _judged_row(result: dict[str, Any]) -> tuple[str, ...]:
+    return str(result["questions"]), result["format"], duration(result["seconds"]), duration(result["cpu_seconds"])
 
 
 def _together(model: str, suite: str, count: int) -> list[dict[str, float]]:

@@ -106,7 +106,8 @@ def whole(few_devices, make, tmp_path_factory):
 def test_a_whole_run(whole, data):
     path, (results, items) = whole["longtext-en"]
     results, items = json.loads(results), [json.loads(line) for line in items.splitlines()]
-    assert results["counts"] == {"items": 7, "published": 160, "outputs": 28, "unparsed": 0, "overlong prompts": 3, "fitted images": 0}
+    expected = {"items": 7, "published": 160, "outputs": 28, "overlong prompts": 3}
+    assert {name: n for name, n in results["counts"].items() if n} == expected
     assert [item["id"] for item in items] == sorted(f"{3 * i:04d}" for i in range(7))
     assert results["headline"]["value"] == sum(i["record"]["match"] for i in items) / sum(i["record"]["gt"] for i in items)
     assert results["settings"]["sampling"] == {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.03, "guidance": 1.0}
@@ -183,7 +184,7 @@ def test_a_silent_judge_leaves_nothing_scored(whole, make, data, tmp_path):
     with pytest.raises(JudgeUnavailable, match="does not answer"):
         make(tmp_path, judge=PixelJudge(answers=1))
     missing = open_run(EvalConfig("longtext-en", tmp_path, data)).missing()
-    assert missing == 3 and not (tmp_path / "results.json").exists()  # four were judged in the one call
+    assert missing == 6 and not (tmp_path / "results.json").exists()  # one was judged
     assert make(tmp_path) == whole["longtext-en"][1]
 
 

@@ -10,7 +10,7 @@ import pytest
 from tests.evaluation.judges.fake_endpoint import fake_endpoint
 from xomni_jax import inference
 from xomni_jax.cli.main import main
-from xomni_jax.evaluation import judges, outputs, run
+from xomni_jax.evaluation import judges, outputs
 from xomni_jax.evaluation.judges.chat import ChatEndpoint
 from xomni_jax.evaluation.run_directory import RunDirectory
 from xomni_jax.pipeline import XOmni
@@ -82,10 +82,9 @@ def oneig(folder):
 )
 def test_a_judge_that_goes_away(name, write, official, model_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(ChatEndpoint.__init__.__kwdefaults__, "pause", 0.01)
-    monkeypatch.setattr(run, "JUDGE_BATCH", 1)
     first, whole, out = write(tmp_path), tmp_path / "whole", tmp_path / "out"
     with fake_endpoint("by content") as endpoint:
-        judge = ("--judge", f"tiny-vlm@{endpoint.url}")
+        judge = ("--judge", f"tiny-vlm@{endpoint.url}", "--concurrency", "1")
         assert command(name, model_dir, tmp_path, whole, *judge) == 0
         endpoint.script[:] = ["by content"] * (len(endpoint.asked) + first) + ["drop"]
         capsys.readouterr()
@@ -136,11 +135,11 @@ def test_rewritten_prompts_are_drawn_and_the_row_is_scored(model_dir, tmp_path, 
     assert all(drawn[name]["pixels"] != before[name]["pixels"] for name in rewritten)
     for name, row in zip(rewritten, (CAT, DOGS)):
         assert json.loads((out / "images" / name / "metadata.jsonl").read_text()) == row
-    monkeypatch.setattr(judges, "open_judge", lambda kind, spec: Blind())
+    monkeypatch.setattr(judges, "open_judge", lambda *how: Blind())
     for what in ((), ("--rewrite", str(other))):
         capsys.readouterr()
         assert command("geneval", model_dir, tmp_path, out, "--phase", "score", *what) == 2
-        assert "or the data, switches and rewritten prompts that it was begun with" in capsys.readouterr().err
+        assert "or the data, switches, repeats and rewritten prompts that it was begun with" in capsys.readouterr().err
     assert command("geneval", model_dir, tmp_path, plain, "--phase", "score", "--rewrite", str(spec)) == 2
     assert not (out / "results.json").exists() and not (out / "judged").exists()
     assert command("geneval", model_dir, tmp_path, out, "--phase", "score", "--rewrite", str(spec)) == 0

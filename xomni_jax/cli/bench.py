@@ -24,7 +24,7 @@ train   one train step with AdamW, against transformers' Qwen2
 mmdit   one forward pass of the decoder's transformer, against diffusers' FLUX
 grpo    seconds of a GRPO step in rollout, decode, reward and update; starts its reward services itself
 convert peak memory and speed of xomni convert against a plain copy, on a released layout of random values that it writes and removes
-eval    items per second of xomni eval on the rendered suites, in one process and shared by two
+eval    items per second of xomni eval on the rendered suites, in one process and shared by two; seconds for 240 questions to a judge
 
 decode, train and mmdit need the extra [parity], grpo needs [rewards].
 """

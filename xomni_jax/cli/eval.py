@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from xomni_jax.cli import eval_study, eval_suite
+from xomni_jax.cli import eval_judge, eval_study, eval_suite
 from xomni_jax.core.registry import RegistryError
 from xomni_jax.evaluation.suite import SuiteError
 from xomni_jax.evaluation.suites import SUITES
@@ -18,14 +18,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--paper-table", action="store_true", help="print the command behind each number of the paper's tables 1 to 4")
     parser.add_argument("--runs", metavar="DIR", help="with --paper-table: where finished runs are, to print their numbers beside")
     kinds = parser.add_subparsers(dest="evaluation", metavar="WHAT")
-    known = (*SUITES.names(), "all", *eval_study.STUDIES)
+    others = (*eval_study.STUDIES, eval_judge.NAME)
+    known = (*SUITES.names(), "all", *others)
     wanted = next((word for word in sys.argv[2:] if word in known or ".py:" in word), None)
     try:
-        if wanted not in eval_study.STUDIES:
+        if wanted not in others:
             eval_suite.add_suites(kinds, wanted)
     except (SuiteError, RegistryError) as e:
         parser.exit(2, f"xomni eval: {e}\n")
     eval_study.add_studies(kinds, wanted)
+    eval_judge.add_check(kinds)
 
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:
@@ -37,4 +39,6 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
         return 0
     if args.evaluation is None:
         raise ValueError("say what to evaluate, such as rendered-text, or give --paper-table; xomni eval --help lists all")
+    if args.evaluation == eval_judge.NAME:
+        return eval_judge.run(args)
     return eval_study.run(args) if args.evaluation in eval_study.STUDIES else eval_suite.run(args, rest)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from xomni_jax.cli.inference import EXACT, add_drawing, add_model, positive, settle
 from xomni_jax.core.config import explanations
 from xomni_jax.evaluation.judges import HELP
+from xomni_jax.evaluation.judges.preparation import ChatOptions
 from xomni_jax.evaluation.run import EvalConfig
 from xomni_jax.evaluation.suite import INSTRUCTIONS
 from xomni_jax.evaluation.suites import PUBLISHED, SUITES, get_suite
@@ -55,7 +56,8 @@ def _add_suite(kinds: Any, name: str) -> None:
     lines += ["The official scorer's behaviour is the default; named departures from it:"] * bool(suite.switches)
     lines += [f"  --switch {switch}: {what}" for switch, what in suite.switches.items()]
     sub = _parser(kinds, name, suite.title, "\n".join(lines), _example_judge(suite.judge))
-    judges = f"what judges the images: {HELP[suite.judge]}" if suite.judge else ""
+    kind = suite.judge or suite.fallback
+    judges = f"what judges the {'images' if suite.judge else 'answers that rules cannot read'}: {HELP[kind]}" if kind else ""
     _add_options(sub, {suite.task}, bool(suite.files), judges, bool(suite.switches))
 
 
@@ -82,6 +84,7 @@ def _add_options(parser: argparse.ArgumentParser, tasks: set[str], data: bool, j
     )
     which = parser.add_argument_group("which items")
     which.add_argument("--limit", type=positive, metavar="N", help="evaluate the first N items only")
+    which.add_argument("--sample", type=positive, metavar="N", help=says["sample"])
     which.add_argument("--ids", nargs="+", default=(), metavar="ID", help=says["ids"])
     which.add_argument(
         "--shard", type=_shard, default=(0, 1), metavar="K/N", help="this process is the K-th of N that share OUT (default 1/1)"
@@ -93,18 +96,35 @@ def _add_options(parser: argparse.ArgumentParser, tasks: set[str], data: bool, j
     what = "images" if tasks == {"generate"} else "answers" if tasks == {"answer"} else "images or answers"
     at_a_time = f"{what} at a time, of each data-parallel part of the mesh (default 16)"
     model.add_argument("--batch", type=positive, metavar="N", help=at_a_time)
+    if "answer" in tasks:
+        answers = "answers of another program in place of a model: a jsonl, json, csv or tsv file with the fields id and answer"
+        model.add_argument("--answers", metavar="FILE", help=f"{answers}; --model MODEL@URL asks an OpenAI-compatible endpoint")
     if "generate" in tasks:
+        images = (
+            "images of another program in place of a model, named ID_K.png (.jpg, .webp), K from 0, ID the item's id or position from 0"
+        )
+        model.add_argument("--images", metavar="DIR", help=f"{images}; ID.png holds all as the tiles of a square")
         drawing = parser.add_rare_group("drawing (the defaults are the released ones)")
         drawing.add_argument("--decode-batch", type=positive, metavar="N", help="images decoded to pixels at a time (default 16)")
         add_drawing(drawing)
+        drawing.add_argument("--repeats", type=positive, metavar="N", help="images per prompt (default: as the suite has it)")
         drawing.add_argument("--seed", type=_seed, default=EvalConfig.seed, help=f"{says['seed']} ({EvalConfig.seed})")
         if tasks == {"generate"}:
             from xomni_jax.evaluation.suites.rewriting import FORMS
 
             drawing.add_argument("--rewrite", metavar="SOURCE", help=f"draw rewritten prompts, in both phases: {FORMS} (kept in OUT)")
-    scoring = parser.add_argument_group("scoring")
+    _add_scoring(parser.add_argument_group("scoring"), judges, switches)
+
+
+def _add_scoring(scoring: Any, judges: str, switches: bool) -> None:
+    says, chat, how = explanations(EvalConfig), explanations(ChatOptions), ChatOptions()
+    scoring.add_argument("--official", action="store_true", help=f"{says['official']}; images are of the published size")
     if judges:
         scoring.add_argument("--judge", action="append", metavar="JUDGE", help=judges)
+    scoring.add_argument("--concurrency", type=positive, metavar="N", help=f"{chat['concurrency']} ({how.concurrency})")
+    scoring.add_argument("--image-format", choices=("PNG", "JPEG", "WEBP"), help=chat["image_format"])
+    thinking = f"{chat['thinking_tokens']} ({how.thinking_tokens})"
+    scoring.add_argument("--thinking-tokens", type=positive, metavar="N", help=thinking)
     if switches:
         scoring.add_argument("--switch", action="append", metavar="NAME", help="a named departure from the official scorer, see above")
     wording = f"word an instruction as in FILE; there are {', '.join(INSTRUCTIONS)}"
@@ -133,7 +153,8 @@ def _config(args: argparse.Namespace) -> EvalConfig:
 
     given = vars(args)
     own = {name: given[name] for name in InferenceConfig.__dataclass_fields__ if name in given and name != "mesh"}
-    same = {name: given[name] for name in ("out", "phase", "limit", "ids", "shard", "mesh", "data", "seed", "rewrite") if name in given}
+    same = {field.name for field in dataclasses.fields(EvalConfig)} & set(given)
+    chat = {name: value for name in ChatOptions.__dataclass_fields__ if (value := given.get(name))}
     return EvalConfig(
         suite=args.evaluation,
         inference=dataclasses.replace(args.sections or InferenceConfig(), **own),
@@ -141,7 +162,8 @@ def _config(args: argparse.Namespace) -> EvalConfig:
         judges=_judges(args.evaluation, given.get("judge") or ()),
         switches=given.get("switch") or (),
         instructions=dict(args.instruction),
-        **same,
+        chat=ChatOptions(**chat),
+        **{name: given[name] for name in same},
     )
 
 
@@ -155,7 +177,8 @@ def _judges(name: str, given: list[str]) -> dict[str, str]:
         elif name == "all":
             raise ValueError(f"--judge {text}: several kinds of judges are asked; write KIND=JUDGE, with a kind of {', '.join(HELP)}")
         else:
-            kinds[get_suite(name).judge] = text
+            suite = get_suite(name)
+            kinds[suite.judge or suite.fallback] = text
     return kinds
 
 
@@ -227,11 +250,14 @@ def _summary(results: Results) -> str:
     values: Mapping[str, Any] = results.values
     counts, switches = values["counts"], values["switches"]
     of = f" of {counts['published']}" if counts["published"] else ""
-    lines = [f"{values['title']}: {values['headline']['name']} {_digits(values['headline']['value'])}"]
+    head, comparable = values["headline"], values["comparable"]
+    error = f", standard error {_digits(head['stderr'])}" if head["stderr"] is not None else ""
+    lines = [f"{values['title']}: {head['name']} {_digits(head['value'])}{error}"]
+    lines += [f"  comparable: {'yes' if comparable['yes'] else 'no, because: ' + '; '.join(comparable['because'])}"]
     lines += [f"  {name}: {_digits(value)}" for name, value in values["scores"].items() if name != values["headline"]["name"]]
     lines += [f"  {name}: {_digits(c['score'])} ({c['items']} items)" for name, c in values["categories"].items()]
     lines += [f"  {counts['items']}{of} items, {counts['outputs']} outputs, each once; {counts['unparsed']} replies could not be read"]
-    lines += [f"  {n} {name}" for name, n in counts.items() if name in ("overlong prompts", "fitted images") and n]
+    lines += [f"  {n} {name}" for name, n in counts.items() if name not in ("items", "published", "outputs", "unparsed") and n]
     lines += [f"  judge: {values['judge']['name']}"] if values["judge"] else []
     lines += [f"  switches: {', '.join(switches)}"] * bool(switches)
     return "\n".join([*lines, *(f"  {note}" for note in values["notes"])])

@@ -15,7 +15,7 @@ import math
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -31,6 +31,7 @@ from xomni_jax.core.config import as_dict
 from xomni_jax.core.distributed import connect, gather_json
 from xomni_jax.core.preemption import StopRequested, StopSignal
 from xomni_jax.data.preprocess import ImageLimits, preprocess, to_pixels, token_grid
+from xomni_jax.evaluation.others import image_digest, other_source
 from xomni_jax.evaluation.suite import Item, Suite, SuiteError, check_images
 from xomni_jax.evaluation.suite_run import EvalConfig, SuiteRun
 from xomni_jax.inference import MODELS, open_model
@@ -62,45 +63,45 @@ def make_outputs(run: SuiteRun, model: Callable[[], XOmni], stop: StopSignal) ->
     """Makes this process's outputs that do not exist yet.
 
     Raises:
-      SuiteError: an image of a question is missing, or a prompt or image does not suit the model.
+      SuiteError: an image of a question is missing, or a prompt, an image or the source of outputs does not suit the suite.
       RunError: the directory holds outputs of other settings.
       StopRequested: what is finished is kept.
     """
-    check_images(run.items)
-    suite, opened = run.suite, model()
-    if suite.task == "generate":
-        generation = Generation(opened, suite, run.config)
-        _claim_settings(run, opened, generation.settings)
-        _generate(run, generation, stop)
-        return
-    _claim_settings(run, opened, {"max_new_tokens": suite.max_new_tokens})
+    if not run.config.answers:
+        check_images(run.items)
+    source = other_source(run) or OwnModel(model(), run)
+    if run.writes:
+        settings = {"suite": run.suite.name, "data": run.data, **source.settings}
+        run.directory.claim("settings.json", settings, "take another --out, or the settings that it was begun with")
     left = _unfinished_items(run)
+    if run.suite.task == "generate":
+        _save_images(run, left, source.make(left), stop)
+        return
     with run.appending("parts", "answered", len(left)) as add:
-        for answers in answer(opened, suite, run.config.inference.batch, left):
-            add({"id": item.id, "answer": text, "fitted": changed} for item, text, changed in answers)
+        for answers in source.make(left):
+            add({"id": item.id, **answer} for item, answer in answers)
             stop.check()
 
 
-def _claim_settings(run: SuiteRun, model: XOmni, how: Mapping[str, Any]) -> None:
-    """Records everything that decides the outputs, or raises RunError when the directory was begun with other settings.
+class OwnModel:
+    """A model of ours as the source of outputs. `settings` is everything that decides them.
 
     Data-parallel axes of the mesh are left out: each part computes in the same shapes, however many there are.
     """
-    if not run.writes:
-        return
-    config, device = run.config, jax.devices()[0]
-    settings = {
-        "suite": run.suite.name,
-        "data": run.data,
-        "model": {"path": str(config.inference.model), "sha256": checkpoint_hash(config.inference.model)},
-        "batch": config.inference.batch,
-        **how,
-        **({"computed": {name: as_dict(getattr(config.inference, name)) for name in ("decode", *MODELS)}} if config.components else {}),
-        "mesh": {axis: model.mesh.shape[axis] for axis in ("fsdp", "tensor")},
-        "device": f"{device.platform} {device.device_kind}",
-        "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
-    }
-    run.directory.claim("settings.json", settings, "take another --out, or the settings that it was begun with")
+
+    def __init__(self, model: XOmni, run: SuiteRun):
+        config, device = run.config, jax.devices()[0]
+        generation = Generation(model, run.suite, config) if run.suite.task == "generate" else None
+        self.make = generation.draw if generation else functools.partial(answer, model, run.suite, config.inference.batch)
+        self.settings = {
+            "model": {"path": str(config.inference.model), "sha256": checkpoint_hash(config.inference.model)},
+            "batch": config.inference.batch,
+            **(generation.settings if generation else {"max_new_tokens": run.suite.max_new_tokens}),
+            **({"computed": {name: as_dict(getattr(config.inference, name)) for name in ("decode", *MODELS)}} if config.components else {}),
+            "mesh": {axis: model.mesh.shape[axis] for axis in ("fsdp", "tensor")},
+            "device": f"{device.platform} {device.device_kind}",
+            "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+        }
 
 
 def _unfinished_items(run: SuiteRun) -> list[Item]:
@@ -111,14 +112,14 @@ def _unfinished_items(run: SuiteRun) -> list[Item]:
     return [item for item in run.mine() if item.id in ids]
 
 
-def _generate(run: SuiteRun, generation: Generation, stop: StopSignal) -> None:
-    """Draws images and saves them in the official layout; images are compressed while the next ones are drawn."""
-    left, staging = _unfinished_items(run), run.path / ".drawing" / run.worker
+def _save_images(run: SuiteRun, left: Sequence[Item], batches: Iterable[Sequence[tuple[Any, ...]]], stop: StopSignal) -> None:
+    """Saves images in the official layout; they are compressed while the next ones are made."""
+    staging = run.path / ".drawing" / run.worker
     if run.writes:
         shutil.rmtree(staging, ignore_errors=True)  # of a killed process
     with run.appending("parts", "drawn", len(left)) as add, ThreadPoolExecutor(SAVERS) as pool:
         saving: deque[list[Future]] = deque()
-        for drawn in generation.draw(left):
+        for drawn in batches:
             saving.append([pool.submit(_save, run, staging, *one) for one in drawn] if run.writes else [])
             stopping = stop.reached()
             while len(saving) > (0 if stopping else 1):
@@ -142,11 +143,8 @@ def _save(run: SuiteRun, staging: Path, item: Item, images: Sequence[Image.Image
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(folder / name, target)
     shutil.rmtree(folder)
-    digest = hashlib.sha256()
-    for image in images:
-        digest.update(repr(image.size).encode() + image.tobytes())
     files = [f"images/{name}" for name in names if name.endswith((".png", ".webp", ".jpg"))]
-    return {"id": item.id, "files": files, "pixels": digest.hexdigest(), **more}
+    return {"id": item.id, "files": files, "pixels": image_digest(images), **more}
 
 
 class Generation:
@@ -219,8 +217,10 @@ class Generation:
         return np.stack(in_order(run_batches(program, make_batches(len(images_BHWC), self.decode_rows))))
 
 
-def answer(model: XOmni, suite: Suite, batch_size: int, items: Sequence[Item]) -> Iterator[list[tuple[Item, str, bool]]]:
-    """Batch by batch (item, answer, whether its image had to be changed); images are read while the device answers.
+def answer(model: XOmni, suite: Suite, batch_size: int, items: Sequence[Item]) -> Iterator[list[tuple[Item, dict[str, Any]]]]:
+    """Batch by batch (item, {"answer", "fitted": whether its image had to be changed, "image": digest}).
+
+    Images are read while the device answers.
 
     Args:
       batch_size: questions at a time, by each data-parallel part of the mesh.
@@ -228,7 +228,7 @@ def answer(model: XOmni, suite: Suite, batch_size: int, items: Sequence[Item]) -
     Raises:
       SuiteError: an image cannot be read, or a question cannot be asked.
     """
-    limits, fitted = model.preprocess_config, dict[int, bool]()
+    limits, more = model.preprocess_config, dict[int, dict[str, Any]]()
 
     def image_of(item: Item) -> Image.Image:
         try:
@@ -246,7 +246,9 @@ def answer(model: XOmni, suite: Suite, batch_size: int, items: Sequence[Item]) -
             raise SuiteError(f"{suite.name}: item {item.id}: {e}") from None
 
     def pixels_of(i: int) -> np.ndarray:
-        image, fitted[i] = fit(image_of(items[i]), limits)
+        original = image_of(items[i])
+        image, fitted = fit(original, limits)
+        more[i] = {"fitted": fitted, "image": image_digest([original])}
         return preprocess(image, limits)
 
     with ThreadPoolExecutor(READERS) as pool:
@@ -259,7 +261,7 @@ def answer(model: XOmni, suite: Suite, batch_size: int, items: Sequence[Item]) -
         shapes = [bucket(max(SHORTEST, n), IMAGE_STEPS) for n in pool.map(length, items)]
         for batch, ids_BT in run_batches(start, batches_by_shape(shapes, batch_size * model.num_data_shards)):
             answers = [model.tokenizer.decode_text(ids_T).strip() for ids_T in ids_BT]
-            yield [(items[i], text, fitted[i]) for i, text in zip(batch.items, answers)]
+            yield [(items[i], {"answer": text, **more[i]}) for i, text in zip(batch.items, answers)]
 
 
 def fitted_sizes(size: tuple[int, int], limits: ImageLimits) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -11,8 +11,7 @@
       items.jsonl        at the end: one line per item, sorted by id: {"id", "position" (in the published data, from 0), "prompt", "fields",
                          "images" (relative paths: one per repeat, or one where the official layout is a grid) or "answer", "replies",
                          "score", "verdicts", "record"}
-      results.json       at the end: {"suite", "title", "headline": {"name", "value"}, "scores", "categories", "counts", "unparsed" (ids of
-                         the items with replies that could not be read), "notes", "settings", "judge", "switches", "instructions"}
+      results.json       at the end: the suite's numbers, what they were made with, and whether they are comparable; see `results`
 
 A line is complete or absent: it is written in one piece and flushed to the disk, and an incomplete last line is dropped, so a process may
 be killed at any time. Lines are read from all files, whichever process wrote them: any number of processes may continue the work.
@@ -23,6 +22,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -42,8 +42,17 @@ class RunDirectory:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        if not str(path):
+            raise RunError("--out is empty; give a folder")
         if taken := why_taken(self.path, "evaluation"):
             raise RunError(f"--out {self.path} {taken}; give another folder")
+        folder = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if p.exists())
+        if not folder.is_dir():
+            raise RunError(f"--out {self.path}: {folder} is a file; give a folder")
+        try:
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise RunError(f"--out {self.path} cannot be written ({error.strerror}); give another folder") from None
 
     def claim(self, name: str, value: Mapping[str, Any], remedy: str) -> None:
         """Writes OUT/name once; afterwards refuses a value that differs, naming the first key. Processes may race for it.

@@ -6,13 +6,16 @@ P prompts, R samples per prompt. NaN is a value that is not known: it is left ou
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+T = TypeVar("T")
 RESAMPLES = 2000
 LEVEL = 0.95
+NORMAL = 1.959964  # half the width of the 95% interval of a normal distribution, in standard errors
+JACKKNIFE_GROUPS = 100  # a standard error from so many groups is itself known to about 7%
 BEST_OF = (1, 2, 4, 8, 16)  # the N of best-of-N in reports
 
 
@@ -91,6 +94,27 @@ def paired_ratio(a_P: np.ndarray, b_P: np.ndarray, seed: int = 0) -> Interval:
     # A resample without any success in b has an infinite ratio; it belongs to the upper end.
     ratios = np.divide(top, bottom, out=np.full(len(top), np.inf), where=bottom > 0)
     return Interval(float(a.mean() / b.mean()), *_percentiles(ratios), int(a.size))
+
+
+def jackknife_error(clusters: Sequence[Sequence[T]], statistic: Callable[[list[T]], float | None]) -> float:
+    """Standard error of any smooth statistic of independent clusters, by the grouped jackknife: it is computed again without each group.
+
+    Every cluster is a group of its own up to `JACKKNIFE_GROUPS`; more clusters are shuffled into so many groups.
+
+    Args:
+      clusters: what is kept or left out together, such as the questions about one image.
+      statistic: of the members of several clusters, in the order of `clusters`; None where it is not defined.
+
+    Returns:
+      NaN for fewer than two clusters, or where the statistic is not defined without one of the groups.
+    """
+    groups = min(len(clusters), JACKKNIFE_GROUPS)
+    if groups < 2:
+        return math.nan
+    group_of = np.random.default_rng(0).permutation(len(clusters)) % groups
+    without = [statistic([x for cluster, g in zip(clusters, group_of) if g != group for x in cluster]) for group in range(groups)]
+    values = np.array([math.nan if value is None else value for value in without], np.float64)
+    return float(np.sqrt((groups - 1) / groups * ((values - values.mean()) ** 2).sum()))
 
 
 def held_up_to(single: float, best: Mapping[int, float]) -> int:

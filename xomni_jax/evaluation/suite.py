@@ -35,6 +35,8 @@ INSTRUCTIONS = {
     "rewrite": "Rewrite this prompt for an image generator as one detailed English sentence. Keep every object, its number, its colour and "
     "its position exactly as they are, add no further objects, and describe setting, light and style. Prompt: {prompt}",
     "letter": "Reply with the letter of the right option and nothing else.",
+    "match": "These are the options of a question:\n{options}\nSomebody answered: {answer}\nWhich option is meant? Reply with its letter "
+    "alone, or with Z if the answer means none of them or more than one.",
 }
 
 
@@ -64,6 +66,18 @@ class Item:
     image: Callable[[], Image.Image] | None = None
 
 
+class Wordings(dict[str, str]):
+    """Instruction -> text. `used` holds the instructions that were read, so that a result can say which wordings decided it."""
+
+    def __init__(self, wordings: Mapping[str, str]):
+        super().__init__(wordings)
+        self.used: set[str] = set()
+
+    def __getitem__(self, name: str) -> str:
+        self.used.add(name)
+        return super().__getitem__(name)
+
+
 class Suite:
     """One benchmark. A subclass sets the attributes that differ and defines `load`, `score` and `aggregate`.
 
@@ -72,6 +86,7 @@ class Suite:
       task: "generate": images are drawn from prompts; "answer": questions about images are answered.
       repeats: outputs per item (images per prompt); 1 for answers.
       judge: the kind of judge that looks at the images: "ocr", "detector", "contours" or "vqa"; None where local rules score.
+      fallback: the kind of judge that may be asked about answers which local rules cannot read, see `undecided`; None for no kind.
       size: height and width of the images in pixels, if the suite fixes them; None: the user's choice.
       max_new_tokens: of an answer.
       published: number of items in the published data; 0 where it is not known for sure.
@@ -85,6 +100,7 @@ class Suite:
     task: Task = "generate"
     repeats: int = 1
     judge: str | None = None
+    fallback: str | None = None
     size: tuple[int, int] | None = None
     max_new_tokens: int = 0
     published: int = 0
@@ -100,7 +116,7 @@ class Suite:
         """
         self.name = name or self.name or type(self).__name__
         self.title = self.title or self.name
-        self.on, self.instructions = frozenset(switches), INSTRUCTIONS | dict(instructions or {})
+        self.on, self.instructions = frozenset(switches), Wordings(INSTRUCTIONS | dict(instructions or {}))
         for switch in switches:
             if switch not in self.switches:
                 raise SuiteError(f"{self.name} has no switch {switch!r}; it has {', '.join(self.switches) or 'none'}")
@@ -115,6 +131,13 @@ class Suite:
     def questions(self, item: Item) -> Sequence[Any]:
         """What the judge is asked about each output of an item: one JSON value per reply."""
         return ()
+
+    def undecided(self, item: Item, answer: str) -> Mapping[str, Any] | None:
+        """What a judge of the kind `fallback` is asked about an answer that local rules cannot read; None where they can.
+
+        The reply, one of the question's "answers", is scored in place of the answer.
+        """
+        return None
 
     def score(self, item: Item, outputs: Sequence[Any]) -> Record:
         """The record of an item: JSON values, among them
@@ -153,7 +176,7 @@ class Suite:
 
 
 class GridLayout(Suite):
-    """{id}{suffix}: the images of one item as tiles of a square, row by row; a tile is width // columns by height // rows."""
+    """{id}{suffix}: the images of one item as `tiles` of a square."""
 
     suffix = ".png"
 
@@ -165,10 +188,25 @@ class GridLayout(Suite):
         write_image(directory / f"{item.id}{self.suffix}", grid)
 
     def open(self, directory: Path, item: Item) -> list[Image.Image]:
-        side, grid = math.isqrt(self.repeats), read_drawn(directory / f"{item.id}{self.suffix}")
-        width, height = grid.width // side, grid.height // side
-        corners = [(k % side * width, k // side * height) for k in range(self.repeats)]
-        return [grid.crop((x, y, x + width, y + height)) for x, y in corners]
+        return tiles(read_drawn(directory / f"{item.id}{self.suffix}"), self.repeats)
+
+
+def tiles(grid: Image.Image, number: int) -> list[Image.Image]:
+    """The images of a square grid, row by row; each is width // columns by height // rows."""
+    side = math.isqrt(number)
+    width, height = grid.width // side, grid.height // side
+    corners = [(k % side * width, k // side * height) for k in range(number)]
+    return [grid.crop((x, y, x + width, y + height)) for x, y in corners]
+
+
+def unreadable(why: str) -> dict[str, str]:
+    """The reply of a judge that answered nothing that can be read."""
+    return {"unreadable": why}
+
+
+def is_unreadable(reply: Any) -> bool:
+    """Whether a reply was made by `unreadable`."""
+    return isinstance(reply, dict) and set(reply) == {"unreadable"}
 
 
 class Judge(Protocol):
@@ -178,15 +216,18 @@ class Judge(Protocol):
       name: for the result file, such as "pp-ocr" or the name of a model.
       settings: JSON values that belong beside a score, such as the model's version; no address, so that the same judge elsewhere gives
         the same file.
+      concurrency: optional; questions that it can work on at a time, from several threads; 1 without it.
+      batch: optional; items that it wants in one call of `ask`; 1 without it.
     """
 
     name: str
     settings: dict[str, Any]
 
     def ask(self, images: Sequence[Image.Image], questions: Sequence[Sequence[Any]]) -> list[list[Any]]:
-        """One list of replies per image, in the order of its questions. Raises JudgeUnavailable when there is no answer.
+        """One list of replies per image, in the order of its questions; a reply without an answer is `unreadable(why)`.
 
-        Pass a handful of items per call and store the replies: an interruption loses one call.
+        Raises:
+          JudgeUnavailable: there are no replies, or malformed ones.
         """
         ...
 
@@ -194,9 +235,14 @@ class Judge(Protocol):
         """Frees connections and models, if there are any."""
 
 
+def is_there(item: Item) -> bool:
+    """Whether the image of an item exists, without reading it; True where that cannot be told."""
+    return getattr(item.image, "exists", lambda: True)()
+
+
 def check_images(items: Sequence[Item]) -> None:
     """Raises SuiteError with the number of missing images and the first of them. Reads no image."""
-    missing = [item for item in items if item.image is not None and not getattr(item.image, "exists", lambda: True)()]
+    missing = [item for item in items if not is_there(item)]
     if missing:
         raise SuiteError(f"{len(missing)} of {len(items)} images are missing; the first is {missing[0].image}")
 

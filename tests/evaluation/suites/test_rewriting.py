@@ -49,6 +49,30 @@ def test_bad_files(geneval, tmp_path, rows, message):
         with_rewrites(get_suite("pope"), "nowhere", tmp_path / "c")
 
 
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"message": {"content": "<think>A cat? With wings!</think>\n\nA cat."}},
+        {"message": {"content": "A cat with wings?</think>A cat."}},
+        {"message": {"content": "A cat.", "reasoning_content": "wings"}},
+        {"message": {"content": [{"type": "thinking", "thinking": "wings"}, {"type": "text", "text": "A cat."}]}},
+    ],
+)
+def test_thinking_is_no_part_of_a_prompt(choice, geneval, tmp_path):
+    with fake_endpoint(choice) as endpoint:
+        suite = with_rewrites(geneval, f"tiny-vlm@{endpoint.url}", tmp_path / "cache.jsonl")
+        assert [i.prompt for i in suite.load(tmp_path)] == ["A cat."] * 2
+    assert "wings" not in (tmp_path / "cache.jsonl").read_text()
+
+
+def test_a_model_that_only_thinks_rewrites_nothing(geneval, tmp_path):
+    with fake_endpoint({"message": {"content": "<think>A cat"}, "finish_reason": "length"}) as endpoint:
+        suite = with_rewrites(geneval, f"tiny-vlm@{endpoint.url}", tmp_path / "cache.jsonl")
+        with pytest.raises(SuiteError, match="tiny-vlm did not rewrite 'a photo of a .*' .no answer: .* used up by thinking"):
+            suite.load(tmp_path)
+    assert (tmp_path / "cache.jsonl").read_text() == ""
+
+
 def test_a_model_is_asked_once(geneval, tmp_path):
     cache = tmp_path / "run" / "rewrites.jsonl"
     with fake_endpoint('say "a fine\n animal"') as endpoint:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
-from xomni_jax.evaluation.judges.preparation import as_shown, is_skipped
+from xomni_jax.evaluation.judges.preparation import ChatOptions, as_shown, is_skipped
+from xomni_jax.evaluation.judges.replies import check_detections
 from xomni_jax.evaluation.suite import Judge, JudgeUnavailable, SuiteError
 
 if TYPE_CHECKING:
+    from xomni_jax.evaluation.judges.chat import ChatModel
     from xomni_jax.rewards.client import RewardClient
 
+CHAT = ("ocr", "vqa", "letter")  # kinds that a chat model can be
 LOCAL = {"ocr": "pp-ocr", "contours": "contours"}  # kind -> its judge in this process
 # The judge that the benchmark's published numbers were made with; a result names it beside the one that was used.
 OFFICIAL = {
@@ -22,17 +26,22 @@ OFFICIAL = {
     "vqa": "mPLUG-large fine-tuned for VQA on COCO",
     "detector": "Mask2Former Swin-S (COCO instances) and CLIP ViT-L/14",
 }
+_CHAT = "MODEL@URL of an OpenAI-compatible endpoint, or a directory with a model that transformers reads, such as Qwen2.5-VL"
 HELP = {
-    "ocr": "pp-ocr (local, the default), or MODEL@URL of an OpenAI-compatible endpoint",
-    "vqa": "MODEL@URL of an OpenAI-compatible endpoint, such as Qwen/Qwen2.5-VL-7B-Instruct@http://127.0.0.1:8000/v1",
+    "ocr": f"pp-ocr (local, the default), or {_CHAT}",
+    "vqa": f"{_CHAT}; for example Qwen/Qwen2.5-VL-7B-Instruct@http://127.0.0.1:8000/v1",
+    "letter": f"{_CHAT}; it is asked which option a reply means where the rules cannot tell, without it such a reply is wrong",
     "detector": "URL of a detector, or several with commas; "
     "start one with: xomni serve-reward detector --detector DIR --clip DIR --port 8003",
     "contours": "contours (local, the default)",
 }
 
 
-def open_judge(kind: str, spec: str | None = None) -> Judge:
+def open_judge(kind: str, spec: str | None = None, options: ChatOptions = ChatOptions()) -> Judge:
     """The judge of a kind ("ocr", "vqa", "detector", "contours"), as `HELP` says how to name it; None: the local one.
+
+    Args:
+      options: how a chat model is asked.
 
     Raises:
       SuiteError: there is no local one, or `spec` names none of that kind.
@@ -40,24 +49,49 @@ def open_judge(kind: str, spec: str | None = None) -> Judge:
     """
     if kind not in HELP:
         raise SuiteError(f"there is no judge of kind {kind!r}; kinds are {', '.join(HELP)}")
-    judge = _open(kind, spec)
+    if kind in LOCAL and spec in (None, LOCAL[kind]):
+        judge: Judge = PPOCRJudge() if kind == "ocr" else ContoursJudge()
+    elif kind in CHAT and spec and (is_endpoint(spec) or Path(spec).is_dir()):
+        from xomni_jax.evaluation.judges.chat import ChatJudge
+
+        judge = ChatJudge(open_model(spec), options)
+    elif kind == "detector" and spec and spec.startswith(("http://", "https://")):
+        judge = DetectorJudge(spec.split(","))
+    else:
+        given = f"--judge {spec}" if spec else "no --judge"
+        raise SuiteError(f"a judge of kind {kind!r} is needed and {given} was given; it can be {HELP[kind]}")
     if kind in OFFICIAL:
         judge.settings = judge.settings | {"official judge": OFFICIAL[kind]}
     return judge
 
 
-def _open(kind: str, spec: str | None) -> Judge:
-    if kind in LOCAL and spec in (None, LOCAL[kind]):
-        return PPOCRJudge() if kind == "ocr" else ContoursJudge()
-    model, at, url = (spec or "").rpartition("@")
-    if kind in ("ocr", "vqa") and at and model and url.startswith(("http://", "https://")):
-        from xomni_jax.evaluation.judges.chat import ChatEndpoint, ChatJudge
+def is_endpoint(spec: str) -> bool:
+    """Whether `spec` is MODEL@URL."""
+    model, _, url = spec.rpartition("@")
+    return bool(model) and url.startswith(("http://", "https://"))
 
-        return ChatJudge(ChatEndpoint(model, url))
-    if kind == "detector" and spec and not at and spec.startswith(("http://", "https://")):
-        return DetectorJudge(spec.split(","))
-    given = f"--judge {spec}" if spec else "no --judge"
-    raise SuiteError(f"a judge of kind {kind!r} is needed and {given} was given; it can be {HELP[kind]}")
+
+def open_model(spec: str) -> ChatModel:
+    """The chat model MODEL@URL, or that in a directory in the layout of transformers.
+
+    Raises:
+      SuiteError: the directory holds no such model.
+      JudgeUnavailable: the endpoint does not answer.
+    """
+    if not is_endpoint(spec):
+        from xomni_jax.evaluation.judges.vlm import LocalModel
+
+        return LocalModel(Path(spec))
+    from xomni_jax.evaluation.judges.chat import ChatEndpoint
+
+    name, _, url = spec.rpartition("@")
+    endpoint = ChatEndpoint(name, url)
+    try:
+        endpoint.check()
+    except JudgeUnavailable:
+        endpoint.close()
+        raise
+    return endpoint
 
 
 class PPOCRJudge(Judge):
@@ -134,6 +168,7 @@ class DetectorJudge(Judge):
         from xomni_jax.rewards.client import RewardClient, RewardServiceError
 
         self._client = RewardClient("detector", list(urls), chunk=2, timeout=300.0, max_wait=1200.0)
+        self.concurrency = 16 * len(urls)
         try:
             versions = self._client.versions()
         except RewardServiceError as error:
@@ -150,10 +185,17 @@ class DetectorJudge(Judge):
         items = [{"prompt": "", "targets": {"detect": question}} for _, question in asked]
         scores = self._client.score([images[n] for n, _ in asked], items)
         replies: list[list[Any]] = [[] for _ in images]
-        for (n, _), score in zip(asked, scores, strict=True):
-            if score.failed or "detections" not in score.detail:
-                raise JudgeUnavailable(f"the detector did not judge an image: {score.error or 'it sent no detections'}")
-            replies[n].append(score.detail["detections"])
+        for (n, question), score in zip(asked, scores, strict=True):
+            if score.failed:
+                raise JudgeUnavailable(f"the detector did not judge an image: {score.error or 'it does not apply'}")
+            found = score.detail.get("detections")
+            try:
+                check_detections(found, question)
+            except ValueError as error:
+                raise JudgeUnavailable(
+                    f"the detector sent a malformed reply: {error}; mend the service, the same command goes on from there"
+                ) from None
+            replies[n].append(found)
         return replies
 
     def close(self) -> None:

@@ -41,6 +41,7 @@ class MMBench(QuestionTable):
     folders = ("MMBench", "mmbench")
     patterns = ("MMBench_DEV_EN*.tsv", "en/dev-*.parquet", "dev-*.parquet")
     switches = {"lmms-eval": "the prompt and the extraction of lmms-eval instead of VLMEvalKit's"}
+    fallback = "letter"
 
     def load(self, data: Path) -> list[Item]:
         paths = find(data, self.folders, self.patterns, self.files)
@@ -71,10 +72,21 @@ class MMBench(QuestionTable):
             return f"{hint} {question} There are several options:\n{listed(options)}\n\n{request}".lstrip()
         return (f"Hint: {hint}\n" if hint else "") + f"Question: {question}\nOptions:\n{listed(options)}\n{request}"
 
+    def undecided(self, item: Item, answer: str) -> Mapping[str, Any] | None:
+        """Asks which option the answer means; Z stands for none of them."""
+        options = item.fields["options"]
+        if self.extract(answer, options):
+            return None
+        wording = self.instructions["match"].format(options=listed(options), answer=answer)
+        return {"instruction": wording, "max_tokens": 16, "answers": [*options, "Z"]}
+
+    def extract(self, answer: str, options: Mapping[str, str]) -> str | None:
+        """The letter that an answer means by the rules; None where they do not decide."""
+        return (lmms_eval if "lmms-eval" in self.on else vlmevalkit)(answer, options)
+
     def score(self, item: Item, outputs: Sequence[Any]) -> Record:
         """right: this rotation alone; undecided replies are wrong and counted as unparsed."""
-        extract = lmms_eval if "lmms-eval" in self.on else vlmevalkit
-        chosen, wanted = extract(outputs[0], item.fields["options"]), item.fields["answer"]
+        chosen, wanted = self.extract(outputs[0], item.fields["options"]), item.fields["answer"]
         verdict = f"read as {chosen}, wanted {wanted}" if chosen else f"undecided, wanted {wanted}"
         return right_or_wrong(chosen == wanted, verdict, chosen is None)
 

@@ -12,18 +12,20 @@ import copy
 import dataclasses
 import json
 import os
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from tqdm import tqdm
 
-from xomni_jax.evaluation.judges.chat import ChatEndpoint
+from xomni_jax.evaluation.judges import is_endpoint, open_model
+from xomni_jax.evaluation.judges.chat import answered
+from xomni_jax.evaluation.judges.preparation import ChatOptions
+from xomni_jax.evaluation.judges.replies import Unreadable
 from xomni_jax.evaluation.suite import Item, Suite, SuiteError
 from xomni_jax.evaluation.suites.reading import read_rows
 
-_TOKENS, _MAX_WAIT, _CONCURRENCY = 512, 600.0, 8
+_TOKENS, _CONCURRENCY = 512, 8
 FORMS = "a jsonl file with 'id' or 'prompt' and 'rewritten' on each line, or MODEL@URL of an OpenAI-compatible endpoint"
 
 
@@ -38,9 +40,8 @@ def with_rewrites(suite: Suite, spec: str, cache: Path) -> Suite:
 
 def rewrite(items: Sequence[Item], spec: str, cache: Path, instruction: str) -> list[Item]:
     """The items with other prompts. SuiteError when one has none, JudgeUnavailable when the model is silent: what it wrote is kept."""
-    model, at, url = spec.rpartition("@")
-    if at and model and url.startswith(("http://", "https://")):
-        rewritten = _asked(items, ChatEndpoint(model, url), Path(cache), instruction)
+    if is_endpoint(spec):
+        rewritten = _asked(items, spec, Path(cache), instruction)
     elif Path(spec).is_file():
         rewritten = read_rewrites(Path(spec))
     else:
@@ -67,7 +68,7 @@ def _found(item: Item, rewritten: Mapping[str, str]) -> str | None:
     return rewritten.get(f"id:{item.id}") or rewritten.get(f"prompt:{item.prompt}")
 
 
-def _asked(items: Sequence[Item], endpoint: ChatEndpoint, cache: Path, instruction: str) -> dict[str, str]:
+def _asked(items: Sequence[Item], spec: str, cache: Path, instruction: str) -> dict[str, str]:
     """The cache, after the model has been asked for what it lacks."""
     _repair(cache)
     rewritten = read_rewrites(cache) if cache.exists() else {}
@@ -80,26 +81,29 @@ def _asked(items: Sequence[Item], endpoint: ChatEndpoint, cache: Path, instructi
     def ask(prompt: str) -> str:
         if failure:
             raise failure
-        text = [{"type": "text", "text": instruction.format(prompt=prompt)}]
-        reply = " ".join(endpoint.complete(text, _TOKENS, time.monotonic() + _MAX_WAIT).split()).strip('"')
+        try:
+            text = answered(model, instruction.format(prompt=prompt), _TOKENS, ChatOptions().thinking_tokens)
+        except Unreadable as error:
+            raise SuiteError(f"{model.name} did not rewrite {prompt!r} ({error}); use another model or instruction") from None
+        reply = " ".join(text.split()).strip('"')
         if not reply:
-            raise SuiteError(f"{endpoint.model} rewrote {prompt!r} as nothing; use another model or instruction")
+            raise SuiteError(f"{model.name} rewrote {prompt!r} as nothing; use another model or instruction")
         return reply
 
+    model = open_model(spec)
     try:
-        endpoint.check()
         with ThreadPoolExecutor(_CONCURRENCY) as pool, cache.open("a", encoding="utf-8") as file:
             tasks = {pool.submit(ask, prompt): prompt for prompt in prompts}
             for task in tqdm(as_completed(tasks), total=len(tasks), desc="rewriting prompts", unit="prompt"):
                 try:
                     rewritten[f"prompt:{tasks[task]}"] = text = task.result()
-                    line = {"prompt": tasks[task], "rewritten": text, "model": endpoint.model, "instruction": instruction}
+                    line = {"prompt": tasks[task], "rewritten": text, "model": model.name, "instruction": instruction}
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
                     file.flush()
                 except SuiteError as error:  # the first one is raised when what is under way has been kept
                     failure = failure or error
     finally:
-        endpoint.close()
+        model.close()
     if failure:
         raise failure
     return rewritten
