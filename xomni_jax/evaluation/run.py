@@ -21,7 +21,7 @@ from PIL import Image
 
 from xomni_jax.core.preemption import StopSignal
 from xomni_jax.evaluation.run_directory import RunDirectory, json_line, pretty_json
-from xomni_jax.evaluation.suite import Item, Judge, Suite, SuiteError
+from xomni_jax.evaluation.suite import Item, Judge, Suite, SuiteError, check_id
 from xomni_jax.evaluation.suite_run import EvalConfig, SuiteRun, questions_hash
 from xomni_jax.evaluation.suites import PUBLISHED, get_suite
 
@@ -116,6 +116,8 @@ def open_run(config: EvalConfig, process: tuple[int, int] = (0, 1)) -> SuiteRun:
     known = {item.id for item in items}
     if len(known) < len(items):
         raise SuiteError(f"{suite.name}: {len(items) - len(known)} ids occur twice in {config.data}; ids must be unique")
+    for item in items:
+        check_id(item.id, suite.name)
     if unknown := [name for name in config.ids if name not in known]:
         raise SuiteError(f"{suite.name} has no item {unknown[0]!r}; ids are such as {items[0].id!r}")
     lines = sorted(json_line({"id": i.id, "prompt": i.prompt}) for i in items)  # not the fields: they decide no output

@@ -23,6 +23,7 @@ from PIL import Image
 from xomni_jax.data.images import UnreadableImage, read_image
 
 Record = dict[str, Any]
+_LONGEST_ID = 200  # bytes; most file systems take names of 255
 Task = Literal["generate", "answer"]
 
 # Name -> our wording. The official wordings stand in the official scorers (see each suite's docstring). To compare a score with an
@@ -192,6 +193,12 @@ class Judge(Protocol):
 
     def close(self) -> None:
         """Frees connections and models, if there are any."""
+
+
+def check_id(id: str, where: str) -> None:
+    """Raises SuiteError unless files can be named after the id: an item's files lie inside the folder of the run."""
+    if not id.isprintable() or id in ("", ".", "..") or set(id) & set("/\\") or len(id.encode()) > _LONGEST_ID:
+        raise SuiteError(f"{where}: the id {id[:80]!r} cannot be part of a file name; use letters, digits, - and _ ({_LONGEST_ID} at most)")
 
 
 def check_images(items: Sequence[Item]) -> None:

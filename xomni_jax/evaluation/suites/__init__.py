@@ -22,12 +22,15 @@ PUBLISHED = {  # what `xomni eval all` runs
     "docvqa": f"{_HERE}.short_answers:DocVQA",
     "ocrbench": f"{_HERE}.ocrbench:OCRBench",
 }
+FURTHER = {  # that the papers of related systems report
+    "mmbench-cn": f"{_HERE}.multiple_choice:MMBenchCN",
+}
 RENDERED = {
     "rendered-text": f"{_HERE}.rendered:RenderedText",
     "rendered-shapes": f"{_HERE}.rendered:RenderedShapes",
     "rendered-qa": f"{_HERE}.rendered:RenderedQA",
 }
-SUITES = Registry("suite", PUBLISHED | RENDERED)
+SUITES = Registry("suite", PUBLISHED | FURTHER | RENDERED)
 
 
 def get_suite(name: str, switches: Iterable[str] = (), instructions: Mapping[str, str] | None = None) -> Suite:
