@@ -36,6 +36,11 @@ INSTRUCTIONS = {
     "rewrite": "Rewrite this prompt for an image generator as one detailed English sentence. Keep every object, its number, its colour and "
     "its position exactly as they are, add no further objects, and describe setting, light and style. Prompt: {prompt}",
     "letter": "Reply with the letter of the right option and nothing else.",
+    "wise": "This image was made from the prompt: {prompt}\nWhat it must show: {explanation}\nGrade it strictly with 0, 1 or 2 on three "
+    "lines and write nothing else.\nConsistency: (does it show everything that is asked for?)\nRealism: (could it be a photograph?)\n"
+    "Aesthetic Quality: (composition, colours and style)",
+    "wise-verified": "This image was made from the prompt: {prompt}\nWhat it must show: {explanation}\nDoes the image show it, clearly "
+    "enough to tell? Reply with one line: Score: 1 if it does, Score: 0 if it does not or you doubt it.",
 }
 
 
@@ -72,7 +77,9 @@ class Suite:
       name: as typed on the command line. title: as in the paper's tables.
       task: "generate": images are drawn from prompts; "answer": questions about images are answered.
       repeats: outputs per item (images per prompt); 1 for answers.
-      judge: the kind of judge that looks at the images: "ocr", "detector", "contours" or "vqa"; None where local rules score.
+      judge: the kind of judge that looks at the images: "ocr", "detector", "contours", "vqa", "chat" or "measure"; None
+        where local rules score.
+      official_judge: what judged the published numbers, where its kind does not say it.
       size: height and width of the images in pixels, if the suite fixes them; None: the user's choice.
       max_new_tokens: of an answer.
       published: number of items in the published data; 0 where it is not known for sure.
@@ -86,6 +93,7 @@ class Suite:
     task: Task = "generate"
     repeats: int = 1
     judge: str | None = None
+    official_judge: str = ""
     size: tuple[int, int] | None = None
     max_new_tokens: int = 0
     published: int = 0
@@ -158,15 +166,19 @@ class GridLayout(Suite):
 
     suffix = ".png"
 
+    def file(self, item: Item) -> str:
+        """The grid's path below the folder of images."""
+        return item.id + self.suffix
+
     def save(self, directory: Path, item: Item, images: Sequence[Image.Image]) -> None:
         side, (width, height) = math.isqrt(self.repeats), images[0].size
         grid = Image.new("RGB", (side * width, side * height))
         for k, image in enumerate(images):
             grid.paste(image, (k % side * width, k // side * height))
-        write_image(directory / f"{item.id}{self.suffix}", grid)
+        write_image(directory / self.file(item), grid)
 
     def open(self, directory: Path, item: Item) -> list[Image.Image]:
-        side, grid = math.isqrt(self.repeats), read_drawn(directory / f"{item.id}{self.suffix}")
+        side, grid = math.isqrt(self.repeats), read_drawn(directory / self.file(item))
         width, height = grid.width // side, grid.height // side
         corners = [(k % side * width, k // side * height) for k in range(self.repeats)]
         return [grid.crop((x, y, x + width, y + height)) for x, y in corners]

@@ -47,6 +47,17 @@ VALID = {
         "OCRBench.json": {"dataset_name": "svt", "id": 1, "question": "q", "answers": ["A"], "type": "t", "image_path": "a/1.jpg"}
     },
 }
+WISE = {"Prompt": "p", "Explanation": "e", "Subcategory": "S", "prompt_id": 1}
+VALID["wise"] = {
+    f"{name}.json": WISE | {"prompt_id": 1 + 400 * n}
+    for n, name in enumerate(("cultural_common_sense", "spatio-temporal_reasoning", "natural_science"))
+}
+MMMU = {"id": "validation_Art_1", "question": "q", "options": "['a', 'b']", "answer": "A", "question_type": "multiple-choice"}
+VALID["mmmu"] = {"Art/validation-0.parquet": MMMU | {"image_1": IMAGE}}
+PORTRAIT = {"category": "Portrait", "id": "000", "prompt_en": "a man"}
+VALID["oneig-diversity-en"] = {"OneIG-Bench.csv": PORTRAIT}
+REASONING = {"OneIG-Bench.csv": PORTRAIT | {"category": "Knowledge_Reasoning"}}
+VALID["oneig-reasoning-en"] = REASONING | {"gt_answer.json": {"000": "an answer"}}
 NOT_TEXT = ["", " ", "\t", "nan", "-1", "1.5", "9" * 400, "x" * 300, "[", "[[]]", "['a', None]", "{}", "'a'", "['\\ud800']"]
 LEADING_OUT = ["../../../evil", "/etc/passwd", "a/../../b", "..", "a\\..\\b", "x\0y", "C:\\x"]
 TYPED = [None, True, False, 0, -1, 1.5, math.nan, math.inf, [], [[]], [None], [["a"]], [True], {"a": 1}]
@@ -71,7 +82,7 @@ def write(folder, files):
             csv.writer(text).writerows([list(row), list(row.values())])
             path.write_text(text.getvalue(), encoding="utf-8")
         else:
-            path.write_text(json.dumps([row] if "OCRBench" in name else row) + "\n")
+            path.write_text(json.dumps([row] if "OCRBench" in name or "prompt_id" in row and name.endswith("json") else row) + "\n")
 
 
 def refused_or_storable(suite, folder):

@@ -28,11 +28,13 @@ HELP = {
     "detector": "URL of a detector, or several with commas; "
     "start one with: xomni serve-reward detector --detector DIR --clip DIR --port 8003",
     "contours": "contours (local, the default)",
+    "chat": "MODEL@URL of an OpenAI-compatible endpoint",
+    "measure": "NAME@URL of a scoring service of your own (xomni serve-reward FILE.py:Class); judges/measure.py says what it is asked",
 }
 
 
 def open_judge(kind: str, spec: str | None = None) -> Judge:
-    """The judge of a kind ("ocr", "vqa", "detector", "contours"), as `HELP` says how to name it; None: the local one.
+    """The judge of a kind, as `HELP` says how to name it; None: the local one.
 
     Raises:
       SuiteError: there is no local one, or `spec` names none of that kind.
@@ -50,7 +52,11 @@ def _open(kind: str, spec: str | None) -> Judge:
     if kind in LOCAL and spec in (None, LOCAL[kind]):
         return PPOCRJudge() if kind == "ocr" else ContoursJudge()
     model, at, url = (spec or "").rpartition("@")
-    if kind in ("ocr", "vqa") and at and model and url.startswith(("http://", "https://")):
+    if kind == "measure" and at and model and url.startswith(("http://", "https://")):
+        from xomni_jax.evaluation.judges.measure import MeasureJudge
+
+        return MeasureJudge(model, url.split(","))
+    if kind in ("ocr", "vqa", "chat") and at and model and url.startswith(("http://", "https://")):
         from xomni_jax.evaluation.judges.chat import ChatEndpoint, ChatJudge
 
         return ChatJudge(ChatEndpoint(model, url))

@@ -151,14 +151,13 @@ def _check_shards(paths: Sequence[Path]) -> None:
         raise SuiteError(f"{paths[0].parent} holds {len(shards)} of the {count} files like {paths[0].name}; download the others too")
 
 
-def unique_items(pairs: Iterable[tuple[Item | None, str]]) -> list[Item]:
+def unique_items(pairs: Iterable[tuple[Item | None, str]], where: str = "the data") -> list[Item]:
     """The items of (item, where it was read) pairs, without those that are None.
 
     Raises:
       SuiteError: there are no items, two have one id, or an id cannot be part of a file name.
     """
     found: dict[str, tuple[Item, str]] = {}
-    where = "the data"
     for item, where in pairs:
         if item is None:
             continue
@@ -167,7 +166,7 @@ def unique_items(pairs: Iterable[tuple[Item | None, str]]) -> list[Item]:
             raise SuiteError(f"{where}: the id {item.id!r} was used before, at {found[item.id][1]}; ids must be unique")
         found[item.id] = item, where
     if not found:
-        raise SuiteError(f"no row up to {where} belongs to this suite; download the file again")
+        raise SuiteError(f"{where}: no row up to here belongs to this suite; download the file again")
     return [item for item, _ in found.values()]
 
 
@@ -222,12 +221,17 @@ def _json(path: Path) -> Iterator[Row]:
     if not path.read_text(encoding="utf-8-sig").lstrip().startswith("["):
         yield from _jsonl(path)
         return
-    for number, values in enumerate(read_json(path), 1):
+    for number, values in enumerate(_whole(path), 1):
         yield _row(values, f"{path} entry {number}")
 
 
-def read_json(path: Path) -> Any:
-    """What a file holds as a whole."""
+def read_entries(path: Path) -> Iterator[Row]:
+    """Rows of a JSON file that is one object: its keys become the field "id", a value that is no object the field "value"."""
+    for id, value in _row(_whole(path), str(path)).values.items():
+        yield Row({**(value if isinstance(value, dict) else {"value": value}), "id": id}, f"{path} entry {id!r}")
+
+
+def _whole(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
