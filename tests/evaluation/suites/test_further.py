@@ -184,10 +184,10 @@ def test_wise_through_the_command(tmp_path, capsys):
     for n in (1, 2):
         Image.new("RGB", (8, 8)).save(out / "images" / f"{n}.png")
     with fake_endpoint("say Score: 1", "say Score: 0") as endpoint:
-        judge = ["--judge", f"judge@{endpoint.url}"]
+        judge = ["--judge", f"tiny-vlm@{endpoint.url}"]
         assert main(["eval", "wise-verified", "--data", str(tmp_path), "--out", str(out), "--phase", "score", "--limit", "2", *judge]) == 0
     results = json.loads((out / "results.json").read_text())
-    assert results["headline"] == {"name": "WiScore", "value": 0.5} and results["judge"]["name"] == "judge"
+    assert results["headline"] == {"name": "WiScore", "value": 0.5} and results["judge"]["name"] == "tiny-vlm"
     assert "official judge" not in results["judge"]["settings"]  # that of DPG-Bench is not this suite's
 
 

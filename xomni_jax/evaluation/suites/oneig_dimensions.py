@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from xomni_jax.evaluation.suite import Item
 from xomni_jax.evaluation.suites.oneig import FOLDERS, TILE, Dimension, Entry
@@ -119,7 +120,7 @@ class Diversity(Dimension):
 
 
 def _cosine(a: Sequence[float], b: Sequence[float]) -> float:
-    return math.sumprod(a, b) / math.sqrt(math.sumprod(a, a) * math.sumprod(b, b))
+    return float(np.dot(a, b) / (np.linalg.norm(a) * np.linalg.norm(b)))
 
 
 def numbered(row: Row, name: str, kind: type) -> dict[int, Any]:

@@ -227,8 +227,11 @@ def _json(path: Path) -> Iterator[Row]:
 
 def read_entries(path: Path) -> Iterator[Row]:
     """Rows of a JSON file that is one object: its keys become the field "id", a value that is no object the field "value"."""
-    for id, value in _row(_whole(path), str(path)).values.items():
-        yield Row({**(value if isinstance(value, dict) else {"value": value}), "id": id}, f"{path} entry {id!r}")
+    found = _whole(path)
+    if not isinstance(found, dict):
+        raise SuiteError(f"{path} is {type(found).__name__}, not an object; download it again")
+    for id, value in found.items():
+        yield _row({**(value if isinstance(value, dict) else {"value": value}), "id": id}, f"{path} entry {id!r}")
 
 
 def _whole(path: Path) -> Any:
