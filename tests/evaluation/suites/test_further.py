@@ -15,7 +15,7 @@ from xomni_jax.cli.main import main
 from xomni_jax.evaluation.judges import open_judge
 from xomni_jax.evaluation.judges.measure import REPLIES, fits
 from xomni_jax.evaluation.suite import Item, JudgeUnavailable, SuiteError
-from xomni_jax.evaluation.suites import get_suite, mmmu, t2i_rules
+from xomni_jax.evaluation.suites import get_suite, letters, mmmu, t2i_rules
 
 # ---- MMMU
 
@@ -40,7 +40,7 @@ OPTIONS = {"A": "red cat", "B": "Cat", "C": "dog, big", "D": "$9"}
     ],
 )
 def test_mmmu_letters(reply, letter):
-    assert mmmu.choose(reply, OPTIONS) == letter
+    assert letters.mmmu(reply, OPTIONS) == letter
 
 
 @pytest.mark.parametrize(

@@ -22,14 +22,16 @@ PUBLISHED = {  # what `xomni eval all` runs
     "docvqa": f"{_HERE}.short_answers:DocVQA",
     "ocrbench": f"{_HERE}.ocrbench:OCRBench",
 }
-_DIMENSIONS = ("Alignment", "Reasoning", "Style", "Diversity")
+_MEASURED = ("Reasoning", "Style", "Diversity")
 _COMPOSITIONS = ("Color", "Shape", "Texture", "Spatial", "Non-Spatial", "Complex")
 FURTHER = {  # that the papers of related systems report
     "mmbench-cn": f"{_HERE}.multiple_choice:MMBenchCN",
     "mmmu": f"{_HERE}.mmmu:MMMU",
     "wise": f"{_HERE}.wise:WISE",
     "wise-verified": f"{_HERE}.wise:WISEVerified",
-    **{f"oneig-{d.lower()}-{lang}": f"{_HERE}.oneig_dimensions:{d}" for d in _DIMENSIONS for lang in ("en", "zh")},
+    "oneig-alignment-en": f"{_HERE}.oneig_alignment:Alignment",
+    "oneig-alignment-zh": f"{_HERE}.oneig_alignment:Alignment",
+    **{f"oneig-{d.lower()}-{language}": f"{_HERE}.oneig_measured:{d}" for d in _MEASURED for language in ("en", "zh")},
     **{f"t2i-compbench-{kind.lower()}": f"{_HERE}.t2i_compbench:T2ICompBench" for kind in _COMPOSITIONS},
 }
 RENDERED = {

@@ -1,6 +1,6 @@
-"""Which option a reply means: the rules of two toolkits before they would ask a language model.
+"""Which option a reply means: the rules of two toolkits before they would ask a language model, and MMMU's.
 
-Both then draw a random letter when the model does not decide either; here such a reply is undecided, so that the number is reproducible.
+All draw a random letter in the end; here such a reply is undecided, so that the number is reproducible.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 _AROUND = ("{}.", "{},", "{}:", "{})", "{}).", "({})", "({}).", ":{}", ":{},", ":{}.", ":{})", ":{}).")
 _BLANKED = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
 _LAST_WORDS = 4
+_FEW_WORDS = 5  # MMMU looks for an option's text only in replies of more words
 _NO_REPLY = "Failed to obtain answer via API"
 # Replies in which a model refuses; VLMEvalKit counts them as the wrong option Z.
 _REFUSALS = (
@@ -67,6 +68,21 @@ def vlmevalkit(reply: str, options: Mapping[str, str]) -> str | None:
     if len(reply.lower()) > 2 * sum(map(len, options.values())):
         return None
     return _by_text(reply, options)
+
+
+def mmmu(reply: str, options: Mapping[str, str]) -> str | None:
+    """The last option in the reply by the rules of MMMU: a letter in brackets, else alone, else a text; None for none of them."""
+    for sign in ",.!?;:'":
+        reply = reply.strip(sign)
+    reply = f" {reply} "
+    marks = [{letter: f"({letter})" for letter in options}, {letter: f" {letter} " for letter in options}]
+    tried = [(reply, mark) for mark in marks]
+    if len(reply.split()) > _FEW_WORDS:
+        tried.append((reply.lower(), {letter: text.lower() for letter, text in options.items()}))
+    for text, mark in tried:
+        if found := {letter: text.rfind(mark[letter]) for letter in options if mark[letter] in text}:
+            return max(found, key=found.__getitem__)
+    return None
 
 
 def first_character(reply: str) -> str:

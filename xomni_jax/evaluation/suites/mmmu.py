@@ -7,10 +7,12 @@ no option can be read from the reply, the reply counts as wrong and is listed. T
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+import string
+from collections.abc import Sequence
 from typing import Any
 
 from xomni_jax.evaluation.suite import Item, Record
+from xomni_jax.evaluation.suites import letters
 from xomni_jax.evaluation.suites.downloads import HUGGING_FACE, Download
 from xomni_jax.evaluation.suites.images import ParquetImage
 from xomni_jax.evaluation.suites.reading import PublishedSuite, Row, read_rows, unique_items
@@ -26,7 +28,6 @@ DISCIPLINES = {
     "Mechanical_Engineering",
 }
 _SUBJECTS = {subject: discipline for discipline, subjects in DISCIPLINES.items() for subject in subjects.split(", ")}
-_LEAST_WORDS = 5  # an option's text is looked for only in replies of more words
 _KEYS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
 _NUMBERS = (  # with commas, in scientific notation, plain
     r"-?\b\d{1,3}(?:,\d{3})+\b",
@@ -55,7 +56,7 @@ class MMMU(PublishedSuite):
         answers, options = item.fields["answers"], item.fields["options"]
         if not options:
             return right_or_wrong(is_right(answers, outputs[0]), f"wanted {' or '.join(answers)}")
-        chosen = choose(outputs[0], options)
+        chosen = letters.mmmu(outputs[0], options)
         return right_or_wrong(chosen in answers, f"read as {chosen or 'nothing'}, wanted {' or '.join(answers)}", chosen is None)
 
     def aggregate(self, records: Sequence[Record]) -> dict[str, Any]:
@@ -74,7 +75,7 @@ class MMMU(PublishedSuite):
         given, question = row.text("answer"), row.text("question")
         kind, options = row.text("question_type"), {}
         if kind == "multiple-choice":
-            options = dict(zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", row.strings("options", spelled=True)))
+            options = dict(zip(string.ascii_uppercase, row.strings("options", spelled=True)))
             if given not in options:
                 raise row.wrong("answer", f"is {given!r}, which is none of {', '.join(options)}")
         elif kind not in ("open", "short-answer"):
@@ -85,21 +86,6 @@ class MMMU(PublishedSuite):
         asked = f"{question}\n{shown}\n{self.instructions['letter']}" if options else word
         fields = {"category": subject, "discipline": _SUBJECTS[subject], "options": options, "answers": answers}
         return Item(id, asked, fields, image)
-
-
-def choose(reply: str, options: Mapping[str, str]) -> str | None:
-    """The option that stands last in the reply: a letter in brackets, else alone, else an option's text; None for none of them."""
-    for sign in ",.!?;:'":
-        reply = reply.strip(sign)
-    reply = f" {reply} "
-    marks = [{letter: f"({letter})" for letter in options}, {letter: f" {letter} " for letter in options}]
-    tried = [(reply, mark) for mark in marks]
-    if len(reply.split()) > _LEAST_WORDS:
-        tried.append((reply.lower(), {letter: text.lower() for letter, text in options.items()}))
-    for text, mark in tried:
-        if found := {letter: text.rfind(mark[letter]) for letter in options if mark[letter] in text}:
-            return max(found, key=found.__getitem__)
-    return None
 
 
 def is_right(answers: Sequence[str], reply: str) -> bool:

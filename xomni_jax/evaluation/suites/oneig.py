@@ -33,17 +33,20 @@ class Dimension(PublishedSuite, GridLayout):
     """A dimension in English, or in Chinese where the name ends in -zh. A subclass defines `entries`, `questions` and `tile_scores`.
 
     Attributes:
+      counts: language -> number of published prompts.
       part: folder of the repository with the files of `known`: language -> files, as in Download.
     """
 
     repeats = 4
     suffix = ".webp"
     judge: str | None = "measure"
+    counts: Mapping[str, int] = {}
     part = ""
     known: Mapping[str, Mapping[str, str]] = {"en": {}, "zh": {}}
 
     def __init__(self, name: str = "", *how: Any):
         self.language = "zh" if name.endswith("-zh") else "en"
+        self.published = self.counts[self.language]
         self.title = f"OneIG-Bench {type(self).__name__.lower()} {self.language.upper()}"
         more = (Download(f"{REPOSITORY}, folder {self.part}", self.known[self.language]),) if self.part else ()
         self.downloads, self.folders = ((Download(REPOSITORY, PROMPTS[self.language]), *more),), ("oneig_bench", self.part)

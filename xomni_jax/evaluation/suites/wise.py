@@ -20,7 +20,17 @@ from xomni_jax.evaluation.suites.reading import PublishedSuite, Row, read_rows, 
 from xomni_jax.evaluation.suites.scoring import group_by, mean
 
 _REPOSITORY = f"{GITHUB} PKU-YuanGroup/WISE, folder"
-_SPACE_TIME = "spatio-temporal_reasoning_verified.json"
+_FILES = {
+    "cultural_common_sense.json": "125062 sha256:7a59216c768698280cea37caa574b52f3faf054d73b398b9bb6b3161baf8e3aa",
+    "spatio-temporal_reasoning.json": "100831 sha256:e27d797885ad86e64d857d0cc93d33e04be572a8dcae95692a2c7e7876233f9a",
+    "natural_science.json": "117085 sha256:b262fae58e413c7a4bd3c3d5a089f8c6529feac227e4b6606be261a949035544",
+}
+_VERIFIED_FILES = {
+    "cultural_common_sense_verified.json": "119062 sha256:23482925266e2784b2ba24b75239fdc6691bf85ae253d2c4aa38b71b45fefa89",
+    "spatio-temporal_reasoning_verified.json": "109695 sha256:42c0b9d829365e392c2d4af283850dc76b1f922ab0c79198366de4f306eaf2b6",
+    "natural_science_verified.json": "177868 sha256:6f346c336f16f611e5c73e0fcacdccb336c200d534cf111526b22d50ea912555",
+}
+_CATEGORIES = ("culture", "time", "space", "biology", "physics", "chemistry")
 _GRADES = {"consistency": 0.7, "realism": 0.2, "aesthetic quality": 0.1}
 _NAMED = re.compile(r"(Consistency|Realism|Aesthetic Quality)\*{0,2}\s*:?\s*(\d)", re.IGNORECASE)
 _BARE = re.compile(r"^\s*([0-2])\s*$", re.MULTILINE)
@@ -36,28 +46,10 @@ class WISE(PublishedSuite, GridLayout):
     official_judge = "GPT-4o-2024-05-13"
     published = 1000
     folders = ("WISE_legacy/data", "data_verified", "wise")
-    downloads = (
-        (
-            Download(
-                f"{_REPOSITORY} WISE_legacy/data",
-                {
-                    "cultural_common_sense.json": "125062 sha256:7a59216c768698280cea37caa574b52f3faf054d73b398b9bb6b3161baf8e3aa",
-                    "spatio-temporal_reasoning.json": "100831 sha256:e27d797885ad86e64d857d0cc93d33e04be572a8dcae95692a2c7e7876233f9a",
-                    "natural_science.json": "117085 sha256:b262fae58e413c7a4bd3c3d5a089f8c6529feac227e4b6606be261a949035544",
-                },
-            ),
-        ),
-    )
+    downloads = ((Download(f"{_REPOSITORY} WISE_legacy/data", _FILES),),)
     instruction, max_tokens = "wise", 2000
     # category -> its last prompt and its weight
-    categories = {
-        "culture": (400, 0.4),
-        "time": (567, 0.167),
-        "space": (700, 0.133),
-        "biology": (800, 0.1),
-        "physics": (900, 0.1),
-        "chemistry": (1000, 0.1),
-    }
+    categories = dict(zip(_CATEGORIES, ((400, 0.4), (567, 0.167), (700, 0.133), (800, 0.1), (900, 0.1), (1000, 0.1))))
 
     def load(self, data: Path) -> list[Item]:
         """Items of the three files; the id is prompt_id."""
@@ -117,27 +109,9 @@ class WISEVerified(WISE):
 
     title = "WISE Verified"
     official_judge = "Qwen3.5-35B-A3B"
-    downloads = (
-        (
-            Download(
-                f"{_REPOSITORY} data_verified",
-                {
-                    "cultural_common_sense_verified.json": "119062 sha256:23482925266e2784b2ba24b75239fdc6691bf85ae253d2c4aa38b71b45fefa89",
-                    _SPACE_TIME: "109695 sha256:42c0b9d829365e392c2d4af283850dc76b1f922ab0c79198366de4f306eaf2b6",
-                    "natural_science_verified.json": "177868 sha256:6f346c336f16f611e5c73e0fcacdccb336c200d534cf111526b22d50ea912555",
-                },
-            ),
-        ),
-    )
+    downloads = ((Download(f"{_REPOSITORY} data_verified", _VERIFIED_FILES),),)
     instruction, max_tokens = "wise-verified", 500
-    categories = {
-        "culture": (400, 0.4),
-        "time": (520, 0.12),
-        "space": (640, 0.12),
-        "biology": (760, 0.12),
-        "physics": (880, 0.12),
-        "chemistry": (1000, 0.12),
-    }
+    categories = dict(zip(_CATEGORIES, ((400, 0.4), (520, 0.12), (640, 0.12), (760, 0.12), (880, 0.12), (1000, 0.12))))
 
     def grades(self, reply: str) -> dict[str, int]:
         named, bare = _VERIFIED.search(reply), _BARE_VERIFIED.findall(reply)
