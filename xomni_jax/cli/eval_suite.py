@@ -53,7 +53,8 @@ def _add_suite(kinds: Any, name: str) -> None:
     about = [f"{suite.published} items" * bool(suite.published), drawn, f"judge: {suite.judge}" if suite.judge else ""]
     lines = [f"{suite.title}: {', '.join(filter(None, about))}."]
     lines += [f"The published numbers are judged by {suite.official_judge}."] * bool(suite.official_judge)
-    lines += [f"--data must hold {suite.files}.", f"Sizes and checksums: xomni data fetch {name}"] * bool(suite.files)
+    lines += [f"--data must hold {suite.files}."] * bool(suite.files)
+    lines += [f"Sizes and checksums: xomni data fetch {name}"] * bool(getattr(suite, "downloads", ()))
     lines += ["The official scorer's behaviour is the default; named departures from it:"] * bool(suite.switches)
     lines += [f"  --switch {switch}: {what}" for switch, what in suite.switches.items()]
     sub = _parser(kinds, name, suite.title, "\n".join(lines), _example_judge(suite.judge))
