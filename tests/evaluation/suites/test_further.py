@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -386,3 +387,13 @@ def test_replies_of_a_scoring_service_are_checked():
     for kind in REPLIES:
         for reply in wrong:
             assert not fits(kind, reply), (kind, reply)
+
+
+def test_without_spacy_the_command_says_what_to_install(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "spacy", None)
+    t2i_rules.language.cache_clear()
+    (tmp_path / "color_val.txt").write_text("a cat\n")
+    assert main(["eval", "t2i-compbench-color", "--data", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "pip install 'xomni_jax[compbench]', then python -m spacy download en_core_web_sm" in told
+    assert not (tmp_path / "out").exists()
