@@ -24,7 +24,6 @@ from xomni_jax.evaluation.suites.scoring import group_by, mean, ratio, right_or_
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _LEAST_ANLS = 0.5
-_PARTS = ("instructions", "images")
 
 
 class GQA(QuestionTable):
@@ -33,7 +32,11 @@ class GQA(QuestionTable):
     title = "GQA"
     max_new_tokens = 16
     downloads = (
-        (Download(f"{HUGGING_FACE} lmms-lab/GQA", dict.fromkeys((f"testdev_balanced_{what}/*.parquet" for what in _PARTS), "")),),
+        (
+            Download(
+                f"{HUGGING_FACE} lmms-lab/GQA", {"testdev_balanced_instructions/*.parquet": "", "testdev_balanced_images/*.parquet": ""}
+            ),
+        ),
         (Download(VLMEVALKIT, {"GQA_TestDev_Balanced.tsv": "md5:99b62f22e224d9b2f32dcbe41359d1c9"}),),
     )
     folders = ("GQA", "gqa")
