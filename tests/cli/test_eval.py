@@ -61,7 +61,12 @@ def test_help_of_a_suite_names_its_files_judge_and_switches(capsys):
     with pytest.raises(SystemExit):
         main(["eval", "longtext-en", "--help"])
     said = capsys.readouterr().out
-    for words in ("text_prompts.jsonl from github.com/X-Omni-Team/X-Omni", "pp-ocr (local, the default)", "clean-replies", "--phase score"):
+    for words in (
+        "text_prompts.jsonl from the GitHub repository X-Omni-Team/X-Omni",
+        "pp-ocr (local, the default)",
+        "clean-replies",
+        "--phase score",
+    ):
         assert words in said
     assert said.rstrip().endswith("xomni eval longtext-en --model MODEL --data DATA --out runs/longtext-en")
     with pytest.raises(SystemExit):
@@ -91,7 +96,7 @@ def test_wrong_values_of_a_suite_say_how(wrong, said, capsys):
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["longtext-en", "--data=/no/data"], "the data directory /no/data does not exist; it must hold text_prompts.jsonl from github.com"),
+        (["longtext-en", "--data=/no/data"], "the data directory /no/data does not exist; it must hold text_prompts.jsonl from the GitHub"),
         (["rendered-text", "--switch=x"], "rendered-text has no switch 'x'; it has clean-replies"),
         (["rendered-text", "--ids", "x"], "rendered-text has no item 'x'; ids are such as '0000'"),
         (["rendered-text", "--judge=what"], "a judge of kind 'ocr' is needed and --judge what was given"),

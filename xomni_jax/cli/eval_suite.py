@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from xomni_jax.evaluation.run import AllResults, Results
 
 EXAMPLE = "xomni eval rendered-text --model xomni_jax/assets/tiny_sft --out runs/rendered-text --limit 8"
-_JUDGES = {"detector": "http://127.0.0.1:8003", "vqa": "Qwen/Qwen2.5-VL-7B-Instruct@http://127.0.0.1:8000/v1"}  # of examples
+_CHAT = "Qwen/Qwen2.5-VL-7B-Instruct@http://127.0.0.1:8000/v1"
+_JUDGES = {"detector": "http://127.0.0.1:8003", "vqa": _CHAT, "chat": _CHAT, "measure": "NAME@http://127.0.0.1:8005"}  # of examples
 _PHASES = """\
 There are two phases, which may run apart and on different machines: --phase generate (or answer) runs the model, --phase score the judge
 or the local rules. Both store every finished item: after an interruption of any kind the same command continues. Several processes share
@@ -52,7 +53,9 @@ def _add_suite(kinds: Any, name: str) -> None:
     drawn = f"{suite.repeats} image{'s' * (suite.repeats > 1)} per prompt" if suite.task == "generate" else "greedy answers, local rules"
     about = [f"{suite.published} items" * bool(suite.published), drawn, f"judge: {suite.judge}" if suite.judge else ""]
     lines = [f"{suite.title}: {', '.join(filter(None, about))}."]
+    lines += [f"The published numbers are judged by {suite.official_judge}."] * bool(suite.official_judge)
     lines += [f"--data must hold {suite.files}."] * bool(suite.files)
+    lines += [f"Sizes and checksums: xomni data fetch {name}"] * bool(getattr(suite, "downloads", ()))
     lines += ["The official scorer's behaviour is the default; named departures from it:"] * bool(suite.switches)
     lines += [f"  --switch {switch}: {what}" for switch, what in suite.switches.items()]
     sub = _parser(kinds, name, suite.title, "\n".join(lines), _example_judge(suite.judge))

@@ -55,8 +55,9 @@ def departures(run: SuiteRun, judge: Mapping[str, Any] | None, settings: Mapping
     found += ["rewritten prompts, the published ones are not public"] if run.config.rewrite else []
     if judge:
         version = f"{judge['name']} {judge['settings'].get('version', '')}"
-        if not re.search(_JUDGES.get(suite.judge, "(?!)"), version, re.IGNORECASE):
-            found.append(f"judge {judge['name']} instead of {OFFICIAL.get(suite.judge, 'a published one')}")
+        published_judge = re.escape(suite.official_judge) or _JUDGES.get(suite.judge, "(?!)")
+        if not re.search(published_judge, version, re.IGNORECASE):
+            found.append(f"judge {judge['name']} instead of {suite.official_judge or OFFICIAL.get(suite.judge, 'a published one')}")
         if shown := judge["settings"].get("format"):
             found.append(f"images shown to the judge as {shown}")
     for name in sorted(suite.instructions.used):

@@ -23,6 +23,7 @@ from PIL import Image
 from xomni_jax.data.images import UnreadableImage, read_image
 
 Record = dict[str, Any]
+_LONGEST_ID = 200  # bytes; most file systems take names of 255
 Task = Literal["generate", "answer"]
 
 # Name -> our wording. The official wordings stand in the official scorers (see each suite's docstring). To compare a score with an
@@ -37,6 +38,11 @@ INSTRUCTIONS = {
     "letter": "Reply with the letter of the right option and nothing else.",
     "match": "These are the options of a question:\n{options}\nSomebody answered: {answer}\nWhich option is meant? Reply with its letter "
     "alone, or with Z if the answer means none of them or more than one.",
+    "wise": "This image was made from the prompt: {prompt}\nWhat it must show: {explanation}\nGrade it strictly with 0, 1 or 2 on three "
+    "lines and write nothing else.\nConsistency: (does it show everything that is asked for?)\nRealism: (could it be a photograph?)\n"
+    "Aesthetic Quality: (composition, colours and style)",
+    "wise-verified": "This image was made from the prompt: {prompt}\nWhat it must show: {explanation}\nDoes the image show it, clearly "
+    "enough to tell? Reply with one line: Score: 1 if it does, Score: 0 if it does not or you doubt it.",
 }
 
 
@@ -85,7 +91,9 @@ class Suite:
       name: as typed on the command line. title: as in the paper's tables.
       task: "generate": images are drawn from prompts; "answer": questions about images are answered.
       repeats: outputs per item (images per prompt); 1 for answers.
-      judge: the kind of judge that looks at the images: "ocr", "detector", "contours" or "vqa"; None where local rules score.
+      judge: the kind of judge that looks at the images: "ocr", "detector", "contours", "vqa", "chat" or "measure"; None
+        where local rules score.
+      official_judge: what judged the published numbers, where its kind does not say it.
       fallback: the kind of judge that may be asked about answers which local rules cannot read, see `undecided`; None for no kind.
       size: height and width of the images in pixels, if the suite fixes them; None: the user's choice.
       max_new_tokens: of an answer.
@@ -101,6 +109,7 @@ class Suite:
     repeats: int = 1
     judge: str | None = None
     fallback: str | None = None
+    official_judge: str = ""
     size: tuple[int, int] | None = None
     max_new_tokens: int = 0
     published: int = 0
@@ -180,15 +189,19 @@ class GridLayout(Suite):
 
     suffix = ".png"
 
+    def file(self, item: Item) -> str:
+        """The grid's path below the folder of images."""
+        return item.id + self.suffix
+
     def save(self, directory: Path, item: Item, images: Sequence[Image.Image]) -> None:
         side, (width, height) = math.isqrt(self.repeats), images[0].size
         grid = Image.new("RGB", (side * width, side * height))
         for k, image in enumerate(images):
             grid.paste(image, (k % side * width, k // side * height))
-        write_image(directory / f"{item.id}{self.suffix}", grid)
+        write_image(directory / self.file(item), grid)
 
     def open(self, directory: Path, item: Item) -> list[Image.Image]:
-        return tiles(read_drawn(directory / f"{item.id}{self.suffix}"), self.repeats)
+        return tiles(read_drawn(directory / self.file(item)), self.repeats)
 
 
 def tiles(grid: Image.Image, number: int) -> list[Image.Image]:
@@ -238,6 +251,12 @@ class Judge(Protocol):
 def is_there(item: Item) -> bool:
     """Whether the image of an item exists, without reading it; True where that cannot be told."""
     return getattr(item.image, "exists", lambda: True)()
+
+
+def check_id(id: str, where: str) -> None:
+    """Raises SuiteError unless files can be named after the id: an item's files lie inside the folder of the run."""
+    if not id.isprintable() or id in ("", ".", "..") or set(id) & set("/\\") or len(id.encode()) > _LONGEST_ID:
+        raise SuiteError(f"{where}: the id {id[:80]!r} cannot be part of a file name; use letters, digits, - and _ ({_LONGEST_ID} at most)")
 
 
 def check_images(items: Sequence[Item]) -> None:

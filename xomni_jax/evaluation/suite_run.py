@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from xomni_jax.evaluation.judges.preparation import ChatOptions
 from xomni_jax.evaluation.run_directory import RunDirectory, RunError, json_line
-from xomni_jax.evaluation.suite import GridLayout, Item, Suite, SuiteError
+from xomni_jax.evaluation.suite import GridLayout, Item, Suite, SuiteError, check_id
 from xomni_jax.evaluation.suites import get_suite
 
 if TYPE_CHECKING:
@@ -222,6 +222,8 @@ def open_run(config: EvalConfig, process: tuple[int, int] = (0, 1)) -> SuiteRun:
     positions = {item.id: n for n, item in enumerate(items)}
     if len(positions) < len(items):
         raise SuiteError(f"{suite.name}: {len(items) - len(positions)} ids occur twice in {config.data}; ids must be unique")
+    for item in items:
+        check_id(item.id, suite.name)
     lines = sorted(json_line({"id": i.id, "prompt": i.prompt}) for i in items)  # not the fields: they decide no output
     digest = hashlib.sha256("".join(lines).encode()).hexdigest()
     data = {"items": len(items), "rewritten": bool(config.rewrite), "sha256": digest}

@@ -121,7 +121,7 @@ def test_a_prompt_without_questions(tmp_path):
     with pytest.raises(SuiteError, match="no questions for 1 prompts, the first is 'other'"):
         get_suite("dpg").load(tmp_path)
     (tmp_path / "prompts" / "other.txt").write_text("\n")
-    with pytest.raises(SuiteError, match="other.txt is empty"):
+    with pytest.raises(SuiteError, match="other.txt holds no rows"):
         get_suite("dpg").load(tmp_path)
 
 

@@ -75,7 +75,7 @@ def test_loads_asks_and_saves(tmp_path):
     [
         (row(include=[]), "'include' is empty"),
         (row(include=[{"class": "cat"}]), "include clause 0 has count None"),
-        (row(include=[{"count": 1}]), "include clause 0 names no class"),
+        (row(include=[{"count": 1}]), "include clause 0 has the class None"),
         (row(include=[{"class": "cat", "count": 1, "color": "mauve"}]), "the colour 'mauve'"),
         (row(include=[{"class": "cat", "count": 1, "position": ["above", 0]}]), "index of an earlier clause"),
         (row(tag=""), "jsonl line 2: the field 'tag' is empty"),

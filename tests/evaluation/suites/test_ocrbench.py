@@ -49,7 +49,7 @@ def test_points_and_images(tmp_path):
     ("text", "message"),
     [
         (json.dumps([entry(), entry()]), "entry 2: the id 'svt-00005' was used before"),
-        (json.dumps([entry(answers=[""])]), "entry 1: an answer is empty"),
+        (json.dumps([entry(answers=[""])]), "entry 1: the field 'answers' holds an empty answer"),
         ("[\n{,}]", "line 2 is not JSON"),
         (json.dumps([entry(answers=None)]), "entry 1: the field 'answers' is missing"),
     ],

@@ -8,7 +8,7 @@ from tests.evaluation.suites.published import png, write_parquet, write_tsv
 from tests.evaluation.suites.worked import EXAMPLES, PUBLISHED, as_records, needs_published
 from xomni_jax.core.registry import RegistryError
 from xomni_jax.evaluation.suite import Item, SuiteError
-from xomni_jax.evaluation.suites import get_suite, multiple_choice, pope, short_answers
+from xomni_jax.evaluation.suites import get_suite, letters, pope, short_answers
 
 RED, BLUE = (250, 0, 0), (0, 0, 250)
 
@@ -23,8 +23,40 @@ def first_pixel(item):
 @pytest.mark.parametrize("example", EXAMPLES["pope_parse"])
 def test_pope_readings(example):
     assert pope.official(example["answer"]) == example["official"]
-    assert pope.vlmevalkit(example["answer"]) == example["vlmevalkit"]
+    assert pope.vlmevalkit(example["answer"]) == example["vlmevalkit"].lower()
     assert (pope.lmms_eval(example["answer"]) in ("yes", "no")) == example["lmms_eval_counts_as_answer"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "read"),
+    [
+        ("N.o", "no"),  # full stops go, and nothing takes their place
+        ("No.It is", "unknown"),
+        ("**Yes**", "unknown"),  # other signs than those it lists belong to the word
+        ("Yes: there is a cat", "unknown"),
+        ("Answer:yes", "unknown"),
+        ("'yes'|no", "unknown"),
+        ("Yes/perhaps", "yes"),  # a space takes the place of a sign,
+        ("Yes/perhaps / maybe", "unknown"),  # but not where the reply has the sign next to a space
+        ("yes,1,000", "unknown"),  # or a comma between digits anywhere
+        ("no 3.5", "no"),
+        ("." * 32 + "no", "no"),
+        ("." * 33 + "no", "unknown"),  # a flag that stands where the count belongs
+        ("[YES]", "yes"),
+    ],
+)
+def test_pope_as_vlmevalkit_reads_it(answer, read):
+    """As the official functions read the same answers."""
+    assert pope.vlmevalkit(answer) == read
+
+
+def test_an_undecided_answer_is_wrong_and_a_miss_for_vlmevalkit():
+    suite = get_suite("pope")
+    items = [Item(f"random-{n}", "?", {"category": "random", "label": label}) for n, label in enumerate(["yes", "yes", "no", "no"])]
+    records = as_records(suite, items, [["Yes"], ["**Yes**"], ["No"], ["Perhaps"]])
+    found = pope.metrics(records, "VLMEvalKit")
+    assert (found["precision"], found["recall"], found["accuracy"]) == (1.0, 0.5, 0.5)
+    assert pope.metrics(records, "lmms-eval")["recall"] == 1.0  # it leaves the undecided one out
 
 
 def test_pope_metrics():
@@ -70,7 +102,7 @@ def test_pope_files(tmp_path):
     asked = get_suite("pope", ["single-word"]).load(tmp_path)[0].prompt
     assert asked == items[0].prompt + "\nAnswer the question using a single word or phrase."
     write_pope(tmp_path, label="maybe")
-    with pytest.raises(SuiteError, match=r"coco_pope_random.json line 2: the label is 'maybe'"):
+    with pytest.raises(SuiteError, match=r"coco_pope_random.json line 2: the field 'label' is 'maybe'"):
         get_suite("pope").load(tmp_path)
 
 
@@ -131,17 +163,51 @@ def test_broken_images_and_files_are_named(tmp_path):
 
 @pytest.mark.parametrize("example", EXAMPLES["mcq_extraction"], ids=lambda e: e["prediction"])
 def test_letters(example):
-    assert (multiple_choice.lmms_eval(example["prediction"], example["choices"]) or False) == example["lmms_eval"]
-    assert (multiple_choice.vlmevalkit(example["prediction"], example["choices"]) or False) == example["vlmevalkit"]
+    assert (letters.lmms_eval(example["prediction"], example["choices"]) or False) == example["lmms_eval"]
+    assert (letters.vlmevalkit(example["prediction"], example["choices"]) or False) == example["vlmevalkit"]
 
 
 def test_letters_beyond_the_examples():
     options = {"A": "red", "B": "blue"}
-    assert multiple_choice.vlmevalkit("B it is, I am quite sure of that", options) is None  # not among the last four words
-    assert multiple_choice.lmms_eval("There is A cat here", options) is None  # an article
-    assert multiple_choice.lmms_eval("There is A cat, so B.", options) == "B"
+    assert letters.vlmevalkit("B it is, I am quite sure of that", options) is None  # not among the last four words
+    assert letters.lmms_eval("There is A cat here", options) is None  # an article
+    assert letters.lmms_eval("There is A cat, so B.", options) == "B"
     long = "It seems to me that the answer must be red"
-    assert (multiple_choice.vlmevalkit(long, options), multiple_choice.lmms_eval(long, options)) == (None, "A")
+    assert (letters.vlmevalkit(long, options), letters.lmms_eval(long, options)) == (None, "A")
+
+
+SCENE = {"A": "a red car", "B": "two dogs", "C": "a cat", "D": "nothing"}
+
+
+@pytest.mark.parametrize(
+    ("reply", "letter"),
+    [
+        ("the correct answer is d", "D"),
+        ("The answer is C because it is the only animal that can be seen here", "C"),
+        ("The correct answer is **B**. Here's why: the dogs stand in front of the car", "B"),
+        ("ANSWER  IS a, I am sure, whatever the others may say about it", "A"),
+        ("The answer is Better left open, since nobody knows what it might be", "B"),  # the sentence need not end after the letter
+        ("The answer is E because there are five of them, as everyone can see", None),
+        ("Sorry, I can't help with images of people yet. The answer is B", "Z"),
+        ("I'm sorry, but without the image provided I cannot say", "Z"),
+        ("Cannot determine the answer", "Z"),
+        ("I can't process this file. B", "Z"),
+        ("Z", "Z"),
+        ("Z or A", "A"),
+        ("A or B, and the answer is C", "C"),
+        ("Failed to obtain answer via API, the answer is B", None),
+        ("Failed to obtain answer via API: two dogs", "B"),
+    ],
+)
+def test_letters_as_vlmevalkit_decides(reply, letter):
+    """As the official functions decide the same replies."""
+    assert letters.vlmevalkit(reply, SCENE) == letter
+
+
+def test_a_refusal_is_wrong_and_not_undecided():
+    item = Item("1", "?", {"answer": "B", "options": SCENE})
+    record = get_suite("mmbench").score(item, ["I can't process this file."])
+    assert (record["right"], record["unparsed"], record["verdicts"]) == (0, 0, ["read as Z, wanted B"])
 
 
 def mmbench_rows():
@@ -175,6 +241,18 @@ def test_mmbench_is_circular(tmp_path):
     assert notes == ["1 replies of 1 items could not be read and count as wrong: 8."]
 
 
+def test_mmbench_in_chinese(tmp_path):
+    rows = [r | {"question": "图中有什么？", "A": "猫", "B": "狗", "answer": "B", "hint": ""} for r in mmbench_rows()[::2]]
+    write_tsv(tmp_path / "MMBench_DEV_CN_V11.tsv", rows)
+    write_tsv(tmp_path / "MMBench_DEV_EN_V11.tsv", mmbench_rows())
+    suite = get_suite("mmbench-cn")
+    items = suite.load(tmp_path)
+    assert suite.title == "MMBench CN" and items[0].prompt.startswith("Question: 图中有什么？\nOptions:\nA. 猫\nB. 狗\n")
+    result = suite.aggregate(as_records(suite, items, [["答案是 B"], ["狗"]]))
+    assert result["scores"]["circular accuracy"] == 1.0
+    assert suite.aggregate(as_records(suite, items, [["答案是B"], ["猫狗"]]))["scores"]["undecided"] == 2
+
+
 def test_mmbench_parquet_with_the_other_toolkit(tmp_path):
     rows = [r | {"image": png(RED)} for r in mmbench_rows()]
     write_parquet(tmp_path / "en" / "dev-00000-of-00001.parquet", rows)
@@ -187,7 +265,7 @@ def test_mmbench_parquet_with_the_other_toolkit(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"answer": ""}, "line 2: the answer '' is not an option; the answers of test splits are not public"),
+        ({"answer": ""}, "line 2: the field 'answer' is '', which is no option; the answers of test splits are not public"),
         ({"B": "nan"}, "line 2: a question needs two options, it has 1"),
         ({"index": "x"}, "line 2: the field 'index' is 'x'"),
     ],
@@ -207,7 +285,7 @@ def test_two_versions_of_mmbench_are_not_mixed(tmp_path):
 
 @pytest.mark.parametrize("example", EXAMPLES["seed_first_character"], ids=lambda e: e["prediction"])
 def test_seed_first_character(example):
-    assert multiple_choice.first_character(example["prediction"]) == example["pred_used"]
+    assert letters.first_character(example["prediction"]) == example["pred_used"]
     item = Item("1", "?", {"answer": "B", "options": {"A": "x", "B": "y"}})
     assert get_suite("seedbench").score(item, [example["prediction"]])["score"] == example["correct_if_B"]
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from xomni_jax.evaluation.judges.chat import ChatModel
     from xomni_jax.rewards.client import RewardClient
 
-CHAT = ("ocr", "vqa", "letter")  # kinds that a chat model can be
+CHAT = ("ocr", "vqa", "chat", "letter")  # kinds that a chat model can be
 LOCAL = {"ocr": "pp-ocr", "contours": "contours"}  # kind -> its judge in this process
 # The judge that the benchmark's published numbers were made with; a result names it beside the one that was used.
 OFFICIAL = {
@@ -34,11 +34,13 @@ HELP = {
     "detector": "URL of a detector, or several with commas; "
     "start one with: xomni serve-reward detector --detector DIR --clip DIR --port 8003",
     "contours": "contours (local, the default)",
+    "chat": _CHAT,
+    "measure": "NAME@URL of a scoring service of your own (xomni serve-reward FILE.py:Class); judges/measure.py says what it is asked",
 }
 
 
 def open_judge(kind: str, spec: str | None = None, options: ChatOptions = ChatOptions()) -> Judge:
-    """The judge of a kind ("ocr", "vqa", "detector", "contours"), as `HELP` says how to name it; None: the local one.
+    """The judge of a kind, as `HELP` says how to name it; None: the local one.
 
     Args:
       options: how a chat model is asked.
@@ -57,6 +59,11 @@ def open_judge(kind: str, spec: str | None = None, options: ChatOptions = ChatOp
         judge = ChatJudge(open_model(spec), options)
     elif kind == "detector" and spec and spec.startswith(("http://", "https://")):
         judge = DetectorJudge(spec.split(","))
+    elif kind == "measure" and spec and is_endpoint(spec):
+        from xomni_jax.evaluation.judges.measure import MeasureJudge
+
+        name, _, urls = spec.partition("@")
+        judge = MeasureJudge(name, urls.split(","))
     else:
         given = f"--judge {spec}" if spec else "no --judge"
         raise SuiteError(f"a judge of kind {kind!r} is needed and {given} was given; it can be {HELP[kind]}")

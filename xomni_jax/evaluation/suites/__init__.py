@@ -22,12 +22,24 @@ PUBLISHED = {  # what `xomni eval all` runs
     "docvqa": f"{_HERE}.short_answers:DocVQA",
     "ocrbench": f"{_HERE}.ocrbench:OCRBench",
 }
+_MEASURED = ("Reasoning", "Style", "Diversity")
+_COMPOSITIONS = ("Color", "Shape", "Texture", "Spatial", "Non-Spatial", "Complex")
+FURTHER = {  # that the papers of related systems report
+    "mmbench-cn": f"{_HERE}.multiple_choice:MMBenchCN",
+    "mmmu": f"{_HERE}.mmmu:MMMU",
+    "wise": f"{_HERE}.wise:WISE",
+    "wise-verified": f"{_HERE}.wise:WISEVerified",
+    "oneig-alignment-en": f"{_HERE}.oneig_alignment:Alignment",
+    "oneig-alignment-zh": f"{_HERE}.oneig_alignment:Alignment",
+    **{f"oneig-{d.lower()}-{language}": f"{_HERE}.oneig_measured:{d}" for d in _MEASURED for language in ("en", "zh")},
+    **{f"t2i-compbench-{kind.lower()}": f"{_HERE}.t2i_compbench:T2ICompBench" for kind in _COMPOSITIONS},
+}
 RENDERED = {
     "rendered-text": f"{_HERE}.rendered:RenderedText",
     "rendered-shapes": f"{_HERE}.rendered:RenderedShapes",
     "rendered-qa": f"{_HERE}.rendered:RenderedQA",
 }
-SUITES = Registry("suite", PUBLISHED | RENDERED)
+SUITES = Registry("suite", PUBLISHED | FURTHER | RENDERED)
 
 
 def get_suite(name: str, switches: Iterable[str] = (), instructions: Mapping[str, str] | None = None) -> Suite:

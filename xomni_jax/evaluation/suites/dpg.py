@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from xomni_jax.evaluation.suite import GridLayout, Item, Record, SuiteError
-from xomni_jax.evaluation.suites.reading import Row, find, read_rows, unique_items
+from xomni_jax.evaluation.suites.downloads import GITHUB, Download
+from xomni_jax.evaluation.suites.reading import PublishedSuite, Row, read_rows, unique_items
 from xomni_jax.evaluation.suites.scoring import unparsed_notes
 
-_SOURCE = "github.com/TencentQQGYLab/ELLA, folder dpg_bench"
+_ORIGIN = f"{GITHUB} TencentQQGYLab/ELLA, folder dpg_bench"
+_QUESTIONS = {"dpg_bench.csv": "git:98457fc9901943f51ff9a30367250fc292533bed"}
 Questions = list[dict[str, Any]]
 
 
@@ -30,14 +32,15 @@ class QuestionedItem(Item):
     asked: Questions | None = None
 
 
-class DPG(GridLayout):
+class DPG(PublishedSuite, GridLayout):
     """dpg."""
 
     title = "DPG-Bench"
     repeats = 4
     judge = "vqa"
     published = 1065
-    files = f"the folder prompts (one text file per item) and dpg_bench.csv, both from {_SOURCE}; drawing needs only the prompts"
+    folders = ("dpg_bench",)
+    downloads = ((Download(_ORIGIN, {"prompts/*.txt": ""}, "1065 text files"), Download(_ORIGIN, _QUESTIONS, "not needed to draw")),)
     switches = {
         "keep-first-row": "read the first row of dpg_bench.csv, which the official reader skips",
         "all-tiles": "category values over all four tiles, not only the last one",
@@ -47,17 +50,19 @@ class DPG(GridLayout):
         """Prompts, with their questions when dpg_bench.csv is there."""
         prompts = self._prompts(data)
         try:
-            (table,) = find(data, ("dpg_bench",), ("dpg_bench.csv",), self.files)
+            (table,) = self.find(data, "dpg_bench.csv")
         except SuiteError:
             asked = None
         else:
             asked = read_questions(table, "keep-first-row" in self.on)
-            missing = [id for id, _, _ in prompts if id not in asked]
-            if missing:
-                raise SuiteError(f"{table} has no questions for {len(missing)} prompts, the first is {missing[0]!r}; download it again")
         # The category to look at images by is where the prompt comes from: the letters its id begins with.
         fields = lambda id: {"category": id.rstrip("0123456789") or "other"}
-        return unique_items((QuestionedItem(id, prompt, fields(id), asked=asked and asked[id]), where) for id, prompt, where in prompts)
+        made = ((QuestionedItem(id, prompt, fields(id), asked=asked and asked.get(id)), where) for id, prompt, where in prompts)
+        items = unique_items(made)
+        missing = [item.id for item in items if asked and item.id not in asked]
+        if missing:
+            raise SuiteError(f"{table} has no questions for {len(missing)} prompts, the first is {missing[0]!r}; download it again")
+        return items
 
     def questions(self, item: Item) -> Sequence[Any]:
         """One request per question of the item. Raises SuiteError when dpg_bench.csv was not there."""
@@ -106,14 +111,10 @@ class DPG(GridLayout):
 
     def _prompts(self, data: Path) -> list[tuple[str, str, str]]:
         """(id, prompt, where) from the published text files or from one jsonl with item_id and prompt."""
-        paths = find(data, ("dpg_bench",), ("prompts/*.txt", "prompts.jsonl"), self.files)
+        paths = self.find(data, "prompts/*.txt", "prompts.jsonl")
         if paths[0].suffix == ".jsonl":
             return [(row.text("item_id"), row.text("prompt"), row.where) for row in read_rows(paths[0])]
-        found = [(p.stem, p.read_text(encoding="utf-8").strip(), str(p)) for p in paths]
-        empty = [where for _, prompt, where in found if not prompt]
-        if empty:
-            raise SuiteError(f"{empty[0]} is empty; download it again")
-        return found
+        return [(path.stem, "\n".join(row.text("text") for row in read_rows(path)), str(path)) for path in paths]
 
 
 def read_questions(table: Path, keep_first_row: bool = False) -> dict[str, Questions]:
@@ -175,7 +176,7 @@ def _categories(records: Sequence[Record], variant: str) -> tuple[dict[str, Any]
 
 def _asked(item: Item) -> Questions:
     if not isinstance(item, QuestionedItem) or item.asked is None:
-        raise SuiteError(f"scoring DPG-Bench needs dpg_bench.csv in the data directory; get it from {_SOURCE}")
+        raise SuiteError(f"scoring DPG-Bench needs dpg_bench.csv in the data directory; get it from the {_ORIGIN}")
     return item.asked
 
 
@@ -184,4 +185,4 @@ def _parents(row: Row) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise SuiteError(f"{row.where}: the field 'dependency' is {text!r}, not proposition numbers with commas") from None
+        raise row.wrong("dependency", f"is {text!r}, not proposition numbers with commas") from None

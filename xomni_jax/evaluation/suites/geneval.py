@@ -14,11 +14,13 @@ from typing import Any
 
 from PIL import Image
 
-from xomni_jax.evaluation.suite import Item, Record, Suite, SuiteError, read_drawn, write_image
-from xomni_jax.evaluation.suites.reading import Row, find, read_rows, unique_items
+from xomni_jax.evaluation.suite import Item, Record, SuiteError, read_drawn, write_image
+from xomni_jax.evaluation.suites.downloads import GITHUB, Download
+from xomni_jax.evaluation.suites.reading import PublishedSuite, Row, read_rows, unique_items
 from xomni_jax.evaluation.suites.scoring import ratio, ratios_by
+from xomni_jax.rewards.services.detector import COCO, COLOURS
 
-COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+_METADATA = "85209 sha256:5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13"
 RELATIONS = ("left of", "right of", "above", "below")
 _CONFIDENCE, _COUNTING_CONFIDENCE, _MOST_BOXES = 0.3, 0.9, 16
 _SHRINK = 0.1  # share of both boxes' sizes that an offset must exceed to be one
@@ -27,18 +29,19 @@ Box = Mapping[str, Any]  # {"box": [x1, y1, x2, y2], "score": confidence, "color
 Detections = Mapping[str, Sequence[Box]]
 
 
-class GenEval(Suite):
+class GenEval(PublishedSuite):
     """geneval. Images lie as {id}/samples/{k}.png, with the prompt's row in {id}/metadata.jsonl."""
 
     title = "GenEval"
     repeats = 4
     judge = "detector"
     published = 553
-    files = "evaluation_metadata.jsonl from github.com/djghosh13/geneval, folder prompts"
+    folders = ("geneval", "prompts")
+    downloads = ((Download(f"{GITHUB} djghosh13/geneval, folder prompts", {"evaluation_metadata.jsonl": _METADATA}),),)
 
     def load(self, data: Path) -> list[Item]:
         """Items of the published jsonl; the id is the row's index with five digits, the official folder's name."""
-        paths = find(data, ("geneval", "prompts"), ("evaluation_metadata.jsonl",), self.files)
+        paths = self.find(data, "evaluation_metadata.jsonl")
         return unique_items((_item(n, row), row.where) for n, row in enumerate(read_rows(paths)))
 
     def questions(self, item: Item) -> Sequence[Any]:
@@ -151,24 +154,22 @@ def _position(clause: Mapping[str, Any], used: Sequence[Box], passed: Sequence[S
 
 
 def _item(number: int, row: Row) -> Item:
-    clauses = {"include": row.get("include", kind=list), "exclude": row.get("exclude", kind=list, default=[])}
-    if not clauses["include"]:
-        raise SuiteError(f"{row.where}: 'include' is empty, so every image would be right")
-    for name, given in clauses.items():
-        for n, clause in enumerate(given):
+    if not row.get("include", kind=list):
+        raise row.wrong("include", "is empty, so every image would be right")
+    for name in ("include", "exclude") if "exclude" in row.values else ("include",):
+        for n, clause in enumerate(row.get(name, kind=list)):
             _check_clause(clause, n, f"{row.where}: {name} clause {n}")
     return Item(f"{number:05d}", row.text("prompt"), {"category": row.text("tag"), "metadata": row.values})
 
 
 def _check_clause(clause: Any, number: int, where: str) -> None:
-    if not isinstance(clause, dict) or not isinstance(clause.get("class"), str):
-        raise SuiteError(f"{where} names no class")
-    if not isinstance(clause.get("count"), int) or clause["count"] < 1:
+    if not isinstance(clause, dict) or clause.get("class") not in COCO:
+        name = clause.get("class") if isinstance(clause, dict) else clause
+        raise SuiteError(f"{where} has the class {name!r}, which is none of the 80 that the detector knows")
+    if type(clause.get("count")) is not int or clause["count"] < 1:  # not isinstance: True is an int
         raise SuiteError(f"{where} has count {clause.get('count')!r}, not a whole number from 1")
     if clause.get("color", COLOURS[0]) not in COLOURS:
         raise SuiteError(f"{where} asks for the colour {clause['color']!r}, which is not one of {', '.join(COLOURS)}")
-    position = clause.get("position")
-    if position is not None and not (
-        isinstance(position, list) and len(position) == 2 and position[0] in RELATIONS and position[1] in range(number)
-    ):
-        raise SuiteError(f"{where} has the position {position!r}, not [relation, index of an earlier clause]")
+    allowed = [json.dumps([relation, target]) for relation in RELATIONS for target in range(number)]  # as text: 0 equals false and 0.0
+    if "position" in clause and json.dumps(clause["position"]) not in allowed:
+        raise SuiteError(f"{where} has the position {clause['position']!r}, not [relation, index of an earlier clause]")

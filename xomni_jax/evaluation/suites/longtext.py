@@ -11,33 +11,37 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from xomni_jax.evaluation.suite import Item, Record, Suite, SuiteError
-from xomni_jax.evaluation.suites.reading import Row, find, read_rows, unique_items
+from xomni_jax.evaluation.suite import Item, Record, SuiteError
+from xomni_jax.evaluation.suites.downloads import GITHUB, Download
+from xomni_jax.evaluation.suites.reading import PublishedSuite, Row, read_rows, unique_items
 from xomni_jax.evaluation.suites.scoring import HALLUCINATION, NO_TEXT, countable, matches, ratio, ratios_by, without_space
 
-_FILES = {"en": "text_prompts.jsonl", "zh": "text_prompts_zh.jsonl"}
-_SOURCE = "from github.com/X-Omni-Team/X-Omni, folder textbench (also the Hugging Face dataset X-Omni/LongText-Bench)"
+_ORIGIN = f"{GITHUB} X-Omni-Team/X-Omni, folder textbench (also the Hugging Face dataset X-Omni/LongText-Bench)"
+_FILES = {
+    "en": {"text_prompts.jsonl": "203974 sha256:a2130769e72bd8560470a066114cdac87f80f1eb071ba6bc0f7033225a9be0d8"},
+    "zh": {"text_prompts_zh.jsonl": "169494 sha256:6512cd121ac093e8113e114d76eb2c0ce967c220b18e2049e1063554ce496758"},
+}
 
 
-class LongText(Suite):
+class LongText(PublishedSuite):
     """longtext-en or longtext-zh."""
 
     repeats = 4
     judge = "ocr"
     published = 160
+    folders = ("longtext_bench", "textbench")
     switches = {"clean-replies": "remove addCriterion and 'No text recognized' with or without the full stop before counting"}
     language = "en"
 
     def __init__(self, name: str = "", *how: Any):
         self.language = "zh" if name.endswith("-zh") else "en"
         self.title = f"LongText-Bench {self.language.upper()}"
-        self.files = f"{_FILES[self.language]} {_SOURCE}"
+        self.downloads = ((Download(_ORIGIN, _FILES[self.language]),),)
         super().__init__(name, *how)
 
     def load(self, data: Path) -> list[Item]:
         """Items of the published jsonl. The id is prompt_id with four digits: a key with gaps, not a row number."""
-        paths = find(data, ("longtext_bench", "textbench"), (_FILES[self.language],), self.files)
-        return unique_items((_item(row, self.language), row.where) for row in read_rows(paths))
+        return unique_items((_item(row, self.language), row.where) for row in read_rows(self.find(data, *_FILES[self.language])))
 
     def questions(self, item: Item) -> Sequence[Any]:
         return ({"instruction": self.instructions["ocr"], "max_tokens": 1024},)

@@ -1,8 +1,6 @@
-"""MMBench (English) and SEED-Bench (images): multiple choice, and two toolkits' rules for which option a reply means.
+"""MMBench (English and Chinese) and SEED-Bench (images): multiple choice, read by the rules of `letters`.
 
-MMBench: a question is right only when every rotation of its options is answered right. Both toolkits would ask a language model about
-replies that their rules cannot decide, and draw a random letter when that fails; here an undecided reply counts as wrong and is listed,
-so that the number is reproducible.
+MMBench: a question is right only when every rotation of its options is answered right. An undecided reply counts as wrong and is listed.
 
 SEED-Bench: four options, the first character of the reply decides (lmms-eval), or with `vlmevalkit` VLMEvalKit's rules. Rows of videos
 are left out.
@@ -12,21 +10,18 @@ The closing request for a letter is worded by us (see suite.INSTRUCTIONS).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from xomni_jax.evaluation.suite import Item, Record, SuiteError
-from xomni_jax.evaluation.suites.reading import QuestionTable, Row, find
+from xomni_jax.evaluation.suites.downloads import HUGGING_FACE, VLMEVALKIT, Download
+from xomni_jax.evaluation.suites.letters import first_character, listed, lmms_eval, vlmevalkit
+from xomni_jax.evaluation.suites.reading import QuestionTable, Row
 from xomni_jax.evaluation.suites.scoring import group_by, mean, right_or_wrong, share_right, unparsed_notes
 
+_LMMS = f"{HUGGING_FACE} lmms-lab/MMBench"
 _ROTATIONS = 1_000_000  # rows with equal index modulo this are one question with its options rotated
-# Characters that may surround a letter, in the order in which lmms-eval tries them.
-_AROUND = ("{}.", "{},", "{}:", "{})", "{}).", "({})", "({}).", ":{}", ":{},", ":{}.", ":{})", ":{}).")
-_BLANKED = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
-_LAST_WORDS = 4
-# Replies in which a model refuses; VLMEvalKit counts them as the wrong option Z.
-_FAILED = "Failed to obtain answer via API"
 
 
 class MMBench(QuestionTable):
@@ -34,9 +29,10 @@ class MMBench(QuestionTable):
 
     title = "MMBench EN"
     max_new_tokens = 64
-    files = (
-        "one of MMBench_DEV_EN*.tsv (VLMEvalKit, github.com/open-compass/MMBench) or en/dev-*.parquet of the Hugging Face dataset "
-        "lmms-lab/MMBench"
+    downloads = (
+        (Download(VLMEVALKIT, {"MMBench_DEV_EN.tsv": "md5:b6caf1133a01c6bb705cf753bb527ed8"}, "version 1.0"),),
+        (Download(VLMEVALKIT, {"MMBench_DEV_EN_V11.tsv": "md5:30c05be8f2f347a50be25aa067248184"}, "version 1.1"),),
+        (Download(_LMMS, {"en/dev-*.parquet": ""}),),
     )
     folders = ("MMBench", "mmbench")
     patterns = ("MMBench_DEV_EN*.tsv", "en/dev-*.parquet", "dev-*.parquet")
@@ -44,7 +40,7 @@ class MMBench(QuestionTable):
     fallback = "letter"
 
     def load(self, data: Path) -> list[Item]:
-        paths = find(data, self.folders, self.patterns, self.files)
+        paths = self.find(data, *self.patterns)
         if paths[0].suffix == ".tsv" and len(paths) > 1:
             raise SuiteError(f"{paths[0].parent} holds {', '.join(p.name for p in paths)}; leave only the version to be measured")
         return super().load(data)
@@ -55,7 +51,7 @@ class MMBench(QuestionTable):
         if len(options) < 2:
             raise SuiteError(f"{row.where}: a question needs two options, it has {len(options)}")
         if answer not in options:
-            raise SuiteError(f"{row.where}: the answer {answer!r} is not an option; the answers of test splits are not public, use dev")
+            raise row.wrong("answer", f"is {answer!r}, which is no option; the answers of test splits are not public, use dev")
         fields = {
             "category": row.optional("category") or "all",
             "l2_category": row.optional("l2-category", "L2-category"),
@@ -105,12 +101,28 @@ class MMBench(QuestionTable):
         return {"headline": "circular accuracy", "scores": scores, "categories": categories, "notes": notes}
 
 
+class MMBenchCN(MMBench):
+    """mmbench-cn: the same questions in Chinese."""
+
+    title = "MMBench CN"
+    downloads = (
+        (Download(VLMEVALKIT, {"MMBench_DEV_CN.tsv": "md5:08b8fc3324a5ed74155350f57be69fbd"}, "version 1.0"),),
+        (Download(VLMEVALKIT, {"MMBench_DEV_CN_V11.tsv": "md5:593f9b5f6bea453d870a798b34ae4f37"}, "version 1.1"),),
+        (Download(_LMMS, {"cn/dev-*.parquet": ""}),),
+    )
+    patterns = ("MMBench_DEV_CN*.tsv", "cn/dev-*.parquet", "dev-*.parquet")
+    switches = {}  # lmms-eval asks in Chinese
+
+
 class SEEDBench(QuestionTable):
     """seedbench."""
 
     title = "SEED-Bench image"
     max_new_tokens = 16
-    files = "data/test-*.parquet of the Hugging Face dataset lmms-lab/SEED-Bench, or VLMEvalKit's SEEDBench_IMG.tsv"
+    downloads = (
+        (Download(f"{HUGGING_FACE} lmms-lab/SEED-Bench", {"data/test-*.parquet": ""}),),
+        (Download(VLMEVALKIT, {"SEEDBench_IMG.tsv": "md5:68017231464752261a2526d6ca3a10c0"}),),
+    )
     folders = ("SEED-Bench", "seedbench")
     patterns = ("data/test-*.parquet", "test-*.parquet", "SEEDBench_IMG.tsv")
     switches = {"vlmevalkit": "VLMEvalKit's extraction of the letter instead of the first character"}
@@ -122,7 +134,7 @@ class SEEDBench(QuestionTable):
         options = {letter: row.text(f"choice_{letter.lower()}", letter) for letter in "ABCD"}
         answer, question = row.text("answer").strip().upper(), row.text("question")
         if answer not in options:
-            raise SuiteError(f"{row.where}: the answer {answer!r} is not one of A to D")
+            raise row.wrong("answer", f"is {answer!r}, not one of A to D")
         category = row.get("question_type_id", "category", kind=(str, int), default="all")
         fields = {"category": str(category), "options": options, "answer": answer}
         return Item(row.text("question_id", "index"), f"{question}\n{listed(options)}\n{self.instructions['letter']}", fields, image)
@@ -138,56 +150,3 @@ class SEEDBench(QuestionTable):
     def aggregate(self, records: Sequence[Record]) -> dict[str, Any]:
         """Accuracy, over all questions and by their type."""
         return share_right(records, "accuracy") | {"notes": unparsed_notes(records, "wrong")}
-
-
-def listed(options: Mapping[str, str]) -> str:
-    """The options, one a line."""
-    return "\n".join(f"{letter}. {text}" for letter, text in options.items())
-
-
-def first_character(reply: str) -> str:
-    """What lmms-eval takes for the answer; "" of an empty reply."""
-    return reply.strip()[:1]
-
-
-# ---- which option a reply means: the rules of the toolkits before they would ask a language model ----
-def lmms_eval(reply: str, options: Mapping[str, str]) -> str | None:
-    """The option by lmms-eval's rules; None when undecided. Letters go to E however many options there are.
-
-    A bare A in a reply of more than three words is taken for an article, and then no bare letter counts.
-    """
-    words, letters = reply.split(), "ABCDE"
-    if _FAILED in reply:
-        return None
-    bare = _present(words, letters)
-    if len(bare) == 1 and not ("A" in words and len(words) > 3):
-        return bare[0]
-    for form in _AROUND:
-        found = _present(words, [form.format(letter) for letter in letters])
-        if len(found) == 1:
-            return found[0].strip(".,:()")
-    return _by_text(reply, options)
-
-
-def vlmevalkit(reply: str, options: Mapping[str, str]) -> str | None:
-    """The option by VLMEvalKit's rules; None when undecided.
-
-    The letter must be the only one and among the last four words; an option's text is looked for only in replies no longer than
-    twice all options together.
-    """
-    words = reply.translate(_BLANKED).split()
-    found = _present(words, options)
-    if len(found) == 1 and words.index(found[0]) >= len(words) - _LAST_WORDS and _FAILED not in reply:
-        return found[0]
-    if len(reply) > 2 * sum(map(len, options.values())):
-        return None
-    return _by_text(reply, options)
-
-
-def _present(words: Collection[str], letters: Collection[str]) -> list[str]:
-    return [letter for letter in letters if letter in words]
-
-
-def _by_text(reply: str, options: Mapping[str, str]) -> str | None:
-    found = [letter for letter, text in options.items() if text.lower() in reply.lower()]
-    return found[0] if len(found) == 1 else None

@@ -11,28 +11,38 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from xomni_jax.evaluation.suite import Item, Record, Suite, SuiteError
-from xomni_jax.evaluation.suites.reading import FileImage, Row, find, read_rows, unique_items
+from xomni_jax.evaluation.suite import Item, Record
+from xomni_jax.evaluation.suites.downloads import GITHUB, Download
+from xomni_jax.evaluation.suites.images import FileImage
+from xomni_jax.evaluation.suites.reading import PublishedSuite, Row, read_rows, unique_items
 from xomni_jax.evaluation.suites.scoring import ratios_by, right_or_wrong
 
 FORMULAS = "HME100k"
-_SOURCE = "github.com/Yuliang-Liu/MultimodalOCR, folder OCRBench"
+_REPOSITORY = f"{GITHUB} Yuliang-Liu/MultimodalOCR"
+_QUESTIONS = {"OCRBench.json": "296682 sha256:df75957e75ea052e9f38f2c67a4f6676103998517345cf49ef7d03b62c835864"}
+_IMAGES = {"OCRBench_Images/*/*": ""}
 _HALF_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: 0x20}
 
 
-class OCRBench(Suite):
+class OCRBench(PublishedSuite):
     """ocrbench."""
 
     title = "OCRBench"
     task = "answer"
     max_new_tokens = 128
     published = 1000
-    files = f"OCRBench.json from {_SOURCE}, and the folder OCRBench_Images that is linked there, unpacked beside it"
+    folders = ("ocrbench", "OCRBench")
+    downloads = (
+        (
+            Download(f"{_REPOSITORY}, folder OCRBench/OCRBench", _QUESTIONS),
+            Download(_REPOSITORY, _IMAGES, "an archive linked in its folder OCRBench, unpacked beside OCRBench.json"),
+        ),
+    )
     switches = {"half-width": "fold full-width ASCII to half-width in answers and replies, as current versions of lmms-eval do"}
 
     def load(self, data: Path) -> list[Item]:
         """Items of OCRBench.json; `id` repeats between its source datasets, so the dataset's name is put before it."""
-        (path,) = find(data, ("ocrbench", "OCRBench"), ("OCRBench.json",), self.files)
+        (path,) = self.find(data, "OCRBench.json")
         folder = next((f for f in (path.parent / "OCRBench_Images", path.parent / "images") if f.is_dir()), path.parent)
         return unique_items((self._item(row, folder), row.where) for row in read_rows(path))
 
@@ -51,9 +61,9 @@ class OCRBench(Suite):
     def _item(self, row: Row, folder: Path) -> Item:
         answers = row.strings("answers")
         if not all(a.strip() for a in answers):
-            raise SuiteError(f"{row.where}: an answer is empty, and an empty answer is found in every reply")
+            raise row.wrong("answers", "holds an empty answer, which would be found in every reply")
         dataset = row.text("dataset_name")
-        image = FileImage(folder / row.text("image_path"), f"get it with {self.files}")
+        image = FileImage(row.file("image_path", folder), f"get it with {self.files}")
         fields = {"category": row.text("type"), "dataset": dataset, "answers": answers}
         return Item(f"{dataset}-{row.number('id'):05d}", row.text("question"), fields, image)
 

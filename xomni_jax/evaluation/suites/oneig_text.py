@@ -14,7 +14,8 @@ from typing import Any
 from rapidfuzz.distance import Levenshtein
 
 from xomni_jax.evaluation.suite import GridLayout, Item, Record, SuiteError
-from xomni_jax.evaluation.suites.reading import Row, find, read_rows, unique_items
+from xomni_jax.evaluation.suites.downloads import GITHUB, Download
+from xomni_jax.evaluation.suites.reading import PublishedSuite, Row, read_rows, unique_items
 from xomni_jax.evaluation.suites.scoring import (
     HALLUCINATION,
     NO_TEXT,
@@ -25,32 +26,39 @@ from xomni_jax.evaluation.suites.scoring import (
     ratio,
 )
 
-_FOLDERS = ("oneig_bench", "scripts/text", "oneig_bench/scripts/text")
-_PROMPTS = {"en": "OneIG-Bench.csv", "zh": "OneIG-Bench-ZH.csv"}
-_TEXTS = {"en": "text_content.csv", "zh": "text_content_zh.csv"}
-_SOURCE = "from github.com/OneIG-Bench/OneIG-Benchmark (its root and its folder scripts/text; CC BY-NC 4.0)"
+REPOSITORY = f"{GITHUB} OneIG-Bench/OneIG-Benchmark (CC BY-NC 4.0)"
+PROMPTS = {
+    "en": {"OneIG-Bench.csv": "378082 sha256:e06c65b32252d82406fb1a27f13022b38d432c899a2486eb49ab0c100f83b3e1"},
+    "zh": {"OneIG-Bench-ZH.csv": "375669 sha256:8fc4ae1403db32dbb1203cc457361c3215500b34e741194a53f5002c9d824700"},
+}
+_TEXTS = {
+    "en": {"text_content.csv": "97314 sha256:ffbf0b588c617b77caf1e9a733496ff5b4704b6534df5fba13201a83f21e0512"},
+    "zh": {"text_content_zh.csv": "89199 sha256:6250b3be96e9c4fd4c9cb858dd36b5b2dc4fc8fccb8e4ed0317f5da392db9a1a"},
+}
 _MAX_DISTANCE = {"en": 100, "zh": 50}  # where the composite stops counting edits
 _LONG = 60  # pieces of ground truth above which the judge may write more
 
 
-class OneIGText(GridLayout):
+class OneIGText(PublishedSuite, GridLayout):
     """oneig-text-en or oneig-text-zh."""
 
     repeats = 4
     suffix = ".webp"
     judge = "ocr"
     published = 200
+    folders = ("oneig_bench", "scripts/text", "oneig_bench/scripts/text")
     switches = {"leave-out-black": "leave out a prompt whose tiles are all black instead of scoring it with its neighbour's texts"}
 
     def __init__(self, name: str = "", *how: Any):
         self.language = "zh" if name.endswith("-zh") else "en"
         self.title = f"OneIG-Bench text {self.language.upper()}"
-        self.files = f"{_PROMPTS[self.language]} and {_TEXTS[self.language]} {_SOURCE}"
+        needed = (Download(REPOSITORY, PROMPTS[self.language]), Download(f"{REPOSITORY}, folder scripts/text", _TEXTS[self.language]))
+        self.downloads = (needed,)
         super().__init__(name, *how)
 
     def load(self, data: Path) -> list[Item]:
         """The text rendering prompts in the order of the ground truth file, joined by id. The id stays a string: "000"."""
-        (prompts,), (wanted,) = (find(data, _FOLDERS, (names[self.language],), self.files) for names in (_PROMPTS, _TEXTS))
+        (prompts,), (wanted,) = (self.find(data, *names[self.language]) for names in (PROMPTS, _TEXTS))
         by_id = {r.text("id"): r for r in read_rows(prompts) if r.get("category") == "Text_Rendering"}
         return unique_items((_item(row, by_id, prompts), row.where) for row in read_rows(wanted))
 

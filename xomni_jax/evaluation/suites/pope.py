@@ -6,20 +6,23 @@ from the same answers and stand among the scores.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from xomni_jax.evaluation.suite import Item, Record, Suite, SuiteError
-from xomni_jax.evaluation.suites.reading import FileImage, Row, find, read_rows, unique_items
+from xomni_jax.evaluation.suite import Item, Record
+from xomni_jax.evaluation.suites.downloads import GITHUB, Download
+from xomni_jax.evaluation.suites.images import FileImage
+from xomni_jax.evaluation.suites.reading import PublishedSuite, Row, read_rows, unique_items
 from xomni_jax.evaluation.suites.scoring import group_by, mean
 
 SPLITS = ("random", "popular", "adversarial")
-_OUTCOMES = (("yes", "yes"), ("no", "yes"), ("no", "no"), ("yes", "no"))  # (label, answer) of true and false positives and negatives
-_PUNCTUATION = str.maketrans(dict.fromkeys("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~", " "))
+_SIGNS = ';/[]"{}()=+\\_-><@`,?!'  # which VLMEvalKit removes, beside full stops; others, such as * and :, stay part of a word
+_FULL_STOPS = 32  # of which it removes the first so many: a flag stands where the count belongs
 
 
-class POPE(Suite):
+class POPE(PublishedSuite):
     """pope."""
 
     title = "POPE"
@@ -27,9 +30,19 @@ class POPE(Suite):
     max_new_tokens = 128
     published = 9000
     paper_scale = 100.0
-    files = (
-        "coco_pope_random.json, coco_pope_popular.json and coco_pope_adversarial.json from github.com/RUCAIBox/POPE, folder output/coco, "
-        "and the folder val2014 of the COCO 2014 validation images (cocodataset.org)"
+    folders = ("pope", "output/coco")
+    downloads = (
+        (
+            Download(
+                f"{GITHUB} RUCAIBox/POPE, folder output/coco",
+                {
+                    "coco_pope_random.json": "368166 sha256:ac25245170b975a5bdf9080b23fd431dfe6be458bc038259c1f4f09a6bef7994",
+                    "coco_pope_popular.json": "370190 sha256:72c1a8ad45d0c13514f5f22598261df41d3b533854d29682e924db50ed8aa753",
+                    "coco_pope_adversarial.json": "370401 sha256:420b3407db1fa9f1187a805dca41cb7b97fd91504e6c2179706188c107fb8ef8",
+                },
+            ),
+            Download("validation images of COCO 2014", {"val2014/COCO_val2014_*.jpg": ""}, "500 of them are asked about"),
+        ),
     )
     switches = {"single-word": "append lmms-eval's request for a single word or phrase to each question"}
 
@@ -38,17 +51,18 @@ class POPE(Suite):
         template = self.instructions["word"] if "single-word" in self.on else "{question}"
         items = []
         for split in SPLITS:
-            (path,) = find(data, ("pope", "output/coco"), (f"coco_pope_{split}.json",), self.files)
+            (path,) = self.find(data, f"coco_pope_{split}.json")
             folder = next((f for f in (data / "val2014", path.parent / "val2014") if f.is_dir()), path.parent)
             items += [(_item(row, split, folder, template), row.where) for row in read_rows(path)]
         return unique_items(items)
 
     def score(self, item: Item, outputs: Sequence[Any]) -> Record:
-        """For each way of reading the reply [true positive, false positive, true negative, false negative]; neither yes nor no: all 0."""
+        """For each way of reading the reply [true positive, false positive, true negative, false negative]."""
         label, read = item.fields["label"], {name: reader(outputs[0]) for name, reader in _READERS.items()}
-        counts = {name: [int((label, answer) == outcome) for outcome in _OUTCOMES] for name, answer in read.items()}
-        right = read["official"] == label
-        undecided = vlmevalkit(outputs[0]) == "Unknown"
+        right, undecided = read["official"] == label, read["VLMEvalKit"] == "unknown"
+        counts = {name: _counts(label, answer) for name, answer in read.items()}
+        if undecided and label == "yes":
+            counts["VLMEvalKit"] = [0, 0, 0, 1]  # lmms-eval would leave such an answer out of the recall as well
         verdict = f"{'right' if right else 'wrong'}: read as {read['official']}" + (", though it says neither or both" if undecided else "")
         return {"score": float(right), "counts": counts, "undecided": int(undecided), "verdicts": [verdict], "unparsed": 0}
 
@@ -78,17 +92,25 @@ def lmms_eval(answer: str) -> str:
 
 
 def vlmevalkit(answer: str) -> str:
-    """Yes or No when one of the words stands in the reply and the other does not, else Unknown."""
-    words = answer.lower().translate(_PUNCTUATION).split()
+    """yes or no when one of the words stands in the reply and the other does not, else unknown.
+
+    A sign is replaced by a space, or deleted when the reply has it next to a space or has a comma between digits anywhere.
+    """
+    answer = answer.lower()
+    plain, grouped = answer, re.search(r"\d,\d", answer)
+    for sign in _SIGNS:
+        plain = plain.replace(sign, "" if grouped or f"{sign} " in answer or f" {sign}" in answer else " ")
+    words = re.sub(r"(?<!\d)\.(?!\d)", "", plain, count=_FULL_STOPS).split()
     yes, no = "yes" in words, "no" in words
-    return "Unknown" if yes == no else "Yes" if yes else "No"
+    return "unknown" if yes == no else "yes" if yes else "no"
 
 
-_READERS: dict[str, Callable[[str], str]] = {
-    "official": official,
-    "lmms-eval": lmms_eval,
-    "VLMEvalKit": lambda answer: "yes" if vlmevalkit(answer) == "Yes" else "no",  # its rating takes Unknown for No
-}
+_READERS: dict[str, Callable[[str], str]] = {"official": official, "lmms-eval": lmms_eval, "VLMEvalKit": vlmevalkit}
+
+
+def _counts(label: str, answer: str) -> list[int]:
+    """[true positive, false positive, true negative, false negative]; all 0 for an answer that is neither yes nor no."""
+    return [int((label, answer) == case) for case in (("yes", "yes"), ("no", "yes"), ("no", "no"), ("yes", "no"))]
 
 
 def metrics(records: Sequence[Record], reader: str) -> dict[str, float]:
@@ -124,7 +146,7 @@ def _notes(records: Sequence[Record], splits: dict[str, list[Record]]) -> list[s
 def _item(row: Row, split: str, folder: Path, template: str) -> Item:
     label, question = row.text("label"), row.text("text")
     if label not in ("yes", "no"):
-        raise SuiteError(f"{row.where}: the label is {label!r}, not yes or no")
-    image = FileImage(folder / row.text("image"), "a COCO 2014 validation image; its folder val2014 belongs into the data directory")
+        raise row.wrong("label", f"is {label!r}, not yes or no")
+    image = FileImage(row.file("image", folder), "a COCO 2014 validation image; its folder val2014 belongs into the data directory")
     fields = {"category": split, "label": label}
     return Item(f"{split}-{row.number('question_id'):05d}", template.format(question=question), fields, image)

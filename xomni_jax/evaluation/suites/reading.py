@@ -1,4 +1,4 @@
-"""Rows of the published files (jsonl, json, csv, tsv, parquet), each with its file and line, and their images, read when asked for.
+"""Rows of published files, each with its file and line, and the suites that are made of them.
 
 Question tables come as VLMEvalKit publishes them (tsv, images in base64) and as lmms-lab does on Hugging Face (parquet, images as bytes).
 """
@@ -6,7 +6,6 @@ Question tables come as VLMEvalKit publishes them (tsv, images in base64) and as
 from __future__ import annotations
 
 import ast
-import base64
 import csv
 import functools
 import json
@@ -17,14 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from xomni_jax.data.images import UnreadableImage, read_image
-from xomni_jax.evaluation.suite import Item, Suite, SuiteError
+from xomni_jax.evaluation.suite import Item, Suite, SuiteError, check_id
+from xomni_jax.evaluation.suites.downloads import Download, described
+from xomni_jax.evaluation.suites.images import ParquetImage, decode_base64, pyarrow
 
 _MISSING = object()
 _REFERENCE = 64  # a base64 field no longer than this is the index of the row that holds the image
-_ABSENT = (None, "", "nan")  # how a table writes "no value"
 
 
 @dataclass(frozen=True)
@@ -37,68 +34,113 @@ class Row:
     def get(self, *names: str, kind: type | tuple[type, ...] = str, default: Any = _MISSING) -> Any:
         """The value of the first of `names` that the row has. SuiteError when none has one, or when it is of another kind."""
         value = next((self.values[n] for n in names if self.values.get(n) is not None), None)
-        if value is None:
+        if value is None or value != value:  # nan, as tables without a value have it
             if default is not _MISSING:
                 return default
             raise SuiteError(f"{self.where}: the field {' or '.join(map(repr, names))} is missing")
         if not isinstance(value, kind) or isinstance(value, bool):
             kinds = kind if isinstance(kind, tuple) else (kind,)
-            raise SuiteError(
-                f"{self.where}: the field {names[0]!r} is {type(value).__name__}, not {' or '.join(k.__name__ for k in kinds)}"
-            )
+            raise self.wrong(names[0], f"is {type(value).__name__}, not {' or '.join(k.__name__ for k in kinds)}")
         return value
 
     def text(self, *names: str) -> str:
-        """A string that is more than white space."""
-        value = str(self.get(*names, kind=(str, int, float)))
+        """A string that is more than white space; a whole number becomes one."""
+        value = str(self.get(*names, kind=(str, int)))
         if not value.strip():
-            raise SuiteError(f"{self.where}: the field {names[0]!r} is empty")
+            raise self.wrong(names[0], "is empty")
         return value
 
     def number(self, *names: str) -> int:
         """A whole number, also one written as text, as in a table."""
         value = self.get(*names, kind=(str, int, float))
         try:
-            number = int(float(value))
-            if number == float(value):
-                return number
+            if isinstance(value, int) or float(value).is_integer():
+                return int(value) if isinstance(value, int) else int(float(value))
         except (ValueError, OverflowError):
             pass
-        raise SuiteError(f"{self.where}: the field {names[0]!r} is {value!r}, not a whole number")
+        raise self.wrong(names[0], f"is {value!r}, not a whole number")
 
     def optional(self, *names: str) -> str:
         """A string, "" where the table has no value (also written nan)."""
-        value = self.get(*names, kind=(str, int, float), default="")
-        return "" if value in _ABSENT or value != value else str(value)
+        value = str(self.get(*names, kind=(str, int, float), default=""))
+        return "" if value == "nan" else value
 
     def strings(self, *names: str, spelled: bool = False) -> list[str]:
         """A list of strings; a single one is a list of one. `spelled`: text is the written form of a Python list, as in a table."""
-        value, field = self.get(*names, kind=(str, list, int, float)), f"{self.where}: the field {names[0]!r}"
+        value = self.get(*names, kind=(str, list, int, float))
         if isinstance(value, str) and spelled:
             try:
-                found = ast.literal_eval(value)
+                value = ast.literal_eval(value)
             except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
-                raise SuiteError(f"{field} is not the text of a list: {value[:60]!r}") from error
-            if not isinstance(found, list):
-                raise SuiteError(f"{field} is {type(found).__name__}, not a list")
-            value = found
-        values = [str(v) for v in value] if isinstance(value, list) else [str(value)]
+                raise self.wrong(names[0], f"is not the text of a list: {value[:60]!r}") from error
+            if not isinstance(value, list):
+                raise self.wrong(names[0], f"is {type(value).__name__}, not a list")
+        values = value if isinstance(value, list) else [value]
         if not values:
-            raise SuiteError(f"{field} is an empty list")
-        return values
+            raise self.wrong(names[0], "is an empty list")
+        for entry in values:
+            if not isinstance(entry, (str, int, float)) or isinstance(entry, bool):
+                raise self.wrong(names[0], f"holds {str(entry)[:60]}, which is {type(entry).__name__}, not text")
+        return [_checked(str(v), self.where) for v in values]
+
+    def file(self, name: str, folder: Path) -> Path:
+        """The file below `folder` that a field names. SuiteError when the path leads out of the folder."""
+        value = self.text(name)
+        if not value.isprintable() or "\\" in value or value.startswith("/") or ".." in value.split("/"):
+            raise self.wrong(name, f"is {value!r}, which is not a path inside {folder}")
+        return folder / value
+
+    def wrong(self, name: str, what: str) -> SuiteError:
+        """The error of a field that does not fit."""
+        return SuiteError(f"{self.where}: the field {name!r} {what}")
 
 
-def find(data: Path, folders: Sequence[str], patterns: Sequence[str], files: str) -> list[Path]:
-    """Files of the first of `patterns` found in the data directory or in one of its `folders`, sorted. SuiteError saying `files`."""
-    if not data.is_dir():
-        raise SuiteError(f"the data directory {data} does not exist; it must hold {files}")
-    for pattern in patterns:
-        for root in (data, *(data / folder for folder in folders)):
-            found = sorted(p for p in root.glob(pattern) if p.is_file())
-            if found:
-                _check_shards(found)
-                return found
-    raise SuiteError(f"{data} has no {' or '.join(patterns)}; it must hold {files}")
+class PublishedSuite(Suite):
+    """A suite of published files.
+
+    Attributes:
+      downloads: alternatives, each of them the downloads that it takes together.
+      folders: names of the folders below the data directory that may hold the files.
+    """
+
+    downloads: Sequence[Sequence[Download]] = ()
+    folders: Sequence[str] = ()
+
+    def __init__(self, name: str = "", *how: Any):
+        self.files = self.files or described(self.downloads)
+        super().__init__(name, *how)
+
+    def find(self, data: Path, *patterns: str) -> list[Path]:
+        """Files of the first of `patterns` found in the data directory or one of `folders`, sorted. SuiteError saying what is needed."""
+        if not data.is_dir():
+            what = "is a file; give the directory that it lies in" if data.exists() else f"does not exist; it must hold {self.files}"
+            raise SuiteError(f"the data directory {data} {what}")
+        for pattern in patterns:
+            for root in (data, *(data / folder for folder in self.folders)):
+                if found := sorted(p for p in root.glob(pattern) if p.is_file()):
+                    _check_shards(found)
+                    return found
+        raise SuiteError(f"{data} has no {' or '.join(patterns)}; it must hold {self.files}")
+
+
+class QuestionTable(PublishedSuite):
+    """A suite whose questions and images stand together in one published table. A subclass defines `item`.
+
+    Attributes:
+      patterns: of the table's files, the first that exist are read.
+    """
+
+    task = "answer"
+    paper_scale = 100.0
+    patterns: tuple[str, ...] = ()
+
+    def load(self, data: Path) -> list[Item]:
+        rows = rows_with_images(self.find(data, *self.patterns))
+        return unique_items((self.item(row, image), row.where) for row, image in rows)
+
+    def item(self, row: Row, image: Callable[[], Any]) -> Item | None:
+        """The item of a row, None to leave the row out. Raises SuiteError when the row does not fit."""
+        raise NotImplementedError
 
 
 def _check_shards(paths: Sequence[Path]) -> None:
@@ -109,36 +151,57 @@ def _check_shards(paths: Sequence[Path]) -> None:
         raise SuiteError(f"{paths[0].parent} holds {len(shards)} of the {count} files like {paths[0].name}; download the others too")
 
 
-def read_rows(paths: Path | Iterable[Path]) -> Iterator[Row]:
-    """Rows of one file or of the shards of one, by the ending of the name. SuiteError with file and line for what cannot be read."""
-    for path in [paths] if isinstance(paths, Path) else paths:
-        reader = _READERS.get(path.suffix)
-        if reader is None:
-            raise SuiteError(f"{path} is of a kind that is not read here; known endings are {', '.join(_READERS)}")
-        try:
-            yield from reader(path)
-        except UnicodeDecodeError as error:
-            raise SuiteError(f"{path} is not UTF-8 text (byte {error.start}); download it again") from error
-        except OSError as error:
-            raise SuiteError(f"{path} cannot be read: {error.strerror or error}") from error
-
-
-def unique_items(pairs: Iterable[tuple[Item | None, str]]) -> list[Item]:
+def unique_items(pairs: Iterable[tuple[Item | None, str]], where: str = "the data") -> list[Item]:
     """The items of (item, where it was read) pairs, without those that are None.
 
     Raises:
-      SuiteError: there are no items, or two have one id.
+      SuiteError: there are no items, two have one id, or an id cannot be part of a file name.
     """
     found: dict[str, tuple[Item, str]] = {}
     for item, where in pairs:
         if item is None:
             continue
+        check_id(item.id, where)
         if item.id in found:
             raise SuiteError(f"{where}: the id {item.id!r} was used before, at {found[item.id][1]}; ids must be unique")
         found[item.id] = item, where
     if not found:
-        raise SuiteError("the file holds no rows for this suite; download it again")
+        raise SuiteError(f"{where}: no row up to here belongs to this suite; download the file again")
     return [item for item, _ in found.values()]
+
+
+# ---- files ----
+def read_rows(paths: Path | Iterable[Path]) -> Iterator[Row]:
+    """Rows of one file or of the shards of one, by the ending of the name. SuiteError with file and line for what cannot be read."""
+    for path in [paths] if isinstance(paths, Path) else paths:
+        reader, empty = _READERS.get(path.suffix), True
+        if reader is None:
+            raise SuiteError(f"{path} is of a kind that is not read here; known endings are {', '.join(_READERS)}")
+        try:
+            for row in reader(path):
+                empty = False
+                yield row
+        except UnicodeDecodeError as error:
+            raise SuiteError(f"{path} line {_undecodable_line(path)} is not UTF-8 text; download the file again") from error
+        except OSError as error:
+            raise SuiteError(f"{path} cannot be read: {error.strerror or error}") from error
+        if empty:
+            raise SuiteError(f"{path} holds no rows; download it again")
+
+
+def _undecodable_line(path: Path) -> int:
+    data = path.read_bytes()
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        return data[: error.start].count(b"\n") + 1
+    return 1  # not reached for text; the strings of a parquet file have no lines
+
+
+def _txt(path: Path) -> Iterator[Row]:
+    """The field "text" of each line that is not empty."""
+    with path.open(encoding="utf-8-sig") as lines:
+        yield from (Row({"text": line.strip()}, f"{path} line {n}") for n, line in enumerate(lines, 1) if line.strip())
 
 
 def _jsonl(path: Path) -> Iterator[Row]:
@@ -155,22 +218,43 @@ def _jsonl(path: Path) -> Iterator[Row]:
 
 def _json(path: Path) -> Iterator[Row]:
     """A list of objects; some published files that end in .json hold one object per line instead."""
-    text = path.read_text(encoding="utf-8-sig")
-    if not text.lstrip().startswith("["):
+    if not path.read_text(encoding="utf-8-sig").lstrip().startswith("["):
         yield from _jsonl(path)
         return
-    try:
-        entries = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise SuiteError(f"{path} line {getattr(error, 'lineno', 1)} is not JSON ({error}); download the file again") from error
-    for number, values in enumerate(entries, 1):
+    for number, values in enumerate(_whole(path), 1):
         yield _row(values, f"{path} entry {number}")
+
+
+def read_entries(path: Path) -> Iterator[Row]:
+    """Rows of a JSON file that is one object: its keys become the field "id", a value that is no object the field "value"."""
+    found = _whole(path)
+    if not isinstance(found, dict):
+        raise SuiteError(f"{path} is {type(found).__name__}, not an object; download it again")
+    for id, value in found.items():
+        yield _row({**(value if isinstance(value, dict) else {"value": value}), "id": id}, f"{path} entry {id!r}")
+
+
+def _whole(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        line = _undecodable_line(path) if isinstance(error, UnicodeDecodeError) else getattr(error, "lineno", 1)
+        raise SuiteError(f"{path} line {line} is not JSON ({error}); download the file again") from error
 
 
 def _row(values: Any, where: str) -> Row:
     if not isinstance(values, dict):
         raise SuiteError(f"{where} is {type(values).__name__}, not an object with named fields")
-    return Row(values, where)
+    return Row(_checked(values, where), where)
+
+
+def _checked(value: Any, where: str) -> Any:
+    """The value. SuiteError when it holds half a surrogate pair: it could be neither shown nor written."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, RecursionError) as error:
+        raise SuiteError(f"{where} holds text that cannot be written ({error}); fix it or download the file again") from error
+    return value
 
 
 def _table(path: Path, delimiter: str) -> Iterator[Row]:
@@ -178,9 +262,7 @@ def _table(path: Path, delimiter: str) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.reader(file, delimiter=delimiter, strict=True)
         try:
-            header = next(rows, None)
-            if not header:
-                raise SuiteError(f"{path} is empty; download it again")
+            header = next(rows, [])
             for fields in rows:
                 where = f"{path} line {rows.line_num}"
                 if fields and len(fields) != len(header):
@@ -210,6 +292,7 @@ def _parquet(path: Path) -> Iterator[Row]:
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    ".txt": _txt,
     ".jsonl": _jsonl,
     ".json": _json,
     ".csv": functools.partial(_table, delimiter=","),
@@ -218,116 +301,18 @@ _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
 }
 
 
-# ---- images ----
-@dataclass(frozen=True)
-class ParquetImage:
-    """An image inside a parquet file (a struct of bytes and path, or a list of them); read with its row group, once."""
-
-    path: Path
-    group: int
-    row: int
-    column: str
-
-    def __call__(self) -> Image.Image:
-        """The image, RGB. SuiteError when it has no bytes or cannot be decoded."""
-        value = _row_group(self.path, self.group, self.column)[self.row].as_py()
-        value = value[0] if isinstance(value, list) and value else value
-        if not isinstance(value, dict) or not value.get("bytes"):
-            raise SuiteError(f"{self} holds no image; download the file again")
-        return decode(value["bytes"], str(self))
-
-    def __str__(self) -> str:
-        return f"{self.path} row group {self.group} row {self.row + 1}, {self.column}"
-
-
-@functools.lru_cache(maxsize=2)
-def _row_group(path: Path, group: int, column: str) -> Any:
-    return pyarrow().parquet.ParquetFile(path).read_row_group(group, columns=[column]).column(0)
-
-
-def pyarrow() -> Any:
-    """The package, with its parquet reader. SuiteError when it is not installed."""
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise SuiteError("reading parquet needs the package pyarrow: pip install 'xomni_jax[eval]'") from error
-    return pyarrow
-
-
-@dataclass(frozen=True)
-class FileImage:
-    """An image that lies in a file of its own. `remedy` says where to get it."""
-
-    path: Path
-    remedy: str
-
-    def exists(self) -> bool:
-        """Whether the file is there, without reading it."""
-        return self.path.is_file()
-
-    def __call__(self) -> Image.Image:
-        """The image, RGB."""
-        if not self.exists():
-            raise SuiteError(f"the image {self} is missing")
-        return decode(self.path.read_bytes(), str(self.path))
-
-    def __str__(self) -> str:
-        return f"{self.path} ({self.remedy})"
-
-
-def decode_base64(text: str, where: str) -> Image.Image:
-    """RGB image held as base64 in a table. SuiteError naming `where`."""
-    try:
-        data = base64.b64decode(text, validate=True)
-    except ValueError as error:
-        raise SuiteError(f"{where}: the image is not base64; download the file again") from error
-    return decode(data, where)
-
-
-def decode(data: bytes, where: str) -> Image.Image:
-    """RGB image of an encoded file. SuiteError naming `where`."""
-    try:
-        return read_image(data)
-    except UnreadableImage as error:
-        raise SuiteError(f"{where}: the image cannot be read: {error}; download it again") from error
-
-
 def rows_with_images(paths: Sequence[Path]) -> Iterator[tuple[Row, Callable[[], Any]]]:
     """(row, image) of a table whose column `image` holds the images, or names the row that does."""
-    rows, tables = list(read_rows(paths)), {}
-    if not isinstance(rows[0].values.get("image") if rows else None, ParquetImage):
-        tables = {row.text("index"): row for row in rows}
+    rows = list(read_rows(paths))
+    inside = isinstance(rows[0].values.get("image"), ParquetImage)
+    table = {} if inside else {row.text("index"): row for row in rows}
     for row in rows:
-        image = row.values.get("image")
-        if image is None:
-            raise SuiteError(f"{row.where}: the field 'image' is missing")
-        yield row, image if isinstance(image, ParquetImage) else _base64(row, tables)
+        yield row, row.values["image"] if inside else _base64(row, table)
 
 
-def _base64(row: Row, tables: dict[str, Row]) -> Callable[[], Any]:
+def _base64(row: Row, table: dict[str, Row]) -> Callable[[], Any]:
     text = row.text("image")
-    source = row if len(text) > _REFERENCE else tables.get(text)
+    source = row if len(text) > _REFERENCE else table.get(text)
     if source is None or len(source.text("image")) <= _REFERENCE:
         raise SuiteError(f"{row.where}: the image is neither base64 nor the index of a row that holds one: {text!r}")
     return functools.partial(decode_base64, source.text("image"), source.where)
-
-
-class QuestionTable(Suite):
-    """A suite whose questions and images stand together in one published table. A subclass defines `item`.
-
-    Attributes:
-      folders: names of the folder below the data directory that may hold the table. patterns: of its files, the first that exist are read.
-    """
-
-    task = "answer"
-    paper_scale = 100.0
-    folders: tuple[str, ...] = ()
-    patterns: tuple[str, ...] = ()
-
-    def load(self, data: Path) -> list[Item]:
-        paths = find(data, self.folders, self.patterns, self.files)
-        return unique_items((self.item(row, image), row.where) for row, image in rows_with_images(paths))
-
-    def item(self, row: Row, image: Callable[[], Any]) -> Item | None:
-        """The item of a row, None to leave the row out. Raises SuiteError when the row does not fit."""
-        raise NotImplementedError

@@ -37,7 +37,7 @@ class _Rendered(Suite):
 
     size = SIZE
     published = ITEMS
-    files = ""
+    downloads = ()
     shapes = 0.0
 
     def load(self, data: Path) -> list[Item]:

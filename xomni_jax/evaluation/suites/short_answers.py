@@ -18,7 +18,8 @@ from typing import Any
 from rapidfuzz.distance import Levenshtein
 
 from xomni_jax.evaluation.suite import Item, Record, SuiteError
-from xomni_jax.evaluation.suites.reading import QuestionTable, Row, find, read_rows, rows_with_images, unique_items
+from xomni_jax.evaluation.suites.downloads import HUGGING_FACE, VLMEVALKIT, Download
+from xomni_jax.evaluation.suites.reading import QuestionTable, Row, read_rows, rows_with_images, unique_items
 from xomni_jax.evaluation.suites.scoring import group_by, mean, ratio, right_or_wrong, share_right
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -30,19 +31,23 @@ class GQA(QuestionTable):
 
     title = "GQA"
     max_new_tokens = 16
-    files = (
-        "the folders testdev_balanced_instructions and testdev_balanced_images (parquet) of the Hugging Face dataset lmms-lab/GQA, "
-        "or VLMEvalKit's GQA_TestDev_Balanced.tsv"
+    downloads = (
+        (
+            Download(
+                f"{HUGGING_FACE} lmms-lab/GQA", {"testdev_balanced_instructions/*.parquet": "", "testdev_balanced_images/*.parquet": ""}
+            ),
+        ),
+        (Download(VLMEVALKIT, {"GQA_TestDev_Balanced.tsv": "md5:99b62f22e224d9b2f32dcbe41359d1c9"}),),
     )
     folders = ("GQA", "gqa")
     patterns = ("testdev_balanced_instructions/*.parquet", "GQA_TestDev_Balanced.tsv")
 
     def load(self, data: Path) -> list[Item]:
         """Questions with their images; the parquet form keeps the images in files of their own."""
-        paths = find(data, self.folders, self.patterns, self.files)
+        paths = self.find(data, *self.patterns)
         if paths[0].suffix == ".tsv":
             return super().load(data)
-        stored = find(data, self.folders, ("testdev_balanced_images/*.parquet",), self.files)
+        stored = self.find(data, "testdev_balanced_images/*.parquet")
         images = {row.text("id"): image for row, image in rows_with_images(stored)}
         rows = list(read_rows(paths))
         missing = next((row for row in rows if row.text("imageId") not in images), None)
@@ -51,8 +56,7 @@ class GQA(QuestionTable):
         return unique_items((self.item(row, images[row.text("imageId")]), row.where) for row in rows)
 
     def item(self, row: Row, image: Callable[[], Any]) -> Item:
-        types = row.values.get("types")
-        category = types.get("structural") if isinstance(types, dict) else None
+        category = row.get("types", kind=dict, default={}).get("structural")
         fields = {"category": str(category or "all"), "answer": row.text("answer")}
         return Item(row.text("id", "index"), self.instructions["word"].format(question=row.text("question")), fields, image)
 
@@ -78,7 +82,10 @@ class DocVQA(QuestionTable):
 
     title = "DocVQA"
     max_new_tokens = 32
-    files = "DocVQA/validation-*.parquet of the Hugging Face dataset lmms-lab/DocVQA, or VLMEvalKit's DocVQA_VAL.tsv"
+    downloads = (
+        (Download(f"{HUGGING_FACE} lmms-lab/DocVQA", {"DocVQA/validation-*.parquet": ""}),),
+        (Download(VLMEVALKIT, {"DocVQA_VAL.tsv": "md5:d5ee77e1926ff10690d469c56b73eabf"}),),
+    )
     folders = ("DocVQA", "docvqa")
     patterns = ("DocVQA/validation-*.parquet", "validation-*.parquet", "DocVQA_VAL.tsv")
 
@@ -86,8 +93,8 @@ class DocVQA(QuestionTable):
         if not row.values.get("answers") and not row.values.get("answer"):
             raise SuiteError(f"{row.where}: there are no answers; those of the test split are not public, use the validation split")
         answers = row.strings("answers", "answer", spelled=True)
-        types = row.get("question_types", kind=list, default=[])
-        fields = {"category": str(types[0]) if types else "all", "types": [str(t) for t in types], "answers": answers}
+        types = row.strings("question_types") if row.values.get("question_types") else []
+        fields = {"category": types[0] if types else "all", "types": types, "answers": answers}
         return Item(row.text("questionId", "index"), self.instructions["word"].format(question=row.text("question")), fields, image)
 
     def score(self, item: Item, outputs: Sequence[Any]) -> Record:
