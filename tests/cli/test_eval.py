@@ -1,18 +1,20 @@
 """xomni eval: parsing and messages; the measuring has its own tests."""
 
-import argparse
-
 import pytest
 
 from xomni_jax.cli import eval as command
 from xomni_jax.cli.main import main
+from xomni_jax.cli.parser import Parser
+from xomni_jax.core.shipped import shipped
+
+MODEL = shipped("xomni_jax/assets/tiny_sft")
 
 
 def parse(*arguments):
     """Arguments of `xomni eval`."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("sys.argv", ["xomni", "eval", *arguments])  # only what is asked for is imported
-        parser = argparse.ArgumentParser()
+        parser = Parser()
         command.add_arguments(parser)
         return parser.parse_args(arguments)
 
@@ -43,7 +45,7 @@ def test_wrong_values_say_how(wrong, said, capsys):
 
 
 def test_a_silent_service_is_one_sentence(tmp_path, capsys):
-    assert main(["eval", "effect", "--sft=a", "--rl=b/model", "--ocr=http://127.0.0.1:9", f"--out={tmp_path}"]) == 2
+    assert main(["eval", "effect", f"--sft={MODEL}", f"--rl={MODEL}", "--ocr=http://127.0.0.1:9", f"--out={tmp_path}"]) == 2
     said = capsys.readouterr().err.strip()
     assert said.startswith("xomni eval: no reward service answers at http://127.0.0.1:9") and "xomni serve-reward ocr --port 9" in said
     assert "\n" not in said and not list(tmp_path.iterdir())
@@ -59,7 +61,7 @@ def test_help_ends_with_an_example(capsys):
 # ---- suites ----
 def test_help_of_a_suite_names_its_files_judge_and_switches(capsys):
     with pytest.raises(SystemExit):
-        main(["eval", "longtext-en", "--help"])
+        main(["eval", "longtext-en", "--help-all"])
     said = capsys.readouterr().out
     for words in (
         "text_prompts.jsonl from the GitHub repository X-Omni-Team/X-Omni",

@@ -131,7 +131,10 @@ def test_overrides(override, value):
         ("optimizer=None", "config.optimizer is a section; set one of its keys: b1, b2"),
         ("rewards.ocr=None", "config.rewards.ocr is a section; set one of its keys: urls, weight"),
         ("decode.step=1", "config.decode.step: unknown key; did you mean steps?"),
-        ("data.source=dreams", "config.data.source: the source 'dreams' is unknown; use one of rendered, or a class of your own"),
+        (
+            "data.source=dreams",
+            "config.data.source: the source 'dreams' is unknown; use one of rendered, folder, jsonl, or a class of your own",
+        ),
         ("data.size=((32,64),)", "config.data.size: unknown key; did you mean sizes"),
         ("transformer.preset=huge", "config.transformer.preset='huge' is unknown; use one of xomni-7b, tiny"),
         ("transformer.d_modle=1", "config.transformer.d_modle: unknown key; did you mean d_model"),
