@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from xomni_jax.checkpoint.store import checkpoint_hash
 from xomni_jax.core.preemption import StopSignal
 from xomni_jax.evaluation.grpo_run import GRPORun
 from xomni_jax.evaluation.judges import RewardsJudge
@@ -207,7 +207,7 @@ class _Study(contextlib.AbstractContextManager):
             "decode": dataclasses.asdict(sampler.model.decode_config),
             "services": judge.settings,
         }
-        self._stamps = {"sft": directory_stamp(config.sft), "rl": directory_stamp(config.rl)}
+        self._stamps = {"sft": checkpoint_hash(config.sft), "rl": checkpoint_hash(config.rl)}
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._stop.requested = kind is not None
@@ -286,11 +286,3 @@ class _Study(contextlib.AbstractContextManager):
         except SuiteError:
             results.unlink()
             raise
-
-
-def directory_stamp(directory: str | Path) -> str:
-    """Changes when any file of a model directory does: names, sizes and times, not contents."""
-    root = Path(directory)
-    files = sorted(p for p in root.rglob("*") if p.is_file())
-    stats = [(str(p.relative_to(root)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]

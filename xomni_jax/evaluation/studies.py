@@ -19,6 +19,7 @@ from xomni_jax.evaluation.compare import labels
 from xomni_jax.evaluation.eval_run import EvalRun, Item, command, outputs, read_eval_run, same_items
 from xomni_jax.evaluation.pages import write_page
 from xomni_jax.evaluation.paper import category_order
+from xomni_jax.evaluation.results import score_outputs
 from xomni_jax.evaluation.run_directory import write_text
 from xomni_jax.evaluation.statistics import (
     BEST_OF,
@@ -177,16 +178,16 @@ def pooled_scores(runs: Sequence[EvalRun]) -> np.ndarray:
     suite = get_suite(runs[0].suite, runs[0].results.get("switches") or ())
     rows = []
     for items in zip(*(run.items for run in runs)):
-        rows.append([output_record(suite, item, r)["score"] for item in items for r in range(outputs(item))])
+        rows.append([(output_record(suite, item, r) or {}).get("score") for item in items for r in range(outputs(item))])
     if len({len(row) for row in rows}) > 1:
         raise SuiteError(f"{runs[0].path}: items have different numbers of outputs; draw them with one setting of repeats")
     return np.array([[np.nan if score is None else score for score in row] for row in rows], np.float64)
 
 
-def output_record(suite: contract.Suite, item: Item, repeat: int) -> contract.Record:
-    """The record of an item as if it had this output alone."""
+def output_record(suite: contract.Suite, item: Item, repeat: int) -> contract.Record | None:
+    """The record of an item as if it had this output alone; None when no reply about it can be read."""
     asked = contract.Item(item["id"], item["prompt"], item["fields"])
-    return suite.score(asked, [item["replies"][repeat]])
+    return score_outputs(suite, asked, [item["replies"][repeat]])
 
 
 def headline_of_picks(suite: contract.Suite, runs: Sequence[EvalRun], selection_PR: np.ndarray) -> float | None:
@@ -197,7 +198,8 @@ def headline_of_picks(suite: contract.Suite, runs: Sequence[EvalRun], selection_
     for i, pick in enumerate(np.nanargmax(selection_PR, 1)):
         places = [(run.items[i], r) for run in runs for r in range(outputs(run.items[i]))]
         item, repeat = places[pick]
-        records.append(output_record(suite, item, repeat) | {"id": item["id"], "fields": item["fields"]})
+        if record := output_record(suite, item, repeat):
+            records.append(record | {"id": item["id"], "fields": item["fields"]})
     found = suite.aggregate(records)
     return found["scores"][found["headline"]]
 
