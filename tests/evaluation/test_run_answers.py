@@ -108,7 +108,8 @@ def test_from_files_to_page(name, write, items, headline, model_dir, tmp_path, m
     results = json.loads((out / "results.json").read_text())
     lines = [json.loads(line) for line in (out / "items.jsonl").read_bytes().splitlines()]
     assert results["suite"] == name and results["counts"]["items"] == results["counts"]["outputs"] == len(lines) == items
-    assert results["headline"] == {"name": headline, "value": results["scores"][headline]} and results["headline"]["value"] is not None
+    told = results["headline"]
+    assert (told["name"], told["value"]) == (headline, results["scores"][headline]) and told["value"] is not None
     assert all(isinstance(line["answer"], str) and len(line["verdicts"]) == 1 for line in lines)
     assert results["settings"]["max_new_tokens"] > 0 and results["judge"] is None
     page = (out / "report.html").read_text()

@@ -54,7 +54,11 @@ def test_from_prompts_to_page(folders, model_dir, tmp_path, monkeypatch, capsys)
         assert item["replies"] == [[found] for found in seen] and any(any(found.values()) for found in seen)
         means.append(np.mean([geneval.judge(row, found)[0] for found in seen]))
         assert item["score"] == means[-1]
-    assert results["headline"] == {"name": "overall", "value": pytest.approx(np.mean(means))} and results["counts"]["outputs"] == 12
+    assert (
+        results["headline"]["name"] == "overall"
+        and results["headline"]["value"] == pytest.approx(np.mean(means))
+        and results["counts"]["outputs"] == 12
+    )
     assert set(results["categories"]) == {"single_object", "colors", "position"}
     assert results["judge"]["name"] == "detector" and "Mask2Former" in results["judge"]["settings"]["official judge"]
     page = (out / "report.html").read_text()

@@ -188,7 +188,7 @@ def test_wise_through_the_command(tmp_path, capsys):
         judge = ["--judge", f"tiny-vlm@{endpoint.url}"]
         assert main(["eval", "wise-verified", "--data", str(tmp_path), "--out", str(out), "--phase", "score", "--limit", "2", *judge]) == 0
     results = json.loads((out / "results.json").read_text())
-    assert results["headline"] == {"name": "WiScore", "value": 0.5} and results["judge"]["name"] == "tiny-vlm"
+    assert (results["headline"]["name"], results["headline"]["value"]) == ("WiScore", 0.5) and results["judge"]["name"] == "tiny-vlm"
     assert "official judge" not in results["judge"]["settings"]  # that of DPG-Bench is not this suite's
 
 
