@@ -124,8 +124,8 @@ reads right ("{QUESTIONS[0]}"), measured by `python -m launch.card write`:
 
 ## How it was made
 
-`bash launch/make_tiny.sh` runs these commands, each starting from the model of the one before (minutes are those of the steps; every
-run's whole configuration is in its `config.json`):
+`bash launch/make_tiny.sh` runs these commands, each starting from the model of the one before (minutes are those of the steps, on
+cores that may have had other work as well; every run's whole configuration is in its `config.json`):
 
 {markdown([list(rows[0]), *(list(row.values()) for row in rows)])}
 """

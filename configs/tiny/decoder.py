@@ -10,7 +10,7 @@ def get_config():
             stage="decoder",
             run_dir="runs/tiny/decoder",
             init_from="runs/tiny/tokenizer/model",
-            steps=2000,
+            steps=3000,
             batch_size=16,
             save_every=500,
             grid_every=500,
