@@ -6,6 +6,7 @@ python -m launch.card write RUNS MODEL    writes MODEL/CARD.md; RUNS/rendered ho
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Iterator
@@ -14,36 +15,31 @@ from typing import Any
 
 import numpy as np
 
-from xomni_jax.core.config import ConfigError, save_resolved
+from xomni_jax.core.config import ConfigError
 from xomni_jax.core.tables import markdown
 from xomni_jax.data.rendered import QUESTIONS, shapes_prompt, sign_prompt
 from xomni_jax.evaluation.grpo_run import read_run
+from xomni_jax.training.run_directory import check_continues
 from xomni_jax.training.stage import load_config
 
 STAGES = ("tokenizer", "decoder", "pretrain_1", "pretrain_2", "pretrain_3", "sft")
 SHOWN = ("loss/total", "loss/image", "loss/text", "loss/flow", "accuracy/answer", "accuracy/dense", "codes/perplexity")
 SAMPLES = 32  # of each example
 # The prompts that the READMEs print.
-SIGNS = (("HELLO", "red"), ("ZEBRA", "blue"), ("OPEN", "green"))
-SHAPES = (("circle", "green", 2, "white"), ("circle", "blue", 2, "white"), ("star", "red", 3, "black"))
+SIGNS = (("HELLO", "red"), ("OPEN", "green"), ("COFFEE", "red"), ("TEA", "blue"))
+SHAPES = (("star", "green", 2, "white"), ("circle", "blue", 2, "white"))
 
 
 def check(runs: Path) -> None:
-    """Raises ConfigError for a stage that was made with other settings than its file's, or before the stage that it starts from."""
-    before: Path | None = None
+    """Raises ConfigError for a finished stage that was made with other settings than its file's, or from another model than is there now."""
     for stage in STAGES:
-        made, file = runs / stage / "config.json", f"configs/tiny/{stage}.py"
-        if not made.is_file():
+        directory, file = runs / stage, f"configs/tiny/{stage}.py"
+        if not (directory / "model").is_dir():
             continue
-        config = load_config(file)
-        save_resolved(config, made.parent, write=False)
-        if (steps := json.loads(made.read_text())["steps"]) != config.steps:
-            raise ConfigError(f"{made.parent} was made with {steps} steps, {file} says {config.steps}; delete the folder to make it anew")
-        model = made.parent / "model" / "model.json"
-        if model.is_file() and before is not None and model.stat().st_mtime < before.stat().st_mtime:
-            older = before.parents[1]
-            raise ConfigError(f"{made.parent} is older than {older}, which it starts from; delete {made.parent} to make it anew")
-        before = model if model.is_file() else before
+        config = dataclasses.replace(load_config(file), run_dir=str(directory))
+        check_continues(config)
+        if (steps := json.loads((directory / "config.json").read_text())["steps"]) != config.steps:
+            raise ConfigError(f"{directory} was made with {steps} steps, {file} says {config.steps}; delete the folder to make it anew")
 
 
 def stage_row(directory: Path) -> dict[str, str]:
@@ -93,10 +89,9 @@ def example_rows(model: Any) -> Iterator[tuple[str, str, str]]:
 
 
 def card(runs: Path, model: Path) -> str:
-    """The card's text. ConfigError as of `check`; ValueError when `runs` holds none of the stages."""
+    """The card's text. Raises ValueError when `runs` holds none of the stages."""
     import xomni_jax
 
-    check(runs)
     components = json.loads((model / "model.json").read_text())["components"]
     rows = [stage_row(runs / stage) for stage in STAGES if (runs / stage / "metrics.jsonl").is_file()]
     if not rows:
