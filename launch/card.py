@@ -31,7 +31,7 @@ SHAPES = (("star", "green", 2, "white"), ("circle", "blue", 2, "white"))
 
 
 def check(runs: Path) -> None:
-    """Raises ConfigError for a finished stage that was made with other settings than its file's, or from another model than is there now."""
+    """Raises ConfigError for a finished stage that was made with other settings than its file's, or from another model than is there."""
     for stage in STAGES:
         directory, file = runs / stage, f"configs/tiny/{stage}.py"
         if not (directory / "model").is_dir():
