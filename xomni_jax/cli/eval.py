@@ -19,8 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs", metavar="DIR", help="with --paper-table: where finished runs are, to print their numbers beside")
     kinds = parser.add_subparsers(dest="evaluation", metavar="WHAT")
     others = (*eval_study.STUDIES, eval_judge.NAME)
-    known = (*SUITES.names(), "all", *others)
-    known = (*SUITES.names(), *GROUPS, *eval_study.STUDIES)
+    known = (*SUITES.names(), *GROUPS, *others)
     wanted = next((word for word in sys.argv[2:] if word in known or ".py:" in word), None)
     try:
         if wanted not in others:

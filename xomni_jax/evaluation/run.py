@@ -21,10 +21,6 @@ from xomni_jax.evaluation.judging import judge_outputs
 from xomni_jax.evaluation.results import write_results
 from xomni_jax.evaluation.suite import Judge, SuiteError, is_there
 from xomni_jax.evaluation.suite_run import EvalConfig, SuiteRun, open_run
-from xomni_jax.evaluation.suites import PUBLISHED, get_suite
-from xomni_jax.evaluation.run_directory import RunDirectory, json_line, pretty_json
-from xomni_jax.evaluation.suite import Item, Judge, Suite, SuiteError
-from xomni_jax.evaluation.suite_run import EvalConfig, SuiteRun, questions_hash
 from xomni_jax.evaluation.suites import GROUPS, get_suite
 
 if TYPE_CHECKING:

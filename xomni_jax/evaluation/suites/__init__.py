@@ -40,7 +40,6 @@ RENDERED = {
     "rendered-qa": f"{_HERE}.rendered:RenderedQA",
 }
 SUITES = Registry("suite", PUBLISHED | FURTHER | RENDERED)
-SUITES = Registry("suite", PUBLISHED | RENDERED)
 GROUPS = {"all": tuple(PUBLISHED), "rendered": tuple(RENDERED)}  # what one command can run
 
 
