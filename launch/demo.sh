@@ -28,4 +28,4 @@ echo "== 3/4  GRPO"
 
 echo "== 4/4  held-out prompts: SFT, best-of-N, RL"
 xomni eval effect --sft "$sft" --rl "$out/grpo/model" --ocr "$url_ocr" --shapes "$url_shapes" "${second[@]}" \
-  --seed 1 --rl-samples 4 --sweep-samples 2 --first-image "$out/first/seconds" --started "$began" --out "$out"
+  --seed 1 --rl-samples 4 --sweep-samples 1 --first-image "$out/first/seconds" --started "$began" --out "$out"

@@ -10,10 +10,11 @@ def get_config():
             stage="decoder",
             run_dir="runs/tiny/decoder",
             init_from="runs/tiny/tokenizer/model",
-            steps=4000,
-            batch_size=32,
+            steps=3000,
+            batch_size=16,
             save_every=500,
             grid_every=500,
             decode=dict(steps=4),
+            data=dict(text_lengths=((3, 8), (12, 16)), shapes=0.5, centred=0.7),
         )
     )

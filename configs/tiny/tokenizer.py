@@ -9,7 +9,8 @@ def get_config():
         dict(
             stage="tokenizer",
             run_dir="runs/tiny/tokenizer",
-            steps=1200,
+            steps=800,
             batch_size=48,
+            data=dict(text_lengths=((3, 8), (12, 16)), shapes=0.5, centred=0.7),
         )
     )

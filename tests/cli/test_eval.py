@@ -106,6 +106,7 @@ def test_wrong_values_of_a_suite_say_how(wrong, said, capsys):
         (["rendered-text", "--model=/no/model"], "/no/model: no such directory"),
         (["rendered-text", "--min-p=2"], "min_p"),
         (["all", "--data=/", "--judge=pp-ocr"], "write KIND=JUDGE"),
+        (["rendered", "--model=/no/model"], "/no/model: no such directory"),
     ],
 )
 def test_a_suite_that_cannot_run_is_one_sentence_and_leaves_nothing(arguments, said, tmp_path, capsys):

@@ -107,14 +107,27 @@ def test_shapes_count_apart_and_coloured(train):
         assert np.linalg.norm(ground - rendered.SHAPE_GROUNDS[e["targets"]["background"]]) < 3
         ink = np.median(e["image"][np.abs(e["image"] - ground).max(-1) > 60], axis=0)
         assert min(rendered.COLOURS, key=lambda c: np.linalg.norm(ink - rendered.COLOURS[c])) == thing["colour"]
-        labels = set(np.unique(e["columns"])) - {0}
-        assert labels == {rendered.shape_class(thing["shape"], thing["colour"])}
+        first = rendered.shape_class(thing["shape"], thing["colour"])
+        assert set(np.unique(e["columns"])) - {0} <= set(range(first, first + 4))
+
+
+def test_quarters_of_shapes_on_the_grid_stand_together():
+    """Every quarter has a cell of its own, also the thin upper ones of a triangle."""
+    config, seen = RenderedConfig(shapes=1.0, on_grid=1.0), set()
+    for e in (render_example(4, i, config, (32, 64)) for i in range(60)):
+        (thing,) = e["targets"]["shapes"]
+        first = rendered.shape_class(thing["shape"], thing["colour"])
+        corners = np.argwhere(e["columns"] == first)
+        assert len(corners) == thing["count"] and (e["columns"] > 0).sum() == 4 * thing["count"]
+        for y, x in corners:
+            assert e["columns"][y : y + 2, x : x + 2].ravel().tolist() == [first, first + 1, first + 2, first + 3]
+        seen.add(thing["shape"])
+    assert seen == set(glyphs.SHAPES)
 
 
 def test_classes_fill_their_range():
-    classes = [rendered.letter_class(c) for c in glyphs.LETTERS] + [
-        rendered.shape_class(s, c) for s in glyphs.SHAPES for c in rendered.COLOURS
-    ]
+    shapes = [rendered.shape_class(s, c) + quarter for s in glyphs.SHAPES for c in rendered.COLOURS for quarter in range(4)]
+    classes = [rendered.letter_class(c) for c in glyphs.LETTERS] + shapes
     assert classes == list(range(1, rendered.N_COLUMN_CLASSES)) and rendered.letter_class(" ") == 0
 
 
@@ -130,6 +143,7 @@ def test_questions_and_answers(train):
         answers.setdefault(e["question"], set()).add(e["answer"])
     assert set(answers) == set(rendered.QUESTIONS)
     assert answers["what colour is the sign?"] == set(rendered.SIGN_GROUNDS)
+    assert answers["what colour is the background?"] == set(rendered.SHAPE_GROUNDS)
     assert answers["how many shapes are there?"] == set(rendered.NUMBERS[1:])
     assert answers["which shapes are they?"] == {s + "s" for s in glyphs.SHAPES}
 

@@ -1,11 +1,14 @@
 """The shipped model's card and the long run's bookkeeping, from runs written by hand."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
 from launch import card, long_run
+from xomni_jax.training.run_directory import save_config
+from xomni_jax.training.stage import load_config
 
 
 def write_run(path, seconds, stage="sft", **last):
@@ -41,15 +44,44 @@ def test_collect_averages_over_evaluations_but_not_the_control(tmp_path):
     }
 
 
-def test_card_names_command_seed_steps_and_metrics(tmp_path, monkeypatch):
+def test_card_names_command_seed_steps_and_metrics(tmp_path):
+    row = card.stage_row(write_run(tmp_path / "sft", [30.0, 60.0], **{"loss/image": 0.125}))
+    assert list(row.values()) == ["sft", "`xomni train --config=configs/tiny/sft.py`", "3", "20", "7", "1.5", "loss/image 0.125"]
+
+
+def test_card_prints_what_was_measured(tmp_path):
+    for name in ("text", "shapes", "qa"):
+        results = {"title": name, "scores": {"right": 0.25}, "categories": {"two": {"score": 0.5, "items": 6}}, "counts": {"outputs": 24}}
+        (tmp_path / f"rendered-{name}").mkdir()
+        (tmp_path / f"rendered-{name}" / "results.json").write_text(json.dumps(results))
+    rows = list(card.ability_rows(tmp_path))
+    assert rows[:3] == [("text: right", "0.250", "24"), ("shapes: right", "0.250", "24"), ("shapes: two", "0.500", "6")] and len(rows) == 5
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    """A finished run of the first stage, as its file says."""
     monkeypatch.chdir(Path(__file__).parents[2])
-    write_run(tmp_path / "runs" / "sft", [30.0, 60.0], **{"loss/image": 0.125})
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "model.json").write_text(json.dumps({"components": {"transformer": {}}}))
-    card.main([str(tmp_path / "runs"), str(model)])
-    text = (model / "CARD.md").read_text()
-    assert "| sft | `xomni train --config=configs/tiny/sft.py --config.steps=20` | 3 | 20 | 7 | 1.5 | loss/image 0.125 |" in text
+    config = dataclasses.replace(load_config("configs/tiny/tokenizer.py"), run_dir=str(tmp_path / "tokenizer"))
+    for folder in ("model", "checkpoints/800"):
+        (tmp_path / "tokenizer" / folder).mkdir(parents=True)
+    save_config(config)
+    return tmp_path
+
+
+def test_stages_that_are_as_their_files_say_are_kept(made):
+    card.check(made)
+
+
+@pytest.mark.parametrize(
+    "key, value, said", [("steps", 3, "was made with 3 steps, configs/tiny/tokenizer.py says"), ("seed", 5, "config.seed=5")]
+)
+def test_a_stage_made_otherwise_is_not_done(made, key, value, said, capsys):
+    config = json.loads((made / "tokenizer" / "config.json").read_text())
+    (made / "tokenizer" / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(SystemExit, match="2"):
+        card.main(["check", str(made)])
+    assert said in (found := capsys.readouterr().err) and "delete" in found and found.count("\n") == 1
 
 
 def test_card_of_no_runs_is_refused(tmp_path):

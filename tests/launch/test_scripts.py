@@ -23,7 +23,7 @@ def test_shellcheck():
     assert len(SCRIPTS) >= 9
 
 
-@pytest.mark.parametrize("script", [s for s in SCRIPTS if s in ("demo.sh", "long_run.sh", "test.sh", "queued_resource.sh")])
+@pytest.mark.parametrize("script", [s for s in SCRIPTS if s in ("demo.sh", "long_run.sh", "make_tiny.sh", "test.sh", "queued_resource.sh")])
 def test_help(script):
     done = subprocess.run(["bash", f"launch/{script}", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and f"bash launch/{script}" in done.stdout and "#!" not in done.stdout
@@ -52,6 +52,11 @@ def test_a_training_that_was_stopped_ends_the_script(script, code, goes_on, tmp_
     assert done.returncode == code and "WENT ON" not in done.stdout, done.stdout + done.stderr
     told = f"stopped; the same command goes on from here: bash launch/{script} out\\ put\n"
     assert done.stderr.endswith(told) if goes_on else told not in done.stderr
+
+
+def test_make_tiny_takes_no_other_option():
+    done = subprocess.run(["bash", "launch/make_tiny.sh", "--instal"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == "--instal: unknown option; bash launch/make_tiny.sh --help lists what there is\n"
 
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "launch/README.md"]

@@ -8,18 +8,18 @@ import sys
 from xomni_jax.cli import eval_judge, eval_study, eval_suite
 from xomni_jax.core.registry import RegistryError
 from xomni_jax.evaluation.suite import SuiteError
-from xomni_jax.evaluation.suites import SUITES
+from xomni_jax.evaluation.suites import GROUPS, SUITES
 
 EXAMPLE = eval_suite.EXAMPLE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """A subcommand per suite, `all` and the studies; only the one on the command line is imported, or all of them for --help."""
+    """A subcommand per suite, group of suites and study; only the wanted one is imported, or all of them for --help."""
     parser.add_argument("--paper-table", action="store_true", help="print the command behind each number of the paper's tables 1 to 4")
     parser.add_argument("--runs", metavar="DIR", help="with --paper-table: where finished runs are, to print their numbers beside")
     kinds = parser.add_subparsers(dest="evaluation", metavar="WHAT")
     others = (*eval_study.STUDIES, eval_judge.NAME)
-    known = (*SUITES.names(), "all", *others)
+    known = (*SUITES.names(), *GROUPS, *others)
     wanted = next((word for word in sys.argv[2:] if word in known or ".py:" in word), None)
     try:
         if wanted not in others:

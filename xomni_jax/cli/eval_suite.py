@@ -16,7 +16,7 @@ from xomni_jax.evaluation.judges import HELP
 from xomni_jax.evaluation.judges.preparation import ChatOptions
 from xomni_jax.evaluation.run import EvalConfig
 from xomni_jax.evaluation.suite import INSTRUCTIONS
-from xomni_jax.evaluation.suites import PUBLISHED, SUITES, get_suite
+from xomni_jax.evaluation.suites import GROUPS, SUITES, get_suite
 
 if TYPE_CHECKING:
     from xomni_jax.evaluation.run import AllResults, Results
@@ -37,12 +37,16 @@ the scores, counts and every setting, OUT/items.jsonl one line per item, OUT/ima
 
 
 def add_suites(kinds: Any, wanted: str | None) -> None:
-    """The subcommand of the wanted suite, or without one those of every suite and of `all`; a suite is imported for its help."""
-    for name in [wanted] if wanted and wanted != "all" else [] if wanted else SUITES.names():
+    """The subcommand of the wanted suite or group, or without one those of all; a suite is imported for its help."""
+    for name in SUITES.names() if wanted is None else () if wanted in GROUPS else (wanted,):
         _add_suite(kinds, name)
+    if wanted in (None, "rendered"):
+        about = "Prints what the tiny model can do, on held-out signs and shapes: spelling, shapes, reading and answering, by runs of\n"
+        sub = _parser(kinds, "rendered", "the three suites of rendered images", about + f"{', '.join(GROUPS['rendered'])}, into OUT/SUITE.")
+        _add_options(sub, {"generate", "answer"}, False, "", False)
     if wanted in (None, "all"):
         about = "Runs every one whose data lie in DATA or DATA/SUITE, into OUT/SUITE; the others are named with what they need:\n"
-        sub = _parser(kinds, "all", "every benchmark whose data are found", about + ", ".join(PUBLISHED) + ".")
+        sub = _parser(kinds, "all", "every benchmark whose data are found", about + ", ".join(GROUPS["all"]) + ".")
         _add_options(
             sub, {"generate", "answer"}, True, "KIND=JUDGE, for each kind: " + "; ".join(f"{k}: {v}" for k, v in HELP.items()), True
         )
@@ -177,7 +181,7 @@ def _judges(name: str, given: list[str]) -> dict[str, str]:
         kind, named, spec = text.partition("=")
         if named and kind in HELP:
             kinds[kind] = spec
-        elif name == "all":
+        elif name in GROUPS:
             raise ValueError(f"--judge {text}: several kinds of judges are asked; write KIND=JUDGE, with a kind of {', '.join(HELP)}")
         else:
             suite = get_suite(name)
@@ -196,7 +200,7 @@ def _evaluate(config: EvalConfig, group: Any) -> int:
     process = (0, 1) if group is None else (group.index, group.count)
     with StopSignal(group) as stop:
         try:
-            if config.suite == "all":
+            if config.suite in GROUPS:
                 return _print_all(config, evaluate_all(config, stop, process))
             return _print(evaluate(config, stop=stop, process=process))
         except StopRequested:

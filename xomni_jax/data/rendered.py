@@ -3,7 +3,7 @@
 `render_example(seed, index, config)` is a pure function of its arguments. An example is a plain dict:
 
     image    uint8 [H, W, 3]
-    columns  int32 [Y, X]      content of each 8-px token cell: 0 nothing, 1..26 a letter, 27.. a shape of one colour
+    columns  int32 [Y, X]      content of each 8-px token cell: 0 nothing, 1..26 a letter, 27.. a quarter of a shape of one colour
     caption, question, answer  str
     kind     "sign" | "shapes"
     targets  {"text": ["HELLO"], "background": "red"} or {"shapes": [{"shape", "colour", "count"}], "background": "white"}
@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -37,7 +38,7 @@ COLOURS = {
 SIGN_GROUNDS = ("red", "green", "blue", "yellow", "purple", "orange")
 SHAPE_GROUNDS = {"white": (245, 245, 245), "grey": (128, 128, 128), "black": (12, 12, 12)}
 NUMBERS = ("zero", "one", "two", "three", "four")
-N_COLUMN_CLASSES = 1 + len(glyphs.LETTERS) + len(glyphs.SHAPES) * len(COLOURS)
+N_COLUMN_CLASSES = 1 + len(glyphs.LETTERS) + len(glyphs.SHAPES) * len(COLOURS) * 4
 
 SIGN_CAPTIONS = ('{a} {c} sign that says "{t}"', '"{t}" on {a} {c} sign', 'a sign in {c} with the text "{t}"')
 SHAPE_CAPTIONS = ("{n} {c} {s} on {g}", "{n} {c} {s} on a {g} background")
@@ -49,6 +50,7 @@ QUESTIONS = (
     "which shapes are they?",
     "what colour is it?",
     "what colour are they?",
+    "what colour is the background?",
 )
 _FIRST_TEMPLATE = 0.8  # share of the first caption template, which users are most likely to type
 _GAP = 2  # px between shapes; 1 px to the edge
@@ -185,8 +187,8 @@ def letter_class(char: str) -> int:
 
 
 def shape_class(shape: str, colour: str) -> int:
-    """Label of a shape in `columns`."""
-    return 1 + len(glyphs.LETTERS) + glyphs.SHAPES.index(shape) * len(COLOURS) + list(COLOURS).index(colour)
+    """Label of the upper left quarter of a shape in `columns`; upper right, lower left and lower right follow."""
+    return 1 + len(glyphs.LETTERS) + 4 * (glyphs.SHAPES.index(shape) * len(COLOURS) + list(COLOURS).index(colour))
 
 
 def sign_prompt(text: str, background: str, template: int = 0) -> str:
@@ -233,18 +235,27 @@ def _sign_text(rng: np.random.Generator, size: Size, config: RenderedConfig) -> 
 def _shapes_example(rng: np.random.Generator, size: Size, config: RenderedConfig) -> Example:
     shape, colour, count = _pick(rng, shape_combinations(config.split))
     background = _pick(rng, tuple(SHAPE_GROUNDS))
-    mask = np.zeros(size, np.float32)
+    # Quarters apart: a label that all cells of a shape share would not tell the decoder which part of it stands where.
+    quarters = np.zeros((4, *size), np.float32)
     for y, x, side in _places(rng, size, count, rng.random() < config.on_grid):
-        mask[y : y + side, x : x + side] = glyphs.shape(shape, side)
+        drawn, half = glyphs.shape(shape, side), side // 2
+        for q, (rows, cols) in enumerate(itertools.product((slice(half), slice(half, None)), repeat=2)):
+            quarters[q, y : y + side, x : x + side][rows, cols] = drawn[rows, cols]
+    mask = quarters.sum(0)
     scale = rng.uniform(0.93, 1.04)
     image = _blend(np.array(SHAPE_GROUNDS[background], np.float32), mask, np.clip(np.array(COLOURS[colour], np.float32) * scale, 0, 255))
-    cover = mask.reshape(size[0] // PATCH, PATCH, size[1] // PATCH, PATCH).mean((1, 3))
+    cover = quarters.reshape(4, size[0] // PATCH, PATCH, size[1] // PATCH, PATCH).mean((2, 4))
     many = count > 1
-    answers = ((QUESTIONS[2], NUMBERS[count]), (QUESTIONS[3 + many], shape + "s" * many), (QUESTIONS[5 + many], colour))
+    answers = (
+        (QUESTIONS[2], NUMBERS[count]),
+        (QUESTIONS[3 + many], shape + "s" * many),
+        (QUESTIONS[5 + many], colour),
+        (QUESTIONS[7], background),
+    )
     question, answer = _pick(rng, answers)
     return {
         "image": image,
-        "columns": np.where(cover >= 0.25, shape_class(shape, colour), 0).astype(np.int32),
+        "columns": np.where(cover.sum(0) >= 0.1, shape_class(shape, colour) + cover.argmax(0), 0).astype(np.int32),
         "caption": shapes_prompt(shape, colour, count, background, _template(rng, SHAPE_CAPTIONS)),
         "question": question,
         "answer": answer,

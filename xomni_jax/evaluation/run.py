@@ -21,7 +21,7 @@ from xomni_jax.evaluation.judging import judge_outputs
 from xomni_jax.evaluation.results import write_results
 from xomni_jax.evaluation.suite import Judge, SuiteError, is_there
 from xomni_jax.evaluation.suite_run import EvalConfig, SuiteRun, open_run
-from xomni_jax.evaluation.suites import PUBLISHED, get_suite
+from xomni_jax.evaluation.suites import GROUPS, get_suite
 
 if TYPE_CHECKING:
     from xomni_jax.pipeline import XOmni
@@ -70,11 +70,11 @@ def evaluate(
 
 
 def evaluate_all(config: EvalConfig, stop: StopSignal | None = None, process: tuple[int, int] = (0, 1)) -> AllResults:
-    """Every published suite whose data lie in DATA/SUITE or DATA, into OUT/SUITE; one that fails does not keep the others from running."""
+    """The suites of a group whose data lie in DATA/SUITE or DATA, into OUT/SUITE; one that fails does not keep the others from running."""
     from xomni_jax.evaluation.outputs import model_opener
 
     found, model = AllResults(), model_opener(config)
-    for name in PUBLISHED:
+    for name in GROUPS[config.suite]:
         suite = get_suite(name)
         if config.phase not in ("all", suite.task, "score"):
             continue

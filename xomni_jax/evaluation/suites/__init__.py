@@ -8,7 +8,7 @@ from xomni_jax.core.registry import Registry
 from xomni_jax.evaluation.suite import Suite, SuiteError
 
 _HERE = "xomni_jax.evaluation.suites"
-PUBLISHED = {  # what `xomni eval all` runs
+PUBLISHED = {
     "longtext-en": f"{_HERE}.longtext:LongText",
     "longtext-zh": f"{_HERE}.longtext:LongText",
     "oneig-text-en": f"{_HERE}.oneig_text:OneIGText",
@@ -40,6 +40,7 @@ RENDERED = {
     "rendered-qa": f"{_HERE}.rendered:RenderedQA",
 }
 SUITES = Registry("suite", PUBLISHED | FURTHER | RENDERED)
+GROUPS = {"all": tuple(PUBLISHED), "rendered": tuple(RENDERED)}  # what one command can run
 
 
 def get_suite(name: str, switches: Iterable[str] = (), instructions: Mapping[str, str] | None = None) -> Suite:

@@ -71,19 +71,20 @@ class RenderedText(_Rendered, LongText):
 
 
 class RenderedShapes(_Rendered, GenEval):
-    """Shapes, scored by GenEval's rules."""
+    """Shapes, scored by GenEval's rules; one shape too many, of any form, is wrong."""
 
     title = "Rendered shapes"
     judge = "contours"
     shapes = 1.0
 
     def item(self, id: str, example: Example, image: Callable[[], Image.Image]) -> Item:
+        from xomni_jax.data.glyphs import SHAPES
         from xomni_jax.data.rendered import NUMBERS
 
         (wanted,) = example["targets"]["shapes"]
         clause = {"class": wanted["shape"], "count": wanted["count"], "color": wanted["colour"]}
         tag = f"{NUMBERS[wanted['count']]} shape" + "s" * (wanted["count"] > 1)
-        excluded = [{"class": wanted["shape"], "count": wanted["count"] + 1}]
+        excluded = [{"class": shape, "count": wanted["count"] + 1 if shape == wanted["shape"] else 1} for shape in SHAPES]
         metadata = {"tag": tag, "include": [clause], "exclude": excluded, "prompt": example["caption"]}
         return Item(id, example["caption"], {"category": tag, "metadata": metadata})
 
