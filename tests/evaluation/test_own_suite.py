@@ -83,7 +83,7 @@ def test_a_suite_is_imported_only_when_it_is_used():
     code = "import sys; from xomni_jax.evaluation.suites import get_suite; get_suite('dpg'); "
     code += "print(*sorted(m for m in sys.modules if m.startswith('xomni_jax.evaluation.suites.') or m in ('jax', 'pyarrow', 'rapidfuzz')))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert loaded == [f"xomni_jax.evaluation.suites.{name}" for name in ("dpg", "reading", "scoring")]
+    assert loaded == [f"xomni_jax.evaluation.suites.{name}" for name in ("downloads", "dpg", "images", "reading", "scoring")]
 
 
 def test_an_entry_point_is_found_by_name(own, monkeypatch):

@@ -18,13 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from xomni_jax.evaluation.suites import FURTHER, PUBLISHED
 
     what = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
-    fetch = what.add_parser(
-        "fetch",
-        help="what to download for a benchmark",
-        description=_ABOUT,
-        epilog="example:\n  " + EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    fetch = what.add_parser("fetch", help="what to download for a benchmark", description=_ABOUT, epilog="example:\n  " + EXAMPLE)
     known = (*PUBLISHED, *FURTHER)
     fetch.add_argument("suite", choices=known, metavar="SUITE", help="one of " + ", ".join(known))
     fetch.add_argument("--check", metavar="DATA", help="the directory to check")

@@ -16,8 +16,8 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
-TEXT |= {"bos_token_id": None, "eos_token_id": None}
-VISION = {"hidden_size": 32, "intermediate_size": 64}
+TEXT |= {"bos_token_id": None, "eos_token_id": None, "initializer_range": 0.3}  # at the usual 0.02 an image changes no answer
+VISION = {"hidden_size": 32, "intermediate_size": 64, "initializer_range": 0.3}
 
 
 def tokenizer_of(image, *special):
