@@ -227,7 +227,6 @@ def export_convert(s: Session) -> dict[str, Any]:
     """The shipped model in the released layout, and back."""
     released, back = s.work / "released", s.work / "back"
     commands = [["export", "--from", str(s.shipped), "--to", str(released)], ["convert", "--xomni", str(released), "--to", str(back)]]
-    commands += [["convert", "--flux", str(released / "flux"), "--only", "text", "--to", str(back)]]
     commands += [["inspect", str(back), "--diff", str(s.shipped)]]
     printed, (params,) = s.xomni(*commands, models=(back,))
     files = {str(p.relative_to(released)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(released.rglob("*")) if p.is_file()}
