@@ -33,7 +33,7 @@ from configs.tiny import demo, sft
 def get_config():
     c = sft.get_config()
     c.init_from = "xomni_jax/assets/tiny_sft"
-    c.data.text_lengths = demo.get_config().data.text_lengths
+    c.optimizer.learning_rate = demo.get_config().optimizer.learning_rate
     return c
 """
 
