@@ -211,7 +211,7 @@ def test_official_refuses_what_cannot_be_had_before_work_starts(longtext, tmp_pa
 # ---- the directory of a run ----
 @pytest.mark.parametrize(
     "kind, said",
-    [("empty", "--out is empty"), ("file", "is a file; give a folder"), ("training", "holds a training run; give another folder")],
+    [("empty", "--out is empty"), ("file", "is a file; give another folder"), ("training", "holds a training run; give another folder")],
 )
 def test_a_directory_that_cannot_hold_a_run_is_refused_first(kind, said, tmp_path, capsys):
     (tmp_path / "file").write_text("")
@@ -229,4 +229,4 @@ def test_a_directory_that_cannot_be_written_is_refused_first(tmp_path, capsys, m
 
     monkeypatch.setattr("tempfile.TemporaryFile", read_only)
     assert main(["eval", "rendered-qa", "--out", str(tmp_path / "out"), "--limit", "1"]) == 2
-    assert f"--out {tmp_path / 'out'} cannot be written (Read-only file system); give another folder" in capsys.readouterr().err
+    assert f"{tmp_path}: nothing can be written there (Read-only file system); give another folder" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xomni_jax.cli.inference import add_drawing, add_model, opened
-from xomni_jax.core.outputs import check_folder
+from xomni_jax.core.folders import check_folder
 
 if TYPE_CHECKING:
     from PIL import Image

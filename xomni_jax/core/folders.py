@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fcntl
+import shutil
+import tempfile
 from pathlib import Path
 from typing import IO
 
@@ -16,6 +18,33 @@ def why_taken(folder: Path, kind: str) -> str | None:
         return "is a file"
     other = next((name for name, file in MARKERS.items() if name != kind and (folder / file).is_file()), None)
     return other and f"holds {'an' if other[0] in 'aeiou' else 'a'} {other}"
+
+
+def why_not_writable(folder: Path) -> str | None:
+    """Why files cannot be made in a folder, which need not exist: "/proc: nothing can be written there (...)". None if they can."""
+    there = _existing(folder)
+    if not there.is_dir():
+        return f"{there} is a file"
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as e:
+        return f"{there}: nothing can be written there ({e.strerror})"
+    return None
+
+
+def check_folder(folder: Path, nbytes: int) -> None:
+    """Raises ValueError unless about `nbytes` bytes can be written into a folder, which need not exist. Leaves nothing behind."""
+    if reason := why_not_writable(folder):
+        raise ValueError(f"{reason}; give another folder")
+    there = _existing(folder)
+    free = shutil.disk_usage(there).free
+    if free < nbytes:
+        raise ValueError(f"{there}: {free / 1e6:.1f} MB are free, about {nbytes / 1e6:.1f} MB are needed; choose another disk or make room")
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above that exists."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
 
 
 def lock(file: IO) -> bool:

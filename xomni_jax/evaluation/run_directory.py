@@ -22,13 +22,12 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from xomni_jax.core.folders import lock, why_taken
+from xomni_jax.core.folders import lock, why_not_writable, why_taken
 
 UNCOMPARED = ("path", "at")  # keys that may differ between machines or sittings
 
@@ -46,13 +45,8 @@ class RunDirectory:
             raise RunError("--out is empty; give a folder")
         if taken := why_taken(self.path, "evaluation"):
             raise RunError(f"--out {self.path} {taken}; give another folder")
-        folder = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if p.exists())
-        if not folder.is_dir():
-            raise RunError(f"--out {self.path}: {folder} is a file; give a folder")
-        try:
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            raise RunError(f"--out {self.path} cannot be written ({error.strerror}); give another folder") from None
+        if reason := why_not_writable(self.path):
+            raise RunError(f"--out {self.path}: {reason}; give another folder")
 
     def claim(self, name: str, value: Mapping[str, Any], remedy: str) -> None:
         """Writes OUT/name once; afterwards refuses a value that differs, naming the first key. Processes may race for it.
