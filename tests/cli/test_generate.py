@@ -152,4 +152,5 @@ def test_a_disk_that_fills_up(stubbed, model_dir, tmp_path, monkeypatch, capsys)
 
 def test_out_must_be_a_folder(model_dir, tmp_path, capsys):
     (tmp_path / "out").write_text("a file")
-    assert "out is a file; give another folder" in refusal(capsys, "generate", "a", "--model", str(model_dir), "--out", str(tmp_path / "out"))
+    told = refusal(capsys, "generate", "a", "--model", str(model_dir), "--out", str(tmp_path / "out"))
+    assert "out is a file; give another folder" in told

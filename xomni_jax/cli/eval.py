@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 
 from xomni_jax.cli import eval_judge, eval_study, eval_suite
 from xomni_jax.core.registry import RegistryError
 from xomni_jax.evaluation.suite import SuiteError
-from xomni_jax.evaluation.suites import GROUPS, SUITES
+from xomni_jax.evaluation.suites import FURTHER, GROUPS, SUITES
 
 EXAMPLE = eval_suite.EXAMPLE
 
@@ -17,7 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A subcommand per suite, group of suites and study; only the wanted one is imported, or all of them for --help."""
     parser.add_argument("--paper-table", action="store_true", help="print the command behind each number of the paper's tables 1 to 4")
     parser.add_argument("--runs", metavar="DIR", help="with --paper-table: where finished runs are, to print their numbers beside")
-    kinds = parser.add_subparsers(dest="evaluation", metavar="WHAT")
+    parser.details = textwrap.fill("Further suites, of related systems: " + ", ".join(FURTHER), 80, break_on_hyphens=False)
+    more = f"--help-all names {len(FURTHER)} further suites"
+    kinds = parser.add_subparsers(dest="evaluation", metavar="WHAT", title="suites and studies", description=more)
     others = (*eval_study.STUDIES, eval_judge.NAME)
     known = (*SUITES.names(), *GROUPS, *others)
     wanted = next((word for word in sys.argv[2:] if word in known or ".py:" in word), None)

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xomni_jax.cli.inference import EXACT, add_drawing, add_model, positive, settle
+from xomni_jax.cli.parser import Parser
 from xomni_jax.core.config import explanations
 from xomni_jax.evaluation.judges import HELP
 from xomni_jax.evaluation.judges.preparation import ChatOptions
 from xomni_jax.evaluation.run import EvalConfig
 from xomni_jax.evaluation.suite import INSTRUCTIONS
-from xomni_jax.evaluation.suites import GROUPS, SUITES, get_suite
+from xomni_jax.evaluation.suites import FURTHER, GROUPS, SUITES, get_suite
 
 if TYPE_CHECKING:
     from xomni_jax.evaluation.run import AllResults, Results
@@ -47,9 +48,8 @@ def add_suites(kinds: Any, wanted: str | None) -> None:
     if wanted in (None, "all"):
         about = "Runs every one whose data lie in DATA or DATA/SUITE, into OUT/SUITE; the others are named with what they need:\n"
         sub = _parser(kinds, "all", "every benchmark whose data are found", about + ", ".join(GROUPS["all"]) + ".")
-        _add_options(
-            sub, {"generate", "answer"}, True, "KIND=JUDGE, for each kind: " + "; ".join(f"{k}: {v}" for k, v in HELP.items()), True
-        )
+        sub.details += "\nKinds of judges:\n" + "\n".join(f"  {kind}: {what}" for kind, what in HELP.items())
+        _add_options(sub, {"generate", "answer"}, True, f"KIND=JUDGE, for each kind of {', '.join(HELP)}; --help-all explains them", True)
 
 
 def _add_suite(kinds: Any, name: str) -> None:
@@ -62,16 +62,16 @@ def _add_suite(kinds: Any, name: str) -> None:
     lines += [f"Sizes and checksums: xomni data fetch {name}"] * bool(getattr(suite, "downloads", ()))
     lines += ["The official scorer's behaviour is the default; named departures from it:"] * bool(suite.switches)
     lines += [f"  --switch {switch}: {what}" for switch, what in suite.switches.items()]
-    sub = _parser(kinds, name, suite.title, "\n".join(lines), _example_judge(suite.judge))
+    sub = _parser(kinds, name, suite.title if name not in FURTHER else "", "\n".join(lines), _example_judge(suite.judge))
     kind = suite.judge or suite.fallback
     judges = f"what judges the {'images' if suite.judge else 'answers that rules cannot read'}: {HELP[kind]}" if kind else ""
     _add_options(sub, {suite.task}, bool(suite.files), judges, bool(suite.switches))
 
 
 def add_command(kinds: Any, name: str, line: str, description: str, example: str) -> argparse.ArgumentParser:
-    """The parser of one subcommand of `xomni eval`."""
+    """The parser of one subcommand of `xomni eval`; without a `line` the list of subcommands leaves it out."""
     first, _, details = description.partition("\n\n")
-    parser = kinds.add_parser(name, help=line, description=first, epilog="example:\n  " + example)
+    parser = kinds.add_parser(name, description=first, epilog="example:\n  " + example, **({"help": line} if line else {}))
     parser.details = details
     return parser
 
@@ -92,8 +92,9 @@ def _add_options(parser: argparse.ArgumentParser, tasks: set[str], data: bool, j
     which = parser.add_argument_group("which items")
     which.add_argument("--limit", type=positive, metavar="N", help="evaluate the first N items only")
     which.add_argument("--sample", type=positive, metavar="N", help=says["sample"])
-    which.add_argument("--ids", nargs="+", default=(), metavar="ID", help=says["ids"])
-    which.add_argument(
+    parts = parser.add_rare_group("parts of the work")
+    parts.add_argument("--ids", nargs="+", default=(), metavar="ID", help=says["ids"])
+    parts.add_argument(
         "--shard", type=_shard, default=(0, 1), metavar="K/N", help="this process is the K-th of N that share OUT (default 1/1)"
     )
     model = parser.add_rare_group("the model")
@@ -120,22 +121,23 @@ def _add_options(parser: argparse.ArgumentParser, tasks: set[str], data: bool, j
             from xomni_jax.evaluation.suites.rewriting import FORMS
 
             drawing.add_argument("--rewrite", metavar="SOURCE", help=f"draw rewritten prompts, in both phases: {FORMS} (kept in OUT)")
-    _add_scoring(parser.add_argument_group("scoring"), judges, switches)
+    _add_scoring(parser, judges, switches)
 
 
-def _add_scoring(scoring: Any, judges: str, switches: bool) -> None:
+def _add_scoring(parser: Parser, judges: str, switches: bool) -> None:
+    scoring, asking = parser.add_argument_group("scoring"), parser.add_rare_group("how judges are asked")
     says, chat, how = explanations(EvalConfig), explanations(ChatOptions), ChatOptions()
     scoring.add_argument("--official", action="store_true", help=f"{says['official']}; images are of the published size")
     if judges:
         scoring.add_argument("--judge", action="append", metavar="JUDGE", help=judges)
-    scoring.add_argument("--concurrency", type=positive, metavar="N", help=f"{chat['concurrency']} ({how.concurrency})")
-    scoring.add_argument("--image-format", choices=("PNG", "JPEG", "WEBP"), help=chat["image_format"])
+    asking.add_argument("--concurrency", type=positive, metavar="N", help=f"{chat['concurrency']} ({how.concurrency})")
+    asking.add_argument("--image-format", choices=("PNG", "JPEG", "WEBP"), help=chat["image_format"])
     thinking = f"{chat['thinking_tokens']} ({how.thinking_tokens})"
-    scoring.add_argument("--thinking-tokens", type=positive, metavar="N", help=thinking)
+    asking.add_argument("--thinking-tokens", type=positive, metavar="N", help=thinking)
     if switches:
         scoring.add_argument("--switch", action="append", metavar="NAME", help="a named departure from the official scorer, see above")
     wording = f"word an instruction as in FILE; there are {', '.join(INSTRUCTIONS)}"
-    scoring.add_argument("--instruction", type=_instruction, action="append", default=[], metavar="NAME=FILE", help=wording)
+    asking.add_argument("--instruction", type=_instruction, action="append", default=[], metavar="NAME=FILE", help=wording)
 
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:
