@@ -44,7 +44,7 @@ FITS = [
 class Memory:
     """A `TensorFile` of arrays."""
 
-    path = "here"
+    path, tied, others = "here", {}, ()
 
     def __init__(self, tensors):
         self.tensors, self.released = tensors, []

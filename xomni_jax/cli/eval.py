@@ -17,7 +17,7 @@ EXAMPLE = eval_suite.EXAMPLE
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A subcommand per suite, group of suites and study; only the wanted one is imported, or all of them for --help."""
     parser.add_argument("--paper-table", action="store_true", help="print the command behind each number of the paper's tables 1 to 4")
-    parser.add_argument("--runs", metavar="DIR", help="with --paper-table: where finished runs are, to print their numbers beside")
+    parser.add_argument("--runs", metavar="DIR", help="with --paper-table: also print these finished runs")
     parser.details = textwrap.fill("Further suites, of related systems: " + ", ".join(FURTHER), 80, break_on_hyphens=False)
     more = f"--help-all names {len(FURTHER)} further suites"
     kinds = parser.add_subparsers(dest="evaluation", metavar="WHAT", title="suites and studies", description=more)
