@@ -366,8 +366,10 @@ class RunCheckpoints:
             why = str(e)
         if why := next(filter(None, gather_json(why)), None):
             raise CheckpointError(why)
-        data = stored.get("data")
-        if stored.get("sum") != checksum(state, data):
+        if stored.keys() != {"data", "sum"}:
+            raise CheckpointError("it was written by another version of xomni_jax")
+        data = stored["data"]
+        if stored["sum"] != checksum(state, data):
             raise CheckpointError("its content has changed since it was written")
         return state, data
 
