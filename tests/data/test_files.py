@@ -67,6 +67,7 @@ def test_layouts_of_a_folder(tmp_path, write):
 def test_json_lines_with_columns_of_their_own(tmp_path, form):
     write_images(tmp_path / "imgs" / "a")
     rows = [{"img": f"./a/{n}.png", "meta": {"Caption": n, "other": 1}, "question": "which?", "answer": n, "n": 1} for n in sorted(COLOURS)]
+    rows[0]["img"] = str(tmp_path / "imgs" / "a" / f"{min(COLOURS)}.png")  # absolute, within `images`
     rows[1] |= {"targets": {"text": ["HI"]}}  # which the others lack
     text = json.dumps(rows) if form == "list" else "\n\n".join(map(json.dumps, rows))
     (tmp_path / "rows.json").write_text(text)

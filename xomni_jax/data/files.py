@@ -30,7 +30,7 @@ class FilesConfig:
       sizes: (height, width) in pixels of the images that are learned, multiples of the tokenizer's patch; an image takes the size that
         is nearest to its shape, is scaled to cover it, and loses what stands out
       image, caption: columns of the image's path and of the caption, a.b inside nested ones; empty - the first usual name
-      images: folder that paths are relative to; empty - the one that holds the file
+      images: folder that holds the images, to which paths are relative unless they are absolute; empty - the one that holds the file
       skip_faulty: leave out records that cannot be used, instead of refusing them; every image is then read once at the start
     """
 
