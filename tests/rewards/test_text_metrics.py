@@ -151,3 +151,17 @@ def test_exact():
 def test_errors(targets, formula, words):
     with pytest.raises(ValueError, match=words):
         tm.text_score(targets, "text", formula)
+
+
+@pytest.mark.parametrize(
+    ("targets", "text", "exact"),
+    [
+        (["A" * n for n in range(1, 60)] + ["BAB"], "A" * 1771 + "BB", False),  # seen at the end of each of very many orders
+        (list("AB" * 2000), "AB" * 2000, True),
+        (["AB", "A", "B"], "ABAB", True),
+        (["A", "AB", "BA"], "ABABA", True),
+        (["AB", "AB", "A"], "AABBA", False),
+    ],
+)
+def test_any_number_of_targets_is_arranged_or_given_up(targets, text, exact):
+    assert tm.is_exact(targets, text) == exact

@@ -24,6 +24,8 @@ _ASCII = str.maketrans(
     dict.fromkeys("‘’‚‛‹›′‵´`", "'") | dict.fromkeys("“”„‟«»″‶〝〞〟", '"') | dict.fromkeys("‐‑‒–—―−⁃﹘︱︲", "-") | {"〜": "~"}
 )
 
+_MOST_TRIED = 10_000  # sets of parts that are left; a request chooses both texts and could ask for exponentially many
+
 
 def fold(text: str) -> str:
     """One form for what looks alike: NFKC (full width, ligatures, ellipsis, accents), ASCII quotes and dashes, no case.
@@ -46,10 +48,19 @@ def is_exact(targets: str | Sequence[str], text: str) -> bool:
 
 
 def _consists_of(text: str, parts: list[str]) -> bool:
+    """Whether the parts in some order are the text; False where too many orders would have to be tried."""
     if sorted(text) != sorted("".join(parts)):
         return False
-    left = Counter(parts)
-    return not text or any(text.startswith(p) and _consists_of(text[len(p) :], list((left - Counter([p])).elements())) for p in left)
+    tried, begun = set(), [(0, tuple(sorted(parts)))]
+    while begun and len(tried) < _MOST_TRIED:
+        start, left = begun.pop()
+        if start == len(text):
+            return True
+        if left not in tried:
+            tried.add(left)
+            fitting = (part for part in dict.fromkeys(left) if text.startswith(part, start))
+            begun += [(start + len(part), left[: left.index(part)] + left[left.index(part) + 1 :]) for part in fitting]
+    return False
 
 
 def substring_or_edit(target: str, text: str) -> float:
