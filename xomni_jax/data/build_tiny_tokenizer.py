@@ -29,7 +29,7 @@ CHAT_TEMPLATE = (
 
 
 def corpus() -> Iterator[str]:
-    """Every caption, question and answer of the rendered set, with a digit as the text of signs; frequent ones are repeated."""
+    """Captions, questions and answers of the rendered set, with a digit as the text of signs; frequent ones are repeated."""
     for template in range(len(rendered.SIGN_CAPTIONS)):
         for colour in rendered.SIGN_GROUNDS:
             yield from [rendered.sign_prompt("0", colour, template)] * (40 if template == 0 else 20)
@@ -39,7 +39,7 @@ def corpus() -> Iterator[str]:
                 for colour in rendered.COLOURS:
                     for count in range(1, len(rendered.NUMBERS)):
                         yield rendered.shapes_prompt(shape, colour, count, ground, template)
-    for question in rendered.QUESTIONS:
+    for question in rendered.QUESTIONS[:7]:  # one more came later; its merges would give every shipped model other ids
         yield from [question] * 100
     for answer in (*rendered.COLOURS, *rendered.NUMBERS[1:], *glyphs.SHAPES, *(s + "s" for s in glyphs.SHAPES)):
         yield from [answer] * 10
