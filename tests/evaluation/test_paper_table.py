@@ -1,6 +1,5 @@
 """The commands behind the paper's tables: complete, accepted by the command line, and beside the runs that there are."""
 
-import argparse
 import json
 import shlex
 
@@ -9,6 +8,7 @@ import pytest
 from tests.evaluation.made_runs import write_answer_run, write_generate_run
 from xomni_jax.cli import eval as eval_command
 from xomni_jax.cli.main import main
+from xomni_jax.cli.parser import Parser
 from xomni_jax.evaluation import paper
 from xomni_jax.evaluation.paper import OPEN, PAPER, best_runs, command, find_runs, other_settings, suite_settings, table_text
 from xomni_jax.evaluation.suites import PUBLISHED, get_suite
@@ -20,7 +20,7 @@ def parse(command):
     assert words[:2] == ["xomni", "eval"]
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("sys.argv", words)
-        parser = argparse.ArgumentParser()
+        parser = Parser()
         eval_command.add_arguments(parser)
     return parser.parse_args(words[2:])
 

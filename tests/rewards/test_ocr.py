@@ -43,7 +43,7 @@ def test_modes(scorer):
 def test_several_targets_and_formulas(scorer):
     both = sign("OPEN\nLATE", 40, 64)
     assert scorer.score_image(both, ocr_item("OPEN", "LATE")).value == 1
-    assert scorer.score_image(both, ocr_item("LATE", "SHUT")).value == pytest.approx((1 + 1 / 4) / 2)
+    assert scorer.score_image(both, ocr_item("LATE", "OVER")).value == pytest.approx((1 + 2 / 4) / 2)
     assert scorer.score_image(both, {"prompt": "", "targets": {"text": "OPEN LATE"}}).value == 1
     assert OCRScorer(formula="substring").score_image(sign("XOPENX"), ocr_item("OPEN")).value == 1
 

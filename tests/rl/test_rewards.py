@@ -21,7 +21,6 @@ def test_only_weighted_rewards_are_asked():
     [
         (RewardConfig(NOBODY), "the weights are all None; give at least one"),
         (RewardConfig(NOBODY, 0.0), "the weights {'ocr': 0.0}; give at least one"),
-        (RewardConfig(NOBODY, float("inf")), "the weights {'ocr': inf}"),
         (RewardConfig((), 1.0), "config.rewards.ocr.urls is empty"),
         (RewardConfig(NOBODY, 1.0), "no reward service answers at http://127.0.0.1:1"),
     ],

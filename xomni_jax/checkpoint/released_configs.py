@@ -64,6 +64,11 @@ class ConfigFile:
         is_valid = lambda value: isinstance(value, (list, tuple)) and all(type(n) is int for n in value)  # noqa: E731
         return tuple(self._checked(key, default, is_valid, "list of sizes"))
 
+    def pairs(self, key: str) -> list[list[int]]:
+        """A list of pairs of whole numbers."""
+        is_pair = lambda pair: isinstance(pair, list) and len(pair) == 2 and all(type(n) is int for n in pair)  # noqa: E731
+        return self._checked(key, REQUIRED, lambda value: isinstance(value, list) and all(map(is_pair, value)), "list of pairs")
+
     def expect(self, key: str, *allowed: Any, default: Any = REQUIRED) -> None:
         """Refuses a value that this package does not compute."""
         value = self.get(key, default)
@@ -281,10 +286,10 @@ def read_own(c: ConfigFile) -> tuple[dict[str, Any], dict[str, Any]]:
     decode, size = (
         {key: own.size(key) for key in keys if key in own.data} for keys in (("text_length", "pooled_length"), ("height", "width"))
     )
-    return decode, size
+    return decode, size | ({"others": own.pairs("others")} if "others" in own.data else {})
 
 
-def write_own(decode: DecodeConfig, pooled_length: int, size: Mapping[str, int]) -> dict[str, int]:
+def write_own(decode: DecodeConfig, pooled_length: int, size: Mapping[str, Any]) -> dict[str, Any]:
     """The same for an export; empty where all is as converted. `pooled_length` is what a conversion takes from CLIP."""
     usual = {"text_length": DecodeConfig.text_length, "pooled_length": pooled_length}
     return {key: getattr(decode, key) for key, n in usual.items() if getattr(decode, key) != n} | dict(size)

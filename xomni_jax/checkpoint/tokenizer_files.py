@@ -32,7 +32,8 @@ def copy_tokenizer(folder: Path, target: Path, say: Callable[[str], None]) -> No
 
 
 def _text_tokenizer_files(folder: Path) -> list[str]:
-    return [name for name in TEXT_TOKENIZER if (folder / name).is_file()]
+    names = [name for name in TEXT_TOKENIZER if (folder / name).is_file()]
+    return [] if names == ["generation_config.json"] else names  # which transformers writes beside any weights
 
 
 def with_image_tokens(release: Release) -> str | None:

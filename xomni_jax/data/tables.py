@@ -1,0 +1,38 @@
+"""Rows of the files that people have, by number: what every file format offers, before its columns are given a meaning.
+
+A row's number is its position in the files, in natural order of their names. A row that cannot be read keeps its number, so that neither
+a fault nor the number of hosts moves the others.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class FaultyRecord(ValueError):
+    """A record that cannot be used. The message is one sentence: file and line (or row, key, position), and the reason."""
+
+
+class Table(Protocol):
+    """Rows of one file or of several of one format.
+
+    Attributes:
+      root: the folder to which paths in the rows are relative unless the configuration names another.
+      notes: what is no record and yet should be listed, a sentence each: a shard without rows, an ignored member, an unfinished file.
+      digest: hash of the index, equal on every host; a run that resumes with another one is refused.
+    """
+
+    root: Path
+    notes: list[str]
+    digest: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """Columns of a row: text, numbers, lists, objects, and bytes of images. FaultyRecord when it cannot be read."""
+        ...
+
+    def where(self, number: int) -> str:
+        """The place of a row for messages, such as "train.jsonl:4", "train.parquet row 4" or "00000.tar 000000004"."""
+        ...
