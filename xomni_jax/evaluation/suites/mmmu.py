@@ -1,11 +1,12 @@
 """MMMU (MMMU-Benchmark/MMMU), validation split: college questions of 30 subjects, multiple choice and short answers, read as officially.
 
-The model sees the first image of a question alone, as in the official script for LLaVA. Where that script draws a random letter, because
-no option can be read from the reply, the reply counts as wrong and is listed. The requests at the end of a question are worded by us.
+The model sees a question's first image alone, as in the official script for LLaVA. A reply from which no option can be read is wrong and
+listed; that script draws a random letter for it. The requests at the end of a question are worded by us.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 import string
 from collections.abc import Sequence
@@ -54,10 +55,10 @@ class MMMU(PublishedSuite):
     def score(self, item: Item, outputs: Sequence[Any]) -> Record:
         """right: 0 or 1; a letter that cannot be read is wrong and counted as unparsed."""
         answers, options = item.fields["answers"], item.fields["options"]
+        wanted, chosen = f"wanted {' or '.join(answers)}", letters.mmmu(outputs[0], options) if options else None
         if not options:
-            return right_or_wrong(is_right(answers, outputs[0]), f"wanted {' or '.join(answers)}")
-        chosen = letters.mmmu(outputs[0], options)
-        return right_or_wrong(chosen in answers, f"read as {chosen or 'nothing'}, wanted {' or '.join(answers)}", chosen is None)
+            return right_or_wrong(is_right(answers, outputs[0]), wanted)
+        return right_or_wrong(chosen in answers, f"read as {chosen or 'nothing'}, {wanted}", chosen is None)
 
     def aggregate(self, records: Sequence[Record]) -> dict[str, Any]:
         """Accuracy over all questions, by subject, and by discipline among the scores."""
@@ -72,20 +73,18 @@ class MMMU(PublishedSuite):
             raise row.wrong("id", f"is {id!r}, which names none of the 30 subjects; take the validation split")
         if not isinstance(image, ParquetImage):
             raise row.wrong("image_1", "is no image")
-        given, question = row.text("answer"), row.text("question")
-        kind, options = row.text("question_type"), {}
+        given, question, kind, options = row.text("answer"), row.text("question"), row.text("question_type"), {}
         if kind == "multiple-choice":
             options = dict(zip(string.ascii_uppercase, row.strings("options", spelled=True)))
             if given not in options:
                 raise row.wrong("answer", f"is {given!r}, which is none of {', '.join(options)}")
         elif kind not in ("open", "short-answer"):
             raise row.wrong("question_type", f"is {kind!r}, not multiple-choice or open")
-        answers = row.strings("answer", spelled=given.startswith("["))
         shown = "".join(f"({letter}) {text}\n" for letter, text in options.items())
-        word = self.instructions["word"].format(question=question)
-        asked = f"{question}\n{shown}\n{self.instructions['letter']}" if options else word
+        letter, word = self.instructions["letter"], self.instructions["word"].format(question=question)
+        answers = row.strings("answer", spelled=given.startswith("["))
         fields = {"category": subject, "discipline": _SUBJECTS[subject], "options": options, "answers": answers}
-        return Item(id, asked, fields, image)
+        return Item(id, f"{question}\n{shown}\n{letter}" if options else word, fields, image)
 
 
 def is_right(answers: Sequence[str], reply: str) -> bool:
@@ -101,13 +100,11 @@ def is_right(answers: Sequence[str], reply: str) -> bool:
 def _key_phrases(reply: str) -> list[str]:
     """For each line the shortest text after a word that announces the answer, in the last also after "="; else the whole reply."""
     reply = reply.strip().strip(".").lower()
-    *others, last = reply.split("\n")
-    phrases = []
+    (*others, last), phrases = reply.split("\n"), []
     for line, keys in [*((line, _KEYS) for line in others), (last, (*_KEYS, "="))]:
         tails = [line.split(key)[-1].strip() for key in keys if key in line]
-        shortest = ""
-        for tail in tails:  # an empty tail gives way to the next one, as officially
-            shortest = tail if not shortest or len(tail) < len(shortest) else shortest
+        # An empty tail gives way to the next one, as officially.
+        shortest = functools.reduce(lambda a, b: b if not a or len(b) < len(a) else a, tails, "")
         if shortest and shortest not in (":", ",", ".", "!", "?", ";", "'"):
             phrases.append(shortest)
     return phrases or [reply]

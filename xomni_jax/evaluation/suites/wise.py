@@ -17,7 +17,7 @@ from typing import Any
 from xomni_jax.evaluation.suite import GridLayout, Item, Record, SuiteError
 from xomni_jax.evaluation.suites.downloads import GITHUB, Download
 from xomni_jax.evaluation.suites.reading import PublishedSuite, Row, read_rows, unique_items
-from xomni_jax.evaluation.suites.scoring import group_by, mean
+from xomni_jax.evaluation.suites.scoring import ratios_by
 
 _REPOSITORY = f"{GITHUB} PKU-YuanGroup/WISE, folder"
 _FILES = {
@@ -35,7 +35,6 @@ _GRADES = {"consistency": 0.7, "realism": 0.2, "aesthetic quality": 0.1}
 _NAMED = re.compile(r"(Consistency|Realism|Aesthetic Quality)\*{0,2}\s*:?\s*(\d)", re.IGNORECASE)
 _BARE = re.compile(r"^\s*([0-2])\s*$", re.MULTILINE)
 _VERIFIED = re.compile(r"Score\*{0,2}\s*:?\s*([01])\b", re.IGNORECASE)
-_BARE_VERIFIED = re.compile(r"^\s*([01])\s*$", re.MULTILINE)
 
 
 class WISE(PublishedSuite, GridLayout):
@@ -72,7 +71,7 @@ class WISE(PublishedSuite, GridLayout):
         """score: the WiScore, 0 with unparsed where the grades could not be read."""
         grades = self.grades(outputs[0][0]) if isinstance(outputs[0][0], str) else {}
         told = ", ".join(f"{name} {grade}" for name, grade in grades.items()) or "the grades could not be read"
-        return {"score": self.wiscore(grades) if grades else 0.0, "verdicts": [told], "unparsed": int(not grades)}
+        return {"score": self.wiscore(grades) if grades else 0.0, "verdicts": [told], "one": 1, "unparsed": int(not grades)}
 
     def wiscore(self, grades: dict[str, int]) -> float:
         """One number of an image's grades."""
@@ -83,10 +82,8 @@ class WISE(PublishedSuite, GridLayout):
         graded = [r for r in records if not r["unparsed"]]
         if not graded:
             raise SuiteError(f"{self.title}: the grades of no image could be read; use another judge")
-        groups = group_by(graded, "category")
-        categories = {
-            name: {"score": mean(groups[name], "score"), "items": len(groups[name])} for name in self.categories if name in groups
-        }
+        groups = ratios_by(graded, "category", "score", "one")
+        categories = {name: groups[name] for name in self.categories if name in groups}
         weights = {name: self.categories[name][1] for name in categories}
         overall = sum(weight * categories[name]["score"] for name, weight in weights.items())
         notes = [f"{r['id']} is left out: its grades could not be read." for r in records if r["unparsed"]]
@@ -114,7 +111,7 @@ class WISEVerified(WISE):
     categories = dict(zip(_CATEGORIES, ((400, 0.4), (520, 0.12), (640, 0.12), (760, 0.12), (880, 0.12), (1000, 0.12))))
 
     def grades(self, reply: str) -> dict[str, int]:
-        named, bare = _VERIFIED.search(reply), _BARE_VERIFIED.findall(reply)
+        named, bare = _VERIFIED.search(reply), [grade for grade in _BARE.findall(reply) if grade != "2"]
         return {"score": int(named[1])} if named else {"score": int(bare[0])} if len(bare) == 1 else {}
 
     def wiscore(self, grades: dict[str, int]) -> float:
