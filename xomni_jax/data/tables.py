@@ -6,8 +6,12 @@ a fault nor the number of hosts moves the others.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
+
+from xomni_jax.core.config import ConfigError
 
 
 class FaultyRecord(ValueError):
@@ -36,3 +40,13 @@ class Table(Protocol):
     def where(self, number: int) -> str:
         """The place of a row for messages, such as "train.jsonl:4", "train.parquet row 4" or "00000.tar 000000004"."""
         ...
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """What keeps a file from being read becomes a ConfigError that names it."""
+    try:
+        yield
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"byte {error.start} is not UTF-8"
+        raise ConfigError(f"{path} cannot be read: {reason}") from error
