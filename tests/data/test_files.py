@@ -58,7 +58,7 @@ def test_layouts_of_a_folder(tmp_path, write):
     write(tmp_path)
     found = examples(section(tmp_path))
     assert [e["caption"] for e in found] == [f"a {name} café" for name in sorted(COLOURS)]
-    assert [e["id"] for e in found] == [f"{n}:{name}.png" for n, name in enumerate(sorted(COLOURS))]
+    assert [e["id"] for e in found] == [f"{tmp_path.name if write in (beside_txt, beside_json) else 'metadata'}:{n}" for n in range(4)]
     for example, name in zip(found, sorted(COLOURS)):
         assert example["image"].shape == (32, 64, 3) and (example["image"] == COLOURS[name]).all()
 

@@ -44,9 +44,9 @@ def read_image(
         return to_rgb(image, as_stored)
 
 
-def image_size(file: str | Path) -> tuple[int, int]:
+def image_size(file: bytes | str | Path) -> tuple[int, int]:
     """(width, height) of the upright image, from the header of its file alone. UnreadableImage as far as the header tells."""
-    with _reasons(FORMATS), open(file, "rb") as stream:
+    with _reasons(FORMATS), io.BytesIO(file) if isinstance(file, bytes) else open(file, "rb") as stream:
         image = _open(stream, MAX_PIXELS, FORMATS)
         return image.size[::-1] if image.getexif().get(_ORIENTATION, 1) >= 5 else image.size
 

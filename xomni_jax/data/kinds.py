@@ -65,7 +65,7 @@ KINDS: dict[str, Kind] = {
         "xomni_jax.data.parquet_table:open_parquet", lambda path, head: path.suffix == ".parquet" or head.startswith(b"PAR1"),
     ),
     "images": Kind(
-        "a folder of images, with metadata.jsonl or metadata.csv (Hugging Face's imagefolder), or with NAME.txt or NAME.json beside NAME.png",
+        "a folder of images with metadata.jsonl or metadata.csv (Hugging Face's imagefolder), or NAME.txt or NAME.json beside NAME.png",
         "my_images", "xomni_jax.data.image_folders:open_folder", lambda path, head: False,
     ),
     "text": Kind(

@@ -1,180 +1,397 @@
-"""Records of the user's own files: an image, its caption, and further columns; each is checked, and a fault names file and line."""
+"""Records: what the columns of a row mean, whatever the format of its file. One function, `make_record`, and the tables of names beside it.
+
+A column that is null, or an empty list, counts as absent: writers fill what a row lacks with it.
+"""
 
 from __future__ import annotations
 
-import csv
-import io
+import base64
+import binascii
 import json
 import os
+import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from xomni_jax.core.config import ConfigError
+from xomni_jax.data.conversations import Conversation, counted, of_llava, of_messages, of_questions
+from xomni_jax.data.tables import FaultyRecord
 
-IMAGE_COLUMNS = ("file_name", "image", "image_path", "img_path", "path")
-CAPTION_COLUMNS = ("text", "caption", "prompt")
-MORE = {"question": str, "answer": str, "targets": dict}  # what stages read beside the caption
+CAPTION_COLUMNS = (
+    "text", "txt", "caption", "captions", "prompt", "instruction", "edit_prompt", "edited_prompt_list", "prompt_en", "prompt_zh",
+    "captions/text",
+)  # fmt: skip
+IMAGE_COLUMNS = (
+    "file_name", "image", "image_path", "img_path", "path", "images", "file_names", "file_path", "real_image", "image1", "image/encoded",
+)  # fmt: skip
+INPUT_COLUMNS = ("input", "input_image", "input_images", "src_img", "original_image", "source_image")
+OUTPUT_COLUMNS = ("output", "output_image", "edited_img", "edited_image", "target_image")
+ID_COLUMNS = (
+    "id", "__key__", "key", "sample_id", "item_id", "omni_edit_id", "prompt_id", "promptid", "image_id", "image/id", "index",
+)  # fmt: skip
+CONVERSATIONS: dict[str, Callable[[Any, Any], Conversation]] = {
+    "conversations": of_llava,
+    "messages": of_messages,
+    "texts": of_questions,
+    "prompt": of_messages,  # where it is a list
+}
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".gif", ".bmp", ".ppm")
-TABLES = ("metadata.jsonl", "metadata.csv")
+_QUOTED = re.compile(r'"([^"]+)"|“([^”]+)”')
+_X2I_MARK = re.compile(r"<img><\|image_(\d+)\|></img>")
+_DATA_URI = re.compile(r"data:[\w/+.-]*;base64,")
+
+Image = bytes | Path
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns count, where the tables of usual names do not say it.
+
+    Attributes:
+      image: column of the image or its path, a.b inside nested ones; empty - the first usual name
+      caption: column of the caption or prompt, likewise; of several, separated by commas, the first that a record has
+      images: folder that holds the images, to which paths are relative unless they are absolute; empty - the one that holds the file
+      text_targets: every text in double quotes, straight or curly, is a target that the image must show; a prompt without any is faulty
+    """
+
+    image: str = ""
+    caption: str = ""
+    images: str = ""
+    text_targets: bool = False
 
 
 @dataclass(frozen=True)
 class Record:
-    """One image with its caption.
+    """One record of a source.
 
     Attributes:
-      id: identifies the record: its number, and the path of the image as it was given.
-      where: file and line, for messages.
-      more: the other columns that a stage may read.
+      key: name of the source's part and number of the record in it; nothing else is unique.
+      where: its place, for messages.
+      texts: captions, wordings of an instruction, or the prompt.
+      images: encoded bytes, or the path of a file under the root; in the order in which marks show them.
+      roles: of the images, where they differ: "input" or "output", or what the file calls them.
+      turns: (user | assistant, text with a mark `<image N>` where image N is shown).
+      system: the instruction above the turns.
+      targets: what rewards look for: {"text": [...], "objects": [...], ...}.
+      rewards: weights of the rewards that judge it; empty: those of the configuration.
+      weight: how often it is drawn, relative to others.
+      size: (height, width) in pixels to draw, where the record says it.
+      metadata: the other columns.
+      id: what the file calls the record; it may repeat.
+      notes: what was amended or left out, in words.
     """
 
-    id: str
-    image: Path
-    caption: str
+    key: str
     where: str
-    more: dict[str, Any] = field(default_factory=dict)
+    texts: tuple[str, ...] = ()
+    images: tuple[Image, ...] = ()
+    roles: tuple[str, ...] = ()
+    turns: tuple[tuple[str, str], ...] = ()
+    system: str = ""
+    targets: Mapping[str, Any] = field(default_factory=dict)
+    rewards: Mapping[str, float] = field(default_factory=dict)
+    weight: float = 1.0
+    size: tuple[int, int] | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    id: str = ""
+    notes: tuple[str, ...] = ()
 
 
-class FaultyRecord(ValueError):
-    """A record that cannot be used: file, line and reason."""
+class _Row:
+    """The columns of a row that are present, of which those that are taken become part of a record, the others its metadata."""
+
+    def __init__(self, columns: Mapping[str, Any], root: Path, absolute: bool):
+        self.columns = {name: value for name, value in columns.items() if value is not None and value != []}
+        self.given, self.root, self.absolute = columns, root, absolute
+        self.notes: list[str] = []
+        self.metadata: dict[str, Any] = {}
+
+    def take(self, *names: str) -> Any:
+        """The value of the first of these columns that is present, None where none is; a.b looks inside a nested object."""
+        for name in names:
+            if (value := _nested(self.columns, name)) is not None:
+                self.columns.pop(name, None)
+                return value
+        return None
+
+    def object(self, name: str, kind: type, called: str) -> Any:
+        """The value of a column, empty where it is absent; text is read as JSON, for tables without nested columns."""
+        value = _from_json(self.take(name))
+        if value is not None and not isinstance(value, kind):
+            raise FaultyRecord(f"the column {name!r} is no {called}")
+        return kind() if value is None else value
 
 
-def folder_records(folder: Path, image: str, caption: str, images: str) -> Iterator[Record | FaultyRecord]:
-    """Records of a folder: those of its metadata file, or else its images, at any depth, with a .txt or .json beside each.
+def make_record(columns: Mapping[str, Any], key: str, where: str, root: Path, how: Columns, *, prompt: bool = False) -> Record:
+    """The record of a row. Files of images are not opened.
+
+    Args:
+      root: the folder to which paths are relative, unless `how` names another.
+      prompt: whether it is to be drawn: it needs a text alone. Otherwise it needs an image with a text, or a conversation.
 
     Raises:
-      ConfigError: there is no such folder, or it has two metadata files, or another folder below it has one.
+      FaultyRecord: it lacks something, or a column holds what cannot be used; the message begins with `where`.
     """
-    if not folder.is_dir():
-        raise ConfigError(f"config.data.path={folder}: no such folder; name a folder of images with captions")
-    tables = [folder / name for name in TABLES if (folder / name).is_file()]
-    if len(tables) > 1:
-        raise ConfigError(f"{folder} holds {' and '.join(TABLES)}; leave one of them")
-    if tables:
-        yield from table_records(tables[0], image, caption, images)
-        return
-    files = sorted(p for p in folder.rglob("*") if not any(part.startswith(".") for part in p.relative_to(folder).parts))
-    below = [p for p in files if p.name in TABLES]
-    if below:
-        raise ConfigError(f"config.data.path={folder}: {below[0]} lies deeper; name the folder that holds it")
-    for number, file in enumerate(p for p in files if p.suffix.lower() in IMAGE_SUFFIXES):
-        try:
-            yield _record(number, _beside(file), str(file), file, str(file.relative_to(folder)), caption)
-        except FaultyRecord as fault:
-            yield fault
-
-
-def table_records(path: Path, image: str, caption: str, images: str) -> Iterator[Record | FaultyRecord]:
-    """Records of a file of JSON lines, a JSON list or a csv, whose paths are relative to `images` or to the file's folder.
-
-    Raises:
-      ConfigError: the file cannot be read, or no record has the columns of image and caption.
-    """
-    root = Path(images) if images else path.parent
-    rows = list(read_table(path))
-    names = sorted({name for row, _ in rows if isinstance(row, dict) for name in row if name})
-    image, caption = (
-        _column(path, key, chosen, usual, rows, names)
-        for key, chosen, usual in (("image", image, IMAGE_COLUMNS), ("caption", caption, CAPTION_COLUMNS))
-    )
-    for number, (row, where) in enumerate(rows):
-        try:
-            if isinstance(row, FaultyRecord):
-                raise row
-            if not isinstance(row, dict):
-                raise FaultyRecord(f"{where}: it is no object with named columns")
-            name = get(row, image)
-            if not isinstance(name, str) or not name:
-                raise FaultyRecord(f"{where}: the column {image!r} names no image")
-            # Links are followed: those of Hugging Face's cache lead out of the folder.
-            file = Path(os.path.abspath(root / name))
-            if "://" in name or os.path.isabs(name) and not images or not file.is_relative_to(os.path.abspath(root)):
-                raise FaultyRecord(f"{where}: the image {name} lies outside {root}; config.data.images names the folder that may hold it")
-            yield _record(number, row, where, file, name, caption)
-        except FaultyRecord as fault:
-            yield fault
-
-
-def read_table(path: Path) -> Iterator[tuple[Any, str]]:
-    """(values, "FILE line N") of a file; values are a FaultyRecord where a line is not JSON. ConfigError when it cannot be read.
-
-    Lines end with a line feed alone: other line separators may stand inside a text.
-    """
+    row = _Row(columns, Path(how.images) if how.images else root, bool(how.images))
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"byte {error.start} is not UTF-8"
-        raise ConfigError(f"config.data: {path} cannot be read: {reason}") from error
-    if path.suffix == ".csv":
-        rows = csv.DictReader(io.StringIO(text, newline=""), restkey="", strict=True)
-        try:
-            yield from ((row, f"{path} line {rows.line_num}") for row in rows)
-        except csv.Error as error:
-            raise ConfigError(f"config.data: {path} line {rows.line_num + 1}: {error}; correct the quotes") from error
-        return
-    if text.lstrip().startswith("["):
-        try:
-            yield from ((row, f"{path} entry {n}") for n, row in enumerate(json.loads(text), 1))
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"config.data: {path} is no list in JSON ({error}); correct it") from error
-        return
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            where = f"{path} line {number}"
-            try:
-                yield json.loads(line), where
-            except (ValueError, RecursionError) as error:
-                yield FaultyRecord(f"{where}: it is not JSON ({error})"), where
+        return _record(row, key, where, how, prompt)
+    except FaultyRecord as fault:
+        raise FaultyRecord(f"{where}: {fault}") from None
 
 
-def get(row: Any, column: str) -> Any:
-    """The value of a column, None where there is none; `a.b` looks inside a nested object."""
-    if isinstance(row, dict) and column in row:
-        return row[column]
-    first, _, rest = column.partition(".")
-    return get(row.get(first), rest) if rest and isinstance(row, dict) else None
+def _record(row: _Row, key: str, where: str, how: Columns, prompt: bool) -> Record:
+    marked = row.columns.get("input_images") is not None
+    images = _images(row, how)
+    shown, roles = [image for image, _ in images], [role for _, role in images]
+    talk = _conversation(row, shown)
+    texts = [talk.turns[0][1]] if talk and prompt else _texts(row, how, needed=talk is None)
+    if talk is not None:
+        shown, roles = talk.images, talk.roles
+    elif marked:
+        texts, shown = _numbered(texts, shown, roles)
+    targets = row.object("targets", dict, "object")
+    if how.text_targets and "text" not in targets:
+        quoted = [(a or b).strip() for a, b in _QUOTED.findall(texts[0])]
+        targets = targets | {"text": [text for text in quoted if text]}
+        if not targets["text"]:
+            raise FaultyRecord("no text in double quotes that the image is to show")
+    if not prompt and talk is None and not shown:
+        raise FaultyRecord(_lacks(row, "image", how.image, IMAGE_COLUMNS))
+    if not prompt and talk is not None and not any(role == "assistant" for role, _ in talk.turns):
+        raise FaultyRecord("no answer of an assistant to learn from")
+    rewards, weight, size, id = _rewards(row.take("rewards")), row.take("weight"), row.take("size"), row.take(*ID_COLUMNS)
+    metadata = _metadata(row)
+    if isinstance(preferred := metadata.get("human_preference"), Sequence) and len(preferred) != len(shown):
+        raise FaultyRecord(f"{counted(len(shown), 'image')} but {counted(len(preferred), 'preference')}")
+    return Record(
+        key,
+        where,
+        tuple(texts),
+        tuple(_reference(image, row) for image in shown),
+        tuple(roles) if any(roles) else (),
+        tuple((role, clean(text, "the conversation")) for role, text in talk.turns) if talk else (),
+        clean(talk.system, "the conversation") if talk and talk.system else "",
+        targets,
+        rewards,
+        _number(weight, "weight") if weight is not None else 1.0,
+        _size(size) if size is not None else None,
+        metadata,
+        str(id if id is not None else metadata.get("global_id", "")),
+        tuple(row.notes + (talk.notes if talk else [])),
+    )
 
 
-def _column(path: Path, key: str, chosen: str, usual: Sequence[str], rows: list[tuple[Any, str]], names: list[str]) -> str:
-    """The column that holds what the option `key` names, or the first of the usual ones. ConfigError when no row has it."""
-    for name in [chosen] if chosen else usual:
-        if any(get(row, name) is not None for row, _ in rows):
-            return name
-    what = f"config.data.{key}={chosen!r} is no column" if chosen else f"config.data.{key}: none of {', '.join(usual)} is a column"
-    raise ConfigError(f"{what} of {path}; it has {', '.join(names) or 'none'}")
-
-
-def _beside(file: Path) -> dict[str, Any]:
-    """The columns of an image whose caption stands in a file of the same name."""
-    for suffix in (".json", ".txt"):
-        beside = file.with_suffix(suffix)
-        if beside.is_file():
-            rows = [(beside.read_text("utf-8-sig", "surrogateescape"), "")] if suffix == ".txt" else list(read_table(beside))
-            row = {"caption": rows[0][0]} if suffix == ".txt" else rows[0][0] if rows else None
-            if not isinstance(row, dict):
-                raise FaultyRecord(f"{beside}: it is no object with named columns in JSON")
-            return row
-    raise FaultyRecord(f"{file}: there is no {file.stem}.txt or .json with its caption beside it")
-
-
-def _record(number: int, row: dict[str, Any], where: str, image: Path, name: str, caption: str) -> Record:
-    column = caption or next((c for c in CAPTION_COLUMNS if row.get(c) is not None), CAPTION_COLUMNS[0])
-    more = {}
-    for key, kind in MORE.items():
-        if row.get(key) is not None:
-            if not isinstance(row[key], kind):
-                raise FaultyRecord(f"{where}: the column {key!r} is no {'text' if kind is str else 'object'}")
-            more[key] = _clean(row[key], where, key) if kind is str else row[key]
-    return Record(f"{number}:{name}", image, _clean(get(row, column), where, column), where, more)
-
-
-def _clean(text: Any, where: str, column: str) -> str:
+# ---- texts ----
+def clean(text: Any, what: str) -> str:
     """A text without white space around it, in Unicode's composed form. FaultyRecord when it is none, empty, or no Unicode."""
+    text = text.decode("utf-8", "surrogateescape") if isinstance(text, bytes) else text
     if not isinstance(text, str) or not text.strip():
-        raise FaultyRecord(f"{where}: the column {column!r} holds no text")
+        raise FaultyRecord(f"{what} holds no text")
     if any("\ud800" <= c <= "\udfff" for c in text):
-        raise FaultyRecord(f"{where}: the column {column!r} is not Unicode")
+        raise FaultyRecord(f"{what} is not Unicode")
     return unicodedata.normalize("NFC", text.strip())
+
+
+def _texts(row: _Row, how: Columns, needed: bool) -> list[str]:
+    usual = [name.strip() for name in how.caption.split(",")] if how.caption else CAPTION_COLUMNS
+    name = next((name for name in usual if _nested(row.columns, name) is not None), None)
+    if name is None:
+        if needed:
+            raise FaultyRecord(_lacks(row, "caption", how.caption, CAPTION_COLUMNS))
+        return []
+    value = row.take(name)
+    value = _from_json(value) if name in ("captions", "edited_prompt_list") else value
+    if isinstance(value, Mapping):  # of names and captions, or what TensorFlow Datasets makes of a sequence
+        value = value["text"] if "text" in value else list(value.values())
+    entries = [entry.get("text") if isinstance(entry, Mapping) else entry for entry in (value if isinstance(value, list) else [value])]
+    return [clean(entry, f"the column {name!r}") for entry in entries]
+
+
+def _numbered(texts: list[str], images: list[Any], roles: Sequence[str]) -> tuple[list[str], list[Any]]:
+    """Marks of X2I, which count from 1 and come in any order, as `<image N>`, and the input images in the order of their marks."""
+    marks = [int(n) for text in texts for n in _X2I_MARK.findall(text)]
+    inputs, order = roles.count("input"), list(dict.fromkeys(marks))
+    if sorted(order) != list(range(1, inputs + 1)):
+        raise FaultyRecord(f"{counted(inputs, 'input image')} but marks for {', '.join(map(str, sorted(order))) or 'none'} of them")
+    texts = [_X2I_MARK.sub(lambda found: f"<image {order.index(int(found[1]))}>", text) for text in texts]
+    return texts, [images[n - 1] for n in order] + images[inputs:]
+
+
+def _conversation(row: _Row, images: list[Any]) -> Conversation | None:
+    """What the first of the columns of conversations holds; a question with its answer is one, too."""
+    for name, read in CONVERSATIONS.items():
+        if isinstance(said := _from_json(row.given.get(name)), list):
+            if not said or not all(isinstance(turn, Mapping) for turn in said):
+                raise FaultyRecord(f"no text: the column {name!r} is no list of turns")
+            row.take(name)
+            return read(said, images)
+    if "question" in row.columns and "answer" in row.columns:
+        question, answer = (clean(row.take(name), f"the column {name!r}") for name in ("question", "answer"))
+        return of_questions([{"user": question, "assistant": answer}], images)
+    return None
+
+
+# ---- images ----
+def _images(row: _Row, how: Columns) -> list[tuple[Any, str]]:
+    """The images of a row, which are bytes, paths or maps of these, each with its role or ""."""
+    if how.image:
+        return [(image, "") for image in _listed(row.take(how.image))]
+    if "media" in row.columns:  # UniRL
+        return [_medium(n, entry) for n, entry in enumerate(row.take("media"))]
+    if isinstance(row.given.get("data"), list):  # Janus-Pro-R1: candidates with their labels
+        return _candidates(row)
+    named = [name for name in row.columns if name.endswith(("_file_name", "_file_names"))]  # Hugging Face's imagefolder
+    if named:
+        return [(image, name.rpartition("_file_name")[0]) for name in named for image in _listed(row.take(name))]
+    inputs = [(image, "input") for name in _present(row, INPUT_COLUMNS) for image in _listed(row.take(name))]
+    outputs = [(image, "output") for name in _present(row, OUTPUT_COLUMNS) for image in _listed(row.take(name))]
+    if inputs and not outputs:
+        raise FaultyRecord("no output image: " + _lacks(row, "image", "", OUTPUT_COLUMNS))
+    if inputs or outputs:
+        return inputs + outputs
+    usual = next(iter(_present(row, IMAGE_COLUMNS)), None) or next((n for n in row.columns if _is_image(row.columns[n])), None)
+    return [(image, "") for image in _listed(row.take(usual))] if usual else []
+
+
+def _present(row: _Row, names: Sequence[str]) -> list[str]:
+    """The columns of these names, also where a webdataset calls them input.jpg."""
+    stems = {name: os.path.splitext(name)[0] if name.lower().endswith(IMAGE_SUFFIXES) else name for name in row.columns}
+    return [name for wanted in names for name, stem in stems.items() if stem == wanted]
+
+
+def _medium(number: int, entry: Any) -> tuple[Any, str]:
+    for name in ("modality", "role", "uri"):
+        if not isinstance(entry, Mapping) or not isinstance(entry.get(name), str):
+            raise FaultyRecord(f"media[{number}] lacks {name!r}")
+    if entry["modality"] != "image":
+        raise FaultyRecord(f"media[{number}] is of modality {entry['modality']!r}; only images are read")
+    return entry["uri"], entry["role"]
+
+
+def _candidates(row: _Row) -> list[tuple[Any, str]]:
+    """Those whose file exists; their probabilities and states become metadata."""
+    kept = []
+    for n, entry in enumerate(row.take("data") or []):
+        reference = _reference(entry.get("img_path"), row)
+        if isinstance(reference, Path) and not reference.is_file():
+            row.notes.append(f"data[{n}] is left out: missing image file {entry['img_path']}")
+        else:
+            kept.append(entry)
+    if not kept:
+        raise FaultyRecord("no candidates")
+    row.metadata |= {name: [entry.get(name) for entry in kept] for name in ("prob", "state")}
+    return [(entry["img_path"], "") for entry in kept]
+
+
+def _reference(image: Any, row: _Row) -> Image:
+    """Encoded bytes, or the path of a file under the root."""
+    if isinstance(image, Mapping):
+        image = image.get("bytes") if image.get("bytes") is not None else image.get("path")
+    if isinstance(image, bytes):
+        return image
+    if not isinstance(image, str) or not image:
+        raise FaultyRecord(f"an image is {type(image).__name__ if image else 'empty'}, neither a path nor encoded bytes")
+    if found := _DATA_URI.match(image):
+        try:
+            return base64.b64decode(image[found.end() :], validate=True)
+        except binascii.Error as error:
+            raise FaultyRecord(f"an image in a data: URI is not base64 ({error})") from None
+    if "://" in image:
+        raise FaultyRecord(f"the image {image} is a web address, which is not fetched; give a file")
+    # Links are followed: those of Hugging Face's cache lead out of the folder.
+    file = Path(os.path.abspath(row.root / image))
+    if os.path.isabs(image) and not row.absolute or not file.is_relative_to(os.path.abspath(row.root)):
+        raise FaultyRecord(f"the image {image} lies outside {row.root}; config.data.images names the folder that may hold it")
+    return file
+
+
+# ---- other columns ----
+def _metadata(row: _Row) -> dict[str, Any]:
+    """The columns that are left, without nulls and bytes; those of the objects that hold metadata in known layouts are among them."""
+    for name in [name for name in row.columns if name.startswith("sub_dims")]:  # UniGenBench: an object in a cell
+        inside = _from_json(row.columns.pop(name))
+        if isinstance(inside, Mapping):
+            row.metadata |= inside
+        else:
+            row.notes.append(f"{name} is not JSON; kept without it")
+    row.metadata |= row.object("metadata", dict, "object")
+    row.metadata |= {k: v for k, v in row.object("reward_model", dict, "object").items() if k == "ground_truth"}  # verl
+    return row.metadata | {name: _without_nulls(value) for name, value in row.columns.items() if not _is_image(value)}
+
+
+def _rewards(value: Any) -> dict[str, float]:
+    """{reward: weight}, also of a list of maps with one key each (DeepGen-RL)."""
+    value = _from_json(value)
+    maps = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(entry, Mapping) for entry in maps):
+        raise FaultyRecord("rewards is no object of weights by the names of rewards")
+    return {name: _number(weight, f"the weight of the reward {name!r}") for entry in maps for name, weight in entry.items()}
+
+
+def _number(value: Any, what: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise FaultyRecord(f"{what} is {value!r}; give a positive number")
+    return number
+
+
+def _size(value: Any) -> tuple[int, int]:
+    value = _from_json(value)
+    if not isinstance(value, list) or len(value) != 2 or not all(isinstance(side, int) and side > 0 for side in value):
+        raise FaultyRecord(f"size is {value!r}; give [height, width] in pixels")
+    return value[0], value[1]
+
+
+def _lacks(row: _Row, what: str, chosen: str, usual: Sequence[str]) -> str:
+    """That a row has no such column with a value, and which it has."""
+    asked = [chosen] if chosen else usual
+    if null := [name for name in asked if name in row.given]:
+        return f"no {what}: the column {null[0]!r} is empty"
+    none = f"config.data.{what}={chosen!r} is no column" if chosen else f"none of {', '.join(usual)} is a column"
+    return f"no {what}: {none}; there are {', '.join(map(str, row.given)) or 'none'}"
+
+
+def _listed(value: Any) -> list[Any]:
+    """The images in a column: none, one or several; an empty text stands for none."""
+    values = value if isinstance(value, list) else [value]
+    return [image for image in values if image is not None and image != "" and not _is_null_image(image)]
+
+
+def _is_null_image(value: Any) -> bool:
+    return isinstance(value, Mapping) and value.get("bytes") is None and not value.get("path")
+
+
+def _is_image(value: Any) -> bool:
+    """Whether a value is told to be an image, or several, by its type alone."""
+    return isinstance(value, bytes) or isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes)
+
+
+def _nested(columns: Any, name: str) -> Any:
+    """The value of a column; `a.b` looks inside a nested object."""
+    if not isinstance(columns, Mapping):
+        return None
+    if name in columns:
+        return columns[name]
+    first, _, rest = name.partition(".")
+    return _nested(columns.get(first), rest) if rest else None
+
+
+def _from_json(value: Any) -> Any:
+    """Text that is an object or a list in JSON, as tables without nested columns hold it, as this; any other value as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _without_nulls(inner) for name, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value

@@ -45,8 +45,10 @@ SOURCES = Registry(
     "source",
     {
         "rendered": "xomni_jax.data.rendered:RenderedSource",
-        "folder": "xomni_jax.data.files:FolderSource",
-        "jsonl": "xomni_jax.data.files:JsonLinesSource",
+        "files": "xomni_jax.data.files:FilesSource",
+        "folder": "xomni_jax.data.files:FilesSource",  # earlier names of the same
+        "jsonl": "xomni_jax.data.files:FilesSource",
+        "prompts": "xomni_jax.data.files:PromptsSource",
     },
 )
 

@@ -38,7 +38,7 @@ def open_text(files: Sequence[Path], root: Path) -> Table:
         first = next((line for line in file if line.strip()), b"").removeprefix(_BOM).lstrip()
     if first.startswith(b"["):
         try:
-            return ListTable(path, root, json.loads(_text(path)), "{}[{}]", 0, columns)
+            return ListTable(path, root, json.loads(_text(path)), lambda n: f"{path}[{n}]", columns)
         except (ValueError, RecursionError) as error:
             if not _is_json(first):
                 raise ConfigError(f"{path} is no list in JSON ({error}); correct it") from error
@@ -86,12 +86,12 @@ class ListTable:
     """Rows that are held in memory.
 
     Attributes:
-      place: format of a row's place, of the file's name and of the row's number counted from `first`.
+      where: the place of a row, by its number.
       parse: makes columns of an entry; its FaultyRecord gives the reason alone.
     """
 
-    def __init__(self, path: Path, root: Path, rows: Sequence[Any], place: str, first: int, parse: Callable[[Any], dict[str, Any]]):
-        self.path, self.root, self.rows, self.place, self.first, self.parse = path, root, rows, place, first, parse
+    def __init__(self, path: Path, root: Path, rows: Sequence[Any], where: Callable[[int], str], parse: Callable[[Any], dict[str, Any]]):
+        self.root, self.rows, self.where, self.parse = root, rows, where, parse
         with readable(path):
             self.digest = hashlib.sha256(path.read_bytes()).hexdigest()
         self.notes = [] if rows else [f"{path}: holds no records"]
@@ -104,10 +104,6 @@ class ListTable:
             return self.parse(self.rows[number])
         except FaultyRecord as fault:
             raise FaultyRecord(f"{self.where(number)}: {fault}") from None
-
-    def where(self, number: int) -> str:
-        """File and number of the row."""
-        return self.place.format(self.path, number + self.first)
 
 
 def columns(value: Any) -> dict[str, Any]:
@@ -130,7 +126,7 @@ def _csv(path: Path, root: Path) -> ListTable:
             raise FaultyRecord(f"it has {len(row)} fields, the header has {len(header)}")
         return dict(zip(header, row, strict=True))
 
-    return ListTable(path, root, cells, "{} row {}", 1, parse)
+    return ListTable(path, root, cells, lambda n: f"{path} row {n + 1}", parse)
 
 
 def _text(path: Path) -> str:
