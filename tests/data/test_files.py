@@ -58,7 +58,7 @@ def test_layouts_of_a_folder(tmp_path, write):
     write(tmp_path)
     found = examples(section(tmp_path))
     assert [e["caption"] for e in found] == [f"a {name} café" for name in sorted(COLOURS)]
-    assert [e["id"] for e in found] == [f"{tmp_path.name if write in (beside_txt, beside_json) else 'metadata'}:{n}" for n in range(4)]
+    assert [e["id"] for e in found] == [f"{tmp_path.name}:{n}" for n in range(4)]
     for example, name in zip(found, sorted(COLOURS)):
         assert example["image"].shape == (32, 64, 3) and (example["image"] == COLOURS[name]).all()
 
@@ -112,7 +112,7 @@ def test_order_depends_on_the_seed_and_is_repeated(tmp_path):
     order = lambda seed, prefetch=0: [b["id"] for b in itertools.islice(batches(section(tmp_path), seed, 2, prefetch=prefetch), 12)]
     assert order(0) == order(0, prefetch=2) and order(0) != order(1)
     few = list(itertools.islice(batches(section(tmp_path), 0, 6), 2))  # fewer images than a batch holds
-    assert all(len(b["id"]) == 6 and set(b["id"]) == {f"{n}:{c}.png" for n, c in enumerate(sorted(COLOURS))} for b in few)
+    assert all(len(b["id"]) == 6 and set(b["id"]) == {f"{tmp_path.name}:{n}" for n in range(4)} for b in few)
     whole, row = (next(iter(batches(section(tmp_path), 0, 4, rows=rows)))["id"] for rows in (None, (2,)))
     assert row == whole[2:3]
 
@@ -135,16 +135,19 @@ def spoiled(folder, fault):
 FAULTS = {
     "missing image": ({"file_name": "gone.png"}, r"gone.png cannot be read: No such file"),
     "no image": (b"<html>", r"green.png cannot be read: it is none of PNG"),
-    "no image named": ({"file_name": None}, "'file_name' names no image"),
+    "no image named": ({"file_name": None}, "no image: the column 'file_name' is empty"),
+    "image of another kind": ({"file_name": 3}, "an image is int, neither a path nor encoded bytes"),
     "outside": ({"file_name": "../x.png"}, r"the image ../x.png lies outside"),
     "outside, hidden": ({"file_name": "a/../../x.png"}, "lies outside"),
     "absolute": ({"file_name": "/etc/passwd"}, "lies outside"),
-    "web address": ({"file_name": "https://a.b/c.png"}, "lies outside"),
+    "web address": ({"file_name": "https://a.b/c.png"}, "is a web address, which is not fetched"),
     "empty caption": ({"text": " \n"}, "'text' holds no text"),
-    "no caption": ({"text": None}, "'text' holds no text"),
-    "caption of another kind": ({"text": ["a"]}, "'text' holds no text"),
+    "no caption": ({"text": None}, "no caption: the column 'text' is empty"),
+    "caption of another kind": ({"text": 3}, "'text' holds no text"),
+    "captions of another kind": ({"text": ["a", 3]}, "'text' holds no text"),
     "half a character": ({"text": "a\ud800"}, "'text' is not Unicode"),
-    "question of another kind": ({"question": 3}, "'question' is no text"),
+    "question of another kind": ({"question": 3, "answer": "a"}, "'question' holds no text"),
+    "targets of another kind": ({"targets": 3}, "'targets' is no object"),
     "not JSON": ("{nothing", "it is not JSON"),
     "null": ("null", "it is no object with named columns"),
     "nested too deep": ('{"text":' + "[" * 100_000, "it is not JSON"),
@@ -157,12 +160,12 @@ def test_a_faulty_record_is_refused_or_left_out(tmp_path, name, caplog):
     fault, words = FAULTS[name]
     spoiled(tmp_path, fault)
     with pytest.raises(
-        ConfigError, match=rf"1 of 4 records cannot be used; the first: .*metadata.jsonl line 2: .*{words}.*; repair"
+        ConfigError, match=rf"1 of 4 records cannot be used; the first: .*metadata.jsonl:2: .*{words}.*; repair"
     ) as error:
         section(tmp_path).open(0, 2)
     assert "\n" not in str(error.value)
     found = examples(section(tmp_path, skip_faulty=True), 3)
-    assert [e["id"] for e in found] == ["0:blue.png", "2:grey.png", "3:red.png"]  # numbers of the file
+    assert [e["id"] for e in found] == [f"{tmp_path.name}:{n}" for n in (0, 2, 3)]  # numbers of the file
     assert "1 of 4 records cannot be used" in caplog.text
 
 
@@ -171,7 +174,7 @@ def test_a_cut_image_is_found_when_it_is_read_or_left_out_at_the_start(tmp_path)
     spoiled(tmp_path, b"")
     Image.fromarray(noise).save(tmp_path / "green.png")
     (tmp_path / "green.png").write_bytes((tmp_path / "green.png").read_bytes()[:3000])
-    with pytest.raises(ConfigError, match=r"metadata.jsonl line 2: the image .*green.png cannot be read: it is damaged or cut off"):
+    with pytest.raises(ConfigError, match=r"metadata.jsonl:2: the image .*green.png cannot be read: it is damaged or cut off"):
         examples(section(tmp_path))
     assert len(examples(section(tmp_path, skip_faulty=True), 3)) == 3
 
@@ -211,13 +214,13 @@ def latin(folder):
 @pytest.mark.parametrize(
     "make, options, words",
     [
-        (empty, {}, r"config.data.path=.*: holds no images; name a folder"),
+        (empty, {}, r"config.data.path=.*: holds no images; name files"),
         (only_text, {}, r"holds no images"),
         (no_caption, {}, r"1 of 4 records .*red.png: there is no red.txt or .json with its caption beside it"),
         (two_tables, {}, r"holds metadata.jsonl and metadata.csv; leave one of them"),
         (deeper, {}, r"train/metadata.csv lies deeper; name the folder that holds it"),
-        (metadata_jsonl, {"caption": "captoin"}, r"config.data.caption='captoin' is no column of .*metadata.jsonl; it has file_name, text"),
-        (metadata_csv, {"image": "file"}, r"config.data.image='file' is no column of .*metadata.csv; it has file_name, text"),
+        (metadata_jsonl, {"caption": "captoin"}, r"metadata.jsonl:1: no caption: config.data.caption='captoin' is no column; there are file_name, text"),
+        (metadata_csv, {"image": "file"}, r"metadata.csv row 1: no image: config.data.image='file' is no column; there are text, file_name"),
         (broken_csv, {}, r"metadata.csv line 2: .*; correct the quotes"),
         (latin, {}, r"metadata.csv cannot be read: byte 21 is not UTF-8"),
     ],
@@ -231,12 +234,12 @@ def test_folders_that_are_refused(tmp_path, make, options, words):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"path": ""}, "config.data: path is empty; name the folder"),
+        ({"path": ""}, "config.data: path is empty; name a file"),
         ({"sizes": ()}, r"config.data: sizes=\(\) must hold one or more"),
         ({"sizes": ((0, 8),)}, "must hold one or more"),
         ({"pth": "a"}, "config.data.pth: unknown key; did you mean path"),
-        ({"path": "/nowhere"}, "config.data.path=/nowhere: no such folder"),
-        ({"source": "jsonl", "path": "/nowhere.jsonl"}, "config.data: /nowhere.jsonl cannot be read: No such file"),
+        ({"path": "/nowhere"}, "config.data.path=/nowhere: no such file or folder"),
+        ({"source": "jsonl", "path": "/nowhere.jsonl"}, "config.data.path=/nowhere.jsonl: no such file or folder"),
     ],
 )
 def test_options_that_are_refused(tmp_path, options, words):

@@ -21,10 +21,10 @@ _MODES = ("sample_proportional", "weight_only")
 
 
 def open_listed(path: Path) -> list[Part]:
-    """The parts that the list names; paths in it are relative to it.
+    """The parts that the list names; paths in it are relative to its folder.
 
     DeepGen-RL: {sampling_mode, datasets: [{name, path, sample_weight, rewards: [{reward: weight}, ...]}]}; a part's share is in proportion
-    to weight times length, or to its weight alone. LLaVA-OneVision: {datasets: [{json_path, sampling_strategy}]}, where the strategy is all,
+    to its weight times its length, or to its weight. LLaVA-OneVision: {datasets: [{json_path, sampling_strategy}]}, where the strategy is all,
     first:N, end:N or random:N, and N a number or a percentage, which is rounded up.
 
     Raises:
