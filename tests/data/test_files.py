@@ -159,9 +159,7 @@ FAULTS = {
 def test_a_faulty_record_is_refused_or_left_out(tmp_path, name, caplog):
     fault, words = FAULTS[name]
     spoiled(tmp_path, fault)
-    with pytest.raises(
-        ConfigError, match=rf"1 of 4 records cannot be used; the first: .*metadata.jsonl:2: .*{words}.*; repair"
-    ) as error:
+    with pytest.raises(ConfigError, match=rf"1 of 4 records cannot be used; the first: .*metadata.jsonl:2: .*{words}.*; repair") as error:
         section(tmp_path).open(0, 2)
     assert "\n" not in str(error.value)
     found = examples(section(tmp_path, skip_faulty=True), 3)
@@ -219,8 +217,16 @@ def latin(folder):
         (no_caption, {}, r"1 of 4 records .*red.png: there is no red.txt or .json with its caption beside it"),
         (two_tables, {}, r"holds metadata.jsonl and metadata.csv; leave one of them"),
         (deeper, {}, r"train/metadata.csv lies deeper; name the folder that holds it"),
-        (metadata_jsonl, {"caption": "captoin"}, r"metadata.jsonl:1: no caption: config.data.caption='captoin' is no column; there are file_name, text"),
-        (metadata_csv, {"image": "file"}, r"metadata.csv row 1: no image: config.data.image='file' is no column; there are text, file_name"),
+        (
+            metadata_jsonl,
+            {"caption": "captoin"},
+            r"metadata.jsonl:1: no caption: config.data.caption='captoin' is no column; there are file_name, text",
+        ),
+        (
+            metadata_csv,
+            {"image": "file"},
+            r"metadata.csv row 1: no image: config.data.image='file' is no column; there are text, file_name",
+        ),
         (broken_csv, {}, r"metadata.csv line 2: .*; correct the quotes"),
         (latin, {}, r"metadata.csv cannot be read: byte 21 is not UTF-8"),
     ],

@@ -239,7 +239,7 @@ def test_ids_that_do_not_fit(make, data, tmp_path):
         make(tmp_path, ids=["99"])
     rows = (data / "text_prompts.jsonl").read_text().splitlines()
     (tmp_path / "text_prompts.jsonl").write_text("\n".join([*rows, rows[2]]))
-    with pytest.raises(SuiteError, match=r"text_prompts.jsonl line 8: the id '0006' was used before, at .* line 3"):
+    with pytest.raises(SuiteError, match=r"text_prompts.jsonl:8: the id '0006' was used before, .*jsonl:3"):
         make(tmp_path / "out", data=tmp_path)
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from xomni_jax.core.config import ConfigError
 from xomni_jax.data.tables import Table, readable
+from xomni_jax.data.text_tables import TEXT_SUFFIXES
 
 _LFS_POINTER = b"version https://git-lfs"
 _IGNORED = ("_tmp", "__MACOSX")  # folders that downloads leave behind
@@ -70,7 +71,7 @@ KINDS: dict[str, Kind] = {
     ),
     "text": Kind(
         "JSON lines, a list in JSON, csv, tsv, or text with a prompt in every line", "train.jsonl",
-        "xomni_jax.data.text_tables:open_text", _ending(".txt", ".jsonl", ".json", ".csv", ".tsv"),
+        "xomni_jax.data.text_tables:open_text", _ending(*TEXT_SUFFIXES),
     ),
 }  # fmt: skip
 

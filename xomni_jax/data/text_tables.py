@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 from xomni_jax.core.config import ConfigError
 from xomni_jax.data.tables import FaultyRecord, Table, readable
 
+TEXT_SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".tsv")
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -38,7 +39,7 @@ def open_text(files: Sequence[Path], root: Path) -> Table:
         first = next((line for line in file if line.strip()), b"").removeprefix(_BOM).lstrip()
     if first.startswith(b"["):
         try:
-            return ListTable(path, root, json.loads(_text(path)), lambda n: f"{path}[{n}]", columns)
+            return ListTable(path, root, json.loads(read_text(path)), lambda n: f"{path}[{n}]", columns)
         except (ValueError, RecursionError) as error:
             if not _is_json(first):
                 raise ConfigError(f"{path} is no list in JSON ({error}); correct it") from error
@@ -115,7 +116,7 @@ def columns(value: Any) -> dict[str, Any]:
 
 def _csv(path: Path, root: Path) -> ListTable:
     csv.field_size_limit(sys.maxsize)  # an image in base64 is one field
-    rows = csv.reader(io.StringIO(_text(path), newline=""), delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
+    rows = csv.reader(io.StringIO(read_text(path), newline=""), delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
     try:
         header, *cells = [row for row in rows if row] or [[]]
     except csv.Error as error:
@@ -129,7 +130,8 @@ def _csv(path: Path, root: Path) -> ListTable:
     return ListTable(path, root, cells, lambda n: f"{path} row {n + 1}", parse)
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a file, without a byte order mark. ConfigError when it cannot be read."""
     with readable(path):
         return path.read_bytes().decode("utf-8-sig")
 

@@ -104,9 +104,9 @@ def test_prompts_alone_can_be_drawn_but_not_scored(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dependency": "x"}, "line 3: the field 'dependency' is 'x'"),
-        ({"proposition_id": "one"}, "line 3: the field 'proposition_id' is 'one', not a whole number"),
-        ({"tuple": ""}, "line 3: the field 'tuple' is empty"),
+        ({"dependency": "x"}, "row 2: the field 'dependency' is 'x'"),
+        ({"proposition_id": "one"}, "row 2: the field 'proposition_id' is 'one', not a whole number"),
+        ({"tuple": ""}, "row 2: the field 'tuple' is empty"),
     ],
 )
 def test_bad_rows(tmp_path, change, message):

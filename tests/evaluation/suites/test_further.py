@@ -173,7 +173,7 @@ def test_wise_weights_its_categories(tmp_path):
         "Without chemistry: the overall score is of the other categories.",
     ]
     write_wise(tmp_path, "_verified", [400, 520, 521, 641, 761, 1001])
-    with pytest.raises(SuiteError, match="natural_science_verified.json entry 2: the field 'prompt_id' is 1001, not 1 to 1000"):
+    with pytest.raises(SuiteError, match="natural_science_verified.json.1.: the field 'prompt_id' is 1001, not 1 to 1000"):
         get_suite("wise-verified").load(tmp_path)
 
 
@@ -355,7 +355,7 @@ def test_complex_prompts_are_measured_by_what_they_hold(tmp_path, monkeypatch):
 def test_prompts_that_cannot_name_a_file(tmp_path, monkeypatch):
     monkeypatch.setattr(t2i_rules, "language", lambda: Doc)
     (tmp_path / "color_val.txt").write_text("a cat\n../../a dog\n")
-    with pytest.raises(SuiteError, match=r"color_val.txt line 2: the id '../../a dog' cannot be part of a file name"):
+    with pytest.raises(SuiteError, match=r"color_val.txt:2: the id '../../a dog' cannot be part of a file name"):
         get_suite("t2i-compbench-color").load(tmp_path)
 
 

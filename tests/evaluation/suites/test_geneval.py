@@ -78,7 +78,7 @@ def test_loads_asks_and_saves(tmp_path):
         (row(include=[{"count": 1}]), "include clause 0 has the class None"),
         (row(include=[{"class": "cat", "count": 1, "color": "mauve"}]), "the colour 'mauve'"),
         (row(include=[{"class": "cat", "count": 1, "position": ["above", 0]}]), "index of an earlier clause"),
-        (row(tag=""), "jsonl line 2: the field 'tag' is empty"),
+        (row(tag=""), "jsonl:2: the field 'tag' is empty"),
     ],
 )
 def test_bad_rows(tmp_path, bad, message):

@@ -62,14 +62,14 @@ def test_loads_and_keeps_published_order(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([row(), '{"category": \n'], r"text_prompts.jsonl line 2 is not JSON"),
-        ([row(), row()], r"line 2: the id '0003' was used before, at .*line 1"),
-        ([row(prompt_id=None)], r"line 1: the field 'prompt_id' is missing"),
-        ([row(text=["?!"])], r"line 1: the ground truth \['\?!'\] holds nothing that is counted"),
-        ([row(text=[])], r"line 1: the field 'text' is an empty list"),
-        ([row(prompt=" ")], r"line 1: the field 'prompt' is empty"),
-        ([row(prompt_id="x")], r"line 1: the field 'prompt_id' is 'x', not a whole number"),
-        (["[1]\n"], r"line 1 is list, not an object"),
+        ([row(), '{"category": \n'], r"text_prompts.jsonl:2: it is not JSON"),
+        ([row(), row()], r"jsonl:2: the id '0003' was used before, at .*jsonl:1"),
+        ([row(prompt_id=None)], r"jsonl:1: the field 'prompt_id' is missing"),
+        ([row(text=["?!"])], r"jsonl:1: the ground truth \['\?!'\] holds nothing that is counted"),
+        ([row(text=[])], r"jsonl:1: the field 'text' is an empty list"),
+        ([row(prompt=" ")], r"jsonl:1: the field 'prompt' is empty"),
+        ([row(prompt_id="x")], r"jsonl:1: the field 'prompt_id' is 'x', not a whole number"),
+        (["[1]\n"], r"jsonl.0.: it is no object"),
         ([], r"holds no rows"),
     ],
 )

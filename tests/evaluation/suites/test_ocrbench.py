@@ -48,10 +48,10 @@ def test_points_and_images(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (json.dumps([entry(), entry()]), "entry 2: the id 'svt-00005' was used before"),
-        (json.dumps([entry(answers=[""])]), "entry 1: the field 'answers' holds an empty answer"),
-        ("[\n{,}]", "line 2 is not JSON"),
-        (json.dumps([entry(answers=None)]), "entry 1: the field 'answers' is missing"),
+        (json.dumps([entry(), entry()]), "json.1.: the id 'svt-00005' was used before"),
+        (json.dumps([entry(answers=[""])]), "json.0.: the field 'answers' holds an empty answer"),
+        ("[\n{,}]", "is no list in JSON .*line 2"),
+        (json.dumps([entry(answers=None)]), "json.0.: the field 'answers' is missing"),
     ],
 )
 def test_bad_files(tmp_path, text, message):

@@ -73,11 +73,11 @@ def test_loads_lists_in_cells(tmp_path):
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        ("0,000,p,['a'\n", "text_content.csv line 2: the field 'text_content' is not the text of a list"),
-        ("0,001,p,['a']\n", "line 2: the id '001' is not among"),
+        ("0,000,p,['a'\n", "text_content.csv row 1: the field 'text_content' is not the text of a list"),
+        ("0,001,p,['a']\n", "row 1: the id '001' is not among"),
         ("0,000,p,['!']\n", "holds nothing that is counted"),
-        ("0,000,p\n", "line 2 has 3 fields, the header has 4"),
-        ("0,000,p,['a']\n1,000,p,['b']\n", "line 3: the id '000' was used before"),
+        ("0,000,p\n", "row 1: it has 3 fields, the header has 4"),
+        ("0,000,p,['a']\n1,000,p,['b']\n", "row 2: the id '000' was used before"),
         ("0,000,p,\"['a']\n", "text_content.csv line 2: unexpected end of data"),
     ],
 )

@@ -36,8 +36,8 @@ def test_from_a_file_by_id_or_prompt(geneval, tmp_path):
     ("rows", "message"),
     [
         ([{"id": "00001", "rewritten": "x"}], "no rewritten prompt for 1 of 2 items; the first is '00000'"),
-        ([{"id": "00001", "rewritten": "x"}] * 2, "r.jsonl line 2: the id '00001' has a rewritten prompt already"),
-        ([{"id": "00001"}], "r.jsonl line 1: the field 'rewritten' is missing"),
+        ([{"id": "00001", "rewritten": "x"}] * 2, "r.jsonl:2: the id '00001' has a rewritten prompt already"),
+        ([{"id": "00001"}], "r.jsonl:1: the field 'rewritten' is missing"),
     ],
 )
 def test_bad_files(geneval, tmp_path, rows, message):

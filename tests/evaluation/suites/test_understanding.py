@@ -102,7 +102,7 @@ def test_pope_files(tmp_path):
     asked = get_suite("pope", ["single-word"]).load(tmp_path)[0].prompt
     assert asked == items[0].prompt + "\nAnswer the question using a single word or phrase."
     write_pope(tmp_path, label="maybe")
-    with pytest.raises(SuiteError, match=r"coco_pope_random.json line 2: the field 'label' is 'maybe'"):
+    with pytest.raises(SuiteError, match=r"coco_pope_random.json:2: the field 'label' is 'maybe'"):
         get_suite("pope").load(tmp_path)
 
 
@@ -141,16 +141,16 @@ def test_gqa_tsv_with_a_shared_image(tmp_path):
     write_tsv(tmp_path / "GQA_TestDev_Balanced.tsv", rows)
     assert [first_pixel(i) for i in get_suite("gqa").load(tmp_path)] == [BLUE, BLUE]
     write_tsv(tmp_path / "GQA_TestDev_Balanced.tsv", [rows[0], rows[1] | {"image": "9"}])
-    with pytest.raises(SuiteError, match="line 3: the image is neither base64 nor the index of a row"):
+    with pytest.raises(SuiteError, match="row 2: the image is neither base64 nor the index of a row"):
         get_suite("gqa").load(tmp_path)
 
 
 def test_broken_images_and_files_are_named(tmp_path):
     write_tsv(tmp_path / "GQA_TestDev_Balanced.tsv", [{"index": 1, "question": "q", "answer": "a", "image": "x!" * 50}])
-    with pytest.raises(SuiteError, match="GQA_TestDev_Balanced.tsv line 2: the image is not base64"):
+    with pytest.raises(SuiteError, match="GQA_TestDev_Balanced.tsv row 1: the image is not base64"):
         get_suite("gqa").load(tmp_path)[0].image()
     write_tsv(tmp_path / "GQA_TestDev_Balanced.tsv", [{"index": 1, "question": "q", "answer": "a", "image": "abcd" * 50}])
-    with pytest.raises(SuiteError, match="line 2: the image cannot be read"):
+    with pytest.raises(SuiteError, match="row 1: the image cannot be read"):
         get_suite("gqa").load(tmp_path)[0].image()
     (tmp_path / "DocVQA").mkdir()
     (tmp_path / "DocVQA" / "validation-00000.parquet").write_bytes(b"PAR1 not really")
@@ -265,9 +265,9 @@ def test_mmbench_parquet_with_the_other_toolkit(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"answer": ""}, "line 2: the field 'answer' is '', which is no option; the answers of test splits are not public"),
-        ({"B": "nan"}, "line 2: a question needs two options, it has 1"),
-        ({"index": "x"}, "line 2: the field 'index' is 'x'"),
+        ({"answer": ""}, "row 1: the field 'answer' is '', which is no option; the answers of test splits are not public"),
+        ({"B": "nan"}, "row 1: a question needs two options, it has 1"),
+        ({"index": "x"}, "row 1: the field 'index' is 'x'"),
     ],
 )
 def test_mmbench_bad_rows(tmp_path, change, message):

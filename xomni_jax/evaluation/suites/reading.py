@@ -6,16 +6,17 @@ Question tables come as VLMEvalKit publishes them (tsv, images in base64) and as
 from __future__ import annotations
 
 import ast
-import csv
 import functools
 import json
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from xomni_jax.core.config import ConfigError
+from xomni_jax.data.tables import FaultyRecord
+from xomni_jax.data.text_tables import TEXT_SUFFIXES, open_text, read_text
 from xomni_jax.evaluation.suite import Item, Suite, SuiteError, check_id
 from xomni_jax.evaluation.suites.downloads import Download, described
 from xomni_jax.evaluation.suites.images import ParquetImage, decode_base64, pyarrow
@@ -174,78 +175,37 @@ def unique_items(pairs: Iterable[tuple[Item | None, str]], where: str = "the dat
 def read_rows(paths: Path | Iterable[Path]) -> Iterator[Row]:
     """Rows of one file or of the shards of one, by the ending of the name. SuiteError with file and line for what cannot be read."""
     for path in [paths] if isinstance(paths, Path) else paths:
-        reader, empty = _READERS.get(path.suffix), True
-        if reader is None:
-            raise SuiteError(f"{path} is of a kind that is not read here; known endings are {', '.join(_READERS)}")
+        empty = True
         try:
-            for row in reader(path):
+            for row in _parquet(path) if path.suffix == ".parquet" else _text_rows(path):
                 empty = False
                 yield row
-        except UnicodeDecodeError as error:
-            raise SuiteError(f"{path} line {_undecodable_line(path)} is not UTF-8 text; download the file again") from error
+        except (ConfigError, FaultyRecord) as error:
+            raise SuiteError(f"{error}; download the file again") from error
         except OSError as error:
             raise SuiteError(f"{path} cannot be read: {error.strerror or error}") from error
         if empty:
             raise SuiteError(f"{path} holds no rows; download it again")
 
 
-def _undecodable_line(path: Path) -> int:
-    data = path.read_bytes()
-    try:
-        data.decode()
-    except UnicodeDecodeError as error:
-        return data[: error.start].count(b"\n") + 1
-    return 1  # not reached for text; the strings of a parquet file have no lines
-
-
-def _txt(path: Path) -> Iterator[Row]:
-    """The field "text" of each line that is not empty."""
-    with path.open(encoding="utf-8-sig") as lines:
-        yield from (Row({"text": line.strip()}, f"{path} line {n}") for n, line in enumerate(lines, 1) if line.strip())
-
-
-def _jsonl(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                where = f"{path} line {number}"
-                try:
-                    values = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise SuiteError(f"{where} is not JSON ({error}); fix the line or download the file again") from error
-                yield _row(values, where)
-
-
-def _json(path: Path) -> Iterator[Row]:
-    """A list of objects; some published files that end in .json hold one object per line instead."""
-    if not path.read_text(encoding="utf-8-sig").lstrip().startswith("["):
-        yield from _jsonl(path)
-        return
-    for number, values in enumerate(_whole(path), 1):
-        yield _row(values, f"{path} entry {number}")
+def _text_rows(path: Path) -> Iterator[Row]:
+    if path.suffix not in TEXT_SUFFIXES:
+        raise SuiteError(f"{path} is of a kind that is not read here; known endings are {', '.join((*TEXT_SUFFIXES, '.parquet'))}")
+    table = open_text([path], path.parent)
+    yield from (Row(_checked(table[n], table.where(n)), table.where(n)) for n in range(len(table)))
 
 
 def read_entries(path: Path) -> Iterator[Row]:
     """Rows of a JSON file that is one object: its keys become the field "id", a value that is no object the field "value"."""
-    found = _whole(path)
+    try:
+        found = json.loads(read_text(path))
+    except (ConfigError, ValueError, RecursionError) as error:
+        raise SuiteError(f"{path} is not JSON ({error}); download the file again") from error
     if not isinstance(found, dict):
         raise SuiteError(f"{path} is {type(found).__name__}, not an object; download it again")
     for id, value in found.items():
-        yield _row({**(value if isinstance(value, dict) else {"value": value}), "id": id}, f"{path} entry {id!r}")
-
-
-def _whole(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        line = _undecodable_line(path) if isinstance(error, UnicodeDecodeError) else getattr(error, "lineno", 1)
-        raise SuiteError(f"{path} line {line} is not JSON ({error}); download the file again") from error
-
-
-def _row(values: Any, where: str) -> Row:
-    if not isinstance(values, dict):
-        raise SuiteError(f"{where} is {type(values).__name__}, not an object with named fields")
-    return Row(_checked(values, where), where)
+        where = f"{path} entry {id!r}"
+        yield Row(_checked({**(value if isinstance(value, dict) else {"value": value}), "id": id}, where), where)
 
 
 def _checked(value: Any, where: str) -> Any:
@@ -253,24 +213,8 @@ def _checked(value: Any, where: str) -> Any:
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except (UnicodeEncodeError, RecursionError) as error:
-        raise SuiteError(f"{where} holds text that cannot be written ({error}); fix it or download the file again") from error
+        raise SuiteError(f"{where}: it holds text that cannot be written ({error}); fix it or download the file again") from error
     return value
-
-
-def _table(path: Path, delimiter: str) -> Iterator[Row]:
-    csv.field_size_limit(sys.maxsize)  # a base64 image is one field
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.reader(file, delimiter=delimiter, strict=True)
-        try:
-            header = next(rows, [])
-            for fields in rows:
-                where = f"{path} line {rows.line_num}"
-                if fields and len(fields) != len(header):
-                    raise SuiteError(f"{where} has {len(fields)} fields, the header has {len(header)}; fix the line")
-                if fields:
-                    yield Row(dict(zip(header, fields)), where)
-        except csv.Error as error:
-            raise SuiteError(f"{path} line {rows.line_num}: {error}; fix the quotes or download the file again") from error
 
 
 def _parquet(path: Path) -> Iterator[Row]:
@@ -289,16 +233,6 @@ def _parquet(path: Path) -> Iterator[Row]:
                 yield Row(values | found, f"{path} row {number}")
     except arrow.ArrowException as error:
         raise SuiteError(f"{path} is not a readable parquet file ({str(error).splitlines()[0]}); download it again") from error
-
-
-_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
-    ".txt": _txt,
-    ".jsonl": _jsonl,
-    ".json": _json,
-    ".csv": functools.partial(_table, delimiter=","),
-    ".tsv": functools.partial(_table, delimiter="\t"),
-    ".parquet": _parquet,
-}
 
 
 def rows_with_images(paths: Sequence[Path]) -> Iterator[tuple[Row, Callable[[], Any]]]:
