@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from xomni_jax.core.config import Overrides, Section
-from xomni_jax.data.files import FilesConfig, FolderSource
+from xomni_jax.data.files import FilesConfig, FilesSource
 from xomni_jax.data.rendered import RenderedConfig, RenderedSource
 from xomni_jax.data.sources import DataSection, Source
 from xomni_jax.inference import InferenceStage
@@ -14,7 +14,7 @@ from xomni_jax.training.pretrain import PretrainStage, SFTStage
 from xomni_jax.training.stage import Stage, TrainingStage
 from xomni_jax.training.tokenizer import TokenizerStage
 
-sources: list[Source] = [RenderedSource(RenderedConfig(), 0, 1), FolderSource(FilesConfig("a", ((8, 8),)), 0, 1)]
+sources: list[Source] = [RenderedSource(RenderedConfig(), 0, 1), FilesSource(FilesConfig(path="a", sizes=((8, 8),)), 0, 1)]
 sections: list[Section] = [Overrides(int), DataSection("rendered", RenderedConfig()), ModelSection({})]
 stages: list[type[Stage]] = [InferenceStage]
 training: list[type[TrainingStage]] = [TokenizerStage, DecoderStage, PretrainStage, SFTStage, GRPOStage]

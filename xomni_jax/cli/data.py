@@ -1,45 +1,27 @@
-"""xomni data: what to download for a benchmark, and whether a directory holds it."""
+"""xomni data: which files can be read, what is wrong with them, and what to download for a benchmark."""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+import sys
+import textwrap
 
-EXAMPLE = "xomni data fetch geneval --check DATA"
-_ABOUT = """\
-Prints the names, sizes and checksums of a benchmark's files and the repositories that publish them; nothing is downloaded. Put the files
-into one directory DATA, under the names that are printed, for xomni eval SUITE --data DATA. --check DATA compares what lies there, reads
-it, and says what is missing.
-"""
+from xomni_jax.cli import data_check, data_fetch, data_kinds
+
+COMMANDS = {module.NAME: module for module in (data_kinds, data_check, data_fetch)}
+EXAMPLE = data_fetch.EXAMPLE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The subcommand `fetch`."""
-    from xomni_jax.evaluation.suites import FURTHER, PUBLISHED
-
+    """A subcommand for each of `COMMANDS`; only the wanted one adds its options."""
     what = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
-    fetch = what.add_parser("fetch", help="what to download for a benchmark", description=_ABOUT, epilog="example:\n  " + EXAMPLE)
-    known = (*PUBLISHED, *FURTHER)
-    fetch.add_argument("suite", choices=known, metavar="SUITE", help="one of " + ", ".join(known))
-    fetch.add_argument("--check", metavar="DATA", help="the directory to check")
+    for name, module in COMMANDS.items():
+        sub = what.add_parser(name, help=module.HELP, description=module.ABOUT)
+        sub.epilog = "example:\n" + textwrap.indent(module.EXAMPLE, "  ")
+        if name in sys.argv[2:]:
+            module.add_arguments(sub)
 
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:
-    """Prints the list, or what the directory holds."""
-    from xomni_jax.evaluation.suite import SuiteError, check_images
-    from xomni_jax.evaluation.suites import get_suite
-    from xomni_jax.evaluation.suites.downloads import check, listing
-
-    suite = get_suite(args.suite)
-    if args.check is None:
-        print("\n".join([f"{suite.title}: put these files into a directory DATA.", *listing(suite.downloads)]))
-        print(f"then: xomni data fetch {args.suite} --check DATA")
-        return 0
-    if not Path(args.check).is_dir():
-        raise SuiteError(f"the data directory {args.check} does not exist")
-    print("\n".join(check(suite.downloads, Path(args.check), suite.folders)))
-    items = suite.load(Path(args.check))
-    check_images(items)
-    of = f" of {suite.published}" if suite.published else ""
-    print(f"{suite.title}: {len(items)}{of} items can be read in {args.check}")
-    return 0
+    """Runs the subcommand."""
+    return COMMANDS[args.what].run(args, rest)

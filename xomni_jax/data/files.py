@@ -6,26 +6,28 @@ import functools
 import itertools
 import logging
 import re
+from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from xomni_jax.core.config import ConfigError
 from xomni_jax.data.images import UnreadableImage, image_size, read_image
-from xomni_jax.data.kinds import open_parts
+from xomni_jax.data.kinds import Part, open_parts
 from xomni_jax.data.records import Columns, Record, make_record
-from xomni_jax.data.sources import ENDLESS, Example
+from xomni_jax.data.sources import ENDLESS, BatchOrder, Example
 from xomni_jax.data.tables import FaultyRecord
 
 _READERS, _AT_ONCE = 16, 256  # threads, and the records that each of them takes at a time
 
 Size = tuple[int, int]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -69,65 +71,73 @@ class Records:
 
     def __getitem__(self, number: int) -> Record:
         """Raises FaultyRecord when the record cannot be used."""
+        part, within = self._part(number)
+        row, key = part.rows[within], f"{part.name}:{within}"
+        where, root = part.table.where(row), part.table.root
+        record = make_record(part.table[row], key, where, root, self.how, prompt=self.prompts, rewards=part.rewards)
+        return replace(record, weight=part.weight * record.weight)
+
+    def where(self, number: int) -> str:
+        """The place of a record, for messages."""
+        part, within = self._part(number)
+        return part.table.where(part.rows[within])
+
+    def _part(self, number: int) -> tuple[Part, int]:
         which = bisect_right(self.ends, number)
-        part = self.parts[which]
-        within = number - (self.ends[which] - len(part.rows))
-        row = part.rows[within]
-        record = make_record(
-            part.table[row], f"{part.name}:{within}", part.table.where(row), part.table.root, self.how, prompt=self.prompts
-        )
-        return replace(record, weight=part.weight * record.weight, rewards=record.rewards or part.rewards)
+        return self.parts[which], number - (self.ends[which] - len(self.parts[which].rows))
+
+    def map(self, function: Callable[[int], T]) -> Iterator[T]:
+        """The function's value for every number, in order; several threads run it."""
+
+        def chunk(start: int) -> list[T]:
+            return [function(n) for n in range(start, min(start + _AT_ONCE, len(self)))]
+
+        with ThreadPoolExecutor(_READERS) as pool:
+            for values in pool.map(chunk, range(0, len(self), _AT_ONCE)):
+                yield from values
 
 
-class Found(NamedTuple):
-    """What the first look at a record tells."""
+class Usable(NamedTuple):
+    """What a first look at all records of a source finds.
 
-    size: Size | None = None
-    weight: float = 1.0
-    fields: frozenset[str] = frozenset()
-    fault: str = ""
+    Attributes:
+      members: the numbers of the usable records for each size of images.
+      weights: of these records; None where all weigh the same.
+      fields: what the examples of all of them hold; `offered`: what those of any hold. Targets and rewards are there by name, such as
+        "targets.text".
+    """
+
+    records: Records
+    members: dict[Size, np.ndarray]
+    weights: dict[Size, np.ndarray] | None
+    fields: frozenset[str]
+    offered: frozenset[str]
 
 
 class FilesSource:
-    """Records with images as a source, drawn anew in every epoch.
-
-    An epoch holds as many whole batches of every size as there are records for; at least one, for which records are repeated. Records of
-    different weights are drawn with replacement, by weight.
-    """
+    """Records with images as a source, shuffled anew in every epoch."""
 
     Options: ClassVar[type] = FilesConfig
     prompts: ClassVar[bool] = False
 
     def __init__(self, options: FilesConfig, seed: int, batch_size: int):
-        self.options, self.seed, self.batch_size = options, seed, batch_size
-        self.records, self.members, self.fields = usable_records(options, self.prompts)
-        total = sum(weight.sum() for _, weight in self.members.values())
-        count = sum(len(numbers) for numbers, _ in self.members.values())
-        # The size of every batch of an epoch, before they are shuffled, and the number of its earlier batches of that size.
-        counts = {size: max(1, int(count * weight.sum() / total / batch_size + 1e-9)) for size, (_, weight) in self.members.items()}
-        self.plan = [(size, n) for size, count in counts.items() for n in range(count)]
-        self._order = functools.lru_cache(2 * len(counts) + 2)(self._permutation)
+        self.seed, self.usable = seed, usable_records(options, self.prompts)
+        self.order = BatchOrder(self.usable.members, seed, batch_size, self.usable.weights)
 
     def __len__(self) -> int:
         return ENDLESS
 
     def __getitem__(self, index: int) -> Example:
-        batch, row = divmod(index, self.batch_size)
-        epoch, slot = divmod(batch, len(self.plan))
-        size, earlier = self.plan[self._order(epoch, None)[slot]]
-        record = self.records[int(self._order(epoch, size)[earlier * self.batch_size + row])]
-        return _example(record, size, self.fields, np.random.default_rng([self.seed, index]))
+        number, size = self.order[index]
+        try:
+            return example(self.usable.records[number], (size,), self.usable.fields, np.random.default_rng([self.seed, index]))
+        except FaultyRecord as fault:
+            raise ConfigError(f"{fault}; repair it, or take it out") from fault
 
-    def _permutation(self, epoch: int, size: Size | None) -> np.ndarray:
-        """Of the records of one size, or of the epoch's batches where the size is None."""
-        rng = np.random.default_rng([self.seed, epoch, *(size or ())])
-        if size is None:
-            return rng.permutation(len(self.plan))
-        numbers, weight = self.members[size]
-        needed = self.batch_size * sum(planned == size for planned, _ in self.plan)
-        if (weight != weight[0]).any():
-            return rng.choice(numbers, needed, p=weight / weight.sum())
-        return rng.permutation(np.resize(numbers, max(len(numbers), needed)))
+    @classmethod
+    def epoch(cls, options: FilesConfig) -> Epoch:
+        """Every record once."""
+        return Epoch(Records(options.path, options, cls.prompts), options.sizes)
 
 
 class PromptsSource(FilesSource):
@@ -136,123 +146,114 @@ class PromptsSource(FilesSource):
     prompts = True
 
 
+@dataclass(frozen=True)
+class Epoch:
+    """The examples of all records in the order of the files, read when they are asked for. FaultyRecord for one that cannot be used."""
+
+    records: Records
+    sizes: Sequence[Size]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, number: int) -> Example:
+        record = self.records[number]
+        return example(record, self.sizes, _fields(record, self.records.prompts), np.random.default_rng(number))
+
+
 @functools.lru_cache(maxsize=4)
-def usable_records(options: FilesConfig, prompts: bool) -> tuple[Records, dict[Size, tuple[np.ndarray, np.ndarray]], frozenset[str]]:
-    """The records of a source; numbers and weights of those of each size; the fields that all of them have.
+def usable_records(options: FilesConfig, prompts: bool) -> Usable:
+    """Looks at every record of a source, or reads it whole where faulty ones are to be skipped.
 
     Raises:
       ConfigError: there are none, some cannot be used and are not to be skipped, or one is among those to be excluded.
     """
     records = Records(options.path, options, prompts)
-    found = list(look(records, whole=options.skip_faulty, sizes=options.sizes, excluded=excluded_texts(options.exclude)))
-    faults = [one.fault for one in found if one.fault]
+    faults, imageless, offered, common = [], 0, frozenset[str](), None
+    members: dict[Size, tuple[array[int], array[float]]] = {}
+    for number, found in enumerate(records.map(functools.partial(_look, records, options, excluded_texts(options.exclude)))):
+        if isinstance(found, FaultyRecord):
+            faults.append(found)
+        elif found is None:
+            imageless += 1
+        else:
+            size, weight, fields = found
+            numbers, weights = members.setdefault(size, (array("q"), array("d")))
+            numbers.append(number)
+            weights.append(weight)
+            offered |= fields
+            common = fields if common is None else common & fields
     if faults:
-        told = f"{len(faults)} of {len(found)} records cannot be used; the first: {faults[0]}"
-        if not options.skip_faulty or len(faults) == len(found):
+        told = f"{len(faults)} of {len(records)} records cannot be used; the first: {faults[0]}"
+        if not options.skip_faulty or len(faults) == len(records):
             remedy = "" if options.skip_faulty else ", or leave them out with config.data.skip_faulty=True"
             raise ConfigError(f"{told}; repair them{remedy}")
         logging.getLogger(__name__).warning("%s", told)
-    if len(faults) == len(found):
-        raise ConfigError(f"config.data.path={options.path}: holds no {'prompts' if prompts else 'images'}; name files that hold some")
-    members: dict[Size, tuple[list[int], list[float]]] = {}
-    for number, one in enumerate(found):
-        if one.size is not None:
-            numbers, weights = members.setdefault(one.size, ([], []))
-            numbers.append(number)
-            weights.append(one.weight)
-    without = len(found) - len(faults) - sum(len(numbers) for numbers, _ in members.values())
-    if without:
-        logging.getLogger(__name__).warning("%d of %d records are left out: they have no image", without, len(found))
-    fields = frozenset.intersection(*(one.fields for one in found if one.size is not None))
-    return records, {size: (np.array(numbers), np.array(weights)) for size, (numbers, weights) in members.items()}, fields
+    if common is None:
+        what = "prompts" if prompts else "images"
+        raise ConfigError(f"config.data.path={options.path}: holds no {what}; name files that hold some")
+    if imageless:
+        logging.getLogger(__name__).warning("%d of %d records are left out: they have no image", imageless, len(records))
+    weights = {size: np.array(weight) for size, (_, weight) in members.items()}
+    differ = len({value for weight in weights.values() for value in np.unique(weight)}) > 1
+    return Usable(
+        records, {size: np.array(numbers) for size, (numbers, _) in members.items()}, weights if differ else None, common, offered
+    )
 
 
-def look(records: Records, *, whole: bool, sizes: Sequence[Size], excluded: Mapping[str, str]) -> Iterator[Found]:
-    """What every record holds, in order of their numbers, read by several threads.
-
-    Args:
-      whole: decode the pixels of every image, instead of reading the header of its file.
-      sizes: see `FilesConfig`.
-      excluded: normalised prompts that must not occur, with their places.
-
-    Raises:
-      ConfigError: one of those occurs.
-    """
-
-    def chunk(start: int) -> list[Found]:
-        return [_found(records, n, whole, sizes, excluded) for n in range(start, min(start + _AT_ONCE, len(records)))]
-
-    with ThreadPoolExecutor(_READERS) as pool:
-        for found in pool.map(chunk, range(0, len(records), _AT_ONCE)):
-            yield from found
-
-
-def _found(records: Records, number: int, whole: bool, sizes: Sequence[Size], excluded: Mapping[str, str]) -> Found:
+def _look(
+    records: Records, options: FilesConfig, excluded: Mapping[str, str], number: int
+) -> FaultyRecord | tuple[Size, float, frozenset[str]] | None:
+    """The size, the weight and the fields of a record; None where it has no image to learn, the fault where it cannot be used."""
     try:
         record = records[number]
-        shapes = check_images(record, whole)
-        if record.size is not None and record.size not in sizes:
-            raise FaultyRecord(f"{record.where}: the size {record.size} is not among config.data.sizes={tuple(sizes)}")
+        shapes = check_images(record, options.skip_faulty)
+        if record.size is not None and record.size not in options.sizes:
+            raise FaultyRecord(f"{record.where}: the size {record.size} is not among config.data.sizes={options.sizes}")
     except FaultyRecord as fault:
-        return Found(fault=str(fault))
-    for text in record.texts:
-        if (place := excluded.get(normalised(text))) is not None:
-            raise ConfigError(f"{record.where}: the prompt {text!r} stands in {place}, which config.data.exclude names; take it out")
-    if records.prompts:
-        return Found(record.size or sizes[0], record.weight, frozenset({"id", "caption", "targets", "rewards"}))
-    if not shapes:
-        return Found()
-    width, height = shapes[_main(record)]
-    nearest = min(sizes, key=lambda size: abs(np.log(size[0] / size[1]) - np.log(height / width)))
-    return Found(record.size or nearest, record.weight, _fields(record))
+        return fault
+    check_excluded(record, excluded)
+    if not records.prompts and not shapes:
+        return None
+    nearest = options.sizes[0] if records.prompts else nearest_size(shapes[_main(record)], options.sizes)
+    return record.size or nearest, record.weight, _fields(record, records.prompts)
 
 
 def check_images(record: Record, whole: bool) -> list[tuple[int, int]]:
     """(width, height) of the images of a record, of which all pixels are decoded if `whole`. FaultyRecord when one cannot be read."""
-    shapes = []
-    for image in record.images:
-        try:
-            shapes.append(read_image(image).size if whole else image_size(image))
-        except UnreadableImage as error:
-            raise FaultyRecord(f"{record.where}: {_called(image)} cannot be read: {error}") from error
-    return shapes
+    return [_read(record, image, read_image).size if whole else _read(record, image, image_size) for image in record.images]
 
 
-def normalised(text: str) -> str:
-    """A prompt for comparison: without regard to upper case and white space."""
-    return " ".join(text.casefold().split())
+def check_excluded(record: Record, excluded: Mapping[str, str]) -> None:
+    """ConfigError when a text of a record is among `excluded_texts`."""
+    for text in record.texts:
+        if (place := excluded.get(_normalised(text))) is not None:
+            raise ConfigError(f"{record.where}: the prompt {text!r} stands in {place}, which config.data.exclude names; take it out")
 
 
 def excluded_texts(paths: Sequence[str]) -> dict[str, str]:
-    """{normalised prompt: its place} of files of prompts. ConfigError when one of them cannot be read, or a record of it."""
+    """The place of every prompt in files, compared without regard to upper case and white space. ConfigError for what cannot be read."""
     if not paths:
         return {}
     try:
-        return {normalised(text): record.where for record in Records(paths, Columns(), True) for text in record.texts}
+        return {_normalised(text): record.where for record in Records(paths, Columns(), True) for text in record.texts}
     except FaultyRecord as fault:
         raise ConfigError(f"config.data.exclude: {fault}") from fault
 
 
+def _normalised(text: str) -> str:
+    """A prompt for comparison: without regard to upper case and white space."""
+    return " ".join(text.casefold().split())
+
+
 # ---- examples ----
-def _main(record: Record) -> int:
-    """Number of the image that is learned: the one that is to come out, where roles say so."""
-    return record.roles.index("output") if "output" in record.roles else 0
+def example(record: Record, sizes: Sequence[Size], fields: frozenset[str], rng: np.random.Generator) -> Example:
+    """Some fields of a record's example. Images take the nearest of `sizes`.
 
-
-def _fields(record: Record) -> frozenset[str]:
-    """What the example of a record holds."""
-    fields = {"id", "image"}
-    fields |= {"caption"} if record.texts else set()
-    fields |= {"question", "answer", "turns", "system"} if record.turns else set()
-    fields |= {"targets"} if record.targets else set()
-    fields |= {"images", "roles"} if len(record.images) > 1 else set()
-    return frozenset(fields)
-
-
-def _example(record: Record, size: Size, fields: frozenset[str], rng: np.random.Generator) -> Example:
-    """The example of a record. Of several captions one is drawn; the question and the answer are those of the first turns."""
+    Of several captions `rng` draws one; the question and the answer are those of the first turns. FaultyRecord for unreadable images.
+    """
     said = {role: re.sub(r"\s*<image \d+>\s*", " ", text).strip() for role, text in reversed(record.turns)}
-    example = {
+    found = {
         "id": record.key,
         "caption": str(rng.choice(record.texts)) if record.texts else "",
         "question": said.get("user"),
@@ -264,20 +265,43 @@ def _example(record: Record, size: Size, fields: frozenset[str], rng: np.random.
         "roles": record.roles,
     }
     if "images" in fields:
-        example["images"] = [_image(record, n, size) for n in range(len(record.images))]
+        found["images"] = [_image(record, n, sizes) for n in range(len(record.images))]
     if "image" in fields:
-        example["image"] = example["images"][_main(record)] if "images" in fields else _image(record, _main(record), size)
-    return {name: value for name, value in example.items() if name in fields}
+        found["image"] = found["images"][_main(record)] if "images" in fields else _image(record, _main(record), sizes)
+    return {name: value for name, value in found.items() if name in fields}
 
 
-def _image(record: Record, number: int, size: Size) -> np.ndarray:
-    image = record.images[number]
+def nearest_size(image: tuple[int, int], sizes: Sequence[Size]) -> Size:
+    """The (height, width) whose shape is nearest to that of an image of (width, height)."""
+    width, height = image
+    return min(sizes, key=lambda size: abs(np.log(size[0] / size[1]) - np.log(height / width)))
+
+
+def _main(record: Record) -> int:
+    """Number of the image that is learned: the one that is to come out, where roles say so."""
+    return record.roles.index("output") if "output" in record.roles else 0
+
+
+def _fields(record: Record, prompt: bool) -> frozenset[str]:
+    """What the example of a record holds."""
+    fields = {"id", *(f"targets.{name}" for name in record.targets), *(f"rewards.{name}" for name in record.rewards)}
+    fields |= {"caption"} if record.texts else set()
+    fields |= {"question", "answer", "turns", "system"} if record.turns else set()
+    fields |= {"targets"} if record.targets or prompt else set()
+    fields |= {"rewards"} if prompt else {"image"} if record.images else set()
+    fields |= {"images", "roles"} if len(record.images) > 1 and not prompt else set()
+    return frozenset(fields)
+
+
+def _image(record: Record, number: int, sizes: Sequence[Size]) -> np.ndarray:
+    image = _read(record, record.images[number], read_image)
+    height, width = nearest_size(image.size, sizes)
+    return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC))
+
+
+def _read(record: Record, image: bytes | Path, read: Callable[[bytes | Path], T]) -> T:
     try:
-        read = read_image(image)
+        return read(image)
     except UnreadableImage as error:
-        raise ConfigError(f"{record.where}: {_called(image)} cannot be read: {error}; repair it, or take it out") from error
-    return np.asarray(ImageOps.fit(read, size[::-1], Image.Resampling.BICUBIC))
-
-
-def _called(image: bytes | Path) -> str:
-    return "an image" if isinstance(image, bytes) else f"the image {image}"
+        called = "an image" if isinstance(image, bytes) else f"the image {image}"
+        raise FaultyRecord(f"{record.where}: {called} cannot be read: {error}") from error

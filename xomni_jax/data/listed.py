@@ -24,7 +24,7 @@ def open_listed(path: Path) -> list[Part]:
     """The parts that the list names; paths in it are relative to its folder.
 
     DeepGen-RL: {sampling_mode, datasets: [{name, path, sample_weight, rewards: [{reward: weight}, ...]}]}; a part's share is in proportion
-    to its weight times its length, or to its weight. LLaVA-OneVision: {datasets: [{json_path, sampling_strategy}]}, where the strategy is all,
+    to weight times length, or to its weight. LLaVA-OneVision: {datasets: [{json_path, sampling_strategy}]}, where the strategy is all,
     first:N, end:N or random:N, and N a number or a percentage, which is rounded up.
 
     Raises:

@@ -14,6 +14,7 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from xomni_jax.data.conversations import Conversation, counted, of_llava, of_messages, of_questions
@@ -124,24 +125,34 @@ class _Row:
         return kind() if value is None else value
 
 
-def make_record(columns: Mapping[str, Any], key: str, where: str, root: Path, how: Columns, *, prompt: bool = False) -> Record:
+def make_record(
+    columns: Mapping[str, Any],
+    key: str,
+    where: str,
+    root: Path,
+    how: Columns,
+    *,
+    prompt: bool = False,
+    rewards: Mapping[str, float] = MappingProxyType({}),
+) -> Record:
     """The record of a row. Files of images are not opened.
 
     Args:
       root: the folder to which paths are relative, unless `how` names another.
       prompt: whether it is to be drawn: it needs a text alone. Otherwise it needs an image with a text, or a conversation.
+      rewards: weights of its rewards, where the row has none of its own.
 
     Raises:
       FaultyRecord: it lacks something, or a column holds what cannot be used; the message begins with `where`.
     """
     row = _Row(columns, Path(how.images) if how.images else root, bool(how.images))
     try:
-        return _record(row, key, where, how, prompt)
+        return _record(row, key, where, how, prompt, rewards)
     except FaultyRecord as fault:
         raise FaultyRecord(f"{where}: {fault}") from None
 
 
-def _record(row: _Row, key: str, where: str, how: Columns, prompt: bool) -> Record:
+def _record(row: _Row, key: str, where: str, how: Columns, prompt: bool, rewards: Mapping[str, float]) -> Record:
     marked = row.columns.get("input_images") is not None
     images = _images(row, how)
     shown, roles = [image for image, _ in images], [role for _, role in images]
@@ -151,8 +162,8 @@ def _record(row: _Row, key: str, where: str, how: Columns, prompt: bool) -> Reco
         shown, roles = talk.images, talk.roles
     elif marked:
         texts, shown = _numbered(texts, shown, roles)
-    targets = row.object("targets", dict, "object")
-    if how.text_targets and "text" not in targets:
+    targets, rewards = row.object("targets", dict, "object"), _rewards(row.take("rewards")) or rewards
+    if (how.text_targets or "ocr" in rewards) and "text" not in targets:
         quoted = [(a or b).strip() for a, b in _QUOTED.findall(texts[0])]
         targets = targets | {"text": [text for text in quoted if text]}
         if not targets["text"]:
@@ -161,7 +172,7 @@ def _record(row: _Row, key: str, where: str, how: Columns, prompt: bool) -> Reco
         raise FaultyRecord(_lacks(row, "image", how.image, IMAGE_COLUMNS))
     if not prompt and talk is not None and not any(role == "assistant" for role, _ in talk.turns):
         raise FaultyRecord("no answer of an assistant to learn from")
-    rewards, weight, size, id = _rewards(row.take("rewards")), row.take("weight"), row.take("size"), row.take(*ID_COLUMNS)
+    weight, size, id = row.take("weight"), row.take("size"), row.take(*ID_COLUMNS)
     metadata = _metadata(row)
     if isinstance(preferred := metadata.get("human_preference"), Sequence) and len(preferred) != len(shown):
         raise FaultyRecord(f"{counted(len(shown), 'image')} but {counted(len(preferred), 'preference')}")

@@ -7,6 +7,7 @@ read `targets`, and the tokenizer's dense task reads `columns` (int32 [Y, X], a 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -97,6 +98,52 @@ class DataSection:
         return {"source": f"one of {', '.join(SOURCES.names())}, or a class of your own as path/to/file.py:Class"} | explanations(
             type(self.options)
         )
+
+
+class BatchOrder:
+    """The order of records that have images of several sizes: shuffled anew in every epoch, every batch of one size.
+
+    An epoch holds as many whole batches of every size as there are records for; at least one, for which records are repeated. Records of
+    different weights are drawn with replacement, by weight.
+
+    Args:
+      members: {(height, width): numbers of the records of that size}.
+      weights: of these records, in the same order; None where all weigh the same.
+    """
+
+    def __init__(
+        self,
+        members: Mapping[tuple[int, int], Sequence[int]],
+        seed: int,
+        batch_size: int,
+        weights: Mapping[tuple[int, int], np.ndarray] | None = None,
+    ):
+        self.members, self.seed, self.batch_size, self.weights = members, seed, batch_size, weights
+        expected = {size: float(len(numbers)) for size, numbers in members.items()}
+        if weights is not None:
+            unit = sum(expected.values()) / sum(weight.sum() for weight in weights.values())
+            expected = {size: unit * weight.sum() for size, weight in weights.items()}
+        # The size of every batch of an epoch, before they are shuffled, and the number of its earlier batches of that size.
+        self._counts = {size: max(1, int(records / batch_size + 1e-9)) for size, records in expected.items()}
+        self._plan = [(size, n) for size, count in self._counts.items() for n in range(count)]
+        self._order = functools.lru_cache(2 * len(members) + 2)(self._permutation)
+
+    def __getitem__(self, index: int) -> tuple[int, tuple[int, int]]:
+        """(number of the record, size of its image) of an example."""
+        batch, row = divmod(index, self.batch_size)
+        epoch, slot = divmod(batch, len(self._plan))
+        size, earlier = self._plan[self._order(epoch, None)[slot]]
+        return int(self._order(epoch, size)[earlier * self.batch_size + row]), size
+
+    def _permutation(self, epoch: int, size: tuple[int, int] | None) -> np.ndarray:
+        """Of the records of one size, or of the epoch's batches where the size is None."""
+        rng = np.random.default_rng([self.seed, epoch, *(size or ())])
+        if size is None:
+            return rng.permutation(len(self._plan))
+        numbers, needed = np.asarray(self.members[size]), self._counts[size] * self.batch_size
+        if self.weights is not None:
+            return rng.choice(numbers, needed, p=self.weights[size] / self.weights[size].sum())
+        return rng.permutation(np.resize(numbers, max(len(numbers), needed)))
 
 
 def batches(

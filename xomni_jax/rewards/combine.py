@@ -55,13 +55,15 @@ def column(scores: Sequence[Score], prompts: int) -> Column:
 
 def combine(
     rewards: Mapping[str, Column],
-    weights: Mapping[str, float],
+    weights: Mapping[str, float | np.ndarray],
     mode: str = "sum_then_normalize",
     *,
     ddof: int = 1,
     eps: float = 1e-4,
 ) -> Combined:
     """One number per rollout from named rewards of one shape [P, R] and their weights, of which at least one is not 0.
+
+    A weight is a number, or one for each prompt [P, 1]: rewards of weight 0 for a prompt do not apply to it.
 
     sum_then_normalize   total = sum_k w_k r_k, to be normalised in its group afterwards (TRL's default)
     normalize_then_sum   every reward is normalised in its group, then the weighted sum over the whole batch: a weight means the same
@@ -70,9 +72,9 @@ def combine(
     A rollout with a failed reward, or with none that applies, is not ok. A reward of weight 0 is only reported; its failures mask
     nothing.
     """
-    counted = [k for k in rewards if weights[k]]
-    known = {k: np.isfinite(rewards[k].value_PR) for k in counted}
-    failed_PR = np.any([rewards[k].failed_PR for k in counted], axis=0)
+    counted = [k for k in rewards if np.any(weights[k])]
+    known = {k: np.isfinite(rewards[k].value_PR) & (weights[k] != 0) for k in counted}
+    failed_PR = np.any([rewards[k].failed_PR & (weights[k] != 0) for k in counted], axis=0)
     ok_PR = np.any(list(known.values()), axis=0) & ~failed_PR
     total_PR = sum(weights[k] * np.where(known[k], rewards[k].value_PR, 0.0) for k in counted)
     total_PR = np.where(ok_PR, total_PR, np.nan)

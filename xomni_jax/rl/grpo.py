@@ -17,6 +17,7 @@ from xomni_jax.core.config import ConfigError, Count, Overrides
 from xomni_jax.core.distributed import connect, gather_json
 from xomni_jax.core.preemption import StopSignal
 from xomni_jax.core.program import Program, Programs, Work
+from xomni_jax.data.files import FilesSource
 from xomni_jax.data.rendered import SIGNS
 from xomni_jax.data.sources import DataSection, batches, first_batch
 from xomni_jax.models import autoencoder, mmdit, siglip_vq, text_encoders, transformer, work
@@ -256,6 +257,7 @@ class GRPOStage:
     @classmethod
     def make(cls, cfg: GRPORun, mesh: Mesh, stop: StopSignal) -> RunningStage:
         """A run on the prompts of the configuration, starting from the transformer of `init_from`."""
+        check_prompts(cfg)
         model = open_model(cfg.init_from, MODELS, mesh, cfg.stage)
         models = model_configs(cfg, MODELS, model)
         for name, config in models.items():
@@ -307,9 +309,26 @@ def make_image_decoder(cfg: GRPORun, model: XOmni) -> XOmni:
     return model.on(mesh)
 
 
+def check_prompts(cfg: GRPORun) -> None:
+    """Refuses prompts of files that name a reward without a weight, or none of which has a text for the reward that reads it."""
+    source = cfg.data.open(cfg.seed, cfg.batch_size)
+    if not isinstance(source, FilesSource):
+        return
+    weights = {name: reward.weight for name, reward in cfg.rewards.items() if reward.weight is not None}
+    named = {name.removeprefix("rewards.") for name in source.usable.offered if name.startswith("rewards.")}
+    if named - set(weights):
+        names = ", ".join(sorted(named - set(weights)))
+        raise ConfigError(f"config.data: prompts are to be judged by {names}, to which config.rewards gives no weight; give it one")
+    if weights.get("ocr") and "targets.text" not in source.usable.offered:
+        raise ConfigError(
+            "config.rewards.ocr: no prompt of config.data says which text its image is to show; write it in double quotes and set "
+            "config.data.text_targets=True, or leave the reward out with config.rewards.ocr.weight=None"
+        )
+
+
 def all_prompts(rows: Sequence[int], batch_size: int, examples: dict[str, Any]) -> dict[str, list[Any]]:
-    """Prompts and targets of a whole batch, of which this process has loaded `rows`."""
-    return share({name: examples[name] for name in ("caption", "targets")}, rows, batch_size)
+    """Prompts of a whole batch with their targets and weights of rewards, of which this process has loaded `rows`."""
+    return share({name: examples[name] for name in ("caption", "targets", "rewards") if name in examples}, rows, batch_size)
 
 
 def train_step(
@@ -322,7 +341,7 @@ def train_step(
       FloatingPointError: sampler and trainer disagree about the log-prob of a code.
     """
     key = key_for(cfg.seed, number, 0)
-    rows, total, images, seconds = rollouts(state.params, batch["caption"], batch["targets"], key)
+    rows, total, images, seconds = rollouts(state.params, batch["caption"], batch["targets"], key, batch.get("rewards", ()))
     began = time.perf_counter()
     reward_PR = jnp.asarray(np.nan_to_num(total.total_PR), jnp.float32)
     given_PR = None if total.advantage_PR is None else jnp.asarray(total.advantage_PR, jnp.float32)

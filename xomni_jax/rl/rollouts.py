@@ -180,9 +180,12 @@ class Rollouts:
     stop: StopSignal
 
     def __call__(
-        self, params: Any, prompts: Sequence[str], targets: Sequence[dict], key: jax.Array
+        self, params: Any, prompts: Sequence[str], targets: Sequence[dict], key: jax.Array, own_weights: Sequence[Mapping[str, float]] = ()
     ) -> tuple[RolloutBatch, Combined, np.ndarray, dict[str, float]]:
-        """One scored batch under the policy's parameters -> (rows without advantages, combined rewards, images [B, H, W, 3], timings)."""
+        """One scored batch under the policy's parameters -> (rows without advantages, combined rewards, images [B, H, W, 3], timings).
+
+        `own_weights` of each prompt take the place of the configured ones where they are not empty.
+        """
         params, P, R = self.sampler_params(params), len(prompts), self.group
         chunk = P // self.cfg.chunks * R
         keys_PR, noise_keys_PR = self.keys(key, P)
@@ -213,7 +216,8 @@ class Rollouts:
         with timed(seconds, "perf/reward_wait_s"):
             scores = scoring.scores()
         columns = {name: column(own, P) for name, own in scores.items()}
-        total = combine(columns, self.weights, self.cfg.combine, ddof=self.advantage.ddof, eps=self.advantage.eps)
+        weights = {name: np.array([[own.get(name, 0.0) if own else w] for own in own_weights or [{}]]) for name, w in self.weights.items()}
+        total = combine(columns, weights, self.cfg.combine, ddof=self.advantage.ddof, eps=self.advantage.eps)
         self.check_scored(scores, 1.0 - float(total.ok_PR.mean()))
         return self.rows(made, inputs, total.ok_PR), total, np.concatenate(scoring.images), seconds
 
