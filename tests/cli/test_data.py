@@ -1,10 +1,13 @@
-"""xomni data fetch: what is printed for each suite, and what a directory lacks."""
+"""xomni data: what can be read, what is wrong with files, and what to download for each suite."""
 
 import hashlib
+import json
 
 import pytest
+from PIL import Image
 
 from xomni_jax.cli.main import main
+from xomni_jax.data.kinds import KINDS
 from xomni_jax.evaluation.suite import SuiteError
 from xomni_jax.evaluation.suites import FURTHER, PUBLISHED, get_suite
 from xomni_jax.evaluation.suites.downloads import Download, check
@@ -60,3 +63,64 @@ def test_checksums_and_alternatives(tmp_path):
     assert check(((Download("x", {"*.txt": ""}),),), tmp_path, ()) == ["*.txt: ok"]
     with pytest.raises(SuiteError, match="2 of 2 files do not fit: b.txt is missing; c.txt is missing"):
         check(((other,),), tmp_path, ())
+
+
+# ---- files of your own ----
+def test_kinds_are_listed_with_a_line_of_configuration(capsys):
+    assert main(["data", "kinds"]) == 0
+    told = capsys.readouterr().out
+    for name, kind in KINDS.items():
+        assert f"{name}: {kind.files}\n" in told and f"--config.data.path={kind.example}\n" in told
+
+
+def lines(path, *rows):
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+    return str(path)
+
+
+def test_a_check_tells_everything(tmp_path, capsys):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    good = {"id": 1, "image": "a.png", "text": "cafe\u0301"}
+    missing = [good | {"image": f"{n}.png"} for n in range(5)]
+    talk = {"image": "a.png", "conversations": [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "x"}]}
+    path = lines(tmp_path / "t.jsonl", good, good | {"text": "caf\u00e9"}, *missing, "{", good | {"text": " "}, talk)
+    empty = lines(tmp_path / "e.jsonl")
+    out = tmp_path / "found.jsonl"
+    assert main(["data", "check", path, empty, f"--out={out}"]) == 1
+    told = capsys.readouterr().out
+    assert told.startswith("10 records, 3 good, 7 cannot be used\n")
+    assert "cannot be used, 5: an image cannot be read: No such file or directory\n" in told
+    assert told.count(".png cannot be read: No such file or directory") == 3  # examples, the others are in the file
+    assert f"{path}:8: it is not JSON" in told and f"{path}:9: the column 'text' holds no text" in told
+    assert f"{path}:2 repeats {path}:1" in told and f"{path}:10: no image mark: put in front" in told
+    assert "1 have the id of an earlier record" in told and f"{empty}: holds no records" in told
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["where"] for row in rows if "skipped" in row] == [f"{path}:{n}" for n in (3, 4, 5, 6, 7, 8, 9)]
+    assert {"where": f"{path}:2", "repeats": f"{path}:1"} in rows and {"note": f"{empty}: holds no records"} in rows
+
+
+def test_a_check_of_prompts_and_of_a_configuration(tmp_path, capsys):
+    path = lines(tmp_path / "p.txt", 'a sign "HI"', "a dog")
+    assert main(["data", "check", "--prompts", path]) == 0
+    assert main(["data", "check", "--prompts", path, "--config.data.text_targets=True"]) == 1
+    assert f"{path}:2: no text in double quotes" in capsys.readouterr().out
+    benchmark = lines(tmp_path / "b.txt", "A Dog")
+    data = ["--config.data.source=prompts", f"--config.data.path={path}", "--config.data.sizes=((32,64),)"]
+    assert main(["data", "check", "--config=configs/tiny/grpo.py", *data]) == 0
+    assert main(["data", "check", "--config=configs/tiny/grpo.py", *data, f"--config.data.exclude=('{benchmark}',)"]) == 1
+    assert f"{path}:2: the prompt 'a dog' stands in {benchmark}:1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ([], "give one or more PATHs, or --config=FILE"),
+        (["--config=configs/tiny/sft.py"], "config.data.source=rendered: its examples are not read from files"),
+        (["none.jsonl"], "config.data.path=none.jsonl: no such file or folder"),
+        (["x.jsonl", "--config.data.captoin=a"], "config.data.captoin: unknown key; did you mean caption"),
+    ],
+)
+def test_checks_that_are_refused(arguments, words, capsys):
+    assert main(["data", "check", *arguments]) == 2
+    told = capsys.readouterr()
+    assert words in told.err and told.err.count("\n") == 1 and not told.out

@@ -93,6 +93,20 @@ def test_stats_by_hand_and_weight_zero():
     np.testing.assert_allclose(out.total_PR, 2 * value)
 
 
+@pytest.mark.parametrize("mode", ["sum_then_normalize", "normalize_then_sum"])
+def test_weights_of_each_prompt(mode):
+    """A reward of weight 0 for a prompt neither adds to it nor, having failed, masks it."""
+    value = np.array([[1.0, 2.0], [3.0, 5.0]])
+    failed = np.array([[False, False], [True, False]])
+    rewards = {"a": Column(value, np.zeros((2, 2), bool)), "b": Column(np.where(failed, NAN, 10 * value), failed)}
+    out = combine(rewards, {"a": np.array([[1.0], [0.5]]), "b": np.array([[2.0], [0.0]])}, mode)
+    assert out.ok_PR.all()
+    np.testing.assert_allclose(out.total_PR, [[21.0, 42.0], [1.5, 2.5]])
+    alone = combine({"a": rewards["a"]}, {"a": np.array([[3.0], [0.5]])}, mode)  # a and b differ in scale alone
+    if mode == "normalize_then_sum":
+        np.testing.assert_allclose(out.advantage_PR, alone.advantage_PR, atol=1e-4)
+
+
 def test_no_reward_at_all_is_not_ok():
     nothing = Column(np.full((1, 3), NAN), np.zeros((1, 3), bool))
     out = combine({"ocr": nothing}, {"ocr": 1.0}, "normalize_then_sum")

@@ -1,22 +1,27 @@
-"""Whole runs of GRPO with smaller frozen models, or a decoder on its own devices: each trains, saves, and resumes bit for bit."""
+"""Whole runs of GRPO with smaller frozen models, or a decoder on its own devices and prompts of a file: each resumes bit for bit."""
 
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from tests.miniature import SIZE
 from tests.rl.pixel_service import pixel_service
 from tests.rl.test_grpo import grpo_config
 from tests.training.test_stages import assert_same, metrics, params
 from xomni_jax.rl import grpo
 from xomni_jax.training.run import run_stage
 
+PROMPTS, WEIGHT = Path(__file__).parent / "prompts.jsonl", 2  # of the reward, in every line
 SMALL = "reference in bfloat16 and frozen models in 8 bits"
 VARIANTS = {
     SMALL: ("rollout.reference_dtype=bfloat16", "mmdit.int8=True", "t5.int8=True"),
-    "decoder on devices of its own": ("mesh.fsdp=2", "decoder_mesh.fsdp=4", "rollout.chunks=2"),
-}
+    "decoder on devices of its own and prompts of a file": (
+        "mesh.fsdp=2", "decoder_mesh.fsdp=4", "rollout.chunks=2", "data.source=prompts", f"data.path={PROMPTS}", f"data.sizes=({SIZE},)",
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -38,6 +43,8 @@ def test_a_run_with_a(variant, model_dir, tmp_path, monkeypatch):
     for line in lines:
         assert 0 <= line["grpo/logp_gap_max"] < 1e-4 and line["grpo/ratio_mean"] == pytest.approx(1)
         assert 0 < line["reward/ocr/mean"] < 1 and line["reward/masked_frac"] == 0 and line["optim/grad_norm"] > 0
+        weight = 1 if variant == SMALL else WEIGHT
+        assert line["reward/total/mean"] == pytest.approx(weight * line["reward/ocr/mean"])
     # At first the reference is the policy, but for its rounding.
     kl = [line["grpo/kl"] for line in lines]
     assert 1e-8 < kl[0] < 1e-4 if variant == SMALL else abs(kl[0]) < 1e-9
