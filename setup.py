@@ -24,6 +24,7 @@ CORE = [
     "httpx>=0.27,<0.29",
     "msgspec>=0.19,<0.24",
     "tqdm>=4.66,<5",
+    "pyyaml>=6,<7",
 ]
 REWARDS = [
     "fastapi>=0.115,<0.170",

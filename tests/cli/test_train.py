@@ -111,7 +111,7 @@ def test_a_folder_of_images_of_ones_own(mini, tmp_path, capsys):
     """Fine-tuning on images with captions beside them; what is wrong with them is told before anything is written."""
     images, run = tmp_path / "images", tmp_path / "run"
     images.mkdir()
-    options = [mini("sft"), "--config.data.source=folder", f"--config.data.path={images}", "--config.data.sizes=((16,32),)"]
+    options = [mini("sft"), "--config.data.source=files", f"--config.data.path={images}", "--config.data.sizes=((16,32),)"]
     options += ["--config.steps=3", "--config.log_every=1", "--config.grid_every=0"]
     assert "images: holds no images; name a folder with images" in refusal(capsys, "train", *options)
     for n in range(5):

@@ -104,7 +104,7 @@ class _Row:
     """The columns of a row that are present, of which those that are taken become part of a record, the others its metadata."""
 
     def __init__(self, columns: Mapping[str, Any], root: Path, absolute: bool):
-        self.columns = {name: value for name, value in columns.items() if value is not None and value != []}
+        self.columns = {name: value for name, value in columns.items() if value is not None and not (isinstance(value, list) and not value)}
         self.given, self.root, self.absolute = columns, root, absolute
         self.notes: list[str] = []
         self.metadata: dict[str, Any] = {}
@@ -164,7 +164,7 @@ def _record(row: _Row, key: str, where: str, how: Columns, prompt: bool, rewards
         texts, shown = _numbered(texts, shown, roles)
     targets, rewards = row.object("targets", dict, "object"), _rewards(row.take("rewards")) or rewards
     if (how.text_targets or "ocr" in rewards) and "text" not in targets:
-        quoted = [(a or b).strip() for a, b in _QUOTED.findall(texts[0])]
+        quoted = [(a or b).strip() for a, b in _QUOTED.findall(" ".join(texts[:1]))]
         targets = targets | {"text": [text for text in quoted if text]}
         if not targets["text"]:
             raise FaultyRecord("no text in double quotes that the image is to show")
@@ -217,6 +217,8 @@ def _texts(row: _Row, how: Columns, needed: bool) -> list[str]:
     if isinstance(value, Mapping):  # of names and captions, or what TensorFlow Datasets makes of a sequence
         value = value["text"] if "text" in value else list(value.values())
     entries = [entry.get("text") if isinstance(entry, Mapping) else entry for entry in (value if isinstance(value, list) else [value])]
+    if not entries:
+        raise FaultyRecord(f"no caption: the column {name!r} is empty")
     return [clean(entry, f"the column {name!r}") for entry in entries]
 
 
@@ -235,7 +237,7 @@ def _conversation(row: _Row, images: list[Any]) -> Conversation | None:
     for name, read in CONVERSATIONS.items():
         if isinstance(said := _from_json(row.given.get(name)), list):
             if not said or not all(isinstance(turn, Mapping) for turn in said):
-                raise FaultyRecord(f"no text: the column {name!r} is no list of turns")
+                raise FaultyRecord(f"no text: the column {name!r} holds no turns")
             row.take(name)
             return read(said, images)
     if "question" in row.columns and "answer" in row.columns:
@@ -256,20 +258,14 @@ def _images(row: _Row, how: Columns) -> list[tuple[Any, str]]:
     named = [name for name in row.columns if name.endswith(("_file_name", "_file_names"))]  # Hugging Face's imagefolder
     if named:
         return [(image, name.rpartition("_file_name")[0]) for name in named for image in _listed(row.take(name))]
-    inputs = [(image, "input") for name in _present(row, INPUT_COLUMNS) for image in _listed(row.take(name))]
-    outputs = [(image, "output") for name in _present(row, OUTPUT_COLUMNS) for image in _listed(row.take(name))]
+    inputs = [(image, "input") for name in INPUT_COLUMNS for image in _listed(row.take(name))]
+    outputs = [(image, "output") for name in OUTPUT_COLUMNS for image in _listed(row.take(name))]
     if inputs and not outputs:
         raise FaultyRecord("no output image: " + _lacks(row, "image", "", OUTPUT_COLUMNS))
     if inputs or outputs:
         return inputs + outputs
-    usual = next(iter(_present(row, IMAGE_COLUMNS)), None) or next((n for n in row.columns if _is_image(row.columns[n])), None)
-    return [(image, "") for image in _listed(row.take(usual))] if usual else []
-
-
-def _present(row: _Row, names: Sequence[str]) -> list[str]:
-    """The columns of these names, also where a webdataset calls them input.jpg."""
-    stems = {name: os.path.splitext(name)[0] if name.lower().endswith(IMAGE_SUFFIXES) else name for name in row.columns}
-    return [name for wanted in names for name, stem in stems.items() if stem == wanted]
+    usual = [name for name in IMAGE_COLUMNS if name in row.columns][:1] or [name for name in row.columns if _is_image(row.columns[name])]
+    return [(image, "") for name in usual for image in _listed(row.take(name))]
 
 
 def _medium(number: int, entry: Any) -> tuple[Any, str]:
@@ -378,7 +374,7 @@ def _is_null_image(value: Any) -> bool:
 
 
 def _is_image(value: Any) -> bool:
-    """Whether a value is told to be an image, or several, by its type alone."""
+    """Whether a value is told to be an image by its type alone."""
     return isinstance(value, bytes) or isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes)
 
 
