@@ -127,7 +127,10 @@ def said(record, field):
 
 @pytest.mark.parametrize("entry", layouts(), ids=lambda entry: entry["name"])
 def test_layout(entry):
-    good, skipped, notes = read(entry)
+    try:
+        good, skipped, notes = read(entry)
+    except ModuleNotFoundError as error:  # of a format that this installation does not read
+        pytest.skip(str(error))
     wanted = {g["record"]: g for g in entry["good"]}
     assert set(good) == set(wanted) and len(good) + len(skipped) == entry["records"], skipped
     for n, expected in wanted.items():
