@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,9 @@ def open_tfds(files: Sequence[Path], root: Path, split: str = "train") -> ArrayR
 
 
 def _decode(root: Path, record: bytes) -> dict[str, Any]:
-    """A record -> its features: images as they were encoded, text as text, arrays as NumPy's, the rest as Python's."""
+    """A record -> its features, nested ones as a/b: images as they were encoded, text as text, arrays as NumPy's, the rest as Python's."""
     try:
-        return _plain(_features(root).deserialize_example_np(record))
+        return dict(_flat("", _features(root).deserialize_example_np(record)))
     except Exception as error:  # noqa: BLE001 - a record that does not fit may raise anything
         raise FaultyRecord(f"it does not fit features.json ({first_line(error)})") from error
 
@@ -69,9 +69,15 @@ def _undecoded(feature: Any) -> Any:
     return features.Sequence(_undecoded(feature.feature)) if type(feature) is features.Sequence else feature
 
 
-def _plain(value: Any) -> Any:
+def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, Mapping):
-        return {name: _plain(inner) for name, inner in value.items()}
+        for inner, of in value.items():
+            yield from _flat(f"{name}/{inner}" if name else inner, of)
+    else:
+        yield name, _plain(value)
+
+
+def _plain(value: Any) -> Any:
     if isinstance(value, list) or (isinstance(value, np.ndarray) and value.dtype == object):
         return [_plain(inner) for inner in value]
     return value.item() if isinstance(value, np.generic) else as_text(value)
