@@ -1,4 +1,4 @@
-"""xomni bench: speed against transformers and diffusers on the same work, the parts of a GRPO step, the cost of a conversion."""
+"""xomni bench: speed against transformers and diffusers, parts of a GRPO step, costs of conversion, evaluation and reading data."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any
 
 from xomni_jax.assets import TINY_SFT
 
-NAMES = ("decode", "train", "mmdit", "grpo", "convert", "eval")
+NAMES = ("decode", "train", "mmdit", "grpo", "convert", "eval", "data")
 _OPTIONS = dict.fromkeys(("decode", "train", "mmdit"), ("size", "threads")) | {
     "grpo": ("model", "config"),
     "convert": ("gb", "dir"),
     "eval": ("model",),
+    "data": (),
 }
 
 DETAILS = """\
@@ -25,6 +26,7 @@ mmdit   one forward pass of the decoder's transformer, against diffusers' FLUX
 grpo    seconds of a GRPO step in rollout, decode, reward and update; starts its reward services itself
 convert peak memory and speed of xomni convert against a plain copy, on a released layout of random values that it writes and removes
 eval    items per second of xomni eval on the rendered suites, in one process and shared by two; seconds for 240 questions to a judge
+data    examples per second of every format of training data, against the bare reader of the library that reads it
 
 decode, train and mmdit need the extra [parity], grpo needs [rewards].
 """
@@ -34,7 +36,8 @@ xomni bench train --size small
 xomni bench mmdit --threads 1 --json mmdit.json
 xomni bench grpo
 xomni bench convert --gb 4 --dir /tmp
-xomni bench eval"""
+xomni bench eval
+xomni bench data --seconds 20"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,7 +76,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
         raise BenchError(f"--json {args.json}: there is no folder {Path(args.json).parent}; make it first")
     if args.threads is not None:
         machine.use_cores(args.threads)
-    report = {"grpo": _grpo, "convert": _convert, "eval": _eval}.get(args.name, _comparison)(args)
+    report = {"grpo": _grpo, "convert": _convert, "eval": _eval, "data": _data}.get(args.name, _comparison)(args)
     print(report.text)
     if args.json:
         write_json(Path(args.json), report.data)
@@ -129,6 +132,12 @@ def _eval(args: argparse.Namespace) -> Any:
     from tests.benchmarks import evaluation
 
     return evaluation.run(args.model or TINY_SFT)
+
+
+def _data(args: argparse.Namespace) -> Any:
+    from tests.benchmarks import data
+
+    return data.run(100, args.repeats, args.seconds)
 
 
 def _grpo(args: argparse.Namespace) -> Any:

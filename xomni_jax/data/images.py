@@ -37,8 +37,10 @@ def read_image(
     """
     with _reasons(formats):
         data = file if isinstance(file, bytes) else Path(file).read_bytes()
-        _open(io.BytesIO(data), max_pixels, formats).verify()  # the check sums of a PNG file, after which it has to be opened again
         image = _open(io.BytesIO(data), max_pixels, formats)
+        if image.format == "PNG":  # it alone has check sums, after which it has to be opened again
+            image.verify()
+            image = _open(io.BytesIO(data), max_pixels, formats)
         ImageFile.LOAD_TRUNCATED_IMAGES = False  # other packages set it, and a cut file would be grey below
         image.load()
         return to_rgb(image, as_stored)
@@ -90,7 +92,8 @@ def to_rgb(image: Image.Image, as_stored: bool = False) -> Image.Image:
     tags = getattr(image, "tag_v2", {})
     # A photograph whose EXIF data are damaged is shown as it is stored.
     with suppress(SyntaxError, ValueError, KeyError, TypeError, OSError):
-        image = ImageOps.exif_transpose(image)
+        if image.getexif().get(_ORIENTATION, 1) != 1:  # or else it would be copied
+            image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":
         image = _eight_bits(image, tags)
     if image.has_transparency_data:
