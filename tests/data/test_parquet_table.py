@@ -4,9 +4,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.data.containers import ROWS, write_parquet
+from tests.data.containers import ROWS, png, write_parquet
 from xomni_jax.core.config import ConfigError
 from xomni_jax.data import parquet_table
+from xomni_jax.data.files import FilesConfig, FilesSource
 from xomni_jax.data.parquet_table import ParquetTable
 from xomni_jax.data.tables import FaultyRecord
 
@@ -19,6 +20,7 @@ def test_rows_are_numbered_through_shards_and_row_groups(tmp_path):
     assert table.where(4) == f"{files[0]} row 4"
     assert table.where(6) == f"{files[1]} row 1"
     assert table.notes == []
+    assert table.blocks.tolist() == [0, 0, 1, 1, 2, 3, 4]
     with pytest.raises(IndexError):
         table[7]
 
@@ -35,9 +37,16 @@ def test_values_of_every_type_of_an_image_column(tmp_path):
     assert list(table) == rows
 
 
-def test_a_row_group_is_decoded_once_and_few_are_kept(tmp_path, monkeypatch):
-    decoded, read = [], pq.ParquetFile.read_row_group
-    monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda file, group, columns: decoded.append(group) or read(file, group, columns))
+@pytest.fixture
+def decoded(monkeypatch):
+    """Numbers of the row groups that are decoded from now on."""
+    made, read = [], pq.ParquetFile.read_row_group
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda file, group, columns: made.append(group) or read(file, group, columns))
+    return made
+
+
+def test_a_row_group_is_decoded_once_and_few_are_kept(tmp_path, monkeypatch, decoded):
+    monkeypatch.setattr(parquet_table, "_BYTES", 500)  # about four groups
     table = ParquetTable([write_parquet(tmp_path / "x.parquet", ROWS * 4, group=4)], tmp_path)
     list(table)
     assert decoded == list(range(7))
@@ -46,7 +55,6 @@ def test_a_row_group_is_decoded_once_and_few_are_kept(tmp_path, monkeypatch):
     assert decoded == list(range(7))
     assert table[0] == ROWS[0]
     assert decoded == [*range(7), 0]
-    assert parquet_table._GROUPS < 7
 
 
 def test_only_the_columns_asked_for_are_decoded(tmp_path):
@@ -81,3 +89,14 @@ def test_a_damaged_row_group_is_a_fault_of_its_rows_alone(tmp_path):
         with pytest.raises(FaultyRecord, match=f"^{file} row {n}: it cannot be read"):
             table[n]
     assert [table[n] for n in (0, 1, 4, 5, 6)] == [ROWS[n] for n in (0, 1, 4, 5, 6)]
+
+
+def test_a_source_draws_at_random_and_decodes_a_row_group_a_few_times(tmp_path, monkeypatch, decoded):
+    rows = [{"image": png(size=(4, 4 + 4 * (n % 2))), "caption": str(n)} for n in range(240)]
+    file = write_parquet(tmp_path / "x.parquet", rows, group=6)
+    monkeypatch.setattr(parquet_table, "_BYTES", 18 * pq.ParquetFile(file).read_row_group(0, None).nbytes)  # less than half of all
+    source = FilesSource(FilesConfig(path=str(file), sizes=((4, 4), (8, 4))), seed=0, batch_size=4)
+    decoded.clear()
+    drawn = [int(source[n]["caption"]) for n in range(240)]
+    assert sorted(drawn) == list(range(240)) != drawn
+    assert len(decoded) <= 80 and set(decoded) == set(range(40))

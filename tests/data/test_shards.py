@@ -180,3 +180,11 @@ def test_recent_values_are_few_and_made_once():
     for key in (1, 2, 1, 3, 1, 2):
         assert recent(key, "x") == (key, "x")
     assert [key for key, _ in made] == [1, 2, 3, 2]
+
+
+def test_the_cost_of_recent_values_is_limited():
+    made = []
+    recent = Recent(lambda n: made.append(n) or n, 10, int)
+    for n in (4, 6, 4, 6, 20, 20, 4, 5, 4, 5):
+        recent(n)
+    assert made == [4, 6, 20, 4, 5]

@@ -7,7 +7,7 @@ import pytest
 
 from xomni_jax.core.config import ConfigError, Text
 from xomni_jax.data.rendered import SIGNS, RenderedConfig, render_example
-from xomni_jax.data.sources import DataSection, batches
+from xomni_jax.data.sources import BatchOrder, DataSection, batches
 
 CONFIG = RenderedConfig()
 DATA = DataSection("rendered", CONFIG)
@@ -156,3 +156,20 @@ def test_data_sections_that_are_refused(numbers, changes, words, tmp_path):
     changes = {key: value.format(folder=tmp_path) if isinstance(value, str) else value for key, value in changes.items()}
     with pytest.raises(ConfigError, match=words):
         numbers.updated(changes, "config.data")
+
+
+def test_records_that_are_read_together_are_drawn_in_windows():
+    blocks = np.concatenate([np.repeat(np.arange(40), 10), np.full(100, -1)])  # the last hundred are read alone
+    members = {(8, 8): np.arange(0, 500, 2), (8, 16): np.arange(1, 500, 2)}
+    order = BatchOrder(members, seed=3, batch_size=5, blocks=blocks)
+    drawn = [order[n][0] for n in range(1000)]  # two epochs
+    assert sorted(drawn[:500]) == sorted(drawn[500:]) == list(range(500))
+    assert drawn[:500] != drawn[500:]
+    for epoch in (drawn[:500], drawn[500:]):
+        places = {block: [n for n, number in enumerate(epoch) if blocks[number] == block] for block in range(-1, 40)}
+        spans = [max(found) - min(found) for block, found in places.items() if block >= 0]
+        assert np.median(spans) < 200 and max(spans) < 300  # of 500, where both sizes have a window of 8 blocks of 40
+        assert min(places[-1]) < 50 and max(places[-1]) > 450
+    alike = BatchOrder(members, seed=3, batch_size=5)
+    assert sorted(alike[n][0] for n in range(500)) == list(range(500))
+    assert [alike[n][1] for n in range(500)] == [order[n][1] for n in range(500)]

@@ -82,6 +82,17 @@ class Records:
         part, within = self._part(number)
         return part.table.where(part.rows[within])
 
+    def blocks(self) -> np.ndarray | None:
+        """For every record the number of those that are read together with it, -1 where it is read alone; None where all are."""
+        if not any(hasattr(part.table, "blocks") for part in self.parts):
+            return None
+        found, count = [], 0
+        for part in self.parts:
+            blocks = getattr(part.table, "blocks", None)
+            found.append(np.full(len(part.rows), -1) if blocks is None else blocks[np.asarray(part.rows)] + count)
+            count = max(count, int(found[-1].max(initial=-1)) + 1)
+        return np.concatenate(found)
+
     def _part(self, number: int) -> tuple[Part, int]:
         which = bisect_right(self.ends, number)
         return self.parts[which], number - (self.ends[which] - len(self.parts[which].rows))
@@ -122,7 +133,7 @@ class FilesSource:
 
     def __init__(self, options: FilesConfig, seed: int, batch_size: int):
         self.seed, self.usable = seed, usable_records(options, self.prompts)
-        self.order = BatchOrder(self.usable.members, seed, batch_size, self.usable.weights)
+        self.order = BatchOrder(self.usable.members, seed, batch_size, self.usable.weights, self.usable.records.blocks())
 
     def __len__(self) -> int:
         return ENDLESS

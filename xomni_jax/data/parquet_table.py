@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -16,7 +17,8 @@ from xomni_jax.core.config import ConfigError
 from xomni_jax.data.shards import Recent, Shards, first_line, unreadable
 from xomni_jax.data.tables import FaultyRecord
 
-_FILES, _GROUPS = 16, 4  # kept by a process; a row group of Hugging Face's is about 100 MB
+_FILES = 16  # open at a time
+_BYTES = 2 << 30  # of decoded row groups that a process keeps; one of Hugging Face's is about 100 MB
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class Footer:
 class ParquetTable(Shards[Footer]):
     """Rows of parquet files: images as bytes or as {"bytes", "path"}, lists, structs; None where a row has no value.
 
-    Rows of one row group are cheap to read one after the other. At random every row costs the decoding of its group.
+    Attributes:
+      blocks: int64 [rows], the number of the row group that a row lies in: all of it is decoded for one row.
     """
 
     def __init__(self, files: Sequence[Path], root: Path, columns: Sequence[str] = ()):
@@ -53,7 +56,9 @@ class ParquetTable(Shards[Footer]):
             if lacking := [name for name in columns or names if name not in footer.columns]:
                 self.notes.append(f"{file}: has no column {', '.join(lacking)}, which other shards have")
         self._columns = tuple(columns) or None
-        self._files, self._groups = Recent(_open, _FILES), Recent(_group, _GROUPS)
+        self._files, self._groups = Recent(_open, _FILES), Recent(_group, _BYTES, _nbytes)
+        groups = [(1,) if isinstance(footer, FaultyRecord) else np.diff(footer.group_ends, prepend=0) for footer in self.indices]
+        self.blocks = np.repeat(np.arange(sum(map(len, groups))), np.concatenate(groups).astype(np.int64))
 
     def row(self, file: Path, index: Footer, number: int) -> dict[str, Any]:
         """The columns of a row."""
@@ -76,6 +81,10 @@ def _open(file: Path) -> pq.ParquetFile:
 
 def _group(file: pq.ParquetFile, group: int, columns: tuple[str, ...] | None) -> pa.Table:
     return file.read_row_group(group, columns)
+
+
+def _nbytes(group: pa.Table) -> int:
+    return group.nbytes
 
 
 def _footer(file: Path) -> Footer:

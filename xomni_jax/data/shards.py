@@ -108,16 +108,21 @@ class Shards(ABC, Generic[I]):
         return self.files[shard], self.indices[shard], number - (self._ends[shard - 1] if shard else 0)
 
 
+def _one(value: Any) -> int:
+    return 1
+
+
 class Recent(Generic[T]):
     """The values that were last made, up to a limit. Every process makes its own: neither a forked worker nor a pickled copy has any.
 
     Attributes:
       make: can be pickled.
-      limit: of values kept; those beyond it are left to the garbage collector, which closes files.
+      limit: of the costs of all values kept, of which there is always one; the garbage collector closes files that are left out.
+      cost: of a value; can be pickled.
     """
 
-    def __init__(self, make: Callable[..., T], limit: int):
-        self.make, self.limit = make, limit
+    def __init__(self, make: Callable[..., T], limit: int, cost: Callable[[T], int] = _one):
+        self.make, self.limit, self.cost = make, limit, cost
         self._of_process: dict[int, tuple[threading.Lock, OrderedDict[Any, T]]] = {}
 
     def __call__(self, *key: Any) -> T:
@@ -126,13 +131,13 @@ class Recent(Generic[T]):
         with lock:
             if key not in values:
                 values[key] = self.make(*key)
-                if len(values) > self.limit:
+                while len(values) > 1 and sum(map(self.cost, values.values())) > self.limit:
                     values.popitem(last=False)
             values.move_to_end(key)
             return values[key]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Recent, (self.make, self.limit)
+        return Recent, (self.make, self.limit, self.cost)
 
 
 def unreadable(file: Path, what: str, error: Exception | None = None) -> FaultyRecord:

@@ -19,6 +19,7 @@ from xomni_jax.core.registry import Registry
 if TYPE_CHECKING:
     import grain
 
+_WINDOW = 8  # blocks
 ENDLESS = 2**40  # examples of a source without an end; grain counts with 64-bit integers
 
 Example = dict[str, Any]
@@ -109,6 +110,8 @@ class BatchOrder:
     Args:
       members: {(height, width): numbers of the records of that size}.
       weights: of these records, in the same order; None where all weigh the same.
+      blocks: for the number of every record that of those that are read together with it, -1 where it is read alone. Records are then
+        shuffled in windows of a few blocks, which are in memory together.
     """
 
     def __init__(
@@ -117,8 +120,9 @@ class BatchOrder:
         seed: int,
         batch_size: int,
         weights: Mapping[tuple[int, int], np.ndarray] | None = None,
+        blocks: np.ndarray | None = None,
     ):
-        self.members, self.seed, self.batch_size, self.weights = members, seed, batch_size, weights
+        self.members, self.seed, self.batch_size, self.weights, self.blocks = members, seed, batch_size, weights, blocks
         expected = {size: float(len(numbers)) for size, numbers in members.items()}
         if weights is not None:
             unit = sum(expected.values()) / sum(weight.sum() for weight in weights.values())
@@ -139,11 +143,23 @@ class BatchOrder:
         """Of the records of one size, or of the epoch's batches where the size is None."""
         rng = np.random.default_rng([self.seed, epoch, *(size or ())])
         if size is None:
-            return rng.permutation(len(self._plan))
+            order = rng.permutation(len(self._plan))
+            if self.blocks is None:
+                return order
+            sizes = np.repeat(np.arange(len(self._counts)), list(self._counts.values()))[order]
+            return np.argsort(sizes, kind="stable").argsort()  # batches of a size in their order, as its windows are
         numbers, needed = np.asarray(self.members[size]), self._counts[size] * self.batch_size
         if self.weights is not None:
-            return rng.choice(numbers, needed, p=self.weights[size] / self.weights[size].sum())
-        return rng.permutation(np.resize(numbers, max(len(numbers), needed)))
+            drawn = rng.choice(numbers, needed, p=self.weights[size] / self.weights[size].sum())
+        else:
+            drawn = rng.permutation(np.resize(numbers, max(len(numbers), needed)))
+        return drawn if self.blocks is None else drawn[np.argsort(self._windows(epoch)[drawn], kind="stable")]
+
+    def _windows(self, epoch: int) -> np.ndarray:
+        """The window of every record in an epoch: that of its block, equal for all sizes, or any for a record without one."""
+        rng, blocks = np.random.default_rng([self.seed, epoch]), int(self.blocks.max()) + 1
+        of_block = rng.permutation(blocks) // _WINDOW
+        return np.where(self.blocks < 0, rng.integers(0, of_block.max() + 1, len(self.blocks)), of_block[self.blocks])
 
 
 def batches(

@@ -21,6 +21,8 @@ class FaultyRecord(ValueError):
 class Table(Protocol):
     """Rows of one file or of several of one format.
 
+    A table that has to read several rows for one also has `blocks`, int64 [rows]: the number of those that are read together with a row.
+
     Attributes:
       root: the folder to which paths in the rows are relative unless the configuration names another.
       notes: what is no record and yet should be listed, a sentence each: a shard without rows, an ignored member, an unfinished file.
