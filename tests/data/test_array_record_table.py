@@ -63,10 +63,3 @@ def test_a_file_that_is_cut_off_is_no_empty_one(tmp_path, kept):
     table = ArrayRecordTable([file], tmp_path)
     with pytest.raises(FaultyRecord, match=f"^{file} is no whole array_record file, but damaged or cut off"):
         table[0]
-
-
-def test_files_of_a_bucket_are_refused():
-    from etils import epath
-
-    with pytest.raises(ConfigError, match="gs://signs/x.array_record: array_record files are read from this machine"):
-        ArrayRecordTable([epath.Path("gs://signs/x.array_record")], epath.Path("gs://signs"))

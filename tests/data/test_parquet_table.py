@@ -99,4 +99,4 @@ def test_a_source_draws_at_random_and_decodes_a_row_group_a_few_times(tmp_path, 
     decoded.clear()
     drawn = [int(source[n]["caption"]) for n in range(240)]
     assert sorted(drawn) == list(range(240)) != drawn
-    assert len(decoded) <= 80 and set(decoded) == set(range(40))
+    assert 22 <= len(decoded) <= 80

@@ -15,7 +15,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from tests.data.containers import same, sample, write_array_record, write_parquet, write_tar
 from tests.miniature import ROOT
+from xomni_jax.core.config import ConfigError
 from xomni_jax.data.array_record_table import ArrayRecordTable
+from xomni_jax.data.kinds import open_parts
 from xomni_jax.data.parquet_table import ParquetTable
 from xomni_jax.data.shards import Recent
 from xomni_jax.data.tables import FaultyRecord
@@ -172,6 +174,14 @@ def test_files_of_a_bucket_are_read_in_place(tmp_path, kind, monkeypatch):
     assert table.where(5).startswith(f"gs://signs/{kind}/1.{kind} ")
     assert table.digest == local.digest == opens(there, there[0].parent).digest
     assert not (tmp_path / "home").exists()  # indices lie in the bucket
+    for path in (f"gs://signs/{kind}", f"gs://signs/{kind}/*.{kind}"):
+        (part,) = open_parts(path)
+        assert (part.table.files, list(part.table), part.table.digest) == (there, list(local), local.digest)
+    (there[0].parent / "words.txt").write_text("a sign")
+    with pytest.raises(ConfigError, match="words.txt: files of this kind are read from this machine; copy them"):
+        open_parts(f"gs://signs/{kind}/words.txt")
+    with pytest.raises(ConfigError, match="no such file or folder"):
+        open_parts("gs://signs/none")
 
 
 def test_recent_values_are_few_and_made_once():

@@ -11,12 +11,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from etils import epath
+
 from xomni_jax.core.config import ConfigError
 from xomni_jax.data.tables import Table, readable
 from xomni_jax.data.text_tables import TEXT_SUFFIXES
 
 _LFS_POINTER = b"version https://git-lfs"
 _IGNORED = ("_tmp", "__MACOSX")  # folders that downloads leave behind
+_IN_BUCKETS = ("parquet", "webdataset")  # kinds that are read from there
 
 
 class Kind(NamedTuple):
@@ -104,7 +107,7 @@ def open_parts(paths: str | Sequence[str]) -> list[Part]:
 
 
 def _parts(path: str) -> list[Part]:
-    found = [Path(path)] if os.path.exists(path) else sorted(map(Path, glob.glob(path, recursive=True)), key=os.fsencode)
+    found = _found(path)
     if not found:
         raise ConfigError(
             f"config.data.path={path}: {'no file fits this' if glob.has_magic(path) else 'no such file or folder'}; correct it"
@@ -112,12 +115,22 @@ def _parts(path: str) -> list[Part]:
     parts: list[Part] = []
     for (kind, folder, _), shards in itertools.groupby(found, _table_of):
         files = list(shards)
+        if "://" in path and kind not in _IN_BUCKETS:
+            raise ConfigError(f"config.data.path={path}: files of this kind are read from this machine; copy them, or mount the bucket")
         if kind == "list":
             parts += opener(kind)(files[0])
         else:
             table = opener(kind)(_files_within(folder, kind) if folder == files[0] else files, folder)
             parts.append(Part(table, files[0].stem, range(len(table))))
     return parts
+
+
+def _found(path: str) -> list[Path]:
+    """The file or folder, or what a glob fits; in a bucket, such as gs://name, a glob of names in one folder."""
+    if "://" in path:
+        there = epath.Path(path)
+        return [there] if there.exists() else sorted(there.parent.glob(there.name), key=os.fsencode)
+    return [Path(path)] if os.path.exists(path) else sorted(map(Path, glob.glob(path, recursive=True)), key=os.fsencode)
 
 
 def _table_of(path: Path) -> tuple[str, Path, Path | None]:
@@ -152,9 +165,9 @@ def files_below(folder: Path) -> list[Path]:
     """The files at any depth, in order of the bytes of their names, without hidden ones and what downloads leave behind."""
     out: list[Path] = []
     with readable(folder):
-        for name in sorted(os.listdir(folder), key=os.fsencode):
-            if not name.startswith(".") and name not in _IGNORED:
-                out += files_below(folder / name) if (folder / name).is_dir() else [folder / name]
+        for path in sorted(folder.iterdir(), key=os.fsencode):
+            if not path.name.startswith(".") and path.name not in _IGNORED:
+                out += files_below(path) if path.is_dir() else [path]
     return out
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,15 +24,16 @@ _BYTES = 2 << 30  # of decoded row groups that a process keeps; one of Hugging F
 
 @dataclass(frozen=True)
 class Footer:
-    """Names of a file's columns, and the numbers of the rows after its row groups."""
+    """Names of a file's columns, of those that hold images as structs with bytes, and the numbers of the rows after its row groups."""
 
     columns: tuple[str, ...]
+    images: tuple[str, ...]
     group_ends: tuple[int, ...]
 
     @property
     def content(self) -> bytes:
-        """Both."""
-        return repr((self.columns, self.group_ends)).encode()
+        """All of it."""
+        return repr(self).encode()
 
     def __len__(self) -> int:
         return self.group_ends[-1] if self.group_ends else 0
@@ -91,7 +93,9 @@ def _footer(file: Path) -> Footer:
     try:
         with file.open("rb") as stream:
             read = pq.ParquetFile(stream)
+            schema = read.schema_arrow
+            images = (field.name for field in schema if re.search(r"struct<.*\bbytes: ", str(field.type)))
             rows = (read.metadata.row_group(n).num_rows for n in range(read.num_row_groups))
-            return Footer(tuple(read.schema_arrow.names), tuple(itertools.accumulate(rows)))
+            return Footer(tuple(schema.names), tuple(images), tuple(itertools.accumulate(rows)))
     except (pa.ArrowException, OSError) as error:
         raise unreadable(file, "parquet file", error) from error

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import base64
-import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
 from xomni_jax.data.images import UnreadableImage, read_image
+from xomni_jax.data.parquet_table import ParquetTable
 from xomni_jax.evaluation.suite import SuiteError
 
 
@@ -18,36 +17,20 @@ from xomni_jax.evaluation.suite import SuiteError
 class ParquetImage:
     """An image inside a parquet file: a struct of bytes and path, or a list of them, of which the first is taken."""
 
-    path: Path
-    group: int
+    table: ParquetTable
     row: int
     column: str
 
     def __call__(self) -> Image.Image:
         """The image, RGB. SuiteError when it has no bytes or cannot be decoded."""
-        value = _row_group(self.path, self.group, self.column)[self.row].as_py()
+        value = self.table[self.row][self.column]
         value = value[0] if isinstance(value, list) and value else value
         if not isinstance(value, dict) or not value.get("bytes"):
             raise SuiteError(f"{self} holds no image; download the file again")
         return decode(value["bytes"], str(self))
 
     def __str__(self) -> str:
-        return f"{self.path} row group {self.group} row {self.row + 1}, {self.column}"
-
-
-@functools.lru_cache(maxsize=2)
-def _row_group(path: Path, group: int, column: str) -> Any:
-    """A column of images, kept because neighbouring items lie in the same row group."""
-    return pyarrow().parquet.ParquetFile(path).read_row_group(group, columns=[column]).column(0)
-
-
-def pyarrow() -> Any:
-    """The package, with its parquet reader. SuiteError when it is not installed."""
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise SuiteError("reading parquet needs the package pyarrow: pip install 'xomni_jax[eval]'") from error
-    return pyarrow
+        return f"{self.table.where(self.row)}, {self.column}"
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from xomni_jax.core.config import ConfigError
+from xomni_jax.data.parquet_table import ParquetTable
 from xomni_jax.data.tables import FaultyRecord
 from xomni_jax.data.text_tables import TEXT_SUFFIXES, open_text, read_text
 from xomni_jax.evaluation.suite import Item, Suite, SuiteError, check_id
 from xomni_jax.evaluation.suites.downloads import Download, described
-from xomni_jax.evaluation.suites.images import ParquetImage, decode_base64, pyarrow
+from xomni_jax.evaluation.suites.images import ParquetImage, decode_base64
 
 _MISSING = object()
 _REFERENCE = 64  # a base64 field no longer than this is the index of the row that holds the image
@@ -218,21 +219,14 @@ def _checked(value: Any, where: str) -> Any:
 
 
 def _parquet(path: Path) -> Iterator[Row]:
-    """Rows without their images: a column of image bytes becomes a ParquetImage."""
-    arrow = pyarrow()
-    try:
-        file = arrow.parquet.ParquetFile(path)
-        schema = file.schema_arrow
-        images = [f.name for f in schema if "bytes" in str(f.type) and "struct" in str(f.type)]
-        columns = [name for name in schema.names if name not in images]
-        number = 0
-        for group in range(file.num_row_groups):
-            for row, values in enumerate(file.read_row_group(group, columns=columns).to_pylist()):
-                number += 1
-                found = {name: ParquetImage(path, group, row, name) for name in images}
-                yield Row(values | found, f"{path} row {number}")
-    except arrow.ArrowException as error:
-        raise SuiteError(f"{path} is not a readable parquet file ({str(error).splitlines()[0]}); download it again") from error
+    """Rows without their images, each of which becomes a ParquetImage."""
+    (footer,) = ParquetTable([path], path.parent).indices
+    if isinstance(footer, FaultyRecord):
+        raise footer
+    table = ParquetTable([path], path.parent, [name for name in footer.columns if name not in footer.images])
+    images = ParquetTable([path], path.parent, footer.images)
+    for n, values in enumerate(table):
+        yield Row(values | {name: ParquetImage(images, n, name) for name in footer.images}, table.where(n))
 
 
 def rows_with_images(paths: Sequence[Path]) -> Iterator[tuple[Row, Callable[[], Any]]]:
