@@ -73,6 +73,7 @@ setup(
         "rewards": REWARDS,
         "plan": PLAN,
         "tensorboard": TENSORBOARD,
+        "gcs": ["gcsfs>=2024.6,<2028"],  # training data in buckets, read in place
         "eval": EVAL,
         "compbench": COMPBENCH,
         "detector": REWARDS + ["torch>=2.13,<2.14"],  # of a service that runs on its own, never of the model's process

@@ -198,3 +198,12 @@ def test_the_cost_of_recent_values_is_limited():
     for n in (4, 6, 4, 6, 20, 20, 4, 5, 4, 5):
         recent(n)
     assert made == [4, 6, 20, 4, 5]
+
+
+def test_a_bucket_without_its_package_is_refused(monkeypatch):
+    def missing(name):
+        raise ImportError("Please install gcsfs to access Google Storage")
+
+    monkeypatch.setattr(epath.backend.fsspec_backend, "_get_filesystem", missing)
+    with pytest.raises(ConfigError, match=r"gs://signs/x.tar: reading from a bucket needs a package: pip install 'xomni_jax\[gcs\]'"):
+        open_parts("gs://signs/x.tar")

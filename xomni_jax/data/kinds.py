@@ -129,7 +129,10 @@ def _found(path: str) -> list[Path]:
     """The file or folder, or what a glob fits; in a bucket, such as gs://name, a glob of names in one folder."""
     if "://" in path:
         there = epath.Path(path)
-        return [there] if there.exists() else sorted(there.parent.glob(there.name), key=os.fsencode)
+        try:
+            return [there] if there.exists() else sorted(there.parent.glob(there.name), key=os.fsencode)
+        except ImportError as error:
+            raise ConfigError(f"config.data.path={path}: reading from a bucket needs a package: pip install 'xomni_jax[gcs]'") from error
     return [Path(path)] if os.path.exists(path) else sorted(map(Path, glob.glob(path, recursive=True)), key=os.fsencode)
 
 
