@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -77,12 +78,18 @@ def layouts():
     return [entry for entry in json.loads((FORMATS / "expected.json").read_text()) if entry["name"] not in HELD_BACK]
 
 
-def read(entry, **more):
+@pytest.fixture(scope="module")
+def formats(tmp_path_factory):
+    """A copy of the layouts: indices of tars are written beside them."""
+    return shutil.copytree(FORMATS, tmp_path_factory.mktemp("formats") / "formats")
+
+
+def read(entry, formats):
     """(good records by number, (place and reason) of the skipped ones by number, notes)."""
-    options = OPTIONS.get(entry["name"], {}) | more
+    options = dict(OPTIONS.get(entry["name"], {}))
     if "images" in options:
-        options["images"] = str(FORMATS / options["images"])
-    records = Records(str(FORMATS / entry["entry"]), Columns(**options), prompts=entry["name"].startswith("p"))
+        options["images"] = str(formats / options["images"])
+    records = Records(str(formats / entry["entry"]), Columns(**options), prompts=entry["name"].startswith("p"))
     good, skipped = {}, {}
     for n in range(len(records)):
         try:
@@ -126,9 +133,9 @@ def said(record, field):
 
 
 @pytest.mark.parametrize("entry", layouts(), ids=lambda entry: entry["name"])
-def test_layout(entry):
+def test_layout(entry, formats):
     try:
-        good, skipped, notes = read(entry)
+        good, skipped, notes = read(entry, formats)
     except ModuleNotFoundError as error:  # of a format that this installation does not read
         pytest.skip(str(error))
     wanted = {g["record"]: g for g in entry["good"]}
@@ -151,17 +158,17 @@ def test_layout(entry):
 
 
 @pytest.mark.skipif(not FORMATS.is_dir(), reason="the layouts are not here")
-def test_further_files_of_the_layouts():
+def test_further_files_of_the_layouts(formats):
     """What the notes of expected.json say beside the main entry."""
-    (chinese,) = Records(str(FORMATS / "p07_unigenbench/test_prompts_zh.csv"), Columns(), prompts=True)
+    (chinese,) = Records(str(formats / "p07_unigenbench/test_prompts_zh.csv"), Columns(), prompts=True)
     assert chinese.texts == ("水墨画，两只白鹭站在木船上。",) and list(chinese.metadata) == ["考点"]
-    assert len(Records(str(FORMATS / "p07_unigenbench/train_prompt.txt"), Columns(), prompts=True)) == 3
+    assert len(Records(str(formats / "p07_unigenbench/train_prompt.txt"), Columns(), prompts=True)) == 3
     with pytest.raises(ConfigError, match="bad_weight.yaml: datasets.0.: sample_weight=0 must be a positive number"):
-        Records(str(FORMATS / "p06_deepgen/bad_weight.yaml"), Columns(), prompts=True)
+        Records(str(formats / "p06_deepgen/bad_weight.yaml"), Columns(), prompts=True)
     for name, share in (("train", 0.5), ("train_weight_only", 0.75)):
-        records = list(Records(str(FORMATS / f"p06_deepgen/{name}.yaml"), Columns(), prompts=True))
+        records = list(Records(str(formats / f"p06_deepgen/{name}.yaml"), Columns(), prompts=True))
         lettering = sum(record.weight for record in records if record.key.startswith("lettering"))
         assert lettering / sum(record.weight for record in records) == pytest.approx(share)
         assert all("text" in record.targets for record in records if "ocr" in record.rewards)
-    found = check(FilesConfig(path=str(FORMATS / "p02_flow_grpo_pickscore/train.txt"), sizes=((8, 8),)), prompts=True)
+    found = check(FilesConfig(path=str(formats / "p02_flow_grpo_pickscore/train.txt"), sizes=((8, 8),)), prompts=True)
     assert [tuple(Path(place).name for place in pair) for pair in found.duplicates] == [("train.txt:5", "train.txt:1")]
