@@ -17,7 +17,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 import threading
@@ -32,6 +31,8 @@ import orbax.checkpoint as ocp
 
 from xomni_jax.checkpoint.conversion import flatten, unflatten
 from xomni_jax.core.distributed import explain_silence, gather_json
+from xomni_jax.core.folders import write_text
+from xomni_jax.models.section import COMPUTATION
 
 FORMAT = 1
 DAMAGED = "cannot be read, it is incomplete or damaged ({reason}); restore it or write it again"
@@ -48,9 +49,7 @@ class CheckpointError(ValueError):
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON atomically: a reader sees the old file or the new one."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
-    os.replace(part, path)
+    write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
 
 
 def config_to_json(cfg: Any) -> dict[str, Any]:
@@ -195,6 +194,13 @@ def load_component(directory: str | Path, name: str, wanted: Any, dtype: Any = N
 
     params = reading(read, f"{path}: {DAMAGED}")
     return params if dtype is None else jax.jit(lambda t: jax.tree.map(lambda x: x.astype(dtype), t), donate_argnums=0)(params)
+
+
+def fingerprint(name: str, params: Any, config: Any) -> str:
+    """Identifies a component by its values and its config, however it is stored and split over devices: 16 hexadecimal digits."""
+    about = {key: value for key, value in config_to_json(config).items() if key not in COMPUTATION}
+    sums = {key: [x.shape, x.dtype.name, int(placed_sum(x))] for key, x in flatten(params).items()}
+    return hashlib.sha256(json.dumps([name, about, sums], sort_keys=True).encode()).hexdigest()[:16]
 
 
 class QuietEventLoop(asyncio.SelectorEventLoop):
@@ -390,7 +396,18 @@ class RunCheckpoints:
 @jax.jit
 def bit_sum(tree: Any) -> jax.Array:
     """Sum of all values of a tree, taken as unsigned integers, modulo 2^32: the same for every sharding."""
-    return sum(jnp.sum(x.view(f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)) for x in jax.tree.leaves(tree))
+    return sum(jnp.sum(_bits(x)) for x in jax.tree.leaves(tree))
+
+
+@jax.jit
+def placed_sum(x: jax.Array) -> jax.Array:
+    """As `bit_sum`, but each value counts with a weight that depends on its place."""
+    place = jax.lax.iota(jnp.uint32, x.size).reshape(x.shape)
+    return jnp.sum(_bits(x) * (jnp.uint32(2654435761) * place + 1))
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    return x.view(f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
 
 
 def checksum(state: Any, data: Mapping[str, Any]) -> list[int]:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import shutil
 import tempfile
 from pathlib import Path
 from typing import IO
 
 # Kind of folder -> the file that tells it.
-MARKERS = {"training run": "metrics.jsonl", "evaluation": "settings.json", "model directory": "model.json"}
+MARKERS = {
+    "training run": "metrics.jsonl",
+    "evaluation": "settings.json",
+    "model directory": "model.json",
+    "data set of codes": "source.json",
+}
 
 
 def why_taken(folder: Path, kind: str) -> str | None:
@@ -59,3 +65,24 @@ def lock(file: IO) -> bool:
     except OSError:
         pass
     return True
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Replaces a text file as a whole, also when several processes write it at the same time. Returns its path."""
+    os.replace(write_part(path, text), path)
+    return path
+
+
+def write_part(path: Path, text: str) -> Path:
+    """Writes a temporary file beside `path`, named for this process, and returns its path."""
+    part = part_of(path)
+    with part.open("w", encoding="utf-8", newline="") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    return part
+
+
+def part_of(path: Path) -> Path:
+    """Name of the temporary file that this process writes before it takes the place of `path`."""
+    return path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")

@@ -1,7 +1,8 @@
 """Where training examples come from: named sources with random access, and their batches as grain data.
 
 An example is a dict. Every stage reads `image` (uint8 [H, W, 3]), `caption` and `id`; understanding reads `question` and `answer`, rewards
-read `targets`, and the tokenizer's dense task reads `columns` (int32 [Y, X], a label per token).
+read `targets`, and the tokenizer's dense task reads `columns` (int32 [Y, X], a label per token). In place of `image` an example may have
+`codes` (integers [Y, X]), which `xomni data tokenize` has made of it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
-from xomni_jax.core.config import ConfigError, Text, as_dict, build, checked, explanations, field_types, updated
+from xomni_jax.core.config import ConfigError, Natural, Text, as_dict, build, checked, explanations, field_types, typed, updated
 from xomni_jax.core.registry import Registry
 
 if TYPE_CHECKING:
@@ -43,6 +44,16 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Example: ...
 
 
+class ShuffledSource(Source, Protocol):
+    """A source that shuffles its records itself, so that its examples have no end, and can also give every record once."""
+
+    @classmethod
+    def epoch(cls, options: Any) -> Sequence[Example]:
+        """Every record at its number, in the order of the files. One that cannot be used raises ValueError with place and reason when it
+        is read."""
+        ...
+
+
 SOURCES = Registry(
     "source",
     {
@@ -51,6 +62,7 @@ SOURCES = Registry(
         "folder": "xomni_jax.data.files:FilesSource",  # earlier names of the same
         "jsonl": "xomni_jax.data.files:FilesSource",
         "prompts": "xomni_jax.data.files:PromptsSource",
+        "codes": "xomni_jax.data.codes:CodesSource",
     },
 )
 
@@ -62,43 +74,74 @@ class DataSection:
     Attributes:
       source: a name in `SOURCES`, or path/to/file.py:Class.
       options: an instance of the source's `Options`.
+      first: only so many examples, again and again in their order; 0: all.
     """
 
     source: str
     options: Any
+    first: int = 0
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
         """(height, width) in pixels of the images; the first is the main one."""
         return self.options.sizes
 
+    @property
+    def tokenizer(self) -> str:
+        """Fingerprint of the tokenizer that made the codes which the examples hold; empty where they hold images."""
+        return getattr(self.options, "tokenizer", "")
+
     def open(self, seed: int, batch_size: int) -> Source:
         """The source itself, its batches of `batch_size` examples."""
-        return SOURCES.get(self.source)(self.options, seed, batch_size)
+        source = SOURCES.get(self.source)(self.options, seed, batch_size)
+        return Repeated(source, self.first, batch_size) if self.first else source
+
+    def epoch(self) -> Sequence[Example]:
+        """Every record of the source once, in its order. ConfigError for a source without an end."""
+        cls = SOURCES.get(self.source)
+        records = cls.epoch(self.options) if hasattr(cls, "epoch") else cls(self.options, 0, 1)
+        if len(records) >= ENDLESS:
+            raise ConfigError(f"config.data.source={self.source}: its examples have no end; name a source of files, or one of your own")
+        return records
 
     def updated(self, changes: Mapping[str, Any], where: str) -> DataSection:
         """With another source, which starts from its own defaults, or with other options."""
         changes = dict(changes)
         named = changes.pop("source", self.source)
+        first = typed(changes.pop("first", self.first), Natural, f"{where}.first")
         source, options = str(named), self.options
         if source == self.source:
-            return DataSection(source, updated(options, changes, where))
+            return DataSection(source, updated(options, changes, where), first)
         kind = getattr(checked(lambda: SOURCES.get(source), f"{where}.source"), "Options", None)
         if kind is None or "sizes" not in field_types(kind):
             raise ConfigError(f"{where}.source={source}: is no source: it has no Options with `sizes`, the (height, width) of its images")
         if isinstance(named, Text):  # on the command line: options in the file that are those of another source do not count
             changes = {key: value for key, value in changes.items() if key in field_types(kind) or isinstance(value, Text)}
-        return DataSection(source, build(kind, changes, where))
+        return DataSection(source, build(kind, changes, where), first)
 
     def as_dict(self) -> dict[str, Any]:
         """The source's name and its options."""
-        return {"source": self.source} | as_dict(self.options)
+        return {"source": self.source} | as_dict(self.options) | ({"first": self.first} if self.first else {})
 
     def explained(self) -> dict[str, str]:
         """The explanations of the options."""
-        return {"source": f"one of {', '.join(SOURCES.names())}, or a class of your own as path/to/file.py:Class"} | explanations(
-            type(self.options)
-        )
+        names = f"one of {', '.join(SOURCES.names())}, or a class of your own as path/to/file.py:Class"
+        return {"source": names, "first": "only so many examples, again and again; 0: all"} | explanations(type(self.options))
+
+
+class Repeated:
+    """The first examples of a source, again and again, in batches of one size. The last of them fill up a batch of their own."""
+
+    def __init__(self, source: Source, count: int, batch_size: int):
+        self.source, self.count, self.batch_size = source, min(count, len(source)), batch_size
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __getitem__(self, index: int) -> Example:
+        batch, row = divmod(index, self.batch_size)
+        start = batch % -(-self.count // self.batch_size) * self.batch_size
+        return self.source[start + row % min(self.batch_size, self.count - start)]
 
 
 class BatchOrder:

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from xomni_jax.checkpoint.store import write_json
+from xomni_jax.core.folders import write_text
 from xomni_jax.core.tables import TableCell, aligned, csv_text, format_estimate, format_number
 from xomni_jax.evaluation import paper
 from xomni_jax.evaluation.eval_run import EvalRun, read_eval_run, same_items
 from xomni_jax.evaluation.item_cards import embed, image_order, item_card, left_out
 from xomni_jax.evaluation.pages import write_page
-from xomni_jax.evaluation.run_directory import write_text
 from xomni_jax.evaluation.statistics import bootstrap_mean, paired_difference, with_bounds
 from xomni_jax.evaluation.suite import SuiteError
 

@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 from PIL import Image
 
-from xomni_jax.evaluation.run_directory import write_text
+from xomni_jax.core.folders import write_text
 
 Marked = list[tuple[str, str]]  # parts of a text, each with the name of the HTML element that marks it, "" for none
 HEAD, SLACK = 220, 66  # characters of a long text that are shown before it is unfolded; a text so little longer is shown whole

@@ -27,7 +27,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from xomni_jax.core.folders import lock, why_not_writable, why_taken
+from xomni_jax.core.folders import lock, why_not_writable, why_taken, write_part, write_text
 
 UNCOMPARED = ("path", "at")  # keys that may differ between machines or sittings
 
@@ -57,7 +57,7 @@ class RunDirectory:
         path, value = self.path / name, json.loads(json.dumps(value))
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            mine = _write(path, pretty_json(value))
+            mine = write_part(path, pretty_json(value))
             try:
                 os.link(mine, path)
             except FileExistsError:
@@ -149,22 +149,6 @@ def json_line(value: Mapping[str, Any]) -> str:
 def pretty_json(value: Any) -> str:
     """The text of settings.json and results.json; scores stay in the order in which a suite gives them."""
     return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-
-
-def write_text(path: Path, text: str) -> Path:
-    """Replaces a text file as a whole, also when several processes finish a run together. Returns its path."""
-    os.replace(_write(path, text), path)
-    return path
-
-
-def _write(path: Path, text: str) -> Path:
-    """Writes a temporary file beside `path`, named for this process, and returns its path."""
-    mine = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
-    with mine.open("w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    return mine
 
 
 def _read_lines(path: Path) -> Iterable[dict[str, Any]]:

@@ -10,12 +10,12 @@ from typing import Any
 
 from PIL import Image
 
+from xomni_jax.core.folders import write_text
 from xomni_jax.core.tables import UNKNOWN, TableCell, csv_text, format_interval
 from xomni_jax.evaluation import paper
 from xomni_jax.evaluation.eval_run import EvalRun, category, outputs, read_eval_run, reading
 from xomni_jax.evaluation.item_cards import PAGE_BYTES, embed, image_order, item_card, left_out, spread
 from xomni_jax.evaluation.pages import write_page
-from xomni_jax.evaluation.run_directory import write_text
 
 # Beginnings of the names of settings: what a reader looks for first, and what seldom matters.
 FIRST, LAST = ("suite", "model.", "judge.", "switches"), ("mesh.", "batch", "decode_batch", "device", "versions.")

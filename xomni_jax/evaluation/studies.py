@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from xomni_jax.checkpoint.store import write_json
+from xomni_jax.core.folders import write_text
 from xomni_jax.core.tables import TableCell, aligned, csv_text, format_estimate, format_number
 from xomni_jax.evaluation import suite as contract
 from xomni_jax.evaluation.charts import Line, line_chart
@@ -20,7 +21,6 @@ from xomni_jax.evaluation.eval_run import EvalRun, Item, command, outputs, read_
 from xomni_jax.evaluation.pages import write_page
 from xomni_jax.evaluation.paper import category_order
 from xomni_jax.evaluation.results import score_outputs
-from xomni_jax.evaluation.run_directory import write_text
 from xomni_jax.evaluation.statistics import (
     BEST_OF,
     best_of_weights,

@@ -11,8 +11,17 @@ from typing import Any
 import jax
 from jax.experimental.multihost_utils import sync_global_devices
 
-from xomni_jax.checkpoint.store import config_from_json, config_to_json, copy_components, read_model_json, save_component, save_settings
+from xomni_jax.checkpoint.store import (
+    config_from_json,
+    config_to_json,
+    copy_components,
+    fingerprint,
+    read_model_json,
+    save_component,
+    save_settings,
+)
 from xomni_jax.core.config import ConfigError, Overrides, build
+from xomni_jax.data.sources import DataSection
 from xomni_jax.models.section import COMPUTATION, STORED, ModelSection
 from xomni_jax.pipeline import XOmni
 from xomni_jax.sampling.decoder import DecodeConfig
@@ -118,6 +127,18 @@ def open_model(init_from: str, needed: tuple[str, ...], mesh: jax.sharding.Mesh,
     if missing:
         raise ConfigError(f"config.init_from={init_from}: this model has no {missing[0]}; stage {stage} needs {', '.join(needed)}")
     return XOmni(init_from, mesh, training=True)
+
+
+def check_codes(data: DataSection, model: XOmni) -> None:
+    """Refuses codes that another tokenizer made than that of the model; frees the tokenizer, which codes do without."""
+    if data.tokenizer:
+        own = fingerprint("siglip_vq", model.params("siglip_vq"), model.config("siglip_vq"))
+        model.release("siglip_vq")
+        if own != data.tokenizer:
+            raise ConfigError(
+                f"config.data: the codes of {data.options.path} are those of tokenizer {data.tokenizer}, but config.init_from={model.path} "
+                f"has tokenizer {own}; start from the model that made the codes, or tokenize the images again"
+            )
 
 
 def export_model(

@@ -221,7 +221,7 @@ class DecoderStage:
 
         return RunningStage(
             state,
-            DataIterator(batches(cfg.data, cfg.seed, cfg.batch_size, rows=rows, transform=to_batch, fields=("caption",)), to_mesh),
+            DataIterator(batches(cfg.data, cfg.seed, cfg.batch_size, rows=rows, transform=to_batch, fields=("image", "caption")), to_mesh),
             step,
             export,
             functools.partial(reconstruct, cfg, model, models),

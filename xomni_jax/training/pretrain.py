@@ -27,7 +27,7 @@ from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sequence.tokenizer import MultimodalTokenizer
 from xomni_jax.sharding import abstract
 from xomni_jax.sharding.arrays import local_rows, share, spread, whole
-from xomni_jax.training.components import DataIterator, check_heads, check_split, export_model, model_configs, open_model
+from xomni_jax.training.components import DataIterator, check_codes, check_heads, check_split, export_model, model_configs, open_model
 from xomni_jax.training.loop import tile
 from xomni_jax.training.next_token import FREEZE, NextTokenConfig, PackedTargets, build_sequences, next_token_loss, pack_batch
 from xomni_jax.training.operations import FlopCount
@@ -77,25 +77,30 @@ def make_update(net: nn.Module, optimizer: Optimizer, cfg: NextTokenConfig) -> C
 
 
 def sample_grid(model: XOmni, ar: transformer.ARConfig, data: DataSection, seed: int, state: TrainState, step: int) -> np.ndarray:
-    """Images of the policy for the first examples of its own data, one row of samples above one of the real images."""
+    """Images of the policy for the first examples of its own data, one row of samples above one of the real images.
+
+    Where the data hold codes, the real images are those that the decoder makes of them.
+    """
     examples = first_batch(data, seed + GRID_SEED, GRID_PROMPTS)
-    prompts, real = examples["caption"], examples["image"]
+    prompts = examples["caption"]
     model.set_params("transformer", state.params, ar)
-    grid = model.grid(*real.shape[1:3])
+    grid = examples["codes"].shape[1:] if data.tokenizer else model.grid(*examples["image"].shape[1:3])
+    noise = model.noise(image_keys(seed, len(prompts), NOISE), grid)
     codes = model.sample_codes(prompts, grid, image_keys(seed, len(prompts))[:, None], SamplingConfig())["codes"][:, 0]
-    images = whole(model.decode_images(codes, prompts, model.noise(image_keys(seed, len(prompts), NOISE), grid)))
+    images = whole(model.decode_images(codes, prompts, noise))
+    real = whole(model.decode_images(model.checked(examples["codes"]), prompts, noise)) if data.tokenizer else examples["image"]
     return tile(np.concatenate([images, real]), columns=GRID_PROMPTS)
 
 
 def text_fields(cfg: NextTokenConfig) -> tuple[str, ...]:
-    """What the mixture reads of every example, beside its image."""
+    """What the mixture reads of every example, beside its image or codes."""
     return ("id", "caption", *(("question", "answer") if cfg.understanding else ()))
 
 
 def packed_batch(
     cfg: PretrainRun, model: XOmni, text: MultimodalTokenizer, rows: Sequence[int] | None, examples: dict[str, Any]
 ) -> tuple[PackedTargets, dict[str, float]]:
-    """Examples -> packed rows on the mesh, with the codes of the frozen tokenizer, and counts of what found no room.
+    """Examples -> packed rows on the mesh, and counts of what found no room. Images become codes by the frozen tokenizer.
 
     Packing looks at the whole batch: codes and texts, which are small, go to every process, and each keeps its own packed rows. The random
     choices depend on the batch's own id.
@@ -104,8 +109,10 @@ def packed_batch(
       rows: of the batch, those that this process has loaded; None if it has loaded all.
     """
     c, mesh = cfg.next_token, model.mesh
-    pixels = to_pixels(examples["image"])
-    codes = whole(model.encode_pixels(pixels if rows is None else spread(mesh, pixels, cfg.batch_size)))
+    stored = bool(cfg.data.tokenizer)
+    images = examples["codes"] if stored else to_pixels(examples["image"])
+    images = images if rows is None else spread(mesh, images, cfg.batch_size)
+    codes = np.asarray(whole(jnp.asarray(images) if stored else model.encode_pixels(images)))
     texts = share({name: examples[name] for name in text_fields(c)}, rows, cfg.batch_size)
     rng = np.random.default_rng([cfg.seed, *map(ord, texts["id"][0])])
     packed, counts = pack_batch(build_sequences(texts, codes, text, c, rng), text, c)
@@ -150,6 +157,7 @@ class PretrainStage:
             check_split("config.batch_size", cfg.batch_size, mesh)
             rows = local_rows(mesh, cfg.batch_size)
         model = open_model(cfg.init_from, ("siglip_vq",), mesh, cfg.stage)
+        check_codes(cfg.data, model)
         models = model_configs(cfg, ("transformer",), model)
         ar = models["transformer"]
         sizes = dict(vocab_size=ar.vocab_size, image_vocab_size=ar.image_vocab_size, mm_vocab_size=ar.mm_vocab_size)
@@ -167,11 +175,12 @@ class PretrainStage:
             state, metrics = update(state, packed)
             return state, metrics | counts
 
+        kind = "codes" if cfg.data.tokenizer else "image"
         draws = "mmdit" in model.description["components"]
         return RunningStage(
             state,
             DataIterator(
-                batches(cfg.data, cfg.seed, cfg.batch_size, rows=rows, fields=text_fields(cfg.next_token)),
+                batches(cfg.data, cfg.seed, cfg.batch_size, rows=rows, fields=(kind, *text_fields(cfg.next_token))),
                 functools.partial(packed_batch, cfg, model, text, rows),
             ),
             step,

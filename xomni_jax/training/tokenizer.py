@@ -188,7 +188,7 @@ class TokenizerStage:
         load = functools.partial(
             batches, cfg.data, batch_size=cfg.batch_size, rows=local_rows(mesh, cfg.batch_size),
             transform=functools.partial(learning_batch, MultimodalTokenizer.load(), c.text_length, vq.patch),
-            fields=("question", "answer", *(("columns",) if c.dense_weight else ())),
+            fields=("image", "question", "answer", *(("columns",) if c.dense_weight else ())),
         )  # fmt: skip
 
         def to_mesh(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:

@@ -1,0 +1,220 @@
+"""xomni data tokenize: every image once, exact counts, what cannot be used listed, shards that are kept and redone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import xomni_jax
+from tests.cli.test_main import refusal
+from tests.data.making import folder_config, make_codes, write_images
+from tests.miniature import ROOT
+from xomni_jax.core.config import ConfigError
+from xomni_jax.data.codes import CodesConfig, CodesSource
+from xomni_jax.data.preprocess import to_pixels
+from xomni_jax.training import tokenize_data
+from xomni_jax.training.tokenize_data import TokenizeConfig, tokenize
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """30 images, of which three cannot be used: no image, cut off, without a caption."""
+    folder = write_images(tmp_path_factory.mktemp("images"), 30)
+    (folder / "003.png").write_bytes(b"<html>")
+    (folder / "017.png").write_bytes((folder / "016.png").read_bytes()[:60])
+    (folder / "020.txt").write_text(" \n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def codes(images, model_dir, tmp_path_factory):
+    return make_codes(model_dir, images, tmp_path_factory.mktemp("made") / "codes")
+
+
+def test_every_image_once_with_the_codes_of_the_model(images, codes, model_dir):
+    records = CodesSource.epoch(CodesConfig(str(codes)))
+    model = xomni_jax.load(model_dir)
+    assert {e["caption"] for e in map(records.__getitem__, range(27))} == {f"image number {n}" for n in range(30) if n not in (3, 17, 20)}
+    for example in (records[0], records[20]):
+        number = int(example["caption"].split()[-1])
+        image = np.asarray(Image.open(images / f"{number:03}.png").resize(example["codes"].shape[::-1] * np.array(8), Image.Resampling.BICUBIC))
+        expected = np.asarray(model.encode_pixels(to_pixels(image[None])))[0]
+        assert example["codes"].dtype == np.uint16 and (example["codes"] == expected).mean() > 0.9  # another batch may round another way
+        assert set(example) == {"id", "caption", "codes"}
+
+
+def test_the_index_counts_exactly(codes):
+    index = json.loads((codes / "index.json").read_text())
+    assert (index["records"], index["examples"], index["rejected"]) == (30, 27, 3)
+    assert index["sizes"] == [[16, 32, 14], [32, 16, 13]]
+    assert [shard["records"] for shard in index["shards"]] == [11, 10, 6]
+    assert [shard["file"] for shard in index["shards"]] == [f"codes-{n:05}-of-00003.array_record" for n in range(3)]
+    for shard in index["shards"]:
+        data = (codes / shard["file"]).read_bytes()
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (shard["bytes"], shard["sha256"])
+        assert sum(count for *_, count in shard["sizes"]) == shard["records"]
+
+
+def test_what_cannot_be_used_is_listed_with_place_and_reason(codes):
+    lines = [json.loads(line) for line in (codes / "rejected.jsonl").read_text().splitlines()]
+    assert [line["key"] for line in lines] == [3, 17, 20]
+    for line, words in zip(lines, (("003.png", "it is none of PNG"), ("017.png", "damaged or cut off"), ("020.png", "holds no text"))):
+        assert all(word in line["reason"] for word in words)
+
+
+@pytest.mark.parametrize("gone", ["codes-00001-of-00003.array_record", "codes-00002-of-00003.json", "cut"])
+def test_a_lost_shard_is_made_again_and_others_are_kept(images, codes, model_dir, tmp_path, gone):
+    out = tmp_path / "codes"
+    out.mkdir()
+    for name, data in contents(codes).items():
+        (out / name).write_bytes(data)
+    if gone == "cut":
+        gone = "codes-00000-of-00003.array_record"
+        (out / gone).write_bytes((out / gone).read_bytes()[:1000])
+    else:
+        (out / gone).unlink()
+    (out / ".codes-00000-of-00003.array_record.host.1").write_bytes(b"left by a killed process")
+    before = {path.name: path.stat().st_mtime_ns for path in out.glob("codes-*")}
+    make_codes(model_dir, images, out)
+    assert contents(out) == contents(codes)
+    made = {path.name for path in out.glob("codes-*") if path.stat().st_mtime_ns != before.get(path.name)}
+    number = gone[:11]
+    assert made == {f"{number}-of-00003.array_record", f"{number}-of-00003.json"}
+
+
+def test_processes_share_the_shards(images, codes, model_dir, tmp_path):
+    """Each without the others; whoever finishes the last shard writes the same index as one process does."""
+    cfg, options = folder_config(model_dir, images), TokenizeConfig(str(tmp_path / "codes"), batch=1, shard=12)
+    assert "2 of 3 shards are finished" in tokenize(cfg, options, 0, 2)
+    assert not (tmp_path / "codes" / "index.json").exists()
+    assert "27 examples in 3 shards" in tokenize(cfg, options, 1, 2)
+    assert contents(tmp_path / "codes") == contents(codes)
+
+
+@pytest.mark.parametrize("limit, stops", [("2", True), ("3", False), ("9%", True), ("10%", False), ("0", True)])
+def test_a_limit_of_rejected_records(images, model_dir, tmp_path, limit, stops):
+    if not stops:
+        make_codes(model_dir, images, tmp_path / "codes", max_rejected=limit)
+        return
+    with pytest.raises(tokenize_data.TooManyRejected, match=rf"records cannot be used, --max-rejected {limit} allows fewer; .*rejected.jsonl"):
+        make_codes(model_dir, images, tmp_path / "codes", max_rejected=limit)
+    listed = (tmp_path / "codes" / "rejected.jsonl").read_text().splitlines()
+    assert len(listed) == (1 if limit == "0" else 3) and not (tmp_path / "codes" / "index.json").exists()
+
+
+def test_a_shard_of_nothing_but_rejected_records(model_dir, tmp_path):
+    folder = write_images(tmp_path / "images", 6)
+    for n in range(2, 4):
+        (folder / f"{n:03}.png").write_bytes(b"")
+    out = make_codes(model_dir, folder, tmp_path / "codes", shard=2, max_rejected="50%")
+    assert [shard["records"] for shard in json.loads((out / "index.json").read_text())["shards"]] == [2, 0, 2]
+    assert len(CodesSource.epoch(CodesConfig(str(out)))) == 4
+
+
+OWN = '''
+import numpy as np
+from dataclasses import dataclass
+
+
+class Odd:
+    """Images of a size that is none of the configured ones."""
+
+    @dataclass(frozen=True)
+    class Options:
+        """Sizes.
+
+        Attributes:
+          sizes: (height, width)
+        """
+
+        sizes: tuple[tuple[int, int], ...] = ((16, 32),)
+
+    def __init__(self, options, seed, batch_size):
+        pass
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, n):
+        return {"id": str(n), "caption": "c", "image": np.zeros((16, 32 if n else 24, 3), np.uint8)}
+'''
+
+
+def test_a_source_of_ones_own(model_dir, tmp_path):
+    (tmp_path / "odd.py").write_text(OWN)
+    config = folder_config(model_dir, "x", f"data.source={tmp_path / 'odd.py'}:Odd", "data.sizes=((16,32),)", "data.weights=None")
+    assert "3 examples in 1 shards" in tokenize(config, TokenizeConfig(str(tmp_path / "codes"), batch=1, max_rejected="1"))
+    assert "an image of 16x24 pixels, which is none of config.data.sizes" in (tmp_path / "codes" / "rejected.jsonl").read_text()
+
+
+CONFIG = """
+from tests.data.making import folder_config
+
+from ml_collections import ConfigDict
+from xomni_jax.core.config import as_dict
+
+def get_config():
+    return ConfigDict(as_dict(folder_config({model!r}, {images!r})))
+"""
+
+
+@pytest.fixture
+def command(tmp_path, images, model_dir, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from tests.miniature import stage_changes
+
+    changes = stage_changes("sft", "none", f"init_from={model_dir}")
+    (tmp_path / "small.py").write_text(f"from ml_collections import ConfigDict\n\ndef get_config():\n    return ConfigDict({changes.to_dict()!r})\n")
+    data = ("source=folder", f"path={images}", "sizes=((16,32),(32,16))")
+    return [f"--config={tmp_path / 'small.py'}", *(f"--config.data.{o}" for o in data), f"--out={tmp_path / 'out'}", "--batch=1"]
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        (["--max-rejected=many"], "--max-rejected many: give a number of records, such as 100, or a share of them, such as 1%"),
+        (["--batch=0"], "--batch 0 must be at least 1"),
+        (["--config.init_from="], "config.init_from is empty; stage data tokenize needs a model directory with siglip_vq"),
+        (["--config.init_from=/nowhere"], "/nowhere: no such directory; give a model directory"),
+        (["--config.data.path=/nowhere"], "config.data.path=/nowhere: no such folder"),
+        (["--config.data.sizes=((16,33),)"], "16x33 pixels are not whole 8x8 tokens"),
+        (["--config.data.source=rendered", "--config.data.sizes=((16,32),)"], "config.data.source=rendered: its examples have no end"),
+        (["--out={model}"], "holds a model directory; name another folder"),
+        (["--out=/proc/x"], "nothing can be written there"),
+    ],
+)
+def test_what_is_wrong_is_told_before_anything_is_written(command, arguments, told, model_dir, tmp_path, capsys):
+    if "rendered" in arguments[0]:
+        command = [c for c in command if "data.path" not in c]
+    arguments = [a.format(model=model_dir) for a in arguments]
+    assert told in refusal(capsys, "data", "tokenize", *command, *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_job_in_the_same_folder_is_refused(images, codes, model_dir):
+    before = contents(codes)
+    with pytest.raises(ConfigError, match=r"was begun with batch=1, now it is 2; name another folder"):
+        make_codes(model_dir, images, codes, batch=2)
+    with pytest.raises(ConfigError, match=r"was begun with data.sizes=.*; name another folder"):
+        make_codes(model_dir, images, codes, "data.sizes=((16,32),)")
+    assert contents(codes) == before
+
+
+def test_a_full_disk_is_told(images, model_dir, tmp_path, monkeypatch):
+    def full(path, records):
+        raise OSError(f"{path.parent}: a shard cannot be written (No space left on device)")
+
+    monkeypatch.setattr(tokenize_data, "write_shard", full)
+    with pytest.raises(OSError, match="a shard cannot be written"):
+        make_codes(model_dir, images, tmp_path / "codes")
+    assert sorted(path.name for path in (tmp_path / "codes").iterdir()) == ["source.json"]
+    monkeypatch.undo()
+    make_codes(model_dir, images, tmp_path / "codes")
