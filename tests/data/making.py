@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 from PIL import Image
 
 from tests.miniature import stage_config
+from xomni_jax.training import tokenize_data
+from xomni_jax.training.components import open_model
 from xomni_jax.training.tokenize_data import TokenizeConfig, tokenize
+
+opened = functools.cache(open_model)  # and with it the compiled programs of a model
 
 
 def write_images(folder, count, sizes=((32, 64), (64, 32))):
@@ -21,16 +27,23 @@ def write_images(folder, count, sizes=((32, 64), (64, 32))):
     return folder
 
 
-def folder_config(model_dir, path, *overrides, file="sft", run_dir="none"):
-    """A cut-down stage on a folder of images of two sizes."""
-    data = ("data.source=folder", f"data.path={path}", "data.sizes=((16,32),(32,16))")
+def config(model_dir, *data, file="sft"):
+    """A cut-down stage on data of one's own, from captions to images."""
     mixture = ("next_token.generation=0.9", "next_token.understanding=0.0", "next_token.text=0.1") if file == "sft" else ()
-    changed = {o.partition("=")[0] for o in overrides}
-    kept = (o for o in (*data, *mixture) if o.partition("=")[0] not in changed)
-    return stage_config(file, run_dir, f"init_from={model_dir}", *kept, *overrides)
+    return stage_config(file, "none", f"init_from={model_dir}", *mixture, *(f"data.{option}" for option in data))
 
 
-def make_codes(model_dir, images, out, *overrides, **options):
-    """The folder of codes of a folder of images, a record a device and small shards unless told otherwise."""
-    tokenize(folder_config(model_dir, images, *overrides), TokenizeConfig(str(out), **{"batch": 1, "shard": 12, **options}))
-    return out
+def of_folder(path, sizes="((16,32),(32,16))"):
+    """Options of a folder of images."""
+    return "source=folder", f"path={path}", f"sizes={sizes}"
+
+
+def make_codes(model_dir, data, out, process=0, processes=1, **options):
+    """The folder of codes of a source: an image at a time on each device, and small shards, unless told otherwise."""
+    options = TokenizeConfig(str(out), **{"batch": 1, "shard": 12, **options})
+    original, tokenize_data.open_model = tokenize_data.open_model, opened
+    try:
+        told = tokenize(config(model_dir, *data), options, process, processes)
+    finally:
+        tokenize_data.open_model = original
+    return told

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,13 +12,14 @@ from PIL import Image
 
 import xomni_jax
 from tests.cli.test_main import refusal
-from tests.data.making import folder_config, make_codes, write_images
+from tests.cli.test_train import MINIATURE
+from tests.data.making import make_codes, of_folder, write_images
 from tests.miniature import ROOT
 from xomni_jax.core.config import ConfigError
 from xomni_jax.data.codes import CodesConfig, CodesSource
 from xomni_jax.data.preprocess import to_pixels
 from xomni_jax.training import tokenize_data
-from xomni_jax.training.tokenize_data import TokenizeConfig, tokenize
+from xomni_jax.training.tokenize_data import TokenizeConfig, TooManyRejected
 
 
 def contents(folder):
@@ -36,7 +38,9 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def codes(images, model_dir, tmp_path_factory):
-    return make_codes(model_dir, images, tmp_path_factory.mktemp("made") / "codes")
+    out = tmp_path_factory.mktemp("made") / "codes"
+    assert make_codes(model_dir, of_folder(images), out) == f"27 examples in 3 shards, 393 KB, 3 rejected (listed in rejected.jsonl): {out}"
+    return out
 
 
 def test_every_image_once_with_the_codes_of_the_model(images, codes, model_dir):
@@ -45,7 +49,9 @@ def test_every_image_once_with_the_codes_of_the_model(images, codes, model_dir):
     assert {e["caption"] for e in map(records.__getitem__, range(27))} == {f"image number {n}" for n in range(30) if n not in (3, 17, 20)}
     for example in (records[0], records[20]):
         number = int(example["caption"].split()[-1])
-        image = np.asarray(Image.open(images / f"{number:03}.png").resize(example["codes"].shape[::-1] * np.array(8), Image.Resampling.BICUBIC))
+        image = np.asarray(
+            Image.open(images / f"{number:03}.png").resize(example["codes"].shape[::-1] * np.array(8), Image.Resampling.BICUBIC)
+        )
         expected = np.asarray(model.encode_pixels(to_pixels(image[None])))[0]
         assert example["codes"].dtype == np.uint16 and (example["codes"] == expected).mean() > 0.9  # another batch may round another way
         assert set(example) == {"id", "caption", "codes"}
@@ -70,51 +76,49 @@ def test_what_cannot_be_used_is_listed_with_place_and_reason(codes):
         assert all(word in line["reason"] for word in words)
 
 
-@pytest.mark.parametrize("gone", ["codes-00001-of-00003.array_record", "codes-00002-of-00003.json", "cut"])
-def test_a_lost_shard_is_made_again_and_others_are_kept(images, codes, model_dir, tmp_path, gone):
+def test_lost_shards_are_made_again_and_others_are_kept(images, codes, model_dir, tmp_path):
     out = tmp_path / "codes"
-    out.mkdir()
-    for name, data in contents(codes).items():
-        (out / name).write_bytes(data)
-    if gone == "cut":
-        gone = "codes-00000-of-00003.array_record"
-        (out / gone).write_bytes((out / gone).read_bytes()[:1000])
-    else:
-        (out / gone).unlink()
-    (out / ".codes-00000-of-00003.array_record.host.1").write_bytes(b"left by a killed process")
-    before = {path.name: path.stat().st_mtime_ns for path in out.glob("codes-*")}
-    make_codes(model_dir, images, out)
+    shutil.copytree(codes, out)
+    cut, sign = out / "codes-00000-of-00003.array_record", out / "codes-00002-of-00003.json"
+    cut.write_bytes(cut.read_bytes()[:1000])
+    sign.unlink()
+    (out / ".codes-00002-of-00003.array_record.host.1").write_bytes(b"left by a killed process")
+    kept = {path.name: path.stat().st_mtime_ns for path in out.glob("codes-00001-*")}
+    make_codes(model_dir, of_folder(images), out)
     assert contents(out) == contents(codes)
-    made = {path.name for path in out.glob("codes-*") if path.stat().st_mtime_ns != before.get(path.name)}
-    number = gone[:11]
-    assert made == {f"{number}-of-00003.array_record", f"{number}-of-00003.json"}
+    assert kept == {path.name: path.stat().st_mtime_ns for path in out.glob("codes-00001-*")}
 
 
 def test_processes_share_the_shards(images, codes, model_dir, tmp_path):
     """Each without the others; whoever finishes the last shard writes the same index as one process does."""
-    cfg, options = folder_config(model_dir, images), TokenizeConfig(str(tmp_path / "codes"), batch=1, shard=12)
-    assert "2 of 3 shards are finished" in tokenize(cfg, options, 0, 2)
-    assert not (tmp_path / "codes" / "index.json").exists()
-    assert "27 examples in 3 shards" in tokenize(cfg, options, 1, 2)
-    assert contents(tmp_path / "codes") == contents(codes)
+    out = tmp_path / "codes"
+    assert "2 of 3 shards are finished" in make_codes(model_dir, of_folder(images), out, 0, 2)
+    assert not (out / "index.json").exists()
+    assert "27 examples in 3 shards" in make_codes(model_dir, of_folder(images), out, 1, 2)
+    assert contents(out) == contents(codes)
 
 
-@pytest.mark.parametrize("limit, stops", [("2", True), ("3", False), ("9%", True), ("10%", False), ("0", True)])
-def test_a_limit_of_rejected_records(images, model_dir, tmp_path, limit, stops):
-    if not stops:
-        make_codes(model_dir, images, tmp_path / "codes", max_rejected=limit)
-        return
-    with pytest.raises(tokenize_data.TooManyRejected, match=rf"records cannot be used, --max-rejected {limit} allows fewer; .*rejected.jsonl"):
-        make_codes(model_dir, images, tmp_path / "codes", max_rejected=limit)
-    listed = (tmp_path / "codes" / "rejected.jsonl").read_text().splitlines()
-    assert len(listed) == (1 if limit == "0" else 3) and not (tmp_path / "codes" / "index.json").exists()
+@pytest.mark.parametrize("text, limit", [("3", 3), ("0", 0), ("10%", 3), ("0.5%", 0.15), ("100%", 30)])
+def test_limits_of_rejected_records(text, limit):
+    assert TokenizeConfig("out", max_rejected=text).limit(30) == pytest.approx(limit)
+
+
+def test_too_many_rejected_records_stop_the_job(images, codes, model_dir, tmp_path):
+    out = tmp_path / "codes"
+    told = rf"3 records cannot be used, --max-rejected 9% allows fewer; {out}/rejected.jsonl lists them, the last: .*020.*holds no text"
+    with pytest.raises(TooManyRejected, match=told):
+        make_codes(model_dir, of_folder(images), out, max_rejected="9%")
+    assert (out / "rejected.jsonl").read_bytes() == (codes / "rejected.jsonl").read_bytes() and not (out / "index.json").exists()
+    make_codes(model_dir, of_folder(images), out, max_rejected="3")  # goes on where it stopped
+    assert contents(out) == contents(codes)
 
 
 def test_a_shard_of_nothing_but_rejected_records(model_dir, tmp_path):
     folder = write_images(tmp_path / "images", 6)
     for n in range(2, 4):
         (folder / f"{n:03}.png").write_bytes(b"")
-    out = make_codes(model_dir, folder, tmp_path / "codes", shard=2, max_rejected="50%")
+    out = tmp_path / "codes"
+    make_codes(model_dir, of_folder(folder), out, shard=2, max_rejected="50%")
     assert [shard["records"] for shard in json.loads((out / "index.json").read_text())["shards"]] == [2, 0, 2]
     assert len(CodesSource.epoch(CodesConfig(str(out)))) == 4
 
@@ -150,31 +154,16 @@ class Odd:
 
 def test_a_source_of_ones_own(model_dir, tmp_path):
     (tmp_path / "odd.py").write_text(OWN)
-    config = folder_config(model_dir, "x", f"data.source={tmp_path / 'odd.py'}:Odd", "data.sizes=((16,32),)", "data.weights=None")
-    assert "3 examples in 1 shards" in tokenize(config, TokenizeConfig(str(tmp_path / "codes"), batch=1, max_rejected="1"))
+    data = f"source={tmp_path / 'odd.py'}:Odd", "sizes=((16,32),)"
+    assert "3 examples in 1 shards" in make_codes(model_dir, data, tmp_path / "codes", max_rejected="1")
     assert "an image of 16x24 pixels, which is none of config.data.sizes" in (tmp_path / "codes" / "rejected.jsonl").read_text()
-
-
-CONFIG = """
-from tests.data.making import folder_config
-
-from ml_collections import ConfigDict
-from xomni_jax.core.config import as_dict
-
-def get_config():
-    return ConfigDict(as_dict(folder_config({model!r}, {images!r})))
-"""
 
 
 @pytest.fixture
 def command(tmp_path, images, model_dir, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
-    from tests.miniature import stage_changes
-
-    changes = stage_changes("sft", "none", f"init_from={model_dir}")
-    (tmp_path / "small.py").write_text(f"from ml_collections import ConfigDict\n\ndef get_config():\n    return ConfigDict({changes.to_dict()!r})\n")
-    data = ("source=folder", f"path={images}", "sizes=((16,32),(32,16))")
-    return [f"--config={tmp_path / 'small.py'}", *(f"--config.data.{o}" for o in data), f"--out={tmp_path / 'out'}", "--batch=1"]
+    (tmp_path / "small.py").write_text(MINIATURE.format(file="sft", run_dir="none", init_from=model_dir))
+    return [f"--config={tmp_path / 'small.py'}", *(f"--config.data.{o}" for o in of_folder(images)), f"--out={tmp_path / 'out'}"]
 
 
 @pytest.mark.parametrize(
@@ -186,14 +175,14 @@ def command(tmp_path, images, model_dir, monkeypatch):
         (["--config.init_from=/nowhere"], "/nowhere: no such directory; give a model directory"),
         (["--config.data.path=/nowhere"], "config.data.path=/nowhere: no such folder"),
         (["--config.data.sizes=((16,33),)"], "16x33 pixels are not whole 8x8 tokens"),
-        (["--config.data.source=rendered", "--config.data.sizes=((16,32),)"], "config.data.source=rendered: its examples have no end"),
+        (["--config.data.source=rendered", "--config.data.sizes=((32,64),)"], "config.data.source=rendered: its examples have no end"),
         (["--out={model}"], "holds a model directory; name another folder"),
         (["--out=/proc/x"], "nothing can be written there"),
     ],
 )
 def test_what_is_wrong_is_told_before_anything_is_written(command, arguments, told, model_dir, tmp_path, capsys):
     if "rendered" in arguments[0]:
-        command = [c for c in command if "data.path" not in c]
+        command = [c for c in command if ".path" not in c]
     arguments = [a.format(model=model_dir) for a in arguments]
     assert told in refusal(capsys, "data", "tokenize", *command, *arguments)
     assert not (tmp_path / "out").exists()
@@ -202,19 +191,20 @@ def test_what_is_wrong_is_told_before_anything_is_written(command, arguments, to
 def test_another_job_in_the_same_folder_is_refused(images, codes, model_dir):
     before = contents(codes)
     with pytest.raises(ConfigError, match=r"was begun with batch=1, now it is 2; name another folder"):
-        make_codes(model_dir, images, codes, batch=2)
+        make_codes(model_dir, of_folder(images), codes, batch=2)
     with pytest.raises(ConfigError, match=r"was begun with data.sizes=.*; name another folder"):
-        make_codes(model_dir, images, codes, "data.sizes=((16,32),)")
+        make_codes(model_dir, of_folder(images, "((16,32),)"), codes)
     assert contents(codes) == before
 
 
-def test_a_full_disk_is_told(images, model_dir, tmp_path, monkeypatch):
-    def full(path, records):
-        raise OSError(f"{path.parent}: a shard cannot be written (No space left on device)")
-
-    monkeypatch.setattr(tokenize_data, "write_shard", full)
-    with pytest.raises(OSError, match="a shard cannot be written"):
-        make_codes(model_dir, images, tmp_path / "codes")
-    assert sorted(path.name for path in (tmp_path / "codes").iterdir()) == ["source.json"]
-    monkeypatch.undo()
-    make_codes(model_dir, images, tmp_path / "codes")
+def test_a_full_disk_is_told_and_leaves_nothing_half_written(images, codes, model_dir, tmp_path, monkeypatch):
+    out = tmp_path / "codes"
+    part = tmp_path / "part"
+    part.symlink_to("/dev/full")
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenize_data, "part_of", lambda path: part)
+        with pytest.raises(OSError, match=r"a shard cannot be written \(.*No space left on device\); mend that, the same command goes on"):
+            make_codes(model_dir, of_folder(images), out)
+    assert [path.name for path in out.iterdir()] == ["source.json"] and not part.is_symlink()
+    make_codes(model_dir, of_folder(images), out)
+    assert contents(out) == contents(codes)

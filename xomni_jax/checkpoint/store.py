@@ -199,7 +199,8 @@ def load_component(directory: str | Path, name: str, wanted: Any, dtype: Any = N
 def fingerprint(name: str, params: Any, config: Any) -> str:
     """Identifies a component by its values and its config, however it is stored and split over devices: 16 hexadecimal digits."""
     about = {key: value for key, value in config_to_json(config).items() if key not in COMPUTATION}
-    sums = {key: [x.shape, x.dtype.name, int(placed_sum(x))] for key, x in flatten(params).items()}
+    arrays = flatten(params)
+    sums = {key: [arrays[key].shape, arrays[key].dtype.name, int(total)] for key, total in placed_sums(arrays).items()}
     return hashlib.sha256(json.dumps([name, about, sums], sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -400,10 +401,14 @@ def bit_sum(tree: Any) -> jax.Array:
 
 
 @jax.jit
-def placed_sum(x: jax.Array) -> jax.Array:
-    """As `bit_sum`, but each value counts with a weight that depends on its place."""
-    place = jax.lax.iota(jnp.uint32, x.size).reshape(x.shape)
-    return jnp.sum(_bits(x) * (jnp.uint32(2654435761) * place + 1))
+def placed_sums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The sum of each array as of `bit_sum`, but every value counts with a weight that depends on its place."""
+
+    def placed_sum(x: jax.Array) -> jax.Array:
+        place = jax.lax.iota(jnp.uint32, x.size).reshape(x.shape)
+        return jnp.sum(_bits(x) * (jnp.uint32(2654435761) * place + 1))
+
+    return jax.tree.map(placed_sum, arrays)
 
 
 def _bits(x: jax.Array) -> jax.Array:

@@ -60,12 +60,12 @@ class CodesConfig:
 
 
 class CodeRecords:
-    """The examples of a folder in the order of its shards."""
+    """The examples of a folder in the order of its shards; of their fields, those that all of them have."""
 
     def __init__(self, options: CodesConfig):
         from array_record.python.array_record_data_source import ArrayRecordDataSource  # takes a second
 
-        self._folder, self._dtype = Path(options.path), np.dtype(options.index["dtype"])
+        self._folder, self._dtype, self._fields = Path(options.path), np.dtype(options.index["dtype"]), set(options.index["fields"])
         self._records = ArrayRecordDataSource([self._folder / shard["file"] for shard in options.index["shards"] if shard["records"]])
 
     def __len__(self) -> int:
@@ -73,7 +73,8 @@ class CodeRecords:
 
     def __getitem__(self, number: int) -> Example:
         try:
-            return unpacked(self._records[number], self._dtype)
+            example = unpacked(self._records[number], self._dtype)
+            return {name: value for name, value in example.items() if name in self._fields}
         except (RuntimeError, ValueError) as error:
             raise ConfigError(f"{self._folder}: record {number} is damaged ({first_line(error)}); copy the folder again") from None
 
@@ -110,8 +111,8 @@ def code_dtype(codebook_size: int) -> np.dtype:
 
 
 def packed(key: int, example: Mapping[str, Any], codes_YX: np.ndarray, dtype: np.dtype) -> bytes:
-    """A record of a shard. Arrays other than the codes are left out."""
-    more = {name: value for name, value in example.items() if not isinstance(value, np.ndarray)}
+    """A record of a shard. Arrays other than the codes, and further images, are left out."""
+    more = {name: value for name, value in example.items() if name != "images" and not isinstance(value, np.ndarray)}
     return msgspec.msgpack.encode({"key": key, "grid": codes_YX.shape, "codes": codes_YX.astype(dtype).tobytes()} | more)
 
 
@@ -123,7 +124,7 @@ def unpacked(record: bytes, dtype: np.dtype) -> Example:
 
 
 def write_shard(path: Path, records: Iterable[bytes]) -> None:
-    """Writes an ArrayRecord file of single records, for random access. OSError when it cannot be written."""
+    """Writes an ArrayRecord file of single records, for random access. OSError when it cannot be written; then there is no file."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
     try:
@@ -132,6 +133,7 @@ def write_shard(path: Path, records: Iterable[bytes]) -> None:
             writer.write(record)
         writer.close()
     except RuntimeError as error:
+        path.unlink(missing_ok=True)
         raise OSError(f"{path.parent}: a shard cannot be written ({first_line(error)}); mend that, the same command goes on") from None
 
 
@@ -142,12 +144,9 @@ def read_index(folder: Path) -> dict[str, Any]:
       ConfigError: it is no such folder, the job that writes it has not finished, or a shard is missing or cut off.
     """
     if not (folder / INDEX).is_file():
-        started = (folder / SETTINGS).is_file()
-        why = (
-            "is not finished; run the same xomni data tokenize again"
-            if started
-            else f"holds no {INDEX}; name what xomni data tokenize wrote"
-        )
+        why = f"holds no {INDEX}; name a folder that xomni data tokenize wrote"
+        if (folder / SETTINGS).is_file():
+            why = "is not finished; run the same xomni data tokenize again"
         raise ConfigError(f"config.data.path={folder} {why}")
     try:
         index = json.loads((folder / INDEX).read_text())

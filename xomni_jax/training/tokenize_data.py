@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -113,8 +113,14 @@ class Shard:
         os.replace(part, self.path)
         counts = [(y * patch, x * patch, len(keys)) for (y, x), keys in sizes.items()]
         about = {"file": self.path.name, "records": len(self.codes), "bytes": self.path.stat().st_size, "sha256": digest, "sizes": counts}
+        fields = common_fields(self.examples.values())
         rejected = [{"key": key, "reason": reason} for key, reason in sorted(self.rejected.items())]
-        write_json(self.path.with_suffix(".json"), about | {"rejected": rejected})
+        write_json(self.path.with_suffix(".json"), about | {"fields": fields, "rejected": rejected})
+
+
+def common_fields(examples: Collection[Iterable[str]]) -> list[str]:
+    """The fields that all of some examples have; none where there is no example."""
+    return sorted(set.intersection(*map(set, examples)) if examples else ())
 
 
 def tokenize(cfg: RunConfig, options: TokenizeConfig, process: int = 0, processes: int = 1) -> str:
@@ -284,14 +290,15 @@ def write_index(out: Path, settings: dict[str, Any], shards: Sequence[Shard]) ->
         return f"{len(summaries)} of {len(shards)} shards are finished in {out}; the process that finishes the last one writes {INDEX}"
     rejected = [line for summary in summaries for line in summary.pop("rejected")]
     write_rejected(out, rejected)
+    fields = ["codes", *common_fields([summary.pop("fields") for summary in summaries if summary["records"]])]
     sizes: dict[tuple[int, int], int] = defaultdict(int)
     for height, width, count in (row for summary in summaries for row in summary["sizes"]):
         sizes[height, width] += count
     examples = sum(sizes.values())
-    counts = {"examples": examples, "rejected": len(rejected), "sizes": [(*size, n) for size, n in sizes.items()], "shards": summaries}
+    counts = {"examples": examples, "rejected": len(rejected), "sizes": [(*size, n) for size, n in sizes.items()]}
     for part in out.glob(".codes-*"):  # of processes that were killed
         part.unlink()
-    write_json(out / INDEX, settings | counts)
+    write_json(out / INDEX, settings | counts | {"fields": fields, "shards": summaries})
     size = bytes_text(sum(summary["bytes"] for summary in summaries))
     listed = f", {len(rejected)} rejected (listed in {REJECTED})" if rejected else ""
     return f"{examples} examples in {len(shards)} shards, {size}{listed}: {out}"
