@@ -27,6 +27,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="print every key with its value, its explanation and what changed it, and do nothing else",
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="build everything, load one batch, compile, say what would happen with which operations and memory, and write nothing",
+    )
+    parser.add_argument(
+        "--overfit", type=int, metavar="N", help="learn the first N examples again and again (as --config.data.first=N), to see that it can"
+    )
     parser.add_argument("--devices", type=int, metavar="N", help="simulate N CPU devices (to try a mesh on one machine)")
     parser.add_argument(
         "--distributed", action="store_true",
@@ -42,8 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:
     """Runs the stage; the run directory says what came of it."""
-    changes = load_changes(args.config, read_overrides(rest))
-    options: dict[str, Any] = {}
+    if args.overfit is not None and args.overfit < 1:
+        raise ConfigError(f"--overfit {args.overfit} must be at least 1")
+    changes = load_changes(args.config, read_overrides(rest) + [f"data.first={args.overfit}"] * (args.overfit is not None))
+    options: dict[str, Any] = {"dry_run": True} if args.dry_run else {}
     if args.profile_steps:
         from xomni_jax.training.operations import profile_range
 
@@ -64,7 +74,8 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
         print(shown(resolve(changes), changes))
         return 0
     config = resolve_run(changes)
-    print(f"curves: tensorboard --logdir {config.run_dir}/tensorboard   (pip install 'xomni_jax[tensorboard]' brings it)", flush=True)
+    if not args.dry_run:
+        print(f"curves: tensorboard --logdir {config.run_dir}/tensorboard   (pip install 'xomni_jax[tensorboard]' brings it)", flush=True)
     group = distributed.start(shared_settings(config), args.distributed)
     if group is None:
         return exit_code(run_stage(config, **options))

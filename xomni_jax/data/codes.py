@@ -150,6 +150,7 @@ def read_index(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"config.data.path={folder} {why}")
     try:
         index = json.loads((folder / INDEX).read_text())
+        index["fields"], index["tokenizer"], index["dtype"]  # which another version may lack
         wrong = [shard["file"] for shard in index["shards"] if (folder / shard["file"]).stat().st_size != shard["bytes"]]
     except (OSError, ValueError, LookupError, TypeError) as error:
         why = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else f"{INDEX} is damaged"

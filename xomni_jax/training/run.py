@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import jax
@@ -11,28 +11,37 @@ from xomni_jax.core.config import ConfigError
 from xomni_jax.core.distributed import connect, description
 from xomni_jax.core.preemption import StopSignal
 from xomni_jax.core.process_group import ProcessGroup
+from xomni_jax.training.dry_run import report as dry_run_report
 from xomni_jax.training.loop import train
 from xomni_jax.training.operations import placement, say
 from xomni_jax.training.run_directory import check_continues, check_room, claimed, save_config
 from xomni_jax.training.stage import STAGES, RunConfig, policy_mesh
 
 
-def run_stage(cfg: RunConfig, group: ProcessGroup | None = None, profile: tuple[int, int] | None = None) -> Path | None:
+def run_stage(
+    cfg: RunConfig, group: ProcessGroup | None = None, profile: tuple[int, int] | None = None, dry_run: bool = False
+) -> Path | None:
     """Runs the stage a configuration names; returns the final model directory, or None when it was stopped early.
 
     Args:
       group: the processes of the run, from `distributed.start`.
       profile: first and last step of a trace in RUN/profile.
+      dry_run: make everything ready, report on it, write nothing and return the run directory.
     """
     if profile and profile[1] > cfg.steps:
         raise ConfigError(f"--profile-steps {profile[0]}-{profile[1]}: the run has {cfg.steps} steps; name two of them")
     run_dir, mesh, first = Path(cfg.run_dir), policy_mesh(cfg), jax.process_index() == 0
     print(f"{cfg.stage}: {description()}, mesh {dict(mesh.shape)}, output in {run_dir}", flush=True)
-    with claimed(run_dir) if first else nullcontext(), StopSignal(group) as stop, jax.set_mesh(mesh):
+    with claimed(run_dir) if first and not dry_run else nullcontext(), StopSignal(group) as stop, jax.set_mesh(mesh):
         check_continues(cfg)
         connect(mesh)
         stage = STAGES.get(cfg.stage).make(cfg, mesh, stop)
         say("\n".join(["weights:", *placement(stage.state.params, mesh)]))
+        if dry_run:
+            with closing(stage):
+                for line in dry_run_report(cfg, stage, mesh):
+                    say(line)
+            return run_dir
         if first:
             check_room(run_dir, sum(x.nbytes for x in jax.tree.leaves(stage.state)))
             save_config(cfg)

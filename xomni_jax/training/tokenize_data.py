@@ -134,17 +134,18 @@ def tokenize(cfg: RunConfig, options: TokenizeConfig, process: int = 0, processe
       TooManyRejected: see `TokenizeConfig.max_rejected`; the folder's rejected.jsonl lists them.
     """
     out, records = Path(options.out), cfg.data.epoch()
+    count = min(cfg.data.first or len(records), len(records))
     if reason := why_taken(out, "data set of codes"):
         raise ConfigError(f"--out {out} {reason}; name another folder")
     model = open_model(cfg.init_from, ("siglip_vq",), make_mesh({"data": -1}, jax.local_devices()), "data tokenize")
     tokens = max(y * x for y, x in (model.grid(*size) for size in cfg.data.sizes))
     vq = model.config("siglip_vq")
     dtype = code_dtype(vq.codebook_size)
-    check_folder(out, len(records) * tokens * dtype.itemsize)
+    check_folder(out, count * tokens * dtype.itemsize)
     settings = {
         "data": json.loads(json.dumps(cfg.data.as_dict())),
         "digest": getattr(records, "digest", ""),
-        "records": len(records),
+        "records": count,
         "model": cfg.init_from,
         "tokenizer": fingerprint("siglip_vq", model.params("siglip_vq"), vq),
         "codebook_size": vq.codebook_size,
@@ -153,9 +154,9 @@ def tokenize(cfg: RunConfig, options: TokenizeConfig, process: int = 0, processe
         "shard": options.shard,
     }
     claim(out, settings)
-    total = -(-len(records) // options.shard)
+    total = -(-count // options.shard)
     shards = [
-        Shard(out / f"codes-{n:05}-of-{total:05}.array_record", range(n * options.shard, min((n + 1) * options.shard, len(records))))
+        Shard(out / f"codes-{n:05}-of-{total:05}.array_record", range(n * options.shard, min((n + 1) * options.shard, count)))
         for n in range(total)
     ]
     encode_shards(model, records, cfg.data.sizes, shards, shards[process::processes], options, dtype)
@@ -190,7 +191,7 @@ def encode_shards(
     summaries = [shard.summary for shard in shards]
     rejected = [line for summary in summaries if summary for line in summary["rejected"]]
     missing = [shard for shard in own if not summaries[shards.index(shard)]]
-    room = options.limit(len(records)) - len(rejected)
+    room = options.limit(sum(len(shard.keys) for shard in shards)) - len(rejected)
     count = sum(len(shard.keys) for shard in own)
     left = sum(len(shard.keys) for shard in missing)
     try:
