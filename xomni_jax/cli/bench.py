@@ -9,12 +9,13 @@ from typing import Any
 
 from xomni_jax.assets import TINY_SFT
 
-NAMES = ("decode", "train", "mmdit", "grpo", "convert", "eval", "data")
+NAMES = ("decode", "train", "mmdit", "grpo", "convert", "eval", "data", "tokenize")
 _OPTIONS = dict.fromkeys(("decode", "train", "mmdit"), ("size", "threads")) | {
     "grpo": ("model", "config"),
     "convert": ("gb", "dir"),
     "eval": ("model",),
     "data": (),
+    "tokenize": ("model",),
 }
 
 DETAILS = """\
@@ -27,6 +28,7 @@ grpo    seconds of a GRPO step in rollout, decode, reward and update; starts its
 convert peak memory and speed of xomni convert against a plain copy, on a released layout of random values that it writes and removes
 eval    items per second of xomni eval on the rendered suites, in one process and shared by two; seconds for 240 questions to a judge
 data    examples per second of every format of training data, against the bare reader of the library that reads it
+tokenize images per second of xomni data tokenize against the bare encoder at the same batch
 
 decode, train and mmdit need the extra [parity], grpo needs [rewards].
 """
@@ -37,7 +39,8 @@ xomni bench mmdit --threads 1 --json mmdit.json
 xomni bench grpo
 xomni bench convert --gb 4 --dir /tmp
 xomni bench eval
-xomni bench data --seconds 20"""
+xomni bench data --seconds 20
+xomni bench tokenize --repeats 5"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     models = parser.add_argument_group("decode, train, mmdit only")
     models.add_argument("--threads", type=int, metavar="N", help="cores that both sides use (default: all)")
     models.add_argument("--size", choices=("tiny", "small"), help="width 128 or 512 (default tiny)")
-    grpo = parser.add_argument_group("grpo only; --model also for eval")
+    grpo = parser.add_argument_group("grpo only; --model also for eval and tokenize")
     grpo.add_argument("--model", metavar="DIR", help="model directory (default: the tiny model that ships with the package)")
     grpo.add_argument("--config", metavar="FILE", help="whose shapes and rewards (default: configs/tiny/demo.py)")
     convert = parser.add_argument_group("convert only")
@@ -76,7 +79,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
         raise BenchError(f"--json {args.json}: there is no folder {Path(args.json).parent}; make it first")
     if args.threads is not None:
         machine.use_cores(args.threads)
-    report = {"grpo": _grpo, "convert": _convert, "eval": _eval, "data": _data}.get(args.name, _comparison)(args)
+    report = {"grpo": _grpo, "convert": _convert, "eval": _eval, "data": _data, "tokenize": _tokenize}.get(args.name, _comparison)(args)
     print(report.text)
     if args.json:
         write_json(Path(args.json), report.data)
@@ -138,6 +141,12 @@ def _data(args: argparse.Namespace) -> Any:
     from tests.benchmarks import data
 
     return data.run(100, args.repeats, args.seconds)
+
+
+def _tokenize(args: argparse.Namespace) -> Any:
+    from tests.benchmarks import tokenizing
+
+    return tokenizing.run(args.model or TINY_SFT, args.repeats, args.seconds)
 
 
 def _grpo(args: argparse.Namespace) -> Any:

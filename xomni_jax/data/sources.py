@@ -96,12 +96,16 @@ class DataSection:
         source = SOURCES.get(self.source)(self.options, seed, batch_size)
         return Repeated(source, self.first, batch_size) if self.first else source
 
-    def epoch(self) -> Sequence[Example]:
-        """Every record of the source once, in its order. ConfigError for a source without an end."""
+    def epoch(self, seed: int = 0) -> Sequence[Example]:
+        """Every record of the source once, in its order; `ENDLESS` examples where they are made up, from `seed`.
+
+        Raises:
+          ConfigError: there is no record.
+        """
         cls = SOURCES.get(self.source)
-        records = cls.epoch(self.options) if hasattr(cls, "epoch") else cls(self.options, 0, 1)
-        if len(records) >= ENDLESS:
-            raise ConfigError(f"config.data.source={self.source}: its examples have no end; name a source of files, or one of your own")
+        records = cls.epoch(self.options) if hasattr(cls, "epoch") else cls(self.options, seed, 1)
+        if not len(records):
+            raise ConfigError(f"config.data: the source {self.source} holds no records; name files that hold some")
         return records
 
     def updated(self, changes: Mapping[str, Any], where: str) -> DataSection:

@@ -8,11 +8,11 @@ from typing import Any
 
 import jax
 
-from xomni_jax.core.config import ConfigError
 from xomni_jax.core.flops import count
 from xomni_jax.core.folders import check_folder
 from xomni_jax.core.program import Program
 from xomni_jax.core.tables import bytes_text
+from xomni_jax.data.sources import ENDLESS
 from xomni_jax.sharding.abstract import path_name
 from xomni_jax.sharding.mesh import make_mesh
 from xomni_jax.training.components import planned_configs
@@ -70,8 +70,5 @@ def plan(cfg: RunConfig, examples: int, state: int) -> Iterator[str]:
     if data.first:
         yield f"it would learn the first {data.first} examples of config.data again and again"
         return
-    try:
-        records = len(data.epoch())
-    except ConfigError:  # without an end
-        return
-    yield f"it would see each of {records} records {cfg.steps * examples / records:.3g} times"
+    if (records := len(data.epoch())) < ENDLESS:
+        yield f"it would see each of {records} records {cfg.steps * examples / records:.3g} times"

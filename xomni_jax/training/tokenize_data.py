@@ -27,7 +27,7 @@ from xomni_jax.core.folders import check_folder, part_of, why_taken, write_text
 from xomni_jax.core.tables import bytes_text
 from xomni_jax.data.codes import INDEX, REJECTED, SETTINGS, code_dtype, packed, write_shard
 from xomni_jax.data.preprocess import to_pixels
-from xomni_jax.data.sources import Example
+from xomni_jax.data.sources import ENDLESS, Example
 from xomni_jax.pipeline import XOmni
 from xomni_jax.sampling.batches import Batch, run_batches
 from xomni_jax.sharding.arrays import batch_sharding
@@ -135,6 +135,10 @@ def tokenize(cfg: RunConfig, options: TokenizeConfig, process: int = 0, processe
     """
     out, records = Path(options.out), cfg.data.epoch()
     count = min(cfg.data.first or len(records), len(records))
+    if count >= ENDLESS:
+        raise ConfigError(
+            f"config.data.source={cfg.data.source}: its examples have no end; name files, or take the first with --config.data.first=N"
+        )
     if reason := why_taken(out, "data set of codes"):
         raise ConfigError(f"--out {out} {reason}; name another folder")
     model = open_model(cfg.init_from, ("siglip_vq",), make_mesh({"data": -1}, jax.local_devices()), "data tokenize")
