@@ -1,4 +1,4 @@
-"""Images per second of `xomni data tokenize`, from files to shards, against the jitted encoder alone on the same images at the same batch."""
+"""Images per second of `xomni data tokenize`, from files to shards, against the jitted encoder alone at the same batch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from xomni_jax.sharding.arrays import batch_sharding
 from xomni_jax.sharding.mesh import make_mesh
 from xomni_jax.training.tokenize_data import Shard, TokenizeConfig, encode_shards
 
-IMAGES, BATCH, SHARD = 512, 16, 128
+IMAGES, BATCH, SHARD = 128, 16, 32
 
 
 def run(model: str, repeats: int, seconds: float) -> Report:
