@@ -34,6 +34,9 @@ def made(tmp_path_factory, model_dir):
     folder = tmp_path_factory.mktemp("codes")
     images, codes = write_images(folder / "images", 28, sizes=((32, 64), (64, 32), (48, 90))), folder / "codes"
     (images / "005.png").write_bytes(b"x")
+    for n in range(0, 28, 3):  # one of several captions is drawn
+        (images / f"{n:03}.txt").unlink()
+        (images / f"{n:03}.json").write_text(json.dumps({"captions": ["one", "another", "a third"]}))
     make_codes(model_dir, of_folder(images), codes)
     return images, codes
 
@@ -46,7 +49,7 @@ def test_fields_that_not_every_record_has_are_left_out(model_dir, tmp_path):
     (tmp_path / "images" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     make_codes(model_dir, of_folder(tmp_path / "images"), tmp_path / "codes", shard=2)
     records = DataSection("codes", CodesConfig(str(tmp_path / "codes"))).epoch()
-    assert [set(records[n]) for n in range(4)] == [{"id", "caption", "codes"}] * 4
+    assert [set(records[n]) for n in range(4)] == [{"id", "caption", "captions", "codes"}] * 4
 
 
 def of_codes(path, sizes="()"):

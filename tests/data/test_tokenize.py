@@ -54,7 +54,7 @@ def test_every_image_once_with_the_codes_of_the_model(images, codes, model_dir):
         )
         expected = np.asarray(model.encode_pixels(to_pixels(image[None])))[0]
         assert example["codes"].dtype == np.uint16 and (example["codes"] == expected).mean() > 0.9  # another batch may round another way
-        assert set(example) == {"id", "caption", "codes"}
+        assert set(example) == {"id", "caption", "captions", "codes"}
 
 
 def test_the_index_counts_exactly(codes):
@@ -173,7 +173,7 @@ def command(tmp_path, images, model_dir, monkeypatch):
         (["--batch=0"], "--batch 0 must be at least 1"),
         (["--config.init_from="], "config.init_from is empty; stage data tokenize needs a model directory with siglip_vq"),
         (["--config.init_from=/nowhere"], "/nowhere: no such directory; give a model directory"),
-        (["--config.data.path=/nowhere"], "config.data.path=/nowhere: no such folder"),
+        (["--config.data.path=/nowhere"], "config.data.path=/nowhere: no such file or folder"),
         (["--config.data.sizes=((16,33),)"], "16x33 pixels are not whole 8x8 tokens"),
         (["--config.data.source=rendered", "--config.data.sizes=((32,64),)"], "config.data.source=rendered: its examples have no end"),
         (["--out={model}"], "holds a model directory; name another folder"),

@@ -85,7 +85,7 @@ class CodesSource:
     Options: ClassVar[type] = CodesConfig
 
     def __init__(self, options: CodesConfig, seed: int, batch_size: int):
-        self.records = CodeRecords(options)
+        self.records, self.seed = CodeRecords(options), seed
         at, numbers = 0, {size: [] for size in options.sizes}
         for shard in options.index["shards"]:
             for height, width, count in shard["sizes"]:
@@ -97,7 +97,10 @@ class CodesSource:
         return ENDLESS
 
     def __getitem__(self, index: int) -> Example:
-        return self.records[self.order[index][0]]
+        example = self.records[self.order[index][0]]
+        if captions := example.pop("captions", None):  # one is drawn, as from the images' files
+            example["caption"] = str(np.random.default_rng([self.seed, index]).choice(captions))
+        return example
 
     @classmethod
     def epoch(cls, options: CodesConfig) -> CodeRecords:

@@ -159,7 +159,10 @@ class PromptsSource(FilesSource):
 
 @dataclass(frozen=True)
 class Epoch:
-    """The examples of all records in the order of the files, read when they are asked for. FaultyRecord for one that cannot be used."""
+    """The examples of all records in the order of the files, with all captions, read when they are asked for.
+
+    FaultyRecord for one that cannot be used.
+    """
 
     records: Records
     sizes: Sequence[Size]
@@ -169,7 +172,8 @@ class Epoch:
 
     def __getitem__(self, number: int) -> Example:
         record = self.records[number]
-        return example(record, self.sizes, _fields(record, self.records.prompts), np.random.default_rng(number))
+        found = example(record, self.sizes, _fields(record, self.records.prompts), np.random.default_rng(number))
+        return found | ({"captions": record.texts} if record.texts else {})
 
 
 @functools.lru_cache(maxsize=4)
