@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from xomni_jax.core.config import Overrides, Section
+from xomni_jax.data.codes import CodesConfig, CodesSource
 from xomni_jax.data.files import FilesConfig, FilesSource
 from xomni_jax.data.rendered import RenderedConfig, RenderedSource
-from xomni_jax.data.sources import DataSection, Source
+from xomni_jax.data.sources import DataSection, ShuffledSource, Source
 from xomni_jax.inference import InferenceStage
 from xomni_jax.models.section import ModelSection
 from xomni_jax.rl.grpo import GRPOStage
@@ -14,7 +15,8 @@ from xomni_jax.training.pretrain import PretrainStage, SFTStage
 from xomni_jax.training.stage import Stage, TrainingStage
 from xomni_jax.training.tokenizer import TokenizerStage
 
-sources: list[Source] = [RenderedSource(RenderedConfig(), 0, 1), FilesSource(FilesConfig(path="a", sizes=((8, 8),)), 0, 1)]
+sources: list[Source] = [RenderedSource(RenderedConfig(), 0, 1)]
+shuffled: list[ShuffledSource] = [FilesSource(FilesConfig(path="a", sizes=((8, 8),)), 0, 1), CodesSource(CodesConfig("a"), 0, 1)]
 sections: list[Section] = [Overrides(int), DataSection("rendered", RenderedConfig()), ModelSection({})]
 stages: list[type[Stage]] = [InferenceStage]
 training: list[type[TrainingStage]] = [TokenizerStage, DecoderStage, PretrainStage, SFTStage, GRPOStage]

@@ -22,7 +22,7 @@ COMMANDS = {
     "chat": "ask a question about an image",
     "train": "run a training stage: tokenizer, pretrain, sft, decoder, grpo",
     "eval": "score models on the paper's benchmarks, and measure what reinforcement learning changed",
-    "data": "check files of your own before training; what to download for a benchmark",
+    "data": "check files of your own, look at them, make their codes once; what to download for a benchmark",
     "compare": "paired differences between runs of one benchmark",
     "convert": "turn downloaded PyTorch checkpoints into a model directory",
     "export": "turn a model directory back into the released PyTorch layout",
@@ -30,7 +30,7 @@ COMMANDS = {
     "serve-reward": "start a scoring service: ocr, shapes, quality, tesseract, detector",
     "rewards": "check running reward services, or score images with them",
     "plan": "compile a run for a TPU slice without having it: does it fit, what limits its speed, what does it cost",
-    "bench": "measure speed: against transformers and diffusers, of a GRPO step, of a conversion, of an evaluation, of data",
+    "bench": "measure speed: against transformers and diffusers, of a GRPO step, of a conversion, of an evaluation, of data, of making codes",
 }
 
 
