@@ -44,13 +44,20 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Example: ...
 
 
+class Examples(Protocol):
+    """Examples by number. One that cannot be used raises ValueError, with place and reason, when it is read."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int, /) -> Example: ...
+
+
 class ShuffledSource(Source, Protocol):
     """A source that shuffles its records itself, so that its examples have no end, and can also give every record once."""
 
     @classmethod
-    def epoch(cls, options: Any) -> Sequence[Example]:
-        """Every record at its number, in the order of the files. One that cannot be used raises ValueError with place and reason when it
-        is read."""
+    def epoch(cls, options: Any) -> Examples:
+        """Every record at its number, in the order of the files."""
         ...
 
 
@@ -96,7 +103,7 @@ class DataSection:
         source = SOURCES.get(self.source)(self.options, seed, batch_size)
         return Repeated(source, self.first, batch_size) if self.first else source
 
-    def epoch(self, seed: int = 0) -> Sequence[Example]:
+    def epoch(self, seed: int = 0) -> Examples:
         """Every record of the source once, in its order; `ENDLESS` examples where they are made up, from `seed`.
 
         Raises:

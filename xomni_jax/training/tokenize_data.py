@@ -27,7 +27,7 @@ from xomni_jax.core.folders import check_folder, part_of, why_taken, write_text
 from xomni_jax.core.tables import bytes_text
 from xomni_jax.data.codes import INDEX, REJECTED, SETTINGS, code_dtype, packed, write_shard
 from xomni_jax.data.preprocess import to_pixels
-from xomni_jax.data.sources import ENDLESS, Example
+from xomni_jax.data.sources import ENDLESS, Example, Examples
 from xomni_jax.pipeline import XOmni
 from xomni_jax.sampling.batches import Batch, run_batches
 from xomni_jax.sharding.arrays import batch_sharding
@@ -116,6 +116,8 @@ class Shard:
         fields = common_fields(self.examples.values())
         rejected = [{"key": key, "reason": reason} for key, reason in sorted(self.rejected.items())]
         write_json(self.path.with_suffix(".json"), about | {"fields": fields, "rejected": rejected})
+        self.examples.clear()  # a data set may be larger than the memory
+        self.codes.clear()
 
 
 def common_fields(examples: Collection[Iterable[str]]) -> list[str]:
@@ -184,7 +186,7 @@ def claim(out: Path, settings: dict[str, Any]) -> None:
 
 def encode_shards(
     model: XOmni,
-    records: Sequence[Example],
+    records: Examples,
     sizes: Sequence[tuple[int, int]],
     shards: Sequence[Shard],
     own: Sequence[Shard],
@@ -192,9 +194,8 @@ def encode_shards(
     dtype: np.dtype,
 ) -> None:
     """Makes and writes those of `own` shards that are not there yet: while the devices encode, images are read and shards are written."""
-    summaries = [shard.summary for shard in shards]
-    rejected = [line for summary in summaries if summary for line in summary["rejected"]]
-    missing = [shard for shard in own if not summaries[shards.index(shard)]]
+    rejected = [line for shard in shards if (summary := shard.summary) for line in summary["rejected"]]
+    missing = [shard for shard in own if not shard.summary]
     room = options.limit(sum(len(shard.keys) for shard in shards)) - len(rejected)
     count = sum(len(shard.keys) for shard in own)
     left = sum(len(shard.keys) for shard in missing)
@@ -217,7 +218,7 @@ def encode_shards(
         raise TooManyRejected(f"{told}; {path} lists them, the last: {error}") from None
 
 
-def loaded(records: Sequence[Example], sizes: Sequence[tuple[int, int]], shards: Sequence[Shard], threads: int) -> Iterator[tuple]:
+def loaded(records: Examples, sizes: Sequence[tuple[int, int]], shards: Sequence[Shard], threads: int) -> Iterator[tuple]:
     """(example without its image, pixels, "") of every record in order, or (None, None, why it cannot be used)."""
 
     def load(key: int) -> tuple[Example | None, np.ndarray | None, str]:
