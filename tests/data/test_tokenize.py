@@ -197,6 +197,15 @@ def test_another_job_in_the_same_folder_is_refused(images, codes, model_dir):
     assert contents(codes) == before
 
 
+def test_files_that_have_changed_are_told(model_dir, tmp_path):
+    folder = write_images(tmp_path / "images", 3)
+    make_codes(model_dir, of_folder(folder), tmp_path / "codes")
+    (folder / "001.png").rename(folder / "009.png")
+    (folder / "001.txt").rename(folder / "009.txt")
+    with pytest.raises(ConfigError, match=r"was begun with digest='\w+', now it is '\w+'; name another folder"):
+        make_codes(model_dir, of_folder(folder), tmp_path / "codes")
+
+
 def test_a_full_disk_is_told_and_leaves_nothing_half_written(images, codes, model_dir, tmp_path, monkeypatch):
     out = tmp_path / "codes"
     part = tmp_path / "part"

@@ -30,7 +30,7 @@ COMMANDS = {
     "serve-reward": "start a scoring service: ocr, shapes, quality, tesseract, detector",
     "rewards": "check running reward services, or score images with them",
     "plan": "compile a run for a TPU slice without having it: does it fit, what limits its speed, what does it cost",
-    "bench": "measure speed: against transformers and diffusers, of a GRPO step, of a conversion, of an evaluation, of data, of making codes",
+    "bench": "measure speed: against transformers and diffusers, of a GRPO step, a conversion, an evaluation, data and their codes",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import logging
 import re
@@ -169,6 +170,11 @@ class Epoch:
 
     def __len__(self) -> int:
         return len(self.records)
+
+    @property
+    def digest(self) -> str:
+        """Hash of the files' indexes, which tells when other records lie there."""
+        return hashlib.sha256("".join(part.table.digest for part in self.records.parts).encode()).hexdigest()[:16]
 
     def __getitem__(self, number: int) -> Example:
         record = self.records[number]
