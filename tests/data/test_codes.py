@@ -154,6 +154,15 @@ def test_a_folder_that_does_not_fit_is_refused(made, model_dir, tmp_path, spoil,
         DataSection("codes", CodesConfig(str(made[1]))).updated({"path": str(folder)}, "config.data")
 
 
+def test_a_folder_without_examples_is_refused(made, tmp_path):
+    folder = tmp_path / "codes"
+    shutil.copytree(made[1], folder)
+    index = json.loads((folder / "index.json").read_text())
+    (folder / "index.json").write_text(json.dumps(index | {"sizes": [], "shards": []}))
+    with pytest.raises(ConfigError, match="holds no examples: all records were rejected, as its rejected.jsonl says"):
+        DataSection("codes", CodesConfig(str(made[1]))).updated({"path": str(folder), "sizes": ()}, "config.data")
+
+
 def test_a_changed_byte_is_told_when_it_is_read(made, tmp_path):
     folder = tmp_path / "codes"
     shutil.copytree(made[1], folder)

@@ -43,6 +43,8 @@ class CodesConfig:
         if not self.path:
             raise ValueError("path is empty; name a folder that xomni data tokenize wrote")
         held = [(height, width) for height, width, _ in self.index["sizes"]]
+        if not held:
+            raise ValueError(f"path={self.path} holds no examples: all records were rejected, as its {REJECTED} says")
         if missing := set(self.sizes) - set(held):
             raise ValueError(f"sizes={self.sizes}: {self.path} holds no images of {missing.pop()}, but only {held}")
         # In the order of the folder, on which the order of the batches depends.
