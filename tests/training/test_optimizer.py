@@ -208,7 +208,9 @@ def test_a_pattern_for_nothing_is_refused(key, pattern, words):
 
 
 def test_training_nothing_is_refused():
-    with pytest.raises(ConfigError, match="config.train=.'new/.*',., config.freeze=.'.*/kernel', '.*scale'.: no parameter is left to train"):
+    with pytest.raises(
+        ConfigError, match="config.train=.'new/.*',., config.freeze=.'.*/kernel', '.*scale'.: no parameter is left to train"
+    ):
         Optimizer(OptimizerConfig(0.1), 10, train=("new/.*",), freeze=(".*/kernel", ".*scale")).transform.init(small_params())
 
 

@@ -16,7 +16,16 @@ from xomni_jax.checkpoint.conversion import flatten
 from xomni_jax.models.quantizer import start_codebook
 from xomni_jax.sharding.mesh import make_mesh
 from xomni_jax.sharding.rules import param_shardings
-from xomni_jax.training.understanding import PRESETS, FeatureReader, ReaderConfig, TokenizerLearner, Weights, masked_mean, skipped_images, tokenizer_loss
+from xomni_jax.training.understanding import (
+    PRESETS,
+    FeatureReader,
+    ReaderConfig,
+    TokenizerLearner,
+    Weights,
+    masked_mean,
+    skipped_images,
+    tokenizer_loss,
+)
 
 READ = ReaderConfig(vocab_size=22, d_model=16, mlp_dim=28, n_heads=4, n_kv_heads=2, head_dim=6, n_layers=2, dense_classes=5)
 LEARNER = TokenizerLearner(config(heads=2), READ)

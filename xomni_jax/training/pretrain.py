@@ -174,7 +174,8 @@ class PretrainStage:
         sizes = dict(vocab_size=ar.vocab_size, image_vocab_size=ar.image_vocab_size, mm_vocab_size=ar.mm_vocab_size)
         text = MultimodalTokenizer.load(model.path / "tokenizer", **sizes)
         made = cls.programs(cfg, models, mesh)
-        state, base = made.create(), frozen_base(model, models, "transformer", lora) if lora.rank else None
+        base = frozen_base(model, models, "transformer", lora) if lora.rank else None
+        state = made.create()
         if not lora.rank and "transformer" in model.description["components"]:
             state = state.starting_from(model.params("transformer"))
             model.release("transformer")
