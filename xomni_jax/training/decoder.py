@@ -55,14 +55,12 @@ class DecoderTrainConfig:
       sigma: distribution of noise levels: logit_normal or uniform
       sigma_mean: mean of the logit-normal distribution
       sigma_std: standard deviation of the logit-normal distribution
-      train_text_encoders: train T5 and CLIP along (small models made from scratch) or keep them frozen (released ones)
     """
 
     drop_condition: BelowOne = 0.1
     sigma: str = "logit_normal"
     sigma_mean: Finite = 0.0
     sigma_std: NonNegative = 1.0
-    train_text_encoders: bool = True
 
     def __post_init__(self):
         check_known(self, sigma=("logit_normal", "uniform"))
@@ -148,12 +146,6 @@ def flow_loss(decoder: Decoder, params: Any, rows: FlowRows, whole: FlowRows) ->
     }
 
 
-def frozen_parts(cfg: DecoderTrainConfig, params: Any) -> tuple[str, ...]:
-    """Path patterns of the decoder's parts that do not learn."""
-    names = ("autoencoder",) if cfg.train_text_encoders else ("autoencoder", "t5", "clip")
-    return tuple(f"{name}/.*" for name in names if jax.tree.leaves(params[name]))  # the identity autoencoder has none
-
-
 def make_update(decoder: Decoder, vq: nn.Module, optimizer: Optimizer, cfg: DecoderRun) -> Callable[..., Any]:
     """The jitted step (state, base of adapters | None, tokenizer's parameters, batch, key) -> (state, metrics); the state is donated."""
 
@@ -191,7 +183,9 @@ class DecoderStage:
             optimizer, key = cfg.make_optimizer(), key_for(cfg.seed, 0, 8)
             create, state = new_state(lambda: {"mmdit": init_adapters("mmdit", configs["mmdit"], cfg.lora, key)}, optimizer, mesh)
         else:
-            base, optimizer = None, cfg.make_optimizer(frozen_parts(cfg.decoder, jax.eval_shape(init)))
+            base = None
+            fixed = jax.tree.leaves(jax.eval_shape(init)["autoencoder"])  # the identity has no parameters
+            optimizer = cfg.make_optimizer(("autoencoder/.*",) if fixed else ())
             create, state = new_state(init, optimizer, mesh)
         params = base or state.params
         vq, vq_params = COMPONENTS["siglip_vq"].module(models["siglip_vq"]), abstract_params("siglip_vq", models["siglip_vq"], mesh)
@@ -206,18 +200,14 @@ class DecoderStage:
         }
         learned = (2 if base else 3) * dense(params["mmdit"], mmdit_tokens(T, S)) * B
         text = dense(params["t5"], {"": S}) * B + dense(params["clip"], {"": P}) * B
+        reads = any(name.startswith(("t5/", "clip/")) for name in optimizer.trained(state.params))
         searched = 2.0 * T * B * c.code_width * c.codebook_size
         encode = dense(vq_params, {"vit": T, "quant_conv": T, "post": T}) * B + searched
         update = Program(
             make_update(decoder, vq, optimizer, cfg),
             (state, base, vq_params, batch, abstract.keys(mesh, ())),
             f"{B} images of {height}x{width}",
-            Work(
-                learned=learned + (2 * text if cfg.decoder.train_text_encoders and not base else 0),
-                forward=text + encode,
-                tokens=B * (S + T),
-                images=B,
-            ),
+            Work(learned=learned + 2 * text * reads, forward=text + encode, tokens=B * (S + T), images=B),
             uses=("state", "base", "siglip_vq"),
             state=state,
         )
