@@ -63,5 +63,4 @@ def guarded(update: Callable[..., Any], state: TrainState, cfg: GuardConfig) -> 
         shown = {"guard/skipped": after["skipped"], "guard/in_row": after["in_row"]}
         return chosen.replace(guard=after), metrics | shown, *rest
 
-    everywhere = jax.tree.map(lambda x: jax.device_put(x, state.step.sharding), counters())
-    return jax.jit(step, donate_argnums=0), state.replace(guard=everywhere)
+    return jax.jit(step, donate_argnums=0), state.replace(guard=jax.jit(counters, out_shardings=state.step.sharding)())

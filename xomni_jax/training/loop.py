@@ -86,7 +86,7 @@ class Session:
         self.data = stage.batches.get_state()
         self.writer = MetricWriter(self.run_dir, resume_step=self.first)
         ending.callback(self.writer.close)
-        self.skipped = SkippedSteps(self.run_dir, self.state, self.first)
+        self.skipped = SkippedSteps(self.run_dir, int(self.state.guard.get("skipped", 0)), self.first)
         self.draw_grid()
         self.progress = Progress(run.stage, self.first, run.steps, stage.items_per_step)
         self.logged, self.logged_at, self.saved_at, self.compiling = self.first, time.perf_counter(), time.monotonic(), 0.0

@@ -13,7 +13,6 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from xomni_jax.core.distributed import gather_json
-from xomni_jax.training.state import TrainState
 
 # Metrics that the progress line shows.
 LOSSES = ("loss/total", "loss/flow", "loss/grpo", "loss/image")
@@ -70,8 +69,9 @@ class SkippedSteps:
     What a step's metrics say is read only when they are written anyway, so that the host never waits for a step.
     """
 
-    def __init__(self, run_dir: Path, state: TrainState, resume_step: int):
-        self.path, self._count, self._notes = run_dir / "skipped.jsonl", int(state.guard.get("skipped", 0)), list[tuple[int, Any, Any]]()
+    def __init__(self, run_dir: Path, count: int, resume_step: int):
+        """`count`: steps skipped up to `resume_step`."""
+        self.path, self._count, self._notes = run_dir / "skipped.jsonl", count, list[tuple[int, Any, Any]]()
         if self.path.is_file() and jax.process_index() == 0:
             drop_after(self.path, resume_step)
 
