@@ -276,7 +276,7 @@ def test_the_samplers_layout_computes_the_same(model):
 
 def test_adapters_learn_on_a_base_in_8_bits_which_is_the_reference_as_well(model_dir, service, tmp_path):
     """Sampler and trainer agree on base and adapters (the run checks it); the policy starts at the reference and leaves it."""
-    more = ["steps=2", "lora.rank=2", "transformer.int8=True", "grpo.kl_coef=0.1", "grid_every=0"]
+    more = ["steps=2", "lora.rank=2", "transformer.int8=True", "grpo.kl_coef=0.1", "grid_every=0", "optimizer.rates=()"]
     run_stage(grpo_config(tmp_path / "run", model_dir, service.url, *more))
     first, second = metrics(tmp_path / "run")
     assert first["grpo/kl"] < 1e-9 < second["grpo/kl"] and second["grpo/logp_gap_max"] < 1e-4

@@ -87,14 +87,16 @@ def tokenizer_case(rng):
 @pytest.mark.parametrize("case", [next_token_case, decoder_case, tokenizer_case])
 def test_micro_batches_learn_what_the_batch_learns(case, rng):
     cfg, params, make, args = case(rng)
-    extra = {"usage": jnp.full(CODES, 1.0 / CODES)} if case is tokenizer_case else {}
     results = []
     for parts in (1, 2):
+        extra = {"usage": jnp.full(CODES, 1.0 / CODES)} if case is tokenizer_case else {}
         state = TrainState(jnp.int32(0), jax.tree.map(jnp.array, params), OPTIMIZER.transform.init(params), extra)
         results.append(jax.tree.map(np.asarray, make(dataclasses.replace(cfg, accumulate=parts))(state, *args)))
     whole, pieces = results
     assert whole[1].keys() == pieces[1].keys()
     for name, value in whole[1].items():
+        if name == "optim/update_norm":
+            continue  # Adam's first step is the sign of a gradient, also of one that is zero but for rounding
         np.testing.assert_allclose(pieces[1][name], value, rtol=2e-5, atol=1e-6, err_msg=name)
     # The moments of the first step are the gradients; the parameters themselves move by their signs.
     for a, b in zip(jax.tree.leaves(whole[0].opt_state), jax.tree.leaves(pieces[0].opt_state), strict=True):
