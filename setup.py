@@ -53,7 +53,7 @@ TEST = [
 ]
 PLAN = ["jax[tpu]>=0.10,<0.13"]  # brings libtpu, the TPU compiler, which needs no TPU
 TENSORBOARD = ["tensorboard>=2.18,<3"]  # shows the curves that a training writes
-PARITY = ["torch>=2.13,<2.14", "diffusers>=0.34,<0.50", "sentencepiece>=0.2,<0.3"]
+PARITY = ["torch>=2.13,<2.14", "diffusers>=0.34,<0.50", "sentencepiece>=0.2,<0.3", "peft>=0.17,<0.30"]
 
 CONFIGS = find_namespace_packages(include=["configs", "configs.*"])
 

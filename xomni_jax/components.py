@@ -12,6 +12,7 @@ import jax
 from flax import linen as nn
 from jax.sharding import Mesh
 
+from xomni_jax.checkpoint.adapter import load_adapter
 from xomni_jax.checkpoint.formats import is_released
 from xomni_jax.checkpoint.released_model import ReleasedModel
 from xomni_jax.checkpoint.store import CheckpointError, config_from_json, load_component, read_model_json
@@ -20,6 +21,7 @@ from xomni_jax.core.kept import kept, kept_program
 from xomni_jax.core.shipped import shipped
 from xomni_jax.data.preprocess import ImageLimits
 from xomni_jax.models.int8 import quantize
+from xomni_jax.models.lora import merge
 from xomni_jax.models.registry import COMPONENTS, boxed_shapes
 from xomni_jax.sampling.batches import Batch, make_batches
 from xomni_jax.sampling.decoder import DECODER_COMPONENTS, DecodeConfig, Decoder
@@ -52,11 +54,12 @@ class ModelComponents:
         self.num_data_shards = num_data_shards(self.mesh)
         self._params: dict[str, Any] = {}
         self._configs: dict[str, Any] = {}
+        self._adapters: tuple[dict[str, Any], float] = {}, 1.0
 
     def on(self, mesh: Mesh) -> Self:
         """The same model on another mesh, where it loads its own copy of the parameters."""
         other = type(self)(self.path, mesh, self.dtype, self._flux, self._training)
-        other._configs = dict(self._configs)
+        other._configs, other._adapters = dict(self._configs), self._adapters
         return other
 
     def config(self, name: str) -> Any:
@@ -92,7 +95,19 @@ class ModelComponents:
         read = functools.partial(load_component, self.path) if self.released is None else self.released.load
         # A config given by the caller (`set_config`) decides the number format too.
         dtype = cfg.param_dtype if self.dtype is None and name in self._configs else self.dtype
-        return read(name, wanted, dtype) if jax.tree.leaves(wanted) else {}
+        params, (adapters, scale) = read(name, wanted, dtype) if jax.tree.leaves(wanted) else {}, self._adapters
+        if name in adapters:
+            add = jax.jit(functools.partial(merge, scale=scale), donate_argnums=0, out_shardings=shardings)
+            params = add(params, adapters[name])
+        return params
+
+    def adapt(self, directory: str | Path) -> None:
+        """Adds the adapters of a directory, RUN/adapter of a training, to the kernels of the components when these load.
+
+        Raises:
+          CheckpointError: there are none, or they belong to another model.
+        """
+        self._adapters = load_adapter(directory, self.path)
 
     def release(self, name: str) -> None:
         """Drops a component's parameters; the next use restores them."""

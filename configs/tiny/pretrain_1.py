@@ -12,7 +12,7 @@ def get_config():
             init_from="runs/tiny/decoder/model",
             steps=60,
             batch_size=32,
-            next_token=dict(phase="vision"),
+            train=("vision",),
             optimizer=dict(name="muon", b1=0.95, warmup_steps=20),
         )
     )

@@ -23,7 +23,7 @@ def get_config():
             save_every=500,
             mesh=dict(tensor=4),
             optimizer=dict(learning_rate=1e-5, warmup_steps=500),
-            decoder=dict(train_text_encoders=False),
+            freeze=("t5/.*", "clip/.*"),
             decode=dict(steps=28, text_length=512, pooled_length=77),
             data=dict(sizes=((1152, 1152),), weights=(1.0,), text_lengths=((3, 6),), shapes=0.0),
         )

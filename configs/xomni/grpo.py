@@ -22,7 +22,8 @@ def get_config():
             save_every=20,
             mesh=dict(tensor=4),
             # 448 prompt tokens with 5,184 codes make eleven blocks of 512 tokens.
-            rollout=dict(prompt_length=448, reference_dtype="bfloat16", micro_batch=64, logit_chunk=1296),
+            rollout=dict(prompt_length=448, reference_dtype="bfloat16", logit_chunk=1296),
+            accumulate=8,
             decode=dict(steps=28, guidance=1.0),
             data=dict(sizes=((1152, 1152),)),
         )

@@ -14,7 +14,8 @@ def get_config():
     """What differs from the defaults."""
     return ConfigDict(
         dict(
-            models.next_token(phase="vision", rows=256, row_length=8192),
+            models.next_token(rows=256, row_length=8192),
+            train=("vision",),
             stage="pretrain",
             run_dir="runs/xomni/pretrain_1",
             init_from="runs/xomni/decoder/model",

@@ -97,8 +97,8 @@ def test_batches_have_one_size_and_all_sizes_come():
 
 
 def test_counted_and_transformed():
-    sizes = list(batches(DATA, seed=0, batch_size=2, count=4, transform=lambda b: len(b["id"])))
-    assert sizes == [2, 2, 2, 2]
+    sizes = list(batches(DATA, seed=0, batch_size=2, count=4, transform=lambda b: {"n": len(b["id"])}))
+    assert [set(size) for size in sizes] == [{"id", "n"}] * 4 and [size["n"] for size in sizes] == [2, 2, 2, 2]
 
 
 def test_a_finite_source_is_shuffled_anew_in_every_epoch(numbers):

@@ -40,7 +40,7 @@ def sft(*more: str):
 
 def grpo(*more: str):
     """GRPO: 4 prompts, 4 rollouts each of 16 + 64 tokens, two micro-batches; the decoder's side is that of the shipped model."""
-    rolls = ["batch_size=4", "grpo.rollouts_per_prompt=4", "rollout.chunks=1", "rollout.micro_batch=8", "rollout.logit_chunk=32",
+    rolls = ["batch_size=4", "grpo.rollouts_per_prompt=4", "rollout.chunks=1", "accumulate=2", "rollout.logit_chunk=32",
              "rollout.prompt_length=16", "rollout.reference_dtype=bfloat16", "data.sizes=((64,64),)", "data.text_lengths=((3,6),)",
              f"init_from={TINY_SFT}"]  # fmt: skip
     return load_config(ROOT / "configs" / "tiny" / "grpo.py", [*overrides(), *rolls, "mesh.tensor=2", *more])

@@ -75,7 +75,7 @@ def test_updates_cost_what_arithmetic_says(config, program):
 
 def test_a_head_is_gathered_once_for_all_micro_batches(cache):
     """Four of them, on simulated devices: the policy's and the reference's."""
-    (f,) = made(narrow.grpo("rollout.micro_batch=4"), "cpu:4", ["policy-update"], cache).analyses
+    (f,) = made(narrow.grpo("accumulate=4"), "cpu:4", ["policy-update"], cache).analyses
     assert verdicts(f, "cpu:4")["head gathers"] == (True, "2") and 4 in f.loops
 
 
@@ -212,8 +212,8 @@ def test_a_proposal_is_what_was_compiled_and_fits(monkeypatch, tmp_path):
 
     monkeypatch.setattr(plan, "analyse_program", analyse_program)
     monkeypatch.setattr(chips, "devices", lambda topology: jax.devices()[:4])
-    (found,) = plan.propose_for(narrow.grpo("rollout.micro_batch=16"), fake(), chips.parse("v6e:2x2"), tmp_path, 0.06, True)
-    assert found.overrides == ("rollout.micro_batch=4",) and found.needs == 10 * GIB
+    (found,) = plan.propose_for(narrow.grpo("accumulate=1"), fake(), chips.parse("v6e:2x2"), tmp_path, 0.06, True)
+    assert found.overrides == ("accumulate=4",) and found.needs == 10 * GIB
     assert "in 2 micro-batches" in asked[0] and "in 4 micro-batches" in asked[1]
 
 

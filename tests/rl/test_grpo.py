@@ -27,6 +27,7 @@ from xomni_jax.rl.rewards import RewardConfig
 from xomni_jax.sampling import sampler as sampler_module
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sampling.sampler import Sampler
+from xomni_jax.sharding.abstract import path_name
 from xomni_jax.sharding.mesh import make_mesh
 from xomni_jax.sharding.rules import param_shardings
 from xomni_jax.training.operations import CompileLog
@@ -273,6 +274,18 @@ def test_the_samplers_layout_computes_the_same(model):
     np.testing.assert_array_equal(run(as_stored[0]), run(as_stored[1]))
 
 
+def test_adapters_learn_on_a_base_in_8_bits_which_is_the_reference_as_well(model_dir, service, tmp_path):
+    """Sampler and trainer agree on base and adapters (the run checks it); the policy starts at the reference and leaves it."""
+    more = ["steps=2", "lora.rank=2", "transformer.int8=True", "grpo.kl_coef=0.1", "grid_every=0", "optimizer.rates=()"]
+    run_stage(grpo_config(tmp_path / "run", model_dir, service.url, *more))
+    first, second = metrics(tmp_path / "run")
+    assert first["grpo/kl"] < 1e-9 < second["grpo/kl"] and second["grpo/logp_gap_max"] < 1e-4
+    before, after = xomni_jax.load(model_dir).params("transformer"), params(tmp_path / "run", "transformer")
+    changed = {path_name(path) for path, x in jax.tree.leaves_with_path(before) if not np.array_equal(x, after[path_name(path)])}
+    assert len(changed) == 3 * 7 and all(name.endswith("_proj/kernel") for name in changed)
+    assert (tmp_path / "run" / "adapter" / "adapter.safetensors").exists()
+
+
 @pytest.mark.parametrize(
     "overrides, words",
     [
@@ -283,8 +296,9 @@ def test_the_samplers_layout_computes_the_same(model):
         (["rewards.quality.weight=heavy"], "config.rewards.quality.weight=heavy: expected float | None"),
         (["rollout.chunks=3"], "config.rollout.chunks=3 does not divide config.batch_size=4"),
         (["rollout.chunks=2"], "leaves 2 prompts a chunk, which config.mesh cannot split 4 ways"),
-        (["rollout.micro_batch=3"], "config.rollout.micro_batch=3 does not divide the 16 rollouts"),
-        (["rollout.micro_batch=2"], "config.rollout.micro_batch: 2 rollouts at a time do not split over the 4 ways"),
+        (["accumulate=3"], "config.accumulate=3 does not divide rollouts per config.grpo.updates_per_batch=16"),
+        (["accumulate=8"], "rollouts per config.grpo.updates_per_batch / config.accumulate=2 does not split over the 4 ways"),
+        (["transformer.int8=True"], "config.transformer.int8=True: kernels in 8 bits cannot learn"),
         (["grpo.updates_per_batch=3"], "config.grpo.updates_per_batch=3 does not divide the 16 rollouts"),
         (["rollout.combine=sum"], "combine='sum' is unknown"),
         (["rollout.segment=0"], "config.rollout.segment=0: expected int >= 1"),

@@ -9,8 +9,7 @@ from xomni_jax.core.config import ConfigError
 from xomni_jax.models.registry import init_params
 from xomni_jax.models.transformer import PRESETS
 from xomni_jax.sharding.abstract import path_name
-from xomni_jax.training.next_token import FREEZE
-from xomni_jax.training.optimizer import Optimizer, OptimizerConfig, decays, learning_rate
+from xomni_jax.training.optimizer import PHASES, Optimizer, OptimizerConfig, decays, learning_rate
 
 
 def small_params() -> dict:
@@ -136,24 +135,16 @@ def test_gradients_of_frozen_parameters_are_not_computed():
     assert flops((".*",)) - flops(("learns",)) > 0.9 * matmul
 
 
-def test_the_freeze_table_names_parameters_of_the_transformer():
+def test_the_named_phases_are_parameters_of_the_transformer():
     """Stage 1 trains the vision layers and the image embedding, norm and head, all of them and nothing else."""
     shapes = jax.eval_shape(lambda: init_params("transformer", PRESETS["tiny"], jax.random.key(0)))
-    for patterns in FREEZE.values():
+    for patterns in PHASES.values():
         for pattern in patterns:
             assert trained(Optimizer(OptimizerConfig(1.0), 1, train=(pattern,)), shapes), pattern
-    tops = {name.split("/")[0] for name in trained(Optimizer(OptimizerConfig(1.0), 1, train=FREEZE["vision"]), shapes)}
+    tops = {name.split("/")[0] for name in trained(Optimizer(OptimizerConfig(1.0), 1, train=("vision",)), shapes)}
     assert tops == {"adapters", "heads", "mm_embed", "mm_norm", "mm_head"}
     assert set(dict(shapes)) - tops == {"language", "lm_embed", "lm_norm", "lm_head"}
-    assert len(trained(Optimizer(OptimizerConfig(1.0), 1, train=FREEZE["all"]), shapes)) == len(jax.tree.leaves(shapes))
-
-
-def test_a_component_without_parameters_can_be_frozen():
-    """The decoder stage freezes its autoencoder, which may be the identity."""
-    params = small_params() | {"autoencoder": {}}
-    optimizer = Optimizer(OptimizerConfig(0.1), 10, freeze=("autoencoder/.*",))
-    new, _, _ = one_update(optimizer, params, ones(params))
-    assert new["autoencoder"] == {} and len(trained(optimizer, params)) == 4
+    assert len(trained(Optimizer(OptimizerConfig(1.0), 1, train=("all",)), shapes)) == len(jax.tree.leaves(shapes))
 
 
 def newton_schulz(x: np.ndarray, steps: int = 5) -> np.ndarray:
@@ -199,25 +190,33 @@ def test_muon_by_hand():
         np.testing.assert_allclose(pick(moved), expected, rtol=1e-5)
 
 
-def test_a_rate_for_nothing_is_refused():
+@pytest.mark.parametrize("key", ["optimizer.rates", "train", "freeze"])
+@pytest.mark.parametrize(
+    "pattern, words",
+    [
+        ("new", "'new' matches no parameter; the nearest paths are new/kernel, "),
+        ("older/kernel", "'older/kernel' matches no parameter; the nearest paths are old/kernel, "),
+        ("new/(kernel", r"'new/\(kernel' is no regular expression \(missing \), .*write one such as"),
+    ],
+)
+def test_a_pattern_for_nothing_is_refused(key, pattern, words):
     """A typing error in a pattern would go unnoticed."""
-    params = {"new": {"kernel": jnp.ones(2)}, "old": {"kernel": jnp.ones(2)}}
-    Optimizer(OptimizerConfig(rates=(("new/.*", 2.0), (".*", 3.0))), 5, freeze=("old/.*",)).labels(params)
-    for pattern in ("new", "newer/kernel"):
-        with pytest.raises(ConfigError, match=f"config.optimizer.rates: '{pattern}' matches no parameter; paths look like 'new/kernel'"):
-            Optimizer(OptimizerConfig(rates=((".*/kernel", 2.0), (pattern, 2.0))), 5, freeze=("old/.*",)).labels(params)
+    given = {"rates": ((".*/kernel", 2.0), (pattern, 2.0))} if key == "optimizer.rates" else {}
+    chosen = {key: (".*/scale", pattern)} if not given else {}
+    with pytest.raises(ConfigError, match=f"^config.{key}: {words}"):
+        Optimizer(OptimizerConfig(**given), 5, **chosen).labels(small_params())
 
 
 def test_training_nothing_is_refused():
-    with pytest.raises(ValueError, match="no parameter is trained: train patterns .'wen/.*paths look like 'new/kernel'"):
-        Optimizer(OptimizerConfig(0.1), 10, train=("wen/.*",)).transform.init(small_params())
+    with pytest.raises(
+        ConfigError, match="config.train=.'new/.*',., config.freeze=.'.*/kernel', '.*scale'.: no parameter is left to train"
+    ):
+        Optimizer(OptimizerConfig(0.1), 10, train=("new/.*",), freeze=(".*/kernel", ".*scale")).transform.init(small_params())
 
 
 @pytest.mark.parametrize(
     "fields, words",
     [
-        (dict(rates=(("a", 2.0), ("(scale|bias", 3.0))), r"rates: '\(scale\|bias' is no regular expression .*unterminated"),
-        (dict(rates=(("*x", 2.0),)), "is no regular expression .nothing to repeat"),
         (dict(name="sgd"), "name='sgd' is unknown; use one of adamw, muon"),
         (dict(schedule="step"), "schedule='step' is unknown"),
     ],

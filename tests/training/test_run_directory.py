@@ -122,7 +122,7 @@ def resumed(tmp_path, *overrides, file=SFT):
 
 def test_what_may_change_between_sessions(tmp_path):
     started(tmp_path)
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["next_token"]["phase"] == "all"
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["train"] == ["all"]
     resumed(tmp_path, "steps=5", "save_every=6", "keep=7", "save_minutes=1", "grid_every=0")
     with pytest.raises(
         ConfigError, match="started with config.next_token.rows=[0-9]+, now it is 8; use another run_dir or delete this one"

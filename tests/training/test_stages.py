@@ -108,7 +108,7 @@ def test_the_chain_ends_in_a_model_that_draws_and_answers(finished):
     assert isinstance(model.chat(image, "what does the sign say?", 4), str)
 
 
-def test_phase_vision_moves_what_is_new_and_not_a_bit_of_the_rest(finished):
+def test_train_vision_moves_what_is_new_and_not_a_bit_of_the_rest(finished):
     before, after = params(finished("pretrain_2"), "transformer"), params(finished("pretrain_1"), "transformer")
     new = ("adapters/", "heads/", "mm_embed/", "mm_norm/", "mm_head/")
     assert_same({k: v for k, v in before.items() if not k.startswith(new)}, {k: v for k, v in after.items() if not k.startswith(new)})
@@ -209,7 +209,13 @@ def test_fewer_steps_than_were_made_are_refused(finished):
         ("sft", ["init_from="], "config.init_from is empty; stage sft needs a model directory with siglip_vq"),
         ("sft", ["init_from=/nowhere"], "/nowhere: no such directory"),
         ("sft", ["next_token.rows=6"], "config.next_token.rows=6 does not split over the 4 ways"),
-        ("sft", ["next_token.phase=later"], "config.next_token: phase='later' is unknown; use one of vision, all"),
+        ("sft", ["train=('later',)"], "config.train: 'later' matches no parameter; the nearest paths are "),
+        ("sft", ["freeze=('languag/.*','mm_.*')"], "config.freeze: 'languag/..' matches no parameter; the nearest paths are .*language/"),
+        ("sft", ["accumulate=3"], "config.accumulate=3 does not divide config.next_token.rows=4; use a divisor"),
+        ("sft", ["accumulate=2"], "config.next_token.rows / config.accumulate=2 does not split over the 4 ways"),
+        ("sft", ["lora.rank=2", "lora.targets=('.*/q_porj',)"], "config.lora.targets: '.*/q_porj' matches no dense layer; .*q_proj"),
+        ("sft", ["transformer.int8=True"], "config.transformer.int8=True: kernels in 8 bits cannot learn"),
+        ("decoder", ["freeze=('unet/.*',)"], "config.freeze: 'unet/..' matches no parameter"),
         ("sft", ["transformer.d_model=64"], "config.transformer.d_model=64, but the transformer of .* has 32"),
         ("sft", ["transformer.heads=64"], "config.transformer.heads: unknown key"),
         ("sft", ["mesh.fsdp=3"], "mesh fsdp=3 x tensor=2 needs 6 devices, 8 are present; change config.mesh"),

@@ -16,7 +16,16 @@ from xomni_jax.checkpoint.conversion import flatten
 from xomni_jax.models.quantizer import start_codebook
 from xomni_jax.sharding.mesh import make_mesh
 from xomni_jax.sharding.rules import param_shardings
-from xomni_jax.training.understanding import PRESETS, FeatureReader, ReaderConfig, TokenizerLearner, Weights, masked_mean, tokenizer_loss
+from xomni_jax.training.understanding import (
+    PRESETS,
+    FeatureReader,
+    ReaderConfig,
+    TokenizerLearner,
+    Weights,
+    masked_mean,
+    skipped_images,
+    tokenizer_loss,
+)
 
 READ = ReaderConfig(vocab_size=22, d_model=16, mlp_dim=28, n_heads=4, n_kv_heads=2, head_dim=6, n_layers=2, dense_classes=5)
 LEARNER = TokenizerLearner(config(heads=2), READ)
@@ -41,8 +50,13 @@ def params(batch):
 
 @jax.jit
 def _step(params, batch, key, strength, weights):
-    grad = jax.value_and_grad(tokenizer_loss, has_aux=True)
-    return grad(params, batch, key, learner=LEARNER, strength=strength, weights=weights)
+    grad, rows = jax.value_and_grad(tokenizer_loss, has_aux=True), with_skip(batch, key, strength)
+    return grad(params, rows, rows, learner=LEARNER, strength=strength, weights=weights)
+
+
+def with_skip(batch, key, strength=1.0):
+    """The batch with the images that skip quantisation."""
+    return batch | {"skip": skipped_images(key, len(batch["ids"]), LEARNER.vq.skip_probability, strength)}
 
 
 def step(params, batch, key, strength=1.0, weights=Weights()):
@@ -100,7 +114,7 @@ def test_only_answers_and_known_cells_count(params, batch):
     assert float(unknown["loss/dense"]) == 0.0
     nothing = losses(params, batch | {"loss_mask": np.zeros((4, 6), bool)}, key)[1].metrics
     assert float(nothing["loss/answer"]) == 0.0
-    np.testing.assert_allclose(masked_mean(jnp.array([1.0, 2.0, 9.0]), jnp.array([True, True, False])), 1.5)
+    np.testing.assert_allclose(masked_mean(jnp.array([1.0, 2.0, 9.0]), jnp.array([True, True, False]), jnp.ones(4)), 0.75)
 
 
 def test_warm_up_skips_everything_and_leaves_the_codebook_alone(params, batch):
@@ -115,8 +129,8 @@ def test_without_dense_reading_there_is_no_head(batch):
     learner = TokenizerLearner(config(heads=2), dataclasses.replace(READ, dense_classes=0))
     params = meta.unbox(jax.eval_shape(lambda: learner.init(jax.random.key(0), batch["pixels"], batch["ids"])["params"]))
     assert set(params) == {"tokenizer", "reader"}
-    words = {name: value for name, value in batch.items() if name != "columns"}
-    loss, aux = jax.eval_shape(lambda p: tokenizer_loss(p, words, jax.random.key(0), learner=learner), params)
+    words = {name: value for name, value in with_skip(batch, jax.random.key(0)).items() if name != "columns"}
+    loss, aux = jax.eval_shape(lambda p: tokenizer_loss(p, words, words, learner=learner), params)
     assert loss.shape == () and "loss/dense" not in aux.metrics
 
 

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xomni_jax.cli.inference import add_drawing, add_model, opened
+from xomni_jax.cli.inference import add_adapter, add_drawing, add_model, opened
 from xomni_jax.core.folders import check_folder
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Prompts, size, sampling, output."""
     parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="what to draw; one image each")
     add_model(parser, "", "one device")
+    add_adapter(parser)
     add_drawing(parser)
     parser.add_argument("--seed", type=int, default=0, help="image i depends on the seed, i and its prompt alone (default 0)")
     parser.add_argument("--out", default="images", metavar="DIR", help="folder for the images (default: images)")

@@ -24,6 +24,12 @@ def add_model(parser: Any, mesh: str, default: str) -> None:
     parser.add_argument("--mesh", type=_mesh, metavar="AXIS=N,...", help=what)
 
 
+def add_adapter(parser: Any) -> None:
+    """--adapter."""
+    what = "add the adapters of a training with config.lora.rank to the model: the folder RUN/adapter"
+    parser.add_argument("--adapter", metavar="DIR", help=what)
+
+
 def add_drawing(parser: Any) -> None:
     """Size and sampling; the defaults are the released ones."""
     parser.add_argument("--height", type=positive, metavar="PIXELS", help="default: the model's own (1152 as released)")
@@ -60,7 +66,10 @@ def opened(args: argparse.Namespace, rest: Sequence[str]) -> tuple[XOmni, Infere
     from xomni_jax.sharding.mesh import make_mesh
 
     settle(args, rest)
-    return open_model(args.model, make_mesh(args.mesh) if args.mesh else None, args.sections), args.sections or InferenceConfig()
+    model = open_model(args.model, make_mesh(args.mesh) if args.mesh else None, args.sections)
+    if args.adapter:
+        model.adapt(args.adapter)
+    return model, args.sections or InferenceConfig()
 
 
 def positive(text: str) -> int:

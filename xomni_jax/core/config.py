@@ -160,6 +160,18 @@ def check_known(config: Any, **known: Sequence[str]) -> None:
             raise ValueError(f"{name}={getattr(config, name)!r} is unknown; use one of {', '.join(values)}")
 
 
+def check_patterns(patterns: Sequence[str], names: Sequence[str], where: str, what: str = "parameter") -> None:
+    """ConfigError for a regular expression that matches none of the names as a whole; it gives the nearest names."""
+    for pattern in patterns:
+        try:
+            matches = any(re.fullmatch(pattern, name) for name in names)
+        except re.error as e:
+            raise ConfigError(f"{where}: {pattern!r} is no regular expression ({e}); write one such as '.*/(scale|bias)'") from None
+        if not matches:
+            near = ", ".join(difflib.get_close_matches(pattern, names, 3, 0.0))
+            raise ConfigError(f"{where}: {pattern!r} matches no {what}; the nearest paths are {near}")
+
+
 def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     """A frozen dataclass from plain values, such as those of a JSON file.
 

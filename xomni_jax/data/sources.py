@@ -223,14 +223,15 @@ def batches(
     *,
     rows: Sequence[int] | None = None,
     count: int | None = None,
-    transform: Callable[[dict[str, Any]], Any] | None = None,
+    transform: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     prefetch: int = 2,
     fields: Sequence[str] = (),
 ) -> grain.IterDataset:
     """Batches of a source as a grain IterDataset, endless unless `count` says how many.
 
     `batch_size` counts examples over all hosts; `rows` are those of every batch that this host loads (None: all), so that batches do
-    not depend on the number of hosts, nor does an iterator's state: it counts batches. `transform` maps a collated batch (see `collate`).
+    not depend on the number of hosts, nor does an iterator's state: it counts batches. `transform` maps a collated batch (see `collate`),
+    whose ids stay.
     `fields` are those that the caller reads of every example; ConfigError when the source does not give them.
     One thread loads `prefetch` batches ahead; 0 loads in the caller's thread. Iterators have `get_state()` and `set_state()`.
     """
@@ -252,7 +253,7 @@ def batches(
 
     dataset = grain.MapDataset.range(ENDLESS if count is None else count).map(batch)
     if transform is not None:
-        dataset = dataset.map(transform)
+        dataset = dataset.map(lambda examples: {"id": examples["id"]} | transform(examples))
     return dataset.to_iter_dataset(grain.ReadOptions(num_threads=1 if prefetch else 0, prefetch_buffer_size=prefetch))
 
 

@@ -24,6 +24,8 @@ def named(init: Callable, *axes: str | None) -> Callable:
 class Projection(nn.Module):
     """A dense map between named axes: contracts the last `contract` axes of x with the kernel, appends `features`.
 
+    Where the parameters hold `lora_a` and `lora_b` (`lora.join`), their product is added to the kernel without being computed.
+
     Attributes:
       features: output sizes, e.g. (heads, head_dim).
       axes: logical axis names of the kernel: the contracted axes, then the output axes.
@@ -31,7 +33,8 @@ class Projection(nn.Module):
       bias: whether to add a bias over the output axes.
       dtype, param_dtype: of the computation and of the parameters.
       init: kernel initialiser of a 2-D (in, out) matrix.
-      int8: the kernel is int8 with a float32 scale per output, from `int8.quantize`; it cannot be trained.
+      int8: the kernel is int8 with a float32 scale per output, from `int8.quantize`; it cannot be trained,
+        but adapters can.
     """
 
     features: Sequence[int]
@@ -57,6 +60,9 @@ class Projection(nn.Module):
         if self.int8:
             scale = self.param("kernel_scale", named(nn.initializers.ones, *self.axes[self.contract :]), out, jnp.float32)
             y = (y * scale).astype(self.dtype)
+        if self.has_variable("params", "lora_a"):
+            a, b = (self.get_variable("params", name).astype(self.dtype) for name in ("lora_a", "lora_b"))
+            y = y + jnp.tensordot(jax.lax.dot_general(x.astype(self.dtype), a, (dims, ((), ()))), b, 1)
         if self.bias:
             b = self.param("bias", named(nn.initializers.zeros, *self.axes[self.contract :]), out, self.param_dtype)
             y = y + b.astype(self.dtype)

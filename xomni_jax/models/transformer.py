@@ -46,6 +46,7 @@ class ARConfig(StackConfig):
       attention: implementation of attention: auto, plain or splash; see `attention.attend`
       attention_chunk: queries per step of plain attention in a full pass; 0 takes all at once
       unroll: layers per step of the scan over them
+      int8: the layers' kernels are stored in 8 bits, frozen; see `models.int8`
     """
 
     vocab_size: int
@@ -64,6 +65,7 @@ class ARConfig(StackConfig):
     attention: str = "auto"
     attention_chunk: int = 0
     unroll: int = 1
+    int8: bool = False
 
     def __post_init__(self) -> None:
         if self.n_heads % self.n_kv_heads:

@@ -28,15 +28,15 @@ def telling(c: ARConfig, *vocabularies: int) -> tuple[int, ...]:
     return tuple(n for n in vocabularies if n not in (c.d_model, c.mlp_dim))
 
 
-def next_token(c: ARConfig, rows: int, length: int, targets: int, phase: str, chunk: int, mesh: Mapping[str, int]) -> Work:
-    """A step of pre-training or fine-tuning, in which both output heads see every target."""
+def next_token(c: ARConfig, rows: int, length: int, targets: int, language: bool, chunk: int, mesh: Mapping[str, int]) -> Work:
+    """A step of pre-training or fine-tuning, in which both output heads see every target; `language`: the language layers learn."""
     tokens, heads = rows * length, c.d_model * (c.vocab_size + c.image_vocab_size)
-    share = 6 if phase == "all" else 4  # frozen language layers pass gradients on, but have none of their own
+    share = 6 if language else 4  # frozen language layers pass gradients on, but have none of their own
     new = c.n_adapter_layers + c.n_head_layers
     layers = layer_weights(c) * (6 * new + share * c.n_language_layers)
-    text_head = 6 if phase == "all" else 4
+    text_head = 6 if language else 4
     learned = layers * tokens + rows * targets * c.d_model * (text_head * c.vocab_size + 6 * c.image_vocab_size)
-    gathered, reduced = fsdp_bytes(c, 1, heads, mesh, new if phase != "all" else c.n_layers)
+    gathered, reduced = fsdp_bytes(c, 1, heads, mesh, c.n_layers if language else new)
     return Work(
         learned=learned, attention=3 * causal(c, rows, length), tokens=tokens, gathered=gathered, reduced=reduced,
         logits_limit=rows * (chunk or targets), vocabularies=telling(c, c.vocab_size, c.image_vocab_size), head_gathers=2,

@@ -37,7 +37,7 @@ GATES = (
     Gate("grpo", "v5p-64"),
     Gate("grpo", "v6e-64"),
     # The VAE's narrowest convolution has too few channels for 64 fsdp shards.
-    Gate("grpo", "v5e-256", ("mesh.data=2", "mesh.fsdp=32", "batch_size=64", "rollout.chunks=1")),
+    Gate("grpo", "v5e-256", ("mesh.data=2", "mesh.fsdp=32", "batch_size=64", "rollout.chunks=1", "accumulate=16")),
     Gate("sft", "v5p-64"),
     Gate("sft", "v6e-64"),
     Gate("sft", "v5e-256"),

@@ -164,17 +164,12 @@ def candidates(cfg: Any, a: ProgramAnalysis) -> Iterator[list[str]]:
     learns = name.endswith("update")
     remat = [f"{section}.remat=full"] if learns and component(section).remat != "full" else []
     smaller = []
-    if name in ("policy-update", "reference"):
-        rows = cfg.rollout.micro_batch or cfg.batch_size * cfg.grpo.rollouts_per_prompt // cfg.grpo.updates_per_batch
-        smaller = [[f"rollout.micro_batch={rows // n}"] for n in (2, 4, 8) if rows % n == 0]
+    if learns or name == "reference":
+        smaller = [[f"accumulate={cfg.accumulate * n}"] for n in (2, 4, 8)]
     elif name in ("rollout", "prefill", "answer", "decoder", "vae", "text"):
         part = {"decoder": "mmdit", "vae": "autoencoder"}.get(name)
         pieces = [[f"{part}.microbatch=1"]] if part and component(part).microbatch != 1 else []
         smaller = pieces + [fewer(cfg, name, n) for n in (2, 4)]
-    elif hasattr(cfg, "next_token"):
-        smaller = [[f"next_token.rows={cfg.next_token.rows // n}"] for n in (2, 4) if cfg.next_token.rows % n == 0]
-    elif learns:
-        smaller = [[f"batch_size={cfg.batch_size // n}"] for n in (2, 4) if cfg.batch_size % n == 0]
     splits = [
         [f"{mesh}.fsdp={a.devices // t}", f"{mesh}.tensor={t}", f"{mesh}.data=1", f"{mesh}.replica=1"]
         for t in (4, 2, 1)

@@ -21,7 +21,8 @@ from xomni_jax.data.files import FilesSource
 from xomni_jax.data.rendered import SIGNS
 from xomni_jax.data.sources import DataSection, batches, first_batch
 from xomni_jax.models import autoencoder, mmdit, siglip_vq, text_encoders, transformer, work
-from xomni_jax.models.registry import boxed_shapes, init_params
+from xomni_jax.models.lora import LoRAConfig, beside, join
+from xomni_jax.models.registry import boxed_shapes
 from xomni_jax.models.section import ModelSection
 from xomni_jax.pipeline import XOmni
 from xomni_jax.rl.advantages import AdvantageConfig, group_advantages
@@ -39,16 +40,18 @@ from xomni_jax.sharding import abstract
 from xomni_jax.sharding.arrays import local_rows, share, whole
 from xomni_jax.sharding.mesh import MeshConfig, make_mesh
 from xomni_jax.sharding.rules import num_data_shards
+from xomni_jax.training.adapters import export_trained, frozen_base, learned_params
 from xomni_jax.training.components import (
     DataIterator,
     check_heads,
     check_split,
+    check_trainable,
     decode_settings,
-    export_model,
     model_configs,
     open_model,
     read_description,
 )
+from xomni_jax.training.guard import guarded
 from xomni_jax.training.loop import key_for, tile
 from xomni_jax.training.operations import FlopCount
 from xomni_jax.training.optimizer import Optimizer, OptimizerConfig
@@ -66,6 +69,7 @@ class GRPORun(RunConfig):
 
     Attributes:
       transformer: the policy, and the reference that it starts from
+      lora: adapters of the transformer, which are then all that learns; the reference is the transformer without them, not a copy
       siglip_vq: frozen, from codes to semantics
       mmdit: frozen diffusion transformer
       t5: frozen text encoder of the prompt's tokens
@@ -87,6 +91,7 @@ class GRPORun(RunConfig):
     log_every: Count = 1
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-6, warmup_steps=0, schedule="constant")
     transformer: ModelSection = ModelSection(transformer.PRESETS)
+    lora: LoRAConfig = LoRAConfig()
     siglip_vq: ModelSection = ModelSection(siglip_vq.PRESETS)
     mmdit: ModelSection = ModelSection(mmdit.PRESETS)
     t5: ModelSection = ModelSection(text_encoders.T5_PRESETS)
@@ -111,15 +116,9 @@ class GRPORun(RunConfig):
     )
 
 
-def micro_batches(cfg: GRPORun) -> int:
-    """Gradient accumulation steps of an update; the sizes must divide (`check_divides`)."""
-    minibatch = cfg.batch_size * cfg.grpo.rollouts_per_prompt // cfg.grpo.updates_per_batch
-    return minibatch // (cfg.rollout.micro_batch or minibatch)
-
-
-def check_divides(cfg: GRPORun, shards: int) -> None:
-    """Refuses batch sizes that do not split evenly over the mesh's `shards` data-parallel parts, naming the keys."""
-    prompts, grpo, rollout = cfg.batch_size, cfg.grpo, cfg.rollout
+def check_divides(cfg: GRPORun, mesh: Mesh) -> None:
+    """Refuses batch sizes that do not split evenly over the mesh, naming the keys."""
+    prompts, grpo, rollout, shards = cfg.batch_size, cfg.grpo, cfg.rollout, num_data_shards(mesh)
     if prompts % rollout.chunks:
         raise ConfigError(f"config.rollout.chunks={rollout.chunks} does not divide config.batch_size={prompts} prompts; use a divisor")
     chunk = prompts // rollout.chunks
@@ -133,15 +132,7 @@ def check_divides(cfg: GRPORun, shards: int) -> None:
         raise ConfigError(
             f"config.grpo.updates_per_batch={grpo.updates_per_batch} does not divide the {rollouts} rollouts of a step; use a divisor"
         )
-    minibatch = rollouts // grpo.updates_per_batch
-    micro = rollout.micro_batch or minibatch
-    if minibatch % micro:
-        raise ConfigError(f"config.rollout.micro_batch={micro} does not divide the {minibatch} rollouts of an update; use a divisor")
-    if micro % shards:
-        key = "config.rollout.micro_batch" if rollout.micro_batch else "config.grpo.updates_per_batch"
-        raise ConfigError(
-            f"{key}: {micro} rollouts at a time do not split over the {shards} ways of config.mesh; use a multiple of {shards}"
-        )
+    check_split("rollouts per config.grpo.updates_per_batch", rollouts // grpo.updates_per_batch, mesh, cfg.accumulate)
 
 
 # ---- programs ----
@@ -162,36 +153,32 @@ def abstract_batch(cfg: GRPORun, ar: transformer.ARConfig, codes: int, mesh: Mes
 
 
 def learner_programs(
-    cfg: GRPORun, policy: Policy, optimizer: Optimizer, advantages: Advantages, state: TrainState, reference: Any, codes: int, mesh: Mesh
+    cfg: GRPORun, policy: Policy, optimizer: Optimizer, advantages: Advantages, state: TrainState, frozen: Any, codes: int, mesh: Mesh
 ) -> dict[str, Program]:
     """The update of the policy, and, with a KL term, the log-probs of the reference, which are a part of it.
 
     Args:
-      state, reference: shapes of the training state and of the reference's parameters, which are None without a KL term.
+      state, frozen: shapes of the training state and of the parameters of the reference, or of the adapters' base; None without both.
       codes: of an image.
     """
-    ar, batch, parts, sides = (
-        policy.model.cfg,
-        abstract_batch(cfg, policy.model.cfg, codes, mesh),
-        micro_batches(cfg),
-        1 + cfg.sampling.guided,
-    )
+    ar, parts, sides, reference = policy.model.cfg, cfg.accumulate, 1 + cfg.sampling.guided, bool(cfg.grpo.kl_coef)
+    batch = abstract_batch(cfg, ar, codes, mesh)
     (B, S), chunk = batch.ids_BS.shape, cfg.rollout.logit_chunk
     shape = f"{B} rollouts of {S} + {codes} tokens"
     update = Program(
-        make_update(policy, optimizer, cfg.grpo, advantages, parts),
-        (state, reference, batch, abstract.rows(mesh, (cfg.batch_size, B // cfg.batch_size), jnp.float32), None, abstract.keys(mesh, ())),
+        make_update(policy, optimizer, cfg.grpo, advantages, parts, cfg.lora),
+        (state, frozen, batch, abstract.rows(mesh, (cfg.batch_size, B // cfg.batch_size), jnp.float32), None, abstract.keys(mesh, ())),
         f"{shape} in {parts} micro-batches",
-        work.policy_update(ar, B, S, codes, parts, sides, reference is not None, chunk, mesh.shape),
+        work.policy_update(ar, B, S, codes, parts, sides, reference, chunk, mesh.shape),
         uses=("params", "optimizer", "reference"),
         freed=("sampler",),
         state=state,
     )
-    if reference is None:
+    if not reference:
         return {"policy-update": update}
     replay = Program(
         jax.jit(lambda params, batch: frozen_logp(policy, params, batch, parts)),
-        (reference, batch),
+        (frozen, batch),
         f"log-probs of {shape}",
         work.replay(ar, B, S, codes, parts, sides, chunk, mesh.shape),
         uses=("reference",),
@@ -220,26 +207,30 @@ class GRPOStage:
         """The programs of a step, for images of the data's size."""
         ar, c, patch = models["transformer"], cfg.rollout, models["siglip_vq"].patch
         check_heads(ar.n_kv_heads, mesh)
-        check_divides(cfg, num_data_shards(mesh))
+        check_divides(cfg, mesh)
         grid = tuple(side // patch for side in cfg.data.sizes[0])
         R, T, part = cfg.grpo.rollouts_per_prompt, grid[0] * grid[1], cfg.batch_size // c.chunks
         if decoder_mesh is not None and len({d.process_index for d in decoder_mesh.devices.flat}) > 1:
             check_split("config.batch_size x grpo.rollouts_per_prompt / rollout.chunks", part * R, decoder_mesh)
 
         # ---- arrays that stay ----
-        optimizer = Optimizer(cfg.optimizer, cfg.steps * cfg.grpo.updates_per_batch)
-        create, state = new_state(lambda: init_params("transformer", ar, jax.random.key(0)), optimizer, mesh)
-        boxed = boxed_shapes("transformer", ar)
+        optimizer = cfg.make_optimizer(updates_per_step=cfg.grpo.updates_per_batch)
+        init, frozen = learned_params("transformer", ar, cfg.lora, cfg.seed, mesh)
+        create, state = new_state(init, optimizer, mesh)
+        boxed, params = boxed_shapes("transformer", ar), state.params
+        if frozen:
+            boxed, params = beside(boxed, jax.eval_shape(init)), beside(frozen, params)
+        elif cfg.grpo.kl_coef:
+            frozen = jax.eval_shape(param_converter(boxed, mesh, c.reference_dtype), params)
         layout = param_converter(boxed, mesh, ar.dtype, ar.image_vocab_size)
-        weights = jax.eval_shape(layout, state.params)
-        reference = jax.eval_shape(param_converter(boxed, mesh, c.reference_dtype), state.params) if cfg.grpo.kl_coef else None
-        persistent = {"params": state.params, "optimizer": state.opt_state, "reference": reference, "sampler": weights}
+        weights = jax.eval_shape(layout, params)
+        persistent = {"params": state.params, "optimizer": state.opt_state, "reference": frozen, "sampler": weights}
 
         # ---- programs ----
         policy = Policy(transformer.ARTransformer(ar), cfg.sampling, c.logit_chunk)
-        learning = learner_programs(cfg, policy, optimizer, functools.partial(cls.advantages, cfg), state, reference, T, mesh)
+        learning = learner_programs(cfg, policy, optimizer, functools.partial(cls.advantages, cfg), state, frozen, T, mesh)
         about = "the policy's weights in the sampler's layout and number format"
-        convert = Program(layout, (state.params,), about, Work(), uses=("params",), freed=("sampler",))
+        convert = Program(layout, (params,), about, Work(), uses=("params",), freed=("sampler",))
         sampler = Sampler.make(policy.model, T, cfg.sampling, c.segment, return_mask=cfg.sampling.truncates)
         drawing = sampler_programs(sampler, ar, weights, RolloutShape(part, R, c.prompt_length, T), cfg.sampling.guided, c.chunks, mesh)
         decode = decode_settings(cfg.decode, read_description(cfg.init_from))
@@ -269,17 +260,23 @@ class GRPOStage:
         grid = model.grid(*cfg.data.sizes[0])
         made = cls.programs(cfg, models, mesh, None if image_decoder is model else image_decoder.mesh)
 
-        ar, start = models["transformer"], model.params("transformer")
-        state = made.create().starting_from(start)
-        keep = param_converter(boxed_shapes("transformer", ar), mesh, cfg.rollout.reference_dtype)
-        reference = keep(start) if cfg.grpo.kl_coef else None
-        model.release("transformer")  # policy and reference are copies
-        del start
+        ar, lora, state, base = models["transformer"], cfg.lora, made.create(), None
+        check_trainable(models, ("transformer",) if not lora.rank else ())
+        if lora.rank:
+            frozen = base = frozen_base(model, models, "transformer", lora)
+        else:
+            start = model.params("transformer")
+            state = state.starting_from(start)
+            keep = param_converter(boxed_shapes("transformer", ar), mesh, cfg.rollout.reference_dtype)
+            frozen = keep(start) if cfg.grpo.kl_coef else None
+            del start
+        model.release("transformer")  # policy and reference are copies, or the base is held here
+        update, state = guarded(made["policy-update"].fn, state, cfg.guard)
         clients, weights = open_clients(cfg.rewards, stop.check_waiting)
         sampler = Sampler.of(made["prefill"].fn, made["rollout"].fn, grid[0] * grid[1], cfg.rollout.segment)
         rollouts = Rollouts(
             model, image_decoder, grid, cfg.grpo.rollouts_per_prompt, cfg.rollout, cfg.advantage, cfg.sampling, decode, sampler,
-            made["layout"].fn, clients, weights, stop,
+            lambda params: made["layout"].fn(join(base, params, lora.scale)), clients, weights, stop,
         )  # fmt: skip
         flops = FlopCount()
         rows = local_rows(mesh, cfg.batch_size)
@@ -289,8 +286,8 @@ class GRPOStage:
                 batches(cfg.data, cfg.seed, cfg.batch_size, rows=rows, fields=("caption", "targets")),
                 functools.partial(all_prompts, rows, cfg.batch_size),
             ),
-            functools.partial(train_step, cfg, rollouts, flops(made["policy-update"].fn), reference),
-            lambda state, directory, note: export_model(directory, {"transformer": (state.params, ar)}, cfg.init_from, note),
+            functools.partial(train_step, cfg, rollouts, flops(update), frozen),
+            lambda state, directory, note: export_trained(directory, {"transformer": (state.params, ar)}, lora, model, note),
             functools.partial(sample_grid, cfg, rollouts),
             items_per_step=cfg.batch_size * cfg.grpo.rollouts_per_prompt,
             close=functools.partial(close_all, clients),
@@ -332,7 +329,7 @@ def all_prompts(rows: Sequence[int], batch_size: int, examples: dict[str, Any]) 
 
 
 def train_step(
-    cfg: GRPORun, rollouts: Rollouts, update: Callable[..., Any], reference: Any, state: TrainState, batch: dict[str, Any], number: int
+    cfg: GRPORun, rollouts: Rollouts, update: Callable[..., Any], frozen: Any, state: TrainState, batch: dict[str, Any], number: int
 ) -> tuple[TrainState, dict[str, Any]]:
     """Rollouts of a batch of prompts, and the update on them -> (state, metrics).
 
@@ -345,7 +342,7 @@ def train_step(
     began = time.perf_counter()
     reward_PR = jnp.asarray(np.nan_to_num(total.total_PR), jnp.float32)
     given_PR = None if total.advantage_PR is None else jnp.asarray(total.advantage_PR, jnp.float32)
-    state, metrics = update(state, reference, rows, reward_PR, given_PR, jax.random.fold_in(key, SHUFFLE))
+    state, metrics = update(state, frozen, rows, reward_PR, given_PR, jax.random.fold_in(key, SHUFFLE))
     gap, limit = float(metrics["grpo/logp_gap_max"]), cfg.rollout.max_logp_gap
     if limit and gap > limit and rollouts.model.config("transformer").dtype == jnp.float32:
         raise FloatingPointError(f"sampler and trainer differ by {gap:.2e} in a log-prob at step {number + 1} (limit {limit:g})")

@@ -44,7 +44,6 @@ class RolloutConfig:
       segment: most codes drawn between two looks for a signal to stop; the largest divisor of an image's codes is taken
       noise: decoder noise: group (one for all rollouts of a prompt, so that reward differences come from codes) or independent
       chunks: parts of the batch; while one is being scored the next one is sampled and decoded
-      micro_batch: rollouts per gradient accumulation step of the update; 0: all at once
       logit_chunk: positions per piece of the image head; 0: all at once
       max_logp_gap: most that sampler and trainer may differ in a float32 log-prob before the first update; 0: not checked
       max_fail_frac: a step in which more than this share of rollouts could not be scored stops the run
@@ -57,7 +56,6 @@ class RolloutConfig:
     segment: Count = SEGMENT
     noise: str = "group"
     chunks: Count = 2
-    micro_batch: Natural = 0
     logit_chunk: Natural = 0
     max_logp_gap: NonNegative = 1e-4
     max_fail_frac: Share = 0.5
@@ -73,14 +71,14 @@ def param_converter(boxed: Any, mesh: jax.sharding.Mesh, dtype: Any, codes: int 
 
     Args:
       boxed: parameters with their logical axes; shapes are enough. mesh: where they are, and stay.
-      dtype: of what the model computes in its own dtype; norm gains, which it reads in float32, keep theirs.
+      dtype: of what the model computes in its own dtype; norm gains, which it reads in float32, and kernels in 8 bits keep theirs.
       codes: 0 keeps the training layout. Otherwise the sampler's: sharded by ROLLOUT_RULES, without the text head, and with the first
         `codes` columns of the image head. It computes the same log-probs as the training layout, bit for bit.
     """
     here, there = param_shardings(boxed, mesh), param_shardings(boxed, mesh, ROLLOUT_RULES if codes else RULES)
 
     def cast(path, x, sharding):
-        x = x if path[-1].key == "scale" else x.astype(dtype)
+        x = x if path[-1].key in ("scale", "kernel_scale") or x.dtype == jnp.int8 else x.astype(dtype)
         # Pinned where it lies, so that it is cast before the all-gather, which halves the traffic.
         return jax.lax.with_sharding_constraint(x, sharding)
 

@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from xomni_jax.models.lora import LoRAConfig, join
 from xomni_jax.models.vocab_heads import with_image_head
 from xomni_jax.rl.objectives import GRPOConfig, grpo_loss, join_metrics, loss_items
 from xomni_jax.sampling.generate import replay_logp
 from xomni_jax.sampling.logits import SamplingConfig
+from xomni_jax.training.accumulate import gradient, join_rows, split_rows
 from xomni_jax.training.state import TrainState
 
 
@@ -33,25 +35,29 @@ class RolloutBatch(NamedTuple):
 
 
 class Policy(NamedTuple):
-    """The policy network with how it samples: what a log-prob of a rollout depends on."""
+    """The policy network with how it samples: what a log-prob of a rollout depends on.
+
+    With a `base` the parameters of its methods are adapters (`models.lora`), none of them ({}) for the base alone.
+    """
 
     model: nn.Module
     sampling: SamplingConfig
     chunk: int
+    base: Any = None
+    scale: float = 1.0
+
+    def on(self, base: Any, scale: float) -> Policy:
+        """The policy of adapters on a frozen base."""
+        return self._replace(base=self.ready(base), scale=scale)
 
     def ready(self, params: Any) -> Any:
         """Parameters for many calls of `logp`: the image head is gathered once for all of them."""
-        return with_image_head(params, self.model.cfg)
+        return with_image_head(params, self.model.cfg) if self.base is None else params
 
     def logp(self, params: Any, batch: RolloutBatch) -> tuple[jax.Array, jax.Array]:
         """Log-prob and entropy [B, T] of the sampled codes under `params`, replaying the sampler."""
-        b = batch
+        b, params = batch, join(self.base, params, self.scale)
         return replay_logp(self.model, params, b.ids_BS, b.lengths_B, b.codes_BT, self.sampling, b.sampling_mask, b.negative, self.chunk)
-
-
-def split_rows(rows: Any, parts: int) -> Any:
-    """[B, ...] -> [parts, B / parts, ...] for every array, dealt out in turn: a batch axis split over a mesh stays where it is."""
-    return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), rows)
 
 
 def grpo_update(
@@ -101,40 +107,37 @@ def loss_and_gradient(policy: Policy, params: Any, rows: Any, cfg: GRPOConfig, p
         gap = jnp.max(jnp.where(mask(b), jnp.abs(logp_BT - b.sampler_logp_BT), 0.0))
         return value, metrics | {"grpo/logp_gap_max": gap}
 
-    ready, back = jax.vjp(policy.ready, params)
-
-    def accumulate(carry, part):
-        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(ready, part)
-        return (jax.tree.map(jnp.add, carry[0], back(grads)[0]), carry[1] + value), metrics
-
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    (grads, value), metrics = jax.lax.scan(accumulate, (zeros, jnp.float32(0.0)), split_rows(rows, parts))
-    return grads, join_metrics(metrics) | {"loss/grpo": value}
+    grads, metrics, value = gradient(loss, params, rows, parts, join_metrics, policy.ready)
+    return grads, metrics | {"loss/grpo": value}
 
 
 def frozen_logp(policy: Policy, params: Any, batch: RolloutBatch, parts: int) -> jax.Array:
     """Log-probs [B, T] of the rollouts, computed in `parts` pieces one after the other; no gradient flows."""
     params = policy.ready(params)
-    out = jax.lax.map(lambda b: jax.lax.stop_gradient(policy.logp(params, b)[0]), split_rows(batch, parts))
-    return out.swapaxes(0, 1).reshape(batch.codes_BT.shape)
+    return join_rows(jax.lax.map(lambda b: jax.lax.stop_gradient(policy.logp(params, b)[0]), split_rows(batch, parts)))
 
 
 Advantages = Callable[[jax.Array, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 
 
-def make_update(policy: Policy, optimizer: Any, grpo: GRPOConfig, advantages: Advantages, parts: int) -> Callable[..., Any]:
-    """The jitted update (state, reference, batch, rewards [P, R], advantages [P, R] | None, key) -> (state, metrics).
+def make_update(
+    policy: Policy, optimizer: Any, grpo: GRPOConfig, advantages: Advantages, parts: int, lora: LoRAConfig = LoRAConfig()
+) -> Callable[..., Any]:
+    """The jitted update (state, frozen, batch, rewards [P, R], advantages [P, R] | None, key) -> (state, metrics).
+
+    `frozen` is the reference, None without a KL term; with adapters it is their base, which is the reference as well.
 
     Args:
       advantages: (rewards [P, R], which of them are known [P, R]) -> (advantages [P, R], metrics); used where none are given.
       parts: micro-batches of an update. The state is donated.
     """
 
-    def update(state, ref_params, batch, reward_PR, given_PR, key):
+    def update(state, frozen, batch, reward_PR, given_PR, key):
+        learner, reference = (policy.on(frozen, lora.scale), {} if grpo.kl_coef else None) if lora.rank else (policy, frozen)
         adv_PR, metrics = advantages(reward_PR, batch.ok_B.reshape(reward_PR.shape))
         adv_PR = adv_PR if given_PR is None else given_PR
         batch = batch._replace(adv_B=adv_PR.reshape(-1))
-        state, learned = grpo_update(policy, optimizer, state, ref_params, batch, grpo, parts, key)
+        state, learned = grpo_update(learner, optimizer, state, reference, batch, grpo, parts, key)
         return state, metrics | learned
 
     return jax.jit(update, donate_argnums=0)

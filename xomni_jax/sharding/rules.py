@@ -31,6 +31,7 @@ RULES: dict[str, tuple[str, ...] | None] = {
     "vocab": ("tensor",),
     "code": None,  # the width of a codebook row or of another small feature
     "modulation": ("tensor",),
+    "lora": None,  # the rank of an adapter
     "norm": None,
     "conv": None,  # spatial extent of a convolution kernel
     "channels_in": None,

@@ -108,9 +108,20 @@ def check_heads(kv_heads: int, mesh: jax.sharding.Mesh) -> None:
         )
 
 
-def check_split(key: str, size: int, mesh: jax.sharding.Mesh) -> None:
-    """Refuses a batch that does not split evenly over the mesh; `key` is where its size is configured."""
-    shards = num_data_shards(mesh)
+def check_trainable(models: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Refuses components in 8 bits among those that learn."""
+    for name in names:
+        if getattr(models[name], "int8", False):
+            raise ConfigError(
+                f"config.{name}.int8=True: kernels in 8 bits cannot learn; leave it False here and set it where the model is frozen"
+            )
+
+
+def check_split(key: str, size: int, mesh: jax.sharding.Mesh, accumulate: int = 1) -> None:
+    """Refuses a batch whose micro-batches do not split evenly over the mesh; `key` is where its size is configured."""
+    if size % accumulate:
+        raise ConfigError(f"config.accumulate={accumulate} does not divide {key}={size}; use a divisor")
+    shards, key, size = num_data_shards(mesh), key + " / config.accumulate" * (accumulate > 1), size // accumulate
     if size % shards:
         raise ConfigError(
             f"{key}={size} does not split over the {shards} ways of config.mesh (replica x data x fsdp); use a multiple of {shards}, "
@@ -176,17 +187,19 @@ def export_model(
 
 
 class DataIterator:
-    """A grain iterator whose state is JSON-able text, as the checkpoint's data item wants it."""
+    """A grain iterator whose state is JSON-able text, as the checkpoint's data item wants it; `ids` are those of the last examples."""
 
     def __init__(self, dataset: Any, map_batch: Callable[[Any], Any] = lambda batch: batch):
         self._iterator = iter(dataset)
-        self._map = map_batch
+        self._map, self.ids = map_batch, list[str]()
 
     def __iter__(self) -> DataIterator:
         return self
 
     def __next__(self) -> Any:
-        return self._map(next(self._iterator))
+        examples = next(self._iterator)
+        self.ids = examples["id"]
+        return self._map(examples)
 
     def get_state(self) -> dict[str, Any]:
         """Where the data stands after the last batch that was taken."""

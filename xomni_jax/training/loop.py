@@ -16,7 +16,7 @@ from xomni_jax.checkpoint.store import RunCheckpoints
 from xomni_jax.core.config import ConfigError
 from xomni_jax.core.distributed import gather_json
 from xomni_jax.core.preemption import StepRefused, StopRequested, StopSignal
-from xomni_jax.training.metrics import MetricWriter, Progress
+from xomni_jax.training.metrics import MetricWriter, Progress, SkippedSteps
 from xomni_jax.training.operations import CompileLog, Meter, Profile, say
 from xomni_jax.training.stage import RunConfig, RunningStage
 
@@ -38,7 +38,8 @@ def train(run: RunConfig, stage: RunningStage, stop: StopSignal, profile: tuple[
       The directory of the final model; None if the run was stopped early and has saved.
 
     Raises:
-      FloatingPointError: a loss or norm is not finite; the message names the step and the last checkpoint.
+      FloatingPointError: a loss or norm is not finite and the step was not skipped, or as many steps in a row were skipped as
+        `config.guard.limit` allows; the message names the step and the last checkpoint.
       StepRefused: by the stage; the run has saved.
     """
     with contextlib.ExitStack() as ending:
@@ -85,6 +86,7 @@ class Session:
         self.data = stage.batches.get_state()
         self.writer = MetricWriter(self.run_dir, resume_step=self.first)
         ending.callback(self.writer.close)
+        self.skipped = SkippedSteps(self.run_dir, int(self.state.guard.get("skipped", 0)), self.first)
         self.draw_grid()
         self.progress = Progress(run.stage, self.first, run.steps, stage.items_per_step)
         self.logged, self.logged_at, self.saved_at, self.compiling = self.first, time.perf_counter(), time.monotonic(), 0.0
@@ -114,13 +116,14 @@ class Session:
             batch = next(self.stage.batches)
             self.state, self.metrics = self.stage.step(self.state, batch, self.step)
         self.step, self.data = number, self.stage.batches.get_state()
+        self.skipped.note(number, self.stage.batches.ids, self.metrics)
         self.trace.after(number, self.metrics)
         self.compiling += self.compiled.seconds - so_far
         if (names := self.compiled.since()) and number > self.first + WARM_UP:
             self.progress.say(f"step {number} compiled again: {', '.join(names[-3:])}; changing shapes cost this time whenever they occur")
         logs = number % run.log_every == 0 or number == run.steps
         saves = number < run.steps and (number % run.save_every == 0 or logs and time_to_save(run, self.saved_at))
-        scalars = finite_scalars(self.metrics, number, self.checkpoints) if logs or saves else {}  # what is saved must be finite
+        scalars = self.scalars() if logs or saves else {}  # what is saved must be finite
         if logs:
             self.log(scalars)
         else:
@@ -131,6 +134,25 @@ class Session:
                 self.saved_at = time.monotonic()
         if run.grid_every and number % run.grid_every == 0 and number < run.steps:
             self.draw_grid()
+
+    def scalars(self) -> dict[str, float]:
+        """The metrics of the last step as numbers; says which steps since the last call were skipped.
+
+        Raises:
+          FloatingPointError: see `train`.
+        """
+        for line in self.skipped.write():
+            self.progress.say(line)
+        scalars = {name: float(value) for name, value in self.metrics.items()}
+        in_row = scalars.pop("guard/in_row", 0)
+        bad = [name for name, value in scalars.items() if name.startswith(("loss/", "optim/")) and not np.isfinite(value)]
+        if 0 < in_row < self.run.guard.limit or not in_row and not bad:
+            return {name: value for name, value in scalars.items() if value or name != "guard/skipped"}
+        last, what = self.checkpoints.latest(), f"{bad[0]} is {scalars[bad[0]]}" if bad else "the gradient is far larger than usual"
+        saved = "there is no checkpoint yet" if last is None else f"the last good checkpoint is step {last} in {self.checkpoints.directory}"
+        if in_row:
+            what += f", {self.run.guard.limit} steps in a row were skipped (config.guard.limit); {self.skipped.path} has their examples"
+        raise FloatingPointError(f"{what} at step {self.step}, {saved}; lower config.optimizer.learning_rate and start in another run_dir")
 
     def log(self, scalars: Mapping[str, float]) -> None:
         """Writes the metrics of a step, with those of speed; the device has computed them."""
@@ -147,7 +169,7 @@ class Session:
             return
         with self.meter.aside():
             try:
-                image = self.stage.grid(self.state, self.step)
+                image = self.stage.grid(self.state.averaged(), self.step)
             except StopRequested:  # the loop will notice it, too
                 return
             if jax.process_index() == 0:
@@ -158,14 +180,15 @@ class Session:
 
     def save_last(self) -> None:
         """Saves the state and waits until it is on disk."""
-        finite_scalars(self.metrics, self.step, self.checkpoints)
+        self.scalars()
         self.checkpoints.save(self.step, self.state, self.data, wait=True)
 
     def export(self) -> Path:
         """Writes the final image and the model; returns its directory."""
         self.draw_grid()
         directory = self.run_dir / "model"
-        self.stage.export(self.state, directory, {"run": self.run.stage, "step": self.step, "seed": self.run.seed})
+        state = self.state.averaged() if self.run.ema.export else self.state
+        self.stage.export(state, directory, {"run": self.run.stage, "step": self.step, "seed": self.run.seed})
         say(f"finished: model in {directory}, metrics in {self.run_dir / 'metrics.jsonl'}")
         return directory
 
@@ -173,19 +196,6 @@ class Session:
 def time_to_save(run: RunConfig, saved_at: float) -> bool:
     """Whether `save_minutes` have passed since the last save, according to the clock of process 0."""
     return bool(run.save_minutes) and gather_json(time.monotonic() - saved_at >= 60 * run.save_minutes)[0]
-
-
-def finite_scalars(metrics: Mapping[str, Any], step: int, checkpoints: RunCheckpoints) -> dict[str, float]:
-    """The metrics of a step as numbers. Raises FloatingPointError if a loss, or a norm of gradients or parameters, is not finite."""
-    scalars = {name: float(value) for name, value in metrics.items()}
-    bad = [name for name, value in scalars.items() if name.startswith(("loss/", "optim/")) and not np.isfinite(value)]
-    if bad:
-        last = checkpoints.latest()
-        saved = "there is no checkpoint yet" if last is None else f"the last good checkpoint is step {last} in {checkpoints.directory}"
-        raise FloatingPointError(
-            f"{bad[0]} is {scalars[bad[0]]} at step {step}, {saved}; lower config.optimizer.learning_rate and start in another run_dir"
-        )
-    return scalars
 
 
 def tile(images: np.ndarray, columns: int, margin: int = 2) -> np.ndarray:

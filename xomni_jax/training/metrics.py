@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
+
+from xomni_jax.core.distributed import gather_json
 
 # Metrics that the progress line shows.
 LOSSES = ("loss/total", "loss/flow", "loss/grpo", "loss/image")
@@ -26,18 +29,9 @@ class MetricWriter:
         if not self._writes:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in self._lines() if json.loads(line)["step"] <= resume_step]
-        part = self._path.with_suffix(".part")
-        part.write_text("".join(kept))
-        part.replace(self._path)
+        drop_after(self._path, resume_step)
         self._file = self._path.open("a")
         self._board = SummaryWriter(str(Path(run_dir) / "tensorboard"), purge_step=resume_step + 1)
-
-    def _lines(self) -> list[str]:
-        """Complete lines of the file, without a last one that a crash cut off."""
-        if not self._path.is_file():
-            return []
-        return [line for line in self._path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Records the scalars of one step. In the JSON a number that is not finite becomes null."""
@@ -59,6 +53,48 @@ class MetricWriter:
         if self._writes:
             self._file.close()
             self._board.close()
+
+
+def drop_after(path: Path, step: int) -> None:
+    """Drops the lines of a file of JSON lines that belong to later steps, and a last one that a crash cut off."""
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    part = path.with_suffix(".part")
+    part.write_text("".join(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step))
+    part.replace(path)
+
+
+class SkippedSteps:
+    """The steps that `training.guard` skipped, with the ids of their examples: RUN/skipped.jsonl, which exists once there is one.
+
+    What a step's metrics say is read only when they are written anyway, so that the host never waits for a step.
+    """
+
+    def __init__(self, run_dir: Path, count: int, resume_step: int):
+        """`count`: steps skipped up to `resume_step`."""
+        self.path, self._count, self._notes = run_dir / "skipped.jsonl", count, list[tuple[int, Any, Any]]()
+        if self.path.is_file() and jax.process_index() == 0:
+            drop_after(self.path, resume_step)
+
+    def note(self, step: int, ids: Sequence[str], metrics: Mapping[str, Any]) -> None:
+        """Keeps the ids of this process's examples of a step until it is known whether the step was skipped."""
+        if "guard/skipped" in metrics:
+            self._notes.append((step, list(ids), (metrics["guard/skipped"], metrics["optim/grad_norm"])))
+
+    def write(self) -> list[str]:
+        """Adds the steps skipped since the last call to the file; returns a line to print for each."""
+        notes, self._notes, lines = self._notes, [], []
+        for step, ids, values in notes:
+            count, norm = map(float, values)
+            if count == self._count:
+                continue
+            self._count = count
+            ids = list(dict.fromkeys(name for part in gather_json(ids) for name in part))
+            if jax.process_index() == 0:
+                with self.path.open("a") as file:
+                    file.write(json.dumps({"step": step, "grad_norm": str(norm), "ids": ids}) + "\n")
+            shown = ", ".join(ids[:4]) + f" and {len(ids) - 4} more" * (len(ids) > 4)
+            lines.append(f"step {step} was skipped: the norm of its gradient is {norm:.4g}; its examples: {shown} (see {self.path})")
+        return lines
 
 
 class Progress:

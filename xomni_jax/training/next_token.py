@@ -14,17 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from xomni_jax.core.config import BelowOne, Count, Natural, NonNegative, PositiveShare, Share, check_known
+from xomni_jax.core.config import BelowOne, Count, Natural, NonNegative, PositiveShare, Share
 from xomni_jax.models.vocab_heads import head_logp, select
 from xomni_jax.sequence.packing import pack, targets
 from xomni_jax.sequence.tokenizer import MultimodalTokenizer, TokenSequence
-
-# Phase -> path patterns of the parameters that learn (X-Omni section 3.2). Pre-training stage 1 trains what is new beside the language
-# model: vision layers, image embedding, norm and head. Stages 2 and 3, fine-tuning and RL train everything.
-FREEZE: dict[str, tuple[str, ...]] = {
-    "vision": ("adapters/.*", "heads/.*", "mm_embed/.*", "mm_norm/.*", "mm_head/.*"),
-    "all": (".*",),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +25,6 @@ class NextTokenConfig:
     """Mixture and shapes of a next-token stage.
 
     Attributes:
-      phase: which parameters learn: vision (what is new beside the language model) or all
       generation: share of caption -> image sequences
       understanding: share of image + question -> answer sequences
       text: share of text-only sequences
@@ -44,7 +36,6 @@ class NextTokenConfig:
       chunk: positions per piece of the heads; 0: all at once
     """
 
-    phase: str = "all"
     generation: Share = 0.8
     understanding: Share = 0.15
     text: Share = 0.05
@@ -56,7 +47,6 @@ class NextTokenConfig:
     chunk: Natural = 0
 
     def __post_init__(self):
-        check_known(self, phase=tuple(FREEZE))
         shares = (self.generation, self.understanding, self.text)
         if abs(sum(shares) - 1) > 1e-6:
             raise ValueError(f"generation, understanding and text are {shares}; they are shares and must sum to 1")
@@ -121,20 +111,26 @@ def gather_targets(ids_BL: np.ndarray, due_BL: np.ndarray, room: int) -> tuple[n
     return order_BM, np.where(mask_BM, np.take_along_axis(ids_BL, order_BM, axis=1), 0).astype(np.int32), mask_BM
 
 
-def next_token_loss(model: nn.Module, params: Any, batch: PackedTargets, cfg: NextTokenConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Mean cross-entropy of text targets plus `image_weight` times that of image targets; float32 scalars in nats per token."""
+def next_token_loss(
+    model: nn.Module, params: Any, batch: PackedTargets, whole: PackedTargets, cfg: NextTokenConfig
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Mean cross-entropy of text targets plus `image_weight` times that of image targets; float32 scalars in nats per token.
+
+    `batch` may be some of the rows of `whole`, whose tokens the sums are divided by: the results of all parts add up to those of `whole`.
+    """
     hidden_BLD = model.apply({"params": params}, batch.ids_BL, batch.positions_BL, batch.segments_BL)
     text_BM, _ = head_logp(model, params, "text", select(hidden_BLD, batch.text_at_BM), batch.text_ids_BM, cfg.chunk)
     image_BM, entropy_BM = head_logp(model, params, "image", select(hidden_BLD, batch.image_at_BM), batch.image_codes_BM, cfg.chunk)
 
-    def mean(x_BM, mask_BM):
-        return jnp.sum(jnp.where(mask_BM, x_BM, 0.0)) / jnp.maximum(jnp.sum(mask_BM), 1)
+    def mean(x_BM, mask_BM, all_BM):
+        return jnp.sum(jnp.where(mask_BM, x_BM, 0.0)) / jnp.maximum(jnp.sum(all_BM), 1)
 
-    text, image = -mean(text_BM, batch.text_mask_BM), -mean(image_BM, batch.image_mask_BM)
+    text = -mean(text_BM, batch.text_mask_BM, whole.text_mask_BM)
+    image = -mean(image_BM, batch.image_mask_BM, whole.image_mask_BM)
     loss = text + cfg.image_weight * image
     return loss, {
         "loss/total": loss,
         "loss/text": text,
         "loss/image": image,
-        "image/entropy": mean(entropy_BM, batch.image_mask_BM),
+        "image/entropy": mean(entropy_BM, batch.image_mask_BM, whole.image_mask_BM),
     }

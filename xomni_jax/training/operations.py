@@ -19,8 +19,8 @@ from xomni_jax.sharding.abstract import leaves, shard_bytes
 LARGE = 1 << 20  # bytes from which an array gets a line at start-up; the five largest always do
 MAX_REPLICATED = 0.02  # share of the parameters' bytes that may be replicated although the mesh splits parameters
 # Replicated by design: vectors, where splitting saves little; the codebook, of which every device looks up arbitrary rows; and the
-# projections of a time or a pooled text, whose input is one vector.
-REPLICATED = re.compile(r".*/(scale|bias)|(.*/)?codebook|(.*/)?(time|guidance|pooled)_embed/in/kernel")
+# projections of a time or a pooled text, whose input is one vector. Adapters are split on one side and small.
+REPLICATED = re.compile(r".*/(scale|bias)|(.*/)?codebook|(.*/)?(time|guidance|pooled)_embed/in/kernel|.*/lora_[ab]")
 
 # Published peak of dense bfloat16 matrix products by `device_kind`, in FLOP/s. CPUs have no entry.
 PEAK = {

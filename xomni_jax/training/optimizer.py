@@ -12,9 +12,16 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 
-from xomni_jax.core.config import BelowOne, ConfigError, Natural, NonNegative, Positive, Share, check_known
+from xomni_jax.core.config import BelowOne, ConfigError, Natural, NonNegative, Positive, Share, check_known, check_patterns
 from xomni_jax.models.transformer import STACKS
 from xomni_jax.sharding.abstract import path_name
+
+# Names of usual patterns of parameters that learn (X-Omni section 3.2). Pre-training stage 1 trains what is new beside the language model:
+# vision layers, image embedding, norm and head. Stages 2 and 3, fine-tuning and RL train everything.
+PHASES: dict[str, tuple[str, ...]] = {
+    "vision": ("adapters/.*", "heads/.*", "mm_embed/.*", "mm_norm/.*", "mm_head/.*"),
+    "all": (".*",),
+}
 
 
 @dataclass(frozen=True)
@@ -53,11 +60,6 @@ class OptimizerConfig:
 
     def __post_init__(self):
         check_known(self, name=("adamw", "muon"), schedule=("constant", "linear", "cosine"))
-        for pattern, _ in self.rates:
-            try:
-                re.compile(pattern)
-            except re.error as e:
-                raise ValueError(f"rates: {pattern!r} is no regular expression ({e}); write one such as '.*/(scale|bias)'") from None
 
 
 def learning_rate(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -77,15 +79,16 @@ def learning_rate(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 class Optimizer:
-    """The optimizer of a run of `steps` updates. It trains the parameters whose path matches `train` and not `freeze`.
+    """The optimizer of a run of `steps` updates. It trains the parameters that `train` names and `freeze` does not.
 
     Attributes:
       schedule: learning rate by update number.
       transform: the optax transformation.
+      decay: of the running average of the trained parameters; 0: there is none.
     """
 
-    def __init__(self, cfg: OptimizerConfig, steps: int, train: Sequence[str] = (".*",), freeze: Sequence[str] = ()):
-        self.schedule = learning_rate(cfg, steps)
+    def __init__(self, cfg: OptimizerConfig, steps: int, train: Sequence[str] = ("all",), freeze: Sequence[str] = (), decay: float = 0.0):
+        self.schedule, self.decay = learning_rate(cfg, steps), decay
         self._train, self._freeze, self._rates = tuple(train), tuple(freeze), cfg.rates
         adamw = optax.chain(
             optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity(),
@@ -100,24 +103,26 @@ class Optimizer:
     def labels(self, params: Any) -> Any:
         """ "train" or "freeze" for every parameter: its path, joined by "/", must match a pattern as a whole.
 
-        A freeze pattern may match nothing, since the identity autoencoder has no parameters.
-
         Raises:
-          ValueError: no parameter is trained, or a pattern of the rates matches none.
+          ConfigError: a pattern matches no parameter, or no parameter is trained.
         """
         names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        check_patterns([p for p in self._train if p not in PHASES], names, "config.train")
+        check_patterns(self._freeze, names, "config.freeze")
+        check_patterns([pattern for pattern, _ in self._rates], names, "config.optimizer.rates")
+        train = [pattern for name in self._train for pattern in PHASES.get(name, (name,))]
 
         def learns(name: str) -> bool:
-            return any(re.fullmatch(p, name) for p in self._train) and not any(re.fullmatch(p, name) for p in self._freeze)
+            return any(re.fullmatch(p, name) for p in train) and not any(re.fullmatch(p, name) for p in self._freeze)
 
         if not any(map(learns, names)):
-            raise ValueError(
-                f"no parameter is trained: train patterns {self._train}, freeze patterns {self._freeze}; paths look like {names[0]!r}"
-            )
-        for pattern, _ in self._rates:
-            if not any(re.fullmatch(pattern, name) for name in names):
-                raise ConfigError(f"config.optimizer.rates: {pattern!r} matches no parameter; paths look like {names[0]!r}")
+            raise ConfigError(f"config.train={self._train}, config.freeze={self._freeze}: no parameter is left to train; freeze fewer")
         return jax.tree.unflatten(jax.tree.structure(params), ["train" if learns(name) else "freeze" for name in names])
+
+    def trained(self, params: Any) -> dict[str, jax.Array]:
+        """{path: trained parameter}."""
+        leaves = zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(self.labels(params)), strict=True)
+        return {path_name(path): x for (path, x), kind in leaves if kind == "train"}
 
     def update(self, grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any, dict[str, jax.Array]]:
         """One update -> (params, opt_state, `optim/{grad,update,param}_norm`). Frozen parameters are returned as they are.

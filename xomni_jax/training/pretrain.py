@@ -19,7 +19,7 @@ from xomni_jax.data.preprocess import to_pixels
 from xomni_jax.data.rendered import SIGNS
 from xomni_jax.data.sources import DataSection, batches, first_batch
 from xomni_jax.models import transformer, work
-from xomni_jax.models.registry import init_params
+from xomni_jax.models.lora import LoRAConfig, join
 from xomni_jax.models.section import ModelSection
 from xomni_jax.pipeline import XOmni
 from xomni_jax.sampling.keys import NOISE, image_keys
@@ -27,9 +27,20 @@ from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sequence.tokenizer import MultimodalTokenizer
 from xomni_jax.sharding import abstract
 from xomni_jax.sharding.arrays import local_rows, share, spread, whole
-from xomni_jax.training.components import DataIterator, check_codes, check_heads, check_split, export_model, model_configs, open_model
+from xomni_jax.training.accumulate import gradient
+from xomni_jax.training.adapters import export_trained, frozen_base, learned_params
+from xomni_jax.training.components import (
+    DataIterator,
+    check_codes,
+    check_heads,
+    check_split,
+    check_trainable,
+    model_configs,
+    open_model,
+)
+from xomni_jax.training.guard import guarded
 from xomni_jax.training.loop import tile
-from xomni_jax.training.next_token import FREEZE, NextTokenConfig, PackedTargets, build_sequences, next_token_loss, pack_batch
+from xomni_jax.training.next_token import NextTokenConfig, PackedTargets, build_sequences, next_token_loss, pack_batch
 from xomni_jax.training.operations import FlopCount
 from xomni_jax.training.optimizer import Optimizer, OptimizerConfig
 from xomni_jax.training.stage import GRID_SEED, RunConfig, RunningStage
@@ -44,6 +55,7 @@ class PretrainRun(RunConfig):
 
     Attributes:
       transformer: the model that learns
+      lora: adapters of the transformer, which are then all that learns
       next_token: mixture and shapes of the packed rows
       data: where images, captions and questions come from
     """
@@ -52,6 +64,7 @@ class PretrainRun(RunConfig):
     run_dir: str = "runs/pretrain"
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-3)
     transformer: ModelSection = ModelSection(transformer.PRESETS, "tiny")
+    lora: LoRAConfig = LoRAConfig()
     next_token: NextTokenConfig = NextTokenConfig()
     data: DataSection = SIGNS
 
@@ -65,25 +78,30 @@ class SFTRun(PretrainRun):
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-4)
 
 
-def make_update(net: nn.Module, optimizer: Optimizer, cfg: NextTokenConfig) -> Callable[..., Any]:
-    """The jitted step (state, packed batch) -> (state, metrics); the state is donated."""
+def make_update(net: nn.Module, optimizer: Optimizer, cfg: PretrainRun) -> Callable[..., Any]:
+    """The jitted step (state, base of the adapters | None, packed batch) -> (state, metrics); the state is donated."""
 
-    def update(state: TrainState, batch):
-        (_, metrics), grads = jax.value_and_grad(lambda p: next_token_loss(net, p, batch, cfg), has_aux=True)(state.params)
+    def update(state: TrainState, base, batch):
+        def loss(params, rows):
+            return next_token_loss(net, join(base, params, cfg.lora.scale), rows, batch, cfg.next_token)
+
+        grads, metrics, _ = gradient(loss, state.params, batch, cfg.accumulate)
         state, optim = state.apply(optimizer, grads)
         return state, metrics | optim
 
     return jax.jit(update, donate_argnums=0)
 
 
-def sample_grid(model: XOmni, ar: transformer.ARConfig, data: DataSection, seed: int, state: TrainState, step: int) -> np.ndarray:
+def sample_grid(
+    model: XOmni, ar: transformer.ARConfig, data: DataSection, seed: int, whole_params: Callable[[Any], Any], state: TrainState, step: int
+) -> np.ndarray:
     """Images of the policy for the first examples of its own data, one row of samples above one of the real images.
 
     Where the data hold codes, the real images are those that the decoder makes of them.
     """
     examples = first_batch(data, seed + GRID_SEED, GRID_PROMPTS)
     prompts = examples["caption"]
-    model.set_params("transformer", state.params, ar)
+    model.set_params("transformer", whole_params(state.params), ar)
     grid = examples["codes"].shape[1:] if data.tokenizer else model.grid(*examples["image"].shape[1:3])
     noise = model.noise(image_keys(seed, len(prompts), NOISE), grid)
     codes = model.sample_codes(prompts, grid, image_keys(seed, len(prompts))[:, None], SamplingConfig())["codes"][:, 0]
@@ -128,29 +146,29 @@ class PretrainStage:
 
     @classmethod
     def programs(cls, cfg: PretrainRun, models: Mapping[str, Any], mesh: Mesh, decoder_mesh: Mesh | None = None) -> Programs:
-        """The update on a packed batch; `next_token.phase` names the row of the freeze table."""
+        """The update on a packed batch."""
         ar, c = models["transformer"], cfg.next_token
         check_heads(ar.n_kv_heads, mesh)
-        check_split("config.next_token.rows", c.rows, mesh)
-        optimizer = Optimizer(cfg.optimizer, cfg.steps, train=FREEZE[c.phase])
-        create, state = new_state(lambda: init_params("transformer", ar, jax.random.key(cfg.seed)), optimizer, mesh)
+        check_split("config.next_token.rows", c.rows, mesh, cfg.accumulate)
+        optimizer, (init, base) = cfg.make_optimizer(), learned_params("transformer", ar, cfg.lora, cfg.seed, mesh)
+        create, state = new_state(init, optimizer, mesh)
+        language = not base and any(name.startswith("language/") for name in optimizer.trained(state.params))
         B, L, M = c.rows, c.row_length, max(1, int(c.row_length * c.target_share))
         ids, flags = lambda *shape: abstract.rows(mesh, shape, jnp.int32), lambda *shape: abstract.rows(mesh, shape, jnp.bool_)
         targets = (ids(B, M), ids(B, M), flags(B, M))
         update = Program(
-            make_update(transformer.ARTransformer(ar), optimizer, c),
-            (state, PackedTargets(ids(B, L), ids(B, L), ids(B, L), *targets, *targets)),
+            make_update(transformer.ARTransformer(ar), optimizer, cfg),
+            (state, base, PackedTargets(ids(B, L), ids(B, L), ids(B, L), *targets, *targets)),
             f"{B} packed rows of {L} tokens, {M} targets of each kind a row",
-            work.next_token(ar, B, L, M, c.phase, c.chunk, mesh.shape),
-            uses=("state",),
+            work.next_token(ar, B, L, M, language, c.chunk, mesh.shape),
+            uses=("state", "base"),
             state=state,
         )
-        return Programs(mesh, {f"{cfg.stage}-update": update}, {"state": state}, create)
+        return Programs(mesh, {f"{cfg.stage}-update": update}, {"state": state} | ({"base": base} if base else {}), create)
 
     @classmethod
     def make(cls, cfg: PretrainRun, mesh: Mesh, stop: StopSignal) -> RunningStage:
         """A run on the data of the configuration, starting from the transformer of `init_from` where that has one."""
-        check_split("config.next_token.rows", cfg.next_token.rows, mesh)  # before anything large is read
         # One process fills the batch of images up until it splits; several have their rows each.
         rows = None
         if jax.process_count() > 1:
@@ -158,21 +176,24 @@ class PretrainStage:
             rows = local_rows(mesh, cfg.batch_size)
         model = open_model(cfg.init_from, ("siglip_vq",), mesh, cfg.stage)
         check_codes(cfg.data, model)
-        models = model_configs(cfg, ("transformer",), model)
+        models, lora = model_configs(cfg, ("transformer",), model), cfg.lora
         ar = models["transformer"]
+        check_trainable(models, ("transformer",) if not lora.rank else ())
         sizes = dict(vocab_size=ar.vocab_size, image_vocab_size=ar.image_vocab_size, mm_vocab_size=ar.mm_vocab_size)
         text = MultimodalTokenizer.load(model.path / "tokenizer", **sizes)
         made = cls.programs(cfg, models, mesh)
+        base = frozen_base(model, models, "transformer", lora) if lora.rank else None
         state = made.create()
-        if "transformer" in model.description["components"]:
+        if not lora.rank and "transformer" in model.description["components"]:
             state = state.starting_from(model.params("transformer"))
             model.release("transformer")
-        flops = FlopCount()
-        update = flops(made[f"{cfg.stage}-update"].fn)
+        flops, whole_params = FlopCount(), functools.partial(join, base, scale=lora.scale)
+        update, state = guarded(made[f"{cfg.stage}-update"].fn, state, cfg.guard)
+        update = flops(update)
 
         def step(state: TrainState, batch: tuple[PackedTargets, dict[str, float]], number: int):
             packed, counts = batch
-            state, metrics = update(state, packed)
+            state, metrics = update(state, base, packed)
             return state, metrics | counts
 
         kind = "codes" if cfg.data.tokenizer else "image"
@@ -184,8 +205,8 @@ class PretrainStage:
                 functools.partial(packed_batch, cfg, model, text, rows),
             ),
             step,
-            lambda state, directory, note: export_model(directory, {"transformer": (state.params, ar)}, cfg.init_from, note),
-            functools.partial(sample_grid, model, ar, cfg.data, cfg.seed) if draws else None,
+            lambda state, directory, note: export_trained(directory, {"transformer": (state.params, ar)}, lora, model, note),
+            functools.partial(sample_grid, model, ar, cfg.data, cfg.seed, whole_params) if draws else None,
             items_per_step=cfg.batch_size,
             flops=lambda: flops.total,
         )

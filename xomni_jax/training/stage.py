@@ -12,15 +12,29 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from xomni_jax.core.config import Changes, ConfigError, Count, Natural, NonNegative, load_changes, updated
+from xomni_jax.core.config import BelowOne, Changes, ConfigError, Count, Natural, NonNegative, load_changes, updated
 from xomni_jax.core.preemption import StopSignal
 from xomni_jax.core.program import Programs
 from xomni_jax.core.registry import Registry
 from xomni_jax.sharding.mesh import MeshConfig, make_mesh, split_devices
-from xomni_jax.training.optimizer import OptimizerConfig
+from xomni_jax.training.guard import GuardConfig
+from xomni_jax.training.optimizer import Optimizer, OptimizerConfig
 from xomni_jax.training.state import TrainState
 
 GRID_SEED = 1_000_003  # added to a run's seed for the examples of its image grids, which no step trains on
+
+
+@dataclasses.dataclass(frozen=True)
+class EMAConfig:
+    """A running average of the trained parameters, which image grids are drawn with.
+
+    Attributes:
+      decay: share of the average that stays in each update; 0: no average
+      export: the final model has the averages rather than the last parameters
+    """
+
+    decay: BelowOne = 0.0
+    export: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +56,11 @@ class RunConfig:
       keep_every: checkpoints of steps that this divides stay for good; 0: no others
       mesh: how the devices are divided
       optimizer: AdamW or Muon, its schedule and its clipping
+      train: which parameters learn: all, vision (of the transformer, what is new beside the language model), or path patterns
+      freeze: path patterns of parameters that do not learn all the same
+      accumulate: micro-batches per update, one after the other; the result is that of the whole batch
+      ema: a running average of the parameters
+      guard: which steps are skipped
     """
 
     stage: str = ""
@@ -58,10 +77,20 @@ class RunConfig:
     keep_every: Natural = 0
     mesh: MeshConfig = MeshConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    train: tuple[str, ...] = ("all",)
+    freeze: tuple[str, ...] = ()
+    accumulate: Count = 1
+    ema: EMAConfig = EMAConfig()
+    guard: GuardConfig = GuardConfig()
 
     def __post_init__(self):
         if not self.run_dir:
             raise ConfigError("config.run_dir is empty; name a folder for the run's output")
+
+    def make_optimizer(self, freeze: Sequence[str] = (), updates_per_step: int = 1) -> Optimizer:
+        """The optimizer of the run; `freeze`: patterns of what the stage never trains."""
+        steps = self.steps * updates_per_step
+        return Optimizer(self.optimizer, steps, self.train, (*self.freeze, *freeze), self.ema.decay)
 
 
 @dataclasses.dataclass
@@ -70,7 +99,7 @@ class RunningStage:
 
     Attributes:
       state: the starting state, on its devices.
-      batches: endless iterator with `get_state() -> dict` (JSON-able) and `set_state(dict)`.
+      batches: endless iterator with `get_state() -> dict` (JSON-able), `set_state(dict)` and `ids`, those of the last batch's examples.
       step: (state, batch, step number) -> (state, scalar metrics). It may raise StopRequested or StepRefused before it changes the state.
       export: (state, model directory, provenance) -> writes everything `xomni_jax.load` needs.
       grid: (state, step number) -> uint8 [H, W, 3] image for the run folder, or None. It may raise StopRequested.

@@ -7,11 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import linen as nn
 from flax import struct
 from jax.sharding import Mesh
 
-from xomni_jax.sharding.abstract import path_name, placed
+from xomni_jax.sharding.abstract import leaves, path_name, placed
 from xomni_jax.sharding.mesh import replicated
 from xomni_jax.sharding.rules import param_shardings
 from xomni_jax.training.optimizer import Optimizer
@@ -28,22 +29,34 @@ class TrainState:
       params: unboxed parameter tree.
       opt_state: state of the optimizer.
       extra: small arrays of the stage.
+      ema: {path of a trained parameter: its running average, float32}; empty without averages.
+      guard: counters of skipped steps, see `training.guard`.
     """
 
     step: jax.Array
     params: Any
     opt_state: Any
     extra: Any
+    ema: dict[str, jax.Array] = struct.field(default_factory=dict)
+    guard: dict[str, jax.Array] = struct.field(default_factory=dict)
 
     def starting_from(self, params: Any) -> TrainState:
-        """This state with a copy of `params`, cast to the dtypes of the state."""
-        return self.replace(params=jax.tree.map(lambda mine, given: jnp.array(given, mine.dtype), self.params, params))
+        """This state with a copy of `params`, cast to the dtypes of the state; the averages start there, too."""
+        params = jax.tree.map(lambda mine, given: jnp.array(given, mine.dtype), self.params, params)
+        ema = {name: jnp.array(x, jnp.float32) for name, x in leaves(params) if name in self.ema}
+        return self.replace(params=params, ema=ema)
+
+    def averaged(self) -> TrainState:
+        """This state with the running averages in place of the parameters that have one."""
+        put = lambda path, x: self.ema.get(path_name(path), x).astype(x.dtype)  # noqa: E731
+        return self.replace(params=jax.tree_util.tree_map_with_path(put, self.params)) if self.ema else self
 
     def apply(self, optimizer: Optimizer, grads: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         """One optimizer update -> (new state, optim/ metrics)."""
         params, opt_state, metrics = optimizer.update(grads, self.opt_state, self.params)
         metrics["optim/lr"] = jnp.asarray(optimizer.schedule(self.step), jnp.float32)
-        return self.replace(step=self.step + 1, params=params, opt_state=opt_state), metrics
+        ema = optax.incremental_update(optimizer.trained(params), self.ema, 1 - optimizer.decay) if self.ema else {}
+        return self.replace(step=self.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
 
 
 def new_state(
@@ -61,7 +74,8 @@ def new_state(
 
     def create():
         params = nn.meta.unbox(init())
-        return TrainState(jnp.int32(0), params, optimizer.transform.init(params), dict(extra()))
+        ema = {name: x.astype(jnp.float32) for name, x in optimizer.trained(params).items()} if optimizer.decay else {}
+        return TrainState(jnp.int32(0), params, optimizer.transform.init(params), dict(extra()), ema)
 
     abstract = jax.eval_shape(create)
     where = state_shardings(abstract, shardings, mesh)
@@ -94,4 +108,5 @@ def state_shardings(abstract: TrainState, shardings: Any, mesh: Mesh) -> TrainSt
         params=shardings,
         opt_state=jax.tree_util.tree_map_with_path(place, abstract.opt_state),
         extra=jax.tree.map(lambda _: everywhere, abstract.extra),
+        ema={name: by_name[name] for name in abstract.ema},
     )

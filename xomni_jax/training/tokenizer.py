@@ -28,7 +28,9 @@ from xomni_jax.sharding import abstract
 from xomni_jax.sharding.arrays import local_rows, spread
 from xomni_jax.sharding.rules import unconstrained
 from xomni_jax.training import understanding
+from xomni_jax.training.accumulate import gradient
 from xomni_jax.training.components import DataIterator, check_heads, check_split, export_model
+from xomni_jax.training.guard import guarded
 from xomni_jax.training.loop import key_for
 from xomni_jax.training.operations import FlopCount
 from xomni_jax.training.optimizer import Optimizer, OptimizerConfig
@@ -105,13 +107,17 @@ def learning_batch(text: MultimodalTokenizer, length: int, patch: int, examples:
     return {"pixels": pixels, "columns": columns, "ids": ids_BL, "loss_mask": mask_BL}
 
 
-def make_update(learner: understanding.TokenizerLearner, optimizer: Optimizer, cfg: TokenizerConfig) -> Callable[..., Any]:
+def make_update(
+    learner: understanding.TokenizerLearner, optimizer: Optimizer, cfg: TokenizerConfig, accumulate: int = 1
+) -> Callable[..., Any]:
     """The jitted step (state, batch, key, strength of quantisation) -> (state, metrics, encoder outputs); the state is donated."""
     weights = understanding.Weights(cfg.answer_weight, cfg.dense_weight, cfg.quantizer_weight)
 
     def update(state: TrainState, batch, key, strength):
-        grad = jax.value_and_grad(understanding.tokenizer_loss, has_aux=True)
-        (_, aux), grads = grad(state.params, batch, key, learner=learner, strength=strength, weights=weights)
+        skip_B = understanding.skipped_images(key, len(batch["ids"]), learner.vq.skip_probability, strength)
+        rows = batch | {"skip": skip_B}
+        loss = functools.partial(understanding.tokenizer_loss, whole=rows, learner=learner, strength=strength, weights=weights)
+        grads, aux, _ = gradient(loss, state.params, rows, accumulate, understanding.join_aux)
         state, optim = state.apply(optimizer, grads)
         usage = cfg.usage_decay * state.extra["usage"] + (1 - cfg.usage_decay) * aux.usage
         return state.replace(extra={"usage": usage}), aux.metrics | optim, aux.z
@@ -144,11 +150,11 @@ class TokenizerStage:
     @classmethod
     def programs(cls, cfg: TokenizerRun, models: Mapping[str, Any], mesh: Mesh, decoder_mesh: Mesh | None = None) -> Programs:
         """The update on a batch of images of the data's main size."""
-        check_split("config.batch_size", cfg.batch_size, mesh)
+        check_split("config.batch_size", cfg.batch_size, mesh, cfg.accumulate)
         vq, reader, c = models["siglip_vq"], models["reader"], cfg.tokenizer
         check_heads(reader.n_kv_heads, mesh)
         learner = make_learner(models)
-        optimizer = Optimizer(cfg.optimizer, cfg.steps)
+        optimizer = cfg.make_optimizer()
         (height, width), B, L = cfg.data.sizes[0], cfg.batch_size, c.text_length
         # The running usage of codes lives beside the parameters' state, so that a resumed run restarts the same codes.
         create, state = new_state(lambda: init_params(learner, cfg.seed, (height, width)), optimizer, mesh, lambda: even_usage(vq))
@@ -163,7 +169,7 @@ class TokenizerStage:
         each = {"tokenizer/": T, "reader/head": L, "reader/layers": T + L, "reader/projector": T, "dense/": T}
         searched = 2.0 * T * vq.code_width * vq.codebook_size * (3 + 3)  # distances and assigned rows, forward and backward
         update = Program(
-            make_update(learner, optimizer, c),
+            make_update(learner, optimizer, c, cfg.accumulate),
             (state, batch, abstract.keys(mesh, ()), abstract.array(mesh, (), jnp.float32)),
             f"{B} images of {height}x{width} with {L} tokens of text",
             Work(learned=3 * dense(state.params, each) * B + searched * B, tokens=B * (T + L), images=B),
@@ -192,7 +198,7 @@ class TokenizerStage:
         )  # fmt: skip
 
         def to_mesh(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-            return spread(mesh, batch, cfg.batch_size)
+            return spread(mesh, {name: x for name, x in batch.items() if name != "id"}, cfg.batch_size)
 
         @jax.jit
         def encode(params, pixels):
@@ -208,11 +214,11 @@ class TokenizerStage:
             export_model(directory, {"siglip_vq": (state.params["tokenizer"], vq)}, "", note, {"preprocess": cfg.preprocess})
 
         flops = FlopCount()
-        update = flops(made["tokenizer-update"].fn)
+        update, state = guarded(made["tokenizer-update"].fn, made.create(), cfg.guard)
         return RunningStage(
-            made.create(),
+            state,
             DataIterator(load(seed=cfg.seed), to_mesh),
-            functools.partial(train_step, cfg, update, first_codebook),
+            functools.partial(train_step, cfg, flops(update), first_codebook),
             export,
             items_per_step=cfg.batch_size,
             flops=lambda: flops.total,
@@ -254,7 +260,9 @@ def restart(key: jax.Array, codebook_VC: jax.Array, usage_V: jax.Array, z_BYXC: 
 
 
 def with_codebook(state: TrainState, codebook_VC: jax.Array) -> TrainState:
-    """The state with another codebook, in the number format and on the devices of the old one."""
-    old = state.params["tokenizer"]["codebook"]
-    tokenizer = state.params["tokenizer"] | {"codebook": jax.device_put(codebook_VC.astype(old.dtype), old.sharding)}
-    return state.replace(params=state.params | {"tokenizer": tokenizer})
+    """The state with another codebook, in the number format and on the devices of the old one. Averages start again where rows change."""
+    old, ema, name = state.params["tokenizer"]["codebook"], state.ema, "tokenizer/codebook"
+    new = jax.device_put(codebook_VC.astype(old.dtype), old.sharding)
+    if name in ema:
+        ema = ema | {name: jnp.where(new == old, ema[name], new)}
+    return state.replace(params=state.params | {"tokenizer": state.params["tokenizer"] | {"codebook": new}}, ema=ema)

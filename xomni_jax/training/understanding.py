@@ -20,6 +20,7 @@ from xomni_jax.models.stack import stacked
 from xomni_jax.models.transformer import ARConfig, Context, DecoderLayer
 from xomni_jax.models.vocab_heads import Head, head_logits, map_chunks, token_logp
 from xomni_jax.sharding.rules import constrain
+from xomni_jax.training.accumulate import join_rows, summed
 
 
 @dataclass(frozen=True)
@@ -166,16 +167,20 @@ class Aux(NamedTuple):
     z: jax.Array
 
 
-def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean of x over mask, float32; 0 where nothing is masked in."""
-    mask = mask.astype(jnp.float32)
-    return jnp.sum(x.astype(jnp.float32) * mask) / jnp.maximum(jnp.sum(mask), 1.0)
+def masked_mean(x: jax.Array, mask: jax.Array, whole: jax.Array) -> jax.Array:
+    """Sum of x over mask divided by the size of the mask `whole`, of which `mask` is a part; float32, 0 where nothing is masked in."""
+    return jnp.sum(x.astype(jnp.float32) * mask.astype(jnp.float32)) / jnp.maximum(jnp.sum(whole.astype(jnp.float32)), 1.0)
+
+
+def skipped_images(key: jax.Array, images: int, skip_probability: float, strength: float | jax.Array) -> jax.Array:
+    """Bool [images], those that skip quantisation: all at strength 0, a share of `skip_probability` at strength 1, linear between."""
+    return jax.random.uniform(key, (images,)) < 1.0 - jnp.asarray(strength, jnp.float32) * (1.0 - skip_probability)
 
 
 def tokenizer_loss(
     params: Any,
     batch: dict[str, jax.Array],
-    key: jax.Array,
+    whole: dict[str, jax.Array],
     *,
     learner: TokenizerLearner,
     strength: float | jax.Array = 1.0,
@@ -186,32 +191,37 @@ def tokenizer_loss(
     Args:
       params: of `learner`.
       batch: "pixels" [B, H, W, 3] in [-1, 1]; "columns" [B, Y, X] int32 label per cell (dense reading only; -1: unknown);
-        "ids" [B, L] int32 question and answer, padded on the right; "loss_mask" [B, L] bool, True at answer tokens.
-      key: draws the images that skip quantisation.
-      strength: 0..1, traced or not. 0: all images pass as continuous features and the quantiser is not trained (warm-up, before
-        the codebook starts); 1: the config's skip probability and the full quantiser loss; between: linear in both.
+        "ids" [B, L] int32 question and answer, padded on the right; "loss_mask" [B, L] bool, True at answer tokens;
+        "skip" [B] bool, the images that skip quantisation, from `skipped_images`.
+      whole: the batch, or the one that `batch` is a part of: the losses, metrics and usage of all parts add up to its own, except
+        codes/{used,perplexity}.
+      strength: 0..1, traced or not; of the quantiser's loss. At 0, before the codebook starts, it is not trained.
 
     Returns:
       The loss (float32 scalar) and `Aux` with metrics loss/{total,answer,dense,quantizer,straight_through,commitment,codebook},
       accuracy/{answer,dense,dense_labelled} and codes/{used,perplexity,skipped}.
     """
-    strength = jnp.asarray(strength, jnp.float32)
-    skip_p = 1.0 - strength * (1.0 - learner.vq.skip_probability)
-    skip_B = jax.random.uniform(key, batch["pixels"].shape[:1]) < skip_p
-    out = learner.apply({"params": params}, batch["pixels"], batch["ids"], skip_B)
+    out = learner.apply({"params": params}, batch["pixels"], batch["ids"], batch["skip"])
 
-    metrics = {f"loss/{name}": value for name, value in out["losses"].items()}
-    metrics["loss/answer"] = -masked_mean(out["logp"], batch["loss_mask"])
-    metrics["accuracy/answer"] = masked_mean(out["right"], batch["loss_mask"])
+    share = batch["skip"].size / whole["skip"].size
+    metrics = {f"loss/{name}": share * value for name, value in out["losses"].items()}
+    metrics["loss/answer"] = -masked_mean(out["logp"], batch["loss_mask"], whole["loss_mask"])
+    metrics["accuracy/answer"] = masked_mean(out["right"], batch["loss_mask"], whole["loss_mask"])
     total = weights.answer * metrics["loss/answer"] + weights.quantizer * strength * metrics["loss/quantizer"]
     if learner.read.dense_classes:
-        labels, known = batch["columns"], batch["columns"] >= 0
+        labels, all_labels = batch["columns"], whole["columns"]
         right = jnp.argmax(out["cells"], axis=-1) == labels
-        metrics["loss/dense"] = -masked_mean(token_logp(out["cells"], labels)[0], known)
-        metrics["accuracy/dense"] = masked_mean(right, known)
-        metrics["accuracy/dense_labelled"] = masked_mean(right, labels > 0)
+        metrics["loss/dense"] = -masked_mean(token_logp(out["cells"], labels)[0], labels >= 0, all_labels >= 0)
+        metrics["accuracy/dense"] = masked_mean(right, labels >= 0, all_labels >= 0)
+        metrics["accuracy/dense_labelled"] = masked_mean(right, labels > 0, all_labels > 0)
         total = total + weights.dense * metrics["loss/dense"]
     metrics["loss/total"] = total
-    metrics |= {f"codes/{name}": value for name, value in usage_metrics(out["usage"]).items()}
-    metrics["codes/skipped"] = jnp.mean(out["skipped"].astype(jnp.float32))
-    return total, Aux(metrics, out["usage"], out["z"])
+    metrics["codes/skipped"] = share * jnp.mean(out["skipped"].astype(jnp.float32))
+    usage_V = share * out["usage"]
+    return total, Aux(metrics | {f"codes/{name}": value for name, value in usage_metrics(usage_V).items()}, usage_V, out["z"])
+
+
+def join_aux(stacked: Aux) -> Aux:
+    """What the micro-batches of `accumulate.gradient` return, as that of the whole batch."""
+    metrics, usage_V = summed((stacked.metrics, stacked.usage))
+    return Aux(metrics | {f"codes/{name}": value for name, value in usage_metrics(usage_V).items()}, usage_V, join_rows(stacked.z))
