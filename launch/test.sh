@@ -22,4 +22,4 @@ marker="not parity"
 [ -z "$fast" ] || marker="${marker:+$marker and }not slow"
 bash launch/tesseract_data.sh || echo "the tests of the second reader are left out"
 export OMP_NUM_THREADS=1 JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/.pytest_cache/xla} JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.5
-exec python -m pytest -c .pytest.ini -n 2 --dist loadfile -m "$marker" "$@"
+exec python -m pytest -c .pytest.ini -n 2 --dist loadfile --no-loadscope-reorder -m "$marker" "$@"

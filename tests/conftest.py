@@ -25,11 +25,16 @@ from tests.miniature import ROOT, model_dir  # noqa: F401 - a fixture
 
 
 def pytest_collection_modifyitems(config, items):
-    """Marks the slow modules. Tests whose peer is not here are left out: live parity without torch, tesseract without its data."""
-    slow = set((ROOT / "tests" / "slow.txt").read_text().split())
+    """Marks the modules in slow.txt and puts them first, in its order.
+
+    Tests whose peer is not here are left out: live parity without torch, tesseract without its data.
+    """
+    slow = {name: n for n, name in enumerate((ROOT / "tests" / "slow.txt").read_text().split())}
+    place = {item: slow.get(str(item.path.relative_to(ROOT)), len(slow)) for item in items}
     for item in items:
-        if str(item.path.relative_to(ROOT)) in slow:
+        if place[item] < len(slow):
             item.add_marker(pytest.mark.slow)
+    items.sort(key=place.get)  # the longest first, so that no worker is left with one at the end
     missing = set() if importlib.util.find_spec("torch") else {"parity"}
     folders = [os.environ.get("TESSDATA_PREFIX", "/none"), *glob.glob("/usr/share/tesseract-ocr/*/tessdata")]
     if not any(os.path.isfile(os.path.join(folder, "eng.traineddata")) for folder in folders):

@@ -73,5 +73,11 @@ def kept_program(fn: Callable[..., Any], about: Any, donate: int | None = None) 
 def _traced(fn: Callable[..., Any], args: tuple[Any, ...]) -> tuple[bytes, Any]:
     """The program on flat lists of arrays, serialised, and the structure of its results."""
     leaves, tree = jax.tree.flatten(args)
-    flat = jax.jit(lambda *leaves: jax.tree.leaves(fn(*jax.tree.unflatten(tree, leaves))))
-    return bytes(export.export(flat)(*leaves).serialize()), jax.tree.structure(jax.eval_shape(fn, *args))
+    results = []
+
+    def flat(*leaves: Any) -> list[Any]:
+        out, structure = jax.tree.flatten(fn(*jax.tree.unflatten(tree, leaves)))
+        results.append(structure)  # while it is traced: tracing takes seconds, and is done once
+        return out
+
+    return bytes(export.export(jax.jit(flat))(*leaves).serialize()), results[0]
