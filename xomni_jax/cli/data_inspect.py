@@ -66,7 +66,7 @@ def _of_folder(folder: Path, rest: list[str]) -> tuple[DataSection, int, str]:
     if rest:
         raise ConfigError(f"{rest[0]}: belongs to a configuration; --config={folder} is a folder")
     if not (folder / SETTINGS).is_file():
-        return SIGNS.updated({"source": "folder", "path": str(folder), "sizes": SIZES}, "config.data"), 0, ""
+        return SIGNS.updated({"source": "files", "path": str(folder), "sizes": SIZES}, "config.data"), 0, ""
     data = SIGNS.updated({"source": "codes", "path": str(folder)}, "config.data")
     model = read_index(folder)["model"]
     return data, 0, model if Path(model, "model.json").is_file() else ""
