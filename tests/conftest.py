@@ -10,6 +10,8 @@ import tempfile
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # tests compile far more than they compute
+# Older emitters in one piece: a third less time to compile, and speed does not matter here.
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # Stages compile the same programs again in every run, in this process, in its workers and in those that tests start.
@@ -21,7 +23,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import pytest
 
+from tests import kept_programs
 from tests.miniature import ROOT, model_dir  # noqa: F401 - a fixture
+
+kept_programs.install()
 
 
 def pytest_collection_modifyitems(config, items):
@@ -43,6 +48,14 @@ def pytest_collection_modifyitems(config, items):
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture
+def own_programs():
+    """For a test that changes what programs are made of."""
+    kept_programs.forget()
+    yield
+    kept_programs.forget()
 
 
 @pytest.fixture

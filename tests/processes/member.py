@@ -18,6 +18,7 @@ from jax.experimental.multihost_utils import sync_global_devices
 from jax.sharding import AxisType, Mesh
 from ml_collections import ConfigDict
 
+from tests import kept_programs
 from tests.miniature import configs, stage_changes
 from xomni_jax.checkpoint.store import save_component
 from xomni_jax.cli.train import run_in_group
@@ -109,6 +110,7 @@ def among_several(folder: Path, model: str) -> dict:
 
 def main(folder: Path) -> None:
     """The whole programme. What FOLDER already holds of a run is gone on with."""
+    kept_programs.install()
     plan = json.loads((folder / "plan.json").read_text())
     group = distributed.start({"config.seed": 0})  # launch/local.py sets the environment of one process, too
 

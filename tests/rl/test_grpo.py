@@ -163,7 +163,7 @@ def test_too_many_failures_stop_the_run_and_nothing_is_lost(finished, model_dir,
     assert metrics(tmp_path / "run") == metrics(finished)
 
 
-def test_a_sampler_that_lies_about_its_log_probs_is_found(model_dir, service, tmp_path, monkeypatch):
+def test_a_sampler_that_lies_about_its_log_probs_is_found(own_programs, model_dir, service, tmp_path, monkeypatch):
     draw = sampler_module.draw_codes
 
     def tampered(*args, **kwargs):

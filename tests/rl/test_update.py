@@ -17,6 +17,7 @@ from xomni_jax.rl.update import Policy, RolloutBatch, grpo_update
 from xomni_jax.sampling.generate import generate_codes
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sharding.mesh import make_mesh
+from xomni_jax.training.guard import GuardConfig
 from xomni_jax.training.optimizer import Optimizer, OptimizerConfig
 from xomni_jax.training.state import TrainState, new_state
 
@@ -200,7 +201,7 @@ def alone(params, plain):
 def test_a_mesh_learns_what_one_device_learns(axes, micro_batches, params, plain, alone):
     mesh = make_mesh(axes)
     with jax.set_mesh(mesh):
-        state = new_state(lambda: init_params("transformer", CONFIG, jax.random.key(0)), OPTIMIZER, mesh)[0]()
+        state = new_state(lambda: init_params("transformer", CONFIG, jax.random.key(0)), OPTIMIZER, mesh, GuardConfig())[0]()
         shardings = jax.tree.map(lambda x: x.sharding, state.params)
         state, ref = state.replace(params=jax.device_put(params[0], shardings)), jax.device_put(params[1], shardings)
         state, metrics = updater(PLAIN, CFG, micro_batches)(state, ref, plain)

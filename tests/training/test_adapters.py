@@ -98,7 +98,7 @@ def test_an_adapter_that_does_not_fit_is_refused(finished, model_dir, tmp_path, 
 
 def test_adapters_of_a_decoder_in_8_bits(model_dir, tmp_path):
     """The MMDiT is frozen in 8 bits under them; the result is merged with the stored float kernels."""
-    more = ["steps=2", "lora.rank=2", "mmdit.int8=True", "grid_every=0"]
+    more = ["steps=2", "lora.rank=2", "mmdit.int8=True", "grid_every=0", "mesh.data=8", "mesh.fsdp=1", "mesh.tensor=1", "batch_size=8"]
     run_stage(stage_config("decoder", tmp_path / "run", f"init_from={model_dir}", *more))
     before, after = xomni_jax.load(model_dir), xomni_jax.load(tmp_path / "run" / "model")
     assert after.config("mmdit") == before.config("mmdit") and not after.config("mmdit").int8

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from tests.training.test_loop import Counter, go, lines, run, saved
-from xomni_jax.training.guard import GuardConfig, guarded
+from xomni_jax.training.guard import GuardConfig, counters, guarded
 from xomni_jax.training.optimizer import Optimizer, OptimizerConfig
 from xomni_jax.training.stage import EMAConfig, RunningStage
 from xomni_jax.training.state import TrainState
@@ -20,14 +20,14 @@ def descent(guard=GuardConfig(), decay=0.5):
     optimizer = Optimizer(OptimizerConfig(0.1, warmup_steps=0, schedule="constant", clip_norm=0.0), 100, decay=decay)
     params = {"w": jnp.array([1.0, -0.0, 3.0])}
     ema = {"w": jnp.array(params["w"])} if decay else {}
-    state = TrainState(jnp.int32(0), params, optimizer.transform.init(params), {"seen": jnp.int32(0)}, ema)
+    state = TrainState(jnp.int32(0), params, optimizer.transform.init(params), {"seen": jnp.int32(0)}, ema, counters(guard))
 
     @jax.jit
     def update(state, gradient):
         state, metrics = state.apply(optimizer, {"w": gradient})
         return state.replace(extra={"seen": state.extra["seen"] + 1}), metrics | {"loss/total": jnp.sum(gradient)}, gradient
 
-    return guarded(update, state, guard)
+    return guarded(update, guard), state
 
 
 def bits(state):

@@ -6,6 +6,7 @@ import weakref
 import jax
 import pytest
 
+from tests import kept_programs
 from tests.miniature import stage_config
 from tests.planner import narrow
 from tests.rl.pixel_service import pixel_service
@@ -51,5 +52,6 @@ def test_a_planner():
     program = weakref.ref(made["sft-update"].fn)
     made["sft-update"].fn.trace(*made["sft-update"].args)
     del made
+    kept_programs.forget()
     gc.collect()
     assert program() is None

@@ -11,6 +11,7 @@ from xomni_jax.models.layers import Embed, Projection, RMSNorm
 from xomni_jax.sharding.abstract import path_name
 from xomni_jax.sharding.mesh import make_mesh
 from xomni_jax.sharding.rules import constrain
+from xomni_jax.training.guard import GuardConfig
 from xomni_jax.training.optimizer import Optimizer, OptimizerConfig
 from xomni_jax.training.state import TrainState, new_state, state_shardings
 
@@ -60,7 +61,7 @@ def run(axes: dict, devices, steps: int = 4, train=(".*",)) -> tuple[dict, Train
         return state, metrics | {"loss": value}
 
     with jax.set_mesh(mesh):
-        state, step, history = new_state(init, opt, mesh)[0](), jax.jit(step, donate_argnums=0), []
+        state, step, history = new_state(init, opt, mesh, GuardConfig())[0](), jax.jit(step, donate_argnums=0), []
         start = jax.tree.map(np.array, state.params)
         for batch in ids:
             state, metrics = step(state, batch)
@@ -107,7 +108,7 @@ def check_placed(state: TrainState, axes: dict) -> None:
 
 def test_the_start_is_sharded():
     """Nothing large exists whole: each of eight devices holds an eighth of a matrix from its birth."""
-    state = new_state(init, optimizer(), make_mesh(dict(fsdp=8)), extra=lambda: {"usage": jnp.arange(3.0)})[0]()
+    state = new_state(init, optimizer(), make_mesh(dict(fsdp=8)), GuardConfig(), extra=lambda: {"usage": jnp.arange(3.0)})[0]()
     kernel = state.params["block"]["up"]["kernel"]
     assert {s.data.shape for s in kernel.addressable_shards} == {(D // 8, F)}
     assert state.extra["usage"].sharding.is_fully_replicated and int(state.step) == 0
@@ -133,7 +134,7 @@ def test_step_metrics(alone):
 
 def test_an_optimizer_array_without_a_parameter_is_refused():
     mesh = make_mesh(dict(fsdp=8))
-    abstract = new_state(init, optimizer(), mesh)[1]
+    abstract = new_state(init, optimizer(), mesh, GuardConfig())[1]
     stray = abstract.replace(opt_state={"mu": {"elsewhere": jax.ShapeDtypeStruct((64, 64), jnp.float32)}})
     shardings = jax.tree.map(lambda _: jax.sharding.NamedSharding(mesh, PartitionSpec()), abstract.params)
     with pytest.raises(ValueError, match=r"mu/elsewhere\(64, 64\) belongs to no parameter"):

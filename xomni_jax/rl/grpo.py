@@ -166,7 +166,7 @@ def learner_programs(
     (B, S), chunk = batch.ids_BS.shape, cfg.rollout.logit_chunk
     shape = f"{B} rollouts of {S} + {codes} tokens"
     update = Program(
-        make_update(policy, optimizer, cfg.grpo, advantages, parts, cfg.lora),
+        guarded(make_update(policy, optimizer, cfg.grpo, advantages, parts, cfg.lora), cfg.guard),
         (state, frozen, batch, abstract.rows(mesh, (cfg.batch_size, B // cfg.batch_size), jnp.float32), None, abstract.keys(mesh, ())),
         f"{shape} in {parts} micro-batches",
         work.policy_update(ar, B, S, codes, parts, sides, reference, chunk, mesh.shape),
@@ -216,7 +216,7 @@ class GRPOStage:
         # ---- arrays that stay ----
         optimizer = cfg.make_optimizer(updates_per_step=cfg.grpo.updates_per_batch)
         init, frozen = learned_params("transformer", ar, cfg.lora, cfg.seed, mesh)
-        create, state = new_state(init, optimizer, mesh)
+        create, state = new_state(init, optimizer, mesh, cfg.guard)
         boxed, params = boxed_shapes("transformer", ar), state.params
         if frozen:
             boxed, params = beside(boxed, jax.eval_shape(init)), beside(frozen, params)
@@ -271,7 +271,6 @@ class GRPOStage:
             frozen = keep(start) if cfg.grpo.kl_coef else None
             del start
         model.release("transformer")  # policy and reference are copies, or the base is held here
-        update, state = guarded(made["policy-update"].fn, state, cfg.guard)
         clients, weights = open_clients(cfg.rewards, stop.check_waiting)
         sampler = Sampler.of(made["prefill"].fn, made["rollout"].fn, grid[0] * grid[1], cfg.rollout.segment)
         rollouts = Rollouts(
@@ -286,7 +285,7 @@ class GRPOStage:
                 batches(cfg.data, cfg.seed, cfg.batch_size, rows=rows, fields=("caption", "targets")),
                 functools.partial(all_prompts, rows, cfg.batch_size),
             ),
-            functools.partial(train_step, cfg, rollouts, flops(update), frozen),
+            functools.partial(train_step, cfg, rollouts, flops(made["policy-update"].fn), frozen),
             lambda state, directory, note: export_trained(directory, {"transformer": (state.params, ar)}, lora, model, note),
             functools.partial(sample_grid, cfg, rollouts),
             items_per_step=cfg.batch_size * cfg.grpo.rollouts_per_prompt,

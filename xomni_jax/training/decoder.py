@@ -181,12 +181,13 @@ class DecoderStage:
         if cfg.lora.rank:
             base = {n: abstract_params(n, c, mesh) for n, c in configs.items()}
             optimizer, key = cfg.make_optimizer(), key_for(cfg.seed, 0, 8)
-            create, state = new_state(lambda: {"mmdit": init_adapters("mmdit", configs["mmdit"], cfg.lora, key)}, optimizer, mesh)
+            adapters = lambda: {"mmdit": init_adapters("mmdit", configs["mmdit"], cfg.lora, key)}
+            create, state = new_state(adapters, optimizer, mesh, cfg.guard)
         else:
             base = None
             fixed = jax.tree.leaves(jax.eval_shape(init)["autoencoder"])  # the identity has no parameters
             optimizer = cfg.make_optimizer(("autoencoder/.*",) if fixed else ())
-            create, state = new_state(init, optimizer, mesh)
+            create, state = new_state(init, optimizer, mesh, cfg.guard)
         params = base or state.params
         vq, vq_params = COMPONENTS["siglip_vq"].module(models["siglip_vq"]), abstract_params("siglip_vq", models["siglip_vq"], mesh)
         (height, width), c = cfg.data.sizes[0], models["siglip_vq"]
@@ -204,7 +205,7 @@ class DecoderStage:
         searched = 2.0 * T * B * c.code_width * c.codebook_size
         encode = dense(vq_params, {"vit": T, "quant_conv": T, "post": T}) * B + searched
         update = Program(
-            make_update(decoder, vq, optimizer, cfg),
+            guarded(make_update(decoder, vq, optimizer, cfg), cfg.guard),
             (state, base, vq_params, batch, abstract.keys(mesh, ())),
             f"{B} images of {height}x{width}",
             Work(learned=learned + 2 * text * reads, forward=text + encode, tokens=B * (S + T), images=B),
@@ -232,8 +233,7 @@ class DecoderStage:
                 model.release(name)
         vq_params, empty = model.params("siglip_vq"), model.text_ids([""], cfg.decode)
         rows, flops = local_rows(mesh, cfg.batch_size), FlopCount()
-        update, state = guarded(made["decoder-update"].fn, state, cfg.guard)
-        update, whole_params = flops(update), functools.partial(join, base, scale=lora.scale)
+        update, whole_params = flops(made["decoder-update"].fn), functools.partial(join, base, scale=lora.scale)
 
         def to_batch(examples: dict[str, Any]) -> dict[str, Any]:
             text_BS, pooled_BS = model.text_ids(examples["caption"], cfg.decode)

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 
 from xomni_jax.core.config import BelowOne, Natural, NonNegative
-from xomni_jax.training.state import TrainState
 
 
 @dataclass(frozen=True)
@@ -28,24 +27,24 @@ class GuardConfig:
     decay: BelowOne = 0.98
 
 
-def counters() -> dict[str, jax.Array]:
+def counters(cfg: GuardConfig) -> dict[str, jax.Array]:
     """The counters of a new run: skipped steps, those in a row, and the running mean of the gradient's norm (0: no step yet)."""
-    return {"skipped": jnp.int32(0), "in_row": jnp.int32(0), "norm": jnp.float32(0.0)}
+    return {"skipped": jnp.int32(0), "in_row": jnp.int32(0), "norm": jnp.float32(0.0)} if cfg.limit else {}
 
 
-def guarded(update: Callable[..., Any], state: TrainState, cfg: GuardConfig) -> tuple[Callable[..., Any], TrainState]:
-    """An update that skips bad steps, and the state with the counters that it needs; both unchanged where the guard is off.
+def guarded(update: Callable[..., Any], cfg: GuardConfig) -> Callable[..., Any]:
+    """An update that skips bad steps, jitted; unchanged where the guard is off.
 
     A skipped step leaves everything but the counters as it was, bit for bit. Which it is, is decided on the device, so that the host does
     not wait. Once the limit is reached nothing changes any more, however late the host looks.
 
     Args:
-      update: jitted (state, ...) -> (state, metrics, ...) with metrics `loss/` and `optim/grad_norm`; it may donate the state.
+      update: jitted (TrainState, ...) -> (TrainState, metrics, ...) with metrics `loss/` and `optim/grad_norm`; it may donate the state.
     """
     if not cfg.limit:
-        return update, state
+        return update
 
-    def step(state: TrainState, *args: Any) -> tuple[Any, ...]:
+    def step(state: Any, *args: Any) -> tuple[Any, ...]:
         old, before = state.replace(guard={}), state.guard
         new, metrics, *rest = update(old, *args)
         norm, mean = metrics["optim/grad_norm"], before["norm"]
@@ -63,4 +62,4 @@ def guarded(update: Callable[..., Any], state: TrainState, cfg: GuardConfig) -> 
         shown = {"guard/skipped": after["skipped"], "guard/in_row": after["in_row"]}
         return chosen.replace(guard=after), metrics | shown, *rest
 
-    return jax.jit(step, donate_argnums=0), state.replace(guard=jax.jit(counters, out_shardings=state.step.sharding)())
+    return jax.jit(step, donate_argnums=0)

@@ -151,13 +151,13 @@ class PretrainStage:
         check_heads(ar.n_kv_heads, mesh)
         check_split("config.next_token.rows", c.rows, mesh, cfg.accumulate)
         optimizer, (init, base) = cfg.make_optimizer(), learned_params("transformer", ar, cfg.lora, cfg.seed, mesh)
-        create, state = new_state(init, optimizer, mesh)
+        create, state = new_state(init, optimizer, mesh, cfg.guard)
         language = not base and any(name.startswith("language/") for name in optimizer.trained(state.params))
         B, L, M = c.rows, c.row_length, max(1, int(c.row_length * c.target_share))
         ids, flags = lambda *shape: abstract.rows(mesh, shape, jnp.int32), lambda *shape: abstract.rows(mesh, shape, jnp.bool_)
         targets = (ids(B, M), ids(B, M), flags(B, M))
         update = Program(
-            make_update(transformer.ARTransformer(ar), optimizer, cfg),
+            guarded(make_update(transformer.ARTransformer(ar), optimizer, cfg), cfg.guard),
             (state, base, PackedTargets(ids(B, L), ids(B, L), ids(B, L), *targets, *targets)),
             f"{B} packed rows of {L} tokens, {M} targets of each kind a row",
             work.next_token(ar, B, L, M, language, c.chunk, mesh.shape),
@@ -189,8 +189,7 @@ class PretrainStage:
             state = state.starting_from(model.params("transformer"))
             model.release("transformer")
         flops, whole_params = FlopCount(), functools.partial(join, base, scale=lora.scale)
-        update, state = guarded(made[f"{cfg.stage}-update"].fn, state, cfg.guard)
-        update = flops(update)
+        update = flops(made[f"{cfg.stage}-update"].fn)
 
         def step(state: TrainState, batch: tuple[PackedTargets, dict[str, float]], number: int):
             packed, counts = batch

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from xomni_jax.sharding.abstract import leaves, path_name, placed
 from xomni_jax.sharding.mesh import replicated
 from xomni_jax.sharding.rules import param_shardings
+from xomni_jax.training.guard import GuardConfig, counters
 from xomni_jax.training.optimizer import Optimizer
 
 SMALL = 64  # largest array of the optimizer, such as coefficients, that may be replicated without belonging to a parameter
@@ -60,7 +61,7 @@ class TrainState:
 
 
 def new_state(
-    init: Callable[[], Any], optimizer: Optimizer, mesh: Mesh, extra: Callable[[], Mapping[str, jax.Array]] = dict
+    init: Callable[[], Any], optimizer: Optimizer, mesh: Mesh, guard: GuardConfig, extra: Callable[[], Mapping[str, jax.Array]] = dict
 ) -> tuple[Callable[[], TrainState], TrainState]:
     """(function that creates a fresh state, the shapes of that state with their shardings).
 
@@ -68,6 +69,7 @@ def new_state(
 
     Args:
       init: creates the boxed parameters, which name their logical axes.
+      guard: of the update; its counters are part of the state.
       extra: creates small arrays, which are replicated.
     """
     shardings = param_shardings(jax.eval_shape(init), mesh)
@@ -75,7 +77,7 @@ def new_state(
     def create():
         params = nn.meta.unbox(init())
         ema = {name: x.astype(jnp.float32) for name, x in optimizer.trained(params).items()} if optimizer.decay else {}
-        return TrainState(jnp.int32(0), params, optimizer.transform.init(params), dict(extra()), ema)
+        return TrainState(jnp.int32(0), params, optimizer.transform.init(params), dict(extra()), ema, counters(guard))
 
     abstract = jax.eval_shape(create)
     where = state_shardings(abstract, shardings, mesh)
@@ -109,4 +111,5 @@ def state_shardings(abstract: TrainState, shardings: Any, mesh: Mesh) -> TrainSt
         opt_state=jax.tree_util.tree_map_with_path(place, abstract.opt_state),
         extra=jax.tree.map(lambda _: everywhere, abstract.extra),
         ema={name: by_name[name] for name in abstract.ema},
+        guard=jax.tree.map(lambda _: everywhere, abstract.guard),
     )

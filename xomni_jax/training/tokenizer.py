@@ -133,7 +133,7 @@ def init_params(learner: understanding.TokenizerLearner, seed: int, size: tuple[
 
 def even_usage(vq: siglip_vq.SigLIPVQConfig) -> dict[str, jax.Array]:
     """The running usage of codes before anything is known."""
-    return {"usage": jnp.full((vq.codebook_size,), 1.0 / vq.codebook_size)}
+    return {"usage": jnp.full((vq.codebook_size,), 1.0 / vq.codebook_size, jnp.float32)}
 
 
 def make_learner(models: Mapping[str, Any]) -> understanding.TokenizerLearner:
@@ -157,7 +157,8 @@ class TokenizerStage:
         optimizer = cfg.make_optimizer()
         (height, width), B, L = cfg.data.sizes[0], cfg.batch_size, c.text_length
         # The running usage of codes lives beside the parameters' state, so that a resumed run restarts the same codes.
-        create, state = new_state(lambda: init_params(learner, cfg.seed, (height, width)), optimizer, mesh, lambda: even_usage(vq))
+        init = lambda: init_params(learner, cfg.seed, (height, width))
+        create, state = new_state(init, optimizer, mesh, cfg.guard, lambda: even_usage(vq))
         grid = height // vq.patch, width // vq.patch
         batch = {
             "pixels": abstract.rows(mesh, (B, height, width, 3), jnp.float32),
@@ -169,7 +170,7 @@ class TokenizerStage:
         each = {"tokenizer/": T, "reader/head": L, "reader/layers": T + L, "reader/projector": T, "dense/": T}
         searched = 2.0 * T * vq.code_width * vq.codebook_size * (3 + 3)  # distances and assigned rows, forward and backward
         update = Program(
-            make_update(learner, optimizer, c, cfg.accumulate),
+            guarded(make_update(learner, optimizer, c, cfg.accumulate), cfg.guard),
             (state, batch, abstract.keys(mesh, ()), abstract.array(mesh, (), jnp.float32)),
             f"{B} images of {height}x{width} with {L} tokens of text",
             Work(learned=3 * dense(state.params, each) * B + searched * B, tokens=B * (T + L), images=B),
@@ -214,11 +215,10 @@ class TokenizerStage:
             export_model(directory, {"siglip_vq": (state.params["tokenizer"], vq)}, "", note, {"preprocess": cfg.preprocess})
 
         flops = FlopCount()
-        update, state = guarded(made["tokenizer-update"].fn, made.create(), cfg.guard)
         return RunningStage(
-            state,
+            made.create(),
             DataIterator(load(seed=cfg.seed), to_mesh),
-            functools.partial(train_step, cfg, flops(update), first_codebook),
+            functools.partial(train_step, cfg, flops(made["tokenizer-update"].fn), first_codebook),
             export,
             items_per_step=cfg.batch_size,
             flops=lambda: flops.total,
