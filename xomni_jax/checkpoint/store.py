@@ -37,9 +37,13 @@ FORMAT = 1
 DAMAGED = "cannot be read, it is incomplete or damaged ({reason}); restore it or write it again"
 HASHED = 1 << 20  # bytes of the beginning and of the end of a file that go into a checkpoint's hash
 TOKENIZERS = ("tokenizer", "tokenizer_t5", "tokenizer_clip")
+WHOLE = 1 << 20  # bytes up to which one device writes a replicated array; Orbax compiles a program for each shape that it cuts in parts
 
 # Orbax logs what it raises as well, once in each of its threads, with a page of traceback.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
+ocp.type_handlers.register_type_handler(
+    jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=WHOLE), override=True
+)
 
 
 class CheckpointError(ValueError):
