@@ -65,6 +65,7 @@ SOURCES = Registry(
     "source",
     {
         "rendered": "xomni_jax.data.rendered:RenderedSource",
+        "rehearsal": "xomni_jax.data.rendered:RehearsalSource",
         "files": "xomni_jax.data.files:FilesSource",
         "folder": "xomni_jax.data.files:FilesSource",  # earlier names of the same
         "jsonl": "xomni_jax.data.files:FilesSource",
