@@ -20,7 +20,7 @@ from xomni_jax.training.stage import load_config
 STAGES = ("tokenizer", "decoder", "pretrain", "sft")
 FOLDER = ROOT / "configs" / "emoji"
 SMALL = {"steps": 3, "batch_size": 4, "log_every": 1, "data": {"sizes": ((16, 16),)}}
-SMALL |= {name: CHANGES[name] for name in ("tokenizer", "optimizer")}
+SMALL |= {"optimizer": CHANGES["optimizer"], "tokenizer": {**CHANGES["tokenizer"], "start_batches": 8}}
 SMALL |= {"preprocess": PREPROCESS, "next_token": {"rows": 4, "row_length": 128}, "decode": DECODE}
 
 
