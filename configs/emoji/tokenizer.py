@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-DATA = dict(source="folder", path="data/emoji/train", sizes=((64, 64),))
+DATA = dict(source="files", path="data/emoji/train", sizes=((64, 64),))
 
 
 def get_config():

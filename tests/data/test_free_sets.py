@@ -14,7 +14,7 @@ from PIL import Image
 from xomni_jax.cli.main import main
 from xomni_jax.core.config import ConfigError
 from xomni_jax.data import free_sets
-from xomni_jax.data.files import FilesConfig, FolderSource
+from xomni_jax.data.files import FilesConfig, FilesSource
 from xomni_jax.data.images import read_image
 from xomni_jax.data.packages import Package, fetch
 
@@ -116,8 +116,9 @@ def test_emoji_are_split_by_concept_and_by_artist(registry, drawn, tmp_path, cap
         assert image.size == (24, 24) and image.getpixel((3, 3)) == tuple(bytes.fromhex(f"{splits['train'][0]['concept']:0>6}"))
     licences = (out / "LICENSES.md").read_text()
     assert all(word in licences for word in ("Apache", "MIT", "Unicode", *(f"{artist}-*.png" for artist in free_sets.ARTISTS)))
-    source = FolderSource(FilesConfig(path=str(out / "train"), sizes=((24, 24),)), seed=0, batch_size=2)
-    assert source[0].keys() >= {"image", "caption", "question", "answer"} and len(source.records) == len(splits["train"])
+    options = FilesConfig(path=str(out / "train"), sizes=((24, 24),))
+    assert FilesSource(options, seed=0, batch_size=2)[0].keys() >= {"image", "caption", "question", "answer"}
+    assert len(FilesSource.epoch(options)) == len(splits["train"])
 
 
 def test_a_stopped_call_goes_on_and_ends_with_the_same_bytes(registry, drawn, tmp_path, monkeypatch, capsys):

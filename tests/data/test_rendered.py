@@ -227,7 +227,7 @@ def test_large_models_learn_from_real_images_unless_told():
     assert {e["image"].shape[:2] for e in examples} == set(sizes) and all(e["targets"]["text"] and "columns" not in e for e in examples)
 
 
-@pytest.mark.parametrize("file", ["tokenizer", "decoder", "pretrain_1", "pretrain_2", "pretrain_3", "sft"])
+@pytest.mark.parametrize("file", ["tokenizer", "decoder", "pretrain_1", "pretrain_2", "pretrain_3", "sft", "grpo"])
 def test_released_sizes_are_trained_on_files_and_rehearsed_on_signs(file):
     """One key changes the source and leaves the sizes, which the programs depend on."""
     config, rehearsal = (load_config(ROOT / "configs" / "xomni" / f"{file}.py", more) for more in ([], ["data.source=rehearsal"]))
