@@ -19,8 +19,10 @@ from xomni_jax.training.stage import load_config
 
 STAGES = ("tokenizer", "decoder", "pretrain", "sft")
 FOLDER = ROOT / "configs" / "emoji"
-SMALL = {"steps": 3, "batch_size": 4, "log_every": 1, "data": {"sizes": ((16, 16),)}}
-SMALL |= {"optimizer": CHANGES["optimizer"], "tokenizer": {**CHANGES["tokenizer"], "start_batches": 8}}
+# Compiling takes nearly all of the time: no image grids, frozen text encoders, and one schedule, so that two stages share a program.
+SMALL = {"steps": 3, "batch_size": 4, "log_every": 1, "grid_every": 0, "data": {"sizes": ((16, 16),)}}
+SMALL |= {"decoder": {"train_text_encoders": False}, "optimizer": {**CHANGES["optimizer"], "schedule": "constant"}}
+SMALL |= {"tokenizer": {**CHANGES["tokenizer"], "start_batches": 8}}
 SMALL |= {"preprocess": PREPROCESS, "next_token": {"rows": 4, "row_length": 128}, "decode": DECODE}
 
 
@@ -49,8 +51,7 @@ def small(stage):
     """The options that cut a stage down, those of its keys that there are."""
     known = flat(as_dict(load_config(FOLDER / f"{stage}.py")))
     wanted = flat({**SECTIONS, **SMALL})
-    grids = f"--config.grid_every={3 if stage == 'decoder' else 0}"
-    return [grids, *(f"--config.{key}={value}" for key, value in wanted.items() if key in known)]
+    return [f"--config.{key}={value}" for key, value in wanted.items() if key in known]
 
 
 def test_own_images_through_every_stage(emoji, capsys):
@@ -60,7 +61,6 @@ def test_own_images_through_every_stage(emoji, capsys):
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines] == [1, 2, 3]
         assert all(np.isfinite(value) for line in lines for value in line.values())
-        assert (run / "images" / "step_000003.png").exists() == (stage == "decoder")
         if stage == "tokenizer":  # the labels are those of colours, without which none would count
             assert lines[-1]["accuracy/dense_labelled"] == lines[-1]["accuracy/dense"] > 0
     model = str(emoji / "runs" / "emoji" / "sft" / "model")

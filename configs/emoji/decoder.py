@@ -12,7 +12,7 @@ def get_config():
             stage="decoder",
             run_dir="runs/emoji/decoder",
             init_from="runs/emoji/tokenizer/model",
-            steps=250,
+            steps=2000,
             batch_size=16,
             decode=dict(steps=4),
             data=tokenizer.DATA,
