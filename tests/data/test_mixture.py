@@ -98,10 +98,6 @@ def test_what_a_run_takes_is_said(parts):
         "config.data.parts.three: 20.00% of the examples, 4 in 5 steps, from 3 records; the source is shorter than the run, so every record"
         " comes about 1.33 times",
     ]
-    alone = SIGNS.updated({k: v for k, v in parts["three"].items() if k != "weight"}, "config.data")
-    assert summary(alone, 0, 4, 1)[0].startswith(
-        "config.data: 100.00% of the examples, 4 in 1 steps, from 3 records; the source is shorter"
-    )
     assert summary(SIGNS, 0, 4, 1) == []
 
 

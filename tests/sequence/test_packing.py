@@ -55,7 +55,7 @@ def mixed_lengths(rng, n):
 
 @pytest.mark.parametrize("length", [1024, 2048])
 def test_a_mixed_set_fills_the_rows(rng, length):
-    """At least 97 % without leaving anything out; with a tenth too many examples 98 %, and then the short ones are no more often left out."""
+    """At least 97 % without leaving anything out; with a tenth too many 98 %, and then the short ones are no more often left out."""
     rates, shorts = [], []
     for _ in range(5):
         sizes = mixed_lengths(rng, 600)
