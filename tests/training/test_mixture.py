@@ -1,16 +1,22 @@
 """Sequences of every kind, packed together: their loss is that of each alone, in all and by source; and runs of a mixture."""
 
 import dataclasses
+import json
+import re
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
-from tests.miniature import configs, random_params
+from tests.miniature import configs, random_params, stage_config
+from tests.test_metrics import documented
 from xomni_jax.core.config import ConfigError
 from xomni_jax.models.transformer import ARTransformer
 from xomni_jax.sequence.tokenizer import MultimodalTokenizer
+from xomni_jax.training import pretrain
 from xomni_jax.training.next_token import NextTokenConfig, build_sequences, next_token_loss, pack_batch
+from xomni_jax.training.run import run_stage
 
 CFG = NextTokenConfig(rows=3, row_length=96, generation=0.5, understanding=0.5, text=0.0)
 NAMES = ("captions", "talk", "texts")
@@ -101,3 +107,65 @@ def test_what_is_longer_than_a_row_is_counted_by_source(tok, rng):
     assert [counts[f"data/targets/{name}"] for name in NAMES] == [len(sequences[0].ids_L) - 1, len(sequences[2].ids_L) - 1, 0]
     with pytest.raises(ConfigError, match="config.next_token.row_length=96: a batch has no sequence below 201 tokens; raise it"):
         pack_batch([sequences[1], sequences[3]], tok, CFG)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_images_of_any_number_and_size_are_encoded_at_their_places(rng, monkeypatch, processes):
+    """Every process fills its own slots of calls that all of them make; a code here is the image's first pixel."""
+    images = [
+        [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes] for sizes in ([(2, 4)] * 5, [], [(4, 2), (2, 4)], [(2, 4)])
+    ]
+    images += [[rng.integers(0, 99, (2, 2)).astype(np.uint16)], [], [(images[0][0])], []]
+    count = len(images)
+
+    def rows_of(mesh, n):
+        return {p: list(range(p * n // processes, (p + 1) * n // processes)) for p in range(processes)}
+
+    def encoded(index, sent):
+        """What process `index` gets, when in each call the others send what they sent before."""
+        calls = []
+
+        def spread(mesh, pixels, n):
+            calls.append(pixels)
+            parts = [pixels if p == index or not sent else sent[p][len(calls) - 1] for p in range(processes)]
+            return np.concatenate(parts)
+
+        monkeypatch.setattr(pretrain, "rows_of", rows_of)
+        monkeypatch.setattr(pretrain, "spread", spread)
+        monkeypatch.setattr(pretrain, "share", lambda columns, rows, n: {"shapes": [[list(x.shape) for x in own] for own in images]})
+        monkeypatch.setattr(jax, "process_index", lambda: index)
+        model = SimpleNamespace(mesh=None, num_data_shards=processes, encode_pixels=lambda x: np.asarray(x)[:, :1, :1, 0])
+        rows = rows_of(None, count)[index]
+        return pretrain.encode_images(model, [images[r] for r in rows], None if processes == 1 else rows, count), calls
+
+    sent = [encoded(p, None)[1] for p in range(processes)]
+    for index in range(processes):
+        codes, calls = encoded(index, sent)
+        assert [len(own) for own in codes] == [len(own) for own in images]
+        for own, found in zip(images, codes, strict=True):
+            for image, code in zip(own, found, strict=True):
+                np.testing.assert_allclose(code, image if image.ndim == 2 else pretrain.to_pixels(image[:1, :1, 0]))
+        assert len(calls) == (0 if processes == 1 else len(sent[0])) and all(len(c) <= count // processes for c in calls)
+
+
+def test_a_run_of_a_mixture_writes_what_is_documented(model_dir, tmp_path, capsys):
+    rows = [
+        {"conversations": [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "good day"}]},
+        {"text": "a text alone"},
+    ]
+    (tmp_path / "talk.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    signs = ("source=rendered", "sizes=((16,32),)", "weights=(1.0,)", "text_lengths=((2,3),)", "shapes=0.0")
+    talk = ("source=files", f"path={tmp_path}/talk.jsonl", "sizes=((16,32),)", "imageless=True", "weight=0.6")
+    parts = [f"data.parts.{name}.{option}" for name, options in (("signs", signs), ("talk", talk)) for option in options]
+    few = ("steps=2", "batch_size=8", "grid_every=0", "next_token.rows=8")
+    cfg = stage_config("sft", tmp_path / "run", f"init_from={model_dir}", "data.source=mixture", *parts, *few)
+    run_stage(cfg)
+    told = capsys.readouterr().out
+    assert "config.data.parts.talk: 37.50% of the examples, 6 in 2 steps, from 2 records; the source is shorter than the run" in told
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    written = {re.sub("/(signs|talk)$", "/SOURCE", name) for line in lines for name in line if name.endswith(("/signs", "/talk"))}
+    assert written == {name for name in documented("sft") if name.endswith("/SOURCE")}
+    assert all(line["data/examples/signs"] == 5 and line["data/examples/talk"] == 3 for line in lines)
+    weights = [line[f"data/targets/{name}"] for line in lines[:1] for name in ("signs", "talk")]
+    sums = [line[f"loss/source/{name}"] * w for line in lines[:1] for name, w in zip(("signs", "talk"), weights)]
+    assert np.isfinite(sums).all() and min(weights) > 0
