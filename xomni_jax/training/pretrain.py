@@ -136,12 +136,12 @@ def packed_batch(
     """
     c, mesh, sources = cfg.next_token, model.mesh, cfg.data.names
     codes = encode_images(model, [images_of(examples, i) for i in range(len(examples["id"]))], rows, cfg.batch_size)
-    texts = share({name: examples[name] for name in TEXT_FIELDS if name in examples}, rows, cfg.batch_size)
+    lacking = [None] * len(examples["id"])  # what no example of this process has, those of another may have
+    texts = share({name: examples.get(name, lacking) for name in TEXT_FIELDS}, rows, cfg.batch_size)
     rng = np.random.default_rng([cfg.seed, *map(ord, texts["id"][0])])
     source_of = [sources.index(name) for name in texts["source"]] if sources else []
     packed, counts = pack_batch(build_sequences(texts, codes, text, c, rng), text, c, sources, source_of)
-    epochs = [pair for pair in zip(texts.get("source", ()), texts.get("epoch", ())) if pair[1] is not None]
-    counts |= {f"data/epoch/{name}": epoch for name, epoch in epochs}
+    counts |= {f"data/epoch/{name}": epoch for name, epoch in zip(texts["source"], texts["epoch"], strict=True) if epoch is not None}
     own = local_rows(mesh, c.rows)
     return spread(mesh, jax.tree.map(lambda x: x[own], packed), c.rows), counts
 
