@@ -88,6 +88,7 @@ class CodesSource:
 
     def __init__(self, options: CodesConfig, seed: int, batch_size: int):
         self.records, self.seed = CodeRecords(options), seed
+        self.num_records = len(self.records)
         at, numbers = 0, {size: [] for size in options.sizes}
         for shard in options.index["shards"]:
             for height, width, count in shard["sizes"]:
