@@ -113,7 +113,7 @@ def test_a_folder_of_images_of_ones_own(mini, tmp_path, capsys):
     images.mkdir()
     options = [mini("sft"), "--config.data.source=files", f"--config.data.path={images}", "--config.data.sizes=((16,32),)"]
     options += ["--config.steps=3", "--config.log_every=1", "--config.grid_every=0"]
-    assert "images: holds no images; name a folder with images" in refusal(capsys, "train", *options)
+    assert "images: holds no images; name files that hold some" in refusal(capsys, "train", *options)
     for n in range(5):
         Image.new("RGB", (70, 40), (50 * n, 90, 90)).save(images / f"{n}.png")
         (images / f"{n}.txt").write_text(f"the <|im_end|> number {n}")

@@ -220,6 +220,7 @@ class PretrainStage:
     @classmethod
     def make(cls, cfg: PretrainRun, mesh: Mesh, stop: StopSignal) -> RunningStage:
         """A run on the data of the configuration, starting from the transformer of `init_from` where that has one."""
+        check_split("config.next_token.rows", cfg.next_token.rows, mesh, cfg.accumulate)  # before anything large is read
         # One process fills the batch of images up until it splits; several have their rows each.
         rows = None
         if jax.process_count() > 1:
