@@ -1,6 +1,7 @@
 """The wheel is complete: away from the repository it draws, and finds the shipped model and configurations under their names."""
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -55,7 +56,7 @@ def test_commands_in_an_empty_folder(installed, tmp_path):
     command = [sys.executable, "-P", "-c", COMMANDS, str(installed)]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    codes = [line for line in done.stdout.splitlines() if line.split()[0] in ("train", "plan", "inspect", "generate")]
+    codes = [line for line in done.stdout.splitlines() if re.fullmatch(r"(train|plan|inspect|generate) \d", line)]
     assert codes == ["train 0", "train 0", "plan 2", "inspect 0", "generate 2", "generate 0"], done.stdout + done.stderr
     assert "--program none: stage sft has no such program" in done.stderr and "models/xomni: no such directory" in done.stderr
     assert f"* init_from = '{installed}/xomni_jax/assets/tiny_sft'" in done.stdout

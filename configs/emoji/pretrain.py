@@ -12,7 +12,6 @@ def get_config():
             stage="pretrain",
             run_dir="runs/emoji/pretrain",
             init_from="runs/emoji/decoder/model",
-            steps=1000,
             batch_size=30,
             # A caption and its 64 codes take about 85 tokens, an answered question about 120.
             next_token=dict(rows=12, row_length=256, generation=0.5, understanding=0.5, text=0.0),

@@ -65,7 +65,7 @@ def write_images(folder: Path, side: int) -> None:
 
 def pair(model: XOmni, folder: Path, side: int) -> tuple[float, float]:
     """Seconds of the whole job, and of the encoder alone."""
-    data = SIGNS.updated({"source": "folder", "path": str(folder / "images"), "sizes": ((side, side),)}, "config.data")
+    data = SIGNS.updated({"source": "files", "path": str(folder / "images"), "sizes": ((side, side),)}, "config.data")
     with tempfile.TemporaryDirectory(dir=folder) as out:
         shards = [Shard(Path(out) / f"codes-{n:05}.array_record", range(n, n + SHARD)) for n in range(0, IMAGES, SHARD)]
         options = TokenizeConfig(out, batch=BATCH)

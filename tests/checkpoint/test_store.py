@@ -16,9 +16,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import xomni_jax
 from tests.miniature import ROOT, configs
+from xomni_jax.checkpoint.run_checkpoints import RunCheckpoints
 from xomni_jax.checkpoint.store import (
     CheckpointError,
-    RunCheckpoints,
     config_from_json,
     config_to_json,
     copy_components,

@@ -7,7 +7,8 @@ import jax
 import orbax.checkpoint as ocp
 import pytest
 
-from xomni_jax.checkpoint.store import CheckpointError, RunCheckpoints
+from xomni_jax.checkpoint.run_checkpoints import RunCheckpoints
+from xomni_jax.checkpoint.store import CheckpointError
 from xomni_jax.cli import train
 from xomni_jax.core import process_group
 from xomni_jax.core.distributed import explain_silence, start

@@ -35,7 +35,7 @@ def config(model_dir, *data, file="sft"):
 
 def of_folder(path, sizes="((16,32),(32,16))"):
     """Options of a folder of images."""
-    return "source=folder", f"path={path}", f"sizes={sizes}"
+    return "source=files", f"path={path}", f"sizes={sizes}"
 
 
 def make_codes(model_dir, data, out, process=0, processes=1, **options):

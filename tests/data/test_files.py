@@ -23,7 +23,7 @@ def write_images(folder, size=(64, 32)):
         Image.new("RGB", size, colour).save(folder / f"{name}.png")
 
 
-def section(path, source="folder", **options):
+def section(path, source="files", **options):
     return SIGNS.updated({"source": source, "path": str(path), "sizes": ((32, 64),)} | options, "config.data")
 
 
@@ -71,7 +71,7 @@ def test_json_lines_with_columns_of_their_own(tmp_path, form):
     rows[1] |= {"targets": {"text": ["HI"]}}  # which the others lack
     text = json.dumps(rows) if form == "list" else "\n\n".join(map(json.dumps, rows))
     (tmp_path / "rows.json").write_text(text)
-    data = section(tmp_path / "rows.json", "jsonl", image="img", caption="meta.Caption", images=str(tmp_path / "imgs"))
+    data = section(tmp_path / "rows.json", image="img", caption="meta.Caption", images=str(tmp_path / "imgs"))
     found = examples(data)
     assert [(e["caption"], e["question"], e["answer"]) for e in found] == [(n, "which?", n) for n in sorted(COLOURS)]
     assert ["targets" in e for e in found] == [False, True, False, False]
@@ -80,7 +80,7 @@ def test_json_lines_with_columns_of_their_own(tmp_path, form):
 def test_a_line_separator_inside_a_text_is_text(tmp_path):
     write_images(tmp_path)
     (tmp_path / "a.jsonl").write_text(json.dumps({"file_name": "red.png", "text": "a\u2028b"}, ensure_ascii=False))
-    assert examples(section(tmp_path / "a.jsonl", "jsonl"), 1)[0]["caption"] == "a\u2028b"
+    assert examples(section(tmp_path / "a.jsonl"), 1)[0]["caption"] == "a\u2028b"
 
 
 def test_images_are_scaled_to_cover_the_nearest_size(tmp_path):
@@ -245,7 +245,7 @@ def test_folders_that_are_refused(tmp_path, make, options, words):
         ({"sizes": ((0, 8),)}, "must hold one or more"),
         ({"pth": "a"}, "config.data.pth: unknown key; did you mean path"),
         ({"path": "/nowhere"}, "config.data.path=/nowhere: no such file or folder"),
-        ({"source": "jsonl", "path": "/nowhere.jsonl"}, "config.data.path=/nowhere.jsonl: no such file or folder"),
+        ({"source": "files", "path": "/nowhere.jsonl"}, "config.data.path=/nowhere.jsonl: no such file or folder"),
     ],
 )
 def test_options_that_are_refused(tmp_path, options, words):
@@ -256,5 +256,5 @@ def test_options_that_are_refused(tmp_path, options, words):
 def test_a_stage_says_what_the_data_lack(tmp_path):
     write_images(tmp_path)
     beside_txt(tmp_path)
-    with pytest.raises(ConfigError, match="source=folder: its examples have no question, answer, .* but only caption, id, image; add what"):
+    with pytest.raises(ConfigError, match="source=files: its examples have no question, answer, .* but only caption, id, image; add what"):
         batches(section(tmp_path), 0, 2, fields=("caption", "question", "answer"))

@@ -135,7 +135,7 @@ def test_a_source_named_by_its_file(numbers, tmp_path):
     assert numbers.sizes == ((16, 32),) and numbers.explained()["count"] == "number of examples"
     fewer = numbers.updated({"count": 3}, "config.data")
     assert len(fewer.open(seed=0, batch_size=4)) == 3 and len(numbers.open(0, 4)) == 10
-    typed = {"source": Text("folder"), "path": Text("a"), "sizes": ((16, 32),), "count": 3}  # count: of the file's own source
+    typed = {"source": Text("files"), "path": Text("a"), "sizes": ((16, 32),), "count": 3}  # count: of the file's own source
     assert fewer.updated(typed, "config.data").as_dict()["path"] == "a"
     back = fewer.updated({"source": "rendered", "shapes": 0.5}, "config.data")
     assert back.options == RenderedConfig(shapes=0.5)  # the source's own defaults, not those of a stage

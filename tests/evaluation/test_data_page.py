@@ -100,8 +100,8 @@ def test_an_endless_source(capsys):
         (["--config=/nowhere.py"], "/nowhere.py: no such config file"),
         (["--config={folder}", "--config.seed=1"], "--config.seed=1: belongs to a configuration; --config={folder} is a folder"),
         (["--config={folder}", "--read=0"], "--show 24 and --read 0 must be at least 0 and 1"),
-        (["--config={folder}", "--out=/no/such/folder/page.html"], "there is no folder /no/such/folder; make it first"),
-        (["--config={folder}"], "config.data: the source folder holds no records; name files that hold some"),
+        (["--config={folder}", f"--out={__file__}/page.html"], "give another folder"),
+        (["--config={folder}"], "config.data.source=files: holds no records; name files that hold some"),
     ],
 )
 def test_what_is_wrong_is_told(arguments, told, tmp_path, capsys):

@@ -7,7 +7,7 @@ import pytest
 from tests.processes.running import TRAIN, config_file, ended, local
 from tests.rl.pixel_service import pixel_service
 from tests.training.test_stages import assert_same, metrics, params
-from xomni_jax.checkpoint.store import RunCheckpoints
+from xomni_jax.checkpoint.run_checkpoints import RunCheckpoints
 
 CHECKS = 5  # of a step: between four segments, after the chunk, after its scores
 STEP = 16  # images of a step: 4 prompts x 4 rollouts

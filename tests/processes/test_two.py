@@ -20,7 +20,7 @@ import xomni_jax
 from tests.processes.running import SLURM, TRAIN, config_file, ended, local
 from tests.rl.pixel_service import pixel_service
 from tests.training.test_stages import assert_same, metrics, params
-from xomni_jax.checkpoint.store import RunCheckpoints
+from xomni_jax.checkpoint.run_checkpoints import RunCheckpoints
 from xomni_jax.data.rendered import RenderedConfig
 from xomni_jax.data.sources import DataSection, batches
 

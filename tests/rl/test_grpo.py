@@ -15,7 +15,7 @@ from tests.miniature import CODES, GRID, SIZE, stage_config
 from tests.rl.pixel_service import pixel_service
 from tests.test_metrics import documented, generic
 from tests.training.test_stages import assert_same, metrics, params
-from xomni_jax.checkpoint.store import RunCheckpoints
+from xomni_jax.checkpoint.run_checkpoints import RunCheckpoints
 from xomni_jax.core.config import ConfigError
 from xomni_jax.core.preemption import StepRefused, StopSignal
 from xomni_jax.models.registry import boxed_shapes, init_params

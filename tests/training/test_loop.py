@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from xomni_jax.checkpoint.store import RunCheckpoints
+from xomni_jax.checkpoint.run_checkpoints import RunCheckpoints
 from xomni_jax.core.config import ConfigError
 from xomni_jax.core.preemption import StepRefused, StopRequested, StopSignal
 from xomni_jax.training.loop import key_for, tile, train

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.training.test_loop import counting, go, lines, run, saved
-from xomni_jax.checkpoint.store import RunCheckpoints
+from xomni_jax.checkpoint.run_checkpoints import RunCheckpoints
 from xomni_jax.core.config import ConfigError
 from xomni_jax.core.preemption import StopSignal
 from xomni_jax.sharding.mesh import make_mesh

@@ -14,7 +14,7 @@ import pytest
 import xomni_jax
 from tests.miniature import ROOT, SIZE, configs, stage_config
 from tests.test_metrics import documented
-from xomni_jax.checkpoint.store import RunCheckpoints
+from xomni_jax.checkpoint.run_checkpoints import RunCheckpoints
 from xomni_jax.core.config import ConfigError
 from xomni_jax.sharding.abstract import path_name
 from xomni_jax.training.metrics import MetricWriter

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xomni_jax.core.config import ConfigError, read_overrides
+from xomni_jax.core.folders import check_folder
 
 if TYPE_CHECKING:
     from xomni_jax.data.sources import DataSection
@@ -34,8 +35,8 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     """Prints what was found, writes the page."""
     if args.show < 0 or args.read < 1:
         raise ConfigError(f"--show {args.show} and --read {args.read} must be at least 0 and 1")
-    if args.out and not Path(args.out).absolute().parent.is_dir():
-        raise ConfigError(f"--out {args.out}: there is no folder {Path(args.out).absolute().parent}; make it first")
+    if args.out:
+        check_folder(Path(args.out).parent, 0)
     from xomni_jax.evaluation import data_page
     from xomni_jax.pipeline import XOmni
 
@@ -44,6 +45,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     found = data_page.look(data, seed, model, args.show, args.read)
     print(data_page.as_text(found))
     if args.out:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         print(f"written: {data_page.write_html(args.out, args.config, found, model)}")
     return 0
 
@@ -64,7 +66,7 @@ def _of_folder(folder: Path, rest: list[str]) -> tuple[DataSection, int, str]:
     if rest:
         raise ConfigError(f"{rest[0]}: belongs to a configuration; --config={folder} is a folder")
     if not (folder / SETTINGS).is_file():
-        return SIGNS.updated({"source": "folder", "path": str(folder), "sizes": SIZES}, "config.data"), 0, ""
+        return SIGNS.updated({"source": "files", "path": str(folder), "sizes": SIZES}, "config.data"), 0, ""
     data = SIGNS.updated({"source": "codes", "path": str(folder)}, "config.data")
     model = read_index(folder)["model"]
     return data, 0, model if Path(model, "model.json").is_file() else ""

@@ -9,7 +9,7 @@ from xomni_jax.core.config import ConfigError, read_overrides
 
 NAME, HELP = "tokenize", "make the codes of all images once, for training without the image encoder"
 EXAMPLE = """\
-xomni data tokenize --config=configs/tiny/sft.py --out=codes --config.init_from=xomni_jax/assets/tiny_sft --config.data.source=folder \\
+xomni data tokenize --config=configs/tiny/sft.py --out=codes --config.init_from=xomni_jax/assets/tiny_sft --config.data.source=files \\
     --config.data.path=my_images --config.data.sizes="((32,64),)"
 xomni train --config=configs/tiny/sft.py --config.data.source=codes --config.data.path=codes"""
 ABOUT = """\

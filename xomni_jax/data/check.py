@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from xomni_jax.core.config import ConfigError
+from xomni_jax.data.conversations import counted
 from xomni_jax.data.files import FilesConfig, Records, check_excluded, check_images, excluded_texts
 from xomni_jax.data.records import Record
 from xomni_jax.data.tables import FaultyRecord
@@ -39,7 +40,7 @@ class Checked:
 
     def lines(self) -> Iterator[str]:
         """The summary, with a few examples of every reason."""
-        yield f"{self.records} records, {self.records - len(self.skipped)} good, {len(self.skipped)} cannot be used"
+        yield f"{counted(self.records, 'record')}, {self.records - len(self.skipped)} good, {len(self.skipped)} cannot be used"
         for title, found in (("cannot be used", self.skipped), ("amended", self.amended)):
             kinds: dict[str, list[str]] = {}
             for place, reason in found:

@@ -70,8 +70,6 @@ SOURCES = Registry(
         "rendered": "xomni_jax.data.rendered:RenderedSource",
         "rehearsal": "xomni_jax.data.rendered:RehearsalSource",
         "files": "xomni_jax.data.files:FilesSource",
-        "folder": "xomni_jax.data.files:FilesSource",  # earlier names of the same
-        "jsonl": "xomni_jax.data.files:FilesSource",
         "prompts": "xomni_jax.data.files:PromptsSource",
         "codes": "xomni_jax.data.codes:CodesSource",
         "mixture": "xomni_jax.data.mixture:MixtureSource",
@@ -127,7 +125,7 @@ class DataSection:
         cls = SOURCES.get(self.source)
         records = cls.epoch(self.options) if hasattr(cls, "epoch") else cls(self.options, seed, 1)
         if not len(records):
-            raise ConfigError(f"config.data: the source {self.source} holds no records; name files that hold some")
+            raise ConfigError(f"config.data.source={self.source}: holds no records; name files that hold some")
         return records
 
     def updated(self, changes: Mapping[str, Any], where: str) -> DataSection:

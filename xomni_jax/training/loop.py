@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from xomni_jax.checkpoint.store import RunCheckpoints
+from xomni_jax.checkpoint.run_checkpoints import RunCheckpoints
 from xomni_jax.core.config import ConfigError
 from xomni_jax.core.distributed import gather_json
 from xomni_jax.core.preemption import StepRefused, StopRequested, StopSignal

@@ -113,7 +113,7 @@ def test_mmmu_bad_rows(change, words, tmp_path):
     write_parquet(tmp_path / "Art" / "validation-0.parquet", [mmmu_rows()[0] | change])
     with pytest.raises(SuiteError) as refusal:
         get_suite("mmmu").load(tmp_path)
-    assert words in str(refusal.value) and "validation-0.parquet row 1: the field" in str(refusal.value)
+    assert words in str(refusal.value) and "validation-0.parquet row 0: the field" in str(refusal.value)
 
 
 # ---- WISE

@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from xomni_jax.data.images import UnreadableImage, read_image
-from xomni_jax.data.parquet_table import ParquetTable
+from xomni_jax.data.tables import Table
 from xomni_jax.evaluation.suite import SuiteError
 
 
@@ -17,7 +17,7 @@ from xomni_jax.evaluation.suite import SuiteError
 class ParquetImage:
     """An image inside a parquet file: a struct of bytes and path, or a list of them, of which the first is taken."""
 
-    table: ParquetTable
+    table: Table
     row: int
     column: str
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from xomni_jax.core.config import ConfigError
-from xomni_jax.data.parquet_table import ParquetTable
 from xomni_jax.data.tables import FaultyRecord
 from xomni_jax.data.text_tables import TEXT_SUFFIXES, open_text, read_text
 from xomni_jax.evaluation.suite import Item, Suite, SuiteError, check_id
@@ -220,6 +219,8 @@ def _checked(value: Any, where: str) -> Any:
 
 def _parquet(path: Path) -> Iterator[Row]:
     """Rows without their images, each of which becomes a ParquetImage."""
+    from xomni_jax.data.parquet_table import ParquetTable  # most suites do without pyarrow
+
     (footer,) = ParquetTable([path], path.parent).indices
     if isinstance(footer, FaultyRecord):
         raise footer
