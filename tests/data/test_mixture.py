@@ -128,6 +128,7 @@ def test_a_configuration_of_a_mixture(parts):
         (dict(four=dict(weight=1)), r"config.data.parts.four: give a part a plain name and a section"),
         ({"a/b": SMALL}, r"config.data.parts.a/b: give a part a plain name"),
         (dict(four=3), r"config.data.parts.four: give a part"),
+        (dict(four=dict(source="mixture", parts=dict(one=SMALL))), r"config.data: parts.four is a mixture itself; name its parts here"),
         (dict(four=dict(source="dreams")), r"config.data.parts.four.source: the source 'dreams' is unknown"),
     ],
 )

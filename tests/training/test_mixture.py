@@ -6,6 +6,7 @@ import re
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -93,6 +94,12 @@ def test_sequences_of_every_kind(tok, rng):
         ("assistant", [codes[2], "\nso"]),
     ]
     assert same(talk, tok.conversation_sequence(content))
+    one = dict(caption="a", question="q", answer="b", turns=(("user", "<image 0>\nq"), ("assistant", "b")))
+    assert same(sequence(codes[:1], **one), tok.generation_sequence("a", codes[0]))
+    assert same(sequence(codes[:1], "understanding", **one), tok.understanding_sequence(codes[0], "q", "b"))
+    assert same(sequence(codes[:1], **one | dict(caption="")), tok.understanding_sequence(codes[0], "q", "b"))
+    shown = tok.conversation_sequence([("user", ["draw it"]), ("assistant", [codes[0]])])
+    assert same(sequence(codes[:1], **one | dict(turns=(("user", "draw it"), ("assistant", "<image 0>")))), shown)
     with pytest.raises(
         ConfigError, match="the example x has nothing that this stage learns from: its fields are caption, id; set the share"
     ):
@@ -134,7 +141,7 @@ def test_images_of_any_number_and_size_are_encoded_at_their_places(rng, monkeypa
         monkeypatch.setattr(pretrain, "spread", spread)
         monkeypatch.setattr(pretrain, "share", lambda columns, rows, n: {"shapes": [[list(x.shape) for x in own] for own in images]})
         monkeypatch.setattr(jax, "process_index", lambda: index)
-        model = SimpleNamespace(mesh=None, num_data_shards=processes, encode_pixels=lambda x: np.asarray(x)[:, :1, :1, 0])
+        model = SimpleNamespace(mesh=None, num_data_shards=processes, encode_pixels=lambda x: jnp.asarray(x)[:, :1, :1, 0])
         rows = rows_of(None, count)[index]
         return pretrain.encode_images(model, [images[r] for r in rows], None if processes == 1 else rows, count), calls
 
@@ -149,13 +156,11 @@ def test_images_of_any_number_and_size_are_encoded_at_their_places(rng, monkeypa
 
 
 def test_a_run_of_a_mixture_writes_what_is_documented(model_dir, tmp_path, capsys):
-    rows = [
-        {"conversations": [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "good day"}]},
-        {"text": "a text alone"},
-    ]
-    (tmp_path / "talk.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    turns = [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "good day"}]
+    (tmp_path / "talk.jsonl").write_text(json.dumps({"conversations": turns}))
+    (tmp_path / "talk.txt").write_text("a text alone\n")
     signs = ("source=rendered", "sizes=((16,32),)", "weights=(1.0,)", "text_lengths=((2,3),)", "shapes=0.0")
-    talk = ("source=files", f"path={tmp_path}/talk.jsonl", "sizes=((16,32),)", "imageless=True", "weight=0.6")
+    talk = ("source=files", f"path={tmp_path}/talk.*", "sizes=((16,32),)", "imageless=True", "weight=0.6")
     parts = [f"data.parts.{name}.{option}" for name, options in (("signs", signs), ("talk", talk)) for option in options]
     few = ("steps=2", "batch_size=8", "grid_every=0", "next_token.rows=8")
     cfg = stage_config("sft", tmp_path / "run", f"init_from={model_dir}", "data.source=mixture", *parts, *few)

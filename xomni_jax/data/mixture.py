@@ -68,6 +68,9 @@ class MixtureConfig:
         weights = {name: part.weight for name, part in self.parts.by_name.items()}
         if not sum(weights.values()):
             raise ValueError(f"the weights of the parts ({weights or 'there are none'}) sum to 0; give one of them a positive weight")
+        nested = [name for name, part in self.parts.by_name.items() if part.data.names]
+        if nested:
+            raise ValueError(f"parts.{nested[0]} is a mixture itself; name its parts here, each with its weight")
         low = [name for name, weight in weights.items() if 0 < weight and weight * PERIOD < sum(weights.values())]
         if low:
             raise ValueError(f"parts.{low[0]}.weight={weights[low[0]]:g} is below 1/{PERIOD} of the sum of all weights; raise it, or set 0")
@@ -123,9 +126,10 @@ class MixtureSource:
 
 def summary(data: DataSection, seed: int, batch_size: int, steps: int) -> list[str]:
     """What a run takes of every part of a mixture, a sentence each; nothing for any other source."""
-    source, lines = data.open(seed, batch_size) if data.names else None, []
-    if not isinstance(source, MixtureSource):
-        return lines
+    source = data.open(seed, batch_size) if data.names else None
+    if not isinstance(source, MixtureSource):  # also where `first` repeats a few examples
+        return []
+    lines = []
     for name, count, records in zip(source.names, source.counts, source.num_records, strict=True):
         taken, extent = steps * batch_size * count / PERIOD, f"from {records:,} records" if records else "endless"
         line = f"config.data.parts.{name}: {count / PERIOD:.2%} of the examples, {taken:,.0f} in {steps:,} steps, {extent}"

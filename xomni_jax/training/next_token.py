@@ -85,6 +85,8 @@ def build_sequences(
 ) -> list[TokenSequence]:
     """One sequence per example: its conversation, its text where it has no image, or else of a kind that is drawn by the shares.
 
+    A conversation that is one question about one image, beside a caption, is a question with its answer.
+
     Args:
       examples: collated; those with `turns` have marks `<image N>` for their images.
       codes: [Y, X] of every image of each example, of which an example without `turns` has one or none.
@@ -96,12 +98,13 @@ def build_sequences(
 def _sequence(
     example: dict[str, Any], codes: Sequence[np.ndarray], tokenizer: MultimodalTokenizer, cfg: NextTokenConfig, rng: np.random.Generator
 ) -> TokenSequence:
-    turns = example.get("turns") or ()
+    caption, question, turns = example.get("caption"), example.get("question"), example.get("turns") or ()
     shown = [int(number) for _, text in turns for number in re.findall(MARK, text)]
-    if turns and max(shown, default=-1) < len(codes):  # of stored codes there are only those of the main image
-        system = [("system", [example["system"]])] if example.get("system") else []
+    system = [("system", [example["system"]])] if example.get("system") else []
+    # One question about the image, beside a caption, is of a kind that is drawn: otherwise such captions were never learned.
+    asked = caption and not system and shown == [0] and len(turns) == 2 and turns[0][1].startswith("<image 0>")
+    if turns and not asked and max(shown, default=-1) < len(codes):  # of stored codes there are only those of the main image
         return tokenizer.conversation_sequence(system + [(role, _content(text, codes)) for role, text in turns])
-    caption, question = example.get("caption"), example.get("question")
     if not codes and caption:
         return tokenizer.text_sequence(caption)
     shares = np.array([cfg.generation, cfg.understanding, cfg.text]) * [bool(caption), bool(question), bool(caption)]

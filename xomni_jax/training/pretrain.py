@@ -179,10 +179,11 @@ def encode_images(
         room = len(slots[jax.process_index()])
         for start in range(0, most, room):
             batch = np.zeros((room, *size), np.uint8 if len(size) == 3 else np.int32)
-            batch[: len(own[start : start + room])] = own[start : start + room]
+            for n, image in enumerate(own[start : start + room]):  # none, where only other processes have images of this size
+                batch[n] = image
             batch = to_pixels(batch) if len(size) == 3 else batch
             batch = batch if rows is None else spread(mesh, batch, call)
-            found = np.asarray(whole(model.encode_pixels(batch) if len(size) == 3 else jnp.asarray(batch)))
+            found = whole(model.encode_pixels(batch) if len(size) == 3 else jnp.asarray(batch))
             for process, places in held.items():
                 for (row, n), slot in zip(places[start : start + room], slots[process], strict=False):
                     codes[row][n] = found[slot]
