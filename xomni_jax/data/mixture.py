@@ -102,7 +102,7 @@ class MixtureSource:
         parts = [options.parts.by_name[name] for name in self.names]
         # A part's seed depends on its name, so that other parts come and go without changing its order.
         seeds = [seed + zlib.crc32(name.encode()) for name in self.names]
-        self.sources = [part.data.open(own, batch_size) for part, own in zip(parts, seeds, strict=True)]
+        self.sources = [opened(*part, batch_size) for part in zip(self.names, parts, seeds, strict=True)]
         self.examples = [endless(source, own) for source, own in zip(self.sources, seeds, strict=True)]
         self.counts, self.part, self.number_in_part = interleaved([part.weight for part in parts])
         self.num_records = [num_records(source) for source in self.sources]
@@ -122,6 +122,14 @@ class MixtureSource:
         part, within = self.place(index)
         records = self.num_records[part]
         return {**self.examples[part][within], "source": self.names[part], "epoch": within / records if records else None}
+
+
+def opened(name: str, part: Part, seed: int, batch_size: int) -> Source:
+    """The source of a part, whose complaints name the keys of the part."""
+    try:
+        return part.data.open(seed, batch_size)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("config.data.", f"config.data.parts.{name}.")) from error
 
 
 def summary(data: DataSection, seed: int, batch_size: int, steps: int) -> list[str]:

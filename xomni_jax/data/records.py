@@ -171,7 +171,7 @@ def _record(row: _Row, key: str, where: str, how: Columns, prompt: bool, rewards
         if not targets["text"]:
             raise FaultyRecord("no text in double quotes that the image is to show")
     if not prompt and talk is None and not shown and not how.imageless:
-        raise FaultyRecord(_lacks(row, "image", how.image, IMAGE_COLUMNS))
+        raise FaultyRecord(_lacks(row, "image", how.image, IMAGE_COLUMNS) + " (config.data.imageless=True: learn from the text)")
     if not prompt and talk is not None and not any(role == "assistant" for role, _ in talk.turns):
         raise FaultyRecord("no answer of an assistant to learn from")
     weight, size, id = row.take("weight"), row.take("size"), row.take(*ID_COLUMNS)
