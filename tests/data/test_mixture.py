@@ -139,7 +139,10 @@ def test_mixtures_that_are_refused(parts, change, words):
 
 def test_a_part_that_cannot_be_opened_is_named(tmp_path):
     (tmp_path / "text.txt").write_text("a text\n")
-    for path, words in (("none/*.txt", "parts.books.path=none/.*: no file fits"), ("text.txt", "text.txt:1: no image.*parts.books.imageless")):
+    for path, words in (
+        ("none/*.txt", "parts.books.path=none/.*: no file fits"),
+        ("text.txt", "text.txt:1: no image.*parts.books.imageless"),
+    ):
         books = dict(source="files", path=str(tmp_path / path), sizes=((32, 64),))
         with pytest.raises(ConfigError, match=words.replace("none/", f"{tmp_path}/none/")):
             mixture(dict(books=books)).open(0, 4)
