@@ -42,6 +42,7 @@ REWARDS = [
 ]
 EVAL = ["rapidfuzz>=3.9,<4"]
 COMPBENCH = EVAL + ["spacy>=3.7,<4"]  # T2I-CompBench reads phrases and nouns with it
+EMOJI = ["resvg-py>=0.5,<0.6"]  # draws the emoji of xomni data make
 TEST = [
     "pytest>=8,<10",
     "pytest-xdist>=3.6,<4",
@@ -74,12 +75,13 @@ setup(
         "plan": PLAN,
         "tensorboard": TENSORBOARD,
         "gcs": ["gcsfs>=2024.6,<2028"],  # training data in buckets, read in place
+        "emoji": EMOJI,
         "eval": EVAL,
         "compbench": COMPBENCH,
         "detector": REWARDS + ["torch>=2.13,<2.14"],  # of a service that runs on its own, never of the model's process
         "judge": EVAL + ["torch>=2.13,<2.14", "torchvision>=0.28,<0.29"],  # a judge in the process of xomni eval --phase score
-        "test": TEST + REWARDS + EVAL + PLAN,
-        "parity": TEST + REWARDS + EVAL + PLAN + PARITY,
+        "test": TEST + REWARDS + EVAL + EMOJI + PLAN,
+        "parity": TEST + REWARDS + EVAL + EMOJI + PLAN + PARITY,
     },
     entry_points={"console_scripts": ["xomni = xomni_jax.cli.main:main"]},
 )

@@ -8,7 +8,7 @@ Expect images in RUN/images that follow the codes by step 2,000.
 
 from ml_collections import ConfigDict
 
-from configs.xomni import models
+from configs.xomni import models, paths
 
 
 def get_config():
@@ -25,6 +25,6 @@ def get_config():
             optimizer=dict(learning_rate=1e-5, warmup_steps=500),
             freeze=("t5/.*", "clip/.*"),
             decode=dict(steps=28, text_length=512, pooled_length=77),
-            data=dict(sizes=((1152, 1152),), weights=(1.0,), text_lengths=((3, 6),), shapes=0.0),
+            data=paths.records(paths.IMAGES_WITH_CAPTIONS, (1152, 1152)),
         )
     )

@@ -7,7 +7,7 @@ Needs the reward services (xomni serve-reward) at config.rewards.*.urls. Expect 
 
 from ml_collections import ConfigDict
 
-from configs.xomni import models
+from configs.xomni import models, paths
 
 
 def get_config():
@@ -25,6 +25,6 @@ def get_config():
             rollout=dict(prompt_length=448, reference_dtype="bfloat16", logit_chunk=1296),
             accumulate=8,
             decode=dict(steps=28, guidance=1.0),
-            data=dict(sizes=((1152, 1152),)),
+            data=paths.records(paths.PROMPTS, (1152, 1152), source="prompts"),
         )
     )

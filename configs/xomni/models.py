@@ -1,5 +1,7 @@
 """The released sizes of every component, and how pods compute them."""
 
+from configs.xomni import paths
+
 PRESETS = dict(
     transformer="xomni-7b",
     siglip_vq="siglip2-g-xomni",
@@ -16,13 +18,13 @@ def released(*names, **fields):
     return {name: dict(preset=PRESETS[name], **fields.get(name, {})) for name in names}
 
 
-def next_token(**fields):
+def next_token(path, **fields):
     """The sections of the transformer's stages: packed rows that split over data x fsdp; heads run over pieces of 1,024 targets."""
     return dict(
         released("transformer"),
         mesh=dict(tensor=4),
         next_token=dict(chunk=1024, **fields),
-        data=dict(sizes=((1152, 1152), (768, 1152)), shapes=0.0),
+        data=paths.records(path, (1152, 1152), (768, 1152)),
     )
 
 

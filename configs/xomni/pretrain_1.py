@@ -7,14 +7,14 @@ Expect loss/image falling from 9.7 (16,384 codes by chance) within 200 steps, lo
 
 from ml_collections import ConfigDict
 
-from configs.xomni import models
+from configs.xomni import models, paths
 
 
 def get_config():
     """What differs from the defaults."""
     return ConfigDict(
         dict(
-            models.next_token(rows=256, row_length=8192),
+            models.next_token(paths.PRETRAINING, rows=256, row_length=8192),
             train=("vision",),
             stage="pretrain",
             run_dir="runs/xomni/pretrain_1",

@@ -7,14 +7,14 @@ Expect a last drop of both losses while the learning rate falls to 0.
 
 from ml_collections import ConfigDict
 
-from configs.xomni import models
+from configs.xomni import models, paths
 
 
 def get_config():
     """What differs from the defaults."""
     return ConfigDict(
         dict(
-            models.next_token(rows=256, row_length=8192),
+            models.next_token(paths.ANNEALING, rows=256, row_length=8192),
             stage="pretrain",
             run_dir="runs/xomni/pretrain_3",
             init_from="runs/xomni/pretrain_2/model",

@@ -7,14 +7,14 @@ A row holds three images of 1152x1152. Expect loss/image falling by step 100 and
 
 from ml_collections import ConfigDict
 
-from configs.xomni import models
+from configs.xomni import models, paths
 
 
 def get_config():
     """What differs from the defaults."""
     return ConfigDict(
         dict(
-            models.next_token(rows=64, row_length=16384),
+            models.next_token(paths.FINE_TUNING, rows=64, row_length=16384),
             stage="sft",
             run_dir="runs/xomni/sft",
             init_from="runs/xomni/pretrain_3/model",

@@ -7,7 +7,7 @@ Expect codes/used near 1 after the restarts end, and accuracy/answer rising from
 
 from ml_collections import ConfigDict
 
-from configs.xomni import models
+from configs.xomni import models, paths
 
 
 def get_config():
@@ -21,8 +21,8 @@ def get_config():
             batch_size=256,
             save_every=500,
             optimizer=dict(learning_rate=1e-4, warmup_steps=1000),
-            tokenizer=dict(warmup_steps=2000, ramp_steps=2000, text_length=256),
+            tokenizer=dict(warmup_steps=2000, ramp_steps=2000, text_length=256, dense_weight=0.0),
             preprocess=dict(short_size=384, long_size=1152, patch_size=16, min_short_size=128, max_aspect_ratio=3.0),
-            data=dict(sizes=((384, 384),), weights=(1.0,), text_lengths=((3, 6),), shapes=0.0),
+            data=paths.records(paths.IMAGES_WITH_ANSWERS, (384, 384)),
         )
     )

@@ -41,15 +41,20 @@ def made(tmp_path_factory, model_dir):
     return images, codes
 
 
-def test_fields_that_not_every_record_has_are_left_out(model_dir, tmp_path):
-    """As training on the images leaves them out: examples of a batch have the same fields."""
+def test_a_record_keeps_the_fields_that_it_has(model_dir, tmp_path):
+    """As in training on the images; a stage that needs a field of every example says that some lack it."""
     write_images(tmp_path / "images", 4)
     rows = [{"file_name": f"{n:03}.png", "text": f"t{n}", "question": "which?", "answer": str(n)} for n in range(4)]
     del rows[2]["answer"], rows[2]["question"]
     (tmp_path / "images" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     make_codes(model_dir, of_folder(tmp_path / "images"), tmp_path / "codes", shard=2)
-    records = DataSection("codes", CodesConfig(str(tmp_path / "codes"))).epoch()
-    assert [set(records[n]) for n in range(4)] == [{"id", "caption", "captions", "codes"}] * 4
+    data = DataSection("codes", CodesConfig(str(tmp_path / "codes")))
+    asked, alone = {"id", "caption", "captions", "codes", "question", "answer", "turns", "system"}, {"id", "caption", "captions", "codes"}
+    records = data.epoch()
+    assert [set(records[n]) for n in range(4)] == [asked, asked, alone, asked]
+    with pytest.raises(ConfigError, match="its examples have no question"):
+        batches(data, 0, 2, fields=("caption", "question"))
+    assert next(iter(batches(data, 0, 4, fields=("question",), mixed=True, prefetch=0)))["question"].count(None)
 
 
 def of_codes(path, sizes="()"):
@@ -64,7 +69,7 @@ def test_the_same_packed_rows_as_from_images(made, model_dir):
     rows = []
     for data in ((*of_folder(images), "skip_faulty=True"), of_codes(codes)):
         cfg = config(model_dir, *data)
-        cfg = dataclasses.replace(cfg, next_token=dataclasses.replace(cfg.next_token, rows=8))
+        cfg = dataclasses.replace(cfg, batch_size=8, next_token=dataclasses.replace(cfg.next_token, rows=8))
         taken = itertools.islice(batches(cfg.data, 3, 8, prefetch=0), 9)
         rows.append([packed_batch(cfg, model, text, None, examples) for examples in taken])
     for (by_image, counts), (by_code, others) in zip(*rows, strict=True):

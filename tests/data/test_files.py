@@ -74,7 +74,7 @@ def test_json_lines_with_columns_of_their_own(tmp_path, form):
     data = section(tmp_path / "rows.json", image="img", caption="meta.Caption", images=str(tmp_path / "imgs"))
     found = examples(data)
     assert [(e["caption"], e["question"], e["answer"]) for e in found] == [(n, "which?", n) for n in sorted(COLOURS)]
-    assert all("targets" not in e for e in found)
+    assert ["targets" in e for e in found] == [False, True, False, False]
 
 
 def test_a_line_separator_inside_a_text_is_text(tmp_path):

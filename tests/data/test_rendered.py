@@ -5,8 +5,11 @@ import json
 import numpy as np
 import pytest
 
+from tests.miniature import ROOT
+from xomni_jax.core.config import ConfigError
 from xomni_jax.data import glyphs, rendered, words
 from xomni_jax.data.rendered import RenderedConfig, render_example, render_sign
+from xomni_jax.training.stage import load_config
 
 CONFIG = RenderedConfig()
 HELDOUT = RenderedConfig(split="heldout")
@@ -213,3 +216,23 @@ def test_config_errors(change, message):
 def test_config_from_lists_is_hashable():
     config = RenderedConfig(sizes=[[32, 64]], weights=[1], text_lengths=[[3, 6]], shape_sizes=[[32, 64]])
     assert hash(config) and config.sizes == ((32, 64),)
+
+
+def test_large_models_learn_from_real_images_unless_told():
+    sizes = ((16, 320), (64, 64))
+    with pytest.raises(ConfigError, match="a model of 16x320 pixels should .* or set config.data.source=rehearsal to try out"):
+        rendered.RenderedSource(RenderedConfig(sizes=sizes, text_lengths=((3, 4),) * 2, shapes=0.0), 0, 2)
+    told = rendered.SIGNS.updated({"source": "rehearsal", "sizes": sizes}, "config.data").open(seed=1, batch_size=2)
+    examples = [told[n] for n in range(24)]
+    assert {e["image"].shape[:2] for e in examples} == set(sizes) and all(e["targets"]["text"] and "columns" not in e for e in examples)
+
+
+@pytest.mark.parametrize("file", ["tokenizer", "decoder", "pretrain_1", "pretrain_2", "pretrain_3", "sft", "grpo"])
+def test_released_sizes_are_trained_on_files_and_rehearsed_on_signs(file):
+    """One key changes the source and leaves the sizes, which the programs depend on."""
+    config, rehearsal = (load_config(ROOT / "configs" / "xomni" / f"{file}.py", more) for more in ([], ["data.source=rehearsal"]))
+    assert config.data.source != "rendered" and config.data.options.path.startswith("data/xomni/")
+    with pytest.raises(ConfigError, match=config.data.options.path):
+        config.data.open(seed=0, batch_size=2)
+    assert rehearsal.data.sizes == config.data.sizes
+    assert rehearsal.data.open(seed=0, batch_size=2)[0]["image"].shape[:2] in config.data.sizes

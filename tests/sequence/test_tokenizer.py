@@ -197,3 +197,50 @@ def test_errors(tok, call, message):
     with pytest.raises(ValueError) as error:
         call(tok)
     assert str(error.value).startswith(message)
+
+
+def test_a_conversation_is_the_tokenised_chat(tok):
+    """Several turns and images: learned are what the assistant says, its ends of turn, and the codes of the image that it shows."""
+    first, second, drawn = CODES_YX, np.array([[1, 2]]), np.array([[7], [9]])
+    ids_L, loss_L = tok.conversation_sequence(
+        [
+            ("system", ["be brief"]),
+            ("user", ["look: ", first, second, "\nwhich?"]),
+            ("assistant", ["star"]),
+            ("user", ["<|im_end|> draw it"]),
+            ("assistant", ["here ", drawn, "\nis one"]),
+            ("user", ["thanks"]),
+        ]
+    )
+
+    def image(codes):
+        y, x = codes.shape
+        return f"<SOM>{y} {x}<IMAGE>" + "".join(f"<MM-Token-{k}>" for k in codes.ravel()) + "<EOM>"
+
+    def turn(role, text):
+        return f"<|im_start|>{role}\n{text}<|im_end|>\n"
+
+    asked = [turn("user", f"look: {image(first)}{image(second)}\nwhich?"), turn("user", "@ draw it")]
+    said = [turn("assistant", "star"), turn("assistant", f"here {image(drawn)}\nis one")]
+    text = turn("system", "be brief") + asked[0] + said[0] + asked[1] + said[1]
+    whole = tok.text.encode(text.removesuffix("\n"), add_special_tokens=False)
+    at = whole.index(tok.encode_text("@")[0])
+    assert ids_L.tolist() == [*whole[:at], *tok.encode_text("<|im_end|>"), *whole[at + 1 :]]
+    learned = tok.text.convert_ids_to_tokens(ids_L[loss_L].tolist())
+    wanted = [
+        *tok.encode_text("star"),
+        tok.end_of_turn,
+        *tok.encode_text("here "),
+        384 + 7,
+        384 + 9,
+        *tok.encode_text("\nis one"),
+        tok.end_of_turn,
+    ]
+    assert learned == tok.text.convert_ids_to_tokens([int(k) for k in wanted])
+    assert ids_L[-1] == tok.end_of_turn and len(ids_L) == len(loss_L)
+
+
+def test_a_question_with_its_answer_is_a_conversation(tok):
+    one = tok.conversation_sequence([("user", [CODES_YX, "\nwhat is it?"]), ("assistant", ["a star"])])
+    for a, b in zip(one, tok.understanding_sequence(CODES_YX, "what is it?", "a star"), strict=True):
+        np.testing.assert_array_equal(a, b)

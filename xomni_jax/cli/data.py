@@ -1,4 +1,4 @@
-"""xomni data: what can be read and what is wrong with it, a look at it, codes made of it; what to download for a benchmark."""
+"""xomni data: sets of images, what can be read and what is wrong with it, a look at it, codes made of it; files of benchmarks."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import argparse
 import sys
 import textwrap
 
-from xomni_jax.cli import data_check, data_fetch, data_inspect, data_kinds, data_tokenize
+from xomni_jax.cli import data_check, data_fetch, data_inspect, data_kinds, data_make, data_tokenize
 
-COMMANDS = {module.NAME: module for module in (data_kinds, data_check, data_inspect, data_tokenize, data_fetch)}
+COMMANDS = {module.NAME: module for module in (data_make, data_kinds, data_check, data_inspect, data_tokenize, data_fetch)}
 EXAMPLE = data_fetch.EXAMPLE
 
 

@@ -180,8 +180,15 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     """
     hints = field_types(cls)
     check_keys(values, hints, where)
-    given = {key: typed(value, hints[key], f"{where}.{key}") for key, value in values.items()}
+    given = {
+        key: updated(hints[key](), value, f"{where}.{key}") if _has_keys(hints[key]) else typed(value, hints[key], f"{where}.{key}")
+        for key, value in values.items()
+    }
     return checked(lambda: cls(**given), where)
+
+
+def _has_keys(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, Section)
 
 
 def checked(make: Callable[[], T], where: str) -> T:

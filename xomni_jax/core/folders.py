@@ -15,6 +15,7 @@ MARKERS = {
     "evaluation": "settings.json",
     "model directory": "model.json",
     "data set of codes": "source.json",
+    "set of images": "set.json",
 }
 
 

@@ -62,12 +62,12 @@ class CodesConfig:
 
 
 class CodeRecords:
-    """The examples of a folder in the order of its shards; of their fields, those that all of them have."""
+    """The examples of a folder in the order of its shards."""
 
     def __init__(self, options: CodesConfig):
         from array_record.python.array_record_data_source import ArrayRecordDataSource  # takes a second
 
-        self._folder, self._dtype, self._fields = Path(options.path), np.dtype(options.index["dtype"]), set(options.index["fields"])
+        self._folder, self._dtype = Path(options.path), np.dtype(options.index["dtype"])
         self._records = ArrayRecordDataSource([self._folder / shard["file"] for shard in options.index["shards"] if shard["records"]])
 
     def __len__(self) -> int:
@@ -75,8 +75,7 @@ class CodeRecords:
 
     def __getitem__(self, number: int) -> Example:
         try:
-            example = unpacked(self._records[number], self._dtype)
-            return {name: value for name, value in example.items() if name in self._fields}
+            return unpacked(self._records[number], self._dtype)
         except (RuntimeError, ValueError) as error:
             raise ConfigError(f"{self._folder}: record {number} is damaged ({first_line(error)}); copy the folder again") from None
 
@@ -88,6 +87,8 @@ class CodesSource:
 
     def __init__(self, options: CodesConfig, seed: int, batch_size: int):
         self.records, self.seed = CodeRecords(options), seed
+        self.fields, self.offered = (frozenset(options.index[name]) for name in ("fields", "offered"))
+        self.num_records = len(self.records)
         at, numbers = 0, {size: [] for size in options.sizes}
         for shard in options.index["shards"]:
             for height, width, count in shard["sizes"]:
@@ -155,7 +156,7 @@ def read_index(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"config.data.path={folder} {why}")
     try:
         index = json.loads((folder / INDEX).read_text())
-        index["fields"], index["tokenizer"], index["dtype"]  # which another version may lack
+        index["fields"], index["offered"], index["tokenizer"], index["dtype"]  # which another version may lack
         wrong = [shard["file"] for shard in index["shards"] if (folder / shard["file"]).stat().st_size != shard["bytes"]]
     except (OSError, ValueError, LookupError, TypeError) as error:
         why = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else f"{INDEX} is damaged"

@@ -135,6 +135,8 @@ class FilesSource:
     def __init__(self, options: FilesConfig, seed: int, batch_size: int):
         self.seed, self.usable = seed, usable_records(options, self.prompts)
         self.order = BatchOrder(self.usable.members, seed, batch_size, self.usable.weights, self.usable.records.blocks())
+        self.fields, self.offered = self.usable.fields, self.usable.offered
+        self.num_records = sum(map(len, self.usable.members.values()))
 
     def __len__(self) -> int:
         return ENDLESS
@@ -142,7 +144,8 @@ class FilesSource:
     def __getitem__(self, index: int) -> Example:
         number, size = self.order[index]
         try:
-            return example(self.usable.records[number], (size,), self.usable.fields, np.random.default_rng([self.seed, index]))
+            record = self.usable.records[number]
+            return example(record, (size,), _fields(record, self.prompts), np.random.default_rng([self.seed, index]))
         except FaultyRecord as fault:
             raise ConfigError(f"{fault}; repair it, or take it out") from fault
 
@@ -182,7 +185,7 @@ class Epoch:
         return found | ({"captions": record.texts} if record.texts else {})
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=64)  # a run opens every part of a mixture more than once
 def usable_records(options: FilesConfig, prompts: bool) -> Usable:
     """Looks at every record of a source, or reads it whole where faulty ones are to be skipped.
 
@@ -234,9 +237,9 @@ def _look(
     except FaultyRecord as fault:
         return fault
     check_excluded(record, excluded)
-    if not records.prompts and not shapes:
+    if not records.prompts and not shapes and not options.imageless:
         return None
-    nearest = options.sizes[0] if records.prompts else nearest_size(shapes[_main(record)], options.sizes)
+    nearest = options.sizes[0] if records.prompts or not shapes else nearest_size(shapes[_main(record)], options.sizes)
     return record.size or nearest, record.weight, _fields(record, records.prompts)
 
 

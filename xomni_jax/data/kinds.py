@@ -73,7 +73,7 @@ KINDS: dict[str, Kind] = {
         "my_images", "xomni_jax.data.image_folders:open_folder", lambda path, head: False,
     ),
     "text": Kind(
-        "JSON lines, a list in JSON, csv, tsv, or text with a prompt in every line", "train.jsonl",
+        "JSON lines, a list in JSON, csv, tsv, or plain text, a prompt or a text in every line", "train.jsonl",
         "xomni_jax.data.text_tables:open_text", _ending(*TEXT_SUFFIXES),
     ),
 }  # fmt: skip

@@ -54,12 +54,14 @@ class Columns:
       image: column of the image or its path, a.b inside nested ones; empty - the first usual name
       caption: column of the caption or prompt, likewise; of several, separated by commas, the first that a record has
       images: folder that holds the images, to which paths are relative unless they are absolute; empty - the one that holds the file
+      imageless: texts and conversations without an image are records, too; pretrain and sft learn from them
       text_targets: every text in double quotes, straight or curly, is a target that the image must show; a prompt without any is faulty
     """
 
     image: str = ""
     caption: str = ""
     images: str = ""
+    imageless: bool = False
     text_targets: bool = False
 
 
@@ -168,8 +170,8 @@ def _record(row: _Row, key: str, where: str, how: Columns, prompt: bool, rewards
         targets = targets | {"text": [text for text in quoted if text]}
         if not targets["text"]:
             raise FaultyRecord("no text in double quotes that the image is to show")
-    if not prompt and talk is None and not shown:
-        raise FaultyRecord(_lacks(row, "image", how.image, IMAGE_COLUMNS))
+    if not prompt and talk is None and not shown and not how.imageless:
+        raise FaultyRecord(_lacks(row, "image", how.image, IMAGE_COLUMNS) + " (config.data.imageless=True: learn from the text)")
     if not prompt and talk is not None and not any(role == "assistant" for role, _ in talk.turns):
         raise FaultyRecord("no answer of an assistant to learn from")
     weight, size, id = row.take("weight"), row.take("size"), row.take(*ID_COLUMNS)

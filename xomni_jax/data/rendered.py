@@ -20,11 +20,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from xomni_jax.core.config import check_known
+from xomni_jax.core.config import ConfigError, check_known
 from xomni_jax.data import glyphs, words
 from xomni_jax.data.sources import ENDLESS, DataSection
 
 PATCH = 8
+LARGEST = 256  # pixels of a side that a model may have which learns from this set
 COLOURS = {
     "red": (205, 35, 40),
     "green": (40, 150, 60),
@@ -121,6 +122,12 @@ class RenderedSource:
     Options: ClassVar[type] = RenderedConfig
 
     def __init__(self, options: RenderedConfig, seed: int, batch_size: int):
+        height, width = max(options.sizes, key=max)
+        if max(height, width) > LARGEST:
+            raise ConfigError(
+                f"config.data.source=rendered: a model of {height}x{width} pixels should learn from real images; name them with "
+                "config.data.source and config.data.path, or set config.data.source=rehearsal to try out the run on rendered signs"
+            )
         self.options, self.seed, self.batch_size = options, seed, batch_size
 
     def __len__(self) -> int:
@@ -129,6 +136,35 @@ class RenderedSource:
     def __getitem__(self, index: int) -> Example:
         size = draw_size(self.seed, index // self.batch_size, self.options)
         return render_example(self.seed, index, self.options, size)
+
+
+@dataclass(frozen=True)
+class RehearsalConfig:
+    """Signs of three to six letters, in images of the sizes that real ones have.
+
+    Attributes:
+      sizes: (height, width) of the images in pixels, multiples of 8; each is drawn equally often
+    """
+
+    sizes: tuple[Size, ...] = ((1152, 1152),)
+
+    @property
+    def signs(self) -> RenderedConfig:
+        """The distribution of the signs."""
+        n = len(self.sizes)
+        return RenderedConfig(sizes=self.sizes, weights=(1.0,) * n, text_lengths=((3, 6),) * n, shapes=0.0)
+
+
+class RehearsalSource(RenderedSource):
+    """Signs in place of real images, to try out the run of a large model; without labels of token cells, whose size models differ in."""
+
+    Options: ClassVar[type] = RehearsalConfig
+
+    def __init__(self, options: RehearsalConfig, seed: int, batch_size: int):
+        self.options, self.seed, self.batch_size = options.signs, seed, batch_size
+
+    def __getitem__(self, index: int) -> Example:
+        return {name: value for name, value in super().__getitem__(index).items() if name != "columns"}
 
 
 def draw_size(seed: int, index: int, config: RenderedConfig) -> Size:

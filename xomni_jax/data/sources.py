@@ -29,6 +29,9 @@ Example = dict[str, Any]
 class Source(Protocol):
     """Examples by index. Examples n * batch_size to (n + 1) * batch_size - 1 make up batch n and have images of one size.
 
+    A source may also have `fields`, the names of what all of its examples hold, `offered`, of what any of them holds, and `num_records`,
+    how many there are before they repeat; otherwise its first example and its length say so.
+
     Attributes:
       Options: frozen dataclass of what can be configured, with a field `sizes`: the (height, width) in pixels that images may have.
     """
@@ -65,9 +68,11 @@ SOURCES = Registry(
     "source",
     {
         "rendered": "xomni_jax.data.rendered:RenderedSource",
+        "rehearsal": "xomni_jax.data.rendered:RehearsalSource",
         "files": "xomni_jax.data.files:FilesSource",
         "prompts": "xomni_jax.data.files:PromptsSource",
         "codes": "xomni_jax.data.codes:CodesSource",
+        "mixture": "xomni_jax.data.mixture:MixtureSource",
     },
 )
 
@@ -96,6 +101,16 @@ class DataSection:
         """Fingerprint of the tokenizer that made the codes which the examples hold; empty where they hold images."""
         return getattr(self.options, "tokenizer", "")
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the parts of a mixture; none for any other source."""
+        return getattr(self.options, "names", ())
+
+    @property
+    def parts(self) -> tuple[DataSection, ...]:
+        """The parts of a mixture; any other source is alone."""
+        return getattr(self.options, "sections", (self,))
+
     def open(self, seed: int, batch_size: int) -> Source:
         """The source itself, its batches of `batch_size` examples."""
         source = SOURCES.get(self.source)(self.options, seed, batch_size)
@@ -122,7 +137,7 @@ class DataSection:
         if source == self.source:
             return DataSection(source, updated(options, changes, where), first)
         kind = getattr(checked(lambda: SOURCES.get(source), f"{where}.source"), "Options", None)
-        if kind is None or "sizes" not in field_types(kind):
+        if kind is None or not ("sizes" in field_types(kind) or hasattr(kind, "sizes")):
             raise ConfigError(f"{where}.source={source}: is no source: it has no Options with `sizes`, the (height, width) of its images")
         if isinstance(named, Text):  # on the command line: options in the file that are those of another source do not count
             changes = {key: value for key, value in changes.items() if key in field_types(kind) or isinstance(value, Text)}
@@ -224,27 +239,31 @@ def batches(
     transform: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     prefetch: int = 2,
     fields: Sequence[str] = (),
+    mixed: bool = False,
 ) -> grain.IterDataset:
     """Batches of a source as a grain IterDataset, endless unless `count` says how many.
 
     `batch_size` counts examples over all hosts; `rows` are those of every batch that this host loads (None: all), so that batches do
     not depend on the number of hosts, nor does an iterator's state: it counts batches. `transform` maps a collated batch (see `collate`),
     whose ids stay.
-    `fields` are those that the caller reads of every example; ConfigError when the source does not give them.
+    `fields` are those that the caller reads of every example; `a|b` means either. `mixed`: the caller takes examples that lack some of
+    them, or images, and images of several sizes in one batch. ConfigError when the source does not give what is needed.
     One thread loads `prefetch` batches ahead; 0 loads in the caller's thread. Iterators have `get_state()` and `set_state()`.
     """
     import grain  # takes seconds, and commands that only render examples do without it
 
     rows = range(batch_size) if rows is None else tuple(rows)
     source = data.open(seed, batch_size)
-    given = source[0] if fields else {}
-    missing = [name for name in fields if name not in given]
+    given = fields_of(source, "offered" if mixed else "fields") if fields else ()
+    missing = [name.split("|")[0] for name in fields if not set(name.split("|")) & set(given)]
     if missing:
         raise ConfigError(
             f"config.data.source={data.source}: its examples have no {', '.join(missing)}, which this stage learns from, but only "
             f"{', '.join(sorted(given))}; add what is missing, or set the share or weight of what needs it to 0"
         )
-    examples = source if len(source) >= ENDLESS else grain.MapDataset.source(source).shuffle(seed).repeat()
+    if data.names and not mixed and len(set(data.sizes)) > 1:
+        raise ConfigError(f"config.data.parts: images of the sizes {data.sizes} meet in one batch; this stage needs one size, so give one")
+    examples = endless(source, seed)
 
     def batch(number: int) -> dict[str, Any]:
         return collate([examples[int(number) * batch_size + row] for row in rows])
@@ -255,12 +274,29 @@ def batches(
     return dataset.to_iter_dataset(grain.ReadOptions(num_threads=1 if prefetch else 0, prefetch_buffer_size=prefetch))
 
 
+def endless(source: Source, seed: int) -> Any:
+    """The examples of a source by any index: a finite one is shuffled anew in every epoch."""
+    import grain
+
+    return source if len(source) >= ENDLESS else grain.MapDataset.source(source).shuffle(seed).repeat()
+
+
+def fields_of(source: Source, of: str) -> frozenset[str]:
+    """The names of what all examples of a source hold (`of` = "fields") or any of them ("offered")."""
+    source = source.source if isinstance(source, Repeated) else source
+    return getattr(source, of) if hasattr(source, of) else frozenset(source[0])
+
+
 def first_batch(data: DataSection, seed: int, batch_size: int) -> dict[str, Any]:
     """The first batch of a source, collated."""
     return next(iter(batches(data, seed, batch_size, prefetch=0)))
 
 
 def collate(examples: Sequence[Example]) -> dict[str, Any]:
-    """Examples of one batch -> one dict: arrays stacked, everything else as lists."""
-    columns = {key: [example[key] for example in examples] for key in examples[0]}
-    return {key: np.stack(values) if isinstance(values[0], np.ndarray) else values for key, values in columns.items()}
+    """Examples of one batch -> one dict: arrays of one shape stacked, everything else as lists, with None where an example lacks it."""
+    columns = {key: [example.get(key) for example in examples] for key in dict.fromkeys(key for example in examples for key in example)}
+    return {key: np.stack(values) if _stackable(values) else values for key, values in columns.items()}
+
+
+def _stackable(values: Sequence[Any]) -> bool:
+    return all(isinstance(value, np.ndarray) for value in values) and len({value.shape for value in values}) == 1

@@ -67,9 +67,12 @@ def look(data: DataSection, seed: int, model: XOmni | None, show: int, read: int
     for key in range(min(read, len(records))):
         try:
             example = records[key]
+            if not {"image", "codes"} & example.keys():
+                raise ValueError("it has no image")
         except (ValueError, OSError) as error:
             found.rejected[key] = str(error)
             continue
+        example.setdefault("caption", example.get("question", ""))  # a conversation need not have a caption
         found.keys.append(key)
         found.captions.append(example["caption"])
         found.lengths.append(len(text.encode_text(example["caption"])))

@@ -14,12 +14,14 @@ class PackedBatch(NamedTuple):
     """Rows of fixed length, all [B, L].
 
     `segments`: 1, 2, ... per sequence, 0 for padding. `positions` start at 0 in every segment. `loss`: True where the token is a target.
+    `members`: index of the sequence that the token belongs to, -1 for padding.
     """
 
     ids_BL: np.ndarray
     segments_BL: np.ndarray
     positions_BL: np.ndarray
     loss_BL: np.ndarray
+    members_BL: np.ndarray
 
 
 class Targets(NamedTuple):
@@ -32,42 +34,39 @@ class Targets(NamedTuple):
 
 
 def pack(sequences: Sequence[TokenSequence], length: int, pad: int, rows: int | None = None) -> tuple[PackedBatch, list[int]]:
-    """Greedy first fit in the given order -> the batch, and the indices of the sequences left over.
+    """First fit, longest first -> the batch, and the indices of the sequences left over, among them those longer than a row.
+
+    With a number of rows, the sequences that come first and together have as many tokens as the rows go first; the others take the room
+    that is left. Otherwise short sequences would be left over more often than long ones.
 
     Args:
       rows: exact number of rows; sequences that do not fit are left over. By default rows are added as needed.
-
-    Raises:
-      ValueError: a sequence is longer than a row.
     """
-    free: list[int] = [length] * (rows or 0)
-    content: list[list[int]] = [[] for _ in free]
-    left = []
-    for i, sequence in enumerate(sequences):
-        n = len(sequence.ids_L)
-        if n > length:
-            raise ValueError(f"Sequence {i} has {n} tokens, more than a row of {length}; raise the row length or cut it.")
-        row = next((r for r, space in enumerate(free) if n <= space), None)
-        if row is None and rows is None:
+    sizes = np.array([len(sequence.ids_L) for sequence in sequences], int)
+    later = np.cumsum(np.where(sizes <= length, sizes, 0)) > (sizes.sum() if rows is None else rows * length)
+    free, content, left = [length] * (rows or 0), [[] for _ in range(rows or 0)], []
+    for i in np.lexsort((-sizes, later)).tolist():
+        row = next((r for r, space in enumerate(free) if sizes[i] <= space), None)
+        if row is None and rows is None and sizes[i] <= length:
             row = len(free)
             free.append(length)
             content.append([])
         if row is None:
             left.append(i)
         else:
-            free[row] -= n
+            free[row] -= sizes[i]
             content[row].append(i)
 
-    ids, segments, positions = (np.full((len(free), length), v, np.int32) for v in (pad, 0, 0))
+    ids, segments, positions, members = (np.full((len(free), length), v, np.int32) for v in (pad, 0, 0, -1))
     loss = np.zeros((len(free), length), bool)
-    for r, members in enumerate(content):
+    for r, row in enumerate(content):
         at = 0
-        for segment, i in enumerate(members, start=1):
-            n = len(sequences[i].ids_L)
-            ids[r, at : at + n], loss[r, at : at + n] = sequences[i].ids_L, sequences[i].loss_L
-            segments[r, at : at + n], positions[r, at : at + n] = segment, np.arange(n)
-            at += n
-    return PackedBatch(ids, segments, positions, loss), left
+        for segment, i in enumerate(row, start=1):
+            here = slice(at, at + sizes[i])
+            ids[r, here], loss[r, here] = sequences[i]
+            segments[r, here], positions[r, here], members[r, here] = segment, np.arange(sizes[i]), i
+            at += sizes[i]
+    return PackedBatch(ids, segments, positions, loss, members), sorted(left)
 
 
 def targets(batch: PackedBatch, vocab_size: int, image_vocab_size: int) -> Targets:

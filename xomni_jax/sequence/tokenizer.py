@@ -6,6 +6,7 @@ k is id `vocab_size + k`, and the three special tokens, looked up by name, lie b
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections.abc import Sequence
@@ -118,7 +119,7 @@ class MultimodalTokenizer:
     def generation_sequence(self, prompt: str, codes_YX: np.ndarray) -> TokenSequence:
         """Prompt and image for training. Targets are the codes; `<EOM>` is appended and never predicted, and so is not a target."""
         ids_L = np.concatenate([self.encode_text(prompt), self.image_ids(codes_YX)])
-        return TokenSequence(ids_L, (ids_L >= self.vocab_size) & (ids_L < self.vocab_size + self.image_vocab_size))
+        return TokenSequence(ids_L, self._is_code(ids_L))
 
     def text_sequence(self, text: str) -> TokenSequence:
         """Plain text for training, closed by the end of turn; every token but the first is a target."""
@@ -128,17 +129,48 @@ class MultimodalTokenizer:
     def understanding_prompt(self, codes_YX: np.ndarray, question: str) -> np.ndarray:
         """Prompt of an answer: image and question as the user's turn of the tokenizer's chat template, then the start of the
         assistant's turn -> ids [L]."""
-        question_L, image_L = self.encode_text("\n" + question), self.image_ids(codes_YX)
-        turn = self.text.apply_chat_template([{"role": "user", "content": IMAGE}], tokenize=False, add_generation_prompt=True)
-        # The tokenizer splits text at special tokens, so this is equal to tokenising the whole turn, with the 5,184 names of the codes.
-        before_L, after_L = map(self._encode, turn.split(IMAGE))
-        return np.concatenate([before_L, image_L, question_L, after_L]).astype(np.int32)
+        before_L, after_L = self._template(("user",), True)
+        return np.concatenate([before_L, self.image_ids(codes_YX), self.encode_text("\n" + question), after_L]).astype(np.int32)
 
     def understanding_sequence(self, codes_YX: np.ndarray, question: str, answer: str) -> TokenSequence:
         """Image, question and answer for training. Targets are the answer and the end of turn."""
-        prompt_L = self.understanding_prompt(codes_YX, question)
-        answer_L = np.append(self.encode_text(answer), np.int32(self.end_of_turn))
-        return TokenSequence(np.concatenate([prompt_L, answer_L]), np.arange(len(prompt_L) + len(answer_L)) >= len(prompt_L))
+        return self.conversation_sequence([("user", [codes_YX, "\n" + question]), ("assistant", [answer])])
+
+    def conversation_sequence(self, turns: Sequence[tuple[str, Sequence[str | np.ndarray]]]) -> TokenSequence:
+        """A conversation for training, in the tokenizer's chat template.
+
+        Targets are the texts of the assistant with their ends of turn, and the codes of the images it shows; of these the size and the
+        special tokens are no targets, as in `generation_sequence`. It ends with the last answer.
+
+        Args:
+          turns: (system | user | assistant, texts and codes [Y, X] in their order).
+        """
+        last = max(i for i, (role, _) in enumerate(turns) if role == "assistant")
+        turns = turns[: last + 1]
+        pieces = self._template(tuple(role for role, _ in turns), False)
+        ids, loss = [pieces[0]], [np.zeros(len(pieces[0]), bool)]
+        for (role, content), after_L in zip(turns, pieces[1:], strict=True):
+            learned = role == "assistant"
+            for part in content:
+                ids.append(self.encode_text(part) if isinstance(part, str) else self.image_ids(part))
+                loss.append(self._is_code(ids[-1]) & learned if not isinstance(part, str) else np.full(len(ids[-1]), learned))
+            ids.append(after_L)
+            loss.append((np.arange(len(after_L)) == 0) & learned)  # the end of the turn, which the template puts first
+        cut = len(ids[-1]) - 1  # behind the last end of turn
+        return TokenSequence(np.concatenate(ids).astype(np.int32)[: -cut or None], np.concatenate(loss)[: -cut or None])
+
+    @functools.cache  # noqa: B019 - one tokenizer lives as long as its program
+    def _template(self, roles: tuple[str, ...], answer_next: bool) -> list[np.ndarray]:
+        """The ids of the chat template before, between and after the contents of turns.
+
+        The tokenizer splits text at special tokens, so contents may be tokenised apart from them, without spelling out names of codes.
+        """
+        turns = [{"role": role, "content": IMAGE} for role in roles]
+        text = self.text.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer_next)
+        return [np.array(self._encode(piece), np.int32) for piece in text.split(IMAGE)]
+
+    def _is_code(self, ids_L: np.ndarray) -> np.ndarray:
+        return (ids_L >= self.vocab_size) & (ids_L < self.vocab_size + self.image_vocab_size)
 
     def _encode(self, text: str) -> list[int]:
         return self.text.encode(text, add_special_tokens=False)

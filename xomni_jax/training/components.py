@@ -141,13 +141,16 @@ def open_model(init_from: str, needed: tuple[str, ...], mesh: jax.sharding.Mesh,
 
 
 def check_codes(data: DataSection, model: XOmni) -> None:
-    """Refuses codes that another tokenizer made than that of the model; frees the tokenizer, which codes do without."""
-    if data.tokenizer:
+    """Refuses codes that another tokenizer made than that of the model; frees the tokenizer where all data are codes."""
+    stored = [part for part in data.parts if part.tokenizer]
+    if stored:
         own = fingerprint("siglip_vq", model.params("siglip_vq"), model.config("siglip_vq"))
+    if stored and len(stored) == len(data.parts):
         model.release("siglip_vq")
-        if own != data.tokenizer:
+    for part in stored:
+        if own != part.tokenizer:
             raise ConfigError(
-                f"config.data: the codes of {data.options.path} are those of tokenizer {data.tokenizer}, but config.init_from={model.path} "
+                f"config.data: the codes of {part.options.path} are those of tokenizer {part.tokenizer}, but config.init_from={model.path} "
                 f"has tokenizer {own}; start from the model that made the codes, or tokenize the images again"
             )
 

@@ -17,7 +17,7 @@ from xomni_jax.core.preemption import StopSignal
 from xomni_jax.core.program import Program, Programs
 from xomni_jax.data.preprocess import to_pixels
 from xomni_jax.data.rendered import SIGNS
-from xomni_jax.data.sources import DataSection, batches, first_batch
+from xomni_jax.data.sources import DataSection, batches, fields_of, first_batch
 from xomni_jax.models import transformer, work
 from xomni_jax.models.lora import LoRAConfig, join
 from xomni_jax.models.section import ModelSection
@@ -26,7 +26,7 @@ from xomni_jax.sampling.keys import NOISE, image_keys
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sequence.tokenizer import MultimodalTokenizer
 from xomni_jax.sharding import abstract
-from xomni_jax.sharding.arrays import local_rows, share, spread, whole
+from xomni_jax.sharding.arrays import local_rows, rows_of, share, spread, whole
 from xomni_jax.training.accumulate import gradient
 from xomni_jax.training.adapters import export_trained, frozen_base, learned_params
 from xomni_jax.training.components import (
@@ -47,6 +47,8 @@ from xomni_jax.training.stage import GRID_SEED, RunConfig, RunningStage
 from xomni_jax.training.state import TrainState, new_state
 
 GRID_PROMPTS = 8
+# What sequences are made of, beside images; `source` and `epoch` are there in a mixture.
+TEXT_FIELDS = ("id", "caption", "question", "answer", "turns", "system", "source", "epoch")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,13 +85,19 @@ def make_update(net: nn.Module, optimizer: Optimizer, cfg: PretrainRun) -> Calla
 
     def update(state: TrainState, base, batch):
         def loss(params, rows):
-            return next_token_loss(net, join(base, params, cfg.lora.scale), rows, batch, cfg.next_token)
+            return next_token_loss(net, join(base, params, cfg.lora.scale), rows, batch, cfg.next_token, cfg.data.names)
 
         grads, metrics, _ = gradient(loss, state.params, batch, cfg.accumulate)
         state, optim = state.apply(optimizer, grads)
         return state, metrics | optim
 
     return jax.jit(update, donate_argnums=0)
+
+
+def grid_data(data: DataSection, seed: int) -> DataSection | None:
+    """The data for whose captions images are drawn: of a mixture the first part whose examples all have a caption and an image."""
+    held = ((part, fields_of(part.open(seed, GRID_PROMPTS), "fields")) for part in data.parts)
+    return next((part for part, fields in held if "caption" in fields and {"image", "codes"} & fields), None)
 
 
 def sample_grid(
@@ -110,9 +118,9 @@ def sample_grid(
     return tile(np.concatenate([images, real]), columns=GRID_PROMPTS)
 
 
-def text_fields(cfg: NextTokenConfig) -> tuple[str, ...]:
-    """What the mixture reads of every example, beside its image or codes."""
-    return ("id", "caption", *(("question", "answer") if cfg.understanding else ()))
+def needed_fields(cfg: NextTokenConfig) -> tuple[str, ...]:
+    """What the data must offer, beside images or codes."""
+    return ("id", "caption|turns", *(("question", "answer") if cfg.understanding else ()))
 
 
 def packed_batch(
@@ -126,16 +134,60 @@ def packed_batch(
     Args:
       rows: of the batch, those that this process has loaded; None if it has loaded all.
     """
-    c, mesh = cfg.next_token, model.mesh
-    stored = bool(cfg.data.tokenizer)
-    images = examples["codes"] if stored else to_pixels(examples["image"])
-    images = images if rows is None else spread(mesh, images, cfg.batch_size)
-    codes = np.asarray(whole(jnp.asarray(images) if stored else model.encode_pixels(images)))
-    texts = share({name: examples[name] for name in text_fields(c)}, rows, cfg.batch_size)
+    c, mesh, sources = cfg.next_token, model.mesh, cfg.data.names
+    codes = encode_images(model, [images_of(examples, i) for i in range(len(examples["id"]))], rows, cfg.batch_size)
+    lacking = [None] * len(examples["id"])  # what no example of this process has, those of another may have
+    texts = share({name: examples.get(name, lacking) for name in TEXT_FIELDS}, rows, cfg.batch_size)
     rng = np.random.default_rng([cfg.seed, *map(ord, texts["id"][0])])
-    packed, counts = pack_batch(build_sequences(texts, codes, text, c, rng), text, c)
+    source_of = [sources.index(name) for name in texts["source"]] if sources else []
+    packed, counts = pack_batch(build_sequences(texts, codes, text, c, rng), text, c, sources, source_of)
+    counts |= {f"data/epoch/{name}": epoch for name, epoch in zip(texts["source"], texts["epoch"], strict=True) if epoch is not None}
     own = local_rows(mesh, c.rows)
     return spread(mesh, jax.tree.map(lambda x: x[own], packed), c.rows), counts
+
+
+def images_of(examples: dict[str, Any], i: int) -> list[np.ndarray]:
+    """The images (uint8 [H, W, 3], or codes [Y, X]) that an example's sequence shows: all of a conversation, otherwise the main one."""
+    names = ("images", "image", "codes", "turns")
+    every, image, codes, turns = (examples[name][i] if name in examples else None for name in names)
+    return every if turns and every else [x for x in (image, codes) if x is not None][:1]
+
+
+def encode_images(
+    model: XOmni, images: Sequence[Sequence[np.ndarray]], rows: Sequence[int] | None, batch_size: int
+) -> list[list[np.ndarray]]:
+    """The codes [Y, X] of every image of a batch, on every process; what is codes already only travels.
+
+    Images of one size are encoded in batches of one shape, filled up with black: `batch_size`, halved while that suffices.
+
+    Args:
+      images: of the examples that this process has loaded, those in `rows` of the batch; None if it has loaded all.
+    """
+    mesh, loaded = model.mesh, range(batch_size) if rows is None else rows
+    shapes = share({"shapes": [[image.shape for image in own] for own in images]}, loaded, batch_size)["shapes"]
+    codes: list[list[Any]] = [[None] * len(own) for own in shapes]
+    for size in dict.fromkeys(tuple(shape) for own in shapes for shape in own):
+        # Of every process the places of its images of this size; all know them, so that all make the same calls.
+        held = {
+            process: [(row, n) for row in own for n, shape in enumerate(shapes[row]) if tuple(shape) == size]
+            for process, own in rows_of(mesh, batch_size).items()
+        }
+        most, call = max(map(len, held.values())), batch_size
+        while call % (2 * model.num_data_shards) == 0 and call // 2 >= most * len(held):
+            call //= 2
+        own, slots = [image for example in images for image in example if image.shape == size], rows_of(mesh, call)
+        room = len(slots[jax.process_index()])
+        for start in range(0, most, room):
+            batch = np.zeros((room, *size), np.uint8 if len(size) == 3 else np.int32)
+            for n, image in enumerate(own[start : start + room]):  # none, where only other processes have images of this size
+                batch[n] = image
+            batch = to_pixels(batch) if len(size) == 3 else batch
+            batch = batch if rows is None else spread(mesh, batch, call)
+            found = whole(model.encode_pixels(batch) if len(size) == 3 else jnp.asarray(batch))
+            for process, places in held.items():
+                for (row, n), slot in zip(places[start : start + room], slots[process], strict=False):
+                    codes[row][n] = found[slot]
+    return codes
 
 
 class PretrainStage:
@@ -155,10 +207,10 @@ class PretrainStage:
         language = not base and any(name.startswith("language/") for name in optimizer.trained(state.params))
         B, L, M = c.rows, c.row_length, max(1, int(c.row_length * c.target_share))
         ids, flags = lambda *shape: abstract.rows(mesh, shape, jnp.int32), lambda *shape: abstract.rows(mesh, shape, jnp.bool_)
-        targets = (ids(B, M), ids(B, M), flags(B, M))
+        targets, sources = (ids(B, M), ids(B, M), flags(B, M)), [ids(B, M)] * 2 if cfg.data.names else []
         update = Program(
             guarded(make_update(transformer.ARTransformer(ar), optimizer, cfg), cfg.guard),
-            (state, base, PackedTargets(ids(B, L), ids(B, L), ids(B, L), *targets, *targets)),
+            (state, base, PackedTargets(ids(B, L), ids(B, L), ids(B, L), *targets, *targets, *sources)),
             f"{B} packed rows of {L} tokens, {M} targets of each kind a row",
             work.next_token(ar, B, L, M, language, c.chunk, mesh.shape),
             uses=("state", "base"),
@@ -194,19 +246,19 @@ class PretrainStage:
         def step(state: TrainState, batch: tuple[PackedTargets, dict[str, float]], number: int):
             packed, counts = batch
             state, metrics = update(state, base, packed)
-            return state, metrics | counts
+            absent = {f"loss/source/{name}" for name in cfg.data.names if not counts[f"data/targets/{name}"]}
+            return state, {name: value for name, value in metrics.items() if name not in absent} | counts
 
-        kind = "codes" if cfg.data.tokenizer else "image"
-        draws = "mmdit" in model.description["components"]
+        shown = grid_data(cfg.data, cfg.seed) if "mmdit" in model.description["components"] else None
         return RunningStage(
             state,
             DataIterator(
-                batches(cfg.data, cfg.seed, cfg.batch_size, rows=rows, fields=(kind, *text_fields(cfg.next_token))),
+                batches(cfg.data, cfg.seed, cfg.batch_size, rows=rows, fields=needed_fields(cfg.next_token), mixed=True),
                 functools.partial(packed_batch, cfg, model, text, rows),
             ),
             step,
             lambda state, directory, note: export_trained(directory, {"transformer": (state.params, ar)}, lora, model, note),
-            functools.partial(sample_grid, model, ar, cfg.data, cfg.seed, whole_params) if draws else None,
+            functools.partial(sample_grid, model, ar, shown, cfg.seed, whole_params) if shown else None,
             items_per_step=cfg.batch_size,
             flops=lambda: flops.total,
         )

@@ -11,6 +11,7 @@ from xomni_jax.core.config import ConfigError
 from xomni_jax.core.distributed import connect, description
 from xomni_jax.core.preemption import StopSignal
 from xomni_jax.core.process_group import ProcessGroup
+from xomni_jax.data.mixture import summary
 from xomni_jax.training.dry_run import report as dry_run_report
 from xomni_jax.training.loop import train
 from xomni_jax.training.operations import placement, say
@@ -36,7 +37,7 @@ def run_stage(
         check_continues(cfg)
         connect(mesh)
         stage = STAGES.get(cfg.stage).make(cfg, mesh, stop)
-        say("\n".join(["weights:", *placement(stage.state.params, mesh)]))
+        say("\n".join(["weights:", *placement(stage.state.params, mesh), *summary(cfg.data, cfg.seed, cfg.batch_size, cfg.steps)]))
         if dry_run:
             with closing(stage):
                 for line in dry_run_report(cfg, stage, mesh):

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -113,16 +113,16 @@ class Shard:
         os.replace(part, self.path)
         counts = [(y * patch, x * patch, len(keys)) for (y, x), keys in sizes.items()]
         about = {"file": self.path.name, "records": len(self.codes), "bytes": self.path.stat().st_size, "sha256": digest, "sizes": counts}
-        fields = common_fields(self.examples.values())
         rejected = [{"key": key, "reason": reason} for key, reason in sorted(self.rejected.items())]
-        write_json(self.path.with_suffix(".json"), about | {"fields": fields, "rejected": rejected})
+        write_json(self.path.with_suffix(".json"), about | held_fields(self.examples.values()) | {"rejected": rejected})
         self.examples.clear()  # a data set may be larger than the memory
         self.codes.clear()
 
 
-def common_fields(examples: Collection[Iterable[str]]) -> list[str]:
-    """The fields that all of some examples have; none where there is no example."""
-    return sorted(set.intersection(*map(set, examples)) if examples else ())
+def held_fields(examples: Iterable[Iterable[str]]) -> dict[str, list[str]]:
+    """`fields`: the names of what all examples hold; `offered`: of what any of them holds."""
+    held = [set(example) for example in examples] or [set()]
+    return {"fields": sorted(set.intersection(*held)), "offered": sorted(set.union(*held))}
 
 
 def tokenize(cfg: RunConfig, options: TokenizeConfig, process: int = 0, processes: int = 1) -> str:
@@ -226,7 +226,9 @@ def loaded(records: Examples, sizes: Sequence[tuple[int, int]], shards: Sequence
             example = dict(records[int(key)])
         except (ValueError, OSError) as error:
             return None, None, str(error)
-        image = example.pop("image")
+        image = example.pop("image", None)
+        if image is None:
+            return None, None, "it has no image"
         if image.shape[:2] not in sizes:
             return None, None, f"an image of {image.shape[0]}x{image.shape[1]} pixels, which is none of config.data.sizes"
         return example, to_pixels(image), ""
@@ -296,7 +298,8 @@ def write_index(out: Path, settings: dict[str, Any], shards: Sequence[Shard]) ->
         return f"{len(summaries)} of {len(shards)} shards are finished in {out}; the process that finishes the last one writes {INDEX}"
     rejected = [line for summary in summaries for line in summary.pop("rejected")]
     write_rejected(out, rejected)
-    fields = ["codes", *common_fields([summary.pop("fields") for summary in summaries if summary["records"]])]
+    full = [summary for summary in summaries if summary["records"]]
+    held = {name: ["codes", *held_fields(summary[name] for summary in full)[name]] for name in ("fields", "offered")}
     sizes: dict[tuple[int, int], int] = defaultdict(int)
     for height, width, count in (row for summary in summaries for row in summary["sizes"]):
         sizes[height, width] += count
@@ -304,7 +307,7 @@ def write_index(out: Path, settings: dict[str, Any], shards: Sequence[Shard]) ->
     counts = {"examples": examples, "rejected": len(rejected), "sizes": [(*size, n) for size, n in sizes.items()]}
     for part in out.glob(".codes-*"):  # of processes that were killed
         part.unlink()
-    write_json(out / INDEX, settings | counts | {"fields": fields, "shards": summaries})
+    write_json(out / INDEX, settings | counts | held | {"shards": summaries})
     size = bytes_text(sum(summary["bytes"] for summary in summaries))
     listed = f", {len(rejected)} rejected (listed in {REJECTED})" if rejected else ""
     return f"{examples} examples in {len(shards)} shards, {size}{listed}: {out}"

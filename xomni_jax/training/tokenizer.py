@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import reduce
 from jax.sharding import Mesh
 
 from xomni_jax.core.config import BelowOne, ConfigError, Count, Natural, NonNegative, Share
@@ -53,7 +54,7 @@ class TokenizerConfig:
       usage_decay: decay of the running average of code usage
       text_length: tokens of question and answer
       answer_weight: weight of the loss of the answers
-      dense_weight: weight of the loss of the label of every token
+      dense_weight: weight of the loss of the label of every token; of images without labels, its colour
       quantizer_weight: weight of the quantiser's own losses
     """
 
@@ -94,7 +95,7 @@ class TokenizerRun(RunConfig):
 def learning_batch(text: MultimodalTokenizer, length: int, patch: int, examples: dict[str, Any]) -> dict[str, np.ndarray]:
     """The batch of `understanding.tokenizer_loss`: question, newline, answer, end of turn as ids, cut at `length`, the answer masked in.
 
-    Labels of the dense task are all 0 where the data have none.
+    Where the data have no labels for the dense task, the label of a token is the mean colour of its patch, see `colour_labels`.
     """
     n = len(examples["question"])
     ids_BL, mask_BL = np.full((n, length), text.pad, np.int32), np.zeros((n, length), bool)
@@ -103,8 +104,15 @@ def learning_batch(text: MultimodalTokenizer, length: int, patch: int, examples:
         ids = np.concatenate([asked, text.encode_text(answer), [text.end_of_turn]])[:length]
         ids_BL[i, : len(ids)], mask_BL[i, len(asked) : len(ids)] = ids, True
     pixels = to_pixels(examples["image"])
-    columns = examples.get("columns", np.zeros((n, *(side // patch for side in pixels.shape[1:3])), np.int32))
+    columns = examples["columns"] if "columns" in examples else colour_labels(pixels, patch)
     return {"pixels": pixels, "columns": columns, "ids": ids_BL, "loss_mask": mask_BL}
+
+
+def colour_labels(pixels_BHWC: np.ndarray, patch: int) -> np.ndarray:
+    """Images in [-1, 1] -> the mean colour of every patch as one of 5 x 5 x 5, counted from 1: int32 [B, Y, X]."""
+    mean_BYXC = reduce(pixels_BHWC, "b (y p) (x q) c -> b y x c", "mean", p=patch, q=patch)
+    levels_BYXC = np.clip(np.floor((mean_BYXC + 1) * 2.5), 0, 4).astype(np.int32)
+    return levels_BYXC @ np.array([25, 5, 1], np.int32) + 1
 
 
 def make_update(
@@ -133,6 +141,7 @@ def init_params(learner: understanding.TokenizerLearner, seed: int, size: tuple[
 
 def even_usage(vq: siglip_vq.SigLIPVQConfig) -> dict[str, jax.Array]:
     """The running usage of codes before anything is known."""
+    # With its dtype: a weakly typed array would make the second step compile anew.
     return {"usage": jnp.full((vq.codebook_size,), 1.0 / vq.codebook_size, jnp.float32)}
 
 
@@ -195,7 +204,7 @@ class TokenizerStage:
         load = functools.partial(
             batches, cfg.data, batch_size=cfg.batch_size, rows=local_rows(mesh, cfg.batch_size),
             transform=functools.partial(learning_batch, MultimodalTokenizer.load(), c.text_length, vq.patch),
-            fields=("image", "question", "answer", *(("columns",) if c.dense_weight else ())),
+            fields=("image", "question", "answer"),
         )  # fmt: skip
 
         def to_mesh(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
