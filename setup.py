@@ -52,6 +52,7 @@ TEST = [
     "kubernetes-validate>=1.34,<2",
 ]
 PLAN = ["jax[tpu]>=0.10,<0.13"]  # brings libtpu, the TPU compiler, which needs no TPU
+WANDB = ["wandb>=0.31,<0.40"]  # sends metrics to Weights & Biases
 TENSORBOARD = ["tensorboard>=2.18,<3"]  # shows the curves that a training writes
 PARITY = ["torch>=2.13,<2.14", "diffusers>=0.34,<0.50", "sentencepiece>=0.2,<0.3", "peft>=0.17,<0.30"]
 
@@ -73,6 +74,7 @@ setup(
         "rewards": REWARDS,
         "plan": PLAN,
         "tensorboard": TENSORBOARD,
+        "wandb": WANDB,
         "gcs": ["gcsfs>=2024.6,<2028"],  # training data in buckets, read in place
         "eval": EVAL,
         "compbench": COMPBENCH,

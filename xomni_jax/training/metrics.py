@@ -1,18 +1,23 @@
-"""Metrics of a run: a file of JSON lines, TensorBoard, and a progress line."""
+"""Metrics and images of a run: files, TensorBoard, Weights & Biases, and a progress line."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from PIL import Image
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from xomni_jax.core.config import ConfigError
 from xomni_jax.core.distributed import gather_json
+from xomni_jax.training.stage import Grid
 
 # Metrics that the progress line shows.
 LOSSES = ("loss/total", "loss/flow", "loss/grpo", "loss/image")
@@ -20,18 +25,21 @@ SHOWN = LOSSES + ("accuracy/dense_labelled", "accuracy/answer", "reward/total/me
 
 
 class MetricWriter:
-    """Writes RUN/metrics.jsonl, one object per logged step, and RUN/tensorboard. Only process 0 writes, since metrics are global."""
+    """Writes RUN/metrics.jsonl, one object per logged step, RUN/images, RUN/tensorboard, and to a project of Weights & Biases.
 
-    def __init__(self, run_dir: str | Path, resume_step: int = 0):
+    A context; only process 0 writes, since metrics are global.
+    """
+
+    def __init__(self, run_dir: str | Path, resume_step: int = 0, project: str = ""):
         """Drops the lines after `resume_step`, whose steps will run again."""
-        self._path = Path(run_dir) / "metrics.jsonl"
-        self._writes = jax.process_index() == 0
+        self._dir, self._writes = Path(run_dir), jax.process_index() == 0
         if not self._writes:
             return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        drop_after(self._path, resume_step)
-        self._file = self._path.open("a")
-        self._board = SummaryWriter(str(Path(run_dir) / "tensorboard"), purge_step=resume_step + 1)
+        self._dir.mkdir(parents=True, exist_ok=True)
+        drop_after(self._dir / "metrics.jsonl", resume_step)
+        self._wandb = open_wandb(project, self._dir) if project else None
+        self._file = (self._dir / "metrics.jsonl").open("a")
+        self._board = SummaryWriter(str(self._dir / "tensorboard"), purge_step=resume_step + 1)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Records the scalars of one step. In the JSON a number that is not finite becomes null."""
@@ -42,17 +50,58 @@ class MetricWriter:
         self._file.flush()
         for name, value in scalars.items():
             self._board.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(dict(scalars), step=step)
 
-    def image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Records a uint8 [H, W, 3] image in TensorBoard."""
-        if self._writes:
-            self._board.add_image(name, image, step, dataformats="HWC")
+    def grid(self, step: int, grid: Grid) -> None:
+        """Records images as RUN/images/step_N.png, and the texts that belong to them as lines of step_N.jsonl."""
+        if not self._writes:
+            return
+        image, path = grid.image(), self._dir / "images" / f"step_{step:06d}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(image).save(path)
+        notes = "".join(json.dumps(note, ensure_ascii=False) + "\n" for note in grid.notes())
+        path.with_suffix(".jsonl").write_text(notes, encoding="utf-8")
+        self._board.add_image("samples", image, step, dataformats="HWC")
+        self._board.add_text("samples", textwrap.indent(notes, "    "), step)  # as it is, by the rules of Markdown
+        if self._wandb:
+            import wandb
 
-    def close(self) -> None:
-        """Closes the file and TensorBoard."""
+            self._wandb.log({"samples": wandb.Image(image, caption=notes)}, step=step)
+
+    def __enter__(self) -> MetricWriter:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         if self._writes:
             self._file.close()
             self._board.close()
+            if self._wandb:
+                self._wandb.finish(exit_code=int(error is not None))
+
+
+def check_wandb(project: str) -> None:
+    """ConfigError where the package that sends metrics to Weights & Biases is not installed, or knows no account to send them to."""
+    if importlib.util.find_spec("wandb") is None:
+        remedy = "pip install 'xomni_jax[wandb]' brings it, or leave config.wandb empty"
+        raise ConfigError(f"config.wandb={project}: the package wandb is not installed; {remedy}")
+    import wandb
+
+    if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False):
+        raise ConfigError(
+            f"config.wandb={project}: no login; run wandb login, or set WANDB_MODE=offline to keep it in RUN/wandb"
+        )
+
+
+def open_wandb(project: str, run_dir: Path) -> Any:
+    """The run of Weights & Biases that belongs to a run directory: its id is RUN/wandb_id, which a resumed run continues."""
+    import wandb
+
+    path = run_dir / "wandb_id"
+    if not path.is_file():
+        path.write_text(wandb.util.generate_id())
+    config = json.loads((run_dir / "config.json").read_text())
+    return wandb.init(project=project, id=path.read_text(), resume="allow", name=run_dir.name, dir=run_dir, config=config)
 
 
 def drop_after(path: Path, step: int) -> None:
