@@ -88,9 +88,7 @@ def check_wandb(project: str) -> None:
     import wandb
 
     if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False):
-        raise ConfigError(
-            f"config.wandb={project}: no login; run wandb login, or set WANDB_MODE=offline to keep it in RUN/wandb"
-        )
+        raise ConfigError(f"config.wandb={project}: no login; run wandb login, or set WANDB_MODE=offline to keep it in RUN/wandb")
 
 
 def open_wandb(project: str, run_dir: Path) -> Any:
