@@ -42,7 +42,8 @@ REWARDS = [
 ]
 EVAL = ["rapidfuzz>=3.9,<4"]
 COMPBENCH = EVAL + ["spacy>=3.7,<4"]  # T2I-CompBench reads phrases and nouns with it
-TEST = [
+WANDB = ["wandb>=0.31,<0.40"]  # sends metrics to Weights & Biases
+TEST = WANDB + [
     "pytest>=8,<10",
     "pytest-xdist>=3.6,<4",
     "msgpack>=1.0,<2",  # reads and writes the reward protocol independently of the package
@@ -52,7 +53,6 @@ TEST = [
     "kubernetes-validate>=1.34,<2",
 ]
 PLAN = ["jax[tpu]>=0.10,<0.13"]  # brings libtpu, the TPU compiler, which needs no TPU
-WANDB = ["wandb>=0.31,<0.40"]  # sends metrics to Weights & Biases
 TENSORBOARD = ["tensorboard>=2.18,<3"]  # shows the curves that a training writes
 PARITY = ["torch>=2.13,<2.14", "diffusers>=0.34,<0.50", "sentencepiece>=0.2,<0.3", "peft>=0.17,<0.30"]
 

@@ -22,10 +22,11 @@ class Counter:
     """Batches 0, 1, 2, ... with a state."""
 
     def __init__(self):
-        self.next, self.ids = 0, []
+        self.next, self.ids, self.waited = 0, [], 0.0
 
     def __next__(self):
         self.next += 1
+        self.waited += 0.5
         self.ids = [f"example {self.next - 1}"]
         return self.next - 1
 

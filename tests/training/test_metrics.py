@@ -1,9 +1,8 @@
-"""Metrics on disk survive crashes and resumes; the progress line shows rate and time left."""
+"""Metrics on disk survive crashes and resumes; what is shown of a run's progress has rate and time left."""
 
-import importlib.machinery
 import json
+import os
 import sys
-import types
 
 import numpy as np
 import pytest
@@ -93,59 +92,70 @@ def test_only_the_first_process_writes(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-class FakeWandb(types.ModuleType):
-    """What is used of Weights & Biases, and what it was told."""
-
-    def __init__(self, mode="offline", account=False):
-        super().__init__("wandb")
-        self.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
-        self.told, self.util = [], types.SimpleNamespace(generate_id=lambda: f"id{len(self.told)}")
-        self.setup = lambda: types.SimpleNamespace(settings=types.SimpleNamespace(mode=mode))
-        self.login = lambda prompt: account
-        self.Image = lambda image, caption: (image.shape, caption.count("\n"))
-
-    def init(self, **settings):
-        """A run that notes what it is told."""
-        self.told.append(settings)
-        return types.SimpleNamespace(
-            log=lambda values, step: self.told.append((step, values)), finish=lambda exit_code: self.told.append(exit_code)
-        )
+@pytest.fixture
+def wandb(tmp_path, monkeypatch):
+    """Weights & Biases without settings or account of whoever runs the tests."""
+    wandb = pytest.importorskip("wandb", reason="brought by the extra [wandb]")
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    wandb.teardown()
+    yield wandb
+    wandb.teardown()
 
 
-def test_a_resumed_run_is_one_run_of_weights_and_biases(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", wandb := FakeWandb())
-    (tmp_path / "config.json").write_text('{"seed": 5}')
-    write(tmp_path, (1,), project="signs")
-    with pytest.raises(FloatingPointError), MetricWriter(tmp_path, 1, "signs"):
-        raise FloatingPointError
-    first, scalars, grid, ended, second, failed = wandb.told
-    assert (
-        first == second and first["id"] == "id0" and (first["project"], first["config"], first["dir"]) == ("signs", {"seed": 5}, tmp_path)
-    )
-    assert scalars == (1, {"loss/total": 1.0, "optim/lr": 0.5}) and grid == (1, {"samples": ((14, 8, 3), 2)}) and (ended, failed) == (0, 1)
+def test_a_resumed_run_is_one_run_of_weights_and_biases(tmp_path, monkeypatch, wandb):
+    """Kept in the run directory when offline: scalars, images with their captions, and the configuration."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    check_wandb("signs")
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "config.json").write_text('{"warmth": 5}')
+    write(run_dir, (1,), project="signs")
+    write(run_dir, (2,), resume_step=1, project="signs")
+    wandb.teardown()  # its process writes on its own
+    name = (run_dir / "wandb_id").read_text()
+    first, second = sorted(run_dir.glob(f"wandb/offline-run-*/run-{name}.wandb"), key=lambda path: path.stat().st_mtime_ns)
+    for path in (first, second):
+        assert all(word in path.read_bytes() for word in (b"signs", b"warmth", b"loss/total", "红色".encode()))
+        assert len(list(path.parent.rglob("samples_*.png"))) == 1
 
 
-@pytest.mark.parametrize("found, words", [(None, r"not installed; pip install 'xomni_jax\[wandb\]'"), (FakeWandb("online"), "wandb login")])
-def test_what_weights_and_biases_lacks_is_said_before_the_run_begins(tmp_path, monkeypatch, found, words):
-    monkeypatch.setitem(sys.modules, "wandb", found)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: found)
-    with pytest.raises(ConfigError, match=f"config.wandb=signs: .*{words}"):
+def test_no_account_is_said_before_the_run_begins(tmp_path, monkeypatch, wandb):
+    monkeypatch.setenv("WANDB_MODE", "online")
+    with pytest.raises(ConfigError, match="config.wandb=signs: no login; run wandb login, or set WANDB_MODE=offline"):
         run_stage(RunConfig(stage="sft", run_dir=str(tmp_path / "run"), wandb="signs"))
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("wandb", [FakeWandb("online", account=True), FakeWandb("offline")])
-def test_an_account_is_needed_online_only(monkeypatch, wandb):
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    check_wandb("signs")
+def test_a_missing_package_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match=r"config.wandb=signs: the package wandb is not installed; pip install 'xomni_jax\[wandb\]'"):
+        check_wandb("signs")
 
 
-def test_progress_line(capsys):
-    """Stage, position, time left, watched numbers and items per second; starts where a resumed run does."""
-    bar = Progress("grpo", first=2, total=10, items_per_step=32)
-    bar.advance(3)
-    bar.show(6, {"loss/grpo": 0.123456, "grpo/kl": 0.01, "perf/step_s": 1.0})
-    bar.close()
-    text = capsys.readouterr().err.split("\r")[-1]
-    assert "grpo:" in text and "6/10" in text and "grpo=0.1235" in text and "grpo/kl=0.01" in text and "step_s" not in text
-    assert "<" in text, "time left"
+SHOWN = {"loss/grpo": 0.123456, "grpo/kl": 0.01, "optim/lr": 0.5, "perf/step_s": 2.0}
+
+
+def test_without_a_terminal_each_logged_step_is_a_plain_line(capsys):
+    progress = Progress("grpo", first=2, total=10, items_per_step=32)
+    progress.advance(3)
+    progress.show(6, SHOWN)
+    progress.say("step 6 was skipped")
+    progress.close()
+    told = capsys.readouterr()
+    assert told.out == "grpo 6/10, 00:08 left, loss 0.1235, grpo/kl 0.01, 2 s/step, 16 samples/s\nstep 6 was skipped\n" and not told.err
+
+
+def test_on_a_terminal_a_bar_says_the_same(capsys, monkeypatch):
+    """It starts where a resumed run does, and what is said meanwhile stands above it."""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    progress = Progress("grpo", first=2, total=10, items_per_step=32)
+    progress.show(6, SHOWN)
+    progress.say("step 6 was skipped")
+    progress.close()
+    told = capsys.readouterr()
+    first, last = told.err.split("\r")[1], told.err.split("\r")[-1]
+    assert first.startswith("grpo 2/10 |") and last.startswith("grpo 6/10 |")
+    assert " left, loss 0.1235, grpo/kl 0.01, 2 s/step, 16 samples/s" in last and told.out == "step 6 was skipped\n"

@@ -88,6 +88,7 @@ class Session:
         self.draw_grid()
         self.progress = Progress(run.stage, self.first, run.steps, stage.items_per_step)
         self.logged, self.logged_at, self.saved_at, self.compiling = self.first, time.perf_counter(), time.monotonic(), 0.0
+        self.waited = 0.0
 
     def resume(self) -> int:
         """Restores the newest checkpoint, if there is one; returns the number of steps that are made."""
@@ -156,8 +157,10 @@ class Session:
         """Writes the metrics of a step, with those of speed; the device has computed them."""
         now = time.perf_counter()
         seconds = now - self.logged_at
-        speed = {"perf/seconds": seconds, "perf/step_s": seconds / (self.step - self.logged)} | self.meter.scalars(seconds, self.compiling)
-        self.logged, self.logged_at = self.step, now
+        steps, waited = self.step - self.logged, self.stage.batches.waited
+        speed = {"perf/seconds": seconds, "perf/step_s": seconds / steps, "perf/data_s": (waited - self.waited) / steps}
+        speed |= self.meter.scalars(seconds, self.compiling)
+        self.logged, self.logged_at, self.waited = self.step, now, waited
         self.writer.write(self.step, scalars | speed)
         self.progress.show(self.step, scalars | speed)
 

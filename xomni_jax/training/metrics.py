@@ -1,9 +1,9 @@
-"""Metrics and images of a run: files, TensorBoard, Weights & Biases, and a progress line."""
+"""Metrics and images of a run: files, TensorBoard, Weights & Biases, and the progress shown."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,9 +17,10 @@ from tqdm import tqdm
 
 from xomni_jax.core.config import ConfigError
 from xomni_jax.core.distributed import gather_json
+from xomni_jax.training.operations import say
 from xomni_jax.training.stage import Grid
 
-# Metrics that the progress line shows.
+# Metrics that the progress shows.
 LOSSES = ("loss/total", "loss/flow", "loss/grpo", "loss/image")
 SHOWN = LOSSES + ("accuracy/dense_labelled", "accuracy/answer", "reward/total/mean", "grpo/kl")
 
@@ -81,25 +82,29 @@ class MetricWriter:
 
 
 def check_wandb(project: str) -> None:
-    """ConfigError where the package that sends metrics to Weights & Biases is not installed, or knows no account to send them to."""
-    if importlib.util.find_spec("wandb") is None:
+    """ConfigError where the package of Weights & Biases is not installed, or has no account to send metrics to."""
+    try:
+        import wandb
+    except ImportError:
         remedy = "pip install 'xomni_jax[wandb]' brings it, or leave config.wandb empty"
-        raise ConfigError(f"config.wandb={project}: the package wandb is not installed; {remedy}")
-    import wandb
-
-    if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False):
-        raise ConfigError(f"config.wandb={project}: no login; run wandb login, or set WANDB_MODE=offline to keep it in RUN/wandb")
+        raise ConfigError(f"config.wandb={project}: the package wandb is not installed; {remedy}") from None
+    try:
+        ready = wandb.setup().settings.mode != "online" or wandb.login(prompt=False)
+    except wandb.Error as e:
+        raise ConfigError(f"config.wandb={project}: {e}") from e
+    if not ready:
+        raise ConfigError(f"config.wandb={project}: no login; run wandb login, or set WANDB_MODE=offline to keep everything in RUN/wandb")
 
 
 def open_wandb(project: str, run_dir: Path) -> Any:
-    """The run of Weights & Biases that belongs to a run directory: its id is RUN/wandb_id, which a resumed run continues."""
+    """The run of Weights & Biases that belongs to a run directory. RUN/wandb_id has its id, under which a resumed run continues."""
     import wandb
 
-    path = run_dir / "wandb_id"
-    if not path.is_file():
-        path.write_text(wandb.util.generate_id())
-    config = json.loads((run_dir / "config.json").read_text())
-    return wandb.init(project=project, id=path.read_text(), resume="allow", name=run_dir.name, dir=run_dir, config=config)
+    path, config = run_dir / "wandb_id", json.loads((run_dir / "config.json").read_text())
+    known = path.read_text() if path.is_file() else None
+    run = wandb.init(project=project, id=known, resume="allow", name=run_dir.name, dir=run_dir, config=config)
+    path.write_text(run.id)
+    return run
 
 
 def drop_after(path: Path, step: int) -> None:
@@ -145,33 +150,37 @@ class SkippedSteps:
 
 
 class Progress:
-    """The progress line of process 0: steps, rate, time left, and some metrics."""
+    """What process 0 shows of a run's steps: a bar on a terminal, elsewhere a plain line for each logged step."""
 
     def __init__(self, stage: str, first: int, total: int, items_per_step: int):
-        self._items = items_per_step
+        self._stage, self._items = stage, items_per_step
         self._bar = tqdm(
-            total=total, initial=first, desc=stage, unit="step", dynamic_ncols=True, mininterval=0.5, smoothing=0.1,
-            disable=jax.process_index() != 0,
+            total=total, initial=first, desc=stage, dynamic_ncols=True, mininterval=0.5, smoothing=0.1,
+            bar_format="{desc} {n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}",
+            disable=jax.process_index() != 0 or not sys.stderr.isatty(),
         )  # fmt: skip
 
     def advance(self, step: int) -> None:
-        """Moves to `step`."""
+        """Moves the bar to `step`."""
         self._bar.update(step - self._bar.n)
 
     def show(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Moves to `step` and shows those of `scalars` that are in `SHOWN`."""
-        shown = {name.removeprefix("loss/"): f"{scalars[name]:.4g}" for name in SHOWN if name in scalars}
-        rate = self._bar.format_dict.get("rate")
-        if rate:
-            shown["items/s"] = f"{rate * self._items:.1f}"
-        self._bar.set_postfix(shown, refresh=False)
-        self.advance(step)
+        """Shows those of the `scalars` of a step that are in `SHOWN`, and the speed since the last one shown."""
+        seconds, total = scalars["perf/step_s"], self._bar.total
+        shown = [f"{'loss' if name in LOSSES[:3] else name} {scalars[name]:.4g}" for name in SHOWN if name in scalars]
+        text = ", ".join([*shown, f"{seconds:.3g} s/step", f"{self._items / seconds:.3g} samples/s"])
+        if self._bar.disable:
+            left = tqdm.format_interval((total - step) * seconds)
+            say(f"{self._stage} {step}/{total}, {left} left, {text}")
+        else:
+            self._bar.set_postfix_str(text, refresh=False)
+            self.advance(step)
 
     def say(self, text: str) -> None:
-        """Prints a text above the progress line."""
-        if not self._bar.disable:
-            self._bar.write(text)
+        """Prints a text above the bar."""
+        with tqdm.external_write_mode():
+            say(text)
 
     def close(self) -> None:
-        """Ends the progress line."""
+        """Ends the bar."""
         self._bar.close()

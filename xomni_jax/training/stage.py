@@ -134,7 +134,8 @@ class RunningStage:
 
     Attributes:
       state: the starting state, on its devices.
-      batches: endless iterator with `get_state() -> dict` (JSON-able), `set_state(dict)` and `ids`, those of the last batch's examples.
+      batches: endless iterator with `get_state() -> dict` (JSON-able), `set_state(dict)`, `ids` of the last batch's examples, and `waited`,
+        the seconds that it waited for data so far.
       step: (state, batch, step number) -> (state, scalar metrics). It may raise StopRequested or StepRefused before it changes the state.
       export: (state, model directory, provenance) -> writes everything `xomni_jax.load` needs.
       grid: (state, step number) -> images for the run folder, or None. It may raise StopRequested.
