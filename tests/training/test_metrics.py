@@ -145,7 +145,8 @@ def test_without_a_terminal_each_logged_step_is_a_plain_line(capsys):
     progress.say("step 6 was skipped")
     progress.close()
     told = capsys.readouterr()
-    assert told.out == "grpo 6/10, 00:08 left, loss 0.1235, grpo/kl 0.01, 2 s/step, 16 samples/s\nstep 6 was skipped\n" and not told.err
+    line = "grpo 6/10, 00:08 left, loss/grpo 0.1235, grpo/kl 0.01, 2 s/step, 16 samples/s"
+    assert told.out == f"{line}\nstep 6 was skipped\n" and not told.err
 
 
 def test_on_a_terminal_a_bar_says_the_same(capsys, monkeypatch):
@@ -158,4 +159,4 @@ def test_on_a_terminal_a_bar_says_the_same(capsys, monkeypatch):
     told = capsys.readouterr()
     first, last = told.err.split("\r")[1], told.err.split("\r")[-1]
     assert first.startswith("grpo 2/10 |") and last.startswith("grpo 6/10 |")
-    assert " left, loss 0.1235, grpo/kl 0.01, 2 s/step, 16 samples/s" in last and told.out == "step 6 was skipped\n"
+    assert " left, loss/grpo 0.1235, grpo/kl 0.01, 2 s/step, 16 samples/s" in last and told.out == "step 6 was skipped\n"

@@ -21,8 +21,9 @@ from xomni_jax.training.operations import say
 from xomni_jax.training.stage import Grid
 
 # Metrics that the progress shows.
-LOSSES = ("loss/total", "loss/flow", "loss/grpo", "loss/image")
-SHOWN = LOSSES + ("accuracy/dense_labelled", "accuracy/answer", "reward/total/mean", "grpo/kl")
+SHOWN = (
+    "loss/total", "loss/flow", "loss/grpo", "loss/image", "accuracy/dense_labelled", "accuracy/answer", "reward/total/mean", "grpo/kl",
+)  # fmt: skip
 
 
 class MetricWriter:
@@ -167,7 +168,7 @@ class Progress:
     def show(self, step: int, scalars: Mapping[str, float]) -> None:
         """Shows those of the `scalars` of a step that are in `SHOWN`, and the speed since the last one shown."""
         seconds, total = scalars["perf/step_s"], self._bar.total
-        shown = [f"{'loss' if name in LOSSES[:3] else name} {scalars[name]:.4g}" for name in SHOWN if name in scalars]
+        shown = [f"{name} {scalars[name]:.4g}" for name in SHOWN if name in scalars]
         text = ", ".join([*shown, f"{seconds:.3g} s/step", f"{self._items / seconds:.3g} samples/s"])
         if self._bar.disable:
             left = tqdm.format_interval((total - step) * seconds)
