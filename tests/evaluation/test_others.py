@@ -1,6 +1,7 @@
 """Outputs of other programs through the whole command: images in a folder, answers in a file, a chat model that answers."""
 
 import csv
+import dataclasses
 import json
 
 import pytest
@@ -10,8 +11,12 @@ from tests.evaluation.judges.fake_endpoint import fake_endpoint
 from tests.evaluation.suites.published import png, write_tsv
 from xomni_jax.cli.main import main
 from xomni_jax.data.images import read_image
+from xomni_jax.evaluation.eval_run import command
+from xomni_jax.evaluation.outputs import described_model
 from xomni_jax.evaluation.suite import tiles
+from xomni_jax.evaluation.suite_run import EvalConfig
 from xomni_jax.evaluation.suites import get_suite
+from xomni_jax.inference import InferenceConfig
 
 TEXTS = {0: "yes", 7: "no way"}
 
@@ -179,6 +184,8 @@ def test_a_chat_model_is_evaluated_as_ours_is(mmbench, tmp_path):
     "arguments, said",
     [
         (["longtext-en", "--model", "tiny-vlm@URL"], "a chat model draws none; give the images that it made with --images DIR"),
+        (["longtext-en", "--model", "tiny-vlm@URL", "--adapter", "a"], "--adapter changes a model directory, and another program makes"),
+        (["longtext-en", "--images", "/no/folder", "--adapter", "a"], "the outputs here; leave one of the two out"),
         (["longtext-en", "--images", "/no/folder"], "--images /no/folder is no directory"),
         (["longtext-en", "--limit", "1", "--sample", "1"], "--limit, --sample and --ids each choose items; give one of them"),
         (["dpg", "--repeats", "3"], "dpg tiles the images of a prompt as a square; give --repeats 1, 4 or 9"),
@@ -190,6 +197,19 @@ def test_sources_that_do_not_fit_are_one_sentence(arguments, said, longtext, tmp
         phase = [] if "--sample" in given or "dpg" in given else ["--phase", "generate"]
         assert main(["eval", *given, *phase, "--data", str(longtext), "--out", str(tmp_path / "out")]) == 2
     assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_model_with_adapters_is_another_model(tmp_path):
+    """Settings name the adapters, their bytes decide whether a run may go on, and the command line of the run has them."""
+    for name in ("model", "one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text(name)
+    config = EvalConfig("longtext-en", str(tmp_path / "out"), inference=InferenceConfig(model=str(tmp_path / "model")))
+    made = [described_model(dataclasses.replace(config, adapter=name and str(tmp_path / name))) for name in (None, "one", "two")]
+    assert len({each["sha256"] for each in made}) == 3
+    assert [each.get("adapter") for each in made] == [None, str(tmp_path / "one"), str(tmp_path / "two")]
+    assert f"--adapter {tmp_path / 'one'} " in command("longtext-en", "OUT", {"model": made[1]}) + " "
+    assert "--adapter" not in command("longtext-en", "OUT", {"model": made[0]})
 
 
 # ---- published or not ----

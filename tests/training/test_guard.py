@@ -11,7 +11,7 @@ import pytest
 from tests.training.test_loop import Counter, go, lines, run, saved
 from xomni_jax.training.guard import GuardConfig, counters, guarded
 from xomni_jax.training.optimizer import Optimizer, OptimizerConfig
-from xomni_jax.training.stage import EMAConfig, RunningStage
+from xomni_jax.training.stage import EMAConfig, Grid, RunningStage
 from xomni_jax.training.state import TrainState
 
 
@@ -184,7 +184,7 @@ def test_frozen_parameters_have_no_average_and_bfloat16_ones_a_float32_one():
 @pytest.mark.parametrize("export", [True, False])
 def test_grids_and_by_choice_the_model_have_the_average(tmp_path, export):
     seen, made = [], stage([1] * 7)
-    made.grid = lambda state, step: (seen.append(state.params["w"]), np.zeros((2, 2, 3), np.uint8))[1]
+    made.grid = lambda state, step: (seen.append(state.params["w"]), Grid(np.zeros((1, 2, 2, 3), np.uint8), 1))[1]
     go(run(tmp_path, ema=EMAConfig(0.5, export)), made)
     last = json.loads((tmp_path / "run" / "model" / "w.json").read_text())
     # Adam at a constant gradient moves by 0.1 a step; the average with decay 0.5 lags by almost one step.

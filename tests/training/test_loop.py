@@ -13,8 +13,8 @@ from PIL import Image
 from xomni_jax.checkpoint.run_checkpoints import RunCheckpoints
 from xomni_jax.core.config import ConfigError
 from xomni_jax.core.preemption import StepRefused, StopRequested, StopSignal
-from xomni_jax.training.loop import key_for, tile, train
-from xomni_jax.training.stage import RunConfig, RunningStage
+from xomni_jax.training.loop import key_for, train
+from xomni_jax.training.stage import Grid, RunConfig, RunningStage
 from xomni_jax.training.state import TrainState
 
 
@@ -22,10 +22,11 @@ class Counter:
     """Batches 0, 1, 2, ... with a state."""
 
     def __init__(self):
-        self.next, self.ids = 0, []
+        self.next, self.ids, self.waited = 0, [], 0.0
 
     def __next__(self):
         self.next += 1
+        self.waited += 0.5
         self.ids = [f"example {self.next - 1}"]
         return self.next - 1
 
@@ -54,7 +55,7 @@ def counting(step=None, closed=None):
         (directory / "note.json").write_text(json.dumps(note | {"sum": float(state.params["sum"])}))
 
     state = TrainState(jnp.int32(0), {"sum": jnp.float32(0)}, (), {})
-    grid = lambda state, number: np.full((4, 6, 3), number, np.uint8)  # noqa: E731
+    grid = lambda state, number: Grid(np.full((1, 4, 6, 3), number, np.uint8), 1, {"caption": [f"é {number}"]})  # noqa: E731
     return RunningStage(state, Counter(), one, export, grid, close=lambda: closed is not None and closed.append(True))
 
 
@@ -84,7 +85,10 @@ def test_what_happens_when(tmp_path, capsys):
     assert go(run(tmp_path), counting(closed=closed)) == tmp_path / "run" / "model"
     assert [line["step"] for line in lines(tmp_path)] == [2, 4, 6, 7]  # every second, and the last
     assert saved(tmp_path) == [3, 6, 7]
-    assert sorted(p.name for p in (tmp_path / "run" / "images").iterdir()) == ["step_000000.png", "step_000005.png", "step_000007.png"]
+    assert sorted(p.name for p in (tmp_path / "run" / "images").iterdir()) == [
+        f"step_{n:06d}.{end}" for n in (0, 5, 7) for end in ("jsonl", "png")
+    ]
+    assert json.loads((tmp_path / "run" / "images" / "step_000005.jsonl").read_text()) == {"column": 1, "caption": "é 5"}
     assert json.loads((tmp_path / "run" / "model" / "note.json").read_text()) == {"run": "count", "step": 7, "seed": 0, "sum": 21.0}
     assert "finished: model in" in capsys.readouterr().out and closed == [True]
 
@@ -188,8 +192,8 @@ def test_no_grids(tmp_path):
     assert not (tmp_path / "run" / "images").exists()
 
 
-def test_tile():
-    image = tile(np.arange(3, dtype=np.uint8)[:, None, None, None] * np.ones((3, 4, 5, 3), np.uint8), columns=2, margin=1)
+def test_images_of_a_grid():
+    image = Grid(np.arange(3, dtype=np.uint8)[:, None, None, None] * np.ones((3, 4, 5, 3), np.uint8), columns=2).image(margin=1)
     assert image.shape == (11, 13, 3)
     assert (image[1:5, 7:12] == 1).all() and (image[6:10, 1:6] == 2).all() and (image[6:10, 7:12] == 255).all()
     Image.fromarray(image)

@@ -128,5 +128,5 @@ def test_saves_by_time_and_what_is_kept(tmp_path, monkeypatch):
 
 def test_metrics_of_a_run(tmp_path):
     go(run(tmp_path, grid_every=0), counting())
-    text = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert all(0 <= json.loads(line)["perf/goodput"] <= 1 for line in text) and len(lines(tmp_path)) == 4
+    text = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 <= line["perf/goodput"] <= 1 and line["perf/data_s"] == 0.5 for line in text) and len(lines(tmp_path)) == 4

@@ -91,7 +91,7 @@ def test_a_stage_leaves_everything_in_its_run_directory(file, finished):
     written = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert "perf/step_s" in written[-1] and {name for line in written for name in line} <= documented(config["stage"])
     assert list((run_dir / "tensorboard").glob("events*"))
-    images = sorted(p.name for p in (run_dir / "images").glob("*")) if file != "tokenizer" else []
+    images = sorted(p.name for p in (run_dir / "images").glob("*.png")) if file != "tokenizer" else []
     assert images == ([] if file == "tokenizer" else ["step_000000.png", "step_000002.png", f"step_{steps:06d}.png"])
     checkpoints = RunCheckpoints(run_dir / "checkpoints")
     assert checkpoints.manager.all_steps() == [2, steps]

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xomni_jax.cli.inference import EXACT, add_drawing, add_model, positive, settle
+from xomni_jax.cli.inference import EXACT, add_adapter, add_drawing, add_model, positive, settle
 from xomni_jax.cli.parser import Parser
 from xomni_jax.core.config import explanations
 from xomni_jax.evaluation.judges import HELP
@@ -99,6 +99,7 @@ def _add_options(parser: argparse.ArgumentParser, tasks: set[str], data: bool, j
     )
     model = parser.add_rare_group("the model")
     add_model(model, f"; {EXACT}, and so does --shard", "fsdp=-1, all")
+    add_adapter(model)
     what = "one of several processes that hold one model together, which JAX finds by itself (TPU slice, Slurm)"
     model.add_argument("--distributed", action="store_true", help=what)
     what = "images" if tasks == {"generate"} else "answers" if tasks == {"answer"} else "images or answers"

@@ -133,6 +133,7 @@ def command(suite: str, out: str | Path, settings: Mapping[str, Any], **changes:
     """The command line that makes a run with the settings of another one, some of them changed."""
     known = flat(settings)
     given = {"model": known.get("model.path", "MODEL"), "data": known.get("data.path") or "DATA"}
+    given |= {"adapter": known["model.adapter"]} if "model.adapter" in known else {}
     given |= {"rewrite": "SOURCE"} if known.get("data.rewritten") else {}
     given |= {name: known[at] for name, at in DRAWN.items() if at in known} | changes
     options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items())

@@ -37,6 +37,9 @@ class Source(Protocol):
 def other_source(run: SuiteRun) -> Source | None:
     """The source of outputs that the configuration names in place of a model of ours, if any. Raises SuiteError if it does not fit."""
     config, drawn = run.config, run.suite.task == "generate"
+    other = config.images or config.answers or is_endpoint(str(config.inference.model))
+    if other and config.adapter:
+        raise SuiteError("--adapter changes a model directory, and another program makes the outputs here; leave one of the two out")
     if config.images or config.answers:
         if bool(config.images) != drawn:
             raise SuiteError(

@@ -54,7 +54,10 @@ def model_opener(config: EvalConfig) -> Callable[[], XOmni]:
     def opened() -> XOmni:
         mesh = make_mesh(config.mesh)
         connect(mesh)
-        return open_model(config.inference.model, mesh, config.inference if config.components else None)
+        model = open_model(config.inference.model, mesh, config.inference if config.components else None)
+        if config.adapter:
+            model.adapt(config.adapter)
+        return model
 
     return opened
 
@@ -94,7 +97,7 @@ class OwnModel:
         generation = Generation(model, run.suite, config) if run.suite.task == "generate" else None
         self.make = generation.draw if generation else functools.partial(answer, model, run.suite, config.inference.batch)
         self.settings = {
-            "model": {"path": str(config.inference.model), "sha256": checkpoint_hash(config.inference.model)},
+            "model": described_model(config),
             "batch": config.inference.batch,
             **(generation.settings if generation else {"max_new_tokens": run.suite.max_new_tokens}),
             **({"computed": {name: as_dict(getattr(config.inference, name)) for name in ("decode", *MODELS)}} if config.components else {}),
@@ -102,6 +105,15 @@ class OwnModel:
             "device": f"{device.platform} {device.device_kind}",
             "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
         }
+
+
+def described_model(config: EvalConfig) -> dict[str, str]:
+    """Where a model lies, with its adapters if it has some, and a fingerprint of both."""
+    path, digest = str(config.inference.model), checkpoint_hash(config.inference.model)
+    if not config.adapter:
+        return {"path": path, "sha256": digest}
+    both = hashlib.sha256((digest + checkpoint_hash(config.adapter)).encode()).hexdigest()
+    return {"path": path, "adapter": config.adapter, "sha256": both}
 
 
 def _unfinished_items(run: SuiteRun) -> list[Item]:

@@ -168,7 +168,7 @@ def check_policies(sft: Sequence[EvalRun], rl: Sequence[EvalRun]) -> None:
         seeds = [run.flat_settings.get("seed") for run in runs]
         if len(set(seeds)) < len(seeds):
             raise SuiteError(f"{', '.join(labels(runs))} have the seeds {seeds}; runs of one seed hold the same samples")
-    check_settings([sft[0], rl[0]], ["seed", "model.sha256", "repeats"])
+    check_settings([sft[0], rl[0]], ["seed", "model.sha256", "model.adapter", "repeats"])
     if sft[0].flat_settings.get("model.sha256") == rl[0].flat_settings.get("model.sha256") is not None:
         raise SuiteError(f"{sft[0].path} and {rl[0].path} are runs of the same model; give runs of the SFT and of the RL model")
 

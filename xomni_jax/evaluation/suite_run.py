@@ -47,6 +47,7 @@ class EvalConfig:
       official: refuse whatever would keep the result from standing beside published numbers
       shard: (k, n): this process takes items k, k + n, ... (k from 0) of those that n processes share
       inference: model, image size, sampling and batch sizes; a size of None is that of the suite, or else of the model
+      adapter: directory of adapters that are added to the model, RUN/adapter of a training
       components: whether the model's components are computed as the sections of `inference` say, or as they are stored
       mesh: devices per mesh axis; None: all devices along "fsdp"
       seed: of the images, 0 to 2**32 - 1; the released command's by default
@@ -74,6 +75,7 @@ class EvalConfig:
     official: bool = False
     shard: tuple[int, int] = (0, 1)
     inference: InferenceConfig = field(default_factory=_released_inference)
+    adapter: str | None = None
     components: bool = False
     mesh: Mapping[str, int] | None = None
     seed: int = 1234

@@ -52,10 +52,10 @@ from xomni_jax.training.components import (
     read_description,
 )
 from xomni_jax.training.guard import guarded
-from xomni_jax.training.loop import key_for, tile
+from xomni_jax.training.loop import key_for
 from xomni_jax.training.operations import FlopCount
 from xomni_jax.training.optimizer import Optimizer, OptimizerConfig
-from xomni_jax.training.stage import GRID_SEED, RunConfig, RunningStage, meshes
+from xomni_jax.training.stage import GRID_SEED, Grid, RunConfig, RunningStage, meshes
 from xomni_jax.training.state import TrainState, new_state
 
 SHUFFLE = 2  # purpose of a step's key, beside those of `rollouts`
@@ -349,12 +349,12 @@ def train_step(
     return state, total.stats | metrics | join_statistics(gather_json(image_sums(images))) | seconds
 
 
-def sample_grid(cfg: GRPORun, rollouts: Rollouts, state: TrainState, number: int) -> np.ndarray:
+def sample_grid(cfg: GRPORun, rollouts: Rollouts, state: TrainState, number: int) -> Grid:
     """Samples of the policy for the first prompts of its own data, a row per prompt."""
-    prompts = first_batch(cfg.data, cfg.seed + GRID_SEED, GRID_PROMPTS)["caption"]
+    captions = first_batch(cfg.data, cfg.seed + GRID_SEED, GRID_PROMPTS)["caption"]
     (batch,) = rollouts.model.batches(GRID_PROMPTS)
-    keys_P, prompts = batch.take(image_keys(cfg.seed, GRID_PROMPTS)), batch.take(prompts)
+    keys_P, prompts = batch.take(image_keys(cfg.seed, GRID_PROMPTS)), batch.take(captions)
     inputs = rollouts.sampler_inputs(prompts, jax.vmap(lambda k: jax.random.split(k, GRID_COLUMNS))(keys_P))
     out = rollouts.sampler(rollouts.sampler_params(state.params), *inputs, rollouts.stop.check)
     images = rollouts.images(out["codes"], [p for p in prompts for _ in range(GRID_COLUMNS)], jnp.repeat(keys_P, GRID_COLUMNS))
-    return tile(whole(images)[: GRID_PROMPTS * GRID_COLUMNS], GRID_COLUMNS)
+    return Grid(whole(images)[: GRID_PROMPTS * GRID_COLUMNS], GRID_COLUMNS, {"caption": captions}, by="row")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -190,17 +191,24 @@ def export_model(
 
 
 class DataIterator:
-    """A grain iterator whose state is JSON-able text, as the checkpoint's data item wants it; `ids` are those of the last examples."""
+    """A grain iterator whose state is JSON-able text, as the checkpoint's data item wants it.
+
+    Attributes:
+      ids: of the last batch's examples.
+      waited: seconds that the steps so far have waited for the loader, which works ahead of them.
+    """
 
     def __init__(self, dataset: Any, map_batch: Callable[[Any], Any] = lambda batch: batch):
         self._iterator = iter(dataset)
-        self._map, self.ids = map_batch, list[str]()
+        self._map, self.ids, self.waited = map_batch, list[str](), 0.0
 
     def __iter__(self) -> DataIterator:
         return self
 
     def __next__(self) -> Any:
+        began = time.perf_counter()
         examples = next(self._iterator)
+        self.waited += time.perf_counter() - began
         self.ids = examples["id"]
         return self._map(examples)
 

@@ -36,10 +36,10 @@ from xomni_jax.training.accumulate import gradient
 from xomni_jax.training.adapters import export_trained, frozen_base
 from xomni_jax.training.components import DataIterator, ImageSize, check_split, check_trainable, model_configs, open_model
 from xomni_jax.training.guard import guarded
-from xomni_jax.training.loop import key_for, tile
+from xomni_jax.training.loop import key_for
 from xomni_jax.training.operations import FlopCount
 from xomni_jax.training.optimizer import Optimizer, OptimizerConfig
-from xomni_jax.training.stage import GRID_SEED, RunConfig, RunningStage
+from xomni_jax.training.stage import GRID_SEED, Grid, RunConfig, RunningStage
 from xomni_jax.training.state import TrainState, new_state
 
 GRID_IMAGES = 8
@@ -263,7 +263,7 @@ class DecoderStage:
 
 def reconstruct(
     cfg: DecoderRun, model: XOmni, models: Mapping[str, Any], whole_params: Callable[[Any], Any], state: TrainState, number: int
-) -> np.ndarray:
+) -> Grid:
     """Images decoded from the codes of the first examples of the run's own data, one row of them above one of the real images."""
     examples = first_batch(cfg.data, cfg.seed + GRID_SEED, GRID_IMAGES)
     params = whole_params(state.params)
@@ -272,4 +272,4 @@ def reconstruct(
     codes_BYX = model.encode_pixels(to_pixels(examples["image"]))
     noise = model.noise(image_keys(cfg.seed, GRID_IMAGES), codes_BYX.shape[1:])
     images = whole(model.decode_images(codes_BYX, examples["caption"], noise, cfg.decode))
-    return tile(np.concatenate([images, examples["image"]]), columns=GRID_IMAGES)
+    return Grid(np.concatenate([images, examples["image"]]), GRID_IMAGES, {"caption": examples["caption"]})

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from PIL import Image
 
 from xomni_jax.checkpoint.run_checkpoints import RunCheckpoints
 from xomni_jax.core.config import ConfigError
@@ -84,12 +83,12 @@ class Session:
         self.state, self.metrics = stage.state, dict[str, Any]()
         self.step = self.first = self.resume()
         self.data = stage.batches.get_state()
-        self.writer = MetricWriter(self.run_dir, resume_step=self.first)
-        ending.callback(self.writer.close)
+        self.writer = ending.enter_context(MetricWriter(self.run_dir, self.first, run.wandb))
         self.skipped = SkippedSteps(self.run_dir, int(self.state.guard.get("skipped", 0)), self.first)
         self.draw_grid()
         self.progress = Progress(run.stage, self.first, run.steps, stage.items_per_step)
         self.logged, self.logged_at, self.saved_at, self.compiling = self.first, time.perf_counter(), time.monotonic(), 0.0
+        self.waited = 0.0
 
     def resume(self) -> int:
         """Restores the newest checkpoint, if there is one; returns the number of steps that are made."""
@@ -158,25 +157,22 @@ class Session:
         """Writes the metrics of a step, with those of speed; the device has computed them."""
         now = time.perf_counter()
         seconds = now - self.logged_at
-        speed = {"perf/seconds": seconds, "perf/step_s": seconds / (self.step - self.logged)} | self.meter.scalars(seconds, self.compiling)
-        self.logged, self.logged_at = self.step, now
+        steps, waited = self.step - self.logged, self.stage.batches.waited
+        speed = {"perf/seconds": seconds, "perf/step_s": seconds / steps, "perf/data_s": (waited - self.waited) / steps}
+        speed |= self.meter.scalars(seconds, self.compiling)
+        self.logged, self.logged_at, self.waited = self.step, now, waited
         self.writer.write(self.step, scalars | speed)
         self.progress.show(self.step, scalars | speed)
 
     def draw_grid(self) -> None:
-        """Saves the current image of the stage to RUN/images/, unless the run is told to stop meanwhile."""
+        """Writes the current images of the stage, unless the run is told to stop meanwhile."""
         if self.stage.grid is None or not self.run.grid_every:
             return
         with self.meter.aside():
             try:
-                image = self.stage.grid(self.state.averaged(), self.step)
-            except StopRequested:  # the loop will notice it, too
-                return
-            if jax.process_index() == 0:
-                folder = self.run_dir / "images"
-                folder.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(image).save(folder / f"step_{self.step:06d}.png")
-                self.writer.image(self.step, "samples", image)
+                self.writer.grid(self.step, self.stage.grid(self.state.averaged(), self.step))
+            except StopRequested:
+                pass  # the loop will notice it, too
 
     def save_last(self) -> None:
         """Saves the state and waits until it is on disk."""
@@ -184,7 +180,7 @@ class Session:
         self.checkpoints.save(self.step, self.state, self.data, wait=True)
 
     def export(self) -> Path:
-        """Writes the final image and the model; returns its directory."""
+        """Writes the final images and the model; returns its directory."""
         self.draw_grid()
         directory = self.run_dir / "model"
         state = self.state.averaged() if self.run.ema.export else self.state
@@ -196,15 +192,3 @@ class Session:
 def time_to_save(run: RunConfig, saved_at: float) -> bool:
     """Whether `save_minutes` have passed since the last save, according to the clock of process 0."""
     return bool(run.save_minutes) and gather_json(time.monotonic() - saved_at >= 60 * run.save_minutes)[0]
-
-
-def tile(images: np.ndarray, columns: int, margin: int = 2) -> np.ndarray:
-    """uint8 [N, H, W, 3] -> one image with `columns` images per row on a white background."""
-    n, height, width, _ = images.shape
-    rows = -(-n // columns)
-    out = np.full((rows * (height + margin) + margin, columns * (width + margin) + margin, 3), 255, np.uint8)
-    for i, image in enumerate(images):
-        y, x = divmod(i, columns)
-        y, x = margin + y * (height + margin), margin + x * (width + margin)
-        out[y : y + height, x : x + width] = image
-    return out

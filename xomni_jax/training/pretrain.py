@@ -39,14 +39,14 @@ from xomni_jax.training.components import (
     open_model,
 )
 from xomni_jax.training.guard import guarded
-from xomni_jax.training.loop import tile
 from xomni_jax.training.next_token import NextTokenConfig, PackedTargets, build_sequences, next_token_loss, pack_batch
 from xomni_jax.training.operations import FlopCount
 from xomni_jax.training.optimizer import Optimizer, OptimizerConfig
-from xomni_jax.training.stage import GRID_SEED, RunConfig, RunningStage
+from xomni_jax.training.stage import GRID_SEED, Grid, RunConfig, RunningStage
 from xomni_jax.training.state import TrainState, new_state
 
 GRID_PROMPTS = 8
+ANSWER_TOKENS = 32  # of an answer beside an image grid
 # What sequences are made of, beside images; `source` and `epoch` are there in a mixture.
 TEXT_FIELDS = ("id", "caption", "question", "answer", "turns", "system", "source", "epoch")
 
@@ -101,21 +101,33 @@ def grid_data(data: DataSection, seed: int) -> DataSection | None:
 
 
 def sample_grid(
-    model: XOmni, ar: transformer.ARConfig, data: DataSection, seed: int, whole_params: Callable[[Any], Any], state: TrainState, step: int
-) -> np.ndarray:
+    model: XOmni,
+    ar: transformer.ARConfig,
+    data: DataSection,
+    cfg: PretrainRun,
+    whole_params: Callable[[Any], Any],
+    state: TrainState,
+    step: int,
+) -> Grid:
     """Images of the policy for the first examples of its own data, one row of samples above one of the real images.
 
-    Where the data hold codes, the real images are those that the decoder makes of them.
+    Where the data hold codes, the real images are those that the decoder makes of them. A run that learns to answer also answers the
+    question about each real image.
     """
-    examples = first_batch(data, seed + GRID_SEED, GRID_PROMPTS)
-    prompts = examples["caption"]
+    examples = first_batch(data, cfg.seed + GRID_SEED, GRID_PROMPTS)
+    prompts, real = examples["caption"], examples["codes"] if data.tokenizer else None
     model.set_params("transformer", whole_params(state.params), ar)
-    grid = examples["codes"].shape[1:] if data.tokenizer else model.grid(*examples["image"].shape[1:3])
-    noise = model.noise(image_keys(seed, len(prompts), NOISE), grid)
-    codes = model.sample_codes(prompts, grid, image_keys(seed, len(prompts))[:, None], SamplingConfig())["codes"][:, 0]
+    grid = model.grid(*examples["image"].shape[1:3]) if real is None else real.shape[1:]
+    noise = model.noise(image_keys(cfg.seed, len(prompts), NOISE), grid)
+    codes = model.sample_codes(prompts, grid, image_keys(cfg.seed, len(prompts))[:, None], SamplingConfig())["codes"][:, 0]
     images = whole(model.decode_images(codes, prompts, noise))
-    real = whole(model.decode_images(model.checked(examples["codes"]), prompts, noise)) if data.tokenizer else examples["image"]
-    return tile(np.concatenate([images, real]), columns=GRID_PROMPTS)
+    shown = examples["image"] if real is None else whole(model.decode_images(model.checked(real), prompts, noise))
+    texts = {"caption": prompts}
+    if cfg.next_token.understanding and all(examples.get("question", [None])):
+        real = whole(model.encode_pixels(to_pixels(shown))) if real is None else real
+        texts |= {"question": examples["question"], "expected": examples["answer"]}
+        texts["answer"] = model.answer(real, examples["question"], ANSWER_TOKENS)
+    return Grid(np.concatenate([images, shown]), GRID_PROMPTS, texts)
 
 
 def needed_fields(cfg: NextTokenConfig) -> tuple[str, ...]:
@@ -258,7 +270,7 @@ class PretrainStage:
             ),
             step,
             lambda state, directory, note: export_trained(directory, {"transformer": (state.params, ar)}, lora, model, note),
-            functools.partial(sample_grid, model, ar, shown, cfg.seed, whole_params) if shown else None,
+            functools.partial(sample_grid, model, ar, shown, cfg, whole_params) if shown else None,
             items_per_step=cfg.batch_size,
             flops=lambda: flops.total,
         )

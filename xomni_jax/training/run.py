@@ -14,6 +14,7 @@ from xomni_jax.core.process_group import ProcessGroup
 from xomni_jax.data.mixture import summary
 from xomni_jax.training.dry_run import report as dry_run_report
 from xomni_jax.training.loop import train
+from xomni_jax.training.metrics import check_wandb
 from xomni_jax.training.operations import placement, say
 from xomni_jax.training.run_directory import check_continues, check_room, claimed, save_config
 from xomni_jax.training.stage import STAGES, RunConfig, policy_mesh
@@ -32,6 +33,8 @@ def run_stage(
     if profile and profile[1] > cfg.steps:
         raise ConfigError(f"--profile-steps {profile[0]}-{profile[1]}: the run has {cfg.steps} steps; name two of them")
     run_dir, mesh, first = Path(cfg.run_dir), policy_mesh(cfg), jax.process_index() == 0
+    if cfg.wandb and first:
+        check_wandb(cfg.wandb)
     print(f"{cfg.stage}: {description()}, mesh {dict(mesh.shape)}, output in {run_dir}", flush=True)
     with claimed(run_dir) if first and not dry_run else nullcontext(), StopSignal(group) as stop, jax.set_mesh(mesh):
         check_continues(cfg)

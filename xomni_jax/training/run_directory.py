@@ -18,7 +18,7 @@ from xomni_jax.core.folders import lock, why_taken
 from xomni_jax.core.tables import bytes_text
 from xomni_jax.training.stage import RunConfig
 
-MAY_CHANGE = ("run_dir", "init_from", "steps", "log_every", "save_every", "save_minutes", "grid_every", "keep", "keep_every")
+MAY_CHANGE = ("run_dir", "init_from", "steps", "log_every", "save_every", "save_minutes", "grid_every", "wandb", "keep", "keep_every")
 
 
 @contextmanager

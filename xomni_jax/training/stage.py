@@ -52,6 +52,7 @@ class RunConfig:
       save_every: steps between two checkpoints
       grid_every: steps between two image grids in RUN/images; 0: none
       save_minutes: also save after so many minutes, at the next logged step; 0: by steps alone
+      wandb: project of Weights & Biases that gets the metrics and image grids, too (extra [wandb]); empty: none
       keep: the newest resumable checkpoints that stay on disk
       keep_every: checkpoints of steps that this divides stay for good; 0: no others
       mesh: how the devices are divided
@@ -73,6 +74,7 @@ class RunConfig:
     save_every: Count = 200
     grid_every: Natural = 200
     save_minutes: NonNegative = 0.0
+    wandb: str = ""
     keep: Count = 2
     keep_every: Natural = 0
     mesh: MeshConfig = MeshConfig()
@@ -93,16 +95,50 @@ class RunConfig:
         return Optimizer(self.optimizer, steps, self.train, (*self.freeze, *freeze), self.ema.decay)
 
 
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """Images that a stage draws at intervals, and what belongs to them in words.
+
+    Attributes:
+      images: uint8 [N, H, W, 3], row by row.
+      columns: images in a row.
+      texts: what is told of every column (or row), such as {"caption": [one text each]}.
+      by: whether `texts` tell of columns or of rows.
+    """
+
+    images: np.ndarray
+    columns: int
+    texts: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+    by: str = "column"
+
+    def image(self, margin: int = 2) -> np.ndarray:
+        """One uint8 image [H, W, 3] of all, on a white background."""
+        n, height, width, _ = self.images.shape
+        rows = -(-n // self.columns)
+        out = np.full((rows * (height + margin) + margin, self.columns * (width + margin) + margin, 3), 255, np.uint8)
+        for i, image in enumerate(self.images):
+            y, x = divmod(i, self.columns)
+            y, x = margin + y * (height + margin), margin + x * (width + margin)
+            out[y : y + height, x : x + width] = image
+        return out
+
+    def notes(self) -> list[dict[str, Any]]:
+        """The texts of each column (or row), numbered from 1: {"column": 1, "caption": ...}."""
+        each = zip(*self.texts.values(), strict=True)
+        return [{self.by: i + 1} | dict(zip(self.texts, texts)) for i, texts in enumerate(each)]
+
+
 @dataclasses.dataclass
 class RunningStage:
     """What the training loop needs of a stage.
 
     Attributes:
       state: the starting state, on its devices.
-      batches: endless iterator with `get_state() -> dict` (JSON-able), `set_state(dict)` and `ids`, those of the last batch's examples.
+      batches: endless iterator with `get_state() -> dict` (JSON-able), `set_state(dict)`, `ids` of the last batch's examples, and `waited`,
+        the seconds that it waited for data so far.
       step: (state, batch, step number) -> (state, scalar metrics). It may raise StopRequested or StepRefused before it changes the state.
       export: (state, model directory, provenance) -> writes everything `xomni_jax.load` needs.
-      grid: (state, step number) -> uint8 [H, W, 3] image for the run folder, or None. It may raise StopRequested.
+      grid: (state, step number) -> images for the run folder, or None. It may raise StopRequested.
       items_per_step: examples or samples one step handles, for the rate.
       close: frees what the stage holds (connections), however the run ends.
       flops: matrix products of all steps so far, see `operations.FlopCount`.
@@ -112,7 +148,7 @@ class RunningStage:
     batches: Iterator[Any]
     step: Callable[[TrainState, Any, int], tuple[TrainState, Mapping[str, Any]]]
     export: Callable[[TrainState, Path, dict[str, Any]], None]
-    grid: Callable[[TrainState, int], np.ndarray] | None = None
+    grid: Callable[[TrainState, int], Grid] | None = None
     items_per_step: int = 1
     close: Callable[[], None] = lambda: None
     flops: Callable[[], float] = lambda: 0.0
