@@ -57,11 +57,9 @@ def whole(inputs):
 @pytest.mark.parametrize(
     "rows, microbatch, guidance",
     [
-        (16, 0, 1.0),  # two images a device, over the tensor axis too
         (16, 1, 3.0),  # one at a time
         (4, 0, 1.0),  # too few for all devices: heads are split instead
         (8, 2, 3.0),  # two would be more than there are
-        (12, 1, 1.0),  # three at a time per device of the batch's axes
     ],
 )
 def test_pieces_and_a_mesh_change_nothing(inputs, boxed, whole, rows, microbatch, guidance):
