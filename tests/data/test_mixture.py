@@ -156,3 +156,45 @@ def test_what_no_part_offers_is_said(parts):
     batches(mixture(parts), 0, 4, fields=("caption|turns", "question"), mixed=True)
     with pytest.raises(ConfigError, match="its examples have no question"):
         batches(mixture(parts), 0, 4, fields=("question",))
+
+
+def test_a_weight_changes_with_the_step(parts):
+    """Straight between its steps, constant beyond them; by the number of the example alone, and never the same example twice."""
+    signs, ten = parts["signs"] | dict(weight=1.0), parts["ten"] | dict(weight=((10, 1.0), (50, 4.0), (90, 0.0)), count=100_000)
+    data = mixture(dict(signs=signs, ten=ten))
+    source = data.open(seed=2, batch_size=100)
+    for first, last in ((0, 10), (30, 31), (50, 51), (70, 71), (90, 120)):
+        steps = np.arange(first, last)
+        weight = np.interp(steps, (10, 50, 90), (1, 4, 0))
+        drawn = [source.names[source.place(n)[0]] == "ten" for n in range(100 * first, 100 * last)]
+        assert np.mean(drawn) == pytest.approx(np.mean(weight / (1 + weight)), abs=0.05)
+    places = [source.place(n) for n in range(5000)]
+    assert len(set(places)) == 5000 and places == [data.open(2, 100).place(n) for n in range(5000)]
+    shares = [np.mean([source.names[source.place(n)[0]] == name for n in range(10_000)]) for name in source.names]
+    assert source.shares(100) == pytest.approx(shares, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "weight, words",
+    [
+        (((0, 1.0), (0, 2.0)), "the steps must increase"),
+        ((), "the steps must increase"),
+        (((0, -1.0),), "expected float >= 0"),
+        (((0, 1), (9, 0)), r"the weights of the parts at step 9 \(.*\) sum to 0"),
+    ],
+)
+def test_changing_weights_that_are_refused(parts, weight, words):
+    with pytest.raises(ConfigError, match=words):
+        mixture(dict(ten=parts["ten"] | dict(weight=weight)))
+
+
+@pytest.mark.parametrize("weight", [1.0, ((0, 2.0), (9, 1.0))], ids=["constant", "changing"])
+def test_whole_batches_come_from_one_part(parts, weight):
+    """So that parts of different sizes share a run whose batches have one."""
+    tall = parts["signs"] | dict(sizes=((64, 32),), text_lengths=((2, 3),), shapes=0.0, weight=weight)
+    both = dict(signs=parts["signs"] | dict(weight=1.0), tall=tall)
+    data = SIGNS.updated({"source": "mixture", "parts": both, "whole_batches": True}, "config.data")
+    found, _ = drawn(data, 12)
+    assert all(len(set(batch["source"])) == len(set(batch["size"])) == 1 for batch in found)
+    assert {batch["source"][0] for batch in found} == {"signs", "tall"}
+    assert len({i for batch in found for i in batch["id"]}) == 48

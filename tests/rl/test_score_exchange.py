@@ -19,14 +19,13 @@ def exchange(monkeypatch, wait, others=OTHERS):
 
     def gather(value):
         value = json.loads(json.dumps(value))
-        told = [{"ocr": [{"value": s.value, "error": s.error} for s in chunk]} for chunk in others]
-        return [value, {"rows": [1, 3], "chunks": told}]
+        return [value, [["ocr", 4 * c + row, s.value, s.error] for c, chunk in enumerate(others) for row, s in zip([1, 3], chunk)]]
 
     polled = []
     monkeypatch.setattr(rollouts, "gather_json", gather)
     stop = SimpleNamespace(check=lambda: polled.append(1), check_waiting=None)
     client = SimpleNamespace(wait=wait, score_async=lambda images, items: items[0]["chunk"])
-    scoring = rollouts.Scoring({"ocr": client}, [{"chunk": n // 4} for n in range(8)], [0, 2], 4, stop)
+    scoring = rollouts.Scoring({"ocr": client}, [{"chunk": n // 4} for n in range(8)], [{"ocr"}] * 8, [0, 2], 4, stop)
     scoring.decoding = [jnp.zeros((4, 2, 2, 3), jnp.uint8)] * 2
     scoring.send(wait=True)
     scores = scoring.scores()["ocr"]
@@ -38,6 +37,33 @@ def test_rows_of_all_processes_in_order(monkeypatch):
     scores = exchange(monkeypatch, lambda chunk, poll: OWN[chunk])
     assert scores[:4] == [Score(0.5), Score(0.1), Score(0.25), Score(None, "timed out")]  # details stay where they are
     assert scores[4:] == [Score(None, "no answer"), Score(None), Score(None), Score(1 / 3)]
+
+
+def test_a_reward_is_asked_about_its_own_prompts_alone(monkeypatch):
+    """Rows 0 and 2 of two chunks: ocr judges one prompt of the first chunk, shapes both of the first and none of the second."""
+    heard = []
+
+    def client(name):
+        def score(images, items):
+            heard.append((name, [int(image[0, 0, 0]) for image in images], [item["n"] for item in items]))
+            return [Score(item["n"] / 8) for item in items]
+
+        return SimpleNamespace(score_async=score, wait=lambda scores, poll: scores)
+
+    monkeypatch.setattr(rollouts, "gather_json", lambda value: [json.loads(json.dumps(value))])
+    stop = SimpleNamespace(check=lambda: None, check_waiting=None)
+    judges = [{"shapes"}, (), {"ocr": 0.5, "shapes": 2.0}, (), {"taste"}, (), {"taste"}, ()]
+    scoring = rollouts.Scoring({n: client(n) for n in ("ocr", "shapes")}, [{"n": n} for n in range(8)], judges, [0, 2], 4, stop)
+    scoring.decoding = [
+        jnp.arange(4 * c, 4 * c + 4, dtype=jnp.uint8)[:, None, None, None] * jnp.ones((1, 2, 2, 3), jnp.uint8) for c in (0, 1)
+    ]
+    scoring.send(wait=True)
+    scores = scoring.scores()
+    assert heard == [("ocr", [2], [2]), ("shapes", [0, 2], [0, 2])]
+    assert scores == {
+        "ocr": [Score(0.25) if n == 2 else Score(None) for n in range(8)],
+        "shapes": [Score(n / 8) if n in (0, 2) else Score(None) for n in range(8)],
+    }
 
 
 URL = "http://10.0.0.9:8001"
@@ -69,4 +95,4 @@ def test_a_process_that_is_told_to_stop_still_takes_part(monkeypatch):
     def told(chunk, poll):
         raise StopRequested
 
-    assert exchange(monkeypatch, told)[:2] == [None, Score(0.1)]
+    assert exchange(monkeypatch, told)[:2] == [Score(None), Score(0.1)]
