@@ -160,18 +160,24 @@ def test_what_no_part_offers_is_said(parts):
 
 def test_a_weight_changes_with_the_step(parts):
     """Straight between its steps, constant beyond them; by the number of the example alone, and never the same example twice."""
-    signs, ten = parts["signs"] | dict(weight=1.0), parts["ten"] | dict(weight=((10, 1.0), (50, 4.0), (90, 0.0)), count=100_000)
-    data = mixture(dict(signs=signs, ten=ten))
-    source = data.open(seed=2, batch_size=100)
-    for first, last in ((0, 10), (30, 31), (50, 51), (70, 71), (90, 120)):
-        steps = np.arange(first, last)
-        weight = np.interp(steps, (10, 50, 90), (1, 4, 0))
-        drawn = [source.names[source.place(n)[0]] == "ten" for n in range(100 * first, 100 * last)]
-        assert np.mean(drawn) == pytest.approx(np.mean(weight / (1 + weight)), abs=0.05)
-    places = [source.place(n) for n in range(5000)]
-    assert len(set(places)) == 5000 and places == [data.open(2, 100).place(n) for n in range(5000)]
-    shares = [np.mean([source.names[source.place(n)[0]] == name for n in range(10_000)]) for name in source.names]
-    assert source.shares(100) == pytest.approx(shares, abs=0.01)
+    weights = dict(signs=2.0, ten=((10, 1.0), (50, 4.0), (90, 0.0)))
+    data = mixture({name: parts[name] | dict(weight=weight) for name, weight in weights.items()})
+    source = data.open(seed=2, batch_size=40)
+    places = [source.place(n) for n in range(100 * 40)]
+    ten = np.reshape([source.names[part] == "ten" for part, _ in places], (100, 40)).mean(-1)  # its share of every step
+    for step, weight in ((0, 1), (10, 1), (30, 2.5), (50, 4), (70, 2), (90, 0), (99, 0)):
+        assert ten[step] == pytest.approx(weight / (2 + weight), abs=0.05)
+    assert source.shares(100) == pytest.approx([1 - ten.mean(), ten.mean()], abs=0.01)
+    assert len(set(places)) == 4000 and places[1000:1100] == [data.open(2, 40).place(n) for n in range(1000, 1100)]
+
+
+def test_a_mixture_whose_weights_change_resumes_on_any_number_of_hosts(parts):
+    data = mixture({name: parts[name] | dict(weight=((0, w), (4, 1.0 - w))) for name, w in (("ten", 0.9), ("three", 0.1))})
+    whole, _ = drawn(data, 6)
+    first, state = drawn(data, 4, rows=range(2, 4))
+    rest, _ = drawn(data, 2, rows=range(2, 4), state=state)
+    assert [b["id"] for b in first + rest] == [b["id"][2:] for b in whole]
+    assert whole[0]["source"].count("ten") > whole[5]["source"].count("ten")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import collections
 import contextlib
 import dataclasses
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,8 +15,7 @@ from tests.data.test_tables import listed, written
 from xomni_jax.core.config import ConfigError
 from xomni_jax.data.rendered import SIGNS
 from xomni_jax.data.sources import batches
-from xomni_jax.evaluation import suites
-from xomni_jax.evaluation.suite import Item
+from xomni_jax.evaluation.held_out import with_benchmarks
 from xomni_jax.rl.grpo import GRPORun, check_prompts
 
 
@@ -30,7 +28,7 @@ def test_examples_of_prompts(tmp_path):
     file = written(tmp_path / "p.jsonl", "\n".join(map(json.dumps, lines)))
     first, second = examples(prompts(file, text_targets=True), 2)
     size = {"size": (32, 64)}
-    assert first == {"id": "p:0", "caption": 'a sign "HI"', "targets": {"text": ["HI"], "metadata": {"tag": "x"}}, "rewards": {}} | size
+    assert first == {"id": "p:0", "caption": 'a sign "HI"', "targets": {"text": ["HI"], "metadata": {"tag": "x"}}} | size
     assert second == {"id": "p:1", "caption": "a dog", "targets": {"text": ["NO"]}, "rewards": {"ocr": 0.5}} | size
     batch = next(iter(batches(prompts(file), 0, 2, fields=("caption", "targets"))))
     assert sorted(batch["caption"]) == ["a dog", 'a sign "HI"']
@@ -62,7 +60,7 @@ def test_prompts_without_a_size_take_the_sizes_by_weight(tmp_path):
     file = written(tmp_path / "p.jsonl", "\n".join(map(json.dumps, lines)))
     data = prompts(file, sizes=((32, 64), (64, 32), (16, 16)), size_weights=(3, 1, 0))
     source, B = data.open(seed=1, batch_size=2), 2
-    drawn = [[source[n * B + row] for row in range(B)] for n in range(600)]
+    drawn = [[source[n * B + row] for row in range(B)] for n in range(124)]  # four epochs
     assert all(a["size"] == b["size"] for a, b in drawn)
     counts = collections.Counter(a["size"] for a, _ in drawn)
     assert counts[32, 64] / counts[64, 32] == pytest.approx(3, rel=0.1)
@@ -95,28 +93,41 @@ def test_a_source_names_the_rewards_of_its_prompts(tmp_path):
         prompts(tmp_path / "b.txt", rewards=(("ocr", 0),))
 
 
-def test_prompts_of_a_benchmark_are_refused(tmp_path, monkeypatch):
+def test_prompts_of_a_benchmark_are_refused(tmp_path):
     file = written(tmp_path / "p.txt", "a cat\na  Dog\n")
     prompts(file, exclude=(str(written(tmp_path / "other.txt", "a bird")),)).open(0, 1)
     benchmark = written(tmp_path / "bench.jsonl", '{"prompt": "A dog", "tag": "single_object"}')
     with pytest.raises(ConfigError, match=r"p.txt:2: the prompt 'a  Dog' stands in .*bench.jsonl:1, which config.data.exclude names"):
         prompts(file, exclude=(str(benchmark),)).open(0, 1)
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "text_prompts.jsonl").write_text(json.dumps({"prompt_id": 7, "prompt": "A\tdog", "text": ["x"]}))
-    suite = SimpleNamespace(load=lambda folder: [Item(file.stem, "A\tdog") for file in sorted(folder.iterdir())])
-    monkeypatch.setattr(suites, "get_suite", {"dpg": suite}.__getitem__)
-    with pytest.raises(
-        ConfigError, match=r"p.txt:2: the prompt 'a  Dog' stands in dpg, item text_prompts, which config.data.exclude names"
-    ):
-        prompts(file, exclude=(f"dpg={tmp_path / 'data'}",)).open(0, 1)
-    monkeypatch.undo()
-    for named, words in (("dgp=x", "the suite 'dgp' is unknown"), (f"geneval={tmp_path}/none", "the data directory .*none does not exist")):
-        with pytest.raises(ConfigError, match=f"config.data.exclude: {words}"):
-            prompts(file, exclude=(named,)).open(0, 1)
+    with pytest.raises(ConfigError, match=r"config.data.exclude: no/such.txt: no such file or folder"):
+        prompts(file, exclude=("no/such.txt",)).open(0, 1)
     write_images(tmp_path / "images")
     (tmp_path / "images" / "metadata.jsonl").write_text('{"file_name": "red.png", "text": "a DOG"}')
     with pytest.raises(ConfigError, match="metadata.jsonl:1: the prompt 'a DOG' stands in"):
         section(tmp_path / "images", "files", exclude=(str(benchmark),)).open(0, 1)
+
+
+def test_prompts_of_a_suite_are_refused(tmp_path, monkeypatch):
+    """By its name and the folder of its data, in every part of a mixture; a file whose name holds a = is a file."""
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path / "p.txt", "a cat\nA photo  of a BENCH\n")
+    written(tmp_path / "lang=en.txt", "a bird\n")
+    (tmp_path / "bench").mkdir()
+    rows = [
+        {"tag": "single_object", "include": [{"class": name, "count": 1}], "prompt": f"a photo of a {name}"} for name in ("cow", "bench")
+    ]
+    (tmp_path / "bench" / "evaluation_metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    mine = dict(source="prompts", path="p.txt", sizes=((32, 64),))
+    named = {"mine": mine | dict(exclude=("lang=en.txt", "geneval=bench")), "others": mine | dict(path="lang=en.txt")}
+    mixed = SIGNS.updated(dict(source="mixture", parts=named), "config.data")
+    for data in (prompts("p.txt", exclude=("lang=en.txt", "geneval=bench")), mixed):
+        with pytest.raises(ConfigError, match=r"p.txt:2: the prompt 'A photo  of a BENCH' stands in geneval, item 00001, which"):
+            with_benchmarks(data).open(0, 1)
+        assert with_benchmarks(data).as_dict() == data.as_dict()
+    with_benchmarks(prompts("lang=en.txt", exclude=("geneval=bench",))).open(0, 1)
+    for entry, words in (("dgp=x", "the suite 'dgp' is unknown"), ("geneval=none", "the data directory none does not exist; it must hold")):
+        with pytest.raises(ConfigError, match=f"config.data.exclude: {words}"):
+            with_benchmarks(prompts("p.txt", exclude=(entry,)))
 
 
 @pytest.mark.parametrize("content, words", [("", "holds no prompts; name files that hold some"), ("\n \n", "holds no prompts")])
@@ -138,6 +149,8 @@ def test_rewards_that_do_not_fit_the_prompts_are_refused(tmp_path):
         with pytest.raises(ConfigError, match=words) if words else contextlib.nullcontext():
             check_prompts(mixed)
     check_prompts(dataclasses.replace(cfg, data=prompts(written(tmp_path / "q.txt", 'the word "YES"'), text_targets=True)))
+    weights = {"ocr": cfg.rewards["ocr"], "quality": cfg.rewards["ocr"]}
+    check_prompts(dataclasses.replace(cfg, data=prompts(file, rewards=(("quality", 1),)), rewards=weights))  # ocr is not asked
     own = written(tmp_path / "r.jsonl", '{"prompt": "p", "rewards": {"beauty": 1}}')
     with pytest.raises(ConfigError, match="prompts are to be judged by beauty, to which config.rewards gives no weight"):
         check_prompts(dataclasses.replace(cfg, data=prompts(own)))

@@ -204,7 +204,9 @@ def one_batch(model, service, cfg, image_decoder=None):
             {"ocr": 1.0},
             StopSignal(),
         )
-        rows, total, images, _ = make(model.params("transformer"), ["a red sign", "blue"], [{}, {}], jax.random.key(4))
+        rows, total, images, _ = make(
+            model.params("transformer"), ["a red sign", "blue"], [{}] * 2, [None] * 2, [None] * 2, jax.random.key(4)
+        )
     return jax.tree.map(np.asarray, rows), total, images.reshape(2, 3, *SIZE, 3)
 
 

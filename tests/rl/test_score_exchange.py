@@ -3,12 +3,15 @@
 import json
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from xomni_jax.core.preemption import StepRefused, StopRequested
 from xomni_jax.rewards import Score
-from xomni_jax.rl import rollouts
+from xomni_jax.rl import grpo, rollouts
+from xomni_jax.sharding import arrays
 
 OTHERS = [[Score(0.1, None, {"text": "A"}), Score(None, "timed out")], [Score(None), Score(1 / 3)]]  # per chunk, of rows 1 and 3
 OWN = [[Score(0.5, None, {"text": "B"}), Score(0.25)], [Score(None, "no answer"), Score(None)]]  # rows 0 and 2
@@ -66,6 +69,18 @@ def test_a_reward_is_asked_about_its_own_prompts_alone(monkeypatch):
     }
 
 
+def test_hosts_exchange_prompts_of_different_sources(monkeypatch):
+    """This one has rendered signs, which name no rewards; the other has prompts that name theirs."""
+    there = {"caption": ["c", "d"], "targets": [{}, {}], "rewards": [{"ocr": 2.0}, None], "source": ["mine", "mine"]}
+    monkeypatch.setattr(arrays, "gather_json", lambda own: [json.loads(json.dumps(own)), {"rows": [2, 3], "columns": there}])
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    here = {"caption": ["a", "b"], "targets": [{"text": ["A"]}, {}], "source": ["signs", "signs"], "size": [(8, 16), (8, 16)], "id": [0, 1]}
+    assert grpo.all_prompts(grpo.GRPORun(batch_size=4), [0, 1], here) == {
+        "caption": ["a", "b", "c", "d"], "targets": [{"text": ["A"]}, {}, {}, {}], "rewards": [None, None, {"ocr": 2.0}, None],
+        "source": ["signs", "signs", "mine", "mine"], "size": (8, 16),
+    }  # fmt: skip
+
+
 URL = "http://10.0.0.9:8001"
 
 
@@ -85,10 +100,11 @@ URL = "http://10.0.0.9:8001"
 )
 def test_a_killed_service_is_named_with_its_address_and_the_cause(scores, told):
     client = SimpleNamespace(urls=(URL, "http://b:2"))
-    made = SimpleNamespace(cfg=rollouts.RolloutConfig(), weights={"ocr": 1.0, "taste": 0.0}, clients={"ocr": client, "taste": client})
+    made = SimpleNamespace(cfg=rollouts.RolloutConfig(), clients={"ocr": client, "taste": client})
+    weights = {"ocr": np.array([[0.0], [1.0]]), "taste": np.zeros((2, 1))}
     with pytest.raises(StepRefused, match=told):
-        rollouts.Rollouts.check_scored(made, scores, 0.75)
-    rollouts.Rollouts.check_scored(made, scores, 0.5)
+        rollouts.Rollouts.check_scored(made, scores, weights, 0.75)
+    rollouts.Rollouts.check_scored(made, scores, weights, 0.5)
 
 
 def test_a_process_that_is_told_to_stop_still_takes_part(monkeypatch):

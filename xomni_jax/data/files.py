@@ -12,7 +12,6 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from importlib import import_module
 from pathlib import Path
 from typing import ClassVar, NamedTuple, TypeVar
 
@@ -216,7 +215,7 @@ class Epoch:
         return found | ({"captions": record.texts} if record.texts else {})
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=32)  # a run opens its data several times; parts of a mixture are looked at one by one
 def usable_records(options: FilesConfig, prompts: bool) -> Usable:
     """Looks at every record of a source, or reads it whole where faulty ones are to be skipped.
 
@@ -280,6 +279,12 @@ def _look(
     return shares, record.weight, _fields(record, records.prompts)
 
 
+class Benchmark(str):
+    """SUITE=FOLDER, an entry of `exclude`, with what it stands for: {prompt: its place}."""
+
+    prompts: Mapping[str, str]
+
+
 def check_images(record: Record, whole: bool) -> list[tuple[int, int]]:
     """(width, height) of the images of a record, of which all pixels are decoded if `whole`. FaultyRecord when one cannot be read."""
     return [_read(record, image, read_image).size if whole else _read(record, image, image_size) for image in record.images]
@@ -293,22 +298,14 @@ def check_excluded(record: Record, excluded: Mapping[str, str]) -> None:
 
 
 def excluded_texts(names: Sequence[str]) -> dict[str, str]:
-    """The place of every prompt of files and of suites, as SUITE=FOLDER, compared without regard to upper case and white space.
-
-    ConfigError for what cannot be read.
-    """
+    """{prompt, without regard to upper case and white space: its place} of the files and benchmarks. ConfigError for unreadable files."""
     found = dict[str, str]()
     for name in names:
-        suite, equals, folder = name.partition("=")
         try:
-            if equals and "/" not in suite:
-                # By name, since suites stand above sources: nothing else here needs them.
-                items = import_module("xomni_jax.evaluation.suites").get_suite(suite).load(Path(folder))
-                found |= {_normalised(item.prompt): f"{suite}, item {item.id}" for item in items}
-            else:
-                found |= {_normalised(text): record.where for record in Records(name, Columns(), True) for text in record.texts}
+            read = name.prompts if isinstance(name, Benchmark) else {t: r.where for r in Records(name, Columns(), True) for t in r.texts}
         except ValueError as fault:
-            raise ConfigError(f"config.data.exclude: {fault}") from fault
+            raise ConfigError(f"config.data.exclude: {str(fault).removeprefix('config.data.path=')}") from fault
+        found |= {_normalised(text): place for text, place in read.items()}
     return found
 
 
@@ -360,7 +357,7 @@ def _fields(record: Record, prompt: bool) -> frozenset[str]:
     fields |= {"caption"} if record.texts else set()
     fields |= {"question", "answer", "turns", "system"} if record.turns else set()
     fields |= {"targets"} if record.targets or prompt else set()
-    fields |= {"rewards"} if prompt or record.rewards else set()
+    fields |= {"rewards"} if record.rewards else set()
     fields |= {"size"} if prompt else {"image"} if record.images else set()
     fields |= {"images", "roles"} if len(record.images) > 1 and not prompt else set()
     return frozenset(fields)

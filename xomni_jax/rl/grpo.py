@@ -334,18 +334,19 @@ def make_image_decoder(cfg: GRPORun, model: XOmni) -> XOmni:
 
 def check_prompts(cfg: GRPORun) -> None:
     """Refuses prompts of files that name a reward without a weight, or none of which has a text for the reward that reads it."""
-    source = dataclasses.replace(cfg.data, first=0).open(cfg.seed, cfg.batch_size)
-    parts = {f"config.data.parts.{name}": part for name, part in zip(cfg.data.names, source.sources if cfg.data.names else (), strict=True)}
-    files = {where: part for where, part in (parts or {"config.data": source}).items() if isinstance(part, FilesSource)}
+    names = [f"config.data.parts.{name}" for name in cfg.data.names] or ["config.data"]
+    sources = [dataclasses.replace(part, first=0).open(cfg.seed, cfg.batch_size) for part in cfg.data.parts]
+    files = {name: source for name, source in zip(names, sources, strict=True) if isinstance(source, FilesSource)}
     weights = {name: reward.weight for name, reward in cfg.rewards.items() if reward.weight is not None}
-    for where, part in files.items():
-        unknown = sorted({name.removeprefix("rewards.") for name in part.offered if name.startswith("rewards.")} - set(weights))
+    for name, source in files.items():
+        unknown = sorted({field.removeprefix("rewards.") for field in source.offered if field.startswith("rewards.")} - set(weights))
         if unknown:
             raise ConfigError(
-                f"{where}: prompts are to be judged by {', '.join(unknown)}, to which config.rewards gives no weight; give it one"
+                f"{name}: prompts are to be judged by {', '.join(unknown)}, to which config.rewards gives no weight; give it one"
             )
-    texts = any("targets.text" in part.offered for part in files.values())
-    if weights.get("ocr") and not texts and len(files) == len(parts or [source]):
+    texts = any("targets.text" in source.offered for source in files.values())
+    asked = any("rewards" not in source.fields for source in files.values())  # not where every prompt names its own rewards
+    if weights.get("ocr") and asked and not texts and len(files) == len(sources):
         raise ConfigError(
             "config.rewards.ocr: no prompt of config.data says which text its image is to show; write it in double quotes and set "
             "text_targets=True where its path is set, or leave the reward out with config.rewards.ocr.weight=None"
@@ -353,9 +354,13 @@ def check_prompts(cfg: GRPORun) -> None:
 
 
 def all_prompts(cfg: GRPORun, rows: Sequence[int], examples: dict[str, Any]) -> dict[str, Any]:
-    """Prompts of a whole batch with their targets, weights of rewards and sources, of which this process has loaded `rows`; their size."""
-    shared = {name: examples[name] for name in ("caption", "targets", "rewards", "source") if name in examples}
-    return {**share(shared, rows, cfg.batch_size), "size": prompt_size(cfg, examples)}
+    """Prompts of a whole batch, of which this process has loaded `rows`, and the size of their images.
+
+    Those without rewards of their own, or of a source without a name, have None there.
+    """
+    lacking = [None] * len(rows)  # in every process, whichever rows it has
+    columns = {name: examples.get(name, lacking) for name in ("caption", "targets", "rewards", "source")}
+    return {**share(columns, rows, cfg.batch_size), "size": prompt_size(cfg, examples)}
 
 
 def train_step(
@@ -368,9 +373,7 @@ def train_step(
       FloatingPointError: sampler and trainer disagree about the log-prob of a code.
     """
     key, (rollouts, update) = key_for(cfg.seed, number, 0), buckets[batch["size"]]
-    rows, total, images, measured = rollouts(
-        state.params, batch["caption"], batch["targets"], key, batch.get("rewards", ()), batch.get("source", ())
-    )
+    rows, total, images, measured = rollouts(state.params, batch["caption"], batch["targets"], batch["rewards"], batch["source"], key)
     began = time.perf_counter()
     reward_PR = jnp.asarray(np.nan_to_num(total.total_PR), jnp.float32)
     given_PR = None if total.advantage_PR is None else jnp.asarray(total.advantage_PR, jnp.float32)

@@ -126,7 +126,8 @@ class Scoring:
         self.clients, self.items, self.judges, self.rows, self.chunk, self.stop = clients, items, judges, rows, chunk, stop
         self.decoding: list[jax.Array] = []
         self.images: list[np.ndarray] = []
-        self._waiting: list[dict[str, tuple[list[int], Future[list[Score]]]]] = []  # a chunk's: rows that a reward judges, their scores
+        # Of each chunk, by reward: which of `rows` it is asked about, and their scores.
+        self._waiting: list[dict[str, tuple[list[int], Future[list[Score]]]]] = []
 
     def send(self, wait: bool) -> None:
         """Sends decoded images to the scorers; without `wait` only those that are ready."""
@@ -134,14 +135,12 @@ class Scoring:
             first = len(self.images) * self.chunk
             images = rows_here(self.decoding.pop(0), self.rows)
             self.images.append(images)
-            asked = {name: [n for n, row in enumerate(self.rows) if name in self.judges[first + row]] for name in self.clients}
-            self._waiting.append(
-                {
-                    name: (own, self.clients[name].score_async([images[n] for n in own], [self.items[first + self.rows[n]] for n in own]))
-                    for name, own in asked.items()
-                    if own
-                }
-            )
+            waiting = {}
+            for name, client in self.clients.items():
+                if asked := [n for n, row in enumerate(self.rows) if name in self.judges[first + row]]:
+                    items = [self.items[first + self.rows[n]] for n in asked]
+                    waiting[name] = asked, client.score_async([images[n] for n in asked], items)
+            self._waiting.append(waiting)
 
     def scores(self) -> dict[str, list[Score]]:
         """{reward: a score for every rollout of the batch}: waits for this process's own and exchanges them with the others.
@@ -200,22 +199,23 @@ class Rollouts:
         params: Any,
         prompts: Sequence[str],
         targets: Sequence[dict],
+        own_weights: Sequence[Mapping[str, float] | None],
+        sources: Sequence[str | None],
         key: jax.Array,
-        own_weights: Sequence[Mapping[str, float] | None] = (),
-        sources: Sequence[str | None] = (),
     ) -> tuple[RolloutBatch, Combined, np.ndarray, dict[str, float]]:
         """One scored batch under the policy's parameters -> (rows without advantages, combined rewards, images [B, H, W, 3], metrics).
 
         Args:
-          own_weights: of each prompt's rewards, in place of the configured ones unless empty: other rewards are not asked about it.
-          sources: names of the prompts' sources, for the metrics.
+          own_weights: of each prompt's rewards; no others are asked about it. None: the configured ones.
+          sources: names of the prompts' sources, for the metrics; None where there is none.
         """
         params, P, R = self.sampler_params(params), len(prompts), self.group
         chunk = P // self.cfg.chunks * R
         keys_PR, noise_keys_PR = self.keys(key, P)
         inputs = self.sampler_inputs(prompts, keys_PR)
         items = [{"prompt": prompt, "targets": target} for prompt, target in zip(prompts, targets, strict=True) for _ in range(R)]
-        judges = [own or self.weights for own in own_weights or [None] * P for _ in range(R)]
+        weights_P = [own or self.weights for own in own_weights]
+        judges = [weights for weights in weights_P for _ in range(R)]
         scoring = Scoring(self.clients, items, judges, owned_rows(self.image_decoder.mesh, chunk), chunk, self.stop)
         seconds = dict.fromkeys(("perf/rollout_s", "perf/decode_s", "perf/reward_wait_s"), 0.0)
         made = []
@@ -241,18 +241,16 @@ class Rollouts:
         with timed(seconds, "perf/reward_wait_s"):
             scores = scoring.scores()
         columns = {name: column(own, P) for name, own in scores.items()}
-        weights = {
-            name: np.array([[own.get(name, 0.0) if own else w] for own in own_weights or [None]]) for name, w in self.weights.items()
-        }
+        weights = {name: np.array([[own.get(name, 0.0)] for own in weights_P]) for name in self.weights}
         total = combine(columns, weights, self.cfg.combine, ddof=self.advantage.ddof, eps=self.advantage.eps)
-        self.check_scored(scores, 1.0 - float(total.ok_PR.mean()))
+        self.check_scored(scores, weights, 1.0 - float(total.ok_PR.mean()))
         return self.rows(made, inputs, total.ok_PR), total, np.concatenate(scoring.images), seconds | source_means(sources, columns, total)
 
-    def check_scored(self, scores: Mapping[str, Sequence[Score]], failed: float) -> None:
+    def check_scored(self, scores: Mapping[str, Sequence[Score]], weights: Mapping[str, Any], failed: float) -> None:
         """StepRefused if too many rollouts could not be scored; it names the service that failed most often, and why."""
         if failed <= self.cfg.max_fail_frac:
             return
-        errors = Counter((name, score.error) for name in scores if self.weights[name] for score in scores[name] if score.error)
+        errors = Counter((name, score.error) for name in scores if np.any(weights[name]) for score in scores[name] if score.error)
         why, remedy = "no reward applies to them", "give the prompts targets that a scorer reads"
         if errors:
             ((name, error), _), *_ = errors.most_common(1)
