@@ -70,6 +70,16 @@ def test_prompts_without_a_size_take_the_sizes_by_weight(tmp_path):
     assert {source[n]["size"] for n in range(64)} != {prompts(file, sizes=((32, 64), (16, 16))).open(1, 2)[n]["size"] for n in range(64)}
 
 
+def test_cells_of_a_table_may_be_empty(tmp_path):
+    rows = ["prompt,size,rewards,targets,weight", "a,,,,", 'b,"[64, 32]","{""ocr"": 2}","{""text"": [""B""]}",3']
+    data = prompts(written(tmp_path / "p.csv", "\n".join(rows)), sizes=((32, 64), (64, 32)))
+    found = {e["caption"]: e for e in (data.open(0, 1)[n] for n in range(16))}
+    assert found == {
+        "a": {"id": "p:0", "caption": "a", "size": (32, 64), "targets": {}},
+        "b": {"id": "p:1", "caption": "b", "size": (64, 32), "targets": {"text": ["B"]}, "rewards": {"ocr": 2.0}},
+    }
+
+
 @pytest.mark.parametrize("weights", [(1,), (0, 0), (1, 2, 3)])
 def test_weights_of_sizes_that_do_not_fit_are_refused(tmp_path, weights):
     with pytest.raises(ConfigError, match=r"size_weights=.* must hold a weight for each of sizes=.*, and not only zeros"):

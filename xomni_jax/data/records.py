@@ -40,6 +40,7 @@ CONVERSATIONS: dict[str, Callable[[Any, Any], Conversation]] = {
     "prompt": of_messages,  # where it is a list
 }
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".gif", ".bmp", ".ppm")
+_CELLS = ("targets", "rewards", "weight", "size")  # which tables leave empty in the rows that lack them
 _QUOTED = re.compile(r'"([^"]+)"|“([^”]+)”')
 _X2I_MARK = re.compile(r"<img><\|image_(\d+)\|></img>")
 _DATA_URI = re.compile(r"data:[\w/+.-]*;base64,")
@@ -110,7 +111,9 @@ class _Row:
     """The columns of a row that are present, of which those that are taken become part of a record, the others its metadata."""
 
     def __init__(self, columns: Mapping[str, Any], root: Path, absolute: bool):
-        self.columns = {name: value for name, value in columns.items() if value is not None and not (isinstance(value, list) and not value)}
+        self.columns = {
+            name: value for name, value in columns.items() if not (value is None or value == [] or value == "" and name in _CELLS)
+        }
         self.given, self.root, self.absolute = columns, root, absolute
         self.notes: list[str] = []
         self.metadata: dict[str, Any] = {}

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from xomni_jax.core.config import ConfigError, Count, Overrides
+from xomni_jax.core.config import ConfigError, Count, Overrides, checked
 from xomni_jax.core.distributed import connect, gather_json
 from xomni_jax.core.preemption import StopSignal
 from xomni_jax.core.program import Program, Programs, Work
@@ -256,12 +256,15 @@ class GRPOStage:
     def make(cls, cfg: GRPORun, mesh: Mesh, stop: StopSignal) -> RunningStage:
         """A run on the prompts of the configuration, starting from the transformer of `init_from`."""
         check_prompts(cfg)
+        rows = local_rows(mesh, cfg.batch_size)
+        fields = ("caption", "targets", "size") if len(cfg.data.sizes) > 1 else ("caption", "targets")
+        prompts = batches(cfg.data, cfg.seed, cfg.batch_size, rows=rows, fields=fields)
         model = open_model(cfg.init_from, MODELS, mesh, cfg.stage)
         models = model_configs(cfg, MODELS, model)
         for name, config in models.items():
             model.set_config(name, config)
         decode = decode_settings(cfg.decode, model.description)
-        grids = {size: model.grid(*size) for size in cfg.data.sizes}
+        grids = checked(lambda: {size: model.grid(*size) for size in cfg.data.sizes}, "config.data.sizes")
         image_decoder = make_image_decoder(cfg, model)
         made = cls.programs(cfg, models, mesh, None if image_decoder is model else image_decoder.mesh)
 
@@ -287,14 +290,9 @@ class GRPOStage:
                 lambda params: made["layout"].fn(join(base, params, lora.scale)), clients, weights, stop,
             )  # fmt: skip
             buckets[size] = Bucket(rollouts, flops(update))
-        rows = local_rows(mesh, cfg.batch_size)
-        fields = ("caption", "targets", "size") if len(buckets) > 1 else ("caption", "targets")
         return RunningStage(
             state,
-            DataIterator(
-                batches(cfg.data, cfg.seed, cfg.batch_size, rows=rows, fields=fields),
-                functools.partial(all_prompts, cfg, rows),
-            ),
+            DataIterator(prompts, functools.partial(all_prompts, cfg, rows)),
             functools.partial(train_step, cfg, buckets, frozen),
             lambda state, directory, note: export_trained(directory, {"transformer": (state.params, ar)}, lora, model, note),
             functools.partial(sample_grid, cfg, buckets),
