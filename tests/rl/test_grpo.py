@@ -35,6 +35,7 @@ from xomni_jax.sharding.rules import param_shardings
 from xomni_jax.training.operations import CompileLog
 from xomni_jax.training.run import policy_mesh, run_stage
 
+PROMPTS = ["data.source=prompts", "data.path={}/p.csv", "data.text_targets=True"]
 FREE = "http://127.0.0.1:9"  # the discard port: nobody answers
 
 
@@ -328,7 +329,11 @@ def test_every_image_size_has_programs_of_its_own(model_dir, service, tmp_path, 
         (["rollout.combine=sum"], "combine='sum' is unknown"),
         (["rollout.segment=0"], "config.rollout.segment=0: expected int >= 1"),
         (["rollout.prompt_length=12"], "raise config.rollout.prompt_length"),
-        (["data.source=prompts", "data.path=setup.py", "data.sizes=((16,32),(20,32))"], "20x32 pixels are not whole 8x8 tokens"),
+        (
+            [*PROMPTS, "data.sizes=((16,32),(20,32))"],
+            "config.data.sizes: 20x32 pixels are not whole 8x8 tokens; the nearest size that is: 16x32",
+        ),
+        ([*PROMPTS, "data.sizes=((32,16),)"], r"p.csv row 1: the size \(16, 32\) is not among config.data.sizes"),
         (["data.sizes=((16,64),)"], "16x64: the long side may have at most 48 pixels"),
         (["decode.steps=0"], "config.decode: decode.steps=0 must be at least 1"),
         (["grpo.kl_estimator=k4"], "config.grpo: kl_estimator='k4' is unknown"),
@@ -336,8 +341,9 @@ def test_every_image_size_has_programs_of_its_own(model_dir, service, tmp_path, 
     ],
 )
 def test_nonsense_is_refused(overrides, words, model_dir, service, tmp_path):
+    (tmp_path / "p.csv").write_text('prompt,size\n"a ""B""","[16, 32]"\n')
     with pytest.raises(ValueError, match=words) as error:
-        run_stage(grpo_config(tmp_path / "run", model_dir, service.url, *overrides))
+        run_stage(grpo_config(tmp_path / "run", model_dir, service.url, *(line.format(tmp_path) for line in overrides)))
     assert "\n" not in str(error.value)
     assert "prompt_length" in words or not (tmp_path / "run").exists()
 

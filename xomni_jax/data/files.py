@@ -162,8 +162,8 @@ class FilesSource:
     def __init__(self, options: FilesConfig, seed: int, batch_size: int):
         self.seed, self.usable = seed, usable_records(options, self.prompts)
         self.order = BatchOrder(self.usable.members, seed, batch_size, self.usable.weights, self.usable.records.blocks())
-
-        self.fields, self.offered, self.num_records = self.usable.fields, self.usable.offered, sum(map(len, self.usable.members.values()))
+        self.fields, self.offered = self.usable.fields, self.usable.offered
+        self.num_records = sum(map(len, self.usable.members.values()))
 
     def __len__(self) -> int:
         return ENDLESS
@@ -215,7 +215,7 @@ class Epoch:
         return found | ({"captions": record.texts} if record.texts else {})
 
 
-@functools.lru_cache(maxsize=32)  # a run opens its data several times; parts of a mixture are looked at one by one
+@functools.lru_cache(maxsize=64)  # a run opens every part of a mixture more than once
 def usable_records(options: FilesConfig, prompts: bool) -> Usable:
     """Looks at every record of a source, or reads it whole where faulty ones are to be skipped.
 
