@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 
 import pytest
 from PIL import Image
@@ -109,6 +110,14 @@ def test_a_check_of_prompts_and_of_a_configuration(tmp_path, capsys):
     assert main(["data", "check", "--config=configs/tiny/grpo.py", *data]) == 0
     assert main(["data", "check", "--config=configs/tiny/grpo.py", *data, f"--config.data.exclude=('{benchmark}',)"]) == 1
     assert f"{path}:2: the prompt 'a dog' stands in {benchmark}:1" in capsys.readouterr().out
+    size = dict(sizes=((32, 64),))
+    files = dict(other=dict(source="prompts", path=benchmark) | size, mine=dict(source="prompts", path=path, exclude=(benchmark,)) | size)
+    parts = files | dict(signs=dict(source="rendered", weights=(1.0,), text_lengths=((3, 6),)) | size)
+    config = lines(tmp_path / "mix.py", "from ml_collections import ConfigDict", "def get_config():", f"    parts = {parts}",
+                   "    return ConfigDict(dict(stage='grpo', data=dict(source='mixture', parts=parts)))")  # fmt: skip
+    assert main(["data", "check", f"--config={config}", f"--out={tmp_path / 'found.jsonl'}"]) == 1
+    assert re.search(rf"path={path}:\n2 records, 1 good, 1 cannot(.*\n)+.*path={benchmark}:\n1 record, 1 good", capsys.readouterr().out)
+    assert [json.loads(line)["where"] for line in (tmp_path / "found.jsonl").read_text().splitlines()] == [f"{path}:2"]
 
 
 @pytest.mark.parametrize(

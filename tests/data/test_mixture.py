@@ -168,3 +168,51 @@ def test_what_no_part_offers_is_said(parts):
     batches(mixture(parts), 0, 4, fields=("caption|turns", "question"), mixed=True)
     with pytest.raises(ConfigError, match="its examples have no question"):
         batches(mixture(parts), 0, 4, fields=("question",))
+
+
+def test_a_weight_changes_with_the_step(parts):
+    """Straight between its steps, constant beyond them; by the number of the example alone, and never the same example twice."""
+    weights = dict(signs=2.0, ten=((10, 1.0), (50, 4.0), (90, 0.0)))
+    data = mixture({name: parts[name] | dict(weight=weight) for name, weight in weights.items()})
+    source = data.open(seed=2, batch_size=40)
+    places = [source.place(n) for n in range(100 * 40)]
+    ten = np.reshape([source.names[part] == "ten" for part, _ in places], (100, 40)).mean(-1)  # its share of every step
+    for step, weight in ((0, 1), (10, 1), (30, 2.5), (50, 4), (70, 2), (90, 0), (99, 0)):
+        assert ten[step] == pytest.approx(weight / (2 + weight), abs=0.05)
+    assert source.shares(100) == pytest.approx([1 - ten.mean(), ten.mean()], abs=0.01)
+    assert len(set(places)) == 4000 and places[1000:1100] == [data.open(2, 40).place(n) for n in range(1000, 1100)]
+
+
+def test_a_mixture_whose_weights_change_resumes_on_any_number_of_hosts(parts):
+    data = mixture({name: parts[name] | dict(weight=((0, w), (4, 1.0 - w))) for name, w in (("ten", 0.9), ("three", 0.1))})
+    whole, _ = drawn(data, 6)
+    first, state = drawn(data, 4, rows=range(2, 4))
+    rest, _ = drawn(data, 2, rows=range(2, 4), state=state)
+    assert [b["id"] for b in first + rest] == [b["id"][2:] for b in whole]
+    assert whole[0]["source"].count("ten") > whole[5]["source"].count("ten")
+
+
+@pytest.mark.parametrize(
+    "weight, words",
+    [
+        (((0, 1.0), (0, 2.0)), "the steps must increase"),
+        ((), "the steps must increase"),
+        (((0, -1.0),), "expected float >= 0"),
+        (((0, 1), (9, 0)), r"the weights of the parts at step 9 \(.*\) sum to 0"),
+    ],
+)
+def test_changing_weights_that_are_refused(parts, weight, words):
+    with pytest.raises(ConfigError, match=words):
+        mixture(dict(ten=parts["ten"] | dict(weight=weight)))
+
+
+@pytest.mark.parametrize("weight", [1.0, ((0, 2.0), (9, 1.0))], ids=["constant", "changing"])
+def test_whole_batches_come_from_one_part(parts, weight):
+    """So that parts of different sizes share a run whose batches have one."""
+    tall = parts["signs"] | dict(sizes=((64, 32),), text_lengths=((2, 3),), shapes=0.0, weight=weight)
+    both = dict(signs=parts["signs"] | dict(weight=1.0), tall=tall)
+    data = SIGNS.updated({"source": "mixture", "parts": both, "whole_batches": True}, "config.data")
+    found, _ = drawn(data, 12)
+    assert all(len(set(batch["source"])) == len(set(batch["size"])) == 1 for batch in found)
+    assert {batch["source"][0] for batch in found} == {"signs", "tall"}
+    assert len({i for batch in found for i in batch["id"]}) == 48

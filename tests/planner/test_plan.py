@@ -49,7 +49,7 @@ def test_text_encoders_on_simulated_devices(cache):
 
 def test_every_program_is_the_trainers_own(cache):
     stage = plan.programs_on(narrow.grpo(), CPU)
-    assert list(stage.programs) == ["policy-update", "reference", "layout", "rollout", "prefill", "decoder", "text", "vae"]
+    assert list(stage.programs) == ["policy-update", "reference", "rollout", "prefill", "decoder", "text", "vae", "layout"]
     assert {name: p.per_step for name, p in stage.programs.items() if p.per_step} == {
         "policy-update": 1, "layout": 1, "rollout": 1, "prefill": 1, "decoder": 1
     }  # fmt: skip
@@ -58,6 +58,10 @@ def test_every_program_is_the_trainers_own(cache):
     assert (halves.programs["rollout"].per_step, halves.programs["rollout"].work.steps, halves.programs["prefill"].per_step) == (8, 16, 2)
     whole, part = stage.programs["rollout"].work, halves.programs["rollout"].work
     assert (part.forward * 8, part.tokens * 8) == (whole.forward, whole.tokens)
+    buckets = plan.programs_on(narrow.grpo("data.sizes=((16,32),(32,32))", "data.weights=(1,1)", "data.text_lengths=((2,3),(2,3))"), CPU)
+    more = {name.partition("@")[0]: program for name, program in buckets.programs.items() if name.endswith("@32x32")}
+    assert list(more) == [name for name in stage.programs if name != "layout"] and len(buckets.programs) == 2 * len(more) + 1
+    assert all(program.per_step == 0 for program in more.values()) and "images of 32x32" in more["decoder"].about
     places = [stage.programs[name].fn.__module__ for name in ("policy-update", "rollout")]
     assert places == ["xomni_jax.rl.update", "xomni_jax.sampling.sampler"]
     # Without a penalty there is no reference, neither as a program nor in memory.

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from xomni_jax.rewards import Score
-from xomni_jax.rewards.combine import Column, column, combine, standardise
+from xomni_jax.rewards.combine import Column, column, combine, source_means, standardise
 
 NAN = float("nan")
 
@@ -105,6 +105,24 @@ def test_weights_of_each_prompt(mode):
     alone = combine({"a": rewards["a"]}, {"a": np.array([[3.0], [0.5]])}, mode)  # a and b differ in scale alone
     if mode == "normalize_then_sum":
         np.testing.assert_allclose(out.advantage_PR, alone.advantage_PR, atol=1e-4)
+
+
+def test_means_of_each_source():
+    """Over what is known of its own prompts; a reward that none of them is judged by has no mean."""
+    none = np.zeros((3, 2), bool)
+    rewards = {
+        "a": Column(np.array([[1.0, 2.0], [3.0, NAN], [6.0, 7.0]]), none),
+        "b": Column(np.array([[NAN] * 2, [8.0, 8.0], [NAN] * 2]), none),
+    }
+    means = source_means(["x", "y", "x"], rewards, combine(rewards, {"a": 2.0, "b": 0.0}))
+    assert means == {
+        "reward/a/mean/x": 4.0,
+        "reward/total/mean/x": 8.0,
+        "reward/a/mean/y": 3.0,
+        "reward/b/mean/y": 8.0,
+        "reward/total/mean/y": 6.0,
+    }
+    assert source_means([None] * 3, rewards, combine(rewards, {"a": 1.0, "b": 1.0})) == {}
 
 
 def test_no_reward_at_all_is_not_ok():

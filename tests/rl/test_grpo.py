@@ -1,6 +1,7 @@
 """The GRPO stage as a run: services over HTTP, gates, stopping and going on."""
 
 import dataclasses
+import io
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 import xomni_jax
 from tests.miniature import CODES, GRID, SIZE, stage_config
@@ -33,6 +35,7 @@ from xomni_jax.sharding.rules import param_shardings
 from xomni_jax.training.operations import CompileLog
 from xomni_jax.training.run import policy_mesh, run_stage
 
+PROMPTS = ["data.source=prompts", "data.path={}/p.csv", "data.text_targets=True"]
 FREE = "http://127.0.0.1:9"  # the discard port: nobody answers
 
 
@@ -202,7 +205,9 @@ def one_batch(model, service, cfg, image_decoder=None):
             {"ocr": 1.0},
             StopSignal(),
         )
-        rows, total, images, _ = make(model.params("transformer"), ["a red sign", "blue"], [{}, {}], jax.random.key(4))
+        rows, total, images, _ = make(
+            model.params("transformer"), ["a red sign", "blue"], [{}] * 2, [None] * 2, [None] * 2, jax.random.key(4)
+        )
     return jax.tree.map(np.asarray, rows), total, images.reshape(2, 3, *SIZE, 3)
 
 
@@ -286,6 +291,27 @@ def test_adapters_learn_on_a_base_in_8_bits_which_is_the_reference_as_well(model
     assert (tmp_path / "run" / "adapter" / "adapter.safetensors").exists()
 
 
+def test_every_image_size_has_programs_of_its_own(model_dir, service, tmp_path, monkeypatch):
+    """Prompts of two sizes, of which one source names its reward: batches of one size each, and no program is made twice."""
+    (tmp_path / "wide.txt").write_text('a "A"\na "B"\n')
+    (tmp_path / "tall.jsonl").write_text('{"prompt": "\\"C\\"", "size": [32, 16]}\n{"prompt": "\\"D\\"", "size": [32, 16]}')
+    listed = "[{path: wide.txt, rewards: [{ocr: 2}]}, {path: tall.jsonl, name: tall, rewards: [{ocr: 1}]}]"
+    (tmp_path / "mix.yaml").write_text(f"datasets: {listed}")
+    sizes = []
+    monkeypatch.setattr(service, "heard", lambda images: sizes.extend(Image.open(io.BytesIO(image)).size for image in images))
+    source = ["data.source=prompts", f"data.path={tmp_path / 'mix.yaml'}", "data.sizes=((16,32),(32,16))"]
+    with CompileLog() as log:
+        run_stage(grpo_config(tmp_path / "run", model_dir, service.url, *source, "steps=4", "grid_every=0"))
+        assert sum("draw" in name for name in log.since()) <= 2
+    assert sizes and {sizes[n : n + 16][0] for n in range(0, 64, 16)} == {(32, 16), (16, 32)}
+    assert all(len(set(sizes[n : n + 16])) == 1 for n in range(0, 64, 16))
+    for line in metrics(tmp_path / "run"):
+        (source,) = {name.split("/")[3] for name in line if name.startswith("reward/total/mean/")}
+        weight = {"wide": 2, "tall": 1}[source]
+        assert line["reward/total/mean"] == pytest.approx(weight * line[f"reward/ocr/mean/{source}"])
+        assert line["reward/total/mean"] == pytest.approx(line[f"reward/total/mean/{source}"])
+
+
 @pytest.mark.parametrize(
     "overrides, words",
     [
@@ -303,7 +329,11 @@ def test_adapters_learn_on_a_base_in_8_bits_which_is_the_reference_as_well(model
         (["rollout.combine=sum"], "combine='sum' is unknown"),
         (["rollout.segment=0"], "config.rollout.segment=0: expected int >= 1"),
         (["rollout.prompt_length=12"], "raise config.rollout.prompt_length"),
-        (["data.sizes=((16,32),(32,32))", "data.weights=(1.0,1.0)", "data.text_lengths=((2,3),(2,3))"], "must hold one size"),
+        (
+            [*PROMPTS, "data.sizes=((16,32),(20,32))"],
+            "config.data.sizes: 20x32 pixels are not whole 8x8 tokens; the nearest size that is: 16x32",
+        ),
+        ([*PROMPTS, "data.sizes=((32,16),)"], r"p.csv row 1: the size \(16, 32\) is not among config.data.sizes"),
         (["data.sizes=((16,64),)"], "16x64: the long side may have at most 48 pixels"),
         (["decode.steps=0"], "config.decode: decode.steps=0 must be at least 1"),
         (["grpo.kl_estimator=k4"], "config.grpo: kl_estimator='k4' is unknown"),
@@ -311,8 +341,9 @@ def test_adapters_learn_on_a_base_in_8_bits_which_is_the_reference_as_well(model
     ],
 )
 def test_nonsense_is_refused(overrides, words, model_dir, service, tmp_path):
+    (tmp_path / "p.csv").write_text('prompt,size\n"a ""B""","[16, 32]"\n')
     with pytest.raises(ValueError, match=words) as error:
-        run_stage(grpo_config(tmp_path / "run", model_dir, service.url, *overrides))
+        run_stage(grpo_config(tmp_path / "run", model_dir, service.url, *(line.format(tmp_path) for line in overrides)))
     assert "\n" not in str(error.value)
     assert "prompt_length" in words or not (tmp_path / "run").exists()
 

@@ -3,12 +3,15 @@
 import json
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from xomni_jax.core.preemption import StepRefused, StopRequested
 from xomni_jax.rewards import Score
-from xomni_jax.rl import rollouts
+from xomni_jax.rl import grpo, rollouts
+from xomni_jax.sharding import arrays
 
 OTHERS = [[Score(0.1, None, {"text": "A"}), Score(None, "timed out")], [Score(None), Score(1 / 3)]]  # per chunk, of rows 1 and 3
 OWN = [[Score(0.5, None, {"text": "B"}), Score(0.25)], [Score(None, "no answer"), Score(None)]]  # rows 0 and 2
@@ -19,14 +22,13 @@ def exchange(monkeypatch, wait, others=OTHERS):
 
     def gather(value):
         value = json.loads(json.dumps(value))
-        told = [{"ocr": [{"value": s.value, "error": s.error} for s in chunk]} for chunk in others]
-        return [value, {"rows": [1, 3], "chunks": told}]
+        return [value, [["ocr", 4 * c + row, s.value, s.error] for c, chunk in enumerate(others) for row, s in zip([1, 3], chunk)]]
 
     polled = []
     monkeypatch.setattr(rollouts, "gather_json", gather)
     stop = SimpleNamespace(check=lambda: polled.append(1), check_waiting=None)
     client = SimpleNamespace(wait=wait, score_async=lambda images, items: items[0]["chunk"])
-    scoring = rollouts.Scoring({"ocr": client}, [{"chunk": n // 4} for n in range(8)], [0, 2], 4, stop)
+    scoring = rollouts.Scoring({"ocr": client}, [{"chunk": n // 4} for n in range(8)], [{"ocr"}] * 8, [0, 2], 4, stop)
     scoring.decoding = [jnp.zeros((4, 2, 2, 3), jnp.uint8)] * 2
     scoring.send(wait=True)
     scores = scoring.scores()["ocr"]
@@ -38,6 +40,45 @@ def test_rows_of_all_processes_in_order(monkeypatch):
     scores = exchange(monkeypatch, lambda chunk, poll: OWN[chunk])
     assert scores[:4] == [Score(0.5), Score(0.1), Score(0.25), Score(None, "timed out")]  # details stay where they are
     assert scores[4:] == [Score(None, "no answer"), Score(None), Score(None), Score(1 / 3)]
+
+
+def test_a_reward_is_asked_about_its_own_prompts_alone(monkeypatch):
+    """Rows 0 and 2 of two chunks: ocr judges one prompt of the first chunk, shapes both of the first and none of the second."""
+    heard = []
+
+    def client(name):
+        def score(images, items):
+            heard.append((name, [int(image[0, 0, 0]) for image in images], [item["n"] for item in items]))
+            return [Score(item["n"] / 8) for item in items]
+
+        return SimpleNamespace(score_async=score, wait=lambda scores, poll: scores)
+
+    monkeypatch.setattr(rollouts, "gather_json", lambda value: [json.loads(json.dumps(value))])
+    stop = SimpleNamespace(check=lambda: None, check_waiting=None)
+    judges = [{"shapes"}, (), {"ocr": 0.5, "shapes": 2.0}, (), {"taste"}, (), {"taste"}, ()]
+    scoring = rollouts.Scoring({n: client(n) for n in ("ocr", "shapes")}, [{"n": n} for n in range(8)], judges, [0, 2], 4, stop)
+    scoring.decoding = [
+        jnp.arange(4 * c, 4 * c + 4, dtype=jnp.uint8)[:, None, None, None] * jnp.ones((1, 2, 2, 3), jnp.uint8) for c in (0, 1)
+    ]
+    scoring.send(wait=True)
+    scores = scoring.scores()
+    assert heard == [("ocr", [2], [2]), ("shapes", [0, 2], [0, 2])]
+    assert scores == {
+        "ocr": [Score(0.25) if n == 2 else Score(None) for n in range(8)],
+        "shapes": [Score(n / 8) if n in (0, 2) else Score(None) for n in range(8)],
+    }
+
+
+def test_hosts_exchange_prompts_of_different_sources(monkeypatch):
+    """This one has rendered signs, which name no rewards; the other has prompts that name theirs."""
+    there = {"caption": ["c", "d"], "targets": [{}, {}], "rewards": [{"ocr": 2.0}, None], "source": ["mine", "mine"]}
+    monkeypatch.setattr(arrays, "gather_json", lambda own: [json.loads(json.dumps(own)), {"rows": [2, 3], "columns": there}])
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    here = {"caption": ["a", "b"], "targets": [{"text": ["A"]}, {}], "source": ["signs", "signs"], "size": [(8, 16), (8, 16)], "id": [0, 1]}
+    assert grpo.all_prompts(grpo.GRPORun(batch_size=4), [0, 1], here) == {
+        "caption": ["a", "b", "c", "d"], "targets": [{"text": ["A"]}, {}, {}, {}], "rewards": [None, None, {"ocr": 2.0}, None],
+        "source": ["signs", "signs", "mine", "mine"], "size": (8, 16),
+    }  # fmt: skip
 
 
 URL = "http://10.0.0.9:8001"
@@ -59,14 +100,15 @@ URL = "http://10.0.0.9:8001"
 )
 def test_a_killed_service_is_named_with_its_address_and_the_cause(scores, told):
     client = SimpleNamespace(urls=(URL, "http://b:2"))
-    made = SimpleNamespace(cfg=rollouts.RolloutConfig(), weights={"ocr": 1.0, "taste": 0.0}, clients={"ocr": client, "taste": client})
+    made = SimpleNamespace(cfg=rollouts.RolloutConfig(), clients={"ocr": client, "taste": client})
+    weights = {"ocr": np.array([[0.0], [1.0]]), "taste": np.zeros((2, 1))}
     with pytest.raises(StepRefused, match=told):
-        rollouts.Rollouts.check_scored(made, scores, 0.75)
-    rollouts.Rollouts.check_scored(made, scores, 0.5)
+        rollouts.Rollouts.check_scored(made, scores, weights, 0.75)
+    rollouts.Rollouts.check_scored(made, scores, weights, 0.5)
 
 
 def test_a_process_that_is_told_to_stop_still_takes_part(monkeypatch):
     def told(chunk, poll):
         raise StopRequested
 
-    assert exchange(monkeypatch, told)[:2] == [None, Score(0.1)]
+    assert exchange(monkeypatch, told)[:2] == [Score(None), Score(0.1)]

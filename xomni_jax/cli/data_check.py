@@ -33,17 +33,21 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     """Prints what was found."""
     from xomni_jax.data.check import check
     from xomni_jax.data.files import FilesConfig
+    from xomni_jax.evaluation.held_out import with_benchmarks
 
     if bool(args.path) == bool(args.config):
         raise ConfigError("give one or more PATHs, or --config=FILE with the data of a training")
     data = _configured(args.config, rest) if args.config else _named(args, rest)
-    if not isinstance(data.options, FilesConfig):
+    parts = [part for part in with_benchmarks(data).parts if isinstance(part.options, FilesConfig)]
+    if not parts:
         raise ConfigError(f"config.data.source={data.source}: its examples are not read from files; nothing is to be checked")
-    found = check(data.options, data.source == "prompts")
-    print("\n".join(found.lines()))
+    checked = [check(part.options, part.source == "prompts") for part in parts]
+    for part, found in zip(parts, checked, strict=True):
+        print("\n".join([f"config.data.path={part.options.path}:", *found.lines()] if data.names else found.lines()))
     if args.out:
-        Path(args.out).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found.rows()), encoding="utf-8")
-    return 1 if found.skipped or not found.records else 0
+        rows = (json.dumps(row, ensure_ascii=False) + "\n" for found in checked for row in found.rows())
+        Path(args.out).write_text("".join(rows), encoding="utf-8")
+    return 1 if any(found.skipped or not found.records for found in checked) else 0
 
 
 def _configured(path: str, rest: list[str]) -> DataSection:

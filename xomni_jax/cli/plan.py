@@ -14,6 +14,7 @@ Results are cached; the same plan then takes seconds.
 
 programs: grpo has policy-update, reference (a part of it), layout, rollout, prefill (a part of it), decoder, text and vae (parts of it);
        tokenizer, pretrain, sft and decoder have one update each; inference has rollout, prefill, decoder, text, vae and answer.
+       Those of grpo at further image sizes end in @HEIGHTxWIDTH, such as rollout@64x32.
 
 Topologies other than cpu:N need the extra [plan]. Times are lower bounds from the hardware's peaks, not measurements; MFU, tokens and
 images per second are upper bounds.

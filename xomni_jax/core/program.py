@@ -53,7 +53,8 @@ class Program:
       about: what it does, with its sizes.
       work: the least arithmetic and traffic that it needs.
       uses: groups of persistent arrays among its arguments. freed: groups that are released before it runs.
-      per_step: executions in a training step; 0 for a part of another program that is also looked at alone.
+      per_step: executions in a training step; 0 for a part of another program that is also looked at alone,
+        and for the same program at a further image size, whose name ends in @HEIGHTxWIDTH.
       state: the donated argument, if any.
       on_decoder_mesh: it runs on the image decoder's own devices.
     """

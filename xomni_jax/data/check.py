@@ -104,4 +104,5 @@ def _content(record: Record) -> bytes:
 def _kind(reason: str) -> str:
     """A reason without what differs from record to record."""
     reason = re.sub(r"the image .+? (cannot be read|lies outside|is a web address)", r"an image \1", reason)
-    return re.sub(r"\d+", "N", re.sub(r"'[^']*' stands in \S+", "it stands in a file", reason))
+    reason = re.sub(r"the prompt .+ stands in .+, which", "a prompt stands in a file or suite which", reason)
+    return re.sub(r"\d+", "N", reason)

@@ -18,7 +18,7 @@ from typing import ClassVar, NamedTuple, TypeVar
 import numpy as np
 from PIL import Image, ImageOps
 
-from xomni_jax.core.config import ConfigError
+from xomni_jax.core.config import ConfigError, NonNegative
 from xomni_jax.data.images import UnreadableImage, image_size, read_image
 from xomni_jax.data.kinds import Part, open_parts
 from xomni_jax.data.records import Columns, Record, make_record
@@ -40,7 +40,8 @@ class FilesConfig(Columns):
       sizes: (height, width) in pixels of the images, multiples of the tokenizer's patch; a record takes the size that is nearest to the
         shape of its image, which is scaled to cover it, and loses what stands out; a prompt takes the first, or its own
       skip_faulty: leave out records that cannot be used, instead of refusing them; every image is then read once at the start
-      exclude: files, such as those of a benchmark, whose prompts must not occur among the captions or prompts
+      exclude: whose prompts must not occur among the captions or prompts: files, or suites of xomni eval with the folder of their data, as
+        geneval=FOLDER
     """
 
     path: str | tuple[str, ...] = ""
@@ -53,6 +54,28 @@ class FilesConfig(Columns):
             raise ValueError("path is empty; name a file of records, or a folder of images")
         if not self.sizes or any(len(size) != 2 or min(size) < 1 for size in self.sizes):
             raise ValueError(f"sizes={self.sizes} must hold one or more (height, width) in pixels, such as ((1152, 1152),)")
+
+
+@dataclass(frozen=True)
+class PromptsConfig(FilesConfig):
+    """Prompts in files.
+
+    Attributes:
+      size_weights: how often each of `sizes` is drawn for the prompts that name none; empty: always the first
+    """
+
+    size_weights: tuple[NonNegative, ...] = ()
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.size_weights and (len(self.size_weights) != len(self.sizes) or not sum(self.size_weights)):
+            raise ValueError(f"size_weights={self.size_weights} must hold a weight for each of sizes={self.sizes}, and not only zeros")
+
+    @property
+    def shares(self) -> dict[Size, float]:
+        """The share of each size among the prompts that name none, without those that never are."""
+        weights = self.size_weights or (1.0,)
+        return {size: weight / sum(weights) for size, weight in zip(self.sizes, weights) if weight}
 
 
 class Records:
@@ -82,6 +105,10 @@ class Records:
         """The place of a record, for messages."""
         part, within = self._part(number)
         return part.table.where(part.rows[within])
+
+    def source(self, number: int) -> str:
+        """The name of a record's entry in a list of files; empty where it comes from no list."""
+        return self._part(number)[0].source
 
     def blocks(self) -> np.ndarray | None:
         """For every record the number of those that are read together with it, -1 where it is read alone; None where all are."""
@@ -145,9 +172,11 @@ class FilesSource:
         number, size = self.order[index]
         try:
             record = self.usable.records[number]
-            return example(record, (size,), _fields(record, self.prompts), np.random.default_rng([self.seed, index]))
+            found = example(record, (size,), _fields(record, self.prompts), np.random.default_rng([self.seed, index]))
         except FaultyRecord as fault:
             raise ConfigError(f"{fault}; repair it, or take it out") from fault
+        source = self.usable.records.source(number)
+        return found | {"source": source} if source else found
 
     @classmethod
     def epoch(cls, options: FilesConfig) -> Epoch:
@@ -156,8 +185,9 @@ class FilesSource:
 
 
 class PromptsSource(FilesSource):
-    """Prompts as a source: examples with a caption and its targets, and without an image."""
+    """Prompts as a source: examples with a caption, its targets and the size to draw, and without an image."""
 
+    Options: ClassVar[type] = PromptsConfig
     prompts = True
 
 
@@ -201,10 +231,11 @@ def usable_records(options: FilesConfig, prompts: bool) -> Usable:
         elif found is None:
             imageless += 1
         else:
-            size, weight, fields = found
-            numbers, weights = members.setdefault(size, (array("q"), array("d")))
-            numbers.append(number)
-            weights.append(weight)
+            shares, weight, fields = found
+            for size, share in shares.items():
+                numbers, weights = members.setdefault(size, (array("q"), array("d")))
+                numbers.append(number)
+                weights.append(weight * share)
             offered |= fields
             common = fields if common is None else common & fields
     if faults:
@@ -227,8 +258,8 @@ def usable_records(options: FilesConfig, prompts: bool) -> Usable:
 
 def _look(
     records: Records, options: FilesConfig, excluded: Mapping[str, str], number: int
-) -> FaultyRecord | tuple[Size, float, frozenset[str]] | None:
-    """The size, the weight and the fields of a record; None where it has no image to learn, the fault where it cannot be used."""
+) -> FaultyRecord | tuple[Mapping[Size, float], float, frozenset[str]] | None:
+    """(share of each size, weight, fields) of a record; None where it has no image to learn, the fault where it cannot be used."""
     try:
         record = records[number]
         shapes = check_images(record, options.skip_faulty)
@@ -239,8 +270,19 @@ def _look(
     check_excluded(record, excluded)
     if not records.prompts and not shapes and not options.imageless:
         return None
-    nearest = options.sizes[0] if records.prompts or not shapes else nearest_size(shapes[_main(record)], options.sizes)
-    return record.size or nearest, record.weight, _fields(record, records.prompts)
+    if record.size:
+        shares = {record.size: 1.0}
+    elif records.prompts:
+        shares = options.shares
+    else:
+        shares = {nearest_size(shapes[_main(record)], options.sizes) if shapes else options.sizes[0]: 1.0}
+    return shares, record.weight, _fields(record, records.prompts)
+
+
+class Benchmark(str):
+    """SUITE=FOLDER, an entry of `exclude`, with what it stands for: {prompt: its place}."""
+
+    prompts: Mapping[str, str]
 
 
 def check_images(record: Record, whole: bool) -> list[tuple[int, int]]:
@@ -255,14 +297,16 @@ def check_excluded(record: Record, excluded: Mapping[str, str]) -> None:
             raise ConfigError(f"{record.where}: the prompt {text!r} stands in {place}, which config.data.exclude names; take it out")
 
 
-def excluded_texts(paths: Sequence[str]) -> dict[str, str]:
-    """The place of every prompt in files, compared without regard to upper case and white space. ConfigError for what cannot be read."""
-    if not paths:
-        return {}
-    try:
-        return {_normalised(text): record.where for record in Records(paths, Columns(), True) for text in record.texts}
-    except FaultyRecord as fault:
-        raise ConfigError(f"config.data.exclude: {fault}") from fault
+def excluded_texts(names: Sequence[str]) -> dict[str, str]:
+    """{prompt, without regard to upper case and white space: its place} of the files and benchmarks. ConfigError for unreadable files."""
+    found = dict[str, str]()
+    for name in names:
+        try:
+            read = name.prompts if isinstance(name, Benchmark) else {t: r.where for r in Records(name, Columns(), True) for t in r.texts}
+        except ValueError as fault:
+            raise ConfigError(f"config.data.exclude: {str(fault).removeprefix('config.data.path=')}") from fault
+        found |= {_normalised(text): place for text, place in read.items()}
+    return found
 
 
 def _normalised(text: str) -> str:
@@ -286,6 +330,7 @@ def example(record: Record, sizes: Sequence[Size], fields: frozenset[str], rng: 
         "system": record.system,
         "targets": {**record.targets, **({"metadata": record.metadata} if record.metadata else {})},
         "rewards": record.rewards,
+        "size": record.size or sizes[0],
         "roles": record.roles,
     }
     if "images" in fields:
@@ -312,7 +357,8 @@ def _fields(record: Record, prompt: bool) -> frozenset[str]:
     fields |= {"caption"} if record.texts else set()
     fields |= {"question", "answer", "turns", "system"} if record.turns else set()
     fields |= {"targets"} if record.targets or prompt else set()
-    fields |= {"rewards"} if prompt else {"image"} if record.images else set()
+    fields |= {"rewards"} if record.rewards else set()
+    fields |= {"size"} if prompt else {"image"} if record.images else set()
     fields |= {"images", "roles"} if len(record.images) > 1 and not prompt else set()
     return frozenset(fields)
 

@@ -86,6 +86,7 @@ class Part:
     Attributes:
       name: of the part, in the keys of its records.
       rows: numbers of the table's rows, in the order of the source.
+      source: its name in the list that holds it, for metrics; empty elsewhere.
       weight: how often each of its records is drawn, relative to those of the other parts.
       rewards: weights of the rewards that judge its prompts; empty: those of the configuration.
     """
@@ -93,6 +94,7 @@ class Part:
     table: Table
     name: str
     rows: Sequence[int]
+    source: str = ""
     weight: float = 1.0
     rewards: Mapping[str, float] = field(default_factory=dict)
 

@@ -58,7 +58,8 @@ def _entry(entry: Mapping[str, Any], listed: Path, where: str, weight_only: bool
     return [
         dataclasses.replace(
             part,
-            name=str(entry.get("name", part.name)),
+            name=(called := str(entry.get("name", part.name))),
+            source=called,
             rows=_chosen(part.rows, str(entry.get("sampling_strategy", "all")), where),
             weight=weight / max(total, 1),
             rewards=rewards,

@@ -6,6 +6,7 @@ so that batches depend neither on the number of hosts nor on what was read befor
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,18 +14,34 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from xomni_jax.core.config import ConfigError, NonNegative, typed
+from xomni_jax.core.config import ConfigError, Natural, NonNegative, typed
 from xomni_jax.data.sources import ENDLESS, DataSection, Example, Source, endless, fields_of
 
 PERIOD = 10_000  # examples in which every source has its share exactly; shares are kept to a ten-thousandth
+GOLDEN = 0x9E3779B97F4A7C15  # of 2**64: multiples of the golden ratio, without their whole part, are spread evenly over 0 to 1
+
+Weight = NonNegative | tuple[tuple[Natural, NonNegative], ...]
 
 
 @dataclass(frozen=True)
 class Part:
-    """One source of a mixture. `weight` relates to the sum of all weights; 0 switches the source off."""
+    """One source of a mixture.
 
-    weight: float
+    `weight` relates to the sum of all weights; 0 switches the source off. It is a number, or (step, weight) pairs, between which it changes
+    evenly; it stays as the first pair says before it, and as the last one says afterwards.
+    """
+
+    weight: Weight
     data: DataSection
+
+    @property
+    def pairs(self) -> tuple[tuple[int, float], ...]:
+        """The weight as (step, weight) pairs."""
+        return self.weight if isinstance(self.weight, tuple) else ((0, self.weight),)
+
+    def at(self, steps: Any) -> Any:
+        """The weight at each of the steps."""
+        return np.interp(steps, *zip(*self.pairs, strict=True))
 
 
 @dataclass(frozen=True)
@@ -41,7 +58,9 @@ class Parts:
             if not isinstance(values, Mapping) or not name.isidentifier() or old is None and not values.get("source"):
                 raise ConfigError(f"{inner}: give a part a plain name and a section such as dict(source='files', weight=1.0, path='...')")
             values = dict(values)
-            weight = typed(values.pop("weight", old.weight if old else 1.0), NonNegative, f"{inner}.weight", 1.0)
+            weight = typed(values.pop("weight", old.weight if old else 1.0), Weight, f"{inner}.weight", 1.0)
+            if isinstance(weight, tuple) and (not weight or any(a >= b for (a, _), (b, _) in itertools.pairwise(weight))):
+                raise ConfigError(f"{inner}.weight={weight}: the steps must increase, as in ((0, 1.0), (200, 0.2))")
             parts[name] = Part(weight, (old.data if old else DataSection("", None)).updated(values, inner))
         return Parts(dict(sorted(parts.items())))
 
@@ -59,26 +78,40 @@ class MixtureConfig:
     """Sources by name, with their shares.
 
     Attributes:
-      parts: {name: dict(source=..., weight=..., and the options of the source)}; a weight relates to the sum of all
+      parts: {name: dict(source=..., weight=..., and the options of the source)}; a weight relates to the sum of all, and may change with
+        the step: weight=((0, 1.0), (200, 0.2))
+      whole_batches: every batch comes from one part; parts whose images differ in size need it where a batch must have one size
     """
 
     parts: Parts = Parts()
+    whole_batches: bool = False
 
     def __post_init__(self):
-        weights = {name: part.weight for name, part in self.parts.by_name.items()}
-        if not sum(weights.values()):
-            raise ValueError(f"the weights of the parts ({weights or 'there are none'}) sum to 0; give one of them a positive weight")
+        for step in sorted({0, *(step for part in self.parts.by_name.values() for step, _ in part.pairs)}):
+            weights = {name: float(part.at(step)) for name, part in self.parts.by_name.items()}
+            if not sum(weights.values()):
+                when = f" at step {step}" if step else ""
+                raise ValueError(
+                    f"the weights of the parts{when} ({weights or 'there are none'}) sum to 0; give one of them a positive weight"
+                )
         nested = [name for name, part in self.parts.by_name.items() if part.data.names]
         if nested:
             raise ValueError(f"parts.{nested[0]} is a mixture itself; name its parts here, each with its weight")
+        if self.changes:
+            return
         low = [name for name, weight in weights.items() if 0 < weight and weight * PERIOD < sum(weights.values())]
         if low:
             raise ValueError(f"parts.{low[0]}.weight={weights[low[0]]:g} is below 1/{PERIOD} of the sum of all weights; raise it, or set 0")
 
     @property
+    def changes(self) -> bool:
+        """Whether a weight changes with the step."""
+        return any(isinstance(part.weight, tuple) for part in self.parts.by_name.values())
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Of the parts that have a weight."""
-        return tuple(name for name, part in self.parts.by_name.items() if part.weight)
+        return tuple(name for name, part in self.parts.by_name.items() if any(weight for _, weight in part.pairs))
 
     @property
     def sections(self) -> tuple[DataSection, ...]:
@@ -99,12 +132,13 @@ class MixtureSource:
 
     def __init__(self, options: MixtureConfig, seed: int, batch_size: int):
         self.names = options.names
-        parts = [options.parts.by_name[name] for name in self.names]
+        self.parts = parts = [options.parts.by_name[name] for name in self.names]
+        self.batch_size, self.changes, self.unit = batch_size, options.changes, batch_size if options.whole_batches else 1
         # A part's seed depends on its name, so that other parts come and go without changing its order.
         seeds = [seed + zlib.crc32(name.encode()) for name in self.names]
         self.sources = [opened(*part, batch_size) for part in zip(self.names, parts, seeds, strict=True)]
         self.examples = [endless(source, own) for source, own in zip(self.sources, seeds, strict=True)]
-        self.counts, self.part, self.number_in_part = interleaved([part.weight for part in parts])
+        self.counts, self.part, self.number_in_part = interleaved([float(part.at(0)) for part in parts])
         self.num_records = [num_records(source) for source in self.sources]
         self.fields = frozenset.intersection(*(fields_of(source, "fields") for source in self.sources))
         self.offered = frozenset.union(*(fields_of(source, "offered") for source in self.sources))
@@ -114,14 +148,34 @@ class MixtureSource:
 
     def place(self, index: int) -> tuple[int, int]:
         """(number of the part, index in it) of an example."""
-        cycle, at = divmod(index, PERIOD)
+        number, row = divmod(index, self.unit)
+        if self.changes:  # the index in the part is that in the mixture: which other examples it had does not matter
+            point = (number * GOLDEN % 2**64 >> 11) / 2**53
+            return int(np.searchsorted(self._limits(index // self.batch_size), point, side="right")), index
+        cycle, at = divmod(number, PERIOD)
         part = int(self.part[at])
-        return part, cycle * int(self.counts[part]) + int(self.number_in_part[at])
+        return part, (cycle * int(self.counts[part]) + int(self.number_in_part[at])) * self.unit + row
+
+    def _limits(self, steps: Any) -> np.ndarray:
+        """The share of every part together with those before it, at each of the steps."""
+        weights = np.stack([part.at(steps) for part in self.parts], -1)
+        limits = np.cumsum(weights, -1)
+        return limits / limits[..., -1:]
+
+    def shares(self, steps: int) -> np.ndarray:
+        """The share of every part among the examples of so many steps."""
+        if not self.changes:
+            return self.counts / PERIOD
+        return np.diff(self._limits(np.linspace(0, steps, min(steps, 10_000), endpoint=False)), axis=-1, prepend=0.0).mean(0)
 
     def __getitem__(self, index: int) -> Example:
         part, within = self.place(index)
         records = self.num_records[part]
-        return {**self.examples[part][within], "source": self.names[part], "epoch": within / records if records else None}
+        return {
+            **self.examples[part][within],
+            "source": self.names[part],
+            "epoch": within / records if records and not self.changes else None,
+        }
 
 
 def opened(name: str, part: Part, seed: int, batch_size: int) -> Source:
@@ -138,9 +192,9 @@ def summary(data: DataSection, seed: int, batch_size: int, steps: int) -> list[s
     if not isinstance(source, MixtureSource):  # also where `first` repeats a few examples
         return []
     lines = []
-    for name, count, records in zip(source.names, source.counts, source.num_records, strict=True):
-        taken, extent = steps * batch_size * count / PERIOD, f"from {records:,} records" if records else "endless"
-        line = f"config.data.parts.{name}: {count / PERIOD:.2%} of the examples, {taken:,.0f} in {steps:,} steps, {extent}"
+    for name, share, records in zip(source.names, source.shares(steps), source.num_records, strict=True):
+        taken, extent = steps * batch_size * share, f"from {records:,} records" if records else "endless"
+        line = f"config.data.parts.{name}: {share:.2%} of the examples, {taken:,.0f} in {steps:,} steps, {extent}"
         if records and taken > records:
             line += f"; the source is shorter than the run, so every record comes about {taken / records:.3g} times"
         lines.append(line)

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from xomni_jax.core.config import Positive
 from xomni_jax.data.conversations import Conversation, counted, of_llava, of_messages, of_questions
 from xomni_jax.data.tables import FaultyRecord
 
@@ -39,6 +40,7 @@ CONVERSATIONS: dict[str, Callable[[Any, Any], Conversation]] = {
     "prompt": of_messages,  # where it is a list
 }
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".gif", ".bmp", ".ppm")
+_CELLS = ("targets", "rewards", "weight", "size")  # which tables leave empty in the rows that lack them
 _QUOTED = re.compile(r'"([^"]+)"|“([^”]+)”')
 _X2I_MARK = re.compile(r"<img><\|image_(\d+)\|></img>")
 _DATA_URI = re.compile(r"data:[\w/+.-]*;base64,")
@@ -56,6 +58,8 @@ class Columns:
       images: folder that holds the images, to which paths are relative unless they are absolute; empty - the one that holds the file
       imageless: texts and conversations without an image are records, too; pretrain and sft learn from them
       text_targets: every text in double quotes, straight or curly, is a target that the image must show; a prompt without any is faulty
+      rewards: (name, weight) pairs of the rewards that judge what names none itself, such as (("ocr", 1.0), ("shapes", 0.5)); other rewards
+        are neither asked nor counted for it; empty: all of config.rewards
     """
 
     image: str = ""
@@ -63,6 +67,7 @@ class Columns:
     images: str = ""
     imageless: bool = False
     text_targets: bool = False
+    rewards: tuple[tuple[str, Positive], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,9 @@ class _Row:
     """The columns of a row that are present, of which those that are taken become part of a record, the others its metadata."""
 
     def __init__(self, columns: Mapping[str, Any], root: Path, absolute: bool):
-        self.columns = {name: value for name, value in columns.items() if value is not None and not (isinstance(value, list) and not value)}
+        self.columns = {
+            name: value for name, value in columns.items() if not (value is None or value == [] or value == "" and name in _CELLS)
+        }
         self.given, self.root, self.absolute = columns, root, absolute
         self.notes: list[str] = []
         self.metadata: dict[str, Any] = {}
@@ -142,7 +149,7 @@ def make_record(
     Args:
       root: the folder to which paths are relative, unless `how` names another.
       prompt: whether it is to be drawn: it needs a text alone. Otherwise it needs an image with a text, or a conversation.
-      rewards: weights of its rewards, where the row has none of its own.
+      rewards: weights of its rewards, where the row has none of its own; those of `how` where this is empty, too.
 
     Raises:
       FaultyRecord: it lacks something, or a column holds what cannot be used; the message begins with `where`.
@@ -164,7 +171,7 @@ def _record(row: _Row, key: str, where: str, how: Columns, prompt: bool, rewards
         shown, roles = talk.images, talk.roles
     elif marked:
         texts, shown = _numbered(texts, shown, roles)
-    targets, rewards = row.object("targets", dict, "object"), _rewards(row.take("rewards")) or rewards
+    targets, rewards = row.object("targets", dict, "object"), _rewards(row.take("rewards")) or rewards or dict(how.rewards)
     if (how.text_targets or "ocr" in rewards) and "text" not in targets:
         quoted = [(a or b).strip() for a, b in _QUOTED.findall(" ".join(texts[:1]))]
         targets = targets | {"text": [text for text in quoted if text]}

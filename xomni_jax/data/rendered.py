@@ -135,7 +135,7 @@ class RenderedSource:
 
     def __getitem__(self, index: int) -> Example:
         size = draw_size(self.seed, index // self.batch_size, self.options)
-        return render_example(self.seed, index, self.options, size)
+        return render_example(self.seed, index, self.options, size) | {"size": size}
 
 
 @dataclass(frozen=True)

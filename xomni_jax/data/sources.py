@@ -261,8 +261,11 @@ def batches(
             f"config.data.source={data.source}: its examples have no {', '.join(missing)}, which this stage learns from, but only "
             f"{', '.join(sorted(given))}; add what is missing, or set the share or weight of what needs it to 0"
         )
-    if data.names and not mixed and len(set(data.sizes)) > 1:
-        raise ConfigError(f"config.data.parts: images of the sizes {data.sizes} meet in one batch; this stage needs one size, so give one")
+    if data.names and not mixed and not data.options.whole_batches and len(set(data.sizes)) > 1:
+        raise ConfigError(
+            f"config.data.parts: images of the sizes {data.sizes} meet in one batch; this stage needs one size, so give one, or set "
+            "config.data.whole_batches=True"
+        )
     examples = endless(source, seed)
 
     def batch(number: int) -> dict[str, Any]:

@@ -55,6 +55,11 @@ class ProgramAnalysis(Work):
     unknown: list[str]
 
     @property
+    def base(self) -> str:
+        """The program's name without its image size."""
+        return self.program.partition("@")[0]
+
+    @property
     def fits_in(self) -> int:
         """Bytes that the device must have: the program's peak and the other arrays that stay on it."""
         return (self.memory["peak"] if self.memory else self.needs) + self.persistent

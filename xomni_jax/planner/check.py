@@ -37,12 +37,12 @@ def checks(a: ProgramAnalysis, topology: Topology, reserve: float = RESERVE) -> 
     yield Check("loops understood", f"{len(a.unknown)} unknown", str(a.open_loops), len(a.unknown) <= a.open_loops)
     if a.learned:
         yield from _update(a)
-    elif a.program == "rollout":
+    elif a.base == "rollout":
         yield from _decode(a, topology)
     elif a.forward:
         ratio = (a.flops["weights"] + a.flops["convolution"]) / a.forward
         yield Check("operations / arithmetic", f"{ratio:.3f}", "1.05", ratio <= 1.05)
-    if a.program == "decoder" and a.gathered:
+    if a.base == "decoder" and a.gathered:
         sent = sum(r["sent"] for r in a.collectives)
         limit = "1.15, the MMDiT's weights gathered once a step and piece"
         yield Check("sent / weights", f"{sent / a.gathered:.3f} ({sent / GIB:.1f} GiB)", limit, sent <= 1.15 * a.gathered)
@@ -55,7 +55,7 @@ def _memory(a: ProgramAnalysis, room: float) -> Check:
 
 def _update(a: ProgramAnalysis) -> Iterator[Check]:
     ratio = (a.flops["weights"] - a.forward) / a.learned
-    if a.program in ("policy-update", "sft-update", "pretrain-update"):
+    if a.base in ("policy-update", "sft-update", "pretrain-update"):
         yield Check("operations / 6ND, attention apart", f"{ratio:.3f}", "1.35", ratio <= 1.35)
         yield from _heads(a)
     alias = a.memory["aliased"] / a.state if a.state else 1.0

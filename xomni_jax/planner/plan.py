@@ -111,7 +111,7 @@ def programs_on(cfg: Any, topology: Topology) -> Programs:
       ConfigError: they do not fill the topology (the message says which sizes would), or the stage refuses the configuration.
     """
     stage = STAGES.get(cfg.stage)
-    if "mmdit" in stage.components and hasattr(cfg, "data") and len(cfg.data.sizes) != 1:
+    if "mmdit" in stage.components and "transformer" not in stage.components and len(cfg.data.sizes) != 1:
         raise ConfigError(f"config.data.sizes={cfg.data.sizes} must hold one size to be planned: a program has one static shape")
     try:
         devices, own = meshes(cfg, chips.devices(topology))
@@ -158,7 +158,7 @@ def propose_for(cfg: Any, a: ProgramAnalysis, topology: Topology, cache: Path, r
 
 def candidates(cfg: Any, a: ProgramAnalysis) -> Iterator[list[str]]:
     """Overrides worth trying for a program; those that slow the run least come first."""
-    name, mesh = a.program, "decoder_mesh" if a.on_decoder_mesh else "mesh"
+    name, mesh = a.base, "decoder_mesh" if a.on_decoder_mesh else "mesh"
     section = {"decoder-update": "mmdit", "tokenizer-update": "siglip_vq"}.get(name, "transformer")
     component = lambda part: planned_configs(cfg, [part], model_directory(cfg))[part]
     learns = name.endswith("update")

@@ -91,6 +91,14 @@ def combine(
     return Combined(total_PR, ok_PR, advantage_PR, {k: v for k, v in stats.items() if np.isfinite(v)})
 
 
+def source_means(sources: Sequence[str | None], rewards: Mapping[str, Column], combined: Combined) -> dict[str, float]:
+    """The means over the prompts of each source, reward/<name or total>/mean/<source>, without those that have no value."""
+    table = {name: c.value_PR for name, c in rewards.items()} | {"total": combined.total_PR}
+    rows = {source: [n for n, s in enumerate(sources) if s == source] for source in set(sources) - {None}}
+    means = {f"reward/{name}/mean/{source}": _mean(x_PR[own]) for source, own in rows.items() for name, x_PR in table.items()}
+    return {name: mean for name, mean in means.items() if np.isfinite(mean)}
+
+
 def standardise(x_PR: np.ndarray, ok_PR: np.ndarray, axis: int | None, ddof: int = 1, eps: float = 1e-4) -> np.ndarray:
     """(x - mean) / (std + eps) over the ok entries along `axis` (None: all); 0 where not ok and where fewer than two are."""
     dev_PR, std, n = deviations(x_PR, ok_PR, axis, ddof)

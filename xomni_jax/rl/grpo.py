@@ -6,14 +6,14 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from xomni_jax.core.config import ConfigError, Count, Overrides
+from xomni_jax.core.config import ConfigError, Count, Overrides, checked
 from xomni_jax.core.distributed import connect, gather_json
 from xomni_jax.core.preemption import StopSignal
 from xomni_jax.core.program import Program, Programs, Work
@@ -60,6 +60,7 @@ from xomni_jax.training.state import TrainState, new_state
 
 SHUFFLE = 2  # purpose of a step's key, beside those of `rollouts`
 GRID_PROMPTS, GRID_COLUMNS = 2, 8  # of an image grid: a row per prompt, a column per sample
+Size = tuple[int, int]
 MODELS = ("transformer", "siglip_vq", *DECODER_COMPONENTS)
 
 
@@ -82,7 +83,7 @@ class GRPORun(RunConfig):
       rollout: how a batch of rollouts is made and used
       decode: changes to the model's own settings of decoding; None: the model's
       rewards: the scoring services, each under the name of its scorer
-      data: where prompts and their targets come from; one image size
+      data: where prompts and their targets come from; every batch has images of one size, and every size programs of its own
     """
 
     stage: str = "grpo"
@@ -204,12 +205,11 @@ class GRPOStage:
 
     @classmethod
     def programs(cls, cfg: GRPORun, models: Mapping[str, Any], mesh: Mesh, decoder_mesh: Mesh | None = None) -> Programs:
-        """The programs of a step, for images of the data's size."""
-        ar, c, patch = models["transformer"], cfg.rollout, models["siglip_vq"].patch
+        """The programs of a step, for images of each of the data's sizes (see `bucket_names`)."""
+        ar, c = models["transformer"], cfg.rollout
         check_heads(ar.n_kv_heads, mesh)
         check_divides(cfg, mesh)
-        grid = tuple(side // patch for side in cfg.data.sizes[0])
-        R, T, part = cfg.grpo.rollouts_per_prompt, grid[0] * grid[1], cfg.batch_size // c.chunks
+        R, part = cfg.grpo.rollouts_per_prompt, cfg.batch_size // c.chunks
         if decoder_mesh is not None and len({d.process_index for d in decoder_mesh.devices.flat}) > 1:
             check_split("config.batch_size x grpo.rollouts_per_prompt / rollout.chunks", part * R, decoder_mesh)
 
@@ -228,36 +228,44 @@ class GRPOStage:
 
         # ---- programs ----
         policy = Policy(transformer.ARTransformer(ar), cfg.sampling, c.logit_chunk)
-        learning = learner_programs(cfg, policy, optimizer, functools.partial(cls.advantages, cfg), state, frozen, T, mesh)
         about = "the policy's weights in the sampler's layout and number format"
         convert = Program(layout, (params,), about, Work(), uses=("params",), freed=("sampler",))
-        sampler = Sampler.make(policy.model, T, cfg.sampling, c.segment, return_mask=cfg.sampling.truncates)
-        drawing = sampler_programs(sampler, ar, weights, RolloutShape(part, R, c.prompt_length, T), cfg.sampling.guided, c.chunks, mesh)
         decode = decode_settings(cfg.decode, read_description(cfg.init_from))
-        frozen, decoding = decoder_programs(models, grid, decode, part * R, c.chunks, decoder_mesh or mesh)
-        decoding = {name: dataclasses.replace(p, on_decoder_mesh=decoder_mesh is not None) for name, p in decoding.items()}
+        programs, decoder_params = dict[str, Program](), {}
+        for size, bucket in bucket_names(cfg.data.sizes).items():
+            grid = tuple(side // models["siglip_vq"].patch for side in size)
+            T = grid[0] * grid[1]
+            learning = learner_programs(cfg, policy, optimizer, functools.partial(cls.advantages, cfg), state, frozen, T, mesh)
+            sampler = Sampler.make(policy.model, T, cfg.sampling, c.segment, return_mask=cfg.sampling.truncates)
+            drawing = sampler_programs(sampler, ar, weights, RolloutShape(part, R, c.prompt_length, T), cfg.sampling.guided, c.chunks, mesh)
+            decoder_params, decoding = decoder_programs(models, grid, decode, part * R, c.chunks, decoder_mesh or mesh)
+            decoding = {name: dataclasses.replace(p, on_decoder_mesh=decoder_mesh is not None) for name, p in decoding.items()}
+            for name, program in (learning | drawing | decoding).items():
+                # Every step has images of one size; a plan reckons with the first.
+                programs[name + bucket] = dataclasses.replace(program, per_step=0) if bucket else program
         return Programs(
             mesh,
-            learning | {"layout": convert} | drawing | decoding,
-            {name: arrays for name, arrays in persistent.items() if arrays is not None} | frozen,
+            programs | {"layout": convert},
+            {name: arrays for name, arrays in persistent.items() if arrays is not None} | decoder_params,
             create,
             decoder_mesh,
-            tuple(frozen) if decoder_mesh else (),
+            tuple(decoder_params) if decoder_mesh else (),
         )
 
     @classmethod
     def make(cls, cfg: GRPORun, mesh: Mesh, stop: StopSignal) -> RunningStage:
         """A run on the prompts of the configuration, starting from the transformer of `init_from`."""
         check_prompts(cfg)
+        rows = local_rows(mesh, cfg.batch_size)
+        fields = ("caption", "targets", "size") if len(cfg.data.sizes) > 1 else ("caption", "targets")
+        prompts = batches(cfg.data, cfg.seed, cfg.batch_size, rows=rows, fields=fields)
         model = open_model(cfg.init_from, MODELS, mesh, cfg.stage)
         models = model_configs(cfg, MODELS, model)
         for name, config in models.items():
             model.set_config(name, config)
         decode = decode_settings(cfg.decode, model.description)
+        grids = checked(lambda: {size: model.grid(*size) for size in cfg.data.sizes}, "config.data.sizes")
         image_decoder = make_image_decoder(cfg, model)
-        if len(cfg.data.sizes) != 1:
-            raise ConfigError(f"config.data.sizes={cfg.data.sizes} must hold one size: rollouts have one static shape")
-        grid = model.grid(*cfg.data.sizes[0])
         made = cls.programs(cfg, models, mesh, None if image_decoder is model else image_decoder.mesh)
 
         ar, lora, state, base = models["transformer"], cfg.lora, made.create(), None
@@ -272,22 +280,21 @@ class GRPOStage:
             del start
         model.release("transformer")  # policy and reference are copies, or the base is held here
         clients, weights = open_clients(cfg.rewards, stop.check_waiting)
-        sampler = Sampler.of(made["prefill"].fn, made["rollout"].fn, grid[0] * grid[1], cfg.rollout.segment)
-        rollouts = Rollouts(
-            model, image_decoder, grid, cfg.grpo.rollouts_per_prompt, cfg.rollout, cfg.advantage, cfg.sampling, decode, sampler,
-            lambda params: made["layout"].fn(join(base, params, lora.scale)), clients, weights, stop,
-        )  # fmt: skip
-        flops = FlopCount()
-        rows = local_rows(mesh, cfg.batch_size)
+        flops, buckets = FlopCount(), {}
+        for size, name in bucket_names(cfg.data.sizes).items():
+            codes = grids[size][0] * grids[size][1]
+            sampler = Sampler.of(made["prefill" + name].fn, made["rollout" + name].fn, codes, cfg.rollout.segment)
+            rollouts = Rollouts(
+                model, image_decoder, grids[size], cfg.grpo.rollouts_per_prompt, cfg.rollout, cfg.advantage, cfg.sampling, decode, sampler,
+                lambda params: made["layout"].fn(join(base, params, lora.scale)), clients, weights, stop,
+            )  # fmt: skip
+            buckets[size] = Bucket(rollouts, flops(made["policy-update" + name].fn))
         return RunningStage(
             state,
-            DataIterator(
-                batches(cfg.data, cfg.seed, cfg.batch_size, rows=rows, fields=("caption", "targets")),
-                functools.partial(all_prompts, rows, cfg.batch_size),
-            ),
-            functools.partial(train_step, cfg, rollouts, flops(made["policy-update"].fn), frozen),
+            DataIterator(prompts, functools.partial(all_prompts, cfg, rows)),
+            functools.partial(train_step, cfg, buckets, frozen),
             lambda state, directory, note: export_trained(directory, {"transformer": (state.params, ar)}, lora, model, note),
-            functools.partial(sample_grid, cfg, rollouts),
+            functools.partial(sample_grid, cfg, buckets),
             items_per_step=cfg.batch_size * cfg.grpo.rollouts_per_prompt,
             close=functools.partial(close_all, clients),
             flops=lambda: flops.total,
@@ -295,6 +302,23 @@ class GRPOStage:
 
 
 # ---- a run ----
+class Bucket(NamedTuple):
+    """What makes and learns rollouts of one image size."""
+
+    rollouts: Rollouts
+    update: Callable[..., Any]
+
+
+def bucket_names(sizes: Sequence[Size]) -> dict[Size, str]:
+    """{(height, width): what the names of its programs end in}: nothing for the first size, @HEIGHTxWIDTH for the others."""
+    return {size: f"@{size[0]}x{size[1]}" if n else "" for n, size in enumerate(sizes)}
+
+
+def prompt_size(cfg: GRPORun, examples: Mapping[str, Any]) -> Size:
+    """(height, width) of the images that the prompts of a batch ask for: the first configured one where they do not say it."""
+    return tuple(examples["size"][0]) if "size" in examples else cfg.data.sizes[0]
+
+
 def make_image_decoder(cfg: GRPORun, model: XOmni) -> XOmni:
     """The model that decodes images: `model`, or one on `decoder_mesh`, whose devices the policy's mesh leaves out."""
     _, devices = meshes(cfg, jax.devices())
@@ -307,28 +331,37 @@ def make_image_decoder(cfg: GRPORun, model: XOmni) -> XOmni:
 
 def check_prompts(cfg: GRPORun) -> None:
     """Refuses prompts of files that name a reward without a weight, or none of which has a text for the reward that reads it."""
-    source = cfg.data.open(cfg.seed, cfg.batch_size)
-    if not isinstance(source, FilesSource):
-        return
+    names = [f"config.data.parts.{name}" for name in cfg.data.names] or ["config.data"]
+    sources = [dataclasses.replace(part, first=0).open(cfg.seed, cfg.batch_size) for part in cfg.data.parts]
+    files = {name: source for name, source in zip(names, sources, strict=True) if isinstance(source, FilesSource)}
     weights = {name: reward.weight for name, reward in cfg.rewards.items() if reward.weight is not None}
-    named = {name.removeprefix("rewards.") for name in source.usable.offered if name.startswith("rewards.")}
-    if named - set(weights):
-        names = ", ".join(sorted(named - set(weights)))
-        raise ConfigError(f"config.data: prompts are to be judged by {names}, to which config.rewards gives no weight; give it one")
-    if weights.get("ocr") and "targets.text" not in source.usable.offered:
+    for name, source in files.items():
+        unknown = sorted({field.removeprefix("rewards.") for field in source.offered if field.startswith("rewards.")} - set(weights))
+        if unknown:
+            raise ConfigError(
+                f"{name}: prompts are to be judged by {', '.join(unknown)}, to which config.rewards gives no weight; give it one"
+            )
+    texts = any("targets.text" in source.offered for source in files.values())
+    asked = any("rewards" not in source.fields for source in files.values())  # not where every prompt names its own rewards
+    if weights.get("ocr") and asked and not texts and len(files) == len(sources):
         raise ConfigError(
             "config.rewards.ocr: no prompt of config.data says which text its image is to show; write it in double quotes and set "
-            "config.data.text_targets=True, or leave the reward out with config.rewards.ocr.weight=None"
+            "text_targets=True where its path is set, or leave the reward out with config.rewards.ocr.weight=None"
         )
 
 
-def all_prompts(rows: Sequence[int], batch_size: int, examples: dict[str, Any]) -> dict[str, list[Any]]:
-    """Prompts of a whole batch with their targets and weights of rewards, of which this process has loaded `rows`."""
-    return share({name: examples[name] for name in ("caption", "targets", "rewards") if name in examples}, rows, batch_size)
+def all_prompts(cfg: GRPORun, rows: Sequence[int], examples: dict[str, Any]) -> dict[str, Any]:
+    """Prompts of a whole batch, of which this process has loaded `rows`, and the size of their images.
+
+    Those without rewards of their own, or of a source without a name, have None there.
+    """
+    lacking = [None] * len(rows)  # in every process, whichever rows it has
+    columns = {name: examples.get(name, lacking) for name in ("caption", "targets", "rewards", "source")}
+    return {**share(columns, rows, cfg.batch_size), "size": prompt_size(cfg, examples)}
 
 
 def train_step(
-    cfg: GRPORun, rollouts: Rollouts, update: Callable[..., Any], frozen: Any, state: TrainState, batch: dict[str, Any], number: int
+    cfg: GRPORun, buckets: Mapping[Size, Bucket], frozen: Any, state: TrainState, batch: dict[str, Any], number: int
 ) -> tuple[TrainState, dict[str, Any]]:
     """Rollouts of a batch of prompts, and the update on them -> (state, metrics).
 
@@ -336,8 +369,8 @@ def train_step(
       StepRefused: too many rollouts could not be scored.
       FloatingPointError: sampler and trainer disagree about the log-prob of a code.
     """
-    key = key_for(cfg.seed, number, 0)
-    rows, total, images, seconds = rollouts(state.params, batch["caption"], batch["targets"], key, batch.get("rewards", ()))
+    key, (rollouts, update) = key_for(cfg.seed, number, 0), buckets[batch["size"]]
+    rows, total, images, measured = rollouts(state.params, batch["caption"], batch["targets"], batch["rewards"], batch["source"], key)
     began = time.perf_counter()
     reward_PR = jnp.asarray(np.nan_to_num(total.total_PR), jnp.float32)
     given_PR = None if total.advantage_PR is None else jnp.asarray(total.advantage_PR, jnp.float32)
@@ -345,13 +378,14 @@ def train_step(
     gap, limit = float(metrics["grpo/logp_gap_max"]), cfg.rollout.max_logp_gap
     if limit and gap > limit and rollouts.model.config("transformer").dtype == jnp.float32:
         raise FloatingPointError(f"sampler and trainer differ by {gap:.2e} in a log-prob at step {number + 1} (limit {limit:g})")
-    seconds["perf/update_s"] = time.perf_counter() - began
-    return state, total.stats | metrics | join_statistics(gather_json(image_sums(images))) | seconds
+    measured["perf/update_s"] = time.perf_counter() - began
+    return state, total.stats | metrics | join_statistics(gather_json(image_sums(images))) | measured
 
 
-def sample_grid(cfg: GRPORun, rollouts: Rollouts, state: TrainState, number: int) -> Grid:
+def sample_grid(cfg: GRPORun, buckets: Mapping[Size, Bucket], state: TrainState, number: int) -> Grid:
     """Samples of the policy for the first prompts of its own data, a row per prompt."""
-    captions = first_batch(cfg.data, cfg.seed + GRID_SEED, GRID_PROMPTS)["caption"]
+    examples = first_batch(cfg.data, cfg.seed + GRID_SEED, GRID_PROMPTS)
+    rollouts, captions = buckets[prompt_size(cfg, examples)].rollouts, examples["caption"]
     (batch,) = rollouts.model.batches(GRID_PROMPTS)
     keys_P, prompts = batch.take(image_keys(cfg.seed, GRID_PROMPTS)), batch.take(captions)
     inputs = rollouts.sampler_inputs(prompts, jax.vmap(lambda k: jax.random.split(k, GRID_COLUMNS))(keys_P))

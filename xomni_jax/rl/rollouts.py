@@ -6,13 +6,12 @@ import contextlib
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import msgspec
 import numpy as np
 
 from xomni_jax.core.config import Count, Natural, NonNegative, Share, check_known
@@ -20,7 +19,7 @@ from xomni_jax.core.distributed import gather_json
 from xomni_jax.core.preemption import StepRefused, StopRequested, StopSignal
 from xomni_jax.pipeline import XOmni
 from xomni_jax.rewards.client import RewardClient
-from xomni_jax.rewards.combine import MODES, Combined, column, combine
+from xomni_jax.rewards.combine import MODES, Combined, column, combine, source_means
 from xomni_jax.rewards.protocol import Item, Score
 from xomni_jax.rl.advantages import AdvantageConfig
 from xomni_jax.rl.update import RolloutBatch
@@ -111,21 +110,37 @@ class Scoring:
       images: this process's images of the chunks that have been sent.
     """
 
-    def __init__(self, clients: Mapping[str, RewardClient], items: Sequence[Item], rows: Sequence[int], chunk: int, stop: StopSignal):
-        """`items` of all rollouts, `chunk` of them at a time; `rows` of a chunk are those whose scores this process asks for."""
-        self.clients, self.items, self.rows, self.chunk, self.stop = clients, items, rows, chunk, stop
+    def __init__(
+        self,
+        clients: Mapping[str, RewardClient],
+        items: Sequence[Item],
+        judges: Sequence[Collection[str]],
+        rows: Sequence[int],
+        chunk: int,
+        stop: StopSignal,
+    ):
+        """`items` of all rollouts, `chunk` of them at a time, and the names of the rewards that are asked about each.
+
+        `rows` of a chunk are those whose scores this process asks for.
+        """
+        self.clients, self.items, self.judges, self.rows, self.chunk, self.stop = clients, items, judges, rows, chunk, stop
         self.decoding: list[jax.Array] = []
         self.images: list[np.ndarray] = []
-        self._waiting: list[dict[str, Future[list[Score]]]] = []
+        # Of each chunk, by reward: which of `rows` it is asked about, and their scores.
+        self._waiting: list[dict[str, tuple[list[int], Future[list[Score]]]]] = []
 
     def send(self, wait: bool) -> None:
         """Sends decoded images to the scorers; without `wait` only those that are ready."""
         while self.decoding and (wait or self.decoding[0].is_ready()):
             first = len(self.images) * self.chunk
             images = rows_here(self.decoding.pop(0), self.rows)
-            items = [self.items[first + row] for row in self.rows]
             self.images.append(images)
-            self._waiting.append({name: client.score_async(list(images), items) for name, client in self.clients.items()})
+            waiting = {}
+            for name, client in self.clients.items():
+                if asked := [n for n, row in enumerate(self.rows) if name in self.judges[first + row]]:
+                    items = [self.items[first + self.rows[n]] for n in asked]
+                    waiting[name] = asked, client.score_async([images[n] for n in asked], items)
+            self._waiting.append(waiting)
 
     def scores(self) -> dict[str, list[Score]]:
         """{reward: a score for every rollout of the batch}: waits for this process's own and exchanges them with the others.
@@ -134,19 +149,21 @@ class Scoring:
         """
         poll = self.stop.check_waiting
         try:
-            own = [{name: client.wait(chunk[name], poll) for name, client in self.clients.items()} for chunk in self._waiting]
+            own = [{name: (asked, self.clients[name].wait(f, poll)) for name, (asked, f) in chunk.items()} for chunk in self._waiting]
         except StopRequested:
             own = []
         # Without the details, which only reports need.
-        told = [{name: [Score(s.value, s.error) for s in scores] for name, scores in chunk.items()} for chunk in own]
-        table = gather_json({"rows": list(self.rows), "chunks": msgspec.to_builtins(told)})
+        told = [
+            (name, c * self.chunk + self.rows[n], score.value, score.error)
+            for c, chunk in enumerate(own)
+            for name, (asked, scores) in chunk.items()
+            for n, score in zip(asked, scores, strict=True)
+        ]
+        table = gather_json(told)
         self.stop.check()
-        out: dict[str, list[Score]] = {name: [None] * len(self.items) for name in self.clients}
-        for part in table:
-            for c, chunk in enumerate(msgspec.convert(part["chunks"], list[dict[str, list[Score]]])):
-                for name, scores in chunk.items():
-                    for row, score in zip(part["rows"], scores, strict=True):
-                        out[name][c * self.chunk + row] = score
+        out = {name: [Score(None)] * len(self.items) for name in self.clients}
+        for name, row, value, error in (entry for part in table for entry in part):
+            out[name][row] = Score(value, error)
         return out
 
 
@@ -178,18 +195,28 @@ class Rollouts:
     stop: StopSignal
 
     def __call__(
-        self, params: Any, prompts: Sequence[str], targets: Sequence[dict], key: jax.Array, own_weights: Sequence[Mapping[str, float]] = ()
+        self,
+        params: Any,
+        prompts: Sequence[str],
+        targets: Sequence[dict],
+        own_weights: Sequence[Mapping[str, float] | None],
+        sources: Sequence[str | None],
+        key: jax.Array,
     ) -> tuple[RolloutBatch, Combined, np.ndarray, dict[str, float]]:
-        """One scored batch under the policy's parameters -> (rows without advantages, combined rewards, images [B, H, W, 3], timings).
+        """One scored batch under the policy's parameters -> (rows without advantages, combined rewards, images [B, H, W, 3], metrics).
 
-        `own_weights` of each prompt take the place of the configured ones where they are not empty.
+        Args:
+          own_weights: of each prompt's rewards; no others are asked about it. None: the configured ones.
+          sources: names of the prompts' sources, for the metrics; None where there is none.
         """
         params, P, R = self.sampler_params(params), len(prompts), self.group
         chunk = P // self.cfg.chunks * R
         keys_PR, noise_keys_PR = self.keys(key, P)
         inputs = self.sampler_inputs(prompts, keys_PR)
         items = [{"prompt": prompt, "targets": target} for prompt, target in zip(prompts, targets, strict=True) for _ in range(R)]
-        scoring = Scoring(self.clients, items, owned_rows(self.image_decoder.mesh, chunk), chunk, self.stop)
+        weights_P = [own or self.weights for own in own_weights]
+        judges = [weights for weights in weights_P for _ in range(R)]
+        scoring = Scoring(self.clients, items, judges, owned_rows(self.image_decoder.mesh, chunk), chunk, self.stop)
         seconds = dict.fromkeys(("perf/rollout_s", "perf/decode_s", "perf/reward_wait_s"), 0.0)
         made = []
 
@@ -214,16 +241,16 @@ class Rollouts:
         with timed(seconds, "perf/reward_wait_s"):
             scores = scoring.scores()
         columns = {name: column(own, P) for name, own in scores.items()}
-        weights = {name: np.array([[own.get(name, 0.0) if own else w] for own in own_weights or [{}]]) for name, w in self.weights.items()}
+        weights = {name: np.array([[own.get(name, 0.0)] for own in weights_P]) for name in self.weights}
         total = combine(columns, weights, self.cfg.combine, ddof=self.advantage.ddof, eps=self.advantage.eps)
-        self.check_scored(scores, 1.0 - float(total.ok_PR.mean()))
-        return self.rows(made, inputs, total.ok_PR), total, np.concatenate(scoring.images), seconds
+        self.check_scored(scores, weights, 1.0 - float(total.ok_PR.mean()))
+        return self.rows(made, inputs, total.ok_PR), total, np.concatenate(scoring.images), seconds | source_means(sources, columns, total)
 
-    def check_scored(self, scores: Mapping[str, Sequence[Score]], failed: float) -> None:
+    def check_scored(self, scores: Mapping[str, Sequence[Score]], weights: Mapping[str, Any], failed: float) -> None:
         """StepRefused if too many rollouts could not be scored; it names the service that failed most often, and why."""
         if failed <= self.cfg.max_fail_frac:
             return
-        errors = Counter((name, score.error) for name in scores if self.weights[name] for score in scores[name] if score.error)
+        errors = Counter((name, score.error) for name in scores if np.any(weights[name]) for score in scores[name] if score.error)
         why, remedy = "no reward applies to them", "give the prompts targets that a scorer reads"
         if errors:
             ((name, error), _), *_ = errors.most_common(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import closing, nullcontext
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from xomni_jax.core.distributed import connect, description
 from xomni_jax.core.preemption import StopSignal
 from xomni_jax.core.process_group import ProcessGroup
 from xomni_jax.data.mixture import summary
+from xomni_jax.evaluation.held_out import with_benchmarks
 from xomni_jax.training.dry_run import report as dry_run_report
 from xomni_jax.training.loop import train
 from xomni_jax.training.metrics import check_wandb
@@ -32,6 +34,7 @@ def run_stage(
     """
     if profile and profile[1] > cfg.steps:
         raise ConfigError(f"--profile-steps {profile[0]}-{profile[1]}: the run has {cfg.steps} steps; name two of them")
+    cfg = dataclasses.replace(cfg, data=with_benchmarks(cfg.data))
     run_dir, mesh, first = Path(cfg.run_dir), policy_mesh(cfg), jax.process_index() == 0
     if cfg.wandb and first:
         check_wandb(cfg.wandb)
