@@ -248,7 +248,7 @@ def test_one_file_of_metrics_and_one_folder_of_events(runs):
     for stage in ("sft", "grpo"):
         folder = runs.root / "two" / stage
         assert len(list((folder / "tensorboard").iterdir())) == 1 and not list(folder.rglob("*.part"))
-    assert sorted(p.name for p in (runs.root / "two" / "grpo" / "images").iterdir()) == ["step_000000.png", "step_000002.png"]
+    assert sorted(p.name for p in (runs.root / "two" / "grpo" / "images").glob("*.png")) == ["step_000000.png", "step_000002.png"]
 
 
 # ---- stopped and killed ----

@@ -73,7 +73,7 @@ def test_a_run_learns_from_pixels(finished, model_dir):
     assert abs(lines[0]["grpo/kl"]) < 1e-9 and lines[2]["grpo/kl"] > 0
     timings = json.loads((finished / "metrics.jsonl").read_text().splitlines()[-1])
     assert {"perf/rollout_s", "perf/decode_s", "perf/reward_wait_s", "perf/update_s"} <= generic(timings) <= documented("grpo")
-    assert sorted(p.name for p in (finished / "images").glob("*")) == [f"step_{n:06d}.png" for n in (0, 2, 3)]
+    assert sorted(p.name for p in (finished / "images").glob("*.png")) == [f"step_{n:06d}.png" for n in (0, 2, 3)]
     before = {k: np.asarray(v) for k, v in flat(xomni_jax.load(model_dir).params("transformer")).items()}
     after = params(finished, "transformer")
     assert not np.array_equal(before["mm_head/kernel"], after["mm_head/kernel"])
