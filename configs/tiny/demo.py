@@ -25,5 +25,5 @@ def recipe():
 
 def get_config():
     """What differs from the defaults."""
-    run = dict(run_dir="runs/demo/grpo", init_from="xomni_jax/assets/tiny_sft", steps=450, rollout=dict(prompt_length=24))
+    run = dict(run_dir="runs/demo/grpo", init_from="xomni_jax/assets/tiny_sft", steps=225, rollout=dict(prompt_length=24))
     return ConfigDict(recipe() | run)
