@@ -96,7 +96,8 @@ class Drawing:
 def test_image_grids_show_what_the_decoder_makes_of_the_codes(made, model_dir):
     data = config(model_dir, *of_codes(made[1], "((16,32),)")).data
     state = SimpleNamespace(params=None)
-    grid = sample_grid(Drawing(), None, data, 0, lambda params: params, state, 1)
+    cfg = SimpleNamespace(seed=0, next_token=SimpleNamespace(understanding=0))
+    grid = sample_grid(Drawing(), None, data, cfg, lambda params: params, state, 1).image()
     codes = first_batch(data, GRID_SEED, 8)["codes"]
     np.testing.assert_array_equal(grid[2:4, 2:6, 0], np.full((2, 4), 7))
     np.testing.assert_array_equal(grid[6:8, 2:6, 0], codes[0])

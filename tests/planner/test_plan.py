@@ -49,7 +49,7 @@ def test_text_encoders_on_simulated_devices(cache):
 
 def test_every_program_is_the_trainers_own(cache):
     stage = plan.programs_on(narrow.grpo(), CPU)
-    assert list(stage.programs) == ["policy-update", "reference", "rollout", "prefill", "decoder", "text", "vae", "layout"]
+    assert list(stage.programs) == ["policy-update", "reference", "layout", "rollout", "prefill", "decoder", "text", "vae"]
     assert {name: p.per_step for name, p in stage.programs.items() if p.per_step} == {
         "policy-update": 1, "layout": 1, "rollout": 1, "prefill": 1, "decoder": 1
     }  # fmt: skip

@@ -240,12 +240,13 @@ class GRPOStage:
             drawing = sampler_programs(sampler, ar, weights, RolloutShape(part, R, c.prompt_length, T), cfg.sampling.guided, c.chunks, mesh)
             decoder_params, decoding = decoder_programs(models, grid, decode, part * R, c.chunks, decoder_mesh or mesh)
             decoding = {name: dataclasses.replace(p, on_decoder_mesh=decoder_mesh is not None) for name, p in decoding.items()}
-            for name, program in (learning | drawing | decoding).items():
+            once = {} if bucket else {"layout": convert}
+            for name, program in (learning | once | drawing | decoding).items():
                 # Every step has images of one size; a plan reckons with the first.
                 programs[name + bucket] = dataclasses.replace(program, per_step=0) if bucket else program
         return Programs(
             mesh,
-            programs | {"layout": convert},
+            programs,
             {name: arrays for name, arrays in persistent.items() if arrays is not None} | decoder_params,
             create,
             decoder_mesh,

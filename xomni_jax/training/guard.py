@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,7 @@ def guarded(update: Callable[..., Any], cfg: GuardConfig) -> Callable[..., Any]:
     if not cfg.limit:
         return update
 
+    @functools.wraps(update)
     def step(state: Any, *args: Any) -> tuple[Any, ...]:
         old, before = state.replace(guard={}), state.guard
         new, metrics, *rest = update(old, *args)
