@@ -8,13 +8,11 @@ python -m tests.processes.member FOLDER, started by launch/local.py; FOLDER/plan
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from pathlib import Path
 
 import jax
 import numpy as np
-from jax.experimental.multihost_utils import sync_global_devices
 from jax.sharding import AxisType, Mesh
 from ml_collections import ConfigDict
 
@@ -84,20 +82,6 @@ def run_changed(changes: ConfigDict, group: ProcessGroup | None) -> None:
     run_stage(resolve(Changes(changes.to_dict())), group=group)
 
 
-def apart(folder: Path, model: str, url: str, group: ProcessGroup | None) -> None:
-    """GRPO whose decoder has devices of its own; broken off before its second step was saved, and gone on with."""
-    config = grpo(folder, "apart", model, url, "mesh.tensor=1", "decoder_mesh.fsdp=2", "save_every=1")
-    run_changed(config, group)
-    if jax.process_count() > 1:
-        if jax.process_index() == 0:
-            run = folder / "apart"
-            shutil.copytree(run, folder / "apart_straight")
-            shutil.rmtree(run / "model")
-            shutil.rmtree(run / "checkpoints" / "2")
-        sync_global_devices("broken off")
-        run_changed(config, group)
-
-
 def among_several(folder: Path, model: str) -> dict:
     """What only several processes can show."""
     out = {"values": distributed.gather_json({"a": ["x" * 3000, jax.process_index()]}), "meshes": rows_on_meshes()}
@@ -121,7 +105,7 @@ def main(folder: Path) -> None:
         if (folder / "moved").is_dir():
             run_changed(sft(folder, "moved", model), group)
         run_changed(grpo(folder, "grpo", model, plan["urls"][index], f"grid_every={2 if several else 0}"), group)
-        apart(folder, model, plan["urls"][index], group)
+        run_changed(grpo(folder, "apart", model, plan["urls"][index], "mesh.tensor=1", "decoder_mesh.fsdp=2"), group)
         (folder / f"out_{index}.json").write_text(json.dumps(out))
 
     run_in_group(group, programme)

@@ -198,14 +198,10 @@ def test_steps_are_those_of_one_process(stage, runs):
 
 
 def test_every_image_is_scored_once_and_by_its_own_process(runs):
-    """Each of two asks its own service for its half of a step's images: in both steps of GRPO, and in the run with a decoder apart.
-
-    The latter makes its second step twice.
-    """
+    """Each of two asks its own service for its half of a step's images: in both steps of GRPO, and in the run with a decoder apart."""
     one, two = runs.sessions["one"].asked, runs.sessions["two"].asked
     assert len(one[0]) == 3 * STEP and not one[1]
-    assert [len(seen) for seen in two] == [STEP + STEP + STEP // 2] * 2
-    assert two[0][-STEP // 2 :] == two[0][-STEP : -STEP // 2] and two[1][-STEP // 2 :] == two[1][-STEP : -STEP // 2]
+    assert [len(seen) for seen in two] == [2 * STEP] * 2
     second = two[0][STEP // 2 : STEP] + two[1][STEP // 2 : STEP]
     assert sorted(one[0][:STEP]) == sorted(second) and len(set(second)) >= STEP // 2
 
@@ -218,12 +214,9 @@ def test_no_process_holds_whole_parameters(runs):
 
 
 def test_a_decoder_on_devices_of_its_own(runs):
-    """What its run is compared with, above, was gone on with after its first step."""
-    run, straight = runs.root / "two" / "apart", runs.root / "two" / "apart_straight"
-    assert f"resuming {run} after step 1" in runs.sessions["two"].told
-    assert metrics(run) == metrics(straight) and [line["step"] for line in metrics(run)] == [1, 2]
-    assert all(0 <= line["grpo/logp_gap_max"] < 1e-4 and line["reward/masked_frac"] == 0 for line in metrics(run))
-    assert_same(params(run, "transformer"), params(straight, "transformer"))
+    lines = metrics(runs.root / "two" / "apart")
+    assert [line["step"] for line in lines] == [1, 2]
+    assert all(0 <= line["grpo/logp_gap_max"] < 1e-4 and line["reward/masked_frac"] == 0 for line in lines)
 
 
 def test_a_checkpoint_of_one_process_is_continued_by_two(runs):
