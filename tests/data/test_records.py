@@ -6,6 +6,7 @@ import base64
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from xomni_jax.data.conversations import of_messages
@@ -194,9 +195,9 @@ def test_text_in_double_quotes_is_a_target_where_it_is_asked_for(text, targets):
 
 def test_prompts_with_everything():
     row = {"prompt": "p", "targets": '{"text": ["A"]}', "size": [32, 64], "rewards": [{"ocr": 0.7}, {"clip": "0.3"}], "weight": 2}
-    found = record(row | {"id": 7, "clue": 1, "gone": None, "empty": []}, prompt=True)
+    found = record(row | {"id": 7, "clue": 1, "gone": None, "empty": [], "box": np.zeros((2, 4))}, prompt=True)
     assert (found.targets, found.size, found.weight, found.id) == ({"text": ["A"]}, (32, 64), 2.0, "7")
-    assert found.rewards == {"ocr": 0.7, "clip": 0.3} and found.metadata == {"clue": 1}
+    assert found.rewards == {"ocr": 0.7, "clip": 0.3} and set(found.metadata) == {"clue", "box"}
 
 
 def test_metadata_of_the_layouts_of_reinforcement_learning():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from xomni_jax.core.config import ConfigError
 from xomni_jax.data.codes import CodesConfig, CodesSource
 from xomni_jax.data.preprocess import to_pixels
 from xomni_jax.training import tokenize_data
-from xomni_jax.training.tokenize_data import TokenizeConfig, TooManyRejected
+from xomni_jax.training.tokenize_data import TokenizeConfig, TooManyRejected, loaded
 
 
 def contents(folder):
@@ -217,3 +218,19 @@ def test_a_full_disk_is_told_and_leaves_nothing_half_written(images, codes, mode
     assert [path.name for path in out.iterdir()] == ["source.json"] and not part.is_symlink()
     make_codes(model_dir, of_folder(images), out)
     assert contents(out) == contents(codes)
+
+
+def test_records_that_codes_cannot_hold_are_rejected_with_their_reason():
+    image = np.zeros((16, 32, 3), np.uint8)
+    talk = {"image": image, "images": [image, image], "turns": [("user", "<image 0><image 1>?"), ("assistant", "!")]}
+    records = [{"caption": "a"}, talk, talk | {"images": [image]}]
+    reasons = [reason for *_, reason in loaded(records, [(16, 32)], [SimpleNamespace(keys=range(3))], 1)]
+    assert reasons[0] == "it has no image" and "shows several images" in reasons[1] and reasons[2] == ""
+
+
+def test_images_of_excluded_captions_do_not_become_codes(model_dir, tmp_path):
+    folder = write_images(tmp_path / "images", 4)
+    (tmp_path / "benchmark.txt").write_text((folder / "002.txt").read_text().upper() + "\n")
+    options = [*of_folder(folder), f"exclude=('{tmp_path / 'benchmark.txt'}',)"]
+    assert make_codes(model_dir, options, tmp_path / "codes", max_rejected="1").startswith("3 examples in 1 shards")
+    assert "which config.data.exclude names" in (tmp_path / "codes" / "rejected.jsonl").read_text()

@@ -9,11 +9,10 @@ import pytest
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
-from tests.miniature import stage_config
 from xomni_jax.core.config import ConfigError
 from xomni_jax.training.metrics import MetricWriter, Progress, check_wandb
 from xomni_jax.training.run import run_stage
-from xomni_jax.training.stage import Grid
+from xomni_jax.training.stage import Grid, RunConfig
 
 GRID = Grid(np.zeros((2, 4, 4, 3), np.uint8), 1, {"caption": ["红色", 'a "b"'], "answer": ["x", ""]}, by="row")
 
@@ -126,7 +125,7 @@ def test_a_resumed_run_is_one_run_of_weights_and_biases(tmp_path, monkeypatch, w
 def test_no_account_is_said_before_the_run_begins(tmp_path, monkeypatch, wandb):
     monkeypatch.setenv("WANDB_MODE", "online")
     with pytest.raises(ConfigError, match="config.wandb=signs: no login; run wandb login, or set WANDB_MODE=offline"):
-        run_stage(stage_config("sft", tmp_path / "run", "wandb=signs"))
+        run_stage(RunConfig(stage="sft", run_dir=str(tmp_path / "run"), wandb="signs"))
     assert not (tmp_path / "run").exists()
 
 

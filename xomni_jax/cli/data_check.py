@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from xomni_jax.cli.data_config import with_data
 from xomni_jax.core.config import ConfigError, merge_overrides, read_overrides
 
 if TYPE_CHECKING:
@@ -37,8 +38,8 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
 
     if bool(args.path) == bool(args.config):
         raise ConfigError("give one or more PATHs, or --config=FILE with the data of a training")
-    data = _configured(args.config, rest) if args.config else _named(args, rest)
-    parts = [part for part in with_benchmarks(data).parts if isinstance(part.options, FilesConfig)]
+    data = with_data(args.config, rest).data if args.config else with_benchmarks(_named(args, rest))
+    parts = [part for part in data.parts if isinstance(part.options, FilesConfig)]
     if not parts:
         raise ConfigError(f"config.data.source={data.source}: its examples are not read from files; nothing is to be checked")
     checked = [check(part.options, part.source == "prompts") for part in parts]
@@ -48,15 +49,6 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
         rows = (json.dumps(row, ensure_ascii=False) + "\n" for found in checked for row in found.rows())
         Path(args.out).write_text("".join(rows), encoding="utf-8")
     return 1 if any(found.skipped or not found.records for found in checked) else 0
-
-
-def _configured(path: str, rest: list[str]) -> DataSection:
-    from xomni_jax.training.stage import load_config
-
-    cfg = load_config(path, read_overrides(rest))
-    if not hasattr(cfg, "data"):
-        raise ConfigError(f"{path}: stage {cfg.stage} has no data; give a configuration of training")
-    return cfg.data
 
 
 def _named(args: argparse.Namespace, rest: list[str]) -> DataSection:

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xomni_jax.core.config import ConfigError, read_overrides
+from xomni_jax.cli.data_config import with_data
+from xomni_jax.core.config import ConfigError
 from xomni_jax.core.folders import check_folder
 
 if TYPE_CHECKING:
@@ -51,11 +52,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _of_config(path: str, rest: list[str]) -> tuple[DataSection, int, str]:
-    from xomni_jax.training.stage import load_config
-
-    cfg = load_config(path, read_overrides(rest))
-    if not hasattr(cfg, "data"):
-        raise ConfigError(f"{path}: stage {cfg.stage} has no data; give a configuration of training")
+    cfg = with_data(path, rest)
     return cfg.data, cfg.seed, cfg.init_from
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
-from xomni_jax.core.config import ConfigError, read_overrides
+from xomni_jax.cli.data_config import with_data
 
 NAME, HELP = "tokenize", "make the codes of all images once, for training without the image encoder"
 EXAMPLE = """\
@@ -32,12 +32,9 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     """Runs the job; the last line says what it wrote."""
     from xomni_jax.cli.train import run_in_group, shared_settings
     from xomni_jax.core import distributed
-    from xomni_jax.training.stage import load_config
     from xomni_jax.training.tokenize_data import TokenizeConfig, tokenize
 
-    cfg = load_config(args.config, read_overrides(rest))
-    if not hasattr(cfg, "data"):
-        raise ConfigError(f"{args.config}: stage {cfg.stage} has no data; give a configuration of training")
+    cfg = with_data(args.config, rest)
     options = TokenizeConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(TokenizeConfig)})
     group = distributed.start(shared_settings(cfg), args.distributed)
     if group is None:

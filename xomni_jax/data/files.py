@@ -181,7 +181,7 @@ class FilesSource:
     @classmethod
     def epoch(cls, options: FilesConfig) -> Epoch:
         """Every record once."""
-        return Epoch(Records(options.path, options, cls.prompts), options.sizes)
+        return Epoch(Records(options.path, options, cls.prompts), options.sizes, excluded_texts(options.exclude))
 
 
 class PromptsSource(FilesSource):
@@ -195,11 +195,12 @@ class PromptsSource(FilesSource):
 class Epoch:
     """The examples of all records in the order of the files, with all captions, read when they are asked for.
 
-    FaultyRecord for one that cannot be used.
+    FaultyRecord for one that cannot be used, ConfigError for one with an excluded text.
     """
 
     records: Records
     sizes: Sequence[Size]
+    excluded: Mapping[str, str]
 
     def __len__(self) -> int:
         return len(self.records)
@@ -211,6 +212,7 @@ class Epoch:
 
     def __getitem__(self, number: int) -> Example:
         record = self.records[number]
+        check_excluded(record, self.excluded)
         found = example(record, self.sizes, _fields(record, self.records.prompts), np.random.default_rng(number))
         return found | ({"captions": record.texts} if record.texts else {})
 

@@ -112,7 +112,9 @@ class _Row:
 
     def __init__(self, columns: Mapping[str, Any], root: Path, absolute: bool):
         self.columns = {
-            name: value for name, value in columns.items() if not (value is None or value == [] or value == "" and name in _CELLS)
+            name: value
+            for name, value in columns.items()
+            if not (value is None or isinstance(value, list) and not value or isinstance(value, str) and not value and name in _CELLS)
         }
         self.given, self.root, self.absolute = columns, root, absolute
         self.notes: list[str] = []

@@ -6,7 +6,6 @@ k is id `vocab_size + k`, and the three special tokens, looked up by name, lie b
 
 from __future__ import annotations
 
-import functools
 import itertools
 import re
 from collections.abc import Sequence
@@ -159,7 +158,6 @@ class MultimodalTokenizer:
         cut = len(ids[-1]) - 1  # behind the last end of turn
         return TokenSequence(np.concatenate(ids).astype(np.int32)[: -cut or None], np.concatenate(loss)[: -cut or None])
 
-    @functools.cache  # noqa: B019 - one tokenizer lives as long as its program
     def _template(self, roles: tuple[str, ...], answer_next: bool) -> list[np.ndarray]:
         """The ids of the chat template before, between and after the contents of turns.
 

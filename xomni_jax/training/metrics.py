@@ -103,7 +103,11 @@ def open_wandb(project: str, run_dir: Path) -> Any:
 
     path, config = run_dir / "wandb_id", json.loads((run_dir / "config.json").read_text())
     known = path.read_text() if path.is_file() else None
-    run = wandb.init(project=project, id=known, resume="allow", name=run_dir.name, dir=run_dir, config=config)
+    try:
+        run = wandb.init(project=project, id=known, resume="allow", name=run_dir.name, dir=run_dir, config=config)
+    except wandb.Error as e:
+        why = f"config.wandb={project}: {e}; the same command goes on, WANDB_MODE=offline keeps everything in RUN/wandb"
+        raise ConfigError(why) from e
     path.write_text(run.id)
     return run
 

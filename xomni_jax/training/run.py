@@ -34,7 +34,8 @@ def run_stage(
     """
     if profile and profile[1] > cfg.steps:
         raise ConfigError(f"--profile-steps {profile[0]}-{profile[1]}: the run has {cfg.steps} steps; name two of them")
-    cfg = dataclasses.replace(cfg, data=with_benchmarks(cfg.data))
+    if hasattr(cfg, "data"):  # a stage of one's own need not have any
+        cfg = dataclasses.replace(cfg, data=with_benchmarks(cfg.data))
     run_dir, mesh, first = Path(cfg.run_dir), policy_mesh(cfg), jax.process_index() == 0
     if cfg.wandb and first:
         check_wandb(cfg.wandb)
@@ -43,7 +44,8 @@ def run_stage(
         check_continues(cfg)
         connect(mesh)
         stage = STAGES.get(cfg.stage).make(cfg, mesh, stop)
-        say("\n".join(["weights:", *placement(stage.state.params, mesh), *summary(cfg.data, cfg.seed, cfg.batch_size, cfg.steps)]))
+        shares = summary(cfg.data, cfg.seed, cfg.batch_size, cfg.steps) if hasattr(cfg, "data") else []
+        say("\n".join(["weights:", *placement(stage.state.params, mesh), *shares]))
         if dry_run:
             with closing(stage):
                 for line in dry_run_report(cfg, stage, mesh):

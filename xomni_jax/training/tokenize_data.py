@@ -229,6 +229,8 @@ def loaded(records: Examples, sizes: Sequence[tuple[int, int]], shards: Sequence
         image = example.pop("image", None)
         if image is None:
             return None, None, "it has no image"
+        if example.get("turns") and len(example.get("images", ())) > 1:
+            return None, None, "a conversation that shows several images, of which codes hold one; train on the images themselves"
         if image.shape[:2] not in sizes:
             return None, None, f"an image of {image.shape[0]}x{image.shape[1]} pixels, which is none of config.data.sizes"
         return example, to_pixels(image), ""
