@@ -19,7 +19,7 @@ from xomni_jax.sharding.arrays import batch_sharding
 from xomni_jax.sharding.mesh import make_mesh
 from xomni_jax.training.tokenize_data import Shard, TokenizeConfig, encode_shards
 
-IMAGES, BATCH, SHARD = 128, 16, 32
+IMAGES, BATCH, SHARD = 512, 16, 128
 
 
 def run(model: str, repeats: int, seconds: float) -> Report:

@@ -1,6 +1,7 @@
 """What tables of several files have in common, for every format."""
 
 import gzip
+import json
 import multiprocessing
 import os
 import pickle
@@ -14,11 +15,15 @@ from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 
 from tests.data.containers import same, sample, write_array_record, write_parquet, write_tar
+from tests.data.test_files import beside_json, beside_txt, metadata_csv, metadata_jsonl, write_images
 from tests.miniature import ROOT
 from xomni_jax.core.config import ConfigError
 from xomni_jax.data.array_record_table import ArrayRecordTable
+from xomni_jax.data.files import FilesConfig, FilesSource, Records
+from xomni_jax.data.image_folders import METADATA
 from xomni_jax.data.kinds import open_parts
 from xomni_jax.data.parquet_table import ParquetTable
+from xomni_jax.data.records import Columns
 from xomni_jax.data.shards import Recent
 from xomni_jax.data.tables import FaultyRecord
 from xomni_jax.data.tar_table import TarTable
@@ -159,10 +164,40 @@ class _Bucket(MemoryFileSystem):
         return super()._strip_protocol(path.removeprefix("gs://").removeprefix("gcs://"))
 
 
-@pytest.mark.parametrize("kind", ["parquet", "tar"])
-def test_files_of_a_bucket_are_read_in_place(tmp_path, kind, monkeypatch):
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """Paths gs://... are files in memory, in place of gcsfs."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(epath.backend.fsspec_backend, "_get_filesystem", lambda name: _Bucket())  # in place of gcsfs
+    monkeypatch.setattr(epath.backend.fsspec_backend, "_get_filesystem", lambda name: _Bucket())
+
+
+@pytest.mark.parametrize("write", [beside_txt, beside_json, metadata_jsonl, metadata_csv])
+def test_a_folder_of_images_in_a_bucket(tmp_path, write, bucket):
+    here, there = tmp_path / "here", epath.Path(f"gs://drawings/{write.__name__}")
+    write_images(here)
+    write(here)
+    there.mkdir(parents=True)
+    for file in here.iterdir():
+        (there / file.name).write_bytes(file.read_bytes())
+    local = FilesSource(FilesConfig(path=str(here), sizes=((32, 64),)), 0, 2)
+    for path in (there, *(there / name for name in METADATA if (there / name).exists())):
+        source = FilesSource(FilesConfig(path=str(path), sizes=((32, 64),)), 0, 2)
+        for n in range(4):
+            assert source[n]["caption"] == local[n]["caption"]
+            np.testing.assert_array_equal(source[n]["image"], local[n]["image"])
+
+
+@pytest.mark.parametrize("image", ["../secret.png", "/secret.png", "a/../../secret.png", "gs://other/secret.png"])
+def test_a_row_in_a_bucket_names_no_file_outside_its_folder(image, bucket):
+    file = epath.Path("gs://drawings/escape/train.jsonl")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"image": image, "text": "a sign"}))
+    with pytest.raises(FaultyRecord, match="lies outside gs://drawings/escape|is a web address"):
+        Records(str(file), Columns(), False)[0]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "tar"])
+def test_files_of_a_bucket_are_read_in_place(tmp_path, kind, bucket):
     opens, write = FORMATS[kind]
     here = [write(tmp_path / f"{n}.{kind}", range(4 * n, 4 * n + 4)) for n in range(2)]
     there = [epath.Path(f"gs://signs/{kind}") / file.name for file in here]
@@ -177,9 +212,9 @@ def test_files_of_a_bucket_are_read_in_place(tmp_path, kind, monkeypatch):
     for path in (f"gs://signs/{kind}", f"gs://signs/{kind}/*.{kind}"):
         (part,) = open_parts(path)
         assert (part.table.files, list(part.table), part.table.digest) == (there, list(local), local.digest)
-    (there[0].parent / "words.txt").write_text("a sign")
-    with pytest.raises(ConfigError, match="words.txt: files of this kind are read from this machine; copy them"):
-        open_parts(f"gs://signs/{kind}/words.txt")
+    (there[0].parent / "more.array_record").write_bytes(b"")
+    with pytest.raises(ConfigError, match="more.array_record: files of this kind are read from this machine; copy them"):
+        open_parts(f"gs://signs/{kind}/more.array_record")
     with pytest.raises(ConfigError, match="no such file or folder"):
         open_parts("gs://signs/none")
 

@@ -76,7 +76,10 @@ def test_faults_of_a_data_set(tmp_path):
     info = json.loads((folder / "dataset_info.json").read_text())
     split = info["splits"][0]
     (folder / "dataset_info.json").write_text(json.dumps(info | {"splits": [split, split | {"name": "validation"}]}))
-    with pytest.raises(ConfigError, match="has no split train; it has test, validation"):
+    assert len(open_tfds([], folder, "validation")) == 2
+    with pytest.raises(ConfigError, match="no split tran; config.data.split names one of those that it has: test, validation"):
+        open_tfds([], folder, "tran")
+    with pytest.raises(ConfigError, match="has no split train; config.data.split names one of those that it has: test, validation"):
         open_tfds([], folder)
     (folder / "dataset_info.json").write_text(json.dumps(info | {"splits": [split | {"shardLengths": ["1", "4"]}]}))
     with pytest.raises(ConfigError, match=r"dataset_info.json tells of 5 examples, the files hold 2; get it again"):

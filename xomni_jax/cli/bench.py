@@ -140,7 +140,7 @@ def _eval(args: argparse.Namespace) -> Any:
 def _data(args: argparse.Namespace) -> Any:
     from tests.benchmarks import data
 
-    return data.run(100, args.repeats, args.seconds)
+    return data.run(400, args.repeats, args.seconds)
 
 
 def _tokenize(args: argparse.Namespace) -> Any:

@@ -7,7 +7,6 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from xomni_jax.core.config import ConfigError
@@ -97,7 +96,7 @@ def _content(record: Record) -> bytes:
     said = repr((record.texts, record.turns, record.roles, record.targets, record.metadata))
     content = hashlib.blake2b(said.encode(), digest_size=16)
     for image in record.images:
-        content.update(image.read_bytes() if isinstance(image, Path) else image)
+        content.update(image if isinstance(image, bytes) else image.read_bytes())
     return content.digest()
 
 

@@ -86,7 +86,7 @@ class Records:
     """
 
     def __init__(self, paths: str | Sequence[str], how: Columns, prompts: bool):
-        self.parts, self.how, self.prompts = open_parts(paths), how, prompts
+        self.parts, self.how, self.prompts = open_parts(paths, how.split), how, prompts
         self.ends = list(itertools.accumulate(len(part.rows) for part in self.parts))
         self.notes = [note for part in self.parts for note in part.table.notes]
 

@@ -36,7 +36,7 @@ def read_image(
       UnreadableImage: there is no such file, or it is no image of `formats`, is damaged or cut off, or holds too many pixels.
     """
     with _reasons(formats):
-        data = file if isinstance(file, bytes) else Path(file).read_bytes()
+        data = file if isinstance(file, bytes) else _path(file).read_bytes()
         image = _open(io.BytesIO(data), max_pixels, formats)
         if image.format == "PNG":  # it alone has check sums, after which it has to be opened again
             image.verify()
@@ -48,9 +48,13 @@ def read_image(
 
 def image_size(file: bytes | str | Path) -> tuple[int, int]:
     """(width, height) of the upright image, from the header of its file alone. UnreadableImage as far as the header tells."""
-    with _reasons(FORMATS), io.BytesIO(file) if isinstance(file, bytes) else open(file, "rb") as stream:
+    with _reasons(FORMATS), io.BytesIO(file) if isinstance(file, bytes) else _path(file).open("rb") as stream:
         image = _open(stream, MAX_PIXELS, FORMATS)
         return image.size[::-1] if image.getexif().get(_ORIENTATION, 1) >= 5 else image.size
+
+
+def _path(file: str | Path) -> Path:
+    return Path(file) if isinstance(file, str) else file  # which may be one in a bucket
 
 
 def _open(stream: BinaryIO, max_pixels: int, formats: Sequence[str]) -> Image.Image:
@@ -99,7 +103,7 @@ def to_rgb(image: Image.Image, as_stored: bool = False) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
 
 
 def _eight_bits(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:

@@ -11,15 +11,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from etils import epath
-
 from xomni_jax.core.config import ConfigError
+from xomni_jax.data.shards import path_of
 from xomni_jax.data.tables import Table, readable
 from xomni_jax.data.text_tables import TEXT_SUFFIXES
 
 _LFS_POINTER = b"version https://git-lfs"
 _IGNORED = ("_tmp", "__MACOSX")  # folders that downloads leave behind
-_IN_BUCKETS = ("parquet", "webdataset")  # kinds that are read from there
+_ON_DISK = ("array_record", "tfds", "list")  # kinds that are not read from a bucket: the library of the first two knows files alone
 
 
 class Kind(NamedTuple):
@@ -99,16 +98,19 @@ class Part:
     rewards: Mapping[str, float] = field(default_factory=dict)
 
 
-def open_parts(paths: str | Sequence[str]) -> list[Part]:
+def open_parts(paths: str | Sequence[str], split: str = "") -> list[Part]:
     """The parts of a source: of every file, folder or glob among the paths, in the given order; those of a glob in order of their names.
+
+    Args:
+      split: see `records.Columns`.
 
     Raises:
       ConfigError: a path or a glob leads to nothing, a file is of no known kind, or it cannot be opened.
     """
-    return [part for path in ([paths] if isinstance(paths, str) else paths) for part in _parts(path)]
+    return [part for path in ([paths] if isinstance(paths, str) else paths) for part in _parts(path, split)]
 
 
-def _parts(path: str) -> list[Part]:
+def _parts(path: str, split: str) -> list[Part]:
     found = _found(path)
     if not found:
         raise ConfigError(
@@ -117,12 +119,15 @@ def _parts(path: str) -> list[Part]:
     parts: list[Part] = []
     for (kind, folder, _), shards in itertools.groupby(found, _table_of):
         files = list(shards)
-        if "://" in path and kind not in _IN_BUCKETS:
+        if "://" in path and kind in _ON_DISK:
             raise ConfigError(f"config.data.path={path}: files of this kind are read from this machine; copy them, or mount the bucket")
+        if split and kind != "tfds":
+            raise ConfigError(f"config.data.split={split}: {path} is no data set of TensorFlow Datasets; name the files of the split")
         if kind == "list":
             parts += opener(kind)(files[0])
         else:
-            table = opener(kind)(_files_within(folder, kind) if folder == files[0] else files, folder)
+            within = _files_within(folder, kind) if folder == files[0] else files
+            table = opener(kind)(within, folder, split) if split else opener(kind)(within, folder)
             parts.append(Part(table, files[0].stem, range(len(table))))
     return parts
 
@@ -130,7 +135,7 @@ def _parts(path: str) -> list[Part]:
 def _found(path: str) -> list[Path]:
     """The file or folder, or what a glob fits; in a bucket, such as gs://name, a glob of names in one folder."""
     if "://" in path:
-        there = epath.Path(path)
+        there = path_of(path)
         try:
             return [there] if there.exists() else sorted(there.parent.glob(there.name), key=os.fsencode)
         except ImportError as error:

@@ -19,6 +19,7 @@ from typing import Any
 
 from xomni_jax.core.config import Positive
 from xomni_jax.data.conversations import Conversation, counted, of_llava, of_messages, of_questions
+from xomni_jax.data.shards import is_local, path_of
 from xomni_jax.data.tables import FaultyRecord
 
 CAPTION_COLUMNS = (
@@ -56,6 +57,7 @@ class Columns:
       image: column of the image or its path, a.b inside nested ones; empty - the first usual name
       caption: column of the caption or prompt, likewise; of several, separated by commas, the first that a record has
       images: folder that holds the images, to which paths are relative unless they are absolute; empty - the one that holds the file
+      split: split of a data set of TensorFlow Datasets; empty - train, or the only one; files of other kinds are named by the path
       imageless: texts and conversations without an image are records, too; pretrain and sft learn from them
       text_targets: every text in double quotes, straight or curly, is a target that the image must show; a prompt without any is faulty
       rewards: (name, weight) pairs of the rewards that judge what names none itself, such as (("ocr", 1.0), ("shapes", 0.5)); other rewards
@@ -65,6 +67,7 @@ class Columns:
     image: str = ""
     caption: str = ""
     images: str = ""
+    split: str = ""
     imageless: bool = False
     text_targets: bool = False
     rewards: tuple[tuple[str, Positive], ...] = ()
@@ -156,7 +159,7 @@ def make_record(
     Raises:
       FaultyRecord: it lacks something, or a column holds what cannot be used; the message begins with `where`.
     """
-    row = _Row(columns, Path(how.images) if how.images else root, bool(how.images))
+    row = _Row(columns, path_of(how.images) if how.images else root, bool(how.images))
     try:
         return _record(row, key, where, how, prompt, rewards)
     except FaultyRecord as fault:
@@ -293,7 +296,7 @@ def _candidates(row: _Row) -> list[tuple[Any, str]]:
     kept = []
     for n, entry in enumerate(row.take("data") or []):
         reference = _reference(entry.get("img_path"), row)
-        if isinstance(reference, Path) and not reference.is_file():
+        if not isinstance(reference, bytes) and not reference.is_file():
             row.notes.append(f"data[{n}] is left out: missing image file {entry['img_path']}")
         else:
             kept.append(entry)
@@ -319,8 +322,9 @@ def _reference(image: Any, row: _Row) -> Image:
     if "://" in image:
         raise FaultyRecord(f"the image {image} is a web address, which is not fetched; give a file")
     # Links are followed: those of Hugging Face's cache lead out of the folder.
-    file = Path(os.path.abspath(row.root / image))
-    if os.path.isabs(image) and not row.absolute or not file.is_relative_to(os.path.abspath(row.root)):
+    root = row.root if not is_local(row.root) else Path(os.path.abspath(row.root))
+    file = root / os.path.normpath(image)
+    if os.path.isabs(image) and not row.absolute or ".." in file.parts or not file.is_relative_to(root):
         raise FaultyRecord(f"the image {image} lies outside {row.root}; config.data.images names the folder that may hold it")
     return file
 

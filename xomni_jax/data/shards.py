@@ -163,8 +163,13 @@ def stamp(file: Path) -> tuple[int, int]:
     if is_local(file):
         found = os.stat(file)
         return found.st_size, found.st_mtime_ns
-    there = epath.Path(file).stat()
+    there = file.stat()
     return there.length, there.mtime
+
+
+def path_of(name: str) -> Path:
+    """The path of a name that a user gives: a local one, or one in a bucket, such as gs://name/folder, which opens in the same way."""
+    return epath.Path(name) if "://" in name else Path(name)
 
 
 def is_local(file: Path) -> bool:

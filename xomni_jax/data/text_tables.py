@@ -11,13 +11,16 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import sys
+import tempfile
 from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from xomni_jax.core.config import ConfigError
+from xomni_jax.data.shards import is_local, stamp
 from xomni_jax.data.tables import FaultyRecord, Table, readable
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".tsv")
@@ -60,7 +63,7 @@ class LineTable:
                 at += len(line)
                 content.update(line)
         self._starts.append(at)
-        self.digest = content.hexdigest()
+        self.digest, self._stamp = content.hexdigest(), stamp(path)
         self.notes = [] if self._lines else [f"{path}: holds no records"]
 
     def __len__(self) -> int:
@@ -68,7 +71,7 @@ class LineTable:
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         start, end = self._starts[number], self._starts[number + 1]
-        line = os.pread(_opened(self.path).fileno(), end - start, start).partition(b"\n")[0].removesuffix(b"\r")
+        line = os.pread(_opened(self.path, self._stamp).fileno(), end - start, start).partition(b"\n")[0].removesuffix(b"\r")
         try:
             return self.parse((line.removeprefix(_BOM) if start == 0 else line).decode())
         except UnicodeDecodeError as error:
@@ -145,5 +148,12 @@ def _is_json(line: bytes) -> bool:
 
 
 @functools.lru_cache(256)
-def _opened(path: Path) -> BinaryIO:
-    return path.open("rb")  # which forked processes may share: pread has no position
+def _opened(path: Path, version: tuple[int, int]) -> BinaryIO:
+    """A file as it was at a `stamp`. Forked processes may share it: pread has no position. Of one in a bucket, a copy on this machine."""
+    if is_local(path):
+        return path.open("rb")
+    copy = tempfile.TemporaryFile()
+    with path.open("rb") as there:
+        shutil.copyfileobj(there, copy)
+    copy.flush()
+    return copy

@@ -15,8 +15,8 @@ from xomni_jax.data.shards import first_line
 from xomni_jax.data.tables import FaultyRecord
 
 
-def open_tfds(files: Sequence[Path], root: Path, split: str = "train") -> ArrayRecordTable:
-    """The table of one split of the data set in the folder `root`, the only one if there is but one. The data set names its own files.
+def open_tfds(files: Sequence[Path], root: Path, split: str = "") -> ArrayRecordTable:
+    """The table of a split of the data set in the folder `root`; without a name train, or the only one. The data set names its own files.
 
     Raises:
       ConfigError: the data set cannot be read, lacks the split, or was not written as array_record.
@@ -33,9 +33,11 @@ def open_tfds(files: Sequence[Path], root: Path, split: str = "train") -> ArrayR
             f"{root} was written as {kind}, which allows no random access; convert it with: tfds convert_format "
             f"--dataset_version_dir={root} --out_file_format=array_record --out_dir=NEW_FOLDER"
         )
-    if split not in info.splits and len(info.splits) != 1:
-        raise ConfigError(f"{root} has no split {split}; it has {', '.join(sorted(info.splits)) or 'none'}")
-    told = info.splits[split] if split in info.splits else next(iter(info.splits.values()))
+    split = split or (next(iter(info.splits)) if len(info.splits) == 1 else "train")
+    if split not in info.splits:
+        names = ", ".join(sorted(info.splits)) or "none"
+        raise ConfigError(f"{root} has no split {split}; config.data.split names one of those that it has: {names}")
+    told = info.splits[split]
     table = ArrayRecordTable([Path(file) for file in told.filepaths], root, functools.partial(_decode, root))
     if len(table) != told.num_examples:
         raise ConfigError(f"{root}: dataset_info.json tells of {told.num_examples} examples, the files hold {len(table)}; get it again")
