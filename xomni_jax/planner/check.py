@@ -59,7 +59,7 @@ def _update(a: ProgramAnalysis) -> Iterator[Check]:
         yield Check("operations / 6ND, attention apart", f"{ratio:.3f}", "1.35", ratio <= 1.35)
         yield from _heads(a)
     alias = a.memory["aliased"] / a.state if a.state else 1.0
-    yield Check("state updated in place", f"{alias:.1%}", "100%", 0.995 <= alias <= 1.02)
+    yield Check("state updated in place", f"{alias:.1%}", "100%", alias >= 0.995)  # above 100%: tiles pad small arrays
     yield from _collectives(a)
 
 
