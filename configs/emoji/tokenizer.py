@@ -14,7 +14,6 @@ def get_config():
             steps=400,
             batch_size=32,
             tokenizer=dict(warmup_steps=100, ramp_steps=50),
-            preprocess=dict(short_size=64, long_size=64),
             data=DATA,
         )
     )

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from xomni_jax.data.images import MAX_PIXELS, TooManyPixels, UnreadableImage, read_image, to_rgb
-from xomni_jax.data.preprocess import TINY, preprocess
+from xomni_jax.data.preprocess import preprocess, trained_limits
 
 GREY = np.array([[0, 60, 120], [180, 240, 255]], np.float64)  # levels of the images below
 ALL = {"PNG": {}, "JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}, "TIFF": {}}
@@ -54,7 +54,8 @@ def test_images_are_turned_as_exif_says(scene, kind, orientation):
     data = encoded(stored(scene, orientation), name, exif=exif, **options)
     np.testing.assert_allclose(array(data), np.asarray(scene, int), atol=3)
     with Image.open(io.BytesIO(data)) as image:  # an image that a user opened
-        np.testing.assert_allclose((preprocess(image, TINY) + 1) * 127.5, np.asarray(scene, float), atol=3.5)
+        pixels = preprocess(image, trained_limits(((32, 64), (32, 128)), 8))
+        np.testing.assert_allclose((pixels + 1) * 127.5, np.asarray(scene, float), atol=3.5)
         if name != "TIFF":  # of which Pillow itself turns the pixels
             assert read_image(data, as_stored=True).size == image.size
 

@@ -9,7 +9,18 @@ import pytest
 from PIL import Image
 
 from tests.parity import released
-from xomni_jax.data.preprocess import RELEASED, TINY, ImageLimits, ImageRejected, preprocess, target_size, to_pixels, token_grid
+from xomni_jax.data.preprocess import (
+    RELEASED,
+    ImageLimits,
+    ImageRejected,
+    preprocess,
+    target_size,
+    to_pixels,
+    token_grid,
+    trained_limits,
+)
+
+TINY = trained_limits(((32, 64), (32, 128)), 8)
 
 
 @pytest.mark.parametrize(
@@ -34,6 +45,16 @@ def test_sizes(size, want):
 def test_sizes_of_other_limits():
     assert target_size(64, 32, TINY) == (64, 32) and target_size(128, 32, TINY) == (128, 32)
     assert target_size(20, 20, TINY) == (32, 32) and target_size(300, 100, TINY) == (128, 40)
+
+
+@pytest.mark.parametrize("sizes", [((64, 64),), ((32, 64), (32, 128)), ((64, 96), (96, 64)), ((32, 192),), ((1152, 1152), (768, 1536))])
+def test_limits_of_training_keep_what_was_trained(sizes):
+    limits = trained_limits(sizes, 8)
+    for height, width in sizes:
+        assert target_size(width, height, limits) == (width, height)
+    smallest, largest = min(map(min, sizes)), max(map(max, sizes))
+    assert target_size(smallest // 2, smallest // 2, limits) == (smallest, smallest)
+    assert max(target_size(3 * largest, 2 * largest, limits)) == largest
 
 
 def test_rejection_says_why():

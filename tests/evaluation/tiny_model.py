@@ -12,7 +12,7 @@ import numpy as np
 from flax.linen import meta
 
 from xomni_jax.checkpoint.store import copy_components, save_component, save_settings
-from xomni_jax.data.preprocess import TINY
+from xomni_jax.data.preprocess import trained_limits
 from xomni_jax.models import autoencoder, mmdit, siglip_vq, text_encoders, transformer
 from xomni_jax.models.registry import init_params
 from xomni_jax.rewards.client import Score
@@ -40,7 +40,9 @@ def make_models(folder):
     """SFT and RL model directories that differ in the transformer alone, and a GRPO run's files."""
     for number, (name, cfg) in enumerate(CONFIGS.items()):
         save_component(folder / "sft", name, random_params(name, cfg, number), cfg)
-    save_settings(folder / "sft", decode=DecodeConfig(steps=2, text_length=32, pooled_length=32), preprocess=TINY)
+    save_settings(
+        folder / "sft", decode=DecodeConfig(steps=2, text_length=32, pooled_length=32), preprocess=trained_limits(((32, 64), (32, 128)), 8)
+    )
     shutil.copytree(TINY_TOKENIZER, folder / "sft" / "tokenizer")
     copy_components(folder / "sft", folder / "run" / "model", tuple(n for n in CONFIGS if n != "transformer"))
     cfg = CONFIGS["transformer"]

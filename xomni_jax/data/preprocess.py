@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,7 +42,16 @@ class ImageLimits:
 
 
 RELEASED = ImageLimits()
-TINY = ImageLimits(short_size=32, long_size=128, patch_size=8, min_short_size=16, max_aspect_ratio=4.0)
+
+
+def trained_limits(sizes: Sequence[tuple[int, int]], patch: int) -> ImageLimits:
+    """The limits of a tokenizer that learns on images of these (height, width): an image is scaled to what it has seen.
+
+    Half of the smallest side may be enlarged; up to 4 times as long as wide is accepted, or what the longest of `sizes` is.
+    """
+    sides = [side for size in sizes for side in size]
+    ratio = max(max(size) / min(size) for size in sizes)
+    return ImageLimits(min(sides), max(sides), patch, min(sides) // 2, max(4.0, ratio))
 
 
 def target_size(width: int, height: int, limits: ImageLimits = RELEASED) -> tuple[int, int]:

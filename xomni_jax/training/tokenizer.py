@@ -14,10 +14,10 @@ import numpy as np
 from einops import reduce
 from jax.sharding import Mesh
 
-from xomni_jax.core.config import BelowOne, ConfigError, Count, Natural, NonNegative, Share
+from xomni_jax.core.config import BelowOne, ConfigError, Count, Natural, NonNegative, Overrides, Share
 from xomni_jax.core.preemption import StopSignal
 from xomni_jax.core.program import Program, Programs, Work
-from xomni_jax.data.preprocess import TINY, ImageLimits, to_pixels
+from xomni_jax.data.preprocess import ImageLimits, to_pixels, trained_limits
 from xomni_jax.data.rendered import N_COLUMN_CLASSES, SIGNS
 from xomni_jax.data.sources import DataSection, batches
 from xomni_jax.models import siglip_vq
@@ -78,7 +78,7 @@ class TokenizerRun(RunConfig):
       siglip_vq: the tokenizer that learns
       reader: the language model that reads its quantised features
       tokenizer: schedule of the codebook and weights of the loss
-      preprocess: limits of input images, stored in the model; patch_size must be the tokenizer's patch
+      preprocess: limits of input images, stored in the model; what is not set follows from the patch and from data.sizes
       data: where images, questions and answers come from
     """
 
@@ -88,7 +88,7 @@ class TokenizerRun(RunConfig):
     siglip_vq: ModelSection = ModelSection(siglip_vq.PRESETS, "tiny")
     reader: ModelSection = ModelSection(understanding.PRESETS, "tiny")
     tokenizer: TokenizerConfig = TokenizerConfig()
-    preprocess: ImageLimits = TINY
+    preprocess: Overrides = Overrides(ImageLimits)
     data: DataSection = SIGNS
 
 
@@ -195,9 +195,10 @@ class TokenizerStage:
             raise ConfigError(f"config.init_from={cfg.init_from}: the tokenizer is the first stage and starts from nothing; leave it empty")
         models = {name: getattr(cfg, name).config(where=f"config.{name}") for name in ("siglip_vq", "reader")}
         vq, c = models["siglip_vq"], cfg.tokenizer
-        if cfg.preprocess.patch_size != vq.patch:
+        limits = cfg.preprocess.over(trained_limits(cfg.data.sizes, vq.patch), "config.preprocess")
+        if limits.patch_size != vq.patch:
             raise ConfigError(
-                f"config.preprocess.patch_size={cfg.preprocess.patch_size}: the tokenizer's patch has {vq.patch} pixels; set it to that"
+                f"config.preprocess.patch_size={limits.patch_size}: the tokenizer's patch has {vq.patch} pixels; leave it out"
             )
         learner = make_learner(models)
         made = cls.programs(cfg, models, mesh)
@@ -221,7 +222,7 @@ class TokenizerStage:
             return jax.jit(start_codebook, static_argnums=2)(key, z, vq.codebook_size)
 
         def export(state: TrainState, directory: Path, note: dict[str, Any]) -> None:
-            export_model(directory, {"siglip_vq": (state.params["tokenizer"], vq)}, "", note, {"preprocess": cfg.preprocess})
+            export_model(directory, {"siglip_vq": (state.params["tokenizer"], vq)}, "", note, {"preprocess": limits})
 
         flops = FlopCount()
         return RunningStage(
