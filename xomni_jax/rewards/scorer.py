@@ -25,6 +25,7 @@ SCORERS = Registry(
         "clip": "xomni_jax.rewards.services.clip:CLIPScorer",
         "pickscore": "xomni_jax.rewards.services.pickscore:PickScorer",
         "hpsv2": "xomni_jax.rewards.services.hpsv2:HPSv2Scorer",
+        "imagereward": "xomni_jax.rewards.services.imagereward:ImageRewardScorer",
     },
 )
 

@@ -20,6 +20,7 @@ from xomni_jax.rewards.services.torch_scorer import (
     pretrained,
     pretrained_model,
     published_file,
+    renamed,
     torch_state,
 )
 
@@ -28,7 +29,7 @@ FILES = {  # version: name and sha256 in xswu/HPSv2, which tell the versions apa
     "v2.1": ("HPS_v2.1_compressed.pt", "c57a38fb4a2f7e7c15bf00da2ea377cdf165448b4dd1052a484c215a998c9837"),
 }
 _VISION_HEAD, _TEXT_HEAD = 80, 64  # widths of one attention head in ViT-H/14, which the file does not tell
-_NAMES = (  # of open_clip -> of transformers; the first that matches counts
+_NAMES = (  # of open_clip -> of transformers
     (r"visual\.class_embedding", "vision_model.embeddings.class_embedding"),
     (r"visual\.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
     (r"visual\.conv1\.", "vision_model.embeddings.patch_embedding."),
@@ -153,18 +154,13 @@ def clip_config(state: Mapping[str, Any], source: Path) -> Any:
 
 def clip_weights(state: Mapping[str, Any]) -> dict[str, Any]:
     """open_clip's weights under the names of transformers; the fused query, key and value are split. Unknown names stay."""
-    renamed: dict[str, Any] = {}
+    out: dict[str, Any] = {}
     for key, weight in state.items():
-        for pattern, name in _NAMES:
-            if re.match(pattern, key):
-                key = re.sub(pattern, name, key, count=1)
-                break
+        key, weight = renamed(key, _NAMES), weight.float()
         for old, new in _IN_LAYER:
             key = key.replace(old, new)
-        weight = weight.float()
         if ".in_proj_" in key:
-            parts = zip("qkv", weight.chunk(3))
-            renamed |= {re.sub("in_proj_(weight|bias)", rf"{letter}_proj.\1", key): part for letter, part in parts}
+            out |= {re.sub("in_proj_(weight|bias)", rf"{n}_proj.\1", key): part for n, part in zip("qkv", weight.chunk(3))}
         else:
-            renamed[key] = weight.T.contiguous() if key in ("visual_projection.weight", "text_projection.weight") else weight
-    return renamed
+            out[key] = weight.T.contiguous() if key in ("visual_projection.weight", "text_projection.weight") else weight
+    return out

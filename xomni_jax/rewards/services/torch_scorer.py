@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,15 +108,16 @@ def pretrained(scorer: str, kind: str, folder: Path | None, **options: Any) -> A
 
 
 def pretrained_model(
-    scorer: str, kind: str, source: Path, config: Any = None, state: dict[str, Any] | None = None, dtype: str = "float32"
+    scorer: str, kind: str, source: Path, config: Any = None, state: Mapping[str, Any] | None = None, dtype: str = "float32", **more: Any
 ) -> Any:
     """A model that is ready to run, whose every weight is from `source`: a directory of transformers, or the file that `state` is from.
 
     ServiceError when weights are missing or left over.
     """
-    torch, given = need("torch", scorer, extra=scorer), {} if state is None else {"config": config, "state_dict": state}
-    kwargs = {"dtype": getattr(torch, dtype), "output_loading_info": True} | given
-    model, info = pretrained(scorer, kind, source if state is None else None, **kwargs)
+    more |= {"dtype": getattr(need("torch", scorer, extra=scorer), dtype), "output_loading_info": True}
+    if state is not None:
+        more |= {"config": config, "state_dict": state}
+    model, info = pretrained(scorer, kind, source if state is None else None, **more)
     check_complete(source, info["missing_keys"], info["unexpected_keys"])
     return model.eval()
 
@@ -143,6 +145,14 @@ def torch_state(file: Path) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise ServiceError(f"{file} holds no weights by name; download it again")
     return state
+
+
+def renamed(key: str, names: Iterable[tuple[str, str]]) -> str:
+    """The name of a weight in transformers: the first pattern that its beginning matches is replaced. Unknown names stay."""
+    for pattern, name in names:
+        if re.match(pattern, key):
+            return re.sub(pattern, name, key, count=1)
+    return key
 
 
 def published_file(folder: Path, name: str, sha256: str, any_weights: bool) -> Path:
