@@ -160,7 +160,7 @@ def test_incomplete_hpsv2(tmp_path, hps):
         build_scorer("hpsv2", other)
     file = tmp_path / "c" / "HPS_v2.1_compressed.pt"
     file.write_bytes((hps[0] / file.name).read_bytes()[:5000])
-    with pytest.raises(ServiceError, match="cannot be read as a file of torch weights"):
+    with pytest.raises(ServiceError, match="cannot be read as a file of weights"):
         build_scorer("hpsv2", other)
     torch.save({"weights": {}}, file)
     with pytest.raises(ServiceError, match="has no 'state_dict'; take the file of that name from xswu/HPSv2"):

@@ -26,6 +26,7 @@ SCORERS = Registry(
         "pickscore": "xomni_jax.rewards.services.pickscore:PickScorer",
         "hpsv2": "xomni_jax.rewards.services.hpsv2:HPSv2Scorer",
         "imagereward": "xomni_jax.rewards.services.imagereward:ImageRewardScorer",
+        "hpsv3": "xomni_jax.rewards.services.hpsv3:HPSv3Scorer",
     },
 )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,13 +138,21 @@ def torch_state(file: Path) -> dict[str, Any]:
     """The weights of a torch file, read without running what it holds. ServiceError when it is no such file."""
     import torch
 
+    return _state(file, lambda: torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+
+
+def safetensors_state(file: Path) -> dict[str, Any]:
+    """The weights of a safetensors file. ServiceError when it is no such file."""
+    from safetensors.torch import load_file
+
+    return _state(file, lambda: load_file(file))
+
+
+def _state(file: Path, read: Callable[[], Any]) -> dict[str, Any]:
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        return dict(read())
     except Exception as error:  # noqa: BLE001 - readers of damaged files raise anything
-        raise ServiceError(f"{file} cannot be read as a file of torch weights ({_first_line(error)}); download it again") from error
-    if not isinstance(state, dict):
-        raise ServiceError(f"{file} holds no weights by name; download it again")
-    return state
+        raise ServiceError(f"{file} cannot be read as a file of weights ({_first_line(error)}); download it again") from error
 
 
 def renamed(key: str, names: Iterable[tuple[str, str]]) -> str:
@@ -155,11 +163,16 @@ def renamed(key: str, names: Iterable[tuple[str, str]]) -> str:
     return key
 
 
+def existing_file(folder: Path, name: str) -> Path:
+    """The file of this name. ServiceError when the directory has none."""
+    if not (folder / name).is_file():
+        raise ServiceError(f"{folder} holds no {name}; it has {', '.join(sorted(os.listdir(folder))[:8]) or 'no files'}")
+    return folder / name
+
+
 def published_file(folder: Path, name: str, sha256: str, any_weights: bool) -> Path:
     """The weight file of this name. ServiceError when it is missing, or is not the published one and `any_weights` does not allow that."""
-    file = folder / name
-    if not file.is_file():
-        raise ServiceError(f"{folder} holds no {name}; it has {', '.join(sorted(os.listdir(folder))[:8]) or 'no files'}")
+    file = existing_file(folder, name)
     if not any_weights and (found := file_hash(file)) != sha256:
         raise ServiceError(
             f"{file} is not the published file: its sha256 begins with {found[:12]}, not {sha256[:12]}; download it again, or allow it "
