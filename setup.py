@@ -83,6 +83,7 @@ setup(
         "eval": EVAL,
         "compbench": COMPBENCH,
         "detector": SERVICE + TORCH,
+        "loo_fid": REWARDS + TORCH + ["torchvision>=0.28,<0.29"],
         **{scorer: SERVICE + TORCH + more for scorer, more in TORCH_SCORERS.items()},
         "judge": EVAL + TORCH + ["torchvision>=0.28,<0.29"],  # a judge in the process of xomni eval --phase score
         "test": TEST + REWARDS + EVAL + EMOJI + PLAN,

@@ -204,3 +204,20 @@ def test_what_is_missing_on_the_machine(clip, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
     with pytest.raises(ServiceError, match=r"scorer 'pickscore' needs the package 'torch': pip install 'xomni_jax\[pickscore\]'"):
         build_scorer("pickscore", {"model": str(clip)})
+
+
+def test_loo_fid_in_the_features_of_a_clip(clip, tmp_path):
+    from transformers import CLIPImageProcessorPil, CLIPModel
+
+    for n, image in enumerate(images()):
+        Image.fromarray(image).save(tmp_path / f"{n}.png")
+    scorer = build_scorer("loo_fid", {"references": str(tmp_path), "features": "clip", "model": str(clip), "decay": 0.0})
+    pixels = CLIPImageProcessorPil.from_pretrained(clip)([Image.fromarray(i) for i in images()], return_tensors="pt")
+    with torch.no_grad():
+        x = torch.nn.functional.normalize(CLIPModel.from_pretrained(clip).get_image_features(**pixels).pooler_output, dim=-1).numpy()
+
+    def fid(y):
+        return ((x.mean(0) - y.mean(0)) ** 2).sum() + ((x.std(0, ddof=1) - y.std(0)) ** 2).sum()
+
+    expected = [fid(np.delete(x[:4], n, 0)) - fid(x[:4]) for n in range(4)]
+    np.testing.assert_allclose([s.value for s in scorer.score(images()[:4], items()[:4])], expected, atol=1e-4)

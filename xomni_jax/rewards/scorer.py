@@ -27,6 +27,7 @@ SCORERS = Registry(
         "hpsv2": "xomni_jax.rewards.services.hpsv2:HPSv2Scorer",
         "imagereward": "xomni_jax.rewards.services.imagereward:ImageRewardScorer",
         "hpsv3": "xomni_jax.rewards.services.hpsv3:HPSv3Scorer",
+        "loo_fid": "xomni_jax.rewards.services.loo_fid:LooFidScorer",
     },
 )
 

@@ -17,6 +17,7 @@ from xomni_jax.rewards.protocol import Item, Score
 from xomni_jax.rewards.scorer import Scorer, ServiceError, need
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _INDEX_BUFFERS = ("position_ids", "relative_position_index")  # in files of older versions; they hold no weights
 
 
