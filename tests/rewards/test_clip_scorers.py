@@ -37,8 +37,8 @@ def hps(tmp_path_factory):
     randomise(model)
     model.half().float()
     state = {key: p.half() for key, p in model.state_dict().items()}
-    for name in ("HPS_v2.1_compressed.pt", "HPS_v2_compressed.pt"):
-        torch.save({"state_dict": state}, folder / name)
+    torch.save({"state_dict": state}, folder / "HPS_v2.1_compressed.pt")
+    torch.save({"state_dict": state}, folder / "HPS_v2_compressed.pt", _use_new_zipfile_serialization=False)  # torch before 1.6
     return folder, model
 
 

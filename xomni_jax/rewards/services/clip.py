@@ -20,7 +20,7 @@ FORMULAS = {
 class CLIPScorer(ClipScorer):
     """Cosine of CLIP's features of the image and the prompt, or a published multiple of it. Applies to every item.
 
-    The prompt is cut at 77 tokens. Detail: cosine.
+    The prompt is cut at 77 tokens.
     """
 
     name = "clip"

@@ -50,7 +50,7 @@ class HPSv2Scorer(ClipScorer):
     """Cosine of HPSv2's features of the image and the prompt, in float32. Applies to every item.
 
     Only images of the same prompt may be compared, and values of v2.0 and v2.1 may not. The whole image is shrunk to 224 pixels and
-    padded with black. The prompt is cut at 77 tokens. Detail: cosine.
+    padded with black. The prompt is cut at 77 tokens.
     """
 
     name = "hpsv2"

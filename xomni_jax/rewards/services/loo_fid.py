@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -181,7 +182,8 @@ class LooFidScorer(Scorer):
         mean, covariance = self._real()
         start = read_statistics(Path(o.start), len(mean)) if o.start else None
         self._fid = LeaveOneOutFID(mean, covariance, o.covariance == "full", o.decay or None, o.debias, start)
-        self.version = f"loo-fid/{o.features}-{self.model_hash[:12]}/{o.covariance}/decay-{o.decay:g}" + "/debias" * o.debias
+        weights, real = f"-{self.model_hash[:12]}" * bool(self.model_hash), hashlib.sha256(mean.tobytes() + covariance.tobytes())
+        self.version = f"loo-fid/{o.features}{weights}/real-{real.hexdigest()[:8]}/{o.covariance}/decay-{o.decay:g}" + "/debias" * o.debias
 
     def score(self, images: Sequence[np.ndarray], items: Sequence[Item]) -> list[Score]:
         """See Scorer. Every image of a request counts; a single one cannot be left out."""

@@ -10,7 +10,7 @@ from xomni_jax.rewards.services.torch_scorer import TorchScorer
 
 
 class PickScorer(ClipScorer):
-    """The model's logit of the image for its prompt. Applies to every item. The prompt is cut at 77 tokens. Detail: cosine."""
+    """The model's logit of the image for its prompt. Applies to every item. The prompt is cut at 77 tokens."""
 
     name = "pickscore"
     published = "yuvalkirstain/PickScore_v1 from Hugging Face (model and processor files)"

@@ -139,7 +139,7 @@ def torch_state(file: Path) -> dict[str, Any]:
     """The weights of a torch file, read without running what it holds. ServiceError when it is no such file."""
     import torch
 
-    return _state(file, lambda: torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+    return _state(file, lambda: torch.load(file, map_location="cpu", weights_only=True))
 
 
 def safetensors_state(file: Path) -> dict[str, Any]:
