@@ -38,7 +38,7 @@ class ClipTowers:
         return features[[different.index(prompt) for prompt in prompts]]
 
 
-class ClipScorer(TorchScorer):
+class TwoTowerScorer(TorchScorer):
     """A value made from the cosine between the features of an image and of its prompt; preprocessing on PIL images, as published."""
 
     def load(self, weights: Path) -> None:

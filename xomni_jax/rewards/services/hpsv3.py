@@ -92,7 +92,10 @@ class HPSv3Scorer(TorchScorer):
                 "--base must be Qwen/Qwen2-VL-7B-Instruct"
             )
         self._model = pretrained_model(self.name, "Qwen2VLModel", weights, config, state, self.options.dtype).to(self._device)
-        self.version = f"hpsv3-{self.model_hash[:12]}/{self.options.dtype}"
+
+    def variant(self) -> tuple[str, ...]:
+        """See TorchScorer."""
+        return (self.options.dtype,)
 
     def score_batch(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[Score]:
         """See TorchScorer."""

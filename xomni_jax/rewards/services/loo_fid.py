@@ -68,21 +68,21 @@ class LeaveOneOutFID:
         self._average, self._calls = None, 0
         if start is not None:
             mean, covariance = start
-            self._average = self._moments(mean[None], covariance if full else covariance.diagonal())
+            self._average = mean, self._square(mean) + (covariance if full else covariance.diagonal())
             if debias:
                 self._average, self._calls = tuple((1 - decay) * m for m in self._average), 1
 
     def rewards(self, features_ND: np.ndarray) -> tuple[np.ndarray, float]:
         """(reward of each of at least two samples [N], FID after the update). A positive reward means that the sample helps."""
         x_ND = features_ND.astype(np.float64)
-        count, (mean, square) = len(x_ND), self._moments(x_ND)
+        count, mean, square = len(x_ND), x_ND.mean(0), x_ND.T @ x_ND / len(x_ND) if self._full else (x_ND**2).mean(0)
         fid = self.fid(*self._updated(mean, square))
-        without = (
-            tuple((count * m - one) / (count - 1) for m, one in zip((mean, square), self._moments(x_ND[n : n + 1]))) for n in range(count)
-        )
-        rewards_N = np.array([self.fid(*self._updated(*moments)) for moments in without]) - fid
+        rewards = []
+        for x_D in x_ND:
+            without = (count * mean - x_D) / (count - 1), (count * square - self._square(x_D)) / (count - 1)
+            rewards.append(self.fid(*self._updated(*without)) - fid)
         self._average, self._calls = self._updated(mean, square, raw=True), self._calls + 1
-        return rewards_N, fid
+        return np.array(rewards), fid
 
     def fid(self, mean_D: np.ndarray, square: np.ndarray) -> float:
         """Fréchet distance between the real features and those with these first and second moments."""
@@ -102,9 +102,8 @@ class LeaveOneOutFID:
         self._average = (state["mean"], state["square"]) if state else None
         self._calls = int(state["calls"]) if state else 0
 
-    def _moments(self, x_ND: np.ndarray, covariance: np.ndarray | float = 0.0) -> tuple[np.ndarray, np.ndarray]:
-        """Means of x and of its square (of the outer product with `full`), plus a covariance around x."""
-        return x_ND.mean(0), (x_ND.T @ x_ND / len(x_ND) if self._full else (x_ND**2).mean(0)) + covariance
+    def _square(self, x_D: np.ndarray) -> np.ndarray:
+        return np.outer(x_D, x_D) if self._full else x_D**2
 
     def _updated(self, mean_D: np.ndarray, square: np.ndarray, raw: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """The average after an update; `raw` is what is kept for the next one."""

@@ -24,7 +24,7 @@ _INDEX_BUFFERS = ("position_ids", "relative_position_index")  # in files of olde
 class TorchScorer(Scorer):
     """A scorer that is one torch model. Its name is also that of the extra with its packages.
 
-    A subclass implements `load` and `score_batch`.
+    A subclass implements `load` and `score_batch`, and `weights` and `variant` where the defaults do not fit.
 
     Attributes:
       published: where the model can be had.
@@ -56,9 +56,9 @@ class TorchScorer(Scorer):
         self._torch, self._device = torch_and_device(self.name, self.options.device)
         self._folder = model_directory(self.name, "--model", self.options.model, self.published)
         weights = self.weights()
-        self.model_hash = model_hash(weights)
-        self.version = f"{self.name}-{self.model_hash[:12]}"
         self.load(weights)
+        self.model_hash = model_hash(weights)
+        self.version = "/".join((f"{self.name}-{self.model_hash[:12]}", *self.variant()))
 
     def weights(self) -> Path:
         """The weight file, or the directory whose weight files all belong to the model."""
@@ -67,6 +67,10 @@ class TorchScorer(Scorer):
     def load(self, weights: Path) -> None:
         """Build the model on `self._device`. ServiceError when the files are not those of the model."""
         raise NotImplementedError
+
+    def variant(self) -> tuple[str, ...]:
+        """Options on which the values depend, for `version`."""
+        return ()
 
     def score_batch(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[Score]:
         """Scores of at most `batch` RGB images, in inference mode."""
@@ -86,6 +90,7 @@ def torch_and_device(scorer: str, device: str | None) -> tuple[Any, str]:
     """torch on one thread, and the device to use. ServiceError when torch or the device is missing."""
     torch = need("torch", scorer, extra=scorer)
     torch.set_num_threads(1)  # a service has one worker process per core
+    torch.backends.cudnn.allow_tf32 = False  # convolutions in float32 as well, which is not their default on a GPU
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(1, device=device)
@@ -100,8 +105,9 @@ def pretrained(scorer: str, kind: str, folder: Path | None, **options: Any) -> A
     quiet = transformers.utils.logging
     quiet.set_verbosity_error()
     quiet.disable_progress_bar()
+    cls = getattr(transformers, kind)
     try:
-        return getattr(transformers, kind).from_pretrained(folder, local_files_only=True, **options)
+        return cls.from_pretrained(folder, local_files_only=True, **options)
     except Exception as error:  # noqa: BLE001 - readers of damaged files raise anything
         raise ServiceError(
             f"{folder or 'the model'} holds no {kind} that transformers can read ({_first_line(error)}); download the model again"
