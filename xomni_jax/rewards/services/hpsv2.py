@@ -117,7 +117,7 @@ def clean(prompt: str) -> str:
 
 def letterbox(torch: Any, image: Image.Image, size: int, resize: str) -> Any:
     """float32 [3, size, size] in about [0, 1]: the long side resized to `size`, black on both sides of the short one."""
-    width, height = (max(1, round(side * size / max(image.size))) for side in image.size)
+    width, height = (max(1, round(side * (size / max(image.size)))) for side in image.size)
     if resize == "pil":
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(image.height, image.width, 3)
