@@ -25,8 +25,8 @@ class ClipTowers:
         tokens = model.config.text_config.vocab_size
         if tokenizer is not None and tokenizer.eos_token_id != tokens - 1:  # the text tower reads its features there
             raise ServiceError(
-                f"{tokenizer.name_or_path} is not the model's tokenizer: it ends texts with token {tokenizer.eos_token_id}, not {tokens - 1}; "
-                "it must hold vocab.json and merges.txt, or tokenizer.json, of a CLIP"
+                f"{tokenizer.name_or_path} is not the model's tokenizer: it ends texts with token {tokenizer.eos_token_id}, not "
+                f"{tokens - 1}; it must hold vocab.json and merges.txt, or tokenizer.json, of a CLIP"
             )
         self._model, self._tokenizer, self._device = model.to(device), tokenizer, device
         self.logit_scale = model.logit_scale.exp().item()
