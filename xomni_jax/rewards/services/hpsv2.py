@@ -56,6 +56,7 @@ class HPSv2Scorer(TwoTowerScorer):
     name = "hpsv2"
     published = "xswu/HPSv2 from Hugging Face (HPS_v2.1_compressed.pt or HPS_v2_compressed.pt)"
     scale = "cosine of image and prompt, usually 0.14 to 0.34 (v2.1) or 0.23 to 0.29 (v2.0); published tables show 100 times it"
+    range = (-1.001, 1.001)
 
     @dataclass(frozen=True)
     class Options(TorchScorer.Options):
