@@ -14,7 +14,7 @@ from xomni_jax.rewards.scorer import SCORERS, scorer_class
 DETAILS = f"""\
 A service scores images over HTTP for the trainer and the evaluations. GET /health reports its state. The scorers:
 
-{chr(10).join(f"{name:<11}{line}" for name, line in SCORERS.summaries().items())}
+{chr(10).join(f"{name:<21}{line}" for name, line in SCORERS.summaries().items())}
 
 A scorer of your own is path/to/my_scorer.py:MyScorer, see xomni_jax/rewards/README.md.
 Each scorer has options of its own: xomni serve-reward ocr --help

@@ -22,6 +22,12 @@ SCORERS = Registry(
         "quality": "xomni_jax.rewards.services.quality:QualityScorer",
         "tesseract": "xomni_jax.rewards.services.tesseract:TesseractScorer",
         "detector": "xomni_jax.rewards.services.detector:DetectorScorer",
+        "clip": "xomni_jax.rewards.services.clip:CLIPScorer",
+        "pickscore": "xomni_jax.rewards.services.pickscore:PickScorer",
+        "hpsv2": "xomni_jax.rewards.services.hpsv2:HPSv2Scorer",
+        "imagereward": "xomni_jax.rewards.services.imagereward:ImageRewardScorer",
+        "hpsv3": "xomni_jax.rewards.services.hpsv3:HPSv3Scorer",
+        "loo_fid": "xomni_jax.rewards.services.loo_fid:LooFidScorer",
     },
 )
 
@@ -45,6 +51,7 @@ class Scorer:
 
     name: str
     version: str = "1"
+    scope = "image"  # what one call of `score` needs to see: an image, a whole "group", or the "set" of all images of a request
 
     @dataclass(frozen=True)
     class Options:
