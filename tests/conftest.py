@@ -2,6 +2,7 @@
 
 import atexit
 import glob
+import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -10,8 +11,12 @@ import tempfile
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # tests compile far more than they compute
-# Older emitters in one piece: a third less time to compile, and speed does not matter here.
-os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1")
+# In one piece, and with the older emitters where there are some: a third less time to compile, and speed does not matter here.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_cpu_parallel_codegen_split_count=1"
+    + " --xla_cpu_use_fusion_emitters=false" * importlib.metadata.version("jaxlib").startswith(("0.10.", "0.11.")),
+)
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # Stages compile the same programs again in every run, in this process, in its workers and in those that tests start.
