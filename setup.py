@@ -81,7 +81,7 @@ setup(
         "eval": EVAL,
         "compbench": COMPBENCH,
         "detector": REWARDS + ["torch>=2.13,<2.14"],  # of a service that runs on its own, never of the model's process
-        "judge": EVAL + ["torch>=2.13,<2.14", "torchvision>=0.28,<0.29"],  # a judge in the process of xomni eval --phase score
+        "judge": REWARDS + ["torch>=2.13,<2.14"],  # vision-language models and GOT-OCR in this process: xomni serve-reward, xomni eval
         "test": TEST + REWARDS + EVAL + EMOJI + PLAN,
         "parity": TEST + REWARDS + EVAL + EMOJI + PLAN + PARITY,
     },
