@@ -22,6 +22,10 @@ SCORERS = Registry(
         "quality": "xomni_jax.rewards.services.quality:QualityScorer",
         "tesseract": "xomni_jax.rewards.services.tesseract:TesseractScorer",
         "detector": "xomni_jax.rewards.services.detector:DetectorScorer",
+        "alignment": "xomni_jax.rewards.services.alignment:AlignmentScorer",
+        "unified_reward": "xomni_jax.rewards.services.unified_reward:UnifiedRewardScorer",
+        "unified_reward_pairs": "xomni_jax.rewards.services.unified_reward:UnifiedRewardPairsScorer",
+        "got_ocr": "xomni_jax.rewards.services.got_ocr:GotOCRScorer",
     },
 )
 

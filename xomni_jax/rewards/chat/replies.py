@@ -76,14 +76,14 @@ def read_first_tokens(body: Any) -> dict[str, float]:
     """Probabilities of the first token of a reply by its text, in the JSON of an OpenAI-compatible endpoint.
 
     Raises:
-      ValueError: it is no chat completion with log-probabilities.
+      ValueError: it is no chat completion with one choice and a text.
+      Unreadable: the model refused, or the server sends no log-probabilities.
     """
+    read_completion(body)
+    found: dict[str, float] = {}
     try:
-        (choice,) = body["choices"]
-        listed = choice["logprobs"]["content"][0]["top_logprobs"]
-        found: dict[str, float] = {}
-        for entry in listed:
+        for entry in body["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
             found[entry["token"]] = found.get(entry["token"], 0.0) + math.exp(min(entry["logprob"], 0.0))
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise ValueError("the answer holds no top_logprobs; the server must support them, as vLLM does") from error
+    except (KeyError, TypeError, IndexError) as error:
+        raise Unreadable("the reply holds no top_logprobs; use a server that sends them, as vLLM does") from error
     return found

@@ -1,0 +1,98 @@
+"""Text, read by GOT-OCR 2.0 (arXiv 2409.01704), the second recogniser of X-Omni's OCR reward. Needs torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from xomni_jax.rewards.model_files import model_directory, model_hash
+from xomni_jax.rewards.protocol import Item, Score
+from xomni_jax.rewards.scorer import Scorer, ServiceError, need
+from xomni_jax.rewards.text_metrics import compare_text
+
+_END = "<|im_end|>"
+_NO_REPEAT = 20  # tokens: as the original code has it; without it an image without text may be read as one word for ever
+
+
+class GotOCRScorer(Scorer):
+    """How well the text that GOT-OCR 2.0 reads matches targets["text"], in [0, 1]. Does not apply to items without that target.
+
+    An image in which nothing is read is scored: its 0 is a measurement. One whose reading does not end is not scored. The detail of a
+    score is that of `compare_text`.
+    """
+
+    name = "got_ocr"
+    scale = "likeness of the text that was read to the wanted one, 0 to 1"
+
+    @dataclass(frozen=True)
+    class Options:
+        """How the image is read and compared.
+
+        Attributes:
+          model: a local copy of stepfun-ai/GOT-OCR-2.0-hf; required.
+          device: where torch runs, such as cuda:1; without one CUDA if there is one, else the CPU.
+          batch: images that are read at a time.
+          patches: read an image in up to this many tiles of 1,024 pixels and as a whole, for small text; 1 reads it as a whole.
+          max_tokens: of the text that is read; an image with more is not scored.
+          formula: how texts are compared; auto is edit similarity up to 20 characters, recall with a length penalty above.
+        """
+
+        model: str = ""
+        device: str = ""
+        batch: int = 8
+        patches: int = 1
+        max_tokens: int = 512
+        formula: Literal["auto", "edit", "substring", "recall"] = "auto"
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        o, self._torch = self.options, need("torch", self.name, extra="judge")
+        if min(o.batch, o.patches, o.max_tokens) < 1:
+            raise ServiceError(f"scorer {self.name!r}: --batch, --patches and --max-tokens must be at least 1")
+        folder = model_directory(self.name, "--model", o.model, "stepfun-ai/GOT-OCR-2.0-hf from Hugging Face")
+        transformers = need("transformers", self.name, extra="judge")
+        try:
+            kind = transformers.AutoConfig.from_pretrained(folder, local_files_only=True).model_type
+            if kind != "got_ocr2":
+                raise ValueError(f"its model is of type {kind!r}; the copy with remote code, ucaslcl/GOT-OCR2_0, has another layout")
+            self._processor = transformers.GotOcr2Processor.from_pretrained(folder, local_files_only=True, backend="pil")
+            model = transformers.GotOcr2ForConditionalGeneration.from_pretrained(folder, local_files_only=True, dtype="auto")
+        except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ServiceError(f"{folder} holds no GOT-OCR 2.0 that transformers can read: {said}") from error
+        self._model = model.eval().to(o.device or ("cuda" if self._torch.cuda.is_available() else "cpu"))
+        self._processor.tokenizer.padding_side = "left"
+        self.model_hash = model_hash(folder)
+        self.version = f"got-ocr-2.0/{self.model_hash[:12]}/{o.formula}" + (f"/patches-{o.patches}" if o.patches > 1 else "")
+
+    def score(self, images: Sequence[np.ndarray], items: Sequence[Item]) -> list[Score]:
+        """See Scorer. ValueError when a text target is not a string or a list of strings with letters in them."""
+        scores = [Score(None)] * len(images)
+        asked = [n for n, item in enumerate(items) if item["targets"].get("text")]
+        for first in range(0, len(asked), self.options.batch):
+            part = asked[first : first + self.options.batch]
+            for n, (text, ended) in zip(part, self._generate([images[n] for n in part]), strict=True):
+                if ended:
+                    value, detail = compare_text(items[n]["targets"]["text"], text, self.options.formula)
+                    scores[n] = Score(value, None, detail)
+                else:
+                    scores[n] = Score(None, f"the reading did not end within {self.options.max_tokens} tokens")
+        return scores
+
+    def _generate(self, images: Sequence[np.ndarray]) -> list[tuple[str, bool]]:
+        """The text of each image, and whether it came to its end."""
+        how = {"crop_to_patches": True, "max_patches": self.options.patches} if self.options.patches > 1 else {}
+        inputs = self._processor([Image.fromarray(image) for image in images], padding=True, return_tensors="pt", **how)
+        inputs = inputs.to(self._model.device)
+        inputs["pixel_values"] = inputs["pixel_values"].to(self._model.dtype)
+        tokenizer, o = self._processor.tokenizer, self.options
+        stop = {"stop_strings": _END, "tokenizer": tokenizer, "max_new_tokens": o.max_tokens, "no_repeat_ngram_size": _NO_REPEAT}
+        with self._torch.inference_mode():
+            ids = self._model.generate(**inputs, do_sample=False, **stop)[:, inputs["input_ids"].shape[1] :]
+        ends = {tokenizer.convert_tokens_to_ids(_END), tokenizer.eos_token_id, tokenizer.pad_token_id}
+        texts = [text.partition(_END)[0].strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        return [(text, len(row) < o.max_tokens or row[-1] in ends) for text, row in zip(texts, ids.tolist(), strict=True)]
