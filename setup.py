@@ -30,9 +30,8 @@ CORE = [
     "tqdm>=4.66,<5",
     "pyyaml>=6,<7",
 ]
-REWARDS = [
-    "fastapi>=0.115,<0.170",
-    "uvicorn>=0.34,<0.60",
+SERVICE = ["fastapi>=0.115,<0.170", "uvicorn>=0.34,<0.60"]  # what every scoring service needs
+REWARDS = SERVICE + [
     "rapidocr>=3.4,<4",
     "onnxruntime>=1.20,<2",
     "opencv-python-headless>=4.10,<6",
@@ -55,7 +54,12 @@ TEST = WANDB + [
 ]
 PLAN = ["jax[tpu]>=0.10,<0.13"]  # brings libtpu, the TPU compiler, which needs no TPU
 TENSORBOARD = ["tensorboard>=2.18,<3"]  # shows the curves that a training writes
-PARITY = ["torch>=2.13,<2.14", "diffusers>=0.34,<0.50", "sentencepiece>=0.2,<0.3", "peft>=0.17,<0.30"]
+TORCH = ["torch>=2.13,<2.14"]  # of services that run on their own, never of the trainer's process
+FTFY = ["ftfy>=6.2,<7"]  # mends prompts as open_clip does
+TORCH_SCORERS = {  # scorer: what its extra needs beside these
+    "clip": [], "pickscore": [], "hpsv2": FTFY, "imagereward": [], "got_ocr": EVAL, "alignment": [], "unified_reward": [],
+}  # fmt: skip
+PARITY = TORCH + FTFY + ["diffusers>=0.34,<0.50", "sentencepiece>=0.2,<0.3", "peft>=0.17,<0.30"]
 
 CONFIGS = find_namespace_packages(include=["configs", "configs.*"])
 
@@ -80,8 +84,9 @@ setup(
         "emoji": EMOJI,
         "eval": EVAL,
         "compbench": COMPBENCH,
-        "detector": REWARDS + ["torch>=2.13,<2.14"],  # of a service that runs on its own, never of the model's process
-        "judge": REWARDS + ["torch>=2.13,<2.14"],  # vision-language models and GOT-OCR in this process: xomni serve-reward, xomni eval
+        "detector": SERVICE + TORCH,
+        **{scorer: SERVICE + TORCH + more for scorer, more in TORCH_SCORERS.items()},
+        "judge": EVAL + TORCH,  # a judge in the process of xomni eval --phase score
         "test": TEST + REWARDS + EVAL + EMOJI + PLAN,
         "parity": TEST + REWARDS + EVAL + EMOJI + PLAN + PARITY,
     },

@@ -94,7 +94,7 @@ def test_scores_and_what_does_not_apply(folder, images, monkeypatch):
     found, absent, endless = scorer.score(images, items)
     assert (found.value, dict(found.detail)) == compare_text(["OPEN 24"], "OPEN DAILY")
     assert (absent.value, absent.error) == (None, None) and endless.error == "the reading did not end within 512 tokens"
-    assert scorer.version == f"got-ocr-2.0/{scorer.model_hash[:12]}/auto"
+    assert scorer.version == f"got_ocr-{scorer.model_hash[:12]}/auto"
 
 
 @pytest.mark.parametrize(
@@ -102,16 +102,17 @@ def test_scores_and_what_does_not_apply(folder, images, monkeypatch):
     [
         ({}, None, "scorer 'got_ocr' needs --model DIR, a local copy of stepfun-ai/GOT-OCR-2.0-hf from Hugging Face; it was not given"),
         ({"model": "absent"}, None, "absent is no directory"),
-        ({"batch": 0}, None, "--batch, --patches and --max-tokens must be at least 1"),
-        ({}, '{"model_type": "qwen2"}', "its model is of type 'qwen2'"),
-        ({}, "not JSON", "holds no GOT-OCR 2.0 that transformers can read"),
-        ({}, '{"model_type": "got_ocr2"}', "holds no GOT-OCR 2.0 that transformers can read"),
+        ({"patches": 0}, '{"model_type": "got_ocr2"}', "--patches and --max-tokens must be at least 1"),
+        ({}, '{"model_type": "qwen2"}', "holds a model of type 'qwen2', not stepfun-ai/GOT-OCR-2.0-hf"),
+        ({}, "not JSON", "holds no AutoConfig that transformers can read"),
+        ({}, '{"model_type": "got_ocr2"}', "holds no GotOcr2Processor that transformers can read"),
     ],
 )
 def test_what_is_no_such_model_is_one_sentence(options, config, words, tmp_path):
     if config:
         (tmp_path / "config.json").write_text(config)
-        options = {"model": str(tmp_path)}
+        (tmp_path / "model.safetensors").write_bytes(b"")
+        options |= {"model": str(tmp_path)}
     with pytest.raises(ServiceError) as told:
         build_scorer("got_ocr", options)
     assert words in str(told.value) and "\n" not in str(told.value)

@@ -26,6 +26,10 @@ SCORERS = Registry(
         "unified_reward": "xomni_jax.rewards.services.unified_reward:UnifiedRewardScorer",
         "unified_reward_pairs": "xomni_jax.rewards.services.unified_reward:UnifiedRewardPairsScorer",
         "got_ocr": "xomni_jax.rewards.services.got_ocr:GotOCRScorer",
+        "clip": "xomni_jax.rewards.services.clip:CLIPScorer",
+        "pickscore": "xomni_jax.rewards.services.pickscore:PickScorer",
+        "hpsv2": "xomni_jax.rewards.services.hpsv2:HPSv2Scorer",
+        "imagereward": "xomni_jax.rewards.services.imagereward:ImageRewardScorer",
     },
 )
 
@@ -49,6 +53,7 @@ class Scorer:
 
     name: str
     version: str = "1"
+    scope = "image"  # what one call of `score` needs to see: an image, a whole "group", or the "set" of all images of a request
 
     @dataclass(frozen=True)
     class Options:

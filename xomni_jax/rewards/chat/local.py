@@ -15,6 +15,7 @@ from xomni_jax.rewards.chat.messages import ChatUnavailable, Question
 from xomni_jax.rewards.chat.replies import Completion, Unreadable, completion
 from xomni_jax.rewards.model_files import model_hash
 from xomni_jax.rewards.scorer import ServiceError
+from xomni_jax.rewards.services.torch_scorer import check_complete, pretrained, torch_and_device
 
 _LIKELIEST = 20
 
@@ -32,19 +33,11 @@ class LocalModel:
 
     def __init__(self, folder: str | Path, device: str = "", batch: int = 1):
         folder = Path(folder)
-        try:
-            import torch
-            from transformers import AutoModelForImageTextToText
-
-            self._processor = _processor(folder)
-            model = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True, dtype="auto")
-        except ImportError as error:
-            raise ServiceError(f"{folder} is read with torch ({error.name or error} is missing): pip install 'xomni_jax[judge]'") from error
-        except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
-            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ServiceError(f"{folder} holds no model for images and text that transformers reads: {said}") from error
-        self._torch, self._lock, self._batch = torch, threading.Lock(), batch
-        self._model = model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._torch, device = torch_and_device("judge", device)
+        self._processor = _processor(folder)
+        model, info = pretrained("judge", "AutoModelForImageTextToText", folder, dtype="auto", output_loading_info=True)
+        check_complete(folder, info["missing_keys"], info["unexpected_keys"])
+        self._model, self._lock, self._batch = model.eval().to(device), threading.Lock(), batch
         self._tokenizer = self._processor.tokenizer
         self._tokenizer.padding_side = "left"  # so that all replies of a batch start at the same place
         self._texts: list[str] = []
@@ -109,12 +102,11 @@ class LocalModel:
 
 def _processor(folder: Path) -> Any:
     """The processor of a model. Images are resized by Pillow, and the part for videos is left out: it would need torchvision."""
-    from transformers import AutoConfig
+    kind = pretrained("judge", "AutoConfig", folder).model_type
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
 
-    kind = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
     if kind not in PROCESSOR_MAPPING_NAMES:
-        raise ValueError(f"a model of type {kind!r} has no processor")
+        raise ServiceError(f"{folder} holds a model of type {kind!r}, which does not see images; give one such as Qwen2.5-VL")
     whole = processor_class_from_name(PROCESSOR_MAPPING_NAMES[kind])
 
     def init(self: Any, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None, **kwargs: Any) -> None:
@@ -122,4 +114,8 @@ def _processor(folder: Path) -> Any:
 
     videos = "video_processor" in inspect.signature(whole.__init__).parameters
     cls = type(whole.__name__, (whole,), {"__init__": init}) if videos else whole
-    return cls.from_pretrained(folder, local_files_only=True, backend="pil")
+    try:
+        return cls.from_pretrained(folder, local_files_only=True, backend="pil")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ServiceError(f"{folder} holds no processor that transformers can read ({said}); download the model again") from error

@@ -6,7 +6,6 @@ mmdetection's Mask2Former, which the official judge runs; the weights published 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from xomni_jax.rewards.model_files import model_directory, model_hash
 from xomni_jax.rewards.protocol import Item, Score
-from xomni_jax.rewards.scorer import Scorer, ServiceError, need
+from xomni_jax.rewards.scorer import Scorer
+from xomni_jax.rewards.services.clip_towers import ClipTowers
+from xomni_jax.rewards.services.torch_scorer import centre_square, normalised, pretrained, pretrained_model, torch_and_device, unit
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 # The detector's 80 classes in its order, under the names that GenEval's prompts use.
@@ -31,8 +33,7 @@ COCO = tuple(
 _TEMPLATES = ("a photo of a {c} {name}", "a photo of a {c}-colored {name}", "a photo of a {c} object")
 SHORT_SIDE = 800  # pixels of the resized image
 _LONGEST, _DIVISOR = 5 / 3, 32  # the long side is at most 1333 to 800; padded to whole 32s
-_MEAN, _STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
-_CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _BACKGROUND = "#999"
 _MOST_INSTANCES = 100
 
@@ -73,13 +74,11 @@ class DetectorScorer(Scorer):
 
     def __init__(self, **options: Any):
         super().__init__(**options)
-        o, torch = self.options, need("torch", self.name, extra="detector")
-        torch.set_num_threads(1)
-        device = o.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        detector = _directory("--detector", o.detector, "facebook/mask2former-swin-small-coco-instance")
-        clip = _directory("--clip", o.clip, "openai/clip-vit-large-patch14")
-        self._detector, self._colours = Mask2Former(detector, device, o.short_side), ClipColours(clip, device)
-        self.version = f"mask2former-{self._detector.digest}/clip-{self._colours.digest}"
+        o, (torch, device) = self.options, torch_and_device(self.name, self.options.device)
+        detector = model_directory(self.name, "--detector", o.detector, "facebook/mask2former-swin-small-coco-instance from Hugging Face")
+        clip = model_directory(self.name, "--clip", o.clip, "openai/clip-vit-large-patch14 from Hugging Face")
+        self._detector, self._colours = Mask2Former(torch, detector, device, o.short_side), ClipColours(torch, clip, device)
+        self.version = f"mask2former-{model_hash(detector)[:12]}/clip-{model_hash(clip)[:12]}"
         self.version += f"/short-side-{o.short_side}" if o.short_side != SHORT_SIDE else ""
 
     def score_image(self, image: np.ndarray, item: Item) -> Score:
@@ -106,10 +105,9 @@ class DetectorScorer(Scorer):
 class Mask2Former:
     """Instance segmentation with a transformers checkpoint."""
 
-    def __init__(self, folder: Path, device: str, short_side: int = SHORT_SIDE):
-        self._torch, self._short_side = need("torch", "detector", extra="detector"), short_side
-        self._model = _pretrained("Mask2FormerForUniversalSegmentation", folder).to(device)
-        self._device, self.digest = device, _digest(folder)
+    def __init__(self, torch: Any, folder: Path, device: str, short_side: int = SHORT_SIDE):
+        self._torch, self._device, self._short_side = torch, device, short_side
+        self._model = pretrained_model("detector", "Mask2FormerForUniversalSegmentation", folder).to(device)
         labels = self._model.config.id2label
         self.names = COCO if len(labels) == len(COCO) else tuple(labels[n] for n in range(len(labels)))
 
@@ -117,7 +115,7 @@ class Mask2Former:
         """Every instance that the model proposes, confident or not."""
         torch = self._torch
         width, height = fitted(image.size, self._short_side)
-        pixels = _normalised(torch, image.resize((width, height), Image.Resampling.BILINEAR), _MEAN, _STD, 1.0)
+        pixels = normalised(torch, [image.resize((width, height), Image.Resampling.BILINEAR)], _MEAN, _STD)
         padded = [-(-side // _DIVISOR) * _DIVISOR for side in (height, width)]
         pixels = torch.nn.functional.pad(pixels, (0, padded[1] - width, 0, padded[0] - height))
         with torch.inference_mode():
@@ -159,86 +157,30 @@ def choose_instances(torch: Any, classes_QC: Any, masks_QYX: Any) -> list[tuple[
 class ClipColours:
     """Zero-shot colour of objects: three templates averaged per colour, the likeliest colour wins."""
 
-    def __init__(self, folder: Path, device: str):
-        self._torch = need("torch", "detector", extra="detector")
-        self._model = _pretrained("CLIPModel", folder).to(device)
-        self._tokenizer = _pretrained("CLIPTokenizer", folder)
-        self._device, self.digest = device, _digest(folder)
-        self._size = self._model.config.vision_config.image_size
+    def __init__(self, torch: Any, folder: Path, device: str):
+        self._torch = torch
+        self._towers = ClipTowers(
+            pretrained_model("detector", "CLIPModel", folder), pretrained("detector", "CLIPTokenizer", folder), device
+        )
         self._texts: dict[str, Any] = {}
 
     def name_of(self, image: Image.Image, instances: Sequence[Instance], name: str) -> list[str]:
         """The colour of each instance of the class `name`, everything outside its mask painted grey."""
-        torch = self._torch
-        pixels = torch.cat([self._pixels(crop(image, i)) for i in instances])
-        with torch.inference_mode():
-            images_BD = _unit(_features(self._model.get_image_features(pixel_values=pixels.to(self._device))))
+        squares = [centre_square(crop(image, i), self._towers.size) for i in instances]
+        with self._torch.inference_mode():
+            images_BD = self._towers.image_features(normalised(self._torch, squares))
             best = (images_BD @ self._text_features(name).T).argmax(-1)
         return [COLOURS[n] for n in best.tolist()]
 
     def _text_features(self, name: str) -> Any:
         """[colours, D], unit length."""
         if name not in self._texts:
-            lines = [t.format(c=c, name=name) for c in COLOURS for t in _TEMPLATES]
-            tokens = self._tokenizer(lines, padding=True, return_tensors="pt").to(self._device)
-            each = _unit(_features(self._model.get_text_features(**tokens))).reshape(len(COLOURS), len(_TEMPLATES), -1)
-            self._texts[name] = _unit(each.mean(1))
+            each = self._towers.text_features([t.format(c=c, name=name) for c in COLOURS for t in _TEMPLATES])
+            self._texts[name] = unit(each.reshape(len(COLOURS), len(_TEMPLATES), -1).mean(1))
         return self._texts[name]
-
-    def _pixels(self, image: Image.Image) -> Any:
-        """Short side to the model's size, the middle cut out."""
-        scale = self._size / min(image.size)
-        width, height = (max(self._size, round(side * scale)) for side in image.size)
-        left, top = (width - self._size) // 2, (height - self._size) // 2
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-        image = image.crop((left, top, left + self._size, top + self._size))
-        return _normalised(self._torch, image, _CLIP_MEAN, _CLIP_STD, 255.0)
 
 
 def crop(image: Image.Image, instance: Instance) -> Image.Image:
     """The instance's box with its background painted grey."""
     blank = Image.new("RGB", image.size, _BACKGROUND)
     return Image.composite(image, blank, Image.fromarray(instance.mask)).crop(instance.box)
-
-
-def _normalised(torch: Any, image: Image.Image, mean: Sequence[float], std: Sequence[float], scale: float) -> Any:
-    """float32 [1, 3, Y, X]."""
-    pixels_YXC = (np.asarray(image.convert("RGB"), np.float32) / scale - np.float32(mean)) / np.float32(std)
-    return torch.from_numpy(pixels_YXC.transpose(2, 0, 1)[None].copy())
-
-
-def _features(outputs: Any) -> Any:
-    """Projected features; versions of transformers return them bare or as the pooler output."""
-    return outputs if hasattr(outputs, "shape") else outputs.pooler_output
-
-
-def _unit(features: Any) -> Any:
-    return features / features.norm(dim=-1, keepdim=True)
-
-
-def _pretrained(kind: str, folder: Path) -> Any:
-    """A model (ready to run) or tokenizer from a local directory. ServiceError when it cannot be read."""
-    transformers = need("transformers", "detector", extra="detector")
-    try:
-        made = getattr(transformers, kind).from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ServiceError(f"{folder} holds no {kind} that transformers can read ({first}); download the model again") from error
-    return made.eval() if hasattr(made, "eval") else made
-
-
-def _directory(option: str, folder: str | None, model: str) -> Path:
-    if not folder or not Path(folder).is_dir():
-        given = f"{folder} is no directory" if folder else "it was not given"
-        raise ServiceError(f"scorer 'detector' needs {option} DIR, a local copy of {model} from Hugging Face; {given}")
-    return Path(folder)
-
-
-def _digest(folder: Path) -> str:
-    """Short hash of the weights, which identifies the judge wherever its directory is."""
-    digest = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin")):
-        with path.open("rb") as file:
-            while part := file.read(1 << 20):
-                digest.update(part)
-    return digest.hexdigest()[:12]

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image
 
-from xomni_jax.rewards.model_files import model_directory, model_hash
 from xomni_jax.rewards.protocol import Item, Score
-from xomni_jax.rewards.scorer import Scorer, ServiceError, need
+from xomni_jax.rewards.scorer import ServiceError
+from xomni_jax.rewards.services.torch_scorer import TorchScorer, pretrained, pretrained_model
 from xomni_jax.rewards.text_metrics import compare_text
 
 _END = "<|im_end|>"
 _NO_REPEAT = 20  # tokens: as the original code has it; without it an image without text may be read as one word for ever
 
 
-class GotOCRScorer(Scorer):
+class GotOCRScorer(TorchScorer):
     """How well the text that GOT-OCR 2.0 reads matches targets["text"], in [0, 1]. Does not apply to items without that target.
 
     An image in which nothing is read is scored: its 0 is a measurement. One whose reading does not end is not scored. The detail of a
@@ -28,46 +29,35 @@ class GotOCRScorer(Scorer):
     name = "got_ocr"
     scale = "likeness of the text that was read to the wanted one, 0 to 1"
 
+    published = "stepfun-ai/GOT-OCR-2.0-hf from Hugging Face"
+
     @dataclass(frozen=True)
-    class Options:
+    class Options(TorchScorer.Options):
         """How the image is read and compared.
 
         Attributes:
-          model: a local copy of stepfun-ai/GOT-OCR-2.0-hf; required.
-          device: where torch runs, such as cuda:1; without one CUDA if there is one, else the CPU.
-          batch: images that are read at a time.
           patches: read an image in up to this many tiles of 1,024 pixels and as a whole, for small text; 1 reads it as a whole.
           max_tokens: of the text that is read; an image with more is not scored.
           formula: how texts are compared; auto is edit similarity up to 20 characters, recall with a length penalty above.
         """
 
-        model: str = ""
-        device: str = ""
-        batch: int = 8
         patches: int = 1
         max_tokens: int = 512
         formula: Literal["auto", "edit", "substring", "recall"] = "auto"
 
-    def __init__(self, **options: Any):
-        super().__init__(**options)
-        o, self._torch = self.options, need("torch", self.name, extra="judge")
-        if min(o.batch, o.patches, o.max_tokens) < 1:
-            raise ServiceError(f"scorer {self.name!r}: --batch, --patches and --max-tokens must be at least 1")
-        folder = model_directory(self.name, "--model", o.model, "stepfun-ai/GOT-OCR-2.0-hf from Hugging Face")
-        transformers = need("transformers", self.name, extra="judge")
-        try:
-            kind = transformers.AutoConfig.from_pretrained(folder, local_files_only=True).model_type
-            if kind != "got_ocr2":
-                raise ValueError(f"its model is of type {kind!r}; the copy with remote code, ucaslcl/GOT-OCR2_0, has another layout")
-            self._processor = transformers.GotOcr2Processor.from_pretrained(folder, local_files_only=True, backend="pil")
-            model = transformers.GotOcr2ForConditionalGeneration.from_pretrained(folder, local_files_only=True, dtype="auto")
-        except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
-            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ServiceError(f"{folder} holds no GOT-OCR 2.0 that transformers can read: {said}") from error
-        self._model = model.eval().to(o.device or ("cuda" if self._torch.cuda.is_available() else "cpu"))
+    def load(self, weights: Path) -> None:
+        """See TorchScorer."""
+        o = self.options
+        if min(o.patches, o.max_tokens) < 1:
+            raise ServiceError(f"scorer {self.name!r}: --patches and --max-tokens must be at least 1")
+        kind = pretrained(self.name, "AutoConfig", weights).model_type
+        if kind != "got_ocr2":
+            raise ServiceError(f"{weights} holds a model of type {kind!r}, not {self.published}")
+        self._processor = pretrained(self.name, "GotOcr2Processor", weights, backend="pil")
         self._processor.tokenizer.padding_side = "left"
-        self.model_hash = model_hash(folder)
-        self.version = f"got-ocr-2.0/{self.model_hash[:12]}/{o.formula}" + (f"/patches-{o.patches}" if o.patches > 1 else "")
+        dtype = "float32" if self._device == "cpu" else "bfloat16"
+        self._model = pretrained_model(self.name, "GotOcr2ForConditionalGeneration", weights, dtype=dtype).to(self._device)
+        self.version += f"/{o.formula}" + (f"/patches-{o.patches}" if o.patches > 1 else "")
 
     def score(self, images: Sequence[np.ndarray], items: Sequence[Item]) -> list[Score]:
         """See Scorer. ValueError when a text target is not a string or a list of strings with letters in them."""

@@ -72,7 +72,9 @@ def read_shares(reply: str) -> tuple[float, dict[str, Any]]:
     """(mean share of image 1, {}) of a reply with a block `Style Score:`, ` Image 1: a`, ` Image 2: b` for each axis, a + b = 1."""
     shares = []
     for axis in _AXES:
-        found = re.findall(rf"^{_PLAIN}{axis} Score{_COLON}\s*Image 1{_COLON}{_NUMBER}\s*Image 2{_COLON}{_NUMBER}\s*?$", reply, re.MULTILINE)
+        found = re.findall(
+            rf"^{_PLAIN}{axis} Score{_COLON}\s*Image 1{_COLON}{_NUMBER}\s*Image 2{_COLON}{_NUMBER}\s*?$", reply, re.MULTILINE
+        )
         if len(found) != 1 or abs(sum(map(float, found[0])) - 1) > 0.02:
             raise ValueError(f"{len(found)} blocks '{axis} Score:' with two shares of 1 instead of one")
         shares.append(float(found[0][0]))

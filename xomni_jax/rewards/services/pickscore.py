@@ -1,0 +1,35 @@
+"""Human preference by PickScore, a CLIP ViT-H/14 trained on Pick-a-Pic. Needs torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from xomni_jax.rewards.services.clip_towers import ClipScorer
+from xomni_jax.rewards.services.torch_scorer import TorchScorer
+
+
+class PickScorer(ClipScorer):
+    """The model's logit of the image for its prompt. Applies to every item. The prompt is cut at 77 tokens. Detail: cosine."""
+
+    name = "pickscore"
+    published = "yuvalkirstain/PickScore_v1 from Hugging Face (model and processor files)"
+    scale = "logit of image and prompt, usually 18 to 24; 0.7 to 0.9 with --formula logit/26"
+
+    @dataclass(frozen=True)
+    class Options(TorchScorer.Options):
+        """In which scale.
+
+        Attributes:
+          formula: logit, as the authors use it, or logit/26, as flow_grpo and UniRL do.
+        """
+
+        formula: Literal["logit", "logit/26"] = "logit"
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self.version += f"/{self.options.formula}"
+
+    def value(self, cosine: float, logit_scale: float) -> float:
+        """See ClipScorer."""
+        return cosine * logit_scale / (26 if self.options.formula == "logit/26" else 1)
