@@ -18,6 +18,7 @@ SCORERS = Registry(
     "scorer",
     {
         "ocr": "xomni_jax.rewards.services.ocr:OCRScorer",
+        "paddle_ocr": "xomni_jax.rewards.services.ocr:PaddleOCRScorer",
         "shapes": "xomni_jax.rewards.services.shapes:ShapesScorer",
         "quality": "xomni_jax.rewards.services.quality:QualityScorer",
         "tesseract": "xomni_jax.rewards.services.tesseract:TesseractScorer",

@@ -18,6 +18,7 @@ from xomni_jax.core.distributed import connect, gather_json
 from xomni_jax.core.preemption import StopSignal
 from xomni_jax.core.program import Program, Programs, Work
 from xomni_jax.data.files import FilesSource
+from xomni_jax.data.records import TEXT_REWARDS
 from xomni_jax.data.rendered import SIGNS
 from xomni_jax.data.sources import DataSection, batches, first_batch
 from xomni_jax.models import autoencoder, mmdit, siglip_vq, text_encoders, transformer, work
@@ -344,10 +345,11 @@ def check_prompts(cfg: GRPORun) -> None:
             )
     texts = any("targets.text" in source.offered for source in files.values())
     asked = any("rewards" not in source.fields for source in files.values())  # not where every prompt names its own rewards
-    if weights.get("ocr") and asked and not texts and len(files) == len(sources):
+    reader = next((name for name in TEXT_REWARDS if weights.get(name)), None)
+    if reader and asked and not texts and len(files) == len(sources):
         raise ConfigError(
-            "config.rewards.ocr: no prompt of config.data says which text its image is to show; write it in double quotes and set "
-            "text_targets=True where its path is set, or leave the reward out with config.rewards.ocr.weight=None"
+            f"config.rewards.{reader}: no prompt of config.data says which text its image is to show; write it in double quotes and set "
+            f"text_targets=True where its path is set, or leave the reward out with config.rewards.{reader}.weight=None"
         )
 
 
