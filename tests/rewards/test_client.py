@@ -212,9 +212,12 @@ def test_time_out_then_success():
 
 
 def test_nan_fails_its_image_alone():
-    with fake_service("nan") as s, RewardClient("ocr", s.url, **FAST) as c:
-        first, second = c.score(images(2), items(2))
-        assert first.value is None and "not finite" in first.error and second.value == 0.01
+    """Once it is taken for an accident."""
+    with fake_service("nan", "ok") as s, RewardClient("ocr", s.url, **FAST) as c:
+        assert not any(x.failed for x in c.score(images(2), items(2)))
+    with fake_service("nan if bad") as s, RewardClient("ocr", s.url, attempts=2, **FAST) as c:
+        first, second = c.score([b"bad", b"\x01"], items(2))
+        assert first.value is None and "the score nan, which is not finite" in first.error and second.value == 0.01
 
 
 def test_error_and_not_applicable_are_different():

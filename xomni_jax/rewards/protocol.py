@@ -317,6 +317,8 @@ def read_response(body: bytes, content_type: str, request: Request, scorer: str)
             raise ProtocolError(f"the answer has {len(getattr(response, name))} {name} for {count} images")
     if sorted(response.keys) != sorted(request.keys):
         raise ProtocolError("the answer does not repeat the keys of the images, so its scores may belong to others")
+    if odd := next((value for value in response.scores if value is not None and not math.isfinite(value)), None):
+        raise ProtocolError(f"the answer holds the score {odd}, which is not finite")
     scores = [Score(*row).checked() for row in zip(response.scores, response.errors, response.details)]
     by_key = dict(zip(response.keys, scores))
     return [by_key[key] for key in request.keys] or scores, response
