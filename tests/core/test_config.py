@@ -206,7 +206,7 @@ def test_sections_are_checked(cls, section, words):
 
 
 def test_lists_become_tuples_and_whole_numbers_fit_floats():
-    assert build(RewardConfig, {"urls": ["http://a"], "weight": 2}, "x") == RewardConfig(("http://a",), 2)
+    assert build(RewardConfig, {"urls": ["http://a"], "weight": 2}, "x") == RewardConfig(("http://a",), weight=2)
 
 
 def test_changes_to_settings_that_are_known_later():

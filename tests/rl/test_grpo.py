@@ -25,7 +25,7 @@ from xomni_jax.models.transformer import ARTransformer
 from xomni_jax.rewards.client import RewardClient
 from xomni_jax.rl import grpo, rollouts
 from xomni_jax.rl.advantages import AdvantageConfig
-from xomni_jax.rl.rewards import RewardConfig
+from xomni_jax.rl.rewards import RewardConfig, Rewards
 from xomni_jax.sampling import sampler as sampler_module
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sampling.sampler import Sampler
@@ -201,8 +201,7 @@ def one_batch(model, service, cfg, image_decoder=None):
             model.decode_config,
             Sampler.make(net, GRID[0] * GRID[1], greedy, cfg.segment, return_mask=True),
             rollouts.param_converter(boxed_shapes("transformer", net.cfg), model.mesh, net.cfg.dtype, net.cfg.image_vocab_size),
-            {"ocr": client},
-            {"ocr": 1.0},
+            Rewards({"ocr": RewardConfig(weight=1.0)}, {"ocr": client}),
             StopSignal(),
         )
         rows, total, images, _ = make(

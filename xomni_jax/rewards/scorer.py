@@ -47,14 +47,24 @@ class Scorer:
 
     Attributes:
       name: what its service is called: the key of config.rewards, and the NAME of `xomni rewards NAME=URL`.
-      version: what the values depend on, such as the model and the formula; recorded beside evaluations.
+      version: what the values depend on, such as the formula; recorded beside evaluations.
+      model_hash: of the weights that the values depend on, `model_files.model_hash`; "" without weights.
+      scale: one sentence on what a value means and which ones are usual.
+      range: smallest and largest value; what is outside is a failure.
+      scope: which images `score` must get in one call: image (any), group (all of a group, whose items have the same item["group"]) or
+        set (all of a request; one process then scores everything and may keep state between calls, see `state`).
+      progress: share of the training that is done, where the client says so; set before each call.
       Options: a frozen dataclass whose fields are the flags of `xomni serve-reward`, explained under "Attributes:" in its docstring.
       options: the values of this instance.
     """
 
     name: str
     version: str = "1"
-    scope = "image"  # what one call of `score` needs to see: an image, a whole "group", or the "set" of all images of a request
+    model_hash: str = ""
+    scale: str = ""
+    range: tuple[float, float] = (-1e4, 1e4)
+    scope = "image"
+    progress: float | None = None
 
     @dataclass(frozen=True)
     class Options:
@@ -70,6 +80,13 @@ class Scorer:
     def score_image(self, image: np.ndarray, item: Item) -> Score:
         """The score of one image: Score(value, detail={...}), or Score(None) when the scorer does not apply to the item."""
         raise NotImplementedError
+
+    def state(self) -> dict[str, np.ndarray]:
+        """What a scorer of scope set remembers of earlier calls, for `serve-reward --state`."""
+        return {}
+
+    def restore(self, state: dict[str, np.ndarray]) -> None:
+        """Takes over what `state` returned in an earlier process."""
 
 
 def scorer_class(name: str) -> type[Scorer]:

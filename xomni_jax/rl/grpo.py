@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -29,7 +30,7 @@ from xomni_jax.pipeline import XOmni
 from xomni_jax.rl.advantages import AdvantageConfig, group_advantages
 from xomni_jax.rl.image_statistics import image_sums, join_statistics
 from xomni_jax.rl.objectives import GRPOConfig
-from xomni_jax.rl.rewards import RewardConfig, close_all, open_clients
+from xomni_jax.rl.rewards import RewardConfig, Rewards
 from xomni_jax.rl.rollouts import RolloutConfig, Rollouts, param_converter
 from xomni_jax.rl.update import Advantages, Policy, RolloutBatch, frozen_logp, make_update
 from xomni_jax.sampling.decoder import DECODER_COMPONENTS, DecodeConfig
@@ -54,7 +55,7 @@ from xomni_jax.training.components import (
 )
 from xomni_jax.training.guard import guarded
 from xomni_jax.training.loop import key_for
-from xomni_jax.training.operations import FlopCount
+from xomni_jax.training.operations import FlopCount, say
 from xomni_jax.training.optimizer import Optimizer, OptimizerConfig
 from xomni_jax.training.stage import GRID_SEED, Grid, RunConfig, RunningStage, meshes
 from xomni_jax.training.state import TrainState, new_state
@@ -107,8 +108,8 @@ class GRPORun(RunConfig):
     decode: Overrides = Overrides(DecodeConfig)
     rewards: Mapping[str, RewardConfig] = dataclasses.field(
         default_factory=lambda: {
-            "ocr": RewardConfig(("http://127.0.0.1:8001",), 1.0),
-            "shapes": RewardConfig(("http://127.0.0.1:8002",), 1.0),
+            "ocr": RewardConfig(("http://127.0.0.1:8001",), weight=1.0),
+            "shapes": RewardConfig(("http://127.0.0.1:8002",), weight=1.0),
             "quality": RewardConfig(("http://127.0.0.1:8003",)),
         }
     )
@@ -281,14 +282,14 @@ class GRPOStage:
             frozen = keep(start) if cfg.grpo.kl_coef else None
             del start
         model.release("transformer")  # policy and reference are copies, or the base is held here
-        clients, weights = open_clients(cfg.rewards, stop.check_waiting)
+        rewards = Rewards.open(cfg.rewards, stop.check_waiting, Path(cfg.run_dir), say)
         flops, buckets = FlopCount(), {}
         for size, name in bucket_names(cfg.data.sizes).items():
             codes = grids[size][0] * grids[size][1]
             sampler = Sampler.of(made["prefill" + name].fn, made["rollout" + name].fn, codes, cfg.rollout.segment)
             rollouts = Rollouts(
                 model, image_decoder, grids[size], cfg.grpo.rollouts_per_prompt, cfg.rollout, cfg.advantage, cfg.sampling, decode, sampler,
-                lambda params: made["layout"].fn(join(base, params, lora.scale)), clients, weights, stop,
+                lambda params: made["layout"].fn(join(base, params, lora.scale)), rewards, stop,
             )  # fmt: skip
             buckets[size] = Bucket(rollouts, flops(made["policy-update" + name].fn))
         return RunningStage(
@@ -298,8 +299,9 @@ class GRPOStage:
             lambda state, directory, note: export_trained(directory, {"transformer": (state.params, ar)}, lora, model, note),
             functools.partial(sample_grid, cfg, buckets),
             items_per_step=cfg.batch_size * cfg.grpo.rollouts_per_prompt,
-            close=functools.partial(close_all, clients),
+            close=rewards.close,
             flops=lambda: flops.total,
+            record={"rewards": rewards.record()},
         )
 
 
@@ -373,7 +375,8 @@ def train_step(
       FloatingPointError: sampler and trainer disagree about the log-prob of a code.
     """
     key, (rollouts, update) = key_for(cfg.seed, number, 0), buckets[batch["size"]]
-    rows, total, images, measured = rollouts(state.params, batch["caption"], batch["targets"], batch["rewards"], batch["source"], key)
+    asked = batch["caption"], batch["targets"], batch["rewards"], batch["source"]
+    rows, total, images, measured = rollouts(state.params, *asked, key, number / cfg.steps)
     began = time.perf_counter()
     reward_PR = jnp.asarray(np.nan_to_num(total.total_PR), jnp.float32)
     given_PR = None if total.advantage_PR is None else jnp.asarray(total.advantage_PR, jnp.float32)
