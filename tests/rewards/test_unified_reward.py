@@ -35,8 +35,8 @@ def grey(level):
     return np.full((8, 12, 3), level, np.uint8)
 
 
-def item(prompt="a cat", **group):
-    return {"prompt": prompt, "targets": {}, **group}
+def item(prompt="a cat", group="1"):
+    return {"prompt": prompt, "targets": {}, "group": group}
 
 
 def score(code, step, images, items, name="unified_reward", **options):
@@ -169,10 +169,9 @@ def test_wins_are_counted_inside_groups(code, both_orders):
     assert len(asked) == (6 + 1) * (1 + both_orders) and scores[0].detail == {"comparisons": 3 * (1 + both_orders), "unread": 0}
 
 
-def test_without_the_key_images_of_one_prompt_are_a_group(code):
-    items = [item("x"), item("y"), item("x"), item("z")]
-    scores, _ = score(code, by_brightness, [grey(n) for n in (60, 0, 120, 0)], items, "unified_reward_pairs")
-    assert [s.value for s in scores] == [0, None, 1, None] and "alone in its group" in scores[3].error
+def test_an_image_alone_in_its_group_is_not_scored(code):
+    scores, _ = score(code, by_brightness, [grey(60), grey(0), grey(120)], [item(group=g) for g in "xyx"], "unified_reward_pairs")
+    assert [s.value for s in scores] == [0, None, 1] and "alone in its group" in scores[1].error
 
 
 def test_a_favourite_place_cancels(code):

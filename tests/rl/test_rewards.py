@@ -1,9 +1,15 @@
 """The rewards of a configuration: what is refused before any step."""
 
+import dataclasses
+
 import pytest
 
+from configs.xomni import paths
+from tests.miniature import ROOT
 from tests.rl.pixel_service import pixel_service
-from xomni_jax.rl.rewards import RewardConfig, Rewards
+from xomni_jax.core.config import load_config
+from xomni_jax.rewards.scorer import scorer_class
+from xomni_jax.rl.rewards import RewardConfig, Rewards, check_rewards
 
 NOBODY = ("http://127.0.0.1:1",)
 
@@ -28,3 +34,18 @@ def test_only_weighted_rewards_are_asked():
 def test_nonsense_is_refused(reward, words):
     with pytest.raises(ValueError, match=words):
         Rewards.open({"ocr": reward}, lambda: None)
+
+
+def test_the_papers_rewards_are_named_in_one_place_and_say_how_to_start_them(monkeypatch):
+    """Every missing service is refused with its own command; the two recognisers count as the lower one."""
+    monkeypatch.setattr("configs.xomni.paths.REWARDS", {name: (NOBODY[0] + str(n),) for n, name in enumerate(paths.REWARDS)})
+    asked = check_rewards(load_config(ROOT / "configs/xomni/grpo.py").rewards)
+    assert set(asked) == set(paths.REWARDS) == {"hpsv2", "unified_reward", "alignment", "got_ocr", "paddle_ocr"}
+    for name, config in asked.items():
+        scorer_class(name)  # its packages are imported when it starts
+        (url,) = paths.REWARDS[name]
+        alone = {name: dataclasses.replace(config, weight=1.0, minimum_with="")}
+        with pytest.raises(ValueError, match=f"no reward service answers at {url} .*xomni serve-reward {name} --port {url[-2:]}"):
+            Rewards.open(alone, lambda: None)
+    made = Rewards(asked, {})
+    assert made.minimum == {"got_ocr": ("paddle_ocr",)} and made.weights["paddle_ocr"] == 0

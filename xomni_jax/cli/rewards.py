@@ -40,7 +40,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
         with RewardClient(name, urls.split(",")) as client:
             for url, health in zip(urls.split(","), client.health()):
                 print(f"{name} {health.version} at {url}: {health.workers} workers, {health.scored} scored, {health.queue} queue")
-            for file, s in zip(args.image, client.score(images, [{"prompt": args.prompt, "targets": targets}] * len(images))):
+            for file, s in zip(args.image, client.score(images, [{"prompt": args.prompt, "targets": targets, "group": "1"}] * len(images))):
                 failed += s.failed
                 outcome = f"{s.value:.3f}" if s.value is not None else f"not scored: {s.error}" if s.failed else "does not apply"
                 print(f"  {file}: {outcome} {s.detail or ''}".rstrip())

@@ -16,7 +16,7 @@ DETAILS = f"""\
 A service scores images over HTTP for the trainer and the evaluations. GET /health reports its state, /ready whether it is loaded,
 /metrics its counts for Prometheus. If XOMNI_REWARD_TOKEN is set, clients must have the same token. The scorers:
 
-{chr(10).join(f"{name:<11}{line}" for name, line in SCORERS.summaries().items())}
+{chr(10).join(f"{name:<22}{line}" for name, line in SCORERS.summaries().items())}
 
 A scorer of your own is path/to/my_scorer.py:MyScorer, see xomni_jax/rewards/README.md.
 Each scorer has options of its own: xomni serve-reward ocr --help

@@ -35,6 +35,7 @@ class AlignmentScorer(ChatScorer):
 
     name = "alignment"
     scale = "probability of the right answer, 0 to 1, mostly near one of the ends; with --value log_odds -13.8 to 13.8"
+    range = (-14.0, 14.0)
     published = "Qwen/Qwen2.5-VL-32B-Instruct from Hugging Face"
 
     @dataclass(frozen=True)

@@ -28,6 +28,7 @@ class GotOCRScorer(TorchScorer):
 
     name = "got_ocr"
     scale = "likeness of the text that was read to the wanted one, 0 to 1"
+    range = (0.0, 1.0)
 
     published = "stepfun-ai/GOT-OCR-2.0-hf from Hugging Face"
 

@@ -67,6 +67,7 @@ class OCRScorer(Scorer):
 
     name = "ocr"
     scale = "likeness of the text that was read to the wanted one, 0 to 1"
+    range = (0.0, 1.0)
 
     @dataclass(frozen=True)
     class Options:

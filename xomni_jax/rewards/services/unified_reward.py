@@ -166,6 +166,7 @@ class UnifiedRewardScorer(_Official):
 
     name = "unified_reward"
     scale = "a grade from 1 to 5, mostly 2.5 to 4.5, often the same for several images of a group"
+    range = _GRADES
     forms = FORMS
 
     @dataclass(frozen=True)
@@ -195,6 +196,7 @@ class UnifiedRewardPairsScorer(_Official):
     name = "unified_reward_pairs"
     scope = "group"  # images of one group come in one call
     scale = "share of comparisons that are won inside the group, 0 to 1, 0.5 on average"
+    range = (0.0, 1.0)
     forms = PAIR_FORMS
 
     @dataclass(frozen=True)
@@ -210,8 +212,8 @@ class UnifiedRewardPairsScorer(_Official):
         both_orders: bool = True
 
     def score(self, images: Sequence[np.ndarray], items: Sequence[Item]) -> list[Score]:
-        """See Scorer. Images without the key "group" belong to the group of their prompt."""
-        files, groups = as_files(images), [item.get("group", item["prompt"]) for item in items]
+        """See Scorer."""
+        files, groups = as_files(images), [item["group"] for item in items]
         pairs = [(a, b) for a, b in itertools.combinations(range(len(files)), 2) if groups[a] == groups[b]]
         if self.options.both_orders:
             pairs += [(b, a) for a, b in pairs]
