@@ -1,7 +1,7 @@
-"""Where the data of the full-size runs lie, and who judges their images: the one place to change. ../README.md says which files can be read and what their
-columns mean; several files are a tuple or a glob.
+"""Where the data of the full-size runs lie, and who judges their images: the one place to change.
 
-To try out a run without any data: --config.data.source=rehearsal draws signs in images of the same size.
+../README.md says which files can be read and what their columns mean; several files are a tuple or a glob. To try out a run without
+any data: --config.data.source=rehearsal draws signs in images of the same size.
 """
 
 IMAGES_WITH_ANSWERS = "data/xomni/answers.jsonl"  # tokenizer: image, question, answer

@@ -7,9 +7,9 @@ import pytest
 from configs.xomni import paths
 from tests.miniature import ROOT
 from tests.rl.pixel_service import pixel_service
-from xomni_jax.core.config import load_config
 from xomni_jax.rewards.scorer import scorer_class
 from xomni_jax.rl.rewards import RewardConfig, Rewards, check_rewards
+from xomni_jax.training.stage import load_config
 
 NOBODY = ("http://127.0.0.1:1",)
 
