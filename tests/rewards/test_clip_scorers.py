@@ -37,8 +37,8 @@ def hps(tmp_path_factory):
     randomise(model)
     model.half().float()
     state = {key: p.half() for key, p in model.state_dict().items()}
-    for name in ("HPS_v2.1_compressed.pt", "HPS_v2_compressed.pt"):
-        torch.save({"state_dict": state}, folder / name)
+    torch.save({"state_dict": state}, folder / "HPS_v2.1_compressed.pt")
+    torch.save({"state_dict": state}, folder / "HPS_v2_compressed.pt", _use_new_zipfile_serialization=False)  # torch before 1.6
     return folder, model
 
 
@@ -133,7 +133,7 @@ def test_versions_are_told_apart_by_their_contents(hps):
     with pytest.raises(ServiceError, match="HPS_v2_compressed.pt is not the published file: its sha256 begins with .* --any-weights"):
         build_scorer("hpsv2", {"model": str(folder), "version": "v2.0"})
     scorer = build_scorer("hpsv2", {"model": str(folder), "version": "v2.0", "any_weights": True})
-    assert scorer.version == f"hpsv2-v2.0-{scorer.model_hash[:12]}/antialias"
+    assert scorer.version == f"hpsv2-{scorer.model_hash[:12]}/v2.0/antialias"
 
 
 def changed(folder, to, change):
@@ -160,7 +160,7 @@ def test_incomplete_hpsv2(tmp_path, hps):
         build_scorer("hpsv2", other)
     file = tmp_path / "c" / "HPS_v2.1_compressed.pt"
     file.write_bytes((hps[0] / file.name).read_bytes()[:5000])
-    with pytest.raises(ServiceError, match="cannot be read as a file of torch weights"):
+    with pytest.raises(ServiceError, match="cannot be read as a file of weights"):
         build_scorer("hpsv2", other)
     torch.save({"weights": {}}, file)
     with pytest.raises(ServiceError, match="has no 'state_dict'; take the file of that name from xswu/HPSv2"):
@@ -192,7 +192,7 @@ def test_incomplete_clip(tmp_path, clip):
     with pytest.raises(ServiceError, match="holds no CLIPModel that transformers can read"):
         build_scorer("clip", {"model": str(copy)})
     (copy / "model.safetensors").unlink()
-    with pytest.raises(ServiceError, match="holds no weights"):
+    with pytest.raises(ServiceError, match="holds no CLIPModel .*Error no file named model.safetensors"):
         build_scorer("clip", {"model": str(copy)})
 
 
@@ -204,3 +204,20 @@ def test_what_is_missing_on_the_machine(clip, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
     with pytest.raises(ServiceError, match=r"scorer 'pickscore' needs the package 'torch': pip install 'xomni_jax\[pickscore\]'"):
         build_scorer("pickscore", {"model": str(clip)})
+
+
+def test_loo_fid_in_the_features_of_a_clip(clip, tmp_path):
+    from transformers import CLIPImageProcessorPil, CLIPModel
+
+    for n, image in enumerate(images()):
+        Image.fromarray(image).save(tmp_path / f"{n}.png")
+    scorer = build_scorer("loo_fid", {"references": str(tmp_path), "features": "clip", "model": str(clip), "decay": 0.0})
+    pixels = CLIPImageProcessorPil.from_pretrained(clip)([Image.fromarray(i) for i in images()], return_tensors="pt")
+    with torch.no_grad():
+        x = torch.nn.functional.normalize(CLIPModel.from_pretrained(clip).get_image_features(**pixels).pooler_output, dim=-1).numpy()
+
+    def fid(y):
+        return ((x.mean(0) - y.mean(0)) ** 2).sum() + ((x.std(0, ddof=1) - y.std(0)) ** 2).sum()
+
+    expected = [fid(np.delete(x[:4], n, 0)) - fid(x[:4]) for n in range(4)]
+    np.testing.assert_allclose([s.value for s in scorer.score(images()[:4], items()[:4])], expected, atol=1e-4)

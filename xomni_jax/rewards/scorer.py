@@ -31,6 +31,8 @@ SCORERS = Registry(
         "pickscore": "xomni_jax.rewards.services.pickscore:PickScorer",
         "hpsv2": "xomni_jax.rewards.services.hpsv2:HPSv2Scorer",
         "imagereward": "xomni_jax.rewards.services.imagereward:ImageRewardScorer",
+        "hpsv3": "xomni_jax.rewards.services.hpsv3:HPSv3Scorer",
+        "loo_fid": "xomni_jax.rewards.services.loo_fid:LooFidScorer",
     },
 )
 

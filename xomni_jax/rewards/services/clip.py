@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from xomni_jax.rewards.services.clip_towers import ClipScorer
+from xomni_jax.rewards.services.clip_towers import TwoTowerScorer
 from xomni_jax.rewards.services.torch_scorer import TorchScorer
 
 FORMULAS = {
@@ -17,10 +17,10 @@ FORMULAS = {
 }
 
 
-class CLIPScorer(ClipScorer):
+class CLIPScorer(TwoTowerScorer):
     """Cosine of CLIP's features of the image and the prompt, or a published multiple of it. Applies to every item.
 
-    The prompt is cut at 77 tokens. Detail: cosine.
+    The prompt is cut at 77 tokens.
     """
 
     name = "clip"
@@ -45,14 +45,14 @@ class CLIPScorer(ClipScorer):
             if "{prompt}" not in self.template:
                 raise ValueError(f"template={self.template!r} must contain {{prompt}}")
 
-    def __init__(self, **options: Any):
-        super().__init__(**options)
-        self.version += f"/{self.options.formula}" + (f"/{self.options.template}" if self.options.template != "{prompt}" else "")
+    def variant(self) -> tuple[str, ...]:
+        """See TorchScorer."""
+        return self.options.formula, *([self.options.template] if self.options.template != "{prompt}" else [])
 
     def text(self, prompt: str) -> str:
-        """See ClipScorer."""
+        """See TwoTowerScorer."""
         return self.options.template.replace("{prompt}", prompt)
 
     def value(self, cosine: float, logit_scale: float) -> float:
-        """See ClipScorer."""
+        """See TwoTowerScorer."""
         return FORMULAS[self.options.formula](cosine, logit_scale)

@@ -38,7 +38,7 @@ class ClipTowers:
         return features[[different.index(prompt) for prompt in prompts]]
 
 
-class ClipScorer(TorchScorer):
+class TwoTowerScorer(TorchScorer):
     """A value made from the cosine between the features of an image and of its prompt; preprocessing on PIL images, as published."""
 
     def load(self, weights: Path) -> None:
@@ -66,4 +66,4 @@ class ClipScorer(TorchScorer):
             self._towers.text_features([self.text(p) for p in prompts]),
         )
         cosines = (features_BD * texts_BD).sum(-1).tolist()
-        return [Score(self.value(c, self._towers.logit_scale), None, {"cosine": c}) for c in cosines]
+        return [Score(self.value(cosine, self._towers.logit_scale)) for cosine in cosines]

@@ -18,7 +18,16 @@ from xomni_jax.rewards.model_files import model_directory, model_hash
 from xomni_jax.rewards.protocol import Item, Score
 from xomni_jax.rewards.scorer import Scorer
 from xomni_jax.rewards.services.clip_towers import ClipTowers
-from xomni_jax.rewards.services.torch_scorer import centre_square, normalised, pretrained, pretrained_model, torch_and_device, unit
+from xomni_jax.rewards.services.torch_scorer import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    centre_square,
+    normalised,
+    pretrained,
+    pretrained_model,
+    torch_and_device,
+    unit,
+)
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 # The detector's 80 classes in its order, under the names that GenEval's prompts use.
@@ -33,7 +42,6 @@ COCO = tuple(
 _TEMPLATES = ("a photo of a {c} {name}", "a photo of a {c}-colored {name}", "a photo of a {c} object")
 SHORT_SIDE = 800  # pixels of the resized image
 _LONGEST, _DIVISOR = 5 / 3, 32  # the long side is at most 1333 to 800; padded to whole 32s
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _BACKGROUND = "#999"
 _MOST_INSTANCES = 100
 
@@ -115,7 +123,7 @@ class Mask2Former:
         """Every instance that the model proposes, confident or not."""
         torch = self._torch
         width, height = fitted(image.size, self._short_side)
-        pixels = normalised(torch, [image.resize((width, height), Image.Resampling.BILINEAR)], _MEAN, _STD)
+        pixels = normalised(torch, [image.resize((width, height), Image.Resampling.BILINEAR)], IMAGENET_MEAN, IMAGENET_STD)
         padded = [-(-side // _DIVISOR) * _DIVISOR for side in (height, width)]
         pixels = torch.nn.functional.pad(pixels, (0, padded[1] - width, 0, padded[0] - height))
         with torch.inference_mode():

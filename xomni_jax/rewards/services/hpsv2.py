@@ -12,7 +12,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from xomni_jax.rewards.scorer import ServiceError, need
-from xomni_jax.rewards.services.clip_towers import ClipScorer, ClipTowers
+from xomni_jax.rewards.services.clip_towers import ClipTowers, TwoTowerScorer
 from xomni_jax.rewards.services.torch_scorer import (
     CLIP_MEAN,
     CLIP_STD,
@@ -46,11 +46,11 @@ _NAMES = (  # of open_clip -> of transformers
 _IN_LAYER = ((".ln_", ".layer_norm"), (".attn.", ".self_attn."), (".c_fc.", ".fc1."), (".c_proj.", ".fc2."))
 
 
-class HPSv2Scorer(ClipScorer):
+class HPSv2Scorer(TwoTowerScorer):
     """Cosine of HPSv2's features of the image and the prompt, in float32. Applies to every item.
 
     Only images of the same prompt may be compared, and values of v2.0 and v2.1 may not. The whole image is shrunk to 224 pixels and
-    padded with black. The prompt is cut at 77 tokens. Detail: cosine.
+    padded with black. The prompt is cut at 77 tokens.
     """
 
     name = "hpsv2"
@@ -88,20 +88,23 @@ class HPSv2Scorer(ClipScorer):
         model = pretrained_model(self.name, "CLIPModel", weights, clip_config(state, weights), clip_weights(state))
         tokenizer = pretrained(self.name, "CLIPTokenizer", Path(self.options.tokenizer or self._folder))
         self._towers = ClipTowers(model, tokenizer, self._device)
-        self.version = f"hpsv2-{self.options.version}-{self.model_hash[:12]}/{self.options.resize}"
+
+    def variant(self) -> tuple[str, ...]:
+        """See TorchScorer."""
+        return self.options.version, self.options.resize
 
     def pixels(self, images: Sequence[Image.Image]) -> Any:
-        """See ClipScorer."""
+        """See TwoTowerScorer."""
         torch = self._torch
         mean, std = (torch.tensor(v)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
         return torch.stack([(letterbox(torch, image, self._towers.size, self.options.resize) - mean) / std for image in images])
 
     def text(self, prompt: str) -> str:
-        """See ClipScorer: cleaned as open_clip does."""
+        """See TwoTowerScorer: cleaned as open_clip does."""
         return clean(prompt)
 
     def value(self, cosine: float, logit_scale: float) -> float:
-        """See ClipScorer."""
+        """See TwoTowerScorer."""
         return cosine
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from xomni_jax.rewards.services.clip_towers import ClipScorer
+from xomni_jax.rewards.services.clip_towers import TwoTowerScorer
 from xomni_jax.rewards.services.torch_scorer import TorchScorer
 
 
-class PickScorer(ClipScorer):
-    """The model's logit of the image for its prompt. Applies to every item. The prompt is cut at 77 tokens. Detail: cosine."""
+class PickScorer(TwoTowerScorer):
+    """The model's logit of the image for its prompt. Applies to every item. The prompt is cut at 77 tokens."""
 
     name = "pickscore"
     published = "yuvalkirstain/PickScore_v1 from Hugging Face (model and processor files)"
@@ -26,10 +26,10 @@ class PickScorer(ClipScorer):
 
         formula: Literal["logit", "logit/26"] = "logit"
 
-    def __init__(self, **options: Any):
-        super().__init__(**options)
-        self.version += f"/{self.options.formula}"
+    def variant(self) -> tuple[str, ...]:
+        """See TorchScorer."""
+        return (self.options.formula,)
 
     def value(self, cosine: float, logit_scale: float) -> float:
-        """See ClipScorer."""
+        """See TwoTowerScorer."""
         return cosine * logit_scale / (26 if self.options.formula == "logit/26" else 1)

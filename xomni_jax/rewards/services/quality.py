@@ -9,6 +9,7 @@ photographs, and call noise an improvement on drawings.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ from xomni_jax.rewards.services.efficientnet import EfficientNetLite0
 
 _NEIGHBOURS = 5
 _REFERENCES = 400
-_SIDE = 64  # smaller images are enlarged to about this height, since the network was trained at 224 pixels
 
 
 class QualityScorer(Scorer):
@@ -46,23 +46,18 @@ class QualityScorer(Scorer):
     def __init__(self, **options: Any):
         super().__init__(**options)
         folder = self.options.references
-        images = rendered_references() if folder is None else _read_folder(Path(folder))
+        images = rendered_references() if folder is None else read_references(Path(folder), _NEIGHBOURS)
         self._network = EfficientNetLite0()
-        features_ND = np.stack([self._features(i) for i in images])
+        features_ND = np.stack([self._network(image) for image in images])
         self._mean_D, self._std_D = features_ND.mean(0), features_ND.std(0) + 1e-3
         self._references_ND = self._standardise(features_ND)
-        self.version = f"knn-efficientnet-lite0/{len(images)}-{'rendered' if folder is None else Path(folder).name}"
+        self.version = f"knn-efficientnet-lite0/{len(features_ND)}-{'rendered' if folder is None else Path(folder).name}"
 
     def score_image(self, image: np.ndarray, item: Item) -> Score:
         """See Scorer."""
-        similarity_N = self._references_ND @ self._standardise(self._features(image))
+        similarity_N = self._references_ND @ self._standardise(self._network(image))
         cosine = float(np.sort(similarity_N)[-_NEIGHBOURS:].mean())
         return Score((1 + cosine) / 2, None, {"cosine": cosine})
-
-    def _features(self, image: np.ndarray) -> np.ndarray:
-        scale = max(1, round(_SIDE / image.shape[0]))
-        # Pixels are repeated a whole number of times: interpolation would add the very blur that is judged.
-        return self._network(image.repeat(scale, 0).repeat(scale, 1))
 
     def _standardise(self, x: np.ndarray) -> np.ndarray:
         x = (x - self._mean_D) / self._std_D
@@ -77,16 +72,13 @@ def rendered_references(count: int = _REFERENCES, seed: int = 20250701) -> list[
     return [render_example(seed, n, config)["image"] for n in range(count)]
 
 
-def _read_folder(folder: Path) -> list[np.ndarray]:
-    files = sorted(p for p in folder.glob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")) if folder.is_dir() else []
-    if len(files) < _NEIGHBOURS:
-        raise ServiceError(
-            f"--references {folder} holds {len(files)} images; give a folder of {_NEIGHBOURS} or more PNG, JPEG or WebP files"
-        )
-    images: list[np.ndarray] = []
-    try:
-        for file in files:
-            images.append(np.array(read_image(file)))
-    except UnreadableImage as error:
-        raise ServiceError(f"--references {folder}: the image {file.name} cannot be read: {error}; take it away") from error
-    return images
+def read_references(folder: Path, least: int) -> Iterator[np.ndarray]:
+    """The images of a folder, uint8 [Y, X, 3] each. ServiceError when there are fewer than `least`, or one cannot be read."""
+    files = sorted(p for p in folder.glob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+    if len(files) < least:
+        raise ServiceError(f"--references {folder} holds {len(files)} images; give a folder of {least} or more PNG, JPEG or WebP files")
+    for file in files:
+        try:
+            yield np.array(read_image(file))
+        except UnreadableImage as error:
+            raise ServiceError(f"--references {folder}: the image {file.name} cannot be read: {error}; take it away") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,14 @@ from xomni_jax.rewards.protocol import Item, Score
 from xomni_jax.rewards.scorer import Scorer, ServiceError, need
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _INDEX_BUFFERS = ("position_ids", "relative_position_index")  # in files of older versions; they hold no weights
 
 
 class TorchScorer(Scorer):
     """A scorer that is one torch model. Its name is also that of the extra with its packages.
 
-    A subclass implements `load` and `score_batch`.
+    A subclass implements `load` and `score_batch`, and `weights` and `variant` where the defaults do not fit.
 
     Attributes:
       published: where the model can be had.
@@ -55,9 +56,9 @@ class TorchScorer(Scorer):
         self._torch, self._device = torch_and_device(self.name, self.options.device)
         self._folder = model_directory(self.name, "--model", self.options.model, self.published)
         weights = self.weights()
-        self.model_hash = model_hash(weights)
-        self.version = f"{self.name}-{self.model_hash[:12]}"
         self.load(weights)
+        self.model_hash = model_hash(weights)
+        self.version = "/".join((f"{self.name}-{self.model_hash[:12]}", *self.variant()))
 
     def weights(self) -> Path:
         """The weight file, or the directory whose weight files all belong to the model."""
@@ -66,6 +67,10 @@ class TorchScorer(Scorer):
     def load(self, weights: Path) -> None:
         """Build the model on `self._device`. ServiceError when the files are not those of the model."""
         raise NotImplementedError
+
+    def variant(self) -> tuple[str, ...]:
+        """Options on which the values depend, for `version`."""
+        return ()
 
     def score_batch(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[Score]:
         """Scores of at most `batch` RGB images, in inference mode."""
@@ -85,6 +90,7 @@ def torch_and_device(scorer: str, device: str | None) -> tuple[Any, str]:
     """torch on one thread, and the device to use. ServiceError when torch or the device is missing."""
     torch = need("torch", scorer, extra=scorer)
     torch.set_num_threads(1)  # a service has one worker process per core
+    torch.backends.cudnn.allow_tf32 = False  # convolutions in float32 as well, which is not their default on a GPU
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(1, device=device)
@@ -99,8 +105,9 @@ def pretrained(scorer: str, kind: str, folder: Path | None, **options: Any) -> A
     quiet = transformers.utils.logging
     quiet.set_verbosity_error()
     quiet.disable_progress_bar()
+    cls = getattr(transformers, kind)
     try:
-        return getattr(transformers, kind).from_pretrained(folder, local_files_only=True, **options)
+        return cls.from_pretrained(folder, local_files_only=True, **options)
     except Exception as error:  # noqa: BLE001 - readers of damaged files raise anything
         raise ServiceError(
             f"{folder or 'the model'} holds no {kind} that transformers can read ({_first_line(error)}); download the model again"
@@ -138,13 +145,21 @@ def torch_state(file: Path) -> dict[str, Any]:
     """The weights of a torch file, read without running what it holds. ServiceError when it is no such file."""
     import torch
 
+    return _state(file, lambda: torch.load(file, map_location="cpu", weights_only=True))
+
+
+def safetensors_state(file: Path) -> dict[str, Any]:
+    """The weights of a safetensors file. ServiceError when it is no such file."""
+    from safetensors.torch import load_file
+
+    return _state(file, lambda: load_file(file))
+
+
+def _state(file: Path, read: Callable[[], Any]) -> dict[str, Any]:
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        return dict(read())
     except Exception as error:  # noqa: BLE001 - readers of damaged files raise anything
-        raise ServiceError(f"{file} cannot be read as a file of torch weights ({_first_line(error)}); download it again") from error
-    if not isinstance(state, dict):
-        raise ServiceError(f"{file} holds no weights by name; download it again")
-    return state
+        raise ServiceError(f"{file} cannot be read as a file of weights ({_first_line(error)}); download it again") from error
 
 
 def renamed(key: str, names: Iterable[tuple[str, str]]) -> str:
@@ -155,11 +170,16 @@ def renamed(key: str, names: Iterable[tuple[str, str]]) -> str:
     return key
 
 
+def existing_file(folder: Path, name: str) -> Path:
+    """The file of this name. ServiceError when the directory has none."""
+    if not (folder / name).is_file():
+        raise ServiceError(f"{folder} holds no {name}; it has {', '.join(sorted(os.listdir(folder))[:8]) or 'no files'}")
+    return folder / name
+
+
 def published_file(folder: Path, name: str, sha256: str, any_weights: bool) -> Path:
     """The weight file of this name. ServiceError when it is missing, or is not the published one and `any_weights` does not allow that."""
-    file = folder / name
-    if not file.is_file():
-        raise ServiceError(f"{folder} holds no {name}; it has {', '.join(sorted(os.listdir(folder))[:8]) or 'no files'}")
+    file = existing_file(folder, name)
     if not any_weights and (found := file_hash(file)) != sha256:
         raise ServiceError(
             f"{file} is not the published file: its sha256 begins with {found[:12]}, not {sha256[:12]}; download it again, or allow it "
