@@ -197,12 +197,16 @@ def test_a_service_that_answers_nonsense_is_not_trusted(plain):
     assert next(f for f in findings if f.what == "known outcomes").told == "none are built in for kilobytes"
 
 
+def roughness(file):
+    return float(np.abs(np.diff(protocol.decode_image(file).astype(int), axis=1)).mean())
+
+
 @pytest.mark.parametrize(
     "of, failing",
     [
-        (lambda image: float(protocol.decode_image(image).std() < 60), set()),
+        (lambda image: -roughness(image), set()),
         (lambda image: 0.5, {"known outcomes"}),
-        (lambda image: -float(protocol.decode_image(image).std() < 60), {"known outcomes"}),
+        (lambda image: roughness(image), {"known outcomes"}),
         (lambda image, n=iter(range(10_000)): float(next(n)), {"the order does not matter", "one by one as in a batch"}),
     ],
     ids=["sound", "constant", "inverted", "random"],

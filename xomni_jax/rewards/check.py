@@ -51,9 +51,8 @@ def check(urls: Sequence[str], **options: Any) -> tuple[str, list[Finding]]:
 def scorer_at(url: str) -> str:
     """What a service calls itself."""
     try:
-        return protocol.decode(
-            httpx.get(url.rstrip("/") + "/health", trust_env=False, timeout=10).content, protocol.JSON, protocol.Health
-        ).scorer
+        answer = httpx.get(url.rstrip("/") + "/health", trust_env=False, timeout=10, verify=url.startswith("https"))
+        return protocol.decode(answer.content, protocol.JSON, protocol.Health).scorer
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         raise RewardServiceError(
             f"no reward service answers at {url} ({type(error).__name__}); start it, or correct the address"
