@@ -2,7 +2,8 @@
 
 Command, on every host: xomni train --config=configs/xomni/grpo.py
 Before: xomni plan --config=configs/xomni/grpo.py --topology=v6e-64
-Needs the reward services (xomni serve-reward) at config.rewards.*.urls. Expect grpo/kl below 0.05 and reward/*/mean rising within 50 steps.
+Needs the paper's reward services (xomni_jax/rewards/README.md) at config.rewards.*.urls; `xomni rewards check URL` tests one.
+The paper publishes no weights: these bring every reward to about 1. Expect grpo/kl below 0.05 and reward/*/mean rising within 50 steps.
 """
 
 from ml_collections import ConfigDict
@@ -25,6 +26,16 @@ def get_config():
             rollout=dict(prompt_length=448, reference_dtype="bfloat16", logit_chunk=1296),
             accumulate=8,
             decode=dict(steps=28, guidance=1.0),
+            rewards=dict(
+                ocr=dict(weight=None),
+                shapes=dict(weight=None),
+                hpsv2=dict(urls=("http://hpsv2:8000",), weight=1.0, scale=4.0),
+                unified_reward=dict(urls=("http://unified-reward:8000",), weight=1.0, scale=0.2),
+                alignment=dict(urls=("http://alignment:8000",), weight=1.0),
+                # Two readers, of which the one that reads less counts: glyphs that fool one do not pay.
+                paddle_ocr=dict(urls=("http://paddle-ocr:8000",), weight=1.0),
+                got_ocr=dict(urls=("http://got-ocr:8000",), weight=0.0, minimum_with="paddle_ocr"),
+            ),
             data=paths.records(paths.PROMPTS, (1152, 1152), source="prompts"),
         )
     )
