@@ -11,14 +11,9 @@ ANNEALING = "data/xomni/annealing.jsonl"  # the same of the best quality
 FINE_TUNING = "data/xomni/fine_tuning.jsonl"  # the same
 PROMPTS = "data/xomni/prompts.jsonl"  # reinforcement learning: prompt, and the targets and rewards that judge its images
 
-# Addresses of the reward services, several for replicas. ../../xomni_jax/rewards/README.md has the commands that start them.
-REWARDS = {
-    "hpsv2": ("http://127.0.0.1:8001",),
-    "unified_reward": ("http://127.0.0.1:8002",),
-    "alignment": ("http://127.0.0.1:8003",),
-    "got_ocr": ("http://127.0.0.1:8004",),
-    "paddle_ocr": ("http://127.0.0.1:8005",),
-}
+# Addresses of the reward services, several for replicas. These are their names in a cluster (../../launch/README.md); on one machine,
+# with ../../launch/rewards/compose.yaml, they are http://127.0.0.1 with the ports that it names.
+REWARDS = {name: (f"http://{name.replace('_', '-')}:8000",) for name in ("hpsv2", "unified_reward", "alignment", "paddle_ocr", "got_ocr")}
 
 
 def records(path, *sizes, source="files"):

@@ -129,7 +129,7 @@ def test_overrides(override, value):
         ("grpo.kl_importance=perhaps", "config.grpo.kl_importance=perhaps: expected bool, such as False"),
         ("grpo.clip_low=True", "config.grpo.clip_low=True: expected float"),
         ("optimizer=None", "config.optimizer is a section; set one of its keys: b1, b2"),
-        ("rewards.ocr=None", "config.rewards.ocr is a section; set one of its keys: urls, weight"),
+        ("rewards.ocr=None", "config.rewards.ocr is a section; set one of its keys: any_version, attempts"),
         ("decode.step=1", "config.decode.step: unknown key; did you mean steps?"),
         (
             "data.source=dreams",

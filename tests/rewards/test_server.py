@@ -18,6 +18,7 @@ from tests.rewards.running import children, command, is_alive, service
 from xomni_jax.rewards import Score, Scorer, protocol, server
 from xomni_jax.rewards.client import RewardClient
 from xomni_jax.rewards.protocol import JSON, MSGPACK, Limits, Request
+from xomni_jax.rewards.replicas import RewardServiceError
 from xomni_jax.rewards.scorer import ServiceError
 from xomni_jax.rewards.server import ServiceConfig, create_app
 from xomni_jax.rewards.workers import Workers, score_files
@@ -113,6 +114,25 @@ def test_sigterm_ends_cleanly_and_takes_the_workers_along(ocr):
     _gone(workers)
     with pytest.raises(httpx.HTTPError):
         httpx.get(url + "/health", trust_env=False)
+
+
+def test_tls_and_token(tmp_path, monkeypatch):
+    """A client that trusts the certificate and has the token is served; others say what is missing."""
+    cert, key = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
+    made = "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=IP:127.0.0.1".split()
+    subprocess.run(["openssl", *made, "-keyout", key, "-out", cert], check=True, capture_output=True)
+    monkeypatch.setenv(server.TOKEN, "secret")
+    item = {"prompt": "", "targets": {"background": "red"}}
+    with service("shapes", "--workers", "1", "--tls-cert", cert, "--tls-key", key) as (_, url):
+        assert url.startswith("https://")
+        with RewardClient("shapes", url, ca=cert) as client:
+            assert client.connect().scorer == "shapes" and client.score([sign("A")], [item])[0].value > 0.9
+        with RewardClient("shapes", url) as client, pytest.raises(RewardServiceError, match="no reward service answers"):
+            client.connect()
+        monkeypatch.setenv(server.TOKEN, "wrong")
+        with RewardClient("shapes", url, ca=cert) as client:
+            (score,) = client.score([sign("A")], [item])
+            assert score.kind == "refused" and "token is missing or wrong" in score.error
 
 
 def _gone(pids, seconds=10):

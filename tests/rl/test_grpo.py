@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 import xomni_jax
+from tests.benchmarks.faults import fault_proxy
 from tests.miniature import CODES, GRID, SIZE, stage_config
 from tests.rl.pixel_service import pixel_service
 from tests.test_metrics import documented, generic
@@ -164,6 +165,17 @@ def test_too_many_failures_stop_the_run_and_nothing_is_lost(finished, model_dir,
     failing = False
     assert run_stage(config) == tmp_path / "run" / "model"
     assert metrics(tmp_path / "run") == metrics(finished)
+
+
+def test_faults_of_the_way_change_nothing(finished, model_dir, service, tmp_path):
+    """Every request meets some: as long as all is scored in the end, the run is the one without them, bit for bit."""
+    patient = ("chunk=1", "concurrency=8", "backoff=0.002", "timeout=0.5", "attempts=100")
+    with fault_proxy(service.url, 0.6, slow=0.7) as proxy:
+        config = grpo_config(tmp_path / "run", model_dir, proxy.url, *(f"rewards.ocr.{option}" for option in patient))
+        assert run_stage(config) == tmp_path / "run" / "model"
+        assert proxy.met.total() > 20
+    assert metrics(tmp_path / "run") == metrics(finished)
+    assert_same(params(tmp_path / "run", "transformer"), params(finished, "transformer"))
 
 
 def test_a_sampler_that_lies_about_its_log_probs_is_found(own_programs, model_dir, service, tmp_path, monkeypatch):

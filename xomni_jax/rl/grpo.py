@@ -29,6 +29,7 @@ from xomni_jax.models.section import ModelSection
 from xomni_jax.pipeline import XOmni
 from xomni_jax.rl.advantages import AdvantageConfig, group_advantages
 from xomni_jax.rl.image_statistics import image_sums, join_statistics
+from xomni_jax.rl.monitors import USUAL, Watch, crossings
 from xomni_jax.rl.objectives import GRPOConfig
 from xomni_jax.rl.rewards import RewardConfig, Rewards
 from xomni_jax.rl.rollouts import RolloutConfig, Rollouts, param_converter
@@ -85,6 +86,8 @@ class GRPORun(RunConfig):
       rollout: how a batch of rollouts is made and used
       decode: changes to the model's own settings of decoding; None: the model's
       rewards: the scoring services, each under the name of its scorer
+      watch: metrics with their smallest and largest values, such as ('reward/judge/mean', 0.5, 1.0) of a judge of weight 0: a warning is
+        printed when one leaves its range
       data: where prompts and their targets come from; every batch has images of one size, and every size programs of its own
     """
 
@@ -113,6 +116,7 @@ class GRPORun(RunConfig):
             "quality": RewardConfig(("http://127.0.0.1:8003",)),
         }
     )
+    watch: Watch = USUAL
     data: DataSection = dataclasses.replace(
         SIGNS,
         options=dataclasses.replace(SIGNS.options, sizes=((32, 64),), weights=(1.0,), text_lengths=((3, 6),), shapes=0.0, pseudo_words=0.0),
@@ -295,7 +299,7 @@ class GRPOStage:
         return RunningStage(
             state,
             DataIterator(prompts, functools.partial(all_prompts, cfg, rows)),
-            functools.partial(train_step, cfg, buckets, frozen),
+            functools.partial(train_step, cfg, buckets, frozen, set()),
             lambda state, directory, note: export_trained(directory, {"transformer": (state.params, ar)}, lora, model, note),
             functools.partial(sample_grid, cfg, buckets),
             items_per_step=cfg.batch_size * cfg.grpo.rollouts_per_prompt,
@@ -366,7 +370,7 @@ def all_prompts(cfg: GRPORun, rows: Sequence[int], examples: dict[str, Any]) -> 
 
 
 def train_step(
-    cfg: GRPORun, buckets: Mapping[Size, Bucket], frozen: Any, state: TrainState, batch: dict[str, Any], number: int
+    cfg: GRPORun, buckets: Mapping[Size, Bucket], frozen: Any, outside: set[str], state: TrainState, batch: dict[str, Any], number: int
 ) -> tuple[TrainState, dict[str, Any]]:
     """Rollouts of a batch of prompts, and the update on them -> (state, metrics).
 
@@ -385,7 +389,10 @@ def train_step(
     if limit and gap > limit and rollouts.model.config("transformer").dtype == jnp.float32:
         raise FloatingPointError(f"sampler and trainer differ by {gap:.2e} in a log-prob at step {number + 1} (limit {limit:g})")
     measured["perf/update_s"] = time.perf_counter() - began
-    return state, total.stats | metrics | join_statistics(gather_json(image_sums(images))) | measured
+    metrics = total.stats | metrics | join_statistics(gather_json(image_sums(images))) | measured
+    for line in crossings(cfg.watch, metrics, outside):
+        say(line)
+    return state, metrics
 
 
 def sample_grid(cfg: GRPORun, buckets: Mapping[Size, Bucket], state: TrainState, number: int) -> Grid:

@@ -20,7 +20,19 @@ from xomni_jax.core.tables import bytes_text
 from xomni_jax.rewards.client import ClientConfig
 from xomni_jax.training.stage import RunConfig
 
-MAY_CHANGE = ("run_dir", "init_from", "steps", "log_every", "save_every", "save_minutes", "grid_every", "wandb", "keep", "keep_every")
+MAY_CHANGE = (
+    "run_dir",
+    "init_from",
+    "steps",
+    "log_every",
+    "save_every",
+    "save_minutes",
+    "grid_every",
+    "wandb",
+    "keep",
+    "keep_every",
+    "watch",
+)
 CLIENT_FIELDS = {field.name for field in dataclasses.fields(ClientConfig)}
 
 
