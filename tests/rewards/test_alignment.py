@@ -8,9 +8,11 @@ import pytest
 
 from tests.chat_models import qwen, write
 from tests.evaluation.judges.fake_endpoint import fake_endpoint
+from xomni_jax.rewards.chat.endpoint import ChatEndpoint
 from xomni_jax.rewards.chat.messages import Question
-from xomni_jax.rewards.scorer import ServiceError, build_scorer
+from xomni_jax.rewards.scorer import ServiceError, Unavailable, build_scorer
 from xomni_jax.rewards.services.asking import as_files
+from xomni_jax.rewards.workers import score_batch
 
 IMAGE = np.full((40, 60, 3), (200, 30, 30), np.uint8)
 
@@ -108,12 +110,25 @@ def test_a_prompt_ends_neither_its_quotation_nor_its_message(injected, as_part):
         (choice(是=0.9, 否=0.1), "the likeliest is '是'"),
         ("say Yes", "holds no top_logprobs"),
         ("400", "refuses (400)"),
-        ("500", "gives no usable reply"),
     ],
 )
 def test_what_cannot_be_read_is_a_failure_with_its_reason(step, words):
     scores, _ = score(step, item(), item())
     assert all(s.value is None and words in s.error for s in scores)
+
+
+def test_an_endpoint_that_is_away_is_no_failure_of_images(monkeypatch):
+    """The batch is not scored again image by image, each of which would wait as long."""
+    monkeypatch.setitem(ChatEndpoint.__init__.__kwdefaults__, "pause", 0.01)
+    with fake_endpoint("500") as endpoint:
+        scorer = build_scorer("alignment", {"model": f"tiny-vlm@{endpoint.url}"})
+        with pytest.raises(Unavailable, match="gives no usable reply"):
+            score_batch(scorer, [IMAGE] * 2, [item()] * 2)
+        assert len(endpoint.asked) == 2 * 5
+    with fake_endpoint(*["500"] * 5, choice(Yes=1.0)) as endpoint:  # one of two questions is not answered, the other is
+        scorer = build_scorer("alignment", {"model": f"tiny-vlm@{endpoint.url}", "concurrency": 1})
+        first, second = score_batch(scorer, [IMAGE] * 2, [item()] * 2)
+        assert first.failed and second.value == 1
 
 
 def test_one_failure_leaves_the_others():

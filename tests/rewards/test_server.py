@@ -19,7 +19,7 @@ from xomni_jax.rewards import Score, Scorer, protocol, server
 from xomni_jax.rewards.client import RewardClient
 from xomni_jax.rewards.protocol import JSON, MSGPACK, Limits, Request
 from xomni_jax.rewards.replicas import RewardServiceError
-from xomni_jax.rewards.scorer import ServiceError
+from xomni_jax.rewards.scorer import ServiceError, Unavailable
 from xomni_jax.rewards.server import ServiceConfig, create_app
 from xomni_jax.rewards.workers import Workers, score_files
 
@@ -201,6 +201,24 @@ def test_queue_is_bounded_and_health_answers_meanwhile(monkeypatch):
     assert large.status_code == 413
     assert health.json()["queue"] == 3 and health.json()["rejected"] == 2 and health.json()["version"] == "held"
     assert first.status_code == 200 and later.json()["queue"] == 0 and later.json()["scored"] == 3
+
+
+def test_a_scorer_whose_model_is_away_is_busy(monkeypatch):
+    """503 with Retry-After, which clients wait out; the same request is then scored, since it has not been."""
+
+    async def conversation(client, post, workers):
+        async def away(*_):
+            raise Unavailable("no reply of the model")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(workers, "score", away)
+            refused = await post()
+        workers.release.set()
+        return refused, await post()
+
+    refused, scored = talk(monkeypatch, conversation)
+    assert (refused.status_code, refused.json()) == (503, {"error": "no reply of the model"}) and refused.headers["retry-after"] == "2"
+    assert scored.status_code == 200
 
 
 def test_a_repeated_request_is_scored_once(monkeypatch):

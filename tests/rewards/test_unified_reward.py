@@ -119,7 +119,6 @@ def test_grades_and_what_is_asked(code):
         ({"message": {"content": "cat (animal): 1"}, "finish_reason": "length"}, "it was cut after 512 tokens"),
         ({"message": {"content": "x"}, "finish_reason": "content_filter"}, "the model refused"),
         ("400", "refuses (400)"),
-        ("500", "gives no usable reply"),
     ],
 )
 def test_a_reply_that_is_none_is_a_failure_with_its_reason(code, step, words):

@@ -41,6 +41,10 @@ class ServiceError(ValueError):
     """A scorer or its server cannot start. One sentence with the remedy."""
 
 
+class Unavailable(Exception):
+    """What a scorer depends on, such as the endpoint of its model, does not answer for now: the client waits and asks again."""
+
+
 class Scorer:
     """Base class of scorers: set `name`, and implement `score_image`, or `score` to work on batches.
 

@@ -27,12 +27,13 @@ import msgspec
 
 from xomni_jax.rewards import protocol
 from xomni_jax.rewards.protocol import JSON, MSGPACK, SCHEMA, Health, Limits, ProtocolError, Request, Response, Score
-from xomni_jax.rewards.scorer import ServiceError, need, scorer_class
+from xomni_jax.rewards.scorer import ServiceError, Unavailable, need, scorer_class
 from xomni_jax.rewards.wires import WIRES
 from xomni_jax.rewards.workers import ONE_THREAD, Workers
 
 TOKEN = "XOMNI_REWARD_TOKEN"  # environment variable with the bearer token of services and clients
 _KEPT = 64  # answers that are kept for clients that repeat a request
+_AWAY = 2  # seconds after which to ask a scorer again whose model is away
 _INFO = ("schema", "accepts", "scorer", "version", "model_hash", "scale", "range", "scope", "token", "limits")
 _COUNTS = ("requests", "repeated", "abandoned", "rejected", "scored", "not_applicable", "failed")
 
@@ -271,6 +272,8 @@ def create_app(config: ServiceConfig, ready: Callable[[], None] = lambda: None, 
             return refuse(error.status, str(error))
         except _Refusal as refusal:
             return refuse(*refusal.args)
+        except Unavailable as error:
+            return refuse(503, str(error), _AWAY)
         return fastapi.Response(body, media_type=content_type)
 
     async def health(request: Any) -> Any:

@@ -19,7 +19,7 @@ import numpy as np
 
 from xomni_jax.core.config import build
 from xomni_jax.rewards.protocol import Item, Limits, ProtocolError, Score, decode_image, slices
-from xomni_jax.rewards.scorer import Scorer, ServiceError, build_scorer, scorer_class
+from xomni_jax.rewards.scorer import Scorer, ServiceError, Unavailable, build_scorer, scorer_class
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_THREAD_LIMIT": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 _SLICE = 8  # images handed to a worker at a time: small enough that requests share the workers fairly
@@ -137,12 +137,18 @@ def _end(pool: ProcessPoolExecutor, number: signal.Signals) -> None:
 
 # ---- the worker's side ----
 def score_batch(scorer: Scorer, images: Sequence[np.ndarray], items: Sequence[Item]) -> list[Score]:
-    """Scores of decoded images. A batch that raises is scored again in the smallest parts, so that an image fails alone."""
+    """Scores of decoded images. A batch that raises is scored again in the smallest parts, so that an image fails alone.
+
+    Raises:
+      Unavailable: the scorer cannot work for now.
+    """
     try:
         scores = scorer.score(images, items)
         if len(scores) != len(images) or not all(isinstance(score, Score) for score in scores):
             raise TypeError(f"it must return one Score per image, {len(images)} in all, not {str(scores):.200}")
         return [score.checked(scorer.range) for score in scores]
+    except Unavailable:
+        raise
     except Exception as error:  # noqa: BLE001 - whatever a scorer raises concerns these images alone
         parts = slices(items, 1, scorer.scope)
         if len(parts) == 1:

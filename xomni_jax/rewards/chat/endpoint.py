@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from xomni_jax.rewards.chat.messages import ChatUnavailable, Question
+from xomni_jax.rewards.chat.messages import ChatRefused, ChatUnavailable, Question
 from xomni_jax.rewards.chat.replies import Completion, Unreadable, read_completion, read_first_tokens
 
 KEY = "OPENAI_API_KEY"  # the only place a key is taken from; servers of one's own need none
@@ -109,7 +109,7 @@ class ChatEndpoint:
                 if answer.status_code == 429:
                     reason, rest = "it is busy (429)", max(_seconds(answer.headers.get("retry-after")), pause)
                 elif 400 <= answer.status_code < 500:
-                    raise ChatUnavailable(f"{self.name} at {self.url} refuses ({answer.status_code}): {answer.text[:300]}")
+                    raise ChatRefused(f"{self.name} at {self.url} refuses ({answer.status_code}): {answer.text[:300]}")
                 else:
                     return read(answer.raise_for_status().json())
             except (ChatUnavailable, Unreadable):

@@ -21,6 +21,10 @@ class ChatUnavailable(ValueError):
     """A chat model does not answer. One sentence."""
 
 
+class ChatRefused(ChatUnavailable):
+    """An endpoint answers that it does not take a question: it would not take it the next time, either."""
+
+
 @dataclass(frozen=True)
 class EncodedImage:
     """An image as a file of the kind PNG, JPEG (Pillow's default quality) or WEBP (lossless)."""

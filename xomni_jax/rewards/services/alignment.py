@@ -54,10 +54,10 @@ class AlignmentScorer(ChatScorer):
         self.version = f"vqascore-{self.options.value}"
 
     def score(self, images: Sequence[np.ndarray], items: Sequence[Item]) -> list[Score]:
-        """See Scorer. ValueError when the questions of an item are none."""
+        """See Scorer. ValueError when the questions of an item are none; Unavailable."""
         asked = [_questions(item) for item in items]
         questions = [Question(text, (file,)) for file, of_image in zip(as_files(images), asked, strict=True) for text, _, _ in of_image]
-        replies = iter(self.chat.first_tokens(questions, _ANSWERS))
+        replies = iter(self.answered(self.chat.first_tokens(questions, _ANSWERS)))
         return [self._score(of_image, [next(replies) for _ in of_image]) for of_image in asked]
 
     def _score(self, asked: Sequence[tuple[str, str, str]], replies: Sequence[dict[str, float] | Exception]) -> Score:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from xomni_jax.rewards.chat import open_model
-from xomni_jax.rewards.chat.messages import EncodedImage, encoded
-from xomni_jax.rewards.scorer import Scorer, ServiceError
+from xomni_jax.rewards.chat.messages import ChatUnavailable, EncodedImage, encoded
+from xomni_jax.rewards.scorer import Scorer, ServiceError, Unavailable
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class ChatOptions:
       device: where torch runs a model of this process, such as cuda:1; without one CUDA if there is one, else the CPU.
       batch: questions at a time to a model of this process.
       concurrency: requests at a time to an endpoint.
-      max_wait: seconds for one reply of an endpoint, retries included; then its image counts as not scored.
+      max_wait: seconds for one reply of an endpoint, retries included; then its image counts as not scored, or, where nothing is answered
+        at all, the service as busy, so that its clients wait.
     """
 
     model: str = ""
@@ -58,6 +61,12 @@ class ChatScorer(Scorer):
 
     def check(self) -> None:
         """Sets the version of the formula, and checks what else can be checked before a model is loaded, which takes minutes."""
+
+    def answered(self, replies: list[T]) -> list[T]:
+        """The replies of one call. Raises Unavailable when there is no answer to any question, which is not the images' fault."""
+        if replies and all(type(reply) is ChatUnavailable for reply in replies):
+            raise Unavailable(str(replies[0]))
+        return replies
 
 
 def as_files(images: list[np.ndarray]) -> list[EncodedImage]:

@@ -82,34 +82,20 @@ def read_shares(reply: str) -> tuple[float, dict[str, Any]]:
 
 
 _QWEN, _V2 = "inference_qwen/image_generation/qwen_", "inference_qwen/UnifiedReward-2.0-inference/"
+
+
+def _form(name: str, sha256: str, read: Callable[[str], tuple[float, dict[str, Any]]], max_tokens: int = 512) -> Form:
+    return Form(OfficialPrompt(f"{name}_image_generation.py", sha256), max_tokens, read)
+
+
 FORMS = {
-    "elements": Form(
-        OfficialPrompt(f"{_QWEN}point_score_image_generation.py", "284b965555c3a59d6f280b7ca907873a4f5889f44947553fa0e5b131c0d97bd2"),
-        512,
-        read_final_score,
-    ),
-    "axes": Form(
-        OfficialPrompt(f"{_V2}point_score_ACS_image_generation.py", "93c4e515956797db4fe7d3b393b53ce906b41f725432f0ba61e1b1a4ed81de8e"),
-        512,
-        read_axes,
-    ),
-    "words": Form(
-        OfficialPrompt(f"{_QWEN}point_score_ACS_image_generation.py", "1fa410f0c870cf923bb71a30da34009e89eb0b08941e3dffde9c337234e5c6d5"),
-        4096,
-        read_axes,
-    ),
+    "elements": _form(_QWEN + "point_score", "284b965555c3a59d6f280b7ca907873a4f5889f44947553fa0e5b131c0d97bd2", read_final_score),
+    "axes": _form(_V2 + "point_score_ACS", "93c4e515956797db4fe7d3b393b53ce906b41f725432f0ba61e1b1a4ed81de8e", read_axes),
+    "words": _form(_QWEN + "point_score_ACS", "1fa410f0c870cf923bb71a30da34009e89eb0b08941e3dffde9c337234e5c6d5", read_axes, 4096),
 }
 PAIR_FORMS = {
-    "rank": Form(
-        OfficialPrompt(f"{_QWEN}pair_rank_image_generation.py", "071298e5e79106cdb1bc368481c86c252c84df1c2d770f2c1341b1b19f940a20"),
-        512,
-        read_winner,
-    ),
-    "shares": Form(
-        OfficialPrompt(f"{_V2}pair_score_image_generation.py", "6cd1f4af08b200e06b78ef196e22f4a24ef6c144d59689ae3510e73bcd49b1b6"),
-        512,
-        read_shares,
-    ),
+    "rank": _form(_QWEN + "pair_rank", "071298e5e79106cdb1bc368481c86c252c84df1c2d770f2c1341b1b19f940a20", read_winner),
+    "shares": _form(_V2 + "pair_score", "6cd1f4af08b200e06b78ef196e22f4a24ef6c144d59689ae3510e73bcd49b1b6", read_shares),
 }
 
 
@@ -144,7 +130,7 @@ class _Official(ChatScorer):
 
     def _read(self, questions: Sequence[Question]) -> list[tuple[float, dict[str, Any]] | str]:
         """What the replies say, or why one says nothing."""
-        return [self._read_one(reply) for reply in self.chat.complete_all(questions, self._form.max_tokens)]
+        return [self._read_one(reply) for reply in self.answered(self.chat.complete_all(questions, self._form.max_tokens))]
 
     def _read_one(self, reply: Completion | Exception) -> tuple[float, dict[str, Any]] | str:
         if isinstance(reply, Exception):
