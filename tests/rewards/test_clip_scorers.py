@@ -136,6 +136,21 @@ def test_versions_are_told_apart_by_their_contents(hps):
     assert scorer.version == f"hpsv2-{scorer.model_hash[:12]}/v2.0/antialias"
 
 
+def test_the_tokenizer_must_be_a_clips(hps, tmp_path):
+    import json
+
+    (tmp_path / "other").mkdir()
+    for file in hps[0].glob("*[nt]"):  # json and txt
+        (tmp_path / "other" / file.name).write_bytes(file.read_bytes())
+    vocabulary = json.loads((hps[0] / "vocab.json").read_text())
+    vocabulary["<|endoftext|>"] += 5
+    (tmp_path / "other" / "vocab.json").write_text(json.dumps(vocabulary))
+    with pytest.raises(ServiceError, match="other is not the model's tokenizer: it ends texts with token .*, not"):
+        build_scorer("hpsv2", {"model": str(hps[0]), "any_weights": True, "tokenizer": str(tmp_path / "other")})
+    with pytest.raises(ServiceError, match="it must hold vocab.json and merges.txt, or tokenizer.json, of a CLIP"):  # there is none
+        build_scorer("hpsv2", {"model": str(hps[0]), "any_weights": True, "tokenizer": str(tmp_path)})
+
+
 def changed(folder, to, change):
     """A copy of the HPSv2 folder whose state dict `change` has edited."""
     to.mkdir()

@@ -163,6 +163,10 @@ def test_bad_folders(released, tmp_path):
     options = {"model": str(tmp_path), "any_weights": True, "tokenizer": str(folder)}
     with pytest.raises(ServiceError, match="holds no med_config.json"):
         build_scorer("imagereward", options)
+    (tmp_path / "med_config.json").write_text((folder / "med_config.json").read_text())
+    (tmp_path / "vocab.txt").write_text((folder / "vocab.txt").read_text() + "more\n")
+    with pytest.raises(ServiceError, match=f"has {len(WORDS) + 3} tokens, not {len(WORDS) + 2}; .* of bert-base-uncased"):
+        build_scorer("imagereward", options | {"tokenizer": str(tmp_path)})
     (tmp_path / "med_config.json").write_text("{}")
     with pytest.raises(ServiceError, match="are not those of ImageReward"):
         build_scorer("imagereward", options)

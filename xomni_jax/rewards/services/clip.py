@@ -26,6 +26,7 @@ class CLIPScorer(TwoTowerScorer):
     name = "clip"
     published = "openai/clip-vit-large-patch14 from Hugging Face"
     scale = "cosine of image and prompt, usually 0.15 to 0.35; --formula multiplies it"
+    range = (-101.0, 101.0)
 
     @dataclass(frozen=True)
     class Options(TorchScorer.Options):

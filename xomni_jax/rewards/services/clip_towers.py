@@ -9,11 +9,12 @@ from typing import Any
 from PIL import Image
 
 from xomni_jax.rewards.protocol import Score
+from xomni_jax.rewards.scorer import ServiceError
 from xomni_jax.rewards.services.torch_scorer import TorchScorer, pretrained, pretrained_model, unit
 
 
 class ClipTowers:
-    """transformers' CLIPModel with its tokenizer.
+    """transformers' CLIPModel with its tokenizer, which may be None where no text is read.
 
     Attributes:
       logit_scale: factor of the cosine in the model's own logits, about 100.
@@ -21,6 +22,12 @@ class ClipTowers:
     """
 
     def __init__(self, model: Any, tokenizer: Any, device: str):
+        tokens = model.config.text_config.vocab_size
+        if tokenizer is not None and tokenizer.eos_token_id != tokens - 1:  # the text tower reads its features there
+            raise ServiceError(
+                f"{tokenizer.name_or_path} is not the model's tokenizer: it ends texts with token {tokenizer.eos_token_id}, not "
+                f"{tokens - 1}; it must hold vocab.json and merges.txt, or tokenizer.json, of a CLIP"
+            )
         self._model, self._tokenizer, self._device = model.to(device), tokenizer, device
         self.logit_scale = model.logit_scale.exp().item()
         self.size = model.config.vision_config.image_size

@@ -56,6 +56,7 @@ class HPSv2Scorer(TwoTowerScorer):
     name = "hpsv2"
     published = "xswu/HPSv2 from Hugging Face (HPS_v2.1_compressed.pt or HPS_v2_compressed.pt)"
     scale = "cosine of image and prompt, usually 0.14 to 0.34 (v2.1) or 0.23 to 0.29 (v2.0); published tables show 100 times it"
+    range = (-1.001, 1.001)
 
     @dataclass(frozen=True)
     class Options(TorchScorer.Options):
@@ -117,7 +118,7 @@ def clean(prompt: str) -> str:
 
 def letterbox(torch: Any, image: Image.Image, size: int, resize: str) -> Any:
     """float32 [3, size, size] in about [0, 1]: the long side resized to `size`, black on both sides of the short one."""
-    width, height = (max(1, round(side * size / max(image.size))) for side in image.size)
+    width, height = (max(1, round(side * (size / max(image.size)))) for side in image.size)
     if resize == "pil":
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(image.height, image.width, 3)

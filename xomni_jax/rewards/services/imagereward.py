@@ -89,6 +89,11 @@ class ImageRewardScorer(TorchScorer):
         self._text = pretrained_model(self.name, "BlipTextModel", weights, text_config, text, add_pooling_layer=False).to(self._device)
         self._tokenizer = pretrained(self.name, "BertTokenizer", Path(self.options.tokenizer or self._folder))
         self._tokenizer.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})
+        if len(self._tokenizer) != text_config.vocab_size:
+            raise ServiceError(
+                f"{self._tokenizer.name_or_path} is not the model's tokenizer: it has {len(self._tokenizer)} tokens, not "
+                f"{text_config.vocab_size}; it must hold vocab.txt or tokenizer.json of bert-base-uncased"
+            )
 
     def score_batch(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[Score]:
         """See TorchScorer."""

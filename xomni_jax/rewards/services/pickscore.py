@@ -15,6 +15,7 @@ class PickScorer(TwoTowerScorer):
     name = "pickscore"
     published = "yuvalkirstain/PickScore_v1 from Hugging Face (model and processor files)"
     scale = "logit of image and prompt, usually 18 to 24; 0.7 to 0.9 with --formula logit/26"
+    range = (-101.0, 101.0)
 
     @dataclass(frozen=True)
     class Options(TorchScorer.Options):
