@@ -41,6 +41,7 @@ class ShapesScorer(Scorer):
     """
 
     name = "shapes"
+    range = (0.0, 1.0)
     version = "contours-1"
 
     def __init__(self) -> None:

@@ -53,6 +53,7 @@ class TesseractScorer(Scorer):
     """
 
     name = "tesseract"
+    range = (0.0, 1.0)
     version = "tesseract-line/auto"
 
     def __init__(self) -> None:
