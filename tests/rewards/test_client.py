@@ -101,8 +101,9 @@ def test_images_that_nobody_answers_for_are_told_apart():
 
 def test_a_slow_service_loses_nothing():
     """Its chunks take longer than the limit of a request, and all of them longer than max_wait: they are halved, and answers reset it."""
-    with fake_service("slow per image") as s, RewardClient("ocr", s.url, chunk=8, backoff=0.01, timeout=0.5, max_wait=1.0) as c:
-        assert [x.value for x in c.score(images(16), items(16))] == [k / 100 for k in range(16)]
+    slow = {"chunk": 8, "concurrency": 1, "backoff": 0.01, "timeout": 0.4, "max_wait": 1.6}
+    with fake_service("slow per image") as s, RewardClient("ocr", s.url, **slow) as c:
+        assert [x.value for x in c.score(images(32), items(32))] == [k / 100 for k in range(32)]
 
 
 def test_a_stopped_replica_is_left_alone():
@@ -248,9 +249,14 @@ def test_dead_replica_is_replaced_by_a_live_one():
 
 def test_other_scorer_is_not_believed():
     with fake_service("ok", scorer="shapes") as s, RewardClient("ocr", s.url, attempts=2, **FAST) as c:
-        assert "serves 'shapes' with schema 2, not 'ocr'" in c.score(images(1), items(1))[0].error
-        with pytest.raises(RewardServiceError, match="serves 'shapes' with schema 2, not 'ocr'"):
+        assert "serves 'shapes', not 'ocr'" in c.score(images(1), items(1))[0].error
+        with pytest.raises(RewardServiceError, match="serves 'shapes', not 'ocr'"):
             c.health()
+
+
+def test_an_older_service_is_refused():
+    with fake_service("ok", schema=1) as s, RewardClient("ocr", s.url) as c, pytest.raises(RewardServiceError, match="speaks schema 1"):
+        c.connect()
 
 
 def test_health_names_url_and_command():
@@ -314,7 +320,7 @@ class Told(Exception):
 def told():
     raise Told
 
-with RewardClient("ocr", {url!r}, timeout=600, max_wait=600, poll=told) as client:
+with RewardClient("ocr", {url!r}, timeout=600, max_wait=600, poll=told, poll_every=2) as client:
     try:
         client.score([b"0"], [{{}}])
     except Told:

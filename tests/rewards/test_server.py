@@ -275,6 +275,18 @@ def test_a_request_whose_client_has_gone_is_given_up(monkeypatch):
     assert (abandoned, scores) == (1, [Score(1.0)]) and queue == 1
 
 
+def test_what_is_being_received_is_bounded(monkeypatch):
+    """Of all requests together: each alone is within the limits."""
+
+    async def conversation(client, post, workers):
+        workers.release.set()
+        return await post(), await post("b", b"x" * 2_000), client._transport.app.state.service.buffered
+
+    fine, refused, left = talk(monkeypatch, conversation, max_buffered=1_000)
+    assert fine.status_code == 200 and left == 0
+    assert refused.status_code == 429 and "are being received" in refused.json()["error"] and refused.headers["retry-after"] == "1"
+
+
 def test_a_token_is_asked_for(monkeypatch):
     monkeypatch.setenv(server.TOKEN, "secret")
 
@@ -522,6 +534,8 @@ def test_a_scorer_of_whole_sets_keeps_its_state(tmp_path):
 
     assert [s.value for s in asyncio.run(run(20))] == [20.0] * 20
     assert [s.value for s in asyncio.run(run(2))] == [22.0] * 2
+    config = ServiceConfig(f"{tmp_path}/mean.py:Mean", state=str(tmp_path / "state.npz"))
+    assert server.RewardService(config).info()["limits"]["max_images"] > 2_000
 
 
 def test_nonsense_is_refused():

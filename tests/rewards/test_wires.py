@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import pickle
+import random
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -226,3 +227,33 @@ def test_replicas_that_differ_are_named():
         _, findings = check([a.url, b.url], **FAST)
     told = [f.what for f in findings if f.ok is False]
     assert any(what.startswith("replica ") for what in told)
+
+
+def damaged(body, rng):
+    """A body after a few random changes."""
+    body = bytearray(body)
+    for _ in range(rng.randint(1, 8)):
+        at, other = rng.randrange(len(body)), rng.randrange(len(body))
+        match rng.randint(0, 3):
+            case 0:
+                body[at] = rng.randrange(256)
+            case 1 if len(body) > 30:
+                del body[at : at + rng.randint(1, 20)]
+            case 2:
+                body[at:at] = rng.randbytes(rng.randint(1, 10))
+            case _:
+                body[at : at + 8] = body[other : other + 8]
+    return bytes(body)
+
+
+@pytest.mark.parametrize("name, kind", [("xomni", protocol.MSGPACK), ("xomni", protocol.JSON), ("flow_grpo", ""), ("unirl", protocol.JSON)])
+def test_damaged_bodies_are_refused_in_one_sentence(name, kind):
+    image, rng = protocol.encode_image(sign("A")), random.Random(0)
+    request = Request(schema=2, id="a", images=[image] * 3, items=[ITEM] * 3, keys=["0", "1", "2"], scorer="ocr")
+    wire = wires.WIRES[name]()
+    body = protocol.encode(request, kind) if name == "xomni" else wire.write_request(request, None)[0]
+    for _ in range(2_500):
+        try:
+            wire.read_request(damaged(body, rng), kind, Limits())
+        except ProtocolError as error:
+            assert error.status in (400, 413) and len(str(error)) < 500 and "\n" not in str(error)

@@ -240,9 +240,10 @@ class Replicas:
         except (httpx.HTTPError, httpx.InvalidURL, ValueError, OSError) as error:
             why = str(error) if isinstance(error, ProtocolError) else type(error).__name__
             raise NoAnswer(f"no reward service answers at {replica.url} ({why}); {remedy}") from error
-        if health.scorer != self.name or health.schema != protocol.SCHEMA:
-            told = f"{health.scorer!r} with schema {health.schema}, not {self.name!r} with schema {protocol.SCHEMA}"
-            raise RewardServiceError(f"{replica.url} serves {told}; {remedy}")
+        if health.scorer != self.name:
+            raise RewardServiceError(f"{replica.url} serves {health.scorer!r}, not {self.name!r}; {remedy}")
+        if health.schema < protocol.SCHEMA:
+            raise RewardServiceError(f"{replica.url} speaks schema {health.schema}, which has no keys; update it to {protocol.SCHEMA}")
         if health.token and "authorization" not in self._http.headers:
             raise RewardServiceError(f"{replica.url} needs a bearer token; set the environment variable {self.config.token} to it")
         self._identify(replica.url, health.version, health.model_hash)

@@ -7,6 +7,7 @@ mean, /metrics the counts for Prometheus, /openapi.json the protocol.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import errno
 import functools
 import hashlib
@@ -32,6 +33,7 @@ from xomni_jax.rewards.wires import WIRES
 from xomni_jax.rewards.workers import ONE_THREAD, Workers
 
 TOKEN = "XOMNI_REWARD_TOKEN"  # environment variable with the bearer token of services and clients
+_MAX_SET = 4096  # images of a set
 _KEPT = 64  # answers that are kept for clients that repeat a request
 _AWAY = 2  # seconds after which to ask a scorer again whose model is away
 _INFO = ("schema", "accepts", "scorer", "version", "model_hash", "scale", "range", "scope", "token", "limits")
@@ -49,14 +51,15 @@ class ServiceOptions:
       slice_seconds: most that a worker may take for the few images it is given at a time; then it is replaced
       max_queue: images accepted and not yet scored; a request beyond it is answered 429
       max_connections: open at a time; more are answered 503
-      header_seconds, body_seconds: for a client to send the head of a request, and for its body
-      drain_seconds: after SIGTERM, for the requests under way
+      header_seconds: most that a client may take to send the head of a request
+      body_seconds: and its body
+      drain_seconds: most that the requests under way may take after SIGTERM
     """
 
     workers: int = 2
     protocol: Literal["xomni", "flow_grpo", "unirl"] = "xomni"
     state: str = ""
-    slice_seconds: float = 300.0
+    slice_seconds: float = 120.0
     max_queue: int = 1024
     max_connections: int = 256
     header_seconds: float = 10.0
@@ -107,6 +110,8 @@ class RewardService:
 
     def __init__(self, config: ServiceConfig):
         scorer = scorer_class(config.scorer)
+        if scorer.scope == "set":  # which a request must hold as a whole
+            config = dataclasses.replace(config, limits=dataclasses.replace(config.limits, max_images=_MAX_SET))
         self.config, self.started = config, time.monotonic()
         self.wire = WIRES[config.protocol]()
         self.token = os.environ.get(TOKEN, "")
