@@ -58,7 +58,11 @@ class GotOCRScorer(TorchScorer):
         self._processor.tokenizer.padding_side = "left"
         dtype = "float32" if self._device == "cpu" else "bfloat16"
         self._model = pretrained_model(self.name, "GotOcr2ForConditionalGeneration", weights, dtype=dtype).to(self._device)
-        self.version += f"/{o.formula}" + (f"/patches-{o.patches}" if o.patches > 1 else "")
+
+    def variant(self) -> tuple[str, ...]:
+        """See TorchScorer."""
+        o = self.options
+        return (o.formula, *((f"patches-{o.patches}",) if o.patches > 1 else ()))
 
     def score(self, images: Sequence[np.ndarray], items: Sequence[Item]) -> list[Score]:
         """See Scorer. ValueError when a text target is not a string or a list of strings with letters in them."""
