@@ -56,7 +56,9 @@ PLAN = ["jax[tpu]>=0.10,<0.13"]  # brings libtpu, the TPU compiler, which needs 
 TENSORBOARD = ["tensorboard>=2.18,<3"]  # shows the curves that a training writes
 TORCH = ["torch>=2.13,<2.14"]  # of services that run on their own, never of the trainer's process
 FTFY = ["ftfy>=6.2,<7"]  # mends prompts as open_clip does
-TORCH_SCORERS = {"clip": [], "pickscore": [], "hpsv2": FTFY, "imagereward": [], "hpsv3": []}  # scorer: what its extra needs beside these
+TORCH_SCORERS = {  # scorer: what its extra needs beside these
+    "clip": [], "pickscore": [], "hpsv2": FTFY, "imagereward": [], "hpsv3": [], "got_ocr": EVAL, "alignment": [], "unified_reward": [],
+}  # fmt: skip
 PARITY = TORCH + FTFY + ["diffusers>=0.34,<0.50", "sentencepiece>=0.2,<0.3", "peft>=0.17,<0.30"]
 
 CONFIGS = find_namespace_packages(include=["configs", "configs.*"])
@@ -85,7 +87,7 @@ setup(
         "detector": SERVICE + TORCH,
         "loo_fid": REWARDS + TORCH + ["torchvision>=0.28,<0.29"],
         **{scorer: SERVICE + TORCH + more for scorer, more in TORCH_SCORERS.items()},
-        "judge": EVAL + TORCH + ["torchvision>=0.28,<0.29"],  # a judge in the process of xomni eval --phase score
+        "judge": EVAL + TORCH,  # a judge in the process of xomni eval --phase score
         "test": TEST + REWARDS + EVAL + EMOJI + PLAN,
         "parity": TEST + REWARDS + EVAL + EMOJI + PLAN + PARITY,
     },

@@ -7,6 +7,7 @@ installed package.
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import json
 import re
 import string
@@ -70,6 +71,13 @@ def build_parser() -> argparse.ArgumentParser:
     service.add_argument("--memory", default="8Gi", metavar="SIZE", help="memory of each pod (default 8Gi)")
     service.add_argument("--gpu", metavar="TYPE", help="type of GPU, such as nvidia-l4 or nvidia-h100-80gb; without it, CPUs only")
     service.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs of each pod, with --gpu (default 1)")
+    service.add_argument(
+        "--clients",
+        action="append",
+        default=[],
+        metavar="CIDR",
+        help="network of the training hosts, such as 10.128.0.0/20; may be repeated",
+    )
     for kind in (train, service):
         kind.add_argument("name", help="name of the run or service: lower-case letters, digits, dashes")
         kind.add_argument("--image", required=True, help="container image, see launch/Dockerfile")
@@ -102,7 +110,7 @@ def train_values(args: argparse.Namespace) -> dict:
     }
 
 
-def service_values(args: argparse.Namespace) -> dict:
+def service_values(args: argparse.Namespace, command: list[str]) -> dict:
     """The values of service.yaml."""
     size = {"cpu": str(args.cpus), "memory": args.memory}
     gpus = {"nvidia.com/gpu": args.gpus} if args.gpu else {}
@@ -111,6 +119,8 @@ def service_values(args: argparse.Namespace) -> dict:
         "port": args.port,
         "node_selector": {"cloud.google.com/gke-accelerator": args.gpu} if args.gpu else {},
         "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}] if args.gpu else [],
+        "ready": "/ready" if command[0] == "xomni" else "/health",  # others, such as vLLM, answer only when they are ready
+        "clients": [{"podSelector": {}}, *({"ipBlock": {"cidr": network}} for network in args.clients)],
         "requests": size | gpus,
         "limits": {"memory": args.memory} | gpus,
     }
@@ -131,13 +141,18 @@ def render(argv: list[str]) -> str:
         raise ValueError(
             f"the command is missing{' after' if dashes else '; write it after'} --, such as -- xomni train --distributed --config=FILE"
         )
+    for network in getattr(args, "clients", []):
+        try:
+            ipaddress.ip_network(network)
+        except ValueError:
+            raise ValueError(f"--clients {network} is no network; write one such as 10.128.0.0/20") from None
     for name in (args.name, *args.secret, *args.config_map):
         if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", name):
             raise ValueError(f"{name!r}: names are at most 40 lower-case letters, digits and dashes, and start with a letter")
     for key in ("slices", "restarts", "replicas", "cpus", "gpus"):
         if getattr(args, key, 1) < (key != "restarts"):
             raise ValueError(f"--{key} {getattr(args, key)} must be at least {int(key != 'restarts')}")
-    values = train_values(args) if args.kind == "train" else service_values(args)
+    values = train_values(args) if args.kind == "train" else service_values(args, command)
     values |= {"name": args.name, "image": args.image, "command": command}
     values["env_from"] = [{"secretRef": {"name": n}} for n in args.secret] + [{"configMapRef": {"name": n}} for n in args.config_map]
     template = string.Template((HERE / f"{args.kind}.yaml").read_text().split("\n", 2)[2])  # without the two lines about the template

@@ -35,7 +35,7 @@ class Trainer:
     def __init__(self, config: grpo.GRPORun, mesh: jax.sharding.Mesh):
         # The signal is never entered: Ctrl-C ends a benchmark at once, there is nothing to save.
         self.stage: RunningStage = grpo.GRPOStage.make(config, mesh, StopSignal())
-        self.state, self.number = self.stage.state, 0
+        self.state, self.number, self.metrics = self.stage.state, 0, dict[str, Any]()
 
     def step(self) -> dict[str, float]:
         """One step: seconds of each part, of the whole, and of the rest between the parts."""
@@ -44,7 +44,7 @@ class Trainer:
         self.state, metrics = self.stage.step(self.state, batch, self.number)
         jax.block_until_ready(self.state)
         whole = time.perf_counter() - began
-        self.number += 1
+        self.number, self.metrics = self.number + 1, metrics
         seconds = {part: float(metrics[name]) for part, name in PARTS.items()}
         return seconds | {"other": whole - sum(seconds.values()), "step": whole}
 

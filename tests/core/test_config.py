@@ -129,7 +129,7 @@ def test_overrides(override, value):
         ("grpo.kl_importance=perhaps", "config.grpo.kl_importance=perhaps: expected bool, such as False"),
         ("grpo.clip_low=True", "config.grpo.clip_low=True: expected float"),
         ("optimizer=None", "config.optimizer is a section; set one of its keys: b1, b2"),
-        ("rewards.ocr=None", "config.rewards.ocr is a section; set one of its keys: urls, weight"),
+        ("rewards.ocr=None", "config.rewards.ocr is a section; set one of its keys: any_version, attempts"),
         ("decode.step=1", "config.decode.step: unknown key; did you mean steps?"),
         (
             "data.source=dreams",
@@ -206,7 +206,7 @@ def test_sections_are_checked(cls, section, words):
 
 
 def test_lists_become_tuples_and_whole_numbers_fit_floats():
-    assert build(RewardConfig, {"urls": ["http://a"], "weight": 2}, "x") == RewardConfig(("http://a",), 2)
+    assert build(RewardConfig, {"urls": ["http://a"], "weight": 2}, "x") == RewardConfig(("http://a",), weight=2)
 
 
 def test_changes_to_settings_that_are_known_later():

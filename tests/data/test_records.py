@@ -190,7 +190,9 @@ def test_what_a_conversation_tells_beside_its_turns():
 def test_text_in_double_quotes_is_a_target_where_it_is_asked_for(text, targets):
     assert record({"text": text}, prompt=True).targets == {}
     assert record({"text": text}, prompt=True, text_targets=True).targets == {"text": targets}
-    assert record({"text": text}, prompt=True, rewards={"ocr": 0.5}).targets == {"text": targets}
+    for reader in ("ocr", "paddle_ocr", "got_ocr", "tesseract"):
+        assert record({"text": text}, prompt=True, rewards={"clip": 1.0, reader: 0.5}).targets == {"text": targets}
+    assert record({"text": text}, prompt=True, rewards={"clip": 1.0}).targets == {}
 
 
 def test_prompts_with_everything():

@@ -11,9 +11,9 @@ from tests.evaluation.judges.fake_endpoint import fake_endpoint
 from xomni_jax import inference
 from xomni_jax.cli.main import main
 from xomni_jax.evaluation import judges, outputs
-from xomni_jax.evaluation.judges.chat import ChatEndpoint
 from xomni_jax.evaluation.run_directory import RunDirectory
 from xomni_jax.pipeline import XOmni
+from xomni_jax.rewards.chat.endpoint import ChatEndpoint
 from xomni_jax.sharding.mesh import make_mesh
 
 CAT = {"tag": "single_object", "include": [{"class": "cat", "count": 1}], "prompt": "a photo of a cat"}

@@ -121,10 +121,11 @@ def test_a_mistake_fails_the_run_and_a_lost_host_restarts_it():
 @pytest.mark.parametrize("gpu", [None, "nvidia-l4"])
 def test_service(gpu):
     options = f"--gpu {gpu} --gpus 2" if gpu else "--cpus 8"
-    deployment, service = manifests(
-        f"service ocr --image registry/reward:1 --replicas 3 --secret judge {options} -- xomni serve-reward ocr --host 0.0.0.0 --port 8000"
+    deployment, service, policy = manifests(
+        f"service ocr --image registry/reward:1 --replicas 3 --secret judge --clients 10.1.0.0/16 {options} -- "
+        "xomni serve-reward ocr --host 0.0.0.0 --port 8000"
     )
-    for manifest in (deployment, service):
+    for manifest in (deployment, service, policy):
         kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
     pod = deployment["spec"]["template"]
     assert deployment["spec"]["replicas"] == 3
@@ -134,7 +135,14 @@ def test_service(gpu):
         container["ports"][0] == {"name": service["spec"]["ports"][0]["targetPort"], "containerPort": 8000}
         and service["spec"]["ports"][0]["port"] == 8000
     )
-    assert container["readinessProbe"]["httpGet"]["path"] == "/health"
+    assert [container[f"{kind}Probe"]["httpGet"]["path"] for kind in ("startup", "readiness", "liveness")] == [
+        "/ready",
+        "/ready",
+        "/health",
+    ]
+    assert policy["spec"]["podSelector"] == deployment["spec"]["selector"] and policy["spec"]["policyTypes"] == ["Ingress"]
+    assert policy["spec"]["ingress"][0]["from"] == [{"podSelector": {}}, {"ipBlock": {"cidr": "10.1.0.0/16"}}]
+    assert pod["spec"]["securityContext"]["runAsNonRoot"] and container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
     limits = container["resources"]["limits"]
     if gpu:
         assert pod["spec"]["nodeSelector"] == {"cloud.google.com/gke-accelerator": gpu} and limits["nvidia.com/gpu"] == 2
@@ -163,6 +171,7 @@ def test_values_cannot_break_out_of_their_place():
         (f"{TRAIN} --slice v6e-16", "the command is missing; write it after --"),
         (f"{TRAIN.replace('sft', 'Sft', 1)} --slice v6e-16 {COMMAND}", "'Sft': names are at most 40 lower-case"),
         (f"service ocr --image i --secret KEY=v {COMMAND}", "'KEY=v': names are"),
+        (f"service ocr --image i --clients anywhere {COMMAND}", "--clients anywhere is no network"),
     ],
 )
 def test_bad_input_is_one_sentence(line, sentence):

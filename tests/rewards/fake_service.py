@@ -8,26 +8,31 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import msgpack
 
 
 class FakeService(ThreadingHTTPServer):
-    """Steps: ok, slow, null, error, 500, 400 if bad, 429, nan, wrong count, other id, garbage, drop, hang, trickle, trickling head."""
+    """Steps: ok, slow, slow per image, null, error, any status, STATUS if bad, nan, far out, wrong count, other id, shuffled, no keys,
+    other version, garbage, cut, drop, hang, trickle, trickling head. `about` is what /health says of the scorer.
+    """
 
     daemon_threads = True
 
-    def __init__(self, script: Sequence[str], scorer: str = "ocr"):
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.script, self.scorer, self.calls, self.lock = list(script), scorer, [], threading.Lock()
+    def __init__(self, script: Sequence[str], scorer: str = "ocr", port: int = 0, **about: Any):
+        super().__init__(("127.0.0.1", port), _Handler)
+        self.script, self.scorer, self.calls, self.lock, self.about = list(script), scorer, [], threading.Lock(), about
+        self.messages: list[dict[str, Any]] = []
+        self.at_once = self.most_at_once = 0
         self.released = threading.Event()
         self.url = f"http://127.0.0.1:{self.server_port}"
 
 
 @contextmanager
-def fake_service(*script: str, scorer: str = "ocr") -> Iterator[FakeService]:
+def fake_service(*script: str, scorer: str = "ocr", port: int = 0, **about: Any) -> Iterator[FakeService]:
     """A running FakeService."""
-    service = FakeService(script, scorer)
+    service = FakeService(script, scorer, port, **about)
     threading.Thread(target=service.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     try:
         yield service
@@ -45,14 +50,27 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         """/health."""
-        self._answer(200, json.dumps({"scorer": self.server.scorer, "schema": 1}).encode())
+        self._answer(
+            200, json.dumps({"scorer": self.server.scorer, "schema": 2, "accepts": ["application/msgpack"], **self.server.about}).encode()
+        )
 
     def do_POST(self):
         """/score: the next step of the script. The score of an image is its first byte / 100."""
+        with self.server.lock:
+            self.server.at_once += 1
+            self.server.most_at_once = max(self.server.most_at_once, self.server.at_once)
+        try:
+            self._score()
+        finally:
+            with self.server.lock:
+                self.server.at_once -= 1
+
+    def _score(self):
         message = msgpack.unpackb(self.rfile.read(int(self.headers["Content-Length"])))
         with self.server.lock:
             step = self.server.script[min(len(self.server.calls), len(self.server.script) - 1)]
             self.server.calls.append(len(message["images"]))
+            self.server.messages.append(message | {"headers": dict(self.headers)})
         n = len(message["images"])
         scores, errors = [image[0] / 100 for image in message["images"]], [None] * n
         if step in ("hang", "drop"):
@@ -76,15 +94,15 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if step == "slow":
             time.sleep(0.3)
-        if step == "400 if bad" and any(image == b"bad" for image in message["images"]):
-            return self._answer(400, b'{"error": "images[0] is bad"}')
-        if step == "500":
-            return self._answer(500, b"Internal Server Error")
-        if step == "429":
-            return self._answer(429, b"{}", {"Retry-After": "0"})
+        if step == "slow per image":
+            time.sleep(0.06 * n)
+        if step.endswith("if bad") and not any(image == b"bad" for image in message["images"]):
+            step = "ok"
+        if step[:3].isdigit():
+            return self._answer(int(step[:3]), b"Some error", {"Retry-After": "0"} if step == "429" else {})
         if step == "garbage":
             return self._answer(200, b"\xc1\xc1\xc1")
-        if step == "nan":
+        if step.startswith("nan"):
             scores[0] = float("nan")
         if step == "wrong count":
             scores, errors = scores[:-1], errors[:-1]
@@ -92,8 +110,25 @@ class _Handler(BaseHTTPRequestHandler):
             scores = [None] * n
         if step == "error":
             scores[0], errors[0] = None, "the image is empty"
-        body = {"schema": 1, "id": "other" if step == "other id" else message["id"], "scorer": self.server.scorer}
-        self._answer(200, msgpack.packb(body | {"scores": scores, "errors": errors, "details": [{}] * len(scores)}))
+        keys, id = message["keys"], "other" if step == "other id" else message["id"]
+        if step == "shuffled":
+            keys, scores = keys[::-1], scores[::-1]
+        if step == "no keys":
+            keys = []
+        if step == "far out":
+            scores[0] = 1e30
+        body = {"schema": 2, "id": id, "keys": keys, "scorer": self.server.scorer, "version": self.server.about.get("version", "")}
+        if step == "other version":
+            body["version"] = "other"
+        answer = msgpack.packb(body | {"scores": scores, "errors": errors, "details": [{}] * len(scores)})
+        if step == "cut":  # the connection breaks in the middle of the answer
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer[: len(answer) // 2])
+            self.close_connection = True
+            return
+        self._answer(200, answer)
 
     def _answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)

@@ -23,7 +23,7 @@ def service(*args: str) -> Iterator[tuple[subprocess.Popen, str]]:
     )
     try:
         line = process.stdout.readline()
-        found = re.search(r"ready on (http://\S+);", line)
+        found = re.search(r"ready on (https?://\S+);", line)
         assert found, f"no ready line but {line!r}; {process.stderr.read() if not line else ''}"
         yield process, found[1]
     finally:

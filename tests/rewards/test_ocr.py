@@ -40,6 +40,22 @@ def test_modes(scorer):
     assert PPOCRReader("detect").read(np.full((96, 96, 3), 30, np.uint8)) == ""
 
 
+def test_images_of_full_size_are_read_in_one_pass_of_their_own_scale(scorer, monkeypatch):
+    """Detection sees a large image with a long side of 736 pixels and a small one as it is; recognition reads from the whole image."""
+    seen, text_det = [], scorer.reader._engine.text_det
+    session = text_det.session
+    monkeypatch.setattr(text_det, "session", lambda pixels: seen.append(pixels.shape[2:]) or session(pixels))
+    large = sign("please mind the step\nopen daily", 1152, 1152, GROUNDS[1], px=40)
+    assert scorer.score_image(large, ocr_item("please mind the step open daily")).value == 1
+    assert PPOCRReader("detect").read(sign("MOON", 70, 140, px=26)) == scorer.reader.read(sign("MOON", 70, 140, px=26)) == "MOON"
+    assert seen == [(736, 736), (64, 128)]
+
+
+def test_the_paper_name(scorer):
+    other = build_scorer("paddle_ocr", {})
+    assert (other.name, other.version) == ("paddle_ocr", scorer.version) and other.score_image(sign("TEA"), ocr_item("TEA")).value == 1
+
+
 def test_several_targets_and_formulas(scorer):
     both = sign("OPEN\nLATE", 40, 64)
     assert scorer.score_image(both, ocr_item("OPEN", "LATE")).value == 1

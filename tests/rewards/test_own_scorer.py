@@ -13,7 +13,7 @@ from tests.rewards.running import command, service
 from tests.test_readme import commands, parse
 from xomni_jax.rewards import Score
 from xomni_jax.rewards.client import RewardClient
-from xomni_jax.rl.rewards import close_all, open_clients
+from xomni_jax.rl.rewards import Rewards
 from xomni_jax.training.stage import load_config
 
 FILE = Path(__file__).with_name("my_scorer.py")
@@ -79,12 +79,12 @@ def test_a_run_names_it_in_its_rewards(url):
         "rewards.ocr.weight=None",
         "rewards.shapes.weight=None",
     )
-    clients, weights = open_clients(load_config(ROOT / "configs/tiny/grpo.py", weighted).rewards, lambda: None)
+    rewards = Rewards.open(load_config(ROOT / "configs/tiny/grpo.py", weighted).rewards, lambda: None)
     try:
-        assert weights == {"sharpness": 0.5}
-        assert clients["sharpness"].score([sign("HELLO")], [ASKED]) == [expected(sign("HELLO"))]
+        assert rewards.weights == {"sharpness": 0.5}
+        assert rewards.clients["sharpness"].score([sign("HELLO")], [ASKED]) == [expected(sign("HELLO"))]
     finally:
-        close_all(clients)
+        rewards.close()
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,10 @@
 import base64
 import io
 import json
+import tracemalloc
 
 import msgpack
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -16,7 +18,8 @@ FORMS = (p.MSGPACK, p.JSON)
 
 
 def request(n=2) -> p.Request:
-    return p.Request(schema=1, id="r1", images=[p.encode_image(sign("HI"))] * n, items=[ocr_item("HI")] * n)
+    keys = [f"k{i}" for i in range(n)]
+    return p.Request(schema=2, id="r1", images=[p.encode_image(sign("HI"))] * n, items=[ocr_item("HI")] * n, keys=keys)
 
 
 def message(**changes) -> dict:
@@ -27,15 +30,39 @@ def message(**changes) -> dict:
 def test_round_trip(form):
     assert p.read_request(p.encode(request(), form), form) == request()
     scores = [p.Score(0.5, None, {"text": "你"}), p.Score(None, "why"), p.Score(None)]
-    assert p.read_response(p.write_response("r1", "ocr", scores, form), form, "r1", "ocr", 3) == scores
+    answer = p.write_response(request(3), "ocr", scores, form, version="v", model_hash="h")
+    told, response = p.read_response(answer, form, request(3), "ocr")
+    assert told == scores and (response.version, response.model_hash) == ("v", "h")
 
 
-def test_bytes_are_those_of_schema_1():
+def test_bytes_are_those_of_schema_2():
     """What any client or server of the schema writes and reads, by an independent msgpack."""
-    assert msgpack.unpackb(p.encode(request())) == {"schema": 1, "id": "r1", "images": request().images, "items": request().items}
-    answer = msgpack.unpackb(p.write_response("r1", "ocr", [p.Score(0.5, None, {"a": 1}), p.Score(None, "why")]))
+    keys = {"schema": 2, "id": "r1", "keys": ["k0", "k1"]}
+    assert msgpack.unpackb(p.encode(request())) == {**keys, "images": request().images, "items": request().items}
+    answer = msgpack.unpackb(p.write_response(request(), "ocr", [p.Score(0.5, None, {"a": 1}), p.Score(None, "why")]))
     columns = {"scores": [0.5, None], "errors": [None, "why"], "details": [{"a": 1}, {}]}
-    assert answer == {"schema": 1, "id": "r1", "scorer": "ocr", **columns}
+    assert answer == {**keys, "scorer": "ocr", "version": "", "model_hash": "", **columns}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_older_clients_are_understood(form):
+    """Schema 1 has no keys: its order counts."""
+    old = p.Request(schema=1, id="r1", images=request().images, items=request().items)
+    read = p.read_request(p.encode(old, form), form)
+    assert read == old and p.decode(p.write_response(read, "ocr", [p.Score(0.5)] * 2, form), form, p.Response).schema == 1
+
+
+def test_scores_find_their_images_by_key():
+    answer = {
+        "schema": 2,
+        "id": "r1",
+        "scorer": "ocr",
+        "keys": ["k1", "k0"],
+        "scores": [0.1, 0.2],
+        "errors": [None] * 2,
+        "details": [{}] * 2,
+    }
+    assert [s.value for s in p.read_response(msgpack.packb(answer), p.MSGPACK, request(), "ocr")[0]] == [0.2, 0.1]
     assert json.loads(p.encode(request(1), p.JSON))["images"] == [base64.b64encode(request().images[0]).decode()]
 
 
@@ -50,9 +77,8 @@ def test_fields_of_later_versions_are_ignored():
 
 def test_numpy_numbers_in_a_detail_are_sent():
     scores = [p.Score(np.float32(0.5), None, {"a": np.float64(0.25), "b": np.arange(2), 3: True}).checked()]
-    assert p.read_response(p.write_response("r1", "ocr", scores), p.MSGPACK, "r1", "ocr", 1) == [
-        p.Score(0.5, None, {"a": 0.25, "b": [0, 1], "3": True})
-    ]
+    told, _ = p.read_response(p.write_response(request(1), "ocr", scores), p.MSGPACK, request(1), "ocr")
+    assert told == [p.Score(0.5, None, {"a": 0.25, "b": [0, 1], "3": True})]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), np.float32("nan")])
@@ -71,7 +97,9 @@ def test_image_round_trip():
     "changes, words",
     [
         ({"schema": None}, r"Expected `int`, got .* - at `\$.schema`"),
-        ({"schema": 2}, r"Invalid enum value 2 - at `\$.schema`"),
+        ({"schema": 3}, r"Invalid enum value 3 - at `\$.schema`"),
+        ({"keys": ["a", "b"]}, "2 different keys for 1 images"),
+        ({"keys": [1]}, r"Expected `str`, got `int` - at `\$.keys\[0\]`"),
         ({"id": 7}, r"Expected `str`, got `int` - at `\$.id`"),
         ({"images": "no"}, r"Expected `array`, got `str` - at `\$.images`"),
         ({"items": []}, "1 images but 0 items"),
@@ -97,7 +125,7 @@ def test_garbage(body, form):
 
 def test_missing_field_and_bad_base64():
     with pytest.raises(
-        p.ProtocolError, match="not a valid request of schema 1 in application/json: Object missing required field `images`"
+        p.ProtocolError, match="not a valid request of schema 2 in application/json: Object missing required field `images`"
     ):
         p.read_request(json.dumps({"schema": 1, "id": "a"}).encode(), p.JSON)
     with pytest.raises(p.ProtocolError, match=r"Invalid base64 encoded string - at `\$.images\[0\]`"):
@@ -112,6 +140,7 @@ def test_missing_field_and_bad_base64():
         ({"max_prompt_chars": 3}, r"the prompt of items\[0\] has 6, over the limit of 3 characters"),
         ({"max_target_chars": 5}, r"the targets of items\[0\] has"),
         ({"max_body_bytes": 50}, "the request has .* over the limit of 50 bytes"),
+        ({"max_items_bytes": 50}, "items has .* over the limit of 50 bytes"),
     ],
 )
 def test_limits(limit, words):
@@ -128,8 +157,27 @@ def test_image_bomb_is_refused_from_its_header():
         p.decode_image(out.getvalue())
 
 
+@pytest.mark.parametrize(
+    "form, many", [(p.MSGPACK, b"\xdd\x00\x98\x96\x80" + b"\xa0" * 10_000_000), (p.JSON, b'["' + b'","' * 5_000_000 + b'"]')]
+)
+@pytest.mark.parametrize("field", ["images", "keys"])
+def test_lists_are_counted_before_they_are_built(form, many, field):
+    """Millions of empty strings in a few megabytes."""
+    body = p.encode(request(), form)
+    short = msgspec.Raw(p._CODECS[form].encode(p.decode(body, form, dict)[field]))
+    body = body.replace(bytes(short), many)
+    tracemalloc.start()
+    with pytest.raises(p.TooLarge):
+        p.read_request(body, form)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(body) > 10_000_000 and peak < 3 * len(body)
+
+
 def test_an_image_too_elongated_for_scorers():
     assert p.decode_image(p.encode_image(Image.new("RGB", (160, 10)))).shape == (10, 160, 3)
+    with pytest.raises(p.TooLarge, match="4200 x 300 pixels, the limit is 4096 a side"):
+        p.decode_image(p.encode_image(Image.new("RGB", (4200, 300))))
     for size in ((161, 10), (1, 17)):
         with pytest.raises(p.TooLarge, match=f"{size[0]} x {size[1]} pixels, the limit is 16 to 1"):
             p.decode_image(p.encode_image(Image.new("RGB", size)))
@@ -180,9 +228,11 @@ def test_encode_refuses_other_arrays(image):
         ({"details": None}, r"Expected `array`, got .* - at `\$.details`"),
         ({"scorer": 3}, r"Expected `str`, got `int` - at `\$.scorer`"),
         ({"scorer": "shapes"}, "'shapes' answered instead of 'ocr'"),
+        ({"keys": []}, "does not repeat the keys"),
+        ({"keys": ["k0", "k0"]}, "does not repeat the keys"),
     ],
 )
 def test_malformed_response(changes, words):
-    good = {"schema": 1, "id": "r1", "scorer": "ocr", "scores": [1, None], "errors": [None, None], "details": [{}, {}]}
+    columns = {"keys": ["k0", "k1"], "scores": [1, None], "errors": [None, None], "details": [{}, {}]}
     with pytest.raises(p.ProtocolError, match=words):
-        p.read_response(msgpack.packb(good | changes), p.MSGPACK, "r1", "ocr", 2)
+        p.read_response(msgpack.packb({"schema": 2, "id": "r1", "scorer": "ocr", **columns, **changes}), p.MSGPACK, request(), "ocr")

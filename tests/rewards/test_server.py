@@ -6,8 +6,10 @@ import signal
 import socket
 import subprocess
 import time
+from types import SimpleNamespace
 
 import httpx
+import jsonschema
 import numpy as np
 import pytest
 
@@ -16,7 +18,8 @@ from tests.rewards.running import children, command, is_alive, service
 from xomni_jax.rewards import Score, Scorer, protocol, server
 from xomni_jax.rewards.client import RewardClient
 from xomni_jax.rewards.protocol import JSON, MSGPACK, Limits, Request
-from xomni_jax.rewards.scorer import ServiceError
+from xomni_jax.rewards.replicas import RewardServiceError
+from xomni_jax.rewards.scorer import ServiceError, Unavailable
 from xomni_jax.rewards.server import ServiceConfig, create_app
 from xomni_jax.rewards.workers import Workers, score_files
 
@@ -64,7 +67,7 @@ def test_json_says_the_same_as_msgpack(ocr):
 @pytest.mark.parametrize(
     "body, status, words",
     [
-        (b"\xc1", 400, "not a valid request of schema 1 in application/msgpack"),
+        (b"\xc1", 400, "not a valid request of schema 2 in application/msgpack"),
         (protocol.encode(Request(schema=1, id="a", images=[b"x"], items=[])), 400, "1 images but 0 items"),
         (
             protocol.encode(Request(schema=1, id="a", images=[b"x"] * 257, items=[ocr_item("A")] * 257)),
@@ -97,10 +100,15 @@ def test_missing_package_ends_with_one_sentence(tmp_path):
 
 
 def test_sigterm_ends_cleanly_and_takes_the_workers_along(ocr):
-    """Last use of the shared service: exit code 0, nothing on stderr, no process left."""
+    """Last use of the shared service: what is under way is answered, exit code 0, nothing on stderr, no process left."""
     process, url = ocr
     workers = children(process.pid)
-    process.send_signal(signal.SIGTERM)
+    with RewardClient("ocr", url) as client:
+        answers = client.score_async([sign("HELLO", 200, 400, px=60)] * 24, [ocr_item("HELLO")] * 24)
+        while not client.health()[0].queue:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        assert [s.value for s in answers.result(timeout=60)] == [1.0] * 24
     out, err = process.communicate(timeout=20)
     assert process.returncode == 0 and err == ""
     _gone(workers)
@@ -108,12 +116,23 @@ def test_sigterm_ends_cleanly_and_takes_the_workers_along(ocr):
         httpx.get(url + "/health", trust_env=False)
 
 
-def test_workers_follow_a_killed_parent():
-    with service("shapes", "--workers", "1") as (process, _):
-        workers = children(process.pid)
-        assert workers
-        process.kill()
-        _gone(workers)
+def test_tls_and_token(tmp_path, monkeypatch):
+    """A client that trusts the certificate and has the token is served; others say what is missing."""
+    cert, key = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
+    made = "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=IP:127.0.0.1".split()
+    subprocess.run(["openssl", *made, "-keyout", key, "-out", cert], check=True, capture_output=True)
+    monkeypatch.setenv(server.TOKEN, "secret")
+    item = {"prompt": "", "targets": {"background": "red"}}
+    with service("shapes", "--workers", "1", "--tls-cert", cert, "--tls-key", key) as (_, url):
+        assert url.startswith("https://")
+        with RewardClient("shapes", url, ca=cert) as client:
+            assert client.connect().scorer == "shapes" and client.score([sign("A")], [item])[0].value > 0.9
+        with RewardClient("shapes", url) as client, pytest.raises(RewardServiceError, match="no reward service answers"):
+            client.connect()
+        monkeypatch.setenv(server.TOKEN, "wrong")
+        with RewardClient("shapes", url, ca=cert) as client:
+            (score,) = client.score([sign("A")], [item])
+            assert score.kind == "refused" and "token is missing or wrong" in score.error
 
 
 def _gone(pids, seconds=10):
@@ -127,7 +146,11 @@ class HeldWorkers:
     """Stands in for the processes: scores nothing until released."""
 
     def __init__(self):
-        self.version, self.release = "held", asyncio.Event()
+        self.version, self.model_hash, self.release, self.calls = "held", "", asyncio.Event(), 0
+        self.images, self.seconds_busy = 10, 40.0
+
+    def slowest(self):
+        return 0.0
 
     async def start(self):
         pass
@@ -135,39 +158,215 @@ class HeldWorkers:
     def close(self):
         pass
 
-    async def score(self, images, items):
+    async def score(self, images, items, progress):
+        self.calls += 1
         await self.release.wait()
         return [Score(1.0) for _ in images]
 
 
-def test_queue_is_bounded_and_health_answers_meanwhile(monkeypatch):
-    """Of two requests that fit only one at a time the second gets 429 with Retry-After; /health answers while the first waits."""
-    made = []
-    monkeypatch.setattr(server, "Workers", lambda *_: made.append(HeldWorkers()) or made[0])
-    app = create_app(ServiceConfig("ocr", workers=1, max_queue=5, limits=Limits(max_images=4, max_body_bytes=10_000)))
-    body = protocol.encode(Request(schema=1, id="a", images=[b"x"] * 3, items=[ocr_item("A")] * 3))
+def talk(monkeypatch, conversation, **config):
+    """What `conversation(client, post, workers)` returns, with a service whose workers are held."""
+    workers = HeldWorkers()
+    monkeypatch.setattr(server, "Workers", lambda *_: workers)
+    app = create_app(ServiceConfig("ocr", workers=2, **config))
 
-    async def talk():
+    async def run():
         transport = httpx.ASGITransport(app)
         async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            await asyncio.sleep(0.02)
 
-            def post(content=body):
-                return client.post("/score", content=content, headers={"Content-Type": MSGPACK})
+            def post(id="a", content=None, **headers):
+                message = Request(schema=2, id=id, images=[b"x"] * 3, items=[ocr_item("A")] * 3, keys=["0", "1", "2"])
+                return client.post("/score", content=content or protocol.encode(message), headers={"Content-Type": MSGPACK, **headers})
 
-            first = asyncio.create_task(post())
-            await asyncio.sleep(0.05)
-            second, large, health = await post(), await post(b"x" * 20_000), await client.get("/health")
-            made[0].release.set()
-            return await first, second, large, health, await client.get("/health")
+            return await conversation(client, post, workers)
 
-    first, second, large, health, later = asyncio.run(talk())
-    assert second.status_code == 429 and int(second.headers["retry-after"]) >= 1 and "3 images wait" in second.json()["error"]
+    return asyncio.run(run())
+
+
+def test_queue_is_bounded_and_health_answers_meanwhile(monkeypatch):
+    """Of two requests that fit only one at a time the second gets 429 with Retry-After; /health answers while the first waits."""
+
+    async def conversation(client, post, workers):
+        first = asyncio.create_task(post())
+        await asyncio.sleep(0.05)
+        second, large, health = await post("b"), await post("c", b"x" * 20_000), await client.get("/health")
+        workers.release.set()
+        return await first, second, large, health, await client.get("/health")
+
+    limits = Limits(max_images=4, max_body_bytes=10_000)
+    first, second, large, health, later = talk(monkeypatch, conversation, max_queue=5, limits=limits)
+    assert second.status_code == 429 and "3 images wait" in second.json()["error"]
+    assert int(second.headers["retry-after"]) == 6  # 3 images of 4 s each, by two workers
     assert large.status_code == 413
     assert health.json()["queue"] == 3 and health.json()["rejected"] == 2 and health.json()["version"] == "held"
     assert first.status_code == 200 and later.json()["queue"] == 0 and later.json()["scored"] == 3
 
 
+def test_a_scorer_whose_model_is_away_is_busy(monkeypatch):
+    """503 with Retry-After, which clients wait out; the same request is then scored, since it has not been."""
+
+    async def conversation(client, post, workers):
+        async def away(*_):
+            raise Unavailable("no reply of the model")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(workers, "score", away)
+            refused = await post()
+        workers.release.set()
+        return refused, await post()
+
+    refused, scored = talk(monkeypatch, conversation)
+    assert (refused.status_code, refused.json()) == (503, {"error": "no reply of the model"}) and refused.headers["retry-after"] == "2"
+    assert scored.status_code == 200
+
+
+def test_a_repeated_request_is_scored_once(monkeypatch):
+    """While it is being scored, and afterwards; another body under the same id is another request."""
+
+    async def conversation(client, post, workers):
+        both = [asyncio.create_task(post()) for _ in range(2)]
+        await asyncio.sleep(0.05)
+        workers.release.set()
+        answers = [await task for task in both] + [await post()]
+        assert workers.calls == 1
+        other = Request(schema=2, id="a", images=[b"y"], items=[ocr_item("A")], keys=["0"])
+        await post(content=protocol.encode(other))
+        return answers, workers.calls, (await client.get("/health")).json()
+
+    answers, calls, health = talk(monkeypatch, conversation)
+    assert len({answer.content for answer in answers}) == 1 and calls == 2
+    assert (health["requests"], health["repeated"], health["scored"]) == (2, 2, 4)
+
+
+def test_only_so_many_answers_are_kept(monkeypatch):
+    async def conversation(client, post, workers):
+        workers.release.set()
+        for n in range(70):
+            await post(str(n))
+        await post("69")
+        before = workers.calls
+        await post("0")
+        return before, workers.calls
+
+    assert talk(monkeypatch, conversation) == (70, 71)
+
+
+def test_a_request_whose_client_has_gone_is_given_up(monkeypatch):
+    """Unless somebody asks again in time."""
+
+    async def conversation(client, post, workers):
+        service = client._transport.app.state.service
+        message = Request(schema=2, id="a", images=[b"x"], items=[ocr_item("A")], keys=["0"])
+
+        class Gone:
+            async def receive(self):
+                return {"type": "http.disconnect"}
+
+        for digest, again in ((b"1", False), (b"2", True)):
+            with pytest.raises(server._Refusal):
+                await service.result(Gone(), message, digest)
+            second = asyncio.create_task(service.result(SimpleNamespace(receive=asyncio.Event().wait), message, digest)) if again else None
+            await asyncio.sleep(0.15)
+        workers.release.set()
+        return service.state.abandoned, service.state.queue, await second
+
+    abandoned, queue, scores = talk(monkeypatch, conversation, abandoned_seconds=0.05)
+    assert (abandoned, scores) == (1, [Score(1.0)]) and queue == 1
+
+
+def test_what_is_being_received_is_bounded(monkeypatch):
+    """Of all requests together: each alone is within the limits."""
+
+    async def conversation(client, post, workers):
+        workers.release.set()
+        return await post(), await post("b", b"x" * 2_000), client._transport.app.state.service.buffered
+
+    fine, refused, left = talk(monkeypatch, conversation, max_buffered=1_000)
+    assert fine.status_code == 200 and left == 0
+    assert refused.status_code == 429 and "are being received" in refused.json()["error"] and refused.headers["retry-after"] == "1"
+
+
+def test_a_token_is_asked_for(monkeypatch):
+    monkeypatch.setenv(server.TOKEN, "secret")
+
+    async def conversation(client, post, workers):
+        workers.release.set()
+        answers = [await post(**({"Authorization": given} if given else {})) for given in ("", "Bearer no", "secret", "Bearer secret")]
+        return [answer.status_code for answer in answers], answers[0].json()["error"], (await client.get("/health")).json()["token"]
+
+    codes, error, told = talk(monkeypatch, conversation)
+    assert codes == [401, 401, 401, 200] and server.TOKEN in error and told
+
+
+def test_what_a_service_tells_about_itself(monkeypatch):
+    async def conversation(client, post, workers):
+        workers.release.set()
+        await post()
+        ready = await client.get("/ready")
+        return ready, (await client.get("/info")).json(), (await client.get("/metrics")).text, (await client.get("/openapi.json")).json()
+
+    ready, info, metrics, api = talk(monkeypatch, conversation)
+    assert ready.status_code == 200 and ready.json() == {"status": "ok"}
+    assert (info["scorer"], info["schema"], info["version"], info["scope"]) == ("ocr", 2, "held", "image")
+    assert 'xomni_reward_scored_total{scorer="ocr"} 3\n' in metrics and "# TYPE xomni_reward_queue gauge" in metrics
+    assert {"/score", "/health", "/ready", "/info", "/metrics"} == set(api["paths"])
+    jsonschema.Draft202012Validator.check_schema(api["components"]["schemas"]["Request"])
+    validator = jsonschema.Draft202012Validator(api["components"]["schemas"]["Request"] | {"components": api["components"]})
+    message = {"schema": 2, "id": "a", "images": ["aaaa"], "items": [{"prompt": "", "targets": {}}], "keys": ["0"]}
+    validator.validate(message)
+    with pytest.raises(jsonschema.ValidationError):
+        validator.validate(message | {"images": [3]})
+
+
+def test_a_service_that_loads_is_alive_and_not_ready(monkeypatch):
+    start, HeldWorkers.start = HeldWorkers.start, lambda self: asyncio.sleep(60)
+    try:
+
+        async def conversation(client, post, workers):
+            return [(await client.get(path)).status_code for path in ("/health", "/ready")], await post()
+
+        (alive, ready), score = talk(monkeypatch, conversation)
+    finally:
+        HeldWorkers.start = start
+    assert (alive, ready, score.status_code) == (200, 503, 503) and score.headers["retry-after"] == "5"
+
+
+def test_a_hanging_worker_shows_in_the_health(monkeypatch):
+    async def conversation(client, post, workers):
+        workers.slowest = lambda: 20.0
+        return [await client.get(path) for path in ("/health", "/ready")]
+
+    health, ready = talk(monkeypatch, conversation, slice_seconds=10.0)
+    assert health.status_code == ready.status_code == 503 and health.json()["status"] == "stuck"
+
+
+def test_slow_clients_are_cut_off_and_workers_follow_a_killed_parent():
+    """A connection that sends nothing, a head that is never complete, and a body that stops are ended; the service goes on."""
+    with service("shapes", "--workers", "1", "--header-seconds", "0.5", "--body-seconds", "0.5") as (process, url):
+        host, port = url.removeprefix("http://").split(":")
+        for sent in (b"", b"POST /score HTTP/1.1\r\nHost: a\r\n", b"POST /score HTTP/1.1\r\nHost: a\r\nContent-Length: 99\r\n\r\nabc"):
+            with socket.create_connection((host, int(port)), timeout=10) as stalled:
+                stalled.sendall(sent)
+                answer = stalled.recv(1000)
+                assert answer == b"" or answer.startswith(b"HTTP/1.1 408")
+        with socket.create_connection((host, int(port)), timeout=10) as kept:
+            for _ in range(2):  # a connection that is used stays
+                kept.sendall(b"GET /ready HTTP/1.1\r\nHost: a\r\n\r\n")
+                answer = b""
+                while not answer.endswith(b"}"):
+                    answer += kept.recv(1000)
+                assert answer.startswith(b"HTTP/1.1 200")
+                time.sleep(0.8)
+        workers = children(process.pid)
+        assert workers
+        process.kill()
+        _gone(workers)
+
+
 def test_worker_that_dies_is_replaced():
+    """Its images are scored by another one."""
+
     async def run():
         workers = Workers("shapes", {}, 1, Limits())
         try:
@@ -177,14 +376,46 @@ def test_worker_that_dies_is_replaced():
             before = await workers.score([image], [item])
             for pid in list(workers._pools[0]._processes):
                 os.kill(pid, signal.SIGKILL)
-            died = await workers.score([image] * 2, [item] * 2)
-            return before, died, await workers.score([image], [item])
+            return before, await workers.score([image] * 2, [item] * 2)
         finally:
             workers.close()
 
-    before, died, after = asyncio.run(run())
-    assert before[0].value > 0.9 and after == before
-    assert all(s.value is None and "worker process died" in s.error for s in died)
+    before, after = asyncio.run(run())
+    assert before[0].value > 0.9 and after == before * 2
+
+
+KILLER = """
+import os, time
+from xomni_jax.rewards import Score, Scorer
+
+class Killer(Scorer):
+    name = "killer"
+
+    def score_image(self, image, item):
+        if item["prompt"] == "die":
+            os._exit(1)
+        if item["prompt"] == "hang":
+            time.sleep(60)
+        return Score(1.0)
+"""
+
+
+def test_an_image_that_kills_or_holds_its_worker_fails_alone(tmp_path):
+    (tmp_path / "killer.py").write_text(KILLER)
+    image = protocol.encode_image(sign("A"))
+    prompts = ["", "die", "", "hang", ""]
+
+    async def run():
+        workers = Workers(f"{tmp_path}/killer.py:Killer", {}, 2, Limits(), seconds=1.5)
+        try:
+            await workers.start()
+            return await workers.score([image] * 5, [{"prompt": p, "targets": {}} for p in prompts]), workers.slowest()
+        finally:
+            workers.close()
+
+    scores, slowest = asyncio.run(run())
+    assert [s.value for s in scores] == [1.0, None, 1.0, None, 1.0] and slowest == 0.0
+    assert "worker process died" in scores[1].error and "took more than 1.5 s" in scores[3].error
 
 
 class Stubborn(Scorer):
@@ -241,6 +472,74 @@ def test_a_batch_of_the_wrong_length_is_scored_image_by_image():
     assert first.value == third.value == 1 and "it must return one Score per image, 1 in all, not []" in second.error
 
 
-def test_a_service_has_workers():
+class Pairs(Scorer):
+    """Compares the images of a group."""
+
+    name, scope, range = "pairs", "group", (0.0, 1.0)
+
+    def score(self, images, items):
+        if any(item["do"] == "raise" for item in items):
+            raise RuntimeError("no")
+        return [Score(2.0 if item["do"] == "far" else len(images) / 10) for item in items]
+
+
+def test_a_group_is_judged_in_one_call_and_fails_as_a_whole():
+    image = protocol.encode_image(sign("A", 16, 24))
+    items = [{"do": do, "group": group} for group, dos in (("a", ["", ""]), ("b", ["", "raise"]), ("c", ["far"])) for do in dos]
+    scores = score_files(Pairs(), [image] * 5, items, Limits())
+    assert [s.value for s in scores] == [0.2, 0.2, None, None, None]
+    assert "pairs failed: RuntimeError: no" in scores[2].error and "2, outside of its range 0 to 1" in scores[4].error
+
+
+def test_slices_keep_groups_whole():
+    items = [{"group": g} for g in "aabbbc"]
+    cut = lambda size, scope: [list(range(6))[s] for s in protocol.slices(items, size, scope)]  # noqa: E731
+    assert cut(4, "image") == [[0, 1, 2, 3], [4, 5]] and cut(4, "set") == [[0, 1, 2, 3, 4, 5]]
+    assert cut(1, "group") == [[0, 1], [2, 3, 4], [5]] and cut(5, "group") == [[0, 1, 2, 3, 4], [5]]
+    assert protocol.slices([], 4, "group") == [] and len(protocol.slices([{}] * 3, 1, "group")) == 3
+
+
+MEAN = """
+import numpy as np
+from xomni_jax.rewards import Score, Scorer
+
+class Mean(Scorer):
+    name, scope = "mean", "set"
+    seen = 0
+
+    def score(self, images, items):
+        self.seen += len(images)
+        return [Score(self.seen) for _ in images]
+
+    def state(self):
+        return {"seen": np.array(self.seen)}
+
+    def restore(self, state):
+        self.seen = int(state["seen"])
+"""
+
+
+def test_a_scorer_of_whole_sets_keeps_its_state(tmp_path):
+    """One process gets all images of a request in one call; a service that is started again goes on."""
+    (tmp_path / "mean.py").write_text(MEAN)
+    image = protocol.encode_image(sign("A", 8, 8))
+
+    async def run(count):
+        workers = Workers(f"{tmp_path}/mean.py:Mean", {}, 3, Limits(), state=str(tmp_path / "state.npz"))
+        try:
+            await workers.start()
+            return await workers.score([image] * count, [{"prompt": "", "targets": {}}] * count)
+        finally:
+            workers.close()
+
+    assert [s.value for s in asyncio.run(run(20))] == [20.0] * 20
+    assert [s.value for s in asyncio.run(run(2))] == [22.0] * 2
+    config = ServiceConfig(f"{tmp_path}/mean.py:Mean", state=str(tmp_path / "state.npz"))
+    assert server.RewardService(config).info()["limits"]["max_images"] > 2_000
+
+
+def test_nonsense_is_refused():
     with pytest.raises(ServiceError, match="at least 1"):
         ServiceConfig("ocr", workers=0)
+    with pytest.raises(ServiceError, match="ocr does not"):
+        ServiceConfig("ocr", state="file")

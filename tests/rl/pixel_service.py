@@ -44,7 +44,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         """/health."""
-        self._answer("application/json", json.dumps({"scorer": self.server.scorer, "schema": 1}).encode())
+        self._answer(
+            "application/json", json.dumps({"scorer": self.server.scorer, "schema": 2, "accepts": ["application/msgpack"]}).encode()
+        )
 
     def do_POST(self):
         """/score."""
@@ -56,7 +58,8 @@ class _Handler(BaseHTTPRequestHandler):
         errors: list[str | None] = [None] * len(scores)
         if self.server.fails(self.server.calls):
             scores[0], errors[0] = None, "the image is empty"
-        body = {"schema": 1, "id": message["id"], "scorer": self.server.scorer, "scores": scores, "errors": errors}
+        same = {name: message[name] for name in ("schema", "id", "keys")}
+        body = same | {"scorer": self.server.scorer, "scores": scores, "errors": errors}
         self._answer("application/msgpack", msgpack.packb(body | {"details": [{}] * len(scores)}))
 
     def _answer(self, kind: str, body: bytes) -> None:

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 import xomni_jax
+from tests.benchmarks.faults import fault_proxy
 from tests.miniature import CODES, GRID, SIZE, stage_config
 from tests.rl.pixel_service import pixel_service
 from tests.test_metrics import documented, generic
@@ -25,7 +26,7 @@ from xomni_jax.models.transformer import ARTransformer
 from xomni_jax.rewards.client import RewardClient
 from xomni_jax.rl import grpo, rollouts
 from xomni_jax.rl.advantages import AdvantageConfig
-from xomni_jax.rl.rewards import RewardConfig
+from xomni_jax.rl.rewards import RewardConfig, Rewards
 from xomni_jax.sampling import sampler as sampler_module
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sampling.sampler import Sampler
@@ -166,6 +167,17 @@ def test_too_many_failures_stop_the_run_and_nothing_is_lost(finished, model_dir,
     assert metrics(tmp_path / "run") == metrics(finished)
 
 
+def test_faults_of_the_way_change_nothing(finished, model_dir, service, tmp_path):
+    """Every request meets some: as long as all is scored in the end, the run is the one without them, bit for bit."""
+    patient = ("chunk=1", "concurrency=8", "backoff=0.002", "timeout=0.5", "attempts=100")
+    with fault_proxy(service.url, 0.6, slow=0.7) as proxy:
+        config = grpo_config(tmp_path / "run", model_dir, proxy.url, *(f"rewards.ocr.{option}" for option in patient))
+        assert run_stage(config) == tmp_path / "run" / "model"
+        assert proxy.met.total() > 20
+    assert metrics(tmp_path / "run") == metrics(finished)
+    assert_same(params(tmp_path / "run", "transformer"), params(finished, "transformer"))
+
+
 def test_a_sampler_that_lies_about_its_log_probs_is_found(own_programs, model_dir, service, tmp_path, monkeypatch):
     draw = sampler_module.draw_codes
 
@@ -201,8 +213,7 @@ def one_batch(model, service, cfg, image_decoder=None):
             model.decode_config,
             Sampler.make(net, GRID[0] * GRID[1], greedy, cfg.segment, return_mask=True),
             rollouts.param_converter(boxed_shapes("transformer", net.cfg), model.mesh, net.cfg.dtype, net.cfg.image_vocab_size),
-            {"ocr": client},
-            {"ocr": 1.0},
+            Rewards({"ocr": RewardConfig(weight=1.0)}, {"ocr": client}),
             StopSignal(),
         )
         rows, total, images, _ = make(

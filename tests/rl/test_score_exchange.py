@@ -8,26 +8,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xomni_jax.core.preemption import StepRefused, StopRequested
+from xomni_jax.cli.main import explain
+from xomni_jax.core.preemption import Outage, StepRefused, StopRequested
 from xomni_jax.rewards import Score
 from xomni_jax.rl import grpo, rollouts
+from xomni_jax.rl.rewards import Rewards
 from xomni_jax.sharding import arrays
 
 OTHERS = [[Score(0.1, None, {"text": "A"}), Score(None, "timed out")], [Score(None), Score(1 / 3)]]  # per chunk, of rows 1 and 3
 OWN = [[Score(0.5, None, {"text": "B"}), Score(0.25)], [Score(None, "no answer"), Score(None)]]  # rows 0 and 2
 
 
-def exchange(monkeypatch, wait, others=OTHERS):
+def exchange(monkeypatch, wait, others=OTHERS, faults=()):
     """What one of two processes gets; the other one's scores are `others`."""
 
     def gather(value):
         value = json.loads(json.dumps(value))
-        return [value, [["ocr", 4 * c + row, s.value, s.error] for c, chunk in enumerate(others) for row, s in zip([1, 3], chunk)]]
+        there = [["ocr", 4 * c + row, s.value, s.error, s.kind] for c, chunk in enumerate(others) for row, s in zip([1, 3], chunk)]
+        return [value, {"scores": there, "faults": faults}]
 
     polled = []
     monkeypatch.setattr(rollouts, "gather_json", gather)
     stop = SimpleNamespace(check=lambda: polled.append(1), check_waiting=None)
-    client = SimpleNamespace(wait=wait, score_async=lambda images, items: items[0]["chunk"])
+    client = SimpleNamespace(wait=wait, score_async=lambda images, items, progress: items[0]["chunk"], replicas=SimpleNamespace(fault=""))
     scoring = rollouts.Scoring({"ocr": client}, [{"chunk": n // 4} for n in range(8)], [{"ocr"}] * 8, [0, 2], 4, stop)
     scoring.decoding = [jnp.zeros((4, 2, 2, 3), jnp.uint8)] * 2
     scoring.send(wait=True)
@@ -47,11 +50,11 @@ def test_a_reward_is_asked_about_its_own_prompts_alone(monkeypatch):
     heard = []
 
     def client(name):
-        def score(images, items):
+        def score(images, items, progress):
             heard.append((name, [int(image[0, 0, 0]) for image in images], [item["n"] for item in items]))
             return [Score(item["n"] / 8) for item in items]
 
-        return SimpleNamespace(score_async=score, wait=lambda scores, poll: scores)
+        return SimpleNamespace(score_async=score, wait=lambda scores, poll: scores, replicas=SimpleNamespace(fault=""))
 
     monkeypatch.setattr(rollouts, "gather_json", lambda value: [json.loads(json.dumps(value))])
     stop = SimpleNamespace(check=lambda: None, check_waiting=None)
@@ -100,11 +103,33 @@ URL = "http://10.0.0.9:8001"
 )
 def test_a_killed_service_is_named_with_its_address_and_the_cause(scores, told):
     client = SimpleNamespace(urls=(URL, "http://b:2"))
-    made = SimpleNamespace(cfg=rollouts.RolloutConfig(), clients={"ocr": client, "taste": client})
+    made = SimpleNamespace(cfg=rollouts.RolloutConfig(), rewards=Rewards({}, {"ocr": client, "taste": client}))
     weights = {"ocr": np.array([[0.0], [1.0]]), "taste": np.zeros((2, 1))}
     with pytest.raises(StepRefused, match=told):
         rollouts.Rollouts.check_scored(made, scores, weights, 0.75)
     rollouts.Rollouts.check_scored(made, scores, weights, 0.5)
+
+
+def test_an_outage_is_told_apart_from_what_the_user_must_mend():
+    made = SimpleNamespace(cfg=rollouts.RolloutConfig(), rewards=Rewards({}, {"ocr": SimpleNamespace(urls=(URL,))}))
+    with pytest.raises(Outage, match="ocr: nothing answered for 600 s") as caught:
+        silent = [Score(None, "ocr: nothing answered for 600 s", kind="unanswered")] * 3
+        rollouts.Rollouts.check_scored(made, {"ocr": [*silent, Score(1.0)]}, {"ocr": 1.0}, 0.75)
+    assert explain("train", caught.value) == 75 and explain("train", StepRefused("no")) == 2
+
+
+def test_every_process_hears_that_another_version_answers(monkeypatch):
+    with pytest.raises(StepRefused, match="ocr at x is version 2"):
+        exchange(monkeypatch, lambda chunk, poll: OWN[chunk], faults=["ocr at x is version 2"])
+
+
+def test_each_reason_is_said_once_and_counted():
+    said = []
+    rewards = Rewards({}, {}, said.append)
+    for n in range(12):
+        failed = [Score(None, f"the image has {n} pixels"), Score(1.0), Score(None, "late", kind="unanswered")]
+        assert rewards.failures({"ocr": failed}) == {"reward/ocr/failed_scorer": 1, "reward/ocr/failed_unanswered": 1}
+    assert len(said) == 4 and "reward ocr: 1 images" in said[0] and "10 images could not be scored so far: the image has 9" in said[2]
 
 
 def test_a_process_that_is_told_to_stop_still_takes_part(monkeypatch):

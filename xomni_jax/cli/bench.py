@@ -9,13 +9,14 @@ from typing import Any
 
 from xomni_jax.assets import TINY_SFT
 
-NAMES = ("decode", "train", "mmdit", "grpo", "convert", "eval", "data", "tokenize")
+NAMES = ("decode", "train", "mmdit", "grpo", "convert", "eval", "data", "tokenize", "rewards")
 _OPTIONS = dict.fromkeys(("decode", "train", "mmdit"), ("size", "threads")) | {
     "grpo": ("model", "config"),
     "convert": ("gb", "dir"),
     "eval": ("model",),
     "data": (),
     "tokenize": ("model",),
+    "rewards": ("model", "config", "faults"),
 }
 
 DETAILS = """\
@@ -29,6 +30,7 @@ convert peak memory and speed of xomni convert against a plain copy, on a releas
 eval    items per second of xomni eval on the rendered suites, in one process and shared by two; seconds for 240 questions to a judge
 data    examples per second of every format of training data, against the bare reader of the library that reads it
 tokenize images per second of xomni data tokenize against the bare encoder at the same batch
+rewards what the way to a reward service costs, and how much of a slow one hides; with --faults, a GRPO run whose requests meet 1,000 faults
 
 decode, train and mmdit need the extra [parity], grpo needs [rewards].
 """
@@ -40,7 +42,8 @@ xomni bench grpo
 xomni bench convert --gb 4 --dir /tmp
 xomni bench eval
 xomni bench data --seconds 20
-xomni bench tokenize --repeats 5"""
+xomni bench tokenize --repeats 5
+xomni bench rewards --faults"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,6 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     grpo = parser.add_argument_group("grpo only; --model also for eval and tokenize")
     grpo.add_argument("--model", metavar="DIR", help="model directory (default: the tiny model that ships with the package)")
     grpo.add_argument("--config", metavar="FILE", help="whose shapes and rewards (default: configs/tiny/demo.py)")
+    rewards = parser.add_argument_group("rewards only")
+    rewards.add_argument(
+        "--faults", action="store_true", default=None, help="inject faults instead: network, service, and 60 s without any"
+    )
     convert = parser.add_argument_group("convert only")
     convert.add_argument(
         "--gb", type=float, metavar="GB", help="least size of the checkpoint (default 4); three times that is needed on disk"
@@ -71,7 +78,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
 
     if args.repeats < 1 or not args.seconds > 0:
         raise BenchError(f"--repeats {args.repeats} and --seconds {args.seconds:g} must be above 0")
-    for option in ("size", "threads", "model", "config", "gb", "dir"):
+    for option in ("size", "threads", "model", "config", "gb", "dir", "faults"):
         if getattr(args, option) is not None and option not in _OPTIONS[args.name]:
             owners = ", ".join(name for name in NAMES if option in _OPTIONS[name])
             raise BenchError(f"--{option} belongs to bench {owners}; bench {args.name} does not take it")
@@ -79,7 +86,8 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
         raise BenchError(f"--json {args.json}: there is no folder {Path(args.json).parent}; make it first")
     if args.threads is not None:
         machine.use_cores(args.threads)
-    report = {"grpo": _grpo, "convert": _convert, "eval": _eval, "data": _data, "tokenize": _tokenize}.get(args.name, _comparison)(args)
+    own = {"grpo": _grpo, "convert": _convert, "eval": _eval, "data": _data, "tokenize": _tokenize, "rewards": _rewards}
+    report = own.get(args.name, _comparison)(args)
     print(report.text)
     if args.json:
         write_json(Path(args.json), report.data)
@@ -151,9 +159,21 @@ def _tokenize(args: argparse.Namespace) -> Any:
 
 def _grpo(args: argparse.Namespace) -> Any:
     from tests.benchmarks import grpo
+
+    return grpo.run(_grpo_config(args), args.repeats, args.seconds)
+
+
+def _rewards(args: argparse.Namespace) -> Any:
+    from tests.benchmarks import rewards
+
+    return rewards.faults(_grpo_config(args), 1000, 60.0) if args.faults else rewards.run(args.repeats, args.seconds)
+
+
+def _grpo_config(args: argparse.Namespace) -> Any:
+    from tests.benchmarks import grpo
     from xomni_jax.checkpoint.store import read_model_json
     from xomni_jax.training.stage import load_config
 
     config = load_config(args.config or grpo.DEMO, [f"init_from={args.model or TINY_SFT}"])
     read_model_json(config.init_from)  # before any service is started
-    return grpo.run(config, args.repeats, args.seconds)
+    return config

@@ -109,7 +109,7 @@ def explain(command: str, e: BaseException) -> int:
         print(f"xomni {command}: internal error, {type(e).__name__}: {first} (XOMNI_DEBUG=1 shows where)", file=sys.stderr)
         return 1
     print(f"xomni {command}: {first}", file=sys.stderr)
-    return 2
+    return getattr(e, "exit_code", 2)
 
 
 if __name__ == "__main__":

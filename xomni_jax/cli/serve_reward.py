@@ -10,11 +10,13 @@ from typing import Any
 from xomni_jax.cli.parser import Parser
 from xomni_jax.core.options import add_flags
 from xomni_jax.rewards.scorer import SCORERS, scorer_class
+from xomni_jax.rewards.server import ServiceConfig, ServiceOptions, serve
 
 DETAILS = f"""\
-A service scores images over HTTP for the trainer and the evaluations. GET /health reports its state. The scorers:
+A service scores images over HTTP for the trainer and the evaluations. GET /health reports its state, /ready whether it is loaded,
+/metrics its counts for Prometheus. If XOMNI_REWARD_TOKEN is set, clients must have the same token. The scorers:
 
-{chr(10).join(f"{name:<21}{line}" for name, line in SCORERS.summaries().items())}
+{chr(10).join(f"{name:<22}{line}" for name, line in SCORERS.summaries().items())}
 
 A scorer of your own is path/to/my_scorer.py:MyScorer, see xomni_jax/rewards/README.md.
 Each scorer has options of its own: xomni serve-reward ocr --help
@@ -52,7 +54,9 @@ class _ScorerOptions(argparse.Action):
 def _add_service_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, default=8001, help="where to listen; 0 takes a free port (default 8001)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in (default 127.0.0.1)")
-    parser.add_argument("--workers", type=int, default=2, help="processes, one thread each; about one per core (default 2)")
+    parser.add_argument("--tls-cert", default="", metavar="FILE", help="certificate of https, in PEM; with --tls-key")
+    parser.add_argument("--tls-key", default="", metavar="FILE", help="its private key")
+    add_flags(parser, ServiceOptions)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +70,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:
     """Serve until stopped. ValueError (one sentence) when the port is taken, a package is missing or an option does not fit."""
-    from xomni_jax.rewards.server import ServiceConfig, serve
-
-    serve(ServiceConfig(args.scorer, args.options, workers=args.workers), args.host, args.port)
+    options = {f.name: getattr(args, f.name) for f in dataclasses.fields(ServiceOptions)}
+    serve(ServiceConfig(args.scorer, args.options, **options), args.host, args.port, (args.tls_cert, args.tls_key))
     return 0

@@ -84,7 +84,9 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
 
 def shared_settings(config: Any) -> dict[str, Any]:
     """What must be the same in every process of a run. The addresses of reward services may differ from host to host."""
-    return {key: value for key, value in flat(as_dict(config), "config.").items() if not key.endswith(".urls")}
+    from xomni_jax.training.run_directory import is_address
+
+    return {key: value for key, value in flat(as_dict(config), "config.").items() if not is_address(key)}
 
 
 def run_in_group(group: ProcessGroup, action: Callable[[], int], command: str = "train") -> int:

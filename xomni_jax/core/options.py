@@ -21,7 +21,7 @@ def add_flags(parser: argparse._ActionsContainer, cls: type) -> None:
             how = {"required": True}
         else:
             how = {"default": field.default}
-            help += "" if field.default is None else f" (default {field.default})"
+            help += "" if field.default in (None, "") else f" (default {field.default})"
         if kind is bool:
             how["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(kind) is typing.Literal:

@@ -23,6 +23,16 @@ class StepRefused(ValueError):
     """Raised by a step that cannot go on, before it has changed anything; the loop saves, then raises it again."""
 
 
+class Outage(StepRefused):
+    """Something outside the run does not answer, for longer than the run may wait: the same command goes on when it answers again.
+
+    Attributes:
+      exit_code: of the command; launchers take it for that of a run that was stopped and has saved, and start it again.
+    """
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h
+
+
 def interrupt(number: int, frame: FrameType | None) -> None:
     """A handler of Ctrl-C: raises KeyboardInterrupt, but ends the process where that would be lost.
 

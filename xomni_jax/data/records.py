@@ -40,6 +40,7 @@ CONVERSATIONS: dict[str, Callable[[Any, Any], Conversation]] = {
     "texts": of_questions,
     "prompt": of_messages,  # where it is a list
 }
+TEXT_REWARDS = ("ocr", "paddle_ocr", "got_ocr", "tesseract")  # that read the text of an image: a prompt that names one must quote it
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".gif", ".bmp", ".ppm")
 _CELLS = ("targets", "rewards", "weight", "size")  # which tables leave empty in the rows that lack them
 _QUOTED = re.compile(r'"([^"]+)"|“([^”]+)”')
@@ -177,7 +178,7 @@ def _record(row: _Row, key: str, where: str, how: Columns, prompt: bool, rewards
     elif marked:
         texts, shown = _numbered(texts, shown, roles)
     targets, rewards = row.object("targets", dict, "object"), _rewards(row.take("rewards")) or rewards or dict(how.rewards)
-    if (how.text_targets or "ocr" in rewards) and "text" not in targets:
+    if (how.text_targets or set(TEXT_REWARDS) & set(rewards)) and "text" not in targets:
         quoted = [(a or b).strip() for a, b in _QUOTED.findall(" ".join(texts[:1]))]
         targets = targets | {"text": [text for text in quoted if text]}
         if not targets["text"]:

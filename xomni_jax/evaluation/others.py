@@ -13,11 +13,12 @@ from typing import Any, Protocol
 from PIL import Image
 
 from xomni_jax.data.images import UnreadableImage, read_image
-from xomni_jax.evaluation.judges import is_endpoint, open_model
-from xomni_jax.evaluation.judges.replies import Unreadable
+from xomni_jax.evaluation.judges import open_model
 from xomni_jax.evaluation.suite import GridLayout, Item, SuiteError, tiles
 from xomni_jax.evaluation.suite_run import SuiteRun
 from xomni_jax.evaluation.suites.reading import read_rows
+from xomni_jax.rewards.chat import is_endpoint
+from xomni_jax.rewards.chat.replies import Unreadable
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 _ALL = -1  # in place of the number of an image
@@ -172,7 +173,7 @@ class ChatAnswers:
 
     def _answer(self, item: Item) -> dict[str, Any]:
         from xomni_jax.evaluation.judges.chat import answered
-        from xomni_jax.evaluation.judges.preparation import encoded
+        from xomni_jax.rewards.chat.messages import encoded
 
         image = item.image().convert("RGB")
         made = {"image": image_digest([image])}

@@ -10,6 +10,7 @@ masked out of its group, since a sum that lacks a term cannot be compared with t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,17 +54,25 @@ def column(scores: Sequence[Score], prompts: int) -> Column:
     return Column(value_PR, applies_P1 & np.isnan(value_PR))
 
 
+def smallest(columns: Sequence[Column]) -> Column:
+    """The smallest value of several rewards, of those that apply; failed where one of them is."""
+    failed_PR = np.any([c.failed_PR for c in columns], axis=0)
+    return Column(np.where(failed_PR, np.nan, np.fmin.reduce([c.value_PR for c in columns])), failed_PR)
+
+
 def combine(
     rewards: Mapping[str, Column],
     weights: Mapping[str, float | np.ndarray],
     mode: str = "sum_then_normalize",
     *,
+    minimum: Mapping[str, Sequence[str]] = MappingProxyType({}),
     ddof: int = 1,
     eps: float = 1e-4,
 ) -> Combined:
     """One number per rollout from named rewards of one shape [P, R] and their weights, of which at least one is not 0.
 
-    A weight is a number, or one for each prompt [P, 1]: rewards of weight 0 for a prompt do not apply to it.
+    A weight is a number, or one for each prompt [P, 1]: rewards of weight 0 for a prompt do not apply to it. `minimum` names rewards
+    beside which a reward counts as the smallest of all: two recognisers are harder to please than one.
 
     sum_then_normalize   total = sum_k w_k r_k, to be normalised in its group afterwards (TRL's default)
     normalize_then_sum   every reward is normalised in its group, then the weighted sum over the whole batch: a weight means the same
@@ -72,15 +81,15 @@ def combine(
     A rollout with a failed reward, or with none that applies, is not ok. A reward of weight 0 is only reported; its failures mask
     nothing.
     """
-    counted = [k for k in rewards if np.any(weights[k])]
-    known = {k: np.isfinite(rewards[k].value_PR) & (weights[k] != 0) for k in counted}
-    failed_PR = np.any([rewards[k].failed_PR & (weights[k] != 0) for k in counted], axis=0)
+    counted = {k: smallest([rewards[k], *(rewards[other] for other in minimum.get(k, ()))]) for k in rewards if np.any(weights[k])}
+    known = {k: np.isfinite(c.value_PR) & (weights[k] != 0) for k, c in counted.items()}
+    failed_PR = np.any([c.failed_PR & (weights[k] != 0) for k, c in counted.items()], axis=0)
     ok_PR = np.any(list(known.values()), axis=0) & ~failed_PR
-    total_PR = sum(weights[k] * np.where(known[k], rewards[k].value_PR, 0.0) for k in counted)
+    total_PR = sum(weights[k] * np.where(known[k], c.value_PR, 0.0) for k, c in counted.items())
     total_PR = np.where(ok_PR, total_PR, np.nan)
     advantage_PR = None
     if mode == "normalize_then_sum":
-        sum_PR = sum(weights[k] * standardise(rewards[k].value_PR, ok_PR & known[k], -1, ddof, eps) for k in counted)
+        sum_PR = sum(weights[k] * standardise(c.value_PR, ok_PR & known[k], -1, ddof, eps) for k, c in counted.items())
         advantage_PR = standardise(sum_PR, ok_PR, None, ddof, eps)
     stats = {f"reward/{k}/{name}": v for k, c in rewards.items() for name, v in _column_stats(c).items()}
     stats |= {

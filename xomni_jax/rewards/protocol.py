@@ -1,11 +1,12 @@
-"""The wire format between trainer and scorers: schema 1, as msgpack or as JSON with base64 images.
+"""The wire format between trainer and scorers: schema 2, as msgpack or as JSON with base64 images.
 
-Request:  {"schema": 1, "id": str, "images": [PNG, JPEG or WebP bytes], "items": [{"prompt": str, "targets": {...}}]}
-Response: {"schema": 1, "id": str, "scorer": str, "scores": [float | null], "errors": [str | null], "details": [{...}]}
+Request:  {"schema": 2, "id": str, "keys": [str], "images": [PNG, JPEG or WebP bytes], "items": [{"prompt": str, "targets": {...}}]}
+Response: {"schema": 2, "id": str, "keys": [str], "scorer": str, "scores": [float | null], "errors": [str | null], "details": [{...}]}
 Health:   the fields of `Health`, always as JSON.
 
 A null score with an error is a failure; a null score without one means that the scorer does not apply to the item. Neither is ever
-written as 0. Both sides validate whatever arrives: types while decoding, sizes and counts afterwards. Unknown fields are ignored.
+written as 0. The answer repeats the key of every image, so that no score can reach another image. Both sides validate whatever arrives:
+sizes and counts before anything is built, then types. Unknown fields are ignored. Services also accept schema 1, which has no keys.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypedDict, TypeVar
+from typing import Annotated, Any, Literal, NotRequired, TypedDict, TypeVar
 
 import msgspec
 import numpy as np
@@ -23,7 +24,7 @@ from PIL import Image
 
 from xomni_jax.data.images import TooManyPixels, UnreadableImage, read_image
 
-SCHEMA = 1
+SCHEMA = 2
 MSGPACK = "application/msgpack"
 JSON = "application/json"
 _CODECS = {MSGPACK: msgspec.msgpack, JSON: msgspec.json}
@@ -43,10 +44,14 @@ class TooLarge(ProtocolError):
 
 
 class Item(TypedDict):
-    """What one image was asked to be: its prompt, and per kind of reward what to look for, such as {"text": ["OPEN"]}."""
+    """What one image was asked to be: its prompt, and per kind of reward what to look for, such as {"text": ["OPEN"]}.
+
+    `group` is the same for images that are compared with each other: the rollouts of one prompt.
+    """
 
     prompt: str
     targets: dict[str, Any]
+    group: NotRequired[str]
 
 
 class Score(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -56,11 +61,14 @@ class Score(msgspec.Struct, frozen=True, omit_defaults=True):
       value: the reward, always finite; None when there is none.
       error: why the image could not be scored; its rollout is left out of its group.
       detail: what explains the value in a report, as JSON types: recognised text, boxes, single checks.
+      kind: of a failure that the client found: unanswered (nothing answered for as long as it may wait), refused, invalid (an answer that
+        breaks the protocol, or a value out of range); "" where the scorer itself gives the error.
     """
 
     value: float | None
     error: str | None = None
     detail: dict[str, Any] = {}
+    kind: str = ""
 
     @property
     def failed(self) -> bool:
@@ -72,31 +80,53 @@ class Score(msgspec.Struct, frozen=True, omit_defaults=True):
         """False when the item holds nothing that this reward judges."""
         return self.value is not None or self.failed
 
-    def checked(self) -> Score:
-        """This score in Python's own types; a failure when the value is not finite. TypeError when the detail has no form in JSON."""
+    def checked(self, range: tuple[float, float] = (-math.inf, math.inf)) -> Score:
+        """This score in Python's own types; a failure when the value is not finite or outside of the scorer's range.
+
+        TypeError when the detail has no form in JSON.
+        """
         detail = msgspec.to_builtins(self.detail, str_keys=True, enc_hook=_plain)
         if self.failed or self.value is None:
             return Score(None, self.error, detail)
         if not math.isfinite(self.value):
-            return Score(None, f"the scorer gave {self.value}, which is not finite", detail)
+            return Score(None, f"the scorer gave {self.value}, which is not finite", detail, "invalid")
+        if not range[0] <= self.value <= range[1]:
+            return Score(None, f"the scorer gave {self.value:g}, outside of its range {range[0]:g} to {range[1]:g}", detail, "invalid")
         return Score(float(self.value), None, detail)
 
 
-class Request(msgspec.Struct, kw_only=True):
-    """Images (encoded files) and their items; `items[i]` belongs to `images[i]`."""
+class Request(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """Images (encoded files) and their items; `items[i]` belongs to `images[i]`.
 
-    schema: Literal[1]
+    Attributes:
+      id: of the request; the same again where it is repeated, so that its images are scored once.
+      keys: of each image, repeated in the answer.
+      scorer: which is asked.
+      progress: share of the training that is done.
+    """
+
+    schema: Literal[1, 2]
     id: Annotated[str, msgspec.Meta(max_length=256)]
     images: list[bytes]
     items: list[Item]
+    keys: list[str] = []
+    scorer: str = ""
+    progress: float | None = None
 
 
 class Response(msgspec.Struct, kw_only=True):
-    """One score, error and detail per image of the request, in its order."""
+    """One score, error and detail per image of the request, by its key; without keys in the order of the request.
 
-    schema: Literal[1]
+    Attributes:
+      version, model_hash: what the values depend on, as in `Health`.
+    """
+
+    schema: Literal[1, 2]
     id: str
     scorer: str
+    version: str = ""
+    model_hash: str = ""
+    keys: list[str] = []
     scores: list[float | None]
     errors: list[str | None]
     details: list[dict[str, Any]]
@@ -109,10 +139,12 @@ class Limits:
     max_images: int = 256
     max_image_bytes: int = 8 << 20
     max_pixels: int = 2048 * 2048
+    max_side: int = 4096
     max_aspect_ratio: float = 16.0  # of an image's long side to its short one: scorers enlarge low images
     max_prompt_chars: int = 8192
     max_target_chars: int = 16384
     max_target_depth: int = 32  # far from the depth at which Python's own recursion ends
+    max_items_bytes: int = 4 << 20  # of all prompts and targets: what they become in memory is many times as large
     max_body_bytes: int = 128 << 20
 
 
@@ -120,25 +152,57 @@ class Health(msgspec.Struct, kw_only=True):
     """State of a service. Counts are of images since the start, except `requests` and `rejected`, which are of requests.
 
     Attributes:
-      scorer, version: which scorer answers, and what its values depend on (model, formula).
+      status: ok, loading, or stuck: a worker has been busy with one slice for longer than it may.
+      schema: the newest that it speaks. accepts: content types of requests.
+      scorer, version, model_hash: which scorer answers, and what its values depend on (formula, weights).
+      scale, range: what a value means, and the smallest and largest one.
+      scope: image, group (the images of a group must be in one request) or set (all of them).
+      token: requests need the bearer token.
       queue: images accepted and not yet scored.
       busy_seconds: summed durations of the requests.
+      slowest_seconds: how long the longest running slice has been with its worker.
     """
 
     status: str = "ok"
     schema: int
+    accepts: tuple[str, ...] = (JSON,)
     scorer: str
     version: str = ""
+    model_hash: str = ""
+    scale: str = ""
+    range: tuple[float, float] = (-1e4, 1e4)
+    scope: str = "image"
+    token: bool = False
     workers: int = 0
     uptime_seconds: float = 0.0
     requests: int = 0
+    repeated: int = 0
+    abandoned: int = 0
     scored: int = 0
     not_applicable: int = 0
     failed: int = 0
     rejected: int = 0
     queue: int = 0
     busy_seconds: float = 0.0
+    slowest_seconds: float = 0.0
     limits: Limits = Limits()
+
+
+class _Parts(msgspec.Struct):
+    """A request whose long parts are not parsed yet."""
+
+    schema: Literal[1, 2]
+    id: Annotated[str, msgspec.Meta(max_length=256)]
+    images: msgspec.Raw
+    items: msgspec.Raw
+    keys: msgspec.Raw = msgspec.Raw(b"")
+    progress: float | None = None
+
+
+class _ItemParts(msgspec.Struct):
+    prompt: str
+    targets: msgspec.Raw
+    group: str = ""
 
 
 def encode(message: msgspec.Struct, content_type: str = MSGPACK) -> bytes:
@@ -146,15 +210,30 @@ def encode(message: msgspec.Struct, content_type: str = MSGPACK) -> bytes:
     return _CODECS[content_type].encode(message)
 
 
-def decode(body: bytes | bytearray, content_type: str, kind: type[T]) -> T:
-    """A message of type `kind`. ProtocolError when the body is anything else."""
+def decode(body: bytes | bytearray | msgspec.Raw, content_type: str, kind: Any, where: str = "") -> Any:
+    """A message of type `kind`, or the part `where` of a request. ProtocolError when the body is anything else."""
     if content_type not in _CODECS:
         raise ProtocolError(f"content type {content_type[:80]!r} is not supported; send {MSGPACK} or {JSON}")
     try:
         return _CODECS[content_type].decode(body, type=kind)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        name = f"{kind.__name__.lower()} of schema {SCHEMA} in {content_type}"
-        raise ProtocolError(f"the body is not a valid {name}: {error}") from error
+        told, name = str(error), "request" if where or kind is _Parts else kind.__name__.lower()
+        if where:
+            told = told.replace("`$", f"`$.{where}") if "`$" in told else f"{told} - at `$.{where}`"
+        raise ProtocolError(f"the body is not a valid {name} of schema {SCHEMA} in {content_type}: {told}") from error
+
+
+def slices(items: Sequence[Item], size: int, scope: str = "image") -> list[slice]:
+    """Parts of about `size` neighbouring items that a scorer of that scope can judge apart: groups stay whole, and sets."""
+    groups = [item.get("group") for item in items]
+    apart = lambda n: scope == "image" or scope == "group" and (groups[n] is None or groups[n] != groups[n - 1])
+    out, first, last = [], 0, 0
+    for end in [*filter(apart, range(1, len(items))), len(items)]:
+        if end - first > size and last > first:
+            out.append(slice(first, last))
+            first = last
+        last = end
+    return [*out, slice(first, last)] if last > first else out
 
 
 def media_type(headers: Mapping[str, str]) -> str:
@@ -163,13 +242,33 @@ def media_type(headers: Mapping[str, str]) -> str:
 
 
 def read_request(body: bytes | bytearray, content_type: str = MSGPACK, limits: Limits = Limits()) -> Request:
-    """A validated request. ProtocolError (400) when malformed, TooLarge (413) when over `limits`."""
+    """A validated request. ProtocolError (400) when malformed, TooLarge (413) when over `limits`.
+
+    Nothing is parsed before its size is known to be allowed: a short body can hold millions of empty lists.
+    """
     _limit("the request", len(body), limits.max_body_bytes, "bytes; send fewer images at once")
-    request = decode(body, content_type, Request)
-    if len(request.images) != len(request.items):
-        raise ProtocolError(f"there are {len(request.images)} images but {len(request.items)} items; send one item per image")
-    _limit("the request", len(request.images), limits.max_images, "images; send smaller chunks")
-    for n, (image, item) in enumerate(zip(request.images, request.items)):
+    parts = decode(body, content_type, _Parts)
+    _limit("items", len(parts.items), limits.max_items_bytes, "bytes; send fewer images at once")
+    _limit("keys", len(parts.keys), limits.max_items_bytes, "bytes")
+    for raw in (parts.images, parts.keys):
+        _limit("the request", _count(raw, content_type), limits.max_images, "images; send smaller chunks")
+    images = decode(parts.images, content_type, list[bytes], "images")
+    items = [_read_item(n, p, content_type, limits) for n, p in enumerate(decode(parts.items, content_type, list[_ItemParts], "items"))]
+    keys = decode(parts.keys, content_type, list[str], "keys") if len(parts.keys) else []
+    return checked_request(
+        Request(schema=parts.schema, id=parts.id, images=images, items=items, keys=keys, progress=parts.progress), limits
+    )
+
+
+def checked_request(request: Request, limits: Limits) -> Request:
+    """The request. ProtocolError when its parts do not fit together, TooLarge when it is over a limit."""
+    images, items, keys = request.images, request.items, request.keys
+    if len(images) != len(items):
+        raise ProtocolError(f"there are {len(images)} images but {len(items)} items; send one item per image")
+    if keys and len(keys) != len(images) or len(set(keys)) != len(keys):
+        raise ProtocolError(f"there are {len(set(keys))} different keys for {len(images)} images; send one key per image")
+    _limit("the request", len(images), limits.max_images, "images; send smaller chunks")
+    for n, (image, item) in enumerate(zip(images, items)):
         _limit(f"images[{n}]", len(image), limits.max_image_bytes, "bytes")
         _limit(f"the prompt of items[{n}]", len(item["prompt"]), limits.max_prompt_chars, "characters")
         if _deeper(item["targets"], limits.max_target_depth):
@@ -182,23 +281,47 @@ def read_request(body: bytes | bytearray, content_type: str = MSGPACK, limits: L
     return request
 
 
-def write_response(id: str, scorer: str, scores: Sequence[Score], content_type: str = MSGPACK) -> bytes:
-    """Bytes of the answer to the request `id`."""
+def _count(raw: msgspec.Raw, content_type: str) -> int:
+    """How many strings an encoded list holds."""
+    if content_type == JSON:
+        return bytes(raw).count(b'"') // 2
+    head = bytes(memoryview(raw)[:5])
+    long = {0xDC: 3, 0xDD: 5}.get(head[0] if head else 0)  # a 16 or 32 bit length follows
+    return int.from_bytes(head[1:long]) if long else 0
+
+
+def _read_item(n: int, parts: _ItemParts, content_type: str, limits: Limits) -> Item:
+    _limit(f"the targets of items[{n}]", len(parts.targets), 2 * limits.max_target_chars, "bytes")
+    targets = decode(parts.targets, content_type, dict[str, Any], f"items[{n}].targets")
+    return {"prompt": parts.prompt, "targets": targets} | ({"group": parts.group} if parts.group else {})
+
+
+def write_response(request: Request, scorer: str, scores: Sequence[Score], content_type: str = MSGPACK, **about: str) -> bytes:
+    """Bytes of the answer to a request; `about`: the version and model_hash."""
     values, errors, details = ([getattr(s, name) for s in scores] for name in ("value", "error", "detail"))
-    return encode(Response(schema=SCHEMA, id=id, scorer=scorer, scores=values, errors=errors, details=details), content_type)
+    response = Response(
+        schema=request.schema, id=request.id, keys=request.keys, scorer=scorer, scores=values, errors=errors, details=details, **about
+    )
+    return encode(response, content_type)
 
 
-def read_response(body: bytes, content_type: str, id: str, scorer: str, count: int) -> list[Score]:
-    """The scores of `scorer` for the `count` images of request `id`. ProtocolError when the body is anything else."""
-    response = decode(body, content_type, Response)
-    if response.id != id:
-        raise ProtocolError(f"the answer belongs to request {response.id[:256]!r}, not to {id!r}")
+def read_response(body: bytes, content_type: str, request: Request, scorer: str) -> tuple[list[Score], Response]:
+    """The scores of `scorer` for the images of a request, in its order. ProtocolError when the body is anything else."""
+    response, count = decode(body, content_type, Response), len(request.images)
+    if response.id != request.id:
+        raise ProtocolError(f"the answer belongs to request {response.id[:256]!r}, not to {request.id!r}")
     if response.scorer != scorer:
         raise ProtocolError(f"scorer {response.scorer[:256]!r} answered instead of {scorer!r}")
     for name in ("scores", "errors", "details"):
         if len(getattr(response, name)) != count:
             raise ProtocolError(f"the answer has {len(getattr(response, name))} {name} for {count} images")
-    return [Score(*row).checked() for row in zip(response.scores, response.errors, response.details)]
+    if sorted(response.keys) != sorted(request.keys):
+        raise ProtocolError("the answer does not repeat the keys of the images, so its scores may belong to others")
+    if odd := next((value for value in response.scores if value is not None and not math.isfinite(value)), None):
+        raise ProtocolError(f"the answer holds the score {odd}, which is not finite")
+    scores = [Score(*row).checked() for row in zip(response.scores, response.errors, response.details)]
+    by_key = dict(zip(response.keys, scores))
+    return [by_key[key] for key in request.keys] or scores, response
 
 
 def encode_image(image: np.ndarray | Image.Image) -> bytes:
@@ -221,6 +344,8 @@ def decode_image(data: bytes, limits: Limits = Limits()) -> np.ndarray:
     except UnreadableImage as error:
         kind = TooLarge if isinstance(error, TooManyPixels) else ProtocolError
         raise kind(f"the image cannot be read: {error}") from error
+    if max(image.size) > limits.max_side:
+        raise TooLarge(f"the image has {image.width} x {image.height} pixels, the limit is {limits.max_side} a side")
     if max(image.size) > limits.max_aspect_ratio * min(image.size):
         raise TooLarge(f"the image has {image.width} x {image.height} pixels, the limit is {limits.max_aspect_ratio:g} to 1")
     return np.array(image)

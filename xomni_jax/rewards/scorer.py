@@ -18,10 +18,15 @@ SCORERS = Registry(
     "scorer",
     {
         "ocr": "xomni_jax.rewards.services.ocr:OCRScorer",
+        "paddle_ocr": "xomni_jax.rewards.services.ocr:PaddleOCRScorer",
         "shapes": "xomni_jax.rewards.services.shapes:ShapesScorer",
         "quality": "xomni_jax.rewards.services.quality:QualityScorer",
         "tesseract": "xomni_jax.rewards.services.tesseract:TesseractScorer",
         "detector": "xomni_jax.rewards.services.detector:DetectorScorer",
+        "alignment": "xomni_jax.rewards.services.alignment:AlignmentScorer",
+        "unified_reward": "xomni_jax.rewards.services.unified_reward:UnifiedRewardScorer",
+        "unified_reward_pairs": "xomni_jax.rewards.services.unified_reward:UnifiedRewardPairsScorer",
+        "got_ocr": "xomni_jax.rewards.services.got_ocr:GotOCRScorer",
         "clip": "xomni_jax.rewards.services.clip:CLIPScorer",
         "pickscore": "xomni_jax.rewards.services.pickscore:PickScorer",
         "hpsv2": "xomni_jax.rewards.services.hpsv2:HPSv2Scorer",
@@ -36,6 +41,10 @@ class ServiceError(ValueError):
     """A scorer or its server cannot start. One sentence with the remedy."""
 
 
+class Unavailable(Exception):
+    """What a scorer depends on, such as the endpoint of its model, does not answer for now: the client waits and asks again."""
+
+
 class Scorer:
     """Base class of scorers: set `name`, and implement `score_image`, or `score` to work on batches.
 
@@ -44,14 +53,24 @@ class Scorer:
 
     Attributes:
       name: what its service is called: the key of config.rewards, and the NAME of `xomni rewards NAME=URL`.
-      version: what the values depend on, such as the model and the formula; recorded beside evaluations.
+      version: what the values depend on, such as the formula; recorded beside evaluations.
+      model_hash: of the weights that the values depend on, `model_files.model_hash`; "" without weights.
+      scale: one sentence on what a value means and which ones are usual.
+      range: smallest and largest value; what is outside is a failure.
+      scope: which images `score` must get in one call: image (any), group (all of a group, whose items have the same item["group"]) or
+        set (all of a request; one process then scores everything and may keep state between calls, see `state`).
+      progress: share of the training that is done, where the client says so; set before each call.
       Options: a frozen dataclass whose fields are the flags of `xomni serve-reward`, explained under "Attributes:" in its docstring.
       options: the values of this instance.
     """
 
     name: str
     version: str = "1"
-    scope = "image"  # what one call of `score` needs to see: an image, a whole "group", or the "set" of all images of a request
+    model_hash: str = ""
+    scale: str = ""
+    range: tuple[float, float] = (-1e4, 1e4)
+    scope = "image"
+    progress: float | None = None
 
     @dataclass(frozen=True)
     class Options:
@@ -67,6 +86,13 @@ class Scorer:
     def score_image(self, image: np.ndarray, item: Item) -> Score:
         """The score of one image: Score(value, detail={...}), or Score(None) when the scorer does not apply to the item."""
         raise NotImplementedError
+
+    def state(self) -> dict[str, np.ndarray]:
+        """What a scorer of scope set remembers of earlier calls, for `serve-reward --state`."""
+        return {}
+
+    def restore(self, state: dict[str, np.ndarray]) -> None:
+        """Takes over what `state` returned in an earlier process."""
 
 
 def scorer_class(name: str) -> type[Scorer]:

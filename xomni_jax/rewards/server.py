@@ -1,125 +1,402 @@
-"""The HTTP server around one scorer: POST /score, GET /health. Worker processes score, so the event loop always answers."""
+"""The HTTP server around one scorer. Worker processes score, so the event loop always answers.
+
+POST /score scores images. GET /health tells the state, /ready whether the scorer is loaded (for load balancers), /info what the values
+mean, /metrics the counts for Prometheus, /openapi.json the protocol.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import errno
+import functools
+import hashlib
+import hmac
 import math
 import os
 import signal
 import socket
+import sys
 import time
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+import msgspec
 
 from xomni_jax.rewards import protocol
-from xomni_jax.rewards.protocol import JSON, SCHEMA, Health, Limits, ProtocolError
-from xomni_jax.rewards.scorer import ServiceError, need, scorer_class
+from xomni_jax.rewards.protocol import JSON, MSGPACK, SCHEMA, Health, Limits, ProtocolError, Request, Response, Score
+from xomni_jax.rewards.scorer import ServiceError, Unavailable, need, scorer_class
+from xomni_jax.rewards.wires import WIRES
 from xomni_jax.rewards.workers import ONE_THREAD, Workers
+
+TOKEN = "XOMNI_REWARD_TOKEN"  # environment variable with the bearer token of services and clients
+_MAX_SET = 4096  # images of a set
+_KEPT = 64  # answers that are kept for clients that repeat a request
+_AWAY = 2  # seconds after which to ask a scorer again whose model is away
+_INFO = ("schema", "accepts", "scorer", "version", "model_hash", "scale", "range", "scope", "token", "limits")
+_COUNTS = ("requests", "repeated", "abandoned", "rejected", "scored", "not_applicable", "failed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceOptions:
+    """Flags of every service.
+
+    Attributes:
+      workers: processes that score, one thread each; about one per core; one alone for a scorer that judges whole sets
+      protocol: of the clients: xomni, or another project's, flow_grpo or unirl
+      state: file in which a scorer of whole sets keeps what it remembers
+      slice_seconds: most that a worker may take for the few images it is given at a time; then it is replaced
+      max_queue: images accepted and not yet scored; a request beyond it is answered 429
+      max_connections: open at a time; more are answered 503
+      header_seconds: most that a client may take to send the head of a request
+      body_seconds: and its body
+      drain_seconds: most that the requests under way may take after SIGTERM
+    """
+
+    workers: int = 2
+    protocol: Literal["xomni", "flow_grpo", "unirl"] = "xomni"
+    state: str = ""
+    slice_seconds: float = 120.0
+    max_queue: int = 1024
+    max_connections: int = 256
+    header_seconds: float = 10.0
+    body_seconds: float = 60.0
+    drain_seconds: int = 50
 
 
 @dataclass(frozen=True)
-class ServiceConfig:
+class ServiceConfig(ServiceOptions):
     """One service.
 
     Attributes:
       scorer: a name of `scorer.SCORERS`, or path/to/file.py:Class.
       options: fields of the scorer's `Options`.
-      workers: processes that score.
-      max_queue: images accepted and not yet scored, at least those of one request; a request beyond it is answered 429.
+      max_buffered: bytes of requests that are being received.
+      abandoned_seconds: a request whose client has gone is given up if it is not repeated within this time.
       limits: what one request may hold.
     """
 
     scorer: str
     options: dict[str, Any] = field(default_factory=dict)
-    workers: int = 2
-    max_queue: int = 1024
+    max_buffered: int = 256 << 20
+    abandoned_seconds: float = 2.0
     limits: Limits = Limits()
 
     def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise ServiceError(f"--workers {self.workers} must be at least 1")
+        for name in ("workers", "slice_seconds", "max_queue", "max_connections", "header_seconds", "body_seconds", "drain_seconds"):
+            if not getattr(self, name) > 0:
+                raise ServiceError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
+        if self.state and scorer_class(self.scorer).scope != "set":
+            raise ServiceError(f"--state is for scorers that remember earlier images; {self.scorer} does not")
 
 
-def create_app(config: ServiceConfig, ready: Callable[[], None] = lambda: None) -> Any:
-    """The FastAPI application of one scorer; its workers start and end with it.
+class _Refusal(Exception):
+    """Answered with (status, sentence, seconds after which to try again or 0)."""
 
-    `ready` is called when they have started. When they cannot, `app.state.failure` is the ServiceError.
-    """
-    fastapi = need("fastapi", config.scorer)
-    workers = Workers(config.scorer, config.options, config.workers, config.limits)
-    state = Health(schema=SCHEMA, scorer=scorer_class(config.scorer).name, workers=config.workers, limits=config.limits)
-    started = time.monotonic()
 
-    @asynccontextmanager
-    async def lifespan(app: Any) -> AsyncIterator[None]:
-        try:
-            await workers.start()
-            ready()
-            yield
-        except ServiceError as error:
-            app.state.failure = error
-            raise
-        finally:
-            workers.close()
+@dataclass
+class _Job:
+    """A request that is being scored, or was: repeated requests share it."""
 
-    def refuse(status: int, sentence: str, headers: dict[str, str] | None = None) -> Any:
-        state.rejected += 1
-        return fastapi.responses.JSONResponse({"error": sentence}, status, headers)
+    scoring: asyncio.Task[list[Score]]
+    waiting: int = 0  # clients
 
-    async def health(request: Any) -> Any:
-        state.version, state.uptime_seconds = workers.version, round(time.monotonic() - started, 3)
-        return fastapi.Response(protocol.encode(state, JSON), media_type=JSON)
 
-    async def score(request: Any) -> Any:
+class RewardService:
+    """State and routes of one service."""
+
+    def __init__(self, config: ServiceConfig):
+        scorer = scorer_class(config.scorer)
+        if scorer.scope == "set":  # which a request must hold as a whole
+            config = dataclasses.replace(config, limits=dataclasses.replace(config.limits, max_images=_MAX_SET))
+        self.config, self.started = config, time.monotonic()
+        self.wire = WIRES[config.protocol]()
+        self.token = os.environ.get(TOKEN, "")
+        self.workers = Workers(config.scorer, config.options, config.workers, config.limits, config.slice_seconds, config.state)
+        self.state = Health(
+            status="loading", schema=SCHEMA, accepts=(MSGPACK, JSON), scorer=scorer.name, scale=scorer.scale, range=scorer.range,
+            scope=scorer.scope, token=bool(self.token), workers=config.workers, limits=config.limits,
+        )  # fmt: skip
+        self.jobs: OrderedDict[tuple[str, bytes], _Job] = OrderedDict()
+        self.buffered = 0
+
+    # ---- what it is and how it is ----
+    def health(self) -> Health:
+        """The current state."""
+        state = self.state
+        state.version, state.model_hash = self.workers.version, self.workers.model_hash
+        state.slowest_seconds, state.uptime_seconds = round(self.workers.slowest(), 3), round(time.monotonic() - self.started, 3)
+        if state.status != "loading":
+            state.status = "stuck" if state.slowest_seconds > 1.1 * self.config.slice_seconds + 1 else "ok"
+        return state
+
+    def info(self) -> dict[str, Any]:
+        """What a client needs to know of the scorer."""
+        told = msgspec.to_builtins(self.health())
+        return {name: told[name] for name in _INFO}
+
+    def metrics(self) -> str:
+        """The counts in Prometheus' text format."""
+        state = self.health()
+        numbers = {f"{name}_total": ("counter", getattr(state, name)) for name in _COUNTS}
+        numbers["busy_seconds_total"] = ("counter", state.busy_seconds)
+        numbers |= {name: ("gauge", getattr(state, name)) for name in ("queue", "slowest_seconds", "uptime_seconds")}
+        numbers["ready"] = ("gauge", int(state.status == "ok"))
+        rows = [f'# TYPE xomni_reward_{k} {kind}\nxomni_reward_{k}{{scorer="{state.scorer}"}} {v}' for k, (kind, v) in numbers.items()]
+        return "\n".join(rows) + "\n"
+
+    def retry_after(self) -> int:
+        """Seconds until the queue is probably empty, 1 to 60."""
+        workers = self.workers
+        each = workers.seconds_busy / workers.images if workers.images else 0.02
+        return int(min(max(math.ceil(self.state.queue * each / self.config.workers), 1), 60))
+
+    # ---- scoring ----
+    async def score(self, request: Any) -> tuple[bytes, str]:
+        """The answer to a POST, and its content type. _Refusal or ProtocolError when it is not accepted."""
+        self.admit(request.headers)
+        if self.state.status == "loading":
+            raise _Refusal(503, "the scorer is still loading", 5)
         content_type = protocol.media_type(request.headers)
+        body = await self.read(request)
+        message = self.wire.read_request(body, content_type, self.config.limits)
+        if self.state.scope == "group" and not all(item.get("group") for item in message.items):
+            raise ProtocolError(f"{self.state.scorer} compares the images of a group; give every item a group")
+        scores = await self.result(request, message, hashlib.blake2b(body, digest_size=16).digest())
+        about = {"version": self.workers.version, "model_hash": self.workers.model_hash}
+        return self.wire.write_response(message, self.state.scorer, scores, content_type, **about)
+
+    def admit(self, headers: Any) -> None:
+        """Refuses a client without the token, comparing it in constant time."""
+        given = headers.get("authorization", "").encode()
+        if self.token and not hmac.compare_digest(given, f"Bearer {self.token}".encode()):
+            raise _Refusal(401, f"the bearer token is missing or wrong; set {TOKEN} to that of the service", 0)
+
+    async def read(self, request: Any) -> bytes:
+        """The body; refused as soon as it exceeds a limit, whatever its header says, or takes too long."""
+        body, limit = bytearray(), self.config.limits.max_body_bytes
         try:
-            message = protocol.read_request(await _read(request, config.limits.max_body_bytes), content_type, config.limits)
-        except ProtocolError as error:
-            return refuse(error.status, str(error))
-        n = len(message.images)
-        if state.queue + n > config.max_queue:
-            return refuse(429, f"{state.queue} images wait already; try again", {"Retry-After": str(_retry_after(state))})
+            async with asyncio.timeout(self.config.body_seconds):
+                async for part in request.stream():
+                    body += part
+                    self.buffered += len(part)
+                    if len(body) > limit:
+                        raise protocol.TooLarge(f"the request is larger than {limit} bytes; send fewer images at once")
+                    if self.buffered > self.config.max_buffered:
+                        raise _Refusal(429, "too many requests are being received; try again", 1)
+        except TimeoutError:
+            raise _Refusal(408, f"the request did not arrive within {self.config.body_seconds:g} s", 1) from None
+        finally:
+            self.buffered -= len(body)
+        return bytes(body)
+
+    async def result(self, request: Any, message: Request, digest: bytes) -> list[Score]:
+        """Scores of a request; of one that is repeated, those of the first time."""
+        key = (message.id, digest)
+        job = self.jobs.get(key)
+        if job is None or job.scoring.done() and (job.scoring.cancelled() or job.scoring.exception()):
+            if self.state.queue and self.state.queue + len(message.images) > self.config.max_queue:
+                raise _Refusal(429, f"{self.state.queue} images wait already; try again", self.retry_after())
+            job = self.jobs[key] = _Job(asyncio.create_task(self.run(message)))
+            for old in [k for k, j in self.jobs.items() if j.scoring.done()][:-_KEPT]:
+                del self.jobs[old]
+        else:
+            self.state.repeated += 1
+        job.waiting += 1
+        gone = asyncio.create_task(request.receive())  # the next event after the body: the client has closed its connection
+        try:
+            await asyncio.wait((job.scoring, gone), return_when=asyncio.FIRST_COMPLETED)
+            if not job.scoring.done():
+                asyncio.create_task(self.abandon(job))
+                raise _Refusal(499, "the client has gone", 0)
+        finally:
+            gone.cancel()
+            job.waiting -= 1
+        return job.scoring.result()
+
+    async def abandon(self, job: _Job) -> None:
+        """Gives a request up whose client has gone, unless it is repeated soon."""
+        await asyncio.sleep(self.config.abandoned_seconds)
+        if not job.waiting and not job.scoring.done():
+            self.state.abandoned += 1
+            job.scoring.cancel()
+
+    async def run(self, message: Request) -> list[Score]:
+        """Scores a request's images and counts them."""
+        state, n, began = self.state, len(message.images), time.monotonic()
         state.queue += n
         state.requests += 1
-        began = time.monotonic()
         try:
-            scores = await workers.score(message.images, message.items)
+            scores = await self.workers.score(message.images, message.items, message.progress)
         finally:
             state.queue -= n
             state.busy_seconds += time.monotonic() - began
         state.failed += sum(s.failed for s in scores)
         state.not_applicable += sum(not s.applies for s in scores)
         state.scored += sum(s.value is not None for s in scores)
-        return fastapi.Response(protocol.write_response(message.id, state.scorer, scores, content_type), media_type=content_type)
+        return scores
 
-    app = fastapi.FastAPI(title=f"xomni reward: {state.scorer}", version=str(SCHEMA), lifespan=lifespan)
-    app.state.failure = None
-    app.add_route("/health", health)
-    app.add_route("/score", score, methods=["POST"])
+
+def create_app(config: ServiceConfig, ready: Callable[[], None] = lambda: None, failed: Callable[[], None] = lambda: None) -> Any:
+    """The FastAPI application of one scorer; its workers start and end with it.
+
+    `ready` is called when they have started, `failed` when they cannot; then `app.state.failure` is the ServiceError.
+    """
+    fastapi = need("fastapi", config.scorer)
+    service = RewardService(config)
+
+    async def load(app: Any) -> None:
+        try:
+            await service.workers.start()
+            service.state.status = "ok"
+            ready()
+        except ServiceError as error:
+            app.state.failure = error
+            failed()
+
+    @asynccontextmanager
+    async def lifespan(app: Any) -> AsyncIterator[None]:
+        loading = asyncio.create_task(load(app))
+        try:
+            yield
+        finally:
+            loading.cancel()
+            service.workers.close()
+
+    def refuse(status: int, sentence: str, retry: int = 0) -> Any:
+        service.state.rejected += 1
+        return fastapi.responses.JSONResponse({"error": sentence}, status, {"Retry-After": str(retry)} if retry else None)
+
+    async def score(request: Any) -> Any:
+        try:
+            body, content_type = await service.score(request)
+        except ProtocolError as error:
+            return refuse(error.status, str(error))
+        except _Refusal as refusal:
+            return refuse(*refusal.args)
+        except Unavailable as error:
+            return refuse(503, str(error), _AWAY)
+        return fastapi.Response(body, media_type=content_type)
+
+    async def health(request: Any) -> Any:
+        state = service.health()
+        return fastapi.Response(protocol.encode(state, JSON), 503 if state.status == "stuck" else 200, media_type=JSON)
+
+    async def is_ready(request: Any) -> Any:
+        status = service.health().status
+        return fastapi.responses.JSONResponse({"status": status}, 200 if status == "ok" else 503)
+
+    async def info(request: Any) -> Any:
+        return fastapi.responses.JSONResponse(service.info())
+
+    async def metrics(request: Any) -> Any:
+        return fastapi.responses.PlainTextResponse(service.metrics())
+
+    app = fastapi.FastAPI(title=f"xomni reward: {service.state.scorer}", version=str(SCHEMA), lifespan=lifespan)
+    app.state.failure, app.state.service = None, service
+    app.openapi = functools.partial(openapi, service.state.scorer)
+    for path, route in {"/health": health, "/ready": is_ready, "/info": info, "/metrics": metrics}.items():
+        app.add_route(path, route)
+    app.add_route(service.wire.path, score, methods=["POST"])
     return app
 
 
-def serve(config: ServiceConfig, host: str = "127.0.0.1", port: int = 8001) -> None:
-    """Run a service until SIGTERM or Ctrl-C. ServiceError when the port is taken or the scorer cannot start."""
+def openapi(scorer: str = "") -> dict[str, Any]:
+    """The protocol as an OpenAPI description."""
+    (request, response, health), schemas = msgspec.json.schema_components(
+        (Request, Response, Health), ref_template="#/components/schemas/{name}"
+    )
+    content = lambda schema, *types: {"content": {t: {"schema": schema} for t in types}}
+    error = content({"type": "object", "properties": {"error": {"type": "string"}}}, JSON)
+    refusals = {"400": "malformed", "401": "no token", "408": "too slow", "413": "over a limit", "429": "busy", "503": "not ready"}
+    score = {
+        "summary": "Scores of images",
+        "requestBody": {"required": True} | content(request, JSON, MSGPACK),
+        "responses": {"200": {"description": "a score, an error or neither for each image"} | content(response, JSON, MSGPACK)}
+        | {code: {"description": why} | error for code, why in refusals.items()},
+    }
+    get = lambda summary, body: {"get": {"summary": summary, "responses": {"200": {"description": summary} | body}}}
+    any_object = content({"type": "object"}, JSON)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": f"xomni reward {scorer}".strip(), "version": str(SCHEMA), "description": protocol.__doc__},
+        "paths": {
+            "/score": {"post": score},
+            "/health": get("State of the service", content(health, JSON)),
+            "/ready": get("Whether the scorer is loaded", any_object),
+            "/info": get("What the values mean", any_object),
+            "/metrics": get("Counts for Prometheus", content({"type": "string"}, "text/plain")),
+        },
+        "components": {"schemas": schemas},
+    }
+
+
+def serve(config: ServiceConfig, host: str = "127.0.0.1", port: int = 8001, tls: tuple[str, str] = ("", "")) -> None:
+    """Run a service until SIGTERM or Ctrl-C, with the files of a certificate and its key for TLS.
+
+    ServiceError when the port is taken, a file is missing or the scorer cannot start.
+    """
     uvicorn = need("uvicorn", config.scorer)
+    if any(tls) and not all(map(os.path.isfile, tls)):
+        raise ServiceError(f"--tls-cert {tls[0] or '(none)'} and --tls-key {tls[1] or '(none)'} must both name files")
     os.environ.update(ONE_THREAD)  # inherited by the workers, whose numpy and OpenMP read it while they are imported
     listener = _listen(config.scorer, host, port)
     # uvicorn raises the signal again after an orderly shutdown; that must not look like a crash.
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, _leave)
-    url = "http://{}:{}".format(*listener.getsockname()[:2])
+    url = "{}://{}:{}".format("https" if tls[0] else "http", *listener.getsockname()[:2])
     line = f"reward service {config.scorer} ({config.workers} workers) ready on {url}; stop it with Ctrl-C"
-    app = create_app(config, ready=lambda: print(line, flush=True))
-    # Requests in flight get a few seconds; after that their clients see a broken connection and retry on another replica.
-    settings = uvicorn.Config(app, log_level="critical", access_log=False, lifespan="on", timeout_graceful_shutdown=5)
-    try:
-        with listener:
-            uvicorn.Server(settings).run(sockets=[listener])
-    finally:  # a failed start-up makes uvicorn exit with a code of its own
-        if app.state.failure:
-            raise app.state.failure
+    if host not in ("127.0.0.1", "::1", "localhost") and not os.environ.get(TOKEN):
+        print(f"warning: whoever reaches {url} can use this service; set {TOKEN} here and for its clients", file=sys.stderr)
+
+    def stop() -> None:
+        server.should_exit = True
+
+    app = create_app(config, ready=lambda: print(line, flush=True), failed=stop)
+    settings = uvicorn.Config(
+        app, log_level="critical", access_log=False, lifespan="on", http=_impatient(config.header_seconds), ws="none",
+        limit_concurrency=config.max_connections, timeout_keep_alive=75, timeout_graceful_shutdown=config.drain_seconds,
+        **({"ssl_certfile": tls[0], "ssl_keyfile": tls[1]} if tls[0] else {}),
+    )  # fmt: skip
+    server = uvicorn.Server(settings)
+    with listener:
+        try:
+            server.run(sockets=[listener])
+        except OSError as error:  # of the certificate: the port is already open
+            raise ServiceError(f"--tls-cert {tls[0]} and --tls-key {tls[1]} cannot be used ({error})") from None
+    if app.state.failure:
+        raise app.state.failure
+
+
+def _impatient(seconds: float) -> type:
+    """uvicorn's HTTP protocol, which closes a connection whose next request does not begin, or whose head is not complete, in time."""
+    h11_impl = need("uvicorn.protocols.http.h11_impl", "")
+
+    class Impatient(h11_impl.H11Protocol):
+        timer: Any = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self.timer = self.loop.call_later(seconds, transport.close)
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            waits = self.conn.their_state is h11_impl.h11.IDLE  # the head of a request is not complete
+            if self.timer and not waits:
+                self.timer.cancel()
+                self.timer = None
+            elif waits and not self.timer:
+                self.timer = self.loop.call_later(seconds, self.transport.close)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            if self.timer:
+                self.timer.cancel()
+
+    return Impatient
 
 
 def _listen(scorer: str, host: str, port: int) -> socket.socket:
@@ -145,20 +422,3 @@ def _listen(scorer: str, host: str, port: int) -> socket.socket:
 
 def _leave(*_: Any) -> None:
     raise SystemExit(0)
-
-
-async def _read(request: Any, limit: int) -> bytearray:
-    """The body; refused as soon as it exceeds the limit, whatever its header says."""
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > limit:
-            raise protocol.TooLarge(f"the request is larger than {limit} bytes; send fewer images at once")
-    return body
-
-
-def _retry_after(state: Health) -> int:
-    """Seconds until the queue is probably empty, 1 to 30."""
-    done = state.scored + state.failed + state.not_applicable
-    per_image = state.busy_seconds / done if done else 0.02
-    return int(min(max(math.ceil(state.queue * per_image), 1), 30))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import multiprocessing
 import os
 import signal
@@ -11,27 +12,47 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from xomni_jax.rewards.protocol import Item, Limits, ProtocolError, Score, decode_image
-from xomni_jax.rewards.scorer import Scorer, ServiceError, build_scorer
+from xomni_jax.core.config import build
+from xomni_jax.rewards.protocol import Item, Limits, ProtocolError, Score, decode_image, slices
+from xomni_jax.rewards.scorer import Scorer, ServiceError, Unavailable, build_scorer, scorer_class
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_THREAD_LIMIT": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 _SLICE = 8  # images handed to a worker at a time: small enough that requests share the workers fairly
 _scorer: Scorer | None = None  # of this process, if it is a worker
+_state_file = ""
+
+
+class _Lost(Exception):
+    """The worker that had a slice died, or took too long and was ended."""
 
 
 # ---- the service's side ----
 class Workers:
-    """The processes of a service. A worker gets one slice of a request at a time; one that dies is replaced."""
+    """The processes of a service. A worker gets one slice of a request at a time; one that dies or hangs is replaced.
 
-    def __init__(self, scorer: str, options: dict[str, Any], count: int, limits: Limits):
-        self.version = ""
-        self._scorer, self._options, self._limits = scorer, options, limits
-        self._pools: list[ProcessPoolExecutor | None] = [None] * count  # None: started before its next slice
+    Args:
+      seconds: most that a slice may take.
+      state: file in which a scorer of scope set keeps its state; "": nowhere.
+
+    Attributes:
+      version, model_hash: of the scorer.
+      images, seconds_busy: how many images the workers have scored, and in how much time of theirs.
+    """
+
+    def __init__(self, scorer: str, options: dict[str, Any], count: int, limits: Limits, seconds: float = 300.0, state: str = ""):
+        cls = scorer_class(scorer)
+        self.version = self.model_hash = ""
+        self.images, self.seconds_busy = 0, 0.0
+        self._start_arguments, self._limits, self._seconds, self._scope = (scorer, options, state), limits, seconds, cls.scope
+        self._slice = getattr(build(cls.Options, options, f"scorer {cls.name}"), "batch", _SLICE)
+        self._pools: list[ProcessPoolExecutor | None] = [None] * (1 if cls.scope == "set" else count)  # None: started before its next slice
         self._idle: asyncio.Queue[int] = asyncio.Queue()
+        self._since: dict[int, float] = {}  # worker -> when it got the slice that it works on
 
     async def start(self) -> None:
         """Start every process and build its scorer. ServiceError when the scorer cannot start."""
@@ -39,29 +60,57 @@ class Workers:
         for n in range(len(self._pools)):
             self._idle.put_nowait(n)
 
-    async def score(self, images: list[bytes], items: list[Item]) -> list[Score]:
+    async def score(self, images: list[bytes], items: list[Item], progress: float | None = None) -> list[Score]:
         """Scores of a request's images, in order, computed by all workers that are free."""
-        slices = [slice(n, n + _SLICE) for n in range(0, len(images), _SLICE)]
-        parts = await asyncio.gather(*(self._score_slice(images[s], items[s]) for s in slices))
-        return [score for part in parts for score in part]
+        return await self._score_parts(images, items, progress, self._slice)
+
+    def slowest(self) -> float:
+        """Seconds since the longest running slice was given to its worker; 0 when all are idle."""
+        return time.monotonic() - min(self._since.values()) if self._since else 0.0
 
     def close(self) -> None:
         """End the processes and abandon what they are doing."""
         for pool in filter(None, self._pools):
-            for process in list((pool._processes or {}).values()):
-                process.terminate()
+            _end(pool, signal.SIGTERM)
             pool.shutdown(wait=True, cancel_futures=True)
 
-    async def _score_slice(self, images: list[bytes], items: list[Item]) -> list[Score]:
+    async def _score_parts(self, images: list[bytes], items: list[Item], progress: float | None, size: int) -> list[Score]:
+        parts = slices(items, size, self._scope)
+        scores = await asyncio.gather(*(self._score_slice(images[p], items[p], progress) for p in parts))
+        return list(itertools.chain(*scores))
+
+    async def _score_slice(self, images: list[bytes], items: list[Item], progress: float | None) -> list[Score]:
+        """A slice whose worker is lost is scored again in the smallest parts, so that only the image at fault has failed."""
         n = await self._idle.get()
+        # Goes on when the request is abandoned: a worker that still computes must not get another slice.
+        running = asyncio.ensure_future(self._use(n, images, items, progress))
+        running.add_done_callback(lambda done: done.cancelled() or done.exception())
+        try:
+            return await asyncio.shield(running)
+        except _Lost as lost:
+            if len(slices(items, 1, self._scope)) == 1:
+                return [Score(None, str(lost))] * len(images)
+            return await self._score_parts(images, items, progress, 1)
+
+    async def _use(self, n: int, images: list[bytes], items: list[Item], progress: float | None) -> list[Score]:
+        began = time.monotonic()
         try:
             pool = await self._pool(n)
-            return await asyncio.wrap_future(pool.submit(_score_files, images, items, self._limits))
-        except BrokenProcessPool:
-            # Answered, not retried: the image that killed this worker would kill the next one.
+            began = self._since[n] = time.monotonic()
+            async with asyncio.timeout(self._seconds):
+                return await asyncio.wrap_future(pool.submit(_score_files, images, items, self._limits, progress))
+        except ServiceError as error:  # it started once, and does not now
+            raise _Lost(str(error)) from None
+        except (BrokenProcessPool, TimeoutError) as error:
+            if pool := self._pools[n]:
+                _end(pool, signal.SIGKILL)
+                pool.shutdown(wait=False, cancel_futures=True)
             self._pools[n] = None
-            return [Score(None, "the worker process died while scoring this slice") for _ in images]
+            slow = isinstance(error, TimeoutError)
+            raise _Lost(f"scoring took more than {self._seconds:g} s" if slow else "the worker process died while scoring") from None
         finally:
+            self._since.pop(n, None)
+            self.images, self.seconds_busy = self.images + len(images), self.seconds_busy + time.monotonic() - began
             self._idle.put_nowait(n)
 
     async def _pool(self, n: int) -> ProcessPoolExecutor:
@@ -70,7 +119,7 @@ class Workers:
         if pool is None:
             pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_prepare, initargs=(os.getpid(),))
             try:
-                self.version = await asyncio.wrap_future(pool.submit(_start, self._scorer, self._options))
+                self.version, self.model_hash = await asyncio.wrap_future(pool.submit(_start, *self._start_arguments))
             except ServiceError:
                 pool.shutdown(wait=True)  # it is idle; an interpreter that ends while a pool closes may print a traceback
                 raise
@@ -81,18 +130,30 @@ class Workers:
         return pool
 
 
+def _end(pool: ProcessPoolExecutor, number: signal.Signals) -> None:
+    for process in list((pool._processes or {}).values()):
+        os.kill(process.pid, number)
+
+
 # ---- the worker's side ----
 def score_batch(scorer: Scorer, images: Sequence[np.ndarray], items: Sequence[Item]) -> list[Score]:
-    """Scores of decoded images. A batch that raises is scored again image by image, so that an image fails alone."""
+    """Scores of decoded images. A batch that raises is scored again in the smallest parts, so that an image fails alone.
+
+    Raises:
+      Unavailable: the scorer cannot work for now.
+    """
     try:
         scores = scorer.score(images, items)
         if len(scores) != len(images) or not all(isinstance(score, Score) for score in scores):
             raise TypeError(f"it must return one Score per image, {len(images)} in all, not {str(scores):.200}")
-        return [score.checked() for score in scores]
+        return [score.checked(scorer.range) for score in scores]
+    except Unavailable:
+        raise
     except Exception as error:  # noqa: BLE001 - whatever a scorer raises concerns these images alone
-        if len(images) == 1:
-            return [Score(None, f"{scorer.name} failed: {type(error).__name__}: {error}"[:500])]
-        return [score for image, item in zip(images, items) for score in score_batch(scorer, [image], [item])]
+        parts = slices(items, 1, scorer.scope)
+        if len(parts) == 1:
+            return [Score(None, f"{scorer.name} failed: {type(error).__name__}: {error}"[:500])] * len(images)
+        return [score for part in parts for score in score_batch(scorer, images[part], items[part])]
 
 
 def score_files(scorer: Scorer, files: Sequence[bytes], items: Sequence[Item], limits: Limits) -> list[Score]:
@@ -122,17 +183,26 @@ def _prepare(parent: int) -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def _start(name: str, options: dict[str, Any]) -> str:
-    """Build the scorer of this process and return its version. Exceptions reach the parent, so they must be importable there."""
-    global _scorer
+def _start(name: str, options: dict[str, Any], state: str) -> tuple[str, str]:
+    """Build the scorer of this process; returns its version and model hash. Exceptions must be importable in the parent."""
+    global _scorer, _state_file
     try:
-        _scorer = build_scorer(name, options)
+        _scorer, _state_file = build_scorer(name, options), state
+        if state and Path(state).exists():
+            with np.load(state, allow_pickle=False) as saved:
+                _scorer.restore(dict(saved))
     except ValueError as error:
         raise ServiceError(str(error)) from None
     except Exception as error:  # noqa: BLE001 - a scorer may be the user's own code
         raise ServiceError(f"scorer {name!r} cannot start: {type(error).__name__}: {error}") from None
-    return _scorer.version
+    return _scorer.version, _scorer.model_hash
 
 
-def _score_files(files: list[bytes], items: list[Item], limits: Limits) -> list[Score]:
-    return score_files(_scorer, files, items, limits)
+def _score_files(files: list[bytes], items: list[Item], limits: Limits, progress: float | None) -> list[Score]:
+    _scorer.progress = progress
+    scores = score_files(_scorer, files, items, limits)
+    if _state_file:
+        with open(_state_file + ".new", "wb") as file:
+            np.savez(file, **_scorer.state())
+        os.replace(_state_file + ".new", _state_file)
+    return scores

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from xomni_jax.core.distributed import connect, gather_json
 from xomni_jax.core.preemption import StopSignal
 from xomni_jax.core.program import Program, Programs, Work
 from xomni_jax.data.files import FilesSource
+from xomni_jax.data.records import TEXT_REWARDS
 from xomni_jax.data.rendered import SIGNS
 from xomni_jax.data.sources import DataSection, batches, first_batch
 from xomni_jax.models import autoencoder, mmdit, siglip_vq, text_encoders, transformer, work
@@ -27,8 +29,9 @@ from xomni_jax.models.section import ModelSection
 from xomni_jax.pipeline import XOmni
 from xomni_jax.rl.advantages import AdvantageConfig, group_advantages
 from xomni_jax.rl.image_statistics import image_sums, join_statistics
+from xomni_jax.rl.monitors import USUAL, Watch, crossings
 from xomni_jax.rl.objectives import GRPOConfig
-from xomni_jax.rl.rewards import RewardConfig, close_all, open_clients
+from xomni_jax.rl.rewards import RewardConfig, Rewards
 from xomni_jax.rl.rollouts import RolloutConfig, Rollouts, param_converter
 from xomni_jax.rl.update import Advantages, Policy, RolloutBatch, frozen_logp, make_update
 from xomni_jax.sampling.decoder import DECODER_COMPONENTS, DecodeConfig
@@ -53,7 +56,7 @@ from xomni_jax.training.components import (
 )
 from xomni_jax.training.guard import guarded
 from xomni_jax.training.loop import key_for
-from xomni_jax.training.operations import FlopCount
+from xomni_jax.training.operations import FlopCount, say
 from xomni_jax.training.optimizer import Optimizer, OptimizerConfig
 from xomni_jax.training.stage import GRID_SEED, Grid, RunConfig, RunningStage, meshes
 from xomni_jax.training.state import TrainState, new_state
@@ -83,6 +86,8 @@ class GRPORun(RunConfig):
       rollout: how a batch of rollouts is made and used
       decode: changes to the model's own settings of decoding; None: the model's
       rewards: the scoring services, each under the name of its scorer
+      watch: metrics with their smallest and largest values, such as ('reward/judge/mean', 0.5, 1.0) of a judge of weight 0: a warning is
+        printed when one leaves its range
       data: where prompts and their targets come from; every batch has images of one size, and every size programs of its own
     """
 
@@ -106,11 +111,12 @@ class GRPORun(RunConfig):
     decode: Overrides = Overrides(DecodeConfig)
     rewards: Mapping[str, RewardConfig] = dataclasses.field(
         default_factory=lambda: {
-            "ocr": RewardConfig(("http://127.0.0.1:8001",), 1.0),
-            "shapes": RewardConfig(("http://127.0.0.1:8002",), 1.0),
+            "ocr": RewardConfig(("http://127.0.0.1:8001",), weight=1.0),
+            "shapes": RewardConfig(("http://127.0.0.1:8002",), weight=1.0),
             "quality": RewardConfig(("http://127.0.0.1:8003",)),
         }
     )
+    watch: Watch = USUAL
     data: DataSection = dataclasses.replace(
         SIGNS,
         options=dataclasses.replace(SIGNS.options, sizes=((32, 64),), weights=(1.0,), text_lengths=((3, 6),), shapes=0.0, pseudo_words=0.0),
@@ -280,25 +286,26 @@ class GRPOStage:
             frozen = keep(start) if cfg.grpo.kl_coef else None
             del start
         model.release("transformer")  # policy and reference are copies, or the base is held here
-        clients, weights = open_clients(cfg.rewards, stop.check_waiting)
+        rewards = Rewards.open(cfg.rewards, stop.check_waiting, Path(cfg.run_dir), say)
         flops, buckets = FlopCount(), {}
         for size, name in bucket_names(cfg.data.sizes).items():
             codes = grids[size][0] * grids[size][1]
             sampler = Sampler.of(made["prefill" + name].fn, made["rollout" + name].fn, codes, cfg.rollout.segment)
             rollouts = Rollouts(
                 model, image_decoder, grids[size], cfg.grpo.rollouts_per_prompt, cfg.rollout, cfg.advantage, cfg.sampling, decode, sampler,
-                lambda params: made["layout"].fn(join(base, params, lora.scale)), clients, weights, stop,
+                lambda params: made["layout"].fn(join(base, params, lora.scale)), rewards, stop,
             )  # fmt: skip
             buckets[size] = Bucket(rollouts, flops(made["policy-update" + name].fn))
         return RunningStage(
             state,
             DataIterator(prompts, functools.partial(all_prompts, cfg, rows)),
-            functools.partial(train_step, cfg, buckets, frozen),
+            functools.partial(train_step, cfg, buckets, frozen, set()),
             lambda state, directory, note: export_trained(directory, {"transformer": (state.params, ar)}, lora, model, note),
             functools.partial(sample_grid, cfg, buckets),
             items_per_step=cfg.batch_size * cfg.grpo.rollouts_per_prompt,
-            close=functools.partial(close_all, clients),
+            close=rewards.close,
             flops=lambda: flops.total,
+            record={"rewards": rewards.record()},
         )
 
 
@@ -344,10 +351,11 @@ def check_prompts(cfg: GRPORun) -> None:
             )
     texts = any("targets.text" in source.offered for source in files.values())
     asked = any("rewards" not in source.fields for source in files.values())  # not where every prompt names its own rewards
-    if weights.get("ocr") and asked and not texts and len(files) == len(sources):
+    reader = next((name for name in TEXT_REWARDS if weights.get(name)), None)
+    if reader and asked and not texts and len(files) == len(sources):
         raise ConfigError(
-            "config.rewards.ocr: no prompt of config.data says which text its image is to show; write it in double quotes and set "
-            "text_targets=True where its path is set, or leave the reward out with config.rewards.ocr.weight=None"
+            f"config.rewards.{reader}: no prompt of config.data says which text its image is to show; write it in double quotes and set "
+            f"text_targets=True where its path is set, or leave the reward out with config.rewards.{reader}.weight=None"
         )
 
 
@@ -362,7 +370,7 @@ def all_prompts(cfg: GRPORun, rows: Sequence[int], examples: dict[str, Any]) -> 
 
 
 def train_step(
-    cfg: GRPORun, buckets: Mapping[Size, Bucket], frozen: Any, state: TrainState, batch: dict[str, Any], number: int
+    cfg: GRPORun, buckets: Mapping[Size, Bucket], frozen: Any, outside: set[str], state: TrainState, batch: dict[str, Any], number: int
 ) -> tuple[TrainState, dict[str, Any]]:
     """Rollouts of a batch of prompts, and the update on them -> (state, metrics).
 
@@ -371,7 +379,8 @@ def train_step(
       FloatingPointError: sampler and trainer disagree about the log-prob of a code.
     """
     key, (rollouts, update) = key_for(cfg.seed, number, 0), buckets[batch["size"]]
-    rows, total, images, measured = rollouts(state.params, batch["caption"], batch["targets"], batch["rewards"], batch["source"], key)
+    asked = batch["caption"], batch["targets"], batch["rewards"], batch["source"]
+    rows, total, images, measured = rollouts(state.params, *asked, key, number / cfg.steps)
     began = time.perf_counter()
     reward_PR = jnp.asarray(np.nan_to_num(total.total_PR), jnp.float32)
     given_PR = None if total.advantage_PR is None else jnp.asarray(total.advantage_PR, jnp.float32)
@@ -380,7 +389,10 @@ def train_step(
     if limit and gap > limit and rollouts.model.config("transformer").dtype == jnp.float32:
         raise FloatingPointError(f"sampler and trainer differ by {gap:.2e} in a log-prob at step {number + 1} (limit {limit:g})")
     measured["perf/update_s"] = time.perf_counter() - began
-    return state, total.stats | metrics | join_statistics(gather_json(image_sums(images))) | measured
+    metrics = total.stats | metrics | join_statistics(gather_json(image_sums(images))) | measured
+    for line in crossings(cfg.watch, metrics, outside):
+        say(line)
+    return state, metrics
 
 
 def sample_grid(cfg: GRPORun, buckets: Mapping[Size, Bucket], state: TrainState, number: int) -> Grid:

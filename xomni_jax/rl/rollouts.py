@@ -16,12 +16,13 @@ import numpy as np
 
 from xomni_jax.core.config import Count, Natural, NonNegative, Share, check_known
 from xomni_jax.core.distributed import gather_json
-from xomni_jax.core.preemption import StepRefused, StopRequested, StopSignal
+from xomni_jax.core.preemption import Outage, StepRefused, StopRequested, StopSignal
 from xomni_jax.pipeline import XOmni
 from xomni_jax.rewards.client import RewardClient
 from xomni_jax.rewards.combine import MODES, Combined, column, combine, source_means
 from xomni_jax.rewards.protocol import Item, Score
 from xomni_jax.rl.advantages import AdvantageConfig
+from xomni_jax.rl.rewards import Rewards
 from xomni_jax.rl.update import RolloutBatch
 from xomni_jax.sampling.batches import make_batches
 from xomni_jax.sampling.decoder import DecodeConfig
@@ -118,12 +119,14 @@ class Scoring:
         rows: Sequence[int],
         chunk: int,
         stop: StopSignal,
+        progress: float | None = None,
     ):
         """`items` of all rollouts, `chunk` of them at a time, and the names of the rewards that are asked about each.
 
         `rows` of a chunk are those whose scores this process asks for.
         """
         self.clients, self.items, self.judges, self.rows, self.chunk, self.stop = clients, items, judges, rows, chunk, stop
+        self.progress = progress
         self.decoding: list[jax.Array] = []
         self.images: list[np.ndarray] = []
         # Of each chunk, by reward: which of `rows` it is asked about, and their scores.
@@ -139,13 +142,16 @@ class Scoring:
             for name, client in self.clients.items():
                 if asked := [n for n, row in enumerate(self.rows) if name in self.judges[first + row]]:
                     items = [self.items[first + self.rows[n]] for n in asked]
-                    waiting[name] = asked, client.score_async([images[n] for n in asked], items)
+                    waiting[name] = asked, client.score_async([images[n] for n in asked], items, self.progress)
             self._waiting.append(waiting)
 
     def scores(self) -> dict[str, list[Score]]:
         """{reward: a score for every rollout of the batch}: waits for this process's own and exchanges them with the others.
 
         A stop is acted upon after the exchange, which all must make: whoever raised before would leave the others waiting.
+
+        Raises:
+          StepRefused: another version of a scorer answers than before.
         """
         poll = self.stop.check_waiting
         try:
@@ -154,16 +160,20 @@ class Scoring:
             own = []
         # Without the details, which only reports need.
         told = [
-            (name, c * self.chunk + self.rows[n], score.value, score.error)
+            (name, c * self.chunk + self.rows[n], score.value, score.error, score.kind)
             for c, chunk in enumerate(own)
             for name, (asked, scores) in chunk.items()
             for n, score in zip(asked, scores, strict=True)
         ]
-        table = gather_json(told)
+        table = gather_json(
+            {"scores": told, "faults": [client.replicas.fault for client in self.clients.values() if client.replicas.fault]}
+        )
         self.stop.check()
+        for fault in (fault for part in table for fault in part["faults"]):
+            raise StepRefused(fault)
         out = {name: [Score(None)] * len(self.items) for name in self.clients}
-        for name, row, value, error in (entry for part in table for entry in part):
-            out[name][row] = Score(value, error)
+        for name, row, value, error, kind in (entry for part in table for entry in part["scores"]):
+            out[name][row] = Score(value, error, kind=kind)
         return out
 
 
@@ -176,7 +186,7 @@ class Rollouts:
       grid: rows and columns of an image's codes.
       group: rollouts of a prompt.
       sampler, sampler_params: the sampler's programs, and the function from the policy's parameters to those that they take.
-      clients, weights: of the rewards.
+      rewards: their clients and weights.
       stop: polled between segments of codes, after each chunk, and while waiting for rewards.
     """
 
@@ -190,8 +200,7 @@ class Rollouts:
     decode: DecodeConfig
     sampler: Sampler
     sampler_params: Callable[[Any], Any]
-    clients: Mapping[str, RewardClient]
-    weights: Mapping[str, float]
+    rewards: Rewards
     stop: StopSignal
 
     def __call__(
@@ -202,21 +211,24 @@ class Rollouts:
         own_weights: Sequence[Mapping[str, float] | None],
         sources: Sequence[str | None],
         key: jax.Array,
+        progress: float | None = None,
     ) -> tuple[RolloutBatch, Combined, np.ndarray, dict[str, float]]:
         """One scored batch under the policy's parameters -> (rows without advantages, combined rewards, images [B, H, W, 3], metrics).
 
         Args:
           own_weights: of each prompt's rewards; no others are asked about it. None: the configured ones.
           sources: names of the prompts' sources, for the metrics; None where there is none.
+          progress: share of the training that is done, which the scorers are told.
         """
         params, P, R = self.sampler_params(params), len(prompts), self.group
         chunk = P // self.cfg.chunks * R
         keys_PR, noise_keys_PR = self.keys(key, P)
         inputs = self.sampler_inputs(prompts, keys_PR)
-        items = [{"prompt": prompt, "targets": target} for prompt, target in zip(prompts, targets, strict=True) for _ in range(R)]
-        weights_P = [own or self.weights for own in own_weights]
-        judges = [weights for weights in weights_P for _ in range(R)]
-        scoring = Scoring(self.clients, items, judges, owned_rows(self.image_decoder.mesh, chunk), chunk, self.stop)
+        asked = zip(prompts, targets, strict=True)
+        items = [{"prompt": prompt, "targets": target, "group": str(p)} for p, (prompt, target) in enumerate(asked) for _ in range(R)]
+        weights_P = [own or self.rewards.weights for own in own_weights]
+        judges = [names for names in map(self.rewards.asked, weights_P) for _ in range(R)]
+        scoring = Scoring(self.rewards.clients, items, judges, owned_rows(self.image_decoder.mesh, chunk), chunk, self.stop, progress)
         seconds = dict.fromkeys(("perf/rollout_s", "perf/decode_s", "perf/reward_wait_s"), 0.0)
         made = []
 
@@ -241,23 +253,31 @@ class Rollouts:
         with timed(seconds, "perf/reward_wait_s"):
             scores = scoring.scores()
         columns = {name: column(own, P) for name, own in scores.items()}
-        weights = {name: np.array([[own.get(name, 0.0)] for own in weights_P]) for name in self.weights}
-        total = combine(columns, weights, self.cfg.combine, ddof=self.advantage.ddof, eps=self.advantage.eps)
+        weights = self.rewards.weights_of(weights_P, self.cfg.combine)
+        total = combine(columns, weights, self.cfg.combine, minimum=self.rewards.minimum, ddof=self.advantage.ddof, eps=self.advantage.eps)
+        measured = seconds | self.rewards.failures(scores) | source_means(sources, columns, total)
         self.check_scored(scores, weights, 1.0 - float(total.ok_PR.mean()))
-        return self.rows(made, inputs, total.ok_PR), total, np.concatenate(scoring.images), seconds | source_means(sources, columns, total)
+        return self.rows(made, inputs, total.ok_PR), total, np.concatenate(scoring.images), measured
 
     def check_scored(self, scores: Mapping[str, Sequence[Score]], weights: Mapping[str, Any], failed: float) -> None:
-        """StepRefused if too many rollouts could not be scored; it names the service that failed most often, and why."""
+        """StepRefused if too many rollouts could not be scored; it names the service that failed most often, and why.
+
+        Raises:
+          Outage: that service did not answer at all.
+        """
         if failed <= self.cfg.max_fail_frac:
             return
-        errors = Counter((name, score.error) for name in scores if np.any(weights[name]) for score in scores[name] if score.error)
-        why, remedy = "no reward applies to them", "give the prompts targets that a scorer reads"
+        counted = [name for name in scores if np.any(weights[name])]
+        counted += [other for name in counted for other in self.rewards.minimum.get(name, ())]
+        errors = Counter((name, score.error, score.kind) for name in counted for score in scores[name] if score.error)
+        why, remedy, refusal = "no reward applies to them", "give the prompts targets that a scorer reads", StepRefused
         if errors:
-            ((name, error), _), *_ = errors.most_common(1)
-            urls = self.clients[name].urls
+            ((name, error, kind), _), *_ = errors.most_common(1)
+            urls = self.rewards.clients[name].urls
             why = error if any(url in error for url in urls) else f"{name} at {', '.join(urls)}: {error}"
             remedy = "start the service again (`xomni rewards` checks it)"
-        raise StepRefused(
+            refusal = Outage if kind == "unanswered" else StepRefused
+        raise refusal(
             f"{failed:.0%} of a step's rollouts could not be scored (limit config.rollout.max_fail_frac={self.cfg.max_fail_frac:.0%}): "
             f"{why}; {remedy}, then run the same command again"
         )

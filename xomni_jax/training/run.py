@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 
+from xomni_jax.checkpoint.store import write_json
 from xomni_jax.core.config import ConfigError
 from xomni_jax.core.distributed import connect, description
 from xomni_jax.core.preemption import StopSignal
@@ -54,4 +55,6 @@ def run_stage(
         if first:
             check_room(run_dir, sum(x.nbytes for x in jax.tree.leaves(stage.state)))
             save_config(cfg)
+            for name, value in stage.record.items():
+                write_json(run_dir / f"{name}.json", value)
         return train(cfg, stage, stop, profile)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -16,9 +17,23 @@ from xomni_jax.checkpoint.store import checkpoint_hash, read_model_json, write_j
 from xomni_jax.core.config import ConfigError, as_dict, flat
 from xomni_jax.core.folders import lock, why_taken
 from xomni_jax.core.tables import bytes_text
+from xomni_jax.rewards.client import ClientConfig
 from xomni_jax.training.stage import RunConfig
 
-MAY_CHANGE = ("run_dir", "init_from", "steps", "log_every", "save_every", "save_minutes", "grid_every", "wandb", "keep", "keep_every")
+MAY_CHANGE = (
+    "run_dir",
+    "init_from",
+    "steps",
+    "log_every",
+    "save_every",
+    "save_minutes",
+    "grid_every",
+    "wandb",
+    "keep",
+    "keep_every",
+    "watch",
+)
+CLIENT_FIELDS = {field.name for field in dataclasses.fields(ClientConfig)}
 
 
 @contextmanager
@@ -98,7 +113,12 @@ def described(cfg: RunConfig) -> dict[str, Any]:
 
 def may_change(key: str) -> bool:
     """Whether a run may be resumed with another value of this key."""
-    return key in MAY_CHANGE or key.endswith(".urls")
+    return key in MAY_CHANGE or is_address(key)
+
+
+def is_address(key: str) -> bool:
+    """Whether a key of a reward says how its service is reached, which may differ from start to start and from host to host."""
+    return ".rewards." in f".{key}" and key.rpartition(".")[2] in CLIENT_FIELDS
 
 
 def same(old: Any, new: Any) -> bool:

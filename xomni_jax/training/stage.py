@@ -142,6 +142,7 @@ class RunningStage:
       items_per_step: examples or samples one step handles, for the rate.
       close: frees what the stage holds (connections), however the run ends.
       flops: matrix products of all steps so far, see `operations.FlopCount`.
+      record: what the run depends on beside its configuration; each part is kept as RUN/NAME.json.
     """
 
     state: TrainState
@@ -152,6 +153,7 @@ class RunningStage:
     items_per_step: int = 1
     close: Callable[[], None] = lambda: None
     flops: Callable[[], float] = lambda: 0.0
+    record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Stage(Protocol):

@@ -6,7 +6,7 @@ import json
 import threading
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -14,13 +14,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 class FakeEndpoint(ThreadingHTTPServer):
     """A server of scripted replies; `asked` keeps every body.
 
-    Steps: a choice as a dict, "say TEXT", "by content" (yes or no), slow, 400, 401, 429, 500, garbage, "no choice",
-    "two choices", "no text", drop, hang.
+    Steps: a choice as a dict, a function from the body to one, "say TEXT", "by content" (yes or no), slow, 400, 401, 429, 500,
+    garbage, "no choice", "two choices", "no text", drop, hang.
     """
 
     daemon_threads = True
 
-    def __init__(self, script: Sequence[str | dict], models: Sequence[str] | None):
+    def __init__(self, script: Sequence[str | dict | Callable[[dict], dict]], models: Sequence[str] | None):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.script, self.models, self.asked, self.headers, self.lock = list(script), models, [], [], threading.Lock()
         self.released = threading.Event()
@@ -28,7 +28,7 @@ class FakeEndpoint(ThreadingHTTPServer):
 
 
 @contextmanager
-def fake_endpoint(*script: str | dict, models: Sequence[str] | None = ("tiny-vlm",)) -> Iterator[FakeEndpoint]:
+def fake_endpoint(*script: str | dict | Callable[[dict], dict], models: Sequence[str] | None = ("tiny-vlm",)) -> Iterator[FakeEndpoint]:
     """A running FakeEndpoint."""
     endpoint = FakeEndpoint(script, models)
     threading.Thread(target=endpoint.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
@@ -61,6 +61,8 @@ class _Handler(BaseHTTPRequestHandler):
             step = self.server.script[min(len(self.server.asked), len(self.server.script) - 1)]
             self.server.asked.append(body)
             self.server.headers.append(dict(self.headers))
+        if callable(step):
+            step = step(body)
         if isinstance(step, dict):
             self._answer(200, {"choices": [step]})
             return

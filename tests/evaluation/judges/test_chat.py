@@ -9,11 +9,12 @@ from PIL import Image
 
 from tests.evaluation.judges.fake_endpoint import fake_endpoint
 from xomni_jax.evaluation.judges import open_judge
-from xomni_jax.evaluation.judges.chat import ChatEndpoint, ChatJudge
+from xomni_jax.evaluation.judges.chat import ChatJudge
+from xomni_jax.evaluation.judges.detections import check_detections
 from xomni_jax.evaluation.judges.preparation import ChatOptions
-from xomni_jax.evaluation.judges.replies import check_detections
 from xomni_jax.evaluation.suite import JudgeUnavailable, SuiteError, is_unreadable
 from xomni_jax.evaluation.suites import get_suite
+from xomni_jax.rewards.chat.endpoint import ChatEndpoint
 
 PICTURE = Image.new("RGB", (12, 8), (200, 10, 10))
 ASK = {"instruction": "Read.", "max_tokens": 77}
@@ -93,10 +94,10 @@ def test_one_failure_among_many_fails_the_batch_and_keeps_order_otherwise():
 
 def test_the_endpoint_is_checked_before_anything_is_drawn():
     with fake_endpoint("401") as endpoint, pytest.raises(JudgeUnavailable, match="environment variable OPENAI_API_KEY"):
-        judge(endpoint)
+        open_judge("vqa", f"tiny-vlm@{endpoint.url}")
     with fake_endpoint("say x", models=["other"]) as endpoint:
         with pytest.raises(JudgeUnavailable, match="has no model 'tiny-vlm'; it serves other"):
-            judge(endpoint)
+            open_judge("vqa", f"tiny-vlm@{endpoint.url}")
     with fake_endpoint("say x", models=None) as endpoint:
         assert judge(endpoint).ask([PICTURE], [[ASK]]) == [["x"]]
         gone = endpoint.url

@@ -10,12 +10,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from xomni_jax.evaluation.judges.detections import check_detections
 from xomni_jax.evaluation.judges.preparation import ChatOptions, as_shown, is_skipped
-from xomni_jax.evaluation.judges.replies import check_detections
 from xomni_jax.evaluation.suite import Judge, JudgeUnavailable, SuiteError
+from xomni_jax.rewards import chat as chat_models
+from xomni_jax.rewards.chat import is_endpoint
+from xomni_jax.rewards.chat.messages import ChatUnavailable
+from xomni_jax.rewards.scorer import ServiceError
 
 if TYPE_CHECKING:
-    from xomni_jax.evaluation.judges.chat import ChatModel
+    from xomni_jax.rewards.chat.messages import ChatModel
     from xomni_jax.rewards.client import RewardClient
 
 CHAT = ("ocr", "vqa", "chat", "letter")  # kinds that a chat model can be
@@ -72,12 +76,6 @@ def open_judge(kind: str, spec: str | None = None, options: ChatOptions = ChatOp
     return judge
 
 
-def is_endpoint(spec: str) -> bool:
-    """Whether `spec` is MODEL@URL."""
-    model, _, url = spec.rpartition("@")
-    return bool(model) and url.startswith(("http://", "https://"))
-
-
 def open_model(spec: str) -> ChatModel:
     """The chat model MODEL@URL, or that in a directory in the layout of transformers.
 
@@ -85,20 +83,12 @@ def open_model(spec: str) -> ChatModel:
       SuiteError: the directory holds no such model.
       JudgeUnavailable: the endpoint does not answer.
     """
-    if not is_endpoint(spec):
-        from xomni_jax.evaluation.judges.vlm import LocalModel
-
-        return LocalModel(Path(spec))
-    from xomni_jax.evaluation.judges.chat import ChatEndpoint
-
-    name, _, url = spec.rpartition("@")
-    endpoint = ChatEndpoint(name, url)
     try:
-        endpoint.check()
-    except JudgeUnavailable:
-        endpoint.close()
-        raise
-    return endpoint
+        return chat_models.open_model(spec)
+    except ChatUnavailable as error:
+        raise JudgeUnavailable(str(error)) from error
+    except ServiceError as error:
+        raise SuiteError(str(error)) from error
 
 
 class PPOCRJudge(Judge):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import functools
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,8 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-# Speed counts more than size: an image is sent once or a few times and thrown away.
-_HOW = {"PNG": {"compress_level": 1, "compress_type": 3}, "JPEG": {}, "WEBP": {"lossless": True, "quality": 0, "method": 0}}
+from xomni_jax.rewards.chat.messages import encoded
 
 
 @dataclass(frozen=True)
@@ -28,26 +25,6 @@ class ChatOptions:
     concurrency: int = 16
     image_format: str | None = None
     thinking_tokens: int = 4096
-
-
-@dataclass(frozen=True)
-class EncodedImage:
-    """An image as a file of the kind PNG, JPEG (Pillow's default quality) or WEBP (lossless)."""
-
-    kind: str
-    data: bytes
-
-    @functools.cached_property
-    def url(self) -> bytes:
-        """The file as a data URL."""
-        return f"data:image/{self.kind.lower()};base64,".encode() + base64.b64encode(self.data)
-
-
-def encoded(image: Image.Image, kind: str) -> EncodedImage:
-    """The image as a file."""
-    out = io.BytesIO()
-    image.convert("RGB").save(out, kind, **_HOW[kind])
-    return EncodedImage(kind, out.getvalue())
 
 
 def is_skipped(image: Image.Image, question: Mapping[str, Any]) -> bool:

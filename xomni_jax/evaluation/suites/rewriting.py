@@ -18,12 +18,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from xomni_jax.evaluation.judges import is_endpoint, open_model
+from xomni_jax.evaluation.judges import open_model
 from xomni_jax.evaluation.judges.chat import answered
 from xomni_jax.evaluation.judges.preparation import ChatOptions
-from xomni_jax.evaluation.judges.replies import Unreadable
 from xomni_jax.evaluation.suite import Item, Suite, SuiteError
 from xomni_jax.evaluation.suites.reading import read_rows
+from xomni_jax.rewards.chat import is_endpoint
+from xomni_jax.rewards.chat.replies import Unreadable
 
 _TOKENS, _CONCURRENCY = 512, 8
 FORMS = "a jsonl file with 'id' or 'prompt' and 'rewritten' on each line, or MODEL@URL of an OpenAI-compatible endpoint"

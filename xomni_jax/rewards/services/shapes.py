@@ -41,6 +41,8 @@ class ShapesScorer(Scorer):
     """
 
     name = "shapes"
+    scale = "share of what the item asks for that is there, 0 to 1"
+    range = (0.0, 1.0)
     version = "contours-1"
 
     def __init__(self) -> None:

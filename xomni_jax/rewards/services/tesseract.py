@@ -53,6 +53,8 @@ class TesseractScorer(Scorer):
     """
 
     name = "tesseract"
+    scale = "likeness of the text that was read to the wanted one, 0 to 1"
+    range = (0.0, 1.0)
     version = "tesseract-line/auto"
 
     def __init__(self) -> None:

@@ -87,9 +87,8 @@ class TorchScorer(Scorer):
 
 
 def torch_and_device(scorer: str, device: str | None) -> tuple[Any, str]:
-    """torch on one thread, and the device to use. ServiceError when torch or the device is missing."""
+    """torch, and the device to use. ServiceError when torch or the device is missing."""
     torch = need("torch", scorer, extra=scorer)
-    torch.set_num_threads(1)  # a service has one worker process per core
     torch.backends.cudnn.allow_tf32 = False  # convolutions in float32 as well, which is not their default on a GPU
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -1,10 +1,10 @@
-"""What replies say: the answer of a chat completion without its thinking, one of several answers, and the boxes of a detector."""
+"""What replies say: the answer of a chat completion without its thinking, one of several answers, the odds of its first token."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 _NAMES = "think|thinking|thought|thoughts|reasoning"
@@ -72,28 +72,18 @@ def choose(text: str, answers: Sequence[str]) -> str | None:
     return next((answer for answer in answers if answer.lower() == found.lower()), None)
 
 
-def check_detections(found: Any, question: Mapping[str, Any]) -> None:
-    """Raises ValueError, saying what is wrong, unless `found` is {class: [{"box", "score", "color"}]} as the question asks for it."""
-    if not isinstance(found, dict):
-        raise ValueError(f"the detections are {_shown(found)}, not lists of boxes by class")
-    for name, boxes in found.items():
-        if not isinstance(boxes, list):
-            raise ValueError(f"the detections of {name!r} are {_shown(boxes)}, not a list")
-        for box in boxes:
-            if not isinstance(box, dict):
-                raise ValueError(f"a detection of {name!r} is {_shown(box)}, not an object with box and score")
-            corners = box.get("box")
-            if not isinstance(corners, list | tuple) or len(corners) != 4 or not all(map(_is_number, corners)):
-                raise ValueError(f"the box of a {name!r} is {_shown(corners)}, not four numbers")
-            if not _is_number(box.get("score")) or not 0 <= box["score"] <= 1:
-                raise ValueError(f"the score of a {name!r} is {_shown(box.get('score'))}, not a number from 0 to 1")
-            if name in question.get("coloured", ()) and not isinstance(box.get("color"), str):
-                raise ValueError(f"the color of a {name!r} is {_shown(box.get('color'))}, not a name, and it was asked for")
+def read_first_tokens(body: Any) -> dict[str, float]:
+    """Probabilities of the first token of a reply by its text, in the JSON of an OpenAI-compatible endpoint.
 
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _shown(value: Any) -> str:
-    return "missing" if value is None else repr(value)[:60]
+    Raises:
+      ValueError: it is no chat completion with one choice and a text.
+      Unreadable: the model refused, or the server sends no log-probabilities.
+    """
+    read_completion(body)
+    found: dict[str, float] = {}
+    try:
+        for entry in body["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
+            found[entry["token"]] = found.get(entry["token"], 0.0) + math.exp(min(entry["logprob"], 0.0))
+    except (KeyError, TypeError, IndexError) as error:
+        raise Unreadable("the reply holds no top_logprobs; use a server that sends them, as vLLM does") from error
+    return found

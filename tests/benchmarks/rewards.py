@@ -1,0 +1,121 @@
+"""What the way between trainer and reward service costs: transport, overlap with other work, and a GRPO run under injected faults."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from statistics import median
+from typing import Any
+
+import jax
+import numpy as np
+
+from tests.benchmarks import machine
+from tests.benchmarks.faults import InlineWorkers, fault_proxy, inline_service
+from tests.benchmarks.grpo import Trainer
+from tests.benchmarks.report import OURS, Report, duration, machine_line
+from tests.benchmarks.services import running
+from tests.rewards.images import ocr_item, sign
+from xomni_jax.core.tables import aligned
+from xomni_jax.rewards import protocol
+from xomni_jax.rewards.client import RewardClient
+from xomni_jax.rewards.scorer import build_scorer
+from xomni_jax.rewards.workers import score_files
+from xomni_jax.rl import grpo
+from xomni_jax.rl.rewards import RewardConfig
+from xomni_jax.sharding.mesh import make_mesh
+
+BATCH, SIDES = 32, (96, 256, 1152)
+PATIENT = {"chunk": 1, "concurrency": 8, "backoff": 0.002, "timeout": 5.0, "max_wait": 180.0, "attempts": 100}
+
+
+def run(repeats: int, seconds: float) -> Report:
+    """Transport of 32 images of each size with the scorer ocr, and overlap with a service that takes 2 s for a batch."""
+    before, sizes = machine.load(), []
+    with running({"ocr": 1}) as urls, RewardClient("ocr", urls["ocr"], timeout=600.0) as client:
+        for side in SIDES:
+            sizes.append(transport(client, side, repeats, seconds / len(SIDES)))
+    step = overlap(2.0, 12)
+    rows = [(f"{BATCH} images of", "scorer alone", "through the service", "transport", "images/s of one core")]
+    for side, alone, wall in sizes:
+        rows.append((f"{side} px", duration(alone), duration(wall), f"{1 - alone / wall:.1%}", f"{BATCH / wall:.3g}"))
+    lines = [
+        "rewards: ocr with one worker, and a service that takes 2 s for a batch",
+        machine_line("threads: service 1", None) + ("" if None in (before, machine.load()) else f"; load {before:g} before"),
+        "", aligned(rows), "",
+        f"Overlap: 12 chunks, each computed in 2 s and scored in 2 s: {duration(step)} for {duration(24.0)} of either, "
+        f"{step / 24:.3f} times (limit 1.1).",
+    ]  # fmt: skip
+    data = {"sizes": [dict(zip(("side", "alone_s", "wall_s"), row)) for row in sizes], "overlap_s": step, "machine": machine.describe()}
+    return Report("\n".join(lines), {"benchmark": "rewards", "versions": machine.versions((*OURS, "rapidocr")), **data})
+
+
+def transport(client: RewardClient, side: int, repeats: int, seconds: float) -> tuple[int, float, float]:
+    """(side, seconds of a batch in this process, seconds through the service): medians of turns of both."""
+    scorer = build_scorer("ocr")
+    images = [sign(f"HELLO{n}", side, side, px=side / 8) for n in range(BATCH)]
+    items = [ocr_item(f"HELLO{n}") for n in range(BATCH)]
+    files = [protocol.encode_image(image) for image in images]
+    alone, wall, end = [], [], time.perf_counter() + seconds
+    while len(wall) < 2 or len(wall) <= repeats and time.perf_counter() < end:  # the first of each is a warm-up
+        began = time.perf_counter()
+        score_files(scorer, files, items, protocol.Limits())
+        between = time.perf_counter()
+        client.score(images, items)
+        alone.append(between - began)
+        wall.append(time.perf_counter() - between)
+    return side, median(alone[1:]), median(wall[1:])
+
+
+def overlap(seconds: float, chunks: int) -> float:
+    """Seconds of a step whose chunks take `seconds` to be computed, and as long to be scored in the background."""
+    image = protocol.encode_image(np.zeros((32, 32, 3), np.uint8))
+    with inline_service(workers=InlineWorkers(seconds=seconds)) as up, RewardClient("ocr", up.url) as client:
+        client.connect()
+        began, waiting = time.perf_counter(), []
+        for _ in range(chunks):
+            time.sleep(seconds)
+            waiting.append(client.score_async([image] * 8, [ocr_item("A")] * 8))
+        scores = [score for future in waiting for score in client.wait(future)]
+        took = time.perf_counter() - began
+    assert not any(score.failed for score in scores)
+    return took
+
+
+def faults(config: grpo.GRPORun, count: int, down: float, max_steps: int = 100) -> Report:
+    """A GRPO run whose reward requests meet `count` faults and one outage of `down` seconds, against the same run without them."""
+    mesh = make_mesh(config.mesh.sizes())
+    with inline_service(max_connections=1000) as up, fault_proxy(up.url, 0.6, slow=6.0) as proxy, jax.set_mesh(mesh):
+        broken, state = trained(config, proxy.url, mesh), up.service.state
+        for step in range(1, max_steps + 1):
+            if step == 2:
+                proxy.down = True
+                threading.Timer(down, setattr, (proxy, "down", False)).start()
+            broken.step()
+            if masked := broken.metrics["reward/masked_frac"]:
+                raise ValueError(f"step {step}: {masked:.1%} of the rollouts were not scored")
+            if proxy.met.total() >= count:
+                break
+        images, scored, repeated = step * config.batch_size * config.grpo.rollouts_per_prompt, state.scored, state.repeated
+        broken.stage.close()
+        whole = trained(config, up.url, mesh)
+        for _ in range(step):
+            whole.step()
+        whole.stage.close()
+    same = all(np.array_equal(a, b) for a, b in zip(*(jax.tree.leaves(t.state.params) for t in (broken, whole))))
+    lines = [
+        f"rewards --faults: {step} GRPO steps with {proxy.met.total()} injected faults and an outage of {down:g} s",
+        ", ".join(f"{name} {n}" for name, n in sorted(proxy.met.items())),
+        f"{images} images, scored {scored} times; {repeated} requests were repeated and answered from memory; none was lost",
+        f"final parameters {'equal' if same else 'DIFFER FROM'} those of the run without faults",
+    ]
+    data: dict[str, Any] = {"steps": step, "faults": dict(proxy.met), "images": images, "scored": scored, "equal": same}
+    return Report("\n".join(lines), {"benchmark": "rewards-faults", **data})
+
+
+def trained(config: grpo.GRPORun, url: str, mesh: jax.sharding.Mesh) -> Trainer:
+    """A trainer with one reward, at an address, from the start."""
+    rewards = {name: dataclasses.replace(reward, weight=None) for name, reward in config.rewards.items()}
+    rewards["ocr"] = RewardConfig((url,), weight=1.0, **PATIENT)
+    return Trainer(dataclasses.replace(config, rewards=rewards), mesh)
