@@ -27,10 +27,10 @@ COMMANDS = {
     "convert": "turn downloaded PyTorch checkpoints into a model directory",
     "export": "turn a model directory back into the released PyTorch layout",
     "inspect": "show what a checkpoint holds, or how two differ",
-    "serve-reward": "start a scoring service: ocr, shapes, quality, tesseract, detector",
+    "serve-reward": "start a scoring service: readers of text, published models of preference, judges, one of your own",
     "rewards": "check running reward services, or score images with them",
     "plan": "compile a run for a TPU slice without having it: does it fit, what limits its speed, what does it cost",
-    "bench": "measure speed: against transformers and diffusers, of a GRPO step, a conversion, an evaluation, data and their codes",
+    "bench": "measure speed: against transformers and diffusers, of a GRPO step, a conversion, an evaluation, data and their codes, rewards",
 }
 
 
