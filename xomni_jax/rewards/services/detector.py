@@ -63,6 +63,7 @@ class DetectorScorer(Scorer):
     """
 
     name = "detector"
+    range = (0.0, 1.0)
 
     @dataclass(frozen=True)
     class Options:

@@ -21,7 +21,8 @@ class PPOCRReader:
     """PP-OCR (small) through rapidocr, with settings that fit the image instead of a scanned page.
 
     Detection sees no image enlarged, and large ones with a long side of 736 pixels: at 1152 it finds the same lines down to letters of
-    12 pixels, in three quarters of the time for small text and in less than half for large. Small images take 10 to 40 ms, with the defaults of rapidocr 300.
+    12 pixels, in three quarters of the time for small text and in less than half for large. Small images take 10 to 40 ms, with the
+    defaults of rapidocr 300.
 
     crop    recognition alone, on every line of ink: for flat backgrounds. Reads single letters and 8-pixel glyphs.
     detect  detection, then recognition of every box: for any background. Falls back to crop when no box is found.

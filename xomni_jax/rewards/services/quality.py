@@ -32,6 +32,7 @@ class QualityScorer(Scorer):
     """
 
     name = "quality"
+    range = (0.0, 1.0)
 
     @dataclass(frozen=True)
     class Options:
