@@ -32,7 +32,7 @@ class QualityScorer(Scorer):
     """
 
     name = "quality"
-    range = (0.0, 1.0)
+    range = (-1e-6, 1 + 1e-6)  # cosines are rounded
 
     @dataclass(frozen=True)
     class Options:
