@@ -101,6 +101,7 @@ def test_image_round_trip():
         ({"keys": ["a", "b"]}, "2 different keys for 1 images"),
         ({"keys": [1]}, r"Expected `str`, got `int` - at `\$.keys\[0\]`"),
         ({"id": 7}, r"Expected `str`, got `int` - at `\$.id`"),
+        ({"scorer": {}}, r"Expected `str`, got `object` - at `\$.scorer`"),
         ({"images": "no"}, r"Expected `array`, got `str` - at `\$.images`"),
         ({"items": []}, "1 images but 0 items"),
         ({"images": [3]}, r"Expected `bytes`, got `int` - at `\$.images\[0\]`"),

@@ -196,6 +196,7 @@ class _Parts(msgspec.Struct):
     images: msgspec.Raw
     items: msgspec.Raw
     keys: msgspec.Raw = msgspec.Raw(b"")
+    scorer: str = ""
     progress: float | None = None
 
 
@@ -255,9 +256,8 @@ def read_request(body: bytes | bytearray, content_type: str = MSGPACK, limits: L
     images = decode(parts.images, content_type, list[bytes], "images")
     items = [_read_item(n, p, content_type, limits) for n, p in enumerate(decode(parts.items, content_type, list[_ItemParts], "items"))]
     keys = decode(parts.keys, content_type, list[str], "keys") if len(parts.keys) else []
-    return checked_request(
-        Request(schema=parts.schema, id=parts.id, images=images, items=items, keys=keys, progress=parts.progress), limits
-    )
+    about = {name: getattr(parts, name) for name in ("schema", "id", "scorer", "progress")}
+    return checked_request(Request(images=images, items=items, keys=keys, **about), limits)
 
 
 def checked_request(request: Request, limits: Limits) -> Request:
