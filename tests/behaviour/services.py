@@ -68,7 +68,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """/health of a scoring service; /v1/models of the judge."""
-        self._json({"scorer": self.server.scorer, "schema": 1, "version": "stub-1", "data": [{"id": "stub"}]})
+        about = {"scorer": self.server.scorer, "schema": 2, "accepts": ["application/msgpack"], "version": "stub-1"}
+        self._json(about | {"data": [{"id": "stub"}]})
 
     def do_POST(self) -> None:
         """/score of a scoring service; /v1/chat/completions of the judge."""
@@ -79,7 +80,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._json({"choices": [{"message": {"role": "assistant", "content": said}}]})
         asked = msgpack.unpackb(body)
         images, items = asked["images"], asked["items"]
-        answer = {"schema": 1, "id": asked["id"], "scorer": self.server.scorer, "scores": [score(image) for image in images]}
+        answer = {"schema": asked["schema"], "id": asked["id"], "keys": asked.get("keys", []), "version": "stub-1"}
+        answer |= {"scorer": self.server.scorer, "scores": [score(image) for image in images]}
         answer |= {"errors": [None] * len(images), "details": [detail(*pair) for pair in zip(images, items, strict=True)]}
         self._answer("application/msgpack", msgpack.packb(answer))
 
