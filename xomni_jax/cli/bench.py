@@ -55,18 +55,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     models = parser.add_argument_group("decode, train, mmdit only")
     models.add_argument("--threads", type=int, metavar="N", help="cores that both sides use (default: all)")
     models.add_argument("--size", choices=("tiny", "small"), help="width 128 or 512 (default tiny)")
-    grpo = parser.add_argument_group("grpo only; --model also for eval and tokenize")
-    grpo.add_argument("--model", metavar="DIR", help="model directory (default: the tiny model that ships with the package)")
-    grpo.add_argument("--config", metavar="FILE", help="whose shapes and rewards (default: configs/tiny/demo.py)")
-    rewards = parser.add_argument_group("rewards only")
-    rewards.add_argument(
-        "--faults", action="store_true", default=None, help="inject faults instead: network, service, and 60 s without any"
-    )
+    grpo = parser.add_argument_group("grpo; --model also for eval and tokenize, --faults for rewards")
+    grpo.add_argument("--model", metavar="DIR", help="model (default: the tiny one of the package)")
+    grpo.add_argument("--config", metavar="FILE", help="its shapes, rewards (default: configs/tiny/demo.py)")
+    grpo.add_argument("--faults", action="store_true", default=None, help="a run under faults instead")
     convert = parser.add_argument_group("convert only")
-    convert.add_argument(
-        "--gb", type=float, metavar="GB", help="least size of the checkpoint (default 4); three times that is needed on disk"
-    )
-    convert.add_argument("--dir", metavar="DIR", help="where it is written (default: the system's folder for temporary files)")
+    convert.add_argument("--gb", type=float, metavar="GB", help="least size of the checkpoint (default 4)")
+    convert.add_argument("--dir", metavar="DIR", help="disk with 3 times that (default: temporary folder)")
 
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:

@@ -51,12 +51,14 @@ class _ScorerOptions(argparse.Action):
         namespace.scorer, namespace.options = name, {f.name: getattr(namespace, f.name) for f in dataclasses.fields(scorer.Options)}
 
 
-def _add_service_options(parser: argparse.ArgumentParser) -> None:
+def _add_service_options(parser: Parser) -> None:
     parser.add_argument("--port", type=int, default=8001, help="where to listen; 0 takes a free port (default 8001)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in (default 127.0.0.1)")
-    parser.add_argument("--tls-cert", default="", metavar="FILE", help="certificate of https, in PEM; with --tls-key")
-    parser.add_argument("--tls-key", default="", metavar="FILE", help="its private key")
-    add_flags(parser, ServiceOptions)
+    rare = parser.add_rare_group("https, other protocols and limits")
+    rare.add_argument("--tls-cert", default="", metavar="FILE", help="certificate of https, in PEM; with --tls-key")
+    rare.add_argument("--tls-key", default="", metavar="FILE", help="its private key")
+    add_flags(parser, ServiceOptions, without={f.name for f in dataclasses.fields(ServiceOptions)} - {"workers"})
+    add_flags(rare, ServiceOptions, without=("workers",))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,14 +6,15 @@ import argparse
 import dataclasses
 import types
 import typing
+from collections.abc import Collection
 
 from xomni_jax.core.config import explanations
 
 
-def add_flags(parser: argparse._ActionsContainer, cls: type) -> None:
-    """Adds `--field-name` for every field of a dataclass: str, int, float, bool, Literal, or one of these or None."""
+def add_flags(parser: argparse._ActionsContainer, cls: type, without: Collection[str] = ()) -> None:
+    """Adds `--field-name` for every field of a dataclass but some: str, int, float, bool, Literal, or one of these or None."""
     hints, sentences = typing.get_type_hints(cls), explanations(cls)
-    for field in dataclasses.fields(cls):
+    for field in (field for field in dataclasses.fields(cls) if field.name not in without):
         kind, help = hints[field.name], sentences.get(field.name, "").rstrip(".")
         if typing.get_origin(kind) in (typing.Union, types.UnionType):
             kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)

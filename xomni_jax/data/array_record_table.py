@@ -13,8 +13,8 @@ import msgspec
 from array_record.python import array_record_module
 
 from xomni_jax.core.config import ConfigError
-from xomni_jax.data.shards import Recent, Shards, first_line, stamp, unreadable
-from xomni_jax.data.tables import FaultyRecord
+from xomni_jax.data.shards import Recent, Shards, first_line, unreadable
+from xomni_jax.data.tables import FaultyRecord, stamp
 
 _FILES = 256  # open at a time
 _TRIED = 8  # records of which one must tell the codec, since the first may be faulty

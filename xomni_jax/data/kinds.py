@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from xomni_jax.core.config import ConfigError
-from xomni_jax.data.shards import path_of
-from xomni_jax.data.tables import Table, readable
+from xomni_jax.data.tables import Table, path_of, readable
 from xomni_jax.data.text_tables import TEXT_SUFFIXES
 
 _LFS_POINTER = b"version https://git-lfs"

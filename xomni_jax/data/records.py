@@ -19,8 +19,7 @@ from typing import Any
 
 from xomni_jax.core.config import Positive
 from xomni_jax.data.conversations import Conversation, counted, of_llava, of_messages, of_questions
-from xomni_jax.data.shards import is_local, path_of
-from xomni_jax.data.tables import FaultyRecord
+from xomni_jax.data.tables import FaultyRecord, is_local, path_of
 
 CAPTION_COLUMNS = (
     "text", "txt", "caption", "captions", "prompt", "instruction", "edit_prompt", "edited_prompt_list", "prompt_en", "prompt_zh",

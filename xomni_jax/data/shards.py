@@ -14,8 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from etils import epath
-
 from xomni_jax.data.tables import FaultyRecord
 
 _THREADS = 16  # that read indices: most of it is waiting for a disk or a bucket
@@ -156,22 +154,3 @@ def unreadable(file: Path, what: str, error: Exception | None = None) -> FaultyR
 def first_line(error: Exception) -> str:
     """What an error of a library says, in one line."""
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def stamp(file: Path) -> tuple[int, int]:
-    """(bytes, time of the last change) of a file: whether it is still the one that was indexed."""
-    if is_local(file):
-        found = os.stat(file)
-        return found.st_size, found.st_mtime_ns
-    there = file.stat()
-    return there.length, there.mtime
-
-
-def path_of(name: str) -> Path:
-    """The path of a name that a user gives: a local one, or one in a bucket, such as gs://name/folder, which opens in the same way."""
-    return epath.Path(name) if "://" in name else Path(name)
-
-
-def is_local(file: Path) -> bool:
-    """Whether a path is one of this machine, not of a bucket."""
-    return "://" not in os.fspath(file)

@@ -6,10 +6,13 @@ a fault nor the number of hosts moves the others.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
+
+from etils import epath
 
 from xomni_jax.core.config import ConfigError
 
@@ -52,3 +55,22 @@ def readable(path: Path) -> Iterator[None]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"byte {error.start} is not UTF-8"
         raise ConfigError(f"{path} cannot be read: {reason}") from error
+
+
+def stamp(file: Path) -> tuple[int, int]:
+    """(bytes, time of the last change) of a file: whether it is still the one that was indexed."""
+    if is_local(file):
+        found = os.stat(file)
+        return found.st_size, found.st_mtime_ns
+    there = file.stat()
+    return there.length, there.mtime
+
+
+def path_of(name: str) -> Path:
+    """The path of a name that a user gives: a local one, or one in a bucket, such as gs://name/folder, which opens in the same way."""
+    return epath.Path(name) if "://" in name else Path(name)
+
+
+def is_local(file: Path) -> bool:
+    """Whether a path is one of this machine, not of a bucket."""
+    return "://" not in os.fspath(file)

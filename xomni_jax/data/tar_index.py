@@ -14,7 +14,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from xomni_jax.data.shards import stamp, unreadable
+from xomni_jax.data.shards import unreadable
+from xomni_jax.data.tables import stamp
 
 _VERSION = 1  # of what is stored
 

@@ -16,8 +16,8 @@ from typing import Any, BinaryIO
 
 import msgspec
 
-from xomni_jax.data.shards import Recent, Shards, is_local
-from xomni_jax.data.tables import FaultyRecord
+from xomni_jax.data.shards import Recent, Shards
+from xomni_jax.data.tables import FaultyRecord, is_local
 from xomni_jax.data.tar_index import TarIndex, index_of
 
 _FILES = 256  # open at a time

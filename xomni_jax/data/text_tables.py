@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from xomni_jax.core.config import ConfigError
-from xomni_jax.data.shards import is_local, stamp
-from xomni_jax.data.tables import FaultyRecord, Table, readable
+from xomni_jax.data.tables import FaultyRecord, Table, is_local, readable, stamp
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".tsv")
 _BOM = b"\xef\xbb\xbf"

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import httpx
 
-from xomni_jax.core.config import Count, Positive, check_known
+from xomni_jax.core.config import Count, Finite, Positive, check_known
 from xomni_jax.rewards import protocol
 from xomni_jax.rewards.protocol import Health, ProtocolError, Request, Score
 from xomni_jax.rewards.wires import WIRES
@@ -61,7 +61,7 @@ class ClientConfig:
     max_wait: Positive = 600.0
     attempts: Count = 4
     backoff: Positive = 0.25
-    range: tuple[float, float] | None = None
+    range: tuple[Finite, Finite] | None = None
     any_version: bool = False
     token: str = "XOMNI_REWARD_TOKEN"
     headers: tuple[str, ...] = ()
