@@ -34,7 +34,7 @@ from xomni_jax.rewards.workers import ONE_THREAD, Workers
 
 TOKEN = "XOMNI_REWARD_TOKEN"  # environment variable with the bearer token of services and clients
 _MAX_SET = 4096  # images of a set
-_KEPT = 64  # answers that are kept for clients that repeat a request
+_KEPT = 512  # answers that are kept for clients that repeat a request
 _AWAY = 2  # seconds after which to ask a scorer again whose model is away
 _INFO = ("schema", "accepts", "scorer", "version", "model_hash", "scale", "range", "scope", "token", "limits")
 _COUNTS = ("requests", "repeated", "abandoned", "rejected", "scored", "not_applicable", "failed")

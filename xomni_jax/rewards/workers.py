@@ -71,7 +71,8 @@ class Workers:
     def close(self) -> None:
         """End the processes and abandon what they are doing."""
         for pool in filter(None, self._pools):
-            _end(pool, signal.SIGTERM)
+            for process in _processes(pool):
+                process.terminate()
             pool.shutdown(wait=True, cancel_futures=True)
 
     async def _score_parts(self, images: list[bytes], items: list[Item], progress: float | None, size: int) -> list[Score]:
@@ -103,7 +104,8 @@ class Workers:
             raise _Lost(str(error)) from None
         except (BrokenProcessPool, TimeoutError) as error:
             if pool := self._pools[n]:
-                _end(pool, signal.SIGKILL)
+                for process in _processes(pool):
+                    process.kill()
                 pool.shutdown(wait=False, cancel_futures=True)
             self._pools[n] = None
             slow = isinstance(error, TimeoutError)
@@ -130,9 +132,9 @@ class Workers:
         return pool
 
 
-def _end(pool: ProcessPoolExecutor, number: signal.Signals) -> None:
-    for process in list((pool._processes or {}).values()):
-        os.kill(process.pid, number)
+def _processes(pool: ProcessPoolExecutor) -> list[Any]:
+    """Its processes, which know whether they have ended: a bare number may be another process's by then."""
+    return list((pool._processes or {}).values())
 
 
 # ---- the worker's side ----
