@@ -240,6 +240,8 @@ def test_a_repeated_request_is_scored_once(monkeypatch):
 
 
 def test_only_so_many_answers_are_kept(monkeypatch):
+    monkeypatch.setattr("xomni_jax.rewards.server._KEPT", 64)
+
     async def conversation(client, post, workers):
         workers.release.set()
         for n in range(70):
