@@ -247,7 +247,7 @@ def test_entries_that_share_bytes_or_names():
     refused(by_hand([first, second], [*lines, lines[1]]), "entry 'a/data/0' overlaps another")
     inside = local_entry(b"a/data/1", local_entry(b"a/data/0", data))
     both = [lines[0], directory_entry(b"a/data/1", 38 + 48, len(first)), directory_entry(b"a/data/0", 48, len(first) + 38)]
-    refused(by_hand([first, inside], both), "entry 'a/data/0' overlaps another")
+    refused(by_hand([first, inside], both), "entry 'a/data/0' overlaps another|Overlapped entries")  # which Python 3.13 finds itself
     refused(by_hand([first, second], [lines[0], directory_entry(b"a/data/0", 49, len(first))]), "'a/data/0' reaches beyond the data")
 
 
@@ -266,7 +266,7 @@ def test_sizes_of_64_bits(wide, tmp_path, monkeypatch):
     assert file.extents["w"].offset % ALIGNMENT == 0
     if wide:
         cut = data.replace(struct.pack("<2H", 1, 16), struct.pack("<2H", 9, 16))
-        refused(cut, "reaches beyond the data|Bad magic number")
+        refused(cut, "reaches beyond the data|Bad magic number|Overlapped entries")
 
 
 def test_a_file_above_4_gb(tmp_path):
