@@ -14,6 +14,7 @@ from xomni_jax.core.config import ConfigError
 from xomni_jax.core.preemption import Outage
 from xomni_jax.rewards import Score
 from xomni_jax.rewards.combine import column, combine
+from xomni_jax.rewards.protocol import Health
 from xomni_jax.rewards.replicas import RewardServiceError
 from xomni_jax.rewards.scorer import scorer_class
 from xomni_jax.rl.monitors import crossings
@@ -49,6 +50,29 @@ def test_two_readers_count_as_the_one_that_reads_less():
 def test_a_combination_that_does_not_fit_is_refused(minimum_with, weight):
     with pytest.raises(ConfigError, match="name a reward with a weight, and give b the weight 0"):
         check_rewards({"a": RewardConfig(NOBODY, weight=1.0), "b": RewardConfig(NOBODY, weight=weight, minimum_with=minimum_with)})
+
+
+@pytest.mark.parametrize(
+    "scope, rows, chunks, fits",
+    [
+        ("image", [0, 2, 4, 6], 2, True),
+        ("group", range(8), 2, True),
+        ("group", [4, 5, 6, 7], 2, True),  # the second host's
+        ("group", [2, 3, 4, 5], 2, False),
+        ("group", [0, 2, 4, 6], 1, False),
+        ("set", range(8), 1, True),
+        ("set", range(8), 2, False),
+        ("set", [0, 1, 2, 3], 1, False),
+    ],
+)
+def test_what_is_compared_is_asked_about_together(scope, rows, chunks, fits):
+    """Chunks of two prompts with four rollouts each."""
+    about = Health(status="ok", schema=2, accepts=(), scorer="wins", scope=scope)
+    rewards = Rewards({}, {}, about={"wins": about})
+    if fits:
+        return rewards.check_together(rows, 8, chunks, 4)
+    with pytest.raises(ConfigError, match=r"config\.rewards\.wins compares (all images of a step|the 4 rollouts)"):
+        rewards.check_together(rows, 8, chunks, 4)
 
 
 def test_a_resumed_run_wants_the_same_versions(tmp_path):

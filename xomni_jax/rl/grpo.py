@@ -40,7 +40,7 @@ from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sampling.programs import RolloutShape, decoder_programs, sampler_programs
 from xomni_jax.sampling.sampler import Sampler
 from xomni_jax.sharding import abstract
-from xomni_jax.sharding.arrays import local_rows, share, whole
+from xomni_jax.sharding.arrays import local_rows, owned_rows, share, whole
 from xomni_jax.sharding.mesh import MeshConfig, make_mesh
 from xomni_jax.sharding.rules import num_data_shards
 from xomni_jax.training.adapters import export_trained, frozen_base, learned_params
@@ -287,6 +287,12 @@ class GRPOStage:
             del start
         model.release("transformer")  # policy and reference are copies, or the base is held here
         rewards = Rewards.open(cfg.rewards, stop.check_waiting, Path(cfg.run_dir), say)
+        chunk = cfg.batch_size // cfg.rollout.chunks * cfg.grpo.rollouts_per_prompt
+        try:
+            rewards.check_together(owned_rows(image_decoder.mesh, chunk), chunk, cfg.rollout.chunks, cfg.grpo.rollouts_per_prompt)
+        except ConfigError:
+            rewards.close()
+            raise
         flops, buckets = FlopCount(), {}
         for size, name in bucket_names(cfg.data.sizes).items():
             codes = grids[size][0] * grids[size][1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 from collections import Counter
@@ -16,7 +17,7 @@ from xomni_jax.core.config import ConfigError, Finite
 from xomni_jax.core.preemption import Outage
 from xomni_jax.core.tables import aligned
 from xomni_jax.rewards.client import ClientConfig, NoAnswer, RewardClient
-from xomni_jax.rewards.protocol import Score
+from xomni_jax.rewards.protocol import Health, Score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,14 +44,14 @@ class Rewards:
       configs, clients: of the rewards that are asked, by name.
       say: prints a line once per run.
       reasons: how often images could not be scored for each reason so far.
-      scales: what the values of each reward mean, as its service says.
+      about: what the service of each reward says of itself.
     """
 
     configs: Mapping[str, RewardConfig]
     clients: Mapping[str, RewardClient]
     say: Callable[[str], None] = print
     reasons: Counter = dataclasses.field(default_factory=Counter)
-    scales: dict[str, str] = dataclasses.field(default_factory=dict)
+    about: dict[str, Health] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def open(
@@ -76,10 +77,9 @@ class Rewards:
                 if name in before:
                     client.replicas.identity = before[name]["version"], before[name]["model_hash"]
                 try:
-                    health = client.connect(config.max_wait if before else 0.0)
+                    made.about[name] = client.connect(config.max_wait if before else 0.0)
                 except NoAnswer as error:
                     raise (Outage(str(error)) if before else error) from None
-                made.scales[name] = health.scale
         except BaseException:
             made.close()
             raise
@@ -96,6 +96,26 @@ class Rewards:
         """{name: other rewards, beside which it counts as the smallest value}."""
         pairs = [(config.minimum_with, name) for name, config in self.configs.items() if config.minimum_with]
         return {first: tuple(other for one, other in pairs if one == first) for first, _ in pairs}
+
+    def check_together(self, rows: Sequence[int], chunk: int, chunks: int, group: int) -> None:
+        """ConfigError if a scorer that compares images would get only some of them.
+
+        Args:
+          rows: of the `chunk` rollouts of a chunk, those whose scores this process asks for; a batch has `chunks` of them.
+          group: rollouts of a prompt, which lie side by side.
+        """
+        whole = all(len(list(own)) == group for _, own in itertools.groupby(row // group for row in rows))
+        for name, about in self.about.items():
+            if about.scope == "set" and (chunks > 1 or len(rows) < chunk):
+                raise ConfigError(
+                    f"config.rewards.{name} compares all images of a step, but {chunks} chunks of a step are asked about apart and this "
+                    f"process asks about {len(rows)} of {chunk} images of each; set config.rollout.chunks=1 and train on one host"
+                )
+            if about.scope == "group" and not whole:
+                raise ConfigError(
+                    f"config.rewards.{name} compares the {group} rollouts of a prompt, but this host has only some of those of a prompt; "
+                    "give each host whole prompts: raise config.batch_size or lower config.rollout.chunks"
+                )
 
     def asked(self, weights: Mapping[str, float]) -> set[str]:
         """The rewards that are asked about a prompt with these weights."""
@@ -127,7 +147,7 @@ class Rewards:
         for name, config in self.configs.items():
             version, model_hash = self.clients[name].replicas.identity
             weight = f"{config.weight:g}" + f" (minimum of {config.minimum_with})" * bool(config.minimum_with)
-            rows.append((name, weight, f"{config.scale:g}", version, model_hash[:12], str(len(config.urls)), self.scales[name]))
+            rows.append((name, weight, f"{config.scale:g}", version, model_hash[:12], str(len(config.urls)), self.about[name].scale))
         return aligned(rows)
 
     def record(self) -> dict[str, Any]:
