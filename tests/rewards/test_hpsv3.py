@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from tests.rewards.torch_models import PROMPTS, check_independent, images, items, randomise, values
+from xomni_jax.rewards.official_prompt import read_prompt
 from xomni_jax.rewards.scorer import ServiceError, build_scorer
 from xomni_jax.rewards.services import hpsv3
 from xomni_jax.sequence.tokenizer import TINY_TOKENIZER
@@ -107,19 +108,23 @@ def test_sizes_of_images():
 
 
 def test_the_prompt_is_read_from_the_authors_code(released, tmp_path):
+    def read(code, any_prompt=True):
+        return read_prompt(hpsv3.PROMPT, str(code), "URL", "hpsv3", any_prompt)
+
     code = released[0]["official_code"]
-    assert hpsv3.official_prompt(code, True) == (INSTRUCTION, QUESTION)
-    with pytest.raises(ServiceError, match="is not the published one; take another version, or allow it with --any-prompt"):
-        hpsv3.official_prompt(code, False)
-    with pytest.raises(ServiceError, match="needs --official-code DIR, a local copy of the authors' code.*it was not given"):
-        hpsv3.official_prompt("", False)
-    with pytest.raises(ServiceError, match="holds no prompt of HPSv3"):
-        hpsv3.official_prompt(str(tmp_path), True)
+    assert read(code) == (INSTRUCTION, QUESTION)
+    with pytest.raises(ServiceError, match="is not the one that hpsv3 was written for.*use this text with --any-prompt"):
+        read(code, False)
+    with pytest.raises(ServiceError, match="needs --official-code DIR, for its prompt: git clone URL DIR; it was not given"):
+        read("")
+    with pytest.raises(ServiceError, match="data_collator_qwen.py is no file"):
+        read(tmp_path)
     (tmp_path / "hpsv3" / "dataset").mkdir(parents=True)
-    for text in ("INSTRUCTION = 'x'", "INSTRUCTION = f()\nprompt_with_special_token = ''", "def broken(:"):
+    broken = {"INSTRUCTION = 'x'": "0 prompts of hpsv3", "INSTRUCTION = f()\nprompt_with_special_token = ''": "0 prompts of hpsv3"}
+    for text, words in (broken | {"def broken(:": "cannot be read as Python"}).items():
         (tmp_path / "hpsv3" / "dataset" / "data_collator_qwen.py").write_text(text)
-        with pytest.raises(ServiceError, match="holds no prompt of HPSv3"):
-            hpsv3.official_prompt(str(tmp_path), True)
+        with pytest.raises(ServiceError, match=words):
+            read(tmp_path)
 
 
 def test_bad_files(released, tmp_path):

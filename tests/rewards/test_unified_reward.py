@@ -206,7 +206,7 @@ def test_shares_are_graded(code):
         (lambda path: None, "is not the one that unified_reward was written for"),
         (lambda path: path.unlink(), "is no file"),
         (lambda path: path.write_text("def ("), "cannot be read as Python"),
-        (lambda path: path.write_text("prompt = 'constant'"), "holds 0 prompts with {prompt}, not one"),
+        (lambda path: path.write_text("prompt = 'constant'"), "holds 0 prompts of unified_reward, not one"),
         (lambda path: path.write_text('a = f"{prompt}."\nb = f"{prompt}!"'), "holds 2 prompts"),
     ],
 )

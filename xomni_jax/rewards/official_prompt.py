@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,15 +12,19 @@ from xomni_jax.rewards.scorer import ServiceError
 
 
 class OfficialPrompt(NamedTuple):
-    """Where a prompt stands: the one f-string of a file that names `variable`, and the sha256 of its text."""
+    """Where the two parts of a prompt stand, and the sha256 of their text.
+
+    They are what stands before and after `variable` in the one f-string of the file that names it, or the values of two `constants`.
+    """
 
     file: str
     sha256: str
     variable: str = "prompt"
+    constants: tuple[str, ...] = ()
 
 
 def read_prompt(prompt: OfficialPrompt, folder: str, origin: str, scorer: str, any_prompt: bool) -> tuple[str, str]:
-    """The text before and after the variable.
+    """The two parts.
 
     Args:
       folder: the user's copy of the official code. origin: where to get it.
@@ -36,11 +41,10 @@ def read_prompt(prompt: OfficialPrompt, folder: str, origin: str, scorer: str, a
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, ValueError, OSError) as error:
         raise ServiceError(f"{path} cannot be read as Python ({error}); get it again: git clone {origin}") from error
-    found = [node for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) and _variables(node) == [prompt.variable]]
+    found = _constants(tree, prompt.constants) if prompt.constants else _around(tree, prompt.variable)
     if len(found) != 1:
-        raise ServiceError(f"{path} holds {len(found)} prompts with {{{prompt.variable}}}, not one; get it again: git clone {origin}")
-    at = next(n for n, value in enumerate(found[0].values) if isinstance(value, ast.FormattedValue))
-    before, after = ("".join(v.value for v in values) for values in (found[0].values[:at], found[0].values[at + 1 :]))
+        raise ServiceError(f"{path} holds {len(found)} prompts of {scorer}, not one; get it again: git clone {origin}")
+    ((before, after),) = found
     if prompt_hash(before, after) != prompt.sha256 and not any_prompt:
         raise ServiceError(
             f"the prompt in {path} is not the one that {scorer} was written for; take the commit that README.md names, "
@@ -54,5 +58,19 @@ def prompt_hash(before: str, after: str) -> str:
     return hashlib.sha256(f"{before}\0{after}".encode()).hexdigest()
 
 
-def _variables(node: ast.JoinedStr) -> list[str]:
-    return [ast.unparse(value.value) for value in node.values if isinstance(value, ast.FormattedValue)]
+def _around(tree: ast.Module, variable: str) -> list[tuple[str, str]]:
+    """The text before and after a variable in each f-string that names it and nothing else."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            at = [n for n, value in enumerate(node.values) if isinstance(value, ast.FormattedValue)]
+            if [ast.unparse(node.values[n].value) for n in at] == [variable]:
+                found.append(tuple("".join(v.value for v in values) for values in (node.values[: at[0]], node.values[at[0] + 1 :])))
+    return found
+
+
+def _constants(tree: ast.Module, names: Sequence[str]) -> list[tuple[str, str]]:
+    """The values of text that is assigned to these names, if it is assigned to each."""
+    assigned = [node for node in tree.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)]
+    values = {ast.unparse(node.targets[0]): node.value.value for node in assigned if isinstance(node.value.value, str)}
+    return [tuple(values[name] for name in names)] if values.keys() >= set(names) else []

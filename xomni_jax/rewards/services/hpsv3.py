@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +10,7 @@ from typing import Literal
 
 from PIL import Image
 
-from xomni_jax.rewards.model_files import model_directory
+from xomni_jax.rewards.official_prompt import OfficialPrompt, read_prompt
 from xomni_jax.rewards.protocol import Score
 from xomni_jax.rewards.scorer import ServiceError
 from xomni_jax.rewards.services.torch_scorer import (
@@ -24,9 +22,12 @@ from xomni_jax.rewards.services.torch_scorer import (
     safetensors_state,
 )
 
-_CODE = "a clone of github.com/MizzenAI/HPSv3, or the folder in which pip installed hpsv3"
-_PROMPT_FILE, _PROMPT_PARTS = "hpsv3/dataset/data_collator_qwen.py", ("INSTRUCTION", "prompt_with_special_token")
-_PROMPT_SHA256 = "18957b68f6dbfb1d9862e970e084c1093656df0dfe2b4468253879198cc4d064"  # of both parts with a zero between them
+_ORIGIN = "https://github.com/MizzenAI/HPSv3"
+PROMPT = OfficialPrompt(
+    "hpsv3/dataset/data_collator_qwen.py",
+    "18957b68f6dbfb1d9862e970e084c1093656df0dfe2b4468253879198cc4d064",
+    constants=("INSTRUCTION", "prompt_with_special_token"),
+)
 _REWARD = "<|Reward|>"  # the token at whose place the head reads
 _PIXELS = 256 * 28 * 28  # of an image after resizing, in whole cells of 28 x 28
 _HEAD = (0, 3, 5)  # the linear layers; ReLU stands between them
@@ -67,7 +68,7 @@ class HPSv3Scorer(TorchScorer):
 
     def weights(self) -> Path:
         """See TorchScorer."""
-        self._prompt = official_prompt(self.options.official_code, self.options.any_prompt)
+        self._prompt = read_prompt(PROMPT, self.options.official_code, _ORIGIN, self.name, self.options.any_prompt)
         return existing_file(self._folder, "HPSv3.safetensors")
 
     def load(self, weights: Path) -> None:
@@ -126,20 +127,3 @@ def resized(image: Image.Image) -> Image.Image:
 
     height, width = smart_resize(image.height, image.width, 28, _PIXELS, _PIXELS)
     return image.resize((width, height), Image.Resampling.BICUBIC)
-
-
-def official_prompt(code: str, any_prompt: bool) -> tuple[str, str]:
-    """The instruction, with {text_prompt} in it, and the question after it, as text of the authors' code, which is not executed.
-
-    ServiceError when the code is missing, or holds another prompt and `any_prompt` does not allow that.
-    """
-    file = model_directory("hpsv3", "--official-code", code, f"the authors' code, which holds the prompt: {_CODE}") / _PROMPT_FILE
-    try:
-        assigned = [node for node in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(node, ast.Assign)]
-        strings = {ast.unparse(node.targets[0]): ast.literal_eval(node.value) for node in assigned if isinstance(node.value, ast.Constant)}
-        instruction, question = (str(strings[name]) for name in _PROMPT_PARTS)
-    except (OSError, ValueError, SyntaxError, KeyError) as error:
-        raise ServiceError(f"{file} holds no prompt of HPSv3 ({error}); --official-code must be {_CODE}") from error
-    if not any_prompt and hashlib.sha256(f"{instruction}\0{question}".encode()).hexdigest() != _PROMPT_SHA256:
-        raise ServiceError(f"the prompt in {file} is not the published one; take another version, or allow it with --any-prompt")
-    return instruction, question
