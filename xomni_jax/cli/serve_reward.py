@@ -10,7 +10,8 @@ from typing import Any
 from xomni_jax.cli.parser import Parser
 from xomni_jax.core.options import add_flags
 from xomni_jax.rewards.scorer import SCORERS, scorer_class
-from xomni_jax.rewards.server import ServiceConfig, ServiceOptions, serve
+from xomni_jax.rewards.server import ServiceConfig, ServiceOptions
+from xomni_jax.rewards.serving import serve
 
 DETAILS = f"""\
 A service scores images over HTTP for the trainer and the evaluations. GET /health reports its state, /ready whether it is loaded,
