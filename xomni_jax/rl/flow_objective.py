@@ -77,13 +77,13 @@ def flow_loss(
       n_items: what sums over images are divided by: the scored images of the whole batch, times the steps.
 
     Returns:
-      The loss, and metrics that add up over steps and parts of a batch.
+      The loss, and metrics of this step; see `add_up`.
     """
     before, after, old_mean = (x[:, offset].astype(jnp.float32) for x in (path.before_BWTC, path.after_BWTC, path.mean_BWTC))
     sizes = step_sizes(sigmas, path.step_B + offset, cfg.level)
     mean = sizes.mean(before, velocity_BTC)
     axes = tuple(range(1, before.ndim))
-    log_ratio_B = step_logp(after, mean, sizes.spread) - step_logp(after, old_mean, sizes.spread)
+    log_ratio_B = gap_B = step_logp(after, mean, sizes.spread) - step_logp(after, old_mean, sizes.spread)
     if cfg.ratio_norm:
         log_ratio_B = normalised_log_ratio(log_ratio_B, jnp.mean((old_mean - mean) ** 2, axis=axes), sizes.spread)
     policy_B, clipped_B = clipped_loss(log_ratio_B, adv_B, cfg)
@@ -100,8 +100,14 @@ def flow_loss(
         "flow/penalty": drift,
         "flow/clip_frac": total(clipped_B),
         "flow/ratio_mean": total(jnp.exp(log_ratio_B)),
+        "flow/logp_gap_max": jnp.max(jnp.where(ok_B, jnp.abs(gap_B), 0.0)),
     }
     return policy + cfg.penalty_coef * drift, jax.lax.stop_gradient(metrics)
+
+
+def add_up(stacked: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Metrics of steps, or of parts of a batch, stacked on the first axis, as those of all: `*_max` by maximum, the others by sum."""
+    return {name: (jnp.max if name.endswith("_max") else jnp.sum)(values, axis=0) for name, values in stacked.items()}
 
 
 def clipped_loss(log_ratio_B: jax.Array, adv_B: jax.Array, cfg: FlowConfig) -> tuple[jax.Array, jax.Array]:

@@ -391,7 +391,7 @@ def train_step(
     reward_PR = jnp.asarray(np.nan_to_num(total.total_PR), jnp.float32)
     given_PR = None if total.advantage_PR is None else jnp.asarray(total.advantage_PR, jnp.float32)
     state, metrics = update(state, frozen, rows, reward_PR, given_PR, jax.random.fold_in(key, SHUFFLE))
-    gap, limit = float(metrics["grpo/logp_gap_max"]), cfg.rollout.max_logp_gap
+    gap, limit = float(metrics.get("grpo/logp_gap_max", 0.0)), cfg.rollout.max_logp_gap
     if limit and gap > limit and rollouts.model.config("transformer").dtype == jnp.float32:
         raise FloatingPointError(f"sampler and trainer differ by {gap:.2e} in a log-prob at step {number + 1} (limit {limit:g})")
     measured["perf/update_s"] = time.perf_counter() - began

@@ -193,6 +193,7 @@ STAGES = Registry(
         "sft": "xomni_jax.training.pretrain:SFTStage",
         "decoder": "xomni_jax.training.decoder:DecoderStage",
         "grpo": "xomni_jax.rl.grpo:GRPOStage",
+        "unigrpo": "xomni_jax.rl.methods.unigrpo:UniGRPOStage",
         "inference": "xomni_jax.inference:InferenceStage",
     },
 )
