@@ -179,6 +179,20 @@ def test_faults_of_the_way_change_nothing(finished, model_dir, service, tmp_path
     assert_same(params(tmp_path / "run", "transformer"), params(finished, "transformer"))
 
 
+def test_what_a_scorer_of_whole_sets_remembers_is_saved(model_dir, tmp_path):
+    """The third step is interrupted, and repeated with another service: it is told what the first one remembered after the second step."""
+    config = lambda run, url: grpo_config(tmp_path / run, model_dir, url, "rollout.chunks=1")  # noqa: E731
+    with pixel_service(scope="set") as alone:
+        run_stage(config("whole", alone.url))
+    assert alone.states[0] == b"" and len(set(alone.states)) == 3
+    with pixel_service(scope="set", before=lambda call: call == 3 and os.kill(os.getpid(), signal.SIGTERM)) as first:
+        assert run_stage(config("parts", first.url)) is None
+    with pixel_service(scope="set") as second:
+        run_stage(config("parts", second.url))
+    assert first.states == alone.states and second.states == alone.states[2:]
+    assert_same(params(tmp_path / "parts", "transformer"), params(tmp_path / "whole", "transformer"))
+
+
 def test_a_sampler_that_lies_about_its_log_probs_is_found(own_programs, model_dir, service, tmp_path, monkeypatch):
     draw = sampler_module.draw_codes
 

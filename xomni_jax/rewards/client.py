@@ -19,7 +19,7 @@ from PIL import Image
 
 from xomni_jax.rewards import protocol
 from xomni_jax.rewards.answers import Answers, answer_key
-from xomni_jax.rewards.protocol import Health, Item, ProtocolError, Request, Score
+from xomni_jax.rewards.protocol import Health, Item, ProtocolError, Request, Response, Score
 from xomni_jax.rewards.replicas import ClientConfig, NoAnswer, NotNow, Refused, Replica, Replicas, RewardServiceError
 
 _CLOSED = Score(None, "the client was closed before this image was scored")
@@ -36,6 +36,10 @@ class RewardClient:
       say: told when a replica stops to answer and when it answers again.
       answers: file in which answers are kept for the same run after a restart.
       options: fields of ClientConfig.
+
+    Attributes:
+      state: what a scorer of whole sets is to remember of earlier requests; whoever asks sets it to `state_after` when a step is done.
+      state_after: what it remembers after its newest answer.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class RewardClient:
         self.name, self._poll, self._poll_every, self._say = name, poll, poll_every, say
         self.config = ClientConfig(urls=(urls,) if isinstance(urls, str) else tuple(urls), **options)
         self.replicas = Replicas(name, self.config, say)
+        self.state = self.state_after = b""
         self._answers = Answers(answers, self.config.cache) if answers and self.config.cache else None
         self._encoding = asyncio.Semaphore(1 + self.config.concurrency * len(self.urls))  # bounds the encoded images in memory
         self._closed = False
@@ -221,6 +226,7 @@ class RewardClient:
         id, began, tries, failure = uuid.uuid4().hex, time.monotonic(), 0, Score(None, "")
         keys, parts = [f"{id[:8]}-{n}" for n in range(len(images))], protocol.slices(items, math.ceil(len(items) / 2), scope)
         request = Request(schema=protocol.SCHEMA, id=id, images=images, items=items, keys=keys, scorer=self.name, progress=progress)
+        request.state = self.state if scope == "set" else b""
         while tries < self.config.attempts:
             try:
                 replica = await self.replicas.acquire(began)
@@ -228,7 +234,9 @@ class RewardClient:
                 return [self._unanswered()] * len(images)
             try:
                 async with asyncio.timeout(min(self.config.timeout, self.config.max_wait)):
-                    return await self._post(replica, request)
+                    scores, response = await self._post(replica, request)
+                    self.state_after = response.state or b""
+                    return scores
             except NotNow as error:
                 self.replicas.failed(replica, str(error), error.args[1])
             except Refused as refusal:
@@ -249,10 +257,10 @@ class RewardClient:
         halves = await asyncio.gather(*(self._request(images[p], items[p], progress, scope) for p in parts))
         return [score for half in halves for score in half]
 
-    async def _post(self, replica: Replica, request: Request) -> list[Score]:
+    async def _post(self, replica: Replica, request: Request) -> tuple[list[Score], Response]:
         """The answer of a replica, or that of another one which is asked too when it takes longer than `hedge` seconds."""
 
-        async def ask(replica: Replica) -> list[Score]:
+        async def ask(replica: Replica) -> tuple[list[Score], Response]:
             await self.replicas.trust(replica)
             return await self.replicas.post(replica, request)
 

@@ -104,6 +104,7 @@ class Request(msgspec.Struct, kw_only=True, omit_defaults=True):
       keys: of each image, repeated in the answer.
       scorer: which is asked.
       progress: share of the training that is done.
+      state: of the answer to the request before, for a scorer of whole sets that remembers earlier ones; it starts anew without it.
     """
 
     schema: Literal[1, 2]
@@ -113,6 +114,7 @@ class Request(msgspec.Struct, kw_only=True, omit_defaults=True):
     keys: list[str] = []
     scorer: str = ""
     progress: float | None = None
+    state: bytes = b""
 
 
 class Response(msgspec.Struct, kw_only=True):
@@ -120,6 +122,7 @@ class Response(msgspec.Struct, kw_only=True):
 
     Attributes:
       version, model_hash: what the values depend on, as in `Health`.
+      state: what the scorer remembers, to be sent with the next request; only of a scorer of whole sets.
     """
 
     schema: Literal[1, 2]
@@ -131,6 +134,7 @@ class Response(msgspec.Struct, kw_only=True):
     scores: list[float | None]
     errors: list[str | None]
     details: list[dict[str, Any]]
+    state: bytes | msgspec.UnsetType = msgspec.UNSET
 
 
 @dataclass(frozen=True)
@@ -199,6 +203,7 @@ class _Parts(msgspec.Struct):
     keys: msgspec.Raw = msgspec.Raw(b"")
     scorer: str = ""
     progress: float | None = None
+    state: bytes = b""
 
 
 class _ItemParts(msgspec.Struct):
@@ -257,7 +262,7 @@ def read_request(body: bytes | bytearray, content_type: str = MSGPACK, limits: L
     images = decode(parts.images, content_type, list[bytes], "images")
     items = [_read_item(n, p, content_type, limits) for n, p in enumerate(decode(parts.items, content_type, list[_ItemParts], "items"))]
     keys = decode(parts.keys, content_type, list[str], "keys") if len(parts.keys) else []
-    about = {name: getattr(parts, name) for name in ("schema", "id", "scorer", "progress")}
+    about = {name: getattr(parts, name) for name in ("schema", "id", "scorer", "progress", "state")}
     return checked_request(Request(images=images, items=items, keys=keys, **about), limits)
 
 
@@ -297,8 +302,8 @@ def _read_item(n: int, parts: _ItemParts, content_type: str, limits: Limits) -> 
     return {"prompt": parts.prompt, "targets": targets} | ({"group": parts.group} if parts.group else {})
 
 
-def write_response(request: Request, scorer: str, scores: Sequence[Score], content_type: str = MSGPACK, **about: str) -> bytes:
-    """Bytes of the answer to a request; `about`: the version and model_hash."""
+def write_response(request: Request, scorer: str, scores: Sequence[Score], content_type: str = MSGPACK, **about: Any) -> bytes:
+    """Bytes of the answer to a request; `about`: the version and model_hash, and the state where there is one."""
     values, errors, details = ([getattr(s, name) for s in scores] for name in ("value", "error", "detail"))
     response = Response(
         schema=request.schema, id=request.id, keys=request.keys, scorer=scorer, scores=values, errors=errors, details=details, **about

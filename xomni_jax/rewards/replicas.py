@@ -17,7 +17,7 @@ import httpx
 
 from xomni_jax.core.config import Count, Finite, Natural, NonNegative, Positive, check_known
 from xomni_jax.rewards import protocol
-from xomni_jax.rewards.protocol import Health, ProtocolError, Request, Score
+from xomni_jax.rewards.protocol import Health, ProtocolError, Request, Response, Score
 from xomni_jax.rewards.wires import WIRES
 
 _MAX_ANSWER = 64 << 20
@@ -208,8 +208,8 @@ class Replicas:
         if now - replica.failing_since < 5 <= now + rest - replica.failing_since:
             self._say(f"reward {self.name}: {self.reason}; asking again for up to {self.config.max_wait:g} s")
 
-    async def post(self, replica: Replica, request: Request) -> list[Score]:
-        """The scores of a request. NotNow, Refused, or whatever else goes wrong with an answer."""
+    async def post(self, replica: Replica, request: Request) -> tuple[list[Score], Response]:
+        """The scores of a request, and the answer they came in. NotNow, Refused, or whatever else goes wrong with an answer."""
         body, content_type = await asyncio.to_thread(self._wire.write_request, request, replica.about)
         status, headers, content = await self._exchange(replica.url + self._wire.path, body, content_type)
         if status in _NOT_NOW:
@@ -225,11 +225,12 @@ class Replicas:
             self._say(f"reward {self.name}: {replica.url} answers again after {now - replica.failing_since:.0f} s")
         self._heard, replica.failures, replica.failing_since = now, 0, 0.0
         low, high = self.config.range or replica.about.range
-        return [
+        checked = [
             score if score.value is None or low <= score.value <= high
             else Score(None, f"{self.name} at {replica.url} gave {score.value:g}, which is outside {low:g} to {high:g}", kind="invalid")
             for score in scores
         ]  # fmt: skip
+        return checked, response
 
     async def _exchange(self, url: str, body: bytes, content_type: str) -> tuple[int, httpx.Headers, bytes]:
         async with self._http.stream("POST", url, content=body, headers={"Content-Type": content_type}) as answer:
