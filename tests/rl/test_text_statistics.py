@@ -49,5 +49,12 @@ def test_a_target_stands_more_often_than_asked_for(targets, text, repeated):
     assert text_counts([item(*targets)], [read(text)])[1] == repeated
 
 
+def test_details_of_others_are_left_alone():
+    details = [{"text": ["A"], "exact": 1}, {"text": "A"}, {"text": None, "exact": False}]
+    assert text_counts([item("A")] * 3, [Score(0.5, None, detail) for detail in details]) == [0, 0, 0, 0]
+    for target in (None, 3 * [None]):
+        assert text_counts([{"prompt": "", "targets": {"text": target}}], [read("A")])[:2] == [1, 0]
+
+
 def test_a_single_target_may_be_a_string():
     assert text_counts([{"prompt": "", "targets": {"text": "OPEN"}}], [read("OPEN OPEN")])[:2] == [1, 1]

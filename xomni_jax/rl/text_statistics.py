@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -16,9 +17,11 @@ def text_counts(items: Sequence[Item], scores: Sequence[Score]) -> list[int]:
     [all of them, those with a target more often than asked for, those whose text is wrong, and of these those whose text another image
     of their group shows, too].
     """
-    read = [(item, _plain(score.detail["text"]), score.detail.get("exact")) for item, score in zip(items, scores) if "text" in score.detail]
+    # Others' scorers may tell something else under these names.
+    told = [(item, score.detail) for item, score in zip(items, scores) if isinstance(score.detail.get("text"), str)]
+    read = [(item, _plain(detail["text"]), detail["exact"]) for item, detail in told if "exact" in detail]
     wrong = Counter((item.get("group"), text) for item, text, exact in read if text and not exact)
-    repeated = sum(_repeated(item["targets"].get("text", ()), text) for item, text, _ in read)
+    repeated = sum(_repeated(item["targets"].get("text"), text) for item, text, _ in read)
     return [len(read), repeated, wrong.total(), sum(n for n in wrong.values() if n > 1)]
 
 
@@ -28,8 +31,8 @@ def join_text_counts(counts: Sequence[Sequence[int]]) -> dict[str, float]:
     return {"text/repeated_frac": repeated / read, "text/alike_frac": alike / max(wrong, 1)} if read else {}
 
 
-def _repeated(targets: str | Sequence[str], text: str) -> bool:
-    asked = Counter(map(_plain, [targets] if isinstance(targets, str) else targets))
+def _repeated(targets: Any, text: str) -> bool:
+    asked = Counter(_plain(t) for t in ([targets] if isinstance(targets, str) else targets or ()) if isinstance(t, str))
     whole = "\n".join(asked.elements())
     return any(target and text.count(target) > max(n, whole.count(target)) for target, n in asked.items())
 
