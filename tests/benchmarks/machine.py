@@ -93,11 +93,6 @@ def family() -> dict[int, float]:
     return found
 
 
-def family_seconds() -> float:
-    """Processor seconds of all of the `family`."""
-    return sum(family().values())
-
-
 def memory_and_descriptors(pids: Sequence[int]) -> tuple[float, int]:
     """(megabytes resident, open descriptors) of these processes in all; needs /proc."""
     pages = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids)
