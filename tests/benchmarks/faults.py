@@ -52,11 +52,11 @@ class InlineWorkers:
         """No worker hangs."""
         return 0.0
 
-    async def score(self, images: list[bytes], items: list[Any], progress: float | None) -> list[Score]:
+    async def score(self, images: list[bytes], items: list[Any], progress: float | None, state: bytes) -> tuple[list[Score], bytes]:
         """See Workers."""
         await asyncio.sleep(self.seconds)
         self.scored.update(images)
-        return [Score(self.of(image)) for image in images]
+        return [Score(self.of(image)) for image in images], b""
 
 
 @contextmanager

@@ -222,3 +222,6 @@ def test_a_folder_with_another_model_is_one_sentence(tmp_path):
     for folder in (tmp_path, tmp_path / "absent"):
         with pytest.raises(ServiceError, match=f"{folder} (holds no AutoConfig that transformers can read|holds a model of type)"):
             build_scorer("alignment", {"model": str(folder)})
+    (tmp_path / "config.json").write_text('{"model_type": "llava_qwen", "architectures": ["LlavaQwenForCausalLM"]}')
+    with pytest.raises(ServiceError, match="holds a LlavaQwenForCausalLM, which transformers does not read .* give a model on Qwen2.5-VL"):
+        build_scorer("alignment", {"model": str(tmp_path)})

@@ -117,6 +117,24 @@ def test_a_stopped_replica_is_left_alone():
             assert c.replicas.all[1].failures < 8 and len(s.calls) == 24
 
 
+def test_another_replica_is_asked_when_one_takes_long():
+    """Without it the answer would take as long as the time-out; both get the request under one id, and the slow one must prove itself."""
+    with fake_service("hang") as stuck, fake_service("ok") as s:
+        with RewardClient("ocr", [stuck.url, s.url], hedge=0.05, timeout=600.0, concurrency=1) as c:
+            assert [x.value for x in c.score(images(2), items(2))] == [0, 0.01]
+            assert [r.trusted for r in c.replicas.all] == [False, True] and [r.in_flight for r in c.replicas.all] == [0, 0]
+            (first,), (second,) = stuck.messages, s.messages
+            assert first["id"] == second["id"] and first["keys"] == second["keys"]
+
+
+@pytest.mark.parametrize("other", ["500", "429", "nan"])
+def test_a_hedge_that_fails_leaves_the_first_answer(other):
+    with fake_service("slow") as slow, fake_service(other) as s:
+        with RewardClient("ocr", [slow.url, s.url], hedge=0.05, **FAST | {"timeout": 30.0}) as c:
+            assert [x.value for x in c.score(images(2), items(2))] == [0, 0.01]
+            assert [r.failures for r in c.replicas.all] == [0, 1] and len(slow.calls) == len(s.calls) == 1
+
+
 def test_requests_go_to_the_replica_with_fewest_under_way():
     with fake_service("slow") as slow, fake_service("ok") as quick, RewardClient("ocr", [slow.url, quick.url], chunk=1, **FAST) as c:
         c.score(images(30), items(30))

@@ -3,6 +3,7 @@
 import threading
 import time
 
+from tests.benchmarks import bodies
 from tests.benchmarks.faults import FAULTS, fault_proxy, inline_service, pixel_score
 from tests.rewards.images import ocr_item
 from xomni_jax.rewards.client import RewardClient
@@ -33,3 +34,11 @@ def test_all_replicas_down_for_a_while():
             assert not future.done()
             threading.Timer(0.2, setattr, (proxy, "down", False)).start()
             assert [s.value for s in future.result(timeout=30)] == [pixel_score(image) for image in images]
+
+
+def test_damaged_requests_cost_nothing():
+    """Bodies over HTTP: a ValueError is an answer other than 2xx or 4xx. `xomni bench rewards --bodies 10000` sends more."""
+    found = bodies.run(300).data
+    assert {200, 400} <= set(found["statuses"]) and found["status"] == "ok"
+    (memory, most), (descriptors, most_descriptors) = found["memory_mb"], found["descriptors"]
+    assert most < memory + 32 and most_descriptors <= descriptors + 8

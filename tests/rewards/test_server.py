@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import httpx
 import jsonschema
+import msgspec
 import numpy as np
 import pytest
 
@@ -21,7 +22,7 @@ from xomni_jax.rewards.protocol import JSON, MSGPACK, Limits, Request
 from xomni_jax.rewards.replicas import RewardServiceError
 from xomni_jax.rewards.scorer import ServiceError, Unavailable
 from xomni_jax.rewards.server import ServiceConfig, create_app
-from xomni_jax.rewards.workers import Workers, score_files
+from xomni_jax.rewards.workers import Workers, read_state, score_files, write_state
 
 WORDS = ["HELLO", "OPEN", "CAFE", "EXIT", "GARDEN", "A"]
 
@@ -158,10 +159,10 @@ class HeldWorkers:
     def close(self):
         pass
 
-    async def score(self, images, items, progress):
+    async def score(self, images, items, progress, state):
         self.calls += 1
         await self.release.wait()
-        return [Score(1.0) for _ in images]
+        return [Score(1.0) for _ in images], b""
 
 
 def talk(monkeypatch, conversation, **config):
@@ -274,7 +275,7 @@ def test_a_request_whose_client_has_gone_is_given_up(monkeypatch):
         return service.state.abandoned, service.state.queue, await second
 
     abandoned, queue, scores = talk(monkeypatch, conversation, abandoned_seconds=0.05)
-    assert (abandoned, scores) == (1, [Score(1.0)]) and queue == 1
+    assert (abandoned, scores) == (1, ([Score(1.0)], b"")) and queue == 1
 
 
 def test_what_is_being_received_is_bounded(monkeypatch):
@@ -375,10 +376,10 @@ def test_worker_that_dies_is_replaced():
             await workers.start()
             item = {"prompt": "", "targets": {"background": "red"}}
             image = protocol.encode_image(sign("A"))
-            before = await workers.score([image], [item])
+            before, _ = await workers.score([image], [item])
             for pid in list(workers._pools[0]._processes):
                 os.kill(pid, signal.SIGKILL)
-            return before, await workers.score([image] * 2, [item] * 2)
+            return before, (await workers.score([image] * 2, [item] * 2))[0]
         finally:
             workers.close()
 
@@ -411,7 +412,8 @@ def test_an_image_that_kills_or_holds_its_worker_fails_alone(tmp_path):
         workers = Workers(f"{tmp_path}/killer.py:Killer", {}, 2, Limits(), seconds=1.5)
         try:
             await workers.start()
-            return await workers.score([image] * 5, [{"prompt": p, "targets": {}} for p in prompts]), workers.slowest()
+            scores, _ = await workers.score([image] * 5, [{"prompt": p, "targets": {}} for p in prompts])
+            return scores, workers.slowest()
         finally:
             workers.close()
 
@@ -521,27 +523,35 @@ class Mean(Scorer):
 """
 
 
-def test_a_scorer_of_whole_sets_keeps_its_state(tmp_path):
-    """One process gets all images of a request in one call; a service that is started again goes on."""
+def test_a_scorer_of_whole_sets_is_told_what_it_remembers(tmp_path):
+    """One process gets all images of a request in one call. A step that is repeated, after a kill or by another service, is answered
+    equally; a request that tells nothing starts anew."""
     (tmp_path / "mean.py").write_text(MEAN)
-    image = protocol.encode_image(sign("A", 8, 8))
+    images, items = [sign("A", 8, 8)] * 20, [{"prompt": "", "targets": {}}] * 20
+    steps = []
+    for _ in range(2):
+        with service(f"{tmp_path}/mean.py:Mean", "--workers", "3") as (_, url), RewardClient("mean", url) as client:
+            for n, state in ((20, b""), (2, steps[0][1] if steps else None), (20, b"")):
+                client.state = client.state_after if state is None else state
+                steps.append((client.score(images[:n], items[:n])[0].value, client.state_after))
+            assert client.health()[0].limits.max_images > 2_000
+            client.state = b"nonsense"
+            (score,) = client.score(images[:1], items[:1])
+            assert "the state of the request is none of mean" in score.error and client.state_after == b"nonsense"
+    assert [value for value, _ in steps] == [20, 22, 20] * 2 and steps[:3] == steps[3:]
 
-    async def run(count):
-        workers = Workers(f"{tmp_path}/mean.py:Mean", {}, 3, Limits(), state=str(tmp_path / "state.npz"))
-        try:
-            await workers.start()
-            return await workers.score([image] * count, [{"prompt": "", "targets": {}}] * count)
-        finally:
-            workers.close()
 
-    assert [s.value for s in asyncio.run(run(20))] == [20.0] * 20
-    assert [s.value for s in asyncio.run(run(2))] == [22.0] * 2
-    config = ServiceConfig(f"{tmp_path}/mean.py:Mean", state=str(tmp_path / "state.npz"))
-    assert server.RewardService(config).info()["limits"]["max_images"] > 2_000
+def test_a_state_is_read_or_refused():
+    arrays = {"mean": np.arange(3.0), "calls": np.array(4), "square": np.eye(2, dtype=np.float32).T}
+    for name, array in read_state(write_state(arrays)).items():
+        np.testing.assert_array_equal(array, arrays[name], strict=True)
+    assert write_state({}) == b""
+    pack = msgspec.msgpack.encode
+    for data in (b"x", b"", pack({"a": ("O", (1,), bytes(8))}), pack({"a": ("<f8", (2,), bytes(8))}), pack({"a": ("f(", (1,), b"")})):
+        with pytest.raises((msgspec.DecodeError, TypeError, ValueError)):
+            read_state(data)
 
 
 def test_nonsense_is_refused():
     with pytest.raises(ServiceError, match="at least 1"):
         ServiceConfig("ocr", workers=0)
-    with pytest.raises(ServiceError, match="ocr does not"):
-        ServiceConfig("ocr", state="file")

@@ -33,9 +33,9 @@ class Answers(InlineWorkers):
         super().__init__()
         self.scores, self.asked = scores, None
 
-    async def score(self, images, items, progress):
+    async def score(self, images, items, progress, state):
         self.asked = images, items
-        return list(self.scores)
+        return list(self.scores), b""
 
 
 @pytest.mark.parametrize("name", ["flow_grpo", "unirl"])
@@ -214,8 +214,8 @@ def roughness(file):
 )
 def test_known_outcomes_and_repetition(of, failing):
     class Workers(InlineWorkers):
-        async def score(self, images, items, progress):
-            return [Score(None, "unreadable") if image == b"no image" else Score(of(image)) for image in images]
+        async def score(self, images, items, progress, state):
+            return [Score(None, "unreadable") if image == b"no image" else Score(of(image)) for image in images], b""
 
     with inline_service("quality", Workers()) as up:
         _, findings = check([up.url], **FAST)

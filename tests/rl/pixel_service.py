@@ -1,4 +1,7 @@
-"""A reward service in a thread of the test: an image's score depends on its bytes alone, so that runs can be repeated."""
+"""A reward service in a thread of the test: an image's score depends on its bytes alone, so that runs can be repeated.
+
+One of whole sets remembers the images of earlier requests, in the state that it gets with the next one.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,9 @@ class PixelService(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, scorer: str, fails: Callable[[int], bool], before: Callable[[int], None]):
+    def __init__(self, scorer: str, fails: Callable[[int], bool], before: Callable[[int], None], scope: str):
         super().__init__(("127.0.0.1", 0), _Handler)
+        self.scope, self.states = scope, list[bytes]()
         self.scorer, self.fails, self.before, self.calls = scorer, fails, before, 0
         self.heard: Callable[[list[bytes]], None] = lambda images: None
         self.url = f"http://127.0.0.1:{self.server_port}"
@@ -26,10 +30,13 @@ class PixelService(ThreadingHTTPServer):
 
 @contextmanager
 def pixel_service(
-    scorer: str = "ocr", fails: Callable[[int], bool] = lambda call: False, before: Callable[[int], None] = lambda call: None
+    scorer: str = "ocr",
+    fails: Callable[[int], bool] = lambda call: False,
+    before: Callable[[int], None] = lambda call: None,
+    scope: str = "image",
 ) -> Iterator[PixelService]:
     """A running PixelService."""
-    service = PixelService(scorer, fails, before)
+    service = PixelService(scorer, fails, before, scope)
     threading.Thread(target=service.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     try:
         yield service
@@ -44,9 +51,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         """/health."""
-        self._answer(
-            "application/json", json.dumps({"scorer": self.server.scorer, "schema": 2, "accepts": ["application/msgpack"]}).encode()
-        )
+        about = {"scorer": self.server.scorer, "schema": 2, "accepts": ["application/msgpack"], "scope": self.server.scope}
+        self._answer("application/json", json.dumps(about).encode())
 
     def do_POST(self):
         """/score."""
@@ -54,12 +60,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.calls += 1
         self.server.heard(message["images"])
         self.server.before(self.server.calls)
-        scores: list[float | None] = [zlib.crc32(image) / 2**32 for image in message["images"]]
+        before = message.get("state", b"")
+        scores: list[float | None] = [zlib.crc32(image + before) / 2**32 for image in message["images"]]
         errors: list[str | None] = [None] * len(scores)
         if self.server.fails(self.server.calls):
             scores[0], errors[0] = None, "the image is empty"
         same = {name: message[name] for name in ("schema", "id", "keys")}
         body = same | {"scorer": self.server.scorer, "scores": scores, "errors": errors}
+        if self.server.scope == "set":
+            self.server.states.append(before)
+            body["state"] = zlib.crc32(b"".join(message["images"]), zlib.crc32(before)).to_bytes(4, "big")
         self._answer("application/msgpack", msgpack.packb(body | {"details": [{}] * len(scores)}))
 
     def _answer(self, kind: str, body: bytes) -> None:

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import signal
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -178,6 +179,20 @@ def test_faults_of_the_way_change_nothing(finished, model_dir, service, tmp_path
     assert_same(params(tmp_path / "run", "transformer"), params(finished, "transformer"))
 
 
+def test_what_a_scorer_of_whole_sets_remembers_is_saved(model_dir, tmp_path):
+    """The third step is interrupted, and repeated with another service: it is told what the first one remembered after the second step."""
+    config = lambda run, url: grpo_config(tmp_path / run, model_dir, url, "rollout.chunks=1")  # noqa: E731
+    with pixel_service(scope="set") as alone:
+        run_stage(config("whole", alone.url))
+    assert alone.states[0] == b"" and len(set(alone.states)) == 3
+    with pixel_service(scope="set", before=lambda call: call == 3 and os.kill(os.getpid(), signal.SIGTERM)) as first:
+        assert run_stage(config("parts", first.url)) is None
+    with pixel_service(scope="set") as second:
+        run_stage(config("parts", second.url))
+    assert first.states == alone.states and second.states == alone.states[2:]
+    assert_same(params(tmp_path / "parts", "transformer"), params(tmp_path / "whole", "transformer"))
+
+
 def test_a_sampler_that_lies_about_its_log_probs_is_found(own_programs, model_dir, service, tmp_path, monkeypatch):
     draw = sampler_module.draw_codes
 
@@ -199,6 +214,11 @@ def model(model_dir):
 
 def one_batch(model, service, cfg, image_decoder=None):
     """Greedy: the rollouts of a prompt have the same codes."""
+    return measured_batch(model, service, cfg, image_decoder)[:3]
+
+
+def measured_batch(model, service, cfg, image_decoder=None):
+    """`one_batch`, and its metrics."""
     greedy = SamplingConfig(temperature=0.0, top_k=0, min_p=0.0)
     with RewardClient("ocr", service.url) as client:
         net = model.module("transformer")
@@ -216,10 +236,10 @@ def one_batch(model, service, cfg, image_decoder=None):
             Rewards({"ocr": RewardConfig(weight=1.0)}, {"ocr": client}),
             StopSignal(),
         )
-        rows, total, images, _ = make(
+        rows, total, images, measured = make(
             model.params("transformer"), ["a red sign", "blue"], [{}] * 2, [None] * 2, [None] * 2, jax.random.key(4)
         )
-    return jax.tree.map(np.asarray, rows), total, images.reshape(2, 3, *SIZE, 3)
+    return jax.tree.map(np.asarray, rows), total, images.reshape(2, 3, *SIZE, 3), measured
 
 
 def test_a_group_shares_its_noise(model, service):
@@ -234,6 +254,19 @@ def test_a_group_shares_its_noise(model, service):
     assert np.abs(other.astype(int) - images).max() <= 1
     _, _, other = one_batch(model, service, rollouts.RolloutConfig(chunks=1, noise="independent"))
     assert not np.array_equal(other[0, 0], other[0, 1])
+
+
+def test_images_are_encoded_again(model, service):
+    """Every second of six images; of those that count a third of the codes is another one."""
+    images = np.random.default_rng(0).integers(0, 256, (6, *SIZE, 3), np.uint8)
+    codes = np.stack([model.encode([image])[0] for image in images]).reshape(2, 3, -1)
+    codes[0, 1] += 1  # does not count
+    codes[1, 1] += 1
+    seen = SimpleNamespace(cfg=rollouts.RolloutConfig(reencode=3), grid=GRID, model=model)
+    assert rollouts.Rollouts.reencoded(seen, jnp.asarray(codes), jnp.asarray(images)) == {"image/reencode_frac": pytest.approx(2 / 3)}
+    for count in (0, 3):
+        measured = measured_batch(model, service, rollouts.RolloutConfig(chunks=1, reencode=count))[3]
+        assert ("image/reencode_frac" in measured) == bool(count)
 
 
 def test_a_decoder_on_devices_of_its_own_draws_the_same(model, service):

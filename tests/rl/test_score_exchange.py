@@ -25,17 +25,18 @@ def exchange(monkeypatch, wait, others=OTHERS, faults=()):
     def gather(value):
         value = json.loads(json.dumps(value))
         there = [["ocr", 4 * c + row, s.value, s.error, s.kind] for c, chunk in enumerate(others) for row, s in zip([1, 3], chunk)]
-        return [value, {"scores": there, "faults": faults}]
+        return [value, {"scores": there, "texts": [[2, 1, 1, 0]], "faults": faults}]
 
     polled = []
     monkeypatch.setattr(rollouts, "gather_json", gather)
     stop = SimpleNamespace(check=lambda: polled.append(1), check_waiting=None)
     client = SimpleNamespace(wait=wait, score_async=lambda images, items, progress: items[0]["chunk"], replicas=SimpleNamespace(fault=""))
-    scoring = rollouts.Scoring({"ocr": client}, [{"chunk": n // 4} for n in range(8)], [{"ocr"}] * 8, [0, 2], 4, stop)
+    items = [{"chunk": n // 4, "targets": {}} for n in range(8)]
+    scoring = rollouts.Scoring({"ocr": client}, items, [{"ocr"}] * 8, [0, 2], 4, stop)
     scoring.decoding = [jnp.zeros((4, 2, 2, 3), jnp.uint8)] * 2
     scoring.send(wait=True)
     scores = scoring.scores()["ocr"]
-    assert polled == [1]
+    assert polled == [1] and scoring.texts["text/repeated_frac"] in (1 / 3, 1 / 2)  # of three texts, or of the others' two
     return scores
 
 

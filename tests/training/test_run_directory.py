@@ -135,6 +135,45 @@ def test_services_may_move(tmp_path):
     resumed(tmp_path, "rewards.ocr.urls=('http://elsewhere:1',)", file=GRPO)
 
 
+@pytest.mark.parametrize(
+    "key, default, other",
+    [
+        ("accumulate", "1", "2"),
+        ("guard.spike", "0.0", "5.0"),
+        ("rewards.ocr.scale", "1.0", "2.0"),
+        ("data.split", "train", "heldout"),
+        ("decode.steps", "None", "3"),
+    ],
+)
+def test_a_key_that_is_newer_than_the_run_has_its_default(key, default, other, tmp_path):
+    """As after an upgrade: the stored configuration does not know the key."""
+    started(tmp_path, file=GRPO)
+    path = tmp_path / "run" / "config.json"
+    stored = json.loads(path.read_text())
+    *sections, name = key.split(".")
+    section = stored
+    for part in sections:
+        section = section[part]
+    del section[name]
+    path.write_text(json.dumps(stored))
+    resumed(tmp_path, f"{key}={default}", file=GRPO)
+    with pytest.raises(ConfigError, match=f"started with config.{key}=.*, now it is "):
+        resumed(tmp_path, f"{key}={other}", file=GRPO)
+
+
+def test_newer_keys_of_a_mixture_and_of_a_model(tmp_path):
+    mixture = ["data.source=mixture", "data.parts.signs.source=rendered", "transformer.preset=tiny"]
+    started(tmp_path, *mixture, file=GRPO)
+    path = tmp_path / "run" / "config.json"
+    stored = json.loads(path.read_text())
+    del stored["data"]["parts"]["signs"]["split"], stored["transformer"]["rms_eps"]
+    path.write_text(json.dumps(stored))
+    resumed(tmp_path, *mixture, file=GRPO)
+    for other in ("data.parts.signs.split=heldout", "transformer.rms_eps=1e-5"):
+        with pytest.raises(ConfigError, match=f"started with config.{other.partition('=')[0]}=.*, now it is "):
+            resumed(tmp_path, *mixture, other, file=GRPO)
+
+
 @pytest.mark.parametrize("steps", [(), ("6.damaged",), ("6.orbax-checkpoint-tmp",)])
 def test_a_configuration_binds_with_the_first_checkpoint(steps, tmp_path):
     started(tmp_path, "next_token.rows=4", steps=steps)

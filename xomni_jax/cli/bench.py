@@ -16,7 +16,7 @@ _OPTIONS = dict.fromkeys(("decode", "train", "mmdit"), ("size", "threads")) | {
     "eval": ("model",),
     "data": (),
     "tokenize": ("model",),
-    "rewards": ("model", "config", "faults"),
+    "rewards": ("model", "config", "faults", "bodies"),
 }
 
 DETAILS = """\
@@ -30,7 +30,8 @@ convert peak memory and speed of xomni convert against a plain copy, on a releas
 eval    items per second of xomni eval on the rendered suites, in one process and shared by two; seconds for 240 questions to a judge
 data    examples per second of every format of training data, against the bare reader of the library that reads it
 tokenize images per second of xomni data tokenize against the bare encoder at the same batch
-rewards what the way to a reward service costs, and how much of a slow one hides; with --faults, a GRPO run whose requests meet 1,000 faults
+rewards what the way to a reward service costs, and how much of a slow one hides; with --faults, a GRPO run whose requests meet
+        1,000 faults; with --bodies N, how a service takes so many damaged requests
 
 decode, train and mmdit need the extra [parity], grpo needs [rewards].
 """
@@ -59,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     grpo.add_argument("--model", metavar="DIR", help="model (default: the tiny one of the package)")
     grpo.add_argument("--config", metavar="FILE", help="its shapes, rewards (default: configs/tiny/demo.py)")
     grpo.add_argument("--faults", action="store_true", default=None, help="a run under faults instead")
+    grpo.add_argument("--bodies", type=int, metavar="N", help="rewards: so many damaged requests instead")
     convert = parser.add_argument_group("convert only")
     convert.add_argument("--gb", type=float, metavar="GB", help="least size of the checkpoint (default 4)")
     convert.add_argument("--dir", metavar="DIR", help="disk with 3 times that (default: temporary folder)")
@@ -73,7 +75,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
 
     if args.repeats < 1 or not args.seconds > 0:
         raise BenchError(f"--repeats {args.repeats} and --seconds {args.seconds:g} must be above 0")
-    for option in ("size", "threads", "model", "config", "gb", "dir", "faults"):
+    for option in ("size", "threads", "model", "config", "gb", "dir", "faults", "bodies"):
         if getattr(args, option) is not None and option not in _OPTIONS[args.name]:
             owners = ", ".join(name for name in NAMES if option in _OPTIONS[name])
             raise BenchError(f"--{option} belongs to bench {owners}; bench {args.name} does not take it")
@@ -159,8 +161,13 @@ def _grpo(args: argparse.Namespace) -> Any:
 
 
 def _rewards(args: argparse.Namespace) -> Any:
-    from tests.benchmarks import rewards
+    from tests.benchmarks import bodies, rewards
+    from tests.benchmarks.timing import BenchError
 
+    if args.bodies is not None:
+        if args.bodies < 1:
+            raise BenchError(f"--bodies {args.bodies} must be above 0")
+        return bodies.run(args.bodies)
     return rewards.faults(_grpo_config(args), 1000, 60.0) if args.faults else rewards.run(args.repeats, args.seconds)
 
 

@@ -126,6 +126,10 @@ class Section(typing.Protocol):
         """Every key with its value."""
         ...
 
+    def defaults(self) -> dict[str, Any]:
+        """Every key with its default, as far as it has one."""
+        ...
+
     def explained(self) -> dict[str, str]:
         """Every key with its explanation."""
         ...
@@ -271,6 +275,21 @@ def entries(config: Any) -> dict[str, Any]:
     return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.init}
 
 
+def defaults(config: Any) -> dict[str, Any]:
+    """Every key of a configuration with the default of its dataclass, as nested dictionaries; without keys that have none."""
+    if isinstance(config, Mapping):
+        return {name: defaults(section) for name, section in config.items() if is_section(section)}
+    if isinstance(config, Section):
+        return config.defaults()
+    out = {}
+    for f in dataclasses.fields(config):
+        if is_section(value := getattr(config, f.name)):
+            out[f.name] = defaults(value)
+        elif f.default is not dataclasses.MISSING:
+            out[f.name] = f.default
+    return out
+
+
 @functools.cache
 def explanations(cls: type) -> dict[str, str]:
     """{field: sentence} of a dataclass, from the "Attributes:" part of its docstring and those of its base classes.
@@ -341,6 +360,10 @@ class Overrides:
     def as_dict(self) -> dict[str, Any]:
         """Every field; None where it is not changed."""
         return {name: self.values.get(name) for name in field_types(self.cls)}
+
+    def defaults(self) -> dict[str, Any]:
+        """None: not changed."""
+        return dict.fromkeys(field_types(self.cls))
 
     def explained(self) -> dict[str, str]:
         """The explanations of the dataclass."""

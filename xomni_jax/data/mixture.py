@@ -68,6 +68,10 @@ class Parts:
         """{name: source, weight and options}."""
         return {name: {"weight": part.weight} | part.data.as_dict() for name, part in self.by_name.items()}
 
+    def defaults(self) -> dict[str, Any]:
+        """{name: those of the options}."""
+        return {name: part.data.defaults() for name, part in self.by_name.items()}
+
     def explained(self) -> dict[str, str]:
         """The names are free, so there is nothing to explain."""
         return {}

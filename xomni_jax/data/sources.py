@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
-from xomni_jax.core.config import ConfigError, Natural, Text, as_dict, build, checked, explanations, field_types, typed, updated
+from xomni_jax.core.config import ConfigError, Natural, Text, as_dict, build, checked, defaults, explanations, field_types, typed, updated
 from xomni_jax.core.registry import Registry
 
 if TYPE_CHECKING:
@@ -146,6 +146,10 @@ class DataSection:
     def as_dict(self) -> dict[str, Any]:
         """The source's name and its options."""
         return {"source": self.source} | as_dict(self.options) | ({"first": self.first} if self.first else {})
+
+    def defaults(self) -> dict[str, Any]:
+        """Those of the options."""
+        return defaults(self.options)
 
     def explained(self) -> dict[str, str]:
         """The explanations of the options."""

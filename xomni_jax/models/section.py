@@ -68,6 +68,10 @@ class ModelSection:
             fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.init}
         return {"preset": self.preset} | {k: jnp.dtype(v).name if k.endswith("dtype") else v for k, v in fields.items()}
 
+    def defaults(self) -> dict[str, Any]:
+        """Those of the config class."""
+        return {f.name: f.default for f in dataclasses.fields(self.cls) if f.default is not dataclasses.MISSING}
+
     def explained(self) -> dict[str, str]:
         """The explanations of the config class."""
         choice = f"one of {', '.join(self.presets)}, or stored: as the model directory holds it"

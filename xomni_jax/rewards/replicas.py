@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import httpx
 
-from xomni_jax.core.config import Count, Finite, Positive, check_known
+from xomni_jax.core.config import Count, Finite, Natural, NonNegative, Positive, check_known
 from xomni_jax.rewards import protocol
-from xomni_jax.rewards.protocol import Health, ProtocolError, Request, Score
+from xomni_jax.rewards.protocol import Health, ProtocolError, Request, Response, Score
 from xomni_jax.rewards.wires import WIRES
 
 _MAX_ANSWER = 64 << 20
@@ -46,6 +46,9 @@ class ClientConfig:
       max_wait: seconds without any answer from the service after which the images that wait for it have failed
       attempts: tries of a chunk to which a service that is up answers with errors; then it is halved, and an image alone has failed
       backoff: seconds before the first retry; doubled from failure to failure of a replica
+      hedge: seconds after which another replica is asked about the same chunk too, and the first answer counts; 0: never
+      cache: answers that a run keeps in its directory, so that steps repeated after a restart do not ask again; 0: none. Not of scorers
+        that compare whole sets
       range: smallest and largest value; None: as the service says. What is outside is a failure
       any_version: accept that the scorer's version or model changes in the middle of a run
       token: environment variable with the service's bearer token; not sent where it is not set
@@ -61,6 +64,8 @@ class ClientConfig:
     max_wait: Positive = 600.0
     attempts: Count = 4
     backoff: Positive = 0.25
+    hedge: NonNegative = 0.0
+    cache: Natural = 16384
     range: tuple[Finite, Finite] | None = None
     any_version: bool = False
     token: str = "XOMNI_REWARD_TOKEN"
@@ -145,30 +150,47 @@ class Replicas:
             until = max(began, self._heard) + self.config.max_wait
             if now > until:
                 raise TimeoutError
-            free = [r for r in self.all if r.rest_until <= now and r.in_flight < self.config.concurrency]
-            if not free:
+            if not (free := self._free()):
                 resting = [r.rest_until for r in self.all if r.rest_until > now]
                 self._changed.clear()
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(min([until, *resting]) - now + 0.001):
                         await self._changed.wait()
                 continue
-            replica = min(free, key=lambda r: (not r.trusted, r.in_flight))
+            replica = min(free, key=_preference)
             replica.in_flight += 1
             try:
-                if not replica.trusted:
-                    replica.rest_until = math.inf  # others wait for what it says
-                    replica.about = await self.health(replica)
-                    replica.trusted, replica.rest_until = True, 0.0
-                    self._changed.set()
+                await self.trust(replica)
                 return replica
             except RewardServiceError as error:
                 self.failed(replica, str(error))
                 self.release(replica)
             except BaseException:
-                replica.rest_until = 0.0
                 self.release(replica)
                 raise
+
+    async def trust(self, replica: Replica) -> None:
+        """Asks a replica what it is, unless it is trusted. RewardServiceError."""
+        if replica.trusted:
+            return
+        replica.rest_until = math.inf  # others wait for what it says
+        try:
+            replica.about = await self.health(replica)
+            replica.trusted = True
+        finally:
+            replica.rest_until = 0.0
+        self._changed.set()
+
+    def spare(self, other: Replica) -> Replica | None:
+        """A replica that is free now but for one, if there is any, to be trusted first; `release` gives it back."""
+        replica = min((r for r in self._free() if r is not other), key=_preference, default=None)
+        if replica:
+            replica.in_flight += 1
+        return replica
+
+    def _free(self) -> list[Replica]:
+        now = time.monotonic()
+        return [r for r in self.all if r.rest_until <= now and r.in_flight < self.config.concurrency]
 
     def release(self, replica: Replica) -> None:
         """The end of a request."""
@@ -186,8 +208,8 @@ class Replicas:
         if now - replica.failing_since < 5 <= now + rest - replica.failing_since:
             self._say(f"reward {self.name}: {self.reason}; asking again for up to {self.config.max_wait:g} s")
 
-    async def post(self, replica: Replica, request: Request) -> list[Score]:
-        """The scores of a request. NotNow, Refused, or whatever else goes wrong with an answer."""
+    async def post(self, replica: Replica, request: Request) -> tuple[list[Score], Response]:
+        """The scores of a request, and the answer they came in. NotNow, Refused, or whatever else goes wrong with an answer."""
         body, content_type = await asyncio.to_thread(self._wire.write_request, request, replica.about)
         status, headers, content = await self._exchange(replica.url + self._wire.path, body, content_type)
         if status in _NOT_NOW:
@@ -203,11 +225,12 @@ class Replicas:
             self._say(f"reward {self.name}: {replica.url} answers again after {now - replica.failing_since:.0f} s")
         self._heard, replica.failures, replica.failing_since = now, 0, 0.0
         low, high = self.config.range or replica.about.range
-        return [
+        checked = [
             score if score.value is None or low <= score.value <= high
             else Score(None, f"{self.name} at {replica.url} gave {score.value:g}, which is outside {low:g} to {high:g}", kind="invalid")
             for score in scores
         ]  # fmt: skip
+        return checked, response
 
     async def _exchange(self, url: str, body: bytes, content_type: str) -> tuple[int, httpx.Headers, bytes]:
         async with self._http.stream("POST", url, content=body, headers={"Content-Type": content_type}) as answer:
@@ -266,6 +289,10 @@ class Replicas:
     async def close(self) -> None:
         """Frees the connections."""
         await self._http.aclose()
+
+
+def _preference(replica: Replica) -> tuple[bool, int]:
+    return not replica.trusted, replica.in_flight
 
 
 def _seconds(header: str | None) -> float | None:

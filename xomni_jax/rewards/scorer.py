@@ -58,7 +58,7 @@ class Scorer:
       scale: one sentence on what a value means and which ones are usual.
       range: smallest and largest value; what is outside is a failure.
       scope: which images `score` must get in one call: image (any), group (all of a group, whose items have the same item["group"]) or
-        set (all of a request; one process then scores everything and may keep state between calls, see `state`).
+        set (all of a request; it may remember earlier requests, see `state`).
       progress: share of the training that is done, where the client says so; set before each call.
       Options: a frozen dataclass whose fields are the flags of `xomni serve-reward`, explained under "Attributes:" in its docstring.
       options: the values of this instance.
@@ -88,11 +88,11 @@ class Scorer:
         raise NotImplementedError
 
     def state(self) -> dict[str, np.ndarray]:
-        """What a scorer of scope set remembers of earlier calls, for `serve-reward --state`."""
+        """What a scorer of scope set remembers after a call. The client gets it with the answer and sends it with the next request."""
         return {}
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
-        """Takes over what `state` returned in an earlier process."""
+        """Takes over what `state` returned, perhaps in another process: before every call. ValueError when it does not fit."""
 
 
 def scorer_class(name: str) -> type[Scorer]:

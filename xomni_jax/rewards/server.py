@@ -43,7 +43,6 @@ class ServiceOptions:
     Attributes:
       workers: processes that score, one thread each; about one per core; one alone for a scorer that judges whole sets
       protocol: of the clients: xomni, or another project's, flow_grpo or unirl
-      state: file in which a scorer of whole sets keeps what it remembers
       slice_seconds: most that a worker may take for the few images it is given at a time; then it is replaced
       max_queue: images accepted and not yet scored; a request beyond it is answered 429
       max_connections: open at a time; more are answered 503
@@ -54,7 +53,6 @@ class ServiceOptions:
 
     workers: int = 2
     protocol: Literal["xomni", "flow_grpo", "unirl"] = "xomni"
-    state: str = ""
     slice_seconds: float = 120.0
     max_queue: int = 1024
     max_connections: int = 256
@@ -85,8 +83,6 @@ class ServiceConfig(ServiceOptions):
         for name in ("workers", "slice_seconds", "max_queue", "max_connections", "header_seconds", "body_seconds", "drain_seconds"):
             if not getattr(self, name) > 0:
                 raise ServiceError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
-        if self.state and scorer_class(self.scorer).scope != "set":
-            raise ServiceError(f"--state is for scorers that remember earlier images; {self.scorer} does not")
 
 
 class _Refusal(Exception):
@@ -97,7 +93,7 @@ class _Refusal(Exception):
 class _Job:
     """A request that is being scored, or was: repeated requests share it."""
 
-    scoring: asyncio.Task[list[Score]]
+    scoring: asyncio.Task[tuple[list[Score], bytes]]
     waiting: int = 0  # clients
 
 
@@ -111,7 +107,7 @@ class RewardService:
         self.config, self.started = config, time.monotonic()
         self.wire = WIRES[config.protocol]()
         self.token = os.environ.get(TOKEN, "")
-        self.workers = Workers(config.scorer, config.options, config.workers, config.limits, config.slice_seconds, config.state)
+        self.workers = Workers(config.scorer, config.options, config.workers, config.limits, config.slice_seconds)
         self.state = Health(
             status="loading", schema=SCHEMA, accepts=(MSGPACK, JSON), scorer=scorer.name, scale=scorer.scale, range=scorer.range,
             scope=scorer.scope, token=bool(self.token), workers=config.workers, limits=config.limits,
@@ -161,8 +157,8 @@ class RewardService:
         message = self.wire.read_request(body, content_type, self.config.limits)
         if self.state.scope == "group" and not all(item.get("group") for item in message.items):
             raise ProtocolError(f"{self.state.scorer} compares the images of a group; give every item a group")
-        scores = await self.result(request, message, hashlib.blake2b(body, digest_size=16).digest())
-        about = {"version": self.workers.version, "model_hash": self.workers.model_hash}
+        scores, remembered = await self.result(request, message, hashlib.blake2b(body, digest_size=16).digest())
+        about = {"version": self.workers.version, "model_hash": self.workers.model_hash} | ({"state": remembered} if remembered else {})
         return self.wire.write_response(message, self.state.scorer, scores, content_type, **about)
 
     def admit(self, headers: Any) -> None:
@@ -189,8 +185,8 @@ class RewardService:
             self.buffered -= len(body)
         return bytes(body)
 
-    async def result(self, request: Any, message: Request, digest: bytes) -> list[Score]:
-        """Scores of a request; of one that is repeated, those of the first time."""
+    async def result(self, request: Any, message: Request, digest: bytes) -> tuple[list[Score], bytes]:
+        """Scores of a request, and what the scorer remembers after it; of one that is repeated, those of the first time."""
         key = (message.id, digest)
         job = self.jobs.get(key)
         if job is None or job.scoring.done() and (job.scoring.cancelled() or job.scoring.exception()):
@@ -220,20 +216,20 @@ class RewardService:
             self.state.abandoned += 1
             job.scoring.cancel()
 
-    async def run(self, message: Request) -> list[Score]:
-        """Scores a request's images and counts them."""
+    async def run(self, message: Request) -> tuple[list[Score], bytes]:
+        """Scores a request's images and counts them. See `Workers.score`."""
         state, n, began = self.state, len(message.images), time.monotonic()
         state.queue += n
         state.requests += 1
         try:
-            scores = await self.workers.score(message.images, message.items, message.progress)
+            scores, remembered = await self.workers.score(message.images, message.items, message.progress, message.state)
         finally:
             state.queue -= n
             state.busy_seconds += time.monotonic() - began
         state.failed += sum(s.failed for s in scores)
         state.not_applicable += sum(not s.applies for s in scores)
         state.scored += sum(s.value is not None for s in scores)
-        return scores
+        return scores, remembered
 
 
 def create_app(config: ServiceConfig, ready: Callable[[], None] = lambda: None, failed: Callable[[], None] = lambda: None) -> Any:

@@ -59,7 +59,7 @@ class Wire:
         """A validated request. ProtocolError."""
         return protocol.read_request(body, content_type, limits)
 
-    def write_response(self, request: Request, scorer: str, scores: Sequence[Score], content_type: str, **about: str) -> tuple[bytes, str]:
+    def write_response(self, request: Request, scorer: str, scores: Sequence[Score], content_type: str, **about: Any) -> tuple[bytes, str]:
         """Body and content type of the answer. ProtocolError where the protocol cannot express a failure."""
         return protocol.write_response(request, scorer, scores, content_type, **about), content_type
 
@@ -115,7 +115,7 @@ class FlowGRPO(_Foreign):
         items = [{"prompt": p, "targets": t} for p, t in zip(prompts, targets)] if isinstance(prompts, list) else None
         return _checked({"images": images, "items": items}, limits)
 
-    def write_response(self, request: Request, scorer: str, scores: Sequence[Score], content_type: str, **about: str) -> tuple[bytes, str]:
+    def write_response(self, request: Request, scorer: str, scores: Sequence[Score], content_type: str, **about: Any) -> tuple[bytes, str]:
         """A status other than 200 where an image has no value: the protocol has no word for it, and 0 would be a lie."""
         if bad := next((score for score in scores if score.value is None), None):
             raise Unanswerable(bad.error or f"{scorer} does not apply to an image")
@@ -170,7 +170,7 @@ class UniRL(_Foreign):
         items = [{"prompt": turn.history[-1].text, "targets": turn.metadata or {}} for turn in turns]
         return _checked({"images": images, "items": items}, limits)
 
-    def write_response(self, request: Request, scorer: str, scores: Sequence[Score], content_type: str, **about: str) -> tuple[bytes, str]:
+    def write_response(self, request: Request, scorer: str, scores: Sequence[Score], content_type: str, **about: Any) -> tuple[bytes, str]:
         """A score that is missing is named among the errors."""
         results = [{} if s.value is None else {scorer: {scorer: s.value}} for s in scores]
         errors = [{scorer: s.error or "the scorer does not apply"} if s.value is None else {} for s in scores]

@@ -12,9 +12,9 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from xomni_jax.core.config import build
@@ -24,7 +24,10 @@ from xomni_jax.rewards.scorer import Scorer, ServiceError, Unavailable, build_sc
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_THREAD_LIMIT": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 _SLICE = 8  # images handed to a worker at a time: small enough that requests share the workers fairly
 _scorer: Scorer | None = None  # of this process, if it is a worker
-_state_file = ""
+_first_state: dict[str, np.ndarray] = {}  # of a scorer of whole sets, before any request
+
+
+_About = tuple[float | None, bytes]  # the progress and the state of a request
 
 
 class _Lost(Exception):
@@ -37,18 +40,17 @@ class Workers:
 
     Args:
       seconds: most that a slice may take.
-      state: file in which a scorer of scope set keeps its state; "": nowhere.
 
     Attributes:
       version, model_hash: of the scorer.
       images, seconds_busy: how many images the workers have scored, and in how much time of theirs.
     """
 
-    def __init__(self, scorer: str, options: dict[str, Any], count: int, limits: Limits, seconds: float = 300.0, state: str = ""):
+    def __init__(self, scorer: str, options: dict[str, Any], count: int, limits: Limits, seconds: float = 300.0):
         cls = scorer_class(scorer)
         self.version = self.model_hash = ""
         self.images, self.seconds_busy = 0, 0.0
-        self._start_arguments, self._limits, self._seconds, self._scope = (scorer, options, state), limits, seconds, cls.scope
+        self._start_arguments, self._limits, self._seconds, self._scope = (scorer, options), limits, seconds, cls.scope
         self._slice = getattr(build(cls.Options, options, f"scorer {cls.name}"), "batch", _SLICE)
         self._pools: list[ProcessPoolExecutor | None] = [None] * (1 if cls.scope == "set" else count)  # None: started before its next slice
         self._idle: asyncio.Queue[int] = asyncio.Queue()
@@ -60,9 +62,14 @@ class Workers:
         for n in range(len(self._pools)):
             self._idle.put_nowait(n)
 
-    async def score(self, images: list[bytes], items: list[Item], progress: float | None = None) -> list[Score]:
-        """Scores of a request's images, in order, computed by all workers that are free."""
-        return await self._score_parts(images, items, progress, self._slice)
+    async def score(
+        self, images: list[bytes], items: list[Item], progress: float | None = None, state: bytes = b""
+    ) -> tuple[list[Score], bytes]:
+        """Scores of a request's images, in order, computed by all workers that are free, and what a scorer of whole sets remembers.
+
+        `state`: what it is to remember before; without it, it starts anew.
+        """
+        return await self._score_parts(images, items, (progress, state), self._slice)
 
     def slowest(self) -> float:
         """Seconds since the longest running slice was given to its worker; 0 when all are idle."""
@@ -75,31 +82,31 @@ class Workers:
                 process.terminate()
             pool.shutdown(wait=True, cancel_futures=True)
 
-    async def _score_parts(self, images: list[bytes], items: list[Item], progress: float | None, size: int) -> list[Score]:
+    async def _score_parts(self, images: list[bytes], items: list[Item], about: _About, size: int) -> tuple[list[Score], bytes]:
         parts = slices(items, size, self._scope)
-        scores = await asyncio.gather(*(self._score_slice(images[p], items[p], progress) for p in parts))
-        return list(itertools.chain(*scores))
+        scored = await asyncio.gather(*(self._score_slice(images[p], items[p], about) for p in parts))
+        return list(itertools.chain(*(scores for scores, _ in scored))), scored[-1][1] if scored else b""
 
-    async def _score_slice(self, images: list[bytes], items: list[Item], progress: float | None) -> list[Score]:
+    async def _score_slice(self, images: list[bytes], items: list[Item], about: _About) -> tuple[list[Score], bytes]:
         """A slice whose worker is lost is scored again in the smallest parts, so that only the image at fault has failed."""
         n = await self._idle.get()
         # Goes on when the request is abandoned: a worker that still computes must not get another slice.
-        running = asyncio.ensure_future(self._use(n, images, items, progress))
+        running = asyncio.ensure_future(self._use(n, images, items, about))
         running.add_done_callback(lambda done: done.cancelled() or done.exception())
         try:
             return await asyncio.shield(running)
         except _Lost as lost:
             if len(slices(items, 1, self._scope)) == 1:
-                return [Score(None, str(lost))] * len(images)
-            return await self._score_parts(images, items, progress, 1)
+                return [Score(None, str(lost))] * len(images), about[1]
+            return await self._score_parts(images, items, about, 1)
 
-    async def _use(self, n: int, images: list[bytes], items: list[Item], progress: float | None) -> list[Score]:
+    async def _use(self, n: int, images: list[bytes], items: list[Item], about: _About) -> tuple[list[Score], bytes]:
         began = time.monotonic()
         try:
             pool = await self._pool(n)
             began = self._since[n] = time.monotonic()
             async with asyncio.timeout(self._seconds):
-                return await asyncio.wrap_future(pool.submit(_score_files, images, items, self._limits, progress))
+                return await asyncio.wrap_future(pool.submit(_score_files, images, items, self._limits, about))
         except ServiceError as error:  # it started once, and does not now
             raise _Lost(str(error)) from None
         except (BrokenProcessPool, TimeoutError) as error:
@@ -185,14 +192,12 @@ def _prepare(parent: int) -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def _start(name: str, options: dict[str, Any], state: str) -> tuple[str, str]:
+def _start(name: str, options: dict[str, Any]) -> tuple[str, str]:
     """Build the scorer of this process; returns its version and model hash. Exceptions must be importable in the parent."""
-    global _scorer, _state_file
+    global _scorer, _first_state
     try:
-        _scorer, _state_file = build_scorer(name, options), state
-        if state and Path(state).exists():
-            with np.load(state, allow_pickle=False) as saved:
-                _scorer.restore(dict(saved))
+        _scorer = build_scorer(name, options)
+        _first_state = _scorer.state()
     except ValueError as error:
         raise ServiceError(str(error)) from None
     except Exception as error:  # noqa: BLE001 - a scorer may be the user's own code
@@ -200,11 +205,25 @@ def _start(name: str, options: dict[str, Any], state: str) -> tuple[str, str]:
     return _scorer.version, _scorer.model_hash
 
 
-def _score_files(files: list[bytes], items: list[Item], limits: Limits, progress: float | None) -> list[Score]:
-    _scorer.progress = progress
-    scores = score_files(_scorer, files, items, limits)
-    if _state_file:
-        with open(_state_file + ".new", "wb") as file:
-            np.savez(file, **_scorer.state())
-        os.replace(_state_file + ".new", _state_file)
-    return scores
+def _score_files(files: list[bytes], items: list[Item], limits: Limits, about: _About) -> tuple[list[Score], bytes]:
+    _scorer.progress, state = about
+    if _scorer.scope != "set":
+        return score_files(_scorer, files, items, limits), b""
+    try:
+        _scorer.restore(read_state(state) if state else _first_state)
+    except Exception as error:  # noqa: BLE001 - whatever these bytes, or a user's own scorer, bring about
+        return [Score(None, f"the state of the request is none of {_scorer.name} with these options: {error}"[:500])] * len(files), state
+    return score_files(_scorer, files, items, limits), write_state(_scorer.state())
+
+
+# ---- what a scorer remembers, as bytes ----
+def write_state(state: dict[str, np.ndarray]) -> bytes:
+    """Arrays by name as one message; nothing as b""."""
+    arrays = {name: (x.dtype.str, x.shape, np.ascontiguousarray(x).tobytes()) for name, x in state.items()}
+    return msgspec.msgpack.encode(arrays) if arrays else b""
+
+
+def read_state(data: bytes) -> dict[str, np.ndarray]:
+    """What `write_state` has written; it raises for anything else, and its arrays are no larger than the message."""
+    arrays = msgspec.msgpack.decode(data, type=dict[str, tuple[str, tuple[int, ...], bytes]])
+    return {name: np.frombuffer(x, np.dtype(dtype)).reshape(shape) for name, (dtype, shape, x) in arrays.items()}

@@ -304,7 +304,7 @@ class GRPOStage:
             buckets[size] = Bucket(rollouts, flops(made["policy-update" + name].fn))
         return RunningStage(
             state,
-            DataIterator(prompts, functools.partial(all_prompts, cfg, rows)),
+            Prompts(prompts, functools.partial(all_prompts, cfg, rows), rewards),
             functools.partial(train_step, cfg, buckets, frozen, set()),
             lambda state, directory, note: export_trained(directory, {"transformer": (state.params, ar)}, lora, model, note),
             functools.partial(sample_grid, cfg, buckets),
@@ -316,6 +316,24 @@ class GRPOStage:
 
 
 # ---- a run ----
+class Prompts(DataIterator):
+    """The batches of a run, and what its scorers of whole sets remember, which checkpoints keep beside their place."""
+
+    def __init__(self, dataset: Any, map_batch: Callable[[Any], Any], rewards: Rewards):
+        super().__init__(dataset, map_batch)
+        self._rewards = rewards
+
+    def get_state(self) -> dict[str, Any]:
+        """After the last step."""
+        memory = self._rewards.memory()
+        return super().get_state() | ({"rewards": memory} if memory else {})
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a saved place."""
+        super().set_state(state)
+        self._rewards.remember(state.get("rewards", {}))
+
+
 class Bucket(NamedTuple):
     """What makes and learns rollouts of one image size."""
 
@@ -398,6 +416,7 @@ def train_step(
     metrics = total.stats | metrics | join_statistics(gather_json(image_sums(images))) | measured
     for line in crossings(cfg.watch, metrics, outside):
         say(line)
+    rollouts.rewards.commit()
     return state, metrics
 
 

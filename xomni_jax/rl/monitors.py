@@ -11,6 +11,7 @@ Watch = tuple[tuple[str, Finite, Finite], ...]
 USUAL: Watch = (
     ("image/edge_density", 1.0, 255.0),  # backgrounds are erased
     ("image/colour_entropy", 0.5, 6.0),  # all images get the same colours
+    ("text/repeated_frac", 0.0, 0.2),  # writing the text again and again pleases some readers
     ("reward/total/std", 1e-3, 1e9),  # the images of a group are alike, and nothing can be learned from them
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import itertools
 import json
@@ -11,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from xomni_jax.core.config import ConfigError, Finite
@@ -73,7 +75,8 @@ class Rewards:
         try:
             for name, config in asked.items():
                 options = {f.name: getattr(config, f.name) for f in dataclasses.fields(ClientConfig)}
-                made.clients[name] = client = RewardClient(name, poll=poll, say=say, **options)
+                answers = run_dir and run_dir / "answers" / f"{name}-{jax.process_index()}.sqlite"
+                made.clients[name] = client = RewardClient(name, poll=poll, say=say, answers=answers, **options)
                 if name in before:
                     client.replicas.identity = before[name]["version"], before[name]["model_hash"]
                 try:
@@ -149,6 +152,20 @@ class Rewards:
             weight = f"{config.weight:g}" + f" (minimum of {config.minimum_with})" * bool(config.minimum_with)
             rows.append((name, weight, f"{config.scale:g}", version, model_hash[:12], str(len(config.urls)), self.about[name].scale))
         return aligned(rows)
+
+    def commit(self) -> None:
+        """A step is done: what scorers of whole sets remember now, they are told in the next one."""
+        for client in self.clients.values():
+            client.state = client.state_after
+
+    def memory(self) -> dict[str, str]:
+        """What they remember after the last step, as JSON-able text."""
+        return {name: base64.b64encode(client.state).decode() for name, client in self.clients.items() if client.state}
+
+    def remember(self, memory: Mapping[str, str]) -> None:
+        """Goes on from a `memory`."""
+        for name, client in self.clients.items():
+            client.state = client.state_after = base64.b64decode(memory.get(name, ""))
 
     def record(self) -> dict[str, Any]:
         """What the values of the run depend on, for RUN/rewards.json."""

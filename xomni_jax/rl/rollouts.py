@@ -23,6 +23,7 @@ from xomni_jax.rewards.combine import MODES, Combined, column, combine, source_m
 from xomni_jax.rewards.protocol import Item, Score
 from xomni_jax.rl.advantages import AdvantageConfig
 from xomni_jax.rl.rewards import Rewards
+from xomni_jax.rl.text_statistics import join_text_counts, text_counts
 from xomni_jax.rl.update import RolloutBatch
 from xomni_jax.sampling.batches import make_batches
 from xomni_jax.sampling.decoder import DecodeConfig
@@ -48,6 +49,7 @@ class RolloutConfig:
       max_logp_gap: most that sampler and trainer may differ in a float32 log-prob before the first update; 0: not checked
       max_fail_frac: a step in which more than this share of rollouts could not be scored stops the run
       combine: sum_then_normalize or normalize_then_sum
+      reencode: images of a step that the tokenizer encodes again, for the metric image/reencode_frac; 0: none. Costs a forward pass of them
       reference_dtype: number format of the reference's matrices: float32, or bfloat16, which halves them and loses nothing where the
         transformer computes in it
     """
@@ -60,6 +62,7 @@ class RolloutConfig:
     max_logp_gap: NonNegative = 1e-4
     max_fail_frac: Share = 0.5
     combine: str = "sum_then_normalize"
+    reencode: Natural = 0
     reference_dtype: str = "float32"
 
     def __post_init__(self):
@@ -109,6 +112,7 @@ class Scoring:
     Attributes:
       decoding: images [chunk, H, W, 3] of chunks that the image decoder may still be working on.
       images: this process's images of the chunks that have been sent.
+      texts: metrics of the texts that were read, once the scores are known.
     """
 
     def __init__(
@@ -129,6 +133,7 @@ class Scoring:
         self.progress = progress
         self.decoding: list[jax.Array] = []
         self.images: list[np.ndarray] = []
+        self.texts: dict[str, float] = {}
         # Of each chunk, by reward: which of `rows` it is asked about, and their scores.
         self._waiting: list[dict[str, tuple[list[int], Future[list[Score]]]]] = []
 
@@ -158,19 +163,24 @@ class Scoring:
             own = [{name: (asked, self.clients[name].wait(f, poll)) for name, (asked, f) in chunk.items()} for chunk in self._waiting]
         except StopRequested:
             own = []
-        # Without the details, which only reports need.
+        # Without the details, of which there may be much.
         told = [
             (name, c * self.chunk + self.rows[n], score.value, score.error, score.kind)
             for c, chunk in enumerate(own)
             for name, (asked, scores) in chunk.items()
             for n, score in zip(asked, scores, strict=True)
         ]
-        table = gather_json(
-            {"scores": told, "faults": [client.replicas.fault for client in self.clients.values() if client.replicas.fault]}
-        )
+        texts = [
+            text_counts([self.items[c * self.chunk + self.rows[n]] for n in asked], scores)
+            for c, chunk in enumerate(own)
+            for asked, scores in chunk.values()
+        ]
+        faults = [client.replicas.fault for client in self.clients.values() if client.replicas.fault]
+        table = gather_json({"scores": told, "texts": texts, "faults": faults})
         self.stop.check()
         for fault in (fault for part in table for fault in part["faults"]):
             raise StepRefused(fault)
+        self.texts = join_text_counts([counts for part in table for counts in part["texts"]])
         out = {name: [Score(None)] * len(self.items) for name in self.clients}
         for name, row, value, error, kind in (entry for part in table for entry in part["scores"]):
             out[name][row] = Score(value, error, kind=kind)
@@ -245,17 +255,19 @@ class Rollouts:
                 made.append(jax.block_until_ready(self.sampler(params, *jax.tree.map(part.take, inputs), between)))
             with timed(seconds, "perf/decode_s"):
                 texts = [p for p in part.take(prompts) for _ in range(R)]
-                scoring.decoding.append(self.images(made[-1]["codes"], texts, part.take(noise_keys_PR).reshape(-1)))
+                images = self.images(made[-1]["codes"], texts, part.take(noise_keys_PR).reshape(-1))
+                scoring.decoding.append(images)
             # A decoder with its own devices works on this chunk while the next one is sampled, which otherwise would wait for it.
             send(wait=self.image_decoder is self.model)
             self.stop.check()
         send(wait=True)
+        seen_again = self.reencoded(made[-1]["codes"], images) if self.cfg.reencode else {}
         with timed(seconds, "perf/reward_wait_s"):
             scores = scoring.scores()
         columns = {name: column(own, P) for name, own in scores.items()}
         weights = self.rewards.weights_of(weights_P, self.cfg.combine)
         total = combine(columns, weights, self.cfg.combine, minimum=self.rewards.minimum, ddof=self.advantage.ddof, eps=self.advantage.eps)
-        measured = seconds | self.rewards.failures(scores) | source_means(sources, columns, total)
+        measured = seconds | seen_again | scoring.texts | self.rewards.failures(scores) | source_means(sources, columns, total)
         self.check_scored(scores, weights, 1.0 - float(total.ok_PR.mean()))
         return self.rows(made, inputs, total.ok_PR), total, np.concatenate(scoring.images), measured
 
@@ -314,6 +326,13 @@ class Rollouts:
         if self.image_decoder is not self.model:  # copies through the host, because the meshes differ
             codes_BYX, noise = whole(codes_BYX), whole(noise)
         return self.image_decoder.decode_images(codes_BYX, prompts, noise, self.decode)
+
+    def reencoded(self, codes_PRT: jax.Array, images: jax.Array) -> dict[str, float]:
+        """Share of the codes that the tokenizer finds again in some images: it falls where a policy draws what no real image has."""
+        every = -(-len(images) // self.cfg.reencode)
+        codes_NYX = whole(codes_PRT).reshape(-1, *self.grid)[::every]
+        found_NYX = np.stack(self.model.encode(list(whole(images[::every]))))
+        return {"image/reencode_frac": float(np.mean(found_NYX == codes_NYX))}
 
     def rows(self, made: Sequence[Mapping[str, Any]], inputs: tuple[Any, ...], ok_PR: np.ndarray) -> RolloutBatch:
         """The rollouts of all chunks, one row each, without advantages yet."""

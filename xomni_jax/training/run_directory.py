@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from xomni_jax.checkpoint.store import checkpoint_hash, read_model_json, write_json
-from xomni_jax.core.config import ConfigError, as_dict, flat
+from xomni_jax.core.config import ConfigError, as_dict, defaults, flat
 from xomni_jax.core.folders import lock, why_taken
 from xomni_jax.core.tables import bytes_text
 from xomni_jax.rewards.client import ClientConfig
@@ -75,7 +75,7 @@ def check_continues(cfg: RunConfig) -> None:
 
     A resumed run may change what does not affect a step, such as logging intervals and the addresses of services. It may also change
     `steps` to train longer; schedules then follow the new length. Where the run and its model lie does not matter: the model is compared
-    by its content.
+    by its content. A key that is newer than the run may have its default.
 
     Raises:
       ConfigError: the run was started with another value of some key, or with another model.
@@ -88,7 +88,8 @@ def check_continues(cfg: RunConfig) -> None:
         old = flat(json.loads(path.read_text()))
     except ValueError:
         raise ConfigError(f"{path} is damaged; restore it, or name another run_dir") from None
-    new = flat(json.loads(json.dumps(described(cfg), default=str)))
+    new = flat(plain(described(cfg)))
+    old = {key: value for key, value in flat(plain(defaults(cfg))).items() if key in new} | old
     for key in sorted(old.keys() | new.keys()):
         if not may_change(key) and not same(old.get(key), new.get(key)):
             was, now = (f"{values.get(key)!r}" for values in (old, new))
@@ -101,7 +102,12 @@ def check_continues(cfg: RunConfig) -> None:
 
 def save_config(cfg: RunConfig) -> None:
     """Writes RUN/config.json: every key with its value, and a hash of the model that the run starts from."""
-    write_json(Path(cfg.run_dir) / "config.json", json.loads(json.dumps(described(cfg), default=str)))
+    write_json(Path(cfg.run_dir) / "config.json", plain(described(cfg)))
+
+
+def plain(tree: dict[str, Any]) -> dict[str, Any]:
+    """A tree as it is read back from a JSON file."""
+    return json.loads(json.dumps(tree, default=str))
 
 
 def described(cfg: RunConfig) -> dict[str, Any]:

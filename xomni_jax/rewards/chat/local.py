@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import json
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from PIL import Image
 from xomni_jax.rewards.chat.messages import ChatUnavailable, Question
 from xomni_jax.rewards.chat.replies import Completion, Unreadable, completion
 from xomni_jax.rewards.model_files import model_hash
-from xomni_jax.rewards.scorer import ServiceError
+from xomni_jax.rewards.scorer import ServiceError, need
 from xomni_jax.rewards.services.torch_scorer import check_complete, pretrained, torch_and_device
 
 _LIKELIEST = 20
@@ -100,8 +101,22 @@ class LocalModel:
         return self._processor(text=texts, images=images if any(images) else None, **how).to(self._model.device)
 
 
+def _check_layout(folder: Path) -> None:
+    """Refuses a model whose class is not of transformers, before its files are taken for damaged: UnifiedReward's first line is one."""
+    try:
+        (name,) = json.loads((folder / "config.json").read_text())["architectures"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # `pretrained` says what is wrong
+    if not hasattr(need("transformers", "judge", extra="judge"), name):
+        raise ServiceError(
+            f"{folder} holds a {name}, which transformers does not read (LLaVA's own layout, if it begins with Llava); give a model on "
+            "Qwen2.5-VL, such as CodeGoat24/UnifiedReward-qwen-7b, or serve this one with sglang and give NAME@URL"
+        )
+
+
 def _processor(folder: Path) -> Any:
     """The processor of a model. Images are resized by Pillow, and the part for videos is left out: it would need torchvision."""
+    _check_layout(folder)
     kind = pretrained("judge", "AutoConfig", folder).model_type
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
 

@@ -98,7 +98,9 @@ class LeaveOneOutFID:
         return {} if self._average is None else {"mean": self._average[0], "square": self._average[1], "calls": np.array(self._calls)}
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
-        """Go on from a `state`."""
+        """Go on from a `state`. ValueError for one of other features."""
+        if state and (state["mean"].shape, state["square"].shape) != (self._mean.shape, self._square(self._mean).shape):
+            raise ValueError(f"its mean has the shape {list(state['mean'].shape)}, these features {list(self._mean.shape)}")
         self._average = (state["mean"], state["square"]) if state else None
         self._calls = int(state["calls"]) if state else 0
 
@@ -119,8 +121,8 @@ class LeaveOneOutFID:
 class LooFidScorer(Scorer):
     """How much the image brings all images of its request nearer to real ones, in units of FID; positive when it helps.
 
-    Applies to every item; the prompt is not read. All images of a request are compared at once, and a moving average remembers the
-    earlier requests, so that the service must run with one worker and be asked for whole batches. Detail: fid, of all images.
+    Applies to every item; the prompt is not read. All images of a request are compared at once, so that it must hold a whole batch, and a
+    moving average remembers the earlier requests. Detail: fid, of all images.
     """
 
     name = "loo_fid"
@@ -196,7 +198,7 @@ class LooFidScorer(Scorer):
         return self._fid.state()
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
-        """Go on from a `state`."""
+        """Go on from a `state`. ValueError for one of other features."""
         self._fid.restore(state)
 
     def _batches(self, images: Iterable[Image.Image]) -> Iterable[np.ndarray]:
