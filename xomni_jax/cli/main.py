@@ -27,6 +27,7 @@ COMMANDS = {
     "convert": "turn downloaded PyTorch checkpoints into a model directory",
     "export": "turn a model directory back into the released PyTorch layout",
     "inspect": "show what a checkpoint holds, or how two differ",
+    "serve": "images and answers over HTTP, in OpenAI's form, and a page to draw, compare and ask with",
     "serve-reward": "start a scoring service: readers of text, published models of preference, judges, one of your own",
     "rewards": "check running reward services, or score images with them",
     "plan": "compile a run for a TPU slice without having it: does it fit, what limits its speed, what does it cost",

@@ -6,7 +6,6 @@ shape, so that a row's tokens do not depend on what runs beside it; between segm
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
