@@ -140,8 +140,10 @@ def serve(
     Raises:
       ValueError: the port is taken, or a file is missing or no certificate.
     """
-    import uvicorn
-
+    try:
+        import uvicorn
+    except ImportError as error:
+        raise ValueError(f"a service needs the package {error.name!r}: pip install 'xomni_jax[serve]'") from error
     if any(tls) and not all(map(os.path.isfile, tls)):
         raise ValueError(f"--tls-cert {tls[0] or '(none)'} and --tls-key {tls[1] or '(none)'} must both name files")
     listener = listen(host, port, command)
