@@ -121,8 +121,18 @@ def test_extreme_settings_draw_a_token_of_the_vocabulary_at_a_finite_log_probabi
     assert 0 <= int(tokens[0, 0]) < 5 and np.isfinite(logp).all() and logp[0, 0] <= 0 and bool(mask[0, 0, tokens[0, 0]])
 
 
-@pytest.mark.parametrize("values", [{}, {"temperature": 0.7}, {"top_k": 3, "min_p": 0.0}, {"top_k": 0, "top_p": 0.6, "min_p": 0.0}, {"temperature": 0.0},
-                                    {"top_k": 7, "top_p": 0.9, "min_p": 0.1, "temperature": 1.5}, {"top_k": 10**9}])  # fmt: skip
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"temperature": 0.7},
+        {"top_k": 3, "min_p": 0.0},
+        {"top_k": 0, "top_p": 0.6, "min_p": 0.0},
+        {"temperature": 0.0},
+        {"top_k": 7, "top_p": 0.9, "min_p": 0.1, "temperature": 1.5},
+        {"top_k": 10**9},
+    ],
+)
 def test_traced_settings_sample_the_same(values, rng):
     """The mask and the tokens of `SamplingConfig`, from one program for all values."""
     scores = jnp.asarray(rng.normal(0, 2, (4, 3, 40)), jnp.float32).at[0, 0, 5:9].set(1.5)  # ties, too

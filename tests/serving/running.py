@@ -34,7 +34,7 @@ def served(models: dict[str, XOmni], rewards: dict | None = None, **options: obj
     thread.start()
     try:
         assert ready.wait(120) and not failures, failures
-        yield state, "http://127.0.0.1:{}".format(listener.getsockname()[1])
+        yield state, f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join(30)

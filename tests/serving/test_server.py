@@ -145,6 +145,11 @@ def test_encode_reconstruct_and_entropy(url, model):
     np.testing.assert_allclose(entropy.ravel(), -(p * np.log(p)).sum(-1), atol=1e-4)  # it is rounded to four digits
 
 
+def shown(url):
+    """A question about the image of a URL."""
+    return {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]}
+
+
 @pytest.mark.parametrize("path, body, status, told", [
     (IMAGES, {}, 400, "missing required field `prompt`"),
     (IMAGES, {"prompt": "a", "colour": 1}, 400, "contains unknown field `colour`"),
@@ -162,8 +167,9 @@ def test_encode_reconstruct_and_entropy(url, model):
     (CHAT, {"messages": [{"role": "assistant", "content": "a"}]}, 400, "the last message must be the user's"),
     (CHAT, {"messages": [{"role": "user", "content": "a"}], "max_tokens": 17}, 400, "more than the 16 of this service"),
     (CHAT, {"messages": [{"role": "user", "content": "a " * 200}]}, 400, "this service takes 64; shorten it"),
-    (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://localhost/x.png"}}]}]}, 400, "regex"),
-    (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]}]}, 400, "cannot be read"),
+    (CHAT, shown("http://localhost/x.png"), 400, "regex"),
+    (CHAT, shown("file:///etc/passwd"), 400, "regex"),
+    (CHAT, shown("data:image/png;base64,AAAA"), 400, "cannot be read"),
     ("/v1/xomni/entropy", {"prompt": "a", "codes": [[1, 2], [3]]}, 400, "rows of one length"),
     ("/v1/xomni/entropy", {"prompt": "a", "codes": [[1, 64]]}, 400, "from 0 to 63"),
     ("/v1/images/edits", {}, 400, "cannot edit images"),

@@ -94,6 +94,14 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def share(text: str) -> tuple[int, int]:
+    """K/N, the K-th of N equal parts of the work -> (K - 1, N)."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no share; write K/N with K from 1 to N, such as 1/2")
+    return int(found[1]) - 1, int(found[2])
+
+
 def _mesh(text: str) -> dict[str, int]:
     found = [re.fullmatch(r"(\w+)=(-?\d+)", part.strip()) for part in text.split(",")]
     if not all(found):

@@ -20,11 +20,11 @@ import msgspec
 from PIL import Image
 
 from xomni_jax.core.http import LOOPBACK, BodyReader, Refusal, check_token, prometheus
+from xomni_jax.data.png import png_bytes
 from xomni_jax.rewards.best import best_first, score_prompt
 from xomni_jax.rewards.client import RewardClient
 from xomni_jax.sampling.logits import GREEDY, SamplingConfig
 from xomni_jax.serving import protocol
-from xomni_jax.serving.png import png_bytes
 from xomni_jax.serving.protocol import ChatRequest, EncodeRequest, EntropyRequest, ImagesRequest, error_body, new_id, shown_size
 from xomni_jax.serving.service import Drawn, ServedModel, Service
 
