@@ -15,6 +15,7 @@ import openai
 import pytest
 from PIL import Image
 
+from tests.serving.fuzz import fuzz
 from tests.serving.running import image_of, served, uri_of
 from xomni_jax.pipeline import XOmni
 from xomni_jax.rewards import Score
@@ -251,3 +252,8 @@ def test_the_command(model_dir):
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and err == ""
+
+
+def test_mutated_bodies_are_answered_or_refused(url):
+    met = fuzz(url, 200)
+    assert met[200] > 20 and met[400] > 50 and set(met) <= {200, 400, 404, 413, 429}

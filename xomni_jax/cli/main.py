@@ -31,7 +31,7 @@ COMMANDS = {
     "serve-reward": "start a scoring service: readers of text, published models of preference, judges, one of your own",
     "rewards": "check running reward services, or score images with them",
     "plan": "compile a run for a TPU slice without having it: does it fit, what limits its speed, what does it cost",
-    "bench": "measure speed: against transformers and diffusers, of a GRPO step, a conversion, an evaluation, data, codes, rewards",
+    "bench": "measure speed: against transformers and diffusers, of GRPO, conversion, evaluation, data, codes, rewards, serving",
 }
 
 

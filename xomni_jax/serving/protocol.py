@@ -181,7 +181,8 @@ def parse_codes(codes: list[list[int]], codebook: int) -> np.ndarray:
 
 
 def error_body(status: int, sentence: str, code: str | None = None) -> dict[str, Any]:
-    """An error in OpenAI's form."""
+    """An error in OpenAI's form; what clients sent may stand in the sentence, and stays within one line."""
+    sentence = " ".join(sentence.split())[:500]
     kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return {"error": {"message": sentence, "type": kind, "param": None, "code": code}}
 
