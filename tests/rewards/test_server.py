@@ -16,11 +16,12 @@ import pytest
 
 from tests.rewards.images import ocr_item, sign
 from tests.rewards.running import children, command, is_alive, service
+from xomni_jax.core.http import Refusal
 from xomni_jax.rewards import Score, Scorer, protocol, server
 from xomni_jax.rewards.client import RewardClient
 from xomni_jax.rewards.protocol import JSON, MSGPACK, Limits, Request
 from xomni_jax.rewards.replicas import RewardServiceError
-from xomni_jax.rewards.scorer import ServiceError, Unavailable
+from xomni_jax.rewards.scorer import Unavailable
 from xomni_jax.rewards.server import ServiceConfig, create_app
 from xomni_jax.rewards.workers import Workers, read_state, score_files, write_state
 
@@ -267,7 +268,7 @@ def test_a_request_whose_client_has_gone_is_given_up(monkeypatch):
                 return {"type": "http.disconnect"}
 
         for digest, again in ((b"1", False), (b"2", True)):
-            with pytest.raises(server._Refusal):
+            with pytest.raises(Refusal):
                 await service.result(Gone(), message, digest)
             second = asyncio.create_task(service.result(SimpleNamespace(receive=asyncio.Event().wait), message, digest)) if again else None
             await asyncio.sleep(0.15)
@@ -283,7 +284,7 @@ def test_what_is_being_received_is_bounded(monkeypatch):
 
     async def conversation(client, post, workers):
         workers.release.set()
-        return await post(), await post("b", b"x" * 2_000), client._transport.app.state.service.buffered
+        return await post(), await post("b", b"x" * 2_000), client._transport.app.state.service.bodies.held
 
     fine, refused, left = talk(monkeypatch, conversation, max_buffered=1_000)
     assert fine.status_code == 200 and left == 0
@@ -553,5 +554,5 @@ def test_a_state_is_read_or_refused():
 
 
 def test_nonsense_is_refused():
-    with pytest.raises(ServiceError, match="at least 1"):
+    with pytest.raises(ValueError, match="at least 1"):
         ServiceConfig("ocr", workers=0)

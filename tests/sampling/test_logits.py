@@ -9,7 +9,7 @@ import pytest
 
 from tests.sampling.oracle import masked_logp
 from xomni_jax.models.vocab_heads import token_logp
-from xomni_jax.sampling.logits import GREEDY, SamplingConfig, draw, guide, sampling_mask, temper
+from xomni_jax.sampling.logits import GREEDY, SamplingConfig, TracedSampling, draw, guide, sampling_mask, temper
 
 COND, NEG = jnp.array([2.0, 1.0, 0.5, -1.0, -3.0]), jnp.array([1.0, 1.2, 0.8, -0.5, -2.0])
 OFF = dict(top_k=0, min_p=0.0)
@@ -119,3 +119,26 @@ def test_extreme_settings_draw_a_token_of_the_vocabulary_at_a_finite_log_probabi
     guided = guide(scores, jnp.zeros_like(scores) if sampling.guided else None, sampling.guidance)
     tokens, logp, mask = draw(guided, jax.random.split(jax.random.key(0), (1, 1)), sampling)
     assert 0 <= int(tokens[0, 0]) < 5 and np.isfinite(logp).all() and logp[0, 0] <= 0 and bool(mask[0, 0, tokens[0, 0]])
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"temperature": 0.7},
+        {"top_k": 3, "min_p": 0.0},
+        {"top_k": 0, "top_p": 0.6, "min_p": 0.0},
+        {"temperature": 0.0},
+        {"top_k": 7, "top_p": 0.9, "min_p": 0.1, "temperature": 1.5},
+        {"top_k": 10**9},
+    ],
+)
+def test_traced_settings_sample_the_same(values, rng):
+    """The mask and the tokens of `SamplingConfig`, from one program for all values."""
+    scores = jnp.asarray(rng.normal(0, 2, (4, 3, 40)), jnp.float32).at[0, 0, 5:9].set(1.5)  # ties, too
+    keys, config = jax.random.split(jax.random.key(1), (4, 3)), SamplingConfig(**values)
+    tokens, logp, mask = draw(scores, keys, config)
+    traced = jax.jit(draw)(scores, keys, TracedSampling.of(config))
+    np.testing.assert_array_equal(traced[0], tokens)
+    np.testing.assert_array_equal(traced[2], mask)
+    np.testing.assert_allclose(traced[1], logp, rtol=1e-6, atol=1e-6)

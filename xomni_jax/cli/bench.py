@@ -9,7 +9,7 @@ from typing import Any
 
 from xomni_jax.assets import TINY_SFT
 
-NAMES = ("decode", "train", "mmdit", "grpo", "convert", "eval", "data", "tokenize", "rewards")
+NAMES = ("decode", "train", "mmdit", "grpo", "convert", "eval", "data", "tokenize", "rewards", "serve")
 _OPTIONS = dict.fromkeys(("decode", "train", "mmdit"), ("size", "threads")) | {
     "grpo": ("model", "config"),
     "convert": ("gb", "dir"),
@@ -17,6 +17,7 @@ _OPTIONS = dict.fromkeys(("decode", "train", "mmdit"), ("size", "threads")) | {
     "data": (),
     "tokenize": ("model",),
     "rewards": ("model", "config", "faults", "bodies"),
+    "serve": ("model", "faults"),
 }
 
 DETAILS = """\
@@ -32,6 +33,8 @@ data    examples per second of every format of training data, against the bare r
 tokenize images per second of xomni data tokenize against the bare encoder at the same batch
 rewards what the way to a reward service costs, and how much of a slow one hides; with --faults, a GRPO run whose requests meet
         1,000 faults; with --bodies N, how a service takes so many damaged requests
+serve   images per second and latencies of xomni serve at 1, 8 and 32 clients, against a plain batch; with --faults, mixed requests of
+        clients some of whom vanish, for --seconds
 
 decode, train and mmdit need the extra [parity], grpo needs [rewards].
 """
@@ -44,7 +47,8 @@ xomni bench convert --gb 4 --dir /tmp
 xomni bench eval
 xomni bench data --seconds 20
 xomni bench tokenize --repeats 5
-xomni bench rewards --faults"""
+xomni bench rewards --faults
+xomni bench serve"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     models = parser.add_argument_group("decode, train, mmdit only")
     models.add_argument("--threads", type=int, metavar="N", help="cores that both sides use (default: all)")
     models.add_argument("--size", choices=("tiny", "small"), help="width 128 or 512 (default tiny)")
-    grpo = parser.add_argument_group("grpo; --model also for eval and tokenize, --faults for rewards")
+    grpo = parser.add_argument_group("grpo; --model also for eval, tokenize and serve, --faults for rewards and serve")
     grpo.add_argument("--model", metavar="DIR", help="model (default: the tiny one of the package)")
     grpo.add_argument("--config", metavar="FILE", help="its shapes, rewards (default: configs/tiny/demo.py)")
     grpo.add_argument("--faults", action="store_true", default=None, help="a run under faults instead")
@@ -83,7 +87,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
         raise BenchError(f"--json {args.json}: there is no folder {Path(args.json).parent}; make it first")
     if args.threads is not None:
         machine.use_cores(args.threads)
-    own = {"grpo": _grpo, "convert": _convert, "eval": _eval, "data": _data, "tokenize": _tokenize, "rewards": _rewards}
+    own = {"grpo": _grpo, "convert": _convert, "eval": _eval, "data": _data, "tokenize": _tokenize, "rewards": _rewards, "serve": _serve}
     report = own.get(args.name, _comparison)(args)
     print(report.text)
     if args.json:
@@ -169,6 +173,12 @@ def _rewards(args: argparse.Namespace) -> Any:
             raise BenchError(f"--bodies {args.bodies} must be above 0")
         return bodies.run(args.bodies)
     return rewards.faults(_grpo_config(args), 1000, 60.0) if args.faults else rewards.run(args.repeats, args.seconds)
+
+
+def _serve(args: argparse.Namespace) -> Any:
+    from tests.benchmarks import serving
+
+    return (serving.mixed if args.faults else serving.run)(args.model or TINY_SFT, args.seconds)
 
 
 def _grpo_config(args: argparse.Namespace) -> Any:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xomni_jax.cli.inference import EXACT, add_adapter, add_drawing, add_model, positive, settle
+from xomni_jax.cli.inference import EXACT, add_adapter, add_drawing, add_model, positive, settle, share
 from xomni_jax.cli.parser import Parser
 from xomni_jax.core.config import explanations
 from xomni_jax.evaluation.judges import HELP
@@ -95,7 +94,7 @@ def _add_options(parser: argparse.ArgumentParser, tasks: set[str], data: bool, j
     parts = parser.add_rare_group("parts of the work")
     parts.add_argument("--ids", nargs="+", default=(), metavar="ID", help=says["ids"])
     parts.add_argument(
-        "--shard", type=_shard, default=(0, 1), metavar="K/N", help="this process is the K-th of N that share OUT (default 1/1)"
+        "--shard", type=share, default=(0, 1), metavar="K/N", help="this process is the K-th of N that share OUT (default 1/1)"
     )
     model = parser.add_rare_group("the model")
     add_model(model, f"; {EXACT}, and so does --shard", "fsdp=-1, all")
@@ -275,13 +274,6 @@ def _summary(results: Results) -> str:
 
 def _digits(value: float | None) -> str:
     return "none" if value is None else f"{value:.4f}"
-
-
-def _shard(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not found or not 1 <= int(found[1]) <= int(found[2]):
-        raise argparse.ArgumentTypeError(f"{text!r} is no share; write K/N with K from 1 to N, such as 1/2")
-    return int(found[1]) - 1, int(found[2])
 
 
 def _instruction(text: str) -> tuple[str, str]:

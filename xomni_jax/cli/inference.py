@@ -15,11 +15,16 @@ if TYPE_CHECKING:
 EXACT = "data=N gives the same outputs to the bit with any number of processes"
 
 
-def add_model(parser: Any, mesh: str, default: str) -> None:
-    """--config, --model and --mesh; `mesh` says more about the last, `default` what it is without."""
+def add_model(parser: Any, mesh: str, default: str, several: bool = False) -> None:
+    """--config, --model and --mesh; `mesh` says more about the last, `default` what it is without. `several`: models with names."""
     what = "a configuration of inference, such as configs/xomni/generate.py; --config.KEY=VALUE changes it, other options come on top"
     parser.add_argument("--config", metavar="FILE", help=what)
-    parser.add_argument("--model", metavar="DIR", help="model directory (default: the tiny model that ships with the package)")
+    ships = "(default: the tiny model that ships with the package)"
+    if several:
+        what = f"model directory, perhaps with a name for it; may be given several times {ships}"
+        parser.add_argument("--model", action="append", metavar="[NAME=]DIR", help=what)
+    else:
+        parser.add_argument("--model", metavar="DIR", help=f"model directory {ships}")
     what = f"devices per mesh axis: data, fsdp, tensor (default: {default}){mesh}"
     parser.add_argument("--mesh", type=_mesh, metavar="AXIS=N,...", help=what)
 
@@ -32,8 +37,18 @@ def add_adapter(parser: Any) -> None:
 
 def add_drawing(parser: Any) -> None:
     """Size and sampling; the defaults are the released ones."""
+    add_size(parser)
+    add_sampling(parser)
+
+
+def add_size(parser: Any) -> None:
+    """--height and --width."""
     parser.add_argument("--height", type=positive, metavar="PIXELS", help="default: the model's own (1152 as released)")
     parser.add_argument("--width", type=positive, metavar="PIXELS", help="default: the model's own (1152 as released)")
+
+
+def add_sampling(parser: Any) -> None:
+    """Sampling of the codes."""
     parser.add_argument("--temperature", type=float, help="of the image codes; 0 takes the likeliest (default 1)")
     parser.add_argument("--top-k", type=int, metavar="K", help="keep the K likeliest codes; 0 is off (default 50)")
     parser.add_argument("--top-p", type=float, metavar="P", help="keep the likeliest codes that hold P; 1 is off (default 1)")
@@ -77,6 +92,14 @@ def positive(text: str) -> int:
     if not text.isdigit() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
     return int(text)
+
+
+def share(text: str) -> tuple[int, int]:
+    """K/N, the K-th of N equal parts of the work -> (K - 1, N)."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no share; write K/N with K from 1 to N, such as 1/2")
+    return int(found[1]) - 1, int(found[2])
 
 
 def _mesh(text: str) -> dict[str, int]:

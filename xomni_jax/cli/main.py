@@ -23,14 +23,16 @@ COMMANDS = {
     "train": "run a training stage: tokenizer, pretrain, sft, decoder, grpo",
     "eval": "score models on the paper's benchmarks, and measure what reinforcement learning changed",
     "data": "sets of images to train on; check files of your own, look at them, make their codes once; files of benchmarks",
+    "report": "curves, images, differences and events of training runs on one page",
     "compare": "paired differences between runs of one benchmark",
     "convert": "turn downloaded PyTorch checkpoints into a model directory",
     "export": "turn a model directory back into the released PyTorch layout",
     "inspect": "show what a checkpoint holds, or how two differ",
+    "serve": "images and answers over HTTP, in OpenAI's form, and a page to draw, compare and ask with",
     "serve-reward": "start a scoring service: readers of text, published models of preference, judges, one of your own",
     "rewards": "check running reward services, or score images with them",
     "plan": "compile a run for a TPU slice without having it: does it fit, what limits its speed, what does it cost",
-    "bench": "measure speed: against transformers and diffusers, of a GRPO step, a conversion, an evaluation, data, codes, rewards",
+    "bench": "measure speed: against transformers and diffusers, of GRPO, conversion, evaluation, data, codes, rewards, serving",
 }
 
 

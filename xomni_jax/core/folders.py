@@ -16,6 +16,7 @@ MARKERS = {
     "model directory": "model.json",
     "data set of codes": "source.json",
     "set of images": "set.json",
+    "set of drawn images": "drawn.json",
 }
 
 

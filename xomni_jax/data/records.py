@@ -139,6 +139,11 @@ class _Row:
         return kind() if value is None else value
 
 
+def quoted_texts(prompt: str) -> list[str]:
+    """The texts in double quotes, straight or curly: what an image of the prompt must show."""
+    return [text for text in ((a or b).strip() for a, b in _QUOTED.findall(prompt)) if text]
+
+
 def make_record(
     columns: Mapping[str, Any],
     key: str,
@@ -178,8 +183,7 @@ def _record(row: _Row, key: str, where: str, how: Columns, prompt: bool, rewards
         texts, shown = _numbered(texts, shown, roles)
     targets, rewards = row.object("targets", dict, "object"), _rewards(row.take("rewards")) or rewards or dict(how.rewards)
     if (how.text_targets or set(TEXT_REWARDS) & set(rewards)) and "text" not in targets:
-        quoted = [(a or b).strip() for a, b in _QUOTED.findall(" ".join(texts[:1]))]
-        targets = targets | {"text": [text for text in quoted if text]}
+        targets = targets | {"text": quoted_texts(" ".join(texts[:1]))}
         if not targets["text"]:
             raise FaultyRecord("no text in double quotes that the image is to show")
     if not prompt and talk is None and not shown and not how.imageless:

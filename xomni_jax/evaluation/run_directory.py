@@ -37,13 +37,13 @@ class RunError(ValueError):
 
 
 class RunDirectory:
-    """The directory of one evaluation of one suite."""
+    """The directory of one evaluation of one suite, or of another `kind` of `core.folders.MARKERS`."""
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, kind: str = "evaluation"):
         self.path = Path(path)
         if not str(path):
             raise RunError("--out is empty; give a folder")
-        if taken := why_taken(self.path, "evaluation"):
+        if taken := why_taken(self.path, kind):
             raise RunError(f"--out {self.path} {taken}; give another folder")
         if reason := why_not_writable(self.path):
             raise RunError(f"--out {self.path}: {reason}; give another folder")

@@ -10,7 +10,6 @@ import asyncio
 import dataclasses
 import functools
 import hashlib
-import hmac
 import math
 import os
 import time
@@ -22,6 +21,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from xomni_jax.core.http import BodyReader, HTTPOptions, Refusal, check_token, prometheus
 from xomni_jax.rewards import protocol
 from xomni_jax.rewards.protocol import JSON, MSGPACK, SCHEMA, Health, Limits, ProtocolError, Request, Response, Score
 from xomni_jax.rewards.scorer import ServiceError, Unavailable, need, scorer_class
@@ -37,7 +37,7 @@ _COUNTS = ("requests", "repeated", "abandoned", "rejected", "scored", "not_appli
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServiceOptions:
+class ServiceOptions(HTTPOptions):
     """Flags of every service.
 
     Attributes:
@@ -45,20 +45,12 @@ class ServiceOptions:
       protocol: of the clients: xomni, or another project's, flow_grpo or unirl
       slice_seconds: most that a worker may take for the few images it is given at a time; then it is replaced
       max_queue: images accepted and not yet scored; a request beyond it is answered 429
-      max_connections: open at a time; more are answered 503
-      header_seconds: most that a client may take to send the head of a request
-      body_seconds: and its body
-      drain_seconds: most that the requests under way may take after SIGTERM
     """
 
     workers: int = 2
     protocol: Literal["xomni", "flow_grpo", "unirl"] = "xomni"
     slice_seconds: float = 120.0
     max_queue: int = 1024
-    max_connections: int = 256
-    header_seconds: float = 10.0
-    body_seconds: float = 60.0
-    drain_seconds: int = 50
 
 
 @dataclass(frozen=True)
@@ -80,13 +72,8 @@ class ServiceConfig(ServiceOptions):
     limits: Limits = Limits()
 
     def __post_init__(self) -> None:
-        for name in ("workers", "slice_seconds", "max_queue", "max_connections", "header_seconds", "body_seconds", "drain_seconds"):
-            if not getattr(self, name) > 0:
-                raise ServiceError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
-
-
-class _Refusal(Exception):
-    """Answered with (status, sentence, seconds after which to try again or 0)."""
+        super().__post_init__()
+        self.check_positive("workers", "slice_seconds", "max_queue")
 
 
 @dataclass
@@ -113,7 +100,7 @@ class RewardService:
             scope=scorer.scope, token=bool(self.token), workers=config.workers, limits=config.limits,
         )  # fmt: skip
         self.jobs: OrderedDict[tuple[str, bytes], _Job] = OrderedDict()
-        self.buffered = 0
+        self.bodies = BodyReader(config.limits.max_body_bytes, config.body_seconds, config.max_buffered, "send fewer images at once")
 
     # ---- what it is and how it is ----
     def health(self) -> Health:
@@ -133,12 +120,10 @@ class RewardService:
     def metrics(self) -> str:
         """The counts in Prometheus' text format."""
         state = self.health()
-        numbers = {f"{name}_total": ("counter", getattr(state, name)) for name in _COUNTS}
-        numbers["busy_seconds_total"] = ("counter", state.busy_seconds)
-        numbers |= {name: ("gauge", getattr(state, name)) for name in ("queue", "slowest_seconds", "uptime_seconds")}
-        numbers["ready"] = ("gauge", int(state.status == "ok"))
-        rows = [f'# TYPE xomni_reward_{k} {kind}\nxomni_reward_{k}{{scorer="{state.scorer}"}} {v}' for k, (kind, v) in numbers.items()]
-        return "\n".join(rows) + "\n"
+        numbers = [(f"{name}_total", "counter", getattr(state, name)) for name in _COUNTS]
+        numbers.append(("busy_seconds_total", "counter", state.busy_seconds))
+        numbers += [(name, "gauge", getattr(state, name)) for name in ("queue", "slowest_seconds", "uptime_seconds")]
+        return prometheus("xomni_reward", f'scorer="{state.scorer}"', [*numbers, ("ready", "gauge", int(state.status == "ok"))])
 
     def retry_after(self) -> int:
         """Seconds until the queue is probably empty, 1 to 60."""
@@ -148,12 +133,12 @@ class RewardService:
 
     # ---- scoring ----
     async def score(self, request: Any) -> tuple[bytes, str]:
-        """The answer to a POST, and its content type. _Refusal or ProtocolError when it is not accepted."""
-        self.admit(request.headers)
+        """The answer to a POST, and its content type. Refusal or ProtocolError when it is not accepted."""
+        check_token(request.headers, self.token, TOKEN)
         if self.state.status == "loading":
-            raise _Refusal(503, "the scorer is still loading", 5)
+            raise Refusal(503, "the scorer is still loading", 5)
         content_type = protocol.media_type(request.headers)
-        body = await self.read(request)
+        body = await self.bodies.read(request)
         message = self.wire.read_request(body, content_type, self.config.limits)
         if self.state.scope == "group" and not all(item.get("group") for item in message.items):
             raise ProtocolError(f"{self.state.scorer} compares the images of a group; give every item a group")
@@ -161,37 +146,13 @@ class RewardService:
         about = {"version": self.workers.version, "model_hash": self.workers.model_hash} | ({"state": remembered} if remembered else {})
         return self.wire.write_response(message, self.state.scorer, scores, content_type, **about)
 
-    def admit(self, headers: Any) -> None:
-        """Refuses a client without the token, comparing it in constant time."""
-        given = headers.get("authorization", "").encode()
-        if self.token and not hmac.compare_digest(given, f"Bearer {self.token}".encode()):
-            raise _Refusal(401, f"the bearer token is missing or wrong; set {TOKEN} to that of the service", 0)
-
-    async def read(self, request: Any) -> bytes:
-        """The body; refused as soon as it exceeds a limit, whatever its header says, or takes too long."""
-        body, limit = bytearray(), self.config.limits.max_body_bytes
-        try:
-            async with asyncio.timeout(self.config.body_seconds):
-                async for part in request.stream():
-                    body += part
-                    self.buffered += len(part)
-                    if len(body) > limit:
-                        raise protocol.TooLarge(f"the request is larger than {limit} bytes; send fewer images at once")
-                    if self.buffered > self.config.max_buffered:
-                        raise _Refusal(429, "too many requests are being received; try again", 1)
-        except TimeoutError:
-            raise _Refusal(408, f"the request did not arrive within {self.config.body_seconds:g} s", 1) from None
-        finally:
-            self.buffered -= len(body)
-        return bytes(body)
-
     async def result(self, request: Any, message: Request, digest: bytes) -> tuple[list[Score], bytes]:
         """Scores of a request, and what the scorer remembers after it; of one that is repeated, those of the first time."""
         key = (message.id, digest)
         job = self.jobs.get(key)
         if job is None or job.scoring.done() and (job.scoring.cancelled() or job.scoring.exception()):
             if self.state.queue and self.state.queue + len(message.images) > self.config.max_queue:
-                raise _Refusal(429, f"{self.state.queue} images wait already; try again", self.retry_after())
+                raise Refusal(429, f"{self.state.queue} images wait already; try again", self.retry_after())
             job = self.jobs[key] = _Job(asyncio.create_task(self.run(message)))
             for old in [k for k, j in self.jobs.items() if j.scoring.done()][:-_KEPT]:
                 del self.jobs[old]
@@ -203,7 +164,7 @@ class RewardService:
             await asyncio.wait((job.scoring, gone), return_when=asyncio.FIRST_COMPLETED)
             if not job.scoring.done():
                 asyncio.create_task(self.abandon(job))
-                raise _Refusal(499, "the client has gone", 0)
+                raise Refusal(499, "the client has gone", 0)
         finally:
             gone.cancel()
             job.waiting -= 1
@@ -267,7 +228,7 @@ def create_app(config: ServiceConfig, ready: Callable[[], None] = lambda: None, 
             body, content_type = await service.score(request)
         except ProtocolError as error:
             return refuse(error.status, str(error))
-        except _Refusal as refusal:
+        except Refusal as refusal:
             return refuse(*refusal.args)
         except Unavailable as error:
             return refuse(503, str(error), _AWAY)

@@ -11,7 +11,7 @@ from flax import struct
 from xomni_jax.models.transformer import ARTransformer
 from xomni_jax.models.vocab_heads import head_kernel, head_logits, map_chunks, select, token_logp
 from xomni_jax.sampling.cache import GENERATED_AXES, GeneratedCache, PromptCache, decode_step, prefill
-from xomni_jax.sampling.logits import GREEDY, SamplingConfig, draw, guide, temper
+from xomni_jax.sampling.logits import GREEDY, SamplingConfig, TracedSampling, draw, guide, temper
 from xomni_jax.sharding.rules import constrain
 
 Prompts = tuple[jax.Array, jax.Array]  # right-padded ids [P or 1, S] and lengths [P or 1]
@@ -79,7 +79,7 @@ def start_codes(
     lengths_P: jax.Array,
     n_codes: int,
     rollouts: int,
-    sampling: SamplingConfig,
+    sampling: SamplingConfig | TracedSampling,
     negative: Prompts | None = None,
 ) -> tuple[PromptCache, RolloutState]:
     """Runs the prompts; see `generate_codes`. Returns their cache and the state of rollouts that have no code yet."""
@@ -98,7 +98,7 @@ def draw_codes(
     state: RolloutState,
     n: int,
     keys_PR: jax.Array,
-    sampling: SamplingConfig,
+    sampling: SamplingConfig | TracedSampling,
     return_mask: bool = False,
 ) -> tuple[RolloutState, dict[str, jax.Array | None]]:
     """Samples the next `n` (static) codes of rollouts, and returns them as `generate_codes` does.

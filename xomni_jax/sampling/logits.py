@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import struct
 
 from xomni_jax.models.vocab_heads import token_logp
 
@@ -61,14 +64,61 @@ class SamplingConfig:
         return self.guidance != 1.0
 
 
+@struct.dataclass
+class TracedSampling:
+    """A `SamplingConfig` as arrays: one program samples with any values of it, where requests bring their own.
+
+    Attributes:
+      temperature, top_k, top_p, min_p, guidance: scalars, as in `SamplingConfig`.
+      guided, nucleus: static, whether there are negative prompts, and whether top_p may be below 1, which costs a sort of its own.
+    """
+
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    min_p: jax.Array
+    guidance: jax.Array
+    guided: bool = struct.field(pytree_node=False, default=False)
+    nucleus: bool = struct.field(pytree_node=False, default=True)
+
+    @property
+    def truncates(self) -> bool:
+        """True: whether it does is known only when it runs."""
+        return True
+
+    @classmethod
+    def of(cls, config: SamplingConfig) -> Self:
+        """The values of a configuration, on the host."""
+        numbers = (config.temperature, config.top_p, config.min_p, config.guidance)
+        temperature, top_p, min_p, guidance = (np.float32(x) for x in numbers)
+        return cls(temperature, np.int32(min(config.top_k, 2**31 - 1)), top_p, min_p, guidance, config.guided, config.top_p < 1)
+
+    def tempered(self, scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(scores / temperature, `sampling_mask`): guided scores [..., V] -> float32 and bool [..., V]."""
+        V, greedy = scores.shape[-1], self.temperature == 0
+        z = scores.astype(jnp.float32) / jnp.where(greedy, 1.0, self.temperature)
+        k = jnp.where(self.top_k > 0, jnp.minimum(self.top_k, V), V)
+        least = jnp.take_along_axis(jnp.sort(z, axis=-1), jnp.broadcast_to(V - k, (*z.shape[:-1], 1)), axis=-1)
+        mask = z >= least
+        if self.nucleus:
+            order = jnp.argsort(z, axis=-1, stable=True)
+            ranked = jnp.take_along_axis(jnp.where(mask, z, -jnp.inf), order, axis=-1)
+            total = jnp.cumsum(jax.nn.softmax(ranked, axis=-1), axis=-1)
+            keep = ((total > 1 - self.top_p) | (self.top_p >= 1)).at[..., -1].set(True)
+            mask &= jnp.take_along_axis(keep, jnp.argsort(order, axis=-1), axis=-1)
+        p = jax.nn.softmax(jnp.where(mask, z, -jnp.inf), axis=-1)
+        mask &= p >= self.min_p * jnp.max(p, axis=-1, keepdims=True)
+        return z, jnp.where(greedy, jax.nn.one_hot(jnp.argmax(scores, axis=-1), V, dtype=bool), mask)
+
+
 # Greedy text decoding, as the released chat does.
 GREEDY = SamplingConfig(temperature=0.0, top_k=0, min_p=0.0)
 
 
-def guide(cond: jax.Array, neg: jax.Array | None, guidance: float) -> jax.Array:
+def guide(cond: jax.Array, neg: jax.Array | None, guidance: float | jax.Array) -> jax.Array:
     """Guided scores neg + w * (cond - neg) over log-softmax, float32 [..., V]; the logits themselves when w is 1."""
     cond = cond.astype(jnp.float32)
-    if guidance == 1.0:
+    if neg is None or (isinstance(guidance, float) and guidance == 1.0):
         return cond
     cond, neg = jax.nn.log_softmax(cond, axis=-1), jax.nn.log_softmax(neg.astype(jnp.float32), axis=-1)
     return neg + guidance * (cond - neg)
@@ -103,7 +153,7 @@ def sampling_mask(scores: jax.Array, sampling: SamplingConfig) -> jax.Array:
     return mask
 
 
-def draw(scores: jax.Array, keys: jax.Array, sampling: SamplingConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
+def draw(scores: jax.Array, keys: jax.Array, sampling: SamplingConfig | TracedSampling) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Samples one token per row.
 
     Args:
@@ -112,7 +162,10 @@ def draw(scores: jax.Array, keys: jax.Array, sampling: SamplingConfig) -> tuple[
     Returns:
       Tokens int32 [P, R], their log-probability [P, R] under the truncated distribution, the sampling mask [P, R, V].
     """
-    z, mask = temper(scores, sampling.temperature), sampling_mask(scores, sampling)
+    if isinstance(sampling, TracedSampling):
+        z, mask = sampling.tempered(scores)
+    else:
+        z, mask = temper(scores, sampling.temperature), sampling_mask(scores, sampling)
     pick = jax.vmap(jax.vmap(jax.random.categorical))
     tokens = pick(keys, jnp.where(mask, z, -jnp.inf)).astype(jnp.int32)
     return tokens, token_logp(z, tokens, mask if sampling.truncates else None)[0], mask

@@ -128,8 +128,20 @@ class MultimodalTokenizer:
     def understanding_prompt(self, codes_YX: np.ndarray, question: str) -> np.ndarray:
         """Prompt of an answer: image and question as the user's turn of the tokenizer's chat template, then the start of the
         assistant's turn -> ids [L]."""
-        before_L, after_L = self._template(("user",), True)
-        return np.concatenate([before_L, self.image_ids(codes_YX), self.encode_text("\n" + question), after_L]).astype(np.int32)
+        return self.conversation_prompt([("user", [codes_YX, "\n" + question])])
+
+    def conversation_prompt(self, turns: Sequence[tuple[str, Sequence[str | np.ndarray]]]) -> np.ndarray:
+        """A conversation in the tokenizer's chat template, then the start of the assistant's next turn -> ids [L].
+
+        Args:
+          turns: as in `conversation_sequence`; the last is the user's.
+        """
+        pieces = self._template(tuple(role for role, _ in turns), True)
+        ids = [pieces[0]]
+        for (_, content), after_L in zip(turns, pieces[1:], strict=True):
+            ids += [self.encode_text(part) if isinstance(part, str) else self.image_ids(part) for part in content]
+            ids.append(after_L)
+        return np.concatenate(ids).astype(np.int32)
 
     def understanding_sequence(self, codes_YX: np.ndarray, question: str, answer: str) -> TokenSequence:
         """Image, question and answer for training. Targets are the answer and the end of turn."""

@@ -1,0 +1,1 @@
+"""Images and answers over HTTP, and the page that shows them."""
