@@ -18,6 +18,7 @@ PROMPTS, WEIGHT = Path(__file__).parent / "prompts.jsonl", 2  # of the reward, i
 OTHERS = (
     "rollout.reference_dtype=bfloat16", "mmdit.int8=True", "t5.int8=True", "mesh.fsdp=2", "decoder_mesh.fsdp=4", "rollout.chunks=2",
     "data.source=prompts", f"data.path={PROMPTS}", f"data.sizes=({SIZE},)",
+    "entropy.coef=0.002", "entropy.target=0.5", "restraint.signals=(('image/colour_entropy', 0.0001),)", "restraint.settle=1",
 )  # fmt: skip
 
 
@@ -40,6 +41,7 @@ def test_a_run_with_everything_else(model_dir, tmp_path, monkeypatch):
         assert 0 <= line["grpo/logp_gap_max"] < 1e-4 and line["grpo/ratio_mean"] == pytest.approx(1)
         assert 0 < line["reward/ocr/mean"] < 1 and line["reward/masked_frac"] == 0 and line["optim/grad_norm"] > 0
         assert line["reward/total/mean"] == pytest.approx(WEIGHT * line["reward/ocr/mean"])
+        assert line["control/entropy_coef"] > 0 and line["control/kl_coef"] >= 0.01
     # At first the reference is the policy, but for its rounding.
     kl = [line["grpo/kl"] for line in lines]
     assert 1e-8 < kl[0] < 1e-4 and kl[1] > 10 * kl[0]

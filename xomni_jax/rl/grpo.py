@@ -28,10 +28,11 @@ from xomni_jax.models.registry import boxed_shapes
 from xomni_jax.models.section import ModelSection
 from xomni_jax.pipeline import XOmni
 from xomni_jax.rl.advantages import AdvantageConfig, group_advantages
+from xomni_jax.rl.control import Control, EntropyConfig, RestraintConfig, check_control
 from xomni_jax.rl.image_statistics import image_sums, join_statistics
 from xomni_jax.rl.monitors import USUAL, Watch, crossings
 from xomni_jax.rl.objectives import GRPOConfig
-from xomni_jax.rl.rewards import RewardConfig, Rewards
+from xomni_jax.rl.rewards import RewardConfig, Rewards, check_rewards
 from xomni_jax.rl.rollouts import RolloutConfig, Rollouts, param_converter
 from xomni_jax.rl.update import Advantages, Policy, RolloutBatch, frozen_logp, make_update
 from xomni_jax.sampling.decoder import DECODER_COMPONENTS, DecodeConfig
@@ -82,6 +83,8 @@ class GRPORun(RunConfig):
       decoder_mesh: devices of the image decoder alone; a 0: it shares those of mesh
       grpo: the objective
       advantage: how the rewards of a group become advantages
+      entropy: the entropy bonus
+      restraint: what strengthens the KL term and the entropy bonus while signals fall that no reward pays for
       sampling: how rollouts are drawn
       rollout: how a batch of rollouts is made and used
       decode: changes to the model's own settings of decoding; None: the model's
@@ -106,6 +109,8 @@ class GRPORun(RunConfig):
     decoder_mesh: MeshConfig = MeshConfig(fsdp=0)
     grpo: GRPOConfig = GRPOConfig()
     advantage: AdvantageConfig = AdvantageConfig()
+    entropy: EntropyConfig = EntropyConfig()
+    restraint: RestraintConfig = RestraintConfig()
     sampling: SamplingConfig = SamplingConfig(top_k=0, min_p=0.0)
     rollout: RolloutConfig = RolloutConfig()
     decode: Overrides = Overrides(DecodeConfig)
@@ -121,6 +126,11 @@ class GRPORun(RunConfig):
         SIGNS,
         options=dataclasses.replace(SIGNS.options, sizes=((32, 64),), weights=(1.0,), text_lengths=((3, 6),), shapes=0.0, pseudo_words=0.0),
     )
+
+
+def loss_control(cfg: GRPORun, codes: int) -> Control:
+    """The weights of the run's updates; `codes` among which one is drawn."""
+    return Control(cfg.entropy, cfg.restraint, cfg.grpo.kl_coef, cfg.steps * cfg.grpo.updates_per_batch, codes)
 
 
 def check_divides(cfg: GRPORun, mesh: Mesh) -> None:
@@ -170,11 +180,13 @@ def learner_programs(
     """
     ar, parts, sides, reference = policy.model.cfg, cfg.accumulate, 1 + cfg.sampling.guided, bool(cfg.grpo.kl_coef)
     batch = abstract_batch(cfg, ar, codes, mesh)
-    (B, S), chunk = batch.ids_BS.shape, cfg.rollout.logit_chunk
+    (B, S), chunk, control = batch.ids_BS.shape, cfg.rollout.logit_chunk, loss_control(cfg, ar.image_vocab_size)
+    rewards = abstract.rows(mesh, (cfg.batch_size, B // cfg.batch_size), jnp.float32)
+    signals = abstract.array(mesh, (len(cfg.restraint.signals),), jnp.float32) if cfg.restraint.signals else None
     shape = f"{B} rollouts of {S} + {codes} tokens"
     update = Program(
-        guarded(make_update(policy, optimizer, cfg.grpo, advantages, parts, cfg.lora), cfg.guard),
-        (state, frozen, batch, abstract.rows(mesh, (cfg.batch_size, B // cfg.batch_size), jnp.float32), None, abstract.keys(mesh, ())),
+        guarded(make_update(policy, optimizer, cfg.grpo, advantages, control, parts, cfg.lora), cfg.guard),
+        (state, frozen, batch, rewards, None, abstract.keys(mesh, ()), signals),
         f"{shape} in {parts} micro-batches",
         work.policy_update(ar, B, S, codes, parts, sides, reference, chunk, mesh.shape),
         uses=("params", "optimizer", "reference"),
@@ -222,7 +234,7 @@ class GRPOStage:
         # ---- arrays that stay ----
         optimizer = cfg.make_optimizer(updates_per_step=cfg.grpo.updates_per_batch)
         init, frozen = learned_params("transformer", ar, cfg.lora, cfg.seed, mesh)
-        create, state = new_state(init, optimizer, mesh, cfg.guard)
+        create, state = new_state(init, optimizer, mesh, cfg.guard, loss_control(cfg, ar.image_vocab_size).initial)
         boxed, params = boxed_shapes("transformer", ar), state.params
         if frozen:
             boxed, params = beside(boxed, jax.eval_shape(init)), beside(frozen, params)
@@ -263,6 +275,7 @@ class GRPOStage:
     def make(cls, cfg: GRPORun, mesh: Mesh, stop: StopSignal) -> RunningStage:
         """A run on the prompts of the configuration, starting from the transformer of `init_from`."""
         check_prompts(cfg)
+        check_control(cfg.restraint, cfg.grpo.kl_coef or cfg.entropy.coef, check_rewards(cfg.rewards))
         rows = local_rows(mesh, cfg.batch_size)
         fields = ("caption", "targets", "size") if len(cfg.data.sizes) > 1 else ("caption", "targets")
         prompts = batches(cfg.data, cfg.seed, cfg.batch_size, rows=rows, fields=fields)
@@ -390,12 +403,15 @@ def train_step(
     began = time.perf_counter()
     reward_PR = jnp.asarray(np.nan_to_num(total.total_PR), jnp.float32)
     given_PR = None if total.advantage_PR is None else jnp.asarray(total.advantage_PR, jnp.float32)
-    state, metrics = update(state, frozen, rows, reward_PR, given_PR, jax.random.fold_in(key, SHUFFLE))
+    measured |= join_statistics(gather_json(image_sums(images)))
+    seen = total.stats | measured
+    signal_S = jnp.array([seen.get(name, np.nan) for name, _ in cfg.restraint.signals], jnp.float32) if cfg.restraint.signals else None
+    state, metrics = update(state, frozen, rows, reward_PR, given_PR, jax.random.fold_in(key, SHUFFLE), signal_S)
     gap, limit = float(metrics["grpo/logp_gap_max"]), cfg.rollout.max_logp_gap
     if limit and gap > limit and rollouts.model.config("transformer").dtype == jnp.float32:
         raise FloatingPointError(f"sampler and trainer differ by {gap:.2e} in a log-prob at step {number + 1} (limit {limit:g})")
     measured["perf/update_s"] = time.perf_counter() - began
-    metrics = total.stats | metrics | join_statistics(gather_json(image_sums(images))) | measured
+    metrics = total.stats | metrics | measured
     for line in crossings(cfg.watch, metrics, outside):
         say(line)
     return state, metrics

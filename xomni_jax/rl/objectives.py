@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from msgspec import Meta
 
 from xomni_jax.core.config import Count, NonNegative, Positive, PositiveShare, check_known
+from xomni_jax.rl.control import LossWeights
 
 # Reduction -> (weight of a token inside its rollout, what the sum over rollouts is divided by).
 #   mean  1 / (number of tokens of the rollout)     rows    rollouts, fully masked ones included
@@ -136,8 +137,9 @@ def grpo_loss(
     cfg: GRPOConfig,
     n_items: jax.Array | int | None = None,
     entropy_BL: jax.Array | None = None,
+    weights: LossWeights | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Clipped policy gradient plus kl_coef times the KL to the reference, reduced over the masked tokens.
+    """Clipped policy gradient plus kl_coef times the KL to the reference, less an entropy bonus, reduced over the masked tokens.
 
     Args:
       logp_BL: log-probs of the sampled tokens under the policy; the only argument that receives a gradient.
@@ -146,7 +148,8 @@ def grpo_loss(
       adv: advantage of each rollout [B], or of each token [B, L] where segments are credited apart; 0 where the reward is unknown.
       mask_BL: true where a token was sampled. What stands elsewhere, even inf or NaN, has no influence.
       n_items: the divisor of a whole accumulation window, from `loss_items`; None: this batch is the window.
-      entropy_BL: the policy's entropy at each position, for the metrics only.
+      entropy_BL: the policy's entropy at each position, for the metrics, and for a bonus where `weights` has one.
+      weights: of the KL term and of the entropy bonus in this update; None: cfg.kl_coef, and no bonus.
 
     Returns:
       The loss, and metrics `grpo/{policy_loss, ratio_mean, ratio_max, clip_frac, logp_gap_max}`, with a reference also
@@ -179,11 +182,13 @@ def grpo_loss(
     if entropy_BL is not None:
         metrics["grpo/entropy"] = _masked_mean(known(entropy_BL), mask_BL)
 
-    penalty_BL = cfg.kl_coef * (ratio * kl_BL if cfg.kl_importance else kl_BL)
+    penalty_BL = (cfg.kl_coef if weights is None else weights.kl) * (ratio * kl_BL if cfg.kl_importance else kl_BL)
+    if weights is not None:
+        penalty_BL -= weights.entropy * known(entropy_BL)
     n = loss_items(mask_BL, cfg) if n_items is None else n_items
-    weights = {"mean": 1 / jnp.maximum(tokens_B1[:, 0], 1), "sum": 1.0, "scale": 1 / (cfg.max_length or 1)}
+    inside = {"mean": 1 / jnp.maximum(tokens_B1[:, 0], 1), "sum": 1.0, "scale": 1 / (cfg.max_length or 1)}
     # Equation 1 as printed has one clipped term per rollout, and the KL of a trajectory is the sum over its tokens.
-    weight_B = 1.0 if cfg.ratio == "trajectory" else weights[REDUCTIONS[cfg.reduction][0]]
+    weight_B = 1.0 if cfg.ratio == "trajectory" else inside[REDUCTIONS[cfg.reduction][0]]
 
     def reduced(x, counts):
         return jnp.sum(weight_B * jnp.sum(jnp.where(counts, x, 0.0), -1)) / n
