@@ -29,6 +29,7 @@ from xomni_jax.models.section import ModelSection
 from xomni_jax.pipeline import XOmni
 from xomni_jax.rl.advantages import AdvantageConfig, group_advantages
 from xomni_jax.rl.control import Control, EntropyConfig, RestraintConfig, check_control
+from xomni_jax.rl.dynamic_sampling import refilled
 from xomni_jax.rl.image_statistics import image_sums, join_statistics
 from xomni_jax.rl.monitors import USUAL, Watch, crossings
 from xomni_jax.rl.objectives import GRPOConfig
@@ -143,6 +144,10 @@ def check_divides(cfg: GRPORun, mesh: Mesh) -> None:
         raise ConfigError(
             f"config.batch_size={prompts} in config.rollout.chunks={rollout.chunks} leaves {chunk} prompts a chunk, which "
             f"config.mesh cannot split {shards} ways (replica x data x fsdp); raise batch_size or lower those axes"
+        )
+    if rollout.refills and len(cfg.data.sizes) > 1:
+        raise ConfigError(
+            "config.rollout.refills: a step's prompts may be of another size than those that follow; give data.sizes one size"
         )
     rollouts = prompts * grpo.rollouts_per_prompt
     if rollouts % grpo.updates_per_batch:
@@ -315,10 +320,11 @@ class GRPOStage:
                 lambda params: made["layout"].fn(join(base, params, lora.scale)), rewards, stop,
             )  # fmt: skip
             buckets[size] = Bucket(rollouts, flops(made["policy-update" + name].fn))
+        data = DataIterator(prompts, functools.partial(all_prompts, cfg, rows))
         return RunningStage(
             state,
-            DataIterator(prompts, functools.partial(all_prompts, cfg, rows)),
-            functools.partial(train_step, cfg, buckets, frozen, set()),
+            data,
+            functools.partial(train_step, cfg, buckets, frozen, set(), data),
             lambda state, directory, note: export_trained(directory, {"transformer": (state.params, ar)}, lora, model, note),
             functools.partial(sample_grid, cfg, buckets),
             items_per_step=cfg.batch_size * cfg.grpo.rollouts_per_prompt,
@@ -388,8 +394,20 @@ def all_prompts(cfg: GRPORun, rows: Sequence[int], examples: dict[str, Any]) -> 
     return {**share(columns, rows, cfg.batch_size), "size": prompt_size(cfg, examples)}
 
 
+def asked(batch: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What `Rollouts` takes of a batch of prompts."""
+    return batch["caption"], batch["targets"], batch["rewards"], batch["source"]
+
+
 def train_step(
-    cfg: GRPORun, buckets: Mapping[Size, Bucket], frozen: Any, outside: set[str], state: TrainState, batch: dict[str, Any], number: int
+    cfg: GRPORun,
+    buckets: Mapping[Size, Bucket],
+    frozen: Any,
+    outside: set[str],
+    data: DataIterator,
+    state: TrainState,
+    batch: dict[str, Any],
+    number: int,
 ) -> tuple[TrainState, dict[str, Any]]:
     """Rollouts of a batch of prompts, and the update on them -> (state, metrics).
 
@@ -398,8 +416,12 @@ def train_step(
       FloatingPointError: sampler and trainer disagree about the log-prob of a code.
     """
     key, (rollouts, update) = key_for(cfg.seed, number, 0), buckets[batch["size"]]
-    asked = batch["caption"], batch["targets"], batch["rewards"], batch["source"]
-    rows, total, images, measured = rollouts(state.params, *asked, key, number / cfg.steps)
+    rows, total, images, measured = rollouts(state.params, *asked(batch), key, number / cfg.steps)
+    if cfg.rollout.refills:
+        again = lambda n: rollouts(state.params, *asked(next(data)), key_for(cfg.seed, number, n), number / cfg.steps)  # noqa: E731
+        ids = data.ids
+        rows, total, measured = refilled(again, cfg.rollout.refills, rows, total, measured)
+        data.ids = ids + data.ids
     began = time.perf_counter()
     reward_PR = jnp.asarray(np.nan_to_num(total.total_PR), jnp.float32)
     given_PR = None if total.advantage_PR is None else jnp.asarray(total.advantage_PR, jnp.float32)

@@ -43,6 +43,7 @@ class RolloutConfig:
       prompt_length: tokens that prompts are padded to, with the image prefix; a longer prompt is an error
       segment: most codes drawn between two looks for a signal to stop; the largest divisor of an image's codes is taken
       noise: decoder noise: group (one for all rollouts of a prompt, so that reward differences come from codes) or independent
+      refills: most further batches of prompts that a step draws to replace groups whose rewards are all equal (`dynamic_sampling`)
       chunks: parts of the batch; while one is being scored the next one is sampled and decoded
       logit_chunk: positions per piece of the image head; 0: all at once
       max_logp_gap: most that sampler and trainer may differ in a float32 log-prob before the first update; 0: not checked
@@ -55,6 +56,7 @@ class RolloutConfig:
     prompt_length: Count = 32
     segment: Count = SEGMENT
     noise: str = "group"
+    refills: Natural = 0
     chunks: Count = 2
     logit_chunk: Natural = 0
     max_logp_gap: NonNegative = 1e-4
