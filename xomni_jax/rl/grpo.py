@@ -128,6 +128,16 @@ class GRPORun(RunConfig):
         options=dataclasses.replace(SIGNS.options, sizes=((32, 64),), weights=(1.0,), text_lengths=((3, 6),), shapes=0.0, pseudo_words=0.0),
     )
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.average_reference and not self.ema.decay and self.ema.every == 1:
+            raise ConfigError("config.rollout.reference=average: the run keeps no average; set config.ema.decay, or config.ema.every")
+
+    @property
+    def average_reference(self) -> bool:
+        """Whether the KL term pulls towards the running average of the policy."""
+        return self.rollout.reference == "average"
+
 
 def loss_control(cfg: GRPORun, codes: int) -> Control:
     """The weights of the run's updates; `codes` among which one is drawn."""
@@ -190,15 +200,15 @@ def learner_programs(
     signals = abstract.array(mesh, (len(cfg.restraint.signals),), jnp.float32) if cfg.restraint.signals else None
     shape = f"{B} rollouts of {S} + {codes} tokens"
     update = Program(
-        guarded(make_update(policy, optimizer, cfg.grpo, advantages, control, parts, cfg.lora), cfg.guard),
+        guarded(make_update(policy, optimizer, cfg.grpo, advantages, control, parts, cfg.lora, cfg.average_reference), cfg.guard),
         (state, frozen, batch, rewards, None, abstract.keys(mesh, ()), signals),
         f"{shape} in {parts} micro-batches",
         work.policy_update(ar, B, S, codes, parts, sides, reference, chunk, mesh.shape),
-        uses=("params", "optimizer", "reference"),
+        uses=("params", "optimizer", "average", "reference"),
         freed=("sampler",),
         state=state,
     )
-    if not reference:
+    if not reference or cfg.average_reference:
         return {"policy-update": update}
     replay = Program(
         jax.jit(lambda params, batch: frozen_logp(policy, params, batch, parts)),
@@ -243,11 +253,17 @@ class GRPOStage:
         boxed, params = boxed_shapes("transformer", ar), state.params
         if frozen:
             boxed, params = beside(boxed, jax.eval_shape(init)), beside(frozen, params)
-        elif cfg.grpo.kl_coef:
+        elif cfg.grpo.kl_coef and not cfg.average_reference:
             frozen = jax.eval_shape(param_converter(boxed, mesh, c.reference_dtype), params)
         layout = param_converter(boxed, mesh, ar.dtype, ar.image_vocab_size)
         weights = jax.eval_shape(layout, params)
-        persistent = {"params": state.params, "optimizer": state.opt_state, "reference": frozen, "sampler": weights}
+        persistent = {
+            "params": state.params,
+            "optimizer": state.opt_state,
+            "average": state.ema or None,
+            "reference": frozen,
+            "sampler": weights,
+        }
 
         # ---- programs ----
         policy = Policy(transformer.ARTransformer(ar), cfg.sampling, c.logit_chunk)
@@ -301,7 +317,7 @@ class GRPOStage:
             start = model.params("transformer")
             state = state.starting_from(start)
             keep = param_converter(boxed_shapes("transformer", ar), mesh, cfg.rollout.reference_dtype)
-            frozen = keep(start) if cfg.grpo.kl_coef else None
+            frozen = keep(start) if cfg.grpo.kl_coef and not cfg.average_reference else None
             del start
         model.release("transformer")  # policy and reference are copies, or the base is held here
         rewards = Rewards.open(cfg.rewards, stop.check_waiting, Path(cfg.run_dir), say)

@@ -49,6 +49,8 @@ class RolloutConfig:
       max_logp_gap: most that sampler and trainer may differ in a float32 log-prob before the first update; 0: not checked
       max_fail_frac: a step in which more than this share of rollouts could not be scored stops the run
       combine: sum_then_normalize or normalize_then_sum
+      reference: towards which the KL term pulls: start, the model that the run began with; or average, that of config.ema, which is in
+        the saved state: with ema.every=K and ema.decay=0 a copy of the policy that is renewed every K updates
       reference_dtype: number format of the reference's matrices: float32, or bfloat16, which halves them and loses nothing where the
         transformer computes in it
     """
@@ -62,10 +64,13 @@ class RolloutConfig:
     max_logp_gap: NonNegative = 1e-4
     max_fail_frac: Share = 0.5
     combine: str = "sum_then_normalize"
+    reference: str = "start"
     reference_dtype: str = "float32"
 
     def __post_init__(self):
-        check_known(self, noise=("group", "independent"), combine=MODES, reference_dtype=("float32", "bfloat16"))
+        check_known(
+            self, noise=("group", "independent"), combine=MODES, reference=("start", "average"), reference_dtype=("float32", "bfloat16")
+        )
 
 
 def param_converter(boxed: Any, mesh: jax.sharding.Mesh, dtype: Any, codes: int = 0) -> Callable[[Any], Any]:

@@ -125,7 +125,14 @@ Advantages = Callable[[jax.Array, jax.Array], tuple[jax.Array, dict[str, jax.Arr
 
 
 def make_update(
-    policy: Policy, optimizer: Any, grpo: GRPOConfig, advantages: Advantages, control: Control, parts: int, lora: LoRAConfig = LoRAConfig()
+    policy: Policy,
+    optimizer: Any,
+    grpo: GRPOConfig,
+    advantages: Advantages,
+    control: Control,
+    parts: int,
+    lora: LoRAConfig = LoRAConfig(),
+    average: bool = False,
 ) -> Callable[..., Any]:
     """The jitted update (state, frozen, batch, rewards [P, R], advantages [P, R] | None, key, signals [S] | None) -> (state, metrics).
 
@@ -135,10 +142,13 @@ def make_update(
     Args:
       advantages: (rewards [P, R], which of them are known [P, R]) -> (advantages [P, R], metrics); used where none are given.
       parts: micro-batches of an update. The state is donated.
+      average: the reference is the state's running average instead.
     """
 
     def update(state, frozen, batch, reward_PR, given_PR, key, signal_S=None):
         learner, reference = (policy.on(frozen, lora.scale), {} if grpo.kl_coef else None) if lora.rank else (policy, frozen)
+        if average and grpo.kl_coef:
+            reference = state.averaged().params
         adv_PR, metrics = advantages(reward_PR, batch.ok_B.reshape(reward_PR.shape))
         adv_PR = adv_PR if given_PR is None else given_PR
         batch = batch._replace(adv_B=adv_PR.reshape(-1))
