@@ -48,7 +48,7 @@ class RolloutConfig:
       logit_chunk: positions per piece of the image head; 0: all at once
       max_logp_gap: most that sampler and trainer may differ in a float32 log-prob before the first update; 0: not checked
       max_fail_frac: a step in which more than this share of rollouts could not be scored stops the run
-      combine: sum_then_normalize or normalize_then_sum
+      combine: how several rewards become one advantage: sum_then_normalize, normalize_then_sum or normalize_each
       reference: towards which the KL term pulls: start, the model that the run began with; or average, that of config.ema, which is in
         the saved state: with ema.every=K and ema.decay=0 a copy of the policy that is renewed every K updates
       reference_dtype: number format of the reference's matrices: float32, or bfloat16, which halves them and loses nothing where the
