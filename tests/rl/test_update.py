@@ -277,3 +277,13 @@ def test_a_rollout_without_a_reward_has_no_influence(params, plain):
     (a, m), (b, n) = learn(params, ours), learn(params, theirs)
     for x, y in zip(jax.tree.leaves((a.params, m)), jax.tree.leaves((b.params, n)), strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+def test_a_gradient_from_beside_is_added_in_every_update(rng):
+    params, rows = table_batch(rng)
+    cfg = GRPOConfig(rollouts_per_prompt=R, kl_coef=0.0, updates_per_batch=2)
+    more = lambda params: ({"logp": jnp.full((B, T), 0.25)}, {"loss/sft": jnp.float32(3.0)})  # noqa: E731
+    state, rows = TrainState(jnp.int32(0), params, (), {}), rows._replace(adv_B=jnp.zeros(B))
+    state, metrics = grpo_update(Table(), Descent(), state, None, rows, cfg, 1, jax.random.key(1), beside=more)
+    np.testing.assert_allclose(state.params["logp"], params["logp"] - 2 * 0.25, rtol=1e-6)
+    assert metrics["loss/sft"] == 3.0

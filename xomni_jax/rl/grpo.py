@@ -35,6 +35,7 @@ from xomni_jax.rl.monitors import USUAL, Watch, crossings
 from xomni_jax.rl.objectives import GRPOConfig
 from xomni_jax.rl.rewards import RewardConfig, Rewards, check_rewards
 from xomni_jax.rl.rollouts import RolloutConfig, Rollouts, param_converter
+from xomni_jax.rl.supervised import SideBySide, SupervisedConfig, supervised_batches, supervised_gradient
 from xomni_jax.rl.update import Advantages, Policy, RolloutBatch, frozen_logp, make_update
 from xomni_jax.sampling.decoder import DECODER_COMPONENTS, DecodeConfig
 from xomni_jax.sampling.keys import image_keys
@@ -60,6 +61,7 @@ from xomni_jax.training.guard import guarded
 from xomni_jax.training.loop import key_for
 from xomni_jax.training.operations import FlopCount, say
 from xomni_jax.training.optimizer import Optimizer, OptimizerConfig
+from xomni_jax.training.pretrain import abstract_rows
 from xomni_jax.training.stage import GRID_SEED, Grid, RunConfig, RunningStage, meshes
 from xomni_jax.training.state import TrainState, new_state
 
@@ -88,6 +90,7 @@ class GRPORun(RunConfig):
       restraint: what strengthens the KL term and the entropy bonus while signals fall that no reward pays for
       sampling: how rollouts are drawn
       rollout: how a batch of rollouts is made and used
+      sft: supervised fine-tuning beside it
       decode: changes to the model's own settings of decoding; None: the model's
       rewards: the scoring services, each under the name of its scorer
       watch: metrics with their smallest and largest values, such as ('reward/judge/mean', 0.5, 1.0) of a judge of weight 0: a warning is
@@ -114,6 +117,7 @@ class GRPORun(RunConfig):
     restraint: RestraintConfig = RestraintConfig()
     sampling: SamplingConfig = SamplingConfig(top_k=0, min_p=0.0)
     rollout: RolloutConfig = RolloutConfig()
+    sft: SupervisedConfig = SupervisedConfig()
     decode: Overrides = Overrides(DecodeConfig)
     rewards: Mapping[str, RewardConfig] = dataclasses.field(
         default_factory=lambda: {
@@ -164,6 +168,8 @@ def check_divides(cfg: GRPORun, mesh: Mesh) -> None:
         raise ConfigError(
             f"config.grpo.updates_per_batch={grpo.updates_per_batch} does not divide the {rollouts} rollouts of a step; use a divisor"
         )
+    if cfg.sft.weight:
+        check_split("config.sft.next_token.rows", cfg.sft.next_token.rows, mesh, cfg.accumulate)
     check_split("rollouts per config.grpo.updates_per_batch", rollouts // grpo.updates_per_batch, mesh, cfg.accumulate)
 
 
@@ -198,12 +204,18 @@ def learner_programs(
     (B, S), chunk, control = batch.ids_BS.shape, cfg.rollout.logit_chunk, loss_control(cfg, ar.image_vocab_size)
     rewards = abstract.rows(mesh, (cfg.batch_size, B // cfg.batch_size), jnp.float32)
     signals = abstract.array(mesh, (len(cfg.restraint.signals),), jnp.float32) if cfg.restraint.signals else None
-    shape = f"{B} rollouts of {S} + {codes} tokens"
+    shape, least = f"{B} rollouts of {S} + {codes} tokens", work.policy_update(ar, B, S, codes, parts, sides, reference, chunk, mesh.shape)
+    beside, packed = None, None
+    if cfg.sft.weight:
+        beside, packed = functools.partial(supervised_gradient, cfg.sft), abstract_rows(cfg.sft.next_token, cfg.sft.data.names, mesh)
+        (rows, length), targets = packed.ids_BL.shape, packed.text_at_BM.shape[1]
+        next_token = work.next_token(ar, rows, length, targets, not cfg.lora.rank, cfg.sft.next_token.chunk, mesh.shape)
+        shape, least = f"{shape} and {rows} packed rows of {length}", work.together(least, next_token)
     update = Program(
-        guarded(make_update(policy, optimizer, cfg.grpo, advantages, control, parts, cfg.lora, cfg.average_reference), cfg.guard),
-        (state, frozen, batch, rewards, None, abstract.keys(mesh, ()), signals),
+        guarded(make_update(policy, optimizer, cfg.grpo, advantages, control, parts, cfg.lora, cfg.average_reference, beside), cfg.guard),
+        (state, frozen, batch, rewards, None, abstract.keys(mesh, ()), signals, packed),
         f"{shape} in {parts} micro-batches",
-        work.policy_update(ar, B, S, codes, parts, sides, reference, chunk, mesh.shape),
+        least,
         uses=("params", "optimizer", "average", "reference"),
         freed=("sampler",),
         state=state,
@@ -339,7 +351,7 @@ class GRPOStage:
         data = DataIterator(prompts, functools.partial(all_prompts, cfg, rows))
         return RunningStage(
             state,
-            data,
+            SideBySide(data, supervised_batches(cfg.sft, model, cfg.seed)) if cfg.sft.weight else data,
             functools.partial(train_step, cfg, buckets, frozen, set(), data),
             lambda state, directory, note: export_trained(directory, {"transformer": (state.params, ar)}, lora, model, note),
             functools.partial(sample_grid, cfg, buckets),
@@ -444,7 +456,7 @@ def train_step(
     measured |= join_statistics(gather_json(image_sums(images)))
     seen = total.stats | measured
     signal_S = jnp.array([seen.get(name, np.nan) for name, _ in cfg.restraint.signals], jnp.float32) if cfg.restraint.signals else None
-    state, metrics = update(state, frozen, rows, reward_PR, given_PR, jax.random.fold_in(key, SHUFFLE), signal_S)
+    state, metrics = update(state, frozen, rows, reward_PR, given_PR, jax.random.fold_in(key, SHUFFLE), signal_S, batch.get("packed"))
     gap, limit = float(metrics["grpo/logp_gap_max"]), cfg.rollout.max_logp_gap
     if limit and gap > limit and rollouts.model.config("transformer").dtype == jnp.float32:
         raise FloatingPointError(f"sampler and trainer differ by {gap:.2e} in a log-prob at step {number + 1} (limit {limit:g})")
