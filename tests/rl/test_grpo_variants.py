@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tests.miniature import SIZE
+from tests.miniature import SIZE, configs, stage_config
 from tests.rl.pixel_service import pixel_service
 from tests.rl.test_grpo import grpo_config
 from tests.training.test_stages import assert_same, metrics, params
 from xomni_jax.rl import grpo
+from xomni_jax.sharding.mesh import make_mesh
 from xomni_jax.training.run import run_stage
 
 PROMPTS, WEIGHT = Path(__file__).parent / "prompts.jsonl", 2  # of the reward, in every line
@@ -56,3 +57,23 @@ def test_a_run_with_everything_else(model_dir, tmp_path, monkeypatch):
     for decoder in decoders:
         kernels = {x.dtype for path, x in jax.tree_util.tree_leaves_with_path(decoder.params("mmdit")) if path[-1].key == "kernel"}
         assert kernels == {jnp.dtype("int8")} and decoder.mesh.size == 4
+
+
+def test_a_plan_has_what_the_options_add(tmp_path):
+    """The update takes packed rows and signals, gives a state like the one that it took, and the average is the only reference."""
+    options = (
+        "rollout.reference=average",
+        "ema.every=7",
+        *(option for option in OTHERS if option.startswith(("entropy", "restraint", "sft"))),
+    )
+    plain, cfg = (stage_config("grpo", tmp_path, "mesh.fsdp=2", "mesh.tensor=1", *more) for more in ((), options))
+    mesh = make_mesh(dict(fsdp=2), jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        made, before = (grpo.GRPOStage.programs(c, configs(), mesh) for c in (cfg, plain))
+        update = made["policy-update"]
+        state, metrics = jax.eval_shape(update.fn, *update.args)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(lambda x: (x.shape, x.dtype), update.args[0])
+    assert {"loss/sft", "control/kl_coef", "control/fall", "grpo/kl"} <= set(metrics) and update.args[1] is None
+    assert set(before.persistent) - set(made.persistent) == {"reference"} and set(made.persistent) - set(before.persistent) == {"average"}
+    work, least = update.work, before["policy-update"].work
+    assert work.tokens == least.tokens + 4 * 64 and work.learned > least.learned and work.head_gathers == least.head_gathers + 2

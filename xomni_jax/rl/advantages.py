@@ -42,11 +42,12 @@ class AdvantageConfig:
 
 
 def flat_groups(reward_PR: Any, ok_PR: Any) -> Any:
-    """Which groups [P] teach nothing: equal rewards, or fewer than two known ones. In numpy or in JAX."""
+    """Which groups [P, 1] teach nothing: equal rewards, or fewer than two known ones. In numpy or in JAX."""
     xp = reward_PR.__array_namespace__()
+    low_P1 = xp.min(xp.where(ok_PR, reward_PR, xp.inf), axis=-1, keepdims=True)
+    high_P1 = xp.max(xp.where(ok_PR, reward_PR, -xp.inf), axis=-1, keepdims=True)
     # Equal rewards, not a zero deviation: the float mean of equal numbers may differ from them by an ulp.
-    low_P = xp.min(xp.where(ok_PR, reward_PR, xp.inf), axis=-1)
-    return (xp.sum(ok_PR, axis=-1) < 2) | (low_P == xp.max(xp.where(ok_PR, reward_PR, -xp.inf), axis=-1))
+    return (xp.sum(ok_PR, axis=-1, keepdims=True) < 2) | (low_P1 == high_P1)
 
 
 def group_advantages(
@@ -63,7 +64,7 @@ def group_advantages(
     reward_PR = jnp.asarray(reward_PR)
     reward_PR = reward_PR.astype(jnp.promote_types(reward_PR.dtype, jnp.float32))
     ok_PR = jnp.asarray(ok_PR, bool) & jnp.isfinite(reward_PR)
-    flat_P1 = flat_groups(reward_PR, ok_PR)[:, None]
+    flat_P1 = flat_groups(reward_PR, ok_PR)
     adv_PR, std, n_P1 = deviations(reward_PR, ok_PR & ~flat_P1, -1, cfg.ddof)
     if cfg.baseline == "rloo":
         # r - (sum - r) / (n - 1)  =  (r - mean) n / (n - 1)
