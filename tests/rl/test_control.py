@@ -59,7 +59,7 @@ def test_the_weight_follows_the_entropy_of_the_update_before():
     assert constant.initial() == {} and constant.before({}, None)[1] == LossWeights(0.02, np.float32(0.01))
 
 
-def scripted(restraint, steps=400, noise=0.01):
+def scripted(restraint, steps=800, noise=0.01):
     """Shares of colour that are left while a policy erases it, faster the less the KL term pulls -> (shares, factors)."""
     rng, follows, lost, out = np.random.default_rng(0), control(restraint=restraint), 0.0, []
     state, before = follows.initial(), jax.jit(follows.before)
@@ -70,7 +70,7 @@ def scripted(restraint, steps=400, noise=0.01):
             state, weights, metrics = before(state, signals)
             factor = float(weights.kl) / 0.02
             assert metrics["control/kl_coef"] == weights.kl
-        lost = max(lost + 0.002 - 0.01 * factor * lost, 0.0)
+        lost = max(lost + 0.001 - 0.005 * factor * lost, 0.0)
         out.append((1 - lost, factor))
     return np.array(out).T
 
@@ -80,6 +80,32 @@ def test_a_scripted_policy_stops_erasing_colour():
     alone, (kept, factor) = scripted(RestraintConfig()), scripted(RESTRAINT)
     assert alone[0].min() < 0.82 and kept.min() > 0.97
     assert 5 < factor[-50:].mean() < 30 and factor[-50:].std() < 10
+
+
+def test_the_choice_of_prompts_is_no_fall():
+    """A signal that only varies leaves the weights nearly alone, though it varies by more than it may lose."""
+    follows, rng = control(restraint=RestraintConfig(((COLOUR, 0.03),))), np.random.default_rng(1)
+    state, before, factors = follows.initial(), jax.jit(follows.before), []
+    for value in 5 * (1 + 0.08 * rng.normal(size=300)):
+        state, weights, _ = before(state, jnp.array([value], jnp.float32))
+        factors.append(float(weights.kl) / 0.02)
+    assert np.median(factors) == pytest.approx(1.0) and np.mean(factors) < 5
+
+
+def test_moments_are_those_of_the_first_steps_and_then_running_ones():
+    follows, values = control(restraint=RestraintConfig(((COLOUR, 0.03),), settle=4, decay=0.75)), [5.0, 4.0, 6.0, 5.5, 4.5, 3.0]
+    state = follows.initial()
+    for number, value in enumerate(values, 1):
+        state, _, metrics = follows.before(state, jnp.array([value]))
+        if number == 4:
+            np.testing.assert_allclose(state["restraint"]["variance"], np.var(values[:4]), rtol=1e-6)
+            mean, variance = np.mean(values[:4]), np.var(values[:4])
+        elif number > 4:
+            mean, variance = 0.75 * mean + 0.25 * value, 0.75 * (variance + 0.25 * (value - mean) ** 2)
+    held = state["restraint"]
+    np.testing.assert_allclose([held["first"][0], held["mean"][0], held["variance"][0]], [np.mean(values[:4]), mean, variance], rtol=1e-6)
+    fall = (held["first"][0] - mean - np.sqrt(variance * (1 / 4 + 0.25 / 1.75))) / (0.03 * held["first"][0])
+    np.testing.assert_allclose(metrics["control/fall"], fall, rtol=1e-5)
 
 
 def test_the_weights_return_when_the_signal_does():

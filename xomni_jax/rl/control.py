@@ -52,20 +52,21 @@ class EntropyConfig:
 class RestraintConfig:
     """Multiplies the weights of the KL term and of the entropy bonus while signals that are not rewarded fall.
 
-    The running mean of every signal is compared with its mean over the first steps. The factor is largest ** fall, where fall is the worst
-    of them as a share of what each may lose, 0 to 1: it depends on where the signals are alone, so that nothing winds up and swings.
+    The running mean of every signal is compared with its mean over the first steps, less one standard error of their difference, which the
+    choice of prompts alone may make. The factor is largest ** fall, where fall is the worst of them as a share of what each may lose, 0 to
+    1: it depends on where the signals are alone, so that nothing winds up and swings.
 
     Attributes:
       signals: metrics with the share of its first value that each may lose, such as ('image/colour_entropy', 0.03), or
         ('reward/judge/mean', 0.05) of a judge of weight 0; (): off
       settle: first steps, whose mean the signals are compared with
-      decay: of the running mean of a signal
+      decay: of the running mean and variance of a signal
       largest: factor where a signal has lost all that it may
     """
 
     signals: tuple[tuple[str, PositiveShare], ...] = ()
-    settle: Count = 5
-    decay: BelowOne = 0.8
+    settle: Count = 10
+    decay: BelowOne = 0.9
     largest: Annotated[float, Meta(ge=1, le=1e9)] = 100.0
 
 
@@ -93,12 +94,16 @@ def restrained(cfg: RestraintConfig, state: Mapping[str, jax.Array], signal_S: j
     """The state after a step whose signals were these (NaN: not measured), and the worst fall as a share of what its signal may lose."""
     known_S, settling_S = jnp.isfinite(signal_S), state["seen"] < cfg.settle
     seen_S = state["seen"] + known_S
-    first_S = state["first"] + jnp.where(known_S & settling_S, (signal_S - state["first"]) / jnp.maximum(seen_S, 1), 0.0)
-    mean_S = jnp.where(known_S, cfg.decay * state["mean"] + (1 - cfg.decay) * signal_S, state["mean"])
-    mean_S = jnp.where(settling_S, first_S, mean_S)
-    allowed_S = jnp.array([share for _, share in cfg.signals])
-    fall = jnp.max((first_S - mean_S) / (allowed_S * jnp.maximum(jnp.abs(first_S), 1e-9)))
-    return {"seen": seen_S, "first": first_S, "mean": mean_S}, fall
+    surprise_S = jnp.where(known_S, signal_S - state["mean"], 0.0)
+    # While it settles, plain moments of what was seen (Welford); then running ones.
+    share_S = jnp.where(settling_S, 1.0 / jnp.maximum(seen_S, 1), 1.0 - cfg.decay)
+    mean_S = state["mean"] + share_S * surprise_S
+    variance_S = jnp.where(known_S, (1.0 - share_S) * (state["variance"] + share_S * surprise_S**2), state["variance"])
+    first_S = jnp.where(settling_S, mean_S, state["first"])
+    error_S = jnp.sqrt(variance_S * (1.0 / cfg.settle + (1.0 - cfg.decay) / (1.0 + cfg.decay)))
+    allowed_S = jnp.array([share for _, share in cfg.signals]) * jnp.maximum(jnp.abs(first_S), 1e-9)
+    fall = jnp.max(jnp.where(settling_S, 0.0, (first_S - mean_S - error_S) / allowed_S))
+    return {"seen": seen_S, "first": first_S, "mean": mean_S, "variance": variance_S}, fall
 
 
 @dataclass(frozen=True)
@@ -130,7 +135,7 @@ class Control:
             state["entropy_coef"] = entropy_coef(self.entropy, 0.0, self.entropy.target)
         if S:
             zeros = jnp.zeros(S)
-            state["restraint"] = {"seen": jnp.zeros(S, jnp.int32), "first": zeros, "mean": zeros}
+            state["restraint"] = {"seen": jnp.zeros(S, jnp.int32), "first": zeros, "mean": zeros, "variance": zeros}
         return state
 
     def before(
@@ -139,10 +144,8 @@ class Control:
         """(state, weights, metrics) of an update, from the signals of its rollouts; no weights where they are the objective's own."""
         if self.off:
             return dict(state), None, {}
-        weights, metrics = (
-            LossWeights(jnp.float32(self.kl_coef), jnp.asarray(state.get("entropy_coef", self.entropy.coef), jnp.float32)),
-            {},
-        )
+        weights = LossWeights(jnp.float32(self.kl_coef), jnp.asarray(state.get("entropy_coef", self.entropy.coef), jnp.float32))
+        metrics = dict[str, jax.Array]()
         if signal_S is not None:
             restraint, fall = restrained(self.restraint, state["restraint"], signal_S)
             state, metrics = {**state, "restraint": restraint}, {"control/fall": fall}
