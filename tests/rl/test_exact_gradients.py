@@ -31,10 +31,13 @@ def float64():
 
 
 def combinations(world):
-    """(configuration, advantage) of every ratio, reduction and KL form; clips and baselines take turns, as the terms are added."""
+    """(configuration, advantage) of every ratio, reduction and KL form; clips and baselines take turns, as the terms are added.
+
+    Failures that depend on the sequence leave no divergence that the KL term could be compared with.
+    """
     turns = itertools.cycle(itertools.product((exact.PLAIN, exact.RLOO), ({}, dict(delta=1.5), exact.UNCLIPPED)))
     for ratio, reduction in RATIOS:
-        for form in KL_FORMS:
+        for form in KL_FORMS[:2] if world == "failing" else KL_FORMS[:1] if world == "unevenly" else KL_FORMS:
             advantage, clip = next(turns)
             kl = dict(kl_estimator=form[0], kl_importance=form[1], kl_coef=KL_COEF) if form else {}
             yield exact.grpo(ratio=ratio, reduction=reduction, **kl, **(exact.UNCLIPPED if world == "off-policy" else clip)), advantage
@@ -48,12 +51,12 @@ def claim(w, cfg, advantage, group):
     return -factor * exact.reward_gradient(w) + (cfg.kl_coef * kl[1] * exact.kl_gradient(w, kl[0]) if cfg.kl_coef else 0.0)
 
 
-@pytest.mark.parametrize("world, number", [("images", 77), ("texts", 37), ("off-policy", 3), ("failing", 77), ("unevenly", 17)])
+@pytest.mark.parametrize("world, number", [("images", 77), ("texts", 37), ("off-policy", 3), ("failing", 34), ("unevenly", 17)])
 def test_what_is_claimed_to_be_unbiased_is(world, number):
     """Rewards, and rewards less a KL divergence, of all groups of two."""
     w, checked = WORLDS[world], 0
     for cfg, advantage in combinations(world):
-        if world == "unevenly" and cfg.kl_coef or (wanted := claim(w, cfg, advantage, 2)) is None:
+        if (wanted := claim(w, cfg, advantage, 2)) is None:
             continue
         found = exact.expected_gradient(w, cfg, advantage, 2)
         np.testing.assert_allclose(found, wanted, rtol=0, atol=TOLERANCE * np.abs(wanted).max(), err_msg=f"{cfg} {advantage}")

@@ -332,6 +332,7 @@ class GRPOStage:
             frozen = keep(start) if cfg.grpo.kl_coef and not cfg.average_reference else None
             del start
         model.release("transformer")  # policy and reference are copies, or the base is held here
+        packed = supervised_batches(cfg.sft, model, cfg.seed) if cfg.sft.weight else None
         rewards = Rewards.open(cfg.rewards, stop.check_waiting, Path(cfg.run_dir), say)
         chunk = cfg.batch_size // cfg.rollout.chunks * cfg.grpo.rollouts_per_prompt
         try:
@@ -351,7 +352,7 @@ class GRPOStage:
         data = DataIterator(prompts, functools.partial(all_prompts, cfg, rows))
         return RunningStage(
             state,
-            SideBySide(data, supervised_batches(cfg.sft, model, cfg.seed)) if cfg.sft.weight else data,
+            SideBySide(data, packed) if packed else data,
             functools.partial(train_step, cfg, buckets, frozen, set(), data),
             lambda state, directory, note: export_trained(directory, {"transformer": (state.params, ar)}, lora, model, note),
             functools.partial(sample_grid, cfg, buckets),

@@ -8,9 +8,10 @@ from typing import Any
 
 import jax
 
-from xomni_jax.core.config import Count, NonNegative
+from xomni_jax.core.config import ConfigError, Count, NonNegative
 from xomni_jax.data.rendered import SIGNS
 from xomni_jax.data.sources import DataSection, batches
+from xomni_jax.evaluation.held_out import with_benchmarks
 from xomni_jax.models.lora import join
 from xomni_jax.pipeline import XOmni
 from xomni_jax.rl.update import Policy
@@ -57,10 +58,14 @@ def supervised_batches(cfg: SupervisedConfig, model: XOmni, seed: int) -> DataIt
     Raises:
       ConfigError: the data lack what the loss learns from, or hold codes of another tokenizer.
     """
-    check_codes(cfg.data, model)
-    run = SFTRun(seed=seed, batch_size=cfg.batch_size, next_token=cfg.next_token, data=cfg.data)
     rows = local_rows(model.mesh, cfg.batch_size) if jax.process_count() > 1 else None
-    examples = batches(cfg.data, seed, cfg.batch_size, rows=rows, fields=needed_fields(cfg.next_token), mixed=True)
+    try:
+        check_codes(cfg.data, model)
+        data = with_benchmarks(cfg.data)
+        examples = batches(data, seed, cfg.batch_size, rows=rows, fields=needed_fields(cfg.next_token), mixed=True)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("config.data", "config.sft.data")) from None
+    run = SFTRun(seed=seed, batch_size=cfg.batch_size, next_token=cfg.next_token, data=data)
     return DataIterator(examples, lambda batch: packed_batch(run, model, model.tokenizer, rows, batch)[0])
 
 
