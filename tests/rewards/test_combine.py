@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from xomni_jax.rewards import Score
-from xomni_jax.rewards.combine import Column, column, combine, source_means, standardise
+from xomni_jax.rewards.combine import MODES, Column, column, combine, source_means, standardise
 
 NAN = float("nan")
 
@@ -38,6 +38,16 @@ def test_adv_07_normalize_then_sum():
     np.testing.assert_allclose(out.total_PR.ravel(), np.sum(table, -1))
 
 
+def test_separate_advantages():
+    """The weighted sum of the rewards' own advantages: what is absent from a group adds nothing to it."""
+    table = [[0.28, 60, NAN], [0.31, 80, NAN], [0.25, 40, NAN], [0.3, 60, NAN], [0.2, 1.0, 5], [0.2, 0.0, 6], [0.2, 1.0, 7], [0.2, 0.0, 8]]
+    rewards = columns(table, 4)
+    out = combine(rewards, weights([1.0, 2.0, 0.5]), "normalize_each")
+    own = {k: standardise(c.value_PR, np.isfinite(c.value_PR), -1) for k, c in rewards.items()}
+    np.testing.assert_allclose(out.advantage_PR, own["0"] + 2 * own["1"] + 0.5 * own["2"], rtol=1e-12)
+    assert (own["2"][0] == 0).all() and np.abs(out.advantage_PR[0]).max() > 2
+
+
 def test_xomni_01_reward_absent_for_the_prompt():
     table = [[0.27, 3.2, 0.8, NAN], [0.31, 3.9, 0.9, NAN], [0.29, 3.0, 0.4, NAN], [0.25, 3.5, 0.7, NAN]]
     out = combine(columns(table, 4), weights([1.0, 0.2, 1.0, 1.0]))
@@ -47,7 +57,7 @@ def test_xomni_01_reward_absent_for_the_prompt():
     assert out.stats["reward/3/applies_frac"] == 0 and "reward/3/mean" not in out.stats
 
 
-@pytest.mark.parametrize("mode", ["sum_then_normalize", "normalize_then_sum"])
+@pytest.mark.parametrize("mode", MODES)
 def test_failed_rollout_leaves_its_group(mode):
     """The other rollouts get what they would get if the failed one had never been drawn."""
     a = np.array([[0.1, 0.9, 0.4, 0.6, 0.2]])
@@ -58,7 +68,7 @@ def test_failed_rollout_leaves_its_group(mode):
     rest = combine({k: Column(v[:, keep], np.zeros((1, 4), bool)) for k, v in (("a", a), ("b", b))}, {"a": 1.0, "b": 0.5}, mode)
     assert np.isnan(out.total_PR[failed]).all() and (out.ok_PR == ~failed).all()
     np.testing.assert_allclose(out.total_PR[:, keep], rest.total_PR)
-    if mode == "normalize_then_sum":
+    if mode != "sum_then_normalize":
         np.testing.assert_allclose(out.advantage_PR[:, keep], rest.advantage_PR)
         assert (out.advantage_PR[failed] == 0).all()
     assert out.stats["reward/b/fail_frac"] == 0.2 and out.stats["reward/masked_frac"] == pytest.approx(0.2)
@@ -93,18 +103,18 @@ def test_stats_by_hand_and_weight_zero():
     np.testing.assert_allclose(out.total_PR, 2 * value)
 
 
-@pytest.mark.parametrize("mode", ["sum_then_normalize", "normalize_then_sum"])
+@pytest.mark.parametrize("mode", MODES)
 def test_weights_of_each_prompt(mode):
     """A reward of weight 0 for a prompt neither adds to it nor, having failed, masks it."""
     value = np.array([[1.0, 2.0], [3.0, 5.0]])
     failed = np.array([[False, False], [True, False]])
     rewards = {"a": Column(value, np.zeros((2, 2), bool)), "b": Column(np.where(failed, NAN, 10 * value), failed)}
-    out = combine(rewards, {"a": np.array([[1.0], [0.5]]), "b": np.array([[2.0], [0.0]])}, mode)
+    out = combine(rewards, {"a": np.array([[1.0], [0.5]]), "b": np.array([[2.0], [0.0]])}, mode, eps=1e-9)
     assert out.ok_PR.all()
     np.testing.assert_allclose(out.total_PR, [[21.0, 42.0], [1.5, 2.5]])
-    alone = combine({"a": rewards["a"]}, {"a": np.array([[3.0], [0.5]])}, mode)  # a and b differ in scale alone
-    if mode == "normalize_then_sum":
-        np.testing.assert_allclose(out.advantage_PR, alone.advantage_PR, atol=1e-4)
+    alone = combine({"a": rewards["a"]}, {"a": np.array([[3.0], [0.5]])}, mode, eps=1e-9)  # a and b differ in scale alone
+    if mode != "sum_then_normalize":
+        np.testing.assert_allclose(out.advantage_PR, alone.advantage_PR, rtol=1e-7)
 
 
 def test_means_of_each_source():

@@ -213,6 +213,18 @@ def test_reductions_by_hand(rng):
         np.testing.assert_allclose(loss, value, rtol=1e-12, err_msg=name)
 
 
+def test_advantages_of_tokens(rng):
+    """An advantage for every token is that of the rollout where all agree; the trajectory's one clipped term takes one of a rollout."""
+    logp, old, ref, adv, mask = batch(rng)
+    spread = np.where(mask, adv[:, None], np.nan)
+    several = [cfg for cfg in ALL if cfg.ratio != "trajectory"]
+    for one, each in zip(*(evaluate([(logp, old, ref, a, mask, cfg, None) for cfg in several]) for a in (adv, spread)), strict=True):
+        np.testing.assert_allclose(each[0], one[0], rtol=1e-12)
+        np.testing.assert_allclose(each[1], one[1], rtol=1e-12, atol=1e-15)
+    with pytest.raises(ValueError, match="takes one advantage per rollout"):
+        grpo_loss(logp, old, ref, spread, mask, GRPOConfig(ratio="trajectory"))
+
+
 def test_same_length_images_make_the_common_reductions_equal(rng):
     logp, old, ref, adv, _ = batch(rng)
     cfgs = [dataclasses.replace(OFF, reduction=r) for r in ("grpo", "bnpo", "dapo")]

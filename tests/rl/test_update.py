@@ -12,8 +12,9 @@ from jax.sharding import PartitionSpec
 from tests.miniature import CODES, configs, random_params
 from xomni_jax.models.registry import init_params
 from xomni_jax.models.transformer import ARTransformer
+from xomni_jax.rl.control import Control, EntropyConfig, RestraintConfig
 from xomni_jax.rl.objectives import GRPOConfig
-from xomni_jax.rl.update import Policy, RolloutBatch, grpo_update
+from xomni_jax.rl.update import Policy, RolloutBatch, grpo_update, make_update
 from xomni_jax.sampling.generate import generate_codes
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sharding.mesh import make_mesh
@@ -42,8 +43,14 @@ class Table:
 class Descent:
     """params - rate * gradient."""
 
+    decay, average_every = 0.9, 1
+
     def __init__(self, rate=1.0):
         self.rate = rate
+
+    def trained(self, params):
+        """All of them."""
+        return params
 
     def update(self, grads, opt_state, params):
         """As Optimizer's."""
@@ -140,6 +147,27 @@ def test_the_gap_is_that_of_scored_rollouts(rng):
     rows = rows._replace(sampler_logp_BT=rows.sampler_logp_BT.at[2].add(9.0).at[5, 1].add(-0.25))
     _, metrics = table_update(params, rows, GRPOConfig(rollouts_per_prompt=R, kl_coef=0.0), 2)
     np.testing.assert_allclose(metrics["grpo/logp_gap_max"], 0.25, rtol=1e-5)
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_the_reference_may_be_the_average_of_the_policy(rng, updates):
+    """That of before the update, for all of its minibatches; the average itself then moves on."""
+    params, rows = table_batch(rng)
+    ema = {"logp": params["logp"] + 0.2}
+    cfg = GRPOConfig(rollouts_per_prompt=R, kl_coef=0.5, updates_per_batch=updates)
+    control = Control(EntropyConfig(), RestraintConfig(), 0.5, 10, 4)
+    given = jnp.asarray(rows.adv_B).reshape(P, R)
+    update = make_update(Table(), Descent(), cfg, lambda reward, ok: (reward, {}), control, 1, average=True)
+    state, metrics = update(
+        TrainState(jnp.int32(0), jax.tree.map(jnp.copy, params), (), {}), None, rows, jnp.zeros((P, R)), given, jax.random.key(1)
+    )
+    assert metrics["grpo/kl"] == 0  # without an average the policy stands for it
+    start = TrainState(jnp.int32(0), jax.tree.map(jnp.copy, params), (), {}, jax.tree.map(jnp.copy, ema))
+    state, metrics = update(start, None, rows, jnp.zeros((P, R)), given, jax.random.key(1))
+    wanted, theirs = table_update(params, rows, cfg, ref=ema)
+    assert not np.array_equal(state.ema["logp"], ema["logp"])
+    np.testing.assert_allclose(metrics["grpo/kl"], theirs["grpo/kl"], rtol=1e-6)
+    np.testing.assert_allclose(state.params["logp"], wanted.params["logp"], rtol=1e-6)
 
 
 # ---- the real policy ----
@@ -249,3 +277,13 @@ def test_a_rollout_without_a_reward_has_no_influence(params, plain):
     (a, m), (b, n) = learn(params, ours), learn(params, theirs)
     for x, y in zip(jax.tree.leaves((a.params, m)), jax.tree.leaves((b.params, n)), strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+def test_a_gradient_from_beside_is_added_in_every_update(rng):
+    params, rows = table_batch(rng)
+    cfg = GRPOConfig(rollouts_per_prompt=R, kl_coef=0.0, updates_per_batch=2)
+    more = lambda params: ({"logp": jnp.full((B, T), 0.25)}, {"loss/sft": jnp.float32(3.0)})  # noqa: E731
+    state, rows = TrainState(jnp.int32(0), params, (), {}), rows._replace(adv_B=jnp.zeros(B))
+    state, metrics = grpo_update(Table(), Descent(), state, None, rows, cfg, 1, jax.random.key(1), beside=more)
+    np.testing.assert_allclose(state.params["logp"], params["logp"] - 2 * 0.25, rtol=1e-6)
+    assert metrics["loss/sft"] == 3.0

@@ -65,6 +65,13 @@ def policy_update(
     )  # fmt: skip
 
 
+def together(a: Work, b: Work) -> Work:
+    """Both in one program."""
+    added = {name: getattr(a, name) + getattr(b, name) for name in ("learned", "forward", "attention", "tokens", "gathered", "reduced")}
+    heads = dict(vocabularies=tuple(dict.fromkeys(a.vocabularies + b.vocabularies)), head_gathers=a.head_gathers + b.head_gathers)
+    return dataclasses.replace(a, **added, **heads, logits_limit=max(a.logits_limit, b.logits_limit))
+
+
 def replay(c: ARConfig, rows: int, prompt: int, codes: int, parts: int, sides: int, chunk: int, mesh: Mapping[str, int]) -> Work:
     """Log-probs of rollouts without a gradient."""
     whole = policy_update(c, rows, prompt, codes, parts, sides, True, chunk, mesh)

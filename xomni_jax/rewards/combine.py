@@ -17,7 +17,7 @@ import numpy as np
 
 from xomni_jax.rewards.protocol import Score
 
-MODES = ("sum_then_normalize", "normalize_then_sum")
+MODES = ("sum_then_normalize", "normalize_then_sum", "normalize_each")
 
 
 class Column(NamedTuple):
@@ -33,7 +33,7 @@ class Combined(NamedTuple):
     Attributes:
       total_PR: weighted sum, NaN where not ok.
       ok_PR: whether the rollout takes part in its group.
-      advantage_PR: in the mode normalize_then_sum, else None; 0 where not ok.
+      advantage_PR: in the modes that normalise each reward, else None; 0 where not ok.
       stats: reward/<name>/{mean, std (inside groups, averaged), fail_frac, applies_frac}, reward/total/{mean, std},
         reward/masked_frac; without those that have no value.
     """
@@ -77,6 +77,7 @@ def combine(
     sum_then_normalize   total = sum_k w_k r_k, to be normalised in its group afterwards (TRL's default)
     normalize_then_sum   every reward is normalised in its group, then the weighted sum over the whole batch: a weight means the same
                          whatever the scale of its reward
+    normalize_each       the same without the last normalisation: the sum of separate advantages (arXiv 2603.23086), each with its weight
 
     A rollout with a failed reward, or with none that applies, is not ok. A reward of weight 0 is only reported; its failures mask
     nothing.
@@ -88,9 +89,10 @@ def combine(
     total_PR = sum(weights[k] * np.where(known[k], c.value_PR, 0.0) for k, c in counted.items())
     total_PR = np.where(ok_PR, total_PR, np.nan)
     advantage_PR = None
-    if mode == "normalize_then_sum":
-        sum_PR = sum(weights[k] * standardise(c.value_PR, ok_PR & known[k], -1, ddof, eps) for k, c in counted.items())
-        advantage_PR = standardise(sum_PR, ok_PR, None, ddof, eps)
+    if mode != "sum_then_normalize":
+        advantage_PR = sum(weights[k] * standardise(c.value_PR, ok_PR & known[k], -1, ddof, eps) for k, c in counted.items())
+        if mode == "normalize_then_sum":
+            advantage_PR = standardise(advantage_PR, ok_PR, None, ddof, eps)
     stats = {f"reward/{k}/{name}": v for k, c in rewards.items() for name, v in _column_stats(c).items()}
     stats |= {
         "reward/total/mean": _mean(total_PR),

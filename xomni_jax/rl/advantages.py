@@ -6,7 +6,7 @@ P prompts, R rollouts per prompt. Advantages need whole groups: gather the rewar
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,15 @@ class AdvantageConfig:
         check_known(self, scale=("group", "batch", "none"), baseline=("mean", "rloo"))
 
 
+def flat_groups(reward_PR: Any, ok_PR: Any) -> Any:
+    """Which groups [P, 1] teach nothing: equal rewards, or fewer than two known ones. In numpy or in JAX."""
+    xp = reward_PR.__array_namespace__()
+    low_P1 = xp.min(xp.where(ok_PR, reward_PR, xp.inf), axis=-1, keepdims=True)
+    high_P1 = xp.max(xp.where(ok_PR, reward_PR, -xp.inf), axis=-1, keepdims=True)
+    # Equal rewards, not a zero deviation: the float mean of equal numbers may differ from them by an ulp.
+    return (xp.sum(ok_PR, axis=-1, keepdims=True) < 2) | (low_P1 == high_P1)
+
+
 def group_advantages(
     reward_PR: jax.Array, ok_PR: jax.Array, cfg: AdvantageConfig = AdvantageConfig()
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -55,11 +64,7 @@ def group_advantages(
     reward_PR = jnp.asarray(reward_PR)
     reward_PR = reward_PR.astype(jnp.promote_types(reward_PR.dtype, jnp.float32))
     ok_PR = jnp.asarray(ok_PR, bool) & jnp.isfinite(reward_PR)
-    low_P1 = jnp.min(jnp.where(ok_PR, reward_PR, jnp.inf), -1, keepdims=True)
-    high_P1 = jnp.max(jnp.where(ok_PR, reward_PR, -jnp.inf), -1, keepdims=True)
-    # Equal rewards, not a zero deviation: the float mean of equal numbers may differ from them by an ulp.
-    flat_P1 = (jnp.sum(ok_PR, -1, keepdims=True) < 2) | (low_P1 == high_P1)
-
+    flat_P1 = flat_groups(reward_PR, ok_PR)
     adv_PR, std, n_P1 = deviations(reward_PR, ok_PR & ~flat_P1, -1, cfg.ddof)
     if cfg.baseline == "rloo":
         # r - (sum - r) / (n - 1)  =  (r - mean) n / (n - 1)

@@ -28,11 +28,14 @@ from xomni_jax.models.registry import boxed_shapes
 from xomni_jax.models.section import ModelSection
 from xomni_jax.pipeline import XOmni
 from xomni_jax.rl.advantages import AdvantageConfig, group_advantages
+from xomni_jax.rl.control import Control, EntropyConfig, RestraintConfig, check_control
+from xomni_jax.rl.dynamic_sampling import refilled
 from xomni_jax.rl.image_statistics import image_sums, join_statistics
 from xomni_jax.rl.monitors import USUAL, Watch, crossings
 from xomni_jax.rl.objectives import GRPOConfig
-from xomni_jax.rl.rewards import RewardConfig, Rewards
+from xomni_jax.rl.rewards import RewardConfig, Rewards, check_rewards
 from xomni_jax.rl.rollouts import RolloutConfig, Rollouts, param_converter
+from xomni_jax.rl.supervised import SideBySide, SupervisedConfig, supervised_batches, supervised_gradient
 from xomni_jax.rl.update import Advantages, Policy, RolloutBatch, frozen_logp, make_update
 from xomni_jax.sampling.decoder import DECODER_COMPONENTS, DecodeConfig
 from xomni_jax.sampling.keys import image_keys
@@ -58,6 +61,7 @@ from xomni_jax.training.guard import guarded
 from xomni_jax.training.loop import key_for
 from xomni_jax.training.operations import FlopCount, say
 from xomni_jax.training.optimizer import Optimizer, OptimizerConfig
+from xomni_jax.training.pretrain import abstract_rows
 from xomni_jax.training.stage import GRID_SEED, Grid, RunConfig, RunningStage, meshes
 from xomni_jax.training.state import TrainState, new_state
 
@@ -82,8 +86,11 @@ class GRPORun(RunConfig):
       decoder_mesh: devices of the image decoder alone; a 0: it shares those of mesh
       grpo: the objective
       advantage: how the rewards of a group become advantages
+      entropy: the entropy bonus
+      restraint: what strengthens the KL term and the entropy bonus while signals fall that no reward pays for
       sampling: how rollouts are drawn
       rollout: how a batch of rollouts is made and used
+      sft: supervised fine-tuning beside it
       decode: changes to the model's own settings of decoding; None: the model's
       rewards: the scoring services, each under the name of its scorer
       watch: metrics with their smallest and largest values, such as ('reward/judge/mean', 0.5, 1.0) of a judge of weight 0: a warning is
@@ -106,8 +113,11 @@ class GRPORun(RunConfig):
     decoder_mesh: MeshConfig = MeshConfig(fsdp=0)
     grpo: GRPOConfig = GRPOConfig()
     advantage: AdvantageConfig = AdvantageConfig()
+    entropy: EntropyConfig = EntropyConfig()
+    restraint: RestraintConfig = RestraintConfig()
     sampling: SamplingConfig = SamplingConfig(top_k=0, min_p=0.0)
     rollout: RolloutConfig = RolloutConfig()
+    sft: SupervisedConfig = SupervisedConfig()
     decode: Overrides = Overrides(DecodeConfig)
     rewards: Mapping[str, RewardConfig] = dataclasses.field(
         default_factory=lambda: {
@@ -122,6 +132,21 @@ class GRPORun(RunConfig):
         options=dataclasses.replace(SIGNS.options, sizes=((32, 64),), weights=(1.0,), text_lengths=((3, 6),), shapes=0.0, pseudo_words=0.0),
     )
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.average_reference and not self.ema.decay and self.ema.every == 1:
+            raise ConfigError("config.rollout.reference=average: the run keeps no average; set config.ema.decay, or config.ema.every")
+
+    @property
+    def average_reference(self) -> bool:
+        """Whether the KL term pulls towards the running average of the policy."""
+        return self.rollout.reference == "average"
+
+
+def loss_control(cfg: GRPORun, codes: int) -> Control:
+    """The weights of the run's updates; `codes` among which one is drawn."""
+    return Control(cfg.entropy, cfg.restraint, cfg.grpo.kl_coef, cfg.steps * cfg.grpo.updates_per_batch, codes)
+
 
 def check_divides(cfg: GRPORun, mesh: Mesh) -> None:
     """Refuses batch sizes that do not split evenly over the mesh, naming the keys."""
@@ -134,11 +159,17 @@ def check_divides(cfg: GRPORun, mesh: Mesh) -> None:
             f"config.batch_size={prompts} in config.rollout.chunks={rollout.chunks} leaves {chunk} prompts a chunk, which "
             f"config.mesh cannot split {shards} ways (replica x data x fsdp); raise batch_size or lower those axes"
         )
+    if rollout.refills and len(cfg.data.sizes) > 1:
+        raise ConfigError(
+            "config.rollout.refills: a step's prompts may be of another size than those that follow; give data.sizes one size"
+        )
     rollouts = prompts * grpo.rollouts_per_prompt
     if rollouts % grpo.updates_per_batch:
         raise ConfigError(
             f"config.grpo.updates_per_batch={grpo.updates_per_batch} does not divide the {rollouts} rollouts of a step; use a divisor"
         )
+    if cfg.sft.weight:
+        check_split("config.sft.next_token.rows", cfg.sft.next_token.rows, mesh, cfg.accumulate)
     check_split("rollouts per config.grpo.updates_per_batch", rollouts // grpo.updates_per_batch, mesh, cfg.accumulate)
 
 
@@ -170,18 +201,26 @@ def learner_programs(
     """
     ar, parts, sides, reference = policy.model.cfg, cfg.accumulate, 1 + cfg.sampling.guided, bool(cfg.grpo.kl_coef)
     batch = abstract_batch(cfg, ar, codes, mesh)
-    (B, S), chunk = batch.ids_BS.shape, cfg.rollout.logit_chunk
-    shape = f"{B} rollouts of {S} + {codes} tokens"
+    (B, S), chunk, control = batch.ids_BS.shape, cfg.rollout.logit_chunk, loss_control(cfg, ar.image_vocab_size)
+    rewards = abstract.rows(mesh, (cfg.batch_size, B // cfg.batch_size), jnp.float32)
+    signals = abstract.array(mesh, (len(cfg.restraint.signals),), jnp.float32) if cfg.restraint.signals else None
+    shape, least = f"{B} rollouts of {S} + {codes} tokens", work.policy_update(ar, B, S, codes, parts, sides, reference, chunk, mesh.shape)
+    beside, packed = None, None
+    if cfg.sft.weight:
+        beside, packed = functools.partial(supervised_gradient, cfg.sft), abstract_rows(cfg.sft.next_token, cfg.sft.data.names, mesh)
+        (rows, length), targets = packed.ids_BL.shape, packed.text_at_BM.shape[1]
+        next_token = work.next_token(ar, rows, length, targets, not cfg.lora.rank, cfg.sft.next_token.chunk, mesh.shape)
+        shape, least = f"{shape} and {rows} packed rows of {length}", work.together(least, next_token)
     update = Program(
-        guarded(make_update(policy, optimizer, cfg.grpo, advantages, parts, cfg.lora), cfg.guard),
-        (state, frozen, batch, abstract.rows(mesh, (cfg.batch_size, B // cfg.batch_size), jnp.float32), None, abstract.keys(mesh, ())),
+        guarded(make_update(policy, optimizer, cfg.grpo, advantages, control, parts, cfg.lora, cfg.average_reference, beside), cfg.guard),
+        (state, frozen, batch, rewards, None, abstract.keys(mesh, ()), signals, packed),
         f"{shape} in {parts} micro-batches",
-        work.policy_update(ar, B, S, codes, parts, sides, reference, chunk, mesh.shape),
-        uses=("params", "optimizer", "reference"),
+        least,
+        uses=("params", "optimizer", "average", "reference"),
         freed=("sampler",),
         state=state,
     )
-    if not reference:
+    if not reference or cfg.average_reference:
         return {"policy-update": update}
     replay = Program(
         jax.jit(lambda params, batch: frozen_logp(policy, params, batch, parts)),
@@ -222,15 +261,21 @@ class GRPOStage:
         # ---- arrays that stay ----
         optimizer = cfg.make_optimizer(updates_per_step=cfg.grpo.updates_per_batch)
         init, frozen = learned_params("transformer", ar, cfg.lora, cfg.seed, mesh)
-        create, state = new_state(init, optimizer, mesh, cfg.guard)
+        create, state = new_state(init, optimizer, mesh, cfg.guard, loss_control(cfg, ar.image_vocab_size).initial)
         boxed, params = boxed_shapes("transformer", ar), state.params
         if frozen:
             boxed, params = beside(boxed, jax.eval_shape(init)), beside(frozen, params)
-        elif cfg.grpo.kl_coef:
+        elif cfg.grpo.kl_coef and not cfg.average_reference:
             frozen = jax.eval_shape(param_converter(boxed, mesh, c.reference_dtype), params)
         layout = param_converter(boxed, mesh, ar.dtype, ar.image_vocab_size)
         weights = jax.eval_shape(layout, params)
-        persistent = {"params": state.params, "optimizer": state.opt_state, "reference": frozen, "sampler": weights}
+        persistent = {
+            "params": state.params,
+            "optimizer": state.opt_state,
+            "average": state.ema or None,
+            "reference": frozen,
+            "sampler": weights,
+        }
 
         # ---- programs ----
         policy = Policy(transformer.ARTransformer(ar), cfg.sampling, c.logit_chunk)
@@ -263,6 +308,7 @@ class GRPOStage:
     def make(cls, cfg: GRPORun, mesh: Mesh, stop: StopSignal) -> RunningStage:
         """A run on the prompts of the configuration, starting from the transformer of `init_from`."""
         check_prompts(cfg)
+        check_control(cfg.restraint, cfg.grpo.kl_coef or cfg.entropy.coef, check_rewards(cfg.rewards))
         rows = local_rows(mesh, cfg.batch_size)
         fields = ("caption", "targets", "size") if len(cfg.data.sizes) > 1 else ("caption", "targets")
         prompts = batches(cfg.data, cfg.seed, cfg.batch_size, rows=rows, fields=fields)
@@ -283,9 +329,10 @@ class GRPOStage:
             start = model.params("transformer")
             state = state.starting_from(start)
             keep = param_converter(boxed_shapes("transformer", ar), mesh, cfg.rollout.reference_dtype)
-            frozen = keep(start) if cfg.grpo.kl_coef else None
+            frozen = keep(start) if cfg.grpo.kl_coef and not cfg.average_reference else None
             del start
         model.release("transformer")  # policy and reference are copies, or the base is held here
+        packed = supervised_batches(cfg.sft, model, cfg.seed) if cfg.sft.weight else None
         rewards = Rewards.open(cfg.rewards, stop.check_waiting, Path(cfg.run_dir), say)
         chunk = cfg.batch_size // cfg.rollout.chunks * cfg.grpo.rollouts_per_prompt
         try:
@@ -302,10 +349,11 @@ class GRPOStage:
                 lambda params: made["layout"].fn(join(base, params, lora.scale)), rewards, stop,
             )  # fmt: skip
             buckets[size] = Bucket(rollouts, flops(made["policy-update" + name].fn))
+        data = Prompts(prompts, functools.partial(all_prompts, cfg, rows), rewards)
         return RunningStage(
             state,
-            Prompts(prompts, functools.partial(all_prompts, cfg, rows), rewards),
-            functools.partial(train_step, cfg, buckets, frozen, set()),
+            SideBySide(data, packed) if packed else data,
+            functools.partial(train_step, cfg, buckets, frozen, set(), data),
             lambda state, directory, note: export_trained(directory, {"transformer": (state.params, ar)}, lora, model, note),
             functools.partial(sample_grid, cfg, buckets),
             items_per_step=cfg.batch_size * cfg.grpo.rollouts_per_prompt,
@@ -393,8 +441,20 @@ def all_prompts(cfg: GRPORun, rows: Sequence[int], examples: dict[str, Any]) -> 
     return {**share(columns, rows, cfg.batch_size), "size": prompt_size(cfg, examples)}
 
 
+def asked(batch: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What `Rollouts` takes of a batch of prompts."""
+    return batch["caption"], batch["targets"], batch["rewards"], batch["source"]
+
+
 def train_step(
-    cfg: GRPORun, buckets: Mapping[Size, Bucket], frozen: Any, outside: set[str], state: TrainState, batch: dict[str, Any], number: int
+    cfg: GRPORun,
+    buckets: Mapping[Size, Bucket],
+    frozen: Any,
+    outside: set[str],
+    data: DataIterator,
+    state: TrainState,
+    batch: dict[str, Any],
+    number: int,
 ) -> tuple[TrainState, dict[str, Any]]:
     """Rollouts of a batch of prompts, and the update on them -> (state, metrics).
 
@@ -403,17 +463,24 @@ def train_step(
       FloatingPointError: sampler and trainer disagree about the log-prob of a code.
     """
     key, (rollouts, update) = key_for(cfg.seed, number, 0), buckets[batch["size"]]
-    asked = batch["caption"], batch["targets"], batch["rewards"], batch["source"]
-    rows, total, images, measured = rollouts(state.params, *asked, key, number / cfg.steps)
+    rows, total, images, measured = rollouts(state.params, *asked(batch), key, number / cfg.steps)
+    if cfg.rollout.refills:
+        again = lambda n: rollouts(state.params, *asked(next(data)), key_for(cfg.seed, number, n), number / cfg.steps)  # noqa: E731
+        ids = data.ids
+        rows, total, measured = refilled(again, cfg.rollout.refills, rows, total, measured)
+        data.ids = ids + data.ids
     began = time.perf_counter()
     reward_PR = jnp.asarray(np.nan_to_num(total.total_PR), jnp.float32)
     given_PR = None if total.advantage_PR is None else jnp.asarray(total.advantage_PR, jnp.float32)
-    state, metrics = update(state, frozen, rows, reward_PR, given_PR, jax.random.fold_in(key, SHUFFLE))
+    measured |= join_statistics(gather_json(image_sums(images)))
+    seen = total.stats | measured
+    signal_S = jnp.array([seen.get(name, np.nan) for name, _ in cfg.restraint.signals], jnp.float32) if cfg.restraint.signals else None
+    state, metrics = update(state, frozen, rows, reward_PR, given_PR, jax.random.fold_in(key, SHUFFLE), signal_S, batch.get("packed"))
     gap, limit = float(metrics.get("grpo/logp_gap_max", 0.0)), cfg.rollout.max_logp_gap
     if limit and gap > limit and rollouts.model.config("transformer").dtype == jnp.float32:
         raise FloatingPointError(f"sampler and trainer differ by {gap:.2e} in a log-prob at step {number + 1} (limit {limit:g})")
     measured["perf/update_s"] = time.perf_counter() - began
-    metrics = total.stats | metrics | join_statistics(gather_json(image_sums(images))) | measured
+    metrics = total.stats | metrics | measured
     for line in crossings(cfg.watch, metrics, outside):
         say(line)
     rollouts.rewards.commit()

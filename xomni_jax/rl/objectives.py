@@ -2,6 +2,12 @@
 
 Everything here is a pure function of arrays [B, L]: B rollouts, L positions, of which the mask selects the sampled tokens.
 For an X-Omni image these are exactly the height x width codes after `<IMAGE>`; the prefix is given and `<EOM>` is appended.
+
+The expected gradient is exactly that of the expected reward, up to a constant factor, with advantages that are only centred
+(`AdvantageConfig(scale="none")`) and one update per batch, for every ratio, reduction and clip where all rollouts have one length; with
+rollouts of several lengths for the ratio trajectory and for reductions whose weights are sum or scale over rows or filled rows. With
+several updates per batch only the ratio trajectory without a clip is exact. Rollouts without a score keep this: the reward is then that
+of a rollout given that it is scored. configs/methods/README.md has the bias of the others (tests/rl/exact_gradients.py).
 """
 
 from __future__ import annotations
@@ -14,6 +20,7 @@ import jax.numpy as jnp
 from msgspec import Meta
 
 from xomni_jax.core.config import Count, NonNegative, Positive, PositiveShare, check_known
+from xomni_jax.rl.control import LossWeights
 
 # Reduction -> (weight of a token inside its rollout, what the sum over rollouts is divided by).
 #   mean  1 / (number of tokens of the rollout)     rows    rollouts, fully masked ones included
@@ -46,7 +53,8 @@ class GRPOConfig:
       clip_high: eps, eps_high: upper clip of the ratio is 1 + clip_high (DAPO: 0.28)
       kl_coef: beta: weight of D_KL(pi || pi_ref) (X-Omni: 0.01)
       kl_estimator: k1, k2 or k3 of Schulman's note, at the sampled token; k1 only as a metric, or with kl_importance
-      kl_importance: multiply the KL term by the ratio; its gradient is then that of the reverse KL for k1 and k3
+      kl_importance: multiply the KL term by the ratio: with k1 or k3 its gradient is that of the reverse KL, of whole trajectories with
+        the ratio trajectory, of each token at the prefix that was drawn with the ratio token
       ratio: rho: per token; sequence (GSPO: exp of the mean log-ratio); or trajectory (equation 1 literally)
       reduction: from token losses to one number: a key of REDUCTIONS
       delta: caps the unclipped ratio, so that a negative advantage with a large ratio is bounded (Tunix: epsilon_c); None: no cap
@@ -90,7 +98,8 @@ class GRPOConfig:
 def kl_estimate(logp: jax.Array, ref_logp: jax.Array, estimator: str = "k3", cap: float = 20.0) -> jax.Array:
     """Estimate of KL(pi || pi_ref) at sampled tokens, elementwise.
 
-    As a loss term on-policy: E[grad k1] = 0, E[grad k2] = grad KL(pi || ref), E[grad k3] = grad KL(ref || pi).
+    As a loss term on-policy: E[grad k1] = 0, E[grad k2] = grad KL(pi || ref), E[grad k3] = grad KL(ref || pi), each of a token at the
+    prefix that was drawn: what a token does to the divergence of those after it has no part in them.
     """
     d = ref_logp - logp
     if estimator == "k1":
@@ -123,22 +132,24 @@ def grpo_loss(
     logp_BL: jax.Array,
     old_logp_BL: jax.Array | None,
     ref_logp_BL: jax.Array | None,
-    adv_B: jax.Array,
+    adv: jax.Array,
     mask_BL: jax.Array,
     cfg: GRPOConfig,
     n_items: jax.Array | int | None = None,
     entropy_BL: jax.Array | None = None,
+    weights: LossWeights | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Clipped policy gradient plus kl_coef times the KL to the reference, reduced over the masked tokens.
+    """Clipped policy gradient plus kl_coef times the KL to the reference, less an entropy bonus, reduced over the masked tokens.
 
     Args:
       logp_BL: log-probs of the sampled tokens under the policy; the only argument that receives a gradient.
       old_logp_BL: under the policy that drew the rollouts; None if this is it (one update per batch): ratio 1.
       ref_logp_BL: under the frozen reference; None without a KL term (kl_coef 0).
-      adv_B: advantage of each rollout; 0 for a rollout whose reward is unknown.
+      adv: advantage of each rollout [B], or of each token [B, L] where segments are credited apart; 0 where the reward is unknown.
       mask_BL: true where a token was sampled. What stands elsewhere, even inf or NaN, has no influence.
       n_items: the divisor of a whole accumulation window, from `loss_items`; None: this batch is the window.
-      entropy_BL: the policy's entropy at each position, for the metrics only.
+      entropy_BL: the policy's entropy at each position, for the metrics, and for a bonus where `weights` has one.
+      weights: of the KL term and of the entropy bonus in this update; None: cfg.kl_coef, and no bonus.
 
     Returns:
       The loss, and metrics `grpo/{policy_loss, ratio_mean, ratio_max, clip_frac, logp_gap_max}`, with a reference also
@@ -146,17 +157,22 @@ def grpo_loss(
     """
     dtype = jnp.promote_types(logp_BL.dtype, jnp.float32)
     mask_BL = jnp.asarray(mask_BL, bool)
-    adv_B1 = jax.lax.stop_gradient(jnp.asarray(adv_B).astype(dtype))[:, None]
 
     def known(x_BL):
         return jnp.where(mask_BL, jnp.asarray(x_BL).astype(dtype), 0.0)
 
+    per_token = jnp.ndim(adv) == 2
+    if per_token and cfg.ratio == "trajectory":
+        raise ValueError("ratio='trajectory' has one clipped term per rollout, so it takes one advantage per rollout [B], not [B, L]")
+    adv = jax.lax.stop_gradient(known(adv) if per_token else jnp.asarray(adv).astype(dtype)[:, None])
     logp_BL = known(logp_BL)
     old_BL = jax.lax.stop_gradient(logp_BL if old_logp_BL is None else known(old_logp_BL))
     tokens_B1 = jnp.sum(mask_BL, -1, keepdims=True)
     log_ratio_BL = logp_BL - old_BL
     ratio, live = _ratio(log_ratio_BL, mask_BL, tokens_B1, cfg)
-    policy, clipped = _policy_loss(ratio, logp_BL, adv_B1, cfg)
+    if per_token:
+        ratio, live = jnp.broadcast_to(ratio, mask_BL.shape), mask_BL
+    policy, clipped = _policy_loss(ratio, logp_BL, adv, cfg)
 
     metrics = _ratio_metrics(ratio, live, clipped, log_ratio_BL)
     kl_BL = jnp.zeros_like(logp_BL)
@@ -166,11 +182,13 @@ def grpo_loss(
     if entropy_BL is not None:
         metrics["grpo/entropy"] = _masked_mean(known(entropy_BL), mask_BL)
 
-    penalty_BL = cfg.kl_coef * (ratio * kl_BL if cfg.kl_importance else kl_BL)
+    penalty_BL = (cfg.kl_coef if weights is None else weights.kl) * (ratio * kl_BL if cfg.kl_importance else kl_BL)
+    if weights is not None:
+        penalty_BL -= weights.entropy * known(entropy_BL)
     n = loss_items(mask_BL, cfg) if n_items is None else n_items
-    weights = {"mean": 1 / jnp.maximum(tokens_B1[:, 0], 1), "sum": 1.0, "scale": 1 / (cfg.max_length or 1)}
+    inside = {"mean": 1 / jnp.maximum(tokens_B1[:, 0], 1), "sum": 1.0, "scale": 1 / (cfg.max_length or 1)}
     # Equation 1 as printed has one clipped term per rollout, and the KL of a trajectory is the sum over its tokens.
-    weight_B = 1.0 if cfg.ratio == "trajectory" else weights[REDUCTIONS[cfg.reduction][0]]
+    weight_B = 1.0 if cfg.ratio == "trajectory" else inside[REDUCTIONS[cfg.reduction][0]]
 
     def reduced(x, counts):
         return jnp.sum(weight_B * jnp.sum(jnp.where(counts, x, 0.0), -1)) / n
@@ -211,17 +229,17 @@ def _ratio_metrics(ratio, live, clipped, log_ratio_BL):
     }
 
 
-def _policy_loss(ratio, logp_BL, adv_B1, cfg):
+def _policy_loss(ratio, logp_BL, adv, cfg):
     """The policy part per token (or per rollout), and where the clip cuts the gradient."""
     if cfg.reduction == "cispo":
         # The ratio is a detached weight: a clipped token keeps its gradient through log pi.
         weight = jax.lax.stop_gradient(jnp.minimum(ratio, cfg.ratio_cap))
-        return -weight * adv_B1 * logp_BL, (ratio > cfg.ratio_cap) & (adv_B1 != 0)
+        return -weight * adv * logp_BL, (ratio > cfg.ratio_cap) & (adv != 0)
     low, high = 1 - cfg.clip_low, 1 + cfg.clip_high
     bounded = ratio if cfg.delta is None else jnp.minimum(ratio, cfg.delta)
-    loss = -jnp.minimum(bounded * adv_B1, jnp.clip(ratio, low, high) * adv_B1)
-    cut = ((adv_B1 > 0) & (ratio > high)) | ((adv_B1 < 0) & (ratio < low))
-    return loss, cut if cfg.delta is None else cut | ((adv_B1 < 0) & (ratio > cfg.delta))
+    loss = -jnp.minimum(bounded * adv, jnp.clip(ratio, low, high) * adv)
+    cut = ((adv > 0) & (ratio > high)) | ((adv < 0) & (ratio < low))
+    return loss, cut if cfg.delta is None else cut | ((adv < 0) & (ratio > cfg.delta))
 
 
 def _masked_mean(x, mask):

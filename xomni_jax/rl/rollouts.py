@@ -44,12 +44,15 @@ class RolloutConfig:
       prompt_length: tokens that prompts are padded to, with the image prefix; a longer prompt is an error
       segment: most codes drawn between two looks for a signal to stop; the largest divisor of an image's codes is taken
       noise: decoder noise: group (one for all rollouts of a prompt, so that reward differences come from codes) or independent
+      refills: most further batches of prompts that a step draws to replace groups whose rewards are all equal (`dynamic_sampling`)
       chunks: parts of the batch; while one is being scored the next one is sampled and decoded
       logit_chunk: positions per piece of the image head; 0: all at once
       max_logp_gap: most that sampler and trainer may differ in a float32 log-prob before the first update; 0: not checked
       max_fail_frac: a step in which more than this share of rollouts could not be scored stops the run
-      combine: sum_then_normalize or normalize_then_sum
+      combine: how several rewards become one advantage: sum_then_normalize, normalize_then_sum or normalize_each
       reencode: images of a step that the tokenizer encodes again, for the metric image/reencode_frac; 0: none. Costs a forward pass of them
+      reference: towards which the KL term pulls: start, the model that the run began with; or average, that of config.ema, which is in
+        the saved state: with ema.every=K and ema.decay=0 a copy of the policy that is renewed every K updates
       reference_dtype: number format of the reference's matrices: float32, or bfloat16, which halves them and loses nothing where the
         transformer computes in it
     """
@@ -57,16 +60,20 @@ class RolloutConfig:
     prompt_length: Count = 32
     segment: Count = SEGMENT
     noise: str = "group"
+    refills: Natural = 0
     chunks: Count = 2
     logit_chunk: Natural = 0
     max_logp_gap: NonNegative = 1e-4
     max_fail_frac: Share = 0.5
     combine: str = "sum_then_normalize"
     reencode: Natural = 0
+    reference: str = "start"
     reference_dtype: str = "float32"
 
     def __post_init__(self):
-        check_known(self, noise=("group", "independent"), combine=MODES, reference_dtype=("float32", "bfloat16"))
+        check_known(
+            self, noise=("group", "independent"), combine=MODES, reference=("start", "average"), reference_dtype=("float32", "bfloat16")
+        )
 
 
 def param_converter(boxed: Any, mesh: jax.sharding.Mesh, dtype: Any, codes: int = 0) -> Callable[[Any], Any]:

@@ -11,6 +11,7 @@ from flax import linen as nn
 
 from xomni_jax.models.lora import LoRAConfig, join
 from xomni_jax.models.vocab_heads import with_image_head
+from xomni_jax.rl.control import Control, LossWeights
 from xomni_jax.rl.objectives import GRPOConfig, grpo_loss, join_metrics, loss_items
 from xomni_jax.sampling.generate import replay_logp
 from xomni_jax.sampling.logits import SamplingConfig
@@ -69,12 +70,18 @@ def grpo_update(
     cfg: GRPOConfig,
     micro_batches: int = 1,
     key: jax.Array | None = None,
+    weights: LossWeights | None = None,
+    beside: Callable[[Any], tuple[Any, dict[str, jax.Array]]] | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """`updates_per_batch` optimizer updates on one batch of rollouts; with one, the batch is on-policy and the ratio is 1.
 
     With several, old log-probs are computed once before the first, and the rows are shuffled by `key` into as many minibatches.
     Gradients are accumulated over `micro_batches` and equal those of the whole batch. Metrics of several updates are joined,
     except `grpo/logp_gap_max`: trainer against sampler in the first update, before anything has changed.
+
+    Args:
+      weights: see `grpo_loss`.
+      beside: parameters -> (gradient that is added in every update, metrics).
     """
     several = cfg.updates_per_batch > 1
     old = frozen_logp(policy, state.params, batch, micro_batches) if several else None
@@ -82,7 +89,10 @@ def grpo_update(
     rows = (batch, old, ref)
 
     def one_update(state: TrainState, rows: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-        grads, metrics = loss_and_gradient(policy, state.params, rows, cfg, micro_batches)
+        grads, metrics = loss_and_gradient(policy, state.params, rows, cfg, micro_batches, weights)
+        if beside is not None:
+            more, told = beside(state.params)
+            grads, metrics = jax.tree.map(jnp.add, grads, more), metrics | told
         state, optim = state.apply(optimizer, grads)
         return state, metrics | optim
 
@@ -95,7 +105,9 @@ def grpo_update(
     return state, joined | {"grpo/logp_gap_max": stacked["grpo/logp_gap_max"][0]}
 
 
-def loss_and_gradient(policy: Policy, params: Any, rows: Any, cfg: GRPOConfig, parts: int) -> tuple[Any, dict[str, jax.Array]]:
+def loss_and_gradient(
+    policy: Policy, params: Any, rows: Any, cfg: GRPOConfig, parts: int, weights: LossWeights | None = None
+) -> tuple[Any, dict[str, jax.Array]]:
     """Gradient and metrics of (rollouts, their old log-probs, those of the reference), accumulated over `parts` micro-batches."""
     mask = lambda b: jnp.broadcast_to(b.ok_B[:, None], b.codes_BT.shape)  # noqa: E731
     n_items = loss_items(mask(rows[0]), cfg)
@@ -103,7 +115,7 @@ def loss_and_gradient(policy: Policy, params: Any, rows: Any, cfg: GRPOConfig, p
     def loss(ready, part):
         b, old, ref = part
         logp_BT, entropy_BT = policy.logp(ready, b)
-        value, metrics = grpo_loss(logp_BT, old, ref, b.adv_B, mask(b), cfg, n_items, entropy_BT)
+        value, metrics = grpo_loss(logp_BT, old, ref, b.adv_B, mask(b), cfg, n_items, entropy_BT, weights)
         gap = jnp.max(jnp.where(mask(b), jnp.abs(logp_BT - b.sampler_logp_BT), 0.0))
         return value, metrics | {"grpo/logp_gap_max": gap}
 
@@ -121,23 +133,38 @@ Advantages = Callable[[jax.Array, jax.Array], tuple[jax.Array, dict[str, jax.Arr
 
 
 def make_update(
-    policy: Policy, optimizer: Any, grpo: GRPOConfig, advantages: Advantages, parts: int, lora: LoRAConfig = LoRAConfig()
+    policy: Policy,
+    optimizer: Any,
+    grpo: GRPOConfig,
+    advantages: Advantages,
+    control: Control,
+    parts: int,
+    lora: LoRAConfig = LoRAConfig(),
+    average: bool = False,
+    beside: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """The jitted update (state, frozen, batch, rewards [P, R], advantages [P, R] | None, key) -> (state, metrics).
+    """The jitted update (state, frozen, batch, rewards [P, R], advantages [P, R] | None, key, signals [S], packed) -> (state, metrics).
 
-    `frozen` is the reference, None without a KL term; with adapters it is their base, which is the reference as well.
+    `frozen` is the reference, None without a KL term; with adapters it is their base, which is the reference as well. `signals`: what
+    the rollouts gave for those of `control.restraint`. `packed`: rows for `beside`.
 
     Args:
       advantages: (rewards [P, R], which of them are known [P, R]) -> (advantages [P, R], metrics); used where none are given.
       parts: micro-batches of an update. The state is donated.
+      average: the reference is the state's running average instead.
+      beside: (policy, parameters, packed rows, parts) -> (gradient that is added, metrics), such as `supervised_gradient`.
     """
 
-    def update(state, frozen, batch, reward_PR, given_PR, key):
+    def update(state, frozen, batch, reward_PR, given_PR, key, signal_S=None, packed=None):
         learner, reference = (policy.on(frozen, lora.scale), {} if grpo.kl_coef else None) if lora.rank else (policy, frozen)
+        if average and grpo.kl_coef:
+            reference = state.averaged().params
         adv_PR, metrics = advantages(reward_PR, batch.ok_B.reshape(reward_PR.shape))
         adv_PR = adv_PR if given_PR is None else given_PR
         batch = batch._replace(adv_B=adv_PR.reshape(-1))
-        state, learned = grpo_update(learner, optimizer, state, reference, batch, grpo, parts, key)
-        return state, metrics | learned
+        added = beside and (lambda params: beside(learner, params, packed, parts))
+        extra, weights, controlled = control.before(state.extra, signal_S)
+        state, learned = grpo_update(learner, optimizer, state, reference, batch, grpo, parts, key, weights, added)
+        return state.replace(extra=control.after(extra, state.step, learned)), metrics | controlled | learned
 
     return jax.jit(update, donate_argnums=0)

@@ -84,11 +84,21 @@ class Optimizer:
     Attributes:
       schedule: learning rate by update number.
       transform: the optax transformation.
-      decay: of the running average of the trained parameters; 0: there is none.
+      decay: of the running average of the trained parameters, which changes in every `average_every`-th update.
+      averages: whether there is one: not with decay=0 and average_every=1.
     """
 
-    def __init__(self, cfg: OptimizerConfig, steps: int, train: Sequence[str] = ("all",), freeze: Sequence[str] = (), decay: float = 0.0):
-        self.schedule, self.decay = learning_rate(cfg, steps), decay
+    def __init__(
+        self,
+        cfg: OptimizerConfig,
+        steps: int,
+        train: Sequence[str] = ("all",),
+        freeze: Sequence[str] = (),
+        decay: float = 0.0,
+        average_every: int = 1,
+    ):
+        self.schedule, self.decay, self.average_every = learning_rate(cfg, steps), decay, average_every
+        self.averages = decay > 0 or average_every > 1
         self._train, self._freeze, self._rates = tuple(train), tuple(freeze), cfg.rates
         adamw = optax.chain(
             optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity(),

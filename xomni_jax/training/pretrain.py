@@ -147,6 +147,14 @@ def needed_fields(cfg: NextTokenConfig) -> tuple[str, ...]:
     return ("id", "caption|turns", *(("question", "answer") if cfg.understanding else ()))
 
 
+def abstract_rows(cfg: NextTokenConfig, names: Sequence[str], mesh: Mesh) -> PackedTargets:
+    """Shapes of packed rows on the mesh; `names` of a mixture's sources."""
+    B, L, M = cfg.rows, cfg.row_length, max(1, int(cfg.row_length * cfg.target_share))
+    ids, flags = lambda *shape: abstract.rows(mesh, shape, jnp.int32), lambda *shape: abstract.rows(mesh, shape, jnp.bool_)
+    targets, sources = (ids(B, M), ids(B, M), flags(B, M)), [ids(B, M)] * 2 if names else []
+    return PackedTargets(ids(B, L), ids(B, L), ids(B, L), *targets, *targets, *sources)
+
+
 def packed_batch(
     cfg: PretrainRun, model: XOmni, text: MultimodalTokenizer, rows: Sequence[int] | None, examples: dict[str, Any]
 ) -> tuple[PackedTargets, dict[str, float]]:
@@ -229,14 +237,12 @@ class PretrainStage:
         optimizer, (init, base) = cfg.make_optimizer(), learned_params("transformer", ar, cfg.lora, cfg.seed, mesh)
         create, state = new_state(init, optimizer, mesh, cfg.guard)
         language = not base and any(name.startswith("language/") for name in optimizer.trained(state.params))
-        B, L, M = c.rows, c.row_length, max(1, int(c.row_length * c.target_share))
-        ids, flags = lambda *shape: abstract.rows(mesh, shape, jnp.int32), lambda *shape: abstract.rows(mesh, shape, jnp.bool_)
-        targets, sources = (ids(B, M), ids(B, M), flags(B, M)), [ids(B, M)] * 2 if cfg.data.names else []
-        batch = PackedTargets(ids(B, L), ids(B, L), ids(B, L), *targets, *targets)
+        packed = abstract_rows(c, cfg.data.names, mesh)
+        (B, L), M = packed.ids_BL.shape, packed.text_at_BM.shape[1]
         net, about = transformer.ARTransformer(ar), f"{B} packed rows of {L} tokens, {M} targets of each kind a row"
         update = Program(
             guarded(make_update(net, optimizer, cfg), cfg.guard),
-            (state, base, PackedTargets(*batch[:9], *sources)),
+            (state, base, packed),
             about,
             work.next_token(ar, B, L, M, language, c.chunk, mesh.shape),
             uses=("state", "base"),
@@ -246,7 +252,7 @@ class PretrainStage:
         if cfg.validation.every:
             programs[f"{cfg.stage}-validation"] = Program(
                 make_validation(net, cfg),
-                (state.params, base, batch),
+                (state.params, base, packed.without_sources()),
                 about,
                 work.next_token_forward(ar, B, L, M, c.chunk, mesh.shape),
                 uses=("state", "base"),

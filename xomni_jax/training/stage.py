@@ -30,11 +30,13 @@ class EMAConfig:
     """A running average of the trained parameters, which image grids are drawn with.
 
     Attributes:
-      decay: share of the average that stays in each update; 0: no average
+      decay: share of the average that stays when it changes; 0: no average, or with `every` a copy of the parameters
+      every: updates from one change of the average to the next
       export: the final model has the averages rather than the last parameters
     """
 
     decay: BelowOne = 0.0
+    every: Count = 1
     export: bool = True
 
 
@@ -93,7 +95,7 @@ class RunConfig:
     def make_optimizer(self, freeze: Sequence[str] = (), updates_per_step: int = 1) -> Optimizer:
         """The optimizer of the run; `freeze`: patterns of what the stage never trains."""
         steps = self.steps * updates_per_step
-        return Optimizer(self.optimizer, steps, self.train, (*self.freeze, *freeze), self.ema.decay)
+        return Optimizer(self.optimizer, steps, self.train, (*self.freeze, *freeze), self.ema.decay, self.ema.every)
 
 
 @dataclasses.dataclass(frozen=True)

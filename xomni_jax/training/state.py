@@ -57,6 +57,9 @@ class TrainState:
         params, opt_state, metrics = optimizer.update(grads, self.opt_state, self.params)
         metrics["optim/lr"] = jnp.asarray(optimizer.schedule(self.step), jnp.float32)
         ema = optax.incremental_update(optimizer.trained(params), self.ema, 1 - optimizer.decay) if self.ema else {}
+        if self.ema and optimizer.average_every > 1:
+            due = (self.step + 1) % optimizer.average_every == 0
+            ema = jax.tree.map(lambda new, old: jnp.where(due, new, old), ema, self.ema)
         return self.replace(step=self.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
 
 
@@ -76,7 +79,7 @@ def new_state(
 
     def create():
         params = nn.meta.unbox(init())
-        ema = {name: x.astype(jnp.float32) for name, x in optimizer.trained(params).items()} if optimizer.decay else {}
+        ema = {name: x.astype(jnp.float32) for name, x in optimizer.trained(params).items()} if optimizer.averages else {}
         return TrainState(jnp.int32(0), params, optimizer.transform.init(params), dict(extra()), ema, counters(guard))
 
     abstract = jax.eval_shape(create)

@@ -1,0 +1,60 @@
+"""Groups without a spread of rewards make room for others, up to a budget."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from xomni_jax.rewards.combine import Combined
+from xomni_jax.rl.dynamic_sampling import refilled
+from xomni_jax.rl.update import RolloutBatch
+
+P, R, T = 4, 2, 3
+
+
+def drawn(number, rewards, spent=None):
+    """A batch whose codes tell which batch and rollout they are of."""
+    total_PR = np.array(rewards, float)
+    row_B = 100 * number + jnp.arange(P * R)
+    rows = RolloutBatch(
+        jnp.zeros((P * R, 5), jnp.int32), jnp.full(P * R, number), row_B[:, None] * jnp.ones(T, jnp.int32), jnp.zeros((P * R, T)),
+        None, (row_B, row_B + 1), jnp.zeros(P * R), jnp.asarray(np.isfinite(total_PR).reshape(-1)),
+    )  # fmt: skip
+    return rows, Combined(total_PR, np.isfinite(total_PR), 10 * total_PR, {"reward/total/mean": number}), None, spent or {}
+
+
+FIRST = [[0, 1], [1, 1], [np.nan, 1], [0, 0]]  # one group of four teaches
+
+
+def test_flat_groups_are_replaced_until_none_is_left_or_the_budget_is_spent():
+    others = {1: drawn(1, [[1, 1], [0, 1], [1, 1], [0, 0]], {"perf/rollout_s": 2.0, "reward/ocr/failed_invalid": 3, "reward/x": 9})}
+    others[2] = drawn(2, [[0, 1], [1, 1], [1, 0], [0, 1]])
+    rows, total, _, _ = drawn(0, FIRST)
+    for budget, groups in ((1, [0, 101, 2, 3]), (2, [0, 101, 200, 202]), (9, [0, 101, 200, 202])):
+        asked = []
+        got, combined, measured = refilled(lambda n: asked.append(n) or others[n], budget, rows, total, {"perf/rollout_s": 1.0})
+        wanted = np.array([100 * (g // 100) + R * (g % 100) + r for g in groups for r in range(R)])
+        np.testing.assert_array_equal(got.codes_BT, np.tile(wanted[:, None], T))
+        np.testing.assert_array_equal(got.negative[1], wanted + 1)
+        values = np.array([(drawn(0, FIRST) if g < 100 else others[g // 100])[1].total_PR[g % 100] for g in groups])
+        np.testing.assert_array_equal(combined.total_PR, values)
+        np.testing.assert_array_equal(combined.advantage_PR, 10 * values)
+        np.testing.assert_array_equal(combined.ok_PR.reshape(-1), got.ok_B)
+        assert asked == list(range(1, min(budget, 2) + 1)) and combined.stats == {"reward/total/mean": 0}
+        counts = {"rollout/refills": len(asked), "rollout/replaced_frac": sum(g >= 100 for g in groups) / P}
+        assert measured == {"perf/rollout_s": 3.0, "reward/ocr/failed_invalid": 3} | counts
+
+
+def test_a_batch_that_teaches_is_left_alone():
+    rows, total, _, _ = drawn(0, [[0, 1]] * P)
+    got, combined, measured = refilled(lambda n: pytest.fail("nothing is to be drawn"), 3, rows, total, {})
+    assert got is rows and combined is total and measured == {"rollout/refills": 0, "rollout/replaced_frac": 0}
+
+
+def test_groups_keep_their_places_on_a_mesh():
+    sharding = jax.NamedSharding(jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)), jax.P("data"))
+    place = lambda batch: (jax.device_put(batch[0], sharding), *batch[1:])  # noqa: E731
+    rows, total, _, _ = place(drawn(0, FIRST))
+    got, _, _ = refilled(lambda n: place(drawn(n, [[0, 1]] * P)), 1, rows, total, {})
+    assert all(x.sharding == sharding for x in jax.tree.leaves(got))
+    np.testing.assert_array_equal(got.lengths_B, np.repeat([0, 1, 1, 1], R))
