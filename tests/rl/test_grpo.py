@@ -225,12 +225,12 @@ def one_batch(model, service, cfg, image_decoder=None):
 def test_a_group_shares_its_noise(model, service):
     """With the group's noise, equal codes are the same image; in one chunk or two."""
     rows, total, images = one_batch(model, service, rollouts.RolloutConfig(chunks=1))
-    codes = rows.codes_BT.reshape(2, 3, -1)
+    codes = rows.segments[0].ids.reshape(2, 3, -1)
     assert (codes == codes[:, :1]).all() and codes.max() < CODES
     assert (images == images[:, :1]).all() and not np.array_equal(images[0, 0], images[1, 0])
     assert (total.total_PR == total.total_PR[:, :1]).all()
     again, _, other = one_batch(model, service, rollouts.RolloutConfig(chunks=2))
-    np.testing.assert_array_equal(again.codes_BT, rows.codes_BT)
+    np.testing.assert_array_equal(again.segments[0].ids, rows.segments[0].ids)
     assert np.abs(other.astype(int) - images).max() <= 1
     _, _, other = one_batch(model, service, rollouts.RolloutConfig(chunks=1, noise="independent"))
     assert not np.array_equal(other[0, 0], other[0, 1])
@@ -240,7 +240,7 @@ def test_a_decoder_on_devices_of_its_own_draws_the_same(model, service):
     shared, _, images = one_batch(model, service, rollouts.RolloutConfig(chunks=2))
     apart = model.on(make_mesh(dict(data=2), jax.devices()[6:]))
     rows, _, other = one_batch(model, service, rollouts.RolloutConfig(chunks=2), apart)
-    np.testing.assert_array_equal(rows.codes_BT, shared.codes_BT)
+    np.testing.assert_array_equal(rows.segments[0].ids, shared.segments[0].ids)
     assert np.abs(other.astype(int) - images).max() <= 1
     used = {d for x in jax.tree.leaves(apart.decoder_params()) for d in x.sharding.device_set}
     assert used == set(jax.devices()[6:])

@@ -33,12 +33,14 @@ from xomni_jax.rl.monitors import USUAL, Watch, crossings
 from xomni_jax.rl.objectives import GRPOConfig
 from xomni_jax.rl.rewards import RewardConfig, Rewards
 from xomni_jax.rl.rollouts import RolloutConfig, Rollouts, param_converter
-from xomni_jax.rl.update import Advantages, Policy, RolloutBatch, frozen_logp, make_update
+from xomni_jax.rl.trajectory import Trajectory
+from xomni_jax.rl.update import Advantages, Policy, frozen_logp, make_update
 from xomni_jax.sampling.decoder import DECODER_COMPONENTS, DecodeConfig
 from xomni_jax.sampling.keys import image_keys
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sampling.programs import RolloutShape, decoder_programs, sampler_programs
 from xomni_jax.sampling.sampler import Sampler
+from xomni_jax.sampling.segments import Segment, image_spec
 from xomni_jax.sharding import abstract
 from xomni_jax.sharding.arrays import local_rows, owned_rows, share, whole
 from xomni_jax.sharding.mesh import MeshConfig, make_mesh
@@ -143,20 +145,14 @@ def check_divides(cfg: GRPORun, mesh: Mesh) -> None:
 
 
 # ---- programs ----
-def abstract_batch(cfg: GRPORun, ar: transformer.ARConfig, codes: int, mesh: Mesh) -> RolloutBatch:
+def abstract_batch(cfg: GRPORun, ar: transformer.ARConfig, codes: int, mesh: Mesh) -> Trajectory:
     """Shapes of all rollouts of a step, on the mesh; `codes` of an image."""
     B, S = cfg.batch_size * cfg.grpo.rollouts_per_prompt, cfg.rollout.prompt_length
     rows = lambda dtype, *shape: abstract.rows(mesh, (B, *shape), dtype)
-    return RolloutBatch(
-        ids_BS=rows(jnp.int32, S),
-        lengths_B=rows(jnp.int32),
-        codes_BT=rows(jnp.int32, codes),
-        sampler_logp_BT=rows(jnp.float32, codes),
-        sampling_mask=rows(jnp.uint8, codes, -(-ar.image_vocab_size // 8)) if cfg.sampling.truncates else None,
-        negative=(rows(jnp.int32, S), rows(jnp.int32)) if cfg.sampling.guided else None,
-        adv_B=rows(jnp.float32),
-        ok_B=rows(jnp.bool_),
-    )
+    kept = rows(jnp.uint8, codes, -(-ar.image_vocab_size // 8)) if cfg.sampling.truncates else None
+    image = Segment(rows(jnp.int32, codes), None, rows(jnp.float32, codes), kept, "image", image_spec(codes, cfg.sampling))
+    prompts = rows(jnp.int32, S), rows(jnp.int32)
+    return Trajectory(prompts, (image,), prompts if cfg.sampling.guided else None, (rows(jnp.float32),), (rows(jnp.bool_),))
 
 
 def learner_programs(
@@ -170,7 +166,7 @@ def learner_programs(
     """
     ar, parts, sides, reference = policy.model.cfg, cfg.accumulate, 1 + cfg.sampling.guided, bool(cfg.grpo.kl_coef)
     batch = abstract_batch(cfg, ar, codes, mesh)
-    (B, S), chunk = batch.ids_BS.shape, cfg.rollout.logit_chunk
+    (B, S), chunk = batch.prompts[0].shape, cfg.rollout.logit_chunk
     shape = f"{B} rollouts of {S} + {codes} tokens"
     update = Program(
         guarded(make_update(policy, optimizer, cfg.grpo, advantages, parts, cfg.lora), cfg.guard),
@@ -233,7 +229,7 @@ class GRPOStage:
         persistent = {"params": state.params, "optimizer": state.opt_state, "reference": frozen, "sampler": weights}
 
         # ---- programs ----
-        policy = Policy(transformer.ARTransformer(ar), cfg.sampling, c.logit_chunk)
+        policy = Policy(transformer.ARTransformer(ar), c.logit_chunk)
         about = "the policy's weights in the sampler's layout and number format"
         convert = Program(layout, (params,), about, Work(), uses=("params",), freed=("sampler",))
         decode = decode_settings(cfg.decode, read_description(cfg.init_from))

@@ -23,11 +23,12 @@ from xomni_jax.rewards.combine import MODES, Combined, column, combine, source_m
 from xomni_jax.rewards.protocol import Item, Score
 from xomni_jax.rl.advantages import AdvantageConfig
 from xomni_jax.rl.rewards import Rewards
-from xomni_jax.rl.update import RolloutBatch
+from xomni_jax.rl.trajectory import Trajectory
 from xomni_jax.sampling.batches import make_batches
 from xomni_jax.sampling.decoder import DecodeConfig
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sampling.sampler import SEGMENT, Sampler
+from xomni_jax.sampling.segments import Segment, image_spec
 from xomni_jax.sequence.padding import pad_prompts
 from xomni_jax.sharding.arrays import owned_rows, rows_here, whole
 from xomni_jax.sharding.rules import ROLLOUT_RULES, RULES, param_shardings
@@ -212,7 +213,7 @@ class Rollouts:
         sources: Sequence[str | None],
         key: jax.Array,
         progress: float | None = None,
-    ) -> tuple[RolloutBatch, Combined, np.ndarray, dict[str, float]]:
+    ) -> tuple[Trajectory, Combined, np.ndarray, dict[str, float]]:
         """One scored batch under the policy's parameters -> (rows without advantages, combined rewards, images [B, H, W, 3], metrics).
 
         Args:
@@ -315,7 +316,7 @@ class Rollouts:
             codes_BYX, noise = whole(codes_BYX), whole(noise)
         return self.image_decoder.decode_images(codes_BYX, prompts, noise, self.decode)
 
-    def rows(self, made: Sequence[Mapping[str, Any]], inputs: tuple[Any, ...], ok_PR: np.ndarray) -> RolloutBatch:
+    def rows(self, made: Sequence[Mapping[str, Any]], inputs: tuple[Any, ...], ok_PR: np.ndarray) -> Trajectory:
         """The rollouts of all chunks, one row each, without advantages yet."""
         ids_PS, lengths_P, keys_PR, negative = inputs
         B = keys_PR.size
@@ -326,13 +327,11 @@ class Rollouts:
         def repeated(x: np.ndarray) -> jax.Array:
             return jnp.repeat(jnp.asarray(x), self.group, axis=0)
 
-        return RolloutBatch(
-            ids_BS=repeated(ids_PS),
-            lengths_B=repeated(lengths_P),
-            codes_BT=joined("codes"),
-            sampler_logp_BT=joined("logp"),
-            sampling_mask=joined("sampling_mask") if self.sampling.truncates else None,
+        logp, kept = joined("logp"), joined("sampling_mask") if self.sampling.truncates else None
+        return Trajectory(
+            prompts=(repeated(ids_PS), repeated(lengths_P)),
+            segments=(Segment(joined("codes"), None, logp, kept, "image", image_spec(logp.shape[1], self.sampling)),),
             negative=negative and tuple(map(repeated, negative)),
-            adv_B=jnp.zeros(B),
-            ok_B=jnp.asarray(ok_PR.reshape(-1)),
+            advantage=(jnp.zeros(B),),
+            ok=(jnp.asarray(ok_PR.reshape(-1)),),
         )

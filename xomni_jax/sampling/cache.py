@@ -1,9 +1,11 @@
-"""Key-value caches. A decode step only reads them, and its new keys and values are written once, for all layers, at its end.
+"""Key-value caches. A pass only reads them, and its new keys and values are written once, for all layers, at its end.
 
 A cache that the scan over layers carried and updated, or took and returned, would be copied whole in every step.
 """
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +39,7 @@ class GeneratedCache:
 
     Attributes:
       kv: {stack: (k, v)}, each [layers, P, R, K, T, H].
-      column: scalar int32, the number of tokens written; it is the same for all rows, so that a write is one slice.
+      column: int32, tokens of each row [P, R]; a scalar as long as all have equally many, because a write is then one slice.
     """
 
     kv: KV
@@ -58,12 +60,19 @@ class GeneratedCache:
         return cls({name: (zeros(n), zeros(n)) for name, n in stacks.items()}, jnp.int32(0))
 
     def write(self, new: KV) -> GeneratedCache:
-        """Adds one token: `new` = {stack: (k, v)} of [layers, P, R, K, H], in one update per array."""
+        """Adds W tokens to every row: `new` = {stack: (k, v)} of [layers, P, W * R, K, H], in one update per array."""
 
         def put(cache: jax.Array, x: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_update_slice_in_dim(cache, x[..., None, :].astype(cache.dtype), self.column, axis=4)
+            n, P, R, K, _, H = cache.shape
+            x = jnp.moveaxis(x.reshape(n, P, -1, R, K, H), 2, 4).astype(cache.dtype)
+            update = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=-2)
+            for _ in range(self.column.ndim):  # over P and R
+                update = jax.vmap(update, (1, 1, 0), 1)
+            return update(cache, x, self.column)
 
-        return GeneratedCache(jax.tree.map(put, self.kv, new), self.column + 1)
+        (keys, _), *_ = new.values()
+        (cached, _), *_ = self.kv.values()
+        return GeneratedCache(jax.tree.map(put, self.kv, new), self.column + keys.shape[2] // cached.shape[2])
 
 
 def prefill(model: ARTransformer, params, ids_PS: jax.Array, lengths_P: jax.Array) -> tuple[jax.Array, PromptCache]:
@@ -73,13 +82,10 @@ def prefill(model: ARTransformer, params, ids_PS: jax.Array, lengths_P: jax.Arra
     return hidden_PD, PromptCache(kv, lengths_P)
 
 
-def decode_step(
-    model: ARTransformer, params, ids_PR: jax.Array, prompt: PromptCache, generated: GeneratedCache, vision: bool = True
+def extend(
+    model: ARTransformer, params, ids_PWR: jax.Array, prompt: PromptCache, generated: GeneratedCache
 ) -> tuple[jax.Array, GeneratedCache]:
-    """Runs one token per rollout, ids [P, R]. Returns the normed hidden states [P, R, D] and the cache with that token written.
-
-    `vision=False` skips the vision layers, whose output never reaches a text token: exact where only text follows.
-    """
-    args = ids_PR, prompt.kv, prompt.lengths_P, generated.kv, generated.column
-    hidden_PRD, new = model.apply({"params": params}, *args, vision, method="decode_step")
-    return hidden_PRD, generated.write(new)
+    """Runs W tokens of every rollout, ids [P, W, R]. Returns the normed hidden states [P, W, R, D] and the cache with them written."""
+    args = ids_PWR, prompt.kv, prompt.lengths_P, generated.kv, generated.column
+    hidden_PWRD, new = model.apply({"params": params}, *args, method="extend")
+    return hidden_PWRD, generated.write(new)

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from xomni_jax.sampling.generate import draw_codes, start_codes
+from xomni_jax.sampling.engine import Engine
 from xomni_jax.sampling.logits import SamplingConfig
+from xomni_jax.sampling.segments import image_spec
 
 SEGMENT = 512  # codes
 
@@ -26,8 +27,9 @@ class Sampler:
     """Rollouts in segments of equal length: the programs, and the loop over them. Between segments the caller may stop.
 
     Attributes:
-      start: the jitted (params, prompt ids [P, S], lengths [P], keys [P, R], negative prompts | None) -> `start_codes`.
-      draw: the jitted (params, prompt cache, state, keys) -> `draw_codes` of a segment; the state is donated: the cache never moves.
+      start: the jitted (params, prompt ids [P, S], lengths [P], keys [P, R], negative prompts | None) -> `Engine.start`.
+      draw: the jitted (params, prompt cache, state, keys) -> (state, a part of what `generate_codes` returns);
+        the state is donated: the cache never moves.
       segment, segments: codes of one segment, and how many make an image.
     """
 
@@ -39,13 +41,14 @@ class Sampler:
     @classmethod
     def make(cls, net: nn.Module, n_codes: int, sampling: SamplingConfig, most: int = SEGMENT, return_mask: bool = False) -> Sampler:
         """The programs for images of `n_codes`, at most `most` of them in a segment. `return_mask`: see `generate_codes`."""
-        segment = segment_length(n_codes, most)
+        engine, spec = Engine(net), image_spec(segment_length(n_codes, most), sampling)
 
         def start(params, ids_PS, lengths_P, keys_PR, negative):
-            return start_codes(net, params, ids_PS, lengths_P, n_codes, keys_PR.shape[1], sampling, negative)
+            return engine.start(params, (ids_PS, lengths_P), keys_PR.shape[1], n_codes, negative)
 
         def draw(params, prompt, state, keys_PR):
-            return draw_codes(net, params, prompt, state, segment, keys_PR, sampling, return_mask)
+            state, part = engine.sample(params, prompt, state, spec, keys_PR, return_mask, state.cache.column)
+            return state, {"codes": part.ids, "logp": part.logp, "sampling_mask": part.kept}
 
         return cls.of(jax.jit(start), jax.jit(draw, donate_argnums=2), n_codes, most)
 
