@@ -92,9 +92,8 @@ def loss_and_gradient(policy: Policy, params: Any, rows: Any, cfg: GRPOConfig, p
         old, ref = ([None] * len(n_items) if x is None else x for x in others)
         each = []
         for n, (logp_BL, entropy_BL) in enumerate(policy.logp(ready, t)):
-            mask_BL = t.masks[n]
-            value, metrics = grpo_loss(logp_BL, old[n], ref[n], t.advantage[n], mask_BL, cfg, n_items[n], entropy_BL)
-            gap = jnp.max(jnp.where(mask_BL, jnp.abs(logp_BL - t.drawn[n].logp), 0.0))
+            value, metrics = grpo_loss(logp_BL, old[n], ref[n], t.advantage[n], t.masks[n], cfg, n_items[n], entropy_BL)
+            gap = jnp.max(jnp.where(t.masks[n], jnp.abs(logp_BL - t.drawn[n].logp), 0.0))
             each.append((value, metrics | {"grpo/logp_gap_max": gap}))
         values, metrics = zip(*each)
         joined = metrics[0] if len(each) == 1 else join_metrics(jax.tree.map(lambda *x: jnp.stack(x), *metrics))

@@ -14,7 +14,7 @@ from flax import struct
 from xomni_jax.models.attention import on_kernels
 from xomni_jax.models.decode_attention import TOKENS
 from xomni_jax.models.transformer import KV, ARConfig, ARTransformer
-from xomni_jax.sharding.rules import constrain
+from xomni_jax.sharding.rules import constrain, spec_for
 
 PROMPT_AXES = ("layers", "batch", "kv_heads", "cache", "head_dim")
 GENERATED_AXES = ("layers", "batch", None, "kv_heads", "cache", "head_dim")
@@ -60,19 +60,43 @@ class GeneratedCache:
         return cls({name: (zeros(n), zeros(n)) for name, n in stacks.items()}, jnp.int32(0))
 
     def write(self, new: KV) -> GeneratedCache:
-        """Adds W tokens to every row: `new` = {stack: (k, v)} of [layers, P, W * R, K, H], in one update per array."""
+        """Adds W tokens to every row: `new` = {stack: (k, v)} of [layers, P, W * R, K, H]."""
 
-        def put(cache: jax.Array, x: jax.Array) -> jax.Array:
+        def aligned(cache: jax.Array, x: jax.Array) -> jax.Array:
             n, P, R, K, _, H = cache.shape
-            x = jnp.moveaxis(x.reshape(n, P, -1, R, K, H), 2, 4).astype(cache.dtype)
-            update = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=-2)
-            for _ in range(self.column.ndim):  # over P and R
-                update = jax.vmap(update, (1, 1, 0), 1)
-            return update(cache, x, self.column)
+            return jnp.moveaxis(x.reshape(n, P, -1, R, K, H), 2, 4).astype(cache.dtype)
 
-        (keys, _), *_ = new.values()
-        (cached, _), *_ = self.kv.values()
-        return GeneratedCache(jax.tree.map(put, self.kv, new), self.column + keys.shape[2] // cached.shape[2])
+        new, put = jax.tree.map(aligned, self.kv, new), functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=4)
+        if self.column.ndim == 0:
+            kv = jax.tree.map(lambda cache, x: put(cache, x, self.column), self.kv, new)
+        else:
+            kv = _write_rows(self.kv, new, self.column)
+        return GeneratedCache(kv, self.column + jax.tree.leaves(new)[0].shape[4])
+
+
+def _write_rows(kv: KV, new: KV, column_PR: jax.Array) -> KV:
+    """Writes [layers, P, R, K, W, H] at the column of each row, row after row in place. A scatter would copy the cache."""
+
+    def write(kv: KV, new: KV, column_PR: jax.Array) -> KV:
+        P, R = column_PR.shape  # of one device
+
+        def row(i: jax.Array, kv: KV) -> KV:
+            p, r = i // R, i % R
+
+            def put(cache: jax.Array, x: jax.Array) -> jax.Array:
+                x = jax.lax.dynamic_slice(x, (0, p, r, 0, 0, 0), (x.shape[0], 1, 1, *x.shape[3:]))
+                return jax.lax.dynamic_update_slice(cache, x, (0, p, r, 0, column_PR[p, r], 0))
+
+            return jax.tree.map(put, kv, new)
+
+        return jax.lax.fori_loop(0, P * R, row, kv)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return write(kv, new, column_PR)
+    specs = jax.tree.map(lambda x: spec_for("generated cache", x.shape, GENERATED_AXES, mesh), (kv, new))
+    rows = spec_for("columns", column_PR.shape, ("batch", None), mesh)
+    return jax.shard_map(write, mesh=mesh, in_specs=(*specs, rows), out_specs=specs[0], check_vma=False)(kv, new, column_PR)
 
 
 def prefill(model: ARTransformer, params, ids_PS: jax.Array, lengths_P: jax.Array) -> tuple[jax.Array, PromptCache]:
