@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from tests.topologies import tpu_mesh
+from xomni_jax.models.cached_attention import cached_attention
 from xomni_jax.models.decode_attention import step_kernel
-from xomni_jax.models.transformer import cached_attention
 from xomni_jax.sharding.mesh import make_mesh
 
 LAYERS = 2

@@ -54,7 +54,7 @@ def test_weights_and_cache_are_read_once(topology, ragged):
         shapes = jax.eval_shape(start, params, rows((PROMPTS, PROMPT), jnp.int32), rows((PROMPTS,), jnp.int32))
         prompt, state = jax.tree.map(lambda x: placed(x, mesh), shapes)
         if ragged:
-            state = state.ending(state.hidden_PRD, rows((PROMPTS, ROLLOUTS), jnp.int32))
+            state = state.replace(cache=state.cache.replace(column=rows((PROMPTS, ROLLOUTS), jnp.int32)))
         compiled = draw.trace(params, prompt, state, keys).lower(lowering_platforms=("tpu",)).compile()
 
     module = hlo.parse(compiled.as_text())

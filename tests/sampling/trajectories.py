@@ -92,7 +92,7 @@ def draw(engine: Engine, params, plan, ids, lengths, keys, negative=None) -> lis
     for n, part in enumerate(plan):
         if isinstance(part, SegmentSpec):
             own = jax.vmap(jax.vmap(lambda key, n=n: jax.random.fold_in(key, n)))(keys)
-            state, part = engine.sample(params, prompt, state, part, own, keep_mask=part.sampling.truncates)
+            state, part = engine.sample(params, prompt, state, part, own, return_mask=part.sampling.truncates)
         else:
             state = engine.extend(params, prompt, state, part)
         out.append(part)

@@ -30,7 +30,7 @@ def step_kernel(
     lengths_P: jax.Array,
     column_PR: jax.Array,
 ) -> jax.Array:
-    """`transformer.cached_attention` of one token per rollout over stacked caches, split over prompts and KV heads of the mesh in scope.
+    """`cached_attention` of one token per rollout over stacked caches, split over prompts and KV heads of the mesh in scope.
     -> [P, R, K, G, H].
 
     Args:

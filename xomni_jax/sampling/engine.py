@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,10 +38,6 @@ class RolloutState:
         """The same with its shardings fixed by the table, so that all calls with it use one compiled program."""
         kv = jax.tree.map(lambda x: constrain(x, *GENERATED_AXES, name="generated cache"), self.cache.kv)
         return RolloutState(constrain(self.hidden_PRD, "batch", None, "residual", name="hidden"), self.cache.replace(kv=kv))
-
-    def ending(self, hidden_PRD: jax.Array, column: jax.Array) -> RolloutState:
-        """The same with rows that end elsewhere: what their cache holds behind `column` is never read, and overwritten."""
-        return RolloutState(hidden_PRD, self.cache.replace(column=column))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +78,8 @@ class Engine:
         lengths_PR = jnp.repeat(lengths, sides, axis=0)
         last_PRD = jnp.take_along_axis(hidden_PWRD, jnp.maximum(lengths_PR - 1, 0)[:, None, :, None], axis=1)[:, 0]
         hidden_PRD = jnp.where(lengths_PR[..., None] > 0, last_PRD, state.hidden_PRD)
-        return RolloutState(hidden_PRD, cache).ending(hidden_PRD, state.cache.column + lengths_PR).constrained()
+        # What the cache holds behind a row's column is never read, and overwritten.
+        return RolloutState(hidden_PRD, cache.replace(column=state.cache.column + lengths_PR)).constrained()
 
     def sample(
         self,
@@ -90,14 +88,14 @@ class Engine:
         state: RolloutState,
         spec: SegmentSpec,
         keys_PR: jax.Array,
-        keep_mask: bool = False,
+        return_mask: bool = False,
         first: jax.Array | int = 0,
     ) -> tuple[RolloutState, Segment]:
         """Draws a segment [P, R, L]. It does not depend, bit for bit, on how many of an image's codes are drawn per call.
 
         Args:
           keys_PR: of this segment: token t of it is drawn with fold_in(key, t).
-          keep_mask: the segment keeps which tokens could be drawn; `score` needs it where sampling truncates.
+          return_mask: the segment keeps which tokens could be drawn; `score` needs it where sampling truncates.
           first: t of the first token, where an image is drawn in several calls.
         """
         cfg, c, sides = self.model.cfg, spec.sampling, self._sides(state, keys_PR)
@@ -112,7 +110,7 @@ class Engine:
             ids_PR, logp_PR, mask_PRV = draw(scores_PRV, _fold_in(keys_PR, t), c)
             tokens = jnp.repeat(ids_PR + offset, sides, axis=0)
             hidden_PWRD, cache = extend(self.model, params, tokens[:, None], prompt, state.cache)
-            kept = jnp.packbits(mask_PRV, axis=-1) if keep_mask else None
+            kept = jnp.packbits(mask_PRV, axis=-1) if return_mask else None
             return RolloutState(hidden_PWRD[:, 0], cache), (ids_PR, logp_PR, kept)
 
         if spec.kind == "image":
@@ -120,30 +118,8 @@ class Engine:
             ids, logp, kept = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), out)
             return state.constrained(), Segment(ids, None, logp, kept, spec.kind, spec)
 
-        # A text goes on until all rows have stopped. Until then they stay abreast; what those that have stopped draw is discarded.
-        begin, stops = state.cache.column, jnp.asarray(spec.stop_ids, jnp.int32)
-
-        def unfinished(carry) -> jax.Array:
-            t, _, done_PR, *_ = carry
-            return (t < spec.length) & ~jnp.all(done_PR)
-
-        def text_step(carry):
-            t, state, done_PR, lengths_PR, out = carry
-            new, drawn = step(state, t)
-            hidden_PRD = jnp.where(jnp.repeat(done_PR, sides, axis=0)[..., None], state.hidden_PRD, new.hidden_PRD)
-
-            def put(x_PRL: jax.Array, x_PR: jax.Array) -> jax.Array:
-                x_PR = jnp.where(done_PR.reshape(*done_PR.shape, *[1] * (x_PR.ndim - 2)), 0, x_PR)
-                return jax.lax.dynamic_update_slice_in_dim(x_PRL, x_PR[:, :, None].astype(x_PRL.dtype), t, axis=2)
-
-            stopped_PR = done_PR | jnp.any(drawn[0][..., None] == stops, axis=-1)
-            return t + 1, new.replace(hidden_PRD=hidden_PRD), stopped_PR, lengths_PR + ~done_PR, jax.tree.map(put, out, drawn)
-
-        empty = jax.tree.map(lambda x: jnp.zeros((*x.shape[:2], spec.length, *x.shape[2:]), x.dtype), jax.eval_shape(step, state, 0)[1])
-        carry = jnp.int32(0), state, jnp.zeros(keys_PR.shape, bool), jnp.zeros(keys_PR.shape, jnp.int32), empty
-        _, state, _, lengths_PR, (ids, logp, kept) = jax.lax.while_loop(unfinished, text_step, carry)
-        state = state.ending(state.hidden_PRD, begin + jnp.repeat(lengths_PR, sides, axis=0))
-        return state.constrained(), Segment(ids, lengths_PR, logp, kept, spec.kind, spec)
+        state, segment = _sample_text(step, state, spec, keys_PR.shape, sides)
+        return state.constrained(), segment
 
     def score(
         self, params, prompts: Prompts, segments: Sequence[Segment], negative: Prompts | None = None, chunk: int = 512
@@ -196,6 +172,33 @@ class Engine:
     def _sides(state: RolloutState, rows_PR: jax.Array) -> int:
         """1, or 2 with negative prompts."""
         return state.hidden_PRD.shape[0] // rows_PR.shape[0]
+
+
+def _sample_text(step: Any, state: RolloutState, spec: SegmentSpec, rows: tuple[int, int], sides: int) -> tuple[RolloutState, Segment]:
+    """Repeats `step` until all rows [P, R] have stopped. Until then they stay abreast; what those that have stopped draw is discarded."""
+    begin, stops = state.cache.column, jnp.asarray(spec.stop_ids, jnp.int32)
+
+    def unfinished(carry) -> jax.Array:
+        t, _, done_PR, *_ = carry
+        return (t < spec.length) & ~jnp.all(done_PR)
+
+    def text_step(carry):
+        t, state, done_PR, lengths_PR, out = carry
+        new, drawn = step(state, t)
+        hidden_PRD = jnp.where(jnp.repeat(done_PR, sides, axis=0)[..., None], state.hidden_PRD, new.hidden_PRD)
+
+        def put(x_PRL: jax.Array, x_PR: jax.Array) -> jax.Array:
+            x_PR = jnp.where(jnp.expand_dims(done_PR, range(2, x_PR.ndim)), jnp.zeros_like(x_PR), x_PR)
+            return jax.lax.dynamic_update_slice_in_dim(x_PRL, x_PR[:, :, None], t, axis=2)
+
+        stopped_PR = done_PR | jnp.any(drawn[0][..., None] == stops, axis=-1)
+        return t + 1, new.replace(hidden_PRD=hidden_PRD), stopped_PR, lengths_PR + ~done_PR, jax.tree.map(put, out, drawn)
+
+    empty = jax.tree.map(lambda x: jnp.zeros((*rows, spec.length, *x.shape[2:]), x.dtype), jax.eval_shape(step, state, 0)[1])
+    carry = jnp.int32(0), state, jnp.zeros(rows, bool), jnp.zeros(rows, jnp.int32), empty
+    _, state, _, lengths_PR, (ids, logp, kept) = jax.lax.while_loop(unfinished, text_step, carry)
+    cache = state.cache.replace(column=begin + jnp.repeat(lengths_PR, sides, axis=0))
+    return state.replace(cache=cache), Segment(ids, lengths_PR, logp, kept, spec.kind, spec)
 
 
 def _rows_of(negative: Prompts, rows: int) -> Prompts:
