@@ -136,7 +136,7 @@ def test_segments_are_one_program(model):
     )
     args = params, np.full((4, 3), 3, np.int32), np.full(4, 3, np.int32), jax.random.split(jax.random.key(1), (4, 2)), None
     with jax.set_mesh(mesh), CompileLog() as log:
-        sampler = rollouts.Sampler.make(net, 8, SamplingConfig(top_k=0, min_p=0.0), 3)
+        sampler = rollouts.Sampler.make(net, (2, 4), SamplingConfig(top_k=0, min_p=0.0), 3)
         assert (sampler.segment, sampler.segments) == (2, 4)
         out = sampler(*args, lambda: None)
         assert sum("draw" in name for name in log.since()) == 1
@@ -211,7 +211,7 @@ def one_batch(model, service, cfg, image_decoder=None):
             AdvantageConfig(),
             greedy,
             model.decode_config,
-            Sampler.make(net, GRID[0] * GRID[1], greedy, cfg.segment, return_mask=True),
+            Sampler.make(net, GRID, greedy, cfg.segment, return_mask=True),
             rollouts.param_converter(boxed_shapes("transformer", net.cfg), model.mesh, net.cfg.dtype, net.cfg.image_vocab_size),
             Rewards({"ocr": RewardConfig(weight=1.0)}, {"ocr": client}),
             StopSignal(),

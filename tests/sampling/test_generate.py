@@ -89,7 +89,7 @@ def test_the_kernels_decode_the_same():
 def test_codes_drawn_in_segments_are_the_same_bit_for_bit():
     keys, sampling = keys_of(3, 2), SamplingConfig(top_k=6, guidance=2.5)
     whole = generate(PARAMS, IDS, LENGTHS, keys, 6, sampling, NEGATIVE, True)
-    sampler = Sampler.make(MODEL, 6, sampling, most=2, return_mask=True)
+    sampler = Sampler.make(MODEL, (2, 3), sampling, most=2, return_mask=True)
     jax.tree.map(np.testing.assert_array_equal, sampler(PARAMS, IDS, LENGTHS, keys, NEGATIVE), whole)
     assert sampler.segments == 3
 

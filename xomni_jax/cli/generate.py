@@ -35,7 +35,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     out, written = Path(args.out), 0
     model, config = opened(args, rest)
     height, width = model.image_size(args.height, args.width)
-    sampling = args.seed, args.temperature, args.top_k, args.top_p, args.min_p, args.guidance
+    sampling = args.seed, args.temperature, args.top_k, args.top_p, args.min_p, args.guidance, args.window
     images = model.draw(args.prompts, height, width, *sampling, config.batch, config.decode_batch)  # refuses what is wrong
     check_folder(out, len(args.prompts) * height * width * 3)
     try:

@@ -238,7 +238,7 @@ class GRPOStage:
             grid = tuple(side // models["siglip_vq"].patch for side in size)
             T = grid[0] * grid[1]
             learning = learner_programs(cfg, policy, optimizer, functools.partial(cls.advantages, cfg), state, frozen, T, mesh)
-            sampler = Sampler.make(policy.model, T, cfg.sampling, c.segment, return_mask=cfg.sampling.truncates)
+            sampler = Sampler.make(policy.model, grid, cfg.sampling, c.segment, return_mask=cfg.sampling.truncates)
             drawing = sampler_programs(sampler, ar, weights, RolloutShape(part, R, c.prompt_length, T), cfg.sampling.guided, c.chunks, mesh)
             decoder_params, decoding = decoder_programs(models, grid, decode, part * R, c.chunks, decoder_mesh or mesh)
             decoding = {name: dataclasses.replace(p, on_decoder_mesh=decoder_mesh is not None) for name, p in decoding.items()}
@@ -292,7 +292,7 @@ class GRPOStage:
         flops, buckets = FlopCount(), {}
         for size, name in bucket_names(cfg.data.sizes).items():
             codes = grids[size][0] * grids[size][1]
-            sampler = Sampler.of(made["prefill" + name].fn, made["rollout" + name].fn, codes, cfg.rollout.segment)
+            sampler = Sampler.of(made["prefill" + name].fn, made["rollout" + name].fn, codes, cfg.rollout.segment, cfg.sampling.window > 1)
             rollouts = Rollouts(
                 model, image_decoder, grids[size], cfg.grpo.rollouts_per_prompt, cfg.rollout, cfg.advantage, cfg.sampling, decode, sampler,
                 lambda params: made["layout"].fn(join(base, params, lora.scale)), rewards, stop,
