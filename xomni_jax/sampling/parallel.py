@@ -31,7 +31,7 @@ class Draft:
       logp, kept: of the codes, as in `Segment`.
       count: [P, R] certain codes whose keys and values are in the cache.
       known: [P, R] the last entry that has been drawn.
-      passes: int32, of the whole batch so far.
+      passes: [P, R] that each image has taken part in.
     """
 
     state: RolloutState
@@ -70,7 +70,7 @@ class ParallelSampler:
         found = jax.tree.map(lambda whole, one: whole.at[:, :, :1].set(one), empty, first)
         # Rows go on at their own pace from here.
         state = state.ending(state.hidden_PRD, jnp.broadcast_to(state.cache.column, state.hidden_PRD.shape[:2]))
-        return Draft(state.constrained(), *found, zero_PR, zero_PR, jnp.int32(0))
+        return Draft(state.constrained(), *found, zero_PR, zero_PR, zero_PR)
 
     def advance(self, params, prompt: PromptCache, draft: Draft, keys_PR: jax.Array, until: jax.Array | int) -> Draft:
         """Makes passes until `until` codes of every image are in the cache. Every image goes on at its own pace meanwhile."""
@@ -113,7 +113,7 @@ class ParallelSampler:
 
         found = jax.tree.map(written, (draft.ids, draft.logp, draft.kept), drawn)
         known_PR = jnp.where(open_PR, draft.count + W, draft.known)
-        return Draft(after, *found, draft.count + new_PR, known_PR, draft.passes + 1)
+        return Draft(after, *found, draft.count + new_PR, known_PR, draft.passes + open_PR)
 
     def _draw(
         self, params, hidden_PWRD: jax.Array, keys_PR: jax.Array, first_PR: jax.Array
