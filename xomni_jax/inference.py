@@ -46,6 +46,7 @@ class InferenceConfig:
       top_p: keep the likeliest codes that hold this probability; 1: off
       min_p: drop codes below this share of the likeliest one's probability; 0: off
       guidance: classifier-free guidance of the codes; 1: off
+      window: codes that a pass of the transformer runs: the same images in fewer passes
       batch: images or answers at a time in each data shard
       decode_batch: images decoded to pixels at a time in each data shard
       prompt_length: tokens of a prompt with its image prefix; for plans only
@@ -64,6 +65,7 @@ class InferenceConfig:
     top_p: float = 1.0
     min_p: float = 0.03
     guidance: float = 1.0
+    window: int = 1
     batch: int = 16
     decode_batch: int = 16
     prompt_length: int = 512
@@ -85,7 +87,7 @@ class InferenceConfig:
     @property
     def sampling(self) -> SamplingConfig:
         """How codes are drawn."""
-        return SamplingConfig(self.temperature, self.top_k, self.top_p, self.min_p, self.guidance)
+        return SamplingConfig(self.temperature, self.top_k, self.top_p, self.min_p, self.guidance, self.window)
 
 
 def read_config(path: str | Path, overrides: Sequence[str] = ()) -> InferenceConfig:
@@ -141,7 +143,7 @@ class InferenceStage:
         grid, sampling, net = (height // patch, width // patch), cfg.sampling, transformer.ARTransformer(ar)
         weights = abstract_params("transformer", ar, mesh, ROLLOUT_RULES)
         rows, T = cfg.batch * num_data_shards(mesh), grid[0] * grid[1]
-        sampler = Sampler.make(net, T, sampling, SEGMENT)
+        sampler = Sampler.make(net, grid, sampling, SEGMENT)
         drawing = sampler_programs(sampler, ar, weights, RolloutShape(rows, 1, cfg.prompt_length, T), sampling.guided, 1, mesh)
         decoded = min(cfg.decode_batch, cfg.batch)
         decode, calls = decode_settings(cfg.decode, read_description(cfg.model)), -(-cfg.batch // decoded)

@@ -65,12 +65,12 @@ class XOmni(ModelComponents):
         (batch,) = self.batches(len(prompts))
         inputs = jax.tree.map(batch.take, (ids_PS, lengths_P, keys_PR, negative))
         with jax.set_mesh(self.mesh):
-            out = batch.cut(self._sampler(grid[0] * grid[1], sampling)(self.params("transformer"), *inputs))
+            out = batch.cut(self._sampler(grid, sampling)(self.params("transformer"), *inputs))
         return {"codes": out["codes"].reshape(*keys_PR.shape, *grid), "logp": out["logp"]}
 
     @cached_method
-    def _sampler(self, n_codes: int, sampling: SamplingConfig) -> Sampler:
-        made, about = Sampler.make(self.module("transformer"), n_codes, sampling), (self.config("transformer"), n_codes, sampling)
+    def _sampler(self, grid: tuple[int, int], sampling: SamplingConfig) -> Sampler:
+        made, about = Sampler.make(self.module("transformer"), grid, sampling), (self.config("transformer"), grid, sampling)
         return dataclasses.replace(made, start=self.kept(made.start, "start", about), draw=self.kept(made.draw, "draw", about, donate=2))
 
     def text_ids(self, prompts: Sequence[str], cfg: DecodeConfig | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -156,6 +156,7 @@ class XOmni(ModelComponents):
         top_p: float = 1.0,
         min_p: float = 0.03,
         guidance: float = 1.0,
+        window: int = 1,
         batch_size: int = BATCH_SIZE,
         decode_batch_size: int = BATCH_SIZE,
     ) -> Iterator[Image.Image]:
@@ -163,7 +164,7 @@ class XOmni(ModelComponents):
 
         Args:
           height, width: pixels; by default the model's own size. Another one than it was trained on is drawn with a warning.
-          temperature, top_k, top_p, min_p, guidance: see `SamplingConfig`; the defaults are the released ones.
+          temperature, top_k, top_p, min_p, guidance, window: see `SamplingConfig`; the defaults are the released ones.
           batch_size: prompts at a time in each data shard. decode_batch_size: images decoded to pixels at a time.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -175,7 +176,7 @@ class XOmni(ModelComponents):
             known = ", ".join(f"{y}x{x}" for y, x in trained)
             warnings.warn(f"{size[0]}x{size[1]}: this model was trained on {known}; expect a worse image", stacklevel=2)
         self.check_prompts(prompts)
-        sampling = SamplingConfig(temperature, top_k, top_p, min_p, guidance)
+        sampling = SamplingConfig(temperature, top_k, top_p, min_p, guidance, window)
         image_keys(seed, 1)  # refuses a seed out of range
         return self._drawn(prompts, grid, seed, sampling, batch_size, decode_batch_size)
 

@@ -7,7 +7,9 @@ import pytest
 
 from xomni_jax.rewards.combine import Combined
 from xomni_jax.rl.dynamic_sampling import refilled
-from xomni_jax.rl.update import RolloutBatch
+from xomni_jax.rl.trajectory import Trajectory
+from xomni_jax.sampling.logits import SamplingConfig
+from xomni_jax.sampling.segments import Segment, image_spec
 
 P, R, T = 4, 2, 3
 
@@ -16,10 +18,11 @@ def drawn(number, rewards, spent=None):
     """A batch whose codes tell which batch and rollout they are of."""
     total_PR = np.array(rewards, float)
     row_B = 100 * number + jnp.arange(P * R)
-    rows = RolloutBatch(
-        jnp.zeros((P * R, 5), jnp.int32), jnp.full(P * R, number), row_B[:, None] * jnp.ones(T, jnp.int32), jnp.zeros((P * R, T)),
-        None, (row_B, row_B + 1), jnp.zeros(P * R), jnp.asarray(np.isfinite(total_PR).reshape(-1)),
-    )  # fmt: skip
+    codes_BT = row_B[:, None] * jnp.ones(T, jnp.int32)
+    image = Segment(codes_BT, None, jnp.zeros((P * R, T)), None, "image", image_spec(T, SamplingConfig()))
+    prompts = jnp.zeros((P * R, 5), jnp.int32), jnp.full(P * R, number)
+    ok_B = jnp.asarray(np.isfinite(total_PR).reshape(-1))
+    rows = Trajectory(prompts, (image,), (row_B, row_B + 1), (jnp.zeros(P * R),), (ok_B,))
     return rows, Combined(total_PR, np.isfinite(total_PR), 10 * total_PR, {"reward/total/mean": number}), None, spent or {}
 
 
@@ -34,12 +37,12 @@ def test_flat_groups_are_replaced_until_none_is_left_or_the_budget_is_spent():
         asked = []
         got, combined, measured = refilled(lambda n: asked.append(n) or others[n], budget, rows, total, {"perf/rollout_s": 1.0})
         wanted = np.array([100 * (g // 100) + R * (g % 100) + r for g in groups for r in range(R)])
-        np.testing.assert_array_equal(got.codes_BT, np.tile(wanted[:, None], T))
+        np.testing.assert_array_equal(got.segments[0].ids, np.tile(wanted[:, None], T))
         np.testing.assert_array_equal(got.negative[1], wanted + 1)
         values = np.array([(drawn(0, FIRST) if g < 100 else others[g // 100])[1].total_PR[g % 100] for g in groups])
         np.testing.assert_array_equal(combined.total_PR, values)
         np.testing.assert_array_equal(combined.advantage_PR, 10 * values)
-        np.testing.assert_array_equal(combined.ok_PR.reshape(-1), got.ok_B)
+        np.testing.assert_array_equal(combined.ok_PR.reshape(-1), got.ok[0])
         assert asked == list(range(1, min(budget, 2) + 1)) and combined.stats == {"reward/total/mean": 0}
         counts = {"rollout/refills": len(asked), "rollout/replaced_frac": sum(g >= 100 for g in groups) / P}
         assert measured == {"perf/rollout_s": 3.0, "reward/ocr/failed_invalid": 3} | counts
@@ -57,4 +60,4 @@ def test_groups_keep_their_places_on_a_mesh():
     rows, total, _, _ = place(drawn(0, FIRST))
     got, _, _ = refilled(lambda n: place(drawn(n, [[0, 1]] * P)), 1, rows, total, {})
     assert all(x.sharding == sharding for x in jax.tree.leaves(got))
-    np.testing.assert_array_equal(got.lengths_B, np.repeat([0, 1, 1, 1], R))
+    np.testing.assert_array_equal(got.prompts[1], np.repeat([0, 1, 1, 1], R))

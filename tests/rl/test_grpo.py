@@ -28,7 +28,7 @@ from xomni_jax.rewards.client import RewardClient
 from xomni_jax.rl import grpo, rollouts
 from xomni_jax.rl.advantages import AdvantageConfig
 from xomni_jax.rl.rewards import RewardConfig, Rewards
-from xomni_jax.sampling import sampler as sampler_module
+from xomni_jax.sampling.engine import Engine
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sampling.sampler import Sampler
 from xomni_jax.sharding.abstract import path_name
@@ -137,7 +137,7 @@ def test_segments_are_one_program(model):
     )
     args = params, np.full((4, 3), 3, np.int32), np.full(4, 3, np.int32), jax.random.split(jax.random.key(1), (4, 2)), None
     with jax.set_mesh(mesh), CompileLog() as log:
-        sampler = rollouts.Sampler.make(net, 8, SamplingConfig(top_k=0, min_p=0.0), 3)
+        sampler = rollouts.Sampler.make(net, (2, 4), SamplingConfig(top_k=0, min_p=0.0), 3)
         assert (sampler.segment, sampler.segments) == (2, 4)
         out = sampler(*args, lambda: None)
         assert sum("draw" in name for name in log.since()) == 1
@@ -194,13 +194,13 @@ def test_what_a_scorer_of_whole_sets_remembers_is_saved(model_dir, tmp_path):
 
 
 def test_a_sampler_that_lies_about_its_log_probs_is_found(own_programs, model_dir, service, tmp_path, monkeypatch):
-    draw = sampler_module.draw_codes
+    sample = Engine.sample
 
     def tampered(*args, **kwargs):
-        state, out = draw(*args, **kwargs)
-        return state, out | {"logp": out["logp"].at[0, 1, 2].add(2e-3)}
+        state, image = sample(*args, **kwargs)
+        return state, image.replace(logp=image.logp.at[0, 1, 2].add(2e-3))
 
-    monkeypatch.setattr(sampler_module, "draw_codes", tampered)
+    monkeypatch.setattr(Engine, "sample", tampered)
     with pytest.raises(FloatingPointError, match=r"sampler and trainer differ by 2\.0\de-03 in a log-prob at step 1 \(limit 0.0001\)"):
         run_stage(grpo_config(tmp_path / "run", model_dir, service.url, "grid_every=0"))
     assert not (tmp_path / "run" / "model").exists()
@@ -231,7 +231,7 @@ def measured_batch(model, service, cfg, image_decoder=None):
             AdvantageConfig(),
             greedy,
             model.decode_config,
-            Sampler.make(net, GRID[0] * GRID[1], greedy, cfg.segment, return_mask=True),
+            Sampler.make(net, GRID, greedy, cfg.segment, return_mask=True),
             rollouts.param_converter(boxed_shapes("transformer", net.cfg), model.mesh, net.cfg.dtype, net.cfg.image_vocab_size),
             Rewards({"ocr": RewardConfig(weight=1.0)}, {"ocr": client}),
             StopSignal(),
@@ -245,12 +245,12 @@ def measured_batch(model, service, cfg, image_decoder=None):
 def test_a_group_shares_its_noise(model, service):
     """With the group's noise, equal codes are the same image; in one chunk or two."""
     rows, total, images = one_batch(model, service, rollouts.RolloutConfig(chunks=1))
-    codes = rows.codes_BT.reshape(2, 3, -1)
+    codes = rows.segments[0].ids.reshape(2, 3, -1)
     assert (codes == codes[:, :1]).all() and codes.max() < CODES
     assert (images == images[:, :1]).all() and not np.array_equal(images[0, 0], images[1, 0])
     assert (total.total_PR == total.total_PR[:, :1]).all()
     again, _, other = one_batch(model, service, rollouts.RolloutConfig(chunks=2))
-    np.testing.assert_array_equal(again.codes_BT, rows.codes_BT)
+    np.testing.assert_array_equal(again.segments[0].ids, rows.segments[0].ids)
     assert np.abs(other.astype(int) - images).max() <= 1
     _, _, other = one_batch(model, service, rollouts.RolloutConfig(chunks=1, noise="independent"))
     assert not np.array_equal(other[0, 0], other[0, 1])
@@ -273,7 +273,7 @@ def test_a_decoder_on_devices_of_its_own_draws_the_same(model, service):
     shared, _, images = one_batch(model, service, rollouts.RolloutConfig(chunks=2))
     apart = model.on(make_mesh(dict(data=2), jax.devices()[6:]))
     rows, _, other = one_batch(model, service, rollouts.RolloutConfig(chunks=2), apart)
-    np.testing.assert_array_equal(rows.codes_BT, shared.codes_BT)
+    np.testing.assert_array_equal(rows.segments[0].ids, shared.segments[0].ids)
     assert np.abs(other.astype(int) - images).max() <= 1
     used = {d for x in jax.tree.leaves(apart.decoder_params()) for d in x.sharding.device_set}
     assert used == set(jax.devices()[6:])

@@ -14,9 +14,11 @@ from xomni_jax.models.registry import init_params
 from xomni_jax.models.transformer import ARTransformer
 from xomni_jax.rl.control import Control, EntropyConfig, RestraintConfig
 from xomni_jax.rl.objectives import GRPOConfig
-from xomni_jax.rl.update import Policy, RolloutBatch, grpo_update, make_update
-from xomni_jax.sampling.generate import generate_codes
+from xomni_jax.rl.trajectory import Trajectory
+from xomni_jax.rl.update import Policy, grpo_update, loss_and_gradient, make_update
+from xomni_jax.sampling.engine import Engine
 from xomni_jax.sampling.logits import SamplingConfig
+from xomni_jax.sampling.segments import Segment, SegmentSpec, image_spec
 from xomni_jax.sharding.mesh import make_mesh
 from xomni_jax.training.guard import GuardConfig
 from xomni_jax.training.optimizer import Optimizer, OptimizerConfig
@@ -28,7 +30,7 @@ B = P * R
 
 # ---- a policy that is a table of log-probs, and an optimizer that adds the gradient: everything by hand ----
 class Table:
-    """logp[row], its rows found by `lengths_B`."""
+    """logp[row], its rows found by the lengths of the prompts."""
 
     def ready(self, params):
         """There is no head to gather."""
@@ -36,8 +38,8 @@ class Table:
 
     def logp(self, params, batch):
         """The rows of the batch, and an entropy."""
-        logp_BT = params["logp"][batch.lengths_B]
-        return logp_BT, jnp.zeros_like(logp_BT)
+        logp_BT = params["logp"][batch.prompts[1]]
+        return [(logp_BT, jnp.zeros_like(logp_BT))]
 
 
 class Descent:
@@ -65,8 +67,14 @@ def table_batch(rng, ok=None):
     logp_BT = rng.normal(-2, 0.5, (B, T)).astype(np.float32)
     zeros = jnp.zeros((B, T), jnp.int32)
     adv_B, ok_B = rng.normal(size=B).astype(np.float32), np.ones(B, bool) if ok is None else ok
-    rows = RolloutBatch(zeros, jnp.arange(B), zeros, jnp.array(logp_BT), None, None, jnp.array(adv_B * ok_B), jnp.array(ok_B))
+    image = Segment(zeros, None, jnp.array(logp_BT), None, "image", image_spec(T, SamplingConfig()))
+    rows = Trajectory((zeros, jnp.arange(B)), (image,), None, (jnp.array(adv_B * ok_B),), (jnp.array(ok_B),))
     return {"logp": jnp.array(logp_BT)}, rows
+
+
+def drawn_with(rows, logp_BT):
+    """The same rows, their only segment drawn with other log-probs."""
+    return rows.replace(segments=(rows.segments[0].replace(logp=logp_BT),))
 
 
 def table_update(params, rows, cfg, micro_batches=1, ref=None, rate=1.0):
@@ -82,16 +90,16 @@ def test_on_policy_gradient_by_hand(rng):
     state, metrics = table_update(params, rows, GRPOConfig(rollouts_per_prompt=R, kl_coef=0.0))
     gradient_BT = np.asarray(params["logp"] - state.params["logp"])
     np.testing.assert_allclose(
-        gradient_BT, np.broadcast_to(-np.asarray(rows.adv_B)[:, None] * ok[:, None] / T / B, (B, T)), rtol=1e-4, atol=1e-7
+        gradient_BT, np.broadcast_to(-np.asarray(rows.advantage[0])[:, None] * ok[:, None] / T / B, (B, T)), rtol=1e-4, atol=1e-7
     )
     assert not gradient_BT[3].any()
     assert metrics["grpo/ratio_mean"] == 1 and metrics["grpo/clip_frac"] == 0 and metrics["grpo/logp_gap_max"] == 0
-    np.testing.assert_allclose(metrics["loss/grpo"], -np.mean(np.asarray(rows.adv_B) * ok), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(metrics["loss/grpo"], -np.mean(np.asarray(rows.advantage[0]) * ok), rtol=1e-5, atol=1e-7)
 
 
 def test_gradient_of_the_kl_term_by_hand(rng):
     params, rows = table_batch(rng)
-    rows = rows._replace(adv_B=jnp.zeros(B))
+    rows = rows.replace(advantage=(jnp.zeros(B),))
     ref = {"logp": params["logp"] + jnp.array(rng.normal(0, 0.3, (B, T)), jnp.float32)}
     state, metrics = table_update(params, rows, GRPOConfig(rollouts_per_prompt=R, kl_coef=0.5), ref=ref)
     d_BT = np.asarray(ref["logp"] - params["logp"], np.float64)
@@ -117,7 +125,7 @@ def test_several_updates_reuse_the_batch_and_clip(rng):
     state, metrics = table_update(params, rows, cfg)
     assert state.step == 4
     # With B rows one update would divide by B; with four minibatches each divides by B / 4.
-    expected_BT = -np.asarray(rows.adv_B)[:, None] / T / (B / 4) * np.ones(T)
+    expected_BT = -np.asarray(rows.advantage[0])[:, None] / T / (B / 4) * np.ones(T)
     np.testing.assert_allclose(params["logp"] - state.params["logp"], expected_BT, rtol=1e-4, atol=1e-6)
     assert metrics["grpo/clip_frac"] == 0 and metrics["grpo/logp_gap_max"] == 0
 
@@ -127,11 +135,11 @@ def test_a_policy_that_moved_too_far_is_clipped(rng):
 
     class Shared(Table):
         def logp(self, params, batch):
-            logp_BT = jnp.broadcast_to(params["logp"], (batch.adv_B.shape[0], T))
-            return logp_BT, jnp.zeros_like(logp_BT)
+            logp_BT = jnp.broadcast_to(params["logp"], (len(batch.prompts[1]), T))
+            return [(logp_BT, jnp.zeros_like(logp_BT))]
 
     _, rows = table_batch(rng)
-    rows = rows._replace(adv_B=jnp.ones(B), sampler_logp_BT=jnp.full((B, T), -1.0))
+    rows = drawn_with(rows.replace(advantage=(jnp.ones(B),)), jnp.full((B, T), -1.0))
     state = TrainState(jnp.int32(0), {"logp": jnp.float32(-1.0)}, (), {})
     cfg = GRPOConfig(rollouts_per_prompt=R, kl_coef=0.0, updates_per_batch=4, clip_high=0.2)
     state, metrics = grpo_update(Shared(), Descent(0.5), state, None, rows, cfg, 1, jax.random.key(0))
@@ -144,7 +152,7 @@ def test_a_policy_that_moved_too_far_is_clipped(rng):
 
 def test_the_gap_is_that_of_scored_rollouts(rng):
     params, rows = table_batch(rng, np.arange(B) != 2)
-    rows = rows._replace(sampler_logp_BT=rows.sampler_logp_BT.at[2].add(9.0).at[5, 1].add(-0.25))
+    rows = drawn_with(rows, rows.segments[0].logp.at[2].add(9.0).at[5, 1].add(-0.25))
     _, metrics = table_update(params, rows, GRPOConfig(rollouts_per_prompt=R, kl_coef=0.0), 2)
     np.testing.assert_allclose(metrics["grpo/logp_gap_max"], 0.25, rtol=1e-5)
 
@@ -156,7 +164,7 @@ def test_the_reference_may_be_the_average_of_the_policy(rng, updates):
     ema = {"logp": params["logp"] + 0.2}
     cfg = GRPOConfig(rollouts_per_prompt=R, kl_coef=0.5, updates_per_batch=updates)
     control = Control(EntropyConfig(), RestraintConfig(), 0.5, 10, 4)
-    given = jnp.asarray(rows.adv_B).reshape(P, R)
+    given = jnp.asarray(rows.advantage[0]).reshape(P, R)
     update = make_update(Table(), Descent(), cfg, lambda reward, ok: (reward, {}), control, 1, average=True)
     state, metrics = update(
         TrainState(jnp.int32(0), jax.tree.map(jnp.copy, params), (), {}), None, rows, jnp.zeros((P, R)), given, jax.random.key(1)
@@ -185,19 +193,27 @@ def params():
     return random_params("transformer", CONFIG, 1), random_params("transformer", CONFIG, 2)
 
 
-def rollouts(params, sampling):
-    """A batch drawn by the policy, with advantages that a service might have led to."""
+def rollouts(params, sampling, *more):
+    """A batch drawn by the policy, an image and `more` segments, with advantages that a service might have led to."""
     rng = np.random.default_rng(3)
     ids_PS, lengths_P = rng.integers(0, 384, (P, S)).astype(np.int32), np.array([7, 3, 5, 1], np.int32)
     negative = (np.full((1, 2), 3, np.int32), np.array([2], np.int32)) if sampling.guided else None
     keys_PR = jax.vmap(lambda k: jax.random.split(k, R))(jax.random.split(jax.random.key(5), P))
-    draw = jax.jit(lambda p: generate_codes(MODEL, p, ids_PS, lengths_P, T, keys_PR, sampling, negative, return_mask=sampling.truncates))
-    out = jax.tree.map(lambda x: np.asarray(x).reshape(B, *x.shape[2:]), draw(params))
+
+    def draw(params):
+        engine, specs = Engine(MODEL), (image_spec(T, sampling), *more)
+        prompt, state = engine.start(params, (ids_PS, lengths_P), R, sum(spec.length for spec in specs), negative)
+        segments = []
+        for spec in specs:
+            state, segment = engine.sample(params, prompt, state, spec, keys_PR, sampling.truncates)
+            segments.append(segment.rows())
+        return tuple(segments)
+
+    segments = jax.tree.map(np.asarray, jax.jit(draw)(params))
     repeat = lambda x: np.repeat(x, R, axis=0)  # noqa: E731
-    return RolloutBatch(
-        repeat(ids_PS), repeat(lengths_P), out["codes"], out["logp"], out["sampling_mask"],
-        negative and tuple(np.repeat(x, B, axis=0) for x in negative), rng.normal(size=B).astype(np.float32), np.ones(B, bool),
-    )  # fmt: skip
+    advantage, ok = (rng.normal(size=B).astype(np.float32) for _ in segments), np.ones(B, bool)
+    negative = negative and tuple(np.repeat(x, B, axis=0) for x in negative)
+    return Trajectory((repeat(ids_PS), repeat(lengths_P)), segments, negative, tuple(advantage), (ok,) * len(segments))
 
 
 @pytest.fixture(scope="module")
@@ -207,15 +223,15 @@ def plain(params):
 
 
 @functools.cache
-def updater(sampling, cfg, micro_batches):
+def updater(cfg, micro_batches):
     """The jitted update; its state is not donated, so that a test may go on using it."""
-    return jax.jit(lambda s, r, b: grpo_update(Policy(MODEL, sampling, 0), OPTIMIZER, s, r, b, cfg, micro_batches, jax.random.key(2)))
+    return jax.jit(lambda s, r, b: grpo_update(Policy(MODEL, 0), OPTIMIZER, s, r, b, cfg, micro_batches, jax.random.key(2)))
 
 
-def learn(params, batch, sampling=PLAIN, cfg=CFG):
+def learn(params, batch, cfg=CFG):
     """One update on one device -> (state, metrics)."""
     state = TrainState(jnp.int32(0), params[0], OPTIMIZER.transform.init(params[0]), {})
-    return updater(sampling, cfg, 1)(state, params[1], batch)
+    return updater(cfg, 1)(state, params[1], batch)
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +247,7 @@ def test_a_mesh_learns_what_one_device_learns(params, plain, alone):
         state = new_state(lambda: init_params("transformer", CONFIG, jax.random.key(0)), OPTIMIZER, mesh, GuardConfig())[0]()
         shardings = jax.tree.map(lambda x: x.sharding, state.params)
         state, ref = state.replace(params=jax.device_put(params[0], shardings)), jax.device_put(params[1], shardings)
-        state, metrics = updater(PLAIN, CFG, micro_batches)(state, ref, plain)
+        state, metrics = updater(CFG, micro_batches)(state, ref, plain)
 
     wanted, wanted_metrics = alone
     assert metrics.keys() == wanted_metrics.keys()
@@ -261,19 +277,18 @@ def test_the_sampler_replays(alone, params):
     """Rollouts with temperature, truncation and guidance give the trainer the log-probs the sampler had."""
     assert alone[1]["grpo/logp_gap_max"] < 1e-4
     batch = rollouts(params[0], EVERYTHING)
-    assert (np.unpackbits(batch.sampling_mask, axis=-1, count=CODES).sum(-1) <= 9).all()
-    state, metrics = learn(params, batch, EVERYTHING, GRPOConfig(rollouts_per_prompt=R, kl_coef=0.05, updates_per_batch=2))
+    assert (np.unpackbits(batch.segments[0].kept, axis=-1, count=CODES).sum(-1) <= 9).all()
+    state, metrics = learn(params, batch, GRPOConfig(rollouts_per_prompt=R, kl_coef=0.05, updates_per_batch=2))
     assert metrics["grpo/logp_gap_max"] < 1e-4 and state.step == 2
     assert np.isfinite([float(x) for x in metrics.values()]).all()
 
 
 def test_a_rollout_without_a_reward_has_no_influence(params, plain):
     ok = np.arange(B) != 5
-    ours = plain._replace(ok_B=ok, adv_B=plain.adv_B * ok)
-    theirs = ours._replace(
-        codes_BT=np.where(ok[:, None], ours.codes_BT, 0), sampler_logp_BT=np.where(ok[:, None], ours.sampler_logp_BT, -50)
-    )
-    assert not np.array_equal(ours.codes_BT, theirs.codes_BT)
+    ours, image = plain.replace(ok=(ok,), advantage=(plain.advantage[0] * ok,)), plain.segments[0]
+    other = image.replace(ids=np.where(ok[:, None], image.ids, 0), logp=np.where(ok[:, None], image.logp, -50))
+    assert not np.array_equal(image.ids, other.ids)
+    theirs = ours.replace(segments=(other,))
     (a, m), (b, n) = learn(params, ours), learn(params, theirs)
     for x, y in zip(jax.tree.leaves((a.params, m)), jax.tree.leaves((b.params, n)), strict=True):
         np.testing.assert_array_equal(x, y)
@@ -283,7 +298,37 @@ def test_a_gradient_from_beside_is_added_in_every_update(rng):
     params, rows = table_batch(rng)
     cfg = GRPOConfig(rollouts_per_prompt=R, kl_coef=0.0, updates_per_batch=2)
     more = lambda params: ({"logp": jnp.full((B, T), 0.25)}, {"loss/sft": jnp.float32(3.0)})  # noqa: E731
-    state, rows = TrainState(jnp.int32(0), params, (), {}), rows._replace(adv_B=jnp.zeros(B))
+    state, rows = TrainState(jnp.int32(0), params, (), {}), rows.replace(advantage=(jnp.zeros(B),))
     state, metrics = grpo_update(Table(), Descent(), state, None, rows, cfg, 1, jax.random.key(1), beside=more)
     np.testing.assert_allclose(state.params["logp"], params["logp"] - 2 * 0.25, rtol=1e-6)
     assert metrics["loss/sft"] == 3.0
+
+
+def test_segments_add_up(params):
+    """The update of an image and a ragged text is that of the sum of two losses, each with its own advantages and normalisation."""
+    text = SegmentSpec("text", "text", 5, PLAIN, tuple(range(0, 384, 3)))
+    batch = rollouts(params[0], PLAIN, text)
+    lengths_B = batch.segments[1].lengths
+    assert len(set(lengths_B.tolist())) > 1
+    cfg = dataclasses.replace(CFG, kl_coef=0.0)
+    _, _, metrics = both = loss_of(params[0], batch, cfg)
+
+    def plain_loss(params):
+        score = Engine(MODEL).score(params, batch.prompts, batch.segments, chunk=0)
+        total = 0.0
+        for (logp_BL, _), adv_B, mask_BL in zip(score, batch.advantage, (np.ones((B, T), bool), np.arange(5) < lengths_B[:, None])):
+            ratio_BL = jnp.exp(logp_BL - jax.lax.stop_gradient(logp_BL))
+            total -= jnp.mean(jnp.sum(jnp.where(mask_BL, ratio_BL * adv_B[:, None], 0), -1) / np.sum(mask_BL, -1))
+        return total
+
+    value, grads = jax.jit(jax.value_and_grad(plain_loss))(params[0])
+    np.testing.assert_allclose(both[0], value, rtol=1e-5)
+    for x, y in zip(jax.tree.leaves(both[1]), jax.tree.leaves(grads), strict=True):
+        np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-6 * max(np.abs(y).max(), 1e-3))
+    assert metrics["grpo/logp_gap_max"] < 1e-4 and np.abs(grads["lm_head"]["kernel"]).max() > 0
+
+
+def loss_of(params, batch, cfg):
+    """(loss, gradient, metrics) in two micro-batches."""
+    grads, metrics = jax.jit(lambda p: loss_and_gradient(Policy(MODEL, 0), p, (batch, None, None), cfg, 2))(params)
+    return metrics["loss/grpo"], grads, metrics

@@ -15,8 +15,9 @@ from xomni_jax.models.registry import init_params
 from xomni_jax.models.transformer import PRESETS, ARTransformer
 from xomni_jax.planner import collectives, hlo, traffic
 from xomni_jax.sampling.cache import GENERATED_AXES, PROMPT_AXES
-from xomni_jax.sampling.generate import draw_codes, start_codes
+from xomni_jax.sampling.engine import Engine
 from xomni_jax.sampling.logits import SamplingConfig
+from xomni_jax.sampling.segments import image_spec
 from xomni_jax.sharding.rules import ROLLOUT_RULES, param_shardings, spec_for
 
 PROMPTS, ROLLOUTS, PROMPT, CODES, SEGMENT = 8, 16, 128, 5184, 432
@@ -28,9 +29,9 @@ def placed(x, mesh):
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec_for("carried", x.shape, axes, mesh)))
 
 
-@pytest.mark.parametrize("topology", ["v5e:2x4", "v5p:2x2x2", "v6e:2x4"])
-def test_weights_and_cache_are_read_once(topology):
-    """The released heads and codes on a narrow model of ten layers; prompts over fsdp, heads over tensor."""
+@pytest.mark.parametrize("topology, ragged", [("v5e:2x4", False), ("v5p:2x2x2", False), ("v6e:2x4", False), ("v6e:2x4", True)])
+def test_weights_and_cache_are_read_once(topology, ragged):
+    """The released heads and codes on a narrow model of ten layers; prompts over fsdp, heads over tensor. Ragged: after a text."""
     cfg = dataclasses.replace(
         PRESETS["xomni-7b"], vocab_size=1024, mm_vocab_size=1088, image_vocab_size=1024, d_model=512, mlp_dim=2048,
         n_adapter_layers=2, n_language_layers=6, n_head_layers=2, param_dtype=jnp.bfloat16,
@@ -45,13 +46,15 @@ def test_weights_and_cache_are_read_once(topology):
         spec = spec_for("rows", shape, ("batch", None)[: len(shape)], mesh)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
-    net, free = ARTransformer(cfg), SamplingConfig(top_k=0, min_p=0.0)
+    engine, spec = Engine(ARTransformer(cfg)), image_spec(SEGMENT, SamplingConfig(top_k=0, min_p=0.0))
     keys = rows((PROMPTS, ROLLOUTS), jax.eval_shape(lambda: jax.random.key(0)).dtype)
-    start = lambda params, ids, lengths: start_codes(net, params, ids, lengths, CODES, ROLLOUTS, free)  # noqa: E731
-    draw = jax.jit(lambda params, prompt, state, keys: draw_codes(net, params, prompt, state, SEGMENT, keys, free), donate_argnums=2)
+    start = lambda params, ids, lengths: engine.start(params, (ids, lengths), ROLLOUTS, CODES)  # noqa: E731
+    draw = jax.jit(lambda params, prompt, state, keys: engine.sample(params, prompt, state, spec, keys), donate_argnums=2)
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(start, params, rows((PROMPTS, PROMPT), jnp.int32), rows((PROMPTS,), jnp.int32))
         prompt, state = jax.tree.map(lambda x: placed(x, mesh), shapes)
+        if ragged:
+            state = state.replace(cache=state.cache.replace(column=rows((PROMPTS, ROLLOUTS), jnp.int32)))
         compiled = draw.trace(params, prompt, state, keys).lower(lowering_platforms=("tpu",)).compile()
 
     module = hlo.parse(compiled.as_text())

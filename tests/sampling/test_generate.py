@@ -13,9 +13,12 @@ import pytest
 from tests.models.test_transformer import CFG as BASE
 from tests.models.test_transformer import random_params
 from xomni_jax.models.transformer import ARTransformer
-from xomni_jax.sampling.cache import GeneratedCache, decode_step, prefill
-from xomni_jax.sampling.generate import append_codes, draw_codes, generate_codes, generate_text, replay_logp, start_codes
+from xomni_jax.sampling.cache import GeneratedCache, extend, prefill
+from xomni_jax.sampling.engine import Engine
+from xomni_jax.sampling.generate import generate_codes, generate_text
 from xomni_jax.sampling.logits import SamplingConfig
+from xomni_jax.sampling.sampler import Sampler
+from xomni_jax.sampling.segments import Segment, append, image_spec
 from xomni_jax.sharding.mesh import make_mesh
 from xomni_jax.sharding.rules import param_shardings
 
@@ -39,6 +42,17 @@ def generate(params, ids, lengths, keys, n_codes, sampling, negative=None, retur
     return generate_codes(MODEL, params, ids, lengths, n_codes, keys, sampling, negative, return_mask)
 
 
+def rows_with(codes, offset=V):
+    """The prompts with codes behind them; those of `full`."""
+    return append(IDS, LENGTHS, Segment(codes, kind="image"), offset)[0]
+
+
+def replay(model, params, ids, lengths, codes, sampling, packed=None, negative=None, chunk=2):
+    """Log-prob and entropy of codes."""
+    image = Segment(codes, None, None, packed, "image", image_spec(codes.shape[1], sampling))
+    return Engine(model).score(params, (ids, lengths), (image,), negative, chunk)[0]
+
+
 def keys_of(prompts: int, rollouts: int) -> jax.Array:
     return jax.random.split(jax.random.key(5), (prompts, rollouts))
 
@@ -48,13 +62,13 @@ def test_cached_decoding_equals_the_full_forward():
     tokens = np.random.default_rng(1).integers(0, CFG.image_vocab_size, (P, R, T)) + V
     tokens[:, 1, 3] = 7  # a text token among codes, in one rollout only
     start_PD, prompt = jax.jit(lambda ids, n: prefill(MODEL, PARAMS, ids, n))(IDS, LENGTHS)
-    step = jax.jit(lambda ids, prompt, cache: decode_step(MODEL, PARAMS, ids, prompt, cache))
+    step = jax.jit(lambda ids, prompt, cache: extend(MODEL, PARAMS, ids, prompt, cache))
     cache, steps = GeneratedCache.empty(CFG, P, R, T), []
     for t in range(T):
-        hidden_PRD, cache = step(tokens[:, :, t], prompt, cache)
-        steps.append(hidden_PRD)
+        hidden_P1RD, cache = step(tokens[:, None, :, t], prompt, cache)
+        steps.append(hidden_P1RD[:, 0])
     for r in range(R):
-        expected = full()(append_codes(IDS, LENGTHS, tokens[:, r], 0))
+        expected = full()(rows_with(tokens[:, r], 0))
         rows = np.arange(P)
         np.testing.assert_allclose(start_PD, expected[rows, LENGTHS - 1], rtol=1e-4, atol=1e-4)
         for t in range(T):
@@ -75,20 +89,17 @@ def test_the_kernels_decode_the_same():
 def test_codes_drawn_in_segments_are_the_same_bit_for_bit():
     keys, sampling = keys_of(3, 2), SamplingConfig(top_k=6, guidance=2.5)
     whole = generate(PARAMS, IDS, LENGTHS, keys, 6, sampling, NEGATIVE, True)
-    start = jax.jit(lambda params: start_codes(MODEL, params, IDS, LENGTHS, 6, 2, sampling, NEGATIVE))
-    draw = jax.jit(lambda params, prompt, state: draw_codes(MODEL, params, prompt, state, 2, keys, sampling, True), donate_argnums=2)
-    prompt, state = start(PARAMS)
-    parts = []
-    for _ in range(3):
-        state, out = draw(PARAMS, prompt, state)
-        parts.append(out)
-    assert state.cache.column == 6
-    jax.tree.map(lambda want, *got: np.testing.assert_array_equal(np.concatenate(got, axis=2), want), whole, *parts)
+    sampler = Sampler.make(MODEL, (2, 3), sampling, most=2, return_mask=True)
+    jax.tree.map(np.testing.assert_array_equal, sampler(PARAMS, IDS, LENGTHS, keys, NEGATIVE), whole)
+    assert sampler.segments == 3
 
 
-def test_append_codes_follows_the_prompt_at_once():
-    got = append_codes(jnp.array([[5, 6, 9], [7, 9, 9]]), jnp.array([2, 1]), jnp.array([[0, 3], [1, 2]]), 10)
-    assert got.tolist() == [[5, 6, 10, 13, 0], [7, 11, 12, 0, 0]]
+def test_segments_follow_the_prompt_at_once():
+    ids, lengths, tokens = jnp.array([[5, 6, 9], [7, 9, 9]]), jnp.array([2, 1]), jnp.array([[0, 3], [1, 2]])
+    rows = append(ids, lengths, Segment(tokens, kind="image"), 10)
+    assert rows[0].tolist() == [[5, 6, 10, 13, 0], [7, 11, 12, 0, 0]] and rows[1].tolist() == [4, 3]
+    rows = append(*rows, Segment(tokens + 1, jnp.array([0, 1])), 10)
+    assert rows[0].tolist() == [[5, 6, 10, 13, 0, 0, 0], [7, 11, 12, 2, 0, 0, 0]] and rows[1].tolist() == [4, 4]
 
 
 def test_a_rollout_does_not_depend_on_its_group_or_batch():
@@ -122,15 +133,14 @@ def test_replay_equals_the_sampler(sampling):
         assert bool(jnp.all(jnp.take_along_axis(mask, out["codes"][..., None], -1))) and not bool(jnp.all(mask))
         packed = packed.reshape(P * R, T, 2)
     ids, lengths = np.repeat(IDS, R, axis=0), np.repeat(LENGTHS, R)
-    replay = jax.jit(lambda params: replay_logp(MODEL, params, ids, lengths, codes, sampling, packed, negative, chunk=2))
-    logp, entropy = replay(PARAMS)
+    logp, entropy = jax.jit(lambda params: replay(MODEL, params, ids, lengths, codes, sampling, packed, negative))(PARAMS)
     np.testing.assert_allclose(logp, out["logp"].reshape(P * R, T), atol=1e-4)
     assert entropy.shape == (P * R, T) and bool(jnp.all(entropy > -1e-5)) and np.isfinite(entropy).all()
 
 
 def test_unguided_logp_is_that_of_the_image_head():
     out = generate(PARAMS, IDS, LENGTHS, keys_of(3, 2), 5, FREE)
-    logits = MODEL.apply({"params": PARAMS}, full()(append_codes(IDS, LENGTHS, out["codes"][:, 1], V)), method="image_logits")
+    logits = MODEL.apply({"params": PARAMS}, full()(rows_with(out["codes"][:, 1])), method="image_logits")
     rows, cols = np.arange(3)[:, None], LENGTHS[:, None] - 1 + np.arange(5)
     expected = np.take_along_axis(jax.nn.log_softmax(logits)[rows, cols], np.asarray(out["codes"][:, 1, :, None]), -1)[..., 0]
     np.testing.assert_allclose(out["logp"][:, 1], expected, atol=1e-4)
@@ -143,7 +153,7 @@ def test_replay_is_differentiable_under_truncation():
     model = ARTransformer(dataclasses.replace(CFG, n_adapter_layers=0, n_language_layers=1, n_head_layers=0))
 
     def total(params):
-        return sum(jnp.sum(x) for x in replay_logp(model, params, IDS[:1], LENGTHS[:1], codes, sampling, packed, chunk=1))
+        return sum(jnp.sum(x) for x in replay(model, params, IDS[:1], LENGTHS[:1], codes, sampling, packed, chunk=1))
 
     grads = jax.jit(jax.grad(total))(random_params(model.cfg)[1])
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))

@@ -62,7 +62,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     if args.files:
         return draw_files(args, model, config)
     height, width = model.image_size(args.height, args.width)
-    sampling = args.seed, args.temperature, args.top_k, args.top_p, args.min_p, args.guidance
+    sampling = args.seed, args.temperature, args.top_k, args.top_p, args.min_p, args.guidance, args.window
     images = model.draw(args.prompts, height, width, *sampling, config.batch, config.decode_batch)  # refuses what is wrong
     check_folder(out, len(args.prompts) * height * width * 3)
     try:

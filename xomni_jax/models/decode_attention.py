@@ -28,9 +28,10 @@ def step_kernel(
     past: tuple[jax.Array, ...],
     layer: jax.Array,
     lengths_P: jax.Array,
-    column: jax.Array,
+    column_PR: jax.Array,
 ) -> jax.Array:
-    """`transformer.step_attention` over stacked caches, split over prompts and KV heads of the mesh in scope. -> [P, R, K, G, H].
+    """`cached_attention` of one token per rollout over stacked caches, split over prompts and KV heads of the mesh in scope.
+    -> [P, R, K, G, H].
 
     Args:
       past: prompt k, v [layers, P, K, S, H] and generated k, v [layers, P, R, K, T, H], T a multiple of `TOKENS`.
@@ -39,8 +40,8 @@ def step_kernel(
     mesh = jax.sharding.get_abstract_mesh()
     new, prompt = ("batch", None, "kv_heads", "head_dim"), ("layers", "batch", "kv_heads", "cache", "head_dim")
     made = ("layers", "batch", None, "kv_heads", "cache", "head_dim")
-    axes = (("batch", None, "kv_heads", None, "head_dim"), new, new, prompt, prompt, made, made, (), ("batch",), ())
-    arrays = (q_PRKGH, k_PRKH, v_PRKH, *past, layer, lengths_P, column)
+    axes = (("batch", None, "kv_heads", None, "head_dim"), new, new, prompt, prompt, made, made, (), ("batch",), ("batch", None))
+    arrays = (q_PRKGH, k_PRKH, v_PRKH, *past, layer, lengths_P, column_PR)
     specs = tuple(spec_for("decode attention", x.shape, a, mesh) for x, a in zip(arrays, axes))
     shard = functools.partial(_shard, interpret=mesh.abstract_device.platform != "tpu")
     return jax.shard_map(shard, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
@@ -51,7 +52,7 @@ def _largest_divisor(n: int, multiple: int, most: int) -> int:
     return max((d for d in range(multiple, min(n, most) + 1, multiple) if n % d == 0), default=n)
 
 
-def _shard(q_PRKGH, k_PRKH, v_PRKH, prompt_k, prompt_v, generated_k, generated_v, layer, lengths_P, column, *, interpret: bool):
+def _shard(q_PRKGH, k_PRKH, v_PRKH, prompt_k, prompt_v, generated_k, generated_v, layer, lengths_P, column_PR, *, interpret: bool):
     """Attention of the prompts and KV heads of one device.
 
     Grid: prompt, KV head, part of the rollouts, block of tokens (those of the prompt first, then the generated ones).
@@ -63,12 +64,12 @@ def _shard(q_PRKGH, k_PRKH, v_PRKH, prompt_k, prompt_v, generated_k, generated_v
     t = _largest_divisor(T, TOKENS, max(TOKENS, BLOCK_BYTES // (r * H * generated_k.dtype.itemsize)))
     in_prompt = -(-S // s)
 
-    def prompt_block(p, k, _, i, layer, lengths, column):
+    def prompt_block(p, k, _, i, layer, lengths, most):
         return layer[0], p, k, jnp.minimum(i, jnp.maximum(lengths[p] - 1, 0) // s), 0
 
-    def generated_block(p, k, part, i, layer, lengths, column):
+    def generated_block(p, k, part, i, layer, lengths, most):
         # Blocks past the last filled one keep its index, and are not fetched again.
-        return layer[0], p, part, k, jnp.clip(i - in_prompt, 0, jnp.maximum(column[0] - 1, 0) // t), 0
+        return layer[0], p, part, k, jnp.clip(i - in_prompt, 0, jnp.maximum(most[p] - 1, 0) // t), 0
 
     def row_block(p, k, part, i, *_):
         return p, k, part, 0
@@ -77,6 +78,7 @@ def _shard(q_PRKGH, k_PRKH, v_PRKH, prompt_k, prompt_v, generated_k, generated_v
     new_spec = pl.BlockSpec((None, None, r, H), row_block)
     prompt_spec = pl.BlockSpec((None, None, None, s, H), prompt_block)
     generated_spec = pl.BlockSpec((None, None, r, None, t, H), generated_block)
+    filled_spec = pl.BlockSpec((None, r * rows, 1), lambda p, k, part, *_: (p, part, 0))
     q_PKRGH = jnp.pad(jnp.moveaxis(q_PRKGH, 2, 1), ((0, 0),) * 3 + ((0, rows - G), (0, 0)))
     read = 2 * generated_k.dtype.itemsize * P * K * H * (S + R * T)
     call = pl.pallas_call(
@@ -84,7 +86,7 @@ def _shard(q_PRKGH, k_PRKH, v_PRKH, prompt_k, prompt_v, generated_k, generated_v
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(P, K, R // r, in_prompt + T // t),
-            in_specs=[q_spec, new_spec, new_spec, prompt_spec, prompt_spec, generated_spec, generated_spec],
+            in_specs=[filled_spec, q_spec, new_spec, new_spec, prompt_spec, prompt_spec, generated_spec, generated_spec],
             out_specs=q_spec,
             scratch_shapes=[pltpu.VMEM((r * rows, width), jnp.float32) for width in (1, 1, H)],
         ),
@@ -93,16 +95,17 @@ def _shard(q_PRKGH, k_PRKH, v_PRKH, prompt_k, prompt_v, generated_k, generated_v
         cost_estimate=pl.CostEstimate(flops=4 * P * R * K * G * H * (S + T), bytes_accessed=read, transcendentals=P * R * K * G * (S + T)),
         interpret=interpret,
     )
-    scalars = jnp.reshape(layer, 1), lengths_P, jnp.reshape(column, 1)
-    y_PKRGH = call(*scalars, q_PKRGH, jnp.swapaxes(k_PRKH, 1, 2), jnp.swapaxes(v_PRKH, 1, 2), prompt_k, prompt_v, generated_k, generated_v)
+    scalars = jnp.reshape(layer, 1), lengths_P, jnp.max(column_PR, axis=1)
+    filled_PN1 = jnp.repeat(column_PR, rows, axis=1)[..., None]  # of every query row
+    y_PKRGH = call(
+        *scalars, filled_PN1, q_PKRGH, jnp.swapaxes(k_PRKH, 1, 2), jnp.swapaxes(v_PRKH, 1, 2), prompt_k, prompt_v, generated_k, generated_v
+    )
     return jnp.moveaxis(y_PKRGH[:, :, :, :G], 1, 2)
 
 
-def _kernel(
-    layer, lengths, column, q, k, v, prompt_k, prompt_v, generated_k, generated_v, y, peak, total, mean, *, scale: float, in_prompt: int
-):
+def _kernel(layer, lengths, most, filled, q, k, v, prompt_k, prompt_v, generated_k, generated_v, y, peak, total, mean, *, scale, in_prompt):
     """Running softmax over blocks of keys. It starts from the new token's own key and value."""
-    i, length, filled = pl.program_id(3), lengths[pl.program_id(0)], column[0]
+    i, length = pl.program_id(3), lengths[pl.program_id(0)]
     r, rows, H = q.shape
     f32, dtype = jnp.float32, v.dtype
 
@@ -113,7 +116,7 @@ def _kernel(
         mean[...] = jnp.broadcast_to(v[...].astype(f32)[:, None], (r, rows, H)).reshape(r * rows, H)
 
     def add(scores, first, limit, weigh):
-        """Adds a block of scores [r * rows, tokens] to the softmax; keys of index `limit` and above are masked."""
+        """Adds a block of scores [r * rows, tokens] to the softmax; keys of index `limit`, one or one per row, and above are masked."""
         index = first + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
         scores = jnp.where(index < limit, scores * scale, jnp.finfo(f32).min)
         new = jnp.maximum(peak[...], jnp.max(scores, axis=-1, keepdims=True))
@@ -137,7 +140,7 @@ def _kernel(
     t = generated_k.shape[1]
     behind = (i - in_prompt) * t
 
-    @pl.when((i >= in_prompt) & (behind < filled))
+    @pl.when((i >= in_prompt) & (behind < most[pl.program_id(0)]))
     def generated():
         scores = jax.lax.dot_general(q[...], generated_k[...], (((2,), (2,)), ((0,), (0,))), preferred_element_type=f32)
 
@@ -147,7 +150,7 @@ def _kernel(
                 r * rows, H
             )
 
-        add(scores.reshape(r * rows, t), behind, filled, weigh)
+        add(scores.reshape(r * rows, t), behind, filled[...], weigh)
 
     @pl.when(i == pl.num_programs(3) - 1)
     def end():

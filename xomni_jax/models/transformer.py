@@ -11,6 +11,7 @@ from flax import linen as nn
 from flax import struct
 
 from xomni_jax.models.attention import attend, check_attention, on_kernels
+from xomni_jax.models.cached_attention import cached_attention
 from xomni_jax.models.decode_attention import step_kernel
 from xomni_jax.models.layers import Embed, RMSNorm, linear
 from xomni_jax.models.stack import StackConfig, stacked
@@ -120,13 +121,13 @@ PRESETS: dict[str, ARConfig] = {
 class Context:
     """Inputs that all layers of one forward pass share.
 
-    In a full pass B are sequences and L their tokens. In a decode step B are prompts and L their rollouts: one token each,
+    In a full pass B are sequences and L their tokens. In a cached pass B are prompts and L = W * R new tokens, W for each of R rollouts,
     which do not attend to one another.
 
     Attributes:
       image_BL: True at multimodal tokens.
       segments_BL: as in `ARTransformer.__call__`.
-      lengths_B, column: real tokens of each prompt, and generated tokens in the cache; set in a decode step only.
+      lengths_B, column_BR: real tokens of each prompt, and tokens of each rollout in the cache; set in a cached pass only.
       stacked: with TPU kernels, the caches of all layers of the stack; `past` is then the index of the layer.
       collect: a full pass returns its keys and values.
     """
@@ -135,7 +136,7 @@ class Context:
     image_BL: jax.Array
     segments_BL: jax.Array | None = None
     lengths_B: jax.Array | None = None
-    column: jax.Array | None = None
+    column_BR: jax.Array | None = None
     stacked: tuple[jax.Array, ...] | None = None
     collect: bool = struct.field(pytree_node=False, default=False)
 
@@ -150,33 +151,11 @@ def apply_rope(x_BLNH: jax.Array, positions_BL: jax.Array, theta: float) -> jax.
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BLNH.dtype)
 
 
-def step_attention(
-    q_PRKGH: jax.Array, k_PRKH: jax.Array, v_PRKH: jax.Array, past: tuple[jax.Array, ...], lengths_P: jax.Array, column: jax.Array
-) -> jax.Array:
-    """One token per rollout over its prompt, its own generated tokens and itself, in one joint softmax. -> [P, R, K, G, H].
-
-    The prompt's keys and values are read once per prompt, whatever R is. `past` = prompt k, v [P, K, S, H] and generated
-    k, v [P, R, K, T, H], of which the first `lengths_P` and `column` entries are real; both are only read.
-    """
-    prompt_k, prompt_v, made_k, made_v = past
-    S, T, f32 = prompt_k.shape[-2], made_k.shape[-2], jnp.float32
-    in_prompt = jnp.einsum("PRKGH,PKSH->PRKGS", q_PRKGH, prompt_k, preferred_element_type=f32)
-    in_made = jnp.einsum("PRKGH,PRKTH->PRKGT", q_PRKGH, made_k, preferred_element_type=f32)
-    itself = jnp.einsum("PRKGH,PRKH->PRKG", q_PRKGH, k_PRKH, preferred_element_type=f32)[..., None]
-    in_prompt = jnp.where((jnp.arange(S) < lengths_P[:, None])[:, None, None, None], in_prompt, jnp.finfo(f32).min)
-    in_made = jnp.where(jnp.arange(T) < column, in_made, jnp.finfo(f32).min)
-    scores = jnp.concatenate([in_prompt, in_made, itself], axis=-1) * q_PRKGH.shape[-1] ** -0.5
-    p = jax.nn.softmax(scores, axis=-1).astype(v_PRKH.dtype)
-    y = jnp.einsum("PRKGS,PKSH->PRKGH", p[..., :S], prompt_v)
-    y += jnp.einsum("PRKGT,PRKTH->PRKGH", p[..., S : S + T], made_v)
-    return y + p[..., -1:] * v_PRKH[:, :, :, None]
-
-
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions and bias on q, k, v (Qwen2).
 
     (x [B, L, D], past | None, Context) -> (y [B, L, D], the layer's new (k, v) or None). New keys and values are
-    [B, K, L, H] in a full pass with `collect`, [P, R, K, H] in a decode step.
+    [B, K, L, H] in a full pass with `collect`, [P, L, K, H] in a cached one.
     """
 
     cfg: ARConfig
@@ -201,9 +180,9 @@ class Attention(nn.Module):
         else:
             q_BLKGH = q_BLNH.reshape(*q_BLNH.shape[:2], c.n_kv_heads, c.n_heads // c.n_kv_heads, c.head_dim)
             if ctx.stacked is None:
-                y_BLKGH = step_attention(q_BLKGH, k_BLKH, v_BLKH, past, ctx.lengths_B, ctx.column)
+                y_BLKGH = cached_attention(q_BLKGH, k_BLKH, v_BLKH, past, ctx.lengths_B, ctx.column_BR, c.attention_chunk)
             else:
-                y_BLKGH = step_kernel(q_BLKGH, k_BLKH, v_BLKH, ctx.stacked, past, ctx.lengths_B, ctx.column)
+                y_BLKGH = step_kernel(q_BLKGH, k_BLKH, v_BLKH, ctx.stacked, past, ctx.lengths_B, ctx.column_BR)
             y_BLNH = y_BLKGH.reshape(q_BLNH.shape)
             new = (k_BLKH, v_BLKH)
         out = linear(c, "o_proj", c.d_model, ("heads", "head_dim", "embed"), bias=False, contract=2, init=_residual_init(c))
@@ -299,26 +278,27 @@ class ARTransformer(nn.Module):
         last_P1 = lengths_P[:, None] - 1
         return self._norm(select(x_PSD, last_P1), jnp.take_along_axis(image_PS, last_P1, axis=1))[:, 0], kv
 
-    def decode_step(
-        self, ids_PR: jax.Array, prompt: KV, lengths_P: jax.Array, generated: KV, column: jax.Array, vision: bool = True
-    ) -> tuple[jax.Array, KV]:
-        """One more token for each of R rollouts of P prompts. Reads the caches, never writes them.
+    def extend(self, ids_PWR: jax.Array, prompt: KV, lengths_P: jax.Array, generated: KV, column: jax.Array) -> tuple[jax.Array, KV]:
+        """W more tokens for each of R rollouts of P prompts; W = 1 is a decode step. Reads the caches, never writes them.
 
         Args:
-          ids_PR: the tokens to run; their position is lengths_P + column.
+          ids_PWR: the tokens to run; token w of a rollout has the position lengths_P + column + w.
           prompt: keys and values of `prefill`, shared by the rollouts. lengths_P: their real tokens.
-          generated: {stack: (k, v)} of [layers, P, R, K, T, H]. column: scalar, tokens generated so far and cached.
-          vision: False runs the language layers alone: exact as long as no multimodal token follows, and cheaper.
+          generated: {stack: (k, v)} of [layers, P, R, K, T, H]. Stacks that are missing do not run: without the vision layers, text
+            alone may follow, which their output never reaches.
+          column: tokens of each rollout that are cached, [P, R], or a scalar where all have equally many.
 
         Returns:
-          Hidden states [P, R, D] after the norm, and the new {stack: (k, v)} of [layers, P, R, K, H] for column `column`.
+          Hidden states [P, W, R, D] after the norm, and the new {stack: (k, v)} of [layers, P, W * R, K, H].
         """
-        positions_PR = jnp.broadcast_to(lengths_P[:, None] + column, ids_PR.shape)
-        ctx = Context(positions_PR, self._is_image(ids_PR), lengths_B=lengths_P, column=column)
-        names = tuple(self.cfg.layers) if vision else ("language",)
-        past = {name: (*prompt[name], *generated[name]) for name in names}
-        x_PRD, new = self._run(self._embed(ids_PR), ctx, past)
-        return self._norm(x_PRD, ctx.image_BL), new
+        P, W, R = ids_PWR.shape
+        column_PR = jnp.broadcast_to(column, (P, R))
+        positions_PWR = lengths_P[:, None, None] + column_PR[:, None] + jnp.arange(W)[:, None]
+        ids_PL, positions_PL = ids_PWR.reshape(P, -1), positions_PWR.reshape(P, -1)
+        ctx = Context(positions_PL, self._is_image(ids_PL), lengths_B=lengths_P, column_BR=column_PR)
+        past = {name: (*prompt[name], *generated[name]) for name in self.cfg.layers if name in generated}
+        x_PLD, new = self._run(self._embed(ids_PL), ctx, past)
+        return self._norm(x_PLD, ctx.image_BL).reshape(P, W, R, -1), new
 
     def _is_image(self, ids: jax.Array) -> jax.Array:
         return ids >= self.cfg.vocab_size
@@ -334,10 +314,12 @@ class ARTransformer(nn.Module):
 
     def _run(self, x_BLD: jax.Array, ctx: Context, past: dict[str, Any] | None = None) -> tuple[jax.Array, KV]:
         """All stacks in order, or those in `past`; new keys and values per stack (None where none are asked for)."""
-        new, kernels = {}, on_kernels(self.cfg.attention)
+        new: KV = {}
+        # The kernel is for one token per rollout.
+        kernels = past is not None and x_BLD.shape[1] == ctx.column_BR.shape[1] and on_kernels(self.cfg.attention)
         for name in self.cfg.layers if past is None else past:
             stack_past = past and past[name]
-            if past and kernels:  # the compiler would copy a layer's slice of the cache for a kernel: pass the whole and the layer's index
+            if kernels:  # the compiler would copy a layer's slice of the cache for a kernel: pass the whole and the layer's index
                 ctx, stack_past = ctx.replace(stacked=past[name]), jnp.arange(self.cfg.layers[name])
             x_BLD, new[name] = getattr(self, name)(x_BLD, stack_past, ctx)
         return x_BLD, new

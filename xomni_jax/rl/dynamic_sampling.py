@@ -11,14 +11,14 @@ import numpy as np
 
 from xomni_jax.rewards.combine import Combined
 from xomni_jax.rl.advantages import flat_groups
-from xomni_jax.rl.update import RolloutBatch
+from xomni_jax.rl.trajectory import Trajectory
 
-Drawn = tuple[RolloutBatch, Combined, np.ndarray, Mapping[str, float]]  # what `Rollouts` returns
+Drawn = tuple[Trajectory, Combined, np.ndarray, Mapping[str, float]]  # what `Rollouts` returns
 
 
 def refilled(
-    again: Callable[[int], Drawn], budget: int, rows: RolloutBatch, total: Combined, measured: Mapping[str, float]
-) -> tuple[RolloutBatch, Combined, dict[str, float]]:
+    again: Callable[[int], Drawn], budget: int, rows: Trajectory, total: Combined, measured: Mapping[str, float]
+) -> tuple[Trajectory, Combined, dict[str, float]]:
     """Rollouts of which as many groups as possible have a spread of rewards.
 
     The statistics of `total` stay those of the first prompts: they tell how good the policy is, which chosen groups would not. Times and
@@ -45,7 +45,7 @@ def refilled(
     return rows, total, measured | {"rollout/refills": batches, "rollout/replaced_frac": replaced / P}
 
 
-def pick_groups(rows: RolloutBatch, others: RolloutBatch, source_P: np.ndarray) -> RolloutBatch:
+def pick_groups(rows: Trajectory, others: Trajectory, source_P: np.ndarray) -> Trajectory:
     """The groups `source_P` [P] of both, of which those from P on are of `others`; every array lies where that of `rows` does."""
     return jax.tree.unflatten(jax.tree.structure(rows), _pick(rows, others, source_P, tuple(x.sharding for x in jax.tree.leaves(rows))))
 

@@ -18,8 +18,6 @@ from xomni_jax.core.config import ConfigError, Count, Overrides, checked
 from xomni_jax.core.distributed import connect, gather_json
 from xomni_jax.core.preemption import StopSignal
 from xomni_jax.core.program import Program, Programs, Work
-from xomni_jax.data.files import FilesSource
-from xomni_jax.data.records import TEXT_REWARDS
 from xomni_jax.data.rendered import SIGNS
 from xomni_jax.data.sources import DataSection, batches, first_batch
 from xomni_jax.models import autoencoder, mmdit, siglip_vq, text_encoders, transformer, work
@@ -33,17 +31,20 @@ from xomni_jax.rl.dynamic_sampling import refilled
 from xomni_jax.rl.image_statistics import image_sums, join_statistics
 from xomni_jax.rl.monitors import USUAL, Watch, crossings
 from xomni_jax.rl.objectives import GRPOConfig
+from xomni_jax.rl.prompts import Prompts, Size, all_prompts, asked, check_prompts, prompt_size
 from xomni_jax.rl.rewards import RewardConfig, Rewards, check_rewards
 from xomni_jax.rl.rollouts import RolloutConfig, Rollouts, param_converter
 from xomni_jax.rl.supervised import SideBySide, SupervisedConfig, supervised_batches, supervised_gradient
-from xomni_jax.rl.update import Advantages, Policy, RolloutBatch, frozen_logp, make_update
+from xomni_jax.rl.trajectory import Trajectory
+from xomni_jax.rl.update import Advantages, Policy, frozen_logp, make_update
 from xomni_jax.sampling.decoder import DECODER_COMPONENTS, DecodeConfig
 from xomni_jax.sampling.keys import image_keys
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sampling.programs import RolloutShape, decoder_programs, sampler_programs
 from xomni_jax.sampling.sampler import Sampler
+from xomni_jax.sampling.segments import Segment, image_spec
 from xomni_jax.sharding import abstract
-from xomni_jax.sharding.arrays import local_rows, owned_rows, share, whole
+from xomni_jax.sharding.arrays import local_rows, owned_rows, whole
 from xomni_jax.sharding.mesh import MeshConfig, make_mesh
 from xomni_jax.sharding.rules import num_data_shards
 from xomni_jax.training.adapters import export_trained, frozen_base, learned_params
@@ -67,7 +68,6 @@ from xomni_jax.training.state import TrainState, new_state
 
 SHUFFLE = 2  # purpose of a step's key, beside those of `rollouts`
 GRID_PROMPTS, GRID_COLUMNS = 2, 8  # of an image grid: a row per prompt, a column per sample
-Size = tuple[int, int]
 MODELS = ("transformer", "siglip_vq", *DECODER_COMPONENTS)
 
 
@@ -174,20 +174,14 @@ def check_divides(cfg: GRPORun, mesh: Mesh) -> None:
 
 
 # ---- programs ----
-def abstract_batch(cfg: GRPORun, ar: transformer.ARConfig, codes: int, mesh: Mesh) -> RolloutBatch:
+def abstract_batch(cfg: GRPORun, ar: transformer.ARConfig, codes: int, mesh: Mesh) -> Trajectory:
     """Shapes of all rollouts of a step, on the mesh; `codes` of an image."""
     B, S = cfg.batch_size * cfg.grpo.rollouts_per_prompt, cfg.rollout.prompt_length
     rows = lambda dtype, *shape: abstract.rows(mesh, (B, *shape), dtype)
-    return RolloutBatch(
-        ids_BS=rows(jnp.int32, S),
-        lengths_B=rows(jnp.int32),
-        codes_BT=rows(jnp.int32, codes),
-        sampler_logp_BT=rows(jnp.float32, codes),
-        sampling_mask=rows(jnp.uint8, codes, -(-ar.image_vocab_size // 8)) if cfg.sampling.truncates else None,
-        negative=(rows(jnp.int32, S), rows(jnp.int32)) if cfg.sampling.guided else None,
-        adv_B=rows(jnp.float32),
-        ok_B=rows(jnp.bool_),
-    )
+    kept = rows(jnp.uint8, codes, -(-ar.image_vocab_size // 8)) if cfg.sampling.truncates else None
+    image = Segment(rows(jnp.int32, codes), None, rows(jnp.float32, codes), kept, "image", image_spec(codes, cfg.sampling))
+    prompts = rows(jnp.int32, S), rows(jnp.int32)
+    return Trajectory(prompts, (image,), prompts if cfg.sampling.guided else None, (rows(jnp.float32),), (rows(jnp.bool_),))
 
 
 def learner_programs(
@@ -201,7 +195,7 @@ def learner_programs(
     """
     ar, parts, sides, reference = policy.model.cfg, cfg.accumulate, 1 + cfg.sampling.guided, bool(cfg.grpo.kl_coef)
     batch = abstract_batch(cfg, ar, codes, mesh)
-    (B, S), chunk, control = batch.ids_BS.shape, cfg.rollout.logit_chunk, loss_control(cfg, ar.image_vocab_size)
+    (B, S), chunk, control = batch.prompts[0].shape, cfg.rollout.logit_chunk, loss_control(cfg, ar.image_vocab_size)
     rewards = abstract.rows(mesh, (cfg.batch_size, B // cfg.batch_size), jnp.float32)
     signals = abstract.array(mesh, (len(cfg.restraint.signals),), jnp.float32) if cfg.restraint.signals else None
     shape, least = f"{B} rollouts of {S} + {codes} tokens", work.policy_update(ar, B, S, codes, parts, sides, reference, chunk, mesh.shape)
@@ -278,7 +272,7 @@ class GRPOStage:
         }
 
         # ---- programs ----
-        policy = Policy(transformer.ARTransformer(ar), cfg.sampling, c.logit_chunk)
+        policy = Policy(transformer.ARTransformer(ar), c.logit_chunk)
         about = "the policy's weights in the sampler's layout and number format"
         convert = Program(layout, (params,), about, Work(), uses=("params",), freed=("sampler",))
         decode = decode_settings(cfg.decode, read_description(cfg.init_from))
@@ -287,7 +281,7 @@ class GRPOStage:
             grid = tuple(side // models["siglip_vq"].patch for side in size)
             T = grid[0] * grid[1]
             learning = learner_programs(cfg, policy, optimizer, functools.partial(cls.advantages, cfg), state, frozen, T, mesh)
-            sampler = Sampler.make(policy.model, T, cfg.sampling, c.segment, return_mask=cfg.sampling.truncates)
+            sampler = Sampler.make(policy.model, grid, cfg.sampling, c.segment, return_mask=cfg.sampling.truncates)
             drawing = sampler_programs(sampler, ar, weights, RolloutShape(part, R, c.prompt_length, T), cfg.sampling.guided, c.chunks, mesh)
             decoder_params, decoding = decoder_programs(models, grid, decode, part * R, c.chunks, decoder_mesh or mesh)
             decoding = {name: dataclasses.replace(p, on_decoder_mesh=decoder_mesh is not None) for name, p in decoding.items()}
@@ -343,7 +337,7 @@ class GRPOStage:
         flops, buckets = FlopCount(), {}
         for size, name in bucket_names(cfg.data.sizes).items():
             codes = grids[size][0] * grids[size][1]
-            sampler = Sampler.of(made["prefill" + name].fn, made["rollout" + name].fn, codes, cfg.rollout.segment)
+            sampler = Sampler.of(made["prefill" + name].fn, made["rollout" + name].fn, codes, cfg.rollout.segment, cfg.sampling.window > 1)
             rollouts = Rollouts(
                 model, image_decoder, grids[size], cfg.grpo.rollouts_per_prompt, cfg.rollout, cfg.advantage, cfg.sampling, decode, sampler,
                 lambda params: made["layout"].fn(join(base, params, lora.scale)), rewards, stop,
@@ -364,24 +358,6 @@ class GRPOStage:
 
 
 # ---- a run ----
-class Prompts(DataIterator):
-    """The batches of a run, and what its scorers of whole sets remember, which checkpoints keep beside their place."""
-
-    def __init__(self, dataset: Any, map_batch: Callable[[Any], Any], rewards: Rewards):
-        super().__init__(dataset, map_batch)
-        self._rewards = rewards
-
-    def get_state(self) -> dict[str, Any]:
-        """After the last step."""
-        memory = self._rewards.memory()
-        return super().get_state() | ({"rewards": memory} if memory else {})
-
-    def set_state(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a saved place."""
-        super().set_state(state)
-        self._rewards.remember(state.get("rewards", {}))
-
-
 class Bucket(NamedTuple):
     """What makes and learns rollouts of one image size."""
 
@@ -394,11 +370,6 @@ def bucket_names(sizes: Sequence[Size]) -> dict[Size, str]:
     return {size: f"@{size[0]}x{size[1]}" if n else "" for n, size in enumerate(sizes)}
 
 
-def prompt_size(cfg: GRPORun, examples: Mapping[str, Any]) -> Size:
-    """(height, width) of the images that the prompts of a batch ask for: the first configured one where they do not say it."""
-    return tuple(examples["size"][0]) if "size" in examples else cfg.data.sizes[0]
-
-
 def make_image_decoder(cfg: GRPORun, model: XOmni) -> XOmni:
     """The model that decodes images: `model`, or one on `decoder_mesh`, whose devices the policy's mesh leaves out."""
     _, devices = meshes(cfg, jax.devices())
@@ -407,43 +378,6 @@ def make_image_decoder(cfg: GRPORun, model: XOmni) -> XOmni:
     mesh = make_mesh(cfg.decoder_mesh.sizes(), devices)
     connect(mesh)
     return model.on(mesh)
-
-
-def check_prompts(cfg: GRPORun) -> None:
-    """Refuses prompts of files that name a reward without a weight, or none of which has a text for the reward that reads it."""
-    names = [f"config.data.parts.{name}" for name in cfg.data.names] or ["config.data"]
-    sources = [dataclasses.replace(part, first=0).open(cfg.seed, cfg.batch_size) for part in cfg.data.parts]
-    files = {name: source for name, source in zip(names, sources, strict=True) if isinstance(source, FilesSource)}
-    weights = {name: reward.weight for name, reward in cfg.rewards.items() if reward.weight is not None}
-    for name, source in files.items():
-        unknown = sorted({field.removeprefix("rewards.") for field in source.offered if field.startswith("rewards.")} - set(weights))
-        if unknown:
-            raise ConfigError(
-                f"{name}: prompts are to be judged by {', '.join(unknown)}, to which config.rewards gives no weight; give it one"
-            )
-    texts = any("targets.text" in source.offered for source in files.values())
-    asked = any("rewards" not in source.fields for source in files.values())  # not where every prompt names its own rewards
-    reader = next((name for name in TEXT_REWARDS if weights.get(name)), None)
-    if reader and asked and not texts and len(files) == len(sources):
-        raise ConfigError(
-            f"config.rewards.{reader}: no prompt of config.data says which text its image is to show; write it in double quotes and set "
-            f"text_targets=True where its path is set, or leave the reward out with config.rewards.{reader}.weight=None"
-        )
-
-
-def all_prompts(cfg: GRPORun, rows: Sequence[int], examples: dict[str, Any]) -> dict[str, Any]:
-    """Prompts of a whole batch, of which this process has loaded `rows`, and the size of their images.
-
-    Those without rewards of their own, or of a source without a name, have None there.
-    """
-    lacking = [None] * len(rows)  # in every process, whichever rows it has
-    columns = {name: examples.get(name, lacking) for name in ("caption", "targets", "rewards", "source")}
-    return {**share(columns, rows, cfg.batch_size), "size": prompt_size(cfg, examples)}
-
-
-def asked(batch: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What `Rollouts` takes of a batch of prompts."""
-    return batch["caption"], batch["targets"], batch["rewards"], batch["source"]
 
 
 def train_step(

@@ -24,11 +24,12 @@ from xomni_jax.rewards.protocol import Item, Score
 from xomni_jax.rl.advantages import AdvantageConfig
 from xomni_jax.rl.rewards import Rewards
 from xomni_jax.rl.text_statistics import join_text_counts, text_counts
-from xomni_jax.rl.update import RolloutBatch
+from xomni_jax.rl.trajectory import Trajectory
 from xomni_jax.sampling.batches import make_batches
 from xomni_jax.sampling.decoder import DecodeConfig
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sampling.sampler import SEGMENT, Sampler
+from xomni_jax.sampling.segments import Segment, image_spec
 from xomni_jax.sequence.padding import pad_prompts
 from xomni_jax.sharding.arrays import owned_rows, rows_here, whole
 from xomni_jax.sharding.rules import ROLLOUT_RULES, RULES, param_shardings
@@ -229,7 +230,7 @@ class Rollouts:
         sources: Sequence[str | None],
         key: jax.Array,
         progress: float | None = None,
-    ) -> tuple[RolloutBatch, Combined, np.ndarray, dict[str, float]]:
+    ) -> tuple[Trajectory, Combined, np.ndarray, dict[str, float]]:
         """One scored batch under the policy's parameters -> (rows without advantages, combined rewards, images [B, H, W, 3], metrics).
 
         Args:
@@ -341,7 +342,7 @@ class Rollouts:
         found_NYX = np.stack(self.model.encode(list(whole(images[::every]))))
         return {"image/reencode_frac": float(np.mean(found_NYX == codes_NYX))}
 
-    def rows(self, made: Sequence[Mapping[str, Any]], inputs: tuple[Any, ...], ok_PR: np.ndarray) -> RolloutBatch:
+    def rows(self, made: Sequence[Mapping[str, Any]], inputs: tuple[Any, ...], ok_PR: np.ndarray) -> Trajectory:
         """The rollouts of all chunks, one row each, without advantages yet."""
         ids_PS, lengths_P, keys_PR, negative = inputs
         B = keys_PR.size
@@ -352,13 +353,11 @@ class Rollouts:
         def repeated(x: np.ndarray) -> jax.Array:
             return jnp.repeat(jnp.asarray(x), self.group, axis=0)
 
-        return RolloutBatch(
-            ids_BS=repeated(ids_PS),
-            lengths_B=repeated(lengths_P),
-            codes_BT=joined("codes"),
-            sampler_logp_BT=joined("logp"),
-            sampling_mask=joined("sampling_mask") if self.sampling.truncates else None,
+        logp, kept = joined("logp"), joined("sampling_mask") if self.sampling.truncates else None
+        return Trajectory(
+            prompts=(repeated(ids_PS), repeated(lengths_P)),
+            segments=(Segment(joined("codes"), None, logp, kept, "image", image_spec(logp.shape[1], self.sampling)),),
             negative=negative and tuple(map(repeated, negative)),
-            adv_B=jnp.zeros(B),
-            ok_B=jnp.asarray(ok_PR.reshape(-1)),
+            advantage=(jnp.zeros(B),),
+            ok=(jnp.asarray(ok_PR.reshape(-1)),),
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,36 +15,19 @@ from xomni_jax.models.lora import LoRAConfig, join
 from xomni_jax.models.vocab_heads import with_image_head
 from xomni_jax.rl.control import Control, LossWeights
 from xomni_jax.rl.objectives import GRPOConfig, grpo_loss, join_metrics, loss_items
-from xomni_jax.sampling.generate import replay_logp
-from xomni_jax.sampling.logits import SamplingConfig
+from xomni_jax.rl.trajectory import Trajectory
+from xomni_jax.sampling.engine import Engine
 from xomni_jax.training.accumulate import gradient, join_rows, split_rows
 from xomni_jax.training.state import TrainState
 
 
-class RolloutBatch(NamedTuple):
-    """Everything the update needs, one row per rollout, rollouts of a prompt side by side.
-
-    `sampling_mask` [B, T, bytes] only where sampling truncates; `negative` (ids, lengths) only where it is guided.
-    """
-
-    ids_BS: jax.Array
-    lengths_B: jax.Array
-    codes_BT: jax.Array
-    sampler_logp_BT: jax.Array
-    sampling_mask: jax.Array | None
-    negative: tuple[jax.Array, jax.Array] | None
-    adv_B: jax.Array
-    ok_B: jax.Array
-
-
 class Policy(NamedTuple):
-    """The policy network with how it samples: what a log-prob of a rollout depends on.
+    """The policy network: what the log-probs of a trajectory depend on, beside how its segments were drawn. `chunk`: see `Engine.score`.
 
     With a `base` the parameters of its methods are adapters (`models.lora`), none of them ({}) for the base alone.
     """
 
     model: nn.Module
-    sampling: SamplingConfig
     chunk: int
     base: Any = None
     scale: float = 1.0
@@ -55,10 +40,10 @@ class Policy(NamedTuple):
         """Parameters for many calls of `logp`: the image head is gathered once for all of them."""
         return with_image_head(params, self.model.cfg) if self.base is None else params
 
-    def logp(self, params: Any, batch: RolloutBatch) -> tuple[jax.Array, jax.Array]:
-        """Log-prob and entropy [B, T] of the sampled codes under `params`, replaying the sampler."""
-        b, params = batch, join(self.base, params, self.scale)
-        return replay_logp(self.model, params, b.ids_BS, b.lengths_B, b.codes_BT, self.sampling, b.sampling_mask, b.negative, self.chunk)
+    def logp(self, params: Any, trajectory: Trajectory) -> list[tuple[jax.Array, jax.Array]]:
+        """Log-prob and entropy [B, L] of each drawn segment under `params`, replaying the sampler."""
+        t, params = trajectory, join(self.base, params, self.scale)
+        return Engine(self.model).score(params, t.prompts, t.segments, t.negative, self.chunk)
 
 
 def grpo_update(
@@ -66,7 +51,7 @@ def grpo_update(
     optimizer: Any,
     state: TrainState,
     ref_params: Any,
-    batch: RolloutBatch,
+    batch: Trajectory,
     cfg: GRPOConfig,
     micro_batches: int = 1,
     key: jax.Array | None = None,
@@ -98,7 +83,7 @@ def grpo_update(
 
     if not several:
         return one_update(state, rows)
-    order_B = jax.random.permutation(key, batch.adv_B.shape[0])
+    order_B = jax.random.permutation(key, batch.prompts[1].shape[0])
     minibatches = split_rows(jax.tree.map(lambda x: x[order_B], rows), cfg.updates_per_batch)
     state, stacked = jax.lax.scan(one_update, state, minibatches)
     joined = {name: (jnp.max if name.endswith("_max") else jnp.mean)(value) for name, value in stacked.items()}
@@ -108,25 +93,36 @@ def grpo_update(
 def loss_and_gradient(
     policy: Policy, params: Any, rows: Any, cfg: GRPOConfig, parts: int, weights: LossWeights | None = None
 ) -> tuple[Any, dict[str, jax.Array]]:
-    """Gradient and metrics of (rollouts, their old log-probs, those of the reference), accumulated over `parts` micro-batches."""
-    mask = lambda b: jnp.broadcast_to(b.ok_B[:, None], b.codes_BT.shape)  # noqa: E731
-    n_items = loss_items(mask(rows[0]), cfg)
+    """Gradient and metrics of (trajectories, their old log-probs, those of the reference), accumulated over `parts` micro-batches.
+
+    The loss is the sum of those of the drawn segments, each with its own advantages, mask and normalisation.
+    """
+    n_items = [loss_items(mask_BL, cfg) for mask_BL in rows[0].masks]
 
     def loss(ready, part):
-        b, old, ref = part
-        logp_BT, entropy_BT = policy.logp(ready, b)
-        value, metrics = grpo_loss(logp_BT, old, ref, b.adv_B, mask(b), cfg, n_items, entropy_BT, weights)
-        gap = jnp.max(jnp.where(mask(b), jnp.abs(logp_BT - b.sampler_logp_BT), 0.0))
-        return value, metrics | {"grpo/logp_gap_max": gap}
+        t, *others = part
+        old, ref = ([None] * len(n_items) if x is None else x for x in others)
+        each = []
+        for n, (logp_BL, entropy_BL) in enumerate(policy.logp(ready, t)):
+            value, metrics = grpo_loss(logp_BL, old[n], ref[n], t.advantage[n], t.masks[n], cfg, n_items[n], entropy_BL, weights)
+            gap = jnp.max(jnp.where(t.masks[n], jnp.abs(logp_BL - t.drawn[n].logp), 0.0))
+            each.append((value, metrics | {"grpo/logp_gap_max": gap}))
+        values, metrics = zip(*each)
+        joined = metrics[0] if len(each) == 1 else join_metrics(jax.tree.map(lambda *x: jnp.stack(x), *metrics))
+        return functools.reduce(operator.add, values), joined
 
     grads, metrics, value = gradient(loss, params, rows, parts, join_metrics, policy.ready)
     return grads, metrics | {"loss/grpo": value}
 
 
-def frozen_logp(policy: Policy, params: Any, batch: RolloutBatch, parts: int) -> jax.Array:
-    """Log-probs [B, T] of the rollouts, computed in `parts` pieces one after the other; no gradient flows."""
+def frozen_logp(policy: Policy, params: Any, batch: Trajectory, parts: int) -> list[jax.Array]:
+    """Log-probs [B, L] of the drawn segments, computed in `parts` pieces one after the other; no gradient flows."""
     params = policy.ready(params)
-    return join_rows(jax.lax.map(lambda b: jax.lax.stop_gradient(policy.logp(params, b)[0]), split_rows(batch, parts)))
+
+    def piece(t: Trajectory) -> list[jax.Array]:
+        return [jax.lax.stop_gradient(logp_BL) for logp_BL, _ in policy.logp(params, t)]
+
+    return join_rows(jax.lax.map(piece, split_rows(batch, parts)))
 
 
 Advantages = Callable[[jax.Array, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
@@ -159,9 +155,9 @@ def make_update(
         learner, reference = (policy.on(frozen, lora.scale), {} if grpo.kl_coef else None) if lora.rank else (policy, frozen)
         if average and grpo.kl_coef:
             reference = state.averaged().params
-        adv_PR, metrics = advantages(reward_PR, batch.ok_B.reshape(reward_PR.shape))
+        adv_PR, metrics = advantages(reward_PR, batch.ok[0].reshape(reward_PR.shape))
         adv_PR = adv_PR if given_PR is None else given_PR
-        batch = batch._replace(adv_B=adv_PR.reshape(-1))
+        batch = batch.replace(advantage=(adv_PR.reshape(-1),) * len(batch.drawn))
         added = beside and (lambda params: beside(learner, params, packed, parts))
         extra, weights, controlled = control.before(state.extra, signal_S)
         state, learned = grpo_update(learner, optimizer, state, reference, batch, grpo, parts, key, weights, added)

@@ -1,9 +1,11 @@
-"""Key-value caches. A decode step only reads them, and its new keys and values are written once, for all layers, at its end.
+"""Key-value caches. A pass only reads them, and its new keys and values are written once, for all layers, at its end.
 
 A cache that the scan over layers carried and updated, or took and returned, would be copied whole in every step.
 """
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ from flax import struct
 from xomni_jax.models.attention import on_kernels
 from xomni_jax.models.decode_attention import TOKENS
 from xomni_jax.models.transformer import KV, ARConfig, ARTransformer
-from xomni_jax.sharding.rules import constrain
+from xomni_jax.sharding.rules import constrain, spec_for
 
 PROMPT_AXES = ("layers", "batch", "kv_heads", "cache", "head_dim")
 GENERATED_AXES = ("layers", "batch", None, "kv_heads", "cache", "head_dim")
@@ -37,7 +39,7 @@ class GeneratedCache:
 
     Attributes:
       kv: {stack: (k, v)}, each [layers, P, R, K, T, H].
-      column: scalar int32, the number of tokens written; it is the same for all rows, so that a write is one slice.
+      column: int32, tokens of each row [P, R]; a scalar as long as all have equally many, because a write is then one slice.
     """
 
     kv: KV
@@ -58,12 +60,43 @@ class GeneratedCache:
         return cls({name: (zeros(n), zeros(n)) for name, n in stacks.items()}, jnp.int32(0))
 
     def write(self, new: KV) -> GeneratedCache:
-        """Adds one token: `new` = {stack: (k, v)} of [layers, P, R, K, H], in one update per array."""
+        """Adds W tokens to every row: `new` = {stack: (k, v)} of [layers, P, W * R, K, H]."""
 
-        def put(cache: jax.Array, x: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_update_slice_in_dim(cache, x[..., None, :].astype(cache.dtype), self.column, axis=4)
+        def aligned(cache: jax.Array, x: jax.Array) -> jax.Array:
+            n, P, R, K, _, H = cache.shape
+            return jnp.moveaxis(x.reshape(n, P, -1, R, K, H), 2, 4).astype(cache.dtype)
 
-        return GeneratedCache(jax.tree.map(put, self.kv, new), self.column + 1)
+        new, put = jax.tree.map(aligned, self.kv, new), functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=4)
+        if self.column.ndim == 0:
+            kv = jax.tree.map(lambda cache, x: put(cache, x, self.column), self.kv, new)
+        else:
+            kv = _write_rows(self.kv, new, self.column)
+        return GeneratedCache(kv, self.column + jax.tree.leaves(new)[0].shape[4])
+
+
+def _write_rows(kv: KV, new: KV, column_PR: jax.Array) -> KV:
+    """Writes [layers, P, R, K, W, H] at the column of each row, row after row in place. A scatter would copy the cache."""
+
+    def write(kv: KV, new: KV, column_PR: jax.Array) -> KV:
+        P, R = column_PR.shape  # of one device
+
+        def row(i: jax.Array, kv: KV) -> KV:
+            p, r = i // R, i % R
+
+            def put(cache: jax.Array, x: jax.Array) -> jax.Array:
+                x = jax.lax.dynamic_slice(x, (0, p, r, 0, 0, 0), (x.shape[0], 1, 1, *x.shape[3:]))
+                return jax.lax.dynamic_update_slice(cache, x, (0, p, r, 0, column_PR[p, r], 0))
+
+            return jax.tree.map(put, kv, new)
+
+        return jax.lax.fori_loop(0, P * R, row, kv)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return write(kv, new, column_PR)
+    specs = jax.tree.map(lambda x: spec_for("generated cache", x.shape, GENERATED_AXES, mesh), (kv, new))
+    rows = spec_for("columns", column_PR.shape, ("batch", None), mesh)
+    return jax.shard_map(write, mesh=mesh, in_specs=(*specs, rows), out_specs=specs[0], check_vma=False)(kv, new, column_PR)
 
 
 def prefill(model: ARTransformer, params, ids_PS: jax.Array, lengths_P: jax.Array) -> tuple[jax.Array, PromptCache]:
@@ -73,13 +106,10 @@ def prefill(model: ARTransformer, params, ids_PS: jax.Array, lengths_P: jax.Arra
     return hidden_PD, PromptCache(kv, lengths_P)
 
 
-def decode_step(
-    model: ARTransformer, params, ids_PR: jax.Array, prompt: PromptCache, generated: GeneratedCache, vision: bool = True
+def extend(
+    model: ARTransformer, params, ids_PWR: jax.Array, prompt: PromptCache, generated: GeneratedCache
 ) -> tuple[jax.Array, GeneratedCache]:
-    """Runs one token per rollout, ids [P, R]. Returns the normed hidden states [P, R, D] and the cache with that token written.
-
-    `vision=False` skips the vision layers, whose output never reaches a text token: exact where only text follows.
-    """
-    args = ids_PR, prompt.kv, prompt.lengths_P, generated.kv, generated.column
-    hidden_PRD, new = model.apply({"params": params}, *args, vision, method="decode_step")
-    return hidden_PRD, generated.write(new)
+    """Runs W tokens of every rollout, ids [P, W, R]. Returns the normed hidden states [P, W, R, D] and the cache with them written."""
+    args = ids_PWR, prompt.kv, prompt.lengths_P, generated.kv, generated.column
+    hidden_PWRD, new = model.apply({"params": params}, *args, method="extend")
+    return hidden_PWRD, generated.write(new)

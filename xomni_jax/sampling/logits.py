@@ -14,6 +14,7 @@ from xomni_jax.models.vocab_heads import token_logp
 
 COLDEST = 1e-6  # below, float32 logits divided by the temperature may overflow; the likeliest token is certain long before
 STRONGEST = 1e4  # guidance beyond it overflows likewise
+WIDEST = 256  # codes of a pass; wider ones cost more than they find
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class SamplingConfig:
       top_p: keep the smallest set of most probable tokens whose total probability reaches it; 1 is off
       min_p: keep tokens of at least min_p times the largest probability; 0 is off
       guidance: weight w of neg + w * (cond - neg) on log-probabilities; 1 is off
+      window: codes of an image that a pass of the transformer runs: the same image in fewer passes, see `sampling.parallel`
     """
 
     temperature: float = 1.0
@@ -33,6 +35,7 @@ class SamplingConfig:
     top_p: float = 1.0
     min_p: float = 0.03
     guidance: float = 1.0
+    window: int = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -45,6 +48,8 @@ class SamplingConfig:
             raise ValueError(f"sampling top_p={self.top_p} is outside (0, 1]; use 1 to turn it off")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"sampling min_p={self.min_p} is outside [0, 1]; use 0 to turn it off")
+        if not 1 <= self.window <= WIDEST:
+            raise ValueError(f"sampling window={self.window} is not a number of codes from 1 to {WIDEST}; use 1 to draw one per pass")
         if not 0 <= self.guidance <= STRONGEST:
             raise ValueError(f"sampling guidance={self.guidance} is not a number from 0 to {STRONGEST:g}; use 1 to turn it off")
 

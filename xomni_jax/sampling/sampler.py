@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from xomni_jax.sampling.generate import draw_codes, start_codes
+from xomni_jax.sampling.engine import Engine
 from xomni_jax.sampling.logits import SamplingConfig
+from xomni_jax.sampling.parallel import ParallelSampler
+from xomni_jax.sampling.segments import Segment, image_spec
 
 SEGMENT = 512  # codes
 
@@ -26,34 +28,56 @@ class Sampler:
     """Rollouts in segments of equal length: the programs, and the loop over them. Between segments the caller may stop.
 
     Attributes:
-      start: the jitted (params, prompt ids [P, S], lengths [P], keys [P, R], negative prompts | None) -> `start_codes`.
-      draw: the jitted (params, prompt cache, state, keys) -> `draw_codes` of a segment; the state is donated: the cache never moves.
-      segment, segments: codes of one segment, and how many make an image.
+      start: the jitted (params, prompt ids [P, S], lengths [P], keys [P, R], negative prompts | None) -> `Engine.start`.
+      draw: the jitted (params, prompt cache, state, keys) -> (state, a part of what `generate_codes` returns);
+        the state is donated: the cache never moves.
+      segment, segments: codes of one segment, and how many make an image. With `sampling.window` above 1 a call goes on until that many
+        more codes of the slowest image are certain.
+      whole: a call returns images from their beginning, certain or not, rather than a segment of them.
     """
 
     start: Callable[..., Any]
     draw: Callable[..., Any]
     segment: int
     segments: int
+    whole: bool = False
 
     @classmethod
-    def make(cls, net: nn.Module, n_codes: int, sampling: SamplingConfig, most: int = SEGMENT, return_mask: bool = False) -> Sampler:
-        """The programs for images of `n_codes`, at most `most` of them in a segment. `return_mask`: see `generate_codes`."""
+    def make(
+        cls, net: nn.Module, grid: tuple[int, int], sampling: SamplingConfig, most: int = SEGMENT, return_mask: bool = False
+    ) -> Sampler:
+        """The programs for images of a grid of codes, at most `most` of them in a segment. `return_mask`: see `generate_codes`."""
+        engine, n_codes = Engine(net), grid[0] * grid[1]
         segment = segment_length(n_codes, most)
+        if sampling.window > 1:
+            parallel = ParallelSampler(engine, image_spec(n_codes, sampling), grid[1], return_mask)
+
+            def start_draft(params, ids_PS, lengths_P, keys_PR, negative):
+                prompt, state = engine.start(params, (ids_PS, lengths_P), keys_PR.shape[1], parallel.room, negative)
+                return prompt, parallel.begin(params, state, keys_PR)
+
+            def draw_some(params, prompt, draft, keys_PR):
+                until = jnp.minimum((jnp.min(draft.count) // segment + 1) * segment, n_codes)
+                draft = parallel.advance(params, prompt, draft, keys_PR, until)
+                return draft, _found(parallel.image(draft))
+
+            return cls.of(jax.jit(start_draft), jax.jit(draw_some, donate_argnums=2), n_codes, most, whole=True)
+        spec = image_spec(segment, sampling)
 
         def start(params, ids_PS, lengths_P, keys_PR, negative):
-            return start_codes(net, params, ids_PS, lengths_P, n_codes, keys_PR.shape[1], sampling, negative)
+            return engine.start(params, (ids_PS, lengths_P), keys_PR.shape[1], n_codes, negative)
 
         def draw(params, prompt, state, keys_PR):
-            return draw_codes(net, params, prompt, state, segment, keys_PR, sampling, return_mask)
+            state, part = engine.sample(params, prompt, state, spec, keys_PR, return_mask, state.cache.column)
+            return state, _found(part)
 
         return cls.of(jax.jit(start), jax.jit(draw, donate_argnums=2), n_codes, most)
 
     @classmethod
-    def of(cls, start: Callable[..., Any], draw: Callable[..., Any], n_codes: int, most: int = SEGMENT) -> Sampler:
+    def of(cls, start: Callable[..., Any], draw: Callable[..., Any], n_codes: int, most: int = SEGMENT, whole: bool = False) -> Sampler:
         """The loop over programs that were made for the same sizes."""
         segment = segment_length(n_codes, most)
-        return cls(start, draw, segment, n_codes // segment)
+        return cls(start, draw, segment, n_codes // segment, whole)
 
     def __call__(self, params, ids_PS, lengths_P, keys_PR, negative, between: Callable[[], None] | None = None):
         """What `generate_codes` returns. `between` is called between segments, with at most one of them under way; it may raise.
@@ -67,4 +91,8 @@ class Sampler:
                 between()
             state, out = self.draw(params, prompt, state, keys_PR)
             made.append(out)
-        return made[0] if self.segments == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=2), *made)
+        return made[-1] if self.segments == 1 or self.whole else jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=2), *made)
+
+
+def _found(image: Segment) -> dict[str, jax.Array | None]:
+    return {"codes": image.ids, "logp": image.logp, "sampling_mask": image.kept}

@@ -23,9 +23,10 @@ from xomni_jax.checkpoint.store import fingerprint
 from xomni_jax.core.http import Refusal
 from xomni_jax.data.preprocess import preprocess, to_pixels
 from xomni_jax.pipeline import XOmni
-from xomni_jax.sampling.generate import replay_logp
+from xomni_jax.sampling.engine import Engine
 from xomni_jax.sampling.keys import NOISE, image_keys
 from xomni_jax.sampling.logits import SamplingConfig, TracedSampling
+from xomni_jax.sampling.segments import Segment, image_spec
 from xomni_jax.sequence.padding import IMAGE_STEPS, bucket
 from xomni_jax.serving.options import ServeOptions
 from xomni_jax.serving.scheduler import Job, Row, Scheduler
@@ -193,8 +194,13 @@ class ServedModel:
 
     @functools.cached_property
     def _entropy(self) -> Callable[..., Any]:
-        net, plain = self.model.module("transformer"), SamplingConfig(top_k=0, min_p=0.0)
-        return jax.jit(lambda params, ids, lengths, codes: replay_logp(net, params, ids, lengths, codes, plain)[1])
+        engine, plain = Engine(self.model.module("transformer")), SamplingConfig(top_k=0, min_p=0.0)
+
+        def entropy(params, ids_BS, lengths_B, codes_BT):
+            image = Segment(codes_BT, kind="image", spec=image_spec(codes_BT.shape[1], plain))
+            return engine.score(params, (ids_BS, lengths_B), (image,))[0][1]
+
+        return jax.jit(entropy)
 
 
 @dataclass

@@ -16,10 +16,11 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from xomni_jax.pipeline import XOmni
-from xomni_jax.sampling.cache import GENERATED_AXES, PROMPT_AXES, GeneratedCache, decode_step, prefill
-from xomni_jax.sampling.generate import RolloutState, draw_codes, start_codes
+from xomni_jax.sampling.cache import GENERATED_AXES, PROMPT_AXES, extend
+from xomni_jax.sampling.engine import Engine, RolloutState
 from xomni_jax.sampling.logits import SamplingConfig, TracedSampling, draw
 from xomni_jax.sampling.sampler import segment_length
+from xomni_jax.sampling.segments import image_spec
 from xomni_jax.sequence.padding import pad_prompts
 from xomni_jax.sharding.rules import spec_for, unconstrained
 
@@ -123,15 +124,16 @@ class Slots:
 
 def image_slots(model: XOmni, grid: tuple[int, int], shape: TracedSampling, count: int, prompt_length: int, segment: int) -> Slots:
     """Slots for images of Y x X codes, at most `segment` codes at a time. `shape`: see `Slots`."""
-    net, n_codes = model.module("transformer"), grid[0] * grid[1]
+    engine, n_codes = Engine(model.module("transformer")), grid[0] * grid[1]
     segment = segment_length(n_codes, segment)
 
     def start(params, ids_PS, lengths_P, negative):
-        return start_codes(net, params, ids_PS, lengths_P, n_codes, 1, shape, negative)
+        return engine.start(params, (ids_PS, lengths_P), 1, n_codes, negative)
 
     def draw_row(params, prompt, state, key, sampling):
-        state, out = draw_codes(net, params, prompt, state, segment, key[None, None], sampling)
-        return state, {"tokens": out["codes"][0, 0], "logp": out["logp"][0, 0]}
+        codes = image_spec(segment, sampling)
+        state, part = engine.sample(params, prompt, state, codes, key[None, None], first=state.cache.column)
+        return state, {"tokens": part.ids[0, 0], "logp": part.logp[0, 0]}
 
     return Slots(model, start, draw_row, count, prompt_length, segment, shape)
 
@@ -141,15 +143,14 @@ def text_slots(model: XOmni, max_tokens: int, shape: TracedSampling, count: int,
     net = model.module("transformer")
 
     def start(params, ids_PS, lengths_P, negative):
-        hidden_PD, prompt = prefill(net, params, ids_PS, lengths_P)
-        return prompt, RolloutState(hidden_PD[:, None], GeneratedCache.empty(net.cfg, 1, 1, max_tokens, vision=False))
+        return Engine(net).start(params, (ids_PS, lengths_P), 1, max_tokens, vision=False)
 
     def draw_row(params, prompt, state, key, sampling):
         def step(state, _):
             logits = net.apply({"params": params}, state.hidden_PRD, method="text_logits")
             tokens_PR, logp_PR, _ = draw(logits, jax.random.fold_in(key, state.cache.column)[None, None], sampling)
-            state = RolloutState(*decode_step(net, params, tokens_PR, prompt, state.cache, vision=False))
-            return state, {"tokens": tokens_PR[0, 0], "logp": logp_PR[0, 0]}
+            hidden_PWRD, cache = extend(net, params, tokens_PR[:, None], prompt, state.cache)
+            return RolloutState(hidden_PWRD[:, 0], cache), {"tokens": tokens_PR[0, 0], "logp": logp_PR[0, 0]}
 
         return jax.lax.scan(step, state, length=segment)
 

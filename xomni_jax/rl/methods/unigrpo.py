@@ -28,10 +28,12 @@ from xomni_jax.models.autoencoder import unpack
 from xomni_jax.models.registry import COMPONENTS, abstract_params, boxed_shapes, init_params
 from xomni_jax.rl import grpo
 from xomni_jax.rl.flow_objective import FlowConfig, add_up, flow_loss
-from xomni_jax.rl.grpo import MODELS, Bucket, GRPORun, GRPOStage, abstract_batch, all_prompts, check_divides, check_prompts
+from xomni_jax.rl.grpo import MODELS, Bucket, GRPORun, GRPOStage, abstract_batch, check_divides
+from xomni_jax.rl.prompts import Prompts, all_prompts, check_prompts
 from xomni_jax.rl.rewards import Rewards
 from xomni_jax.rl.rollouts import Rollouts, param_converter
-from xomni_jax.rl.update import Advantages, Policy, RolloutBatch, frozen_logp, loss_and_gradient
+from xomni_jax.rl.trajectory import Trajectory
+from xomni_jax.rl.update import Advantages, Policy, frozen_logp, loss_and_gradient
 from xomni_jax.sampling.decoder import DECODER_COMPONENTS, DecodeConfig, Decoder, to_uint8
 from xomni_jax.sampling.flow import flow_sigmas
 from xomni_jax.sampling.flow_sde import FlowPath, sde_sample
@@ -43,7 +45,6 @@ from xomni_jax.sharding.rules import constrain, map_rows
 from xomni_jax.training.accumulate import gradient, split_rows
 from xomni_jax.training.adapters import export_trained
 from xomni_jax.training.components import (
-    DataIterator,
     check_heads,
     check_trainable,
     decode_settings,
@@ -85,6 +86,11 @@ class UniGRPORun(GRPORun):
             raise ValueError(f"learn={self.learn} must hold transformer, mmdit, or both")
         if self.lora.rank or self.decoder_mesh.fsdp:
             raise ValueError("stage unigrpo trains whole components on one mesh; leave lora.rank and decoder_mesh.fsdp at 0")
+        c, beside = self.rollout, self.sft.weight or self.entropy.coef or self.restraint.signals
+        if beside or c.refills or c.reference != "start":
+            raise ValueError(
+                "stage unigrpo has its own update; leave sft.weight, entropy.coef, restraint.signals, rollout.refills and rollout.reference as they are"
+            )
         if len(self.data.sizes) > 1:
             raise ValueError(f"data has images of {len(self.data.sizes)} sizes; stage unigrpo takes one")
 
@@ -129,11 +135,11 @@ def flow_gradient(
 ) -> tuple[Any, dict[str, jax.Array]]:
     """Gradient of the MMDiT, and metrics, over the noisy steps of (rollouts, their `FlowRows`)."""
     steps = cfg.flow.window
-    n_items = jnp.maximum(jnp.sum(rows[0].ok_B), 1) * steps
+    n_items = jnp.maximum(jnp.sum(rows[0].ok[0]), 1) * steps
 
     def loss(params, part):
         batch, flow = part
-        codes_BYX = batch.codes_BT.reshape(-1, *grid)
+        codes_BYX = batch.segments[0].ids.reshape(-1, *grid)
         semantics = vq.apply({"params": frozen["siglip_vq"]}, codes_BYX, method="semantics")
         cond = decoder.condition(frozen, flow.text_BS, flow.pooled_BS, semantics)
 
@@ -142,7 +148,7 @@ def flow_gradient(
             x, sigma_B = flow.path.before_BWTC[:, offset], jnp.asarray(sigmas)[flow.path.step_B + offset]
             velocity = decoder.velocity({"mmdit": params}, x, sigma_B, cond, grid)
             reference = decoder.velocity(frozen, x, sigma_B, cond, grid) if cfg.flow.penalty_coef else None
-            return flow_loss(velocity, reference, flow.path, offset, sigmas, batch.adv_B, batch.ok_B, cfg.flow, n_items)
+            return flow_loss(velocity, reference, flow.path, offset, sigmas, batch.advantage[0], batch.ok[0], cfg.flow, n_items)
 
         values, metrics = jax.lax.map(one, jnp.arange(steps))
         return jnp.sum(values), add_up(metrics)
@@ -183,16 +189,16 @@ def make_update(
         state, optim = state.apply(optimizer, grads)
         return state, metrics | optim
 
-    def update(state, frozen, batch: RolloutBatch, noisy: FlowRows, reward_PR, given_PR, key):
-        adv_PR, metrics = advantages(reward_PR, batch.ok_B.reshape(reward_PR.shape))
-        batch = batch._replace(adv_B=(adv_PR if given_PR is None else given_PR).reshape(-1))
+    def update(state, frozen, batch: Trajectory, noisy: FlowRows, reward_PR, given_PR, key):
+        adv_PR, metrics = advantages(reward_PR, batch.ok[0].reshape(reward_PR.shape))
+        batch = batch.replace(advantage=((adv_PR if given_PR is None else given_PR).reshape(-1),))
         old = frozen_logp(policy, state.params["transformer"], batch, cfg.accumulate) if codes and updates > 1 else None
         ref = frozen_logp(policy, frozen["transformer"], batch, cfg.accumulate) if codes and reference else None
         rows = (batch, old, ref, noisy)
         if updates == 1:
             state, learned = one_update(state, rows, frozen)
             return state, metrics | learned
-        order_B = jax.random.permutation(key, batch.adv_B.shape[0])
+        order_B = jax.random.permutation(key, batch.ok[0].shape[0])
         minibatches = split_rows(jax.tree.map(lambda x: x[order_B], rows), updates)
         state, stacked = jax.lax.scan(lambda state, rows: one_update(state, rows, frozen), state, minibatches)
         learned = {name: (jnp.max if name.endswith("_max") else jnp.mean)(value) for name, value in stacked.items()}
@@ -232,10 +238,10 @@ class UniGRPOStage(GRPOStage):
         weights = jax.eval_shape(layout, params)
 
         # ---- programs ----
-        policy = Policy(transformer.ARTransformer(ar), cfg.sampling, c.logit_chunk)
+        policy = Policy(transformer.ARTransformer(ar), c.logit_chunk)
         decoder = Decoder(**{name: COMPONENTS[name].module(models[name]) for name in DECODER_COMPONENTS})
         vq = COMPONENTS["siglip_vq"].module(models["siglip_vq"])
-        sampler = Sampler.make(policy.model, T, cfg.sampling, c.segment, return_mask=cfg.sampling.truncates)
+        sampler = Sampler.make(policy.model, grid, cfg.sampling, c.segment, return_mask=cfg.sampling.truncates)
         shape = RolloutShape(rows, cfg.grpo.rollouts_per_prompt, c.prompt_length, T)
         programs = sampler_programs(sampler, ar, weights, shape, cfg.sampling.guided, c.chunks, mesh)
         programs["layout"] = Program(
@@ -315,7 +321,7 @@ class UniGRPOStage(GRPOStage):
             rewards.close()
             raise
         flops = FlopCount()
-        sampler = Sampler.of(made["prefill"].fn, made["rollout"].fn, grid[0] * grid[1], cfg.rollout.segment)
+        sampler = Sampler.of(made["prefill"].fn, made["rollout"].fn, grid[0] * grid[1], cfg.rollout.segment, cfg.sampling.window > 1)
         own = (
             model, model, grid, cfg.grpo.rollouts_per_prompt, cfg.rollout, cfg.advantage, cfg.sampling, decode, sampler,
             lambda params: made["layout"].fn(params["transformer"]), rewards, stop,
@@ -324,17 +330,18 @@ class UniGRPOStage(GRPOStage):
         noisy = NoisyRollouts(*own, NoisySteps(cfg.flow, flops(made["flow-decode"].fn), frozen), shared)
         update = flops(made["unigrpo-update"].fn)
 
-        def learn(state, frozen, batch, *rewards):
-            return update(state, frozen, batch, noisy.steps.rows(), *rewards)
+        def learn(state, frozen, batch, reward_PR, given_PR, key, *_):  # neither signals nor packed rows: see `UniGRPORun`
+            return update(state, frozen, batch, noisy.steps.rows(), reward_PR, given_PR, key)
 
         def grid_of(state: TrainState, number: int) -> Grid:
             model.set_params("mmdit", state.params["mmdit"], models["mmdit"])
             return grpo.sample_grid(cfg, {cfg.data.sizes[0]: Bucket(Rollouts(*own), learn)}, state, number)
 
+        data = Prompts(prompts, functools.partial(all_prompts, cfg, rows), rewards)
         return RunningStage(
             state,
-            DataIterator(prompts, functools.partial(all_prompts, cfg, rows)),
-            functools.partial(grpo.train_step, cfg, {cfg.data.sizes[0]: Bucket(noisy, learn)}, frozen, set()),
+            data,
+            functools.partial(grpo.train_step, cfg, {cfg.data.sizes[0]: Bucket(noisy, learn)}, frozen, set(), data),
             lambda state, directory, note: export_trained(
                 directory, {name: (state.params[name], models[name]) for name in cfg.learn}, cfg.lora, model, note
             ),
