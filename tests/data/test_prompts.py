@@ -16,7 +16,8 @@ from xomni_jax.core.config import ConfigError
 from xomni_jax.data.rendered import SIGNS
 from xomni_jax.data.sources import batches
 from xomni_jax.evaluation.held_out import with_benchmarks
-from xomni_jax.rl.grpo import GRPORun, check_prompts
+from xomni_jax.rl.grpo import GRPORun
+from xomni_jax.rl.prompts import check_prompts
 
 
 def prompts(path, **options):

@@ -11,7 +11,7 @@ import pytest
 from xomni_jax.cli.main import explain
 from xomni_jax.core.preemption import Outage, StepRefused, StopRequested
 from xomni_jax.rewards import Score
-from xomni_jax.rl import grpo, rollouts
+from xomni_jax.rl import grpo, prompts, rollouts
 from xomni_jax.rl.rewards import Rewards
 from xomni_jax.sharding import arrays
 
@@ -79,7 +79,7 @@ def test_hosts_exchange_prompts_of_different_sources(monkeypatch):
     monkeypatch.setattr(arrays, "gather_json", lambda own: [json.loads(json.dumps(own)), {"rows": [2, 3], "columns": there}])
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     here = {"caption": ["a", "b"], "targets": [{"text": ["A"]}, {}], "source": ["signs", "signs"], "size": [(8, 16), (8, 16)], "id": [0, 1]}
-    assert grpo.all_prompts(grpo.GRPORun(batch_size=4), [0, 1], here) == {
+    assert prompts.all_prompts(grpo.GRPORun(batch_size=4), [0, 1], here) == {
         "caption": ["a", "b", "c", "d"], "targets": [{"text": ["A"]}, {}, {}, {}], "rewards": [None, None, {"ocr": 2.0}, None],
         "source": ["signs", "signs", "mine", "mine"], "size": (8, 16),
     }  # fmt: skip

@@ -89,7 +89,8 @@ class UniGRPORun(GRPORun):
         c, beside = self.rollout, self.sft.weight or self.entropy.coef or self.restraint.signals
         if beside or c.refills or c.reference != "start":
             raise ValueError(
-                "stage unigrpo has its own update; leave sft.weight, entropy.coef, restraint.signals, rollout.refills and rollout.reference as they are"
+                "stage unigrpo has an update of its own; leave sft.weight, entropy.coef, restraint.signals, rollout.refills and "
+                "rollout.reference as they are"
             )
         if len(self.data.sizes) > 1:
             raise ValueError(f"data has images of {len(self.data.sizes)} sizes; stage unigrpo takes one")
