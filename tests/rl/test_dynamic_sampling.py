@@ -10,6 +10,7 @@ from xomni_jax.rl.dynamic_sampling import refilled
 from xomni_jax.rl.trajectory import Trajectory
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sampling.segments import Segment, image_spec
+from xomni_jax.sharding.mesh import make_mesh
 
 P, R, T = 4, 2, 3
 
@@ -35,7 +36,9 @@ def test_flat_groups_are_replaced_until_none_is_left_or_the_budget_is_spent():
     rows, total, _, _ = drawn(0, FIRST)
     for budget, groups in ((1, [0, 101, 2, 3]), (2, [0, 101, 200, 202]), (9, [0, 101, 200, 202])):
         asked = []
-        got, combined, measured = refilled(lambda n: asked.append(n) or others[n], budget, rows, total, {"perf/rollout_s": 1.0})
+        got, combined, measured = refilled(
+            lambda n: asked.append(n) or others[n], budget, rows, total, {"perf/rollout_s": 1.0}, make_mesh({})
+        )
         wanted = np.array([100 * (g // 100) + R * (g % 100) + r for g in groups for r in range(R)])
         np.testing.assert_array_equal(got.segments[0].ids, np.tile(wanted[:, None], T))
         np.testing.assert_array_equal(got.negative[1], wanted + 1)
@@ -50,14 +53,18 @@ def test_flat_groups_are_replaced_until_none_is_left_or_the_budget_is_spent():
 
 def test_a_batch_that_teaches_is_left_alone():
     rows, total, _, _ = drawn(0, [[0, 1]] * P)
-    got, combined, measured = refilled(lambda n: pytest.fail("nothing is to be drawn"), 3, rows, total, {})
-    assert got is rows and combined is total and measured == {"rollout/refills": 0, "rollout/replaced_frac": 0}
+    got, combined, measured = refilled(lambda n: pytest.fail("nothing is to be drawn"), 3, rows, total, {}, make_mesh({}))
+    assert (
+        all(jax.tree.leaves(jax.tree.map(np.array_equal, got, rows)))
+        and combined is total
+        and measured == {"rollout/refills": 0, "rollout/replaced_frac": 0}
+    )
 
 
-def test_groups_keep_their_places_on_a_mesh():
-    sharding = jax.NamedSharding(jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)), jax.P("data"))
-    place = lambda batch: (jax.device_put(batch[0], sharding), *batch[1:])  # noqa: E731
-    rows, total, _, _ = place(drawn(0, FIRST))
-    got, _, _ = refilled(lambda n: place(drawn(n, [[0, 1]] * P)), 1, rows, total, {})
-    assert all(x.sharding == sharding for x in jax.tree.leaves(got))
-    np.testing.assert_array_equal(got.prompts[1], np.repeat([0, 1, 1, 1], R))
+def test_groups_lie_on_the_mesh_refilled_or_not():
+    mesh = make_mesh(dict(fsdp=4), jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        for first, lengths in ((FIRST, [0, 1, 1, 1]), ([[0, 1]] * P, [0] * P)):
+            got, _, _ = refilled(lambda n: drawn(n, [[0, 1]] * P), 1, *drawn(0, first)[:2], {}, mesh)
+            assert all(x.sharding.shard_shape(x.shape)[0] == P * R // 4 for x in jax.tree.leaves(got))
+            np.testing.assert_array_equal(got.prompts[1], np.repeat(lengths, R))

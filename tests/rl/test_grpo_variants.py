@@ -14,6 +14,7 @@ from tests.rl.test_grpo import grpo_config
 from tests.training.test_stages import assert_same, metrics, params
 from xomni_jax.rl import grpo
 from xomni_jax.sharding.mesh import make_mesh
+from xomni_jax.training.operations import CompileLog
 from xomni_jax.training.run import run_stage
 
 PROMPTS, WEIGHT = Path(__file__).parent / "prompts.jsonl", 2  # of the reward, in every line
@@ -34,7 +35,10 @@ def test_a_run_with_everything_else(model_dir, tmp_path, monkeypatch):
     with pixel_service() as service:
         service.score = lambda image: float(zlib.crc32(image) > 0.85 * 2**32)  # half of the groups are flat
         config = grpo_config(run, model_dir, service.url, "steps=2", "grid_every=0", *OTHERS)
-        assert run_stage(config) == run / "model"
+        with CompileLog() as log:
+            assert run_stage(config) == run / "model"
+            names = log.since()
+        assert sum(name.startswith("jit(update)") for name in names) == 1  # for both steps, refilled or not
         shutil.copytree(run, straight)
         # As if it had been killed in the second step.
         shutil.rmtree(run / "checkpoints" / "2")
@@ -72,7 +76,8 @@ def test_a_plan_has_what_the_options_add(tmp_path):
         made, before = (grpo.GRPOStage.programs(c, configs(), mesh) for c in (cfg, plain))
         update = made["policy-update"]
         state, metrics = jax.eval_shape(update.fn, *update.args)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(lambda x: (x.shape, x.dtype), update.args[0])
+    alike = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), tree)  # noqa: E731
+    assert alike(state) == alike(jax.eval_shape(made.create))
     assert {"loss/sft", "control/kl_coef", "control/fall", "grpo/kl"} <= set(metrics) and update.args[1] is None
     assert set(before.persistent) - set(made.persistent) == {"reference"} and set(made.persistent) - set(before.persistent) == {"average"}
     work, least = update.work, before["policy-update"].work

@@ -132,7 +132,8 @@ class Control:
         """Arrays of the training state at the start of a run."""
         state, S = dict[str, Any](), len(self.restraint.signals)
         if self.entropy.target is not None:
-            state["entropy_coef"] = entropy_coef(self.entropy, 0.0, self.entropy.target)
+            # Of float32 as after an update, not of a number's weak type, for which the update would be compiled again.
+            state["entropy_coef"] = jnp.asarray(entropy_coef(self.entropy, 0.0, self.entropy.target), jnp.float32)
         if S:
             zeros = jnp.zeros(S)
             state["restraint"] = {"seen": jnp.zeros(S, jnp.int32), "first": zeros, "mean": zeros, "variance": zeros}

@@ -401,7 +401,7 @@ def train_step(
     if cfg.rollout.refills:
         again = lambda n: rollouts(state.params, *asked(next(data)), key_for(cfg.seed, number, n), number / cfg.steps)  # noqa: E731
         ids = data.ids
-        rows, total, measured = refilled(again, cfg.rollout.refills, rows, total, measured)
+        rows, total, measured = refilled(again, cfg.rollout.refills, rows, total, measured, rollouts.model.mesh)
         data.ids = ids + data.ids
     began = time.perf_counter()
     reward_PR = jnp.asarray(np.nan_to_num(total.total_PR), jnp.float32)
