@@ -38,7 +38,8 @@ def run(model: str, seconds: float) -> Report:
     table += [(str(count), f"{rate:.3g}", f"{rate / plain:.2f}", *map(duration, tail)) for count, rate, *tail in rows]
     lines = [
         f"serve: {SLOTS} slots, clients that ask for one image of the model's own size after the other",
-        machine_line("service and clients share the cores", None) + ("" if None in (before, machine.load()) else f"; load {before:g} before"),
+        machine_line("service and clients share the cores", None)
+        + ("" if None in (before, machine.load()) else f"; load {before:g} before"),
         "", aligned(table), "",
         f"In this process, without a service: {plain:.3g} images/s in batches of {SLOTS}, {alone:.3g} one at a time "
         f"(32 clients: {rows[-1][1] / alone:.2f} of that).",

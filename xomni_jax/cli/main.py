@@ -23,6 +23,7 @@ COMMANDS = {
     "train": "run a training stage: tokenizer, pretrain, sft, decoder, grpo",
     "eval": "score models on the paper's benchmarks, and measure what reinforcement learning changed",
     "data": "sets of images to train on; check files of your own, look at them, make their codes once; files of benchmarks",
+    "report": "curves, images, differences and events of training runs on one page",
     "compare": "paired differences between runs of one benchmark",
     "convert": "turn downloaded PyTorch checkpoints into a model directory",
     "export": "turn a model directory back into the released PyTorch layout",
