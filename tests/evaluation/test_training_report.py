@@ -28,7 +28,7 @@ def a_run(path, steps=40, seed=0, grids=3):
     (path / "config.json").write_text(json.dumps({"stage": "sft", "seed": seed, "optimizer": {"learning_rate": 0.1}}))
     (path / "skipped.jsonl").write_text(json.dumps({"step": 5, "grad_norm": "inf", "ids": ["<a>", "b"]}) + "\n")
     for n in range(grids):
-        Image.fromarray(np.full((8, 16, 3), 80 * n, np.uint8)).save(path / "images" / f"step_{10 * n:06d}.png")
+        Image.fromarray(np.full((8, 16, 3), 80 * n % 256, np.uint8)).save(path / "images" / f"step_{10 * n:06d}.png")
         (path / "images" / f"step_{10 * n:06d}.jsonl").write_text(json.dumps({"caption": f"caption {n} </script>"}) + "\n")
     return path
 
