@@ -1,4 +1,4 @@
-"""Prints the Kubernetes manifest of a training run or of a reward service, for `kubectl apply -f -`.
+"""Prints the Kubernetes manifest of a training run or of a service that scores or draws, for `kubectl apply -f -`.
 
 The templates beside this file are YAML, whose values this script checks and fills in. It needs Python 3.11 and this checkout, but no
 installed package.
@@ -17,7 +17,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from xomni_jax.sharding.slices import parse  # noqa: E402
+from xomni_jax.sharding.slices import Slice, parse  # noqa: E402
 from xomni_jax.sharding.xla_flags import libtpu_init_args  # noqa: E402
 
 ACCELERATORS = {  # chip -> label of its node pools
@@ -40,6 +40,8 @@ Training on one slice, and on two of spot machines; a service that reads text, o
       xomni serve-reward ocr --host 0.0.0.0 --port 8000 --workers 4 | kubectl apply -f -
   python launch/gke/render.py service judge --image vllm/vllm-openai:latest --gpu nvidia-h100-80gb --gpus 2 --secret judge -- \\
       vllm serve Qwen/Qwen2.5-VL-32B-Instruct --port 8000 --tensor-parallel-size 2 | kubectl apply -f -
+  python launch/gke/render.py service draw --slice v6e-8 --image SERVE_IMAGE --secret serve --memory 64Gi -- \\
+      xomni serve --host 0.0.0.0 --port 8000 --model MODEL --mesh data=8 | kubectl apply -f -
 
 Without `| kubectl apply -f -` the manifest is only shown; it contains no secret. Secrets and settings are objects of the cluster that you
 create from the environment of this shell (launch/README.md): --secret and --config-map name them, and each of their keys becomes an
@@ -70,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     service.add_argument("--cpus", type=int, default=4, metavar="N", help="CPU cores of each pod (default 4)")
     service.add_argument("--memory", default="8Gi", metavar="SIZE", help="memory of each pod (default 8Gi)")
     service.add_argument("--gpu", metavar="TYPE", help="type of GPU, such as nvidia-l4 or nvidia-h100-80gb; without it, CPUs only")
+    service.add_argument("--slice", help="TPU slice of one host for each pod, such as v6e-8, for xomni serve")
     service.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs of each pod, with --gpu (default 1)")
     service.add_argument(
         "--clients",
@@ -87,21 +90,23 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def slice_labels(tpu: Slice) -> dict[str, str]:
+    """Labels of the node pool of a slice."""
+    topology = "x".join(map(str, tpu.topology))
+    return {"cloud.google.com/gke-tpu-accelerator": ACCELERATORS[tpu.chip], "cloud.google.com/gke-tpu-topology": topology}
+
+
 def train_values(args: argparse.Namespace) -> dict:
     """The values of train.yaml."""
     tpu = parse(args.slice)
     if args.slices > 1 and tpu.hosts == 1:
         raise ValueError(f"--slices {args.slices}: slices of one host, such as {tpu.name}, cannot train together; take a larger --slice")
-    labels = {
-        "cloud.google.com/gke-tpu-accelerator": ACCELERATORS[tpu.chip],
-        "cloud.google.com/gke-tpu-topology": "x".join(map(str, tpu.topology)),
-    }
     spot = {"key": "cloud.google.com/gke-spot", "operator": "Equal", "value": "true", "effect": "NoSchedule"}
     return {
         "slices": args.slices,
         "hosts": tpu.hosts,
         "chips_per_host": tpu.chips_per_host,
-        "node_selector": labels | ({spot["key"]: "true"} if args.spot else {}),
+        "node_selector": slice_labels(tpu) | ({spot["key"]: "true"} if args.spot else {}),
         "tolerations": [spot] if args.spot else [],
         "libtpu_init_args": libtpu_init_args(args.slice, args.slices),
         "bucket": args.bucket.removeprefix("gs://").rstrip("/"),
@@ -112,17 +117,26 @@ def train_values(args: argparse.Namespace) -> dict:
 
 def service_values(args: argparse.Namespace, command: list[str]) -> dict:
     """The values of service.yaml."""
+    if args.slice and args.gpu:
+        raise ValueError(f"--slice {args.slice} and --gpu {args.gpu}: a pod has one kind of accelerator; leave one out")
     size = {"cpu": str(args.cpus), "memory": args.memory}
-    gpus = {"nvidia.com/gpu": args.gpus} if args.gpu else {}
+    accelerators, node_selector = {}, {}
+    if args.gpu:
+        accelerators, node_selector = {"nvidia.com/gpu": args.gpus}, {"cloud.google.com/gke-accelerator": args.gpu}
+    elif args.slice:
+        tpu = parse(args.slice)
+        if tpu.hosts > 1:
+            raise ValueError(f"--slice {tpu.name} has {tpu.hosts} hosts, a service runs on one; take a smaller one")
+        accelerators, node_selector = {"google.com/tpu": tpu.chips_per_host}, slice_labels(tpu)
     return {
         "replicas": args.replicas,
         "port": args.port,
-        "node_selector": {"cloud.google.com/gke-accelerator": args.gpu} if args.gpu else {},
+        "node_selector": node_selector,
         "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}] if args.gpu else [],
         "ready": "/ready" if command[0] == "xomni" else "/health",  # others, such as vLLM, answer only when they are ready
         "clients": [{"podSelector": {}}, *({"ipBlock": {"cidr": network}} for network in args.clients)],
-        "requests": size | gpus,
-        "limits": {"memory": args.memory} | gpus,
+        "requests": size | accelerators,
+        "limits": {"memory": args.memory} | accelerators,
     }
 
 

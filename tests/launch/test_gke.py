@@ -150,6 +150,17 @@ def test_service(gpu):
         assert pod["spec"]["nodeSelector"] == {} and "nvidia.com/gpu" not in limits and container["resources"]["requests"]["cpu"] == "8"
 
 
+def test_a_service_on_a_slice():
+    line = "service draw --slice v6e-8 --memory 64Gi --image i -- xomni serve --host 0.0.0.0 --port 8000 --mesh data=8"
+    deployment, *others = manifests(line)
+    for manifest in (deployment, *others):
+        kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
+    pod = deployment["spec"]["template"]["spec"]
+    assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "2x4"
+    resources = pod["containers"][0]["resources"]
+    assert resources["limits"] == {"memory": "64Gi", "google.com/tpu": 8} and resources["requests"]["google.com/tpu"] == 8
+
+
 def test_values_cannot_break_out_of_their_place():
     done = subprocess.run(
         [sys.executable, "launch/gke/render.py", *TRAIN.split(), "--slice", "v6e-16", "--", "echo", 'a"\nb: ${HOME} $x ü😀'],
@@ -171,6 +182,8 @@ def test_values_cannot_break_out_of_their_place():
         (f"{TRAIN} --slice v6e-16", "the command is missing; write it after --"),
         (f"{TRAIN.replace('sft', 'Sft', 1)} --slice v6e-16 {COMMAND}", "'Sft': names are at most 40 lower-case"),
         (f"service ocr --image i --secret KEY=v {COMMAND}", "'KEY=v': names are"),
+        (f"service draw --image i --slice v6e-16 {COMMAND}", "has 4 hosts, a service runs on one"),
+        (f"service draw --image i --slice v6e-8 --gpu nvidia-l4 {COMMAND}", "a pod has one kind of accelerator"),
         (f"service ocr --image i --clients anywhere {COMMAND}", "--clients anywhere is no network"),
     ],
 )

@@ -115,5 +115,5 @@ def test_images_copy_what_exists():
     kept = {line[1:] for line in (ROOT / "launch/Dockerfile.dockerignore").read_text().splitlines() if line.startswith("!")}
     copied = {line.split()[1] for line in text.splitlines() if line.startswith("COPY")}
     assert {name.split("/")[0] for name in copied} == kept and all((ROOT / name).exists() for name in copied)
-    extras = set(re.findall(r"pip install -e '\.\[(\w+)\]'", text))
-    assert extras == {"tpu", "rewards"} and all(f'"{e}":' in (ROOT / "setup.py").read_text() for e in extras)
+    extras = {name for names in re.findall(r"pip install -e '\.\[([\w,]+)\]'", text) for name in names.split(",")}
+    assert extras == {"tpu", "rewards", "serve"} and all(f'"{e}":' in (ROOT / "setup.py").read_text() for e in extras)
