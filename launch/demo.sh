@@ -26,6 +26,9 @@ echo "== 3/4  GRPO"
 [ -d "$out/grpo/model" ] || xomni train --config=configs/tiny/demo.py --config.run_dir="$out/grpo" \
   --config.rewards.ocr.urls="('$url_ocr',)" --config.rewards.shapes.urls="('$url_shapes',)"
 
+xomni report "$out/grpo" --out "$out/training.html"
+
 echo "== 4/4  held-out prompts: SFT, best-of-N, RL"
 xomni eval effect --sft "$sft" --rl "$out/grpo/model" --ocr "$url_ocr" --shapes "$url_shapes" "${second[@]}" \
   --seed 1 --rl-samples 4 --sweep-samples 1 --first-image "$out/first/seconds" --started "$began" --out "$out"
+echo "both models side by side, on a page: xomni serve --model sft=$sft --model rl=$out/grpo/model --reward ocr=$url_ocr (while the services run)"

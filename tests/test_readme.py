@@ -13,7 +13,8 @@ from xomni_jax.core.config import ConfigError
 from xomni_jax.training.stage import load_config
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "launch/README.md", ROOT / "configs/README.md", *sorted(ROOT.glob("configs/*/README.md"))]
+READMES = ("README.md", "launch/README.md", "configs/README.md", "xomni_jax/serving/README.md")
+DOCUMENTS = [*(ROOT / name for name in READMES), *sorted(ROOT.glob("configs/*/README.md"))]
 TEXT = DOCUMENTS[0].read_text()
 
 

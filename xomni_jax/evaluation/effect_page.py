@@ -52,6 +52,7 @@ def write_report(effect: Effect, report: dict[str, Any], path: str | Path) -> Pa
         cards=headline(report),
         settings=settings,
         training=training_charts(effect.run),
+        curves=Path(path).with_name("training.html").is_file(),  # which launch/demo.sh wrote before
         sweep_note=sweep_note(report),
         without_guidance=prompts(effect, "guidance_off"),
         with_guidance=prompts(effect, "guidance_on"),
