@@ -6,8 +6,8 @@ import pytest
 
 from xomni_jax.pipeline import XOmni
 from xomni_jax.sampling.keys import image_keys
-from xomni_jax.sampling.logits import GREEDY, SamplingConfig
-from xomni_jax.serving.slots import image_slots, text_slots
+from xomni_jax.sampling.logits import GREEDY, SamplingConfig, TracedSampling
+from xomni_jax.serving.slots import Entry, image_slots, text_slots
 from xomni_jax.sharding.mesh import make_mesh
 
 GRID, PROMPTS = (2, 4), ["a", 'a red sign that says "AB"', "two blue circles"]
@@ -26,7 +26,8 @@ def drawn(slots, rows, joins):
         for (prompt, key, settings, slot), at in zip(rows, joins):
             if at == n:
                 ids = model.tokenizer.generation_prompt(prompt, *GRID)
-                slots.enter([slot], ids, model.tokenizer.image_prefix(*GRID) if slots.guided else None, key[None], settings)
+                negative = model.tokenizer.image_prefix(*GRID) if slots.shape.guided else None
+                slots.enter([Entry(slot, ids, negative, np.asarray(jax.random.key_data(key)), settings)])
         out = slots.advance()["tokens"]
         for row, (*_, slot), at in zip(made, rows, joins):
             if at <= n < at + 8 // slots.segment:
@@ -39,11 +40,11 @@ def test_rows_that_join_between_segments_draw_what_they_draw_alone(model, guided
     """To the bit, and the codes of the pipeline's own sampler."""
     keys = image_keys(3, 3)
     settings = [SamplingConfig(s.temperature, s.top_k, s.top_p, s.min_p, 2.0) for s in SETTINGS] if guided else SETTINGS
-    slots = image_slots(model, GRID, guided, 4, 64, 2)
+    shape = TracedSampling.of(settings[1])
+    slots = image_slots(model, GRID, shape, 4, 64, 2)
     rows = [(p, k, s, slot) for p, k, s, slot in zip(PROMPTS, keys, settings, (2, 0, 3))]
     together = drawn(slots, rows, [0, 1, 3])
-    fresh = image_slots(model, GRID, guided, 4, 64, 2)
-    alone = [drawn(fresh, [(*row[:3], 1)], [0])[0] for row in rows]
+    alone = [drawn(slots, [(*row[:3], 1)], [0])[0] for row in rows]
     np.testing.assert_array_equal(together, alone)
     own = [model.sample_codes([p], GRID, k[None, None], s)["codes"].reshape(-1) for p, k, s, _ in rows]
     np.testing.assert_array_equal(together, own)
@@ -51,16 +52,17 @@ def test_rows_that_join_between_segments_draw_what_they_draw_alone(model, guided
 
 def test_a_mesh_draws_the_same(model, model_dir):
     """Slots are split over the data axes, heads over tensor."""
-    sharded = image_slots(model.on(make_mesh({"data": 2, "tensor": 2}, jax.devices()[:4])), GRID, False, 4, 64, 4)
+    shape = TracedSampling.of(SETTINGS[1])
+    sharded = image_slots(model.on(make_mesh({"data": 2, "tensor": 2}, jax.devices()[:4])), GRID, shape, 4, 64, 4)
     rows = [(p, k, s, slot) for p, k, s, slot in zip(PROMPTS, image_keys(3, 3), SETTINGS, (2, 0, 3))]
-    np.testing.assert_array_equal(drawn(sharded, rows, [0, 0, 1]), drawn(image_slots(model, GRID, False, 4, 64, 4), rows, [0, 0, 1]))
+    np.testing.assert_array_equal(drawn(sharded, rows, [0, 0, 1]), drawn(image_slots(model, GRID, shape, 4, 64, 4), rows, [0, 0, 1]))
 
 
 def test_texts_are_those_of_the_pipeline(model, rng):
     codes = rng.integers(0, 64, (2, *GRID))
-    slots = text_slots(model, 8, 2, 64, 4)
-    for slot, question in enumerate(("what?", "what colour is it?")):
-        slots.enter([slot], model.tokenizer.understanding_prompt(codes[slot], question), None, image_keys(0, 1), GREEDY)
+    slots = text_slots(model, 8, TracedSampling.of(GREEDY), 2, 64, 4)
+    prompts = [model.tokenizer.understanding_prompt(c, q) for c, q in zip(codes, ("what?", "what colour is it?"))]
+    slots.enter([Entry(slot, ids, None, np.zeros(2, np.uint32), GREEDY) for slot, ids in enumerate(prompts)])
     tokens = np.concatenate([slots.advance()["tokens"] for _ in range(2)], axis=1)
     own = np.asarray(model.answer_ids(codes, ["what?", "what colour is it?"], 8))
     for row, want in zip(tokens, own):

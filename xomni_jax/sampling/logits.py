@@ -70,7 +70,7 @@ class TracedSampling:
 
     Attributes:
       temperature, top_k, top_p, min_p, guidance: scalars, as in `SamplingConfig`.
-      guided: static, whether there are negative prompts.
+      guided, nucleus: static, whether there are negative prompts, and whether top_p may be below 1, which costs a sort of its own.
     """
 
     temperature: jax.Array
@@ -79,6 +79,7 @@ class TracedSampling:
     min_p: jax.Array
     guidance: jax.Array
     guided: bool = struct.field(pytree_node=False, default=False)
+    nucleus: bool = struct.field(pytree_node=False, default=True)
 
     @property
     def truncates(self) -> bool:
@@ -90,19 +91,21 @@ class TracedSampling:
         """The values of a configuration, on the host."""
         numbers = (config.temperature, config.top_p, config.min_p, config.guidance)
         temperature, top_p, min_p, guidance = (np.float32(x) for x in numbers)
-        return cls(temperature, np.int32(min(config.top_k, 2**31 - 1)), top_p, min_p, guidance, config.guided)
+        return cls(temperature, np.int32(min(config.top_k, 2**31 - 1)), top_p, min_p, guidance, config.guided, config.top_p < 1)
 
     def tempered(self, scores: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(scores / temperature, `sampling_mask`): guided scores [..., V] -> float32 and bool [..., V]."""
         V, greedy = scores.shape[-1], self.temperature == 0
         z = scores.astype(jnp.float32) / jnp.where(greedy, 1.0, self.temperature)
-        order = jnp.argsort(z, axis=-1, stable=True)  # ascending; what top-k drops comes first, so that it serves top-p as well
-        ranked = jnp.take_along_axis(z, order, axis=-1)
         k = jnp.where(self.top_k > 0, jnp.minimum(self.top_k, V), V)
-        least = jnp.take_along_axis(ranked, jnp.broadcast_to(V - k, (*z.shape[:-1], 1)), axis=-1)
-        total = jnp.cumsum(jax.nn.softmax(jnp.where(ranked >= least, ranked, -jnp.inf), axis=-1), axis=-1)
-        keep = ((total > 1 - self.top_p) | (self.top_p >= 1)).at[..., -1].set(True)
-        mask = (z >= least) & jnp.take_along_axis(keep, jnp.argsort(order, axis=-1), axis=-1)
+        least = jnp.take_along_axis(jnp.sort(z, axis=-1), jnp.broadcast_to(V - k, (*z.shape[:-1], 1)), axis=-1)
+        mask = z >= least
+        if self.nucleus:
+            order = jnp.argsort(z, axis=-1, stable=True)
+            ranked = jnp.take_along_axis(jnp.where(mask, z, -jnp.inf), order, axis=-1)
+            total = jnp.cumsum(jax.nn.softmax(ranked, axis=-1), axis=-1)
+            keep = ((total > 1 - self.top_p) | (self.top_p >= 1)).at[..., -1].set(True)
+            mask &= jnp.take_along_axis(keep, jnp.argsort(order, axis=-1), axis=-1)
         p = jax.nn.softmax(jnp.where(mask, z, -jnp.inf), axis=-1)
         mask &= p >= self.min_p * jnp.max(p, axis=-1, keepdims=True)
         return z, jnp.where(greedy, jax.nn.one_hot(jnp.argmax(scores, axis=-1), V, dtype=bool), mask)

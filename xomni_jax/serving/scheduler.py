@@ -16,7 +16,7 @@ import numpy as np
 
 from xomni_jax.core.http import Refusal
 from xomni_jax.sampling.logits import SamplingConfig
-from xomni_jax.serving.slots import Slots
+from xomni_jax.serving.slots import Entry, Slots
 
 
 @dataclass(eq=False)
@@ -42,7 +42,7 @@ class Job:
       lane: what rows must have in common to run in one batch: model, size, whether they are guided.
       make_slots: makes the slots of the lane, where there are none.
       ids_S, negative_S: the prompt, and the one that guidance steers away from.
-      keys: a PRNG key per row. sampling: how its tokens are chosen.
+      keys: data of a PRNG key per row. sampling: how its tokens are chosen.
       length: tokens of a row. stop: the token that ends it before; -1: none does.
       advanced: told after every segment of a row and whether it is complete; runs in the scheduler's thread.
       failed: told (status, sentence) once when the job ends without its rows.
@@ -54,7 +54,7 @@ class Job:
     make_slots: Callable[[], Slots]
     ids_S: np.ndarray
     negative_S: np.ndarray | None
-    keys: Any
+    keys: np.ndarray
     sampling: SamplingConfig
     length: int
     stop: int
@@ -230,20 +230,19 @@ class Scheduler:
         return True
 
     def _fill(self, lane: _Lane) -> None:
-        """Gives free slots to the waiting jobs in turn, a row each; the rows of a job that enter together share one prefill."""
-        entering: dict[Job, list[int]] = {}
+        """Gives free slots to the waiting jobs in turn, a row each."""
+        entering = []
         for slot in (slot for slot, row in enumerate(lane.rows) if row is None):
             if not lane.waiting:
                 break
             job = lane.waiting.popleft()
             lane.rows[slot] = Row(job, job.begun)
-            entering.setdefault(job, []).append(slot)
+            entering.append(Entry(slot, job.ids_S, job.negative_S, job.keys[job.begun], job.sampling))
             job.begun += 1
             self._count(-1)
             if job.begun < job.count:
                 lane.waiting.append(job)
-        for job, slots in entering.items():
-            lane.slots.enter(slots, job.ids_S, job.negative_S, job.keys[np.array([lane.rows[s].index for s in slots])], job.sampling)
+        lane.slots.enter(entering)
 
     def _fail(self, lane: _Lane, status: int, sentence: str) -> None:
         for job in {*lane.waiting, *(row.job for row in lane.rows if row is not None)}:

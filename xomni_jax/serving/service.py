@@ -24,7 +24,7 @@ from xomni_jax.data.preprocess import preprocess
 from xomni_jax.pipeline import XOmni
 from xomni_jax.sampling.generate import replay_logp
 from xomni_jax.sampling.keys import NOISE, image_keys
-from xomni_jax.sampling.logits import SamplingConfig
+from xomni_jax.sampling.logits import SamplingConfig, TracedSampling
 from xomni_jax.sequence.padding import IMAGE_STEPS, bucket
 from xomni_jax.serving.options import ServeOptions
 from xomni_jax.serving.scheduler import Job, Row, Scheduler
@@ -80,6 +80,8 @@ class ServedModel:
         limit = min(options.max_prompt_tokens, model.decode_config.text_length - 1) if self._own_text else options.max_prompt_tokens
         self.prompt_tokens = limit
         self._encoders: OrderedDict[tuple[int, ...], Callable[..., Any]] = OrderedDict()
+        # Every size of a batch is a program: few of them, a factor of about 4 apart.
+        self.batch_sizes = sorted({-(-options.slots // 4**n) for n in range(8)})
         if options.slots % model.num_data_shards:
             raise ValueError(
                 f"--slots {options.slots} does not divide over {model.num_data_shards} data shards; make it a multiple of them"
@@ -117,14 +119,14 @@ class ServedModel:
         self.check_prompt(prompt)
         grid, tokenizer, o = self.model.grid(*size), self.model.tokenizer, self.options
         prefix = tokenizer.image_prefix(*grid)
-        length, guided = bucket(self.prompt_tokens + len(prefix)), sampling.guided
+        length, shape = bucket(self.prompt_tokens + len(prefix)), TracedSampling.of(sampling)
         segment = max(1, min(o.segment, grid[0] * grid[1] // 4))
         return Job(
-            ("images", self.name, grid, guided),
-            lambda: image_slots(self.model, grid, guided, o.slots, length, segment),
+            ("images", self.name, grid, shape.guided, shape.nucleus),
+            lambda: image_slots(self.model, grid, shape, o.slots, length, segment),
             tokenizer.generation_prompt(prompt, *grid),
-            prefix if guided else None,
-            image_keys(seed, np.array(numbers)),
+            prefix if shape.guided else None,
+            _key_data(seed, numbers),
             sampling,
             grid[0] * grid[1],
             -1,
@@ -140,13 +142,13 @@ class ServedModel:
             raise ValueError(f"the conversation has {words} tokens of text, this service takes {o.max_prompt_tokens}; shorten it")
         ids = tokenizer.conversation_prompt(turns)
         length, limit = bucket(len(ids), IMAGE_STEPS), min(o.max_answer_tokens, tokenizer.text.model_max_length)
-        segment = min(8, limit)
+        segment, shape = min(8, limit), TracedSampling.of(sampling)
         return Job(
-            ("answers", self.name, length),
-            lambda: text_slots(self.model, limit, o.slots, length, segment),
+            ("answers", self.name, length, shape.nucleus),
+            lambda: text_slots(self.model, limit, shape, o.slots, length, segment),
             ids,
             None,
-            image_keys(seed, 1),
+            _key_data(seed, [0]),
             sampling,
             max_tokens,
             tokenizer.end_of_turn,
@@ -173,10 +175,15 @@ class ServedModel:
         return self._encoders[shape]
 
     def decode(self, pictures: Sequence[_Picture]) -> list[Image.Image]:
-        """Images of codes of one size, in batches of at most so many as there are slots."""
-        codes_BYX = np.stack([p.codes_YX for p in pictures])
-        noise_BTC = self.model.noise(jnp.stack([p.noise_key for p in pictures]), codes_BYX.shape[1:])
-        return self.model.decode(codes_BYX, [p.prompt for p in pictures], noise_BTC, batch_size=self.options.slots)
+        """Images of codes of one size, in batches of few sizes, filled up with copies of the first."""
+        images: list[Image.Image] = []
+        while left := pictures[len(images) :]:
+            size = next(size for size in self.batch_sizes if size >= len(left) or size == self.batch_sizes[-1])
+            part = [*left[:size], *left[:1] * (size - len(left))]
+            codes_BYX = np.stack([p.codes_YX for p in part])
+            noise_BTC = self.model.noise(jnp.stack([p.noise_key for p in part]), codes_BYX.shape[1:])
+            images += self.model.decode(codes_BYX, [p.prompt for p in part], noise_BTC, batch_size=size)[: len(left)]
+        return images
 
     def entropy(self, prompt: str, codes_YX: np.ndarray) -> np.ndarray:
         """Entropy [Y, X] in nats of the model's distribution of each code, given the prompt and the codes before it."""
@@ -317,8 +324,9 @@ class Service:
         """Loads the models and compiles what a request of each model's own size needs."""
 
         async def one(served: ServedModel) -> None:
-            async for _ in self.draw(served, "a", served.default, 0, [0], SamplingConfig()):
-                pass
+            for count in served.batch_sizes:
+                async for _ in self.draw(served, "a", served.default, 0, range(count), SamplingConfig()):
+                    pass
 
         for served in self.models.values():
             asyncio.run(one(served))
@@ -334,6 +342,10 @@ class Service:
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         yield events, tell, lambda status, sentence: tell(Refusal(status, sentence, 0))
+
+
+def _key_data(seed: int, numbers: Sequence[int]) -> np.ndarray:
+    return np.asarray(jax.random.key_data(image_keys(seed, np.array(numbers))))
 
 
 async def _next(events: asyncio.Queue) -> Any:
