@@ -14,8 +14,9 @@ from PIL import Image
 from xomni_jax.core.http import listen
 from xomni_jax.pipeline import XOmni
 from xomni_jax.sampling.logits import SamplingConfig
+from xomni_jax.serving.app import create_app
 from xomni_jax.serving.options import ServeOptions
-from xomni_jax.serving.server import App, create_app
+from xomni_jax.serving.server import App
 from xomni_jax.serving.service import ServedModel, Service
 
 SMALL = dict(slots=4, segment=2, max_prompt_tokens=64, max_answer_tokens=16, max_queue=16, max_images=8)

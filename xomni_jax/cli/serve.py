@@ -47,7 +47,8 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     from xomni_jax.core import http
     from xomni_jax.rewards.client import RewardClient
     from xomni_jax.sampling.logits import SamplingConfig
-    from xomni_jax.serving.server import TOKEN, App, create_app
+    from xomni_jax.serving.app import create_app
+    from xomni_jax.serving.server import TOKEN, App
     from xomni_jax.serving.service import ServedModel, Service
 
     options = ServeOptions(**{f.name: getattr(args, f.name) for f in dataclasses.fields(ServeOptions)})

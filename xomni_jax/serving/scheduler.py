@@ -152,6 +152,7 @@ class Scheduler:
                     self._guarded(key, lane)
             self._after()
             self.seconds_busy += time.monotonic() - began
+        self._take(block=False)
         for lane in self._lanes.values():
             self._fail(lane, 503, "the service is stopping; ask another one, or later")
 

@@ -6,6 +6,7 @@ import asyncio
 import functools
 import hashlib
 import math
+import sys
 import time
 from collections import OrderedDict, defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from PIL import Image
 
 from xomni_jax.checkpoint.store import fingerprint
 from xomni_jax.core.http import Refusal
-from xomni_jax.data.preprocess import preprocess
+from xomni_jax.data.preprocess import preprocess, to_pixels
 from xomni_jax.pipeline import XOmni
 from xomni_jax.sampling.generate import replay_logp
 from xomni_jax.sampling.keys import NOISE, image_keys
@@ -77,8 +78,9 @@ class ServedModel:
         for size in self.sizes:
             model.grid(*size)
         self.default = own if own in self.sizes else self.sizes[0]
-        limit = min(options.max_prompt_tokens, model.decode_config.text_length - 1) if self._own_text else options.max_prompt_tokens
-        self.prompt_tokens = limit
+        # An encoder with a tokenizer of its own truncates, as released; the other has room for so many.
+        most = [options.max_prompt_tokens, *([] if model.encoder_tokenizer("t5") else [model.decode_config.text_length - 1])]
+        self.prompt_tokens = min(most)
         self._encoders: OrderedDict[tuple[int, ...], Callable[..., Any]] = OrderedDict()
         # Every size of a batch is a program: few of them, a factor of about 4 apart.
         self.batch_sizes = sorted({-(-options.slots // 4**n) for n in range(8)})
@@ -87,16 +89,11 @@ class ServedModel:
                 f"--slots {options.slots} does not divide over {model.num_data_shards} data shards; make it a multiple of them"
             )
 
-    @property
-    def _own_text(self) -> bool:
-        return self.model.encoder_tokenizer("t5") is None
-
     @functools.cached_property
     def hash(self) -> str:
         """Identifies the weights that images depend on."""
-        parts = [
-            fingerprint(name, self.model.params(name), self.model.config(name)) for name in sorted(self.model.description["components"])
-        ]
+        m = self.model
+        parts = [fingerprint(name, m.params(name), m.config(name)) for name in sorted(m.description["components"])]
         return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
 
     def nearest(self, height: int, width: int) -> list[tuple[int, int]]:
@@ -159,9 +156,10 @@ class ServedModel:
     # ---- in the scheduler's thread ----
     def encode(self, image: Image.Image, size: tuple[int, int] | None = None) -> np.ndarray:
         """Codes [Y, X] of an image after the released preprocessing, or stretched to a size."""
-        if size is not None:
-            image = image.resize(size[::-1], Image.Resampling.BICUBIC)
-        pixels = preprocess(image, self.model.preprocess_config)
+        if size is None:
+            pixels = preprocess(image, self.model.preprocess_config)
+        else:
+            pixels = to_pixels(np.asarray(image.resize(size[::-1], Image.Resampling.BICUBIC)))
         return np.asarray(self._encoder(pixels.shape)(self.model.params("siglip_vq"), pixels[None]))[0]
 
     def _encoder(self, shape: tuple[int, ...]) -> Callable[..., Any]:
@@ -190,10 +188,8 @@ class ServedModel:
         ids_S = np.zeros((1, bucket(self.prompt_tokens + 16)), np.int32)
         ids = self.model.tokenizer.generation_prompt(prompt, *codes_YX.shape)
         ids_S[0, : len(ids)] = ids
-        lengths = np.array([len(ids)], np.int32)
-        return np.asarray(self._entropy(self.model.params("transformer"), ids_S, lengths, codes_YX.reshape(1, -1)))[0].reshape(
-            codes_YX.shape
-        )
+        inputs = ids_S, np.array([len(ids)], np.int32), codes_YX.reshape(1, -1)
+        return np.asarray(self._entropy(self.model.params("transformer"), *inputs)).reshape(codes_YX.shape)
 
     @functools.cached_property
     def _entropy(self) -> Callable[..., Any]:
@@ -228,7 +224,7 @@ class Service:
             try:
                 images = served.decode(pictures)
             except Exception as error:  # noqa: BLE001 - such as no memory
-                print(f"xomni serve: decoder of {served.name}: {type(error).__name__}: {error}", flush=True)
+                print(f"xomni serve: decoder of {served.name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
                 for job in {picture.row.job for picture in pictures}:
                     job.cancelled = True
                     job.failed(500, "the image could not be decoded; the service's log says why")
@@ -296,12 +292,8 @@ class Service:
                 while not complete:
                     tokens, complete = await _next(events)
                     text = served.model.tokenizer.decode_text(tokens).lstrip()
-                    if complete:
-                        text = text.rstrip()
-                    elif (
-                        text.endswith("\ufffd") or text != text.rstrip()
-                    ):  # of a character that is not complete; a blank that may be the last
-                        text = text.rstrip("\ufffd").rstrip()
+                    # Before the end, without what may change: part of a character, blanks that may be the last.
+                    text = text.rstrip() if complete else text.rstrip("\ufffd \n\t")
                     new, told = text[len(told) :], text if len(text) > len(told) else told
                     yield new, len(tokens), complete and tokens[-1] == job.stop
             finally:
