@@ -8,21 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.serving.running import image_of, served
-from tests.serving.test_server import Darkest
-from xomni_jax.pipeline import XOmni
+from tests.serving.running import image_of
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 sync_api = pytest.importorskip("playwright.sync_api")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
 DONE = ".drawing:first-child .cell:enabled"
-
-
-@pytest.fixture(scope="module")
-def running(model_dir):
-    model = XOmni(model_dir)
-    with served({"sft": model, "rl": model}, {"dark": Darkest()}) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -15,33 +14,13 @@ import openai
 import pytest
 from PIL import Image
 
+from tests.cli.test_main import refusal, settings  # noqa: F401 - a fixture
 from tests.serving.fuzz import fuzz
-from tests.serving.running import image_of, served, uri_of
-from xomni_jax.pipeline import XOmni
-from xomni_jax.rewards import Score
+from tests.serving.running import image_of, uri_of
 from xomni_jax.serving import server
 
 PROMPTS = ["a", 'a red sign that says "AB"', "two blue circles", "b", "c d"]
 IMAGES, CHAT = "/v1/images/generations", "/v1/chat/completions"
-
-
-class Darkest:
-    """A reward client that likes dark images, and does not know the third."""
-
-    def score(self, images, items):
-        assert items[0] == {"prompt": 'a sign "AB"', "targets": {"text": ["AB"]}, "group": "1"}
-        return [Score(-float(x.mean())) if i != 2 else Score(None, "lost") for i, x in enumerate(images)]
-
-
-@pytest.fixture(scope="module")
-def model(model_dir):
-    return XOmni(model_dir)
-
-
-@pytest.fixture(scope="module")
-def running(model):
-    with served({"small": model}, {"dark": Darkest()}) as (state, url):
-        yield state, url
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +42,7 @@ def codes_of(answer):
 
 
 def test_the_official_client_draws_what_the_pipeline_draws(client, model):
-    answer = client.images.generate(prompt=PROMPTS[1], model="small", n=2, size="32x16", extra_body={"seed": 3})
+    answer = client.images.generate(prompt=PROMPTS[1], model="sft", n=2, size="32x16", extra_body={"seed": 3})
     images = [image_of(entry.b64_json) for entry in answer.data]
     for image, own in zip(images, model.generate([PROMPTS[1]] * 2, seed=3), strict=True):
         np.testing.assert_array_equal(image, own)
@@ -74,7 +53,7 @@ def test_the_official_client_draws_what_the_pipeline_draws(client, model):
         and (about["seed"], about["index"], about["top_k"]) == (3, 1, 50)
         and len(about["hash"]) == 16
     )
-    assert [m.id for m in client.models.list()] == ["small"] and client.models.retrieve("small").owned_by == "xomni"
+    assert [m.id for m in client.models.list()] == ["sft", "rl"] and client.models.retrieve("sft").owned_by == "xomni"
 
 
 def test_the_official_client_streams_images(client):
@@ -95,8 +74,8 @@ def test_urls_are_kept_for_a_while(client, url):
 
 def test_requests_that_share_a_batch_draw_what_they_draw_alone(url):
     """Codes to the bit, with settings of their own, whatever joins and leaves."""
-    settings = [{}, {"temperature": 0.7}, {"top_k": 3}, {"n": 3}, {"temperature": 0.0}]
-    bodies = [dict(prompt=p, seed=n, return_codes=True, **s) for n, (p, s) in enumerate(zip(PROMPTS, settings))]
+    chosen = [{}, {"temperature": 0.7}, {"top_k": 3}, {"n": 3}, {"temperature": 0.0}]
+    bodies = [dict(prompt=p, seed=n, return_codes=True, **s) for n, (p, s) in enumerate(zip(PROMPTS, chosen))]
     alone = [codes_of(post(url, **body)) for body in bodies]
     with ThreadPoolExecutor(10) as pool:
         together = list(pool.map(lambda body: codes_of(post(url, **body)), bodies * 2))
@@ -108,7 +87,7 @@ def test_the_official_client_asks_about_an_image(client, model):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 40, 3), np.uint8))
     own = model.chat(image, "what is it?", 8)
     content = [{"type": "image_url", "image_url": {"url": uri_of(image)}}, {"type": "text", "text": "what is it?"}]
-    asked = dict(model="small", messages=[{"role": "user", "content": content}], max_tokens=8)
+    asked = dict(model="sft", messages=[{"role": "user", "content": content}], max_tokens=8)
     answer = client.chat.completions.create(**asked)
     assert answer.choices[0].message.content == own and answer.usage.completion_tokens <= 8
     chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
@@ -120,7 +99,7 @@ def test_the_official_client_asks_about_an_image(client, model):
         {"role": "assistant", "content": "x"},
         {"role": "user", "content": "and?"},
     ]
-    drawn = [client.chat.completions.create(model="small", messages=several, temperature=0.9, seed=4, max_tokens=8) for _ in range(2)]
+    drawn = [client.chat.completions.create(model="sft", messages=several, temperature=0.9, seed=4, max_tokens=8) for _ in range(2)]
     assert drawn[0].choices == drawn[1].choices
 
 
@@ -159,10 +138,10 @@ def shown(url):
     (IMAGES, {"prompt": " "}, 400, "prompt 1 is empty"),
     (IMAGES, {"prompt": "sign " * 40}, 400, "this model's decoder takes 31; shorten it"),
     (IMAGES, {"prompt": "<MM-Token-1>"}, 400, "contains the multimodal token"),
-    (IMAGES, {"prompt": "a", "size": "1024x1024"}, 400, "size 1024x1024 is not served by small; the nearest ones: 32x16"),
+    (IMAGES, {"prompt": "a", "size": "1024x1024"}, 400, "size 1024x1024 is not served by sft; the nearest ones: 32x16"),
     (IMAGES, {"prompt": "a", "size": "big"}, 400, "'big' is no size; write WIDTHxHEIGHT"),
     (IMAGES, {"prompt": "a", "temperature": 1e-9}, 400, "too small to divide logits by"),
-    (IMAGES, {"prompt": "a", "model": "large"}, 404, "there is no model 'large' here; use one of small"),
+    (IMAGES, {"prompt": "a", "model": "large"}, 404, "there is no model 'large' here; use one of sft, rl"),
     (IMAGES, {"prompt": "a", "best_of": 2, "reward": "ocr"}, 400, "best_of needs a reward of this service (dark)"),
     (CHAT, {"messages": [{"role": "user", "content": ""}]}, 400, "holds no question"),
     (CHAT, {"messages": [{"role": "assistant", "content": "a"}]}, 400, "the last message must be the user's"),
@@ -239,19 +218,32 @@ def test_a_token(running, monkeypatch):
 
 
 def test_the_command(model_dir):
-    """Port taken, and an orderly end."""
-    command = [sys.executable, "-m", "xomni_jax.cli.main", "serve", "--model", f"a={model_dir}", "--slots", "2", "--port"]
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
-        done = subprocess.run([*command, str(other.getsockname()[1])], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and "cannot be used" in done.stderr and len(done.stderr.strip().splitlines()) == 1
-    process = subprocess.Popen([*command, "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    """It says where it is ready, and ends in good order."""
+    command = [sys.executable, "-m", "xomni_jax.cli.main", "serve", "--model", f"a={model_dir}", "--slots", "1", "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     line = process.stdout.readline()
     assert line.startswith("xomni serve (a) ready on http://127.0.0.1:"), line + process.stderr.read()
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and err == ""
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        (["--model", "/nowhere"], "/nowhere: no such directory"),
+        (["--model", "a=MODEL", "--model", "a=MODEL"], "two models are called a"),
+        (["--sizes", "30x16"], "16x30 pixels are not whole 8x8 tokens; the nearest size that is: 16x32"),
+        (["--sizes", "big"], "--sizes 'big' is no size"),
+        (["--slots", "0"], "--slots 0 must be at least 1"),
+        (["--reward", "ocr"], "--reward 'ocr' is not NAME=URL"),
+        (["--port", "99999"], "--port 99999 is no port"),
+        (["--tls-cert", "/nowhere"], "must both name files"),
+    ],
+)
+def test_what_cannot_be_served_is_told(arguments, told, model_dir, capsys):
+    given = [word.replace("MODEL", str(model_dir)) for word in arguments]
+    assert told in refusal(capsys, "serve", *given, *(["--model", str(model_dir)] if "--model" not in given else []))
 
 
 def test_mutated_bodies_are_answered_or_refused(url):

@@ -1,10 +1,10 @@
 """Rows that come and go: what a row samples depends on itself alone."""
 
+import dataclasses
+
 import jax
 import numpy as np
-import pytest
 
-from xomni_jax.pipeline import XOmni
 from xomni_jax.sampling.keys import image_keys
 from xomni_jax.sampling.logits import GREEDY, SamplingConfig, TracedSampling
 from xomni_jax.serving.slots import Entry, image_slots, text_slots
@@ -12,11 +12,6 @@ from xomni_jax.sharding.mesh import make_mesh
 
 GRID, PROMPTS = (2, 4), ["a", 'a red sign that says "AB"', "two blue circles"]
 SETTINGS = [SamplingConfig(), SamplingConfig(temperature=0.8, top_k=0, top_p=0.9), SamplingConfig(temperature=0.0)]
-
-
-@pytest.fixture(scope="module")
-def model(model_dir):
-    return XOmni(model_dir)
 
 
 def drawn(slots, rows, joins):
@@ -35,11 +30,10 @@ def drawn(slots, rows, joins):
     return np.array(made)
 
 
-@pytest.mark.parametrize("guided", [False, True])
-def test_rows_that_join_between_segments_draw_what_they_draw_alone(model, guided):
-    """To the bit, and the codes of the pipeline's own sampler."""
+def test_rows_that_join_between_segments_draw_what_they_draw_alone(model):
+    """To the bit, and the codes of the pipeline's own sampler; without guidance: `test_server`."""
     keys = image_keys(3, 3)
-    settings = [SamplingConfig(s.temperature, s.top_k, s.top_p, s.min_p, 2.0) for s in SETTINGS] if guided else SETTINGS
+    settings = [dataclasses.replace(s, guidance=2.0) for s in SETTINGS]
     shape = TracedSampling.of(settings[1])
     slots = image_slots(model, GRID, shape, 4, 64, 2)
     rows = [(p, k, s, slot) for p, k, s, slot in zip(PROMPTS, keys, settings, (2, 0, 3))]
