@@ -10,7 +10,7 @@ import secrets
 import sys
 import time
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Mapping
 from contextlib import aclosing
 from importlib import resources
 from pathlib import Path
@@ -360,9 +360,9 @@ async def _all(events: AsyncIterator[T]) -> list[T]:
         return [event async for event in events]
 
 
-async def _until_gone(request: Any, answer: Coroutine[Any, Any, T]) -> T:
+async def _until_gone(request: Any, answer: Awaitable[T]) -> T:
     """The answer, unless the client closes its connection first. Refusal (499) then. The body has been read."""
-    task, gone = asyncio.create_task(answer), asyncio.create_task(request.receive())
+    task, gone = asyncio.ensure_future(answer), asyncio.create_task(request.receive())
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
