@@ -109,6 +109,6 @@ def test_services_start_and_end():
 
 
 def test_a_service_that_does_not_start_is_named():
-    with pytest.raises(BenchError, match="the reward service shapes did not start: .*--workers 0 must be at least 1"):
+    with pytest.raises(BenchError, match="the service shapes did not start: .*--workers 0 must be at least 1"):
         with services.running({"shapes": 0}):
             pass

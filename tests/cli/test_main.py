@@ -73,7 +73,7 @@ def test_help_fits_a_screen_and_help_all_explains_every_option(words, capsys, mo
         (["serve-reward", "ocr", "--port", "x"], "xomni serve-reward ocr: argument --port: invalid int value: 'x'"),
         (["export", "--from", "x", "--to", "y", "--dtype", "bfloat"], "argument --dtype: invalid choice: 'bfloat'; did you mean bfloat16?"),
         (["genrate", "a"], "xomni: argument SUBCOMMAND: invalid choice: 'genrate'; did you mean generate?"),
-        (["generate"], "xomni generate: the following arguments are required: PROMPT"),
+        (["chat"], "xomni chat: the following arguments are required: IMAGE, QUESTION"),
     ],
 )
 def test_a_mistake_is_answered_by_the_sentence_and_little_else(arguments, told, capsys):
@@ -122,7 +122,7 @@ def test_the_overview_lists_every_command(capsys):
     assert all(name in told for name in COMMANDS)
 
 
-@pytest.mark.parametrize("arguments", [[], ["paint"], ["generate"], ["inspect", "a", "--colour", "red"], ["generate", "a", "--seed", "x"]])
+@pytest.mark.parametrize("arguments", [[], ["paint"], ["chat"], ["inspect", "a", "--colour", "red"], ["generate", "a", "--seed", "x"]])
 def test_a_wrong_command_line_is_two(arguments, capsys):
     with pytest.raises(SystemExit) as done:
         main(arguments)

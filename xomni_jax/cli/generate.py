@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xomni_jax.cli.inference import add_adapter, add_drawing, add_model, opened, positive, share
+from xomni_jax.cli.inference import add_adapter, add_model, add_sampling, add_size, opened, positive, share
 from xomni_jax.core.folders import check_folder
 
 if TYPE_CHECKING:
@@ -37,10 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Prompts, size, sampling, output."""
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to draw; one image each")
     add_model(parser, "", "one device")
-    add_adapter(parser)
-    add_drawing(parser)
+    add_size(parser)
     parser.add_argument("--seed", type=int, default=0, help="image i depends on the seed, i and its prompt alone (default 0)")
     parser.add_argument("--out", default="images", metavar="DIR", help="folder for the images (default: images)")
+    rare = parser.add_rare_group("sampling, adapters")
+    add_sampling(rare)
+    add_adapter(rare)
     many = parser.add_argument_group("prompts in files")
     what = "draw all prompts of these files: a line of text each, jsonl, csv, or what xomni data kinds lists"
     many.add_argument("--prompts", dest="files", nargs="+", default=[], metavar="FILE", help=what)

@@ -175,8 +175,11 @@ $("upload").addEventListener("change", async () => {
   });
   try {
     const [model] = chosenModels();
-    const told = await json("/v1/xomni/encode", { image: src, model, reconstruct: true });
+    // The decoder reads the prompt, too: without it colours are its guess.
+    const prompt = $("prompt").value.trim();
+    const told = await json("/v1/xomni/encode", { image: src, model, reconstruct: true, prompt });
     const facts = `${told.codes.length} x ${told.codes[0].length} codes of ${told.model}`;
+    $("of").textContent = prompt ? "reconstructed from its codes and the prompt" : "reconstructed from its codes alone; a prompt in the form helps";
     open({ src, model: told.model, codes: told.codes, again: `data:image/png;base64,${told.b64_json}`, title: file.name, facts, name: file.name });
   } catch (error) {
     explain(error);
