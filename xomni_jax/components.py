@@ -28,6 +28,8 @@ from xomni_jax.sampling.decoder import DECODER_COMPONENTS, DecodeConfig, Decoder
 from xomni_jax.sequence.tokenizer import MultimodalTokenizer, read_tokenizer
 from xomni_jax.sharding.mesh import make_mesh
 from xomni_jax.sharding.rules import ROLLOUT_RULES, RULES, num_data_shards, param_shardings
+from xomni_jax.tokenizers.protocol import ImageTokenizer
+from xomni_jax.tokenizers.registry import IMAGE_TOKENIZERS, tokenizer_in
 
 
 class ModelComponents:
@@ -177,9 +179,15 @@ class ModelComponents:
         return {name: self.params(name) for name in DECODER_COMPONENTS}
 
     @property
+    def image_tokenizer(self) -> ImageTokenizer:
+        """The image tokenizer; its parameters are those of its component."""
+        name = tokenizer_in({**self.description["components"], **self._configs})
+        return IMAGE_TOKENIZERS[name](self.config(name))
+
+    @property
     def patch(self) -> int:
         """Pixels per token along a side."""
-        return self.config("siglip_vq").patch
+        return self.image_tokenizer.config.patch
 
     def kept(self, program: Callable[..., Any], *about: Any, donate: int | None = None) -> Callable[..., Any]:
         """A jitted program, on one CPU traced once for all processes; see `core.kept`."""

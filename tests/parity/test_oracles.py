@@ -1,0 +1,68 @@
+"""Published code run on small random weights, kept outside the repository: XOMNI_ORACLES names the folder.
+
+Each oracle is a folder with config.json, model.safetensors (the keys of the published checkpoint) and expected.npz (inputs and outputs in
+PyTorch's layout). Without the variable these tests are skipped; the goldens cover the same from torch modules of this repository.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import name_tables
+from tests.models import golden
+from xomni_jax.checkpoint.released_files import open_file
+from xomni_jax.models.registry import COMPONENTS
+
+pytestmark = pytest.mark.skipif("XOMNI_ORACLES" not in os.environ, reason="XOMNI_ORACLES names no folder of oracles")
+
+
+def opened(name: str, **fields):
+    """(module, parameters read as a conversion reads them, expected arrays, config.json) of an oracle; `fields` change the config."""
+    folder = Path(os.environ["XOMNI_ORACLES"]) / name
+    settings = json.loads((folder / "config.json").read_text())
+    ((component, read),) = open_file(folder / "model.safetensors").items()
+    source = read(**fields)
+    tensors = {rule.source: source.sources.read(rule.source) for rule in source.table.rules}
+    module = COMPONENTS[component].module(source.config)
+    params = name_tables.to_params(tensors, source.table, golden.shapes(module, *COMPONENTS[component].inputs(source.config)))
+    with np.load(folder / "expected.npz") as file:
+        return module, params, dict(file), settings
+
+
+def last(x: np.ndarray) -> np.ndarray:
+    """Channels from the second axis to the last."""
+    return np.moveaxis(x, 1, -1)
+
+
+def test_llamagen_vq():
+    model, params, want, _ = opened("llamagen_vq", entropy_weight=0.1)
+    pixels = last(want["image"])
+    run = lambda method, x: jax.jit(lambda p, x: model.apply({"params": p}, x, method=method))(params, x)  # noqa: E731
+    golden.assert_close(run(lambda m, x: m.encoder(x), pixels), last(want["encoder_out"]), "encoder")
+    golden.assert_close(run(lambda m, x: m.quant_conv(m.encoder(x)), pixels), last(want["quant_conv_out"]), "quant_conv")
+    np.testing.assert_array_equal(run("encode", pixels), want["indices"])
+    golden.assert_close(run("semantics", want["indices"]), last(want["quantized"]), "rows")
+    golden.assert_close(run("decode", want["indices"]), last(want["reconstruction"]), "reconstruction")
+    golden.assert_close(run("decode", want["random_indices"]), last(want["reconstruction_random_indices"]), "random codes")
+
+    def loss(p):
+        out = model.apply({"params": p}, pixels)
+        return jnp.mean(out["pixels"] ** 2) + out["losses"]["quantizer"], out["losses"]
+
+    (_, losses), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    for name, key, factor in (("codebook", "vq", 1), ("commitment", "commit", 0.25), ("entropy", "entropy", 0.1)):
+        golden.assert_close(factor * losses[name], want[f"train.{key}_loss"], name, 1e-3)
+    golden.assert_close(gradients["codebook"], want["train.grad.embedding"], "codebook gradient", 1e-3)
+    kernel = gradients["quant_conv"]["kernel"].T[:, :, None, None]
+    golden.assert_close(kernel, want["train.grad.quant_conv.weight"], "quant_conv gradient", 1e-3)
+    kernel = gradients["encoder"]["conv_in"]["kernel"].transpose(3, 2, 0, 1)
+    golden.assert_close(kernel, want["train.grad.encoder.conv_in.weight"], "conv_in gradient", 1e-3)
+    params["encoder"]["conv_in"] = {name: 0.003 * x for name, x in params["encoder"]["conv_in"].items()}  # shows a wrong epsilon
+    golden.assert_close(run(lambda m, x: m.encoder(x), pixels), last(want["eps_probe.encoder_out"]), "epsilon", 1e-3)
