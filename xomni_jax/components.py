@@ -25,6 +25,7 @@ from xomni_jax.models.lora import merge
 from xomni_jax.models.registry import COMPONENTS, boxed_shapes
 from xomni_jax.sampling.batches import Batch, make_batches
 from xomni_jax.sampling.decoder import DECODER_COMPONENTS, DecodeConfig, Decoder
+from xomni_jax.sequence.classes import ClassTokenizer
 from xomni_jax.sequence.tokenizer import MultimodalTokenizer, read_tokenizer
 from xomni_jax.sharding.mesh import make_mesh
 from xomni_jax.sharding.rules import ROLLOUT_RULES, RULES, num_data_shards, param_shardings
@@ -126,11 +127,13 @@ class ModelComponents:
         self._configs[name] = config
 
     @functools.cached_property
-    def tokenizer(self) -> MultimodalTokenizer:
-        """The text tokenizer with the ids of image codes."""
+    def tokenizer(self) -> MultimodalTokenizer | ClassTokenizer:
+        """The text tokenizer with the ids of image codes; of a class-conditional model, that of class numbers."""
         sizes = {}
         if "transformer" in self.description["components"]:
             c = self.config("transformer")
+            if c.grid_columns:
+                return ClassTokenizer(c.vocab_size - 1, c.grid_columns)
             sizes = {name: getattr(c, name) for name in ("vocab_size", "image_vocab_size", "mm_vocab_size")}
         return MultimodalTokenizer.load(self.folder("tokenizer"), **sizes)
 

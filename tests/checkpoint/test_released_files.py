@@ -51,7 +51,7 @@ def test_llamagen_vq(file, tmp_path):
 
 def test_a_file_of_another_model_is_refused(tmp_path):
     write_torch_file(tmp_path / "other.pt", {"weight": np.zeros(3, np.float32)})
-    with pytest.raises(ConversionError, match="other.pt: holds none of llamagen_vq") as error:
+    with pytest.raises(ConversionError, match="other.pt: is not a tokenizer or a class-conditional model of LlamaGen") as error:
         convert(tmp_path / "other.pt", None, tmp_path / "model", say=list)
     assert "\n" not in str(error.value) and not (tmp_path / "model").exists()
 

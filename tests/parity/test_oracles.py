@@ -1,12 +1,11 @@
 """Published code run on small random weights, kept outside the repository: XOMNI_ORACLES names the folder.
 
-Each oracle is a folder with config.json, model.safetensors (the keys of the published checkpoint) and expected.npz (inputs and outputs in
+Each oracle is a folder with model.safetensors (the keys of the published checkpoint) and expected.npz (inputs and outputs in
 PyTorch's layout). Without the variable these tests are skipped; the goldens cover the same from torch modules of this repository.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -15,25 +14,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import name_tables
 from tests.models import golden
+from tests.models.llamagen_parity import compare_c2i, inputs
+from xomni_jax.checkpoint.component_source import NewParts
+from xomni_jax.checkpoint.conversion import unflatten
 from xomni_jax.checkpoint.released_files import open_file
 from xomni_jax.models.registry import COMPONENTS
 
 pytestmark = pytest.mark.skipif("XOMNI_ORACLES" not in os.environ, reason="XOMNI_ORACLES names no folder of oracles")
 
 
-def opened(name: str, **fields):
-    """(module, parameters read as a conversion reads them, expected arrays, config.json) of an oracle; `fields` change the config."""
+def opened(name: str, parts: NewParts = NewParts(), **fields):
+    """(module, parameters as a conversion gives them, expected arrays) of an oracle; `fields` change the config."""
     folder = Path(os.environ["XOMNI_ORACLES"]) / name
-    settings = json.loads((folder / "config.json").read_text())
-    ((component, read),) = open_file(folder / "model.safetensors").items()
+    ((component, read),) = open_file(folder / "model.safetensors", parts).items()
     source = read(**fields)
-    tensors = {rule.source: source.sources.read(rule.source) for rule in source.table.rules}
-    module = COMPONENTS[component].module(source.config)
-    params = name_tables.to_params(tensors, source.table, golden.shapes(module, *COMPONENTS[component].inputs(source.config)))
+    readers, wrong = source.readers()
+    assert not wrong
     with np.load(folder / "expected.npz") as file:
-        return module, params, dict(file), settings
+        return COMPONENTS[component].module(source.config), unflatten({r.path: r.read() for r in readers}), dict(file)
 
 
 def last(x: np.ndarray) -> np.ndarray:
@@ -42,7 +41,7 @@ def last(x: np.ndarray) -> np.ndarray:
 
 
 def test_llamagen_vq():
-    model, params, want, _ = opened("llamagen_vq", entropy_weight=0.1)
+    model, params, want = opened("llamagen_vq", entropy_weight=0.1)
     pixels = last(want["image"])
     run = lambda method, x: jax.jit(lambda p, x: model.apply({"params": p}, x, method=method))(params, x)  # noqa: E731
     golden.assert_close(run(lambda m, x: m.encoder(x), pixels), last(want["encoder_out"]), "encoder")
@@ -66,3 +65,12 @@ def test_llamagen_vq():
     golden.assert_close(kernel, want["train.grad.encoder.conv_in.weight"], "conv_in gradient", 1e-3)
     params["encoder"]["conv_in"] = {name: 0.003 * x for name, x in params["encoder"]["conv_in"].items()}  # shows a wrong epsilon
     golden.assert_close(run(lambda m, x: m.encoder(x), pixels), last(want["eps_probe.encoder_out"]), "epsilon", 1e-3)
+
+
+def test_llamagen_c2i():
+    model, params, want = opened("llamagen_c2i", NewParts(heads=5, columns=5))
+    compare_c2i(model, params, want)
+    head = jax.jit(lambda p, ids: model.apply({"params": p}, model.apply({"params": p}, ids), method="image_logits"))
+    for name in ("mm_embed", "lm_embed"):
+        params[name] = {"table": 0.01 * params[name]["table"]}
+    golden.assert_close(head(params, inputs(model, want)), want["eps_probe.logits_cond"], "epsilon", 1e-3)

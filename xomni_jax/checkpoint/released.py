@@ -50,11 +50,13 @@ ALL = sum(PARTS.values(), ())
 # Sizes that two components must share.
 SHARED = (
     ("transformer", "image_vocab_size", "siglip_vq", "codebook_size"),
+    ("transformer", "image_vocab_size", "llamagen_vq", "codebook_size"),
     ("mmdit", "semantic_dim", "siglip_vq", "width"),
     ("mmdit", "in_channels", "autoencoder", "packed_channels"),
     ("mmdit", "text_dim", "t5", "d_model"),
     ("mmdit", "pooled_dim", "clip", "d_model"),
 )
+LLAMAGEN_PATCH = 16  # pixels per code of all published class-conditional models
 Openers = dict[str, Callable[[], ComponentSource]]  # {component: opens its files}
 
 
@@ -74,7 +76,7 @@ def open_release(xomni: str | Path | None, flux: str | Path | None, only: str | 
         kind, xomni = detect_format(xomni), Path(xomni)
         if kind == "flux":
             raise ConversionError(f"{xomni}: is FLUX.1-dev; give it as --flux")
-        openers |= open_file(xomni) if kind == "file" else {"xomni": _xomni, "qwen2": _qwen2, "siglip2": _siglip2}[kind](xomni, out)
+        openers |= open_file(xomni, parts) if kind == "file" else {"xomni": _xomni, "qwen2": _qwen2, "siglip2": _siglip2}[kind](xomni, out)
         if flux is None and kind == "xomni" and (xomni / "flux").is_dir():
             flux = xomni / "flux"
             out.notes.append(f"{flux}: read as FLUX.1-dev, as no other is given")
@@ -120,6 +122,9 @@ def _settings(out: Release, xomni: Path | None, flux: Path | None) -> None:
     if own := set(IMAGE_TOKENIZERS) & set(out.components):
         fields = configs.read_preprocess(vision.part("transform")) if vision and "transform" in vision.data else {}
         out.settings["preprocess"] = {"patch_size": out.components[own.pop()].config.patch} | fields
+    if (transformer := out.components.get("transformer")) and transformer.config.grid_columns:
+        side = LLAMAGEN_PATCH * transformer.config.grid_columns
+        out.settings["size"] = {"height": side, "width": side}
     decode: dict[str, Any] = {}
     if vision and "mmdit" in out.components and "decoder" in vision.data:
         decode |= configs.read_decode(vision.part("decoder"))

@@ -7,30 +7,36 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from xomni_jax.checkpoint.component_source import ComponentSource, component_source, layer_count, shape_of
+from xomni_jax.checkpoint.component_source import ComponentSource, NewParts, component_source, layer_count, shape_of
 from xomni_jax.checkpoint.conversion import ConversionError
-from xomni_jax.checkpoint.names import llamagen_vq
+from xomni_jax.checkpoint.names import llamagen, llamagen_vq
 from xomni_jax.checkpoint.tensor_file import TensorFile
 from xomni_jax.checkpoint.tensors import TensorFiles, open_tensor_file
 from xomni_jax.models.llamagen_vq import LlamaGenVQConfig
+from xomni_jax.models.transformer import ARConfig
 
 GROUPS = 32  # of LlamaGen's GroupNorms
+# Heads of LlamaGen's published models, by width and layers.
+HEADS = {
+    (768, 12): 12, (1024, 24): 16, (1280, 36): 20, (1536, 48): 24, (2560, 48): 40, (2048, 22): 32, (3200, 24): 32, (4096, 32): 32,
+}  # fmt: skip
 
 
-def open_file(path: Path) -> dict[str, Callable[..., ComponentSource]]:
+def open_file(path: Path, parts: NewParts = NewParts()) -> dict[str, Callable[..., ComponentSource]]:
     """{component: opens it} of the file. The opener takes fields of the config that no tensor shows, in place of their defaults.
 
     Raises:
       ConversionError: it is no file of tensors, or of another model.
     """
     file = open_tensor_file(path)
-    for component, (known, read) in FILES.items():
+    for known, (component, read) in FILES.items():
         if any(key == known or key.endswith("." + known) for key in file.infos):
-            return {component: functools.partial(read, file, known)}
-    raise ConversionError(f"{path}: holds none of {', '.join(FILES)}; give such a file, or the directory of a downloaded checkpoint")
+            return {component: functools.partial(read, file, known, parts)}
+    known = "a tokenizer or a class-conditional model of LlamaGen"
+    raise ConversionError(f"{path}: is not {known}; give such a file, or the directory of a downloaded checkpoint")
 
 
-def _llamagen_vq(file: TensorFile, known: str, **fields: Any) -> ComponentSource:
+def _llamagen_vq(file: TensorFile, known: str, parts: NewParts, **fields: Any) -> ComponentSource:
     sources = TensorFiles().add(file, known=known)
     codes, code_width = shape_of(sources, "quantize.embedding.weight", 2)
     levels = range(layer_count(sources, r"encoder\.conv_blocks\."))
@@ -49,6 +55,36 @@ def _llamagen_vq(file: TensorFile, known: str, **fields: Any) -> ComponentSource
     return component_source("llamagen_vq", cfg, llamagen_vq.table(cfg), sources)
 
 
+def _llamagen(file: TensorFile, known: str, parts: NewParts, **fields: Any) -> ComponentSource:
+    sources = TensorFiles().add(file, known=known)
+    codes, width = shape_of(sources, "tok_embeddings.weight", 2)
+    layers = layer_count(sources, r"layers\.")
+    heads = parts.heads or HEADS.get((width, layers), 0)
+    if not heads or width % heads:
+        raise ConversionError(f"{file.path}: {width} columns in {layers} layers are no published size; give the attention heads as --heads")
+    cfg = _config(
+        file,
+        ARConfig,
+        vocab_size=shape_of(sources, "cls_embedding.embedding_table.weight", 2)[0],
+        mm_vocab_size=codes,
+        image_vocab_size=codes,
+        d_model=width,
+        mlp_dim=shape_of(sources, "layers.0.feed_forward.w1.weight", 2)[0],
+        n_heads=heads,
+        n_kv_heads=heads,
+        head_dim=width // heads,
+        n_language_layers=layers,
+        n_adapter_layers=0,
+        n_head_layers=0,
+        rope_theta=1e4,
+        grid_columns=parts.columns,
+        qkv_bias=False,
+        rms_eps=1e-5,
+        **fields,
+    )
+    return component_source("transformer", cfg, llamagen.table(cfg), llamagen.prepare(sources, layers))
+
+
 def _config(file: TensorFile, cls: type, **fields: Any) -> Any:
     """A config dataclass; its errors name the file."""
     try:
@@ -57,7 +93,8 @@ def _config(file: TensorFile, cls: type, **fields: Any) -> Any:
         raise ConversionError(f"{file.path}: {error}") from None
 
 
-# Component -> a key that tells its files from others, and how they are read.
+# A key that tells these files from others -> the component, and how it is read.
 FILES: dict[str, tuple[str, Callable[..., ComponentSource]]] = {
-    "llamagen_vq": ("encoder.conv_blocks.0.res.0.conv1.weight", _llamagen_vq),
+    "encoder.conv_blocks.0.res.0.conv1.weight": ("llamagen_vq", _llamagen_vq),
+    "layers.0.attention.wqkv.weight": ("transformer", _llamagen),
 }
