@@ -43,6 +43,13 @@ def next_token(c: ARConfig, rows: int, length: int, targets: int, language: bool
     )  # fmt: skip
 
 
+def next_token_forward(c: ARConfig, rows: int, length: int, targets: int, chunk: int, mesh: Mapping[str, int]) -> Work:
+    """The loss of such a step without its gradient."""
+    whole, heads = next_token(c, rows, length, targets, True, chunk, mesh), c.d_model * (c.vocab_size + c.image_vocab_size)
+    gathered, _ = fsdp_bytes(c, 1, heads, mesh, 0, passes=1)
+    return dataclasses.replace(whole, learned=0.0, forward=whole.learned / 3, attention=whole.attention / 3, gathered=gathered, reduced=0.0)
+
+
 def policy_update(
     c: ARConfig, rows: int, prompt: int, codes: int, parts: int, sides: int, reference: bool, chunk: int, mesh: Mapping[str, int]
 ) -> Work:

@@ -18,6 +18,7 @@ from xomni_jax.core.preemption import StepRefused, StopRequested, StopSignal
 from xomni_jax.training.metrics import MetricWriter, Progress, SkippedSteps
 from xomni_jax.training.operations import CompileLog, Meter, Profile, say
 from xomni_jax.training.stage import RunConfig, RunningStage
+from xomni_jax.training.validation import LOSS, smallest_loss
 
 WARM_UP = 2  # first steps after a start, which may compile
 
@@ -84,6 +85,7 @@ class Session:
         self.step = self.first = self.resume()
         self.data = stage.batches.get_state()
         self.writer = ending.enter_context(MetricWriter(self.run_dir, self.first, run.wandb))
+        self.smallest = smallest_loss(self.run_dir) if stage.validation else 0.0
         self.skipped = SkippedSteps(self.run_dir, int(self.state.guard.get("skipped", 0)), self.first)
         self.draw_grid()
         self.progress = Progress(run.stage, self.first, run.steps, stage.items_per_step)
@@ -120,9 +122,12 @@ class Session:
         self.compiling += self.compiled.seconds - so_far
         if (names := self.compiled.since()) and number > self.first + WARM_UP:
             self.progress.say(f"step {number} compiled again: {', '.join(names[-3:])}; changing shapes cost this time whenever they occur")
-        logs = number % run.log_every == 0 or number == run.steps
+        validates = self.stage.validation and (number % self.stage.validation.every == 0 or number == run.steps)
+        logs = number % run.log_every == 0 or number == run.steps or validates
         saves = number < run.steps and (number % run.save_every == 0 or logs and time_to_save(run, self.saved_at))
         scalars = self.scalars() if logs or saves else {}  # what is saved must be finite
+        if validates:
+            scalars |= self.validate()
         if logs:
             self.log(scalars)
         else:
@@ -152,6 +157,16 @@ class Session:
         if in_row:
             what += f", {self.run.guard.limit} steps in a row were skipped (config.guard.limit); {self.skipped.path} has their examples"
         raise FloatingPointError(f"{what} at step {self.step}, {saved}; lower config.optimizer.learning_rate and start in another run_dir")
+
+    def validate(self) -> dict[str, float]:
+        """The metrics of a validation. Writes the model to RUN/best if its loss is the smallest so far and the run keeps that model."""
+        with self.meter.aside():
+            state = self.state.averaged()
+            scalars = self.stage.validation(state)
+            if self.stage.validation.best and scalars[LOSS] < self.smallest:
+                self.smallest = scalars[LOSS]
+                self.stage.export(state, self.run_dir / "best", self.note() | {LOSS: self.smallest})
+        return scalars
 
     def log(self, scalars: Mapping[str, float]) -> None:
         """Writes the metrics of a step, with those of speed; the device has computed them."""
@@ -184,9 +199,13 @@ class Session:
         self.draw_grid()
         directory = self.run_dir / "model"
         state = self.state.averaged() if self.run.ema.export else self.state
-        self.stage.export(state, directory, {"run": self.run.stage, "step": self.step, "seed": self.run.seed})
+        self.stage.export(state, directory, self.note())
         say(f"finished: model in {directory}, metrics in {self.run_dir / 'metrics.jsonl'}")
         return directory
+
+    def note(self) -> dict[str, Any]:
+        """What a model's description says of where it comes from."""
+        return {"run": self.run.stage, "step": self.step, "seed": self.run.seed}
 
 
 def time_to_save(run: RunConfig, saved_at: float) -> bool:

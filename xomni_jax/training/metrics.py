@@ -22,7 +22,8 @@ from xomni_jax.training.stage import Grid
 
 # Metrics that the progress shows.
 SHOWN = (
-    "loss/total", "loss/flow", "loss/grpo", "loss/image", "accuracy/dense_labelled", "accuracy/answer", "reward/total/mean", "grpo/kl",
+    "loss/total", "validation/loss/total", "loss/flow", "loss/grpo", "loss/image", "accuracy/dense_labelled", "accuracy/answer",
+    "reward/total/mean", "grpo/kl",
 )  # fmt: skip
 
 

@@ -75,6 +75,10 @@ class PackedTargets(NamedTuple):
     text_source_BM: np.ndarray | None = None
     image_source_BM: np.ndarray | None = None
 
+    def without_sources(self) -> PackedTargets:
+        """The same without the numbers of the sources."""
+        return self._replace(text_source_BM=None, image_source_BM=None)
+
 
 def build_sequences(
     examples: dict[str, Any],

@@ -45,6 +45,7 @@ from xomni_jax.training.operations import FlopCount
 from xomni_jax.training.optimizer import Optimizer, OptimizerConfig
 from xomni_jax.training.stage import GRID_SEED, Grid, RunConfig, RunningStage
 from xomni_jax.training.state import TrainState, new_state
+from xomni_jax.training.validation import VALIDATION_SEED, Validation, ValidationConfig
 
 GRID_PROMPTS = 8
 ANSWER_TOKENS = 32  # of an answer beside an image grid
@@ -61,6 +62,7 @@ class PretrainRun(RunConfig):
       lora: adapters of the transformer, which are then all that learns
       next_token: mixture and shapes of the packed rows
       data: where images, captions and questions come from
+      validation: the loss on examples that no step trains on
     """
 
     stage: str = "pretrain"
@@ -70,6 +72,7 @@ class PretrainRun(RunConfig):
     lora: LoRAConfig = LoRAConfig()
     next_token: NextTokenConfig = NextTokenConfig()
     data: DataSection = SIGNS
+    validation: ValidationConfig = ValidationConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +96,15 @@ def make_update(net: nn.Module, optimizer: Optimizer, cfg: PretrainRun) -> Calla
         return state, metrics | optim
 
     return jax.jit(update, donate_argnums=0)
+
+
+def make_validation(net: nn.Module, cfg: PretrainRun) -> Callable[..., Any]:
+    """The jitted (parameters, base of the adapters | None, packed batch) -> metrics of the loss."""
+
+    def metrics(params, base, batch):
+        return next_token_loss(net, join(base, params, cfg.lora.scale), batch, batch, cfg.next_token)[1]
+
+    return jax.jit(metrics)
 
 
 def grid_data(data: DataSection, seed: int) -> DataSection | None:
@@ -221,15 +233,27 @@ class PretrainStage:
         B, L, M = c.rows, c.row_length, max(1, int(c.row_length * c.target_share))
         ids, flags = lambda *shape: abstract.rows(mesh, shape, jnp.int32), lambda *shape: abstract.rows(mesh, shape, jnp.bool_)
         targets, sources = (ids(B, M), ids(B, M), flags(B, M)), [ids(B, M)] * 2 if cfg.data.names else []
+        batch = PackedTargets(ids(B, L), ids(B, L), ids(B, L), *targets, *targets)
+        net, about = transformer.ARTransformer(ar), f"{B} packed rows of {L} tokens, {M} targets of each kind a row"
         update = Program(
-            guarded(make_update(transformer.ARTransformer(ar), optimizer, cfg), cfg.guard),
-            (state, base, PackedTargets(ids(B, L), ids(B, L), ids(B, L), *targets, *targets, *sources)),
-            f"{B} packed rows of {L} tokens, {M} targets of each kind a row",
+            guarded(make_update(net, optimizer, cfg), cfg.guard),
+            (state, base, PackedTargets(*batch[:9], *sources)),
+            about,
             work.next_token(ar, B, L, M, language, c.chunk, mesh.shape),
             uses=("state", "base"),
             state=state,
         )
-        return Programs(mesh, {f"{cfg.stage}-update": update}, {"state": state} | ({"base": base} if base else {}), create)
+        programs = {f"{cfg.stage}-update": update}
+        if cfg.validation.every:
+            programs[f"{cfg.stage}-validation"] = Program(
+                make_validation(net, cfg),
+                (state.params, base, batch),
+                about,
+                work.next_token_forward(ar, B, L, M, c.chunk, mesh.shape),
+                uses=("state", "base"),
+                per_step=0,
+            )
+        return Programs(mesh, programs, {"state": state} | ({"base": base} if base else {}), create)
 
     @classmethod
     def make(cls, cfg: PretrainRun, mesh: Mesh, stop: StopSignal) -> RunningStage:
@@ -255,6 +279,18 @@ class PretrainStage:
             model.release("transformer")
         flops, whole_params = FlopCount(), functools.partial(join, base, scale=lora.scale)
         update = flops(made[f"{cfg.stage}-update"].fn)
+        load = functools.partial(batches, batch_size=cfg.batch_size, rows=rows, fields=needed_fields(cfg.next_token), mixed=True)
+        validation = None
+        if cfg.validation.every:
+            held = dataclasses.replace(cfg, data=cfg.validation.open(cfg.data))
+            check_codes(held.data, model)
+            examples = load(held.data, cfg.seed + VALIDATION_SEED, count=cfg.validation.batches, prefetch=0)
+            loss = made[f"{cfg.stage}-validation"].fn
+            validation = Validation(
+                cfg.validation,
+                lambda: (packed_batch(held, model, text, rows, batch)[0].without_sources() for batch in examples),
+                lambda state, batch: loss(state.params, base, batch),
+            )
 
         def step(state: TrainState, batch: tuple[PackedTargets, dict[str, float]], number: int):
             packed, counts = batch
@@ -265,13 +301,11 @@ class PretrainStage:
         shown = grid_data(cfg.data, cfg.seed) if "mmdit" in model.description["components"] else None
         return RunningStage(
             state,
-            DataIterator(
-                batches(cfg.data, cfg.seed, cfg.batch_size, rows=rows, fields=needed_fields(cfg.next_token), mixed=True),
-                functools.partial(packed_batch, cfg, model, text, rows),
-            ),
+            DataIterator(load(cfg.data, cfg.seed), functools.partial(packed_batch, cfg, model, text, rows)),
             step,
             lambda state, directory, note: export_trained(directory, {"transformer": (state.params, ar)}, lora, model, note),
             functools.partial(sample_grid, model, ar, shown, cfg, whole_params) if shown else None,
+            validation,
             items_per_step=cfg.batch_size,
             flops=lambda: flops.total,
         )

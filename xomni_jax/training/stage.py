@@ -20,6 +20,7 @@ from xomni_jax.sharding.mesh import MeshConfig, make_mesh, split_devices
 from xomni_jax.training.guard import GuardConfig
 from xomni_jax.training.optimizer import Optimizer, OptimizerConfig
 from xomni_jax.training.state import TrainState
+from xomni_jax.training.validation import Validation
 
 GRID_SEED = 1_000_003  # added to a run's seed for the examples of its image grids, which no step trains on
 
@@ -139,6 +140,7 @@ class RunningStage:
       step: (state, batch, step number) -> (state, scalar metrics). It may raise StopRequested or StepRefused before it changes the state.
       export: (state, model directory, provenance) -> writes everything `xomni_jax.load` needs.
       grid: (state, step number) -> images for the run folder, or None. It may raise StopRequested.
+      validation: the loss on other examples, or None.
       items_per_step: examples or samples one step handles, for the rate.
       close: frees what the stage holds (connections), however the run ends.
       flops: matrix products of all steps so far, see `operations.FlopCount`.
@@ -150,6 +152,7 @@ class RunningStage:
     step: Callable[[TrainState, Any, int], tuple[TrainState, Mapping[str, Any]]]
     export: Callable[[TrainState, Path, dict[str, Any]], None]
     grid: Callable[[TrainState, int], Grid] | None = None
+    validation: Validation | None = None
     items_per_step: int = 1
     close: Callable[[], None] = lambda: None
     flops: Callable[[], float] = lambda: 0.0
