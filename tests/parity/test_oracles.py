@@ -74,3 +74,27 @@ def test_llamagen_c2i():
     for name in ("mm_embed", "lm_embed"):
         params[name] = {"table": 0.01 * params[name]["table"]}
     golden.assert_close(head(params, inputs(model, want)), want["eps_probe.logits_cond"], "epsilon", 1e-3)
+
+
+@pytest.mark.parametrize("name", ["omnitokenizer_vq", "omnitokenizer_vq_rel", "omnitokenizer_vae"])
+def test_omnitokenizer(name):
+    """The path of torch from 2.1 on, for which the released weights are; images and clips, both ways."""
+    model, params, want = opened(name)
+    run = lambda method, *x: jax.jit(lambda p, *x: model.apply({"params": p}, *x, method=method))(params, *x)  # noqa: E731
+    for kind in ("image", "video"):
+        pixels = last(want["video"][:, :, :1] if kind == "image" else want["video"])
+        out = {key.split(".", 2)[2]: last(value) for key, value in want.items() if key.startswith(f"sdpa.{kind}.") and value.ndim > 3}
+        golden.assert_close(run("features", pixels), out["encoder_out"], f"{kind}: encoder")
+        if model.cfg.kind == "kl":
+            mean, logvar = run("moments", pixels)
+            golden.assert_close(mean, out["mean"], f"{kind}: mean")
+            golden.assert_close(logvar, out["logvar_clamped"], f"{kind}: log-variance")
+            made, pixels_out = run("decode_latents", out["mean"]), out["reconstruction_of_mean"]
+        else:
+            codes = want[f"sdpa.{kind}.indices"]
+            golden.assert_close(run("outputs", pixels), out["pre_vq_normalized"], f"{kind}: z")
+            np.testing.assert_array_equal(run("encode", pixels), codes)
+            golden.assert_close(run("semantics", codes), out["quantized"], f"{kind}: rows")
+            made, pixels_out = run("decode", codes), out["reconstruction_from_indices"]
+        golden.assert_close(made, pixels_out if pixels_out.ndim == 5 else pixels_out[:, None], f"{kind}: pixels")
+    golden.assert_close(run("features", last(0.01 * want["video"][:, :, :1])), last(want["eps_probe.encoder_out"]), "epsilon", 1e-3)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import functools
+import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from xomni_jax.checkpoint.component_source import ComponentSource, NewParts, component_source, layer_count, shape_of
 from xomni_jax.checkpoint.conversion import ConversionError
-from xomni_jax.checkpoint.names import llamagen, llamagen_vq
+from xomni_jax.checkpoint.names import llamagen, llamagen_vq, omnitokenizer
 from xomni_jax.checkpoint.tensor_file import TensorFile
 from xomni_jax.checkpoint.tensors import TensorFiles, open_tensor_file
 from xomni_jax.models.llamagen_vq import LlamaGenVQConfig
+from xomni_jax.models.omnitokenizer import OmniTokenizerConfig
 from xomni_jax.models.transformer import ARConfig
 
 GROUPS = 32  # of LlamaGen's GroupNorms
@@ -32,7 +35,7 @@ def open_file(path: Path, parts: NewParts = NewParts()) -> dict[str, Callable[..
     for known, (component, read) in FILES.items():
         if any(key == known or key.endswith("." + known) for key in file.infos):
             return {component: functools.partial(read, file, known, parts)}
-    known = "a tokenizer or a class-conditional model of LlamaGen"
+    known = "a tokenizer or a class-conditional model of LlamaGen, nor an OmniTokenizer"
     raise ConversionError(f"{path}: is not {known}; give such a file, or the directory of a downloaded checkpoint")
 
 
@@ -85,6 +88,42 @@ def _llamagen(file: TensorFile, known: str, parts: NewParts, **fields: Any) -> C
     return component_source("transformer", cfg, llamagen.table(cfg), llamagen.prepare(sources, layers))
 
 
+def _omnitokenizer(file: TensorFile, known: str, parts: NewParts, **fields: Any) -> ComponentSource:
+    sources = TensorFiles().add(file, known=known)
+    at = {ours: source for source, ours in omnitokenizer.STACKS.items()}
+    depths = {ours: layer_count(sources, re.escape(source) + r"\.layers\.") for ours, source in at.items()}
+
+    def blocks(ours: str) -> str:
+        return "".join("w" if f"{at[ours]}.layers.{i}.1.qkv.weight" in sources.infos else "t" for i in range(depths[ours]))
+
+    first = f"{at['encoder_time']}.layers.0.1."
+    head_dim = shape_of(sources, first + "q_scale", 1)[0]
+    (inner, width), codes = shape_of(sources, first + "to_q.weight", 2), shape_of(sources, "codebook.embeddings", 2)
+    windows = [key for key in sources.infos if key.endswith(".relative_position_bias_table")]
+    pixels, rest = (shape_of(sources, f"decoder.{name}.0.bias", 1)[0] for name in ("to_pixels_first_frame", "to_pixels"))
+    cfg = _config(
+        file,
+        OmniTokenizerConfig,
+        kind="kl" if shape_of(sources, "pre_vq_conv.1.bias", 1)[0] == 2 * codes[1] else "vq",
+        width=width,
+        heads=inner // head_dim,
+        head_dim=head_dim,
+        encoder_blocks=blocks("encoder_space"),
+        decoder_blocks=blocks("decoder_space"),
+        temporal_layers=depths["encoder_time"],
+        window=(math.isqrt(shape_of(sources, windows[0], 2)[0]) + 1) // 2 if windows else OmniTokenizerConfig.window,
+        # With relative positions, layers over space hold a network for them.
+        rope=f"{at['decoder_space']}.layers.0.1.spatial_rel_pos_bias.net.2.bias" not in sources.infos,
+        patch=math.isqrt(pixels // 3),
+        frame_patch=rest // pixels,
+        codebook_size=codes[0],
+        code_width=codes[1],
+        scrambled=True,
+        **fields,
+    )
+    return component_source("omnitokenizer", cfg, omnitokenizer.table(cfg), omnitokenizer.prepare(sources))
+
+
 def _config(file: TensorFile, cls: type, **fields: Any) -> Any:
     """A config dataclass; its errors name the file."""
     try:
@@ -97,4 +136,5 @@ def _config(file: TensorFile, cls: type, **fields: Any) -> Any:
 FILES: dict[str, tuple[str, Callable[..., ComponentSource]]] = {
     "encoder.conv_blocks.0.res.0.conv1.weight": ("llamagen_vq", _llamagen_vq),
     "layers.0.attention.wqkv.weight": ("transformer", _llamagen),
+    "encoder.to_patch_emb_first_frame.2.weight": ("omnitokenizer", _omnitokenizer),
 }

@@ -107,13 +107,16 @@ class LlamaGenVQ(nn.Module):
         """Codes [B, Y, X] -> pixels [B, H, W, 3], float32, not clipped."""
         return self.pixels(self.semantics(codes_BYX))
 
-    def __call__(self, pixels_BHWC: jax.Array) -> dict[str, Any]:
+    def __call__(self, pixels_BHWC: jax.Array, skip_B: jax.Array | None = None) -> dict[str, Any]:
         """Reconstruction through the codes, with the quantiser's losses.
+
+        Args:
+          skip_B: bool [B], True: the image skips quantisation. None quantises all.
 
         Returns:
           {"pixels": [B, H, W, 3], "codes": [B, Y, X], "z": [B, Y, X, C] normalised encoder outputs, "losses": the terms of
           `Quantized.losses`, "usage": [V] share of positions per code}.
         """
         z_BYXC = self.outputs(pixels_BHWC)
-        q = quantize_straight_through(z_BYXC, self.codebook, self.cfg.beta, self.cfg.entropy_weight)
+        q = quantize_straight_through(z_BYXC, self.codebook, skip_B, self.cfg.beta, self.cfg.entropy_weight)
         return {"pixels": self.pixels(q.rows), "codes": q.codes, "z": z_BYXC, "losses": q.losses, "usage": q.usage}

@@ -95,19 +95,21 @@ def quantize_train(
     return Quantized(rows_BYXC, codes_BYX, losses, code_usage(codes_BYX, codebook_VC.shape[0]))
 
 
-def quantize_straight_through(z: jax.Array, codebook_VC: jax.Array, beta: float = 0.25, entropy_weight: float = 0.0) -> Quantized:
+def quantize_straight_through(
+    z_BYXC: jax.Array, codebook_VC: jax.Array, skip_B: jax.Array | None = None, beta: float = 0.25, entropy_weight: float = 0.0
+) -> Quantized:
     """LlamaGen's training pass: the nearest unit row forward, its gradient to z unchanged (VQ-VAE, arXiv 1711.00937).
 
     Args:
-      z: normalised encoder outputs [..., C]. codebook_VC: raw codebook.
+      z_BYXC: normalised encoder outputs. codebook_VC: raw codebook. skip_B: as in `quantize_train`.
       beta: weight of the commitment. entropy_weight: of the entropy of a position's soft codes minus that of their mean over positions.
     """
-    d, e_VC = squared_distances(z, codebook_VC), normalize(codebook_VC)
+    d, e_VC = squared_distances(z_BYXC, codebook_VC), normalize(codebook_VC)
     codes = jnp.argmin(d, axis=-1).astype(jnp.int32)
     rows = jnp.take(e_VC, codes, axis=0, mode="clip")
     losses = {
-        "commitment": jnp.mean((jax.lax.stop_gradient(rows) - z) ** 2),
-        "codebook": jnp.mean((rows - jax.lax.stop_gradient(z)) ** 2),
+        "commitment": jnp.mean((jax.lax.stop_gradient(rows) - z_BYXC) ** 2),
+        "codebook": jnp.mean((rows - jax.lax.stop_gradient(z_BYXC)) ** 2),
     }
     losses["quantizer"] = losses["codebook"] + beta * losses["commitment"]
     if entropy_weight:
@@ -118,7 +120,9 @@ def quantize_straight_through(z: jax.Array, codebook_VC: jax.Array, beta: float 
         each = -jnp.mean(jnp.sum(p_TV * jax.nn.log_softmax(logits_TV + 1e-5, axis=-1), axis=-1))
         losses["entropy"] = each + jnp.sum(p_V * jnp.log(p_V + 1e-5))
         losses["quantizer"] += entropy_weight * losses["entropy"]
-    rows = z + jax.lax.stop_gradient(rows - z)
+    rows = z_BYXC + jax.lax.stop_gradient(rows - z_BYXC)
+    if skip_B is not None:
+        rows = jnp.where(skip_B[:, None, None, None], z_BYXC, rows)
     return Quantized(rows, codes, losses, code_usage(codes, codebook_VC.shape[0]))
 
 

@@ -11,6 +11,14 @@ from xomni_jax.models.registry import COMPONENTS
 from xomni_jax.tokenizers.protocol import Layout
 
 
+def squares(height: int, width: int, patch: int) -> tuple[int, int]:
+    """Rows and columns of squares of an image. Raises ValueError for sizes that are not whole squares."""
+    if height < patch or width < patch or height % patch or width % patch:
+        near = f"{max(patch, round(height / patch) * patch)}x{max(patch, round(width / patch) * patch)}"
+        raise ValueError(f"{height}x{width} pixels are not whole {patch}x{patch} tokens; the nearest size that is: {near}")
+    return height // patch, width // patch
+
+
 @dataclasses.dataclass(frozen=True)
 class PatchTokenizer:
     """An `ImageTokenizer` over a module that has the methods `encode`, `semantics` and, if `has_decoder`, `decode`."""
@@ -22,13 +30,9 @@ class PatchTokenizer:
 
     def layout(self, height: int, width: int, frames: int = 1) -> Layout:
         """Rows and columns of squares. Raises ValueError for sizes that are not whole squares, and for clips."""
-        p = self.config.patch
         if frames != 1:
             raise ValueError(f"{frames} frames: {self.component} takes single images; use a tokenizer of clips")
-        if height < p or width < p or height % p or width % p:
-            near = f"{max(p, round(height / p) * p)}x{max(p, round(width / p) * p)}"
-            raise ValueError(f"{height}x{width} pixels are not whole {p}x{p} tokens; the nearest size that is: {near}")
-        return Layout((height // p, width // p))
+        return Layout(squares(height, width, self.config.patch))
 
     def encode(self, params: Any, pixels: jax.Array) -> jax.Array:
         """Pixels [B, H, W, 3] in [-1, 1] -> codes [B, Y, X] int32."""

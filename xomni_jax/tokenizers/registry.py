@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Collection
 from typing import Any
 
+from xomni_jax.tokenizers.clips import ClipTokenizer
 from xomni_jax.tokenizers.patches import PatchTokenizer
 from xomni_jax.tokenizers.protocol import ImageTokenizer
 
@@ -13,6 +14,7 @@ from xomni_jax.tokenizers.protocol import ImageTokenizer
 IMAGE_TOKENIZERS: dict[str, Callable[[Any], ImageTokenizer]] = {
     "siglip_vq": functools.partial(PatchTokenizer, "siglip_vq", has_decoder=False),
     "llamagen_vq": functools.partial(PatchTokenizer, "llamagen_vq", has_decoder=True),
+    "omnitokenizer": ClipTokenizer,
 }
 
 
