@@ -90,7 +90,7 @@ def test_parameters_of_every_component_are_placed(name, mesh):
     shapes = nn.meta.unbox(boxed)
     assert jax.tree.structure(shardings) == jax.tree.structure(shapes)
     sizes = [(s.shard_shape(x.shape), x.shape) for s, x in zip(jax.tree.leaves(shardings), jax.tree.leaves(shapes))]
-    if sizes and name != "llamagen_vq":  # convolutions are small and replicated, as the VAE's
+    if sizes:
         whole, part = sum(np.prod(x) for _, x in sizes), sum(np.prod(p) for p, _ in sizes)
         assert part < 0.6 * whole  # the large ones are split at least two ways
 

@@ -71,6 +71,11 @@ class AutoencoderConfig:
         return self.identity_factor if self.kind == "identity" else 2 ** (len(self.block_channels) - 1)
 
     @property
+    def conv_axis(self) -> None:
+        """Replicated: the weights are small (0.2 GB in bfloat16) and frozen, and not all of their widths divide over a mesh axis."""
+        return None
+
+    @property
     def packed_channels(self) -> int:
         """Channels of a packed token: 2x2 latents."""
         return 4 * self.latent_channels
@@ -97,10 +102,9 @@ def unpack(tokens_BTC: jax.Array, grid: tuple[int, int]) -> jax.Array:
     return rearrange(tokens_BTC, "B (Y X) (C dy dx) -> B (Y dy) (X dx) C", Y=grid[0], X=grid[1], dy=2, dx=2)
 
 
-def _conv(cfg: AutoencoderConfig, name: str, features: int, kernel: int = 3, **kw) -> Conv:
-    padding = kw.pop("padding", SAME if kernel == 3 else ((0, 0), (0, 0)))
-    # Replicated: the weights are small (0.2 GB in bfloat16) and frozen, and not all of their widths divide over a mesh axis.
-    return Conv(features, kernel, padding=padding, out_axis=None, dtype=cfg.dtype, param_dtype=cfg.param_dtype, name=name, **kw)
+def _conv(cfg: Any, name: str, features: int, kernel: int = 3, **kw) -> Conv:
+    options = dict(padding=SAME if kernel == 3 else ((0, 0), (0, 0)), out_axis=cfg.conv_axis) | kw
+    return Conv(features, kernel, dtype=cfg.dtype, param_dtype=cfg.param_dtype, name=name, **options)
 
 
 def _norm(cfg: AutoencoderConfig, name: str) -> GroupNorm:
@@ -197,7 +201,7 @@ class Decoder(nn.Module):
             if i < len(c.block_channels) - 1:
                 nearest = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
                 x = _conv(c, f"up_{i}_sample", features)(nearest)
-        return _conv(c, "conv_out", c.pixel_channels)(nn.silu(_norm(c, "norm_out")(x)))
+        return _conv(c, "conv_out", c.pixel_channels, out_axis=None)(nn.silu(_norm(c, "norm_out")(x)))
 
 
 class Autoencoder(nn.Module):

@@ -53,6 +53,11 @@ class LlamaGenVQConfig:
             raise ValueError(f"LlamaGenVQConfig: a width of {bad[0]} does not divide into groups={self.groups}; change one of them")
 
     @property
+    def conv_axis(self) -> str:
+        """Logical axis of the convolutions' outputs."""
+        return "channels_out"
+
+    @property
     def patch(self) -> int:
         """Pixels per code along each side."""
         return 2 ** (len(self.block_channels) - 1)
