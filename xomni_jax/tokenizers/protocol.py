@@ -31,19 +31,23 @@ class Layout:
 
 
 class ImageTokenizer(Protocol):
-    """An image tokenizer; its methods are pure functions of the parameters of one component.
+    """An image tokenizer; its methods are pure functions of the parameters of one component."""
 
-    Attributes:
-      component: name of the component, in `models.registry` and in model directories.
-      config: config of the component; it has `codebook_size` and `patch`.
-      axes: names of the axes of an image's codes, such as "Y X".
-      has_decoder: whether `pixels` exists, so that no diffusion decoder is needed.
-    """
+    @property
+    def component(self) -> str:
+        """Name of the component, in `models.registry` and in model directories."""
 
-    component: str
-    config: Any
-    axes: str
-    has_decoder: bool
+    @property
+    def config(self) -> Any:
+        """Config of the component; it has `codebook_size` and `patch`."""
+
+    @property
+    def axes(self) -> str:
+        """Names of the axes of an image's codes, such as "Y X"."""
+
+    @property
+    def has_decoder(self) -> bool:
+        """Whether `pixels` works, so that no diffusion decoder is needed."""
 
     def layout(self, height: int, width: int, frames: int = 1) -> Layout:
         """The layout of an image, or of a clip. Raises ValueError for sizes that are not whole tokens."""
