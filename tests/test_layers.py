@@ -8,7 +8,7 @@ from tests.miniature import ROOT
 LAYERS = (
     ("core",),
     ("assets", "data", "rewards", "sharding", "sequence", "models"),
-    ("sampling",),
+    ("sampling", "tokenizers"),
     ("checkpoint",),
     ("components", "pipeline"),
     ("training", "rl", "evaluation", "inference", "serving"),

@@ -25,9 +25,12 @@ from xomni_jax.models.lora import merge
 from xomni_jax.models.registry import COMPONENTS, boxed_shapes
 from xomni_jax.sampling.batches import Batch, make_batches
 from xomni_jax.sampling.decoder import DECODER_COMPONENTS, DecodeConfig, Decoder
+from xomni_jax.sequence.classes import ClassTokenizer
 from xomni_jax.sequence.tokenizer import MultimodalTokenizer, read_tokenizer
 from xomni_jax.sharding.mesh import make_mesh
 from xomni_jax.sharding.rules import ROLLOUT_RULES, RULES, num_data_shards, param_shardings
+from xomni_jax.tokenizers.protocol import ImageTokenizer
+from xomni_jax.tokenizers.registry import IMAGE_TOKENIZERS, tokenizer_in
 
 
 class ModelComponents:
@@ -124,11 +127,13 @@ class ModelComponents:
         self._configs[name] = config
 
     @functools.cached_property
-    def tokenizer(self) -> MultimodalTokenizer:
-        """The text tokenizer with the ids of image codes."""
+    def tokenizer(self) -> MultimodalTokenizer | ClassTokenizer:
+        """The text tokenizer with the ids of image codes; of a class-conditional model, that of class numbers."""
         sizes = {}
         if "transformer" in self.description["components"]:
             c = self.config("transformer")
+            if c.grid_columns:
+                return ClassTokenizer(c.vocab_size - 1, c.grid_columns)
             sizes = {name: getattr(c, name) for name in ("vocab_size", "image_vocab_size", "mm_vocab_size")}
         return MultimodalTokenizer.load(self.folder("tokenizer"), **sizes)
 
@@ -177,9 +182,15 @@ class ModelComponents:
         return {name: self.params(name) for name in DECODER_COMPONENTS}
 
     @property
+    def image_tokenizer(self) -> ImageTokenizer:
+        """The image tokenizer; its parameters are those of its component."""
+        name = tokenizer_in({**self.description["components"], **self._configs})
+        return IMAGE_TOKENIZERS[name](self.config(name))
+
+    @property
     def patch(self) -> int:
         """Pixels per token along a side."""
-        return self.config("siglip_vq").patch
+        return self.image_tokenizer.config.patch
 
     def kept(self, program: Callable[..., Any], *about: Any, donate: int | None = None) -> Callable[..., Any]:
         """A jitted program, on one CPU traced once for all processes; see `core.kept`."""

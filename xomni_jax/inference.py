@@ -28,6 +28,7 @@ from xomni_jax.sampling.sampler import SEGMENT, Sampler
 from xomni_jax.sharding import abstract
 from xomni_jax.sharding.mesh import MeshConfig
 from xomni_jax.sharding.rules import ROLLOUT_RULES, num_data_shards
+from xomni_jax.tokenizers.registry import IMAGE_TOKENIZERS
 
 MODELS = ("transformer", "siglip_vq", *DECODER_COMPONENTS)
 SIZE = 1152  # pixels of a side, of the released model
@@ -135,19 +136,21 @@ class InferenceStage:
         """
         from xomni_jax.training.components import check_heads, decode_settings, read_description
 
-        ar, patch = models["transformer"], models["siglip_vq"].patch
+        ar = models["transformer"]
         check_heads(ar.n_kv_heads, mesh)
         height, width = cfg.height or SIZE, cfg.width or SIZE
-        if height % patch or width % patch:
-            raise ConfigError(f"config.height={height}, config.width={width} are not whole tokens of {patch} pixels")
-        grid, sampling, net = (height // patch, width // patch), cfg.sampling, transformer.ARTransformer(ar)
+        try:
+            layout = IMAGE_TOKENIZERS["siglip_vq"](models["siglip_vq"]).layout(height, width)
+        except ValueError as error:
+            raise ConfigError(f"config.height={height}, config.width={width}: {error}") from None
+        sampling, net = cfg.sampling, transformer.ARTransformer(ar)
         weights = abstract_params("transformer", ar, mesh, ROLLOUT_RULES)
-        rows, T = cfg.batch * num_data_shards(mesh), grid[0] * grid[1]
-        sampler = Sampler.make(net, grid, sampling, SEGMENT)
+        rows, T = cfg.batch * num_data_shards(mesh), layout.length
+        sampler = Sampler.make(net, layout.shape, sampling, SEGMENT)
         drawing = sampler_programs(sampler, ar, weights, RolloutShape(rows, 1, cfg.prompt_length, T), sampling.guided, 1, mesh)
         decoded = min(cfg.decode_batch, cfg.batch)
         decode, calls = decode_settings(cfg.decode, read_description(cfg.model)), -(-cfg.batch // decoded)
-        frozen, decoding = decoder_programs(models, grid, decode, decoded * num_data_shards(mesh), calls, mesh)
+        frozen, decoding = decoder_programs(models, layout.shape, decode, decoded * num_data_shards(mesh), calls, mesh)
         asked = cfg.prompt_length + T
         answer = Program(
             make_answerer(net, cfg.max_tokens, 0, 0),

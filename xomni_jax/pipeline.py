@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,13 +18,14 @@ from xomni_jax.components import ModelComponents
 from xomni_jax.core.cache import cached_method
 from xomni_jax.data.preprocess import preprocess
 from xomni_jax.sampling.batches import Batch, batches_by_shape, in_order, run_batches
-from xomni_jax.sampling.decoder import DECODER_COMPONENTS, DecodeConfig, make_decode
+from xomni_jax.sampling.decoder import DECODER_COMPONENTS, DecodeConfig, make_decode, to_uint8
 from xomni_jax.sampling.generate import make_answerer
 from xomni_jax.sampling.keys import NOISE, image_keys
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sampling.sampler import Sampler
 from xomni_jax.sequence.padding import IMAGE_STEPS, pad_prompts
 from xomni_jax.sequence.tokenizer import encoder_ids, fixed_length_ids
+from xomni_jax.tokenizers.protocol import Layout
 
 BATCH_SIZE = 16  # images or answers at a time in each data shard
 
@@ -39,22 +41,19 @@ def check_text(text: str, what: str) -> None:
 class XOmni(ModelComponents):
     """One X-Omni model on one mesh: text and images in, text and images out. Takes the arguments of `ModelComponents`."""
 
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Token grid (Y, X) of an image size. Raises ValueError for sizes that are not whole tokens or exceed the model's limits."""
-        p, limits = self.patch, self.preprocess_config
-        if height < p or width < p or height % p or width % p:
-            near = f"{max(p, round(height / p) * p)}x{max(p, round(width / p) * p)}"
-            raise ValueError(f"{height}x{width} pixels are not whole {p}x{p} tokens; the nearest size that is: {near}")
+    def grid(self, height: int, width: int) -> tuple[int, ...]:
+        """Shape of an image's codes, such as (Y, X). Raises ValueError for sizes that are not whole tokens or exceed the model's limits."""
+        grid, limits = self.image_tokenizer.layout(height, width).shape, self.preprocess_config
         if max(height, width) > limits.long_size:
             raise ValueError(f"{height}x{width}: the long side may have at most {limits.long_size} pixels with this model")
         if max(height, width) > limits.max_aspect_ratio * min(height, width):
             raise ValueError(f"{height}x{width}: the sides may differ by at most a factor of {limits.max_aspect_ratio:g} with this model")
-        return height // p, width // p
+        return grid
 
     def sample_codes(
-        self, prompts: Sequence[str], grid: tuple[int, int], keys_PR: jax.Array, sampling: SamplingConfig, length: int | None = None
+        self, prompts: Sequence[str], grid: tuple[int, ...], keys_PR: jax.Array, sampling: SamplingConfig, length: int | None = None
     ) -> dict[str, jax.Array]:
-        """R samples of each of P prompts in one batch: {"codes": [P, R, Y, X], "logp": [P, R, T]}.
+        """R samples of each of P prompts in one batch: {"codes": [P, R, *grid], "logp": [P, R, T]}.
 
         Args:
           keys_PR: a sample depends on its own key and prompt, not on the rest of the batch.
@@ -66,7 +65,7 @@ class XOmni(ModelComponents):
         inputs = jax.tree.map(batch.take, (ids_PS, lengths_P, keys_PR, negative))
         with jax.set_mesh(self.mesh):
             out = batch.cut(self._sampler(grid, sampling)(self.params("transformer"), *inputs))
-        return {"codes": out["codes"].reshape(*keys_PR.shape, *grid), "logp": out["logp"]}
+        return {"codes": Layout(grid).unflatten(out["codes"]), "logp": out["logp"]}
 
     @cached_method
     def _sampler(self, grid: tuple[int, int], sampling: SamplingConfig) -> Sampler:
@@ -83,23 +82,32 @@ class XOmni(ModelComponents):
 
         return ids("t5", c.text_length), ids("clip", c.pooled_length)
 
-    def noise(self, keys_B: jax.Array, grid: tuple[int, int]) -> jax.Array:
-        """Starting noise of the decoder, packed: [B, T, C], one key per image."""
-        shape = (grid[0] * grid[1], self.config("mmdit").in_channels)
+    @property
+    def decodes_alone(self) -> bool:
+        """Whether the image tokenizer's own decoder makes the pixels, without prompts and noise: the model has no diffusion decoder."""
+        return self.image_tokenizer.has_decoder and "mmdit" not in self.description["components"]
+
+    def noise(self, keys_B: jax.Array, grid: tuple[int, ...]) -> jax.Array:
+        """Starting noise of the decoder, packed: [B, T, C], one key per image; no channels where it takes no noise."""
+        shape = (math.prod(grid), 0 if self.decodes_alone else self.config("mmdit").in_channels)
         return jax.vmap(lambda key: jax.random.normal(key, shape))(keys_B)
 
     def decode_images(self, codes_BYX: Any, prompts: Sequence[str], noise_BTC: Any, cfg: DecodeConfig | None = None) -> jax.Array:
         """Codes -> uint8 images [B, H, W, 3] on the device, in one batch."""
+        if self.decodes_alone:
+            return self._tokenizer("pixels", codes_BYX)
         cfg = cfg or self.decode_config
         (batch,) = self.batches(len(codes_BYX))
         with jax.set_mesh(self.mesh):  # the surplus rows are made here, too: the caller may work on another mesh
             rows = map(batch.take, (codes_BYX, *self.text_ids(prompts, cfg), noise_BTC))
-            return batch.cut(self._decode(cfg)(self.params("siglip_vq"), self.decoder_params(), *rows, self.text_ids([""], cfg)))
+            return batch.cut(
+                self._decode(cfg)(self.params(self.image_tokenizer.component), self.decoder_params(), *rows, self.text_ids([""], cfg))
+            )
 
     @cached_method
     def _decode(self, cfg: DecodeConfig):
-        about = [self.config(name) for name in ("siglip_vq", *DECODER_COMPONENTS)]
-        return self.kept(make_decode(self.module("siglip_vq"), self.decoder, cfg, self.num_data_shards), "decode", (about, cfg))
+        about = [self.config(name) for name in (self.image_tokenizer.component, *DECODER_COMPONENTS)]
+        return self.kept(make_decode(self.image_tokenizer, self.decoder, cfg, self.num_data_shards), "decode", (about, cfg))
 
     def decode(
         self,
@@ -132,9 +140,9 @@ class XOmni(ModelComponents):
     def checked(self, codes_BYX: Any) -> np.ndarray:
         """Codes as an int32 array [B, Y, X]. Raises ValueError where they are not codes of this model."""
         codes_BYX = np.asarray(codes_BYX)
-        size = self.config("siglip_vq").codebook_size
-        if codes_BYX.ndim != 3 or not codes_BYX.size or not np.issubdtype(codes_BYX.dtype, np.integer):
-            raise ValueError(f"codes must be integers [B, Y, X], got {codes_BYX.dtype} {codes_BYX.shape}")
+        size, axes = self.image_tokenizer.config.codebook_size, self.image_tokenizer.axes.split()
+        if codes_BYX.ndim != 1 + len(axes) or not codes_BYX.size or not np.issubdtype(codes_BYX.dtype, np.integer):
+            raise ValueError(f"codes must be integers [{', '.join(('B', *axes))}], got {codes_BYX.dtype} {codes_BYX.shape}")
         if codes_BYX.min() < 0 or codes_BYX.max() >= size:
             raise ValueError(
                 f"codes must lie within 0..{size - 1}, got {codes_BYX.min()}..{codes_BYX.max()}; take them from this model's encode"
@@ -181,7 +189,7 @@ class XOmni(ModelComponents):
         return self._drawn(prompts, grid, seed, sampling, batch_size, decode_batch_size)
 
     def _drawn(
-        self, prompts: list[str], grid: tuple[int, int], seed: int, sampling: SamplingConfig, batch_size: int, decode_batch_size: int
+        self, prompts: list[str], grid: tuple[int, ...], seed: int, sampling: SamplingConfig, batch_size: int, decode_batch_size: int
     ) -> Iterator[Image.Image]:
         def program(batch: Batch) -> jax.Array:
             keys_P1 = image_keys(seed, batch.take(np.arange(len(prompts))))[:, None]
@@ -227,7 +235,7 @@ class XOmni(ModelComponents):
 
     def encode_pixels(self, pixels_BHWC: Any) -> jax.Array:
         """Pixels [B, H, W, 3] in [-1, 1] -> codes [B, Y, X] on the device, in one batch."""
-        return self._run("siglip_vq", "encode", pixels_BHWC)
+        return self._tokenizer("encode", pixels_BHWC)
 
     def encode_ragged(self, pixels: Sequence[np.ndarray], batch_size: int = 1) -> list[np.ndarray]:
         """Pixels [H, W, 3] of images of any sizes -> codes [Y, X] of each.
@@ -243,7 +251,18 @@ class XOmni(ModelComponents):
 
     def semantics(self, codes_BYX: Any) -> jax.Array:
         """Codes [B, Y, X] -> semantics [B, Y, X, C]."""
-        return self._run("siglip_vq", "semantics", self.checked(codes_BYX))
+        return self._tokenizer("semantics", self.checked(codes_BYX))
+
+    def _tokenizer(self, method: str, x: Any) -> jax.Array:
+        """A method of the image tokenizer on rows [B, ...], in one batch; pixels as uint8 images."""
+        (batch,) = self.batches(len(x))
+        with jax.set_mesh(self.mesh):
+            return batch.cut(self._tokenizer_program(method)(self.params(self.image_tokenizer.component), batch.take(x)))
+
+    @cached_method
+    def _tokenizer_program(self, method: str):
+        run = getattr(self.image_tokenizer, method)
+        return jax.jit((lambda params, x: to_uint8(run(params, x))) if method == "pixels" else run)
 
     def velocity(self, latents_BTC: Any, sigma_B: Any, codes_BYX: Any, prompts: Sequence[str]) -> jax.Array:
         """The MMDiT's velocity [B, T, C] of packed latents at noise levels sigma, for those who bring their own sampler."""

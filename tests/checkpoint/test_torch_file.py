@@ -23,6 +23,13 @@ def opened(value, **kwargs) -> TorchFile:
 
 
 # ---- what is read ----
+def test_options_of_a_run_are_left():
+    """Lightning keeps them beside the weights, as an argparse.Namespace."""
+    options = Raw(name("argparse.Namespace") + b")\x81" + code({"patch_size": 8, "lr": 1e-4}) + b"b")
+    file = opened({"state_dict": {"w": W}, "hyper_parameters": {"args": options}})
+    assert list(file.infos) == ["state_dict.w"] and file.others == {"hyper_parameters"}
+
+
 @pytest.mark.parametrize(
     "shape, strides, offset, expected",
     [

@@ -61,7 +61,7 @@ LIVE = {
     ),
     "copyreg.add_extension": lambda path: then_touch(call("copyreg.add_extension", "posix", "getpid", 77), path),
     "decimal.Decimal (NEWOBJ)": lambda path: then_touch(name("decimal.Decimal") + b")\x81", path),
-    "argparse.Namespace (BUILD)": lambda path: then_touch(name("argparse.Namespace") + b")\x81" + code({"a": 1}) + b"b", path),
+    "types.SimpleNamespace (BUILD)": lambda path: then_touch(name("types.SimpleNamespace") + b")\x81" + code({"a": 1}) + b"b", path),
     **{
         f"the pickle instruction EXT{len(op) - 1} ({n})": lambda path, op=op: b"\x80\x02" + op + code((f"touch {path}",)) + b"R."
         for n, op in EXTENSIONS.items()

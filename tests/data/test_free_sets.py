@@ -158,7 +158,7 @@ def test_what_is_wrong_is_told(registry, drawn, tmp_path, monkeypatch, capsys):
         return capsys.readouterr().err
 
     out = ("--out", str(tmp_path / "out"))
-    assert "--size is for emoji; leave it out for mnist" in refused("mnist", *out, "--size", "8")
+    assert "--size is a number of pixels from 28 to 1024" in refused("mnist", *out, "--size", "8")
     assert "--chinese a share from 0 to 1" in refused("emoji", *out, "--chinese", "2")
     assert "registry holds other files; name another folder" in refused("mnist", "--out", str(registry))
     assert "npm is a file; name another folder" in refused("mnist", "--out", str(tmp_path / "bin" / "npm"))

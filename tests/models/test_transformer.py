@@ -202,7 +202,8 @@ def test_init_makes_every_parameter_and_presets_are_the_released_sizes():
     "change, message",
     [
         (dict(n_heads=5), "n_heads=5 is not a multiple of n_kv_heads=2"),
-        (dict(head_dim=3), "head_dim=3 is odd"),
+        (dict(head_dim=3), "head_dim=3: rotary positions need pairs; make it even"),
+        (dict(head_dim=6, grid_columns=4), "head_dim=6: rotary positions need two pairs"),
         (dict(image_vocab_size=99), "image_vocab_size=99 exceeds mm_vocab_size=19"),
         (dict(remat="some"), "remat='some' is unknown"),
         (dict(unroll=0), "unroll=0 is not a number of layers"),

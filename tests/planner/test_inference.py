@@ -49,7 +49,7 @@ def test_what_would_make_it_fit(tmp_path):
 @pytest.mark.parametrize(
     "override, told",
     [
-        ("height=33", "config.height=33, config.width=64 are not whole tokens of 8 pixels"),
+        ("height=33", "config.height=33, config.width=64: 33x64 pixels are not whole 8x8 tokens"),
         ("mesh.tensor=3", "cpu:4 (4 devices): mesh"),
         ("model=/nowhere", "config.transformer.preset=stored, but /nowhere holds no transformer on this machine"),
     ],

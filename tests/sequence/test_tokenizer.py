@@ -189,7 +189,7 @@ def test_bad_folders(tmp_path):
             "The text '<MM-Token-7>?' contains the multimodal token <MM-Token-7>;",
         ),
         (lambda t: t.image_ids(np.full((2, 3), 512)), "Image codes 512..512 must lie within 0..511."),
-        (lambda t: t.image_ids(np.zeros(6, int)), "Image codes must be integers [Y, X], not int64 [6]."),
+        (lambda t: t.image_ids(np.zeros((), int)), "Image codes must be integers [Y, X], not int64 []."),
         (lambda t: t.image_ids(np.zeros((2, 3))), "Image codes must be integers [Y, X], not float64 [2, 3]."),
     ],
 )

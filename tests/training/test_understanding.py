@@ -16,6 +16,7 @@ from xomni_jax.checkpoint.conversion import flatten
 from xomni_jax.models.quantizer import start_codebook
 from xomni_jax.sharding.mesh import make_mesh
 from xomni_jax.sharding.rules import param_shardings
+from xomni_jax.training.codebook import skipped_images
 from xomni_jax.training.understanding import (
     PRESETS,
     FeatureReader,
@@ -23,7 +24,6 @@ from xomni_jax.training.understanding import (
     TokenizerLearner,
     Weights,
     masked_mean,
-    skipped_images,
     tokenizer_loss,
 )
 

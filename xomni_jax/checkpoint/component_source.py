@@ -25,6 +25,7 @@ class NewParts:
     """Sizes of the parts that a plain model lacks, by default as released, and the seed of their initial values.
 
     `semantic_dim` is the width of the decoder's semantic input; where an image tokenizer is converted, its width is used instead.
+    `heads` (0: those of the published size) and `columns`, of the grid of codes, are what no tensor of a LlamaGen model shows.
     """
 
     image_vocab_size: int = 16384
@@ -33,6 +34,8 @@ class NewParts:
     head_layers: int = 4
     code_width: int = 2048
     semantic_dim: int = MMDiTConfig.semantic_dim
+    heads: int = 0
+    columns: int = 16
     seed: int = 0
 
 

@@ -31,6 +31,8 @@ class Transform(NamedTuple):
 COPY = Transform("copy", lambda x: x, lambda x: x)
 TRANSPOSE = Transform("[O,I] -> [I,O]", np.transpose, np.transpose)
 CONV = Transform("[O,I,Y,X] -> [Y,X,I,O]", lambda w: w.transpose(2, 3, 1, 0), lambda w: w.transpose(3, 2, 0, 1))
+# A 1x1 convolution is a matrix here.
+POINTWISE = Transform("[O,I,1,1] -> [I,O]", lambda w: w[:, :, 0, 0].T, lambda w: np.ascontiguousarray(w.T)[:, :, None, None])
 
 
 def out_axes(*sizes: int) -> Transform:

@@ -111,6 +111,8 @@ class _Export:
         self.copies: dict[Path, Path] = {}
         self.linked: Path | None = None  # the MMDiT's folder, if it is the transformer of a FluxPipeline
         self.notes: list[str] = []
+        if (ar := self.components.get("transformer")) and not (ar.qkv_bias and not ar.grid_columns):
+            raise CheckpointError(f"{model}: its transformer is not X-Omni's, whose layout is the only one written; it cannot be exported")
         if {"transformer", "siglip_vq", "mmdit"} & set(self.components):
             self._xomni()
         if set(FLUX) & set(self.components):

@@ -8,6 +8,7 @@ from xomni_jax.checkpoint.conversion import ConversionError
 from xomni_jax.checkpoint.tensor_file import read_json
 
 LORA_FILES = {"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors"}
+TENSOR_FILES = {".pt", ".pth", ".ckpt", ".safetensors"}
 SIGLIP = ("siglip", "siglip2", "siglip_vision_model", "siglip2_vision_model")
 
 
@@ -18,7 +19,7 @@ def is_released(path: str | Path) -> bool:
 
 
 def detect_format(folder: str | Path) -> str:
-    """ "xomni", "qwen2", "siglip2" or "flux".
+    """ "xomni", "qwen2", "siglip2", "flux", or "file" for one that `released_files` may know.
 
     Raises:
       ConversionError: one sentence that names what it is instead.
@@ -26,6 +27,8 @@ def detect_format(folder: str | Path) -> str:
     folder = Path(folder)
     if not folder.exists():
         raise ConversionError(f"{folder}: no such directory; give the directory of a downloaded checkpoint")
+    if folder.suffix in TENSOR_FILES and folder.is_file():
+        return "file"
     if not folder.is_dir():
         raise ConversionError(f"{folder}: is a file; give the directory of a downloaded checkpoint")
     has = {path.name for path in folder.iterdir()}

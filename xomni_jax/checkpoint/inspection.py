@@ -17,6 +17,7 @@ from xomni_jax.checkpoint.released import ALL
 from xomni_jax.checkpoint.released_model import ReleasedModel
 from xomni_jax.checkpoint.store import TOKENIZERS, CheckpointError, config_to_json, read_model_json
 from xomni_jax.core.tables import bytes_text
+from xomni_jax.tokenizers.registry import IMAGE_TOKENIZERS, tokenizer_in
 
 TITLES = {"xomni": "released X-Omni", "qwen2": "plain Qwen2.5", "siglip2": "plain SigLIP2", "flux": "FLUX.1-dev"}
 BLOCK = 64 * 2**20  # bytes compared at a time
@@ -106,7 +107,9 @@ def describe(view: CheckpointView) -> Iterator[str]:
     yield f"total: {sum(math.prod(a.shape) for arrays in view.arrays.values() for a in arrays.values()):,} parameters"
     for name, fields in view.settings.items():
         yield f"settings.{name}: " + ", ".join(f"{k}={v}" for k, v in fields.items())
-    missing = [name for name in ALL if name not in view.arrays and name not in view.faults]
+    found = {*view.arrays, *view.faults}
+    other_tokenizers = set(IMAGE_TOKENIZERS) - {tokenizer_in(found)}
+    missing = [name for name in ALL if name not in found | other_tokenizers]
     missing += ["tokenizer"] * ("tokenizer" not in view.tokenizers)
     yield f"missing: {', '.join(missing) or 'nothing'}" + (f"; damaged: {', '.join(view.faults)}" if view.faults else "")
 

@@ -1,4 +1,5 @@
-"""Finds the components in published directories: released X-Omni, or the plain Qwen2.5, SigLIP2 and FLUX.1-dev that training starts from.
+"""Finds the components in published directories: released X-Omni, or the plain Qwen2.5, SigLIP2 and FLUX.1-dev that training starts from;
+or in one file of a model that `released_files` knows.
 
 Only names, shapes and configs are read here. A released X-Omni directory:
 
@@ -31,14 +32,16 @@ from xomni_jax.checkpoint.names import autoencoder, clip, mmdit, qwen2, siglip2,
 from xomni_jax.checkpoint.names.initializers import constant
 from xomni_jax.checkpoint.official import HEADS
 from xomni_jax.checkpoint.released_configs import ConfigFile
+from xomni_jax.checkpoint.released_files import open_file
 from xomni_jax.checkpoint.tensor_file import absence, check_links, read_json
 from xomni_jax.checkpoint.tensors import TensorFiles, open_sharded, open_tensor_file
 from xomni_jax.models.siglip_vq import SigLIPVQConfig
+from xomni_jax.tokenizers.registry import IMAGE_TOKENIZERS
 
 # What --only names -> components.
 PARTS = {
     "transformer": ("transformer",),
-    "tokenizer": ("siglip_vq",),
+    "tokenizer": tuple(IMAGE_TOKENIZERS),
     "decoder": ("mmdit",),
     "vae": ("autoencoder",),
     "text": ("t5", "clip"),
@@ -47,11 +50,13 @@ ALL = sum(PARTS.values(), ())
 # Sizes that two components must share.
 SHARED = (
     ("transformer", "image_vocab_size", "siglip_vq", "codebook_size"),
+    ("transformer", "image_vocab_size", "llamagen_vq", "codebook_size"),
     ("mmdit", "semantic_dim", "siglip_vq", "width"),
     ("mmdit", "in_channels", "autoencoder", "packed_channels"),
     ("mmdit", "text_dim", "t5", "d_model"),
     ("mmdit", "pooled_dim", "clip", "d_model"),
 )
+LLAMAGEN_PATCH = 16  # pixels per code of all published class-conditional models
 Openers = dict[str, Callable[[], ComponentSource]]  # {component: opens its files}
 
 
@@ -71,7 +76,7 @@ def open_release(xomni: str | Path | None, flux: str | Path | None, only: str | 
         kind, xomni = detect_format(xomni), Path(xomni)
         if kind == "flux":
             raise ConversionError(f"{xomni}: is FLUX.1-dev; give it as --flux")
-        openers |= {"xomni": _xomni, "qwen2": _qwen2, "siglip2": _siglip2}[kind](xomni, out)
+        openers |= open_file(xomni, parts) if kind == "file" else {"xomni": _xomni, "qwen2": _qwen2, "siglip2": _siglip2}[kind](xomni, out)
         if flux is None and kind == "xomni" and (xomni / "flux").is_dir():
             flux = xomni / "flux"
             out.notes.append(f"{flux}: read as FLUX.1-dev, as no other is given")
@@ -114,9 +119,12 @@ def _settings(out: Release, xomni: Path | None, flux: Path | None) -> None:
     """How the model is run, by the configs of both directories."""
     top = ConfigFile(xomni / "config.json") if xomni else None
     vision = top.part("vision_config", {}) if top else None
-    if "siglip_vq" in out.components:
+    if own := set(IMAGE_TOKENIZERS) & set(out.components):
         fields = configs.read_preprocess(vision.part("transform")) if vision and "transform" in vision.data else {}
-        out.settings["preprocess"] = {"patch_size": out.components["siglip_vq"].config.patch} | fields
+        out.settings["preprocess"] = {"patch_size": out.components[own.pop()].config.patch} | fields
+    if (transformer := out.components.get("transformer")) and transformer.config.grid_columns:
+        side = LLAMAGEN_PATCH * transformer.config.grid_columns
+        out.settings["size"] = {"height": side, "width": side}
     decode: dict[str, Any] = {}
     if vision and "mmdit" in out.components and "decoder" in vision.data:
         decode |= configs.read_decode(vision.part("decoder"))

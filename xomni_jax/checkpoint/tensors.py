@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +89,7 @@ class TensorFiles:
         self.paths: dict[str, Path] = {}
         self.left: list[str] = []
         self._files: dict[str, tuple[TensorFile, str]] = {}
+        self._rows: dict[str, slice] = {}
 
     def add(self, file: TensorFile, prefix: str = "", known: str = "") -> TensorFiles:
         """Adds all tensors of a `TensorFile`, with `prefix` before their keys.
@@ -115,10 +117,17 @@ class TensorFiles:
         if name not in self.infos and other in self.infos:
             self.infos[name], self._files[name] = self.infos[other], self._files[other]
 
+    def split(self, name: str, rows: Mapping[str, int]) -> None:
+        """Replaces a tensor by tensors {name: number of its rows}, in their order: a projection that is stored fused with others."""
+        info, file, at = self.infos.pop(name), self._files.pop(name), 0
+        for part, n in rows.items():
+            self.infos[part], self._files[part] = dataclasses.replace(info, shape=(n, *info.shape[1:])), file
+            self._rows[part] = slice(at, at := at + n)
+
     def read(self, name: str) -> np.ndarray:
         """The tensor, as a view of the memory map."""
         file, key = self._files[name]
-        return file.read(key)
+        return file.read(key)[self._rows.get(name, ...)]
 
     def release(self, name: str) -> None:
         """Frees the memory that reading the tensor filled."""

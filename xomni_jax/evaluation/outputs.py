@@ -190,7 +190,7 @@ class Generation:
             more = [{"overlong": self.model.decoder_tokens(items[i].prompt) > limit} for i in batch.items]
             if self.config.reencode:
                 again = self._encode(images_PRHWC.reshape(-1, *images_PRHWC.shape[2:])).reshape(codes_PRYX.shape)
-                agreement_PR = (np.asarray(codes_PRYX) == again).mean((-2, -1))
+                agreement_PR = (np.asarray(codes_PRYX) == again).reshape(*again.shape[:2], -1).mean(-1)
                 more = [m | {"agreement": row_R.tolist()} for m, row_R in zip(more, agreement_PR)]
             drawn = [[Image.fromarray(image) for image in images_RHWC] for images_RHWC in images_PRHWC]
             yield [(items[i], *one) for i, *one in zip(batch.items, drawn, more)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +71,11 @@ class AutoencoderConfig:
         return self.identity_factor if self.kind == "identity" else 2 ** (len(self.block_channels) - 1)
 
     @property
+    def conv_axis(self) -> None:
+        """Replicated: the weights are small (0.2 GB in bfloat16) and frozen, and not all of their widths divide over a mesh axis."""
+        return None
+
+    @property
     def packed_channels(self) -> int:
         """Channels of a packed token: 2x2 latents."""
         return 4 * self.latent_channels
@@ -96,10 +102,9 @@ def unpack(tokens_BTC: jax.Array, grid: tuple[int, int]) -> jax.Array:
     return rearrange(tokens_BTC, "B (Y X) (C dy dx) -> B (Y dy) (X dx) C", Y=grid[0], X=grid[1], dy=2, dx=2)
 
 
-def _conv(cfg: AutoencoderConfig, name: str, features: int, kernel: int = 3, **kw) -> Conv:
-    padding = kw.pop("padding", SAME if kernel == 3 else ((0, 0), (0, 0)))
-    # Replicated: the weights are small (0.2 GB in bfloat16) and frozen, and not all of their widths divide over a mesh axis.
-    return Conv(features, kernel, padding=padding, out_axis=None, dtype=cfg.dtype, param_dtype=cfg.param_dtype, name=name, **kw)
+def _conv(cfg: Any, name: str, features: int, kernel: int = 3, **kw) -> Conv:
+    options = dict(padding=SAME if kernel == 3 else ((0, 0), (0, 0)), out_axis=cfg.conv_axis) | kw
+    return Conv(features, kernel, dtype=cfg.dtype, param_dtype=cfg.param_dtype, name=name, **options)
 
 
 def _norm(cfg: AutoencoderConfig, name: str) -> GroupNorm:
@@ -150,27 +155,39 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pixels [B, H, W, 3] -> mean and log-variance side by side [B, H / factor, W / factor, 2 C]."""
+    """Pixels [B, H, W, 3] -> [B, H / factor, W / factor, out_channels].
 
-    cfg: AutoencoderConfig
+    Attributes:
+      cfg: the sizes of an autoencoder; or of `llamagen_vq`, which has the same blocks.
+      in_features: width before the first level. out_channels: of the output.
+      attention: attention follows each residual block of the last level.
+    """
+
+    cfg: Any
+    in_features: int
+    out_channels: int
+    attention: bool = False
 
     @nn.compact
     def __call__(self, pixels_BYXC: jax.Array) -> jax.Array:
-        c = self.cfg
-        x = _conv(c, "conv_in", c.block_channels[0])(pixels_BYXC)
+        c, last = self.cfg, len(self.cfg.block_channels) - 1
+        x = _conv(c, "conv_in", self.in_features)(pixels_BYXC)
         for i, features in enumerate(c.block_channels):
             for j in range(c.layers_per_block):
                 x = ResnetBlock(c, features, name=f"down_{i}_resnet_{j}")(x)
-            if i < len(c.block_channels) - 1:  # padded at the bottom and right only
+                if self.attention and i == last:
+                    x = AttentionBlock(c, name=f"down_{i}_attention_{j}")(x)
+            if i < last:  # padded at the bottom and right only
                 x = _conv(c, f"down_{i}_sample", features, stride=2, padding=((0, 1), (0, 1)))(x)
         x = nn.silu(_norm(c, "norm_out")(Middle(c, name="middle")(x)))
-        return _conv(c, "conv_out", 2 * c.latent_channels)(x)
+        return _conv(c, "conv_out", self.out_channels)(x)
 
 
 class Decoder(nn.Module):
-    """Latents [B, Y, X, C], unscaled -> pixels [B, Y * factor, X * factor, 3]."""
+    """Latents [B, Y, X, C], unscaled -> pixels [B, Y * factor, X * factor, 3]. Attributes as of `Encoder`."""
 
-    cfg: AutoencoderConfig
+    cfg: Any
+    attention: bool = False
 
     @nn.compact
     def __call__(self, z_BYXC: jax.Array) -> jax.Array:
@@ -179,10 +196,12 @@ class Decoder(nn.Module):
         for i, features in enumerate(reversed(c.block_channels)):
             for j in range(c.layers_per_block + 1):
                 x = ResnetBlock(c, features, name=f"up_{i}_resnet_{j}")(x)
+                if self.attention and i == 0:
+                    x = AttentionBlock(c, name=f"up_{i}_attention_{j}")(x)
             if i < len(c.block_channels) - 1:
                 nearest = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
                 x = _conv(c, f"up_{i}_sample", features)(nearest)
-        return _conv(c, "conv_out", c.pixel_channels)(nn.silu(_norm(c, "norm_out")(x)))
+        return _conv(c, "conv_out", c.pixel_channels, out_axis=None)(nn.silu(_norm(c, "norm_out")(x)))
 
 
 class Autoencoder(nn.Module):
@@ -192,7 +211,8 @@ class Autoencoder(nn.Module):
 
     def setup(self):
         if self.cfg.kind == "kl":
-            self.encoder, self.decoder = Encoder(self.cfg), Decoder(self.cfg)
+            c = self.cfg
+            self.encoder, self.decoder = Encoder(c, c.block_channels[0], 2 * c.latent_channels), Decoder(c)
 
     def __call__(self, pixels_BYXC: jax.Array) -> jax.Array:
         """Reconstruction through the mean latents; touches every parameter, for `init`."""

@@ -1,12 +1,13 @@
-"""Index-backpropagation quantisation (IBQ, arXiv 2412.02692) as X-Omni trains it, and measures against unused codes.
+"""Vector quantisation: index backpropagation (IBQ, arXiv 2412.02692) as X-Omni trains it, straight-through as LlamaGen does (arXiv
+2406.06525), and measures against unused codes.
 
-Pure functions of arrays. `z` is always the l2-normalised encoder output; the codebook is RAW: it is normalised for the search
-only, and its rows are read as they are.
+Pure functions of arrays. `z` is always the l2-normalised encoder output; the codebook is RAW. X-Omni normalises it for the search only and
+reads its rows as they are; LlamaGen reads normalised rows.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,8 @@ class Quantized(NamedTuple):
     Attributes:
       rows: [..., C] codebook rows with the straight-through gradient (or z where skipped).
       codes: [...] int32.
-      losses: the three terms, unweighted ("straight_through", "commitment", "codebook"), and their weighted sum "quantizer".
+      losses: the terms, unweighted ("straight_through" of IBQ, "entropy" of LlamaGen, "commitment", "codebook"), and their weighted sum
+        "quantizer".
       usage: [V] float32, the share of positions that chose each code.
     """
 
@@ -91,6 +93,42 @@ def quantize_train(
     if skip_B is not None:
         rows_BYXC = jnp.where(skip_B[:, None, None, None], z_BYXC, rows_BYXC)
     return Quantized(rows_BYXC, codes_BYX, losses, code_usage(codes_BYX, codebook_VC.shape[0]))
+
+
+def quantize_straight_through(
+    z_BYXC: jax.Array, codebook_VC: jax.Array, skip_B: jax.Array | None = None, beta: float = 0.25, entropy_weight: float = 0.0
+) -> Quantized:
+    """LlamaGen's training pass: the nearest unit row forward, its gradient to z unchanged (VQ-VAE, arXiv 1711.00937).
+
+    Args:
+      z_BYXC: normalised encoder outputs. codebook_VC: raw codebook. skip_B: as in `quantize_train`.
+      beta: weight of the commitment. entropy_weight: of the entropy of a position's soft codes minus that of their mean over positions.
+    """
+    d, e_VC = squared_distances(z_BYXC, codebook_VC), normalize(codebook_VC)
+    codes = jnp.argmin(d, axis=-1).astype(jnp.int32)
+    rows = jnp.take(e_VC, codes, axis=0, mode="clip")
+    losses = {
+        "commitment": jnp.mean((jax.lax.stop_gradient(rows) - z_BYXC) ** 2),
+        "codebook": jnp.mean((rows - jax.lax.stop_gradient(z_BYXC)) ** 2),
+    }
+    losses["quantizer"] = losses["codebook"] + beta * losses["commitment"]
+    if entropy_weight:
+        # Temperature 0.01; 1e-5 is added to the logits of a position and to the mean probabilities, as published.
+        logits_TV = -d.reshape(-1, d.shape[-1]) / 0.01
+        p_TV = jax.nn.softmax(logits_TV, axis=-1)
+        p_V = jnp.mean(p_TV, axis=0)
+        each = -jnp.mean(jnp.sum(p_TV * jax.nn.log_softmax(logits_TV + 1e-5, axis=-1), axis=-1))
+        losses["entropy"] = each + jnp.sum(p_V * jnp.log(p_V + 1e-5))
+        losses["quantizer"] += entropy_weight * losses["entropy"]
+    rows = z_BYXC + jax.lax.stop_gradient(rows - z_BYXC)
+    if skip_B is not None:
+        rows = jnp.where(skip_B[:, None, None, None], z_BYXC, rows)
+    return Quantized(rows, codes, losses, code_usage(codes, codebook_VC.shape[0]))
+
+
+def unit_rows(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Initial codebook: random directions of length 1."""
+    return normalize(jax.random.normal(key, shape)).astype(dtype)
 
 
 # ------------------------------------------------------------------------------------------------ unused codes

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from xomni_jax.models import autoencoder, mmdit, siglip_vq, text_encoders, transformer
+from xomni_jax.models import autoencoder, llamagen_vq, mmdit, omnitokenizer, siglip_vq, text_encoders, transformer
 from xomni_jax.sharding.abstract import placed
 from xomni_jax.sharding.rules import RULES, param_shardings, unconstrained
 
@@ -51,6 +51,18 @@ COMPONENTS: dict[str, Component] = {
     "mmdit": Component(mmdit.MMDiTConfig, mmdit.MMDiT, mmdit.PRESETS, _mmdit_inputs),
     "autoencoder": Component(
         autoencoder.AutoencoderConfig, autoencoder.Autoencoder, autoencoder.PRESETS, lambda c: (jnp.zeros((1, 16, 16, 3)),)
+    ),
+    "llamagen_vq": Component(
+        llamagen_vq.LlamaGenVQConfig,
+        llamagen_vq.LlamaGenVQ,
+        llamagen_vq.PRESETS,
+        lambda c: (jnp.zeros((1, 2 * c.patch, c.patch, c.pixel_channels)),),
+    ),
+    "omnitokenizer": Component(
+        omnitokenizer.OmniTokenizerConfig,
+        omnitokenizer.OmniTokenizer,
+        omnitokenizer.PRESETS,
+        lambda c: (jnp.zeros((1, 1, c.window * c.patch, c.window * c.patch, c.pixel_channels)),),
     ),
     "t5": Component(text_encoders.T5Config, text_encoders.T5Encoder, text_encoders.T5_PRESETS),
     "clip": Component(text_encoders.CLIPTextConfig, text_encoders.CLIPTextEncoder, text_encoders.CLIP_PRESETS),

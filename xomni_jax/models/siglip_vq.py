@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from xomni_jax.models.layers import Conv, GroupNorm, Projection, named
-from xomni_jax.models.quantizer import nearest_codes, normalize, quantize_train
+from xomni_jax.models.quantizer import nearest_codes, normalize, quantize_train, unit_rows
 from xomni_jax.models.vit import ViT, ViTConfig
 from xomni_jax.sharding.rules import constrain
 
@@ -82,10 +82,6 @@ class SigLIPVQ(nn.Module):
         self.post_quant_conv = Projection((c.width,), ("code", "embed"), bias=True, dtype=c.dtype, param_dtype=c.param_dtype)
         self.post_conv = [ResidualConv(c) for _ in range(c.conv_blocks)]
         self.vit = ViT(c)
-
-        def unit_rows(key, shape, dtype):
-            return normalize(jax.random.normal(key, shape)).astype(dtype)
-
         self.codebook = self.param("codebook", named(unit_rows, "vocab", "code"), (c.codebook_size, c.code_width), c.param_dtype)
 
     def features(self, pixels_BHWC: jax.Array) -> jax.Array:

@@ -43,6 +43,9 @@ class ARConfig(StackConfig):
       n_adapter_layers: vision layers before them, whose output text tokens skip
       n_head_layers: vision layers after them
       rope_theta: base of the rotary frequencies
+      grid_columns: columns of a grid of codes whose rotary positions are row and column, as in LlamaGen; 0: the place in the sequence
+      condition_length: tokens before such a grid, which have no position in it; their queries and keys are zero
+      qkv_bias: q, k and v have a bias
       rms_eps: of the RMSNorms
       attention: implementation of attention: auto, plain or splash; see `attention.attend`
       attention_chunk: queries per step of plain attention in a full pass; 0 takes all at once
@@ -62,6 +65,9 @@ class ARConfig(StackConfig):
     n_adapter_layers: int
     n_head_layers: int
     rope_theta: float = 1e6
+    grid_columns: int = 0
+    condition_length: int = 1
+    qkv_bias: bool = True
     rms_eps: float = 1e-6
     attention: str = "auto"
     attention_chunk: int = 0
@@ -71,8 +77,9 @@ class ARConfig(StackConfig):
     def __post_init__(self) -> None:
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"ARConfig.n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}; change one of them")
-        if self.head_dim % 2:
-            raise ValueError(f"ARConfig.head_dim={self.head_dim} is odd, rotary positions need pairs; make it even")
+        if self.head_dim % (4 if self.grid_columns else 2):
+            needs = "two pairs, of rows and columns; make it a multiple of 4" if self.grid_columns else "pairs; make it even"
+            raise ValueError(f"ARConfig.head_dim={self.head_dim}: rotary positions need {needs}")
         if self.image_vocab_size > self.mm_vocab_size:
             raise ValueError(
                 f"ARConfig.image_vocab_size={self.image_vocab_size} exceeds mm_vocab_size={self.mm_vocab_size}, which includes it; "
@@ -141,18 +148,28 @@ class Context:
     collect: bool = struct.field(pytree_node=False, default=False)
 
 
-def apply_rope(x_BLNH: jax.Array, positions_BL: jax.Array, theta: float) -> jax.Array:
-    """Rotary positions in Qwen2's half-split form: pairs are (i, i + H/2). [B, L, N, H], [B, L] -> [B, L, N, H] of x's dtype."""
-    H = x_BLNH.shape[-1]
-    freq = theta ** (-jnp.arange(0, H, 2, dtype=jnp.float32) / H)
-    angle = positions_BL.astype(jnp.float32)[:, :, None, None] * freq
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+def rope_table(c: ARConfig, positions_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines [B, L, 1, H/2] of the angle of each pair. On a grid the first half of the pairs turns with the row, the second
+    with the column, and both are zero before the grid (LlamaGen, arXiv 2406.06525 section 3.2)."""
+    H = c.head_dim // 2 if c.grid_columns else c.head_dim
+    freq = c.rope_theta ** (-jnp.arange(0, H, 2, dtype=jnp.float32) / H)
+    angle = lambda at_BL: at_BL.astype(jnp.float32)[:, :, None, None] * freq
+    if not c.grid_columns:
+        return jnp.cos(angle(positions_BL)), jnp.sin(angle(positions_BL))
+    cell_BL = positions_BL - c.condition_length
+    both = jnp.concatenate([angle(cell_BL // c.grid_columns), angle(cell_BL % c.grid_columns)], axis=-1)
+    on_grid = (cell_BL >= 0)[:, :, None, None]
+    return jnp.where(on_grid, jnp.cos(both), 0.0), jnp.where(on_grid, jnp.sin(both), 0.0)
+
+
+def apply_rope(x_BLNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotary positions in Qwen2's half-split form: pairs are (i, i + H/2). [B, L, N, H], [B, L, 1, H/2] -> [B, L, N, H] of x's dtype."""
     a, b = jnp.split(x_BLNH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BLNH.dtype)
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions and bias on q, k, v (Qwen2).
+    """Grouped-query attention with rotary positions, and as in Qwen2 with bias on q, k, v.
 
     (x [B, L, D], past | None, Context) -> (y [B, L, D], the layer's new (k, v) or None). New keys and values are
     [B, K, L, H] in a full pass with `collect`, [P, L, K, H] in a cached one.
@@ -165,12 +182,13 @@ class Attention(nn.Module):
         c = self.cfg
 
         def heads(name: str, axis: str, n: int) -> jax.Array:
-            y = linear(c, name, (n, c.head_dim), ("embed", axis, "head_dim"))(x_BLD)
+            y = linear(c, name, (n, c.head_dim), ("embed", axis, "head_dim"), bias=c.qkv_bias)(x_BLD)
             return constrain(y, "batch", "length", axis, "head_dim", name=name)
 
         q_BLNH, k_BLKH = heads("q_proj", "heads", c.n_heads), heads("k_proj", "kv_heads", c.n_kv_heads)
         v_BLKH = heads("v_proj", "kv_heads", c.n_kv_heads)
-        q_BLNH, k_BLKH = (apply_rope(t, ctx.positions_BL, c.rope_theta) for t in (q_BLNH, k_BLKH))
+        rope = rope_table(c, ctx.positions_BL)
+        q_BLNH, k_BLKH = (apply_rope(t, *rope) for t in (q_BLNH, k_BLKH))
         if past is None:
             y_BLNH = attend(
                 q_BLNH, k_BLKH, v_BLKH, scale=c.head_dim**-0.5, kind=c.attention, causal=True,

@@ -159,10 +159,10 @@ def propose_for(cfg: Any, a: ProgramAnalysis, topology: Topology, cache: Path, r
 def candidates(cfg: Any, a: ProgramAnalysis) -> Iterator[list[str]]:
     """Overrides worth trying for a program; those that slow the run least come first."""
     name, mesh = a.base, "decoder_mesh" if a.on_decoder_mesh else "mesh"
-    section = {"decoder-update": "mmdit", "tokenizer-update": "siglip_vq"}.get(name, "transformer")
+    section = {"decoder-update": "mmdit", "tokenizer-update": "siglip_vq", "vq-update": "llamagen_vq"}.get(name, "transformer")
     component = lambda part: planned_configs(cfg, [part], model_directory(cfg))[part]
     learns = name.endswith("update")
-    remat = [f"{section}.remat=full"] if learns and component(section).remat != "full" else []
+    remat = [f"{section}.remat=full"] if learns and getattr(component(section), "remat", "full") != "full" else []
     smaller = []
     if learns or name == "reference":
         smaller = [[f"accumulate={cfg.accumulate * n}"] for n in (2, 4, 8)]

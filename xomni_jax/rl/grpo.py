@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -47,6 +48,7 @@ from xomni_jax.sharding import abstract
 from xomni_jax.sharding.arrays import local_rows, owned_rows, whole
 from xomni_jax.sharding.mesh import MeshConfig, make_mesh
 from xomni_jax.sharding.rules import num_data_shards
+from xomni_jax.tokenizers.registry import IMAGE_TOKENIZERS
 from xomni_jax.training.adapters import export_trained, frozen_base, learned_params
 from xomni_jax.training.components import (
     DataIterator,
@@ -278,8 +280,8 @@ class GRPOStage:
         decode = decode_settings(cfg.decode, read_description(cfg.init_from))
         programs, decoder_params = dict[str, Program](), {}
         for size, bucket in bucket_names(cfg.data.sizes).items():
-            grid = tuple(side // models["siglip_vq"].patch for side in size)
-            T = grid[0] * grid[1]
+            grid = IMAGE_TOKENIZERS["siglip_vq"](models["siglip_vq"]).layout(*size).shape
+            T = math.prod(grid)
             learning = learner_programs(cfg, policy, optimizer, functools.partial(cls.advantages, cfg), state, frozen, T, mesh)
             sampler = Sampler.make(policy.model, grid, cfg.sampling, c.segment, return_mask=cfg.sampling.truncates)
             drawing = sampler_programs(sampler, ar, weights, RolloutShape(part, R, c.prompt_length, T), cfg.sampling.guided, c.chunks, mesh)
@@ -336,7 +338,7 @@ class GRPOStage:
             raise
         flops, buckets = FlopCount(), {}
         for size, name in bucket_names(cfg.data.sizes).items():
-            codes = grids[size][0] * grids[size][1]
+            codes = math.prod(grids[size])
             sampler = Sampler.of(made["prefill" + name].fn, made["rollout" + name].fn, codes, cfg.rollout.segment, cfg.sampling.window > 1)
             rollouts = Rollouts(
                 model, image_decoder, grids[size], cfg.grpo.rollouts_per_prompt, cfg.rollout, cfg.advantage, cfg.sampling, decode, sampler,

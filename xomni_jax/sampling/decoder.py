@@ -14,6 +14,7 @@ from xomni_jax.models.autoencoder import pack, unpack
 from xomni_jax.sampling.flow import Conditioning, euler_sample, flow_sigmas, guided_velocity, null_conditioning
 from xomni_jax.sampling.logits import STRONGEST
 from xomni_jax.sharding.rules import constrain, map_rows
+from xomni_jax.tokenizers.protocol import ImageTokenizer
 
 DECODER_COMPONENTS = ("mmdit", "t5", "clip", "autoencoder")
 
@@ -125,14 +126,14 @@ def to_uint8(pixels: jax.Array) -> jax.Array:
     return jnp.round((jnp.clip(pixels, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
 
 
-def make_decode(vq: nn.Module, decoder: Decoder, cfg: DecodeConfig, num_data_shards: int) -> Callable[..., jax.Array]:
+def make_decode(tokenizer: ImageTokenizer, decoder: Decoder, cfg: DecodeConfig, num_data_shards: int) -> Callable[..., jax.Array]:
     """The jitted decoder (tokenizer's parameters, decoder's, codes [B, Y, X], T5 ids, CLIP ids, noise, empty prompt's ids) -> uint8 images.
 
     `num_data_shards`: over how many devices rows are split.
     """
 
     def decode(vq_params, params, codes_BYX, text_BS, pooled_BS, noise_BTC, empty):
-        semantics = vq.apply({"params": vq_params}, codes_BYX, method="semantics")
+        semantics = tokenizer.semantics(vq_params, codes_BYX)
         # The two rows of the empty prompt are repeated, so that they too split over a mesh.
         empty = tuple(jnp.repeat(x, num_data_shards, axis=0) for x in empty)
         images = to_uint8(decoder.decode(params, semantics, text_BS, pooled_BS, empty, noise_BTC, cfg))

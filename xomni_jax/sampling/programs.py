@@ -19,6 +19,7 @@ from xomni_jax.sampling.decoder import DECODER_COMPONENTS, DecodeConfig, Decoder
 from xomni_jax.sampling.sampler import Sampler
 from xomni_jax.sharding import abstract
 from xomni_jax.sharding.rules import SPREAD_RULES, microbatches, num_data_shards
+from xomni_jax.tokenizers.registry import IMAGE_TOKENIZERS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +82,7 @@ def decoder_programs(
     """
     params = {name: abstract_params(name, configs[name], mesh) for name in ("siglip_vq", *DECODER_COMPONENTS)}
     decoder = Decoder(**{name: COMPONENTS[name].module(configs[name]) for name in DECODER_COMPONENTS})
-    vq = COMPONENTS["siglip_vq"].module(configs["siglip_vq"])
+    tokenizer = IMAGE_TOKENIZERS["siglip_vq"](configs["siglip_vq"])
     shards = num_data_shards(mesh)
     rows += -rows % shards  # as the pipeline fills them up
     T, S, sides = grid[0] * grid[1], cfg.text_length, 2 if cfg.guidance != 1.0 else 1
@@ -103,7 +104,7 @@ def decoder_programs(
     gathered = gathered if rules is SPREAD_RULES and mesh.shape["fsdp"] * mesh.shape["tensor"] > 1 else 0.0
     return params, {
         "decoder": Program(
-            make_decode(vq, decoder, cfg, shards),
+            make_decode(tokenizer, decoder, cfg, shards),
             (params["siglip_vq"], parts, abstract.rows(mesh, (rows, *grid), jnp.int32), *texts, noise, empty),
             f"{images}, {cfg.steps} steps, guidance {cfg.guidance:g}",
             Work(forward=rows * (steps + text + semantics), tokens=rows * T, images=rows, gathered=gathered),

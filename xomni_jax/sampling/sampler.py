@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -44,13 +45,13 @@ class Sampler:
 
     @classmethod
     def make(
-        cls, net: nn.Module, grid: tuple[int, int], sampling: SamplingConfig, most: int = SEGMENT, return_mask: bool = False
+        cls, net: nn.Module, grid: tuple[int, ...], sampling: SamplingConfig, most: int = SEGMENT, return_mask: bool = False
     ) -> Sampler:
         """The programs for images of a grid of codes, at most `most` of them in a segment. `return_mask`: see `generate_codes`."""
-        engine, n_codes = Engine(net), grid[0] * grid[1]
+        engine, n_codes = Engine(net), math.prod(grid)
         segment = segment_length(n_codes, most)
         if sampling.window > 1:
-            parallel = ParallelSampler(engine, image_spec(n_codes, sampling), grid[1], return_mask)
+            parallel = ParallelSampler(engine, image_spec(n_codes, sampling), grid[-1], return_mask)
 
             def start_draft(params, ids_PS, lengths_P, keys_PR, negative):
                 prompt, state = engine.start(params, (ids_PS, lengths_P), keys_PR.shape[1], parallel.room, negative)

@@ -101,19 +101,19 @@ class MultimodalTokenizer:
         """Ids -> text without special tokens."""
         return self.text.decode([int(i) for i in ids], skip_special_tokens=True)
 
-    def image_prefix(self, y: int, x: int) -> np.ndarray:
-        """`<SOM>Y X<IMAGE>` -> ids [L]; the negative prompt of guidance."""
-        return np.concatenate([[self.som], self.encode_text(f"{y} {x}"), [self.image]]).astype(np.int32)
+    def image_prefix(self, *shape: int) -> np.ndarray:
+        """`<SOM>Y X<IMAGE>` of codes of this shape -> ids [L]; the negative prompt of guidance."""
+        return np.concatenate([[self.som], self.encode_text(" ".join(map(str, shape))), [self.image]]).astype(np.int32)
 
     def image_ids(self, codes_YX: np.ndarray) -> np.ndarray:
-        """Codes [Y, X] -> ids of the whole image, `<SOM>` to `<EOM>`."""
+        """Codes [Y, X], or of another shape -> ids of the whole image, `<SOM>` to `<EOM>`, in row-major order."""
         codes_YX = self._checked(codes_YX)
         codes = codes_YX.ravel().astype(np.int32) + self.vocab_size
         return np.concatenate([self.image_prefix(*codes_YX.shape), codes, [self.eom]]).astype(np.int32)
 
-    def generation_prompt(self, prompt: str, y: int, x: int) -> np.ndarray:
+    def generation_prompt(self, prompt: str, *shape: int) -> np.ndarray:
         """Prompt of an image to be sampled: the plain text and the image prefix, without chat template -> ids [L]."""
-        return np.concatenate([self.encode_text(prompt), self.image_prefix(y, x)])
+        return np.concatenate([self.encode_text(prompt), self.image_prefix(*shape)])
 
     def generation_sequence(self, prompt: str, codes_YX: np.ndarray) -> TokenSequence:
         """Prompt and image for training. Targets are the codes; `<EOM>` is appended and never predicted, and so is not a target."""
@@ -187,7 +187,7 @@ class MultimodalTokenizer:
 
     def _checked(self, codes_YX: np.ndarray) -> np.ndarray:
         codes_YX = np.asarray(codes_YX)
-        if codes_YX.ndim != 2 or not np.issubdtype(codes_YX.dtype, np.integer):
+        if not codes_YX.ndim or not np.issubdtype(codes_YX.dtype, np.integer):
             raise ValueError(f"Image codes must be integers [Y, X], not {codes_YX.dtype} {list(codes_YX.shape)}.")
         if codes_YX.size and not 0 <= codes_YX.min() <= codes_YX.max() < self.image_vocab_size:
             raise ValueError(f"Image codes {codes_YX.min()}..{codes_YX.max()} must lie within 0..{self.image_vocab_size - 1}.")

@@ -28,6 +28,7 @@ from xomni_jax.pipeline import XOmni
 from xomni_jax.sampling.decoder import DecodeConfig
 from xomni_jax.sequence.tokenizer import TINY_TOKENIZER
 from xomni_jax.sharding.rules import num_data_shards
+from xomni_jax.tokenizers.registry import tokenizer_in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +77,11 @@ def read_description(directory: str) -> dict[str, Any]:
         return read_model_json(directory)
     except (OSError, ValueError):
         return {}
+
+
+def tokenizer_of(directory: str) -> str:
+    """Name of the image tokenizer that a model directory holds."""
+    return tokenizer_in(read_description(directory).get("components", {}))
 
 
 def _model_config(section: ModelSection, stored: Any, name: str, path: str) -> Any:
@@ -145,9 +151,10 @@ def check_codes(data: DataSection, model: XOmni) -> None:
     """Refuses codes that another tokenizer made than that of the model; frees the tokenizer where all data are codes."""
     stored = [part for part in data.parts if part.tokenizer]
     if stored:
-        own = fingerprint("siglip_vq", model.params("siglip_vq"), model.config("siglip_vq"))
-    if stored and len(stored) == len(data.parts):
-        model.release("siglip_vq")
+        name = model.image_tokenizer.component
+        own = fingerprint(name, model.params(name), model.config(name))
+        if len(stored) == len(data.parts):
+            model.release(name)
     for part in stored:
         if own != part.tokenizer:
             raise ConfigError(

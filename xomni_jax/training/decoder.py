@@ -11,7 +11,6 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from jax.sharding import Mesh
 
 from xomni_jax.core.config import BelowOne, Finite, NonNegative, check_known
@@ -32,6 +31,8 @@ from xomni_jax.sampling.keys import image_keys
 from xomni_jax.sharding import abstract
 from xomni_jax.sharding.arrays import local_rows, spread, whole
 from xomni_jax.sharding.rules import map_rows
+from xomni_jax.tokenizers.protocol import ImageTokenizer
+from xomni_jax.tokenizers.registry import IMAGE_TOKENIZERS
 from xomni_jax.training.accumulate import gradient
 from xomni_jax.training.adapters import export_trained, frozen_base
 from xomni_jax.training.components import DataIterator, ImageSize, check_split, check_trainable, model_configs, open_model
@@ -146,12 +147,12 @@ def flow_loss(decoder: Decoder, params: Any, rows: FlowRows, whole: FlowRows) ->
     }
 
 
-def make_update(decoder: Decoder, vq: nn.Module, optimizer: Optimizer, cfg: DecoderRun) -> Callable[..., Any]:
+def make_update(decoder: Decoder, vq: ImageTokenizer, optimizer: Optimizer, cfg: DecoderRun) -> Callable[..., Any]:
     """The jitted step (state, base of adapters | None, tokenizer's parameters, batch, key) -> (state, metrics); the state is donated."""
 
     def update(state: TrainState, base, vq_params, batch, key):
-        codes_BYX = vq.apply({"params": vq_params}, batch["pixels"], method="encode")
-        semantics = vq.apply({"params": vq_params}, codes_BYX, method="semantics")
+        codes_BYX = vq.encode(vq_params, batch["pixels"])
+        semantics = vq.semantics(vq_params, codes_BYX)
         complete = lambda p: join(base, p, cfg.lora.scale)  # noqa: E731
         rows = flow_rows(decoder, complete(state.params), batch, semantics, key, cfg.decoder)
         loss = lambda p, part: flow_loss(decoder, complete(p), part, rows)  # noqa: E731
@@ -189,9 +190,9 @@ class DecoderStage:
             optimizer = cfg.make_optimizer(("autoencoder/.*",) if fixed else ())
             create, state = new_state(init, optimizer, mesh, cfg.guard)
         params = base or state.params
-        vq, vq_params = COMPONENTS["siglip_vq"].module(models["siglip_vq"]), abstract_params("siglip_vq", models["siglip_vq"], mesh)
+        vq, vq_params = IMAGE_TOKENIZERS["siglip_vq"](models["siglip_vq"]), abstract_params("siglip_vq", models["siglip_vq"], mesh)
         (height, width), c = cfg.data.sizes[0], models["siglip_vq"]
-        B, S, P, T = cfg.batch_size, cfg.decode.text_length, cfg.decode.pooled_length, height // c.patch * (width // c.patch)
+        B, S, P, T = cfg.batch_size, cfg.decode.text_length, cfg.decode.pooled_length, vq.layout(height, width).length
         ids = lambda n, length: abstract.array(mesh, (n, length), jnp.int32, *(("batch",) if n > 1 else ()))
         batch = {
             "pixels": abstract.rows(mesh, (B, height, width, 3), jnp.float32),

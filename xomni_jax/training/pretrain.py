@@ -37,6 +37,7 @@ from xomni_jax.training.components import (
     check_trainable,
     model_configs,
     open_model,
+    tokenizer_of,
 )
 from xomni_jax.training.guard import guarded
 from xomni_jax.training.next_token import NextTokenConfig, PackedTargets, build_sequences, next_token_loss, pack_batch
@@ -269,7 +270,7 @@ class PretrainStage:
         if jax.process_count() > 1:
             check_split("config.batch_size", cfg.batch_size, mesh)
             rows = local_rows(mesh, cfg.batch_size)
-        model = open_model(cfg.init_from, ("siglip_vq",), mesh, cfg.stage)
+        model = open_model(cfg.init_from, (tokenizer_of(cfg.init_from),), mesh, cfg.stage)
         check_codes(cfg.data, model)
         models, lora = model_configs(cfg, ("transformer",), model), cfg.lora
         ar = models["transformer"]

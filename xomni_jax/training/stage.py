@@ -45,7 +45,7 @@ class RunConfig:
     """What every training stage shares.
 
     Attributes:
-      stage: tokenizer, pretrain, sft, decoder or grpo, or a stage of your own as path/to/file.py:Class
+      stage: tokenizer, vq, pretrain, sft, decoder or grpo, or a stage of your own as path/to/file.py:Class
       run_dir: folder of the resolved config, metrics, image grids, checkpoints and the final model
       init_from: model directory that supplies the frozen and the starting parameters; empty: random ones
       seed: all randomness of a run derives from it, the step and the purpose
@@ -191,6 +191,7 @@ STAGES = Registry(
     "stage",
     {
         "tokenizer": "xomni_jax.training.tokenizer:TokenizerStage",
+        "vq": "xomni_jax.training.vq:VQStage",
         "pretrain": "xomni_jax.training.pretrain:PretrainStage",
         "sft": "xomni_jax.training.pretrain:SFTStage",
         "decoder": "xomni_jax.training.decoder:DecoderStage",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,7 +33,7 @@ from xomni_jax.pipeline import XOmni
 from xomni_jax.sampling.batches import Batch, run_batches
 from xomni_jax.sharding.arrays import batch_sharding
 from xomni_jax.sharding.mesh import make_mesh
-from xomni_jax.training.components import open_model
+from xomni_jax.training.components import open_model, tokenizer_of
 from xomni_jax.training.stage import RunConfig
 
 
@@ -82,12 +83,14 @@ class Shard:
 
     Attributes:
       keys: their numbers in the source.
-      examples, codes: of those that could be used, by key. rejected: {key: reason} of the others.
+      examples, sizes, codes: of those that could be used, by key; sizes are (height, width) in pixels.
+      rejected: {key: reason} of the others.
     """
 
     path: Path
     keys: range
     examples: dict[int, Example] = dataclasses.field(default_factory=dict)
+    sizes: dict[int, tuple[int, int]] = dataclasses.field(default_factory=dict)
     codes: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
     rejected: dict[int, str] = dataclasses.field(default_factory=dict)
 
@@ -100,18 +103,18 @@ class Shard:
         except (OSError, ValueError):
             return None
 
-    def write(self, dtype: np.dtype, patch: int) -> None:
+    def write(self, dtype: np.dtype) -> None:
         """Writes the file and then, as the sign that it is whole, its summary. Records of one size lie together, ordered by key."""
         sizes = defaultdict(list)
         for key in sorted(self.codes):
-            sizes[self.codes[key].shape].append(key)
+            sizes[self.sizes[key]].append(key)
         part = part_of(self.path)
         write_shard(part, (packed(key, self.examples[key], self.codes[key], dtype) for keys in sizes.values() for key in keys))
         with part.open("rb") as file:
             os.fsync(file.fileno())
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         os.replace(part, self.path)
-        counts = [(y * patch, x * patch, len(keys)) for (y, x), keys in sizes.items()]
+        counts = [(*size, len(keys)) for size, keys in sizes.items()]
         about = {"file": self.path.name, "records": len(self.codes), "bytes": self.path.stat().st_size, "sha256": digest, "sizes": counts}
         rejected = [{"key": key, "reason": reason} for key, reason in sorted(self.rejected.items())]
         write_json(self.path.with_suffix(".json"), about | held_fields(self.examples.values()) | {"rejected": rejected})
@@ -143,9 +146,10 @@ def tokenize(cfg: RunConfig, options: TokenizeConfig, process: int = 0, processe
         )
     if reason := why_taken(out, "data set of codes"):
         raise ConfigError(f"--out {out} {reason}; name another folder")
-    model = open_model(cfg.init_from, ("siglip_vq",), make_mesh({"data": -1}, jax.local_devices()), "data tokenize")
-    tokens = max(y * x for y, x in (model.grid(*size) for size in cfg.data.sizes))
-    vq = model.config("siglip_vq")
+    name = tokenizer_of(cfg.init_from)
+    model = open_model(cfg.init_from, (name,), make_mesh({"data": -1}, jax.local_devices()), "data tokenize")
+    tokens = max(math.prod(model.grid(*size)) for size in cfg.data.sizes)
+    vq = model.config(name)
     dtype = code_dtype(vq.codebook_size)
     check_folder(out, count * tokens * dtype.itemsize)
     settings = {
@@ -153,7 +157,7 @@ def tokenize(cfg: RunConfig, options: TokenizeConfig, process: int = 0, processe
         "digest": getattr(records, "digest", ""),
         "records": count,
         "model": cfg.init_from,
-        "tokenizer": fingerprint("siglip_vq", model.params("siglip_vq"), vq),
+        "tokenizer": fingerprint(name, model.params(name), vq),
         "codebook_size": vq.codebook_size,
         "dtype": dtype.str,
         "batch": options.batch,
@@ -208,7 +212,7 @@ def encode_shards(
             for shard in encoded(model, loaded(records, sizes, missing, options.threads), missing, options.batch, room, bar):
                 if writing:
                     writing.result()  # raises what went wrong
-                writing = writer.submit(shard.write, dtype, model.patch)
+                writing = writer.submit(shard.write, dtype)
             if writing:
                 writing.result()
     except TooManyRejected as error:
@@ -260,7 +264,7 @@ def encoded(model: XOmni, loaded: Iterator[tuple], shards: Sequence[Shard], batc
                     if rejected > room:
                         raise TooManyRejected(reason)
                     continue
-                shard.examples[key], pixels[key] = example, image
+                shard.examples[key], shard.sizes[key], pixels[key] = example, image.shape[:2], image
                 group = groups[image.shape]
                 group.append(key)
                 if len(group) == rows:

@@ -14,14 +14,13 @@ import numpy as np
 from einops import reduce
 from jax.sharding import Mesh
 
-from xomni_jax.core.config import BelowOne, ConfigError, Count, Natural, NonNegative, Overrides, Share
+from xomni_jax.core.config import ConfigError, Count, NonNegative, Overrides
 from xomni_jax.core.preemption import StopSignal
 from xomni_jax.core.program import Program, Programs, Work
 from xomni_jax.data.preprocess import ImageLimits, to_pixels, trained_limits
 from xomni_jax.data.rendered import N_COLUMN_CLASSES, SIGNS
 from xomni_jax.data.sources import DataSection, batches
 from xomni_jax.models import siglip_vq
-from xomni_jax.models.quantizer import dead_codes, restart_dead_codes, start_codebook
 from xomni_jax.models.section import ModelSection
 from xomni_jax.models.work import dense
 from xomni_jax.sequence.tokenizer import MultimodalTokenizer
@@ -30,40 +29,26 @@ from xomni_jax.sharding.arrays import local_rows, spread
 from xomni_jax.sharding.rules import unconstrained
 from xomni_jax.training import understanding
 from xomni_jax.training.accumulate import gradient
+from xomni_jax.training.codebook import CODEBOOK_SEED, CodebookConfig, codebook_of, even_usage, skipped_images, train_step, with_usage
 from xomni_jax.training.components import DataIterator, check_heads, check_split, export_model
 from xomni_jax.training.guard import guarded
-from xomni_jax.training.loop import key_for
 from xomni_jax.training.operations import FlopCount
 from xomni_jax.training.optimizer import Optimizer, OptimizerConfig
 from xomni_jax.training.stage import RunConfig, RunningStage
 from xomni_jax.training.state import TrainState, new_state
 
-CODEBOOK_SEED = 2_000_003  # added to the seed of the examples the codebook starts from
-
 
 @dataclasses.dataclass(frozen=True)
-class TokenizerConfig:
+class TokenizerConfig(CodebookConfig):
     """Schedule of the codebook and weights of the loss.
 
     Attributes:
-      warmup_steps: steps on continuous features, before there is a codebook
-      ramp_steps: steps over which quantisation grows to its full share after that
-      start_batches: batches of other examples, whose encoder outputs the codebook starts from
-      restart_every: steps between restarts of dead codes; 0: never
-      restart_until: share of the run after which no code is restarted
-      usage_decay: decay of the running average of code usage
       text_length: tokens of question and answer
       answer_weight: weight of the loss of the answers
       dense_weight: weight of the loss of the label of every token; of images without labels, its colour
       quantizer_weight: weight of the quantiser's own losses
     """
 
-    warmup_steps: Natural = 200
-    ramp_steps: Natural = 100
-    start_batches: Count = 8
-    restart_every: Natural = 25
-    restart_until: Share = 0.7
-    usage_decay: BelowOne = 0.98
     text_length: Count = 48
     answer_weight: NonNegative = 1.0
     dense_weight: NonNegative = 1.0
@@ -122,13 +107,12 @@ def make_update(
     weights = understanding.Weights(cfg.answer_weight, cfg.dense_weight, cfg.quantizer_weight)
 
     def update(state: TrainState, batch, key, strength):
-        skip_B = understanding.skipped_images(key, len(batch["ids"]), learner.vq.skip_probability, strength)
+        skip_B = skipped_images(key, len(batch["ids"]), learner.vq.skip_probability, strength)
         rows = batch | {"skip": skip_B}
         loss = functools.partial(understanding.tokenizer_loss, whole=rows, learner=learner, strength=strength, weights=weights)
         grads, aux, _ = gradient(loss, state.params, rows, accumulate, understanding.join_aux)
         state, optim = state.apply(optimizer, grads)
-        usage = cfg.usage_decay * state.extra["usage"] + (1 - cfg.usage_decay) * aux.usage
-        return state.replace(extra={"usage": usage}), aux.metrics | optim, aux.z
+        return with_usage(state, aux.usage, cfg.usage_decay), aux.metrics | optim, aux.z
 
     return jax.jit(update, donate_argnums=0)
 
@@ -137,12 +121,6 @@ def init_params(learner: understanding.TokenizerLearner, seed: int, size: tuple[
     """Boxed parameters of the tokenizer and its readers, for images of `size` pixels."""
     with unconstrained():
         return learner.init(jax.random.key(seed), jnp.zeros((1, *size, 3)), jnp.zeros((1, 4), jnp.int32))["params"]
-
-
-def even_usage(vq: siglip_vq.SigLIPVQConfig) -> dict[str, jax.Array]:
-    """The running usage of codes before anything is known."""
-    # With its dtype: a weakly typed array would make the second step compile anew.
-    return {"usage": jnp.full((vq.codebook_size,), 1.0 / vq.codebook_size, jnp.float32)}
 
 
 def make_learner(models: Mapping[str, Any]) -> understanding.TokenizerLearner:
@@ -167,7 +145,7 @@ class TokenizerStage:
         (height, width), B, L = cfg.data.sizes[0], cfg.batch_size, c.text_length
         # The running usage of codes lives beside the parameters' state, so that a resumed run restarts the same codes.
         init = lambda: init_params(learner, cfg.seed, (height, width))
-        create, state = new_state(init, optimizer, mesh, cfg.guard, lambda: even_usage(vq))
+        create, state = new_state(init, optimizer, mesh, cfg.guard, lambda: even_usage(vq.codebook_size))
         grid = height // vq.patch, width // vq.patch
         batch = {
             "pixels": abstract.rows(mesh, (B, height, width, 3), jnp.float32),
@@ -218,8 +196,7 @@ class TokenizerStage:
         def first_codebook(params: Any, key: jax.Array) -> jax.Array:
             # Batches of their own, not those that just passed: a run that was resumed here has not seen them.
             examples = load(seed=cfg.seed + CODEBOOK_SEED, count=c.start_batches, prefetch=0)
-            z = jnp.concatenate([encode(params, to_mesh(batch)["pixels"]).reshape(-1, vq.code_width) for batch in examples])
-            return jax.jit(start_codebook, static_argnums=2)(key, z, vq.codebook_size)
+            return codebook_of((encode(params, to_mesh(batch)["pixels"]) for batch in examples), key, vq.codebook_size)
 
         def export(state: TrainState, directory: Path, note: dict[str, Any]) -> None:
             export_model(directory, {"siglip_vq": (state.params["tokenizer"], vq)}, "", note, {"preprocess": limits})
@@ -233,46 +210,3 @@ class TokenizerStage:
             items_per_step=cfg.batch_size,
             flops=lambda: flops.total,
         )
-
-
-def train_step(
-    cfg: TokenizerRun,
-    update: Callable[..., Any],
-    first_codebook: Callable[[Any, jax.Array], jax.Array],
-    state: TrainState,
-    batch: dict[str, jax.Array],
-    number: int,
-) -> tuple[TrainState, dict[str, Any]]:
-    """One update -> (state, metrics). The codebook starts after the warm-up; from then on its dead codes are restarted now and then.
-
-    Args:
-      first_codebook: (parameters, key) -> the codebook [V, C] that quantisation starts from.
-    """
-    c = cfg.tokenizer
-    strength = np.clip((number - c.warmup_steps) / max(c.ramp_steps, 1), 0.0, 1.0)
-    if number == c.warmup_steps:
-        state = with_codebook(state, first_codebook(state.params, key_for(cfg.seed, number, 1)))
-    state, metrics, z = update(state, batch, key_for(cfg.seed, number, 0), np.float32(strength))
-    due = c.restart_every and number > c.warmup_steps and number % c.restart_every == 0
-    if due and number < c.restart_until * cfg.steps:
-        key, old = key_for(cfg.seed, number, 2), state.params["tokenizer"]["codebook"]
-        codebook, usage, restarted = restart(key, old, state.extra["usage"], z)
-        state = with_codebook(state, codebook).replace(extra={"usage": usage})
-        metrics = metrics | {"codes/restarted": restarted}
-    return state, metrics
-
-
-@jax.jit
-def restart(key: jax.Array, codebook_VC: jax.Array, usage_V: jax.Array, z_BYXC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Dead codes start again from encoder outputs, with average usage -> (codebook, usage, number of restarted codes)."""
-    codebook_VC, n = restart_dead_codes(key, codebook_VC, usage_V, z_BYXC.reshape(-1, z_BYXC.shape[-1]))
-    return codebook_VC, jnp.where(dead_codes(usage_V), 1.0 / usage_V.shape[0], usage_V), n
-
-
-def with_codebook(state: TrainState, codebook_VC: jax.Array) -> TrainState:
-    """The state with another codebook, in the number format and on the devices of the old one. Averages start again where rows change."""
-    old, ema, name = state.params["tokenizer"]["codebook"], state.ema, "tokenizer/codebook"
-    new = jax.device_put(codebook_VC.astype(old.dtype), old.sharding)
-    if name in ema:
-        ema = ema | {name: jnp.where(new == old, ema[name], new)}
-    return state.replace(params=state.params | {"tokenizer": state.params["tokenizer"] | {"codebook": new}}, ema=ema)

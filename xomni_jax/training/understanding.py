@@ -172,11 +172,6 @@ def masked_mean(x: jax.Array, mask: jax.Array, whole: jax.Array) -> jax.Array:
     return jnp.sum(x.astype(jnp.float32) * mask.astype(jnp.float32)) / jnp.maximum(jnp.sum(whole.astype(jnp.float32)), 1.0)
 
 
-def skipped_images(key: jax.Array, images: int, skip_probability: float, strength: float | jax.Array) -> jax.Array:
-    """Bool [images], those that skip quantisation: all at strength 0, a share of `skip_probability` at strength 1, linear between."""
-    return jax.random.uniform(key, (images,)) < 1.0 - jnp.asarray(strength, jnp.float32) * (1.0 - skip_probability)
-
-
 def tokenizer_loss(
     params: Any,
     batch: dict[str, jax.Array],
@@ -192,7 +187,7 @@ def tokenizer_loss(
       params: of `learner`.
       batch: "pixels" [B, H, W, 3] in [-1, 1]; "columns" [B, Y, X] int32 label per cell (dense reading only; -1: unknown);
         "ids" [B, L] int32 question and answer, padded on the right; "loss_mask" [B, L] bool, True at answer tokens;
-        "skip" [B] bool, the images that skip quantisation, from `skipped_images`.
+        "skip" [B] bool, the images that skip quantisation, from `codebook.skipped_images`.
       whole: the batch, or the one that `batch` is a part of: the losses, metrics and usage of all parts add up to its own, except
         codes/{used,perplexity}.
       strength: 0..1, traced or not; of the quantiser's loss. At 0, before the codebook starts, it is not trained.

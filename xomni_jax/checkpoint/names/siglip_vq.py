@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from xomni_jax.checkpoint.conversion import (
     CONV,
+    POINTWISE,
     Ignored,
     NameTable,
     Rule,
@@ -17,9 +16,6 @@ from xomni_jax.checkpoint.conversion import (
     weight_and_bias,
 )
 from xomni_jax.models.siglip_vq import SigLIPVQConfig
-
-# A 1x1 convolution is a matrix here.
-POINTWISE = Transform("[O,I,1,1] -> [I,O]", lambda w: w[:, :, 0, 0].T, lambda w: np.ascontiguousarray(w.T)[:, :, None, None])
 
 VIT_IGNORED = (
     Ignored(r"norm\.(weight|bias)", "a final norm the tokenizer does not apply: the last block's output is the feature"),

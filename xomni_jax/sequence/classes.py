@@ -1,0 +1,41 @@
+"""Class numbers in the place of texts, for a class-conditional model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+
+class ClassTokenizer:
+    """What `MultimodalTokenizer` is to a model of text: a prompt is the number of a class, one token, which the codes follow at once.
+
+    Attributes:
+      vocab_size: number of classes and one more, the id that stands for no class; the id of code 0.
+      pad: any id.
+      columns: of the grid of codes.
+    """
+
+    def __init__(self, classes: int, columns: int):
+        self.vocab_size, self.pad, self.columns = classes + 1, classes, columns
+
+    def encode_text(self, text: str) -> np.ndarray:
+        """The number of a class -> its id [1]."""
+        if not text.strip().isdecimal() or int(text) >= self.pad:
+            raise ValueError(f"The prompt {text.strip()[:60]!r} is no class of this model; give a number from 0 to {self.pad - 1}.")
+        return np.array([int(text)], np.int32)
+
+    def generation_prompt(self, prompt: str, *shape: int) -> np.ndarray:
+        """The class as the prompt of an image -> ids [1]. Raises ValueError for a grid with other columns than the model's positions."""
+        if shape[-1] != self.columns:
+            raise ValueError(f"This model draws images of {self.columns} columns of codes, not {shape[-1]}; choose another width.")
+        return self.encode_text(prompt)
+
+    def image_prefix(self, *shape: int) -> np.ndarray:
+        """No class -> ids [1]; the negative prompt of guidance."""
+        return np.array([self.pad], np.int32)
+
+    @property
+    def text(self) -> Any:
+        """Refuses: there is no text."""
+        raise ValueError("This model draws images of numbered classes and answers no questions; use a model of text.")

@@ -1,0 +1,1 @@
+"""Images (and clips) to codes, behind one protocol."""
