@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -42,6 +43,7 @@ from xomni_jax.sampling.sampler import Sampler
 from xomni_jax.sharding import abstract
 from xomni_jax.sharding.arrays import local_rows, owned_rows
 from xomni_jax.sharding.rules import constrain, map_rows
+from xomni_jax.tokenizers.registry import IMAGE_TOKENIZERS
 from xomni_jax.training.accumulate import gradient, split_rows
 from xomni_jax.training.adapters import export_trained
 from xomni_jax.training.components import (
@@ -128,7 +130,7 @@ def make_flow_decode(vq: nn.Module, decoder: Decoder, cfg: DecodeConfig, flow: F
 
 def noise_levels(cfg: DecodeConfig, grid: Sequence[int]) -> np.ndarray:
     """Noise levels [n + 1] of images with a grid of codes."""
-    return flow_sigmas(cfg.steps, grid[0] * grid[1], base_shift=cfg.base_shift, max_shift=cfg.max_shift)
+    return flow_sigmas(cfg.steps, math.prod(grid), base_shift=cfg.base_shift, max_shift=cfg.max_shift)
 
 
 def flow_gradient(
@@ -224,8 +226,8 @@ class UniGRPOStage(GRPOStage):
         cfg.flow.check_steps(decode.steps)
         if decode.guidance != 1.0:
             raise ConfigError(f"config.decode.guidance={decode.guidance}: noisy steps are drawn and learned without guidance; set it to 1")
-        grid = tuple(side // models["siglip_vq"].patch for side in cfg.data.sizes[0])
-        B, T, rows = cfg.batch_size * cfg.grpo.rollouts_per_prompt, grid[0] * grid[1], cfg.batch_size // c.chunks
+        grid = IMAGE_TOKENIZERS["siglip_vq"](models["siglip_vq"]).layout(*cfg.data.sizes[0]).shape
+        B, T, rows = cfg.batch_size * cfg.grpo.rollouts_per_prompt, math.prod(grid), cfg.batch_size // c.chunks
 
         # ---- arrays that stay ----
         optimizer = cfg.make_optimizer(tuple(f"{name}/.*" for name in LEARNERS if name not in cfg.learn), cfg.grpo.updates_per_batch)
@@ -322,7 +324,7 @@ class UniGRPOStage(GRPOStage):
             rewards.close()
             raise
         flops = FlopCount()
-        sampler = Sampler.of(made["prefill"].fn, made["rollout"].fn, grid[0] * grid[1], cfg.rollout.segment, cfg.sampling.window > 1)
+        sampler = Sampler.of(made["prefill"].fn, made["rollout"].fn, math.prod(grid), cfg.rollout.segment, cfg.sampling.window > 1)
         own = (
             model, model, grid, cfg.grpo.rollouts_per_prompt, cfg.rollout, cfg.advantage, cfg.sampling, decode, sampler,
             lambda params: made["layout"].fn(params["transformer"]), rewards, stop,
