@@ -16,7 +16,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
-import msgspec
 from PIL import Image
 
 from xomni_jax.core.http import BodyReader, Refusal, check_token, prometheus
@@ -100,7 +99,7 @@ class App:
             "hash": served.hash,
             "seed": seed,
             "size": shown_size(size),
-            **msgspec.to_builtins(_settings(sampling)),
+            **vars(sampling),
         }
         numbers = range(asked.index, asked.index + count)
         images = self.service.draw(served, asked.prompt, size, seed, numbers, sampling, (asked.partial_images or 0) if asked.stream else 0)
@@ -286,7 +285,7 @@ class App:
         own = {
             "sizes": [shown_size(size) for size in served.sizes], "size": shown_size(served.default), "patch": served.model.patch,
             "hash": served.hash if self.status == "ok" else None, "prompt_tokens": served.prompt_tokens, "max_images": o.max_images,
-            "rewards": list(self.rewards), "sampling": msgspec.to_builtins(_settings(self.sampling)),
+            "rewards": list(self.rewards), "sampling": vars(self.sampling),
         }  # fmt: skip
         return {
             "id": served.name,
@@ -337,10 +336,6 @@ class App:
 
 _FIXED = {"quality": "auto", "background": "opaque", "output_format": "png"}
 _PAGE_FILES = frozenset(file.name for file in PAGE.glob("*") if file.suffix in _KINDS)
-
-
-def _settings(sampling: SamplingConfig) -> dict[str, float]:
-    return dict(vars(sampling))
 
 
 def _chat_usage(prompt: int, answer: int) -> dict[str, int]:

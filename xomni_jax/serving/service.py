@@ -102,13 +102,12 @@ class ServedModel:
         unlike = lambda size: abs(math.log(size[0] / height)) + abs(math.log(size[1] / width))
         return sorted(self.sizes, key=unlike)
 
-    def check_prompt(self, prompt: str) -> np.ndarray:
-        """The ids of a prompt. ValueError where the model cannot take it."""
+    def check_prompt(self, prompt: str) -> None:
+        """Raises ValueError where the model cannot take a prompt."""
         self.model.check_prompts([prompt])
-        ids = self.model.tokenizer.encode_text(prompt)
-        if len(ids) > self.prompt_tokens:
-            raise ValueError(f"the prompt has {len(ids)} tokens, this service takes {self.prompt_tokens}; shorten it")
-        return ids
+        count = len(self.model.tokenizer.encode_text(prompt))
+        if count > self.prompt_tokens:
+            raise ValueError(f"the prompt has {count} tokens, this service takes {self.prompt_tokens}; shorten it")
 
     def image_job(
         self, prompt: str, size: tuple[int, int], seed: int, numbers: Sequence[int], sampling: SamplingConfig, **told: Any
