@@ -39,6 +39,10 @@ class OtherData:
         """The keys that differ."""
         return dict(self.values)
 
+    def defaults(self) -> dict[str, Any]:
+        """None: whatever differs is set."""
+        return {}
+
     def explained(self) -> dict[str, str]:
         """Nothing: the keys are those of `data`."""
         return {}
