@@ -12,7 +12,7 @@ from configs.tiny import demo
 def get_config():
     """What differs from the defaults."""
     c = ConfigDict(demo.recipe())
-    c.update(stage="unigrpo", run_dir="runs/unigrpo/both", init_from="xomni_jax/assets/tiny_sft", steps=100)
+    c.update(stage="unigrpo", run_dir="runs/unigrpo/both", init_from="xomni_jax/assets/tiny_sft", steps=30)
     rates = tuple((f"transformer/{pattern}", rate) for pattern, rate in c.optimizer.rates)
     c.optimizer.rates = (("mmdit/.*", 1.0), *rates)
     c.rollout = dict(prompt_length=24)
