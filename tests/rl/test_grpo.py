@@ -27,7 +27,7 @@ from xomni_jax.rewards.client import RewardClient
 from xomni_jax.rl import grpo, rollouts
 from xomni_jax.rl.advantages import AdvantageConfig
 from xomni_jax.rl.rewards import RewardConfig, Rewards
-from xomni_jax.sampling import sampler as sampler_module
+from xomni_jax.sampling.engine import Engine
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sampling.sampler import Sampler
 from xomni_jax.sharding.abstract import path_name
@@ -179,13 +179,13 @@ def test_faults_of_the_way_change_nothing(finished, model_dir, service, tmp_path
 
 
 def test_a_sampler_that_lies_about_its_log_probs_is_found(own_programs, model_dir, service, tmp_path, monkeypatch):
-    draw = sampler_module.draw_codes
+    sample = Engine.sample
 
-    def tampered(*args, **kwargs):
-        state, out = draw(*args, **kwargs)
-        return state, out | {"logp": out["logp"].at[0, 1, 2].add(2e-3)}
+    def tampered(*args):
+        state, image = sample(*args)
+        return state, image.replace(logp=image.logp.at[0, 1, 2].add(2e-3))
 
-    monkeypatch.setattr(sampler_module, "draw_codes", tampered)
+    monkeypatch.setattr(Engine, "sample", tampered)
     with pytest.raises(FloatingPointError, match=r"sampler and trainer differ by 2\.0\de-03 in a log-prob at step 1 \(limit 0.0001\)"):
         run_stage(grpo_config(tmp_path / "run", model_dir, service.url, "grid_every=0"))
     assert not (tmp_path / "run" / "model").exists()
