@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import card, long_run
+from launch import card, long_run, unigrpo
 from xomni_jax.training.run_directory import save_config
 from xomni_jax.training.stage import load_config
 
@@ -42,6 +42,25 @@ def test_collect_averages_over_evaluations_but_not_the_control(tmp_path):
         "step": [10, 20],
         **{n: [None, 1.5 if n == "reward/total/mean" else None] for n in long_run.CURVES},
     }
+
+
+def test_unigrpo_compares_first_and_last_steps(tmp_path):
+    run = write_run(tmp_path / "both_0", [1.0] * 12)
+    (run / "model").mkdir()
+    write_run(tmp_path / "mmdit_0", [1.0])  # not finished
+    lines = [
+        json.loads(line) | {n: i / 10 for n in unigrpo.CURVES} for i, line in enumerate((run / "metrics.jsonl").read_text().splitlines())
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    curves = unigrpo.collect(tmp_path)
+    assert list(curves) == ["both_0"] and unigrpo.table(curves).splitlines()[-1].split() == [
+        "both_0",
+        "0.4500",
+        "0.6500",
+        "0.6500",
+        "0.4500",
+        "0.6500",
+    ]
 
 
 def test_card_names_command_seed_steps_and_metrics(tmp_path):
