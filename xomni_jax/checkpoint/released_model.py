@@ -38,7 +38,7 @@ class ReleasedModel:
             except MissingPart:
                 continue
             except ConversionError as e:
-                self.errors |= dict.fromkeys(set(names) - FILE_ONLY, str(e))
+                self.errors |= dict.fromkeys((part for part in names if part not in FILE_ONLY), str(e))
                 continue
             self.components |= release.components
             self.folders |= release.tokenizers
