@@ -47,6 +47,7 @@ PARTS = {
     "text": ("t5", "clip"),
 }
 ALL = sum(PARTS.values(), ())
+FILE_ONLY = set(IMAGE_TOKENIZERS) - {"siglip_vq"}  # published as single files, never in a directory
 # Sizes that two components must share.
 SHARED = (
     ("transformer", "image_vocab_size", "siglip_vq", "codebook_size"),

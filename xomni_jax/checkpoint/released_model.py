@@ -11,7 +11,7 @@ import numpy as np
 from xomni_jax.checkpoint.component_source import ComponentSource
 from xomni_jax.checkpoint.conversion import ConversionError, flatten, unflatten
 from xomni_jax.checkpoint.formats import detect_format
-from xomni_jax.checkpoint.released import PARTS, MissingPart, open_release
+from xomni_jax.checkpoint.released import FILE_ONLY, PARTS, MissingPart, open_release
 from xomni_jax.checkpoint.store import FORMAT, CheckpointError, config_to_json
 
 
@@ -38,7 +38,7 @@ class ReleasedModel:
             except MissingPart:
                 continue
             except ConversionError as e:
-                self.errors |= dict.fromkeys(names, str(e))
+                self.errors |= dict.fromkeys((part for part in names if part not in FILE_ONLY), str(e))
                 continue
             self.components |= release.components
             self.folders |= release.tokenizers
