@@ -40,7 +40,10 @@ def test_a_missing_peer_names_the_extra(name, package, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "line, words",
     [
-        ("decode --model somewhere", "--model belongs to bench grpo, eval, tokenize, rewards, serve; bench decode does not take it"),
+        (
+            "decode --model somewhere",
+            "--model belongs to bench grpo, eval, tokenize, rewards, serve, window; bench decode does not take it",
+        ),
         ("grpo --size small", "--size belongs to bench decode, train, mmdit"),
         ("grpo --threads 1", "--threads belongs to bench decode, train, mmdit"),
         ("train --threads 9999", "--threads 9999: this process has .* cores; give a number from 1 to that"),

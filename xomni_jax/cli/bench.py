@@ -9,7 +9,7 @@ from typing import Any
 
 from xomni_jax.assets import TINY_SFT
 
-NAMES = ("decode", "train", "mmdit", "grpo", "convert", "eval", "data", "tokenize", "rewards", "serve")
+NAMES = ("decode", "train", "mmdit", "grpo", "convert", "eval", "data", "tokenize", "rewards", "serve", "window")
 _OPTIONS = dict.fromkeys(("decode", "train", "mmdit"), ("size", "threads")) | {
     "grpo": ("model", "config"),
     "convert": ("gb", "dir"),
@@ -18,6 +18,7 @@ _OPTIONS = dict.fromkeys(("decode", "train", "mmdit"), ("size", "threads")) | {
     "tokenize": ("model",),
     "rewards": ("model", "config", "faults", "bodies"),
     "serve": ("model", "faults"),
+    "window": ("model",),
 }
 
 DETAILS = """\
@@ -35,6 +36,7 @@ rewards what the way to a reward service costs, and how much of a slow one hides
         1,000 faults; with --bodies N, how a service takes so many damaged requests
 serve   images per second and latencies of xomni serve at 1, 8 and 32 clients, against a plain batch; with --faults, mixed requests of
         clients some of whom vanish, for --seconds
+window  images in several codes per pass (sampling.window) against one code per pass: speed, codes found per pass, images that differ
 
 decode, train and mmdit need the extra [parity], grpo needs [rewards].
 """
@@ -48,7 +50,8 @@ xomni bench eval
 xomni bench data --seconds 20
 xomni bench tokenize --repeats 5
 xomni bench rewards --faults
-xomni bench serve"""
+xomni bench serve
+xomni bench window"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     models = parser.add_argument_group("decode, train, mmdit only")
     models.add_argument("--threads", type=int, metavar="N", help="cores that both sides use (default: all)")
     models.add_argument("--size", choices=("tiny", "small"), help="width 128 or 512 (default tiny)")
-    grpo = parser.add_argument_group("grpo; --model also for eval, tokenize and serve, --faults for rewards and serve")
+    grpo = parser.add_argument_group("grpo; --model also for eval, tokenize, serve and window, --faults for rewards and serve")
     grpo.add_argument("--model", metavar="DIR", help="model (default: the tiny one of the package)")
     grpo.add_argument("--config", metavar="FILE", help="its shapes, rewards (default: configs/tiny/demo.py)")
     grpo.add_argument("--faults", action="store_true", default=None, help="a run under faults instead")
@@ -87,7 +90,8 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
         raise BenchError(f"--json {args.json}: there is no folder {Path(args.json).parent}; make it first")
     if args.threads is not None:
         machine.use_cores(args.threads)
-    own = {"grpo": _grpo, "convert": _convert, "eval": _eval, "data": _data, "tokenize": _tokenize, "rewards": _rewards, "serve": _serve}
+    own = {"grpo": _grpo, "convert": _convert, "eval": _eval, "data": _data, "tokenize": _tokenize, "rewards": _rewards}
+    own |= {"serve": _serve, "window": _window}
     report = own.get(args.name, _comparison)(args)
     print(report.text)
     if args.json:
@@ -179,6 +183,12 @@ def _serve(args: argparse.Namespace) -> Any:
     from tests.benchmarks import serving
 
     return (serving.mixed if args.faults else serving.run)(args.model or TINY_SFT, args.seconds)
+
+
+def _window(args: argparse.Namespace) -> Any:
+    from tests.benchmarks import window
+
+    return window.run(args.model or TINY_SFT, args.repeats, args.seconds)
 
 
 def _grpo_config(args: argparse.Namespace) -> Any:

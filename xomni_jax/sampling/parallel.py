@@ -69,8 +69,8 @@ class ParallelSampler:
         empty = jax.tree.map(lambda x: jnp.zeros((*x.shape[:2], self.room, *x.shape[3:]), x.dtype), first)
         found = jax.tree.map(lambda whole, one: whole.at[:, :, :1].set(one), empty, first)
         # Rows go on at their own pace from here.
-        state = state.ending(state.hidden_PRD, jnp.broadcast_to(state.cache.column, state.hidden_PRD.shape[:2]))
-        return Draft(state.constrained(), *found, zero_PR, zero_PR, zero_PR)
+        cache = state.cache.replace(column=jnp.broadcast_to(state.cache.column, state.hidden_PRD.shape[:2]))
+        return Draft(state.replace(cache=cache).constrained(), *found, zero_PR, zero_PR, zero_PR)
 
     def advance(self, params, prompt: PromptCache, draft: Draft, keys_PR: jax.Array, until: jax.Array | int) -> Draft:
         """Makes passes until `until` codes of every image are in the cache. Every image goes on at its own pace meanwhile."""
@@ -101,7 +101,8 @@ class ParallelSampler:
         new_sides = jnp.repeat(new_PR, sides, axis=0)
         last_PRD = jnp.take_along_axis(hidden_PWRD, jnp.maximum(new_sides - 1, 0)[:, None, :, None], axis=1)[:, 0]
         hidden_PRD = jnp.where((new_sides > 0)[..., None], last_PRD, state.hidden_PRD)
-        after = state.replace(cache=cache).ending(hidden_PRD, state.cache.column + new_sides)
+        # What the cache holds behind a row's column is never read, and overwritten.
+        after = RolloutState(hidden_PRD, cache.replace(column=state.cache.column + new_sides))
 
         # ---- what it drew ----
         open_PR = draft.count < T
