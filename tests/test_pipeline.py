@@ -59,7 +59,8 @@ def test_the_mesh_changes_nothing(model_dir, images):
 
 def test_the_batch_size_changes_nothing(model, images):
     for ours, theirs in zip(model.generate(PROMPTS, seed=5, batch_size=2), images, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+        # Products of another batch may round float32 differently, and so the last step to 8 bits: by one at most.
+        assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 1
     codes = model.encode([*images, np.zeros((16, 48, 3), np.uint8)], batch_size=2)
     assert codes[3].shape == (2, 6)
     np.testing.assert_array_equal(model.encode([images[2]])[0], codes[2])

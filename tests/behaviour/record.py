@@ -358,8 +358,8 @@ def check(name: str, s: Session) -> list[str]:
     found = json.loads(json.dumps(normal(CASES[name](s), s)))
     rtol = 1e-6 if name in SEVERAL_DEVICES else 0.0
     if stored["host"] != host():
-        print(f"{name}: recorded on {stored['host']}, here is {host()}: numbers are compared to 1e-4, hashes are not", file=sys.stderr)
-        rtol = 1e-4
+        print(f"{name}: recorded on {stored['host']}, here is {host()}: numbers are compared to 1e-3, hashes are not", file=sys.stderr)
+        rtol = 1e-3  # rounding of 1e-7 in a small gradient: Adam's first steps make the sign of it a step of full size
     if new := sorted(additions(stored["found"], found)):
         print(f"{name}: {len(new)} keys that the golden lacks, such as {new[0]}")
     return list(differences(stored["found"], found, rtol))

@@ -110,7 +110,7 @@ def test_a_whole_run(whole, data):
     assert {name: n for name, n in results["counts"].items() if n} == expected
     assert [item["id"] for item in items] == sorted(f"{3 * i:04d}" for i in range(7))
     assert results["headline"]["value"] == sum(i["record"]["match"] for i in items) / sum(i["record"]["gt"] for i in items)
-    assert results["settings"]["sampling"] == {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.03, "guidance": 1.0}
+    assert results["settings"]["sampling"] == {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.03, "guidance": 1.0, "window": 1}
     assert (results["settings"]["seed"], results["settings"]["height"], results["settings"]["width"]) == (1234, 16, 32)
     for item in items:
         assert item["images"] == [f"images/{item['id']}_{k}.png" for k in range(4)]

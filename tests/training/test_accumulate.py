@@ -11,6 +11,7 @@ from flax.linen import meta
 from tests.miniature import CODES, GRID, SIZE, configs, random_params, stage_config
 from xomni_jax.models.registry import COMPONENTS
 from xomni_jax.sampling.decoder import DECODER_COMPONENTS, Decoder
+from xomni_jax.tokenizers.registry import IMAGE_TOKENIZERS
 from xomni_jax.training import decoder, pretrain, tokenizer
 from xomni_jax.training.accumulate import gradient, join_rows, split_rows
 from xomni_jax.training.next_token import PackedTargets
@@ -59,7 +60,7 @@ def decoder_case(rng):
     cfg = stage_config("decoder", "unused", "decoder.drop_condition=0.5")
     parts = {name: random_params(name, configs()[name], 1) for name in DECODER_COMPONENTS}
     modules = Decoder(*(COMPONENTS[name].module(configs()[name]) for name in DECODER_COMPONENTS))
-    vq, vq_params = COMPONENTS["siglip_vq"].module(configs()["siglip_vq"]), random_params("siglip_vq", configs()["siglip_vq"], 2)
+    vq, vq_params = IMAGE_TOKENIZERS["siglip_vq"](configs()["siglip_vq"]), random_params("siglip_vq", configs()["siglip_vq"], 2)
     text, pooled = (rng.integers(1, 300, (B, n)).astype(np.int32) for n in (32, 16))
     batch = {"pixels": rng.uniform(-1, 1, (B, *SIZE, 3)).astype(np.float32), "text": text, "pooled": pooled}
     batch["empty"] = np.zeros((1, 32), np.int32), np.zeros((1, 16), np.int32)

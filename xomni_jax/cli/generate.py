@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="images", metavar="DIR", help="folder for the images (default: images)")
     rare = parser.add_rare_group("sampling, adapters")
     add_sampling(rare)
+    rare.add_argument("--window", type=positive, metavar="W", help="codes per pass: the same images in fewer passes (default 1)")
     add_adapter(rare)
     many = parser.add_argument_group("prompts in files")
     what = "draw all prompts of these files: a line of text each, jsonl, csv, or what xomni data kinds lists"

@@ -54,7 +54,6 @@ def add_sampling(parser: Any) -> None:
     parser.add_argument("--top-p", type=float, metavar="P", help="keep the likeliest codes that hold P; 1 is off (default 1)")
     parser.add_argument("--min-p", type=float, metavar="P", help="drop codes below P times the likeliest (default 0.03)")
     parser.add_argument("--guidance", type=float, help="classifier-free guidance of the codes; 1 is off (default 1)")
-    parser.add_argument("--window", type=positive, metavar="W", help="codes per pass: the same images in fewer passes (default 1)")
 
 
 def settle(args: argparse.Namespace, rest: Sequence[str] = ()) -> None:

@@ -42,8 +42,11 @@ class _Sampling(_Strict, kw_only=True):
 
     def sampling(self, default: SamplingConfig) -> SamplingConfig:
         """The settings of this request. ValueError where they are none."""
-        given = {name: getattr(self, name) for name in _Sampling.__struct_fields__}
+        given = {name: getattr(self, name) for name in SETTINGS}
         return dataclasses.replace(default, **{name: value for name, value in given.items() if value is not None})
+
+
+SETTINGS = _Sampling.__struct_fields__  # of a SamplingConfig, those that a request may set
 
 
 class ImagesRequest(_Sampling, kw_only=True):

@@ -99,7 +99,7 @@ class App:
             "hash": served.hash,
             "seed": seed,
             "size": shown_size(size),
-            **vars(sampling),
+            **{name: getattr(sampling, name) for name in protocol.SETTINGS},
         }
         numbers = range(asked.index, asked.index + count)
         images = self.service.draw(served, asked.prompt, size, seed, numbers, sampling, (asked.partial_images or 0) if asked.stream else 0)
@@ -285,7 +285,7 @@ class App:
         own = {
             "sizes": [shown_size(size) for size in served.sizes], "size": shown_size(served.default), "patch": served.model.patch,
             "hash": served.hash if self.status == "ok" else None, "prompt_tokens": served.prompt_tokens, "max_images": o.max_images,
-            "rewards": list(self.rewards), "sampling": vars(self.sampling),
+            "rewards": list(self.rewards), "sampling": {name: getattr(self.sampling, name) for name in protocol.SETTINGS},
         }  # fmt: skip
         return {
             "id": served.name,
