@@ -18,11 +18,11 @@ BUILT = [name for name in COMMANDS if importlib.util.find_spec("xomni_jax.cli." 
 
 
 @pytest.fixture(autouse=True)
-def settings(monkeypatch):
+def settings(monkeypatch, tmp_path):
     """What main changes for the process is undone; a debugging switch of the developer's shell is ignored."""
     monkeypatch.setattr(sys, "argv", ["xomni"])
     monkeypatch.delenv("XOMNI_DEBUG", raising=False)
-    for name, value in (("JAX_COMPILATION_CACHE_DIR", "unused"), ("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")):
+    for name, value in (("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache")), ("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
 
