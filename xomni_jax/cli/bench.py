@@ -48,7 +48,6 @@ xomni bench grpo
 xomni bench convert --gb 4 --dir /tmp
 xomni bench eval
 xomni bench data --seconds 20
-xomni bench tokenize --repeats 5
 xomni bench rewards --faults
 xomni bench serve
 xomni bench window"""
