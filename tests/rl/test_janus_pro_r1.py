@@ -91,6 +91,9 @@ def test_what_a_trajectory_holds(finished, model_dir):
     np.testing.assert_array_equal(ok[2], ~yes)
     assert ok[:2].all() and yes.any() and not yes.all()
     assert len(images) == len(yes) and final.ok_PR.all()
+    # Two rewards, each normalised in its group of four: float32 sums of four.
+    assert np.abs(np.array(rows.advantage).reshape(3, -1, 4).sum(-1)).max() < 1e-5
+    assert np.abs(rows.advantage).max() > 0.5
 
 
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(finished, model_dir, service, patched, tmp_path, monkeypatch):
@@ -102,14 +105,22 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(finished, model_dir, s
     assert_same(params(tmp_path / "run", "transformer"), params(finished[0], "transformer"))
 
 
+def test_verdicts_are_learned(model_dir, service, patched, tmp_path):
+    """Where every image is good and verdicts are all that counts, more and more of them say yes and end."""
+    own = ("steps=10", "verdict.threshold=-1.0", "credit=(('verdict','verdict',1.0),)", "grid_every=0", "save_every=100")
+    run_stage(config(tmp_path / "run", model_dir, service.url, *HALVES, *own))
+    right = [line["verdict/accuracy"] for line in metrics(tmp_path / "run")]
+    print(right)
+    assert np.mean(right[-3:]) > np.mean(right[:3]) + 0.2
+
+
 def test_rewards_of_trajectories():
     """By hand, T = 2; NaN: the image could not be scored."""
-    first, second = np.array([[0.9, 0.2, 0.2, np.nan, 0.3]]), np.array([[0.5, 0.7, 0.7, 0.1, np.nan]])
+    first, final = np.array([[0.9, 0.2, 0.2, np.nan, 0.3]]), np.array([[0.9, 0.7, 0.2, 0.1, np.nan]])
     yes, right = np.array([[True, False, True, False, False]]), np.array([[True, True, False, False, True]])
-    got = janus.bilevel(first, second, yes, right)
+    got = janus.bilevel(first, final, yes, right)
     np.testing.assert_allclose(got["generation"], [[1.8, 0.9, 0.4, np.nan, np.nan]])
     np.testing.assert_array_equal(got["verdict"], [[2, 1, 0, np.nan, 1]])
-    np.testing.assert_array_equal(got["final"], [[0.9, 0.7, 0.2, 0.1, np.nan]])
 
 
 def test_the_first_word_is_the_verdict():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +20,13 @@ from xomni_jax.core.program import Program, Programs
 from xomni_jax.models.transformer import ARTransformer
 from xomni_jax.pipeline import XOmni
 from xomni_jax.rewards.combine import Combined, column, combine, source_means
-from xomni_jax.rl.advantages import group_advantages
+from xomni_jax.rl.advantages import AdvantageConfig, group_advantages
 from xomni_jax.rl.grpo import GRPORun, GRPOStage
 from xomni_jax.rl.methods.judged_images import DRAWN, JudgingSampler, abstract_batch, drawing_programs
 from xomni_jax.rl.rollouts import Rollouts, Scoring, timed
 from xomni_jax.rl.trajectory import Trajectory, check_credit, credited
 from xomni_jax.sampling.batches import make_batches
+from xomni_jax.sampling.segments import Segment
 from xomni_jax.sharding.arrays import owned_rows, whole
 
 REWARDS = ("generation", "verdict", "first", "final")
@@ -81,22 +82,69 @@ class JanusProR1Run(GRPORun):
 
 
 # ---- rewards ----
-def bilevel(first_PR: np.ndarray, second_PR: np.ndarray, yes_PR: np.ndarray, right_PR: np.ndarray) -> dict[str, np.ndarray]:
+def bilevel(first_PR: np.ndarray, final_PR: np.ndarray, yes_PR: np.ndarray, right_PR: np.ndarray) -> dict[str, np.ndarray]:
     """The rewards of trajectories [P, R] with T = 2, NaN where unknown; K = 1 images where the verdict is yes, else 2.
 
-    generation: sum_{i<K} R_i + (T - K + 1) R_K, so that early success costs nothing; verdict: T / K times whether it was right
-    (both: section 3.3); first and final: of these images alone, as in the published code.
+    generation: sum_{i<K} R_i + (T - K + 1) R_K, so that early success costs nothing; verdict: T / K times whether it was right (both as
+    in the paper, R_gen and R_comp); first and final: of these images alone, as in the published code.
 
     Args:
-      first_PR, second_PR: rewards of the images. right_PR: whether the verdict was right; read where the first image's reward is known.
+      first_PR, final_PR: rewards of the images, the same one where the verdict is yes.
+      right_PR: whether the verdict is right; read where the first image's reward is known.
     """
-    known_PR = np.isfinite(first_PR)
     return {
-        "generation": np.where(yes_PR, ROUNDS * first_PR, first_PR + second_PR),
-        "verdict": np.where(known_PR, np.where(yes_PR, ROUNDS, 1) * right_PR, np.nan),
+        "generation": first_PR + final_PR,  # 2 R_1 with one image, R_1 + R_2 with two
+        "verdict": np.where(np.isfinite(first_PR), np.where(yes_PR, ROUNDS, 1) * right_PR, np.nan),
         "first": first_PR,
-        "final": np.where(yes_PR, first_PR, second_PR),
+        "final": final_PR,
     }
+
+
+class Judged(NamedTuple):
+    """The trajectories of a batch [P, R]: their segments, what the verdicts say (1 yes, 0 no, -1 neither), and which of them end."""
+
+    segments: tuple[Segment, ...]
+    said_PR: np.ndarray
+    ended_PR: np.ndarray
+
+    @classmethod
+    def of(cls, made: Sequence[Mapping[str, Any]]) -> Judged:
+        """Of what `JudgingSampler` returned for each chunk."""
+        segments = jax.tree.map(lambda *x: jnp.concatenate(x), *(m["segments"] for m in made))
+        return cls(segments, *(np.concatenate([m[name] for m in made]) for name in ("said", "ended")))
+
+    @property
+    def yes_PR(self) -> np.ndarray:
+        """Where the first image is the final one."""
+        return self.said_PR == 1
+
+    def worth(
+        self, first: Combined, final: Combined, run: JanusProR1Run, cfg: AdvantageConfig
+    ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...], dict[str, float]]:
+        """(advantage [B], whether it is known [B]) of each drawn segment, and metrics. `first`, `final`: rewards of these images."""
+        known_PR, good_PR = first.ok_PR, first.total_PR >= run.verdict.threshold
+        right_PR = (self.said_PR == good_PR) & self.ended_PR
+        advantage, ok, stats = {}, {}, []
+        for name, value_PR in bilevel(first.total_PR, final.total_PR, self.yes_PR, right_PR).items():
+            if name in run.shares:
+                ok_PR = np.isfinite(value_PR)
+                advantage_PR, metrics = group_advantages(jnp.asarray(np.nan_to_num(value_PR), jnp.float32), ok_PR, cfg)
+                advantage[name], ok[name] = advantage_PR.reshape(-1), jnp.asarray(ok_PR.reshape(-1))
+                stats.append(metrics)
+        advantages, (*others, last) = credited(run.shares, advantage, ok, DRAWN)
+        told = {
+            "verdict/yes_frac": self.yes_PR.mean(),
+            "verdict/unclear_frac": (self.said_PR < 0).mean(),
+            "verdict/unended_frac": 1.0 - self.ended_PR.mean(),
+            "verdict/tokens": whole(self.segments[2].lengths).mean(),
+        }
+        if known_PR.any():
+            told["reward/total/first"] = first.stats["reward/total/mean"]
+            told |= {"verdict/accuracy": right_PR[known_PR].mean(), "verdict/good_frac": good_PR[known_PR].mean()}
+        told |= {name: np.mean([metrics[name] for metrics in stats]) for name in stats[0]}
+        # The second image counts where it was asked for.
+        oks = (*others, last & ~jnp.asarray(self.yes_PR.reshape(-1)))
+        return advantages, oks, {name: float(value) for name, value in told.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,54 +202,25 @@ class JudgedRollouts(Rollouts):
         with timed(seconds, "perf/reward_wait_s"):
             scores = scoring.scores()
 
-        # ---- rewards ----
-        said_PR, ended_PR = (np.concatenate([m[name] for m in made]) for name in ("said", "ended"))
-        yes_PR, weights = said_PR == 1, self.rewards.weights_of(weights_P, self.cfg.combine)
+        # Per reward: scores of the first and of the second images.
         each = {name: np.array(own, object).reshape(chunks, 2, chunk).swapaxes(0, 1).reshape(2, P, R) for name, own in scores.items()}
+        weights, drawn = self.rewards.weights_of(weights_P, self.cfg.combine), Judged.of(made)
 
-        def combined(choose: Callable[[Any], np.ndarray]) -> tuple[dict[str, Any], Combined]:
-            columns = {name: column(list(choose(images).ravel()), P) for name, images in each.items()}
+        def combined(choose: Callable[[np.ndarray], np.ndarray]) -> tuple[dict[str, Any], Combined]:
+            columns = {name: column(list(choose(images).flat), P) for name, images in each.items()}
             return columns, combine(columns, weights, self.cfg.combine, minimum=self.rewards.minimum)
 
         _, first = combined(lambda images: images[0])
-        columns, final = combined(lambda images: np.where(yes_PR, images[0], images[1]))
-        good_PR = first.total_PR >= self.run.verdict.threshold
-        right_PR = (said_PR == good_PR) & ended_PR
-        values = bilevel(first.total_PR, final.total_PR, yes_PR, right_PR)
-        self.check_scored(scores, weights, 1.0 - float(np.isfinite(values["generation"]).mean()))
-        advantage, ok, flat = {}, {}, []
-        for name in self.run.shares:
-            known_PR = np.isfinite(values[name])
-            advantage_PR, metrics = group_advantages(jnp.asarray(np.nan_to_num(values[name]), jnp.float32), known_PR, self.advantage)
-            advantage[name], ok[name] = advantage_PR.reshape(-1), jnp.asarray(known_PR.reshape(-1))
-            flat.append(metrics)
-        advantages, oks = credited(self.run.shares, advantage, ok, DRAWN)
-        oks = (*oks[:2], oks[2] & ~jnp.asarray(yes_PR.reshape(-1)))  # the second image counts where it was asked for
-
-        # ---- rows ----
-        segments = jax.tree.map(lambda *x: jnp.concatenate(x), *(m["segments"] for m in made))
-        rows = self.trajectory(inputs, tuple(s.rows() for s in segments), advantages, oks)
-        known_PR = np.isfinite(first.total_PR)
-        told = {
-            "verdict/yes_frac": yes_PR.mean(),
-            "verdict/unclear_frac": (said_PR < 0).mean(),
-            "verdict/unended_frac": 1.0 - ended_PR.mean(),
-            "verdict/tokens": np.mean([whole(m["segments"][2].lengths) for m in made]),
-            "reward/total/first": first.stats.get("reward/total/mean", np.nan),
-        }
-        if known_PR.any():
-            told |= {"verdict/accuracy": right_PR[known_PR].mean(), "verdict/good_frac": good_PR[known_PR].mean()}
-        told = {name: float(value) for name, value in told.items() if np.isfinite(value)}
-        told |= {name: float(np.mean([metrics[name] for metrics in flat])) for name in flat[0]}
-        halves = [np.stack(scoring.images[2 * c : 2 * c + 2]) for c in range(chunks)]
-        asked = np.split(yes_PR.reshape(-1), chunks)
-        images = np.concatenate(
-            [np.where(yes[list(scoring.rows)][:, None, None, None], *half) for yes, half in zip(asked, halves, strict=True)]
-        )
+        columns, final = combined(lambda images: np.where(drawn.yes_PR, images[0], images[1]))
+        advantages, oks, told = drawn.worth(first, final, self.run, self.advantage)
+        self.check_scored(scores, weights, 1.0 - float((first.ok_PR & final.ok_PR).mean()))
+        rows = self.trajectory(inputs, tuple(s.rows() for s in drawn.segments), advantages, oks)
+        pairs = zip(np.split(drawn.yes_PR.reshape(-1), chunks), scoring.images[::2], scoring.images[1::2], strict=True)
+        images = [np.where(yes[list(scoring.rows)][:, None, None, None], *pair) for yes, *pair in pairs]
         measured = seconds | scoring.texts | self.rewards.failures(scores) | source_means(sources, columns, final) | told
         if self.cfg.reencode:
             measured |= self.reencoded(made[-1]["segments"][-1].ids, shown)
-        return rows, final, images, measured
+        return rows, final, np.concatenate(images), measured
 
 
 class JanusProR1Stage(GRPOStage):

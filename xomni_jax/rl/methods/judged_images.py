@@ -20,7 +20,7 @@ from xomni_jax.models import work
 from xomni_jax.models.transformer import ARConfig, ARTransformer
 from xomni_jax.rl.grpo import GRPOStage
 from xomni_jax.rl.trajectory import Trajectory
-from xomni_jax.sampling.engine import Engine
+from xomni_jax.sampling.engine import Engine, RolloutState
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sampling.programs import placed_caches
 from xomni_jax.sampling.sampler import segment_length
@@ -139,7 +139,7 @@ class JudgingSampler:
             return state, Segment(ids, None, logp, kept, "image", spec)
 
         state, first = image(self.rollout, state, self.specs[0])
-        state, verdict, prefix = self.verdict(params, prompt, state, keys_PR)
+        state, verdict, prefix = self.verdict(params, prompt, per_row(state), keys_PR)
         said = self.says(whole(verdict.ids), whole(verdict.lengths))
         between()
         _, final = image(self.redraw, state, self.specs[2])
@@ -149,6 +149,12 @@ class JudgingSampler:
             "ended": whole(self.given.ended(verdict)),
             "codes": jnp.where(jnp.asarray(said == 1)[..., None], first.ids, final.ids),
         }
+
+
+def per_row(state: RolloutState) -> RolloutState:
+    """The state with a column for each row, which texts of unequal length need; until then one number serves all."""
+    column_PR = jnp.broadcast_to(state.cache.column, state.hidden_PRD.shape[:2])
+    return state.replace(cache=state.cache.replace(column=column_PR))
 
 
 def says(tokenizer: MultimodalTokenizer, ids_PRL: np.ndarray, lengths_PR: np.ndarray) -> np.ndarray:
@@ -193,7 +199,8 @@ def drawing_programs(run: JanusProR1Run, net: ARTransformer, grid: tuple[int, in
     draws = [image(n, spec) for n, spec in ((0, first), (2, final))]
     with jax.set_mesh(mesh):
         cache, before = placed_caches(jax.eval_shape(start, *prompts), mesh)
-        after = placed_caches(jax.eval_shape(judge, weights, cache, before, keys)[0], mesh)
+        drawn = placed_caches(jax.eval_shape(per_row, before), mesh)
+        after = placed_caches(jax.eval_shape(judge, weights, cache, drawn, keys)[0], mesh)
     at, about = abstract.array(mesh, (), jnp.int32), f"of {P} prompts x {R} rollouts of {S} + {room} tokens"
     least = functools.partial(work.rollout, net.cfg, P, R, S, room, sides=sides, mesh=mesh.shape)
 
@@ -208,6 +215,6 @@ def drawing_programs(run: JanusProR1Run, net: ARTransformer, grid: tuple[int, in
             start, prompts, f"{P * sides} prompts of {S} tokens", work.prefill(net.cfg, P, S, sides), uses=("sampler",), per_step=c.chunks
         ),
         "rollout": program(draws[0], f"{piece} codes", piece, before, at, calls=pieces),
-        "verdict": program(judge, "verdicts", 1, before, open_loops=1),
+        "verdict": program(judge, "verdicts", 1, drawn, open_loops=1),
         "redraw": program(draws[1], f"{piece} further codes", piece, after, at, calls=pieces),
     }  # fmt: skip
