@@ -176,9 +176,9 @@ def check_divides(cfg: GRPORun, mesh: Mesh) -> None:
 
 
 # ---- programs ----
-def abstract_batch(cfg: GRPORun, ar: transformer.ARConfig, codes: int, mesh: Mesh) -> Trajectory:
-    """Shapes of all rollouts of a step, on the mesh; `codes` of an image."""
-    B, S = cfg.batch_size * cfg.grpo.rollouts_per_prompt, cfg.rollout.prompt_length
+def abstract_batch(cfg: GRPORun, ar: transformer.ARConfig, grid: tuple[int, int], mesh: Mesh) -> Trajectory:
+    """Shapes of all rollouts of a step, on the mesh; `grid` of an image's codes."""
+    codes, B, S = math.prod(grid), cfg.batch_size * cfg.grpo.rollouts_per_prompt, cfg.rollout.prompt_length
     rows = lambda dtype, *shape: abstract.rows(mesh, (B, *shape), dtype)
     kept = rows(jnp.uint8, codes, -(-ar.image_vocab_size // 8)) if cfg.sampling.truncates else None
     image = Segment(rows(jnp.int32, codes), None, rows(jnp.float32, codes), kept, "image", image_spec(codes, cfg.sampling))
@@ -187,17 +187,25 @@ def abstract_batch(cfg: GRPORun, ar: transformer.ARConfig, codes: int, mesh: Mes
 
 
 def learner_programs(
-    cfg: GRPORun, policy: Policy, optimizer: Optimizer, advantages: Advantages, state: TrainState, frozen: Any, codes: int, mesh: Mesh
+    cfg: GRPORun,
+    policy: Policy,
+    optimizer: Optimizer,
+    advantages: Advantages | None,
+    state: TrainState,
+    frozen: Any,
+    batch: Trajectory,
+    mesh: Mesh,
 ) -> dict[str, Program]:
     """The update of the policy, and, with a KL term, the log-probs of the reference, which are a part of it.
 
     Args:
       state, frozen: shapes of the training state and of the parameters of the reference, or of the adapters' base; None without both.
-      codes: of an image.
+      batch: shapes of the rollouts.
     """
     ar, parts, sides, reference = policy.model.cfg, cfg.accumulate, 1 + cfg.sampling.guided, bool(cfg.grpo.kl_coef)
-    batch = abstract_batch(cfg, ar, codes, mesh)
     (B, S), chunk, control = batch.prompts[0].shape, cfg.rollout.logit_chunk, loss_control(cfg, ar.image_vocab_size)
+    codes = sum(s.ids.shape[1] for s in batch.drawn)
+    S += sum(s.ids.shape[1] for s in batch.segments) - codes
     rewards = abstract.rows(mesh, (cfg.batch_size, B // cfg.batch_size), jnp.float32)
     signals = abstract.array(mesh, (len(cfg.restraint.signals),), jnp.float32) if cfg.restraint.signals else None
     shape, least = f"{B} rollouts of {S} + {codes} tokens", work.policy_update(ar, B, S, codes, parts, sides, reference, chunk, mesh.shape)
@@ -235,6 +243,8 @@ class GRPOStage:
 
     Config: ClassVar[type] = GRPORun
     components: ClassVar[tuple[str, ...]] = MODELS
+    own_advantages: ClassVar[bool] = False  # the rollouts bring those of each segment
+    abstract_batch: ClassVar[Callable[..., Trajectory]] = staticmethod(abstract_batch)
 
     @staticmethod
     def advantages(cfg: GRPORun, reward_PR: jax.Array, ok_PR: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -263,7 +273,10 @@ class GRPOStage:
             boxed, params = beside(boxed, jax.eval_shape(init)), beside(frozen, params)
         elif cfg.grpo.kl_coef and not cfg.average_reference:
             frozen = jax.eval_shape(param_converter(boxed, mesh, c.reference_dtype), params)
-        layout = param_converter(boxed, mesh, ar.dtype, ar.image_vocab_size)
+        grids = {size: IMAGE_TOKENIZERS["siglip_vq"](models["siglip_vq"]).layout(*size).shape for size in cfg.data.sizes}
+        batches = {size: cls.abstract_batch(cfg, ar, grid, mesh) for size, grid in grids.items()}
+        text = any(s.kind == "text" for s in batches[cfg.data.sizes[0]].drawn)
+        layout = param_converter(boxed, mesh, ar.dtype, ar.image_vocab_size, text)
         weights = jax.eval_shape(layout, params)
         persistent = {
             "params": state.params,
@@ -280,12 +293,10 @@ class GRPOStage:
         decode = decode_settings(cfg.decode, read_description(cfg.init_from))
         programs, decoder_params = dict[str, Program](), {}
         for size, bucket in bucket_names(cfg.data.sizes).items():
-            grid = IMAGE_TOKENIZERS["siglip_vq"](models["siglip_vq"]).layout(*size).shape
-            T = math.prod(grid)
-            learning = learner_programs(cfg, policy, optimizer, functools.partial(cls.advantages, cfg), state, frozen, T, mesh)
-            sampler = Sampler.make(policy.model, grid, cfg.sampling, c.segment, return_mask=cfg.sampling.truncates)
-            drawing = sampler_programs(sampler, ar, weights, RolloutShape(part, R, c.prompt_length, T), cfg.sampling.guided, c.chunks, mesh)
-            decoder_params, decoding = decoder_programs(models, grid, decode, part * R, c.chunks, decoder_mesh or mesh)
+            advantages = None if cls.own_advantages else functools.partial(cls.advantages, cfg)
+            learning = learner_programs(cfg, policy, optimizer, advantages, state, frozen, batches[size], mesh)
+            drawing = cls.drawing(cfg, policy.model, grids[size], weights, mesh)
+            decoder_params, decoding = decoder_programs(models, grids[size], decode, part * R, c.chunks, decoder_mesh or mesh)
             decoding = {name: dataclasses.replace(p, on_decoder_mesh=decoder_mesh is not None) for name, p in decoding.items()}
             once = {} if bucket else {"layout": convert}
             for name, program in (learning | once | drawing | decoding).items():
@@ -299,6 +310,20 @@ class GRPOStage:
             decoder_mesh,
             tuple(decoder_params) if decoder_mesh else (),
         )
+
+    @classmethod
+    def drawing(cls, cfg: GRPORun, net: transformer.ARTransformer, grid: tuple[int, int], weights: Any, mesh: Mesh) -> dict[str, Program]:
+        """The programs that draw a chunk's rollouts. `weights`: abstract parameters as they take them."""
+        c, sampler = cfg.rollout, Sampler.make(net, grid, cfg.sampling, cfg.rollout.segment, return_mask=cfg.sampling.truncates)
+        shape = RolloutShape(cfg.batch_size // c.chunks, cfg.grpo.rollouts_per_prompt, c.prompt_length, math.prod(grid))
+        return sampler_programs(sampler, net.cfg, weights, shape, cfg.sampling.guided, c.chunks, mesh)
+
+    @classmethod
+    def rollouts(cls, run: GRPORun, programs: Mapping[str, Callable[..., Any]], model: XOmni, image_decoder: XOmni, **own: Any) -> Rollouts:
+        """What draws, decodes and scores the rollouts of a step. `programs`: the functions of `drawing`. `own`: its other parts."""
+        codes = math.prod(own["grid"])
+        sampler = Sampler.of(programs["prefill"], programs["rollout"], codes, run.rollout.segment, run.sampling.window > 1)
+        return Rollouts(model, image_decoder, sampler=sampler, **own)
 
     @classmethod
     def make(cls, cfg: GRPORun, mesh: Mesh, stop: StopSignal) -> RunningStage:
@@ -338,12 +363,21 @@ class GRPOStage:
             raise
         flops, buckets = FlopCount(), {}
         for size, name in bucket_names(cfg.data.sizes).items():
-            codes = math.prod(grids[size])
-            sampler = Sampler.of(made["prefill" + name].fn, made["rollout" + name].fn, codes, cfg.rollout.segment, cfg.sampling.window > 1)
-            rollouts = Rollouts(
-                model, image_decoder, grids[size], cfg.grpo.rollouts_per_prompt, cfg.rollout, cfg.advantage, cfg.sampling, decode, sampler,
-                lambda params: made["layout"].fn(join(base, params, lora.scale)), rewards, stop,
-            )  # fmt: skip
+            rollouts = cls.rollouts(
+                cfg,
+                {program.removesuffix(name): made[program].fn for program in made.programs if program.endswith(name)},
+                model,
+                image_decoder,
+                grid=grids[size],
+                group=cfg.grpo.rollouts_per_prompt,
+                cfg=cfg.rollout,
+                advantage=cfg.advantage,
+                sampling=cfg.sampling,
+                decode=decode,
+                sampler_params=lambda params: made["layout"].fn(join(base, params, lora.scale)),
+                rewards=rewards,
+                stop=stop,
+            )
             buckets[size] = Bucket(rollouts, flops(made["policy-update" + name].fn))
         data = Prompts(prompts, functools.partial(all_prompts, cfg, rows), rewards)
         return RunningStage(

@@ -77,14 +77,15 @@ class RolloutConfig:
         )
 
 
-def param_converter(boxed: Any, mesh: jax.sharding.Mesh, dtype: Any, codes: int = 0) -> Callable[[Any], Any]:
+def param_converter(boxed: Any, mesh: jax.sharding.Mesh, dtype: Any, codes: int = 0, text: bool = False) -> Callable[[Any], Any]:
     """A jitted function that converts a transformer's parameters to another number format and, for the sampler, to its layout.
 
     Args:
       boxed: parameters with their logical axes; shapes are enough. mesh: where they are, and stay.
       dtype: of what the model computes in its own dtype; norm gains, which it reads in float32, and kernels in 8 bits keep theirs.
-      codes: 0 keeps the training layout. Otherwise the sampler's: sharded by ROLLOUT_RULES, without the text head, and with the first
-        `codes` columns of the image head. It computes the same log-probs as the training layout, bit for bit.
+      codes: 0 keeps the training layout. Otherwise the sampler's: sharded by ROLLOUT_RULES, with the first `codes` columns of the image
+        head, and without the text head. It computes the same log-probs as the training layout, bit for bit.
+      text: the sampler keeps the text head: it draws texts as well.
     """
     here, there = param_shardings(boxed, mesh), param_shardings(boxed, mesh, ROLLOUT_RULES if codes else RULES)
 
@@ -99,7 +100,7 @@ def param_converter(boxed: Any, mesh: jax.sharding.Mesh, dtype: Any, codes: int 
             out["mm_head"] = {"kernel": out["mm_head"]["kernel"][:, :codes]}
         return {name: out[name] for name in there}
 
-    if codes:
+    if codes and not text:
         del there["lm_head"]
     return jax.jit(layout, out_shardings=there)
 
@@ -242,10 +243,7 @@ class Rollouts:
         chunk = P // self.cfg.chunks * R
         keys_PR, noise_keys_PR = self.keys(key, P)
         inputs = self.sampler_inputs(prompts, keys_PR)
-        asked = zip(prompts, targets, strict=True)
-        items = [{"prompt": prompt, "targets": target, "group": str(p)} for p, (prompt, target) in enumerate(asked) for _ in range(R)]
-        weights_P = [own or self.rewards.weights for own in own_weights]
-        judges = [names for names in map(self.rewards.asked, weights_P) for _ in range(R)]
+        items, judges, weights_P = self.questions(prompts, targets, own_weights)
         scoring = Scoring(self.rewards.clients, items, judges, owned_rows(self.image_decoder.mesh, chunk), chunk, self.stop, progress)
         seconds = dict.fromkeys(("perf/rollout_s", "perf/decode_s", "perf/reward_wait_s"), 0.0)
         made = []
@@ -278,6 +276,15 @@ class Rollouts:
         measured = seconds | seen_again | scoring.texts | self.rewards.failures(scores) | source_means(sources, columns, total)
         self.check_scored(scores, weights, 1.0 - float(total.ok_PR.mean()))
         return self.rows(made, inputs, total.ok_PR), total, np.concatenate(scoring.images), measured
+
+    def questions(
+        self, prompts: Sequence[str], targets: Sequence[dict], own_weights: Sequence[Mapping[str, float] | None]
+    ) -> tuple[list[Item], list[Collection[str]], list[Mapping[str, float]]]:
+        """What is asked about each rollout, the rewards that are asked, and the weights of each prompt's rewards."""
+        asked, R = zip(prompts, targets, strict=True), self.group
+        items = [{"prompt": prompt, "targets": target, "group": str(p)} for p, (prompt, target) in enumerate(asked) for _ in range(R)]
+        weights_P = [own or self.rewards.weights for own in own_weights]
+        return items, [names for names in map(self.rewards.asked, weights_P) for _ in range(R)], weights_P
 
     def check_scored(self, scores: Mapping[str, Sequence[Score]], weights: Mapping[str, Any], failed: float) -> None:
         """StepRefused if too many rollouts could not be scored; it names the service that failed most often, and why.
@@ -344,20 +351,21 @@ class Rollouts:
 
     def rows(self, made: Sequence[Mapping[str, Any]], inputs: tuple[Any, ...], ok_PR: np.ndarray) -> Trajectory:
         """The rollouts of all chunks, one row each, without advantages yet."""
-        ids_PS, lengths_P, keys_PR, negative = inputs
-        B = keys_PR.size
+        B = inputs[2].size
 
         def joined(name: str) -> jax.Array:
             return jnp.concatenate([m[name] for m in made]).reshape(B, *made[0][name].shape[2:])
 
+        logp, kept = joined("logp"), joined("sampling_mask") if self.sampling.truncates else None
+        image = Segment(joined("codes"), None, logp, kept, "image", image_spec(logp.shape[1], self.sampling))
+        return self.trajectory(inputs, (image,), (jnp.zeros(B),), (jnp.asarray(ok_PR.reshape(-1)),))
+
+    def trajectory(self, inputs: tuple[Any, ...], segments: tuple[Segment, ...], advantage: Sequence, ok: Sequence) -> Trajectory:
+        """Rows after the prompts that the sampler read, those of a prompt side by side."""
+        ids_PS, lengths_P, _, negative = inputs
+
         def repeated(x: np.ndarray) -> jax.Array:
             return jnp.repeat(jnp.asarray(x), self.group, axis=0)
 
-        logp, kept = joined("logp"), joined("sampling_mask") if self.sampling.truncates else None
-        return Trajectory(
-            prompts=(repeated(ids_PS), repeated(lengths_P)),
-            segments=(Segment(joined("codes"), None, logp, kept, "image", image_spec(logp.shape[1], self.sampling)),),
-            negative=negative and tuple(map(repeated, negative)),
-            advantage=(jnp.zeros(B),),
-            ok=(jnp.asarray(ok_PR.reshape(-1)),),
-        )
+        prompts = repeated(ids_PS), repeated(lengths_P)
+        return Trajectory(prompts, segments, negative and tuple(map(repeated, negative)), tuple(advantage), tuple(ok))

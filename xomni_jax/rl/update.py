@@ -132,7 +132,7 @@ def make_update(
     policy: Policy,
     optimizer: Any,
     grpo: GRPOConfig,
-    advantages: Advantages,
+    advantages: Advantages | None,
     control: Control,
     parts: int,
     lora: LoRAConfig = LoRAConfig(),
@@ -146,6 +146,7 @@ def make_update(
 
     Args:
       advantages: (rewards [P, R], which of them are known [P, R]) -> (advantages [P, R], metrics); used where none are given.
+        None: the rows bring their own, of each drawn segment.
       parts: micro-batches of an update. The state is donated.
       average: the reference is the state's running average instead.
       beside: (policy, parameters, packed rows, parts) -> (gradient that is added, metrics), such as `supervised_gradient`.
@@ -155,9 +156,11 @@ def make_update(
         learner, reference = (policy.on(frozen, lora.scale), {} if grpo.kl_coef else None) if lora.rank else (policy, frozen)
         if average and grpo.kl_coef:
             reference = state.averaged().params
-        adv_PR, metrics = advantages(reward_PR, batch.ok[0].reshape(reward_PR.shape))
-        adv_PR = adv_PR if given_PR is None else given_PR
-        batch = batch.replace(advantage=(adv_PR.reshape(-1),) * len(batch.drawn))
+        metrics = {}
+        if advantages is not None:
+            adv_PR, metrics = advantages(reward_PR, batch.ok[0].reshape(reward_PR.shape))
+            adv_PR = adv_PR if given_PR is None else given_PR
+            batch = batch.replace(advantage=(adv_PR.reshape(-1),) * len(batch.drawn))
         added = beside and (lambda params: beside(learner, params, packed, parts))
         extra, weights, controlled = control.before(state.extra, signal_S)
         state, learned = grpo_update(learner, optimizer, state, reference, batch, grpo, parts, key, weights, added)

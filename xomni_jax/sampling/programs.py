@@ -46,7 +46,7 @@ def sampler_programs(
     ids = lambda *more: abstract.rows(mesh, (P, *more), jnp.int32)
     prompts = (weights, ids(S), ids(), keys, (ids(S), ids()) if guided else None)
     with jax.set_mesh(mesh):  # the attention kernels choose the sizes of the cache by the mesh
-        cache, state = _placed_caches(jax.eval_shape(sampler.start, *prompts), mesh)
+        cache, state = placed_caches(jax.eval_shape(sampler.start, *prompts), mesh)
     rollout = Program(
         sampler.draw,
         (weights, cache, state, keys),
@@ -62,7 +62,7 @@ def sampler_programs(
     return {"rollout": rollout, "prefill": prefill}
 
 
-def _placed_caches(shapes: Any, mesh: Mesh) -> Any:
+def placed_caches(shapes: Any, mesh: Mesh) -> Any:
     """Shapes of caches and hidden states with the shardings that the sampler's programs give them."""
     axes = {len(names): names for names in (PROMPT_AXES, GENERATED_AXES)}
     return jax.tree.map(lambda x: abstract.array(mesh, x.shape, x.dtype, *axes.get(x.ndim, ("batch",)[: x.ndim])), shapes)

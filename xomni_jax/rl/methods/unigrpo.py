@@ -284,7 +284,7 @@ class UniGRPOStage(GRPOStage):
         programs["unigrpo-update"] = Program(
             guarded(make_update(policy, decoder, vq, optimizer, functools.partial(cls.advantages, cfg), decode, grid, cfg), cfg.guard),
             (
-                state, frozen, abstract_batch(cfg, ar, T, mesh), FlowRows(path, *texts(B)),
+                state, frozen, abstract_batch(cfg, ar, grid, mesh), FlowRows(path, *texts(B)),
                 abstract.rows(mesh, (cfg.batch_size, cfg.grpo.rollouts_per_prompt), jnp.float32), None, abstract.keys(mesh, ()),
             ),
             f"{B} rollouts of {c.prompt_length} + {T} tokens and {W} denoising steps",
