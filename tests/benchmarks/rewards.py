@@ -70,7 +70,7 @@ def transport(client: RewardClient, side: int, grain: float, repeats: int, secon
     images = [sign(f"HELLO{n}", side, side, px=side / 8) for n in range(BATCH)]
     images = [np.clip(image + noise.normal(0, grain, image.shape), 0, 255).astype(np.uint8) for image in images]
     items = [ocr_item(f"HELLO{n}") for n in range(BATCH)]
-    files = [protocol.encode_image(image, stored=True) for image in images]  # as the client sends them on this machine
+    files = [protocol.encode_image(image) for image in images]
     turns, end = [], time.perf_counter() + seconds
     while len(turns) < 3 or len(turns) <= repeats and time.perf_counter() < end:  # the first is a warm-up
         began = time.perf_counter()

@@ -12,13 +12,11 @@ from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
 from PIL import Image
 
-from xomni_jax.core.http import LOOPBACK
 from xomni_jax.rewards import protocol
 from xomni_jax.rewards.answers import Answers, answer_key
 from xomni_jax.rewards.protocol import Health, Item, ProtocolError, Request, Response, Score
@@ -61,7 +59,6 @@ class RewardClient:
         self.state = self.state_after = b""
         self._answers = Answers(answers, self.config.cache) if answers and self.config.cache else None
         self._encoding = asyncio.Semaphore(1 + self.config.concurrency * len(self.urls))  # bounds the encoded images in memory
-        self._near = all(urlsplit(url).hostname in LOOPBACK for url in self.urls)  # compression would save nothing
         self._closed = False
         self._loop = asyncio.new_event_loop()
         # A daemon: a process that is told to stop must not stay until its last request times out.
@@ -199,7 +196,7 @@ class RewardClient:
     def _encode(self, image: Any) -> bytes | Score:
         """The image's file, or the failure of one that has none."""
         try:
-            return image if isinstance(image, bytes) else protocol.encode_image(image, stored=self._near)
+            return image if isinstance(image, bytes) else protocol.encode_image(image)
         except ValueError as error:
             return Score(None, f"{self.name}: {error}")
 

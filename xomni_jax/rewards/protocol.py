@@ -330,11 +330,11 @@ def read_response(body: bytes, content_type: str, request: Request, scorer: str)
     return [by_key[key] for key in request.keys] or scores, response
 
 
-def encode_image(image: np.ndarray | Image.Image, stored: bool = False) -> bytes:
+def encode_image(image: np.ndarray | Image.Image) -> bytes:
     """PNG bytes of a uint8 [Y, X, 3] image. ValueError for other arrays.
 
     Every row is stored as its difference to the one above, and repeats alone are searched for: half the time of Pillow's smallest effort
-    for flat images, a third to a quarter for photographs, which also become smaller. `stored`: without any compression.
+    for flat images, a third to a quarter for photographs, which also become smaller.
     """
     if isinstance(image, Image.Image):
         image = image.convert("RGB")
@@ -342,11 +342,9 @@ def encode_image(image: np.ndarray | Image.Image, stored: bool = False) -> bytes
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or not image.size:
         raise ValueError(f"an image to score must be a non-empty uint8 array [Y, X, 3], got {image.dtype} {list(image.shape)}")
     height, width, _ = image.shape
-    rows = np.full((height, 1 + 3 * width), 0 if stored else 2, np.uint8)  # a row begins with its filter; 2: difference to the row above
-    rows[:, 1:] = image.reshape(height, 3 * width)
-    if not stored:
-        rows[1:, 1:] = (image[1:] - image[:-1]).reshape(height - 1, 3 * width)
-    deflate = zlib.compressobj(0 if stored else 1, strategy=zlib.Z_RLE)
+    rows = np.full((height, 1 + 3 * width), 2, np.uint8)  # a row begins with its filter; 2 is the difference to the row above
+    rows[0, 1:], rows[1:, 1:] = image[0].ravel(), (image[1:] - image[:-1]).reshape(height - 1, 3 * width)
+    deflate = zlib.compressobj(1, strategy=zlib.Z_RLE)
     parts = {
         b"IHDR": struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0),  # 8 bits a channel, RGB
         b"IDAT": deflate.compress(rows) + deflate.flush(),
