@@ -97,3 +97,9 @@ def test_a_finite_set_needs_other_files(model_dir, tmp_path):
     cfg = stage_config("sft", "unused", *files, "data.first=2", "validation.data.path=other.jsonl")
     held = cfg.validation.open(cfg.data)
     assert held.options.path == "other.jsonl" and held.options.sizes == cfg.data.options.sizes and not held.first
+
+
+def test_what_cannot_be_read_is_told_under_its_own_key(model_dir, tmp_path):
+    other = ["validation.every=1", "validation.data.source=files", "validation.data.path=missing.jsonl", "validation.data.sizes=((16, 32),)"]
+    with pytest.raises(ConfigError, match=r"config\.validation\.data\.path=missing\.jsonl: no such file or folder"):
+        run_stage(stage_config("sft", tmp_path / "run", f"init_from={model_dir}", *other))

@@ -89,7 +89,7 @@ def draw_files(args: argparse.Namespace, model: XOmni, config: InferenceConfig) 
         raise ValueError("--best-of needs --reward NAME=URL, which chooses, and --reward needs --best-of")
     if args.best_of and args.best_of < args.n:
         raise ValueError(f"--best-of {args.best_of} is less than --n {args.n}, the images to keep; raise it")
-    names = ("height", "width", "temperature", "top_k", "top_p", "min_p", "guidance")
+    names = ("height", "width", "temperature", "top_k", "top_p", "min_p", "guidance", "window")
     config = dataclasses.replace(config, **{name: getattr(args, name) for name in names})
     with ExitStack() as stack:
         reward = None

@@ -45,7 +45,7 @@ from xomni_jax.training.operations import FlopCount
 from xomni_jax.training.optimizer import Optimizer, OptimizerConfig
 from xomni_jax.training.stage import GRID_SEED, Grid, RunConfig, RunningStage
 from xomni_jax.training.state import TrainState, new_state
-from xomni_jax.training.validation import VALIDATION_SEED, Validation, ValidationConfig
+from xomni_jax.training.validation import Validation, ValidationConfig
 
 GRID_PROMPTS = 8
 ANSWER_TOKENS = 32  # of an answer beside an image grid
@@ -290,7 +290,7 @@ class PretrainStage:
         if cfg.validation.every:
             held = dataclasses.replace(cfg, data=cfg.validation.open(cfg.data))
             check_codes(held.data, model)
-            examples = load(held.data, cfg.seed + VALIDATION_SEED, count=cfg.validation.batches, prefetch=0)
+            examples = cfg.validation.examples(load, held.data, cfg.seed)
             loss = made[f"{cfg.stage}-validation"].fn
             validation = Validation(
                 cfg.validation,

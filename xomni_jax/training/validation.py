@@ -19,6 +19,7 @@ from xomni_jax.training.state import TrainState
 
 VALIDATION_SEED = 2_000_003  # added to a run's seed, as that of the image grids is
 LOSS = "validation/loss/total"
+WHERE = "config.validation.data"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +78,18 @@ class ValidationConfig:
 
     def open(self, data: DataSection) -> DataSection:
         """Where the examples come from; errors as of `OtherData.over`."""
-        return self.data.over(data, "config.validation.data")
+        return self.data.over(data, WHERE)
+
+    def examples(self, load: Callable[..., Any], data: DataSection, seed: int) -> Any:
+        """The batches of the opened `data`. `load`: (data, seed, count, prefetch) -> batches, such as `data.sources.batches`.
+
+        Raises:
+          ConfigError: the examples cannot be read; the message names the section of the validation.
+        """
+        try:
+            return load(data, seed + VALIDATION_SEED, count=self.batches, prefetch=0)
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("config.data", WHERE)) from None
 
 
 class Validation:

@@ -36,7 +36,7 @@ from xomni_jax.training.operations import FlopCount
 from xomni_jax.training.optimizer import Optimizer, OptimizerConfig
 from xomni_jax.training.stage import GRID_SEED, Grid, RunConfig, RunningStage
 from xomni_jax.training.state import TrainState, new_state
-from xomni_jax.training.validation import VALIDATION_SEED, Validation, ValidationConfig
+from xomni_jax.training.validation import Validation, ValidationConfig
 
 GRID_IMAGES = 16
 
@@ -193,7 +193,7 @@ class VQStage:
         validation = None
         if cfg.validation.every:
             held = cfg.validation.open(cfg.data)
-            examples = load(held, cfg.seed + VALIDATION_SEED, count=cfg.validation.batches, prefetch=0)
+            examples = cfg.validation.examples(load, held, cfg.seed)
             loss = made["vq-validation"].fn
             validation = Validation(cfg.validation, lambda: map(to_mesh, examples), lambda state, batch: loss(state.params, batch))
         flops = FlopCount()

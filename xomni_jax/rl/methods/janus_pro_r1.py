@@ -15,14 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from xomni_jax.core.config import ConfigError, Count, Finite
+from xomni_jax.core.config import ConfigError
 from xomni_jax.core.program import Program, Programs
 from xomni_jax.models.transformer import ARTransformer
 from xomni_jax.pipeline import XOmni
 from xomni_jax.rewards.combine import Combined, column, combine, source_means
 from xomni_jax.rl.advantages import AdvantageConfig, group_advantages
-from xomni_jax.rl.grpo import GRPORun, GRPOStage
-from xomni_jax.rl.methods.judged_images import DRAWN, JudgingSampler, abstract_batch, drawing_programs
+from xomni_jax.rl.grpo import GRPOStage
+from xomni_jax.rl.methods.judged_images import DRAWN, JudgingRun, JudgingSampler, abstract_batch, drawing_programs
 from xomni_jax.rl.rollouts import Rollouts, Scoring, timed
 from xomni_jax.rl.trajectory import Trajectory, check_credit, credited
 from xomni_jax.sampling.batches import make_batches
@@ -34,33 +34,16 @@ ROUNDS = 2  # T: images of a trajectory at most
 
 
 @dataclasses.dataclass(frozen=True)
-class VerdictConfig:
-    """The policy's verdict on its first image.
-
-    Attributes:
-      question: that it answers; the verdict is the answer's first word, yes or no
-      length: most tokens of an answer
-      threshold: reward from which on an image shows what was asked for, so that yes is right
-    """
-
-    question: str = "Does the image show what was asked for? Answer yes or no, and say why."
-    length: Count = 32
-    threshold: Finite = 0.5
-
-
-@dataclasses.dataclass(frozen=True)
-class JanusProR1Run(GRPORun):
+class JanusProR1Run(JudgingRun):
     """GRPO of a policy that judges its image and draws it again.
 
     Attributes:
-      verdict: how the first image is judged
       credit: (reward, segment, weight of the reward's advantage there). Rewards: generation (of all images of the trajectory), verdict,
         first and final (image); segments: first, verdict, final
     """
 
     stage: str = "janus_pro_r1"
     run_dir: str = "runs/janus_pro_r1"
-    verdict: VerdictConfig = VerdictConfig()
     credit: tuple[tuple[str, str, float], ...] = tuple((reward, segment, 1.0) for reward in REWARDS[:2] for segment in DRAWN)
 
     def __post_init__(self):

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +14,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from xomni_jax.components import ModelComponents
-from xomni_jax.core.config import checked
+from xomni_jax.core.config import Count, Finite, checked
 from xomni_jax.core.program import Program
 from xomni_jax.models import work
 from xomni_jax.models.transformer import ARConfig, ARTransformer
-from xomni_jax.rl.grpo import GRPOStage
+from xomni_jax.rl.grpo import GRPORun, GRPOStage
 from xomni_jax.rl.trajectory import Trajectory
 from xomni_jax.sampling.engine import Engine, RolloutState
 from xomni_jax.sampling.logits import SamplingConfig
@@ -29,10 +29,33 @@ from xomni_jax.sequence.tokenizer import MultimodalTokenizer
 from xomni_jax.sharding import abstract
 from xomni_jax.sharding.arrays import whole
 
-if TYPE_CHECKING:
-    from xomni_jax.rl.methods.janus_pro_r1 import JanusProR1Run
-
 DRAWN = ("first", "verdict", "final")
+
+
+@dataclasses.dataclass(frozen=True)
+class VerdictConfig:
+    """The policy's verdict on its first image.
+
+    Attributes:
+      question: that it answers; the verdict is the answer's first word, yes or no
+      length: most tokens of an answer
+      threshold: reward from which on an image shows what was asked for, so that yes is right
+    """
+
+    question: str = "Does the image show what was asked for? Answer yes or no, and say why."
+    length: Count = 32
+    threshold: Finite = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgingRun(GRPORun):
+    """GRPO of a policy that judges its first image.
+
+    Attributes:
+      verdict: how the first image is judged
+    """
+
+    verdict: VerdictConfig = VerdictConfig()
 
 
 class Given(NamedTuple):
@@ -43,7 +66,7 @@ class Given(NamedTuple):
     end_of_turn: int
 
     @classmethod
-    def of(cls, run: JanusProR1Run, grid: tuple[int, int]) -> Given:
+    def of(cls, run: JudgingRun, grid: tuple[int, int]) -> Given:
         """For images with a grid of codes, by the tokenizer of `init_from`."""
         text = _tokenizer(run.init_from)
         question = checked(lambda: text.conversation_prompt([("user", [run.verdict.question])]), "config.verdict.question")
@@ -69,7 +92,7 @@ def _tokenizer(init_from: str) -> MultimodalTokenizer:
     return ModelComponents(init_from).tokenizer if init_from else MultimodalTokenizer.load()
 
 
-def specs(run: JanusProR1Run, codes: int, stop: int) -> tuple[SegmentSpec, SegmentSpec, SegmentSpec]:
+def specs(run: JudgingRun, codes: int, stop: int) -> tuple[SegmentSpec, SegmentSpec, SegmentSpec]:
     """How the segments `DRAWN` are drawn. A text is not truncated: its log-probs would need a mask of the whole vocabulary."""
     text = SamplingConfig(temperature=run.sampling.temperature, top_k=0, min_p=0.0)
     return (
@@ -79,7 +102,7 @@ def specs(run: JanusProR1Run, codes: int, stop: int) -> tuple[SegmentSpec, Segme
     )
 
 
-def abstract_batch(run: JanusProR1Run, ar: ARConfig, grid: tuple[int, int], mesh: Mesh) -> Trajectory:
+def abstract_batch(run: JudgingRun, ar: ARConfig, grid: tuple[int, int], mesh: Mesh) -> Trajectory:
     """Shapes of all rollouts of a step, on the mesh."""
     one, given = GRPOStage.abstract_batch(run, ar, grid, mesh), Given.of(run, grid)
     rows = lambda dtype, *shape: abstract.rows(mesh, (one.ok[0].shape[0], *shape), dtype)
@@ -115,7 +138,7 @@ class JudgingSampler:
 
     @classmethod
     def of(
-        cls, run: JanusProR1Run, programs: Mapping[str, Callable[..., Any]], tokenizer: MultimodalTokenizer, grid: tuple[int, int]
+        cls, run: JudgingRun, programs: Mapping[str, Callable[..., Any]], tokenizer: MultimodalTokenizer, grid: tuple[int, int]
     ) -> JudgingSampler:
         """The loop over the functions of `drawing_programs`."""
         given, fns = Given.of(run, grid), (programs[name] for name in ("prefill", "rollout", "verdict", "redraw"))
@@ -164,7 +187,7 @@ def says(tokenizer: MultimodalTokenizer, ids_PRL: np.ndarray, lengths_PR: np.nda
     return np.array([{"yes": 1, "no": 0}.get(word[0].lower() if word else "", -1) for word in words]).reshape(lengths_PR.shape)
 
 
-def drawing_programs(run: JanusProR1Run, net: ARTransformer, grid: tuple[int, int], weights: Any, mesh: Mesh) -> dict[str, Program]:
+def drawing_programs(run: JudgingRun, net: ARTransformer, grid: tuple[int, int], weights: Any, mesh: Mesh) -> dict[str, Program]:
     """The programs that draw a chunk's rollouts: the prompts, a piece of the first image, the verdict, a piece of the second."""
     engine, given, c = Engine(net), Given.of(run, grid), run.rollout
     first, verdict, final = specs(run, grid[0] * grid[1], given.end_of_turn)
