@@ -82,7 +82,7 @@ def test_what_a_trajectory_holds(finished, model_dir):
     rows, final, images, _ = finished[1][0]
     text = xomni_jax.load(model_dir).tokenizer
     first, question, verdict, prefix, last = jax.tree.map(np.asarray, rows.segments)
-    asked = text.conversation_prompt([("user", [janus.VerdictConfig().question])])
+    asked = text.conversation_prompt([("user", [judged_images.VerdictConfig().question])])
     for n in range(len(first.ids)):
         assert question.ids[n].tolist() == [text.eom, *asked]
         said = verdict.ids[n, : verdict.lengths[n]].tolist()
@@ -105,7 +105,7 @@ def test_which_segments_learn_what():
     verdict = SimpleNamespace(lengths=jnp.array([[2, 2], [2, 2]]))
     drawn = janus.Judged((None, None, verdict), np.array([[1, 0], [0, -1]]), np.array([[True, True], [False, True]]))
     first, final = known([[0.9, 0.2], [0.6, np.nan]]), known([[0.9, 0.4], [0.1, 0.5]])
-    run = janus.JanusProR1Run(verdict=janus.VerdictConfig(threshold=0.5))
+    run = janus.JanusProR1Run(verdict=judged_images.VerdictConfig(threshold=0.5))
     advantages, oks, told = drawn.worth(first, final, run, AdvantageConfig(eps=1e-9))
     np.testing.assert_array_equal(np.array(oks), [[1, 1, 1, 0], [1, 1, 1, 0], [0, 1, 1, 0]])
     # generation 1.8 and 0.6, verdict 2 and 1: each is half the sum's deviation away from its mean, 1 / sqrt(2), to float32's 1e-6.
