@@ -100,11 +100,7 @@ def test_a_finite_set_needs_other_files(model_dir, tmp_path):
 
 
 def test_what_cannot_be_read_is_told_under_its_own_key(model_dir, tmp_path):
-    other = [
-        "validation.every=1",
-        "validation.data.source=files",
-        "validation.data.path=missing.jsonl",
-        "validation.data.sizes=((16, 32),)",
-    ]
+    files = ["data.source=files", "data.path=missing.jsonl", "data.sizes=((16, 32),)"]
+    run = f"init_from={model_dir}", "validation.every=1", *(f"validation.{file}" for file in files)
     with pytest.raises(ConfigError, match=r"config\.validation\.data\.path=missing\.jsonl: no such file or folder"):
-        run_stage(stage_config("sft", tmp_path / "run", f"init_from={model_dir}", "validation.every=1", *files))
+        run_stage(stage_config("sft", tmp_path / "run", *run))
