@@ -48,6 +48,7 @@ xomni bench grpo
 xomni bench convert --gb 4 --dir /tmp
 xomni bench eval
 xomni bench data --seconds 20
+xomni bench tokenize --repeats 5
 xomni bench rewards --faults
 xomni bench serve
 xomni bench window"""
@@ -55,7 +56,7 @@ xomni bench window"""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The subcommand's own options."""
-    parser.add_argument("name", metavar="NAME", choices=NAMES, help=", ".join(NAMES))
+    parser.add_argument("name", metavar="NAME", choices=NAMES, help="one of the examples below")
     parser.add_argument("--repeats", type=int, default=20, metavar="N", help="most timed pairs per case; grpo: steps (default 20)")
     parser.add_argument("--seconds", type=float, default=60.0, metavar="S", help="about the time for all pairs (default 60)")
     parser.add_argument("--json", metavar="FILE", help="also write everything measured to this file")
