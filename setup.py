@@ -19,6 +19,7 @@ CORE = [
     "ml-dtypes>=0.5,<0.6",
     "safetensors>=0.6,<0.9",
     "pillow>=11,<14",
+    "isal>=1.6,<2",  # compresses the images that go to reward services
     "matplotlib>=3.9,<4",
     "tensorboardX>=2.6,<3",
     "httpx>=0.27,<0.29",
