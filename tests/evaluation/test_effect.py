@@ -13,7 +13,7 @@ from xomni_jax.data import rendered
 from xomni_jax.data.rendered import render_example
 from xomni_jax.evaluation import effect as effect_module
 from xomni_jax.evaluation.effect import EffectConfig, PolicySampler, open_services
-from xomni_jax.evaluation.effect_summary import run_effect
+from xomni_jax.evaluation.effect_summary import run_effect, table_text
 from xomni_jax.evaluation.grpo_run import read_run
 from xomni_jax.evaluation.judges import RewardsJudge
 from xomni_jax.evaluation.measurement import colour_entropy, colour_histogram, edge_density, measure
@@ -108,6 +108,10 @@ def test_report_and_resume(tmp_path, monkeypatch):
     assert not (tmp_path / "out/cells/real/results.json").exists()
     _, again = run_effect(cfg, {"ocr": FakeClient()}, {"ocr": "3"})
     assert again["guidance_on"]["rl"]["ocr_reward"] == report["guidance_on"]["rl"]["ocr_reward"]
+    # Without a second setting of guidance, page and table are of the first alone.
+    _, alone = run_effect(config(tmp_path, tmp_path / "off", guidance=1.0), fake_clients(), {"ocr": "1"})
+    assert alone["guidance_off"] == report["guidance_off"] and "guidance_on" not in alone and "Guidance on" not in table_text(alone)
+    assert "The same with guidance" not in (tmp_path / "off/report.html").read_text()
 
 
 def test_policies(tmp_path):
@@ -184,8 +188,8 @@ def test_run_files(tmp_path):
 
 
 def test_mistakes_are_named(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="guidance=1 is the setting without guidance"):
-        config(tmp_path, tmp_path, guidance=1.0)
+    with pytest.raises(ValueError, match="prompts=1 gives no interval"):
+        config(tmp_path, tmp_path, prompts=1)
     with pytest.raises(SuiteError, match="no OCR service is given; start one with"):
         with open_services({}):
             pass

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import card, long_run, unigrpo
+from launch import card, claim, long_run, unigrpo
 from xomni_jax.training.run_directory import save_config
 from xomni_jax.training.stage import load_config
 
@@ -61,6 +61,23 @@ def test_unigrpo_compares_first_and_last_steps(tmp_path):
         "0.4500",
         "0.6500",
     ]
+
+
+def test_claim_compares_three_ways_to_go_on(tmp_path, capsys):
+    row = {"ocr_reward": 0.5, "colour_accuracy": 1.0, "second_reader_accuracy": None, "ci95": {}}
+    minus = {"sft_best_of_16": {"word_accuracy": {"value": 0.25, "ci95": [0.125, 0.5]}}}
+    for kind in claim.KINDS:
+        for method, accuracy in (("grpo", 0.75), ("more", 0.375)):
+            (tmp_path / f"effect_{method}_{kind}_0").mkdir()
+            rows = {"sft": 0.25, "sft_best_of_16": 0.5, "rl": accuracy}
+            report = {"guidance_off": {name: row | {"word_accuracy": value} for name, value in rows.items()}}
+            report["comparisons"] = {"guidance_off": {"rl_minus": minus}}
+            (tmp_path / f"effect_{method}_{kind}_0" / "report.json").write_text(json.dumps(report))
+    write_run(tmp_path / "sft_0", [1.0, 1.0], **{claim.VALIDATION: 0.5})
+    claim.main([str(tmp_path)])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[-1] for line in lines[2:6]] == ["0.250", "0.500", "0.375", "0.750"] and "+0.250" in lines[6]
+    assert json.loads((tmp_path / "claim.json").read_text())["curves"]["sft_0"][claim.VALIDATION] == [None, 0.5]
 
 
 def test_card_names_command_seed_steps_and_metrics(tmp_path):

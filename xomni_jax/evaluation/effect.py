@@ -52,7 +52,7 @@ class EffectConfig:
       samples: SFT samples per sign, the largest best-of-N
       rl_samples: RL samples per sign, averaged
       sweep_samples: SFT samples per sign and temperature of the sweep
-      guidance: of the setting "guidance on"; off is always measured
+      guidance: of the setting "guidance on"; off is always measured, and 1 measures nothing else
       size: pixels, height and width
       lengths: least and most characters of a sign
       seed: of signs, samples and decoder noise
@@ -89,8 +89,6 @@ class EffectConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.prompts < 2:
             raise ValueError("prompts=1 gives no interval; use at least 2, better 64")
-        if self.guidance == 1.0:
-            raise ValueError("guidance=1 is the setting without guidance, which is measured anyway; give another value, such as 2")
 
 
 @dataclass(frozen=True)
@@ -178,7 +176,7 @@ def measure_all(config: EffectConfig, run: GRPORun, judge: RewardsJudge) -> Effe
     with _Study(config, signs, sampler, judge) as study:
         real, reconstruction = study.real(), study.drawn("reconstruction", "sft", 1, reconstruct=True)
         made = {}
-        for name, guidance in {"guidance_off": 1.0, "guidance_on": config.guidance}.items():
+        for name, guidance in {"guidance_off": 1.0, **({"guidance_on": config.guidance} if config.guidance != 1 else {})}.items():
             sft = study.drawn(f"{name}-sft", "sft", config.samples, guidance)
             rl = study.drawn(f"{name}-rl", "rl", config.rl_samples, guidance)
             swept = [t for t in config.temperatures if t != config.temperature]

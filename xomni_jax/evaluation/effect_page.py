@@ -12,7 +12,7 @@ from PIL import Image
 from xomni_jax.core.tables import TableCell, format_estimate, format_interval, format_number
 from xomni_jax.evaluation.charts import Dot, Line, dot_chart, line_chart
 from xomni_jax.evaluation.effect import Effect
-from xomni_jax.evaluation.effect_summary import SETTING_NAMES, metrics_table, row_name
+from xomni_jax.evaluation.effect_summary import metrics_table, row_name, settings_of
 from xomni_jax.evaluation.grpo_run import GRPORun
 from xomni_jax.evaluation.item_cards import marked_differences
 from xomni_jax.evaluation.measurement import Measurement
@@ -32,7 +32,7 @@ def write_report(effect: Effect, report: dict[str, Any], path: str | Path) -> Pa
     """Writes the page and returns its path."""
     config = effect.config
     settings = []
-    for name, title in SETTING_NAMES.items():
+    for name, title in settings_of(report).items():
         title += f" ({config.guidance:g})" * (name == "guidance_on")
         settings.append(
             {
@@ -55,7 +55,7 @@ def write_report(effect: Effect, report: dict[str, Any], path: str | Path) -> Pa
         curves=Path(path).with_name("training.html").is_file(),  # which launch/demo.sh wrote before
         sweep_note=sweep_note(report),
         without_guidance=prompts(effect, "guidance_off"),
-        with_guidance=prompts(effect, "guidance_on"),
+        with_guidance=prompts(effect, "guidance_on") if "guidance_on" in report else [],
         wide=config.size[1] >= 3 * config.size[0],
         times_and_settings=times_and_settings(report),
     )
@@ -125,7 +125,7 @@ def sweep_chart(report: dict[str, Any], name: str, title: str) -> str:
 
 def sweep_note(report: dict[str, Any]) -> str:
     """Which temperature was best."""
-    best = {title: report["comparisons"][name]["sft_best_temperature"] for name, title in SETTING_NAMES.items()}
+    best = {title: report["comparisons"][name]["sft_best_temperature"] for name, title in settings_of(report).items()}
     said = [f"{title}: best at {temperature:g}." for title, temperature in best.items() if temperature is not None]
     return " ".join([*said, "The choice is made on these same prompts, which flatters SFT."])
 

@@ -196,10 +196,15 @@ def row_name(row: str) -> str:
     return ROW_NAMES.get(row) or "SFT best of " + row.removeprefix("sft_best_of_")
 
 
+def settings_of(report: dict[str, Any]) -> dict[str, str]:
+    """The guidance settings that were measured, with their titles."""
+    return {name: title for name, title in SETTING_NAMES.items() if name in report}
+
+
 def table_text(report: dict[str, Any]) -> str:
     """The numbers for a terminal: a table per guidance setting, SFT by temperature, and the verdict."""
     lines = []
-    for name, title in SETTING_NAMES.items():
+    for name, title in settings_of(report).items():
         sweep = [f"{e['temperature']:g}: {format_number(e['word_accuracy'], '.3f')}" for e in report["sft_temperature_sweep"][name]]
         comparison = report["comparisons"][name]
         times = format_number(comparison["word_accuracy_ratio"]["rl_to_sft"]["value"], ".2f")
