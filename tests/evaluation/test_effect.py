@@ -13,6 +13,7 @@ from xomni_jax.data import rendered
 from xomni_jax.data.rendered import render_example
 from xomni_jax.evaluation import effect as effect_module
 from xomni_jax.evaluation.effect import EffectConfig, PolicySampler, open_services
+from xomni_jax.evaluation.effect_page import write_report
 from xomni_jax.evaluation.effect_summary import run_effect, table_text
 from xomni_jax.evaluation.grpo_run import read_run
 from xomni_jax.evaluation.judges import RewardsJudge
@@ -109,9 +110,9 @@ def test_report_and_resume(tmp_path, monkeypatch):
     _, again = run_effect(cfg, {"ocr": FakeClient()}, {"ocr": "3"})
     assert again["guidance_on"]["rl"]["ocr_reward"] == report["guidance_on"]["rl"]["ocr_reward"]
     # Without a second setting of guidance, page and table are of the first alone.
-    _, alone = run_effect(config(tmp_path, tmp_path / "off", guidance=1.0), fake_clients(), {"ocr": "1"})
+    effect, alone = run_effect(config(tmp_path, tmp_path / "off", guidance=1.0), fake_clients(), {"ocr": "1"})
     assert alone["guidance_off"] == report["guidance_off"] and "guidance_on" not in alone and "Guidance on" not in table_text(alone)
-    assert "The same with guidance" not in (tmp_path / "off/report.html").read_text()
+    assert "The same with guidance" not in write_report(effect, alone, tmp_path / "off.html").read_text()
 
 
 def test_policies(tmp_path):
