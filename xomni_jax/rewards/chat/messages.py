@@ -11,10 +11,10 @@ from typing import NamedTuple, Protocol
 
 from PIL import Image
 
+from xomni_jax.data.png import png_bytes
 from xomni_jax.rewards.chat.replies import Completion, Unreadable
 
-# Speed counts more than size: an image is sent once or a few times and thrown away.
-_HOW = {"PNG": {"compress_level": 1, "compress_type": 3}, "JPEG": {}, "WEBP": {"lossless": True, "quality": 0, "method": 0}}
+_HOW = {"JPEG": {}, "WEBP": {"lossless": True, "quality": 0, "method": 0}}  # fast: a file is sent once or a few times and thrown away
 
 
 class ChatUnavailable(ValueError):
@@ -40,6 +40,8 @@ class EncodedImage:
 
 def encoded(image: Image.Image, kind: str = "PNG") -> EncodedImage:
     """The image as a file."""
+    if kind == "PNG":
+        return EncodedImage(kind, png_bytes(image))
     out = io.BytesIO()
     image.convert("RGB").save(out, kind, **_HOW[kind])
     return EncodedImage(kind, out.getvalue())
