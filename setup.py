@@ -80,6 +80,7 @@ setup(
     install_requires=CORE,
     extras_require={
         "tpu": PLAN,
+        "cuda": ["jax[cuda12]>=0.10,<0.13"],  # one NVIDIA GPU
         "rewards": REWARDS,
         "serve": SERVICE,
         "plan": PLAN,

@@ -59,19 +59,19 @@ def decode_cases(cfg: ARConfig, batches: Sequence[int] = (1, 16), prompt: int = 
                 out = net(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
                 step = out.logits[:, -1].argmax(-1, keepdim=True)
                 made.append(step)
-            return torch.cat(made, dim=1)
+            return torch.cat(made, dim=1).cpu()
 
     def generate(ids):
         with torch.inference_mode():
             options = dict(attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new, min_new_tokens=new)
-            return net.generate(input_ids=ids, **options)[:, prompt:]
+            return net.generate(input_ids=ids, **options)[:, prompt:].cpu()
 
     for B in batches:
         ids = np.random.default_rng(B).integers(0, cfg.vocab_size, (B, prompt))
         arrays = jax.device_put(ids.astype(np.int32)), jnp.full(B, prompt, jnp.int32)
         for name, peer in (("bare loop", bare), ("generate()", generate)):
             ours = lambda arrays=arrays: run(params, *arrays)  # noqa: E731
-            theirs = lambda peer=peer, ids=torch.from_numpy(ids): peer(ids)  # noqa: E731
+            theirs = lambda peer=peer, ids=peers.tensor(ids): peer(ids)  # noqa: E731
             cases.append(Case(f"batch {B}, peer's {name}", ours, theirs, unequal_share, 0.0, B * new, "tokens"))
     cases += [products(B, cfg.d_model, cfg.mlp_dim) for B in batches]
     return f"{new} tokens after a prompt of {prompt}, greedy, cached; {size_of(cfg)}", cases
@@ -92,7 +92,7 @@ def train_cases(cfg: ARConfig, batch: int = 16, length: int = 96) -> tuple[str, 
     optimizer = Optimizer(OPTIMIZER, 1, freeze=("mm_.*",))
     # A copy: the step donates its state, and these parameters belong to the caller.
     state = TrainState(jnp.int32(0), jax.tree.map(jnp.copy, params), optimizer.transform.init(params), {})
-    ids_BL, tokens = jax.device_put(ids.astype(np.int32)), torch.from_numpy(ids)
+    ids_BL, tokens = jax.device_put(ids.astype(np.int32)), peers.tensor(ids)
 
     def loss(params, ids_BL):
         hidden_BLD = model.apply({"params": params}, ids_BL)
@@ -122,7 +122,7 @@ def train_cases(cfg: ARConfig, batch: int = 16, length: int = 96) -> tuple[str, 
         value.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), OPTIMIZER.clip_norm)
         adamw.step()
-        return value.detach()
+        return value.detach().cpu()
 
     work = batch * length
     cases = [

@@ -60,14 +60,15 @@ def cases(cfg: MMDiTConfig, grid: tuple[int, int], batches: Sequence[int], text:
 def _peer(net: Any, x: dict[str, np.ndarray], image_ids: np.ndarray, text: int):
     import torch
 
-    t = {name: torch.from_numpy(value) for name, value in x.items()}
+    t = {name: peers.tensor(value) for name, value in x.items()}
     inputs = dict(
         hidden_states=t["latents"], encoder_hidden_states=t["text"], pooled_projections=t["pooled"], timestep=t["sigma"],
-        img_ids=torch.from_numpy(image_ids), txt_ids=torch.zeros(text, 3), guidance=t.get("guidance"), return_dict=False,
+        img_ids=peers.tensor(image_ids), txt_ids=peers.tensor(np.zeros((text, 3), np.float32)), guidance=t.get("guidance"),
+        return_dict=False,
     )  # fmt: skip
 
     def run():
         with torch.inference_mode():
-            return net(t["semantics"], **inputs)[0]
+            return net(t["semantics"], **inputs)[0].cpu()
 
     return run

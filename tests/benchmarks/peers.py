@@ -25,10 +25,10 @@ QWEN2_NAMES = {"model.lm_embed_tokens.weight": "model.embed_tokens.weight", "mod
 
 
 def need(benchmark: str, packages: Sequence[str]) -> list[ModuleType]:
-    """The peers' packages, torch on all cores.
+    """The peers' packages, torch first and on all cores.
 
     Raises:
-      BenchError: one is not installed; names the extra that brings it.
+      BenchError: one is not installed; names the extra that brings it. Or torch has no GPU where JAX has one.
     """
     modules = []
     for name in packages:
@@ -40,7 +40,25 @@ def need(benchmark: str, packages: Sequence[str]) -> list[ModuleType]:
             ) from None
         if name == "torch":
             modules[-1].set_num_threads(cores())
+    if device() == "cuda":
+        if not modules[0].cuda.is_available():
+            raise BenchError(
+                f"bench {benchmark}: JAX runs on a GPU and this torch on CPUs; install a torch for CUDA, or set JAX_PLATFORMS=cpu"
+            )
+        jax.config.update("jax_default_matmul_precision", "highest")  # full float32, as torch computes
     return modules
+
+
+def device() -> str:
+    """Where torch runs: on the GPU if JAX does."""
+    return "cuda" if jax.default_backend() == "gpu" else "cpu"
+
+
+def tensor(array: np.ndarray) -> Any:
+    """The array as a tensor of the peer's device."""
+    import torch
+
+    return torch.from_numpy(array).to(device())
 
 
 def random_params(component: str, cfg: Any, seed: int = 0) -> Any:
@@ -104,4 +122,4 @@ def _load(model: Any, tensors: Mapping[str, np.ndarray]) -> Any:
 
     # Copies: a tensor that shared memory with a JAX array would change it under JAX's feet when it is trained.
     model.load_state_dict({k: torch.from_numpy(np.array(v)) for k, v in tensors.items()}, strict=True)
-    return model.eval()
+    return model.to(device()).eval()

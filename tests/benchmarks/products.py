@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import numpy as np
 
+from tests.benchmarks.peers import tensor
 from tests.benchmarks.timing import Case, relative_difference
 
 PAIRS = 8  # products up and down, one after another, so that calling a compiled program costs little beside them
@@ -19,7 +20,7 @@ def products(rows: int, width: int, hidden: int) -> Case:
     up = (rng.normal(size=(width, hidden)) * width**-0.5).astype(np.float32)
     down = (rng.normal(size=(hidden, width)) * hidden**-0.5).astype(np.float32)
     arrays = [jax.device_put(a) for a in (x, up, down)]
-    tensors = [torch.from_numpy(a) for a in (x, up, down)]
+    tensors = [tensor(a) for a in (x, up, down)]
 
     def chain(x, up, down):
         for _ in range(PAIRS):
@@ -30,7 +31,7 @@ def products(rows: int, width: int, hidden: int) -> Case:
 
     def peer():
         with torch.inference_mode():
-            return chain(*tensors)
+            return chain(*tensors).cpu()
 
     flops = 4.0 * PAIRS * rows * width * hidden
     name = f"products alone, {rows} row{'s' * (rows > 1)}"

@@ -24,7 +24,12 @@ def test_shellcheck():
 
 
 @pytest.mark.parametrize(
-    "script", [s for s in SCRIPTS if s in ("demo.sh", "long_run.sh", "unigrpo.sh", "make_tiny.sh", "test.sh", "queued_resource.sh")]
+    "script",
+    [
+        s
+        for s in SCRIPTS
+        if s in ("demo.sh", "long_run.sh", "unigrpo.sh", "claim.sh", "make_tiny.sh", "test.sh", "queued_resource.sh", "gpu_check.sh")
+    ],
 )
 def test_help(script):
     done = subprocess.run(["bash", f"launch/{script}", "--help"], cwd=ROOT, capture_output=True, text=True)
@@ -54,6 +59,24 @@ def test_a_training_that_was_stopped_ends_the_script(script, code, goes_on, tmp_
     assert done.returncode == code and "WENT ON" not in done.stdout, done.stdout + done.stderr
     told = f"stopped; the same command goes on from here: bash launch/{script} out\\ put\n"
     assert done.stderr.endswith(told) if goes_on else told not in done.stderr
+
+
+def test_gpu_check_ends_where_there_is_no_gpu_and_goes_on_after_a_part_that_fails(tmp_path):
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    (tmp_path / "launch" / "environment.sh").write_text("environment() { :; }\n")
+    check = lambda: subprocess.run(
+        ["bash", "launch/gpu_check.sh", "out"], cwd=tmp_path, capture_output=True, text=True, timeout=60,
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+    )  # fmt: skip
+    for name, script in {"nvidia-smi": "exit 9", "python": "exit 0", "xomni": "echo $@; [ $2 != train ]"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    done = check()
+    assert done.returncode == 0 and "nothing was checked" in done.stdout and not (tmp_path / "out").exists()
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho GPU 0: NVIDIA H200\n")
+    done = check()
+    assert done.returncode == 1 and done.stderr == "failed or not finished in time: train; logs in out\n"
+    assert "bench device --size 1b" in (tmp_path / "out/device.log").read_text()
 
 
 def test_make_tiny_takes_no_other_option():

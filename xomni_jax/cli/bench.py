@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from xomni_jax.assets import TINY_SFT
 
-NAMES = ("decode", "train", "mmdit", "grpo", "convert", "eval", "data", "tokenize", "rewards", "serve", "window")
+NAMES = ("decode", "train", "mmdit", "grpo", "convert", "eval", "data", "tokenize", "rewards", "serve", "window", "device")
 _OPTIONS = dict.fromkeys(("decode", "train", "mmdit"), ("size", "threads")) | {
     "grpo": ("model", "config"),
     "convert": ("gb", "dir"),
@@ -19,6 +20,7 @@ _OPTIONS = dict.fromkeys(("decode", "train", "mmdit"), ("size", "threads")) | {
     "rewards": ("model", "config", "faults", "bodies"),
     "serve": ("model", "faults"),
     "window": ("model",),
+    "device": ("size",),
 }
 
 DETAILS = """\
@@ -37,6 +39,7 @@ rewards what the way to a reward service costs, and how much of a slow one hides
 serve   images per second and latencies of xomni serve at 1, 8 and 32 clients, against a plain batch; with --faults, mixed requests of
         clients some of whom vanish, for --seconds
 window  images in several codes per pass (sampling.window) against one code per pass: speed, codes found per pass, images that differ
+device  drawing codes and a train step on this accelerator, a TPU or a GPU, as shares of its published bandwidth and operations
 
 decode, train and mmdit need the extra [parity], grpo needs [rewards].
 """
@@ -51,7 +54,8 @@ xomni bench data --seconds 20
 xomni bench tokenize --repeats 5
 xomni bench rewards --faults
 xomni bench serve
-xomni bench window"""
+xomni bench window
+xomni bench device --size tiny"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,9 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=20, metavar="N", help="most timed pairs per case; grpo: steps (default 20)")
     parser.add_argument("--seconds", type=float, default=60.0, metavar="S", help="about the time for all pairs (default 60)")
     parser.add_argument("--json", metavar="FILE", help="also write everything measured to this file")
-    models = parser.add_argument_group("decode, train, mmdit only")
+    models = parser.add_argument_group("decode, train, mmdit; --size also for device")
     models.add_argument("--threads", type=int, metavar="N", help="cores that both sides use (default: all)")
-    models.add_argument("--size", choices=("tiny", "small"), help="width 128 or 512 (default tiny)")
+    models.add_argument("--size", choices=("tiny", "small", "1b"), help="tiny or small: width 128 or 512; device: tiny or 1b (default)")
     grpo = parser.add_argument_group("grpo; --model also for eval, tokenize, serve and window, --faults for rewards and serve")
     grpo.add_argument("--model", metavar="DIR", help="model (default: the tiny one of the package)")
     grpo.add_argument("--config", metavar="FILE", help="its shapes, rewards (default: configs/tiny/demo.py)")
@@ -91,7 +95,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     if args.threads is not None:
         machine.use_cores(args.threads)
     own = {"grpo": _grpo, "convert": _convert, "eval": _eval, "data": _data, "tokenize": _tokenize, "rewards": _rewards}
-    own |= {"serve": _serve, "window": _window}
+    own |= {"serve": _serve, "window": _window, "device": _device}
     report = own.get(args.name, _comparison)(args)
     print(report.text)
     if args.json:
@@ -118,7 +122,8 @@ def in_a_checkout() -> None:
 def _comparison(args: argparse.Namespace) -> Any:
     from tests.benchmarks import autoregressive, machine, mmdit, peers, report, timing
 
-    module, size = mmdit if args.name == "mmdit" else autoregressive, args.size or "tiny"
+    module = mmdit if args.name == "mmdit" else autoregressive
+    size = _size(args, module.SIZES, "tiny")
     torch = peers.need(args.name, module.PACKAGES)[0]
     others = machine.Others()
     if args.name == "mmdit":
@@ -189,6 +194,21 @@ def _window(args: argparse.Namespace) -> Any:
     from tests.benchmarks import window
 
     return window.run(args.model or TINY_SFT, args.repeats, args.seconds)
+
+
+def _device(args: argparse.Namespace) -> Any:
+    from tests.benchmarks import device
+
+    return device.run(_size(args, device.SIZES, "1b"), args.repeats, args.seconds)
+
+
+def _size(args: argparse.Namespace, sizes: Mapping[str, Any], default: str) -> str:
+    """The chosen size. BenchError when this benchmark has none of that name."""
+    from tests.benchmarks.timing import BenchError
+
+    if (size := args.size or default) not in sizes:
+        raise BenchError(f"--size {size}: bench {args.name} has the sizes {' and '.join(sizes)}")
+    return size
 
 
 def _grpo_config(args: argparse.Namespace) -> Any:
