@@ -10,7 +10,7 @@ from typing import Any
 
 from xomni_jax.assets import TINY_SFT
 
-NAMES = ("decode", "train", "mmdit", "grpo", "convert", "eval", "data", "tokenize", "rewards", "serve", "window", "device")
+NAMES = ("decode", "train", "mmdit", "grpo", "convert", "eval", "data", "tokenize", "rewards", "serve", "window", "device", "scaling")
 _OPTIONS = dict.fromkeys(("decode", "train", "mmdit"), ("size", "threads")) | {
     "grpo": ("model", "config"),
     "convert": ("gb", "dir"),
@@ -21,6 +21,7 @@ _OPTIONS = dict.fromkeys(("decode", "train", "mmdit"), ("size", "threads")) | {
     "serve": ("model", "faults"),
     "window": ("model",),
     "device": ("size",),
+    "scaling": ("model",),
 }
 
 DETAILS = """\
@@ -40,6 +41,7 @@ serve   images per second and latencies of xomni serve at 1, 8 and 32 clients, a
         clients some of whom vanish, for --seconds
 window  images in several codes per pass (sampling.window) against one code per pass: speed, codes found per pass, images that differ
 device  drawing codes and a train step on this accelerator, a TPU or a GPU, as shares of its published bandwidth and operations
+scaling what 2, 4 and 8 devices (simulated) and two processes cost beyond their work, for steps of fine-tuning and of GRPO
 
 decode, train and mmdit need the extra [parity], grpo needs [rewards].
 """
@@ -55,7 +57,8 @@ xomni bench tokenize --repeats 5
 xomni bench rewards --faults
 xomni bench serve
 xomni bench window
-xomni bench device --size tiny"""
+xomni bench device --size tiny
+xomni bench scaling"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     models = parser.add_argument_group("decode, train, mmdit; --size also for device")
     models.add_argument("--threads", type=int, metavar="N", help="cores that both sides use (default: all)")
     models.add_argument("--size", choices=("tiny", "small", "1b"), help="tiny or small: width 128 or 512; device: tiny or 1b (default)")
-    grpo = parser.add_argument_group("grpo; --model also for eval, tokenize, serve and window, --faults for rewards and serve")
+    grpo = parser.add_argument_group("grpo; --model also for eval, tokenize, serve, window and scaling, --faults for rewards and serve")
     grpo.add_argument("--model", metavar="DIR", help="model (default: the tiny one of the package)")
     grpo.add_argument("--config", metavar="FILE", help="its shapes, rewards (default: configs/tiny/demo.py)")
     grpo.add_argument("--faults", action="store_true", default=None, help="a run under faults instead")
@@ -95,7 +98,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     if args.threads is not None:
         machine.use_cores(args.threads)
     own = {"grpo": _grpo, "convert": _convert, "eval": _eval, "data": _data, "tokenize": _tokenize, "rewards": _rewards}
-    own |= {"serve": _serve, "window": _window, "device": _device}
+    own |= {"serve": _serve, "window": _window, "device": _device, "scaling": _scaling}
     report = own.get(args.name, _comparison)(args)
     print(report.text)
     if args.json:
@@ -200,6 +203,12 @@ def _device(args: argparse.Namespace) -> Any:
     from tests.benchmarks import device
 
     return device.run(_size(args, device.SIZES, "1b"), args.repeats, args.seconds)
+
+
+def _scaling(args: argparse.Namespace) -> Any:
+    from tests.benchmarks import scaling
+
+    return scaling.run(str(Path(args.model or TINY_SFT).absolute()))
 
 
 def _size(args: argparse.Namespace, sizes: Mapping[str, Any], default: str) -> str:
