@@ -1,9 +1,12 @@
 """The OCR scorer and its readers."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from tests.rewards.chinese import SENTENCES
 from tests.rewards.images import ocr_item, sign
 from xomni_jax.core.config import ConfigError
 from xomni_jax.rewards import Score
@@ -125,6 +128,13 @@ def test_lines_are_cut_at_wide_gaps_only():
         assert ink_mask(line)[4].any() and ink_mask(line)[-5].any() and ink_mask(line)[:, 4].any() and ink_mask(line)[:, -5].any()
     assert text_lines(np.full((16, 24, 3), 9, np.uint8)) == []
     np.testing.assert_array_equal(background_colour(sign("A")), (205, 40, 40))
+
+
+def test_chinese_at_the_released_size(scorer):
+    """A sentence of 33 characters of 36 pixels on 1152 x 1152, as `python -m tests.rewards.chinese` draws it, is read exactly."""
+    image = np.asarray(Image.open(Path(__file__).with_name("chinese_1152.png")).convert("RGB"))
+    assert scorer.score_image(image, ocr_item(SENTENCES[2])).value == 1.0
+    assert scorer.score_image(image, ocr_item(SENTENCES[1])).value < 0.3
 
 
 def test_ink_that_touches_the_border_and_noise(scorer):
