@@ -62,7 +62,7 @@ def run(model: str) -> Report:
         "scaling: each device gets the same work; the devices are simulated and share this machine's cores",
         f"{machine.describe()['processor'] or machine.describe()['system']}, {machine.cores()} cores",
         "", aligned(rows), "",
-        f"Medians of {STEPS} steps after {WARM_UPS}. Processor time is that of all processes together, and hardly depends on what else runs.",
+        f"Medians of {STEPS} steps after {WARM_UPS}. Processor time, of all processes, hardly depends on what else runs.",
         "Beyond one device's work are partitioning, collectives over loopback, and what is done once for each process, such as batches.",
     ]  # fmt: skip
     return Report("\n".join(lines), {"benchmark": "scaling", "rows": data, "versions": machine.versions(OURS)})

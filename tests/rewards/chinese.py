@@ -18,7 +18,7 @@ from xomni_jax.rewards.services.ocr import OCRScorer
 FONT = Path("/usr/share/fonts/truetype/wqy/wqy-microhei.ttc")
 SIDE = 1152
 # Signs and sentences, written for this test; the longest has 63 characters.
-SIGNS = ("欢迎光临", "小心地滑", "禁止吸烟", "新鲜水果", "图书馆", "请勿触摸展品", "今日特价", "人民广场站", "停车场入口", "咖啡与茶", "生日快乐", "安全出口")  # fmt: skip
+SIGNS = tuple("欢迎光临 小心地滑 禁止吸烟 新鲜水果 图书馆 请勿触摸展品 今日特价 人民广场站 停车场入口 咖啡与茶 生日快乐 安全出口".split())
 SENTENCES = (
     "春天来了，山上的花都开了，孩子们在草地上放风筝，老人坐在树下喝茶。",
     "这家小店每天早上六点开门，卖豆浆、油条和刚出炉的包子，邻居们都喜欢来这里。",
