@@ -13,15 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from xomni_jax.components import ModelComponents
 from xomni_jax.core.config import Count, Finite, checked
 from xomni_jax.core.program import Program
 from xomni_jax.models import work
 from xomni_jax.models.transformer import ARConfig, ARTransformer
 from xomni_jax.rl.grpo import GRPORun, GRPOStage
+from xomni_jax.rl.methods.texts import ended_at, text_spec, tokenizer_of
 from xomni_jax.rl.trajectory import Trajectory
 from xomni_jax.sampling.engine import Engine, RolloutState
-from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sampling.programs import placed_caches
 from xomni_jax.sampling.sampler import segment_length
 from xomni_jax.sampling.segments import Segment, SegmentSpec
@@ -68,7 +67,7 @@ class Given(NamedTuple):
     @classmethod
     def of(cls, run: JudgingRun, grid: tuple[int, int]) -> Given:
         """For images with a grid of codes, by the tokenizer of `init_from`."""
-        text = _tokenizer(run.init_from)
+        text = tokenizer_of(run.init_from)
         question = checked(lambda: text.conversation_prompt([("user", [run.verdict.question])]), "config.verdict.question")
         return cls(np.append(np.int32(text.eom), question), text.image_prefix(*grid), text.end_of_turn)
 
@@ -78,26 +77,16 @@ class Given(NamedTuple):
 
     def prefix(self, verdict: Segment) -> Segment:
         """After the verdict, which gets an end where it was cut off."""
-        ended = self.ended(verdict)[..., None]
+        ended = ended_at(verdict, self.end_of_turn)[..., None]
         closed, open_ = (np.append(self.prefix_L, np.int32(0)), np.append(np.int32(self.end_of_turn), self.prefix_L))
         return Segment(jnp.where(ended, closed, open_), len(open_) - ended[..., 0].astype(jnp.int32))
 
-    def ended(self, verdict: Segment) -> jax.Array:
-        """Which verdicts end within their bound."""
-        return jnp.any((verdict.ids == self.end_of_turn) & verdict.mask, axis=-1)
-
-
-@functools.lru_cache(1)
-def _tokenizer(init_from: str) -> MultimodalTokenizer:
-    return ModelComponents(init_from).tokenizer if init_from else MultimodalTokenizer.load()
-
 
 def specs(run: JudgingRun, codes: int, stop: int) -> tuple[SegmentSpec, SegmentSpec, SegmentSpec]:
-    """How the segments `DRAWN` are drawn. A text is not truncated: its log-probs would need a mask of the whole vocabulary."""
-    text = SamplingConfig(temperature=run.sampling.temperature, top_k=0, min_p=0.0)
+    """How the segments `DRAWN` are drawn."""
     return (
         SegmentSpec("first", "image", codes, run.sampling),
-        SegmentSpec("verdict", "text", run.verdict.length, text, (stop,)),
+        text_spec("verdict", run.verdict.length, run.sampling, stop),
         SegmentSpec("final", "image", codes, run.sampling),
     )
 
@@ -169,7 +158,7 @@ class JudgingSampler:
         return {
             "segments": (first, self.given.question(*keys_PR.shape), verdict, prefix, final),
             "said": said,
-            "ended": whole(self.given.ended(verdict)),
+            "ended": whole(ended_at(verdict, self.given.end_of_turn)),
             "codes": jnp.where(jnp.asarray(said == 1)[..., None], first.ids, final.ids),
         }
 
