@@ -245,6 +245,8 @@ class GRPOStage:
     Config: ClassVar[type] = GRPORun
     components: ClassVar[tuple[str, ...]] = MODELS
     own_advantages: ClassVar[bool] = False  # the rollouts bring those of each segment
+    own_rewards: ClassVar[bool] = False  # the rollouts have rewards beside those of services
+    fields: ClassVar[tuple[str, ...]] = ("caption", "targets")  # of an example
     abstract_batch: ClassVar[Callable[..., Rows]] = staticmethod(abstract_batch)
 
     @staticmethod
@@ -313,6 +315,11 @@ class GRPOStage:
         )
 
     @classmethod
+    def prompts(cls, cfg: GRPORun, model: XOmni, rows: Sequence[int], examples: dict[str, Any]) -> dict[str, Any]:
+        """What a step asks for, of all processes, from this one's `rows` of a batch of examples."""
+        return all_prompts(cfg, rows, examples)
+
+    @classmethod
     def drawing(cls, cfg: GRPORun, net: transformer.ARTransformer, grid: tuple[int, int], weights: Any, mesh: Mesh) -> dict[str, Program]:
         """The programs that draw a chunk's rollouts. `weights`: abstract parameters as they take them."""
         c, sampler = cfg.rollout, Sampler.make(net, grid, cfg.sampling, cfg.rollout.segment, return_mask=cfg.sampling.truncates)
@@ -330,9 +337,9 @@ class GRPOStage:
     def make(cls, cfg: GRPORun, mesh: Mesh, stop: StopSignal) -> RunningStage:
         """A run on the prompts of the configuration, starting from the transformer of `init_from`."""
         check_prompts(cfg)
-        check_control(cfg.restraint, cfg.grpo.kl_coef or cfg.entropy.coef, check_rewards(cfg.rewards))
+        check_control(cfg.restraint, cfg.grpo.kl_coef or cfg.entropy.coef, check_rewards(cfg.rewards, cls.own_rewards))
         rows = local_rows(mesh, cfg.batch_size)
-        fields = ("caption", "targets", "size") if len(cfg.data.sizes) > 1 else ("caption", "targets")
+        fields = (*cls.fields, "size") if len(cfg.data.sizes) > 1 else cls.fields
         prompts = batches(cfg.data, cfg.seed, cfg.batch_size, rows=rows, fields=fields)
         model = open_model(cfg.init_from, MODELS, mesh, cfg.stage)
         models = model_configs(cfg, MODELS, model)
@@ -355,7 +362,7 @@ class GRPOStage:
             del start
         model.release("transformer")  # policy and reference are copies, or the base is held here
         packed = supervised_batches(cfg.sft, model, cfg.seed) if cfg.sft.weight else None
-        rewards = open_rewards(cfg, image_decoder.mesh, stop)
+        rewards = open_rewards(cfg, image_decoder.mesh, stop, cls.own_rewards)
         flops, buckets = FlopCount(), {}
         for size, name in bucket_names(cfg.data.sizes).items():
             rollouts = cls.rollouts(
@@ -374,7 +381,7 @@ class GRPOStage:
                 stop=stop,
             )
             buckets[size] = Bucket(rollouts, flops(made["policy-update" + name].fn))
-        data = Prompts(prompts, functools.partial(all_prompts, cfg, rows), rewards)
+        data = Prompts(prompts, functools.partial(cls.prompts, cfg, model, rows), rewards)
         return RunningStage(
             state,
             SideBySide(data, packed) if packed else data,
@@ -401,7 +408,7 @@ def bucket_names(sizes: Sequence[Size]) -> dict[Size, str]:
     return {size: f"@{size[0]}x{size[1]}" if n else "" for n, size in enumerate(sizes)}
 
 
-def open_rewards(cfg: GRPORun, decoder_mesh: Mesh, stop: StopSignal) -> Rewards:
+def open_rewards(cfg: GRPORun, decoder_mesh: Mesh, stop: StopSignal, others: bool = False) -> Rewards:
     """The configured rewards. Raises as `Rewards.open` and `Rewards.check_together`."""
     rewards, group, chunks = (
         Rewards.open(cfg.rewards, stop.check_waiting, Path(cfg.run_dir), say),

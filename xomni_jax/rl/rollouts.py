@@ -185,7 +185,7 @@ class Rollouts:
         params, P, R, chunks = self.sampler_params(params), len(prompts), self.group, self.cfg.chunks
         chunk = P // chunks * R
         keys_PR, noise_keys_PR = self.keys(key, P)
-        inputs = self.sampler_inputs(prompts, keys_PR)
+        inputs = self.inputs(prompts, targets, keys_PR)
         items, judges, weights_P = self.questions(prompts, targets, own_weights)
         # Of each chunk first the first image of every rollout, then the second ones.
         order = np.repeat(np.arange(P * R).reshape(chunks, 1, chunk), self.n_images, axis=1).ravel()
@@ -271,6 +271,10 @@ class Rollouts:
         noise_P = each(NOISE)
         shared = jnp.broadcast_to(noise_P[:, None], (prompts, self.group))
         return split(each(ROLLOUT)), shared if self.cfg.noise == "group" else split(noise_P)
+
+    def inputs(self, prompts: Sequence[str], targets: Sequence[dict], keys_PR: jax.Array) -> tuple[Any, ...]:
+        """What the sampler reads of a batch."""
+        return self.sampler_inputs(prompts, keys_PR)
 
     def sampler_inputs(self, prompts: Sequence[str], keys_PR: jax.Array) -> tuple[Any, ...]:
         """What the sampler reads: prompt ids [P, S] padded to the configured length, lengths [P], keys, negative prompts with guidance."""

@@ -15,10 +15,11 @@ from jax.sharding import Mesh
 
 from xomni_jax.core.config import Count, Finite, checked
 from xomni_jax.core.program import Program
+from xomni_jax.data.judged_signs import QUESTION
 from xomni_jax.models import work
 from xomni_jax.models.transformer import ARConfig, ARTransformer
 from xomni_jax.rl.grpo import GRPORun, GRPOStage
-from xomni_jax.rl.methods.texts import ended_at, text_spec, tokenizer_of
+from xomni_jax.rl.methods.texts import ended_at, folded, text_spec, tokenizer_of
 from xomni_jax.rl.trajectory import Trajectory
 from xomni_jax.sampling.engine import Engine, RolloutState
 from xomni_jax.sampling.programs import placed_caches
@@ -41,7 +42,7 @@ class VerdictConfig:
       threshold: reward from which on an image shows what was asked for, so that yes is right
     """
 
-    question: str = "Does the image show what was asked for? Answer yes or no, and say why."
+    question: str = QUESTION
     length: Count = 32
     threshold: Finite = 0.5
 
@@ -184,9 +185,6 @@ def drawing_programs(run: JudgingRun, net: ARTransformer, grid: tuple[int, int],
     P, R, S, sides = run.batch_size // c.chunks, run.grpo.rollouts_per_prompt, c.prompt_length, 1 + run.sampling.guided
     room = 2 * first.length + len(given.question_L) + verdict.length + len(given.prefix_L) + 1
 
-    def keys_of(keys_PR: jax.Array, n: int) -> jax.Array:
-        return jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, n)))(keys_PR)
-
     def start(params, ids_PS, lengths_P, keys_PR, negative):
         return engine.start(params, (ids_PS, lengths_P), keys_PR.shape[1], room, negative)
 
@@ -194,13 +192,13 @@ def drawing_programs(run: JudgingRun, net: ARTransformer, grid: tuple[int, int],
         spec = dataclasses.replace(spec, length=piece)
 
         def draw(params, prompt, state, keys_PR, at):
-            return engine.sample(params, prompt, state, spec, keys_of(keys_PR, n), spec.sampling.truncates, at)
+            return engine.sample(params, prompt, state, spec, folded(keys_PR, n), spec.sampling.truncates, at)
 
         return jax.jit(draw, donate_argnums=2)
 
     def judge(params, prompt, state, keys_PR):
         state = engine.extend(params, prompt, state, given.question(*keys_PR.shape))
-        state, said = engine.sample(params, prompt, state, verdict, keys_of(keys_PR, 1))
+        state, said = engine.sample(params, prompt, state, verdict, folded(keys_PR, 1))
         prefix = given.prefix(said)
         return engine.extend(params, prompt, state, prefix), said, prefix
 

@@ -35,6 +35,12 @@ def ended_at(text: Segment, stop: int) -> jax.Array:
     return jnp.any((text.ids == stop) & text.mask, axis=-1)
 
 
+@jax.jit
+def folded(keys_PR: jax.Array, n: int) -> jax.Array:
+    """Keys of the n-th segment of each row."""
+    return jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, n)))(keys_PR)
+
+
 def check_text_head(cfg: GRPORun, made: Programs, texts: str) -> None:
     """Refuses a run whose `texts` cannot learn."""
     if not cfg.lora.rank and "lm_head/kernel" not in cfg.make_optimizer().trained(made.persistent["params"]):
