@@ -1,6 +1,7 @@
 """Judged signs: what is right says so, what is not is drawn again, and only what is to be learned is learned."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -28,14 +29,14 @@ def test_verdicts_tell_what_the_judged_images_show(examples):
     assert abs(len(judged) / 400 - 0.6) < 4 * (0.24 / 400) ** 0.5 and abs(len(wrong) / len(judged) - 0.5) < 4 * (0.25 / len(judged)) ** 0.5
     for e in judged:
         prompt, question, (_, verdict), *again = e["turns"]
-        word, text, ground = verdict.replace(",", "").removesuffix(".").replace("it says ", "").replace(" on ", " ").split()
+        word, text, ground = re.fullmatch(r"(Yes|No), it says (.+) on (\w+)\.", verdict).groups()
         assert prompt == ("plain", e["caption"] + "<image 0 context>") and question == ("user", "is it?")
         assert word == ("No" if again else "Yes") and again == [("plain", "<image 1>")] * (len(e["images"]) - 1)
         asked = (e["targets"]["text"][0], e["targets"]["background"])
         assert ((text, ground) == asked) == (word == "Yes") and np.array_equal(e["images"][-1], e["image"])
         if again:
             assert np.array_equal(e["images"][0], render_sign(text, ground, (32, 64))[0])
-    assert {e["targets"]["text"][0] == e["turns"][2][1].split()[3] for e in wrong} == {True, False}, "text or colour"
+    assert {f" says {e['targets']['text'][0]} on " in e["turns"][2][1] for e in wrong} == {True, False}, "text or colour"
 
 
 def test_the_judged_image_is_no_target(examples):
