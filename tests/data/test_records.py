@@ -157,6 +157,18 @@ def test_candidates_that_exist_are_kept_with_their_labels(tmp_path):
             [PNG],
         ),
         (
+            {
+                "messages": messages(
+                    ("plain", ["a cat", {"type": "image", "image": "a.png", "learn": False}]),
+                    ("user", "is it?"),
+                    ("assistant", "no"),
+                    ("plain", [{"type": "image", "image": "b.png"}]),
+                )
+            },
+            [("plain", "a cat<image 0 context>"), ("user", "is it?"), ("assistant", "no"), ("plain", "<image 1>")],
+            ["a.png", "b.png"],
+        ),
+        (
             {"texts": [{"user": "a?", "assistant": "b"}, {"user": "c?", "assistant": "d"}], "images": [PNG]},
             [("user", "<image 0>a?"), ("assistant", "b"), ("user", "c?"), ("assistant", "d")],
             [PNG],

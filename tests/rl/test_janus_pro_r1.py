@@ -82,7 +82,7 @@ def test_what_a_trajectory_holds(finished, model_dir):
     rows, final, images, _ = finished[1][0]
     text = xomni_jax.load(model_dir).tokenizer
     first, question, verdict, prefix, last = jax.tree.map(np.asarray, rows.segments)
-    asked = text.conversation_prompt([("user", [judged_images.VerdictConfig().question])])
+    asked = text.conversation_prompt([("user", ["is it right?"])])
     for n in range(len(first.ids)):
         assert question.ids[n].tolist() == [text.eom, *asked]
         said = verdict.ids[n, : verdict.lengths[n]].tolist()

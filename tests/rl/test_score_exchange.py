@@ -12,6 +12,7 @@ from xomni_jax.cli.main import explain
 from xomni_jax.core.preemption import Outage, StepRefused, StopRequested
 from xomni_jax.rewards import Score
 from xomni_jax.rl import grpo, prompts, rollouts
+from xomni_jax.rl import scoring as score_exchange
 from xomni_jax.rl.rewards import Rewards
 from xomni_jax.sharding import arrays
 
@@ -28,11 +29,11 @@ def exchange(monkeypatch, wait, others=OTHERS, faults=()):
         return [value, {"scores": there, "texts": [[2, 1, 1, 0]], "faults": faults}]
 
     polled = []
-    monkeypatch.setattr(rollouts, "gather_json", gather)
+    monkeypatch.setattr(score_exchange, "gather_json", gather)
     stop = SimpleNamespace(check=lambda: polled.append(1), check_waiting=None)
     client = SimpleNamespace(wait=wait, score_async=lambda images, items, progress: items[0]["chunk"], replicas=SimpleNamespace(fault=""))
     items = [{"chunk": n // 4, "targets": {}} for n in range(8)]
-    scoring = rollouts.Scoring({"ocr": client}, items, [{"ocr"}] * 8, [0, 2], 4, stop)
+    scoring = score_exchange.Scoring({"ocr": client}, items, [{"ocr"}] * 8, [0, 2], 4, stop)
     scoring.decoding = [jnp.zeros((4, 2, 2, 3), jnp.uint8)] * 2
     scoring.send(wait=True)
     scores = scoring.scores()["ocr"]
@@ -57,10 +58,10 @@ def test_a_reward_is_asked_about_its_own_prompts_alone(monkeypatch):
 
         return SimpleNamespace(score_async=score, wait=lambda scores, poll: scores, replicas=SimpleNamespace(fault=""))
 
-    monkeypatch.setattr(rollouts, "gather_json", lambda value: [json.loads(json.dumps(value))])
+    monkeypatch.setattr(score_exchange, "gather_json", lambda value: [json.loads(json.dumps(value))])
     stop = SimpleNamespace(check=lambda: None, check_waiting=None)
     judges = [{"shapes"}, (), {"ocr": 0.5, "shapes": 2.0}, (), {"taste"}, (), {"taste"}, ()]
-    scoring = rollouts.Scoring({n: client(n) for n in ("ocr", "shapes")}, [{"n": n} for n in range(8)], judges, [0, 2], 4, stop)
+    scoring = score_exchange.Scoring({n: client(n) for n in ("ocr", "shapes")}, [{"n": n} for n in range(8)], judges, [0, 2], 4, stop)
     scoring.decoding = [
         jnp.arange(4 * c, 4 * c + 4, dtype=jnp.uint8)[:, None, None, None] * jnp.ones((1, 2, 2, 3), jnp.uint8) for c in (0, 1)
     ]

@@ -6,7 +6,7 @@ import pytest
 from xomni_jax.core.config import ConfigError
 from xomni_jax.rl.trajectory import check_credit, credited
 
-CREDIT = {"ocr": {"first": 0.5, "last": 1.0}, "verdict": {"judge": 2.0, "last": -1.0}}
+CREDIT = (("ocr", "first", 0.5), ("ocr", "last", 1.0), ("verdict", "judge", 2.0), ("verdict", "last", -1.0))
 
 
 def test_segments_get_the_weighted_advantages_of_their_rewards():

@@ -7,7 +7,7 @@ import pytest
 
 from tests.encoder_tokenizers import CLIP_BOS, CLIP_EOS, CLIP_TOKENS, write_clip, write_t5
 from xomni_jax.data import build_tiny_tokenizer, glyphs, rendered, words
-from xomni_jax.sequence.tokenizer import TINY_TOKENIZER, MultimodalTokenizer, encoder_ids, fixed_length_ids, read_tokenizer
+from xomni_jax.sequence.tokenizer import TINY_TOKENIZER, MultimodalTokenizer, Shown, encoder_ids, fixed_length_ids, read_tokenizer
 
 CODES_YX = np.arange(15).reshape(3, 5) * 31 % 512
 IMAGE_STRING = "<SOM>3 5<IMAGE>" + "".join(f"<MM-Token-{k}>" for k in CODES_YX.ravel()) + "<EOM>"
@@ -238,6 +238,20 @@ def test_a_conversation_is_the_tokenised_chat(tok):
     ]
     assert learned == tok.text.convert_ids_to_tokens([int(k) for k in wanted])
     assert ids_L[-1] == tok.end_of_turn and len(ids_L) == len(loss_L)
+
+
+def test_what_is_plain_stands_outside_of_the_chat(tok):
+    """A drawn image, a verdict on it and another image, in the tokens of a rollout of Janus-Pro-R1; context is no target."""
+    first, second = CODES_YX, CODES_YX[::-1] + 1
+    asked, prompt = [("user", ["is it?"])], tok.generation_prompt("a star", *first.shape)
+    turns = [("plain", ["a star", Shown(first)]), *asked, ("assistant", ["no, a cat"]), ("plain", [second]), ("user", ["thanks"])]
+    ids_L, loss_L = tok.conversation_sequence(turns)
+    said = [*tok.encode_text("no, a cat"), tok.end_of_turn]
+    head = [*prompt, *(tok.vocab_size + first.ravel()), tok.eom, *tok.conversation_prompt(asked)]
+    assert ids_L.tolist() == [*head, *said, *tok.image_ids(second)]
+    assert ids_L[loss_L].tolist() == [*said, *(tok.vocab_size + second.ravel())]
+    drawn = tok.conversation_sequence([("plain", ["a star", first])])
+    assert all(np.array_equal(a, b) for a, b in zip(drawn, tok.generation_sequence("a star", first), strict=True))
 
 
 def test_a_question_with_its_answer_is_a_conversation(tok):

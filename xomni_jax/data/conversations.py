@@ -1,6 +1,8 @@
 """Conversations about images, in the layouts of LLaVA, of `messages` and of The Cauldron: turns of text with marks for the images.
 
-A mark `<image N>` stands where image N is shown; images are numbered from 0 in the order in which they are shown.
+A mark `<image N>` stands where image N is shown; images are numbered from 0 in the order in which they are shown. `<image N context>` marks
+one of the assistant that is not to be learned: a part of a turn says so with "learn": false. What is said by `plain` stands outside of the
+chat template, as prompts of images do.
 """
 
 from __future__ import annotations
@@ -11,7 +13,15 @@ from typing import Any, NamedTuple
 
 from xomni_jax.data.tables import FaultyRecord
 
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant", "system": "system"}
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "plain": "plain",
+}
 _MARK = re.compile(r"(<image>)")
 _TEXT_PARTS, _IMAGE_PARTS = ("text", "input_text"), ("image", "image_url", "input_image")
 
@@ -21,9 +31,9 @@ class Conversation(NamedTuple):
 
     Attributes:
       system: the instruction that stands above the conversation, or "".
-      turns: (user | assistant, text with marks).
+      turns: (user | assistant | plain, text with marks).
       images: as the record gives them: bytes, paths, or maps of these.
-      roles: of the images: "output" where the assistant shows it, else "input"; empty when it shows none.
+      roles: of the images: "output" where it is learned, as of the assistant and in plain turns, else "input"; empty when none is.
       notes: what was amended, in words.
     """
 
@@ -70,13 +80,14 @@ class _Shown:
         self.images: list[Any] = []
         self.roles: list[str] = []
 
-    def mark(self, role: str, image: Any) -> str:
+    def mark(self, role: str, image: Any, learn: bool = True) -> str:
         """The mark of an image that is shown now."""
+        drawn = role in ("assistant", "plain")
         self.images.append(image)
-        self.roles.append("output" if role == "assistant" else "input")
-        return f"<image {len(self.images) - 1}>"
+        self.roles.append("output" if drawn and learn else "input")
+        return f"<image {len(self.images) - 1}{' context' if drawn and not learn else ''}>"
 
-    def given_one(self, role: str, number: int | None = None) -> str:
+    def given_one(self, role: str, number: int | None = None, learn: bool = True) -> str:
         """The mark of a given image, by default of the next one; nothing when there is none, which `check` refuses in the end."""
         self.marks += 1
         number = number if number is not None else self.unseen[0] if self.unseen else -1
@@ -85,7 +96,7 @@ class _Shown:
             return ""
         if number in self.unseen:
             self.unseen.remove(number)
-        return self.mark(role, self.given[number])
+        return self.mark(role, self.given[number], learn)
 
     def check(self) -> None:
         """FaultyRecord when there are more marks than images, or fewer."""
@@ -142,4 +153,5 @@ def _part(role: str, part: Any, shown: _Shown) -> str:
         image = image["url"]
     if isinstance(image, Mapping) and image.get("data") is not None:  # Anthropic
         image = f"data:{image.get('media_type')};base64,{image['data']}"
-    return shown.given_one(role, part.get("index")) if image is None else shown.mark(role, image)
+    learn = part.get("learn") is not False
+    return shown.given_one(role, part.get("index"), learn) if image is None else shown.mark(role, image, learn)

@@ -322,7 +322,7 @@ def example(record: Record, sizes: Sequence[Size], fields: frozenset[str], rng: 
 
     Of several captions `rng` draws one; the question and the answer are those of the first turns. FaultyRecord for unreadable images.
     """
-    said = {role: re.sub(r"\s*<image \d+>\s*", " ", text).strip() for role, text in reversed(record.turns)}
+    said = {role: re.sub(r"\s*<image \d+( context)?>\s*", " ", text).strip() for role, text in reversed(record.turns)}
     found = {
         "id": record.key,
         "caption": str(rng.choice(record.texts)) if record.texts else "",

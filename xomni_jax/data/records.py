@@ -83,7 +83,7 @@ class Record:
       texts: captions, wordings of an instruction, or the prompt.
       images: encoded bytes, or the path of a file under the root; in the order in which marks show them.
       roles: of the images, where they differ: "input" or "output", or what the file calls them.
-      turns: (user | assistant, text with a mark `<image N>` where image N is shown).
+      turns: (user | assistant | plain, text with a mark `<image N>` where image N is shown), see `conversations`.
       system: the instruction above the turns.
       targets: what rewards look for: {"text": [...], "objects": [...], ...}.
       rewards: weights of the rewards that judge it; empty: those of the configuration.

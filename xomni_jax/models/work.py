@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -65,11 +65,15 @@ def policy_update(
     )  # fmt: skip
 
 
-def together(a: Work, b: Work) -> Work:
-    """Both in one program."""
-    added = {name: getattr(a, name) + getattr(b, name) for name in ("learned", "forward", "attention", "tokens", "gathered", "reduced")}
-    heads = dict(vocabularies=tuple(dict.fromkeys(a.vocabularies + b.vocabularies)), head_gathers=a.head_gathers + b.head_gathers)
-    return dataclasses.replace(a, **added, **heads, logits_limit=max(a.logits_limit, b.logits_limit))
+def joined(parts: Iterable[Work]) -> Work:
+    """All of them in one program."""
+    first, *others = parts
+    for one in others:
+        sums = ("learned", "forward", "attention", "tokens", "gathered", "reduced", "head_gathers")
+        added = {name: getattr(first, name) + getattr(one, name) for name in sums}
+        widths = tuple(dict.fromkeys(first.vocabularies + one.vocabularies))
+        first = dataclasses.replace(first, **added, vocabularies=widths, logits_limit=max(first.logits_limit, one.logits_limit))
+    return first
 
 
 def replay(c: ARConfig, rows: int, prompt: int, codes: int, parts: int, sides: int, chunk: int, mesh: Mapping[str, int]) -> Work:

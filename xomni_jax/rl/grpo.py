@@ -36,7 +36,7 @@ from xomni_jax.rl.prompts import Prompts, Size, all_prompts, asked, check_prompt
 from xomni_jax.rl.rewards import RewardConfig, Rewards, check_rewards
 from xomni_jax.rl.rollouts import RolloutConfig, Rollouts, param_converter
 from xomni_jax.rl.supervised import SideBySide, SupervisedConfig, supervised_batches, supervised_gradient
-from xomni_jax.rl.trajectory import Trajectory
+from xomni_jax.rl.trajectory import Rows, Trajectory
 from xomni_jax.rl.update import Advantages, Policy, frozen_logp, make_update
 from xomni_jax.sampling.decoder import DECODER_COMPONENTS, DecodeConfig
 from xomni_jax.sampling.keys import image_keys
@@ -193,7 +193,7 @@ def learner_programs(
     advantages: Advantages | None,
     state: TrainState,
     frozen: Any,
-    batch: Trajectory,
+    batch: Rows,
     mesh: Mesh,
 ) -> dict[str, Program]:
     """The update of the policy, and, with a KL term, the log-probs of the reference, which are a part of it.
@@ -203,18 +203,19 @@ def learner_programs(
       batch: shapes of the rollouts.
     """
     ar, parts, sides, reference = policy.model.cfg, cfg.accumulate, 1 + cfg.sampling.guided, bool(cfg.grpo.kl_coef)
-    (B, S), chunk, control = batch.prompts[0].shape, cfg.rollout.logit_chunk, loss_control(cfg, ar.image_vocab_size)
-    codes = sum(s.ids.shape[1] for s in batch.drawn)
-    S += sum(s.ids.shape[1] for s in batch.segments) - codes
+    chunk, control, B = cfg.rollout.logit_chunk, loss_control(cfg, ar.image_vocab_size), batch.ok[0].shape[0]
+    sizes = [(t.prompts[0].shape[1], *(sum(s.ids.shape[1] for s in x) for x in (t.segments, t.drawn))) for t in batch.passes]
+    sizes = [(S + others - drawn, drawn) for S, others, drawn in sizes]
     rewards = abstract.rows(mesh, (cfg.batch_size, B // cfg.batch_size), jnp.float32)
     signals = abstract.array(mesh, (len(cfg.restraint.signals),), jnp.float32) if cfg.restraint.signals else None
-    shape, least = f"{B} rollouts of {S} + {codes} tokens", work.policy_update(ar, B, S, codes, parts, sides, reference, chunk, mesh.shape)
+    shape = f"{B} rollouts of {', '.join(f'{S} + {drawn}' for S, drawn in sizes)} tokens"
+    least = work.joined(work.policy_update(ar, B, S, drawn, parts, sides, reference, chunk, mesh.shape) for S, drawn in sizes)
     beside, packed = None, None
     if cfg.sft.weight:
         beside, packed = functools.partial(supervised_gradient, cfg.sft), abstract_rows(cfg.sft.next_token, cfg.sft.data.names, mesh)
         (rows, length), targets = packed.ids_BL.shape, packed.text_at_BM.shape[1]
         next_token = work.next_token(ar, rows, length, targets, not cfg.lora.rank, cfg.sft.next_token.chunk, mesh.shape)
-        shape, least = f"{shape} and {rows} packed rows of {length}", work.together(least, next_token)
+        shape, least = f"{shape} and {rows} packed rows of {length}", work.joined([least, next_token])
     update = Program(
         guarded(make_update(policy, optimizer, cfg.grpo, advantages, control, parts, cfg.lora, cfg.average_reference, beside), cfg.guard),
         (state, frozen, batch, rewards, None, abstract.keys(mesh, ()), signals, packed),
@@ -230,7 +231,7 @@ def learner_programs(
         jax.jit(lambda params, batch: frozen_logp(policy, params, batch, parts)),
         (frozen, batch),
         f"log-probs of {shape}",
-        work.replay(ar, B, S, codes, parts, sides, chunk, mesh.shape),
+        work.joined(work.replay(ar, B, S, drawn, parts, sides, chunk, mesh.shape) for S, drawn in sizes),
         uses=("reference",),
         freed=("sampler",),
         per_step=0,
@@ -244,7 +245,9 @@ class GRPOStage:
     Config: ClassVar[type] = GRPORun
     components: ClassVar[tuple[str, ...]] = MODELS
     own_advantages: ClassVar[bool] = False  # the rollouts bring those of each segment
-    abstract_batch: ClassVar[Callable[..., Trajectory]] = staticmethod(abstract_batch)
+    own_rewards: ClassVar[bool] = False  # the rollouts have rewards beside those of services
+    fields: ClassVar[tuple[str, ...]] = ("caption", "targets")  # of an example
+    abstract_batch: ClassVar[Callable[..., Rows]] = staticmethod(abstract_batch)
 
     @staticmethod
     def advantages(cfg: GRPORun, reward_PR: jax.Array, ok_PR: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -312,6 +315,11 @@ class GRPOStage:
         )
 
     @classmethod
+    def prompts(cls, cfg: GRPORun, model: XOmni, rows: Sequence[int], examples: dict[str, Any]) -> dict[str, Any]:
+        """What a step asks for, of all processes, from this one's `rows` of a batch of examples."""
+        return all_prompts(cfg, rows, examples)
+
+    @classmethod
     def drawing(cls, cfg: GRPORun, net: transformer.ARTransformer, grid: tuple[int, int], weights: Any, mesh: Mesh) -> dict[str, Program]:
         """The programs that draw a chunk's rollouts. `weights`: abstract parameters as they take them."""
         c, sampler = cfg.rollout, Sampler.make(net, grid, cfg.sampling, cfg.rollout.segment, return_mask=cfg.sampling.truncates)
@@ -329,9 +337,9 @@ class GRPOStage:
     def make(cls, cfg: GRPORun, mesh: Mesh, stop: StopSignal) -> RunningStage:
         """A run on the prompts of the configuration, starting from the transformer of `init_from`."""
         check_prompts(cfg)
-        check_control(cfg.restraint, cfg.grpo.kl_coef or cfg.entropy.coef, check_rewards(cfg.rewards))
+        check_control(cfg.restraint, cfg.grpo.kl_coef or cfg.entropy.coef, check_rewards(cfg.rewards, cls.own_rewards))
         rows = local_rows(mesh, cfg.batch_size)
-        fields = ("caption", "targets", "size") if len(cfg.data.sizes) > 1 else ("caption", "targets")
+        fields = (*cls.fields, "size") if len(cfg.data.sizes) > 1 else cls.fields
         prompts = batches(cfg.data, cfg.seed, cfg.batch_size, rows=rows, fields=fields)
         model = open_model(cfg.init_from, MODELS, mesh, cfg.stage)
         models = model_configs(cfg, MODELS, model)
@@ -354,13 +362,7 @@ class GRPOStage:
             del start
         model.release("transformer")  # policy and reference are copies, or the base is held here
         packed = supervised_batches(cfg.sft, model, cfg.seed) if cfg.sft.weight else None
-        rewards = Rewards.open(cfg.rewards, stop.check_waiting, Path(cfg.run_dir), say)
-        chunk = cfg.batch_size // cfg.rollout.chunks * cfg.grpo.rollouts_per_prompt
-        try:
-            rewards.check_together(owned_rows(image_decoder.mesh, chunk), chunk, cfg.rollout.chunks, cfg.grpo.rollouts_per_prompt)
-        except ConfigError:
-            rewards.close()
-            raise
+        rewards = open_rewards(cfg, image_decoder.mesh, stop, cls.own_rewards)
         flops, buckets = FlopCount(), {}
         for size, name in bucket_names(cfg.data.sizes).items():
             rollouts = cls.rollouts(
@@ -379,7 +381,7 @@ class GRPOStage:
                 stop=stop,
             )
             buckets[size] = Bucket(rollouts, flops(made["policy-update" + name].fn))
-        data = Prompts(prompts, functools.partial(all_prompts, cfg, rows), rewards)
+        data = Prompts(prompts, functools.partial(cls.prompts, cfg, model, rows), rewards)
         return RunningStage(
             state,
             SideBySide(data, packed) if packed else data,
@@ -404,6 +406,22 @@ class Bucket(NamedTuple):
 def bucket_names(sizes: Sequence[Size]) -> dict[Size, str]:
     """{(height, width): what the names of its programs end in}: nothing for the first size, @HEIGHTxWIDTH for the others."""
     return {size: f"@{size[0]}x{size[1]}" if n else "" for n, size in enumerate(sizes)}
+
+
+def open_rewards(cfg: GRPORun, decoder_mesh: Mesh, stop: StopSignal, others: bool = False) -> Rewards:
+    """The configured rewards. Raises as `Rewards.open` and `Rewards.check_together`."""
+    rewards, group, chunks = (
+        Rewards.open(cfg.rewards, stop.check_waiting, Path(cfg.run_dir), say),
+        cfg.grpo.rollouts_per_prompt,
+        cfg.rollout.chunks,
+    )
+    chunk = cfg.batch_size // chunks * group
+    try:
+        rewards.check_together(owned_rows(decoder_mesh, chunk), chunk, chunks, group)
+    except ConfigError:
+        rewards.close()
+        raise
+    return rewards
 
 
 def make_image_decoder(cfg: GRPORun, model: XOmni) -> XOmni:

@@ -57,18 +57,23 @@ class Rewards:
 
     @classmethod
     def open(
-        cls, rewards: Mapping[str, RewardConfig], poll: Callable[[], None], run_dir: Path | None = None, say: Callable[[str], None] = print
+        cls,
+        rewards: Mapping[str, RewardConfig],
+        poll: Callable[[], None],
+        run_dir: Path | None = None,
+        say: Callable[[str], None] = print,
+        others: bool = False,
     ) -> Rewards:
         """Clients of the configured rewards, whose names may be those of a user's own scorers. One replica of each must answer.
 
-        A run that has started before waits for them, and wants the same versions as then.
+        A run that has started before waits for them, and wants the same versions as then. `others`: see `check_rewards`.
 
         Raises:
           ConfigError: no weight counts, a reward has no address, or the combination does not fit.
           RewardServiceError: a service does not answer, or another scorer or version does.
           Outage: a service does not answer to a run that goes on.
         """
-        asked = check_rewards(rewards)
+        asked = check_rewards(rewards, others)
         file = run_dir and run_dir / "rewards.json"
         before = json.loads(file.read_text()) if file and file.is_file() else {}
         made = cls(asked, {}, say)
@@ -178,11 +183,15 @@ class Rewards:
             client.close()
 
 
-def check_rewards(rewards: Mapping[str, RewardConfig]) -> dict[str, RewardConfig]:
-    """The rewards that are asked. ConfigError: see `Rewards.open`."""
+def check_rewards(rewards: Mapping[str, RewardConfig], others: bool = False) -> dict[str, RewardConfig]:
+    """The rewards that are asked. `others`: there are rewards beside these, so that none of them must count.
+
+    Raises:
+      ConfigError: see `Rewards.open`.
+    """
     asked = {name: reward for name, reward in rewards.items() if reward.weight is not None}
     weights = {name: float(reward.weight) for name, reward in asked.items()}
-    if not any(weights.values()):
+    if not others and not any(weights.values()):
         raise ConfigError(f"config.rewards: the weights {weights or 'are all None'}; give at least one reward a weight other than 0")
     for name, reward in asked.items():
         if not reward.urls:

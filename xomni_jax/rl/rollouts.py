@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from xomni_jax.core.config import Count, Natural, NonNegative, Share, check_known
-from xomni_jax.core.distributed import gather_json
-from xomni_jax.core.preemption import Outage, StepRefused, StopRequested, StopSignal
+from xomni_jax.core.preemption import Outage, StepRefused, StopSignal
 from xomni_jax.pipeline import XOmni
-from xomni_jax.rewards.client import RewardClient
 from xomni_jax.rewards.combine import MODES, Combined, column, combine, source_means
 from xomni_jax.rewards.protocol import Item, Score
 from xomni_jax.rl.advantages import AdvantageConfig
 from xomni_jax.rl.rewards import Rewards
-from xomni_jax.rl.text_statistics import join_text_counts, text_counts
-from xomni_jax.rl.trajectory import Trajectory
+from xomni_jax.rl.scoring import Scoring, timed
+from xomni_jax.rl.trajectory import Rows, Trajectory
 from xomni_jax.sampling.batches import make_batches
 from xomni_jax.sampling.decoder import DecodeConfig
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sampling.sampler import SEGMENT, Sampler
 from xomni_jax.sampling.segments import Segment, image_spec
 from xomni_jax.sequence.padding import pad_prompts
-from xomni_jax.sharding.arrays import owned_rows, rows_here, whole
+from xomni_jax.sharding.arrays import owned_rows, whole
 from xomni_jax.sharding.rules import ROLLOUT_RULES, RULES, param_shardings
 
 ROLLOUT, NOISE = 0, 1  # purposes of a step's keys; the update's is SHUFFLE
@@ -105,95 +100,24 @@ def param_converter(boxed: Any, mesh: jax.sharding.Mesh, dtype: Any, codes: int 
     return jax.jit(layout, out_shardings=there)
 
 
-@contextlib.contextmanager
-def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Adds the time that passes within to `seconds[name]`."""
-    began = time.perf_counter()
-    try:
-        yield
-    finally:
-        seconds[name] += time.perf_counter() - began
-
-
-class Scoring:
-    """The images of one batch of rollouts on their way to the scorers, chunk by chunk, and the scores on their way back.
+class Drawn(NamedTuple):
+    """Rollouts of a batch that are drawn, decoded and scored.
 
     Attributes:
-      decoding: images [chunk, H, W, 3] of chunks that the image decoder may still be working on.
-      images: this process's images of the chunks that have been sent.
-      texts: metrics of the texts that were read, once the scores are known.
+      made: what the sampler returned for each chunk. inputs: what it read.
+      scores: {reward: a score for each image}; chunk after chunk, of each first all first images.
+      weights: {reward: factors [P, 1]}.
+      images: this process's images, those of `rows` of each chunk, in the order of the scores.
+      measured: metrics.
     """
 
-    def __init__(
-        self,
-        clients: Mapping[str, RewardClient],
-        items: Sequence[Item],
-        judges: Sequence[Collection[str]],
-        rows: Sequence[int],
-        chunk: int,
-        stop: StopSignal,
-        progress: float | None = None,
-    ):
-        """`items` of all rollouts, `chunk` of them at a time, and the names of the rewards that are asked about each.
-
-        `rows` of a chunk are those whose scores this process asks for.
-        """
-        self.clients, self.items, self.judges, self.rows, self.chunk, self.stop = clients, items, judges, rows, chunk, stop
-        self.progress = progress
-        self.decoding: list[jax.Array] = []
-        self.images: list[np.ndarray] = []
-        self.texts: dict[str, float] = {}
-        # Of each chunk, by reward: which of `rows` it is asked about, and their scores.
-        self._waiting: list[dict[str, tuple[list[int], Future[list[Score]]]]] = []
-
-    def send(self, wait: bool) -> None:
-        """Sends decoded images to the scorers; without `wait` only those that are ready."""
-        while self.decoding and (wait or self.decoding[0].is_ready()):
-            first = len(self.images) * self.chunk
-            images = rows_here(self.decoding.pop(0), self.rows)
-            self.images.append(images)
-            waiting = {}
-            for name, client in self.clients.items():
-                if asked := [n for n, row in enumerate(self.rows) if name in self.judges[first + row]]:
-                    items = [self.items[first + self.rows[n]] for n in asked]
-                    waiting[name] = asked, client.score_async([images[n] for n in asked], items, self.progress)
-            self._waiting.append(waiting)
-
-    def scores(self) -> dict[str, list[Score]]:
-        """{reward: a score for every rollout of the batch}: waits for this process's own and exchanges them with the others.
-
-        A stop is acted upon after the exchange, which all must make: whoever raised before would leave the others waiting.
-
-        Raises:
-          StepRefused: another version of a scorer answers than before.
-        """
-        poll = self.stop.check_waiting
-        try:
-            own = [{name: (asked, self.clients[name].wait(f, poll)) for name, (asked, f) in chunk.items()} for chunk in self._waiting]
-        except StopRequested:
-            own = []
-        # Without the details, of which there may be much.
-        told = [
-            (name, c * self.chunk + self.rows[n], score.value, score.error, score.kind)
-            for c, chunk in enumerate(own)
-            for name, (asked, scores) in chunk.items()
-            for n, score in zip(asked, scores, strict=True)
-        ]
-        texts = [
-            text_counts([self.items[c * self.chunk + self.rows[n]] for n in asked], scores)
-            for c, chunk in enumerate(own)
-            for asked, scores in chunk.values()
-        ]
-        faults = [client.replicas.fault for client in self.clients.values() if client.replicas.fault]
-        table = gather_json({"scores": told, "texts": texts, "faults": faults})
-        self.stop.check()
-        for fault in (fault for part in table for fault in part["faults"]):
-            raise StepRefused(fault)
-        self.texts = join_text_counts([counts for part in table for counts in part["texts"]])
-        out = {name: [Score(None)] * len(self.items) for name in self.clients}
-        for name, row, value, error, kind in (entry for part in table for entry in part["scores"]):
-            out[name][row] = Score(value, error, kind=kind)
-        return out
+    made: list[dict[str, Any]]
+    inputs: tuple[Any, ...]
+    scores: dict[str, list[Score]]
+    weights: dict[str, np.ndarray]
+    images: list[np.ndarray]
+    rows: Sequence[int]
+    measured: dict[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,6 +133,7 @@ class Rollouts:
       stop: polled between segments of codes, after each chunk, and while waiting for rewards.
     """
 
+    n_images: ClassVar[int] = 1  # of a rollout
     model: XOmni
     image_decoder: XOmni
     grid: tuple[int, int]
@@ -231,7 +156,7 @@ class Rollouts:
         sources: Sequence[str | None],
         key: jax.Array,
         progress: float | None = None,
-    ) -> tuple[Trajectory, Combined, np.ndarray, dict[str, float]]:
+    ) -> tuple[Rows, Combined, np.ndarray, dict[str, float]]:
         """One scored batch under the policy's parameters -> (rows without advantages, combined rewards, images [B, H, W, 3], metrics).
 
         Args:
@@ -239,14 +164,35 @@ class Rollouts:
           sources: names of the prompts' sources, for the metrics; None where there is none.
           progress: share of the training that is done, which the scorers are told.
         """
-        params, P, R = self.sampler_params(params), len(prompts), self.group
-        chunk = P // self.cfg.chunks * R
+        drawn = self.draw(params, prompts, targets, own_weights, key, progress)
+        columns = {name: column(own, len(prompts)) for name, own in drawn.scores.items()}
+        cfg = self.advantage
+        total = combine(columns, drawn.weights, self.cfg.combine, minimum=self.rewards.minimum, ddof=cfg.ddof, eps=cfg.eps)
+        self.check_scored(drawn.scores, drawn.weights, 1.0 - float(total.ok_PR.mean()))
+        rows, told = self.rows(drawn, total)
+        return rows, total, np.concatenate(drawn.images), drawn.measured | source_means(sources, columns, total) | told
+
+    def draw(
+        self,
+        params: Any,
+        prompts: Sequence[str],
+        targets: Sequence[dict],
+        own_weights: Sequence[Mapping[str, float] | None],
+        key: jax.Array,
+        progress: float | None,
+    ) -> Drawn:
+        """Draws, decodes and scores a batch. The arguments are those of a call."""
+        params, P, R, chunks = self.sampler_params(params), len(prompts), self.group, self.cfg.chunks
+        chunk = P // chunks * R
         keys_PR, noise_keys_PR = self.keys(key, P)
-        inputs = self.sampler_inputs(prompts, keys_PR)
+        inputs = self.inputs(prompts, targets, keys_PR)
         items, judges, weights_P = self.questions(prompts, targets, own_weights)
+        # Of each chunk first the first image of every rollout, then the second ones.
+        order = np.repeat(np.arange(P * R).reshape(chunks, 1, chunk), self.n_images, axis=1).ravel()
+        items, judges = [items[n] for n in order], [judges[n] for n in order]
         scoring = Scoring(self.rewards.clients, items, judges, owned_rows(self.image_decoder.mesh, chunk), chunk, self.stop, progress)
         seconds = dict.fromkeys(("perf/rollout_s", "perf/decode_s", "perf/reward_wait_s"), 0.0)
-        made = []
+        made: list[dict[str, Any]] = []
 
         def send(wait: bool = False) -> None:
             with timed(seconds, "perf/decode_s"):
@@ -256,26 +202,30 @@ class Rollouts:
             self.stop.check()
             send()
 
-        for part in make_batches(P, P // self.cfg.chunks):
+        for c, part in enumerate(make_batches(P, P // chunks)):
             with timed(seconds, "perf/rollout_s"):
                 made.append(jax.block_until_ready(self.sampler(params, *jax.tree.map(part.take, inputs), between)))
-            with timed(seconds, "perf/decode_s"):
-                texts = [p for p in part.take(prompts) for _ in range(R)]
-                images = self.images(made[-1]["codes"], texts, part.take(noise_keys_PR).reshape(-1))
-                scoring.decoding.append(images)
-            # A decoder with its own devices works on this chunk while the next one is sampled, which otherwise would wait for it.
-            send(wait=self.image_decoder is self.model)
-            self.stop.check()
+            texts = [p for p in part.take(prompts) for _ in range(R)]
+            for i, (codes_PRT, skipped_PR) in enumerate(self.shown(made[-1])):
+                for n in np.flatnonzero(skipped_PR):
+                    judges[(self.n_images * c + i) * chunk + n] = ()
+                with timed(seconds, "perf/decode_s"):
+                    images = self.images(codes_PRT, texts, part.take(noise_keys_PR).reshape(-1))
+                    scoring.decoding.append(images)
+                # A decoder with its own devices works on these while the next ones are sampled, which otherwise would wait for it.
+                send(wait=self.image_decoder is self.model)
+                self.stop.check()
         send(wait=True)
-        seen_again = self.reencoded(made[-1]["codes"], images) if self.cfg.reencode else {}
+        seen_again = self.reencoded(codes_PRT, images) if self.cfg.reencode else {}
         with timed(seconds, "perf/reward_wait_s"):
             scores = scoring.scores()
-        columns = {name: column(own, P) for name, own in scores.items()}
+        measured = seconds | seen_again | scoring.texts | self.rewards.failures(scores)
         weights = self.rewards.weights_of(weights_P, self.cfg.combine)
-        total = combine(columns, weights, self.cfg.combine, minimum=self.rewards.minimum, ddof=self.advantage.ddof, eps=self.advantage.eps)
-        measured = seconds | seen_again | scoring.texts | self.rewards.failures(scores) | source_means(sources, columns, total)
-        self.check_scored(scores, weights, 1.0 - float(total.ok_PR.mean()))
-        return self.rows(made, inputs, total.ok_PR), total, np.concatenate(scoring.images), measured
+        return Drawn(made, inputs, scores, weights, scoring.images, scoring.rows, measured)
+
+    def shown(self, made: Mapping[str, Any]) -> Sequence[tuple[jax.Array, np.ndarray | bool]]:
+        """Codes [P, R, T] of each of the `n_images` images of a chunk's rollouts, and where they are not scored [P, R]."""
+        return [(made["codes"], False)]
 
     def questions(
         self, prompts: Sequence[str], targets: Sequence[dict], own_weights: Sequence[Mapping[str, float] | None]
@@ -322,6 +272,10 @@ class Rollouts:
         shared = jnp.broadcast_to(noise_P[:, None], (prompts, self.group))
         return split(each(ROLLOUT)), shared if self.cfg.noise == "group" else split(noise_P)
 
+    def inputs(self, prompts: Sequence[str], targets: Sequence[dict], keys_PR: jax.Array) -> tuple[Any, ...]:
+        """What the sampler reads of a batch."""
+        return self.sampler_inputs(prompts, keys_PR)
+
     def sampler_inputs(self, prompts: Sequence[str], keys_PR: jax.Array) -> tuple[Any, ...]:
         """What the sampler reads: prompt ids [P, S] padded to the configured length, lengths [P], keys, negative prompts with guidance."""
         ids = [self.model.tokenizer.generation_prompt(p, *self.grid) for p in prompts]
@@ -349,8 +303,9 @@ class Rollouts:
         found_NYX = np.stack(self.model.encode(list(whole(images[::every]))))
         return {"image/reencode_frac": float(np.mean(found_NYX == codes_NYX))}
 
-    def rows(self, made: Sequence[Mapping[str, Any]], inputs: tuple[Any, ...], ok_PR: np.ndarray) -> Trajectory:
-        """The rollouts of all chunks, one row each, without advantages yet."""
+    def rows(self, drawn: Drawn, total: Combined) -> tuple[Rows, dict[str, float]]:
+        """The rollouts of all chunks, one row each, without advantages yet, and metrics."""
+        inputs, made = drawn.inputs, drawn.made
         B = inputs[2].size
 
         def joined(name: str) -> jax.Array:
@@ -358,7 +313,7 @@ class Rollouts:
 
         logp, kept = joined("logp"), joined("sampling_mask") if self.sampling.truncates else None
         image = Segment(joined("codes"), None, logp, kept, "image", image_spec(logp.shape[1], self.sampling))
-        return self.trajectory(inputs, (image,), (jnp.zeros(B),), (jnp.asarray(ok_PR.reshape(-1)),))
+        return self.trajectory(inputs, (image,), (jnp.zeros(B),), (jnp.asarray(total.ok_PR.reshape(-1)),)), {}
 
     def trajectory(self, inputs: tuple[Any, ...], segments: tuple[Segment, ...], advantage: Sequence, ok: Sequence) -> Trajectory:
         """Rows after the prompts that the sampler read, those of a prompt side by side."""

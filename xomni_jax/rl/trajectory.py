@@ -11,8 +11,8 @@ from flax import struct
 from xomni_jax.core.config import ConfigError
 from xomni_jax.sampling.segments import Prompts, Segment
 
-# {reward: {drawn segment: weight of the reward's advantage there}}; a segment that is left out gets none of it.
-Credit = Mapping[str, Mapping[str, float]]
+# (reward, drawn segment, weight of the reward's advantage there); a segment that is left out learns nothing.
+Credit = tuple[tuple[str, str, float], ...]
 
 
 @struct.dataclass
@@ -34,6 +34,11 @@ class Trajectory:
     ok: tuple[jax.Array, ...]
 
     @property
+    def passes(self) -> tuple[Trajectory, ...]:
+        """The rows as `Passes` have them."""
+        return (self,)
+
+    @property
     def drawn(self) -> tuple[Segment, ...]:
         """The segments that the policy drew: those with a log-prob."""
         return tuple(segment for segment in self.segments if segment.spec is not None)
@@ -45,16 +50,51 @@ class Trajectory:
         return tuple(m if s.lengths is None else m & s.mask for s, m in zip(self.drawn, masks, strict=True))
 
 
+@struct.dataclass
+class Passes:
+    """B rollouts of several passes, such as an image drawn and a question answered: each segment is scored after the prompt of its pass.
+
+    Attributes:
+      passes: rows of the same B rollouts.
+    """
+
+    passes: tuple[Trajectory, ...]
+
+    @property
+    def drawn(self) -> tuple[Segment, ...]:
+        """The drawn segments of all passes."""
+        return tuple(segment for t in self.passes for segment in t.drawn)
+
+    @property
+    def advantage(self) -> tuple[jax.Array, ...]:
+        """Of each drawn segment, [B] each."""
+        return tuple(advantage_B for t in self.passes for advantage_B in t.advantage)
+
+    @property
+    def ok(self) -> tuple[jax.Array, ...]:
+        """Whether it is known, [B] each."""
+        return tuple(ok_B for t in self.passes for ok_B in t.ok)
+
+    @property
+    def masks(self) -> tuple[jax.Array, ...]:
+        """Tokens that the objective counts, [B, L] for each drawn segment."""
+        return tuple(mask_BL for t in self.passes for mask_BL in t.masks)
+
+
+Rows = Trajectory | Passes
+
+
 def check_credit(credit: Credit, rewards: Collection[str], segments: Collection[str]) -> None:
-    """Raises ConfigError where a credit map names a reward or a segment that a method does not have."""
-    for reward, shares in credit.items():
+    """Raises ConfigError where a credit map is empty, or names a reward or a segment that a method does not have."""
+    if not credit:
+        raise ConfigError("config.credit is empty: nothing would be learned; leave it as it is, or name a reward and a segment")
+    for reward, segment, _ in credit:
         if reward not in rewards:
             raise ConfigError(f"the credit map names the reward {reward!r}; this run has {', '.join(sorted(rewards))}")
-        for segment in shares:
-            if segment not in segments:
-                raise ConfigError(
-                    f"the credit of reward {reward!r} names the segment {segment!r}; the method draws {', '.join(sorted(segments))}"
-                )
+        if segment not in segments:
+            raise ConfigError(
+                f"the credit of reward {reward!r} names the segment {segment!r}; the method draws {', '.join(sorted(segments))}"
+            )
 
 
 def credited(
@@ -71,7 +111,7 @@ def credited(
     """
     rows, out = next(iter(ok.values())).shape, []
     for name in segments:
-        shares = {reward: own[name] for reward, own in credit.items() if name in own}
+        shares = {reward: weight for reward, segment, weight in credit if segment == name}
         known_B = jnp.stack([ok[reward] for reward in shares]).all(axis=0) if shares else jnp.zeros(rows, bool)
         total_B = sum((weight * advantage[reward] for reward, weight in shares.items()), jnp.zeros(rows))
         out.append((jnp.where(known_B, total_B, 0.0), known_B))

@@ -15,7 +15,7 @@ from xomni_jax.models.lora import LoRAConfig, join
 from xomni_jax.models.vocab_heads import with_image_head
 from xomni_jax.rl.control import Control, LossWeights
 from xomni_jax.rl.objectives import GRPOConfig, grpo_loss, join_metrics, loss_items
-from xomni_jax.rl.trajectory import Trajectory
+from xomni_jax.rl.trajectory import Rows
 from xomni_jax.sampling.engine import Engine
 from xomni_jax.training.accumulate import gradient, join_rows, split_rows
 from xomni_jax.training.state import TrainState
@@ -40,10 +40,10 @@ class Policy(NamedTuple):
         """Parameters for many calls of `logp`: the image head is gathered once for all of them."""
         return with_image_head(params, self.model.cfg) if self.base is None else params
 
-    def logp(self, params: Any, trajectory: Trajectory) -> list[tuple[jax.Array, jax.Array]]:
+    def logp(self, params: Any, rows: Rows) -> list[tuple[jax.Array, jax.Array]]:
         """Log-prob and entropy [B, L] of each drawn segment under `params`, replaying the sampler."""
-        t, params = trajectory, join(self.base, params, self.scale)
-        return Engine(self.model).score(params, t.prompts, t.segments, t.negative, self.chunk)
+        params, score = join(self.base, params, self.scale), Engine(self.model).score
+        return [found for t in rows.passes for found in score(params, t.prompts, t.segments, t.negative, self.chunk)]
 
 
 def grpo_update(
@@ -51,7 +51,7 @@ def grpo_update(
     optimizer: Any,
     state: TrainState,
     ref_params: Any,
-    batch: Trajectory,
+    batch: Rows,
     cfg: GRPOConfig,
     micro_batches: int = 1,
     key: jax.Array | None = None,
@@ -83,7 +83,7 @@ def grpo_update(
 
     if not several:
         return one_update(state, rows)
-    order_B = jax.random.permutation(key, batch.prompts[1].shape[0])
+    order_B = jax.random.permutation(key, batch.ok[0].shape[0])
     minibatches = split_rows(jax.tree.map(lambda x: x[order_B], rows), cfg.updates_per_batch)
     state, stacked = jax.lax.scan(one_update, state, minibatches)
     joined = {name: (jnp.max if name.endswith("_max") else jnp.mean)(value) for name, value in stacked.items()}
@@ -115,11 +115,11 @@ def loss_and_gradient(
     return grads, metrics | {"loss/grpo": value}
 
 
-def frozen_logp(policy: Policy, params: Any, batch: Trajectory, parts: int) -> list[jax.Array]:
+def frozen_logp(policy: Policy, params: Any, batch: Rows, parts: int) -> list[jax.Array]:
     """Log-probs [B, L] of the drawn segments, computed in `parts` pieces one after the other; no gradient flows."""
     params = policy.ready(params)
 
-    def piece(t: Trajectory) -> list[jax.Array]:
+    def piece(t: Rows) -> list[jax.Array]:
         return [jax.lax.stop_gradient(logp_BL) for logp_BL, _ in policy.logp(params, t)]
 
     return join_rows(jax.lax.map(piece, split_rows(batch, parts)))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from xomni_jax.models.transformer import ARTransformer
 from xomni_jax.sampling.engine import Engine
 from xomni_jax.sampling.logits import GREEDY, SamplingConfig
-from xomni_jax.sampling.segments import Prompts, SegmentSpec, image_spec
+from xomni_jax.sampling.segments import Prompts, Segment, SegmentSpec, image_spec
 
 
 def generate_codes(
@@ -61,11 +61,17 @@ def generate_text(
     Returns:
       ids [P, max_new] int32, text ids only.
     """
-    engine, spec = Engine(model), SegmentSpec("text", "text", max_new, GREEDY, tuple(stop_ids))
+    spec = SegmentSpec("text", "text", max_new, GREEDY, tuple(stop_ids))
     keys_P1 = jax.random.split(jax.random.key(0), (prompt_ids_PS.shape[0], 1))  # `draw` needs some; greedy, it does not depend on them
-    prompt, state = engine.start(params, (prompt_ids_PS, lengths_P), 1, max_new, vision=False)
-    text = engine.sample(params, prompt, state, spec, keys_P1)[1].rows()
+    text = draw_text(model, params, (prompt_ids_PS, lengths_P), spec, keys_P1).rows()
     return jnp.where(text.mask, text.ids, pad_id)
+
+
+def draw_text(model: ARTransformer, params, prompts: Prompts, spec: SegmentSpec, keys_PR: jax.Array) -> Segment:
+    """Texts [P, R, L] after prompts (which may hold images), R of each."""
+    engine = Engine(model)
+    prompt, state = engine.start(params, prompts, keys_PR.shape[1], spec.length, vision=False)
+    return engine.sample(params, prompt, state, spec, keys_PR)[1]
 
 
 def make_answerer(model: ARTransformer, max_new: int, stop_id: int, pad_id: int) -> Callable[..., jax.Array]:

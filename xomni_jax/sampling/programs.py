@@ -13,10 +13,12 @@ from jax.sharding import Mesh
 from xomni_jax.core.program import Program, Work
 from xomni_jax.models import work
 from xomni_jax.models.registry import COMPONENTS, abstract_params
-from xomni_jax.models.transformer import ARConfig
+from xomni_jax.models.transformer import ARConfig, ARTransformer
 from xomni_jax.sampling.cache import GENERATED_AXES, PROMPT_AXES
 from xomni_jax.sampling.decoder import DECODER_COMPONENTS, DecodeConfig, Decoder, make_decode
+from xomni_jax.sampling.generate import draw_text
 from xomni_jax.sampling.sampler import Sampler
+from xomni_jax.sampling.segments import SegmentSpec
 from xomni_jax.sharding import abstract
 from xomni_jax.sharding.rules import SPREAD_RULES, microbatches, num_data_shards
 from xomni_jax.tokenizers.registry import IMAGE_TOKENIZERS
@@ -60,6 +62,20 @@ def sampler_programs(
         sampler.start, prompts, f"{P * sides} prompts of {S} tokens", work.prefill(ar, P, S, sides), uses=("sampler",), per_step=calls
     )
     return {"rollout": rollout, "prefill": prefill}
+
+
+def text_program(net: ARTransformer, spec: SegmentSpec, weights: Any, shape: RolloutShape, calls: int, mesh: Mesh) -> Program:
+    """The program that draws texts: (params, prompt ids [P, S], lengths [P], keys [P, R]) -> segment [P, R, L]."""
+    P, S = shape.prompts, shape.prompt_length
+    ids = lambda *more: abstract.rows(mesh, (P, *more), jnp.int32)
+    return Program(
+        jax.jit(lambda params, ids_PS, lengths_P, keys_PR: draw_text(net, params, (ids_PS, lengths_P), spec, keys_PR)),
+        (weights, ids(S), ids(), abstract.keys(mesh, (P, shape.rollouts), "batch")),
+        f"texts of {spec.length} tokens at most after {P} prompts of {S} tokens, {shape.rollouts} each",
+        work.answer(net.cfg, P, S),
+        uses=("sampler",),
+        per_step=calls,
+    )
 
 
 def placed_caches(shapes: Any, mesh: Mesh) -> Any:

@@ -29,6 +29,15 @@ class TokenSequence(NamedTuple):
     loss_L: np.ndarray
 
 
+class Shown(NamedTuple):
+    """An image of a conversation that is context: its codes [Y, X] are no targets, whoever shows it."""
+
+    codes_YX: np.ndarray
+
+
+Turns = Sequence[tuple[str, Sequence[str | np.ndarray | Shown]]]  # (role, texts and images in their order)
+
+
 class MultimodalTokenizer:
     """A Hugging Face tokenizer together with the ids of image codes.
 
@@ -147,28 +156,41 @@ class MultimodalTokenizer:
         """Image, question and answer for training. Targets are the answer and the end of turn."""
         return self.conversation_sequence([("user", [codes_YX, "\n" + question]), ("assistant", [answer])])
 
-    def conversation_sequence(self, turns: Sequence[tuple[str, Sequence[str | np.ndarray]]]) -> TokenSequence:
+    def conversation_sequence(self, turns: Turns) -> TokenSequence:
         """A conversation for training, in the tokenizer's chat template.
 
         Targets are the texts of the assistant with their ends of turn, and the codes of the images it shows; of these the size and the
         special tokens are no targets, as in `generation_sequence`. It ends with the last answer.
 
         Args:
-          turns: (system | user | assistant, texts and codes [Y, X] in their order).
+          turns: (system | user | assistant | plain, texts and codes [Y, X] in their order). What is plain stands outside of the template,
+            as the prompt of an image and the image do in `generation_sequence`: codes are targets, texts are none.
         """
-        last = max(i for i, (role, _) in enumerate(turns) if role == "assistant")
-        turns = turns[: last + 1]
-        pieces = self._template(tuple(role for role, _ in turns), False)
-        ids, loss = [pieces[0]], [np.zeros(len(pieces[0]), bool)]
-        for (role, content), after_L in zip(turns, pieces[1:], strict=True):
-            learned = role == "assistant"
-            for part in content:
-                ids.append(self.encode_text(part) if isinstance(part, str) else self.image_ids(part))
-                loss.append(self._is_code(ids[-1]) & learned if not isinstance(part, str) else np.full(len(ids[-1]), learned))
-            ids.append(after_L)
-            loss.append((np.arange(len(after_L)) == 0) & learned)  # the end of the turn, which the template puts first
-        cut = len(ids[-1]) - 1  # behind the last end of turn
-        return TokenSequence(np.concatenate(ids).astype(np.int32)[: -cut or None], np.concatenate(loss)[: -cut or None])
+        last = max(i for i, (role, _) in enumerate(turns) if role in ("assistant", "plain"))
+        parts: list[TokenSequence] = []
+        for plain, block in itertools.groupby(turns[: last + 1], lambda turn: turn[0] == "plain"):
+            said = list(block)
+            parts += [self._part(part, "plain") for _, content in said for part in content] if plain else self._chat(said)
+        ids, loss = zip(*parts)
+        return TokenSequence(np.concatenate(ids).astype(np.int32), np.concatenate(loss))
+
+    def _chat(self, turns: Turns) -> list[TokenSequence]:
+        """Turns in the chat template. It ends behind the end of the last turn, which the template puts first in what follows it."""
+        start, *after = self._template(tuple(role for role, _ in turns), False)
+        out = [TokenSequence(start, np.zeros(len(start), bool))]
+        for n, ((role, content), after_L) in enumerate(zip(turns, after, strict=True), 1):
+            after_L = after_L[:1] if n == len(turns) else after_L
+            end = TokenSequence(after_L, (np.arange(len(after_L)) == 0) & (role == "assistant"))
+            out += [*(self._part(part, role) for part in content), end]
+        return out
+
+    def _part(self, part: str | np.ndarray | Shown, role: str) -> TokenSequence:
+        """A text or an image of a turn."""
+        if isinstance(part, str):
+            ids_L = self.encode_text(part)
+            return TokenSequence(ids_L, np.full(len(ids_L), role == "assistant"))
+        ids_L = self.image_ids(part.codes_YX if isinstance(part, Shown) else part)
+        return TokenSequence(ids_L, self._is_code(ids_L) & (role in ("assistant", "plain") and not isinstance(part, Shown)))
 
     def _template(self, roles: tuple[str, ...], answer_next: bool) -> list[np.ndarray]:
         """The ids of the chat template before, between and after the contents of turns.

@@ -20,9 +20,9 @@ from flax import linen as nn
 from xomni_jax.core.config import BelowOne, ConfigError, Count, Natural, NonNegative, PositiveShare, Share
 from xomni_jax.models.vocab_heads import head_logp, select
 from xomni_jax.sequence.packing import pack, targets
-from xomni_jax.sequence.tokenizer import MultimodalTokenizer, TokenSequence
+from xomni_jax.sequence.tokenizer import MultimodalTokenizer, Shown, TokenSequence
 
-MARK = r"<image (\d+)>"  # of an image in a turn
+MARK = r"<image (\d+)( context)?>"  # of an image in a turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +103,7 @@ def _sequence(
     example: dict[str, Any], codes: Sequence[np.ndarray], tokenizer: MultimodalTokenizer, cfg: NextTokenConfig, rng: np.random.Generator
 ) -> TokenSequence:
     caption, question, turns = example.get("caption"), example.get("question"), example.get("turns") or ()
-    shown = [int(number) for _, text in turns for number in re.findall(MARK, text)]
+    shown = [int(number) for _, text in turns for number, _ in re.findall(MARK, text)]
     system = [("system", [example["system"]])] if example.get("system") else []
     # One question about the image, beside a caption, is of a kind that is drawn: otherwise such captions were never learned.
     asked = caption and not system and shown == [0] and len(turns) == 2 and turns[0][1].startswith("<image 0>")
@@ -123,12 +123,13 @@ def _sequence(
     return tokenizer.understanding_sequence(codes[0], question, example["answer"]) if kind == 1 else tokenizer.text_sequence(caption)
 
 
-def _content(text: str, codes: Sequence[np.ndarray]) -> list[str | np.ndarray]:
+def _content(text: str, codes: Sequence[np.ndarray]) -> list[str | np.ndarray | Shown]:
     """The text of a turn with the codes of its images in the places of their marks; the text behind an image is on a line of its own."""
     first, *rest = re.split(MARK, text)
-    out: list[str | np.ndarray] = [first] if first else []
-    for number, after in zip(rest[::2], rest[1::2], strict=True):
-        out += [codes[int(number)]] + (["\n" + after.lstrip()] if after else [])
+    out: list[str | np.ndarray | Shown] = [first] if first else []
+    for number, context, after in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
+        image = codes[int(number)]
+        out += [Shown(image) if context else image] + (["\n" + after.lstrip()] if after else [])
     return out
 
 

@@ -198,6 +198,8 @@ STAGES = Registry(
         "grpo": "xomni_jax.rl.grpo:GRPOStage",
         "unigrpo": "xomni_jax.rl.methods.unigrpo:UniGRPOStage",
         "janus_pro_r1": "xomni_jax.rl.methods.janus_pro_r1:JanusProR1Stage",
+        "twig": "xomni_jax.rl.methods.twig:TwigStage",
+        "corl": "xomni_jax.rl.methods.corl:CoRLStage",
         "inference": "xomni_jax.inference:InferenceStage",
     },
 )

@@ -23,11 +23,11 @@ from xomni_jax.rewards.combine import Combined, column, combine, source_means
 from xomni_jax.rl.advantages import AdvantageConfig, group_advantages
 from xomni_jax.rl.grpo import GRPOStage
 from xomni_jax.rl.methods.judged_images import DRAWN, JudgingRun, JudgingSampler, abstract_batch, drawing_programs
-from xomni_jax.rl.rollouts import Rollouts, Scoring, timed
-from xomni_jax.rl.trajectory import Trajectory, check_credit, credited
-from xomni_jax.sampling.batches import make_batches
+from xomni_jax.rl.methods.texts import check_text_head
+from xomni_jax.rl.rollouts import Rollouts
+from xomni_jax.rl.trajectory import Credit, Trajectory, check_credit, credited
 from xomni_jax.sampling.segments import Segment
-from xomni_jax.sharding.arrays import owned_rows, whole
+from xomni_jax.sharding.arrays import whole
 
 REWARDS = ("generation", "verdict", "first", "final")
 ROUNDS = 2  # T: images of a trajectory at most
@@ -44,7 +44,7 @@ class JanusProR1Run(JudgingRun):
 
     stage: str = "janus_pro_r1"
     run_dir: str = "runs/janus_pro_r1"
-    credit: tuple[tuple[str, str, float], ...] = tuple((reward, segment, 1.0) for reward in REWARDS[:2] for segment in DRAWN)
+    credit: Credit = tuple((reward, segment, 1.0) for reward in REWARDS[:2] for segment in DRAWN)
 
     def __post_init__(self):
         super().__post_init__()
@@ -53,15 +53,7 @@ class JanusProR1Run(JudgingRun):
                 "stage janus_pro_r1 draws codes one by one and has advantages of its own; leave rollout.refills, rollout.combine and "
                 "sampling.window as they are"
             )
-        if not self.credit:
-            raise ConfigError("config.credit is empty: nothing would be learned; leave it as it is, or name a reward and a segment")
-        check_credit(self.shares, REWARDS, DRAWN)
-
-    @property
-    def shares(self) -> dict[str, dict[str, float]]:
-        """The credit map."""
-        names = dict.fromkeys(reward for reward, _, _ in self.credit)
-        return {name: {segment: w for reward, segment, w in self.credit if reward == name} for name in names}
+        check_credit(self.credit, REWARDS, DRAWN)
 
 
 # ---- rewards ----
@@ -109,12 +101,12 @@ class Judged(NamedTuple):
         right_PR = (self.said_PR == good_PR) & self.ended_PR
         advantage, ok, stats = {}, {}, []
         for name, value_PR in bilevel(first.total_PR, final.total_PR, self.yes_PR, right_PR).items():
-            if name in run.shares:
+            if any(reward == name for reward, _, _ in run.credit):
                 ok_PR = np.isfinite(value_PR)
                 advantage_PR, metrics = group_advantages(jnp.asarray(np.nan_to_num(value_PR), jnp.float32), ok_PR, cfg)
                 advantage[name], ok[name] = advantage_PR.reshape(-1), jnp.asarray(ok_PR.reshape(-1))
                 stats.append(metrics)
-        advantages, (*others, last) = credited(run.shares, advantage, ok, DRAWN)
+        advantages, (*others, last) = credited(run.credit, advantage, ok, DRAWN)
         told = {
             "verdict/yes_frac": self.yes_PR.mean(),
             "verdict/unclear_frac": (self.said_PR < 0).mean(),
@@ -138,6 +130,7 @@ class JudgedRollouts(Rollouts):
       run: the configuration.
     """
 
+    n_images: ClassVar[int] = ROUNDS
     run: JanusProR1Run
 
     def __call__(
@@ -151,59 +144,29 @@ class JudgedRollouts(Rollouts):
         progress: float | None = None,
     ) -> tuple[Trajectory, Combined, np.ndarray, dict[str, float]]:
         """As `Rollouts`; combined rewards and images are those of the final images, and the rows have their advantages."""
-        params, P, R, chunks = self.sampler_params(params), len(prompts), self.group, self.cfg.chunks
-        chunk = P // chunks * R
-        keys_PR, noise_keys_PR = self.keys(key, P)
-        inputs = self.sampler_inputs(prompts, keys_PR)
-        items, judges, weights_P = self.questions(prompts, targets, own_weights)
-        # Of each chunk first its first images, then its second ones.
-        order = np.repeat(np.arange(P * R).reshape(chunks, 1, chunk), 2, axis=1)
-        items, judges = [items[n] for n in order.flat], [judges[n] for n in order.flat]
-        scoring = Scoring(self.rewards.clients, items, judges, owned_rows(self.image_decoder.mesh, chunk), chunk, self.stop, progress)
-        seconds = dict.fromkeys(("perf/rollout_s", "perf/decode_s", "perf/reward_wait_s"), 0.0)
-        made = []
-
-        def between() -> None:
-            self.stop.check()
-            with timed(seconds, "perf/decode_s"):
-                scoring.send(wait=False)
-
-        for c, part in enumerate(make_batches(P, P // chunks)):
-            with timed(seconds, "perf/rollout_s"):
-                made.append(jax.block_until_ready(self.sampler(params, *jax.tree.map(part.take, inputs), between)))
-            for n in np.flatnonzero(made[-1]["said"] == 1):
-                judges[(2 * c + 1) * chunk + n] = ()
-            texts = [p for p in part.take(prompts) for _ in range(R)]
-            for image in (0, -1):
-                with timed(seconds, "perf/decode_s"):
-                    shown = self.images(made[-1]["segments"][image].ids, texts, part.take(noise_keys_PR).reshape(-1))
-                    scoring.decoding.append(shown)
-                    scoring.send(wait=self.image_decoder is self.model)
-                self.stop.check()
-        with timed(seconds, "perf/decode_s"):
-            scoring.send(wait=True)
-        with timed(seconds, "perf/reward_wait_s"):
-            scores = scoring.scores()
-
+        P, R, chunks = len(prompts), self.group, self.cfg.chunks
+        drawn = self.draw(params, prompts, targets, own_weights, key, progress)
+        judged = Judged.of(drawn.made)
         # Per reward: scores of the first and of the second images.
-        each = {name: np.array(own, object).reshape(chunks, 2, chunk).swapaxes(0, 1).reshape(2, P, R) for name, own in scores.items()}
-        weights, drawn = self.rewards.weights_of(weights_P, self.cfg.combine), Judged.of(made)
+        each = {name: np.array(own, object).reshape(chunks, 2, -1).swapaxes(0, 1).reshape(2, P, R) for name, own in drawn.scores.items()}
 
         def combined(choose: Callable[[np.ndarray], np.ndarray]) -> tuple[dict[str, Any], Combined]:
             columns = {name: column(list(choose(images).flat), P) for name, images in each.items()}
-            return columns, combine(columns, weights, self.cfg.combine, minimum=self.rewards.minimum)
+            return columns, combine(columns, drawn.weights, self.cfg.combine, minimum=self.rewards.minimum)
 
         _, first = combined(lambda images: images[0])
-        columns, final = combined(lambda images: np.where(drawn.yes_PR, images[0], images[1]))
-        advantages, oks, told = drawn.worth(first, final, self.run, self.advantage)
-        self.check_scored(scores, weights, 1.0 - float((first.ok_PR & final.ok_PR).mean()))
-        rows = self.trajectory(inputs, tuple(s.rows() for s in drawn.segments), advantages, oks)
-        pairs = zip(np.split(drawn.yes_PR.reshape(-1), chunks), scoring.images[::2], scoring.images[1::2], strict=True)
-        images = [np.where(yes[list(scoring.rows)][:, None, None, None], *pair) for yes, *pair in pairs]
-        measured = seconds | scoring.texts | self.rewards.failures(scores) | source_means(sources, columns, final) | told
-        if self.cfg.reencode:
-            measured |= self.reencoded(made[-1]["segments"][-1].ids, shown)
-        return rows, final, np.concatenate(images), measured
+        columns, final = combined(lambda images: np.where(judged.yes_PR, images[0], images[1]))
+        advantages, oks, told = judged.worth(first, final, self.run, self.advantage)
+        self.check_scored(drawn.scores, drawn.weights, 1.0 - float((first.ok_PR & final.ok_PR).mean()))
+        rows = self.trajectory(drawn.inputs, tuple(s.rows() for s in judged.segments), advantages, oks)
+        pairs = zip(np.split(judged.yes_PR.reshape(-1), chunks), drawn.images[::2], drawn.images[1::2], strict=True)
+        images = [np.where(yes[list(drawn.rows)][:, None, None, None], *pair) for yes, *pair in pairs]
+        return rows, final, np.concatenate(images), drawn.measured | source_means(sources, columns, final) | told
+
+    def shown(self, made: Mapping[str, Any]) -> Sequence[tuple[jax.Array, np.ndarray | bool]]:
+        """The first image, and the second one, which is scored where the verdict is not yes."""
+        first, *_, final = made["segments"]
+        return [(first.ids, False), (final.ids, made["said"] == 1)]
 
 
 class JanusProR1Stage(GRPOStage):
@@ -217,11 +180,7 @@ class JanusProR1Stage(GRPOStage):
     def programs(cls, cfg: JanusProR1Run, models: Mapping[str, Any], mesh: Mesh, decoder_mesh: Mesh | None = None) -> Programs:
         """As GRPO's; a text head must learn, or there would be no verdicts to learn."""
         made = super().programs(cfg, models, mesh, decoder_mesh)
-        if not cfg.lora.rank and "lm_head/kernel" not in cfg.make_optimizer().trained(made.persistent["params"]):
-            raise ConfigError(
-                f"config.train={cfg.train}, config.freeze={cfg.freeze}: the text head does not learn, so that verdicts cannot; let "
-                "lm_head/kernel learn"
-            )
+        check_text_head(cfg, made, "verdicts")
         for name in [name for name in made.programs if name.startswith("decoder")]:  # of every chunk both images are decoded
             made.programs[name] = dataclasses.replace(made[name], per_step=2 * made[name].per_step)
         return made

@@ -13,15 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from xomni_jax.components import ModelComponents
 from xomni_jax.core.config import Count, Finite, checked
 from xomni_jax.core.program import Program
+from xomni_jax.data.judged_signs import QUESTION
 from xomni_jax.models import work
 from xomni_jax.models.transformer import ARConfig, ARTransformer
 from xomni_jax.rl.grpo import GRPORun, GRPOStage
+from xomni_jax.rl.methods.texts import ended_at, folded, text_spec, tokenizer_of
 from xomni_jax.rl.trajectory import Trajectory
 from xomni_jax.sampling.engine import Engine, RolloutState
-from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sampling.programs import placed_caches
 from xomni_jax.sampling.sampler import segment_length
 from xomni_jax.sampling.segments import Segment, SegmentSpec
@@ -42,7 +42,7 @@ class VerdictConfig:
       threshold: reward from which on an image shows what was asked for, so that yes is right
     """
 
-    question: str = "Does the image show what was asked for? Answer yes or no, and say why."
+    question: str = QUESTION
     length: Count = 32
     threshold: Finite = 0.5
 
@@ -68,7 +68,7 @@ class Given(NamedTuple):
     @classmethod
     def of(cls, run: JudgingRun, grid: tuple[int, int]) -> Given:
         """For images with a grid of codes, by the tokenizer of `init_from`."""
-        text = _tokenizer(run.init_from)
+        text = tokenizer_of(run.init_from)
         question = checked(lambda: text.conversation_prompt([("user", [run.verdict.question])]), "config.verdict.question")
         return cls(np.append(np.int32(text.eom), question), text.image_prefix(*grid), text.end_of_turn)
 
@@ -78,26 +78,16 @@ class Given(NamedTuple):
 
     def prefix(self, verdict: Segment) -> Segment:
         """After the verdict, which gets an end where it was cut off."""
-        ended = self.ended(verdict)[..., None]
+        ended = ended_at(verdict, self.end_of_turn)[..., None]
         closed, open_ = (np.append(self.prefix_L, np.int32(0)), np.append(np.int32(self.end_of_turn), self.prefix_L))
         return Segment(jnp.where(ended, closed, open_), len(open_) - ended[..., 0].astype(jnp.int32))
 
-    def ended(self, verdict: Segment) -> jax.Array:
-        """Which verdicts end within their bound."""
-        return jnp.any((verdict.ids == self.end_of_turn) & verdict.mask, axis=-1)
-
-
-@functools.lru_cache(1)
-def _tokenizer(init_from: str) -> MultimodalTokenizer:
-    return ModelComponents(init_from).tokenizer if init_from else MultimodalTokenizer.load()
-
 
 def specs(run: JudgingRun, codes: int, stop: int) -> tuple[SegmentSpec, SegmentSpec, SegmentSpec]:
-    """How the segments `DRAWN` are drawn. A text is not truncated: its log-probs would need a mask of the whole vocabulary."""
-    text = SamplingConfig(temperature=run.sampling.temperature, top_k=0, min_p=0.0)
+    """How the segments `DRAWN` are drawn."""
     return (
         SegmentSpec("first", "image", codes, run.sampling),
-        SegmentSpec("verdict", "text", run.verdict.length, text, (stop,)),
+        text_spec("verdict", run.verdict.length, run.sampling, stop),
         SegmentSpec("final", "image", codes, run.sampling),
     )
 
@@ -169,7 +159,7 @@ class JudgingSampler:
         return {
             "segments": (first, self.given.question(*keys_PR.shape), verdict, prefix, final),
             "said": said,
-            "ended": whole(self.given.ended(verdict)),
+            "ended": whole(ended_at(verdict, self.given.end_of_turn)),
             "codes": jnp.where(jnp.asarray(said == 1)[..., None], first.ids, final.ids),
         }
 
@@ -195,9 +185,6 @@ def drawing_programs(run: JudgingRun, net: ARTransformer, grid: tuple[int, int],
     P, R, S, sides = run.batch_size // c.chunks, run.grpo.rollouts_per_prompt, c.prompt_length, 1 + run.sampling.guided
     room = 2 * first.length + len(given.question_L) + verdict.length + len(given.prefix_L) + 1
 
-    def keys_of(keys_PR: jax.Array, n: int) -> jax.Array:
-        return jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, n)))(keys_PR)
-
     def start(params, ids_PS, lengths_P, keys_PR, negative):
         return engine.start(params, (ids_PS, lengths_P), keys_PR.shape[1], room, negative)
 
@@ -205,13 +192,13 @@ def drawing_programs(run: JudgingRun, net: ARTransformer, grid: tuple[int, int],
         spec = dataclasses.replace(spec, length=piece)
 
         def draw(params, prompt, state, keys_PR, at):
-            return engine.sample(params, prompt, state, spec, keys_of(keys_PR, n), spec.sampling.truncates, at)
+            return engine.sample(params, prompt, state, spec, folded(keys_PR, n), spec.sampling.truncates, at)
 
         return jax.jit(draw, donate_argnums=2)
 
     def judge(params, prompt, state, keys_PR):
         state = engine.extend(params, prompt, state, given.question(*keys_PR.shape))
-        state, said = engine.sample(params, prompt, state, verdict, keys_of(keys_PR, 1))
+        state, said = engine.sample(params, prompt, state, verdict, folded(keys_PR, 1))
         prefix = given.prefix(said)
         return engine.extend(params, prompt, state, prefix), said, prefix
 

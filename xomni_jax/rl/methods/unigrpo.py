@@ -11,12 +11,10 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
@@ -25,26 +23,21 @@ from xomni_jax.core.preemption import StopSignal
 from xomni_jax.core.program import Program, Programs, Work
 from xomni_jax.data.sources import batches
 from xomni_jax.models import transformer, work
-from xomni_jax.models.autoencoder import unpack
 from xomni_jax.models.registry import COMPONENTS, abstract_params, boxed_shapes, init_params
 from xomni_jax.rl import grpo
-from xomni_jax.rl.flow_objective import FlowConfig, add_up, flow_loss
+from xomni_jax.rl.flow_objective import FlowConfig
 from xomni_jax.rl.grpo import MODELS, Bucket, GRPORun, GRPOStage, abstract_batch, check_divides
+from xomni_jax.rl.methods.noisy_decoder import FROZEN, FlowRows, NoisySteps, flow_gradient, make_flow_decode, noise_levels
 from xomni_jax.rl.prompts import Prompts, all_prompts, check_prompts
-from xomni_jax.rl.rewards import Rewards
 from xomni_jax.rl.rollouts import Rollouts, param_converter
 from xomni_jax.rl.trajectory import Trajectory
 from xomni_jax.rl.update import Advantages, Policy, frozen_logp, loss_and_gradient
-from xomni_jax.sampling.decoder import DECODER_COMPONENTS, DecodeConfig, Decoder, to_uint8
-from xomni_jax.sampling.flow import flow_sigmas
-from xomni_jax.sampling.flow_sde import FlowPath, sde_sample
-from xomni_jax.sampling.programs import RolloutShape, sampler_programs
-from xomni_jax.sampling.sampler import Sampler
+from xomni_jax.sampling.decoder import DECODER_COMPONENTS, DecodeConfig, Decoder
+from xomni_jax.sampling.flow_sde import FlowPath
 from xomni_jax.sharding import abstract
-from xomni_jax.sharding.arrays import local_rows, owned_rows
-from xomni_jax.sharding.rules import constrain, map_rows
+from xomni_jax.sharding.arrays import local_rows
 from xomni_jax.tokenizers.registry import IMAGE_TOKENIZERS
-from xomni_jax.training.accumulate import gradient, split_rows
+from xomni_jax.training.accumulate import split_rows
 from xomni_jax.training.adapters import export_trained
 from xomni_jax.training.components import (
     check_heads,
@@ -56,14 +49,13 @@ from xomni_jax.training.components import (
 )
 from xomni_jax.training.guard import guarded
 from xomni_jax.training.loop import key_for
-from xomni_jax.training.operations import FlopCount, say
+from xomni_jax.training.operations import FlopCount
 from xomni_jax.training.optimizer import Optimizer
 from xomni_jax.training.stage import Grid, RunningStage
 from xomni_jax.training.state import TrainState, new_state
 
 FLOW = 3  # purpose of a step's key: the window and the noise of denoising steps; beside those of `rollouts` and `grpo`
 LEARNERS = ("transformer", "mmdit")
-FROZEN = ("t5", "clip", "autoencoder")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,68 +90,7 @@ class UniGRPORun(GRPORun):
             raise ValueError(f"data has images of {len(self.data.sizes)} sizes; stage unigrpo takes one")
 
 
-class FlowRows(NamedTuple):
-    """What the image decoder's update needs, one row per rollout: its noisy steps, and the prompts as T5 and CLIP ids."""
-
-    path: FlowPath
-    text_BS: jax.Array
-    pooled_BS: jax.Array
-
-
 # ---- programs ----
-def make_flow_decode(vq: nn.Module, decoder: Decoder, cfg: DecodeConfig, flow: FlowConfig) -> Callable[..., Any]:
-    """The jitted (tokenizer's parameters, decoder's, codes [B, Y, X], T5 ids, CLIP ids, noise, keys [B], first step of the window) ->
-    (uint8 images, path)."""
-
-    def decode(vq_params, params, codes_BYX, text_BS, pooled_BS, noise_BTC, keys_B, first):
-        grid = codes_BYX.shape[1:]
-        semantics = vq.apply({"params": vq_params}, codes_BYX, method="semantics")
-        cond = decoder.condition(params, text_BS, pooled_BS, semantics)
-
-        def denoise(rows):
-            noise_BTC, keys_B, cond = rows
-            velocity = lambda x, sigma_B: decoder.velocity(params, x, sigma_B, cond, grid)  # noqa: E731
-            return sde_sample(velocity, noise_BTC, noise_levels(cfg, grid), keys_B, first, flow.window, flow.level)
-
-        latents_BTC, path = map_rows(denoise, (noise_BTC, keys_B, cond), decoder.mmdit.cfg.microbatch)
-        images = to_uint8(decoder.pixels(params, unpack(latents_BTC, grid)))
-        return constrain(images, "batch", None, None, None, name="images"), path
-
-    return jax.jit(decode)
-
-
-def noise_levels(cfg: DecodeConfig, grid: Sequence[int]) -> np.ndarray:
-    """Noise levels [n + 1] of images with a grid of codes."""
-    return flow_sigmas(cfg.steps, math.prod(grid), base_shift=cfg.base_shift, max_shift=cfg.max_shift)
-
-
-def flow_gradient(
-    decoder: Decoder, vq: nn.Module, sigmas: np.ndarray, grid: tuple[int, int], params: Any, frozen: Any, rows: Any, cfg: UniGRPORun
-) -> tuple[Any, dict[str, jax.Array]]:
-    """Gradient of the MMDiT, and metrics, over the noisy steps of (rollouts, their `FlowRows`)."""
-    steps = cfg.flow.window
-    n_items = jnp.maximum(jnp.sum(rows[0].ok[0]), 1) * steps
-
-    def loss(params, part):
-        batch, flow = part
-        codes_BYX = batch.segments[0].ids.reshape(-1, *grid)
-        semantics = vq.apply({"params": frozen["siglip_vq"]}, codes_BYX, method="semantics")
-        cond = decoder.condition(frozen, flow.text_BS, flow.pooled_BS, semantics)
-
-        @jax.checkpoint  # one step's activations at a time
-        def one(offset):
-            x, sigma_B = flow.path.before_BWTC[:, offset], jnp.asarray(sigmas)[flow.path.step_B + offset]
-            velocity = decoder.velocity({"mmdit": params}, x, sigma_B, cond, grid)
-            reference = decoder.velocity(frozen, x, sigma_B, cond, grid) if cfg.flow.penalty_coef else None
-            return flow_loss(velocity, reference, flow.path, offset, sigmas, batch.advantage[0], batch.ok[0], cfg.flow, n_items)
-
-        values, metrics = jax.lax.map(one, jnp.arange(steps))
-        return jnp.sum(values), add_up(metrics)
-
-    grads, metrics, value = gradient(loss, params, rows, cfg.accumulate, add_up)
-    return grads, metrics | {"flow/loss": value}
-
-
 def make_update(
     policy: Policy,
     decoder: Decoder,
@@ -186,7 +117,7 @@ def make_update(
                 policy, state.params["transformer"], (batch, old, ref), cfg.grpo, cfg.accumulate
             )
         if flow:
-            own, more = flow_gradient(decoder, vq, sigmas, grid, state.params["mmdit"], frozen, (batch, noisy), cfg)
+            own, more = flow_gradient(decoder, vq, sigmas, grid, state.params["mmdit"], frozen, (batch, noisy), cfg.flow, cfg.accumulate)
             grads["mmdit"], metrics = jax.tree.map(lambda g: cfg.flow_weight * g, own), metrics | more
         metrics["loss/total"] = metrics.get("loss/grpo", 0.0) + cfg.flow_weight * metrics.get("flow/loss", 0.0)
         state, optim = state.apply(optimizer, grads)
@@ -227,7 +158,7 @@ class UniGRPOStage(GRPOStage):
         if decode.guidance != 1.0:
             raise ConfigError(f"config.decode.guidance={decode.guidance}: noisy steps are drawn and learned without guidance; set it to 1")
         grid = IMAGE_TOKENIZERS["siglip_vq"](models["siglip_vq"]).layout(*cfg.data.sizes[0]).shape
-        B, T, rows = cfg.batch_size * cfg.grpo.rollouts_per_prompt, math.prod(grid), cfg.batch_size // c.chunks
+        B, T = cfg.batch_size * cfg.grpo.rollouts_per_prompt, math.prod(grid)
 
         # ---- arrays that stay ----
         optimizer = cfg.make_optimizer(tuple(f"{name}/.*" for name in LEARNERS if name not in cfg.learn), cfg.grpo.updates_per_batch)
@@ -244,9 +175,7 @@ class UniGRPOStage(GRPOStage):
         policy = Policy(transformer.ARTransformer(ar), c.logit_chunk)
         decoder = Decoder(**{name: COMPONENTS[name].module(models[name]) for name in DECODER_COMPONENTS})
         vq = COMPONENTS["siglip_vq"].module(models["siglip_vq"])
-        sampler = Sampler.make(policy.model, grid, cfg.sampling, c.segment, return_mask=cfg.sampling.truncates)
-        shape = RolloutShape(rows, cfg.grpo.rollouts_per_prompt, c.prompt_length, T)
-        programs = sampler_programs(sampler, ar, weights, shape, cfg.sampling.guided, c.chunks, mesh)
+        programs = cls.drawing(cfg, policy.model, grid, weights, mesh)
         programs["layout"] = Program(
             layout,
             (params,),
@@ -316,21 +245,25 @@ class UniGRPOStage(GRPOStage):
             keep = param_converter(boxed_shapes("transformer", models["transformer"]), mesh, cfg.rollout.reference_dtype)
             frozen["transformer"] = keep(start["transformer"])
         model.release("transformer")
-        rewards = Rewards.open(cfg.rewards, stop.check_waiting, Path(cfg.run_dir), say)
-        chunk = cfg.batch_size // cfg.rollout.chunks * cfg.grpo.rollouts_per_prompt
-        try:
-            rewards.check_together(owned_rows(mesh, chunk), chunk, cfg.rollout.chunks, cfg.grpo.rollouts_per_prompt)
-        except ConfigError:
-            rewards.close()
-            raise
+        rewards = grpo.open_rewards(cfg, mesh, stop)
         flops = FlopCount()
-        sampler = Sampler.of(made["prefill"].fn, made["rollout"].fn, math.prod(grid), cfg.rollout.segment, cfg.sampling.window > 1)
-        own = (
-            model, model, grid, cfg.grpo.rollouts_per_prompt, cfg.rollout, cfg.advantage, cfg.sampling, decode, sampler,
-            lambda params: made["layout"].fn(params["transformer"]), rewards, stop,
-        )  # fmt: skip
+        rollouts = cls.rollouts(
+            cfg,
+            {name: made[name].fn for name in ("prefill", "rollout")},
+            model,
+            model,
+            grid=grid,
+            group=cfg.grpo.rollouts_per_prompt,
+            cfg=cfg.rollout,
+            advantage=cfg.advantage,
+            sampling=cfg.sampling,
+            decode=decode,
+            sampler_params=lambda params: made["layout"].fn(params["transformer"]),
+            rewards=rewards,
+            stop=stop,
+        )
         shared = "transformer" not in cfg.learn
-        noisy = NoisyRollouts(*own, NoisySteps(cfg.flow, flops(made["flow-decode"].fn), frozen), shared)
+        noisy = NoisyRollouts(**vars(rollouts), steps=NoisySteps(cfg.flow, flops(made["flow-decode"].fn), frozen), shared=shared)
         update = flops(made["unigrpo-update"].fn)
 
         def learn(state, frozen, batch, reward_PR, given_PR, key, *_):  # neither signals nor packed rows: see `UniGRPORun`
@@ -338,7 +271,7 @@ class UniGRPOStage(GRPOStage):
 
         def grid_of(state: TrainState, number: int) -> Grid:
             model.set_params("mmdit", state.params["mmdit"], models["mmdit"])
-            return grpo.sample_grid(cfg, {cfg.data.sizes[0]: Bucket(Rollouts(*own), learn)}, state, number)
+            return grpo.sample_grid(cfg, {cfg.data.sizes[0]: Bucket(rollouts, learn)}, state, number)
 
         data = Prompts(prompts, functools.partial(all_prompts, cfg, rows), rewards)
         return RunningStage(
@@ -357,38 +290,6 @@ class UniGRPOStage(GRPOStage):
 
 
 # ---- a run ----
-class NoisySteps:
-    """Decodes the chunks of one batch with noisy steps, and keeps these.
-
-    Attributes:
-      decode: the program of `make_flow_decode`. frozen: parameters of the components beside the MMDiT.
-    """
-
-    def __init__(self, flow: FlowConfig, decode: Callable[..., Any], frozen: Mapping[str, Any]):
-        self.flow, self.decode, self.frozen = flow, decode, frozen
-        self._kept: list[FlowRows] = []
-
-    def begin(self, mmdit: Any, key: jax.Array) -> None:
-        """A new batch: the parameters that it is decoded with, and the key of its noise."""
-        self._kept.clear()
-        self._params = {name: self.frozen[name] for name in FROZEN} | {"mmdit": mmdit}
-        window_key, self._key = jax.random.split(key)
-        self._first = jax.random.randint(window_key, (), 0, self.flow.within - self.flow.window + 1, jnp.int32)
-
-    def __call__(self, codes_BYX: jax.Array, text_BS: np.ndarray, pooled_BS: np.ndarray, noise_BTC: jax.Array) -> jax.Array:
-        """uint8 images [B, H, W, 3] of the batch's next chunk."""
-        before = sum(len(rows.text_BS) for rows in self._kept)
-        keys_B = jax.vmap(lambda n: jax.random.fold_in(self._key, n))(before + jnp.arange(len(codes_BYX)))
-        texts = jnp.asarray(text_BS), jnp.asarray(pooled_BS)
-        images, path = self.decode(self.frozen["siglip_vq"], self._params, codes_BYX, *texts, noise_BTC, keys_B, self._first)
-        self._kept.append(FlowRows(path, *texts))
-        return images
-
-    def rows(self) -> FlowRows:
-        """The steps of all chunks."""
-        return jax.tree.map(lambda *parts: jnp.concatenate(parts), *self._kept)
-
-
 @dataclasses.dataclass(frozen=True)
 class NoisyRollouts(Rollouts):
     """Rollouts whose image decoder draws some steps with noise.
