@@ -61,7 +61,7 @@ def spanning_forest(grid: tuple[int, ...], roots_T: np.ndarray, within_T: np.nda
     for start in parent[:]:
         cell = start
         while not joined[cell]:  # walking a loop again overwrites it
-            cell = parent[cell] = near[cell][int(rng.random() * len(near[cell]))]
+            parent[cell] = cell = near[cell][int(rng.random() * len(near[cell]))]
         cell = start
         while not joined[cell]:
             joined[cell] = True
