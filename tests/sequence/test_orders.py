@@ -1,5 +1,6 @@
 """Spanning trees are uniform, orders are connected at every prefix, and a known part comes first."""
 
+import functools
 import itertools
 
 import numpy as np
@@ -11,6 +12,7 @@ from xomni_jax.sequence.orders import check_order, completion_order, pieces, spa
 CHI2 = {2: 18.4, 3: 21.1, 14: 42.6}
 
 
+@functools.cache
 def edges(grid):
     at = list(np.ndindex(*grid))
     return [(i, j) for i, j in itertools.combinations(range(len(at)), 2) if np.abs(np.subtract(at[i], at[j])).sum() == 1]

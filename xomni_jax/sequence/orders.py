@@ -12,8 +12,6 @@ import math
 
 import numpy as np
 
-ORDERS = ("raster", "spanning_tree")
-
 
 def tree_order(grid: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
     """A random order of a grid's cells -> int32 [T]: breadth-first from a random corner of a uniform spanning tree, siblings by number."""
