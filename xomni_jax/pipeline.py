@@ -193,7 +193,7 @@ class XOmni(ModelComponents):
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
             raise ValueError("no prompts given; pass at least one")
-        size = self.image_size(height, width) if known is None else tuple(n * self.image_tokenizer.config.patch for n in known.shape)
+        size = self.image_size(height, width) if known is None else self.size_of(known.shape)
         grid, trained = self.grid(*size), self.trained_sizes
         if trained and size not in trained:
             known = ", ".join(f"{y}x{x}" for y, x in trained)
@@ -215,7 +215,7 @@ class XOmni(ModelComponents):
     ) -> Iterator[Image.Image]:
         def program(batch: Batch) -> jax.Array:
             keys_P1 = image_keys(seed, batch.take(np.arange(len(prompts))))[:, None]
-            return self.sample_codes(batch.take(prompts), grid, keys_P1, sampling, None, known)["codes"][:, 0]
+            return self.sample_codes(batch.take(prompts), grid, keys_P1, sampling, known=known)["codes"][:, 0]
 
         for batch in self.batches(len(prompts), batch_size):
             codes = np.stack(in_order(run_batches(program, [batch])))
@@ -242,6 +242,10 @@ class XOmni(ModelComponents):
         elif (parts := len(pieces(~redrawn))) > 1:
             warnings.warn(f"what stays has {parts} pieces that do not touch, which no order in training begins with", stacklevel=2)
         return np.where(redrawn, -1, codes)
+
+    def size_of(self, grid: tuple[int, ...]) -> tuple[int, int]:
+        """(height, width) in pixels of an image of Y x X codes."""
+        return grid[-2] * self.image_tokenizer.config.patch, grid[-1] * self.image_tokenizer.config.patch
 
     def image_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """(height, width) in pixels of an image, by default the model's own: 1152 x 1152, as released, when it names none."""

@@ -39,7 +39,7 @@ from xomni_jax.rl.supervised import SideBySide, SupervisedConfig, supervised_bat
 from xomni_jax.rl.trajectory import Trajectory
 from xomni_jax.rl.update import Advantages, Policy, frozen_logp, make_update
 from xomni_jax.sampling.decoder import DECODER_COMPONENTS, DecodeConfig
-from xomni_jax.sampling.keys import image_orders, image_keys
+from xomni_jax.sampling.keys import image_keys, image_orders
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sampling.programs import RolloutShape, decoder_programs, sampler_programs
 from xomni_jax.sampling.sampler import Sampler

@@ -121,6 +121,10 @@ class Engine:
         cfg, c, sides = self.model.cfg, spec.sampling, self._sides(state, keys_PR)
         if c.guided and sides == 1:
             raise ValueError(f"segment {spec.name!r} has guidance={c.guidance:g}, for which `start` needs negative prompts")
+        if spec.kind == "image" and order_PRT is None and cfg.order != "raster":
+            raise ValueError(
+                f"this model draws its codes in the order {cfg.order}, which is not possible here; use xomni generate or train"
+            )
         kernel_DV, offset = head_kernel(params, spec.kind, cfg), cfg.vocab_size if spec.kind == "image" else 0
 
         def step(state: RolloutState, t: jax.Array):

@@ -50,7 +50,7 @@ def _fold(seed: Any, words_P2: Any, repeats: int, purpose: int) -> jax.Array:
 
 def image_orders(order: str, grid: tuple[int, ...], keys_PR: jax.Array, known: np.ndarray | None = None) -> np.ndarray | None:
     """The cells of R images of each of P prompts in the order in which a model of this `order` draws them, int32 [P, R, T]; None where
-    that is row by row. That of an image depends on its key alone, and begins with the cells that are `known` (bool, of the grid's shape)."""
+    that is row by row. That of an image depends on its key alone, and begins with its `known` cells (bool, of the grid's shape)."""
     if order == "raster":
         return None
     known = np.zeros(grid, bool) if known is None else known

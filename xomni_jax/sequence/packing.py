@@ -13,8 +13,8 @@ from xomni_jax.sequence.tokenizer import TokenSequence
 class PackedBatch(NamedTuple):
     """Rows of fixed length, all [B, L].
 
-    `segments`: 1, 2, ... per sequence, 0 for padding. `positions`: of each sequence, from 0 on where it has none. `loss`: True where the token is a target.
-    `members`: index of the sequence that the token belongs to, -1 for padding.
+    `segments`: 1, 2, ... per sequence, 0 for padding. `positions`: those of each sequence, from 0 on where it names none.
+    `loss`: True where the token is a target. `members`: index of the sequence that the token belongs to, -1 for padding.
     """
 
     ids_BL: np.ndarray
