@@ -65,14 +65,14 @@ class XOmni(ModelComponents):
         Args:
           keys_PR: a sample depends on its own key and prompt, not on the rest of the batch.
           length: tokens that the prompts are padded to; by default the bucket of the longest.
-          known: codes [*grid] that all samples have in common, and -1 where they are drawn.
+          known: codes [P, *grid] that the samples of a prompt have in common, and -1 where they are drawn.
         """
         ids_PS, lengths_P = pad_prompts([self.tokenizer.generation_prompt(p, *grid) for p in prompts], length)
         negative = pad_prompts([self.tokenizer.image_prefix(*grid)] * len(prompts)) if sampling.guided else None
         (batch,) = self.batches(len(prompts))
         order_PRT, given_PRT = image_orders(self.config("transformer").order, grid, keys_PR, known if known is None else known >= 0), None
         if known is not None:
-            given_PRT = np.broadcast_to(known.ravel(), (*keys_PR.shape, known.size)).astype(np.int32)
+            given_PRT = np.repeat(known.reshape(len(known), 1, -1), keys_PR.shape[1], axis=1).astype(np.int32)
             given_PRT = given_PRT if order_PRT is None else np.take_along_axis(given_PRT, order_PRT, axis=2)
         *inputs, order_PRT, given_PRT = jax.tree.map(batch.take, (ids_PS, lengths_P, keys_PR, negative, order_PRT, given_PRT))
         with jax.set_mesh(self.mesh):
@@ -215,7 +215,8 @@ class XOmni(ModelComponents):
     ) -> Iterator[Image.Image]:
         def program(batch: Batch) -> jax.Array:
             keys_P1 = image_keys(seed, batch.take(np.arange(len(prompts))))[:, None]
-            return self.sample_codes(batch.take(prompts), grid, keys_P1, sampling, known=known)["codes"][:, 0]
+            given = None if known is None else np.repeat(known[None], len(keys_P1), axis=0)
+            return self.sample_codes(batch.take(prompts), grid, keys_P1, sampling, known=given)["codes"][:, 0]
 
         for batch in self.batches(len(prompts), batch_size):
             codes = np.stack(in_order(run_batches(program, [batch])))

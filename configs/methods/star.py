@@ -12,14 +12,15 @@ def get_config():
             stage="pretrain",
             run_dir="runs/star",
             init_from="runs/llamagen_vq/model",
-            steps=800,
+            steps=500,
             batch_size=32,
+            optimizer=dict(learning_rate=4e-3),
             transformer=dict(
-                d_model=96, mlp_dim=256, n_heads=3, n_kv_heads=3, n_language_layers=4, n_adapter_layers=0, n_head_layers=0,
+                d_model=64, mlp_dim=192, n_heads=2, n_kv_heads=2, n_language_layers=3, n_adapter_layers=0, n_head_layers=0,
                 order="spanning_tree",
             ),
             next_token=dict(generation=1.0, understanding=0.0, text=0.0, rows=32, row_length=72, target_share=0.7),
             data=dict(source="files", path="data/mnist28/train", sizes=((28, 28),)),
-            validation=dict(every=200, batches=8, data=dict(path="data/mnist28/heldout")),
+            validation=dict(every=250, batches=16, data=dict(path="data/mnist28/heldout")),
         )
     )  # fmt: skip

@@ -163,7 +163,7 @@ def test_a_part_is_drawn_again(drawn, model_dir, tmp_path, monkeypatch, capsys, 
     """With one white pixel in the cell of row 1 and column 2: its code alone is drawn, and the others stay."""
     file, seen = drawn / "000_a_red_sign_that_says_AB.png", []
     monkeypatch.setattr(
-        XOmni, "decode_images", lambda self, codes, prompts, noise: seen.append(codes) or np.zeros((len(codes), *SIZE, 3), np.uint8)
+        XOmni, "decode_images", lambda self, codes, prompts, noise: seen.append(codes) or jnp.zeros((len(codes), *SIZE, 3), np.uint8)
     )
     mask = Image.new("L", (SIZE[1], SIZE[0]))
     mask.putpixel((16, 8), 255)

@@ -93,7 +93,7 @@ def test_a_token_knows_the_next_cell_and_no_later_one():
 @pytest.mark.parametrize("model", [MODEL, PLAIN], ids=["spanning_tree", "raster"])
 def test_known_codes_stay(model):
     known = np.array([[-1, 3, 1, -1], [-1, 0, 9, 13]])
-    orders = image_orders(model.cfg.order, GRID, KEYS, known >= 0)
+    orders = image_orders(model.cfg.order, GRID, KEYS, np.stack([known >= 0] * 3))
     at = np.broadcast_to(np.arange(T), (3, 2, T)) if orders is None else orders
     given = known.ravel()[at].astype(np.int32)
     assert orders is None or (given[..., :5] >= 0).all()

@@ -50,10 +50,9 @@ def _fold(seed: Any, words_P2: Any, repeats: int, purpose: int) -> jax.Array:
 
 def image_orders(order: str, grid: tuple[int, ...], keys_PR: jax.Array, known: np.ndarray | None = None) -> np.ndarray | None:
     """The cells of R images of each of P prompts in the order in which a model of this `order` draws them, int32 [P, R, T]; None where
-    that is row by row. That of an image depends on its key alone, and begins with its `known` cells (bool, of the grid's shape)."""
+    that is row by row. That of an image depends on its key alone, and begins with the cells that are `known` (bool [P, *grid])."""
     if order == "raster":
         return None
-    known = np.zeros(grid, bool) if known is None else known
+    known = np.zeros((len(keys_PR), *grid), bool) if known is None else known
     words = np.asarray(jax.random.key_data(keys_PR))
-    drawn = [completion_order(known, np.random.default_rng(key)) for key in words.reshape(-1, words.shape[-1])]
-    return np.reshape(drawn, (*keys_PR.shape, -1))
+    return np.array([[completion_order(own, np.random.default_rng(key)) for key in row] for own, row in zip(known, words, strict=True)])
