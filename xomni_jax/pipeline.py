@@ -59,6 +59,7 @@ class XOmni(ModelComponents):
         sampling: SamplingConfig,
         length: int | None = None,
         known: np.ndarray | None = None,
+        conditions: Sequence[np.ndarray] = (),
     ) -> dict[str, jax.Array]:
         """R samples of each of P prompts in one batch: {"codes": [P, R, *grid], "logp": [P, R, T] in the order of drawing}.
 
@@ -66,9 +67,14 @@ class XOmni(ModelComponents):
           keys_PR: a sample depends on its own key and prompt, not on the rest of the batch.
           length: tokens that the prompts are padded to; by default the bucket of the longest.
           known: codes [P, *grid] that the samples of a prompt have in common, and -1 where they are drawn.
+          conditions: codes [Y, X] of images between every prompt and what is drawn; guidance steers away from the lack of a prompt alone.
         """
-        ids_PS, lengths_P = pad_prompts([self.tokenizer.generation_prompt(p, *grid) for p in prompts], length)
-        negative = pad_prompts([self.tokenizer.image_prefix(*grid)] * len(prompts)) if sampling.guided else None
+        more = dict(conditions=conditions) if conditions else {}
+        ids_PS, lengths_P = pad_prompts([self.tokenizer.generation_prompt(p, *grid, **more) for p in prompts], length)
+        negative = None
+        if sampling.guided:
+            before = [self.tokenizer.image_ids(codes) for codes in conditions]
+            negative = pad_prompts([np.concatenate([*before, self.tokenizer.image_prefix(*grid)])] * len(prompts))
         (batch,) = self.batches(len(prompts))
         order_PRT, given_PRT = image_orders(self.config("transformer").order, grid, keys_PR, known if known is None else known >= 0), None
         if known is not None:
@@ -181,6 +187,7 @@ class XOmni(ModelComponents):
         batch_size: int = BATCH_SIZE,
         decode_batch_size: int = BATCH_SIZE,
         known: np.ndarray | None = None,
+        conditions: Sequence[np.ndarray] = (),
     ) -> Iterator[Image.Image]:
         """One image per prompt, each as soon as its batch is drawn. Image i depends on (seed, i) and its prompt alone.
 
@@ -189,6 +196,7 @@ class XOmni(ModelComponents):
           temperature, top_k, top_p, min_p, guidance, window: see `SamplingConfig`; the defaults are the released ones.
           batch_size: prompts at a time in each data shard. decode_batch_size: images decoded to pixels at a time.
           known: codes that stay, from `known_codes`; height and width are then those of that image.
+          conditions: codes [Y, X] of images that all are drawn from, from `encode`.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
@@ -201,7 +209,7 @@ class XOmni(ModelComponents):
         self.check_prompts(prompts)
         sampling = SamplingConfig(temperature, top_k, top_p, min_p, guidance, window)
         image_keys(seed, 1)  # refuses a seed out of range
-        return self._drawn(prompts, grid, seed, sampling, batch_size, decode_batch_size, known)
+        return self._drawn(prompts, grid, seed, sampling, batch_size, decode_batch_size, known, conditions)
 
     def _drawn(
         self,
@@ -212,11 +220,12 @@ class XOmni(ModelComponents):
         batch_size: int,
         decode_batch_size: int,
         known: np.ndarray | None,
+        conditions: Sequence[np.ndarray],
     ) -> Iterator[Image.Image]:
         def program(batch: Batch) -> jax.Array:
             keys_P1 = image_keys(seed, batch.take(np.arange(len(prompts))))[:, None]
             given = None if known is None else np.repeat(known[None], len(keys_P1), axis=0)
-            return self.sample_codes(batch.take(prompts), grid, keys_P1, sampling, known=given)["codes"][:, 0]
+            return self.sample_codes(batch.take(prompts), grid, keys_P1, sampling, known=given, conditions=conditions)["codes"][:, 0]
 
         for batch in self.batches(len(prompts), batch_size):
             codes = np.stack(in_order(run_batches(program, [batch])))

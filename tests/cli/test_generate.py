@@ -67,7 +67,7 @@ def stubbed(monkeypatch):
     """The rows of every program's call; the images are black."""
     calls = []
 
-    def sample_codes(self, prompts, grid, keys_PR, sampling, known):
+    def sample_codes(self, prompts, grid, keys_PR, sampling, known, conditions):
         calls.append(("codes", len(prompts)))
         return {"codes": jnp.asarray(np.zeros((len(prompts), 1, *grid), np.int32))}
 

@@ -41,6 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_size(parser)
     parser.add_argument("--edit", metavar="IMAGE", help="draw a part of this image again, the white one of --mask")
     parser.add_argument("--mask", metavar="IMAGE", help="an image of the same size; a code with any white pixel is drawn again")
+    what = "images that all are drawn from, between prompt and image, for a model that learned from records with input images"
+    parser.add_argument("--condition", nargs="+", default=[], metavar="IMAGE", help=what)
     parser.add_argument("--seed", type=int, default=0, help="image i depends on the seed, i and its prompt alone (default 0)")
     parser.add_argument("--out", default="images", metavar="DIR", help="folder for the images (default: images)")
     rare = parser.add_rare_group("sampling, adapters")
@@ -68,6 +70,9 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
         raise ValueError("--edit IMAGE and --mask IMAGE belong together; give both")
     if args.edit and (args.files or args.height or args.width):
         raise ValueError("--edit is for prompts on the command line, and the size is that of its image; leave out --prompts and the size")
+    if args.condition and args.files:
+        raise ValueError("--condition is for prompts on the command line; leave out --prompts")
+    conditions = [image_file(file) for file in args.condition]
     edited = [image_file(file) for file in (args.edit, args.mask) if file]
     model, config = opened(args, rest)
     if args.files:
@@ -75,7 +80,9 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     known = model.known_codes(*edited) if edited else None
     height, width = model.image_size(args.height, args.width) if known is None else model.size_of(known.shape)
     sampling = args.seed, args.temperature, args.top_k, args.top_p, args.min_p, args.guidance, args.window
-    images = model.draw(args.prompts, height, width, *sampling, config.batch, config.decode_batch, known)  # refuses what is wrong
+    images = model.draw(
+        args.prompts, height, width, *sampling, config.batch, config.decode_batch, known, model.encode(conditions)
+    )  # refuses what is wrong
     check_folder(out, len(args.prompts) * height * width * 3)
     try:
         for image in images:

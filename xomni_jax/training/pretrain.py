@@ -186,10 +186,14 @@ def packed_batch(
 
 
 def images_of(examples: dict[str, Any], i: int) -> list[np.ndarray]:
-    """The images (uint8 [H, W, 3], or codes [Y, X]) that an example's sequence shows: all of a conversation, otherwise the main one."""
-    names = ("images", "image", "codes", "turns")
-    every, image, codes, turns = (examples[name][i] if name in examples else None for name in names)
-    return every if turns and every else [x for x in (image, codes) if x is not None][:1]
+    """The images (uint8 [H, W, 3], or codes [Y, X]) that an example's sequence shows: all of a conversation, otherwise the main one, after
+    those that are its input."""
+    names = ("images", "image", "codes", "turns", "roles")
+    every, image, codes, turns, roles = (examples[name][i] if name in examples else None for name in names)
+    if turns and every:
+        return every
+    inputs = [one for one, role in zip(every, roles) if role == "input"] if every and "output" in (roles or ()) else []
+    return inputs + [x for x in (image, codes) if x is not None][:1]
 
 
 def encode_images(
