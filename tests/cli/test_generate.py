@@ -181,3 +181,14 @@ def test_a_part_is_drawn_again(drawn, model_dir, tmp_path, monkeypatch, capsys, 
     ]:
         changed.save(tmp_path / "mask.png")
         assert told in refusal(capsys, "generate", "a", "--model", str(model_dir), *edit)
+
+
+def test_images_that_others_start_from(stubbed, drawn, model_dir, tmp_path, monkeypatch, capsys):
+    """Their codes stand between prompt and image, in the order given."""
+    files, seen = sorted(map(str, drawn.iterdir())), []
+    stub = XOmni.sample_codes
+    monkeypatch.setattr(XOmni, "sample_codes", lambda self, *args, **more: seen.append(more["conditions"]) or stub(self, *args, **more))
+    assert main(["generate", "make it red", "--model", str(model_dir), "--out", str(tmp_path), "--condition", *files]) == 0
+    np.testing.assert_array_equal(seen[0], XOmni.load(model_dir).encode([Image.open(file) for file in files]))
+    told = refusal(capsys, "generate", "--prompts", files[0], "--model", str(model_dir), "--condition", *files)
+    assert "--condition is for prompts on the command line; leave out --prompts" in told
