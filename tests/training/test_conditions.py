@@ -11,6 +11,8 @@ import pytest
 
 from tests.models.test_transformer import CFG as BASE
 from tests.models.test_transformer import random_params
+from xomni_jax.data.edits import EditsConfig
+from xomni_jax.data.sources import DataSection, first_batch
 from xomni_jax.models import transformer
 from xomni_jax.models.attention import attend
 from xomni_jax.sequence.tokenizer import MultimodalTokenizer
@@ -80,3 +82,16 @@ def test_input_images_come_before_the_one_that_comes_out():
         "images": [[a, b, c], [a, b], None], "image": [b, a, c], "roles": [("input", "output", "input"), (), None], "turns": [(), (), ()]
     }  # fmt: skip
     assert [[int(image.max()) for image in images_of(examples, i)] for i in range(3)] == [[0, 2, 1], [0], [2]]
+
+
+def test_a_batch_of_edits_becomes_sequences():
+    batch = first_batch(DataSection("edits", EditsConfig()), 0, 4)
+    images = [images_of(batch, i) for i in range(4)]
+    assert [[image.shape for image in own] for own in images] == [[(32, 64, 3)] * 2] * 4
+    codes = [[np.full((4, 8), k) for k in range(2)] for _ in images]
+    cfg = NextTokenConfig(generation=1.0, understanding=0.0, text=0.0, drop_prompt=0.0, hide_condition=0.0)
+    rows = build_sequences(batch, codes, TOK, cfg, np.random.default_rng(0))
+    prompts = [TOK.generation_prompt(text, 4, 8, conditions=own[:1]) for text, own in zip(batch["caption"], codes)]
+    for row, prompt in zip(rows, prompts):
+        np.testing.assert_array_equal(row.ids_L[: len(prompt)], prompt)
+        assert (row.ids_L[row.loss_L] == TOK.vocab_size + 1).all() and row.loss_L.sum() == 32

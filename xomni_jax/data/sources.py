@@ -69,6 +69,7 @@ SOURCES = Registry(
     {
         "rendered": "xomni_jax.data.rendered:RenderedSource",
         "rehearsal": "xomni_jax.data.rendered:RehearsalSource",
+        "edits": "xomni_jax.data.edits:EditsSource",
         "files": "xomni_jax.data.files:FilesSource",
         "prompts": "xomni_jax.data.files:PromptsSource",
         "codes": "xomni_jax.data.codes:CodesSource",
