@@ -34,7 +34,7 @@ COLUMNS = ("nats", "mixture", "masked_nats", "wrong_codes", "pixel_error")
 
 
 def masks(grid: tuple[int, int]) -> np.ndarray:
-    """Connected sets of cells, bool [DIGITS, Y, X]: the beginnings of tree orders, moved around a torus until they lie anywhere inside."""
+    """Connected sets of cells, bool [DIGITS, Y, X]: the beginnings of tree orders of boxes that lie anywhere in the grid."""
     rng, out = np.random.default_rng(SEED), np.zeros((DIGITS, *grid), bool)
     for mask in out:
         shape = tuple(rng.integers(3, n + 1) for n in grid)  # of a box that the mask lies in
@@ -107,7 +107,7 @@ def main(out: Path, data: Path, file: Path) -> None:
         table[name] |= {"curves": curves}
     file.write_text(json.dumps(table, indent=1) + "\n")
     rows = [[name, *(f"{table[name][c]['mean']:.4f} +- {table[name][c]['se']:.4f}" for c in COLUMNS)] for name in MODELS]
-    print("\n".join(aligned([["model", *COLUMNS], *rows])))
+    print(aligned([["model", *COLUMNS], *rows]))
 
 
 if __name__ == "__main__":

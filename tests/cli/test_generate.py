@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import xomni_jax
 from tests.cli.test_main import refusal, settings  # noqa: F401 - a fixture
 from tests.miniature import SIZE
 from xomni_jax.cli.main import main
@@ -172,7 +173,7 @@ def test_a_part_is_drawn_again(drawn, model_dir, tmp_path, monkeypatch, capsys, 
     assert generate(model_dir, tmp_path / "out", ["a", "b", "c"], *edit) == 0
     assert "it does not see what stays right of and below the cells it draws" in str(recwarn[-1].message)
     (codes,) = seen
-    known = XOmni.load(model_dir).encode([Image.open(file)])[0]
+    known = xomni_jax.load(model_dir).encode([Image.open(file)])[0]
     assert {tuple(cell) for image in codes[:3] for cell in np.argwhere(image != known)} == {(1, 2)}
 
     for changed, told in [
@@ -189,6 +190,6 @@ def test_images_that_others_start_from(stubbed, drawn, model_dir, tmp_path, monk
     stub = XOmni.sample_codes
     monkeypatch.setattr(XOmni, "sample_codes", lambda self, *args, **more: seen.append(more["conditions"]) or stub(self, *args, **more))
     assert main(["generate", "make it red", "--model", str(model_dir), "--out", str(tmp_path), "--condition", *files]) == 0
-    np.testing.assert_array_equal(seen[0], XOmni.load(model_dir).encode([Image.open(file) for file in files]))
+    np.testing.assert_array_equal(seen[0], xomni_jax.load(model_dir).encode([Image.open(file) for file in files]))
     told = refusal(capsys, "generate", "--prompts", files[0], "--model", str(model_dir), "--condition", *files)
     assert "--condition is for prompts on the command line; leave out --prompts" in told
