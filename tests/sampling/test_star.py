@@ -138,3 +138,5 @@ def test_positions_of_a_row_by_row_sequence_are_those_of_before():
 def test_one_code_per_pass():
     with pytest.raises(ValueError, match="sampling window=4: a model of order spanning_tree draws one code per pass; use window 1"):
         sampler(MODEL, SamplingConfig(window=4))
+    with pytest.raises(ValueError, match="around codes that stay one code is drawn per pass; use window 1"):
+        sampler(PLAIN, SamplingConfig(window=4))(PARAMS, IDS, LENGTHS, KEYS, None, given_PRT=ORDERS)

@@ -465,10 +465,8 @@ def sample_grid(cfg: GRPORun, buckets: Mapping[Size, Bucket], state: TrainState,
     (batch,) = rollouts.model.batches(GRID_PROMPTS)
     keys_P, prompts = batch.take(image_keys(cfg.seed, GRID_PROMPTS)), batch.take(captions)
     keys_PR = jax.vmap(lambda k: jax.random.split(k, GRID_COLUMNS))(keys_P)
-    inputs, orders = (
-        rollouts.sampler_inputs(prompts, keys_PR),
-        image_orders(rollouts.model.config("transformer").order, rollouts.grid, keys_PR),
-    )
+    inputs = rollouts.sampler_inputs(prompts, keys_PR)
+    orders = image_orders(rollouts.model.config("transformer").order, rollouts.grid, keys_PR)
     out = rollouts.sampler(rollouts.sampler_params(state.params), *inputs, rollouts.stop.check, orders)
     images = rollouts.images(out["codes"], [p for p in prompts for _ in range(GRID_COLUMNS)], jnp.repeat(keys_P, GRID_COLUMNS))
     return Grid(whole(images)[: GRID_PROMPTS * GRID_COLUMNS], GRID_COLUMNS, {"caption": captions}, by="row")

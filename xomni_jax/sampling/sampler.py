@@ -96,6 +96,8 @@ class Sampler:
           between: called between segments, with at most one of them under way; it may raise. Without it nothing is waited for.
           order_PRT, given_PRT: see `Engine.sample`; a model of another order than row by row needs the first.
         """
+        if given_PRT is not None and self.whole:
+            raise ValueError("sampling window: around codes that stay one code is drawn per pass; use window 1")
         prompt, state = self.start(params, ids_PS, lengths_P, keys_PR, negative, order_PRT)
         made: list[dict[str, jax.Array | None]] = []
         for n in range(self.segments):
