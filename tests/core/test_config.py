@@ -133,7 +133,7 @@ def test_overrides(override, value):
         ("decode.step=1", "config.decode.step: unknown key; did you mean steps?"),
         (
             "data.source=dreams",
-            "config.data.source: the source 'dreams' is unknown; use one of rendered, rehearsal, files, prompts, codes",
+            "config.data.source: the source 'dreams' is unknown; use one of rendered, rehearsal, edits, files, prompts, codes",
         ),
         ("data.size=((32,64),)", "config.data.size: unknown key; did you mean sizes"),
         ("transformer.preset=huge", "config.transformer.preset='huge' is unknown; use one of xomni-7b, tiny"),

@@ -24,6 +24,7 @@ from xomni_jax.core.config import ConfigError
 from xomni_jax.core.preemption import StepRefused, StopSignal
 from xomni_jax.models.registry import boxed_shapes, init_params
 from xomni_jax.models.transformer import ARTransformer
+from xomni_jax.pipeline import XOmni
 from xomni_jax.rewards.client import RewardClient
 from xomni_jax.rl import grpo, rollouts
 from xomni_jax.rl.advantages import AdvantageConfig
@@ -217,9 +218,9 @@ def one_batch(model, service, cfg, image_decoder=None):
     return measured_batch(model, service, cfg, image_decoder)[:3]
 
 
-def measured_batch(model, service, cfg, image_decoder=None):
+def measured_batch(model, service, cfg, image_decoder=None, temperature=0.0):
     """`one_batch`, and its metrics."""
-    greedy = SamplingConfig(temperature=0.0, top_k=0, min_p=0.0)
+    greedy = SamplingConfig(temperature, top_k=0, min_p=0.0)
     with RewardClient("ocr", service.url) as client:
         net = model.module("transformer")
         make = rollouts.Rollouts(
@@ -254,6 +255,22 @@ def test_a_group_shares_its_noise(model, service):
     assert np.abs(other.astype(int) - images).max() <= 1
     _, _, other = one_batch(model, service, rollouts.RolloutConfig(chunks=1, noise="independent"))
     assert not np.array_equal(other[0, 0], other[0, 1])
+
+
+def test_the_orders_of_codes_are_stored_with_rollouts(model_dir, model, service, monkeypatch):
+    """Of STAR: what is decoded lies row by row, and the trainer finds the sampler's log-probs (limit: rollout.max_logp_gap)."""
+    star, decoded, decode = xomni_jax.load(model_dir), [], XOmni.decode_images
+    config = dataclasses.replace(model.config("transformer"), order="spanning_tree")
+    star.set_params("transformer", model.params("transformer"), config)
+    monkeypatch.setattr(XOmni, "decode_images", lambda self, codes, *rest: decoded.append(np.asarray(codes)) or decode(self, codes, *rest))
+    rows = measured_batch(star, service, rollouts.RolloutConfig(chunks=2), temperature=1.0)[0]
+    (image,) = rows.segments
+    assert len(np.unique(image.order, axis=0)) > 1
+    codes = np.zeros_like(image.ids)
+    np.put_along_axis(codes, image.order, image.ids, axis=1)
+    np.testing.assert_array_equal(codes.reshape(-1, *GRID), np.concatenate(decoded))
+    logp = Engine(star.module("transformer")).score(star.params("transformer"), rows.prompts, rows.segments)[0][0]
+    np.testing.assert_allclose(logp, image.logp, atol=1e-4)
 
 
 def test_images_are_encoded_again(model, service):

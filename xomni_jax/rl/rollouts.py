@@ -22,6 +22,7 @@ from xomni_jax.rl.scoring import Scoring, timed
 from xomni_jax.rl.trajectory import Rows, Trajectory
 from xomni_jax.sampling.batches import make_batches
 from xomni_jax.sampling.decoder import DecodeConfig
+from xomni_jax.sampling.keys import image_orders
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sampling.sampler import SEGMENT, Sampler
 from xomni_jax.sampling.segments import Segment, image_spec
@@ -185,7 +186,7 @@ class Rollouts:
         params, P, R, chunks = self.sampler_params(params), len(prompts), self.group, self.cfg.chunks
         chunk = P // chunks * R
         keys_PR, noise_keys_PR = self.keys(key, P)
-        inputs = self.inputs(prompts, targets, keys_PR)
+        inputs, orders_PRT = self.inputs(prompts, targets, keys_PR), image_orders(self.model.config("transformer").order, self.grid, keys_PR)
         items, judges, weights_P = self.questions(prompts, targets, own_weights)
         # Of each chunk first the first image of every rollout, then the second ones.
         order = np.repeat(np.arange(P * R).reshape(chunks, 1, chunk), self.n_images, axis=1).ravel()
@@ -204,7 +205,8 @@ class Rollouts:
 
         for c, part in enumerate(make_batches(P, P // chunks)):
             with timed(seconds, "perf/rollout_s"):
-                made.append(jax.block_until_ready(self.sampler(params, *jax.tree.map(part.take, inputs), between)))
+                own, orders = jax.tree.map(part.take, (inputs, {} if orders_PRT is None else {"order_PRT": orders_PRT}))
+                made.append(jax.block_until_ready(self.sampler(params, *own, between, **orders)))
             texts = [p for p in part.take(prompts) for _ in range(R)]
             for i, (codes_PRT, skipped_PR) in enumerate(self.shown(made[-1])):
                 for n in np.flatnonzero(skipped_PR):
@@ -312,7 +314,9 @@ class Rollouts:
             return jnp.concatenate([m[name] for m in made]).reshape(B, *made[0][name].shape[2:])
 
         logp, kept = joined("logp"), joined("sampling_mask") if self.sampling.truncates else None
-        image = Segment(joined("codes"), None, logp, kept, "image", image_spec(logp.shape[1], self.sampling))
+        codes, order = joined("codes"), joined("order") if "order" in made[0] else None
+        codes = codes if order is None else jnp.take_along_axis(codes, order, axis=1)
+        image = Segment(codes, None, logp, kept, "image", image_spec(logp.shape[1], self.sampling), order)
         return self.trajectory(inputs, (image,), (jnp.zeros(B),), (jnp.asarray(total.ok_PR.reshape(-1)),)), {}
 
     def trajectory(self, inputs: tuple[Any, ...], segments: tuple[Segment, ...], advantage: Sequence, ok: Sequence) -> Trajectory:

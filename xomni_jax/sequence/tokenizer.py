@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from xomni_jax.sequence.orders import check_order
 from xomni_jax.sequence.quick_tokenizer import QuickTokenizer, is_complete
 
 SOM, EOM, IMAGE, FIRST_CODE = "<SOM>", "<EOM>", "<IMAGE>", "<MM-Token-0>"
@@ -23,10 +24,14 @@ TINY_TOKENIZER = Path(str(resources.files("xomni_jax"))) / "assets" / "tiny_toke
 
 
 class TokenSequence(NamedTuple):
-    """`ids` int32 [L] and `loss` bool [L], True where the token is a target; a target's id tells which head predicts it."""
+    """`ids` int32 [L] and `loss` bool [L], True where the token is a target; a target's id tells which head predicts it.
+
+    `positions`: int32 [L], rotary positions; None for 0..L-1.
+    """
 
     ids_L: np.ndarray
     loss_L: np.ndarray
+    positions_L: np.ndarray | None = None
 
 
 class Shown(NamedTuple):
@@ -120,14 +125,36 @@ class MultimodalTokenizer:
         codes = codes_YX.ravel().astype(np.int32) + self.vocab_size
         return np.concatenate([self.image_prefix(*codes_YX.shape), codes, [self.eom]]).astype(np.int32)
 
-    def generation_prompt(self, prompt: str, *shape: int) -> np.ndarray:
-        """Prompt of an image to be sampled: the plain text and the image prefix, without chat template -> ids [L]."""
-        return np.concatenate([self.encode_text(prompt), self.image_prefix(*shape)])
+    def generation_prompt(self, prompt: str, *shape: int, conditions: Sequence[np.ndarray] = ()) -> np.ndarray:
+        """Prompt of an image to be sampled: the plain text, the codes [Y, X] of images that it starts from, and the image prefix, without
+        chat template -> ids [L]."""
+        return np.concatenate([self.encode_text(prompt), *map(self.image_ids, conditions), self.image_prefix(*shape)])
 
-    def generation_sequence(self, prompt: str, codes_YX: np.ndarray) -> TokenSequence:
-        """Prompt and image for training. Targets are the codes; `<EOM>` is appended and never predicted, and so is not a target."""
-        ids_L = np.concatenate([self.encode_text(prompt), self.image_ids(codes_YX)])
-        return TokenSequence(ids_L, self._is_code(ids_L))
+    def generation_sequence(
+        self,
+        prompt: str,
+        codes_YX: np.ndarray,
+        order_T: np.ndarray | None = None,
+        conditions: Sequence[np.ndarray] = (),
+        hidden: bool = False,
+    ) -> TokenSequence:
+        """Prompt and image for training. Targets are the codes; `<EOM>` is appended and never predicted, and so is not a target.
+
+        Args:
+          order_T: the cells in the order in which the model draws them; by default row by row.
+          conditions: codes [Y, X] of images between them, which are no targets.
+          hidden: the conditions are left out, but the image keeps its positions. For the image this is attention that is masked from
+            the conditions, as in the Disentangled Causal Attention of OmniGen-AR (arXiv 2606.09156), on a shorter row.
+        """
+        text_L, image_L, shown = self.encode_text(prompt), self.image_ids(codes_YX), [self.image_ids(codes) for codes in conditions]
+        ids_L = np.concatenate([text_L, *([] if hidden else shown), image_L])
+        positions_L = np.arange(len(ids_L), dtype=np.int32)
+        if hidden:
+            positions_L[len(text_L) :] += sum(map(len, shown))
+        if order_T is not None:
+            cells, to = slice(len(ids_L) - 1 - codes_YX.size, -1), check_order(order_T, codes_YX.size)
+            ids_L[cells], positions_L[cells] = ids_L[cells][to], positions_L[cells][to]
+        return TokenSequence(ids_L, self._is_code(ids_L) & (np.arange(len(ids_L)) >= len(ids_L) - len(image_L)), positions_L)
 
     def text_sequence(self, text: str) -> TokenSequence:
         """Plain text for training, closed by the end of turn; every token but the first is a target."""

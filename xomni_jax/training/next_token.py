@@ -19,6 +19,7 @@ from flax import linen as nn
 
 from xomni_jax.core.config import BelowOne, ConfigError, Count, Natural, NonNegative, PositiveShare, Share
 from xomni_jax.models.vocab_heads import head_logp, select
+from xomni_jax.sequence.orders import tree_order
 from xomni_jax.sequence.packing import pack, targets
 from xomni_jax.sequence.tokenizer import MultimodalTokenizer, Shown, TokenSequence
 
@@ -34,6 +35,7 @@ class NextTokenConfig:
       understanding: share of image + question -> answer sequences
       text: share of text-only sequences
       drop_prompt: share of generation sequences without their caption; classifier-free guidance needs some
+      hide_condition: share of generation sequences whose input images are hidden from the image that is learned, so that it is not copied
       row_length: tokens of a packed row; sequences that are longer, or find no room in the rows, are left out and counted
       rows: packed rows per step over all devices
       image_weight: weight of the image loss beside the text loss
@@ -45,6 +47,7 @@ class NextTokenConfig:
     understanding: Share = 0.15
     text: Share = 0.05
     drop_prompt: BelowOne = 0.1
+    hide_condition: BelowOne = 0.1
     row_length: Count = 208
     rows: Count = 16
     image_weight: NonNegative = 1.0
@@ -86,6 +89,7 @@ def build_sequences(
     tokenizer: MultimodalTokenizer,
     cfg: NextTokenConfig,
     rng: np.random.Generator,
+    order: str = "raster",
 ) -> list[TokenSequence]:
     """One sequence per example: its conversation, its text where it has no image, or else of a kind that is drawn by the shares.
 
@@ -93,14 +97,20 @@ def build_sequences(
 
     Args:
       examples: collated; those with `turns` have marks `<image N>` for their images.
-      codes: [Y, X] of every image of each example, of which an example without `turns` has one or none.
+      codes: [Y, X] of every image of each example. Without `turns` these are none, or one and before it the images that it starts from.
+      order: of the codes of an image that follows a caption; see `ARConfig`.
     """
     rows = [{name: values[i] for name, values in examples.items()} for i in range(len(codes))]
-    return [_sequence(example, images, tokenizer, cfg, rng) for example, images in zip(rows, codes, strict=True)]
+    return [_sequence(example, images, tokenizer, cfg, rng, order) for example, images in zip(rows, codes, strict=True)]
 
 
 def _sequence(
-    example: dict[str, Any], codes: Sequence[np.ndarray], tokenizer: MultimodalTokenizer, cfg: NextTokenConfig, rng: np.random.Generator
+    example: dict[str, Any],
+    codes: Sequence[np.ndarray],
+    tokenizer: MultimodalTokenizer,
+    cfg: NextTokenConfig,
+    rng: np.random.Generator,
+    order: str,
 ) -> TokenSequence:
     caption, question, turns = example.get("caption"), example.get("question"), example.get("turns") or ()
     shown = [int(number) for _, text in turns for number, _ in re.findall(MARK, text)]
@@ -119,7 +129,9 @@ def _sequence(
         )
     kind = rng.choice(3, p=shares / shares.sum())
     if kind == 0:
-        return tokenizer.generation_sequence("" if rng.random() < cfg.drop_prompt else caption, codes[0])
+        shown, order_T = "" if rng.random() < cfg.drop_prompt else caption, None if order == "raster" else tree_order(codes[-1].shape, rng)
+        conditions, hidden = codes[:-1], len(codes) > 1 and rng.random() < cfg.hide_condition
+        return tokenizer.generation_sequence(shown, codes[-1], order_T, conditions, hidden)
     return tokenizer.understanding_sequence(codes[0], question, example["answer"]) if kind == 1 else tokenizer.text_sequence(caption)
 
 
