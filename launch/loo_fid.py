@@ -74,7 +74,9 @@ def collect(out: Path, data: Path) -> dict[str, dict[str, float]]:
     judge = Judge(out, real, labels)
     held = np.concatenate([np.flatnonzero(labels == digit)[:EACH] for digit in range(10)])
     found, model = {"real digits": judge(real[held], labels[held], float("nan"))}, xomni_jax.load(out / "c2i" / "model")
-    reconstructed = [whole(model.decode_images(model.encode_pixels(x / 127.5 - 1), [], None)) for x in np.split(real[held], len(held) // BATCH)]
+    reconstructed = [
+        whole(model.decode_images(model.encode_pixels(x / 127.5 - 1), [], None)) for x in np.split(real[held], len(held) // BATCH)
+    ]
     found["through the tokenizer"] = judge(np.concatenate(reconstructed), labels[held], float("nan"))
     found |= {f"before, guidance {guidance:g}": judge(*draw(model, guidance)) for guidance in GUIDANCES}
     for run in (run for name in VARIANTS for run in sorted(out.glob(f"{name}_*")) if (run / "model").is_dir()):

@@ -13,18 +13,19 @@ export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 mkdir -p "$out"
 [ -d "$data" ] || xomni data make mnist --size 28 --out "$data"
 
-classifier() { [ -f "$out/$1.npz" ] || python -m launch.digits "$data" "$1" "$out/$1.npz"; }
 train() {  # NAME CONFIG [options]
   local name=$1 config=$2
   shift 2
   [ -d "$out/$name/model" ] || xomni train --config="configs/methods/$config.py" --config.run_dir="$out/$name" "$@"
 }
-{ classifier first && classifier second; } &
 train vq llamagen_vq --config.data.path="$data/train" --config.validation.data.path="$data/heldout"
-wait $!
 train c2i llamagen_c2i --config.init_from="$out/vq/model" --config.data.path="$data/train"
+for half in first second; do
+  [ -f "$out/$half.npz" ] || python -m launch.digits "$data" "$half" "$out/$half.npz"
+done
 
-start "$out" digit launch/digits.py:DigitScorer --model "$out/first.npz" --workers 1
+url_DigitScorer="" url_loo_fid=""
+start "$out" launch/digits.py:DigitScorer --model "$out/first.npz" --workers 1
 start "$out" loo_fid --features launch/digits.py:features --model "$out/first.npz" --statistics "$out/first.statistics.npz" --workers 1
 grpo() {  # NAME SEED WEIGHT
   train "$1_$2" loo_fid --config.seed="$2" --config.init_from="$out/c2i/model" --config.rewards.loo_fid.weight="$3" \
@@ -32,7 +33,8 @@ grpo() {  # NAME SEED WEIGHT
 }
 for seed in $seeds; do
   grpo instance "$seed" 0.0 &
+  services+=($!)
   grpo both "$seed" 2.0
-  wait $!
+  wait "${services[-1]}"
 done
 python -m launch.loo_fid "$out" "$data" configs/methods/loo_fid.json

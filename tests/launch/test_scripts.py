@@ -24,7 +24,8 @@ def test_shellcheck():
 
 
 @pytest.mark.parametrize(
-    "script", [s for s in SCRIPTS if s in ("demo.sh", "long_run.sh", "unigrpo.sh", "make_tiny.sh", "test.sh", "queued_resource.sh")]
+    "script",
+    [s for s in SCRIPTS if s in ("demo.sh", "long_run.sh", "loo_fid.sh", "unigrpo.sh", "make_tiny.sh", "test.sh", "queued_resource.sh")],
 )
 def test_help(script):
     done = subprocess.run(["bash", f"launch/{script}", "--help"], cwd=ROOT, capture_output=True, text=True)
@@ -32,7 +33,7 @@ def test_help(script):
 
 
 @pytest.mark.parametrize("code, goes_on", [(75, True), (130, True), (2, False)])
-@pytest.mark.parametrize("script", ["demo.sh", "long_run.sh", "unigrpo.sh"])
+@pytest.mark.parametrize("script", ["demo.sh", "long_run.sh", "loo_fid.sh", "unigrpo.sh"])
 def test_a_training_that_was_stopped_ends_the_script(script, code, goes_on, tmp_path):
     """SIGTERM or Ctrl-C: the trainer saves and says so by its exit code; nothing is reported of a model that is not there."""
     shutil.copytree(ROOT / "launch", tmp_path / "launch")

@@ -1,4 +1,4 @@
-"""A class-conditional model of codes: it learns from images and their classes, then by GRPO with a reward of images and one of whole sets."""
+"""A class-conditional model learns from images and their classes, then by GRPO with a reward of images and one of whole sets."""
 
 import dataclasses
 import json
@@ -80,7 +80,7 @@ def test_classes_are_learned_from_images(start, learned):
         with pytest.raises(ValueError, match=said):
             run_stage(c2i(start, start / "refused", override))
     mixed = ("next_token.generation=0.9", "next_token.understanding=0.1")
-    with pytest.raises(ConfigError, match="a class-conditional model learns images of numbered classes alone"):
+    with pytest.raises(ConfigError, match="a class-conditional model draws images of numbered classes alone"):
         run_stage(c2i(start, start / "refused", *mixed))
 
 

@@ -185,10 +185,9 @@ def class_tokenizer(cfg: PretrainRun, model: XOmni) -> ClassTokenizer:
     """The tokenizer of a class-conditional model. ConfigError where the run's sequences are none of classes, or its images do not fit."""
     if cfg.next_token.generation < 1:
         raise ConfigError(
-            "config.next_token: a class-conditional model learns images of numbered classes alone; set generation=1, understanding=0, text=0"
+            "config.next_token: a class-conditional model draws images of numbered classes alone; set generation=1, understanding=0, text=0"
         )
-    for size in cfg.data.sizes:
-        checked(lambda: model.tokenizer.generation_prompt("0", *model.grid(*size)), "config.data.sizes")
+    checked(lambda: [model.tokenizer.generation_prompt("0", *model.grid(*size)) for size in cfg.data.sizes], "config.data.sizes")
     return model.tokenizer
 
 

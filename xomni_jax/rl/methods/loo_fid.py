@@ -75,7 +75,9 @@ class LooFIDStage(GRPOStage):
     abstract_batch: ClassVar[Callable[..., Trajectory]] = staticmethod(plain_batch)
 
     @classmethod
-    def rollouts(cls, run: LooFIDRun, programs: Mapping[str, Callable[..., Any]], model: XOmni, image_decoder: XOmni, **own: Any) -> Rollouts:
+    def rollouts(
+        cls, run: LooFIDRun, programs: Mapping[str, Callable[..., Any]], model: XOmni, image_decoder: XOmni, **own: Any
+    ) -> Rollouts:
         """What draws, decodes and scores."""
         made = super().rollouts(run, programs, model, image_decoder, **own)
         return PlainRollouts(**{f.name: getattr(made, f.name) for f in dataclasses.fields(made)}) if run.off_policy else made
