@@ -127,7 +127,7 @@ def train(images_NYXC: np.ndarray, labels_N: np.ndarray, seed: int = 0) -> Any:
 
 def main(arguments: list[str]) -> None:
     """See the module."""
-    if len(arguments) != 3 or arguments[1] not in HALVES:
+    if len(arguments) != 3 or arguments[1] not in HALVES or not arguments[2].endswith(".npz"):
         sys.exit(__doc__)
     (data, half, file), (images, labels) = arguments, read_digits(Path(arguments[0]) / "train")
     order = np.random.default_rng(0).permutation(len(labels)).reshape(2, -1)

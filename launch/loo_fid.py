@@ -26,7 +26,7 @@ from xomni_jax.sharding.arrays import whole
 
 VARIANTS = ("instance", "both")
 GUIDANCES = (1.0, 1.5, 2.0, 3.0)  # of the model before; after, digits are drawn without
-EACH, BATCH, SEED = 200, 100, 7  # digits of each class, and of a batch; the seed is no run's
+EACH, BATCH, SEED = 100, 100, 7  # digits of each class, and of a batch; the seed is no run's
 COLUMNS = ("reward", "judge", "entropy", "fid", "class_fid")
 
 
