@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import jax
 import numpy as np
 
 import xomni_jax
 from launch.digits import Classifier, read_digits
 from xomni_jax.core.tables import aligned
+from xomni_jax.data.preprocess import to_pixels
 from xomni_jax.pipeline import XOmni
 from xomni_jax.rewards.services.loo_fid import LeaveOneOutFID
 from xomni_jax.sampling.keys import image_keys
@@ -25,8 +25,8 @@ from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sharding.arrays import whole
 
 VARIANTS = ("instance", "both")
-GUIDANCES = (1.0, 1.5, 2.0, 3.0)  # of the model before; after, digits are drawn without
-EACH, BATCH, SEED = 100, 100, 7  # digits of each class, and of a batch; the seed is no run's
+GUIDANCES = (1.0, 1.5, 2.0)  # of the model before; after, digits are drawn without
+EACH, BATCH, SEED = 50, 100, 7  # digits of each class, and of a batch; the seed is no run's
 COLUMNS = ("reward", "judge", "entropy", "fid", "class_fid")
 
 
@@ -69,19 +69,32 @@ def _fid(features_ND: np.ndarray) -> LeaveOneOutFID:
 
 
 def collect(out: Path, data: Path) -> dict[str, dict[str, float]]:
-    """{run: what was measured}."""
-    real, labels = read_digits(data / "heldout")
-    judge = Judge(out, real, labels)
+    """{run: what was measured}. OUT/measured.json keeps it, so that a run is measured once."""
+    file, (real, labels) = out / "measured.json", read_digits(data / "heldout")
+    found: dict[str, dict[str, float]] = json.loads(file.read_text()) if file.is_file() else {}
+    judge, model = Judge(out, real, labels), xomni_jax.load(out / "c2i" / "model")
     held = np.concatenate([np.flatnonzero(labels == digit)[:EACH] for digit in range(10)])
-    found, model = {"real digits": judge(real[held], labels[held], float("nan"))}, xomni_jax.load(out / "c2i" / "model")
-    reconstructed = [
-        whole(model.decode_images(model.encode_pixels(x / 127.5 - 1), [], None)) for x in np.split(real[held], len(held) // BATCH)
-    ]
-    found["through the tokenizer"] = judge(np.concatenate(reconstructed), labels[held], float("nan"))
-    found |= {f"before, guidance {guidance:g}": judge(*draw(model, guidance)) for guidance in GUIDANCES}
-    for run in (run for name in VARIANTS for run in sorted(out.glob(f"{name}_*")) if (run / "model").is_dir()):
-        found[run.name] = judge(*draw(xomni_jax.load(run / "model"), 1.0))
-    return found
+
+    def reconstructed() -> np.ndarray:
+        parts = (model.encode_pixels(to_pixels(x)) for x in np.split(real[held], len(held) // BATCH))
+        return np.concatenate([whole(model.decode_images(codes, [], None)) for codes in parts])
+
+    wanted = {
+        "real digits": lambda: (real[held], labels[held], 0.0),
+        "real digits through the tokenizer": lambda: (reconstructed(), labels[held], 0.0),
+        **{f"before, guidance {guidance:g}": partial(draw, model, guidance) for guidance in GUIDANCES},
+        **{
+            run.name: lambda run=run: draw(xomni_jax.load(run / "model"), 1.0)
+            for name in VARIANTS
+            for run in sorted(out.glob(f"{name}_*"))
+            if (run / "model").is_dir()
+        },
+    }
+    for name, images in wanted.items():
+        if name not in found:
+            found[name] = judge(*images())
+            file.write_text(json.dumps(found))
+    return {name: found[name] for name in wanted}
 
 
 def table(found: dict[str, dict[str, float]]) -> str:
@@ -93,10 +106,10 @@ def main(arguments: list[str]) -> None:
     """See the module."""
     if len(arguments) != 3:
         sys.exit(__doc__)
-    found: dict[str, Any] = collect(Path(arguments[0]), Path(arguments[1]))
+    found = collect(Path(arguments[0]), Path(arguments[1]))
     print(table(found))
-    plain = jax.tree.map(lambda value: None if np.isnan(value) else round(value, 6), found)
-    Path(arguments[2]).write_text(json.dumps(plain, indent=1) + "\n")
+    rounded = {run: {name: round(value, 6) for name, value in values.items()} for run, values in found.items()}
+    Path(arguments[2]).write_text(json.dumps(rounded, indent=1) + "\n")
     print(arguments[2])
 
 
