@@ -12,8 +12,9 @@ ended() {  # CODE
 }
 trap 'ended $?' EXIT
 
-start() {  # OUT NAME [options]: returns when the service answers, with its address in url_NAME
-  local log="$1/service_$2.log" url="" name=$2
+start() {  # OUT NAME [options]: returns when the service answers, with its address in url_NAME; of FILE.py:CLASS, in url_CLASS
+  local name=${2##*:} url=""
+  local log="$1/service_$name.log"
   shift
   xomni serve-reward "$@" --port 0 > "$log" 2>&1 &
   services+=($!)

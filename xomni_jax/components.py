@@ -130,10 +130,10 @@ class ModelComponents:
     def tokenizer(self) -> MultimodalTokenizer | ClassTokenizer:
         """The text tokenizer with the ids of image codes; of a class-conditional model, that of class numbers."""
         sizes = {}
-        if "transformer" in self.description["components"]:
+        if "transformer" in {**self.description["components"], **self._configs}:
             c = self.config("transformer")
             if c.grid_columns:
-                return ClassTokenizer(c.vocab_size - 1, c.grid_columns)
+                return ClassTokenizer(c.vocab_size - 1, c.grid_columns, c.image_vocab_size)
             sizes = {name: getattr(c, name) for name in ("vocab_size", "image_vocab_size", "mm_vocab_size")}
         return MultimodalTokenizer.load(self.folder("tokenizer"), **sizes)
 

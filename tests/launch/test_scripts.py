@@ -25,11 +25,7 @@ def test_shellcheck():
 
 @pytest.mark.parametrize(
     "script",
-    [
-        s
-        for s in SCRIPTS
-        if s in set(SCRIPTS) - {"environment.sh", "services.sh", "on_host.sh", "tesseract_data.sh"}
-    ],
+    [s for s in SCRIPTS if s not in ("environment.sh", "services.sh", "on_host.sh", "tesseract_data.sh")],
 )
 def test_help(script):
     done = subprocess.run(["bash", f"launch/{script}", "--help"], cwd=ROOT, capture_output=True, text=True)
@@ -37,7 +33,7 @@ def test_help(script):
 
 
 @pytest.mark.parametrize("code, goes_on", [(75, True), (130, True), (2, False)])
-@pytest.mark.parametrize("script", ["demo.sh", "long_run.sh", "star.sh", "unigrpo.sh"])
+@pytest.mark.parametrize("script", ["demo.sh", "long_run.sh", "loo_fid.sh", "star.sh", "unigrpo.sh"])
 def test_a_training_that_was_stopped_ends_the_script(script, code, goes_on, tmp_path):
     """SIGTERM or Ctrl-C: the trainer saves and says so by its exit code; nothing is reported of a model that is not there."""
     shutil.copytree(ROOT / "launch", tmp_path / "launch")

@@ -7,6 +7,7 @@ import pytest
 
 from tests.rewards.images import sign
 from xomni_jax.core.config import ConfigError
+from xomni_jax.core.registry import RegistryError
 from xomni_jax.rewards import protocol
 from xomni_jax.rewards.scorer import ServiceError, build_scorer
 from xomni_jax.rewards.services.loo_fid import LeaveOneOutFID, read_statistics, write_statistics
@@ -167,3 +168,16 @@ def test_bad_input(references, tmp_path):
     with pytest.raises(ServiceError, match="cannot be read as an npz file"):
         build_scorer("loo_fid", given | {"statistics": str(file)})
     assert not list(tmp_path.glob("*.part*"))
+
+
+def test_features_of_ones_own(references, tmp_path):
+    """A function in a file makes them from the options; what is compared is then the mean colour alone."""
+    (tmp_path / "own.py").write_text(
+        "import numpy as np\n\ndef colours(options):\n    return lambda images: np.stack([np.asarray(x).mean((0, 1)) for x in images])\n"
+    )
+    own = {"references": str(references), "features": f"{tmp_path / 'own.py'}:colours", "decay": 0.0}
+    scorer, items = build_scorer("loo_fid", own), [{"prompt": "", "targets": {}}] * 7
+    values = [s.value for s in scorer.score([*signs((205, 40, 40)), sign("A", 32, 48, (20, 60, 220))], items)]
+    assert min(values[:6]) > 0 > values[6] and len(scorer.state()["mean"]) == 3
+    with pytest.raises(RegistryError, match="the features 'nets' is unknown; use one of inception, clip, efficientnet"):
+        build_scorer("loo_fid", own | {"features": "nets"})

@@ -48,7 +48,7 @@ from xomni_jax.sharding import abstract
 from xomni_jax.sharding.arrays import local_rows, owned_rows, whole
 from xomni_jax.sharding.mesh import MeshConfig, make_mesh
 from xomni_jax.sharding.rules import num_data_shards
-from xomni_jax.tokenizers.registry import IMAGE_TOKENIZERS
+from xomni_jax.tokenizers.registry import IMAGE_TOKENIZERS, tokenizer_in
 from xomni_jax.training.adapters import export_trained, frozen_base, learned_params
 from xomni_jax.training.components import (
     DataIterator,
@@ -277,7 +277,8 @@ class GRPOStage:
             boxed, params = beside(boxed, jax.eval_shape(init)), beside(frozen, params)
         elif cfg.grpo.kl_coef and not cfg.average_reference:
             frozen = jax.eval_shape(param_converter(boxed, mesh, c.reference_dtype), params)
-        grids = {size: IMAGE_TOKENIZERS["siglip_vq"](models["siglip_vq"]).layout(*size).shape for size in cfg.data.sizes}
+        tokenizer = IMAGE_TOKENIZERS[tokenizer_in(models)](models[tokenizer_in(models)])
+        grids = {size: tokenizer.layout(*size).shape for size in cfg.data.sizes}
         batches = {size: cls.abstract_batch(cfg, ar, grid, mesh) for size, grid in grids.items()}
         text = any(s.kind == "text" for s in batches[cfg.data.sizes[0]].drawn)
         layout = param_converter(boxed, mesh, ar.dtype, ar.image_vocab_size, text)
@@ -342,8 +343,8 @@ class GRPOStage:
         rows = local_rows(mesh, cfg.batch_size)
         fields = (*cls.fields, "size") if len(cfg.data.sizes) > 1 else cls.fields
         prompts = batches(cfg.data, cfg.seed, cfg.batch_size, rows=rows, fields=fields)
-        model = open_model(cfg.init_from, MODELS, mesh, cfg.stage)
-        models = model_configs(cfg, MODELS, model)
+        model = open_model(cfg.init_from, cls.components, mesh, cfg.stage)
+        models = model_configs(cfg, cls.components, model)
         for name, config in models.items():
             model.set_config(name, config)
         decode = decode_settings(cfg.decode, model.description)

@@ -186,7 +186,8 @@ class Rollouts:
         params, P, R, chunks = self.sampler_params(params), len(prompts), self.group, self.cfg.chunks
         chunk = P // chunks * R
         keys_PR, noise_keys_PR = self.keys(key, P)
-        inputs, orders_PRT = self.inputs(prompts, targets, keys_PR), image_orders(self.model.config("transformer").order, self.grid, keys_PR)
+        inputs = self.inputs(prompts, targets, keys_PR)
+        orders_PRT = image_orders(self.model.config("transformer").order, self.grid, keys_PR)
         items, judges, weights_P = self.questions(prompts, targets, own_weights)
         # Of each chunk first the first image of every rollout, then the second ones.
         order = np.repeat(np.arange(P * R).reshape(chunks, 1, chunk), self.n_images, axis=1).ravel()

@@ -15,13 +15,13 @@ from xomni_jax.models import work
 from xomni_jax.models.registry import COMPONENTS, abstract_params
 from xomni_jax.models.transformer import ARConfig, ARTransformer
 from xomni_jax.sampling.cache import GENERATED_AXES, PROMPT_AXES
-from xomni_jax.sampling.decoder import DECODER_COMPONENTS, DecodeConfig, Decoder, make_decode
+from xomni_jax.sampling.decoder import DECODER_COMPONENTS, DecodeConfig, Decoder, make_decode, to_uint8
 from xomni_jax.sampling.generate import draw_text
 from xomni_jax.sampling.sampler import Sampler
 from xomni_jax.sampling.segments import SegmentSpec
 from xomni_jax.sharding import abstract
 from xomni_jax.sharding.rules import SPREAD_RULES, microbatches, num_data_shards
-from xomni_jax.tokenizers.registry import IMAGE_TOKENIZERS
+from xomni_jax.tokenizers.registry import IMAGE_TOKENIZERS, tokenizer_in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,12 +91,14 @@ def decoder_programs(
     """The frozen image decoder: codes to pixels in one program, and its text encoders and VAE on their own.
 
     Args:
-      configs: of the tokenizer and the decoder's parts. grid: tokens of an image, rows x columns.
+      configs: of the tokenizer and the decoder's parts, or of a tokenizer with its own decoder. grid: tokens of an image, rows x columns.
       rows: images of a call. calls: in a training step.
 
     Returns:
       ({component: abstract parameters}, {name: program}).
     """
+    if "mmdit" not in configs:
+        return pixel_programs(tokenizer_in(configs), configs, grid, rows, calls, mesh)
     params = {name: abstract_params(name, configs[name], mesh) for name in ("siglip_vq", *DECODER_COMPONENTS)}
     decoder = Decoder(**{name: COMPONENTS[name].module(configs[name]) for name in DECODER_COMPONENTS})
     tokenizer = IMAGE_TOKENIZERS["siglip_vq"](configs["siglip_vq"])
@@ -140,3 +142,20 @@ def decoder_programs(
             jax.jit(decoder.pixels), (parts, latents), images, Work(tokens=rows * T, images=rows), uses=DECODER_COMPONENTS, per_step=0
         ),
     }
+
+
+def pixel_programs(
+    name: str, configs: Mapping[str, Any], grid: tuple[int, int], rows: int, calls: int, mesh: Mesh
+) -> tuple[dict[str, Any], dict[str, Program]]:
+    """`decoder_programs` of a model whose tokenizer `name` makes the pixels. Its operations are not counted."""
+    params, tokenizer = abstract_params(name, configs[name], mesh), IMAGE_TOKENIZERS[name](configs[name])
+    rows += -rows % num_data_shards(mesh)
+    decoder = Program(
+        jax.jit(lambda params, codes_BYX: to_uint8(tokenizer.pixels(params, codes_BYX))),
+        (params, abstract.rows(mesh, (rows, *grid), jnp.int32)),
+        f"{rows} images of {grid[0]} x {grid[1]} codes",
+        Work(tokens=rows * grid[0] * grid[1], images=rows),
+        uses=(name,),
+        per_step=calls,
+    )
+    return {name: params}, {"decoder": decoder}

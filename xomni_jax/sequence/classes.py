@@ -6,18 +6,21 @@ from typing import Any
 
 import numpy as np
 
+from xomni_jax.sequence.tokenizer import TokenSequence
+
 
 class ClassTokenizer:
     """What `MultimodalTokenizer` is to a model of text: a prompt is the number of a class, one token, which the codes follow at once.
 
     Attributes:
       vocab_size: number of classes and one more, the id that stands for no class; the id of code 0.
+      image_vocab_size: number of codes.
       pad: any id.
       columns: of the grid of codes.
     """
 
-    def __init__(self, classes: int, columns: int):
-        self.vocab_size, self.pad, self.columns = classes + 1, classes, columns
+    def __init__(self, classes: int, columns: int, codes: int):
+        self.vocab_size, self.pad, self.columns, self.image_vocab_size = classes + 1, classes, columns, codes
 
     def encode_text(self, text: str) -> np.ndarray:
         """The number of a class -> its id [1]."""
@@ -34,6 +37,12 @@ class ClassTokenizer:
     def image_prefix(self, *shape: int) -> np.ndarray:
         """No class -> ids [1]; the negative prompt of guidance."""
         return np.array([self.pad], np.int32)
+
+    def generation_sequence(self, prompt: str, codes_YX: np.ndarray) -> TokenSequence:
+        """A class, or none where the prompt is empty, and the codes of its image, which are the targets."""
+        first = self.generation_prompt(prompt, *codes_YX.shape) if prompt else self.image_prefix(*codes_YX.shape)
+        ids_L = np.concatenate([first, codes_YX.ravel() + self.vocab_size]).astype(np.int32)
+        return TokenSequence(ids_L, np.arange(len(ids_L)) >= len(first))
 
     @property
     def text(self) -> Any:

@@ -13,6 +13,7 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
+from xomni_jax.core.config import ConfigError, checked
 from xomni_jax.core.preemption import StopSignal
 from xomni_jax.core.program import Program, Programs
 from xomni_jax.data.preprocess import to_pixels
@@ -24,6 +25,7 @@ from xomni_jax.models.section import ModelSection
 from xomni_jax.pipeline import XOmni
 from xomni_jax.sampling.keys import NOISE, image_keys
 from xomni_jax.sampling.logits import SamplingConfig
+from xomni_jax.sequence.classes import ClassTokenizer
 from xomni_jax.sequence.tokenizer import MultimodalTokenizer
 from xomni_jax.sharding import abstract
 from xomni_jax.sharding.arrays import local_rows, rows_of, share, spread, whole
@@ -159,7 +161,7 @@ def abstract_rows(cfg: NextTokenConfig, names: Sequence[str], mesh: Mesh) -> Pac
 def packed_batch(
     cfg: PretrainRun,
     model: XOmni,
-    text: MultimodalTokenizer,
+    text: MultimodalTokenizer | ClassTokenizer,
     rows: Sequence[int] | None,
     examples: dict[str, Any],
     order: str = "raster",
@@ -183,6 +185,16 @@ def packed_batch(
     counts |= {f"data/epoch/{name}": epoch for name, epoch in zip(texts["source"], texts["epoch"], strict=True) if epoch is not None}
     own = local_rows(mesh, c.rows)
     return spread(mesh, jax.tree.map(lambda x: x[own], packed), c.rows), counts
+
+
+def class_tokenizer(cfg: PretrainRun, model: XOmni) -> ClassTokenizer:
+    """The tokenizer of a class-conditional model. ConfigError where the run's sequences are none of classes, or its images do not fit."""
+    if cfg.next_token.generation < 1:
+        raise ConfigError(
+            "config.next_token: a class-conditional model draws images of numbered classes alone; set generation=1, understanding=0, text=0"
+        )
+    checked(lambda: [model.tokenizer.generation_prompt("0", *model.grid(*size)) for size in cfg.data.sizes], "config.data.sizes")
+    return model.tokenizer
 
 
 def images_of(examples: dict[str, Any], i: int) -> list[np.ndarray]:
@@ -285,8 +297,8 @@ class PretrainStage:
         models, lora = model_configs(cfg, ("transformer",), model), cfg.lora
         ar = models["transformer"]
         check_trainable(models, ("transformer",) if not lora.rank else ())
-        sizes = dict(vocab_size=ar.vocab_size, image_vocab_size=ar.image_vocab_size, mm_vocab_size=ar.mm_vocab_size)
-        text = MultimodalTokenizer.load(model.path / "tokenizer", **sizes)
+        model.set_config("transformer", ar)
+        text = class_tokenizer(cfg, model) if ar.grid_columns else model.tokenizer
         made = cls.programs(cfg, models, mesh)
         base = frozen_base(model, models, "transformer", lora) if lora.rank else None
         state = made.create()
@@ -314,7 +326,7 @@ class PretrainStage:
             absent = {f"loss/source/{name}" for name in cfg.data.names if not counts[f"data/targets/{name}"]}
             return state, {name: value for name, value in metrics.items() if name not in absent} | counts
 
-        shown = grid_data(cfg.data, cfg.seed) if "mmdit" in model.description["components"] else None
+        shown = grid_data(cfg.data, cfg.seed) if "mmdit" in model.description["components"] or model.decodes_alone else None
         return RunningStage(
             state,
             DataIterator(load(cfg.data, cfg.seed), functools.partial(packed_batch, cfg, model, text, rows, order=ar.order)),

@@ -197,6 +197,7 @@ STAGES = Registry(
         "decoder": "xomni_jax.training.decoder:DecoderStage",
         "grpo": "xomni_jax.rl.grpo:GRPOStage",
         "unigrpo": "xomni_jax.rl.methods.unigrpo:UniGRPOStage",
+        "loo_fid": "xomni_jax.rl.methods.loo_fid:LooFIDStage",
         "janus_pro_r1": "xomni_jax.rl.methods.janus_pro_r1:JanusProR1Stage",
         "twig": "xomni_jax.rl.methods.twig:TwigStage",
         "corl": "xomni_jax.rl.methods.corl:CoRLStage",

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 from zipfile import BadZipFile
 
 import numpy as np
 from PIL import Image
 
+from xomni_jax.core.registry import Registry
 from xomni_jax.rewards.model_files import model_directory, model_hash
 from xomni_jax.rewards.protocol import Item, Score
 from xomni_jax.rewards.scorer import Scorer, ServiceError, need
@@ -34,6 +35,14 @@ _INCEPTION = "inception_v3_google-0cc3c7bd.pth"  # as torchvision names it
 _SIDE = 299  # pixels of the square that Inception sees
 _EPS = 1e-12  # below the square root of a variance
 Features = Callable[[Sequence[Image.Image]], np.ndarray]  # RGB images -> [N, D]
+FEATURES = Registry("features", {name: f"{__name__}:{name}" for name in ("inception", "clip", "efficientnet")})
+
+
+class FeatureOptions(Protocol):
+    """What features are made from: options of `LooFidScorer`."""
+
+    model: str
+    device: str
 
 
 class LeaveOneOutFID:
@@ -137,9 +146,10 @@ class LooFidScorer(Scorer):
           references: folder with PNG, JPEG or WebP files of real images.
           statistics: npz file with their mean `mu` and covariance `sigma` in the same features; when it does not exist, it is made from
             --references, which is not needed afterwards.
-          features: inception (2,048 numbers of torchvision's Inception-v3, as published), clip (image features of any CLIP), or
-            efficientnet (384 numbers of the network of scorer `quality`, without torch).
-          model: directory with inception_v3_google-0cc3c7bd.pth, or of the CLIP.
+          features: inception (2,048 numbers of torchvision's Inception-v3, as published), clip (image features of any CLIP),
+            efficientnet (384 numbers of the network of scorer `quality`, without torch), or path/to/file.py:function, which makes
+            your own: these options -> (RGB images -> [N, D]).
+          model: directory with inception_v3_google-0cc3c7bd.pth, or of the CLIP, or what your function reads.
           covariance: diagonal, as published, or full, which takes seconds per image with 2,048 features.
           decay: of the moving average over requests; 0 compares the images of a request alone.
           debias: start the average from zero and divide it by its weight.
@@ -151,7 +161,7 @@ class LooFidScorer(Scorer):
 
         references: str = ""
         statistics: str = ""
-        features: Literal["inception", "clip", "efficientnet"] = "inception"
+        features: str = "inception"
         model: str = ""
         covariance: Literal["diagonal", "full"] = "diagonal"
         decay: float = 0.5
@@ -170,16 +180,9 @@ class LooFidScorer(Scorer):
 
     def __init__(self, **options: Any):
         super().__init__(**options)
-        o, self.model_hash = self.options, ""
-        if o.features == "efficientnet":
-            network = EfficientNetLite0()
-            self._features: Features = lambda images: np.stack([network(np.asarray(image)) for image in images])
-        else:
-            torch, device = torch_and_device(self.name, o.device)
-            published = f"torchvision's Inception-v3 ({_INCEPTION})" if o.features == "inception" else "a CLIP"
-            folder = model_directory(self.name, "--model", o.model, published)
-            self.model_hash = model_hash(folder)
-            self._features = (inception if o.features == "inception" else clip)(torch, folder, device)
+        o = self.options
+        self._features: Features = FEATURES.get(o.features)(o)
+        self.model_hash = model_hash(o.model) if o.model else ""
         mean, covariance = self._real()
         start = read_statistics(Path(o.start), len(mean)) if o.start else None
         self._fid = LeaveOneOutFID(mean, covariance, o.covariance == "full", o.decay or None, o.debias, start)
@@ -221,8 +224,16 @@ class LooFidScorer(Scorer):
         return read_statistics(file, self._features([Image.new("RGB", (64, 64))]).shape[1])
 
 
-def inception(torch: Any, folder: Path, device: str) -> Features:
+def efficientnet(options: FeatureOptions) -> Features:
+    """Features [N, 384] of the network of scorer `quality`."""
+    network = EfficientNetLite0()
+    return lambda images: np.stack([network(np.asarray(image)) for image in images])
+
+
+def inception(options: FeatureOptions) -> Features:
     """Pooled features [N, 2048] of torchvision's Inception-v3, of whole images resized to a square."""
+    torch, device = torch_and_device("loo_fid", options.device)
+    folder = model_directory("loo_fid", "--model", options.model, f"torchvision's Inception-v3 ({_INCEPTION})")
     models = need("torchvision", "loo_fid", extra="loo_fid").models
     model = models.inception_v3(weights=None, transform_input=True, init_weights=False)
     file = existing_file(folder, _INCEPTION)
@@ -241,8 +252,10 @@ def inception(torch: Any, folder: Path, device: str) -> Features:
     return features
 
 
-def clip(torch: Any, folder: Path, device: str) -> Features:
+def clip(options: FeatureOptions) -> Features:
     """Unit image features of a CLIP."""
+    torch, device = torch_and_device("loo_fid", options.device)
+    folder = model_directory("loo_fid", "--model", options.model, "a CLIP")
     towers = ClipTowers(pretrained_model("loo_fid", "CLIPModel", folder), None, device)
     processor = pretrained("loo_fid", "CLIPImageProcessorPil", folder)
 
