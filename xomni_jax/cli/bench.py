@@ -28,7 +28,8 @@ decode  greedy decoding at batch 1 and 16, against transformers' Qwen2
 train   one train step with AdamW, against transformers' Qwen2
 mmdit   one forward pass of the decoder's transformer, against diffusers' FLUX
 grpo    seconds of a GRPO step in rollout, decode, reward and update; starts its reward services itself
-convert peak memory and speed of xomni convert against a plain copy, on a released layout of random values that it writes and removes
+convert peak memory and speed of xomni convert, export and inspect --diff against a plain copy and the hash alone, on random values in the
+        released layout, which it writes and removes
 eval    items per second of xomni eval on the rendered suites, in one process and shared by two; seconds for 240 questions to a judge
 data    examples per second of every format of training data, against the bare reader of the library that reads it
 tokenize images per second of xomni data tokenize against the bare encoder at the same batch
@@ -70,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     grpo.add_argument("--bodies", type=int, metavar="N", help="rewards: so many damaged requests instead")
     convert = parser.add_argument_group("convert only")
     convert.add_argument("--gb", type=float, metavar="GB", help="least size of the checkpoint (default 4)")
-    convert.add_argument("--dir", metavar="DIR", help="disk with 3 times that (default: temporary folder)")
+    convert.add_argument("--dir", metavar="DIR", help="disk with 4 times that (default: temporary folder)")
 
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:
