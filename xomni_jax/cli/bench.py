@@ -9,7 +9,7 @@ from typing import Any
 
 from xomni_jax.assets import TINY_SFT
 
-NAMES = ("decode", "train", "mmdit", "grpo", "convert", "eval", "data", "tokenize", "rewards", "serve", "window")
+NAMES = ("decode", "train", "mmdit", "grpo", "convert", "eval", "data", "tokenize", "rewards", "serve", "window", "start")
 _OPTIONS = dict.fromkeys(("decode", "train", "mmdit"), ("size", "threads")) | {
     "grpo": ("model", "config"),
     "convert": ("gb", "dir"),
@@ -19,6 +19,7 @@ _OPTIONS = dict.fromkeys(("decode", "train", "mmdit"), ("size", "threads")) | {
     "rewards": ("model", "config", "faults", "bodies"),
     "serve": ("model", "faults"),
     "window": ("model",),
+    "start": ("model",),
 }
 
 DETAILS = """\
@@ -38,6 +39,7 @@ rewards what the way to a reward service costs, and how much of a slow one hides
 serve   images per second and latencies of xomni serve at 1, 8 and 32 clients, against a plain batch; with --faults, mixed requests of
         clients some of whom vanish, for --seconds
 window  images in several codes per pass (sampling.window) against one code per pass: speed, codes found per pass, images that differ
+start   seconds from xomni generate to its images and from xomni train to its first step, with an empty and a filled cache of programs
 
 decode, train and mmdit need the extra [parity], grpo needs [rewards].
 """
@@ -52,7 +54,8 @@ xomni bench data --seconds 20
 xomni bench tokenize --repeats 5
 xomni bench rewards --faults
 xomni bench serve
-xomni bench window"""
+xomni bench window
+xomni bench start"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     models = parser.add_argument_group("decode, train, mmdit only")
     models.add_argument("--threads", type=int, metavar="N", help="cores that both sides use (default: all)")
     models.add_argument("--size", choices=("tiny", "small"), help="width 128 or 512 (default tiny)")
-    grpo = parser.add_argument_group("grpo; --model also for eval, tokenize, serve and window, --faults for rewards and serve")
+    grpo = parser.add_argument_group("grpo; --model also for eval, tokenize, serve, window and start, --faults for rewards and serve")
     grpo.add_argument("--model", metavar="DIR", help="model (default: the tiny one of the package)")
     grpo.add_argument("--config", metavar="FILE", help="its shapes, rewards (default: configs/tiny/demo.py)")
     grpo.add_argument("--faults", action="store_true", default=None, help="a run under faults instead")
@@ -92,7 +95,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     if args.threads is not None:
         machine.use_cores(args.threads)
     own = {"grpo": _grpo, "convert": _convert, "eval": _eval, "data": _data, "tokenize": _tokenize, "rewards": _rewards}
-    own |= {"serve": _serve, "window": _window}
+    own |= {"serve": _serve, "window": _window, "start": _start}
     report = own.get(args.name, _comparison)(args)
     print(report.text)
     if args.json:
@@ -190,6 +193,12 @@ def _window(args: argparse.Namespace) -> Any:
     from tests.benchmarks import window
 
     return window.run(args.model or TINY_SFT, args.repeats, args.seconds)
+
+
+def _start(args: argparse.Namespace) -> Any:
+    from tests.benchmarks import start
+
+    return start.run(args.model or TINY_SFT)
 
 
 def _grpo_config(args: argparse.Namespace) -> Any:
