@@ -42,7 +42,7 @@ def test_a_missing_peer_names_the_extra(name, package, monkeypatch, capsys):
     [
         (
             "decode --model somewhere",
-            "--model belongs to bench grpo, eval, tokenize, rewards, serve, window, start; bench decode does not take it",
+            "--model belongs to bench grpo, eval, tokenize, rewards, serve, window, start, decoder-price; bench decode does not take it",
         ),
         ("grpo --size small", "--size belongs to bench decode, train, mmdit"),
         ("grpo --threads 1", "--threads belongs to bench decode, train, mmdit"),

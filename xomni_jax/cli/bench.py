@@ -9,7 +9,7 @@ from typing import Any
 
 from xomni_jax.assets import TINY_SFT
 
-NAMES = ("decode", "train", "mmdit", "grpo", "convert", "eval", "data", "tokenize", "rewards", "serve", "window", "start")
+NAMES = ("decode", "train", "mmdit", "grpo", "convert", "eval", "data", "tokenize", "rewards", "serve", "window", "start", "decoder-price")
 _OPTIONS = dict.fromkeys(("decode", "train", "mmdit"), ("size", "threads")) | {
     "grpo": ("model", "config"),
     "convert": ("gb", "dir"),
@@ -20,6 +20,7 @@ _OPTIONS = dict.fromkeys(("decode", "train", "mmdit"), ("size", "threads")) | {
     "serve": ("model", "faults"),
     "window": ("model",),
     "start": ("model",),
+    "decoder-price": ("model", "config"),
 }
 
 DETAILS = """\
@@ -40,8 +41,10 @@ serve   images per second and latencies of xomni serve at 1, 8 and 32 clients, a
         clients some of whom vanish, for --seconds
 window  images in several codes per pass (sampling.window) against one code per pass: speed, codes found per pass, images that differ
 start   seconds from xomni generate to its images and from xomni train to its first step, with an empty and a filled cache of programs
+decoder-price  rank correlation, within groups of rollouts, of the rewards under fewer denoising steps and reused blocks with those of the
+        full decoder; the cheapest setting that reaches 0.95 for every reward
 
-decode, train and mmdit need the extra [parity], grpo needs [rewards].
+decode, train and mmdit need the extra [parity], grpo and decoder-price need [rewards].
 """
 EXAMPLE = """\
 xomni bench decode
@@ -55,7 +58,8 @@ xomni bench tokenize --repeats 5
 xomni bench rewards --faults
 xomni bench serve
 xomni bench window
-xomni bench start"""
+xomni bench start
+xomni bench decoder-price"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     models = parser.add_argument_group("decode, train, mmdit only")
     models.add_argument("--threads", type=int, metavar="N", help="cores that both sides use (default: all)")
     models.add_argument("--size", choices=("tiny", "small"), help="width 128 or 512 (default tiny)")
-    grpo = parser.add_argument_group("grpo; --model also for eval, tokenize, serve, window and start, --faults for rewards and serve")
+    grpo = parser.add_argument_group(
+        "grpo; --model also for eval, tokenize, serve, window, start and decoder-price, --faults for rewards and serve"
+    )
     grpo.add_argument("--model", metavar="DIR", help="model (default: the tiny one of the package)")
     grpo.add_argument("--config", metavar="FILE", help="its shapes, rewards (default: configs/tiny/demo.py)")
     grpo.add_argument("--faults", action="store_true", default=None, help="a run under faults instead")
@@ -95,7 +101,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     if args.threads is not None:
         machine.use_cores(args.threads)
     own = {"grpo": _grpo, "convert": _convert, "eval": _eval, "data": _data, "tokenize": _tokenize, "rewards": _rewards}
-    own |= {"serve": _serve, "window": _window, "start": _start}
+    own |= {"serve": _serve, "window": _window, "start": _start, "decoder-price": _decoder_price}
     report = own.get(args.name, _comparison)(args)
     print(report.text)
     if args.json:
@@ -193,6 +199,12 @@ def _window(args: argparse.Namespace) -> Any:
     from tests.benchmarks import window
 
     return window.run(args.model or TINY_SFT, args.repeats, args.seconds)
+
+
+def _decoder_price(args: argparse.Namespace) -> Any:
+    from tests.benchmarks import decoder_price
+
+    return decoder_price.run(_grpo_config(args))
 
 
 def _start(args: argparse.Namespace) -> Any:
