@@ -23,7 +23,6 @@ from xomni_jax.data.sources import first_batch
 from xomni_jax.pipeline import XOmni
 from xomni_jax.rewards.client import RewardClient
 from xomni_jax.rl.grpo import GRPORun
-from xomni_jax.rl.prompts import asked
 from xomni_jax.sampling.decoder import DecodeConfig
 from xomni_jax.sampling.keys import NOISE, image_keys
 from xomni_jax.training.components import decode_settings
@@ -44,7 +43,8 @@ def run(config: GRPORun) -> Report:
         raise BenchError("config.rewards: no weight is above 0; give at least one reward a weight")
     model, others = xomni_jax.load(config.init_from), machine.Others()
     full = decode_settings(Overrides(DecodeConfig), model.description)
-    prompts, targets, _, _ = asked(first_batch(config.data, config.seed, PROMPTS))
+    examples = first_batch(config.data, config.seed, PROMPTS)
+    prompts, targets = examples["caption"], examples["targets"]
     grid = model.grid(*config.data.sizes[0])
     keys_PR = image_keys(config.seed, PROMPTS * ROLLOUTS).reshape(PROMPTS, ROLLOUTS)
     codes = np.asarray(model.sample_codes(prompts, grid, keys_PR, config.sampling)["codes"]).reshape(-1, *grid)
@@ -58,7 +58,7 @@ def run(config: GRPORun) -> Report:
             rows[name] = {"cfg": cfg, "seconds": seconds, "scores": {k: v.reshape(PROMPTS, ROLLOUTS) for k, v in scores.items()}}
         for client in clients.values():
             client.close()
-    return report(rows, names, others.cores())
+    return report(rows, names, config.advantage.eps, others.cores())
 
 
 def settings(full: DecodeConfig) -> dict[str, DecodeConfig]:
@@ -88,18 +88,21 @@ def decoded(model: XOmni, codes: np.ndarray, prompts: Sequence[str], cfg: Decode
     return list(images), time.perf_counter() - began
 
 
-def agreement(full_PR: np.ndarray, other_PR: np.ndarray) -> dict[str, Any]:
-    """Mean rank correlations within the groups in which the full decoder's rewards differ, and how many these are.
+def agreement(full_PR: np.ndarray, other_PR: np.ndarray, eps: float) -> dict[str, Any]:
+    """Mean rank correlations within the groups whose rewards under the full decoder differ by a standard deviation above `eps`.
 
-    A group without a difference has no order to keep. One in which the other decoder alone sees no difference counts 0.
+    The others have no order to keep, and are not among the "groups" that are counted. One in which the other decoder alone sees no
+    difference counts 0.
     """
     found = []
     for a, b in zip(full_PR, other_PR):
         known = np.isfinite(a) & np.isfinite(b)
         a, b = a[known], b[known]
-        if len(a) > 1 and np.ptp(a):
+        if len(a) > 1 and np.std(a) > eps:
             found.append((spearmanr(a, b)[0], kendalltau(a, b)[0]) if np.ptp(b) else (0.0, 0.0))
-    spearman, kendall = np.mean(found, axis=0) if found else (np.nan, np.nan)
+    if not found:
+        return {"spearman": None, "kendall": None, "groups": 0}
+    spearman, kendall = np.mean(found, axis=0)
     return {"spearman": float(spearman), "kendall": float(kendall), "groups": len(found)}
 
 
@@ -108,11 +111,11 @@ def evaluations(cfg: DecodeConfig) -> int:
     return -(-cfg.steps // cfg.reuse)
 
 
-def report(rows: Mapping[str, Mapping[str, Any]], names: Sequence[str], busy: float | None) -> Report:
+def report(rows: Mapping[str, Mapping[str, Any]], names: Sequence[str], eps: float, busy: float | None) -> Report:
     """The table, and the configuration of the cheapest setting that ranks as the full decoder does."""
     full, data = rows[FULL], []
     for name, row in rows.items():
-        found = {reward: agreement(full["scores"][reward], row["scores"][reward]) for reward in names}
+        found = {reward: agreement(full["scores"][reward], row["scores"][reward], eps) for reward in names}
         mean = {reward: float(np.nanmean(row["scores"][reward])) for reward in names}
         kept = {reward: a for reward, a in found.items() if a["groups"]}
         cfg = row["cfg"]
@@ -120,10 +123,13 @@ def report(rows: Mapping[str, Mapping[str, Any]], names: Sequence[str], busy: fl
         data.append(about | {"agreement": found, "mean": mean, "enough": all(a["spearman"] >= WANTED for a in kept.values())})
     varied = [reward for reward in names if data[0]["agreement"][reward]["groups"]]
     if not varied:
-        raise BenchError("no reward differs within a group of rollouts; take a model or a temperature that draws different images")
+        raise BenchError(
+            f"no reward differs by more than {eps:g} within a group of rollouts; take a model or a temperature that draws different images"
+        )
     table = [("", "block runs", "of the time", *(f"{name}: Spearman, Kendall, mean" for name in names))]
     for row in data:
-        cells = [f"{a['spearman']:.3f}, {a['kendall']:.3f}, {row['mean'][reward]:.3f}" for reward, a in row["agreement"].items()]
+        ranks = {name: f"{a['spearman']:.3f}, {a['kendall']:.3f}" if a["groups"] else "no order" for name, a in row["agreement"].items()}
+        cells = [f"{said}, {row['mean'][name]:.3f}" for name, said in ranks.items()]
         table.append((row["name"], str(row["evaluations"]), f"{row['seconds'] / full['seconds']:.2f}", *cells))
     groups = ", ".join(f"{reward} in {data[0]['agreement'][reward]['groups']}" for reward in names)
     good = [row for row in data if row["enough"] and row["name"] not in (FULL, NOISE_ROW)]
@@ -135,7 +141,7 @@ def report(rows: Mapping[str, Mapping[str, Any]], names: Sequence[str], busy: fl
     lines = [
         f"decoder-price: {PROMPTS} groups of {ROLLOUTS} rollouts; rank correlation within groups with the full decoder ({FULL})",
         machine_line("one process", busy),
-        f"groups whose rewards differ: {groups}, of {PROMPTS}; the others have no order to keep",
+        f"groups whose rewards differ by more than config.advantage.eps={eps:g}: {groups}, of {PROMPTS}; the others have no order to keep",
         "", aligned(table), "", said,
     ]  # fmt: skip
     whole = {"benchmark": "decoder-price", "rows": data, "best": best, "versions": machine.versions(OURS), "machine": machine.describe()}
