@@ -274,7 +274,7 @@ class MMDiT(nn.Module):
         Returns:
           velocity_BTC in float32; with `reuse` (velocity_BTC, blocks_BTD).
         """
-        c, B = self.cfg, len(latents_BTC)
+        c, (B, T, _) = self.cfg, latents_BTC.shape
         condition_BD = ConditionMLP(c, name="time_embed")(sinusoidal(sigma_B * 1000.0))
         if c.guidance_embed:
             guidance_B = jnp.ones(B) if guidance_B is None else guidance_B
@@ -284,18 +284,20 @@ class MMDiT(nn.Module):
         text_BSD = linear(c, "text_embed", c.d_model, ("code", "embed"))(text_BSE)
         embedded_BTD = linear(c, "latent_embed", c.d_model, ("code", "embed"))(latents_BTC)
         if blocks_BTD is None:
-            x_BTD = self._blocks(text_BSD, embedded_BTD, condition_BD, semantics_BTC, grid)
+            x_BLD = self._blocks(text_BSD, embedded_BTD, condition_BD, semantics_BTC, grid)
         else:
-            x_BTD = embedded_BTD + blocks_BTD
+            x_BLD = embedded_BTD + blocks_BTD
         scale, shift = Modulation(c, 2, name="final_modulation")(condition_BD)  # the released order: scale first
-        out_BTC = linear(c, "out", c.in_channels, ("embed", "code"), init=ZEROS)(ModulatedNorm(c)(x_BTD, shift, scale)).astype(jnp.float32)
+        x_BTD = x_BLD[:, -T:]
+        h_BTD = ModulatedNorm(c)(x_BTD, shift, scale)
+        out_BTC = linear(c, "out", c.in_channels, ("embed", "code"), init=ZEROS)(h_BTD).astype(jnp.float32)
         # x = (1 - sigma) data + sigma noise, so noise - data = (x - data) / sigma; the floor bounds the loss's weight near the data.
         data = c.prediction == "data"
         velocity_BTC = (latents_BTC - out_BTC) / jnp.maximum(sigma_B, MIN_SIGMA)[:, None, None] if data else out_BTC
         return (velocity_BTC, x_BTD - embedded_BTD) if reuse else velocity_BTC
 
     def _blocks(self, text_BSD, image_BTD, condition_BD, semantics_BTC, grid) -> jax.Array:
-        """The embedded latents after all blocks."""
+        """Text and embedded latents after all blocks, as one sequence."""
         c, (B, T, _) = self.cfg, image_BTD.shape
         cos_LH, sin_LH = rope_tables(grid, text_BSD.shape[1], c.axes_dims, c.theta)
         streams = tuple(constrain(x, "batch", "length", "residual", name="mmdit/embed") for x in (text_BSD, image_BTD))
@@ -310,4 +312,4 @@ class MMDiT(nn.Module):
         x_BLD = jnp.concatenate([text_BSD, image_BTD], axis=1)
         single = stacked(SingleStreamBlock, c.n_single, c.remat, (nn.broadcast,) * 3, c.unroll)
         x_BLD, _ = single(c, name="single_blocks")(x_BLD, condition_BD, cos_LH, sin_LH)
-        return x_BLD[:, -T:]
+        return x_BLD
