@@ -213,13 +213,13 @@ class Stop(Exception):
 def test_an_interrupted_conversion_goes_on(released, converted, tmp_path, monkeypatch):
     real, written = module.save_params, []
 
-    def save(directory, params):
+    def save(directory, params, progress):
         if Path(directory).name == "mmdit" and not written.count("mmdit"):
             written.append("mmdit")
             (Path(directory).parent / "mmdit.orbax-checkpoint-tmp").mkdir()
             raise Stop
         written.append(Path(directory).name)
-        return real(directory, params)
+        return real(directory, params, progress)
 
     monkeypatch.setattr(module, "save_params", save)
     with pytest.raises(Stop):
@@ -242,11 +242,11 @@ def test_an_interrupted_conversion_goes_on(released, converted, tmp_path, monkey
 def test_an_interrupted_conversion_of_something_else_is_started_again(copies, tmp_path, monkeypatch):
     real, written = module.save_params, []
 
-    def save(directory, params):
+    def save(directory, params, progress):
         written.append(Path(directory).name)
         if len(written) == 2:
             raise Stop
-        return real(directory, params)
+        return real(directory, params, progress)
 
     monkeypatch.setattr(module, "save_params", save)
     with pytest.raises(Stop):

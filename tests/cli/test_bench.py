@@ -42,7 +42,7 @@ def test_a_missing_peer_names_the_extra(name, package, monkeypatch, capsys):
     [
         (
             "decode --model somewhere",
-            "--model belongs to bench grpo, eval, tokenize, rewards, serve, window, scaling; bench decode does not take it",
+            "--model belongs to bench grpo, eval, tokenize, rewards, serve, window, scaling, start, decoder-price; bench decode does not",
         ),
         ("grpo --size small", "--size belongs to bench decode, train, mmdit, device; bench grpo does not take it"),
         ("device --size small", "--size small: bench device has the sizes tiny and 1b"),

@@ -235,3 +235,7 @@ def test_the_cache_of_compiled_programs_can_be_chosen(monkeypatch, image, model_
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "mine")
     main(["chat", "/nowhere.png", "what?"])
     assert cli.os.environ["JAX_COMPILATION_CACHE_DIR"] == "mine"
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    cli.set_up()
+    assert cli.os.environ["JAX_COMPILATION_CACHE_DIR"] == "/cache/xomni_jax/xla"

@@ -32,6 +32,7 @@ from xomni_jax.rl.rewards import RewardConfig, Rewards
 from xomni_jax.sampling.engine import Engine
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sampling.sampler import Sampler
+from xomni_jax.sampling.segments import Segment, image_spec
 from xomni_jax.sharding.abstract import path_name
 from xomni_jax.sharding.mesh import make_mesh
 from xomni_jax.sharding.rules import param_shardings
@@ -338,6 +339,58 @@ def test_the_samplers_layout_computes_the_same(model):
     run = jax.jit(lambda p: small.apply({"params": p}, ids))
     as_stored = jax.tree.map(np.asarray, (params, placed))
     np.testing.assert_array_equal(run(as_stored[0]), run(as_stored[1]))
+
+
+def test_a_sampler_in_8_bits_is_corrected_and_held_to_a_limit(model_dir, service, tmp_path):
+    more = ["steps=2", "grpo.importance_cap=2", "rollout.weights=int8", "grid_every=0"]
+    run_stage(grpo_config(tmp_path / "run", model_dir, service.url, *more))
+    first, second = metrics(tmp_path / "run")
+    assert 0 < first["grpo/sampler_kl"] < 0.01 and first["grpo/logp_gap_max"] > 1e-4  # of other weights than the policy's
+    assert first["grpo/importance_mean"] == pytest.approx(1, abs=0.05) and second["grpo/importance_cut_frac"] == 0
+    with pytest.raises(
+        FloatingPointError, match="nats a code away from the policy at step 1 .limit config.rollout.max_sampler_kl=1e-09.; set"
+    ):
+        run_stage(grpo_config(tmp_path / "strict", model_dir, service.url, *more, "rollout.max_sampler_kl=1e-9"))
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [((), "set config.grpo.importance_cap, such as 2"), (("grpo.importance_cap=2", "lora.rank=2"), "adapters are not rounded")],
+)
+def test_8_bits_need_a_correction_and_no_adapters(more, words, model_dir, tmp_path):
+    with pytest.raises(ConfigError, match=words):
+        run_stage(grpo_config(tmp_path / "run", model_dir, FREE, "rollout.weights=int8", *more))
+
+
+def test_the_sampler_in_8_bits_draws_what_its_weights_score(model):
+    """Its log-probs replay with the rounded weights to float32's rounding, and every kernel is within half a step of the policy's."""
+    net = model.module("transformer")
+    small = ARTransformer(dataclasses.replace(net.cfg, int8=True))
+    mesh, boxed = make_mesh(dict(fsdp=4, tensor=2)), boxed_shapes("transformer", small.cfg)
+    params = jax.device_put(model.params("transformer"), param_shardings(boxed_shapes("transformer", net.cfg), mesh))
+    placed = rollouts.param_converter(boxed, mesh, jnp.float32, CODES, int8=True)(params)
+    kernel, layer = params["language"]["mlp"]["up_proj"]["kernel"], placed["language"]["mlp"]["up_proj"]
+    assert layer["kernel"].dtype == jnp.int8 and "fsdp" not in str(layer["kernel"].sharding.spec)
+    scale = np.asarray(layer["kernel_scale"])[:, None]
+    assert (np.abs(np.asarray(layer["kernel"]) * scale - np.asarray(kernel)) <= scale * (0.5 + 1e-4)).all()
+
+    alone = jax.tree.map(np.asarray, placed)
+    ids, lengths, keys = (
+        np.arange(12, dtype=np.int32).reshape(2, 6) % 7,
+        np.array([6, 4], np.int32),
+        jax.random.split(jax.random.key(0), (2, 2)),
+    )
+    sampling = SamplingConfig(top_k=0, min_p=0.0)
+    out = Sampler.make(small, GRID, sampling)(alone, ids, lengths, keys, None)
+    codes, logp = (np.asarray(out[name]).reshape(4, -1) for name in ("codes", "logp"))
+    prompts = np.repeat(ids, 2, 0), np.repeat(lengths, 2)
+    segment = Segment(codes, None, logp, None, "image", image_spec(codes.shape[1], sampling))
+    again = {
+        net_: Engine(net_).score(p, prompts, (segment,), None, 0)[0][0]
+        for net_, p in ((small, alone), (net, jax.tree.map(np.asarray, params)))
+    }
+    np.testing.assert_allclose(again[small], logp, atol=1e-4)
+    assert np.abs(again[net] - logp).max() > 1e-3
 
 
 def test_adapters_learn_on_a_base_in_8_bits_which_is_the_reference_as_well(model_dir, service, tmp_path):

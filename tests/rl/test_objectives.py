@@ -10,7 +10,7 @@ import pytest
 
 from tests.training.rl_examples import EXAMPLES, section
 from xomni_jax.rl.advantages import group_advantages
-from xomni_jax.rl.objectives import REDUCTIONS, GRPOConfig, grpo_loss, join_metrics, kl_estimate, loss_items
+from xomni_jax.rl.objectives import REDUCTIONS, GRPOConfig, grpo_loss, importance, join_metrics, kl_estimate, loss_items
 
 OFF = GRPOConfig(updates_per_batch=2)  # off-policy: old log-probs are given
 
@@ -92,6 +92,17 @@ def test_worked_kl_estimates(name):
             np.testing.assert_allclose(kl_estimate(logp, ref, k), e["expected"][k], rtol=e["tol"], atol=e["tol"])
         slope = jax.grad(lambda x: kl_estimate(x, ref, "k3").sum())(logp)
     np.testing.assert_allclose(slope, e["expected"]["dk3_dlogp"], rtol=e["tol"], atol=e["tol"])
+
+
+def test_the_sampler_kl_is_exact_in_expectation(rng):
+    """Over all tokens, each as often as the sampler draws it, the estimate is KL(sampler || policy); the masked have no part in it."""
+    sampler, policy = (np.exp(rng.normal(size=7)) for _ in range(2))
+    sampler, policy = sampler / sampler.sum(), policy / policy.sum()
+    told = [importance(np.log([[p, np.nan]]), np.log([[s, 1.0]]), np.array([[True, False]]), 2.0)[1] for s, p in zip(sampler, policy)]
+    kl = sum(s * each["grpo/sampler_kl"] for s, each in zip(sampler, told))
+    np.testing.assert_allclose(kl, np.sum(sampler * np.log(sampler / policy)), rtol=1e-5)
+    with pytest.raises(ValueError, match="importance_cap=2 weighs tokens; ratio='sequence' has one weight per rollout, use 'token'"):
+        GRPOConfig(importance_cap=2.0, ratio="sequence")
 
 
 def test_expected_kl_gradients():

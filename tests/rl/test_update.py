@@ -97,6 +97,32 @@ def test_on_policy_gradient_by_hand(rng):
     np.testing.assert_allclose(metrics["loss/grpo"], -np.mean(np.asarray(rows.advantage[0]) * ok), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("updates", [1, 2])
+def test_another_sampler_is_corrected_by_hand(rng, updates):
+    """Each token's gradient counts min(policy / sampler, 2) times; drawn by the policy itself, and without a cap, exactly once."""
+    params, rows = table_batch(rng)
+    off = GRPOConfig(rollouts_per_prompt=R, kl_coef=0.0, updates_per_batch=updates)
+    on = dataclasses.replace(off, importance_cap=2.0)
+    apart_BT = rng.normal(0, 0.8, (B, T)).astype(np.float32)
+    other = drawn_with(rows, params["logp"] - apart_BT)
+
+    def gradient(rows, cfg):
+        state, metrics = table_update(params, rows, cfg)
+        return np.asarray(params["logp"] - state.params["logp"]), metrics
+
+    plain, told = gradient(rows, off)
+    assert "grpo/sampler_kl" not in told
+    np.testing.assert_array_equal(gradient(other, off)[0], plain)
+    same, told = gradient(rows, on)
+    np.testing.assert_array_equal(same, plain)
+    assert told["grpo/importance_mean"] == 1 and told["grpo/sampler_kl"] == told["grpo/importance_cut_frac"] == 0
+    corrected, told = gradient(other, on)
+    weight_BT = np.minimum(np.exp(apart_BT), 2)
+    np.testing.assert_allclose(corrected, plain * weight_BT, rtol=1e-5, atol=5e-7)  # a difference of two parameters of at most 4 in float32
+    np.testing.assert_allclose(told["grpo/importance_mean"], weight_BT.mean(), rtol=1e-5)
+    np.testing.assert_allclose(told["grpo/importance_cut_frac"], (np.exp(apart_BT) > 2).mean(), rtol=1e-5)
+
+
 def test_gradient_of_the_kl_term_by_hand(rng):
     params, rows = table_batch(rng)
     rows = rows.replace(advantage=(jnp.zeros(B),))

@@ -11,8 +11,10 @@ from flax import linen as nn
 
 from tests.miniature import GRID, configs
 from tests.models import golden
+from xomni_jax.models.autoencoder import unpack
 from xomni_jax.models.registry import COMPONENTS, init_params
 from xomni_jax.sampling.decoder import DECODER_COMPONENTS, DecodeConfig, Decoder
+from xomni_jax.sampling.flow import flow_sigmas, null_conditioning
 from xomni_jax.sharding.mesh import make_mesh
 from xomni_jax.sharding.rules import param_shardings
 
@@ -73,3 +75,35 @@ def test_pieces_and_a_mesh_change_nothing(inputs, boxed, whole, rows, microbatch
 def test_pieces_on_one_device_change_nothing(inputs, whole):
     """Five images at most make four pieces of four."""
     golden.assert_close(drawn(inputs, B, 5, 1.0), whole[1.0], "latents", 1e-5)
+
+
+def test_reused_blocks_are_those_of_the_step_before(inputs):
+    """Against steps by hand, with guidance; and where each noise level gets its own blocks the method with the cache is the plain one."""
+    params, semantics, text, pooled, empty, noise = inputs
+    one, cfg = decoder(0), DecodeConfig(steps=5, guidance=3.0, reuse=2)
+    args = semantics[:2], text[:2], pooled[:2], empty, noise[:2]
+    got = jax.jit(one.latents, static_argnums=6)(params, *args, cfg)
+
+    cond = one.condition(params, text[:2], pooled[:2], semantics[:2])
+    nothing = one.condition(params, *empty, None)
+    sides = cond, null_conditioning(cond, nothing.text_BSE[0], nothing.pooled_BE[0])
+    x, kept = noise[:2], [None, None]
+    sigmas = flow_sigmas(cfg.steps, T, base_shift=cfg.base_shift, max_shift=cfg.max_shift)
+    for n, (sigma, following) in enumerate(zip(sigmas, sigmas[1:])):
+        velocity = []
+        for side, c in enumerate(sides):
+            read = x, np.full(2, sigma), c.text_BSE, c.pooled_BE, GRID, c.semantics_BTC
+            own, new = one.mmdit.apply({"params": params["mmdit"]}, *read, reuse=True, blocks_BTD=kept[side] if n % 2 else None)
+            if n % 2 == 0:
+                kept[side] = new
+                plain = one.velocity(params, x, np.full(2, sigma), c, GRID)
+                np.testing.assert_allclose(own, plain, rtol=1e-5, atol=1e-5)
+            velocity.append(own)
+        x = x + (following - sigma) * (velocity[1] + cfg.guidance * (velocity[0] - velocity[1]))
+    np.testing.assert_allclose(got, unpack(x, GRID), rtol=1e-4, atol=1e-4 * np.abs(x).max())
+    assert np.abs(got - np.asarray(drawn(inputs, 2, 0, 3.0))).max() > 1e-3
+
+
+def test_reuse_has_limits():
+    with pytest.raises(ValueError, match="decode.reuse=4 must lie between 1 and decode.steps=3"):
+        DecodeConfig(steps=3, reuse=4)

@@ -34,8 +34,9 @@ class ConversionPlan:
 
     @property
     def source_files(self) -> list[str]:
-        """The files that tensors come from."""
-        return sorted({str(info.file) for part in self.release.components.values() for info in part.sources.infos.values()})
+        """The files that tensors come from, in the order in which they are converted."""
+        parts = self.release.components.values()
+        return list(dict.fromkeys(file for part in parts for file in sorted({str(info.file) for info in part.sources.infos.values()})))
 
 
 def plan_conversion(

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from typing import Any
 
 from xomni_jax.checkpoint.conversion import ignored_rule
@@ -50,19 +47,3 @@ def what_becomes(plan: ConversionPlan) -> dict[str, Any]:
                 dropped.append({"file": str(info.file), "key": info.key, "reason": ignored.reason})
         components[name] = {"taken": taken, "new": new, "dropped": dropped}
     return components
-
-
-@contextlib.contextmanager
-def digests(files: Sequence[str]) -> Iterator[Callable[[], dict[str, str]]]:
-    """sha256 of files, computed by a thread while the block runs; the function waits for them. An error in the block ends the thread."""
-
-    def sha256(file: str) -> str:
-        with open(file, "rb", buffering=0) as source:
-            return hashlib.file_digest(source, "sha256").hexdigest()
-
-    with ThreadPoolExecutor(1) as pool:
-        found = {file: pool.submit(sha256, file) for file in files}
-        try:
-            yield lambda: {file: digest.result() for file, digest in found.items()}
-        finally:
-            pool.shutdown(cancel_futures=True)

@@ -20,7 +20,8 @@ from jax.experimental.multihost_utils import sync_global_devices
 
 from xomni_jax.checkpoint.component_source import NewParts
 from xomni_jax.checkpoint.conversion_plan import ConversionPlan, plan_conversion
-from xomni_jax.checkpoint.conversion_report import digests, what_becomes
+from xomni_jax.checkpoint.conversion_report import what_becomes
+from xomni_jax.checkpoint.digests import Digests
 from xomni_jax.checkpoint.store import config_to_json, model_json_or_new, write_json
 from xomni_jax.checkpoint.stream import save_params
 from xomni_jax.checkpoint.tensor_file import check_space, read_json
@@ -61,12 +62,12 @@ def convert(
     _prepare(part, done)
     for line in plan.release.notes:
         say(line)
-    with digests(plan.source_files if jax.process_index() == 0 else []) as hashes:
-        _write(part, plan, done, identity, say)
+    with Digests(plan.source_files if jax.process_index() == 0 else []) as hashes:
+        _write(part, plan, done, identity, say, hashes)
         not_finite = {key: kind for found in done.values() for key, kind in found.items()}
         sync_global_devices("written")
         if jax.process_index() == 0:
-            report = {"files": hashes(), "components": what_becomes(plan), "not_finite": not_finite}
+            report = {"files": hashes.result(), "components": what_becomes(plan), "not_finite": not_finite}
             _publish(part, to, plan, report, tokenizer, say)
     sync_global_devices("published")
     return [f"{key}: holds values that are {kind}" for key, kind in sorted(not_finite.items())]
@@ -101,18 +102,23 @@ def _prepare(part: Path, done: Mapping[str, Any]) -> None:
     sync_global_devices("prepared")
 
 
-def _write(part: Path, plan: ConversionPlan, done: dict[str, dict[str, str]], identity: dict[str, Any], say: Say) -> None:
+def _write(part: Path, plan: ConversionPlan, done: dict[str, dict[str, str]], identity: dict[str, Any], say: Say, hashes: Digests) -> None:
     """Writes the components that are not done, one after the other."""
+
+    def progress(nbytes: int) -> None:
+        hashes.advance(nbytes / plan.nbytes)
+
     for name, params in plan.params.items():
+        size = sum(p.nbytes for p in params)
         if name in done:
             say(f"{name}: already in {part}")
+            progress(size)
             continue
         began = time.perf_counter()
-        done[name] = save_params(part / name, params) if params else {}
+        done[name] = save_params(part / name, params, progress) if params else {}
         if jax.process_index() == 0:
             write_json(part / PROGRESS, {"identity": identity, "done": done})
-        size, seconds = sum(p.nbytes for p in params), time.perf_counter() - began
-        say(f"{name}: {len(params)} arrays, {bytes_text(size)} in {seconds:.1f} s")
+        say(f"{name}: {len(params)} arrays, {bytes_text(size)} in {time.perf_counter() - began:.1f} s")
 
 
 def _publish(part: Path, to: Path, plan: ConversionPlan, report: dict[str, Any], tokenizer: str | None, say: Say) -> None:

@@ -153,19 +153,28 @@ def compare(a: CheckpointView, b: CheckpointView) -> Iterator[Difference]:
                     yield found
 
 
-def _compare(name: str, a: StoredArray, b: StoredArray) -> Difference:
-    absolute, largest, count = 0.0, 0.0, 0
+def _blocks(a: StoredArray, b: StoredArray) -> Iterator[list[np.ndarray]]:
+    """The values of both sides, some rows at a time."""
     rows = a.shape[0] if a.shape else 1
     step = max(1, int(BLOCK // max(1, math.prod(a.shape) * 4 // max(rows, 1))))
     for start in range(0, rows, step):
         index = (slice(start, min(start + step, rows)), *(slice(0, n) for n in a.shape[1:])) if a.shape else ()
-        x, y = (np.asarray(side.read(index), np.float32) for side in (a, b))
+        yield [np.ascontiguousarray(side.read(index)).reshape(-1) for side in (a, b)]
+        a.release(), b.release()
+
+
+def _compare(name: str, a: StoredArray, b: StoredArray) -> Difference:
+    # Equal bits are the usual case, and are found several times faster than the sizes of differences.
+    if a.dtype == b.dtype and all(np.array_equal(x.view(f"u{x.itemsize}"), y.view(f"u{y.itemsize}")) for x, y in _blocks(a, b)):
+        return Difference(name, 0.0, 0.0, 0)
+    absolute, largest, count = 0.0, 0.0, 0
+    for block in _blocks(a, b):
+        x, y = (np.asarray(side, np.float32) for side in block)
         both_nan = np.isnan(x) & np.isnan(y)
         gap = np.where((x == y) | both_nan, 0, np.abs(x - y))
         gap[np.isnan(gap)] = np.inf  # a number against a NaN
         count += int(np.count_nonzero(~((x == y) | both_nan)))
         absolute = max(absolute, float(np.max(gap, initial=0)))
         largest = max(largest, float(np.max(np.abs(np.where(np.isnan(x), 0, x)), initial=0)))
-        a.release(), b.release()
     note = "" if a.dtype == b.dtype else f"{a.dtype.name} and {b.dtype.name}"
     return Difference(name, absolute, absolute / largest if largest else (math.inf if absolute else 0.0), count, note)

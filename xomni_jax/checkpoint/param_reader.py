@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import zlib
 from collections.abc import Iterator, Mapping
@@ -61,10 +62,10 @@ class ParamReader:
         fixed = [axis for axis in range(len(self.shape)) if axis not in free]
         return (*fixed, *sorted(free, key=lambda axis: -strides[free.index(axis)]))
 
-    def read(self, index: Index | None = None) -> np.ndarray:
-        """The rectangle `index` (by default the whole parameter), C-ordered, in the parameter's dtype."""
+    def read(self, index: Index | None = None, out: np.ndarray | None = None) -> np.ndarray:
+        """The rectangle `index` (by default the whole parameter), C-ordered, in the parameter's dtype; in `out` where that is given."""
         spans = [range(*s.indices(n)) for s, n in zip(index or (slice(None),) * len(self.shape), self.shape, strict=True)]
-        out = np.empty(tuple(map(len, spans)), self.dtype)
+        out = np.empty(tuple(map(len, spans)), self.dtype) if out is None else out
         if self.init:
             self._draw(spans, out)
         for rule in self.rules:
@@ -107,6 +108,8 @@ class ParamReader:
 
 def copy_strided(out: np.ndarray, value: np.ndarray) -> None:
     """out[...] = value, cast to out's dtype; tile by tile where the axes of the two are in different orders in memory."""
+    if out.dtype == value.dtype:  # numpy copies its own integers faster than bfloat16, and without Python's lock
+        out, value = out.view(f"u{out.itemsize}"), value.view(f"u{out.itemsize}")
     if value.ndim < 2 or value.flags.c_contiguous or value.strides[-1] == value.itemsize:
         out[...] = value
         return
@@ -207,6 +210,12 @@ def blocks_of(param: ParamReader, chunk: tuple[int, ...], limit: int = 32 * 2**2
     for index in _cut(param, whole, 0, chunk, limit):
         single = index[0].stop - index[0].start == 1
         yield from _cut(param, index, param.order[1], chunk, limit) if single and param.rules and len(param.shape) > 1 else [index]
+
+
+def chunks_of(index: Index, chunk: tuple[int, ...]) -> Iterator[Index]:
+    """The chunks that make up a block of `blocks_of`."""
+    starts = itertools.product(*(range(s.start, s.stop, n) for s, n in zip(index, chunk, strict=True)))
+    return (tuple(slice(i, min(i + n, s.stop)) for i, n, s in zip(start, chunk, index)) for start in starts)
 
 
 def _cut(param: ParamReader, index: Index, axis: int, chunk: tuple[int, ...], limit: int) -> Iterator[Index]:

@@ -10,8 +10,8 @@ from typing import Any
 
 from xomni_jax.assets import TINY_SFT
 
-NAMES = ("decode", "train", "mmdit", "grpo", "convert", "eval", "data", "tokenize", "rewards", "serve", "window", "device", "scaling")
-_OPTIONS = dict.fromkeys(("decode", "train", "mmdit"), ("size", "threads")) | {
+_COMPARED = ("decode", "train", "mmdit")
+_OPTIONS = dict.fromkeys(_COMPARED, ("size", "threads")) | {
     "grpo": ("model", "config"),
     "convert": ("gb", "dir"),
     "eval": ("model",),
@@ -22,7 +22,10 @@ _OPTIONS = dict.fromkeys(("decode", "train", "mmdit"), ("size", "threads")) | {
     "window": ("model",),
     "device": ("size",),
     "scaling": ("model",),
+    "start": ("model",),
+    "decoder-price": ("model", "config"),
 }
+NAMES = tuple(_OPTIONS)
 
 DETAILS = """\
 In decode, train and mmdit both sides do the same work with the same weights and all cores; results are compared before anything is timed.
@@ -31,7 +34,8 @@ decode  greedy decoding at batch 1 and 16, against transformers' Qwen2
 train   one train step with AdamW, against transformers' Qwen2
 mmdit   one forward pass of the decoder's transformer, against diffusers' FLUX
 grpo    seconds of a GRPO step in rollout, decode, reward and update; starts its reward services itself
-convert peak memory and speed of xomni convert against a plain copy, on a released layout of random values that it writes and removes
+convert peak memory and speed of xomni convert, export and inspect --diff against a plain copy and the hash alone, on random values in the
+        released layout, which it writes and removes
 eval    items per second of xomni eval on the rendered suites, in one process and shared by two; seconds for 240 questions to a judge
 data    examples per second of every format of training data, against the bare reader of the library that reads it
 tokenize images per second of xomni data tokenize against the bare encoder at the same batch
@@ -42,8 +46,11 @@ serve   images per second and latencies of xomni serve at 1, 8 and 32 clients, a
 window  images in several codes per pass (sampling.window) against one code per pass: speed, codes found per pass, images that differ
 device  drawing codes and a train step on this accelerator, a TPU or a GPU, as shares of its published bandwidth and operations
 scaling what 2, 4 and 8 devices (simulated) and two processes cost beyond their work, for steps of fine-tuning and of GRPO
+start   seconds from xomni generate to its images and from xomni train to its first step, with an empty and a filled cache of programs
+decoder-price  rank correlation, within groups of rollouts, of the rewards under fewer denoising steps and reused blocks with those of the
+        full decoder; the cheapest setting that reaches 0.95 for every reward
 
-decode, train and mmdit need the extra [parity], grpo needs [rewards].
+decode, train and mmdit need the extra [parity], grpo and decoder-price need [rewards].
 """
 EXAMPLE = """\
 xomni bench decode
@@ -58,7 +65,9 @@ xomni bench rewards --faults
 xomni bench serve
 xomni bench window
 xomni bench device --size tiny
-xomni bench scaling"""
+xomni bench scaling
+xomni bench start
+xomni bench decoder-price"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,14 +79,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     models = parser.add_argument_group("decode, train, mmdit; --size also for device")
     models.add_argument("--threads", type=int, metavar="N", help="cores that both sides use (default: all)")
     models.add_argument("--size", choices=("tiny", "small", "1b"), help="tiny or small: width 128 or 512; device: tiny or 1b (default)")
-    grpo = parser.add_argument_group("grpo; --model also for eval, tokenize, serve, window and scaling, --faults for rewards and serve")
+    grpo = parser.add_argument_group(
+        "grpo; --model also for eval, tokenize, serve, window, scaling, start, decoder-price, --faults for rewards, serve"
+    )
     grpo.add_argument("--model", metavar="DIR", help="model (default: the tiny one of the package)")
     grpo.add_argument("--config", metavar="FILE", help="its shapes, rewards (default: configs/tiny/demo.py)")
     grpo.add_argument("--faults", action="store_true", default=None, help="a run under faults instead")
     grpo.add_argument("--bodies", type=int, metavar="N", help="rewards: so many damaged requests instead")
     convert = parser.add_argument_group("convert only")
     convert.add_argument("--gb", type=float, metavar="GB", help="least size of the checkpoint (default 4)")
-    convert.add_argument("--dir", metavar="DIR", help="disk with 3 times that (default: temporary folder)")
+    convert.add_argument("--dir", metavar="DIR", help="disk with 4 times that (default: temporary folder)")
 
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:
@@ -98,7 +109,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     if args.threads is not None:
         machine.use_cores(args.threads)
     own = {"grpo": _grpo, "convert": _convert, "eval": _eval, "data": _data, "tokenize": _tokenize, "rewards": _rewards}
-    own |= {"serve": _serve, "window": _window, "device": _device, "scaling": _scaling}
+    own |= {"serve": _serve, "window": _window, "device": _device, "scaling": _scaling, "start": _start, "decoder-price": _decoder_price}
     report = own.get(args.name, _comparison)(args)
     print(report.text)
     if args.json:
@@ -218,6 +229,18 @@ def _size(args: argparse.Namespace, sizes: Mapping[str, Any], default: str) -> s
     if (size := args.size or default) not in sizes:
         raise BenchError(f"--size {size}: bench {args.name} has the sizes {' and '.join(sizes)}")
     return size
+
+
+def _decoder_price(args: argparse.Namespace) -> Any:
+    from tests.benchmarks import decoder_price
+
+    return decoder_price.run(_grpo_config(args))
+
+
+def _start(args: argparse.Namespace) -> Any:
+    from tests.benchmarks import start
+
+    return start.run(args.model or TINY_SFT)
 
 
 def _grpo_config(args: argparse.Namespace) -> Any:

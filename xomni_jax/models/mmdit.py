@@ -256,7 +256,9 @@ class MMDiT(nn.Module):
         grid: tuple[int, int],
         semantics_BTC: jax.Array | None = None,
         guidance_B: jax.Array | None = None,
-    ) -> jax.Array:
+        reuse: bool = False,
+        blocks_BTD: jax.Array | None = None,
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
         """Predicts noise - data for latents = (1 - sigma) data + sigma noise.
 
         Args:
@@ -266,13 +268,13 @@ class MMDiT(nn.Module):
           grid: (Y, X), static.
           semantics_BTC: one semantic vector per token; None leaves the semantic input out.
           guidance_B: guidance strength for `guidance_embed` models; None means 1.
+          reuse: also return what the blocks added to the embedded latents; `blocks_BTD` is that of an earlier call, at a noise level
+            nearby, and takes their place.
 
         Returns:
-          velocity_BTC in float32.
+          velocity_BTC in float32; with `reuse` (velocity_BTC, blocks_BTD).
         """
         c, (B, T, _) = self.cfg, latents_BTC.shape
-        cos_LH, sin_LH = rope_tables(grid, text_BSE.shape[1], c.axes_dims, c.theta)
-
         condition_BD = ConditionMLP(c, name="time_embed")(sinusoidal(sigma_B * 1000.0))
         if c.guidance_embed:
             guidance_B = jnp.ones(B) if guidance_B is None else guidance_B
@@ -280,7 +282,24 @@ class MMDiT(nn.Module):
         condition_BD += ConditionMLP(c, name="pooled_embed")(pooled_BE)
 
         text_BSD = linear(c, "text_embed", c.d_model, ("code", "embed"))(text_BSE)
-        image_BTD = linear(c, "latent_embed", c.d_model, ("code", "embed"))(latents_BTC)
+        embedded_BTD = linear(c, "latent_embed", c.d_model, ("code", "embed"))(latents_BTC)
+        if blocks_BTD is None:
+            x_BLD = self._blocks(text_BSD, embedded_BTD, condition_BD, semantics_BTC, grid)
+        else:
+            x_BLD = embedded_BTD + blocks_BTD
+        scale, shift = Modulation(c, 2, name="final_modulation")(condition_BD)  # the released order: scale first
+        x_BTD = x_BLD[:, -T:]
+        h_BTD = ModulatedNorm(c)(x_BTD, shift, scale)
+        out_BTC = linear(c, "out", c.in_channels, ("embed", "code"), init=ZEROS)(h_BTD).astype(jnp.float32)
+        # x = (1 - sigma) data + sigma noise, so noise - data = (x - data) / sigma; the floor bounds the loss's weight near the data.
+        data = c.prediction == "data"
+        velocity_BTC = (latents_BTC - out_BTC) / jnp.maximum(sigma_B, MIN_SIGMA)[:, None, None] if data else out_BTC
+        return (velocity_BTC, x_BTD - embedded_BTD) if reuse else velocity_BTC
+
+    def _blocks(self, text_BSD, image_BTD, condition_BD, semantics_BTC, grid) -> jax.Array:
+        """Text and embedded latents after all blocks, as one sequence."""
+        c, (B, T, _) = self.cfg, image_BTD.shape
+        cos_LH, sin_LH = rope_tables(grid, text_BSD.shape[1], c.axes_dims, c.theta)
         streams = tuple(constrain(x, "batch", "length", "residual", name="mmdit/embed") for x in (text_BSD, image_BTD))
         double = stacked(DoubleStreamBlock, c.n_double, c.remat, (nn.broadcast,) * 3, c.unroll)
         (text_BSD, image_BTD), _ = double(c, name="double_blocks")(streams, condition_BD, cos_LH, sin_LH)
@@ -293,11 +312,4 @@ class MMDiT(nn.Module):
         x_BLD = jnp.concatenate([text_BSD, image_BTD], axis=1)
         single = stacked(SingleStreamBlock, c.n_single, c.remat, (nn.broadcast,) * 3, c.unroll)
         x_BLD, _ = single(c, name="single_blocks")(x_BLD, condition_BD, cos_LH, sin_LH)
-
-        scale, shift = Modulation(c, 2, name="final_modulation")(condition_BD)  # the released order: scale first
-        x_BTD = ModulatedNorm(c)(x_BLD[:, -T:], shift, scale)
-        out_BTC = linear(c, "out", c.in_channels, ("embed", "code"), init=ZEROS)(x_BTD).astype(jnp.float32)
-        if c.prediction == "velocity":
-            return out_BTC
-        # x = (1 - sigma) data + sigma noise, so noise - data = (x - data) / sigma; the floor bounds the loss's weight near the data.
-        return (latents_BTC - out_BTC) / jnp.maximum(sigma_B, MIN_SIGMA)[:, None, None]
+        return x_BLD

@@ -100,7 +100,7 @@ def rollout(c: ARConfig, prompts: int, rollouts: int, prompt: int, codes: int, s
     batch, tensor = mesh["replica"] * mesh["data"] * mesh["fsdp"], mesh["tensor"]
     n = prompts * rollouts * sides
     decode = 2.0 * n * segment * (c.n_layers * layer_weights(c) + c.d_model * c.image_vocab_size)
-    weights = 2.0 * (c.n_layers * layer_weights(c) + c.d_model * c.image_vocab_size) / tensor
+    weights = ((1.0 if c.int8 else 2.0) * c.n_layers * layer_weights(c) + 2.0 * c.d_model * c.image_vocab_size) / tensor
     token = c.n_layers * 2 * c.n_kv_heads * c.head_dim * 2
     cache = (prompts * sides * prompt + n * codes) * token / batch / tensor
     attention = 4.0 * n * segment * (prompt + codes / 2) * c.n_heads * c.head_dim * c.n_layers

@@ -138,6 +138,10 @@ class GRPORun(RunConfig):
         super().__post_init__()
         if self.average_reference and not self.ema.decay and self.ema.every == 1:
             raise ConfigError("config.rollout.reference=average: the run keeps no average; set config.ema.decay, or config.ema.every")
+        if self.rollout.weights == "int8" and not self.grpo.importance_cap:
+            raise ConfigError("config.rollout.weights=int8 draws with other weights than learn; set config.grpo.importance_cap, such as 2")
+        if self.rollout.weights == "int8" and self.lora.rank:
+            raise ConfigError("config.rollout.weights=int8: adapters are not rounded; set config.transformer.int8=True, the base in 8 bits")
 
     @property
     def average_reference(self) -> bool:
@@ -281,7 +285,11 @@ class GRPOStage:
         grids = {size: tokenizer.layout(*size).shape for size in cfg.data.sizes}
         batches = {size: cls.abstract_batch(cfg, ar, grid, mesh) for size, grid in grids.items()}
         text = any(s.kind == "text" for s in batches[cfg.data.sizes[0]].drawn)
-        layout = param_converter(boxed, mesh, ar.dtype, ar.image_vocab_size, text)
+        drawn, int8 = ar, c.weights == "int8"
+        if int8:
+            drawn = dataclasses.replace(ar, int8=True)
+            boxed = boxed_shapes("transformer", drawn)
+        layout = param_converter(boxed, mesh, ar.dtype, ar.image_vocab_size, text, int8)
         weights = jax.eval_shape(layout, params)
         persistent = {
             "params": state.params,
@@ -300,7 +308,7 @@ class GRPOStage:
         for size, bucket in bucket_names(cfg.data.sizes).items():
             advantages = None if cls.own_advantages else functools.partial(cls.advantages, cfg)
             learning = learner_programs(cfg, policy, optimizer, advantages, state, frozen, batches[size], mesh)
-            drawing = cls.drawing(cfg, policy.model, grids[size], weights, mesh)
+            drawing = cls.drawing(cfg, transformer.ARTransformer(drawn), grids[size], weights, mesh)
             decoder_params, decoding = decoder_programs(models, grids[size], decode, part * R, c.chunks, decoder_mesh or mesh)
             decoding = {name: dataclasses.replace(p, on_decoder_mesh=decoder_mesh is not None) for name, p in decoding.items()}
             once = {} if bucket else {"layout": convert}
@@ -450,7 +458,7 @@ def train_step(
 
     Raises:
       StepRefused: too many rollouts could not be scored.
-      FloatingPointError: sampler and trainer disagree about the log-prob of a code.
+      FloatingPointError: sampler and trainer disagree about the log-prob of a code, or its weights in 8 bits are too far from it.
     """
     key, (rollouts, update) = key_for(cfg.seed, number, 0), buckets[batch["size"]]
     rows, total, images, measured = rollouts(state.params, *asked(batch), key, number / cfg.steps)
@@ -467,8 +475,13 @@ def train_step(
     signal_S = jnp.array([seen.get(name, np.nan) for name, _ in cfg.restraint.signals], jnp.float32) if cfg.restraint.signals else None
     state, metrics = update(state, frozen, rows, reward_PR, given_PR, jax.random.fold_in(key, SHUFFLE), signal_S, batch.get("packed"))
     gap, limit = float(metrics.get("grpo/logp_gap_max", 0.0)), cfg.rollout.max_logp_gap
-    if limit and gap > limit and rollouts.model.config("transformer").dtype == jnp.float32:
+    if limit and gap > limit and cfg.rollout.weights == "policy" and rollouts.model.config("transformer").dtype == jnp.float32:
         raise FloatingPointError(f"sampler and trainer differ by {gap:.2e} in a log-prob at step {number + 1} (limit {limit:g})")
+    if (apart := float(metrics.get("grpo/sampler_kl", 0.0))) > cfg.rollout.max_sampler_kl:
+        raise FloatingPointError(
+            f"the sampler is {apart:.2g} nats a code away from the policy at step {number + 1} (limit config.rollout.max_sampler_kl="
+            f"{cfg.rollout.max_sampler_kl:g}); set config.rollout.weights=policy"
+        )
     measured["perf/update_s"] = time.perf_counter() - began
     metrics = total.stats | metrics | measured
     for line in crossings(cfg.watch, metrics, outside):

@@ -59,6 +59,8 @@ class GRPOConfig:
       reduction: from token losses to one number: a key of REDUCTIONS
       delta: caps the unclipped ratio, so that a negative advantage with a large ratio is bounded (Tunix: epsilon_c); None: no cap
       ratio_cap: eps_max of CISPO: cap of the detached ratio; read by reduction cispo only
+      importance_cap: C: where the sampler's log-probs are not the policy's, a token's policy term is weighted by
+        min(pi_old / pi_sampler, C), truncated importance sampling; 0: by 1
       max_length: |o|_max: the constant divisor of dr_grpo and sequence-mean-token-scale
       log_ratio_cap: exp of a log-ratio, to pi_old or to pi_ref, goes on as a straight line above this, so that it stays finite
     """
@@ -74,6 +76,7 @@ class GRPOConfig:
     reduction: str = "grpo"
     delta: Positive | None = None
     ratio_cap: Positive = 5.0
+    importance_cap: NonNegative = 0.0
     max_length: Count | None = None
     log_ratio_cap: Annotated[float, Meta(gt=0, le=80)] = 20.0
 
@@ -88,6 +91,10 @@ class GRPOConfig:
             raise ValueError(
                 f"ratio='trajectory' has one loss per rollout and is averaged over rollouts; reduction={self.reduction!r} "
                 "does not apply, use 'grpo'"
+            )
+        if self.importance_cap and self.ratio != "token":
+            raise ValueError(
+                f"importance_cap={self.importance_cap:g} weighs tokens; ratio={self.ratio!r} has one weight per rollout, use 'token'"
             )
         if self.delta is not None and not self.delta > 1 + self.clip_high:
             raise ValueError(f"delta={self.delta} must lie above 1 + clip_high = {1 + self.clip_high:g}, or be None")
@@ -128,6 +135,23 @@ def loss_items(mask_BL: jax.Array, cfg: GRPOConfig) -> jax.Array:
     return jnp.maximum(jnp.sum(jnp.any(mask_BL, -1) if over == "filled" else mask_BL), 1)
 
 
+def importance(
+    old_logp_BL: jax.Array, sampler_logp_BL: jax.Array, mask_BL: jax.Array, cap: float
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Weights min(pi_old / pi_sampler, cap) of sampled tokens [B, L], 1 where masked, and how far the two distributions are apart.
+
+    The metrics: `grpo/sampler_kl`, the k3 estimate of KL(sampler || policy) per token; `grpo/importance_mean`; and
+    `grpo/importance_cut_frac`, the share of the tokens whose weight the cap cuts.
+    """
+    d_BL = jax.lax.stop_gradient(jnp.where(mask_BL, old_logp_BL - sampler_logp_BL, 0.0))
+    weight_BL = jnp.exp(jnp.minimum(d_BL, jnp.log(cap)))
+    return jnp.where(mask_BL, weight_BL, 1.0), {
+        "grpo/sampler_kl": _masked_mean(kl_estimate(0.0, d_BL), mask_BL),
+        "grpo/importance_mean": _masked_mean(weight_BL, mask_BL),
+        "grpo/importance_cut_frac": _masked_mean(d_BL > jnp.log(cap), mask_BL),
+    }
+
+
 def grpo_loss(
     logp_BL: jax.Array,
     old_logp_BL: jax.Array | None,
@@ -138,6 +162,7 @@ def grpo_loss(
     n_items: jax.Array | int | None = None,
     entropy_BL: jax.Array | None = None,
     weights: LossWeights | None = None,
+    importance_BL: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Clipped policy gradient plus kl_coef times the KL to the reference, less an entropy bonus, reduced over the masked tokens.
 
@@ -150,6 +175,7 @@ def grpo_loss(
       n_items: the divisor of a whole accumulation window, from `loss_items`; None: this batch is the window.
       entropy_BL: the policy's entropy at each position, for the metrics, and for a bonus where `weights` has one.
       weights: of the KL term and of the entropy bonus in this update; None: cfg.kl_coef, and no bonus.
+      importance_BL: weights of the tokens' policy terms, from `importance`; None: 1.
 
     Returns:
       The loss, and metrics `grpo/{policy_loss, ratio_mean, ratio_max, clip_frac, logp_gap_max}`, with a reference also
@@ -173,6 +199,7 @@ def grpo_loss(
     if per_token:
         ratio, live = jnp.broadcast_to(ratio, mask_BL.shape), mask_BL
     policy, clipped = _policy_loss(ratio, logp_BL, adv, cfg)
+    policy = policy if importance_BL is None else policy * importance_BL
 
     metrics = _ratio_metrics(ratio, live, clipped, log_ratio_BL)
     kl_BL = jnp.zeros_like(logp_BL)

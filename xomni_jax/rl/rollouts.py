@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xomni_jax.core.config import Count, Natural, NonNegative, Share, check_known
+from xomni_jax.core.config import Count, Natural, NonNegative, Positive, Share, check_known
 from xomni_jax.core.preemption import Outage, StepRefused, StopSignal
+from xomni_jax.models.int8 import quantize
 from xomni_jax.pipeline import XOmni
 from xomni_jax.rewards.combine import MODES, Combined, column, combine, source_means
 from xomni_jax.rewards.protocol import Item, Score
@@ -44,7 +45,11 @@ class RolloutConfig:
       refills: most further batches of prompts that a step draws to replace groups whose rewards are all equal (`dynamic_sampling`)
       chunks: parts of the batch; while one is being scored the next one is sampled and decoded
       logit_chunk: positions per piece of the image head; 0: all at once
-      max_logp_gap: most that sampler and trainer may differ in a float32 log-prob before the first update; 0: not checked
+      weights: what the sampler draws with: policy, the policy's own weights; or int8, its layers' kernels rounded to 8 bits, half the
+        bytes of a pass, which needs grpo.importance_cap
+      max_logp_gap: most that sampler and trainer may differ in a float32 log-prob before the first update, where the weights are the
+        same; 0: not checked
+      max_sampler_kl: a step in which the sampler's distribution is further than this from the policy's, in nats a token, stops the run
       max_fail_frac: a step in which more than this share of rollouts could not be scored stops the run
       combine: how several rewards become one advantage: sum_then_normalize, normalize_then_sum or normalize_each
       reencode: images of a step that the tokenizer encodes again, for the metric image/reencode_frac; 0: none. Costs a forward pass of them
@@ -60,7 +65,9 @@ class RolloutConfig:
     refills: Natural = 0
     chunks: Count = 2
     logit_chunk: Natural = 0
+    weights: str = "policy"
     max_logp_gap: NonNegative = 1e-4
+    max_sampler_kl: Positive = 0.02
     max_fail_frac: Share = 0.5
     combine: str = "sum_then_normalize"
     reencode: Natural = 0
@@ -69,11 +76,18 @@ class RolloutConfig:
 
     def __post_init__(self):
         check_known(
-            self, noise=("group", "independent"), combine=MODES, reference=("start", "average"), reference_dtype=("float32", "bfloat16")
+            self,
+            weights=("policy", "int8"),
+            noise=("group", "independent"),
+            combine=MODES,
+            reference=("start", "average"),
+            reference_dtype=("float32", "bfloat16"),
         )
 
 
-def param_converter(boxed: Any, mesh: jax.sharding.Mesh, dtype: Any, codes: int = 0, text: bool = False) -> Callable[[Any], Any]:
+def param_converter(
+    boxed: Any, mesh: jax.sharding.Mesh, dtype: Any, codes: int = 0, text: bool = False, int8: bool = False
+) -> Callable[[Any], Any]:
     """A jitted function that converts a transformer's parameters to another number format and, for the sampler, to its layout.
 
     Args:
@@ -82,6 +96,7 @@ def param_converter(boxed: Any, mesh: jax.sharding.Mesh, dtype: Any, codes: int 
       codes: 0 keeps the training layout. Otherwise the sampler's: sharded by ROLLOUT_RULES, with the first `codes` columns of the image
         head, and without the text head. It computes the same log-probs as the training layout, bit for bit.
       text: the sampler keeps the text head: it draws texts as well.
+      int8: `boxed` is that of the model in 8 bits, whose kernels are made here of those in float.
     """
     here, there = param_shardings(boxed, mesh), param_shardings(boxed, mesh, ROLLOUT_RULES if codes else RULES)
 
@@ -91,6 +106,7 @@ def param_converter(boxed: Any, mesh: jax.sharding.Mesh, dtype: Any, codes: int 
         return jax.lax.with_sharding_constraint(x, sharding)
 
     def layout(params):
+        params = quantize(params, boxed) if int8 else params
         out = jax.tree_util.tree_map_with_path(cast, params, here)
         if codes:  # cut here, or every program that draws would make a copy of its own
             out["mm_head"] = {"kernel": out["mm_head"]["kernel"][:, :codes]}

@@ -14,7 +14,7 @@ from flax import linen as nn
 from xomni_jax.models.lora import LoRAConfig, join
 from xomni_jax.models.vocab_heads import with_image_head
 from xomni_jax.rl.control import Control, LossWeights
-from xomni_jax.rl.objectives import GRPOConfig, grpo_loss, join_metrics, loss_items
+from xomni_jax.rl.objectives import GRPOConfig, grpo_loss, importance, join_metrics, loss_items
 from xomni_jax.rl.trajectory import Rows
 from xomni_jax.sampling.engine import Engine
 from xomni_jax.training.accumulate import gradient, join_rows, split_rows
@@ -104,9 +104,15 @@ def loss_and_gradient(
         old, ref = ([None] * len(n_items) if x is None else x for x in others)
         each = []
         for n, (logp_BL, entropy_BL) in enumerate(policy.logp(ready, t)):
-            value, metrics = grpo_loss(logp_BL, old[n], ref[n], t.advantage[n], t.masks[n], cfg, n_items[n], entropy_BL, weights)
+            importance_BL, apart = None, {}
+            if cfg.importance_cap:
+                before_BL = logp_BL if old[n] is None else old[n]
+                importance_BL, apart = importance(before_BL, t.drawn[n].logp, t.masks[n], cfg.importance_cap)
+            value, metrics = grpo_loss(
+                logp_BL, old[n], ref[n], t.advantage[n], t.masks[n], cfg, n_items[n], entropy_BL, weights, importance_BL
+            )
             gap = jnp.max(jnp.where(t.masks[n], jnp.abs(logp_BL - t.drawn[n].logp), 0.0))
-            each.append((value, metrics | {"grpo/logp_gap_max": gap}))
+            each.append((value, metrics | apart | {"grpo/logp_gap_max": gap}))
         values, metrics = zip(*each)
         joined = metrics[0] if len(each) == 1 else join_metrics(jax.tree.map(lambda *x: jnp.stack(x), *metrics))
         return functools.reduce(operator.add, values), joined

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from xomni_jax.models.autoencoder import pack, unpack
-from xomni_jax.sampling.flow import Conditioning, euler_sample, flow_sigmas, guided_velocity, null_conditioning
+from xomni_jax.sampling.flow import Conditioning, euler_sample, euler_sample_reusing, flow_sigmas, guided_velocity, null_conditioning
 from xomni_jax.sampling.logits import STRONGEST
 from xomni_jax.sharding.rules import constrain, map_rows
 from xomni_jax.tokenizers.protocol import ImageTokenizer
@@ -25,6 +25,7 @@ class DecodeConfig:
 
     Attributes:
       steps: Euler steps
+      reuse: steps that one run of the MMDiT's blocks serves: those after the first add what the blocks added there; 1 runs them each time
       guidance: classifier-free guidance between (semantics, prompt) and (zero semantics, empty prompt), at twice the cost; 1 is off
       text_length: tokens of the T5 prompt
       pooled_length: tokens of the CLIP prompt
@@ -38,10 +39,13 @@ class DecodeConfig:
     pooled_length: int = 77
     base_shift: float = 0.5
     max_shift: float = 1.15
+    reuse: int = 1
 
     def __post_init__(self):
         if self.steps < 1:
             raise ValueError(f"decode.steps={self.steps} must be at least 1")
+        if not 1 <= self.reuse <= self.steps:
+            raise ValueError(f"decode.reuse={self.reuse} must lie between 1 and decode.steps={self.steps}")
         if not 0 <= self.guidance <= STRONGEST:
             raise ValueError(f"decode.guidance={self.guidance} is not a number from 0 to {STRONGEST:g}; 1 turns guidance off")
 
@@ -104,6 +108,19 @@ class Decoder:
                 conditioned = lambda x, s, c: self.velocity(params, x, s, c, grid)  # noqa: E731
                 return guided_velocity(conditioned, latents_BTC, sigma_B, cond, negative, cfg.guidance)
 
+            def evaluate(latents_BTC, sigma_B, blocks_BTD):
+                kept = []
+
+                def conditioned(x, s, c):
+                    inputs = x, s, c.text_BSE, c.pooled_BE, grid, c.semantics_BTC
+                    velocity, blocks = self.mmdit.apply({"params": params["mmdit"]}, *inputs, reuse=True, blocks_BTD=blocks_BTD)
+                    kept.append(blocks)
+                    return velocity
+
+                return guided_velocity(conditioned, latents_BTC, sigma_B, cond, negative, cfg.guidance), kept[0]
+
+            if cfg.reuse > 1:
+                return euler_sample_reusing(evaluate, noise_BTC, sigmas, cfg.reuse)
             return euler_sample(velocity, noise_BTC, sigmas)
 
         return unpack(map_rows(denoise, (noise_BTC, cond), self.mmdit.cfg.microbatch), grid)

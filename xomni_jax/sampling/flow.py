@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +54,27 @@ def euler_sample(velocity_fn: VelocityFn, noise: jax.Array, sigmas: jax.Array | 
         return x + (following - sigma) * velocity.astype(jnp.float32), None
 
     data, _ = jax.lax.scan(step, noise.astype(jnp.float32), (sigmas[:-1], sigmas[1:]))
+    return data
+
+
+def euler_sample_reusing(
+    evaluate: Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]], noise: jax.Array, sigmas: np.ndarray, reuse: int
+) -> jax.Array:
+    """`euler_sample` whose every `reuse`-th step alone runs the model's blocks; the steps between take over what these gave.
+
+    Args:
+      evaluate: (x [B, ...], sigma_B, None or what it kept earlier) -> (velocity [B, ...], what is kept).
+    """
+
+    def step(carry, at):
+        (x, kept), (sigma, following, fresh) = carry, at
+        sigma_B = jnp.full(x.shape[0], sigma)
+        velocity, kept = jax.lax.cond(fresh, lambda: evaluate(x, sigma_B, None), lambda: evaluate(x, sigma_B, kept))
+        return (x + (following - sigma) * velocity.astype(jnp.float32), kept), None
+
+    x = noise.astype(jnp.float32)
+    kept = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(lambda: evaluate(x, jnp.ones(len(x)), None)[1]))
+    (data, _), _ = jax.lax.scan(step, (x, kept), (sigmas[:-1], sigmas[1:], np.arange(len(sigmas) - 1) % reuse == 0))
     return data
 
 

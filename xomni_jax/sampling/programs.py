@@ -115,11 +115,12 @@ def decoder_programs(
     empty = ids(1, S), ids(1, cfg.pooled_length)
     latents = abstract.rows(mesh, (rows, 2 * grid[0], 2 * grid[1], configs["autoencoder"].latent_channels), jnp.float32)
     text = work.dense(params["t5"], {"": S}) + work.dense(params["clip"], {"": cfg.pooled_length})
-    steps = cfg.steps * sides * work.dense(params["mmdit"], work.mmdit_tokens(T, S))
+    evaluations = -(-cfg.steps // cfg.reuse)
+    steps = evaluations * sides * work.dense(params["mmdit"], work.mmdit_tokens(T, S))
     semantics = work.dense(params["siglip_vq"], {"post": T, "vit": 0, "quant": 0})
     images = f"{rows} images of {grid[0] * configs['siglip_vq'].patch}x{grid[1] * configs['siglip_vq'].patch}"
     rules, pieces = microbatches(rows, configs["mmdit"].microbatch, mesh)
-    gathered = cfg.steps * pieces * sum(x.size * x.dtype.itemsize for _, x in abstract.leaves(params["mmdit"]))
+    gathered = evaluations * pieces * sum(x.size * x.dtype.itemsize for _, x in abstract.leaves(params["mmdit"]))
     gathered = gathered if rules is SPREAD_RULES and mesh.shape["fsdp"] * mesh.shape["tensor"] > 1 else 0.0
     return params, {
         "decoder": Program(

@@ -81,10 +81,10 @@ class UniGRPORun(GRPORun):
         if self.lora.rank or self.decoder_mesh.fsdp:
             raise ValueError("stage unigrpo trains whole components on one mesh; leave lora.rank and decoder_mesh.fsdp at 0")
         c, beside = self.rollout, self.sft.weight or self.entropy.coef or self.restraint.signals
-        if beside or c.refills or c.reference != "start":
+        if beside or c.refills or c.reference != "start" or c.weights != "policy" or self.grpo.importance_cap:
             raise ValueError(
-                "stage unigrpo has an update of its own; leave sft.weight, entropy.coef, restraint.signals, rollout.refills and "
-                "rollout.reference as they are"
+                "stage unigrpo has an update of its own; leave sft.weight, entropy.coef, restraint.signals, rollout.refills, "
+                "rollout.reference, rollout.weights and grpo.importance_cap as they are"
             )
         if len(self.data.sizes) > 1:
             raise ValueError(f"data has images of {len(self.data.sizes)} sizes; stage unigrpo takes one")
