@@ -24,7 +24,7 @@ class Counting:
         for e in entries:
             self.now[e.slot] = e.key
 
-    def advance(self):
+    def advance(self, used):
         if self.gate:
             self.gate.acquire()
         if self.error:
