@@ -17,7 +17,7 @@ from PIL import Image
 from tests.cli.test_main import refusal, settings  # noqa: F401 - a fixture
 from tests.serving.fuzz import fuzz
 from tests.serving.running import image_of, uri_of
-from xomni_jax.serving import server
+from xomni_jax.serving import app
 
 PROMPTS = ["a", 'a red sign that says "AB"', "two blue circles", "b", "c d"]
 IMAGES, CHAT = "/v1/images/generations", "/v1/chat/completions"
@@ -152,7 +152,7 @@ def shown(url):
     (CHAT, shown("data:image/png;base64,AAAA"), 400, "cannot be read"),
     ("/v1/xomni/entropy", {"prompt": "a", "codes": [[1, 2], [3]]}, 400, "rows of one length"),
     ("/v1/xomni/entropy", {"prompt": "a", "codes": [[1, 64]]}, 400, "from 0 to 63"),
-    ("/v1/images/edits", {}, 400, "cannot edit images"),
+    ("/v1/images/edits", {}, 400, "no model here can edit images, only draw them from a prompt (sft, rl)"),
     ("/v1/nothing", {}, 404, "no such path"),
     ("/health", {}, 405, "takes another method"),
 ])  # fmt: skip
@@ -213,7 +213,7 @@ def test_a_token(running, monkeypatch):
     state, url = running
     monkeypatch.setattr(state, "token", "secret")
     answers = [post(url, headers=h, prompt="a") for h in (None, {"Authorization": "Bearer secreT"}, {"Authorization": "Bearer secret"})]
-    assert [a.status_code for a in answers] == [401, 401, 200] and server.TOKEN in answers[0].json()["error"]["message"]
+    assert [a.status_code for a in answers] == [401, 401, 200] and app.TOKEN in answers[0].json()["error"]["message"]
     assert httpx.get(url + "/v1/models", trust_env=False).status_code == 401
 
 
@@ -226,6 +226,12 @@ def test_the_command(model_dir):
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and err == ""
+
+
+def test_a_process_of_several_is_refused(monkeypatch, capsys, model_dir):
+    for name, value in {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1", "XOMNI_PROCESSES": "2", "XOMNI_PROCESS": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert "on the devices of one process, and this is one of several" in refusal(capsys, "serve", "--model", str(model_dir))
 
 
 @pytest.mark.parametrize(
