@@ -14,7 +14,7 @@ from PIL import Image
 from xomni_jax.core.http import listen
 from xomni_jax.pipeline import XOmni
 from xomni_jax.sampling.logits import SamplingConfig
-from xomni_jax.serving.app import create_app
+from xomni_jax.serving.app import Site, create_app
 from xomni_jax.serving.options import ServeOptions
 from xomni_jax.serving.server import App
 from xomni_jax.serving.service import ServedModel, Service
@@ -23,23 +23,30 @@ SMALL = dict(slots=4, segment=2, max_prompt_tokens=64, max_answer_tokens=16, max
 
 
 @contextmanager
-def served(models: dict[str, XOmni], rewards: dict | None = None, **options: object) -> Iterator[tuple[App, str]]:
-    """(state, URL) of a service of these models that is ready."""
-    o = ServeOptions(**SMALL | options)
-    state = App(Service({n: ServedModel(n, m, o) for n, m in models.items()}, o), rewards or {}, SamplingConfig(), True, None)
+def listening(site: Site) -> Iterator[str]:
+    """The URL of a service that is ready."""
     ready, failures = threading.Event(), []
-    app = create_app(state, ready.set, lambda error: (failures.append(error), ready.set()))
+    app = create_app(site, ready.set, lambda error: (failures.append(error), ready.set()))
     listener = listen("127.0.0.1", 0, "")
     server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="on", timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:
-        assert ready.wait(120) and not failures, failures
-        yield state, f"http://127.0.0.1:{listener.getsockname()[1]}"
+        assert ready.wait(600) and not failures, failures
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join(30)
         listener.close()
+
+
+@contextmanager
+def served(models: dict[str, XOmni], rewards: dict | None = None, **options: object) -> Iterator[tuple[App, str]]:
+    """(state, URL) of a service of these models that is ready."""
+    o = ServeOptions(**SMALL | options)
+    state = App(Service({n: ServedModel(n, m, o) for n, m in models.items()}, o), rewards or {}, SamplingConfig(), True, None)
+    with listening(state) as url:
+        yield state, url
 
 
 def image_of(b64: str) -> Image.Image:

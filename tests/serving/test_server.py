@@ -17,7 +17,7 @@ from PIL import Image
 from tests.cli.test_main import refusal, settings  # noqa: F401 - a fixture
 from tests.serving.fuzz import fuzz
 from tests.serving.running import image_of, uri_of
-from xomni_jax.serving import server
+from xomni_jax.serving import app
 
 PROMPTS = ["a", 'a red sign that says "AB"', "two blue circles", "b", "c d"]
 IMAGES, CHAT = "/v1/images/generations", "/v1/chat/completions"
@@ -152,7 +152,7 @@ def shown(url):
     (CHAT, shown("data:image/png;base64,AAAA"), 400, "cannot be read"),
     ("/v1/xomni/entropy", {"prompt": "a", "codes": [[1, 2], [3]]}, 400, "rows of one length"),
     ("/v1/xomni/entropy", {"prompt": "a", "codes": [[1, 64]]}, 400, "from 0 to 63"),
-    ("/v1/images/edits", {}, 400, "cannot edit images"),
+    ("/v1/images/edits", {}, 400, "no model here can edit images, only draw them from a prompt (sft, rl)"),
     ("/v1/nothing", {}, 404, "no such path"),
     ("/health", {}, 405, "takes another method"),
 ])  # fmt: skip
@@ -183,7 +183,8 @@ def test_health_and_metrics(url, client):
 
 def test_a_full_queue_a_client_that_leaves_and_a_deadline(running, monkeypatch):
     state, url = running
-    hold, stepped = threading.Semaphore(0), state.service.scheduler._step
+    hold, stepped, submit, submitted = threading.Semaphore(0), state.service.scheduler._step, state.service.scheduler.submit, []
+    monkeypatch.setattr(state.service.scheduler, "submit", lambda job: (submit(job), submitted.append(job)))
     monkeypatch.setattr(state.service.scheduler, "_step", lambda key, lane: (hold.acquire(), stepped(key, lane)))
     body = {"prompt": "a", "n": 8, "seed": 1}
     with ThreadPoolExecutor(4) as pool, httpx.Client(trust_env=False) as leaving:
@@ -198,10 +199,13 @@ def test_a_full_queue_a_client_that_leaves_and_a_deadline(running, monkeypatch):
             time.sleep(0.01)
         with pytest.raises(httpx.ReadTimeout):
             leaving.post(url + IMAGES, json=body | {"n": 4}, timeout=0.3)
+        while not state.counts["gone"]:
+            time.sleep(0.01)
         monkeypatch.setattr(state.service, "options", state.service.options)
         object.__setattr__(state.service.options, "deadline_seconds", -1.0)
-        late = pool.submit(post, url, prompt="b")
-        time.sleep(0.2)
+        count, late = len(submitted), pool.submit(post, url, prompt="b")
+        while len(submitted) == count:
+            time.sleep(0.01)
         object.__setattr__(state.service.options, "deadline_seconds", 600.0)
         hold.release(1000)
         assert [len(answer.result().json()["data"]) for answer in first] == [8, 8]
@@ -213,7 +217,7 @@ def test_a_token(running, monkeypatch):
     state, url = running
     monkeypatch.setattr(state, "token", "secret")
     answers = [post(url, headers=h, prompt="a") for h in (None, {"Authorization": "Bearer secreT"}, {"Authorization": "Bearer secret"})]
-    assert [a.status_code for a in answers] == [401, 401, 200] and server.TOKEN in answers[0].json()["error"]["message"]
+    assert [a.status_code for a in answers] == [401, 401, 200] and app.TOKEN in answers[0].json()["error"]["message"]
     assert httpx.get(url + "/v1/models", trust_env=False).status_code == 401
 
 
@@ -226,6 +230,12 @@ def test_the_command(model_dir):
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and err == ""
+
+
+def test_a_process_of_several_is_refused(monkeypatch, capsys, model_dir):
+    for name, value in {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1", "XOMNI_PROCESSES": "2", "XOMNI_PROCESS": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert "on the devices of one process, and this is one of several" in refusal(capsys, "serve", "--model", str(model_dir))
 
 
 @pytest.mark.parametrize(

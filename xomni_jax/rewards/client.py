@@ -17,10 +17,11 @@ import httpx
 import numpy as np
 from PIL import Image
 
+from xomni_jax.core.routing import Replica
 from xomni_jax.rewards import protocol
 from xomni_jax.rewards.answers import Answers, answer_key
 from xomni_jax.rewards.protocol import Health, Item, ProtocolError, Request, Response, Score
-from xomni_jax.rewards.replicas import ClientConfig, NoAnswer, NotNow, Refused, Replica, Replicas, RewardServiceError
+from xomni_jax.rewards.replicas import ClientConfig, NoAnswer, NotNow, Refused, Replicas, RewardServiceError
 
 _CLOSED = Score(None, "the client was closed before this image was scored")
 T = TypeVar("T")

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import email.utils
-import math
 import os
-import random
 import ssl
 import time
 from collections.abc import Callable
@@ -16,12 +12,12 @@ from dataclasses import dataclass
 import httpx
 
 from xomni_jax.core.config import Count, Finite, Natural, NonNegative, Positive, check_known
+from xomni_jax.core.routing import Replica, Router, retry_after
 from xomni_jax.rewards import protocol
 from xomni_jax.rewards.protocol import Health, ProtocolError, Request, Response, Score
 from xomni_jax.rewards.wires import WIRES
 
 _MAX_ANSWER = 64 << 20
-_MAX_REST = 15.0  # seconds for which a replica that fails gets no requests
 _NOT_NOW = (404, 408, 425, 429, 499, 502, 503, 504)  # of a service that is busy, or of what stands before one that restarts
 
 
@@ -89,19 +85,6 @@ class ClientConfig:
         return out
 
 
-@dataclass
-class Replica:
-    """Not trusted at first and after a failure: then it is asked what it is, before it gets work."""
-
-    url: str
-    in_flight: int = 0
-    failures: int = 0  # in a row
-    failing_since: float = 0.0
-    rest_until: float = 0.0  # monotonic time before which it gets no request
-    trusted: bool = False
-    about: Health | None = None
-
-
 class NotNow(Exception):
     """A status of _NOT_NOW; the argument is the number of seconds after which to ask again, if the service tells."""
 
@@ -110,19 +93,18 @@ class Refused(Exception):
     """The service will not score this chunk however often it is asked (400, 401, 413, other 4xx)."""
 
 
-class Replicas:
-    """The replicas of one scorer; everything but the constructor runs on one event loop.
+class Replicas(Router):
+    """The replicas of one scorer.
 
     Attributes:
       identity: version and model hash of the scorer, once it has answered.
       fault: why its scores cannot be used any more: another version or model answers than before.
-      reason: the newest failure.
     """
 
     def __init__(self, name: str, config: ClientConfig, say: Callable[[str], None]):
+        super().__init__(config.urls, config.concurrency, config.backoff)
         self.name, self.config, self._say = name, config, say
-        self.identity, self.fault, self.reason = ("", ""), "", "no replica was free"
-        self.all = [Replica(url.rstrip("/")) for url in config.urls]
+        self.identity, self.fault = ("", ""), ""
         for replica in self.all:
             if not replica.url.startswith(("http://", "https://")):
                 raise RewardServiceError(f"reward {name!r} has the URL {replica.url!r}; it must begin with http:// or https://")
@@ -136,76 +118,22 @@ class Replicas:
         except ValueError as error:
             raise RewardServiceError(f"reward {name!r}: {error}") from None
         self._heard = 0.0  # when the service has last scored something
-        self._changed = asyncio.Event()
 
-    async def acquire(self, began: float) -> Replica:
-        """The replica with the fewest requests under way, once there is one that answers; `release` gives it back.
+    async def acquire(self, began: float) -> Replica:  # type: ignore[override]
+        """See `Router`. TimeoutError when nothing has been scored for as long as the client may wait, or since `began`."""
 
-        TimeoutError when nothing has been scored for as long as the client may wait, or since `began`.
-        """
-        while True:
+        def until() -> float:
             if self.fault:
                 raise RewardServiceError(self.fault)
-            now = time.monotonic()
-            until = max(began, self._heard) + self.config.max_wait
-            if now > until:
-                raise TimeoutError
-            if not (free := self._free()):
-                resting = [r.rest_until for r in self.all if r.rest_until > now]
-                self._changed.clear()
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(min([until, *resting]) - now + 0.001):
-                        await self._changed.wait()
-                continue
-            replica = min(free, key=_preference)
-            replica.in_flight += 1
-            try:
-                await self.trust(replica)
-                return replica
-            except RewardServiceError as error:
-                self.failed(replica, str(error))
-                self.release(replica)
-            except BaseException:
-                self.release(replica)
-                raise
+            return max(began, self._heard) + self.config.max_wait
 
-    async def trust(self, replica: Replica) -> None:
-        """Asks a replica what it is, unless it is trusted. RewardServiceError."""
-        if replica.trusted:
-            return
-        replica.rest_until = math.inf  # others wait for what it says
-        try:
-            replica.about = await self.health(replica)
-            replica.trusted = True
-        finally:
-            replica.rest_until = 0.0
-        self._changed.set()
-
-    def spare(self, other: Replica) -> Replica | None:
-        """A replica that is free now but for one, if there is any, to be trusted first; `release` gives it back."""
-        replica = min((r for r in self._free() if r is not other), key=_preference, default=None)
-        if replica:
-            replica.in_flight += 1
-        return replica
-
-    def _free(self) -> list[Replica]:
-        now = time.monotonic()
-        return [r for r in self.all if r.rest_until <= now and r.in_flight < self.config.concurrency]
-
-    def release(self, replica: Replica) -> None:
-        """The end of a request."""
-        replica.in_flight -= 1
-        self._changed.set()
+        return await super().acquire(until)
 
     def failed(self, replica: Replica, reason: str, after: float | None = None) -> None:
-        """Lets a replica rest, longer after each failure and never as long as its neighbours; then it is asked how it is."""
+        """See `Router`; says once that a replica does not answer."""
+        super().failed(replica, reason, after)
         now = time.monotonic()
-        replica.failures += 1
-        replica.failing_since = replica.failing_since or now
-        rest = min(self.config.backoff * 2 ** (replica.failures - 1), _MAX_REST) if after is None else after
-        replica.rest_until, replica.trusted = now + rest * random.uniform(0.75, 1.25), False
-        self.reason = reason if replica.url in reason else f"{replica.url}: {reason}"
-        if now - replica.failing_since < 5 <= now + rest - replica.failing_since:
+        if now - replica.failing_since < 5 <= replica.rest_until - replica.failing_since:
             self._say(f"reward {self.name}: {self.reason}; asking again for up to {self.config.max_wait:g} s")
 
     async def post(self, replica: Replica, request: Request) -> tuple[list[Score], Response]:
@@ -213,7 +141,7 @@ class Replicas:
         body, content_type = await asyncio.to_thread(self._wire.write_request, request, replica.about)
         status, headers, content = await self._exchange(replica.url + self._wire.path, body, content_type)
         if status in _NOT_NOW:
-            raise NotNow("it is busy" if status == 429 else f"HTTP {status}", _seconds(headers.get("retry-after")))
+            raise NotNow("it is busy" if status == 429 else f"HTTP {status}", retry_after(headers.get("retry-after")))
         if 400 <= status < 500:
             raise Refused(f"{replica.url} refused ({status}): {content[:300].decode('utf-8', 'replace')}")
         if status != 200:
@@ -223,7 +151,8 @@ class Replicas:
         now = time.monotonic()
         if replica.failing_since and now - replica.failing_since > 5:
             self._say(f"reward {self.name}: {replica.url} answers again after {now - replica.failing_since:.0f} s")
-        self._heard, replica.failures, replica.failing_since = now, 0, 0.0
+        self._heard = now
+        self.answered(replica)
         low, high = self.config.range or replica.about.range
         checked = [
             score if score.value is None or low <= score.value <= high
@@ -289,16 +218,3 @@ class Replicas:
     async def close(self) -> None:
         """Frees the connections."""
         await self._http.aclose()
-
-
-def _preference(replica: Replica) -> tuple[bool, int]:
-    return not replica.trusted, replica.in_flight
-
-
-def _seconds(header: str | None) -> float | None:
-    """Of a Retry-After header, in seconds or as a date; at most 60. None without a usable one."""
-    with contextlib.suppress(TypeError, ValueError):
-        return min(max(float(header), 0.0), 60.0)
-    with contextlib.suppress(TypeError, ValueError):
-        return min(max(email.utils.parsedate_to_datetime(header).timestamp() - time.time(), 0.0), 60.0)
-    return None

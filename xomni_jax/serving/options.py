@@ -8,7 +8,24 @@ from xomni_jax.core.http import HTTPOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeOptions(HTTPOptions):
+class FrontOptions(HTTPOptions):
+    """Flags of `xomni serve --front`, and of every service.
+
+    Attributes:
+      max_body_bytes: of one request
+      deadline_seconds: after which a request is given up
+    """
+
+    max_body_bytes: int = 16 << 20
+    deadline_seconds: float = 600.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_positive(*(field.name for field in fields(self)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions(FrontOptions):
     """Flags of `xomni serve`.
 
     Attributes:
@@ -19,10 +36,8 @@ class ServeOptions(HTTPOptions):
       max_images: of one request
       max_prompt_tokens: of one prompt, or of a conversation without its images
       max_answer_tokens: of one answer
-      max_body_bytes: of one request
       max_upload_pixels: of one uploaded image
       keep_images: images that are kept in memory for response_format url
-      deadline_seconds: after which a request is given up
     """
 
     slots: int = 16
@@ -32,11 +47,5 @@ class ServeOptions(HTTPOptions):
     max_images: int = 16
     max_prompt_tokens: int = 512
     max_answer_tokens: int = 512
-    max_body_bytes: int = 16 << 20
     max_upload_pixels: int = 1 << 24
     keep_images: int = 256
-    deadline_seconds: float = 600.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_positive(*(field.name for field in fields(self)))

@@ -193,7 +193,7 @@ class Scheduler:
         if not lane.busy or not self._has_slots(key, lane):
             return
         self._fill(lane)
-        out = lane.slots.advance()
+        out = lane.slots.advance(1 + max(slot for slot, row in enumerate(lane.rows) if row))
         for slot, row in enumerate(lane.rows):
             if row is None:
                 continue

@@ -4,64 +4,60 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import json
-import os
 import secrets
 import sys
 import time
-from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Mapping
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import aclosing
-from importlib import resources
-from pathlib import Path
 from typing import Any, TypeVar
 
 from PIL import Image
 
-from xomni_jax.core.http import BodyReader, Refusal, check_token, prometheus
+from xomni_jax.core.http import Refusal
 from xomni_jax.data.png import png_bytes
 from xomni_jax.rewards.best import best_first, score_prompt
 from xomni_jax.rewards.client import RewardClient
 from xomni_jax.sampling.logits import GREEDY, SamplingConfig
 from xomni_jax.serving import protocol
+from xomni_jax.serving.app import Site, sse, until_gone
 from xomni_jax.serving.protocol import ChatRequest, EncodeRequest, EntropyRequest, ImagesRequest, error_body, new_id, shown_size
 from xomni_jax.serving.service import Drawn, ServedModel, Service
 
-TOKEN = "XOMNI_SERVE_TOKEN"  # environment variable with the bearer token
-PAGE = Path(str(resources.files("xomni_jax"))) / "serving" / "page"
 T = TypeVar("T")
-_KINDS = {".html": "text/html; charset=utf-8", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 
 
-class App:
-    """State and answers of one service.
+class App(Site):
+    """A service that holds its models.
 
     Args:
       rewards: clients of running reward services by name, for best_of.
       sampling: what requests that set nothing are drawn with.
-      local: the service listens on this machine's own addresses alone; then other host names, which a web page could make up to reach
-        it from a browser, are refused.
-      log: where a line per request is printed, without prompts; None: nowhere.
+      local, log: see `Site`.
     """
 
     def __init__(self, service: Service, rewards: Mapping[str, RewardClient], sampling: SamplingConfig, local: bool, log: Any = sys.stderr):
-        self.service, self.rewards, self.sampling, self.local, self.log = service, rewards, sampling, local, log
-        self.token, self.status, self.started = os.environ.get(TOKEN, ""), "loading", time.monotonic()
-        o = service.options
-        self.bodies = BodyReader(o.max_body_bytes, o.body_seconds, 8 * o.max_body_bytes, "send less at once")
+        super().__init__(service.options, local, log)
+        self.service, self.rewards, self.sampling = service, rewards, sampling
         self.kept: OrderedDict[str, bytes] = OrderedDict()  # images for response_format url
-        self.counts: Counter[str] = Counter()
-        self.active = 0
+        self.posts |= {
+            "/v1/images/generations": self.generate, "/v1/chat/completions": self.chat, "/v1/xomni/encode": self.encode,
+            "/v1/xomni/entropy": self.entropy,
+        }  # fmt: skip
+        self.gets["/v1/xomni/images/{name}.png"] = self.image
+
+    async def load(self) -> None:
+        """Loads the models and compiles their first programs."""
+        await asyncio.to_thread(self.service.warm)
+
+    async def close(self) -> None:
+        """Ends the scheduler's thread."""
+        await asyncio.to_thread(self.service.scheduler.close)
 
     # ---- what a request names ----
     def model(self, name: str | None) -> ServedModel:
         """The model of a request. Refusal (404) naming those there are."""
-        models = self.service.models
-        if name is None:
-            return next(iter(models.values()))
-        if name not in models:
-            raise Refusal(404, f"there is no model {name[:80]!r} here; use one of {', '.join(models)}", 0)
-        return models[name]
+        return self.service.models[self.known(name)]
 
     def size(self, served: ServedModel, text: str | None) -> tuple[int, int]:
         """(height, width) of a request. Refusal (400) naming the nearest that are served."""
@@ -71,19 +67,14 @@ class App:
             raise Refusal(400, f"size {shown_size(size)} is not served by {served.name}; the nearest ones: {near}", 0)
         return size
 
-    async def body(self, request: Any, kind: type[protocol.T]) -> protocol.T:
-        """The request of a body, after everything that can be refused without reading it."""
-        check_token(request.headers, self.token, TOKEN)
-        if self.status != "ok":
-            raise Refusal(503, f"the service is {self.status}; try again", 5)
-        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            raise Refusal(415, "the body must be JSON; send Content-Type: application/json", 0)
-        return protocol.decode(await self.bodies.read(request), kind)
+    async def asked(self, request: Any, kind: type[protocol.T]) -> protocol.T:
+        """The request of a body."""
+        return protocol.decode(await self.body(request), kind)
 
     # ---- images ----
     async def generate(self, request: Any, responses: Any) -> Any:
         """POST /v1/images/generations."""
-        asked = await self.body(request, ImagesRequest)
+        asked = await self.asked(request, ImagesRequest)
         served, limit = self.model(asked.model), self.service.options.max_images
         size, sampling, n = self.size(served, asked.size), asked.sampling(self.sampling), asked.n or 1
         count = max(n, asked.best_of or n)
@@ -104,10 +95,10 @@ class App:
         numbers = range(asked.index, asked.index + count)
         images = self.service.draw(served, asked.prompt, size, seed, numbers, sampling, (asked.partial_images or 0) if asked.stream else 0)
         usage = self._usage(served, asked.prompt, count * (size[0] // served.model.patch) * (size[1] // served.model.patch))
-        events = self._images(asked, images, about, usage, str(request.base_url), n)
+        events = self._images(asked, images, about, usage, _base_url(request), n)
         if asked.stream:
             return await self._stream(request, events, responses)
-        data = [fields for _, fields in await _until_gone(request, _all(events))]
+        data = [fields for _, fields in await until_gone(request, _all(events))]
         data.sort(key=lambda fields: fields.pop("order"))
         entries = [{k: v for k, v in fields.items() if k not in ("type", "created_at", "usage", "size", *_FIXED)} for fields in data]
         return responses.JSONResponse({"created": int(time.time()), "data": entries, "size": about["size"], **_FIXED, "usage": usage})
@@ -159,23 +150,23 @@ class App:
 
     async def _stream(self, request: Any, events: AsyncIterator[tuple[str, dict[str, Any]]], responses: Any) -> Any:
         """Server-sent events. What is refused before the first one is an answer of its own status."""
-        first = await _until_gone(request, anext(events))
+        first = await until_gone(request, anext(events))
 
         async def lines() -> AsyncIterator[str]:
             async with aclosing(events):
                 try:
-                    yield _sse(*first)
+                    yield _line(*first)
                     async for event in events:
-                        yield _sse(*event)
+                        yield _line(*event)
                 except Refusal as refusal:
-                    yield _sse("error", error_body(*refusal.args[:2]))
+                    yield sse("error", error_body(*refusal.args[:2]))
 
         return responses.StreamingResponse(lines(), media_type="text/event-stream")
 
     # ---- answers ----
     async def chat(self, request: Any, responses: Any) -> Any:
         """POST /v1/chat/completions."""
-        asked = await self.body(request, ChatRequest)
+        asked = await self.asked(request, ChatRequest)
         served, limit = self.model(asked.model), self.service.options.max_answer_tokens
         most = asked.max_completion_tokens or asked.max_tokens or limit
         if most > limit:
@@ -193,7 +184,7 @@ class App:
         if asked.stream:
             usage = bool(asked.stream_options and asked.stream_options.include_usage)
             return await self._stream(request, self._chunks(answer, shared, prompt_tokens, usage), responses)
-        parts = await _until_gone(request, _all(answer))
+        parts = await until_gone(request, _all(answer))
         text, tokens, ended = "".join(new for new, *_ in parts), *parts[-1][1:]
         self.counts["answers"] += 1
         choice = {"index": 0, "message": {"role": "assistant", "content": text, "refusal": None}, "logprobs": None}
@@ -243,7 +234,7 @@ class App:
     # ---- what the page needs beside OpenAI's API ----
     async def encode(self, request: Any, responses: Any) -> Any:
         """POST /v1/xomni/encode."""
-        asked = await self.body(request, EncodeRequest)
+        asked = await self.asked(request, EncodeRequest)
         served = self.model(asked.model)
         image = await asyncio.to_thread(protocol.parse_image, asked.image, self.service.options.max_upload_pixels)
         size = served.nearest(image.height, image.width)[0] if asked.reconstruct else None
@@ -258,7 +249,7 @@ class App:
 
     async def entropy(self, request: Any, responses: Any) -> Any:
         """POST /v1/xomni/entropy."""
-        asked = await self.body(request, EntropyRequest)
+        asked = await self.asked(request, EntropyRequest)
         served = self.model(asked.model)
         served.check_prompt(asked.prompt)
         codes_YX = protocol.parse_codes(asked.codes, served.model.config("siglip_vq").codebook_size)
@@ -267,18 +258,9 @@ class App:
         entropy_YX = await self.service.entropy(served, asked.prompt, codes_YX)
         return responses.JSONResponse({"model": served.name, "entropy": [[round(x, 4) for x in row] for row in entropy_YX.tolist()]})
 
-    async def edits(self, request: Any, responses: Any) -> Any:
-        """POST /v1/images/edits, /v1/images/variations."""
-        check_token(request.headers, self.token, TOKEN)
-        raise Refusal(400, "models here draw from a prompt and cannot edit images; use /v1/images/generations", 0)
-
-    async def models(self, request: Any, responses: Any) -> Any:
-        """GET /v1/models and /v1/models/{name}."""
-        check_token(request.headers, self.token, TOKEN)
-        about = {name: self._about(served) for name, served in self.service.models.items()}
-        if name := request.path_params.get("name"):
-            return responses.JSONResponse(about[self.model(name).name])
-        return responses.JSONResponse({"object": "list", "data": list(about.values())})
+    def about_models(self) -> dict[str, dict[str, Any]]:
+        """See `Site`."""
+        return {name: self._about(served) for name, served in self.service.models.items()}
 
     def _about(self, served: ServedModel) -> dict[str, Any]:
         o = self.service.options
@@ -302,69 +284,38 @@ class App:
             raise Refusal(404, "this image is not kept any more; ask for b64_json to have it at once", 0)
         return responses.Response(file, media_type="image/png")
 
-    async def health(self, request: Any, responses: Any) -> Any:
-        """GET /health and /ready."""
-        s = self.service.scheduler
-        told = {
-            "status": self.status,
-            "models": list(self.service.models),
-            "queue": s.waiting,
-            "running": s.running,
-            "token": bool(self.token),
-        }
-        return responses.JSONResponse(told, 503 if request.url.path == "/ready" and self.status != "ok" else 200)
+    def condition(self) -> dict[str, Any]:
+        """See `Site`; with what waits and runs."""
+        return super().condition() | {"queue": self.service.scheduler.waiting, "running": self.service.scheduler.running}
 
-    async def metrics(self, request: Any, responses: Any) -> Any:
-        """GET /metrics."""
+    def numbers(self) -> Iterable[tuple[str, str, float]]:
+        """See `Site`."""
         s = self.service.scheduler
-        numbers: list[tuple[str, str, float]] = [
-            (f"{name}_total", "counter", self.counts[name]) for name in ("requests", "images", "answers", "gone")
-        ]
-        numbers += [(f'responses_total{{status="{k[1:]}"}}', "counter", v) for k, v in sorted(self.counts.items()) if k.startswith("=")]
-        numbers += [("tokens_total", "counter", s.tokens), ("busy_seconds_total", "counter", round(s.seconds_busy, 3))]
-        numbers += [("queue", "gauge", s.waiting), ("running", "gauge", s.running), ("connections", "gauge", self.active)]
-        numbers += [("uptime_seconds", "gauge", round(time.monotonic() - self.started, 3)), ("ready", "gauge", int(self.status == "ok"))]
-        return responses.PlainTextResponse(prometheus("xomni_serve", "", numbers))
-
-    async def page(self, request: Any, responses: Any) -> Any:
-        """GET / and /page/{file}: files of the package alone."""
-        name = request.path_params.get("file", "index.html")
-        if name not in _PAGE_FILES:
-            raise Refusal(404, "there is no such file; the page is at /", 0)
-        return responses.Response((PAGE / name).read_bytes(), media_type=_KINDS[Path(name).suffix])
+        yield from ((f"{name}_total", "counter", self.counts[name]) for name in ("images", "answers"))
+        yield from (("tokens_total", "counter", s.tokens), ("busy_seconds_total", "counter", round(s.seconds_busy, 3)))
+        yield from (("queue", "gauge", s.waiting), ("running", "gauge", s.running))
 
 
 _FIXED = {"quality": "auto", "background": "opaque", "output_format": "png"}
-_PAGE_FILES = frozenset(file.name for file in PAGE.glob("*") if file.suffix in _KINDS)
 
 
 def _chat_usage(prompt: int, answer: int) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
 
 
-def _sse(kind: str, fields: dict[str, Any]) -> str:
-    if not fields:
-        return "data: [DONE]\n\n"
+def _line(kind: str, fields: dict[str, Any]) -> str:
+    """An event of a stream; that of an image holds its type, too."""
     if kind.startswith("image"):
         fields = {"type": kind} | {name: value for name, value in fields.items() if name != "order"}
-    return f"event: {kind}\n" * bool(kind) + f"data: {json.dumps(fields, ensure_ascii=False)}\n\n"
+    return sse(kind, fields)
+
+
+def _base_url(request: Any) -> str:
+    """The address that the client knows, which a front tells."""
+    host = request.headers.get("x-forwarded-host")
+    return f"{request.headers.get('x-forwarded-proto', 'http')}://{host}/" if host else str(request.base_url)
 
 
 async def _all(events: AsyncIterator[T]) -> list[T]:
     async with aclosing(events):
         return [event async for event in events]
-
-
-async def _until_gone(request: Any, answer: Awaitable[T]) -> T:
-    """The answer, unless the client closes its connection first. Refusal (499) then. The body has been read."""
-    task, gone = asyncio.ensure_future(answer), asyncio.create_task(request.receive())
-    try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise Refusal(499, "the client has gone", 0)
-        return task.result()
-    finally:
-        gone.cancel()
-        if not task.done():
-            task.cancel()
-            await asyncio.wait((task,))

@@ -30,7 +30,7 @@ from xomni_jax.sampling.segments import Segment, image_spec
 from xomni_jax.sequence.padding import IMAGE_STEPS, bucket
 from xomni_jax.serving.options import ServeOptions
 from xomni_jax.serving.scheduler import Job, Row, Scheduler
-from xomni_jax.serving.slots import image_slots, text_slots
+from xomni_jax.serving.slots import image_slots, row_counts, text_slots
 
 _GREY = 128  # of pixels whose codes are not drawn yet
 _ENCODERS = 32  # sizes of uploads whose programs are kept
@@ -83,8 +83,7 @@ class ServedModel:
         most = [options.max_prompt_tokens, *([] if model.encoder_tokenizer("t5") else [model.decode_config.text_length - 1])]
         self.prompt_tokens = min(most)
         self._encoders: OrderedDict[tuple[int, ...], Callable[..., Any]] = OrderedDict()
-        # Every size of a batch is a program: few of them, a factor of about 4 apart.
-        self.batch_sizes = sorted({-(-options.slots // 4**n) for n in range(8)})
+        self.batch_sizes = row_counts(options.slots, model.num_data_shards)
         if options.slots % model.num_data_shards:
             raise ValueError(
                 f"--slots {options.slots} does not divide over {model.num_data_shards} data shards; make it a multiple of them"
@@ -173,10 +172,10 @@ class ServedModel:
         return self._encoders[shape]
 
     def decode(self, pictures: Sequence[_Picture]) -> list[Image.Image]:
-        """Images of codes of one size, in batches of few sizes, filled up with copies of the first."""
+        """Images of codes of one size, in the largest batches that they fill: rows that only fill a batch cost as much as images."""
         images: list[Image.Image] = []
         while left := pictures[len(images) :]:
-            size = next(size for size in self.batch_sizes if size >= len(left) or size == self.batch_sizes[-1])
+            size = next((size for size in reversed(self.batch_sizes) if size <= len(left)), self.batch_sizes[0])
             part = [*left[:size], *left[:1] * (size - len(left))]
             codes_BYX = np.stack([p.codes_YX for p in part])
             noise_BTC = self.model.noise(jnp.stack([p.noise_key for p in part]), codes_BYX.shape[1:])

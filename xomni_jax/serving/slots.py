@@ -1,7 +1,8 @@
 """Continuous batching: rows of a running batch that begin and end on their own.
 
-A slot holds one row with its own prompt, position, key and sampling. All slots advance by one segment at a time in one program of fixed
-shape, so that a row's tokens do not depend on what runs beside it; between segments finished rows leave and waiting ones enter.
+A slot holds one row with its own prompt, position, key and sampling. Slots advance by one segment at a time, the lowest ones alone where
+few are in use, in programs of a few fixed sizes; between segments finished rows leave and waiting ones enter the lowest free slots. A
+row's tokens depend on nothing that runs beside it.
 """
 
 from __future__ import annotations
@@ -24,9 +25,19 @@ from xomni_jax.sampling.segments import image_spec
 from xomni_jax.sequence.padding import pad_prompts
 from xomni_jax.sharding.rules import spec_for, unconstrained
 
-ENTERING = 4  # rows that are prefilled at a time
+ENTERING = 4  # most rows that are prefilled at a time
 # Of a row's arrays as the sampler makes them for one prompt, by their rank; in front of them comes the axis of the slots.
 _AXES = {len(names): names for names in (PROMPT_AXES, GENERATED_AXES, (None, None, "residual"), ("batch",), ())}
+
+
+def row_counts(most: int, multiple: int = 1) -> list[int]:
+    """Sizes of batches up to `most` rows, about a factor of 4 apart: each is a program of its own, which the accelerator must compile."""
+    return sorted({multiple * -(-most // (multiple * 4**n)) for n in range(8)})
+
+
+def fitting(rows: int, counts: Sequence[int]) -> int:
+    """The smallest of the ascending `counts` that holds so many rows; the last at most."""
+    return next((count for count in counts if count >= rows), counts[-1])
 
 
 @dataclasses.dataclass
@@ -51,7 +62,7 @@ class Slots:
     Args:
       start: (params, ids [1, S], lengths [1], negative prompts | None) -> prompt cache and state of one row.
       draw: (params, prompt cache, state, key, sampling) of one row -> state, {"tokens": [segment], "logp": [segment]}.
-      count: slots. prompt_length: S. segment: tokens that a call of `advance` adds to every row.
+      count: slots. prompt_length: S. segment: tokens that a call of `advance` adds to a row.
       shape: the static part of the rows' sampling, and what free slots sample with.
     """
 
@@ -66,6 +77,7 @@ class Slots:
         shape: TracedSampling,
     ):
         self.model, self.count, self.prompt_length, self.segment, self.shape = model, count, prompt_length, segment, shape
+        self._shards, self._counts = model.num_data_shards, row_counts(count, model.num_data_shards)
         start_rows = jax.vmap(start, in_axes=(None, 0, 0, 0))
         ids = jax.ShapeDtypeStruct((1, prompt_length), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
         with unconstrained():
@@ -74,18 +86,25 @@ class Slots:
             empty = lambda: jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), row)
             self._prompts, self._states = jax.jit(empty, out_shardings=shardings)()
 
-        def enter(params, rows, slots, ids, lengths, negative):
+        def enter(params, rows, places, ids, lengths, negative):
             new = start_rows(params, ids, lengths, negative)
-            return jax.tree.map(lambda x, y: x.at[slots].set(y, mode="drop"), rows, new)
+            return jax.tree.map(lambda x, y: x.at[places].set(y, mode="drop"), rows, new)
 
         self._enter = jax.jit(enter, donate_argnums=1, out_shardings=shardings)
+        advance_rows = jax.vmap(draw, in_axes=(None, 0, 0, 0, 0))
+
+        def advance(params, prompts, states, keys, sampling):
+            """Advances as many of the lowest slots as there are keys."""
+            n = len(keys)
+            by_shard = lambda x: x.reshape(self._shards, -1, *x.shape[1:])
+            lowest = lambda x: by_shard(x)[:, : n // self._shards].reshape(n, *x.shape[1:])
+            put = lambda x, y: by_shard(x).at[:, : n // self._shards].set(by_shard(y)).reshape(x.shape)
+            some = jax.tree.map(lowest, (prompts, states)) if n < count else (prompts, states)
+            new, out = advance_rows(params, *some, jax.random.wrap_key_data(keys), sampling)
+            return (jax.tree.map(put, states, new) if n < count else new), out
+
         replicated = NamedSharding(model.mesh, PartitionSpec())
-        advance = jax.vmap(draw, in_axes=(None, 0, 0, 0, 0))
-        self._draw = jax.jit(
-            lambda params, prompts, states, keys, sampling: advance(params, prompts, states, jax.random.wrap_key_data(keys), sampling),
-            donate_argnums=2,
-            out_shardings=(shardings[1], replicated),
-        )
+        self._advance = jax.jit(advance, donate_argnums=2, out_shardings=(shardings[1], replicated))
         self._keys = np.zeros((count, *jax.random.key_data(jax.random.key(0)).shape), np.uint32)
         self._sampling = jax.tree.map(lambda x: np.repeat(x, count), shape)
 
@@ -94,17 +113,22 @@ class Slots:
         axes = ("batch", *(None if axis == "batch" else axis for axis in _AXES[x.ndim]))
         return NamedSharding(self.model.mesh, spec_for("slots", (self.count, *x.shape), axes, self.model.mesh))
 
+    def _order(self, count: int) -> np.ndarray:
+        """The lowest slots as the devices hold them: neighbours are on different data shards, so that few slots use all shards."""
+        return np.arange(count).reshape(-1, self._shards).T.ravel()
+
     def enter(self, entries: Sequence[Entry]) -> None:
-        """Begins rows in free slots, a fixed number at a time, so that what they become does not depend on how many begin together."""
+        """Begins rows in free slots."""
+        places = np.append(np.argsort(self._order(self.count)), self.count)  # of a slot; the last is none and takes nothing
         for first in range(0, len(entries), ENTERING):
             part = entries[first : first + ENTERING]
-            fill = [part[0]] * (ENTERING - len(part))
+            fill = [part[0]] * (fitting(len(part), row_counts(ENTERING)) - len(part))
             ids, lengths = pad_prompts([e.ids_S for e in (*part, *fill)], self.prompt_length)
             negative = None
             if self.shape.guided:
                 padded = pad_prompts([e.negative_S for e in (*part, *fill)], self.prompt_length)
                 negative = padded[0][:, None], padded[1][:, None]
-            slots = np.array([e.slot for e in part] + [self.count] * len(fill), np.int32)  # a slot that is not there takes nothing
+            slots = places[[e.slot for e in part] + [self.count] * len(fill)].astype(np.int32)
             with unconstrained():
                 rows, params = (self._prompts, self._states), self.model.params("transformer")
                 self._prompts, self._states = self._enter(params, rows, slots, ids[:, None], lengths[:, None], negative)
@@ -113,13 +137,18 @@ class Slots:
                 for held, x in zip(jax.tree.leaves(self._sampling), jax.tree.leaves(TracedSampling.of(e.sampling))):
                     held[e.slot] = x
 
-    def advance(self) -> dict[str, np.ndarray]:
-        """Adds a segment to every row: {"tokens": int32 [slots, segment], "logp": float32 [slots, segment]}; free slots give any values."""
+    def advance(self, used: int) -> dict[str, np.ndarray]:
+        """Adds a segment to the rows of the lowest `used` slots and perhaps of more.
+
+        Returns:
+          {"tokens": int32 [at least used, segment], "logp": float32 [at least used, segment]}; free slots give any values.
+        """
+        order = self._order(fitting(used, self._counts))
         with unconstrained():
             params = self.model.params("transformer")
-            # Copies: the host's arrays may be read after this returns, and change.
-            self._states, out = self._draw(params, self._prompts, self._states, self._keys.copy(), jax.tree.map(np.copy, self._sampling))
-        return jax.device_get(out)
+            own = self._keys[order], jax.tree.map(lambda x: x[order], self._sampling)  # copies, which the device may read later
+            self._states, out = self._advance(params, self._prompts, self._states, *own)
+        return jax.tree.map(lambda x: x[np.argsort(order)], jax.device_get(out))
 
 
 def image_slots(model: XOmni, grid: tuple[int, int], shape: TracedSampling, count: int, prompt_length: int, segment: int) -> Slots:
