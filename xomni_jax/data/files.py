@@ -172,7 +172,7 @@ class FilesSource:
         number, size = self.order[index]
         try:
             record = self.usable.records[number]
-            found = example(record, (size,), _fields(record, self.prompts), np.random.default_rng([self.seed, index]))
+            found = example(record, (size,), _fields(record, self.prompts), (self.seed, index))
         except FaultyRecord as fault:
             raise ConfigError(f"{fault}; repair it, or take it out") from fault
         source = self.usable.records.source(number)
@@ -213,7 +213,7 @@ class Epoch:
     def __getitem__(self, number: int) -> Example:
         record = self.records[number]
         check_excluded(record, self.excluded)
-        found = example(record, self.sizes, _fields(record, self.records.prompts), np.random.default_rng(number))
+        found = example(record, self.sizes, _fields(record, self.records.prompts), (number,))
         return found | ({"captions": record.texts} if record.texts else {})
 
 
@@ -317,15 +317,15 @@ def _normalised(text: str) -> str:
 
 
 # ---- examples ----
-def example(record: Record, sizes: Sequence[Size], fields: frozenset[str], rng: np.random.Generator) -> Example:
+def example(record: Record, sizes: Sequence[Size], fields: frozenset[str], seed: Sequence[int]) -> Example:
     """Some fields of a record's example. Images take the nearest of `sizes`.
 
-    Of several captions `rng` draws one; the question and the answer are those of the first turns. FaultyRecord for unreadable images.
+    Of several captions one is drawn by `seed`; the question and the answer are those of the first turns. FaultyRecord for unreadable images.
     """
     said = {role: re.sub(r"\s*<image \d+>\s*", " ", text).strip() for role, text in reversed(record.turns)}
     found = {
         "id": record.key,
-        "caption": str(rng.choice(record.texts)) if record.texts else "",
+        "caption": _drawn(record.texts, seed) if record.texts else "",
         "question": said.get("user"),
         "answer": said.get("assistant"),
         "turns": record.turns,
@@ -340,6 +340,10 @@ def example(record: Record, sizes: Sequence[Size], fields: frozenset[str], rng: 
     if "image" in fields:
         found["image"] = found["images"][_main(record)] if "images" in fields else _image(record, _main(record), sizes)
     return {name: value for name, value in found.items() if name in fields}
+
+
+def _drawn(texts: Sequence[str], seed: Sequence[int]) -> str:
+    return texts[0] if len(texts) == 1 else str(np.random.default_rng(seed).choice(texts))  # a generator costs more than reading a row
 
 
 def nearest_size(image: tuple[int, int], sizes: Sequence[Size]) -> Size:

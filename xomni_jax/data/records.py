@@ -126,8 +126,9 @@ class _Row:
     def take(self, *names: str) -> Any:
         """The value of the first of these columns that is present, None where none is; a.b looks inside a nested object."""
         for name in names:
-            if (value := _nested(self.columns, name)) is not None:
-                self.columns.pop(name, None)
+            if name in self.columns:
+                return self.columns.pop(name)
+            if "." in name and (value := _nested(self.columns, name)) is not None:
                 return value
         return None
 
