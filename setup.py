@@ -42,8 +42,9 @@ REWARDS = SERVICE + [
 EVAL = ["rapidfuzz>=3.9,<4"]
 COMPBENCH = EVAL + ["spacy>=3.7,<4"]  # T2I-CompBench reads phrases and nouns with it
 EMOJI = ["resvg-py>=0.5,<0.6"]  # draws the emoji of xomni data make
+VIDEO = ["av>=14,<20"]  # frames of videos as training images
 WANDB = ["wandb>=0.31,<0.40"]  # sends metrics to Weights & Biases
-TEST = WANDB + [
+TEST = WANDB + VIDEO + [
     "pytest>=8,<10",
     "pytest-xdist>=3.6,<4",
     "msgpack>=1.0,<2",  # reads and writes the reward protocol independently of the package
@@ -86,6 +87,7 @@ setup(
         "wandb": WANDB,
         "gcs": ["gcsfs>=2024.6,<2028"],  # training data in buckets, read in place
         "emoji": EMOJI,
+        "video": VIDEO,
         "eval": EVAL,
         "compbench": COMPBENCH,
         "detector": SERVICE + TORCH,

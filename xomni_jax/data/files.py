@@ -24,6 +24,7 @@ from xomni_jax.data.kinds import Part, open_parts
 from xomni_jax.data.records import Columns, Record, make_record
 from xomni_jax.data.sources import ENDLESS, BatchOrder, Example
 from xomni_jax.data.tables import FaultyRecord
+from xomni_jax.data.videos import is_video, read_frame
 
 _READERS, _AT_ONCE = 16, 256  # threads, and the records that each of them takes at a time
 
@@ -289,7 +290,13 @@ class Benchmark(str):
 
 def check_images(record: Record, whole: bool) -> list[tuple[int, int]]:
     """(width, height) of the images of a record, of which all pixels are decoded if `whole`. FaultyRecord when one cannot be read."""
-    return [_read(record, image, read_image).size if whole else _read(record, image, image_size) for image in record.images]
+
+    def size(image: bytes | Path) -> tuple[int, int]:
+        if is_video(image):
+            return read_frame(image, float(whole)).size  # the last frame shows whether the video was cut off
+        return read_image(image).size if whole else image_size(image)
+
+    return [_read(record, image, size) for image in record.images]
 
 
 def check_excluded(record: Record, excluded: Mapping[str, str]) -> None:
@@ -320,7 +327,7 @@ def _normalised(text: str) -> str:
 def example(record: Record, sizes: Sequence[Size], fields: frozenset[str], seed: Sequence[int]) -> Example:
     """Some fields of a record's example. Images take the nearest of `sizes`.
 
-    Of several captions one is drawn by `seed`; the question and the answer are those of the first turns. FaultyRecord for unreadable images.
+    Of several captions one is drawn by `seed`, and so is the frame of a video; the question and the answer are those of the first turns. FaultyRecord for unreadable images.
     """
     said = {role: re.sub(r"\s*<image \d+>\s*", " ", text).strip() for role, text in reversed(record.turns)}
     found = {
@@ -336,9 +343,9 @@ def example(record: Record, sizes: Sequence[Size], fields: frozenset[str], seed:
         "roles": record.roles,
     }
     if "images" in fields:
-        found["images"] = [_image(record, n, sizes) for n in range(len(record.images))]
+        found["images"] = [_image(record, n, sizes, seed) for n in range(len(record.images))]
     if "image" in fields:
-        found["image"] = found["images"][_main(record)] if "images" in fields else _image(record, _main(record), sizes)
+        found["image"] = found["images"][_main(record)] if "images" in fields else _image(record, _main(record), sizes, seed)
     return {name: value for name, value in found.items() if name in fields}
 
 
@@ -369,8 +376,11 @@ def _fields(record: Record, prompt: bool) -> frozenset[str]:
     return frozenset(fields)
 
 
-def _image(record: Record, number: int, sizes: Sequence[Size]) -> np.ndarray:
-    image = _read(record, record.images[number], read_image)
+def _image(record: Record, number: int, sizes: Sequence[Size], seed: Sequence[int]) -> np.ndarray:
+    def read(file: bytes | Path) -> Image.Image:
+        return read_frame(file, np.random.default_rng(seed).random()) if is_video(file) else read_image(file)
+
+    image = _read(record, record.images[number], read)
     height, width = nearest_size(image.size, sizes)
     return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC))
 

@@ -165,6 +165,7 @@ def make_record(
     Raises:
       FaultyRecord: it lacks something, or a column holds what cannot be used; the message begins with `where`.
     """
+    columns = _webvid(columns) if "videoid" in columns else columns
     row = _Row(columns, path_of(how.images) if how.images else root, bool(how.images))
     try:
         return _record(row, key, where, how, prompt, rewards)
@@ -211,6 +212,13 @@ def _record(row: _Row, key: str, where: str, how: Columns, prompt: bool, rewards
         str(id if id is not None else metadata.get("global_id", "")),
         tuple(row.notes + (talk.notes if talk else [])),
     )
+
+
+def _webvid(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of WebVid's table, whose files lie beside it as videos/PAGE_DIR/VIDEOID.mp4, with the usual names of columns."""
+    row = dict(columns)
+    row["id"], row["text"] = row.pop("videoid"), row.pop("name", None)
+    return row | {"file_name": f"videos/{row.get('page_dir') or '.'}/{row['id']}.mp4"}
 
 
 # ---- texts ----
