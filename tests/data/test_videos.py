@@ -62,7 +62,10 @@ def test_a_table_of_webvid(tmp_path):
     folder = tmp_path / "videos" / "000001_000050"
     folder.mkdir(parents=True)
     write_video(folder / "0017.mp4", (20, 60, 100, 140))
-    header, row = ("videoid", "contentUrl", "duration", "page_dir", "name"), ("0017", "https://e.org/17", "PT01S", "000001_000050", "a lamp")
+    header, row = (
+        ("videoid", "contentUrl", "duration", "page_dir", "name"),
+        ("0017", "https://e.org/17", "PT01S", "000001_000050", "a lamp"),
+    )
     gone = ("0018", *row[1:])
 
     def table(name, *rows):

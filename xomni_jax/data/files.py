@@ -327,7 +327,8 @@ def _normalised(text: str) -> str:
 def example(record: Record, sizes: Sequence[Size], fields: frozenset[str], seed: Sequence[int]) -> Example:
     """Some fields of a record's example. Images take the nearest of `sizes`.
 
-    Of several captions one is drawn by `seed`, and so is the frame of a video; the question and the answer are those of the first turns. FaultyRecord for unreadable images.
+    Of several captions one is drawn by `seed`, and so is the frame of a video; the question and the answer are those of the first
+    turns. FaultyRecord for unreadable images.
     """
     said = {role: re.sub(r"\s*<image \d+>\s*", " ", text).strip() for role, text in reversed(record.turns)}
     found = {

@@ -388,7 +388,8 @@ def _lacks(row: _Row, what: str, chosen: str, usual: Sequence[str]) -> str:
     if null := [name for name in asked if name in row.given]:
         return f"no {what}: the column {null[0]!r} is empty"
     none = f"config.data.{what}={chosen!r} is no column" if chosen else f"none of {', '.join(usual)} is a column"
-    return f"no {what}: {none}; there are {', '.join(map(str, row.given)) or 'none'}"
+    remedy = "" if chosen or usual is OUTPUT_COLUMNS else f"; config.data.{what}=COLUMN chooses one"
+    return f"no {what}: {none}; there are {', '.join(map(str, row.given)) or 'none'}{remedy}"
 
 
 def _listed(value: Any) -> list[Any]:
