@@ -43,6 +43,7 @@ REWARDS = SERVICE + [
 EVAL = ["rapidfuzz>=3.9,<4"]
 COMPBENCH = EVAL + ["spacy>=3.7,<4"]  # T2I-CompBench reads phrases and nouns with it
 EMOJI = ["resvg-py>=0.5,<0.6"]  # draws the emoji of xomni data make
+VIDEO = ["av>=14,<20"]  # frames of videos as training images
 WANDB = ["wandb>=0.31,<0.40"]  # sends metrics to Weights & Biases
 TEST = WANDB + [
     "pytest>=8,<10",
@@ -88,14 +89,15 @@ setup(
         "wandb": WANDB,
         "gcs": ["gcsfs>=2024.6,<2028"],  # training data in buckets, read in place
         "emoji": EMOJI,
+        "video": VIDEO,
         "eval": EVAL,
         "compbench": COMPBENCH,
         "detector": SERVICE + TORCH,
         "loo_fid": REWARDS + TORCH + ["torchvision>=0.28,<0.29"],
         **{scorer: SERVICE + TORCH + more for scorer, more in TORCH_SCORERS.items()},
         "judge": EVAL + TORCH,  # a judge in the process of xomni eval --phase score
-        "test": TEST + REWARDS + EVAL + EMOJI + PLAN,
-        "parity": TEST + REWARDS + EVAL + EMOJI + PLAN + PARITY,
+        "test": TEST + REWARDS + EVAL + EMOJI + VIDEO + PLAN,
+        "parity": TEST + REWARDS + EVAL + EMOJI + VIDEO + PLAN + PARITY,
     },
     entry_points={"console_scripts": ["xomni = xomni_jax.cli.main:main"]},
 )

@@ -2,15 +2,18 @@
 
     python -m tests.behaviour.kills                      # 50 kills, about 20 minutes on two idle cores; exit code 1 if a run differs
     python -m tests.behaviour.kills --kills 3 --only sft
+    python -m tests.behaviour.kills --processes 2 --kills 6 --only tokenizer tokenize
 
 Four of five kills come at a moment that is uniform over the time in which the run works, the fifth at one that is uniform over its start.
 The same command then goes on in the same folder, and is killed again. Parameters, metrics and codes are compared to the bit.
+Of several processes (launch/local.py, a device each) one is killed, any of them; the launcher ends the others, and all start again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import signal
 import subprocess
@@ -38,7 +41,10 @@ class Job:
 
     Attributes:
       begun: how far the folder is; when this changes after a start, the command works and no longer starts.
+      processes: that work together on it.
     """
+
+    processes: int = 1
 
     def __init__(self, session: Session, name: str, command: Callable[[Path], list[str]], begun: Callable[[Path], int], result: Callable):
         self.session, self.name, self.command, self.begun, self.result = session, name, command, begun, result
@@ -46,7 +52,9 @@ class Job:
     def start(self, folder: Path) -> subprocess.Popen:
         """Starts it, or goes on with it."""
         where = dict(cwd=self.session.root, env=self.session.environment, stdout=subprocess.DEVNULL, start_new_session=True)
-        return subprocess.Popen(self.command(folder), stderr=(folder.parent / f"{folder.name}.err").open("w"), **where)
+        together = [sys.executable, "launch/local.py", "--processes", str(self.processes), "--devices", "1", "--"]
+        command = [*(together if self.processes > 1 else ()), *self.command(folder)]
+        return subprocess.Popen(command, stderr=(folder.parent / f"{folder.name}.err").open("w"), **where)
 
     def finish(self, folder: Path) -> tuple[float, float]:
         """Runs it to its end. Returns the seconds until it works, and those after."""
@@ -62,20 +70,30 @@ class Job:
             raise RuntimeError(f"{self.name}: exit code {process.returncode}\n{(folder.parent / f'{folder.name}.err').read_text()[-2000:]}")
         return working - began, ended - working
 
-    def kill(self, folder: Path, starting: bool, wait: float) -> str:
-        """Kills it so many seconds after its start or after it began to work. Returns what was on disk, "" if it ended before."""
+    def kill(self, folder: Path, starting: bool, wait: float, which: float) -> str:
+        """Kills it so many seconds after its start or after it began to work. Returns what was on disk, "" if it ended before.
+
+        Args:
+          which: chooses one of its processes, from 0 for the first to 1.
+        """
         before, process = self.begun(folder), self.start(folder)
         while not starting and process.poll() is None and self.begun(folder) == before:
             time.sleep(0.005)
         try:
             process.wait(wait)
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
+            for pid in (alive := self.members(process))[int(which * len(alive)) :][:1]:  # none, when all are just ending
+                os.kill(pid, signal.SIGKILL)
         code = process.wait()
-        if code not in (0, -signal.SIGKILL):
+        if code not in (0, -signal.SIGKILL, 128 + signal.SIGKILL):
             raise RuntimeError(f"{self.name}: exit code {code}\n{(folder.parent / f'{folder.name}.err').read_text()[-2000:]}")
         unfinished = [p for pattern in ("*orbax-checkpoint-tmp*", ".*part*", "*.tmp*", ".codes-*") for p in folder.rglob(pattern)]
         return f"{self.begun(folder)}{', in a save' if unfinished else ''}" if code else ""
+
+    def members(self, process: subprocess.Popen) -> list[int]:
+        """The ids of its processes."""
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        return [int(pid) for pid in children.read_text().split()] if self.processes > 1 else [process.pid]
 
 
 def stage(session: Session, name: str, url: str) -> Job:
@@ -126,8 +144,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50, help="in all (default 50)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
+    parser.add_argument("--processes", type=int, default=1, help="that work together on each run (default 1)")
     parser.add_argument("--only", nargs="+", default=[*STAGES, "tokenize"], help=f"some of {', '.join(STAGES)}, tokenize")
     args = parser.parse_args()
+    Job.processes = args.processes
     rng, rows, same = (
         random.Random(args.seed),
         [("", "kills", "while starting", "in a save", "steps or files at each kill", "result")],
@@ -147,7 +167,7 @@ def main() -> int:
                     start = len(places) % 5 == 4
                     # What is left to do after earlier kills of this run is shorter.
                     wait = rng.uniform(0.3, starting) if start else rng.uniform(0, working / (of_run + 2))
-                    if not (place := job.kill(folder, start, wait)):
+                    if not (place := job.kill(folder, start, wait, rng.random())):
                         break
                     places.append(place)
                     early, of_run = early + start, of_run + 1

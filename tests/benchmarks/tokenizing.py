@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from pathlib import Path
 
 import jax
 import numpy as np
+from array_record.python.array_record_data_source import ArrayRecordDataSource
 from PIL import Image
 
 from tests.benchmarks import machine
 from tests.benchmarks.report import OURS, Report, machine_line
+from tests.benchmarks.timing import Case, measure, unequal_share
 from xomni_jax.core.tables import aligned
+from xomni_jax.data.codes import unpacked
+from xomni_jax.data.preprocess import to_pixels
 from xomni_jax.data.rendered import SIGNS
 from xomni_jax.pipeline import XOmni
 from xomni_jax.sharding.arrays import batch_sharding
@@ -23,34 +26,27 @@ IMAGES, BATCH, SHARD = 512, 16, 128
 
 
 def run(model: str, repeats: int, seconds: float) -> Report:
-    """Times pairs of both, each over all images, after one that compiles: up to `repeats` within about `seconds`, at least three."""
+    """Compares the codes of both, then times pairs of them, each over all images."""
     others = machine.Others()
     loaded = XOmni(model, make_mesh({"data": -1}, jax.local_devices()))
     side = min(loaded.preprocess_config.long_size, 512)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(prefix="xomni-bench-tokenize-") as folder:
         write_images(Path(folder) / "images", side)
-        pairs = [pair(loaded, Path(folder), side)]
-        end = time.perf_counter() + seconds
-        while len(pairs) <= repeats and (len(pairs) < 4 or time.perf_counter() < end):
-            pairs.append(pair(loaded, Path(folder), side))
-    job, bare = (IMAGES / np.array(column) for column in zip(*pairs[1:]))
-    ratio = job / bare
-    rows = [
-        ("", "images/s", "slowest", "fastest"),
-        *((name, f"{np.median(x):.4g}", f"{x.min():.4g}", f"{x.max():.4g}") for name, x in (("tokenize", job), ("bare encoder", bare))),
-        ("tokenize / bare", f"{np.median(ratio):.3f}", f"{ratio.min():.3f}", f"{ratio.max():.3f}"),
-    ]
+        result = measure(case(loaded, Path(folder), side), repeats, seconds)
+    found, ratios, told = result.as_json(), result.ratios, others.cores()
+    rows = [("", "images/s"), ("tokenize", f"{found['rate']['ours']:.4g}"), ("bare encoder", f"{found['rate']['peer']:.4g}")]
     lines = [
         f"tokenize: {IMAGES} JPEG images of {side}x{side} pixels, {BATCH} at a time on each device, shards of {SHARD}, with {model}",
-        machine_line(f"{machine.cores()} cores", others.cores()),
+        machine_line(f"{machine.cores()} cores", told),
         "",
         aligned(rows),
         "",
-        f"Medians of {len(ratio)} pairs. The encoder alone has its pixels on the device; the job reads files, scales, encodes and writes.",
+        f"tokenize / bare: {result.ratio:.3f} ({ratios.min():.3f} to {ratios.max():.3f}), by CPU time {result.cpu_ratio:.3f}; "
+        f"medians of {len(ratios)} pairs.",
+        "The encoder alone has the same pixels on the device; the job reads files, scales, encodes and writes.",
     ]
-    data = {"benchmark": "tokenize", "images": IMAGES, "side": side, "batch": BATCH, "job_per_second": job.tolist()}
-    data |= {"bare_per_second": bare.tolist(), "ratio": float(np.median(ratio)), "versions": machine.versions(OURS)}
-    return Report("\n".join(lines), data | {"machine": machine.describe()})
+    data = {"benchmark": "tokenize", "images": IMAGES, "side": side, "batch": BATCH, "result": found, "other_programs_cores": told}
+    return Report("\n".join(lines), data | {"versions": machine.versions(OURS), "machine": machine.describe()})
 
 
 def write_images(folder: Path, side: int) -> None:
@@ -63,19 +59,25 @@ def write_images(folder: Path, side: int) -> None:
         (folder / f"{n:05}.txt").write_text(f"noise number {n}")
 
 
-def pair(model: XOmni, folder: Path, side: int) -> tuple[float, float]:
-    """Seconds of the whole job, and of the encoder alone."""
+def case(model: XOmni, folder: Path, side: int) -> Case:
+    """The whole job, whose codes are in the folder that it returns, and the encoder alone."""
     data = SIGNS.updated({"source": "files", "path": str(folder / "images"), "sizes": ((side, side),)}, "config.data")
-    with tempfile.TemporaryDirectory(dir=folder) as out:
-        shards = [Shard(Path(out) / f"codes-{n:05}.array_record", range(n, n + SHARD)) for n in range(0, IMAGES, SHARD)]
-        options = TokenizeConfig(out, batch=BATCH)
-        began = time.perf_counter()
-        encode_shards(model, data.epoch(), data.sizes, shards, shards, options, np.dtype("<u2"))
-        job = time.perf_counter() - began
-    rows = BATCH * model.num_data_shards
-    pixels = jax.device_put(np.zeros((rows, side, side, 3), np.float32), batch_sharding(model.mesh))
-    began = time.perf_counter()
-    for _ in range(IMAGES // rows):
-        codes = model.encode_pixels(pixels)
-    jax.block_until_ready(codes)
-    return job, time.perf_counter() - began
+    rows, dtype = BATCH * model.num_data_shards, np.dtype("<u2")
+    images = np.stack([to_pixels(example["image"]) for example in data.epoch()])
+    pixels = [jax.device_put(images[n : n + rows], batch_sharding(model.mesh)) for n in range(0, IMAGES, rows)]
+
+    def job() -> Path:
+        out = Path(tempfile.mkdtemp(dir=folder))
+        shards = [Shard(out / f"codes-{n:05}.array_record", range(n, n + SHARD)) for n in range(0, IMAGES, SHARD)]
+        encode_shards(model, data.epoch(), data.sizes, shards, shards, TokenizeConfig(str(out), batch=BATCH), dtype)
+        return out
+
+    def bare() -> np.ndarray:
+        codes = [model.encode_pixels(batch) for batch in pixels]
+        return np.concatenate(jax.block_until_ready(codes))
+
+    def differ(out: Path, codes_BYX: np.ndarray) -> float:
+        records = ArrayRecordDataSource(sorted(out.glob("*.array_record")))
+        return unequal_share(np.stack([unpacked(record, dtype)["codes"] for record in records]), codes_BYX)
+
+    return Case("tokenize", job, bare, differ, 0.0, IMAGES, "images")

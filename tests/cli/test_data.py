@@ -126,6 +126,7 @@ def test_a_check_of_prompts_and_of_a_configuration(tmp_path, capsys):
         ([], "give one or more PATHs, or --config=FILE"),
         (["--config=configs/tiny/sft.py"], "config.data.source=rendered: its examples are not read from files"),
         (["none.jsonl"], "config.data.path=none.jsonl: no such file or folder"),
+        (["x.jsonl", "--out=/proc/none/x.jsonl"], "give another folder"),
         (["x.jsonl", "--config.data.captoin=a"], "config.data.captoin: unknown key; did you mean caption"),
     ],
 )

@@ -17,6 +17,7 @@ from xomni_jax.data.files import FilesConfig, Records, check_images
 from xomni_jax.data.images import read_image
 from xomni_jax.data.records import Columns
 from xomni_jax.data.tables import FaultyRecord
+from xomni_jax.data.videos import is_video, read_frame
 
 FORMATS = Path(os.environ.get("XOMNI_SHARED", Path(__file__).parents[3] / "shared")) / "data" / "formats"
 COLOURS = {
@@ -47,6 +48,7 @@ REASONS = {
     "empty text": "holds no text|no caption|no text",
     "text is null": "no caption: the column 'prompt' is empty",
     "cannot decode image": "cannot be read: it is",
+    "cannot decode video": "cannot be read: Invalid data",
     "picture without metadata": "an image without metadata",
     "path leaves the folder": "lies outside",
     "absolute path": "lies outside",
@@ -69,13 +71,12 @@ REASONS = {
     "AppleDouble": "",
     "not msgpack": "",
 }
-HELD_BACK = ("v01_webvid",)  # videos are not read
 
 
 def layouts():
     if not FORMATS.is_dir():
         return []
-    return [entry for entry in json.loads((FORMATS / "expected.json").read_text()) if entry["name"] not in HELD_BACK]
+    return json.loads((FORMATS / "expected.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +104,7 @@ def read(entry, formats):
 
 def quadrants(image):
     """Names of the colours at 1/4 and 3/4 of the sides, as those of expected.json."""
-    pixels = np.asarray(read_image(image)).astype(int)
+    pixels = np.asarray(read_frame(image) if is_video(image) else read_image(image)).astype(int)
     height, width = pixels.shape[:2]
     points = [pixels[height * y // 4, width * x // 4] for y in (1, 3) for x in (1, 3)]
     return {

@@ -233,9 +233,9 @@ def test_metadata_of_the_layouts_of_reinforcement_learning():
 @pytest.mark.parametrize(
     "row, words",
     [
-        ({"text": "t"}, "no image: none of file_name, image, .* is a column; there are text"),
+        ({"text": "t"}, "no image: none of file_name, image, .* is a column; there are text; config.data.image=COLUMN chooses one"),
         ({"text": "t", "image": ""}, "no image: the column 'image' is empty"),
-        (IMAGE, "no caption: none of text, .* is a column; there are image"),
+        (IMAGE, "no caption: none of text, .* is a column; there are image; config.data.caption=COLUMN chooses one"),
         (IMAGE | {"captions": ["a", " "]}, "the column 'captions' holds no text"),
         (IMAGE | {"captions": "{}"}, "no caption: the column 'captions' is empty"),
         (IMAGE | {"text": "a\ud800"}, "is not Unicode"),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from xomni_jax.cli.data_config import with_data
 from xomni_jax.core.config import ConfigError, merge_overrides, read_overrides
+from xomni_jax.core.folders import check_folder, write_text
 
 if TYPE_CHECKING:
     from xomni_jax.data.sources import DataSection
@@ -38,6 +39,8 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
 
     if bool(args.path) == bool(args.config):
         raise ConfigError("give one or more PATHs, or --config=FILE with the data of a training")
+    if args.out:
+        check_folder(Path(args.out).parent, 0)
     data = with_data(args.config, rest).data if args.config else with_benchmarks(_named(args, rest))
     parts = [part for part in data.parts if isinstance(part.options, FilesConfig)]
     if not parts:
@@ -47,7 +50,8 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
         print("\n".join([f"config.data.path={part.options.path}:", *found.lines()] if data.names else found.lines()))
     if args.out:
         rows = (json.dumps(row, ensure_ascii=False) + "\n" for found in checked for row in found.rows())
-        Path(args.out).write_text("".join(rows), encoding="utf-8")
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        write_text(Path(args.out), "".join(rows))
     return 1 if any(found.skipped or not found.records for found in checked) else 0
 
 

@@ -24,6 +24,7 @@ from xomni_jax.data.kinds import Part, open_parts
 from xomni_jax.data.records import Columns, Record, make_record
 from xomni_jax.data.sources import ENDLESS, BatchOrder, Example
 from xomni_jax.data.tables import FaultyRecord
+from xomni_jax.data.videos import is_video, read_frame
 
 _READERS, _AT_ONCE = 16, 256  # threads, and the records that each of them takes at a time
 
@@ -172,7 +173,7 @@ class FilesSource:
         number, size = self.order[index]
         try:
             record = self.usable.records[number]
-            found = example(record, (size,), _fields(record, self.prompts), np.random.default_rng([self.seed, index]))
+            found = example(record, (size,), _fields(record, self.prompts), (self.seed, index))
         except FaultyRecord as fault:
             raise ConfigError(f"{fault}; repair it, or take it out") from fault
         source = self.usable.records.source(number)
@@ -213,7 +214,7 @@ class Epoch:
     def __getitem__(self, number: int) -> Example:
         record = self.records[number]
         check_excluded(record, self.excluded)
-        found = example(record, self.sizes, _fields(record, self.records.prompts), np.random.default_rng(number))
+        found = example(record, self.sizes, _fields(record, self.records.prompts), (number,))
         return found | ({"captions": record.texts} if record.texts else {})
 
 
@@ -289,7 +290,13 @@ class Benchmark(str):
 
 def check_images(record: Record, whole: bool) -> list[tuple[int, int]]:
     """(width, height) of the images of a record, of which all pixels are decoded if `whole`. FaultyRecord when one cannot be read."""
-    return [_read(record, image, read_image).size if whole else _read(record, image, image_size) for image in record.images]
+
+    def size(image: bytes | Path) -> tuple[int, int]:
+        if is_video(image):
+            return read_frame(image, float(whole)).size  # the last frame shows whether the video was cut off
+        return read_image(image).size if whole else image_size(image)
+
+    return [_read(record, image, size) for image in record.images]
 
 
 def check_excluded(record: Record, excluded: Mapping[str, str]) -> None:
@@ -317,15 +324,16 @@ def _normalised(text: str) -> str:
 
 
 # ---- examples ----
-def example(record: Record, sizes: Sequence[Size], fields: frozenset[str], rng: np.random.Generator) -> Example:
+def example(record: Record, sizes: Sequence[Size], fields: frozenset[str], seed: Sequence[int]) -> Example:
     """Some fields of a record's example. Images take the nearest of `sizes`.
 
-    Of several captions `rng` draws one; the question and the answer are those of the first turns. FaultyRecord for unreadable images.
+    Of several captions one is drawn by `seed`, and so is the frame of a video; the question and the answer are those of the first
+    turns. FaultyRecord for unreadable images.
     """
     said = {role: re.sub(r"\s*<image \d+( context)?>\s*", " ", text).strip() for role, text in reversed(record.turns)}
     found = {
         "id": record.key,
-        "caption": str(rng.choice(record.texts)) if record.texts else "",
+        "caption": _drawn(record.texts, seed) if record.texts else "",
         "question": said.get("user"),
         "answer": said.get("assistant"),
         "turns": record.turns,
@@ -336,10 +344,14 @@ def example(record: Record, sizes: Sequence[Size], fields: frozenset[str], rng: 
         "roles": record.roles,
     }
     if "images" in fields:
-        found["images"] = [_image(record, n, sizes) for n in range(len(record.images))]
+        found["images"] = [_image(record, n, sizes, seed) for n in range(len(record.images))]
     if "image" in fields:
-        found["image"] = found["images"][_main(record)] if "images" in fields else _image(record, _main(record), sizes)
+        found["image"] = found["images"][_main(record)] if "images" in fields else _image(record, _main(record), sizes, seed)
     return {name: value for name, value in found.items() if name in fields}
+
+
+def _drawn(texts: Sequence[str], seed: Sequence[int]) -> str:
+    return texts[0] if len(texts) == 1 else str(np.random.default_rng(seed).choice(texts))  # a generator costs more than reading a row
 
 
 def nearest_size(image: tuple[int, int], sizes: Sequence[Size]) -> Size:
@@ -365,8 +377,11 @@ def _fields(record: Record, prompt: bool) -> frozenset[str]:
     return frozenset(fields)
 
 
-def _image(record: Record, number: int, sizes: Sequence[Size]) -> np.ndarray:
-    image = _read(record, record.images[number], read_image)
+def _image(record: Record, number: int, sizes: Sequence[Size], seed: Sequence[int]) -> np.ndarray:
+    def read(file: bytes | Path) -> Image.Image:
+        return read_frame(file, np.random.default_rng(seed).random()) if is_video(file) else read_image(file)
+
+    image = _read(record, record.images[number], read)
     height, width = nearest_size(image.size, sizes)
     return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC))
 

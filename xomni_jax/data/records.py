@@ -126,8 +126,9 @@ class _Row:
     def take(self, *names: str) -> Any:
         """The value of the first of these columns that is present, None where none is; a.b looks inside a nested object."""
         for name in names:
-            if (value := _nested(self.columns, name)) is not None:
-                self.columns.pop(name, None)
+            if name in self.columns:
+                return self.columns.pop(name)
+            if "." in name and (value := _nested(self.columns, name)) is not None:
                 return value
         return None
 
@@ -164,6 +165,7 @@ def make_record(
     Raises:
       FaultyRecord: it lacks something, or a column holds what cannot be used; the message begins with `where`.
     """
+    columns = _webvid(columns) if "videoid" in columns else columns
     row = _Row(columns, path_of(how.images) if how.images else root, bool(how.images))
     try:
         return _record(row, key, where, how, prompt, rewards)
@@ -210,6 +212,13 @@ def _record(row: _Row, key: str, where: str, how: Columns, prompt: bool, rewards
         str(id if id is not None else metadata.get("global_id", "")),
         tuple(row.notes + (talk.notes if talk else [])),
     )
+
+
+def _webvid(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of WebVid's table, whose files lie beside it as videos/PAGE_DIR/VIDEOID.mp4, with the usual names of columns."""
+    row = dict(columns)
+    row["id"], row["text"] = row.pop("videoid"), row.pop("name", None)
+    return row | {"file_name": f"videos/{row.get('page_dir') or '.'}/{row['id']}.mp4"}
 
 
 # ---- texts ----
@@ -379,7 +388,8 @@ def _lacks(row: _Row, what: str, chosen: str, usual: Sequence[str]) -> str:
     if null := [name for name in asked if name in row.given]:
         return f"no {what}: the column {null[0]!r} is empty"
     none = f"config.data.{what}={chosen!r} is no column" if chosen else f"none of {', '.join(usual)} is a column"
-    return f"no {what}: {none}; there are {', '.join(map(str, row.given)) or 'none'}"
+    remedy = "" if chosen or usual is OUTPUT_COLUMNS else f"; config.data.{what}=COLUMN chooses one"
+    return f"no {what}: {none}; there are {', '.join(map(str, row.given)) or 'none'}{remedy}"
 
 
 def _listed(value: Any) -> list[Any]:

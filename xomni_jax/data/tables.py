@@ -53,7 +53,7 @@ def readable(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"byte {error.start} is not UTF-8"
+        reason = error.strerror if isinstance(error, OSError) else f"byte {error.start} is not UTF-8; save it as UTF-8"
         raise ConfigError(f"{path} cannot be read: {reason}") from error
 
 

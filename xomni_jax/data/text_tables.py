@@ -15,6 +15,7 @@ import shutil
 import sys
 import tempfile
 from array import array
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -123,6 +124,10 @@ def _csv(path: Path, root: Path) -> ListTable:
         header, *cells = [row for row in rows if row] or [[]]
     except csv.Error as error:
         raise ConfigError(f"{path} line {rows.line_num}: {error}; correct the quotes") from error
+    if len(header) == 1 and (other := next((mark for mark in ";\t" if mark in header[0]), None)):
+        raise ConfigError(f"{path}: its columns are separated by {other!r}; separate them by commas, or by tabs in a .tsv")
+    if twice := [name for name, times in Counter(header).items() if times > 1]:
+        raise ConfigError(f"{path}: the header has the column {twice[0]!r} twice; give each a name of its own")
 
     def parse(row: list[str]) -> dict[str, Any]:
         if len(row) != len(header):
