@@ -68,13 +68,13 @@ SOURCES = Registry(
     "source",
     {
         "rendered": "xomni_jax.data.rendered:RenderedSource",
-        "judged": "xomni_jax.data.judged_signs:JudgedSource",
         "rehearsal": "xomni_jax.data.rendered:RehearsalSource",
         "edits": "xomni_jax.data.edits:EditsSource",
         "files": "xomni_jax.data.files:FilesSource",
         "prompts": "xomni_jax.data.files:PromptsSource",
         "codes": "xomni_jax.data.codes:CodesSource",
         "mixture": "xomni_jax.data.mixture:MixtureSource",
+        "judged": "xomni_jax.data.judged_signs:JudgedSource",
     },
 )
 
