@@ -246,8 +246,8 @@ from xomni_jax.checkpoint import convert, param_reader, stream
 param_reader.blocks_of.__defaults__ = (20_000,)
 stream.chunk_shape.__defaults__ = (10_000,)
 mine = []
-read = param_reader.ParamReader.read
-param_reader.ParamReader.read = lambda self, index=None: mine.append((self.path, index)) or read(self, index)
+release = param_reader.ParamReader.release  # once after each block
+param_reader.ParamReader.release = lambda self: mine.append(self.path) or release(self)
 convert.convert(*sys.argv[3:6], say=lambda line: None)
 print(len(mine), "blocks")
 """

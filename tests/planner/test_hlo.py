@@ -70,6 +70,23 @@ def test_a_loop_that_says_how_often_it_runs_is_believed():
     assert hlo.parse(said).trips == {"body": 5}
 
 
+def test_a_stack_that_is_copied_within_a_fusion_is_read_where_it_is_sliced():
+    """As the TPU compiler slices kernels in 8 bits; without the slice the whole stack is read."""
+    copying = """
+%copy_fusion (stack: bf16[7,8,4]) -> bf16[7,8,4] {
+  %stack = bf16[7,8,4]{2,1,0} parameter(0)
+  ROOT %copied = bf16[7,8,4]{1,2,0} copy(%stack)
+}
+
+%fused_slice ("""
+    text = LOOP.replace("\n%fused_slice (", copying).replace("dynamic-slice(%p0,", "dynamic-slice(%other,")
+    inner = "  %zero = s32[]{} constant(0)\n"
+    text = text.replace(inner, inner + "  %other = bf16[7,8,4]{1,2,0} fusion(%p0), kind=kLoop, calls=%copy_fusion\n", 1)
+    read = lambda text: next(m.read for m in moves(hlo.parse(text)) if m.instruction.name == "layer") - 4  # noqa: E731 - the index
+    assert read(text) == read(LOOP) == 8 * 4 * 2
+    assert read(text.replace("copy(%stack)", "negate(%stack)")) == 7 * read(LOOP)
+
+
 def test_bytes_that_move():
     """A layer is read, not the stack; a row is written, not the cache; what lies on chip costs nothing; a copy costs both ways."""
     by_name = {m.instruction.name: m for m in moves(hlo.parse(LOOP))}

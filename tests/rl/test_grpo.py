@@ -343,7 +343,8 @@ def test_the_samplers_layout_computes_the_same(model):
 
 def test_a_sampler_in_8_bits_is_corrected_and_held_to_a_limit(model_dir, service, tmp_path):
     more = ["steps=2", "grpo.importance_cap=2", "rollout.weights=int8", "grid_every=0"]
-    run_stage(grpo_config(tmp_path / "run", model_dir, service.url, *more))
+    # Random weights of width 32 round far worse than those of a trained model (1.5e-5 nats a code for the one in the package).
+    run_stage(grpo_config(tmp_path / "run", model_dir, service.url, *more, "rollout.max_sampler_kl=0.02"))
     first, second = metrics(tmp_path / "run")
     assert 0 < first["grpo/sampler_kl"] < 0.01 and first["grpo/logp_gap_max"] > 1e-4  # of other weights than the policy's
     assert first["grpo/importance_mean"] == pytest.approx(1, abs=0.05) and second["grpo/importance_cut_frac"] == 0

@@ -143,6 +143,11 @@ class _Reader:
                 if part is None:
                     return None
                 total += part
+            elif i.op == "fusion" and self._copies(i.callees[0]):  # another order of the same values, read where they are used
+                part = self._uses(lines, i.name)
+                if part is None:
+                    return None
+                total += part
             elif i.op == "fusion":
                 for n, operand in enumerate(i.operands):
                     if operand == name:
@@ -153,6 +158,10 @@ class _Reader:
             else:
                 return None
         return total
+
+    def _copies(self, computation: str) -> bool:
+        """Whether a fusion within a fusion only copies its operand."""
+        return [i.op for i in self.module.computations[computation]] == ["parameter", "copy"]
 
     def _written(self, computation: str, outer: Instruction, aliased: dict[int, int]) -> int:
         """Bytes a fusion writes: its results, or only the update where its root updates in place."""

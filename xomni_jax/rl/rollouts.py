@@ -67,7 +67,7 @@ class RolloutConfig:
     logit_chunk: Natural = 0
     weights: str = "policy"
     max_logp_gap: NonNegative = 1e-4
-    max_sampler_kl: Positive = 0.02
+    max_sampler_kl: Positive = 1e-3
     max_fail_frac: Share = 0.5
     combine: str = "sum_then_normalize"
     reencode: Natural = 0
