@@ -1,6 +1,6 @@
 """The table of launch/loo_fid.sh.
 
-python -m launch.loo_fid OUT DATA FILE    draws digits with OUT/c2i and OUT/{instance,both}_SEED, judges them and writes FILE
+python -m launch.loo_fid OUT DATA FILE    draws digits with OUT/c2i and OUT/{instance,early,both}_SEED, judges them and writes FILE
 
 The classifier OUT/first.npz gave the reward; OUT/second.npz, of the other half of DATA/train, judges, against the digits of DATA/heldout.
 """
@@ -24,7 +24,7 @@ from xomni_jax.sampling.keys import image_keys
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sharding.arrays import whole
 
-VARIANTS = ("instance", "both")
+VARIANTS = ("instance", "early", "both")
 GUIDANCES = (1.0, 1.5, 2.0)  # of the model before; after, digits are drawn without
 EACH, BATCH, SEED = 50, 100, 7  # digits of each class, and of a batch; the seed is no run's
 COLUMNS = ("reward", "judge", "entropy", "fid", "class_fid")

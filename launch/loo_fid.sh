@@ -27,12 +27,14 @@ done
 url_DigitScorer="" url_loo_fid=""
 start "$out" launch/digits.py:DigitScorer --model "$out/first.npz" --workers 1
 start "$out" loo_fid --features launch/digits.py:features --model "$out/first.npz" --statistics "$out/first.statistics.npz" --workers 1
-grpo() {  # NAME SEED WEIGHT
-  train "$1_$2" loo_fid --config.seed="$2" --config.init_from="$out/c2i/model" --config.rewards.loo_fid.weight="$3" \
-    --config.rewards.digit.urls="('$url_DigitScorer',)" --config.rewards.loo_fid.urls="('$url_loo_fid',)"
+grpo() {  # NAME SEED WEIGHT [options]
+  local name=$1 seed=$2 weight=$3
+  shift 3
+  train "${name}_$seed" loo_fid --config.seed="$seed" --config.init_from="$out/c2i/model" --config.rewards.loo_fid.weight="$weight" \
+    --config.rewards.digit.urls="('$url_DigitScorer',)" --config.rewards.loo_fid.urls="('$url_loo_fid',)" "$@"
 }
 for seed in $seeds; do
-  grpo instance "$seed" 0.0 &
+  { grpo instance "$seed" 0.0 && grpo early "$seed" 0.0 --config.steps=18; } &
   services+=($!)
   grpo both "$seed" 2.0
   wait "${services[-1]}"

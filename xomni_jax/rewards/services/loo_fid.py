@@ -187,7 +187,9 @@ class LooFidScorer(Scorer):
         start = read_statistics(Path(o.start), len(mean)) if o.start else None
         self._fid = LeaveOneOutFID(mean, covariance, o.covariance == "full", o.decay or None, o.debias, start)
         weights, real = f"-{self.model_hash[:12]}" * bool(self.model_hash), hashlib.sha256(mean.tobytes() + covariance.tobytes())
-        self.version = f"loo-fid/{o.features}{weights}/real-{real.hexdigest()[:8]}/{o.covariance}/decay-{o.decay:g}" + "/debias" * o.debias
+        self.version = (
+            f"loo-fid/{Path(o.features).name}{weights}/real-{real.hexdigest()[:8]}/{o.covariance}/decay-{o.decay:g}" + "/debias" * o.debias
+        )
 
     def score(self, images: Sequence[np.ndarray], items: Sequence[Item]) -> list[Score]:
         """See Scorer. Every image of a request counts; a single one cannot be left out."""
