@@ -125,10 +125,9 @@ def tokenize(session: Session) -> Job:
     for n in range(1200):
         Image.fromarray(rng.integers(0, 256, (16, 32, 3), np.uint8)).save(images / f"{n:04}.png")
         (images / f"{n:04}.txt").write_text(f"noise {n}")
-    model = session.model("tokenizer")
 
     def command(folder: Path) -> list[str]:
-        data = {"init_from": model, "data.source": "files", "data.path": images, "data.sizes": ((16, 32),)}
+        data = {"init_from": session.shipped, "data.source": "files", "data.path": images, "data.sizes": ((16, 32),)}
         options = [f"--config.{key}={value}" for key, value in data.items()]
         config = f"--config={session.root / 'configs' / 'tiny' / 'sft'}.py"
         return [*XOMNI, "data", "tokenize", config, "--out", str(folder), "--shard", "50", "--batch", "2", *options]

@@ -134,7 +134,7 @@ def test_a_wrong_command_line_is_two(arguments, capsys):
     [
         (ValueError("steps=0 must be at least 1"), 2, "xomni chat: steps=0 must be at least 1\n"),
         (KeyError("no such axis"), 2, "xomni chat: no such axis\n"),
-        (FileNotFoundError(2, "No such file or directory", "x.png"), 2, "xomni chat: [Errno 2] No such file or directory: 'x.png'\n"),
+        (FileNotFoundError(2, "No such file or directory", "x.png"), 2, "xomni chat: x.png: No such file or directory\n"),
         (FloatingPointError("loss is nan"), 2, "xomni chat: loss is nan\n"),
         (ValueError(""), 2, "xomni chat: ValueError\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),

@@ -104,6 +104,8 @@ def explain(command: str, e: BaseException) -> int:
     if os.environ.get("XOMNI_DEBUG") or not isinstance(e, (ValueError, OSError, FloatingPointError, KeyError)):
         raise e
     message = str(e.args[0]) if isinstance(e, KeyError) and e.args else str(e)
+    if isinstance(e, OSError) and e.filename and e.strerror:  # without the number of the error
+        message = f"{os.fsdecode(e.filename)}: {e.strerror}"
     first, *more = message.strip().splitlines() or [type(e).__name__]
     if more and type(e).__module__.startswith("xomni_jax."):
         first = message.strip()  # a list of problems, such as those of a conversion

@@ -76,12 +76,16 @@ def write_text(path: Path, text: str) -> Path:
 
 
 def write_part(path: Path, text: str) -> Path:
-    """Writes a temporary file beside `path`, named for this process, and returns its path."""
+    """Writes a temporary file beside `path`, named for this process, and returns its path. OSError, and no file, where that fails."""
     part = part_of(path)
-    with part.open("w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with part.open("w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk names no file
     return part
 
 
