@@ -13,7 +13,10 @@ from xomni_jax.core.config import ConfigError, Text, check_keys, checked, explan
 STORED = "stored"  # the preset of a component as the model directory holds it
 
 # How a stored model is computed, which a run may choose; every other field says what the model is.
-COMPUTATION = ("dtype", "param_dtype", "int8", "remat", "attention", "attention_chunk", "query_chunk", "microbatch", "chunk", "unroll")
+COMPUTATION = (
+    "dtype", "param_dtype", "int8", "remat", "attention", "attention_chunk", "query_chunk", "microbatch", "chunk", "unroll",
+    "order",  # a model of one order goes on learning in another: the parameters are the same
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
