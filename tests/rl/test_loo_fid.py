@@ -62,7 +62,15 @@ def services():
 def grpo(start, learned, services, run_dir, *overrides):
     rewards = (f"rewards.{service.scorer}.urls=('{service.url}',)" for service in services)
     data = f"data.path={start / 'classes.txt'}", f"data.{SIZE}", "batch_size=8", "grpo.rollouts_per_prompt=4"
-    run = f"run_dir={run_dir}", f"init_from={learned / 'model'}", "steps=3", "save_every=1", "optimizer.learning_rate=0.01", "grid_every=3"
+    run = (
+        f"run_dir={run_dir}",
+        f"init_from={learned / 'model'}",
+        "steps=3",
+        "save_every=1",
+        "grid_every=3",
+        "optimizer.learning_rate=0.01",
+        "optimizer.rates=()",
+    )
     return load_config(ROOT / "configs/methods/loo_fid.py", [*rewards, *data, *run, *MESH, *overrides])
 
 
