@@ -176,7 +176,8 @@ class Front(Site):
         model = self.known(named)
         if named is None:  # the first model of a host may be another one
             body = msgspec.json.encode(msgspec.json.decode(body) | {"model": model})
-        headers = {"Content-Type": "application/json", "X-Forwarded-Host": request.url.netloc, "X-Forwarded-Proto": request.url.scheme}
+        known = {"x-forwarded-host": request.url.netloc, "x-forwarded-proto": request.url.scheme}  # what the client calls this address
+        headers = {"content-type": "application/json"} | {name: request.headers.get(name, own) for name, own in known.items()}
         parts = self._answer(request.url.path, body, headers, model)
         status, passed = await until_gone(request, anext(parts))
         return responses.StreamingResponse(parts, status, passed)
