@@ -35,7 +35,7 @@ def test_against_brute_force(rng, rows):
         for r, row in enumerate(placed):
             at = 0
             for k, i in enumerate(row):
-                for j, (token, loss) in enumerate(zip(*sequences[i], strict=True)):
+                for j, (token, loss) in enumerate(zip(sequences[i].ids_L, sequences[i].loss_L, strict=True)):
                     got = (batch.ids_BL[r, at], batch.segments_BL[r, at], batch.positions_BL[r, at], batch.loss_BL[r, at])
                     assert got == (token, k + 1, j, loss) and batch.members_BL[r, at] == i
                     at += 1

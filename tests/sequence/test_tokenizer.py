@@ -64,7 +64,7 @@ def test_generation_prompt_is_the_tokenised_string(tok):
 
 
 def test_generation_sequence(tok):
-    ids_L, loss_L = tok.generation_sequence("a cat", CODES_YX)
+    ids_L, loss_L, *_ = tok.generation_sequence("a cat", CODES_YX)
     prompt = tok.generation_prompt("a cat", 3, 5)
     assert ids_L.dtype == np.int32 and loss_L.dtype == bool
     np.testing.assert_array_equal(ids_L, np.concatenate([prompt, CODES_YX.ravel() + 384, [tok.eom]]))
@@ -77,7 +77,7 @@ def test_understanding_is_the_tokenised_chat(tok):
     turn = f"<|im_start|>user\n{IMAGE_STRING}\n{question}<|im_end|>\n<|im_start|>assistant\n"
     prompt = tok.understanding_prompt(CODES_YX, question)
     assert prompt.tolist() == tok.text.encode(turn, add_special_tokens=False)
-    ids_L, loss_L = tok.understanding_sequence(CODES_YX, question, "HELLO")
+    ids_L, loss_L, *_ = tok.understanding_sequence(CODES_YX, question, "HELLO")
     assert tok.text.convert_ids_to_tokens(ids_L[loss_L].tolist()) == [*"HELLO", "<|im_end|>"]
     np.testing.assert_array_equal(ids_L[~loss_L], prompt)
 
@@ -107,7 +107,7 @@ def test_marks_in_a_text_are_text(tok, marks, text):
 
 
 def test_text_sequence(tok):
-    ids_L, loss_L = tok.text_sequence("ABC")
+    ids_L, loss_L, *_ = tok.text_sequence("ABC")
     assert tok.text.convert_ids_to_tokens(ids_L.tolist()) == [*"ABC", "<|im_end|>"] and loss_L.tolist() == [
         False,
         True,
@@ -202,7 +202,7 @@ def test_errors(tok, call, message):
 def test_a_conversation_is_the_tokenised_chat(tok):
     """Several turns and images: learned are what the assistant says, its ends of turn, and the codes of the image that it shows."""
     first, second, drawn = CODES_YX, np.array([[1, 2]]), np.array([[7], [9]])
-    ids_L, loss_L = tok.conversation_sequence(
+    ids_L, loss_L, *_ = tok.conversation_sequence(
         [
             ("system", ["be brief"]),
             ("user", ["look: ", first, second, "\nwhich?"]),
