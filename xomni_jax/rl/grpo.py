@@ -39,7 +39,7 @@ from xomni_jax.rl.supervised import SideBySide, SupervisedConfig, supervised_bat
 from xomni_jax.rl.trajectory import Rows, Trajectory
 from xomni_jax.rl.update import Advantages, Policy, frozen_logp, make_update
 from xomni_jax.sampling.decoder import DECODER_COMPONENTS, DecodeConfig
-from xomni_jax.sampling.keys import image_keys, image_orders
+from xomni_jax.sampling.keys import image_keys
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sampling.programs import RolloutShape, decoder_programs, sampler_programs
 from xomni_jax.sampling.sampler import Sampler
@@ -498,7 +498,6 @@ def sample_grid(cfg: GRPORun, buckets: Mapping[Size, Bucket], state: TrainState,
     keys_P, prompts = batch.take(image_keys(cfg.seed, GRID_PROMPTS)), batch.take(captions)
     keys_PR = jax.vmap(lambda k: jax.random.split(k, GRID_COLUMNS))(keys_P)
     inputs = rollouts.sampler_inputs(prompts, keys_PR)
-    orders = image_orders(rollouts.model.config("transformer").order, rollouts.grid, keys_PR)
-    out = rollouts.sampler(rollouts.sampler_params(state.params), *inputs, rollouts.stop.check, orders)
+    out = rollouts.sampler(rollouts.sampler_params(state.params), *inputs, rollouts.stop.check, **rollouts.orders(keys_PR))
     images = rollouts.images(out["codes"], [p for p in prompts for _ in range(GRID_COLUMNS)], jnp.repeat(keys_P, GRID_COLUMNS))
     return Grid(whole(images)[: GRID_PROMPTS * GRID_COLUMNS], GRID_COLUMNS, {"caption": captions}, by="row")

@@ -202,8 +202,7 @@ class Rollouts:
         params, P, R, chunks = self.sampler_params(params), len(prompts), self.group, self.cfg.chunks
         chunk = P // chunks * R
         keys_PR, noise_keys_PR = self.keys(key, P)
-        inputs = self.inputs(prompts, targets, keys_PR)
-        orders_PRT = image_orders(self.model.config("transformer").order, self.grid, keys_PR)
+        inputs, orders = self.inputs(prompts, targets, keys_PR), self.orders(keys_PR)
         items, judges, weights_P = self.questions(prompts, targets, own_weights)
         # Of each chunk first the first image of every rollout, then the second ones.
         order = np.repeat(np.arange(P * R).reshape(chunks, 1, chunk), self.n_images, axis=1).ravel()
@@ -222,8 +221,8 @@ class Rollouts:
 
         for c, part in enumerate(make_batches(P, P // chunks)):
             with timed(seconds, "perf/rollout_s"):
-                own, orders = jax.tree.map(part.take, (inputs, {} if orders_PRT is None else {"order_PRT": orders_PRT}))
-                made.append(jax.block_until_ready(self.sampler(params, *own, between, **orders)))
+                own, ordered = jax.tree.map(part.take, (inputs, orders))
+                made.append(jax.block_until_ready(self.sampler(params, *own, between, **ordered)))
             texts = [p for p in part.take(prompts) for _ in range(R)]
             for i, (codes_PRT, skipped_PR) in enumerate(self.shown(made[-1])):
                 for n in np.flatnonzero(skipped_PR):
@@ -245,6 +244,11 @@ class Rollouts:
     def shown(self, made: Mapping[str, Any]) -> Sequence[tuple[jax.Array, np.ndarray | bool]]:
         """Codes [P, R, T] of each of the `n_images` images of a chunk's rollouts, and where they are not scored [P, R]."""
         return [(made["codes"], False)]
+
+    def orders(self, keys_PR: jax.Array) -> dict[str, np.ndarray]:
+        """The orders in which the images of these keys are drawn, as an argument of the sampler; none where that is row by row."""
+        order_PRT = image_orders(self.model.config("transformer").order, self.grid, keys_PR)
+        return {} if order_PRT is None else {"order_PRT": order_PRT}
 
     def questions(
         self, prompts: Sequence[str], targets: Sequence[dict], own_weights: Sequence[Mapping[str, float] | None]
