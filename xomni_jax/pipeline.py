@@ -20,9 +20,10 @@ from xomni_jax.data.preprocess import preprocess
 from xomni_jax.sampling.batches import Batch, batches_by_shape, in_order, run_batches
 from xomni_jax.sampling.decoder import DECODER_COMPONENTS, DecodeConfig, make_decode, to_uint8
 from xomni_jax.sampling.generate import make_answerer
-from xomni_jax.sampling.keys import NOISE, image_keys
+from xomni_jax.sampling.keys import NOISE, image_keys, image_orders
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sampling.sampler import Sampler
+from xomni_jax.sequence.orders import pieces
 from xomni_jax.sequence.padding import IMAGE_STEPS, pad_prompts
 from xomni_jax.sequence.tokenizer import encoder_ids, fixed_length_ids
 from xomni_jax.tokenizers.protocol import Layout
@@ -51,20 +52,32 @@ class XOmni(ModelComponents):
         return grid
 
     def sample_codes(
-        self, prompts: Sequence[str], grid: tuple[int, ...], keys_PR: jax.Array, sampling: SamplingConfig, length: int | None = None
+        self,
+        prompts: Sequence[str],
+        grid: tuple[int, ...],
+        keys_PR: jax.Array,
+        sampling: SamplingConfig,
+        length: int | None = None,
+        known: np.ndarray | None = None,
     ) -> dict[str, jax.Array]:
-        """R samples of each of P prompts in one batch: {"codes": [P, R, *grid], "logp": [P, R, T]}.
+        """R samples of each of P prompts in one batch: {"codes": [P, R, *grid], "logp": [P, R, T] in the order of drawing}.
 
         Args:
           keys_PR: a sample depends on its own key and prompt, not on the rest of the batch.
           length: tokens that the prompts are padded to; by default the bucket of the longest.
+          known: codes [*grid] that all samples have in common, and -1 where they are drawn.
         """
         ids_PS, lengths_P = pad_prompts([self.tokenizer.generation_prompt(p, *grid) for p in prompts], length)
         negative = pad_prompts([self.tokenizer.image_prefix(*grid)] * len(prompts)) if sampling.guided else None
         (batch,) = self.batches(len(prompts))
-        inputs = jax.tree.map(batch.take, (ids_PS, lengths_P, keys_PR, negative))
+        order_PRT, given_PRT = image_orders(self.config("transformer").order, grid, keys_PR, known if known is None else known >= 0), None
+        if known is not None:
+            given_PRT = np.broadcast_to(known.ravel(), (*keys_PR.shape, known.size)).astype(np.int32)
+            given_PRT = given_PRT if order_PRT is None else np.take_along_axis(given_PRT, order_PRT, axis=2)
+        *inputs, order_PRT, given_PRT = jax.tree.map(batch.take, (ids_PS, lengths_P, keys_PR, negative, order_PRT, given_PRT))
         with jax.set_mesh(self.mesh):
-            out = batch.cut(self._sampler(grid, sampling)(self.params("transformer"), *inputs))
+            sampler = self._sampler(grid, sampling)
+            out = batch.cut(sampler(self.params("transformer"), *inputs, order_PRT=order_PRT, given_PRT=given_PRT))
         return {"codes": Layout(grid).unflatten(out["codes"]), "logp": out["logp"]}
 
     @cached_method
@@ -167,6 +180,7 @@ class XOmni(ModelComponents):
         window: int = 1,
         batch_size: int = BATCH_SIZE,
         decode_batch_size: int = BATCH_SIZE,
+        known: np.ndarray | None = None,
     ) -> Iterator[Image.Image]:
         """One image per prompt, each as soon as its batch is drawn. Image i depends on (seed, i) and its prompt alone.
 
@@ -174,11 +188,12 @@ class XOmni(ModelComponents):
           height, width: pixels; by default the model's own size. Another one than it was trained on is drawn with a warning.
           temperature, top_k, top_p, min_p, guidance, window: see `SamplingConfig`; the defaults are the released ones.
           batch_size: prompts at a time in each data shard. decode_batch_size: images decoded to pixels at a time.
+          known: codes that stay, from `known_codes`; height and width are then those of that image.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
             raise ValueError("no prompts given; pass at least one")
-        size = self.image_size(height, width)
+        size = self.image_size(height, width) if known is None else self.size_of(known.shape)
         grid, trained = self.grid(*size), self.trained_sizes
         if trained and size not in trained:
             known = ", ".join(f"{y}x{x}" for y, x in trained)
@@ -186,18 +201,51 @@ class XOmni(ModelComponents):
         self.check_prompts(prompts)
         sampling = SamplingConfig(temperature, top_k, top_p, min_p, guidance, window)
         image_keys(seed, 1)  # refuses a seed out of range
-        return self._drawn(prompts, grid, seed, sampling, batch_size, decode_batch_size)
+        return self._drawn(prompts, grid, seed, sampling, batch_size, decode_batch_size, known)
 
     def _drawn(
-        self, prompts: list[str], grid: tuple[int, ...], seed: int, sampling: SamplingConfig, batch_size: int, decode_batch_size: int
+        self,
+        prompts: list[str],
+        grid: tuple[int, ...],
+        seed: int,
+        sampling: SamplingConfig,
+        batch_size: int,
+        decode_batch_size: int,
+        known: np.ndarray | None,
     ) -> Iterator[Image.Image]:
         def program(batch: Batch) -> jax.Array:
             keys_P1 = image_keys(seed, batch.take(np.arange(len(prompts))))[:, None]
-            return self.sample_codes(batch.take(prompts), grid, keys_P1, sampling)["codes"][:, 0]
+            return self.sample_codes(batch.take(prompts), grid, keys_P1, sampling, known=known)["codes"][:, 0]
 
         for batch in self.batches(len(prompts), batch_size):
             codes = np.stack(in_order(run_batches(program, [batch])))
             yield from self.decode(codes, [prompts[i] for i in batch.items], None, seed, decode_batch_size, batch.items)
+
+    def known_codes(self, image: Image.Image, mask: Image.Image) -> np.ndarray:
+        """The codes of an image, int32 [Y, X], with -1 in the cells that are to be drawn again: those with a pixel of the mask that is
+        more white than black.
+
+        Raises ValueError for a mask of another size, or one that leaves nothing to draw. Warns where the model will not see all that stays,
+        or has not learned to go on from it.
+        """
+        if mask.size != image.size:
+            (w, h), (x, y) = image.size, mask.size
+            raise ValueError(f"the mask has {y}x{x} pixels and the image {h}x{w}; give a mask of the image's size")
+        (codes,), white = self.encode([image]), np.asarray(mask.convert("L")) > 127
+        rows, columns = (np.arange(n) * cells // n for n, cells in zip(white.shape, codes.shape))
+        redrawn = np.zeros(codes.shape, bool)
+        np.logical_or.at(redrawn, (rows[:, None], columns), white)
+        if not redrawn.any():
+            raise ValueError("the mask has no white pixel; paint white what is to be drawn again")
+        if self.config("transformer").order == "raster":
+            warnings.warn("this model draws row by row: it does not see what stays right of and below the cells it draws", stacklevel=2)
+        elif (parts := len(pieces(~redrawn))) > 1:
+            warnings.warn(f"what stays has {parts} pieces that do not touch, which no order in training begins with", stacklevel=2)
+        return np.where(redrawn, -1, codes)
+
+    def size_of(self, grid: tuple[int, ...]) -> tuple[int, int]:
+        """(height, width) in pixels of an image of Y x X codes."""
+        return grid[-2] * self.image_tokenizer.config.patch, grid[-1] * self.image_tokenizer.config.patch
 
     def image_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """(height, width) in pixels of an image, by default the model's own: 1152 x 1152, as released, when it names none."""

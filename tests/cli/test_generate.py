@@ -47,6 +47,9 @@ def test_the_same_seed_draws_the_same(drawn, model_dir, tmp_path, capsys):
         (["a", "--temperature", "-1"], "sampling temperature=-1.0 is not a number >= 0"),
         (["a", "--top-p", "2"], "sampling top_p=2.0 is outside (0, 1]"),
         (["a", "--seed", "-3"], "seed=-3 must lie within 0.."),
+        (["a", "--edit", "a.png"], "--edit IMAGE and --mask IMAGE belong together; give both"),
+        (["a", "--edit", "/no.png", "--mask", "/no.png"], "the image /no.png cannot be read: No such file or directory; give another"),
+        (["a", "--edit", "a.png", "--mask", "b.png", "--height", "16"], "the size is that of its image; leave out --prompts and the size"),
         (["a", "--model", "/nowhere"], "/nowhere: no such directory; give a model directory"),
     ],
 )
@@ -64,7 +67,7 @@ def stubbed(monkeypatch):
     """The rows of every program's call; the images are black."""
     calls = []
 
-    def sample_codes(self, prompts, grid, keys_PR, sampling):
+    def sample_codes(self, prompts, grid, keys_PR, sampling, known):
         calls.append(("codes", len(prompts)))
         return {"codes": jnp.asarray(np.zeros((len(prompts), 1, *grid), np.int32))}
 
@@ -94,11 +97,11 @@ def test_what_is_drawn_is_written_and_kept(stubbed, model_dir, tmp_path, monkeyp
     """Ctrl-C in the third batch of 16."""
     drawn = XOmni.sample_codes
 
-    def interrupted(self, *args):
+    def interrupted(self, *args, **more):
         assert len(list(tmp_path.glob("out/*.png"))) == 16 * sum(what == "codes" for what, _ in stubbed)
         if len(list(tmp_path.glob("out/*.png"))) == 32:
             raise KeyboardInterrupt
-        return drawn(self, *args)
+        return drawn(self, *args, **more)
 
     monkeypatch.setattr(XOmni, "sample_codes", interrupted)
     assert generate(model_dir, tmp_path / "out", [f"sign {n}" for n in range(40)]) == 130
@@ -154,3 +157,27 @@ def test_out_must_be_a_folder(model_dir, tmp_path, capsys):
     (tmp_path / "out").write_text("a file")
     told = refusal(capsys, "generate", "a", "--model", str(model_dir), "--out", str(tmp_path / "out"))
     assert "out is a file; give another folder" in told
+
+
+def test_a_part_is_drawn_again(drawn, model_dir, tmp_path, monkeypatch, capsys, recwarn):
+    """With one white pixel in the cell of row 1 and column 2: its code alone is drawn, and the others stay."""
+    file, seen = drawn / "000_a_red_sign_that_says_AB.png", []
+    monkeypatch.setattr(
+        XOmni, "decode_images", lambda self, codes, prompts, noise: seen.append(codes) or np.zeros((len(codes), *SIZE, 3), np.uint8)
+    )
+    mask = Image.new("L", (SIZE[1], SIZE[0]))
+    mask.putpixel((16, 8), 255)
+    mask.save(tmp_path / "mask.png")
+    edit = ["--edit", str(file), "--mask", str(tmp_path / "mask.png"), "--temperature", "3", "--top-k", "0"]
+    assert generate(model_dir, tmp_path / "out", ["a", "b", "c"], *edit) == 0
+    assert "it does not see what stays right of and below the cells it draws" in str(recwarn[-1].message)
+    (codes,) = seen
+    known = XOmni.load(model_dir).encode([Image.open(file)])[0]
+    assert {tuple(cell) for image in codes[:3] for cell in np.argwhere(image != known)} == {(1, 2)}
+
+    for changed, told in [
+        (mask.resize((16, 16)), "the mask has 16x16 pixels and the image 16x32"),
+        (Image.new("L", mask.size), "no white pixel"),
+    ]:
+        changed.save(tmp_path / "mask.png")
+        assert told in refusal(capsys, "generate", "a", "--model", str(model_dir), *edit)

@@ -141,12 +141,13 @@ def read_transformer(c: ConfigFile) -> ARConfig:
         raise ConversionError(f"{c.path}: num_hidden_layers={layers} leaves no language layer between {between}")
     theta, eps = c.number("rope_theta", rope.number("rope_theta", 10_000.0)), c.number("rms_norm_eps", 1e-6)
     language = dict(n_language_layers=layers - adapters - tail, rope_theta=theta, rms_eps=eps)
-    return c.build(ARConfig, **sizes, **language, attention_chunk=CHUNK)
+    return c.build(ARConfig, **sizes, **language, order=c.get("order", "raster"), attention_chunk=CHUNK)
 
 
 def write_transformer(cfg: ARConfig) -> dict[str, Any]:
-    """The released `config.json` without its vision section."""
-    return written(cfg, TRANSFORMER) | {
+    """The released `config.json` without its vision section; `order` is ours and only written where it is not the released one."""
+    own = {} if cfg.order == "raster" else {"order": cfg.order}
+    return written(cfg, TRANSFORMER) | own | {
         "architectures": ["XOmniForCausalLM"], "model_type": "x-omni",
         "auto_map": {"AutoConfig": "configuration_xomni.XOmniConfig", "AutoModelForCausalLM": "modeling_xomni.XOmniForCausalLM"},
         "num_hidden_layers": cfg.n_layers, "rope_theta": cfg.rope_theta, "rms_norm_eps": cfg.rms_eps, "hidden_act": "silu",

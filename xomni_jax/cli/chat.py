@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from xomni_jax.cli.inference import add_adapter, add_model, opened
-from xomni_jax.data.images import UnreadableImage, read_image
+from xomni_jax.cli.inference import add_adapter, add_model, image_file, opened
 
 EXAMPLE = 'xomni chat images/000_a_red_sign_that_says_HELLO.png "what does the sign say?"'
 
@@ -23,9 +22,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:
     """Prints the answer."""
-    try:
-        image = read_image(args.image, as_stored=args.as_stored)
-    except UnreadableImage as error:
-        raise ValueError(f"the image {args.image} cannot be read: {error}; give another image file") from None
+    image = image_file(args.image, args.as_stored)
     print(opened(args, rest)[0].chat(image, args.question, args.max_tokens))
     return 0

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xomni_jax.cli.inference import add_adapter, add_model, add_sampling, add_size, opened, positive, share
+from xomni_jax.cli.inference import add_adapter, add_model, add_sampling, add_size, image_file, opened, positive, share
 from xomni_jax.core.folders import check_folder
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ work takes a --share; one command without it, or the last of them, writes metada
 """
 EXAMPLE = """\
 xomni generate 'a red sign that says "HELLO"' 'two blue circles on white' --out images
+xomni generate 'a red sign that says "BYE"' --edit sign.png --mask white_where_to_draw.png
 xomni generate --prompts my_prompts.txt --n 4 --out runs/drawn
 xomni generate --prompts my_prompts.txt --best-of 8 --reward ocr=http://127.0.0.1:8001 --out runs/best"""
 
@@ -38,6 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to draw; one image each")
     add_model(parser, "", "one device")
     add_size(parser)
+    parser.add_argument("--edit", metavar="IMAGE", help="draw a part of this image again, the white one of --mask")
+    parser.add_argument("--mask", metavar="IMAGE", help="an image of the same size; a code with any white pixel is drawn again")
     parser.add_argument("--seed", type=int, default=0, help="image i depends on the seed, i and its prompt alone (default 0)")
     parser.add_argument("--out", default="images", metavar="DIR", help="folder for the images (default: images)")
     rare = parser.add_rare_group("sampling, adapters")
@@ -61,12 +64,18 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
         raise ValueError("give the prompts, or --prompts FILE" + ", not both" * bool(args.files))
     if not args.files and (args.n, args.best_of, args.reward, args.share) != (1, 0, None, (0, 1)):
         raise ValueError("--n, --best-of, --reward and --share are for prompts in files; write them into one and give --prompts FILE")
+    if bool(args.edit) != bool(args.mask):
+        raise ValueError("--edit IMAGE and --mask IMAGE belong together; give both")
+    if args.edit and (args.files or args.height or args.width):
+        raise ValueError("--edit is for prompts on the command line, and the size is that of its image; leave out --prompts and the size")
+    edited = [image_file(file) for file in (args.edit, args.mask) if file]
     model, config = opened(args, rest)
     if args.files:
         return draw_files(args, model, config)
-    height, width = model.image_size(args.height, args.width)
+    known = model.known_codes(*edited) if edited else None
+    height, width = model.image_size(args.height, args.width) if known is None else model.size_of(known.shape)
     sampling = args.seed, args.temperature, args.top_k, args.top_p, args.min_p, args.guidance, args.window
-    images = model.draw(args.prompts, height, width, *sampling, config.batch, config.decode_batch)  # refuses what is wrong
+    images = model.draw(args.prompts, height, width, *sampling, config.batch, config.decode_batch, known)  # refuses what is wrong
     check_folder(out, len(args.prompts) * height * width * 3)
     try:
         for image in images:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from xomni_jax.inference import InferenceConfig
     from xomni_jax.pipeline import XOmni
 
@@ -85,6 +87,16 @@ def opened(args: argparse.Namespace, rest: Sequence[str]) -> tuple[XOmni, Infere
     if args.adapter:
         model.adapt(args.adapter)
     return model, args.sections or InferenceConfig()
+
+
+def image_file(path: str, as_stored: bool = False) -> Image.Image:
+    """The image of a file; `as_stored`: see `data.images.to_rgb`. ValueError where it cannot be read."""
+    from xomni_jax.data.images import UnreadableImage, read_image
+
+    try:
+        return read_image(path, as_stored=as_stored)
+    except UnreadableImage as error:
+        raise ValueError(f"the image {path} cannot be read: {error}; give another image file") from None
 
 
 def positive(text: str) -> int:

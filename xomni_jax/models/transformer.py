@@ -18,6 +18,7 @@ from xomni_jax.models.stack import StackConfig, stacked
 from xomni_jax.models.vocab_heads import Head, select
 from xomni_jax.sharding.rules import constrain
 
+ORDERS = ("raster", "spanning_tree")
 STACKS = ("adapters", "language", "heads")
 
 # Keys and values of every layer, per stack: {stack: (k, v)}. See `sampling.cache` for the shapes.
@@ -45,6 +46,7 @@ class ARConfig(StackConfig):
       rope_theta: base of the rotary frequencies
       grid_columns: columns of a grid of codes whose rotary positions are row and column, as in LlamaGen; 0: the place in the sequence
       condition_length: tokens before such a grid, which have no position in it; their queries and keys are zero
+      order: in which the codes of an image come: raster (row by row), or spanning_tree (a random one for each image, as in STAR)
       qkv_bias: q, k and v have a bias
       rms_eps: of the RMSNorms
       attention: implementation of attention: auto, plain or splash; see `attention.attend`
@@ -67,6 +69,7 @@ class ARConfig(StackConfig):
     rope_theta: float = 1e6
     grid_columns: int = 0
     condition_length: int = 1
+    order: str = "raster"
     qkv_bias: bool = True
     rms_eps: float = 1e-6
     attention: str = "auto"
@@ -85,6 +88,8 @@ class ARConfig(StackConfig):
                 f"ARConfig.image_vocab_size={self.image_vocab_size} exceeds mm_vocab_size={self.mm_vocab_size}, which includes it; "
                 "raise the latter"
             )
+        if self.order not in ORDERS:
+            raise ValueError(f"ARConfig.order={self.order!r} is unknown; choose one of {', '.join(ORDERS)}")
         super().__post_init__()
         check_attention("ARConfig", self.attention)
         if self.n_language_layers < 1 or self.n_adapter_layers < 0 or self.n_head_layers < 0:
@@ -134,6 +139,7 @@ class Context:
     Attributes:
       image_BL: True at multimodal tokens.
       segments_BL: as in `ARTransformer.__call__`.
+      queries_BL: rotary positions of the queries where they are not those of the tokens; see `ARTransformer.__call__`.
       lengths_B, column_BR: real tokens of each prompt, and tokens of each rollout in the cache; set in a cached pass only.
       stacked: with TPU kernels, the caches of all layers of the stack; `past` is then the index of the layer.
       collect: a full pass returns its keys and values.
@@ -142,6 +148,7 @@ class Context:
     positions_BL: jax.Array
     image_BL: jax.Array
     segments_BL: jax.Array | None = None
+    queries_BL: jax.Array | None = None
     lengths_B: jax.Array | None = None
     column_BR: jax.Array | None = None
     stacked: tuple[jax.Array, ...] | None = None
@@ -188,7 +195,8 @@ class Attention(nn.Module):
         q_BLNH, k_BLKH = heads("q_proj", "heads", c.n_heads), heads("k_proj", "kv_heads", c.n_kv_heads)
         v_BLKH = heads("v_proj", "kv_heads", c.n_kv_heads)
         rope = rope_table(c, ctx.positions_BL)
-        q_BLNH, k_BLKH = (apply_rope(t, *rope) for t in (q_BLNH, k_BLKH))
+        q_BLNH = apply_rope(q_BLNH, *(rope if ctx.queries_BL is None else rope_table(c, ctx.queries_BL)))
+        k_BLKH = apply_rope(k_BLKH, *rope)
         if past is None:
             y_BLNH = attend(
                 q_BLNH, k_BLKH, v_BLKH, scale=c.head_dim**-0.5, kind=c.attention, causal=True,
@@ -260,14 +268,18 @@ class ARTransformer(nn.Module):
     def __call__(self, ids_BL: jax.Array, positions_BL: jax.Array | None = None, segments_BL: jax.Array | None = None) -> jax.Array:
         """Hidden states after the final norm, [B, L, D], causal.
 
+        Where codes come in another order than row by row, the query of a token has the position before that of the code that follows it.
+        So it knows which cell it predicts, and the cells around that are as far away as they are row by row, where nothing changes.
+
         Args:
           ids_BL: int32 token ids, 0..vocab_size+mm_vocab_size-1.
-          positions_BL: rotary positions; 0..L-1 without them.
+          positions_BL: rotary positions; 0..L-1 without them. That of a code is the place it has row by row.
           segments_BL: packing: a token sees only earlier tokens of its own segment; 0 marks padding, whose outputs are undefined.
         """
         if positions_BL is None:
             positions_BL = jnp.broadcast_to(jnp.arange(ids_BL.shape[1]), ids_BL.shape)
-        ctx = Context(positions_BL, self._is_image(ids_BL), segments_BL)
+        queries_BL = self._before_next(ids_BL, positions_BL) if self.cfg.order != "raster" else None
+        ctx = Context(positions_BL, self._is_image(ids_BL), segments_BL, queries_BL)
         x_BLD, _ = self._run(self._embed(ids_BL), ctx)
         if self.is_initializing():  # this pass does not use the vocabulary heads, whose parameters must exist
             self.lm_head.weight(), self.mm_head.weight()
@@ -296,7 +308,9 @@ class ARTransformer(nn.Module):
         last_P1 = lengths_P[:, None] - 1
         return self._norm(select(x_PSD, last_P1), jnp.take_along_axis(image_PS, last_P1, axis=1))[:, 0], kv
 
-    def extend(self, ids_PWR: jax.Array, prompt: KV, lengths_P: jax.Array, generated: KV, column: jax.Array) -> tuple[jax.Array, KV]:
+    def extend(
+        self, ids_PWR: jax.Array, prompt: KV, lengths_P: jax.Array, generated: KV, column: jax.Array, moved: Any = None
+    ) -> tuple[jax.Array, KV]:
         """W more tokens for each of R rollouts of P prompts; W = 1 is a decode step. Reads the caches, never writes them.
 
         Args:
@@ -305,6 +319,7 @@ class ARTransformer(nn.Module):
           generated: {stack: (k, v)} of [layers, P, R, K, T, H]. Stacks that are missing do not run: without the vision layers, text
             alone may follow, which their output never reaches.
           column: tokens of each rollout that are cached, [P, R], or a scalar where all have equally many.
+          moved: what is added to this position for keys and for queries, [P, W, R] each, where codes are in another order.
 
         Returns:
           Hidden states [P, W, R, D] after the norm, and the new {stack: (k, v)} of [layers, P, W * R, K, H].
@@ -313,13 +328,19 @@ class ARTransformer(nn.Module):
         column_PR = jnp.broadcast_to(column, (P, R))
         positions_PWR = lengths_P[:, None, None] + column_PR[:, None] + jnp.arange(W)[:, None]
         ids_PL, positions_PL = ids_PWR.reshape(P, -1), positions_PWR.reshape(P, -1)
-        ctx = Context(positions_PL, self._is_image(ids_PL), lengths_B=lengths_P, column_BR=column_PR)
+        keys_PL, queries_PL = (positions_PL, None) if moved is None else (positions_PL + by_PWR.reshape(P, -1) for by_PWR in moved)
+        ctx = Context(keys_PL, self._is_image(ids_PL), queries_BL=queries_PL, lengths_B=lengths_P, column_BR=column_PR)
         past = {name: (*prompt[name], *generated[name]) for name in self.cfg.layers if name in generated}
         x_PLD, new = self._run(self._embed(ids_PL), ctx, past)
         return self._norm(x_PLD, ctx.image_BL).reshape(P, W, R, -1), new
 
     def _is_image(self, ids: jax.Array) -> jax.Array:
         return ids >= self.cfg.vocab_size
+
+    def _before_next(self, ids_BL: jax.Array, positions_BL: jax.Array) -> jax.Array:
+        code_BL = self._is_image(ids_BL) & (ids_BL < self.cfg.vocab_size + self.cfg.image_vocab_size)
+        before_BL = jnp.where(code_BL[:, 1:], positions_BL[:, 1:] - 1, positions_BL[:, :-1])
+        return jnp.concatenate([before_BL, positions_BL[:, -1:]], axis=1)
 
     def _embed(self, ids_BL: jax.Array) -> jax.Array:
         text_BLD = self.lm_embed(jnp.minimum(ids_BL, self.cfg.vocab_size - 1))

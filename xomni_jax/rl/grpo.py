@@ -39,7 +39,7 @@ from xomni_jax.rl.supervised import SideBySide, SupervisedConfig, supervised_bat
 from xomni_jax.rl.trajectory import Trajectory
 from xomni_jax.rl.update import Advantages, Policy, frozen_logp, make_update
 from xomni_jax.sampling.decoder import DECODER_COMPONENTS, DecodeConfig
-from xomni_jax.sampling.keys import image_keys
+from xomni_jax.sampling.keys import image_keys, image_orders
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sampling.programs import RolloutShape, decoder_programs, sampler_programs
 from xomni_jax.sampling.sampler import Sampler
@@ -181,7 +181,8 @@ def abstract_batch(cfg: GRPORun, ar: transformer.ARConfig, grid: tuple[int, int]
     codes, B, S = math.prod(grid), cfg.batch_size * cfg.grpo.rollouts_per_prompt, cfg.rollout.prompt_length
     rows = lambda dtype, *shape: abstract.rows(mesh, (B, *shape), dtype)
     kept = rows(jnp.uint8, codes, -(-ar.image_vocab_size // 8)) if cfg.sampling.truncates else None
-    image = Segment(rows(jnp.int32, codes), None, rows(jnp.float32, codes), kept, "image", image_spec(codes, cfg.sampling))
+    order = None if ar.order == "raster" else rows(jnp.int32, codes)
+    image = Segment(rows(jnp.int32, codes), None, rows(jnp.float32, codes), kept, "image", image_spec(codes, cfg.sampling), order)
     prompts = rows(jnp.int32, S), rows(jnp.int32)
     return Trajectory(prompts, (image,), prompts if cfg.sampling.guided else None, (rows(jnp.float32),), (rows(jnp.bool_),))
 
@@ -463,7 +464,11 @@ def sample_grid(cfg: GRPORun, buckets: Mapping[Size, Bucket], state: TrainState,
     rollouts, captions = buckets[prompt_size(cfg, examples)].rollouts, examples["caption"]
     (batch,) = rollouts.model.batches(GRID_PROMPTS)
     keys_P, prompts = batch.take(image_keys(cfg.seed, GRID_PROMPTS)), batch.take(captions)
-    inputs = rollouts.sampler_inputs(prompts, jax.vmap(lambda k: jax.random.split(k, GRID_COLUMNS))(keys_P))
-    out = rollouts.sampler(rollouts.sampler_params(state.params), *inputs, rollouts.stop.check)
+    keys_PR = jax.vmap(lambda k: jax.random.split(k, GRID_COLUMNS))(keys_P)
+    inputs, orders = (
+        rollouts.sampler_inputs(prompts, keys_PR),
+        image_orders(rollouts.model.config("transformer").order, rollouts.grid, keys_PR),
+    )
+    out = rollouts.sampler(rollouts.sampler_params(state.params), *inputs, rollouts.stop.check, orders)
     images = rollouts.images(out["codes"], [p for p in prompts for _ in range(GRID_COLUMNS)], jnp.repeat(keys_P, GRID_COLUMNS))
     return Grid(whole(images)[: GRID_PROMPTS * GRID_COLUMNS], GRID_COLUMNS, {"caption": captions}, by="row")

@@ -27,6 +27,7 @@ from xomni_jax.rl.text_statistics import join_text_counts, text_counts
 from xomni_jax.rl.trajectory import Trajectory
 from xomni_jax.sampling.batches import make_batches
 from xomni_jax.sampling.decoder import DecodeConfig
+from xomni_jax.sampling.keys import image_orders
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.sampling.sampler import SEGMENT, Sampler
 from xomni_jax.sampling.segments import Segment, image_spec
@@ -242,7 +243,7 @@ class Rollouts:
         params, P, R = self.sampler_params(params), len(prompts), self.group
         chunk = P // self.cfg.chunks * R
         keys_PR, noise_keys_PR = self.keys(key, P)
-        inputs = self.sampler_inputs(prompts, keys_PR)
+        inputs, orders_PRT = self.sampler_inputs(prompts, keys_PR), image_orders(self.model.config("transformer").order, self.grid, keys_PR)
         items, judges, weights_P = self.questions(prompts, targets, own_weights)
         scoring = Scoring(self.rewards.clients, items, judges, owned_rows(self.image_decoder.mesh, chunk), chunk, self.stop, progress)
         seconds = dict.fromkeys(("perf/rollout_s", "perf/decode_s", "perf/reward_wait_s"), 0.0)
@@ -258,7 +259,8 @@ class Rollouts:
 
         for part in make_batches(P, P // self.cfg.chunks):
             with timed(seconds, "perf/rollout_s"):
-                made.append(jax.block_until_ready(self.sampler(params, *jax.tree.map(part.take, inputs), between)))
+                own, orders = jax.tree.map(part.take, (inputs, orders_PRT))
+                made.append(jax.block_until_ready(self.sampler(params, *own, between, orders)))
             with timed(seconds, "perf/decode_s"):
                 texts = [p for p in part.take(prompts) for _ in range(R)]
                 images = self.images(made[-1]["codes"], texts, part.take(noise_keys_PR).reshape(-1))
@@ -357,7 +359,9 @@ class Rollouts:
             return jnp.concatenate([m[name] for m in made]).reshape(B, *made[0][name].shape[2:])
 
         logp, kept = joined("logp"), joined("sampling_mask") if self.sampling.truncates else None
-        image = Segment(joined("codes"), None, logp, kept, "image", image_spec(logp.shape[1], self.sampling))
+        codes, order = joined("codes"), joined("order") if "order" in made[0] else None
+        codes = codes if order is None else jnp.take_along_axis(codes, order, axis=1)
+        image = Segment(codes, None, logp, kept, "image", image_spec(logp.shape[1], self.sampling), order)
         return self.trajectory(inputs, (image,), (jnp.zeros(B),), (jnp.asarray(ok_PR.reshape(-1)),))
 
     def trajectory(self, inputs: tuple[Any, ...], segments: tuple[Segment, ...], advantage: Sequence, ok: Sequence) -> Trajectory:

@@ -66,7 +66,8 @@ def supervised_batches(cfg: SupervisedConfig, model: XOmni, seed: int) -> DataIt
     except ConfigError as error:
         raise ConfigError(str(error).replace("config.data", "config.sft.data")) from None
     run = SFTRun(seed=seed, batch_size=cfg.batch_size, next_token=cfg.next_token, data=data)
-    return DataIterator(examples, lambda batch: packed_batch(run, model, model.tokenizer, rows, batch)[0])
+    order = model.config("transformer").order
+    return DataIterator(examples, lambda batch: packed_batch(run, model, model.tokenizer, rows, batch, order)[0])
 
 
 class SideBySide:

@@ -6,6 +6,7 @@ A cache that the scan over layers carried and updated, or took and returned, wou
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -107,9 +108,12 @@ def prefill(model: ARTransformer, params, ids_PS: jax.Array, lengths_P: jax.Arra
 
 
 def extend(
-    model: ARTransformer, params, ids_PWR: jax.Array, prompt: PromptCache, generated: GeneratedCache
+    model: ARTransformer, params, ids_PWR: jax.Array, prompt: PromptCache, generated: GeneratedCache, moved: Any = None
 ) -> tuple[jax.Array, GeneratedCache]:
-    """Runs W tokens of every rollout, ids [P, W, R]. Returns the normed hidden states [P, W, R, D] and the cache with them written."""
-    args = ids_PWR, prompt.kv, prompt.lengths_P, generated.kv, generated.column
+    """Runs W tokens of every rollout, ids [P, W, R]. Returns the normed hidden states [P, W, R, D] and the cache with them written.
+
+    `moved`: see `ARTransformer.extend`.
+    """
+    args = ids_PWR, prompt.kv, prompt.lengths_P, generated.kv, generated.column, moved
     hidden_PWRD, new = model.apply({"params": params}, *args, method="extend")
     return hidden_PWRD, generated.write(new)

@@ -18,7 +18,7 @@ from xomni_jax.models.transformer import ARTransformer
 from xomni_jax.models.vocab_heads import head_kernel, head_logits, map_chunks, select, token_logp
 from xomni_jax.sampling.cache import GENERATED_AXES, GeneratedCache, PromptCache, extend, prefill
 from xomni_jax.sampling.logits import draw, guide, temper
-from xomni_jax.sampling.segments import Prompts, Segment, SegmentSpec, append
+from xomni_jax.sampling.segments import Prompts, Segment, SegmentSpec, append, placed
 from xomni_jax.sharding.rules import constrain
 
 
@@ -51,7 +51,14 @@ class Engine:
     model: ARTransformer
 
     def start(
-        self, params, prompts: Prompts, rollouts: int, tokens: int, negative: Prompts | None = None, vision: bool = True
+        self,
+        params,
+        prompts: Prompts,
+        rollouts: int,
+        tokens: int,
+        negative: Prompts | None = None,
+        vision: bool = True,
+        first_PR: jax.Array | None = None,
     ) -> tuple[PromptCache, RolloutState]:
         """Runs prompts, and makes room for `rollouts` of each that no token follows yet.
 
@@ -60,12 +67,21 @@ class Engine:
           tokens: that will follow at most: the sum of the lengths of all segments.
           negative: the prompts that guidance steers away from, [P or 1, S'] and [P or 1]; the same segments follow them.
           vision: False leaves out the vision layers of what follows: exact, and cheaper, if that is text alone.
+          first_PR: the cell of the first code that follows each, where codes are not drawn row by row: the last token of the prompt,
+            which predicts it, is then run for each rollout.
         """
         if negative is not None:
             prompts = _with_negative(prompts, negative)
-        hidden_PD, prompt = prefill(self.model, params, *prompts)
+        (ids_PS, lengths_P), apart = prompts, first_PR is not None
+        hidden_PD, prompt = prefill(self.model, params, ids_PS, lengths_P - 1 if apart else lengths_P)
         hidden_PRD = jnp.broadcast_to(hidden_PD[:, None], (hidden_PD.shape[0], rollouts, hidden_PD.shape[1]))
-        cache = GeneratedCache.empty(self.model.cfg, hidden_PD.shape[0], rollouts, tokens, vision)
+        cache = GeneratedCache.empty(self.model.cfg, hidden_PD.shape[0], rollouts, tokens + apart, vision)
+        if apart:
+            last_PR = jnp.broadcast_to(jnp.take_along_axis(ids_PS, lengths_P[:, None] - 1, axis=1), hidden_PRD.shape[:2])
+            by_PR = jnp.repeat(first_PR, hidden_PD.shape[0] // first_PR.shape[0], axis=0)
+            moved = jnp.zeros_like(by_PR)[:, None], by_PR[:, None]
+            hidden_PWRD, cache = extend(self.model, params, last_PR[:, None], prompt, cache, moved)
+            hidden_PRD = hidden_PWRD[:, 0]
         return prompt, RolloutState(hidden_PRD, cache).constrained()
 
     def extend(self, params, prompt: PromptCache, state: RolloutState, segment: Segment) -> RolloutState:
@@ -90,6 +106,8 @@ class Engine:
         keys_PR: jax.Array,
         return_mask: bool = False,
         first: jax.Array | int = 0,
+        order_PRT: jax.Array | None = None,
+        given_PRT: jax.Array | None = None,
     ) -> tuple[RolloutState, Segment]:
         """Draws a segment [P, R, L]. It does not depend, bit for bit, on how many of an image's codes are drawn per call.
 
@@ -97,10 +115,16 @@ class Engine:
           keys_PR: of this segment: token t of it is drawn with fold_in(key, t).
           return_mask: the segment keeps which tokens could be drawn; `score` needs it where sampling truncates.
           first: t of the first token, where an image is drawn in several calls.
+          order_PRT: int32, the cells of the whole image in the order they are drawn; without it row by row.
+          given_PRT: int32, codes of the whole image in that order which are not drawn but known, and so have log-prob 0; -1 elsewhere.
         """
         cfg, c, sides = self.model.cfg, spec.sampling, self._sides(state, keys_PR)
         if c.guided and sides == 1:
             raise ValueError(f"segment {spec.name!r} has guidance={c.guidance:g}, for which `start` needs negative prompts")
+        if spec.kind == "image" and order_PRT is None and cfg.order != "raster":
+            raise ValueError(
+                f"this model draws its codes in the order {cfg.order}, which is not possible here; use xomni generate or train"
+            )
         kernel_DV, offset = head_kernel(params, spec.kind, cfg), cfg.vocab_size if spec.kind == "image" else 0
 
         def step(state: RolloutState, t: jax.Array):
@@ -108,15 +132,23 @@ class Engine:
             pair = logits.reshape(-1, sides, *logits.shape[1:])  # the prompt's, and where there is one the negative prompt's
             scores_PRV = guide(pair[:, 0], pair[:, 1] if c.guided else None, c.guidance)
             ids_PR, logp_PR, mask_PRV = draw(scores_PRV, _fold_in(keys_PR, t), c)
+            if given_PRT is not None:
+                given_PR = given_PRT[:, :, t]
+                ids_PR, logp_PR = jnp.where(given_PR < 0, ids_PR, given_PR), jnp.where(given_PR < 0, logp_PR, 0.0)
             tokens = jnp.repeat(ids_PR + offset, sides, axis=0)
-            hidden_PWRD, cache = extend(self.model, params, tokens[:, None], prompt, state.cache)
+            moved = None
+            if order_PRT is not None:  # the last code keeps its own position, for there is no next one
+                at = t, jnp.minimum(t + 1, order_PRT.shape[2] - 1)
+                moved = tuple(jnp.repeat(order_PRT[:, :, n] - n, sides, axis=0)[:, None] for n in at)
+            hidden_PWRD, cache = extend(self.model, params, tokens[:, None], prompt, state.cache, moved)
             kept = jnp.packbits(mask_PRV, axis=-1) if return_mask else None
             return RolloutState(hidden_PWRD[:, 0], cache), (ids_PR, logp_PR, kept)
 
         if spec.kind == "image":
             state, out = jax.lax.scan(step, state, first + jnp.arange(spec.length))
             ids, logp, kept = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), out)
-            return state.constrained(), Segment(ids, None, logp, kept, spec.kind, spec)
+            at = None if order_PRT is None else jax.lax.dynamic_slice_in_dim(order_PRT, first, spec.length, axis=2)
+            return state.constrained(), Segment(ids, None, logp, kept, spec.kind, spec, at)
 
         state, segment = _sample_text(step, state, spec, keys_PR.shape, sides)
         return state.constrained(), segment
@@ -148,7 +180,10 @@ class Engine:
         for segment in segments:
             begins.append(lengths_B)
             ids_BS, lengths_B = append(ids_BS, lengths_B, segment, self.model.cfg.vocab_size)
-        hidden_BLD = self.model.apply({"params": params}, ids_BS)
+        positions_BL = jnp.broadcast_to(jnp.arange(ids_BS.shape[1]), ids_BS.shape)
+        for segment, begin_B in zip(segments, begins):
+            positions_BL = positions_BL if segment.order is None else placed(positions_BL, begin_B, segment.order)
+        hidden_BLD = self.model.apply({"params": params}, ids_BS, positions_BL)
 
         def before(segment: Segment, begin_B: jax.Array) -> jax.Array:
             return select(hidden_BLD, begin_B[:, None] - 1 + jnp.arange(segment.ids.shape[1]))

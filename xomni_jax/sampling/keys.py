@@ -1,4 +1,4 @@
-"""PRNG keys of images."""
+"""PRNG keys of images, and what follows from them on the host."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-NOISE = 1  # purpose of the keys of the decoder's noise; 0 is the sampler's
+from xomni_jax.sequence.orders import completion_order
+
+# Purposes of the keys of an image: 0 is the sampler's, NOISE that of the decoder's noise.
+NOISE = 1
 
 
 def image_keys(seed: int, images: int | np.ndarray, purpose: int = 0) -> jax.Array:
@@ -43,3 +46,14 @@ def _fold(seed: Any, words_P2: Any, repeats: int, purpose: int) -> jax.Array:
         return jax.vmap(lambda r: jax.random.fold_in(key, r))(jnp.arange(repeats))
 
     return jax.vmap(of_item)(words_P2)
+
+
+def image_orders(order: str, grid: tuple[int, ...], keys_PR: jax.Array, known: np.ndarray | None = None) -> np.ndarray | None:
+    """The cells of R images of each of P prompts in the order in which a model of this `order` draws them, int32 [P, R, T]; None where
+    that is row by row. That of an image depends on its key alone, and begins with its `known` cells (bool, of the grid's shape)."""
+    if order == "raster":
+        return None
+    known = np.zeros(grid, bool) if known is None else known
+    words = np.asarray(jax.random.key_data(keys_PR))
+    drawn = [completion_order(known, np.random.default_rng(key)) for key in words.reshape(-1, words.shape[-1])]
+    return np.reshape(drawn, (*keys_PR.shape, -1))

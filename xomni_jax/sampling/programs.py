@@ -44,12 +44,13 @@ def sampler_programs(
     P, R, S, T, sides = shape.prompts, shape.rollouts, shape.prompt_length, shape.codes, 2 if guided else 1
     keys = abstract.keys(mesh, (P, R), "batch")
     ids = lambda *more: abstract.rows(mesh, (P, *more), jnp.int32)
-    prompts = (weights, ids(S), ids(), keys, (ids(S), ids()) if guided else None)
+    order = None if ar.order == "raster" else abstract.array(mesh, (P, R, T), jnp.int32, "batch")
+    prompts = (weights, ids(S), ids(), keys, (ids(S), ids()) if guided else None, order)
     with jax.set_mesh(mesh):  # the attention kernels choose the sizes of the cache by the mesh
         cache, state = placed_caches(jax.eval_shape(sampler.start, *prompts), mesh)
     rollout = Program(
         sampler.draw,
-        (weights, cache, state, keys),
+        (weights, cache, state, keys, order),
         f"{sampler.segment} codes of {P} prompts x {R} rollouts of {S} + {T} tokens",
         work.rollout(ar, P, R, S, T, sampler.segment, sides, mesh.shape),
         uses=("sampler",),

@@ -56,6 +56,7 @@ class Segment:
       kept: uint8 [..., L, ceil(V / 8)], eight ids per byte: the tokens that could be drawn, where sampling truncates.
       kind: text or image.
       spec: how it was drawn; None where it was given.
+      order: int32 [..., L], the cell of each code of an image; None row by row.
     """
 
     ids: jax.Array
@@ -64,6 +65,7 @@ class Segment:
     kept: jax.Array | None = None
     kind: str = struct.field(pytree_node=False, default="text")
     spec: SegmentSpec | None = struct.field(pytree_node=False, default=None)
+    order: jax.Array | None = None
 
     @property
     def counts(self) -> jax.Array | int:
@@ -95,3 +97,10 @@ def append(ids_BS: jax.Array, lengths_B: jax.Array, segment: Segment, vocab_size
     end = L if segment.lengths is None else segment.lengths[:, None]
     before_BM = jnp.pad(ids_BS, ((0, 0), (0, L)))
     return jnp.where(column_BM < 0, before_BM, jnp.where(column_BM < end, tokens_BM, 0)), lengths_B + segment.counts
+
+
+def placed(positions_BL: jax.Array, begins_B: jax.Array, order_BT: jax.Array) -> jax.Array:
+    """Positions of rows in which the codes of an image, from entry `begins_B` on, have those of their cells."""
+    t_BL = jnp.arange(positions_BL.shape[1]) - begins_B[:, None]
+    cell_BL = jnp.take_along_axis(order_BT, jnp.clip(t_BL, 0, order_BT.shape[1] - 1), axis=1)
+    return jnp.where((t_BL >= 0) & (t_BL < order_BT.shape[1]), begins_B[:, None] + cell_BL, positions_BL)

@@ -13,8 +13,8 @@ from xomni_jax.sequence.tokenizer import TokenSequence
 class PackedBatch(NamedTuple):
     """Rows of fixed length, all [B, L].
 
-    `segments`: 1, 2, ... per sequence, 0 for padding. `positions` start at 0 in every segment. `loss`: True where the token is a target.
-    `members`: index of the sequence that the token belongs to, -1 for padding.
+    `segments`: 1, 2, ... per sequence, 0 for padding. `positions`: those of each sequence, from 0 on where it names none.
+    `loss`: True where the token is a target. `members`: index of the sequence that the token belongs to, -1 for padding.
     """
 
     ids_BL: np.ndarray
@@ -63,8 +63,9 @@ def pack(sequences: Sequence[TokenSequence], length: int, pad: int, rows: int | 
         at = 0
         for segment, i in enumerate(row, start=1):
             here = slice(at, at + sizes[i])
-            ids[r, here], loss[r, here] = sequences[i]
-            segments[r, here], positions[r, here], members[r, here] = segment, np.arange(sizes[i]), i
+            ids[r, here], loss[r, here], own = sequences[i]
+            segments[r, here], members[r, here] = segment, i
+            positions[r, here] = np.arange(sizes[i]) if own is None else own
             at += sizes[i]
     return PackedBatch(ids, segments, positions, loss, members), sorted(left)
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from xomni_jax.sequence.orders import check_order
 from xomni_jax.sequence.quick_tokenizer import QuickTokenizer, is_complete
 
 SOM, EOM, IMAGE, FIRST_CODE = "<SOM>", "<EOM>", "<IMAGE>", "<MM-Token-0>"
@@ -23,10 +24,14 @@ TINY_TOKENIZER = Path(str(resources.files("xomni_jax"))) / "assets" / "tiny_toke
 
 
 class TokenSequence(NamedTuple):
-    """`ids` int32 [L] and `loss` bool [L], True where the token is a target; a target's id tells which head predicts it."""
+    """`ids` int32 [L] and `loss` bool [L], True where the token is a target; a target's id tells which head predicts it.
+
+    `positions`: int32 [L], rotary positions; None for 0..L-1.
+    """
 
     ids_L: np.ndarray
     loss_L: np.ndarray
+    positions_L: np.ndarray | None = None
 
 
 class MultimodalTokenizer:
@@ -115,10 +120,18 @@ class MultimodalTokenizer:
         """Prompt of an image to be sampled: the plain text and the image prefix, without chat template -> ids [L]."""
         return np.concatenate([self.encode_text(prompt), self.image_prefix(*shape)])
 
-    def generation_sequence(self, prompt: str, codes_YX: np.ndarray) -> TokenSequence:
-        """Prompt and image for training. Targets are the codes; `<EOM>` is appended and never predicted, and so is not a target."""
+    def generation_sequence(self, prompt: str, codes_YX: np.ndarray, order_T: np.ndarray | None = None) -> TokenSequence:
+        """Prompt and image for training. Targets are the codes; `<EOM>` is appended and never predicted, and so is not a target.
+
+        Args:
+          order_T: the cells in the order in which the model draws them; by default row by row.
+        """
         ids_L = np.concatenate([self.encode_text(prompt), self.image_ids(codes_YX)])
-        return TokenSequence(ids_L, self._is_code(ids_L))
+        positions_L = np.arange(len(ids_L), dtype=np.int32)
+        if order_T is not None:
+            cells, to = slice(len(ids_L) - 1 - codes_YX.size, -1), check_order(order_T, codes_YX.size)
+            ids_L[cells], positions_L[cells] = ids_L[cells][to], positions_L[cells][to]
+        return TokenSequence(ids_L, self._is_code(ids_L), positions_L)
 
     def text_sequence(self, text: str) -> TokenSequence:
         """Plain text for training, closed by the end of turn; every token but the first is a target."""

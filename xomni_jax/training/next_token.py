@@ -19,6 +19,7 @@ from flax import linen as nn
 
 from xomni_jax.core.config import BelowOne, ConfigError, Count, Natural, NonNegative, PositiveShare, Share
 from xomni_jax.models.vocab_heads import head_logp, select
+from xomni_jax.sequence.orders import tree_order
 from xomni_jax.sequence.packing import pack, targets
 from xomni_jax.sequence.tokenizer import MultimodalTokenizer, TokenSequence
 
@@ -86,6 +87,7 @@ def build_sequences(
     tokenizer: MultimodalTokenizer,
     cfg: NextTokenConfig,
     rng: np.random.Generator,
+    order: str = "raster",
 ) -> list[TokenSequence]:
     """One sequence per example: its conversation, its text where it has no image, or else of a kind that is drawn by the shares.
 
@@ -94,13 +96,19 @@ def build_sequences(
     Args:
       examples: collated; those with `turns` have marks `<image N>` for their images.
       codes: [Y, X] of every image of each example, of which an example without `turns` has one or none.
+      order: of the codes of an image that follows a caption; see `ARConfig`.
     """
     rows = [{name: values[i] for name, values in examples.items()} for i in range(len(codes))]
-    return [_sequence(example, images, tokenizer, cfg, rng) for example, images in zip(rows, codes, strict=True)]
+    return [_sequence(example, images, tokenizer, cfg, rng, order) for example, images in zip(rows, codes, strict=True)]
 
 
 def _sequence(
-    example: dict[str, Any], codes: Sequence[np.ndarray], tokenizer: MultimodalTokenizer, cfg: NextTokenConfig, rng: np.random.Generator
+    example: dict[str, Any],
+    codes: Sequence[np.ndarray],
+    tokenizer: MultimodalTokenizer,
+    cfg: NextTokenConfig,
+    rng: np.random.Generator,
+    order: str,
 ) -> TokenSequence:
     caption, question, turns = example.get("caption"), example.get("question"), example.get("turns") or ()
     shown = [int(number) for _, text in turns for number in re.findall(MARK, text)]
@@ -119,7 +127,8 @@ def _sequence(
         )
     kind = rng.choice(3, p=shares / shares.sum())
     if kind == 0:
-        return tokenizer.generation_sequence("" if rng.random() < cfg.drop_prompt else caption, codes[0])
+        shown, order_T = "" if rng.random() < cfg.drop_prompt else caption, None if order == "raster" else tree_order(codes[0].shape, rng)
+        return tokenizer.generation_sequence(shown, codes[0], order_T)
     return tokenizer.understanding_sequence(codes[0], question, example["answer"]) if kind == 1 else tokenizer.text_sequence(caption)
 
 

@@ -157,7 +157,12 @@ def abstract_rows(cfg: NextTokenConfig, names: Sequence[str], mesh: Mesh) -> Pac
 
 
 def packed_batch(
-    cfg: PretrainRun, model: XOmni, text: MultimodalTokenizer, rows: Sequence[int] | None, examples: dict[str, Any]
+    cfg: PretrainRun,
+    model: XOmni,
+    text: MultimodalTokenizer,
+    rows: Sequence[int] | None,
+    examples: dict[str, Any],
+    order: str = "raster",
 ) -> tuple[PackedTargets, dict[str, float]]:
     """Examples -> packed rows on the mesh, and counts of what found no room. Images become codes by the frozen tokenizer.
 
@@ -166,6 +171,7 @@ def packed_batch(
 
     Args:
       rows: of the batch, those that this process has loaded; None if it has loaded all.
+      order: see `build_sequences`.
     """
     c, mesh, sources = cfg.next_token, model.mesh, cfg.data.names
     codes = encode_images(model, [images_of(examples, i) for i in range(len(examples["id"]))], rows, cfg.batch_size)
@@ -173,7 +179,7 @@ def packed_batch(
     texts = share({name: examples.get(name, lacking) for name in TEXT_FIELDS}, rows, cfg.batch_size)
     rng = np.random.default_rng([cfg.seed, *map(ord, texts["id"][0])])
     source_of = [sources.index(name) for name in texts["source"]] if sources else []
-    packed, counts = pack_batch(build_sequences(texts, codes, text, c, rng), text, c, sources, source_of)
+    packed, counts = pack_batch(build_sequences(texts, codes, text, c, rng, order), text, c, sources, source_of)
     counts |= {f"data/epoch/{name}": epoch for name, epoch in zip(texts["source"], texts["epoch"], strict=True) if epoch is not None}
     own = local_rows(mesh, c.rows)
     return spread(mesh, jax.tree.map(lambda x: x[own], packed), c.rows), counts
@@ -294,7 +300,7 @@ class PretrainStage:
             loss = made[f"{cfg.stage}-validation"].fn
             validation = Validation(
                 cfg.validation,
-                lambda: (packed_batch(held, model, text, rows, batch)[0].without_sources() for batch in examples),
+                lambda: (packed_batch(held, model, text, rows, batch, ar.order)[0].without_sources() for batch in examples),
                 lambda state, batch: loss(state.params, base, batch),
             )
 
@@ -307,7 +313,7 @@ class PretrainStage:
         shown = grid_data(cfg.data, cfg.seed) if "mmdit" in model.description["components"] else None
         return RunningStage(
             state,
-            DataIterator(load(cfg.data, cfg.seed), functools.partial(packed_batch, cfg, model, text, rows)),
+            DataIterator(load(cfg.data, cfg.seed), functools.partial(packed_batch, cfg, model, text, rows, order=ar.order)),
             step,
             lambda state, directory, note: export_trained(directory, {"transformer": (state.params, ar)}, lora, model, note),
             functools.partial(sample_grid, model, ar, shown, cfg, whole_params) if shown else None,
