@@ -141,7 +141,7 @@ class Front(Site):
         return models
 
     def condition(self) -> dict[str, Any]:
-        """See `Site`; with how many hosts there are, and take requests."""
+        """See `Site`; with the number of hosts, and of those that take requests."""
         told, ready = super().condition(), len(self._ready())
         waiting = {"status": "without a host"} if told["status"] == "ok" and not ready else {}
         return told | waiting | {"hosts": len(self.hosts.all), "ready": ready}
@@ -198,9 +198,9 @@ class Front(Site):
 
         Only the first one that ends with the request in its hands is replaced: a request may be what ends hosts.
         """
-        until, tried, lost = time.monotonic() + _WAIT, list[Replica](), 0
+        tried, lost = list[Replica](), 0
         while True:
-            replica = await self._host(model, tried, until)
+            replica = await self._host(model, tried)
             begun = stream = False
             try:
                 async with self.hosts.http.stream("POST", replica.url + path, content=body, headers=headers) as answer:
@@ -235,8 +235,9 @@ class Front(Site):
         """Hosts that take requests for a model, but for some."""
         return [replica for replica in self._ready() if model in replica.about and replica not in tried]
 
-    async def _host(self, model: str, tried: Sequence[Replica], until: float) -> Replica:
+    async def _host(self, model: str, tried: Sequence[Replica]) -> Replica:
         """The host that is asked next. Refusal (503) when there is none in time."""
+        until = time.monotonic() + _WAIT
         try:
             return await self.hosts.acquire(lambda: until, lambda r: r not in tried and model in (r.about or {}))
         except TimeoutError:
