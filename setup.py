@@ -31,6 +31,7 @@ CORE = [
     "pyyaml>=6,<7",
 ]
 SERVICE = ["fastapi>=0.115,<0.170", "uvicorn>=0.34,<0.60"]  # what every service needs
+SERVE = SERVICE + ["python-multipart>=0.0.20,<0.1"]  # reads the forms of xomni serve
 REWARDS = SERVICE + [
     "rapidocr>=3.4,<4",
     "onnxruntime>=1.20,<2",
@@ -80,7 +81,7 @@ setup(
     extras_require={
         "tpu": PLAN,
         "rewards": REWARDS,
-        "serve": SERVICE,
+        "serve": SERVE,
         "plan": PLAN,
         "tensorboard": TENSORBOARD,
         "wandb": WANDB,
@@ -92,8 +93,8 @@ setup(
         "loo_fid": REWARDS + TORCH + ["torchvision>=0.28,<0.29"],
         **{scorer: SERVICE + TORCH + more for scorer, more in TORCH_SCORERS.items()},
         "judge": EVAL + TORCH,  # a judge in the process of xomni eval --phase score
-        "test": TEST + REWARDS + EVAL + EMOJI + PLAN,
-        "parity": TEST + REWARDS + EVAL + EMOJI + PLAN + PARITY,
+        "test": TEST + SERVE + REWARDS + EVAL + EMOJI + PLAN,
+        "parity": TEST + SERVE + REWARDS + EVAL + EMOJI + PLAN + PARITY,
     },
     entry_points={"console_scripts": ["xomni = xomni_jax.cli.main:main"]},
 )

@@ -32,7 +32,7 @@ def listening(site: Site) -> Iterator[str]:
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:
-        assert ready.wait(120) and not failures, failures
+        assert ready.wait(600) and not failures, failures
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True
