@@ -157,7 +157,7 @@ async def until_gone(request: Any, answer: Awaitable[T]) -> T:
 
 
 def create_app(state: Site, ready: Callable[[], None] = lambda: None, failed: Callable[[BaseException], None] = lambda error: None) -> Any:
-    """The ASGI application; it loads when it starts. `ready` is called when they have, `failed` when they cannot."""
+    """The ASGI application; it loads when it starts. `ready` is called when it has, `failed` when it cannot."""
     from starlette import responses
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException

@@ -114,6 +114,7 @@ class Front(Site):
     def __init__(self, urls: Sequence[str], options: FrontOptions, local: bool, log: Any = sys.stderr):
         super().__init__(options, local, log)
         self.hosts = Hosts(urls, options, self.token)
+        self._watching: asyncio.Task[None] | None = None
         paths = ("/v1/images/generations", "/v1/chat/completions", "/v1/xomni/encode", "/v1/xomni/entropy")
         self.posts |= dict.fromkeys(paths, self.forward) | {"/v1/images/edits": self.forward_form}
         self.gets["/v1/xomni/images/{name}.png"] = self.image
@@ -126,7 +127,8 @@ class Front(Site):
 
     async def close(self) -> None:
         """Frees the connections."""
-        self._watching.cancel()
+        if self._watching:
+            self._watching.cancel()
         await self.hosts.http.aclose()
 
     def _ready(self) -> list[Replica]:
