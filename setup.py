@@ -31,7 +31,7 @@ CORE = [
     "pyyaml>=6,<7",
 ]
 SERVICE = ["fastapi>=0.115,<0.170", "uvicorn>=0.34,<0.60"]  # what every service needs
-SERVE = SERVICE + ["python-multipart>=0.0.20,<0.1"]  # reads the forms of xomni serve
+FORMS = ["python-multipart>=0.0.20,<0.1"]  # reads images that xomni serve is to edit
 REWARDS = SERVICE + [
     "rapidocr>=3.4,<4",
     "onnxruntime>=1.20,<2",
@@ -44,7 +44,7 @@ EVAL = ["rapidfuzz>=3.9,<4"]
 COMPBENCH = EVAL + ["spacy>=3.7,<4"]  # T2I-CompBench reads phrases and nouns with it
 EMOJI = ["resvg-py>=0.5,<0.6"]  # draws the emoji of xomni data make
 WANDB = ["wandb>=0.31,<0.40"]  # sends metrics to Weights & Biases
-TEST = WANDB + [
+TEST = WANDB + FORMS + [
     "pytest>=8,<10",
     "pytest-xdist>=3.6,<4",
     "msgpack>=1.0,<2",  # reads and writes the reward protocol independently of the package
@@ -81,7 +81,7 @@ setup(
     extras_require={
         "tpu": PLAN,
         "rewards": REWARDS,
-        "serve": SERVE,
+        "serve": SERVICE + FORMS,
         "plan": PLAN,
         "tensorboard": TENSORBOARD,
         "wandb": WANDB,
@@ -93,8 +93,8 @@ setup(
         "loo_fid": REWARDS + TORCH + ["torchvision>=0.28,<0.29"],
         **{scorer: SERVICE + TORCH + more for scorer, more in TORCH_SCORERS.items()},
         "judge": EVAL + TORCH,  # a judge in the process of xomni eval --phase score
-        "test": TEST + SERVE + REWARDS + EVAL + EMOJI + PLAN,
-        "parity": TEST + SERVE + REWARDS + EVAL + EMOJI + PLAN + PARITY,
+        "test": TEST + REWARDS + EVAL + EMOJI + PLAN,
+        "parity": TEST + REWARDS + EVAL + EMOJI + PLAN + PARITY,
     },
     entry_points={"console_scripts": ["xomni = xomni_jax.cli.main:main"]},
 )
