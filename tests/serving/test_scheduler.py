@@ -17,7 +17,7 @@ class Counting:
     count = 2
 
     def __init__(self, gate=None, error=None):
-        self.gate, self.error, self.now, self.entered = gate, error, np.zeros(2, int), []
+        self.gate, self.error, self.now, self.entered, self.used = gate, error, np.zeros(2, int), [], []
 
     def enter(self, entries):
         self.entered += [int(e.ids_S[0]) for e in entries]
@@ -25,6 +25,7 @@ class Counting:
             self.now[e.slot] = e.key
 
     def advance(self, used):
+        self.used.append(used)
         if self.gate:
             self.gate.acquire()
         if self.error:
@@ -103,6 +104,7 @@ def test_what_is_cancelled_or_late_frees_its_slot(scheduler):
         gate.release()
     assert next_.done.wait(10) and next_.rows == {0: [9, 10, 11, 12]}
     assert late.error[0] == 504 and long.error is None and len(long.order) <= 4
+    assert (slots.used[0], slots.used[-1]) == (2, 1)  # the lowest slot alone
 
 
 def test_a_lane_that_fails_takes_nothing_else_along(scheduler, capsys):

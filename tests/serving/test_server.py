@@ -184,7 +184,8 @@ def test_health_and_metrics(url, client):
 
 def test_a_full_queue_a_client_that_leaves_and_a_deadline(running, monkeypatch):
     state, url = running
-    hold, stepped = threading.Semaphore(0), state.service.scheduler._step
+    hold, stepped, submit, submitted = threading.Semaphore(0), state.service.scheduler._step, state.service.scheduler.submit, []
+    monkeypatch.setattr(state.service.scheduler, "submit", lambda job: (submit(job), submitted.append(job)))
     monkeypatch.setattr(state.service.scheduler, "_step", lambda key, lane: (hold.acquire(), stepped(key, lane)))
     body = {"prompt": "a", "n": 8, "seed": 1}
     with ThreadPoolExecutor(4) as pool, httpx.Client(trust_env=False) as leaving:
@@ -199,10 +200,13 @@ def test_a_full_queue_a_client_that_leaves_and_a_deadline(running, monkeypatch):
             time.sleep(0.01)
         with pytest.raises(httpx.ReadTimeout):
             leaving.post(url + IMAGES, json=body | {"n": 4}, timeout=0.3)
+        while not state.counts["gone"]:
+            time.sleep(0.01)
         monkeypatch.setattr(state.service, "options", state.service.options)
         object.__setattr__(state.service.options, "deadline_seconds", -1.0)
-        late = pool.submit(post, url, prompt="b")
-        time.sleep(0.2)
+        count, late = len(submitted), pool.submit(post, url, prompt="b")
+        while len(submitted) == count:
+            time.sleep(0.01)
         object.__setattr__(state.service.options, "deadline_seconds", 600.0)
         hold.release(1000)
         assert [len(answer.result().json()["data"]) for answer in first] == [8, 8]
