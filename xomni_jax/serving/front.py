@@ -189,8 +189,8 @@ class Front(Site):
         return await self._pass_on(request, body, model, responses)
 
     async def _pass_on(self, request: Any, body: bytes, model: str, responses: Any) -> Any:
-        kind = request.headers["content-type"]
-        headers = {"Content-Type": kind, "X-Forwarded-Host": request.url.netloc, "X-Forwarded-Proto": request.url.scheme}
+        known = {"x-forwarded-host": request.url.netloc, "x-forwarded-proto": request.url.scheme}  # what the client calls this address
+        headers = {name: request.headers.get(name, own) for name, own in known.items()} | {"content-type": request.headers["content-type"]}
         parts = self._answer(request.url.path, body, headers, model)
         status, passed = await until_gone(request, anext(parts))
         return responses.StreamingResponse(parts, status, passed)
