@@ -86,7 +86,7 @@ def test_refusals(editor, drawn):
     opaque, black = png(half().resize((16, 16))), png(Image.new("L", (32, 16)))
     for fields, told in [
         ({"image": image}, "neither a mask nor an image with transparent parts"),
-        ({"image": image, "mask": opaque}, "the mask has 16x16 pixels and the image 32x16; give them one size"),
+        ({"image": image, "mask": opaque}, "the mask has 16x16 pixels and the image 32x16; make them alike"),
         ({"image": image, "mask": black}, "the mask has no white pixel"),
         ({"image": b"text", "mask": mask}, "the image or its mask cannot be read"),
         ({"image": image, "mask": mask, "n": "0"}, ">= 1"),
