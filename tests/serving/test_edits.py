@@ -59,7 +59,8 @@ def test_the_official_client_edits_as_the_pipeline_does(editor, drawn):
             asked = dict(prompt=PROMPT, image=png(drawn), mask=png(mask), n=2, extra_body={"seed": 3, "return_codes": True})
             answer = client.images.edit(**asked)
             for image, want in zip(answer.data, own, strict=True):
-                np.testing.assert_array_equal(image_of(image.b64_json), want)
+                # The pipeline decodes both at once: float32 sums in another order, which may round to the next of 256 levels.
+                np.testing.assert_allclose(np.int16(image_of(image.b64_json)), np.int16(want), atol=1)
                 np.testing.assert_array_equal(np.array(image.codes)[known >= 0], known[known >= 0])
                 np.testing.assert_array_equal(np.array(image.logp)[known >= 0], 0)
             events = list(client.images.edit(**asked | {"n": 1}, stream=True, partial_images=1))
