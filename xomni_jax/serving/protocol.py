@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import binascii
 import dataclasses
+import io
 import re
 import secrets
+from collections.abc import AsyncIterator, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -72,6 +74,14 @@ class ImagesRequest(_Sampling, kw_only=True):
     quality: Literal["auto", "standard", "low", "medium", "high", "hd"] | None = None
     style: Literal["vivid", "natural"] | None = None
     user: str | None = None
+
+
+class EditRequest(ImagesRequest, kw_only=True):
+    """POST /v1/images/edits, a multipart form: what is transparent in the mask, or white in one that is opaque, is drawn again."""
+
+    image: bytes
+    mask: bytes | None = None
+    input_fidelity: Literal["low", "high"] | None = None
 
 
 class _URL(_Strict):
@@ -148,6 +158,44 @@ def decode(body: bytes, kind: type[T]) -> T:
         raise Refusal(400, f"{str(error).replace(' - at `$', ' - at `request')}; see /openapi.json", 0) from None
     except (msgspec.DecodeError, RecursionError) as error:
         raise Refusal(400, f"the body is no JSON ({error}); send an object", 0) from None
+
+
+async def read_form(body: bytes, headers: Any) -> dict[str, Any]:
+    """The fields of a multipart form, text as str and files as bytes. Refusal (400)."""
+    from python_multipart.exceptions import FormParserError
+    from starlette.formparsers import MultiPartException, MultiPartParser
+
+    async def stream() -> AsyncIterator[bytes]:
+        yield body
+
+    try:
+        form = await MultiPartParser(headers, stream(), max_files=2, max_fields=64).parse()
+        return {name.removesuffix("[]"): x if isinstance(x, str) else await x.read() for name, x in form.items()}
+    except (MultiPartException, FormParserError, LookupError, UnicodeDecodeError) as error:
+        raise Refusal(400, f"the body is no multipart form of at most two files ({error}); see OpenAI's images.edit", 0) from None
+
+
+def decode_form(fields: Mapping[str, Any], kind: type[T]) -> T:
+    """The fields of a form as a request. Refusal (400) that names the field and what is wrong with it."""
+    try:
+        return msgspec.convert(fields, kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise Refusal(400, f"{str(error).replace(' - at `$', ' - at `request')}; see OpenAI's images.edit", 0) from None
+
+
+def parse_edit(asked: EditRequest, max_pixels: int) -> tuple[Image.Image, Image.Image]:
+    """(the image of a request, its mask with white where it is drawn again). Refusal (400) when one cannot be read."""
+    try:
+        image = read_image(asked.image, max_pixels=max_pixels)
+        mask = read_image(asked.mask or asked.image, max_pixels=max_pixels)
+        raw = Image.open(io.BytesIO(asked.mask or asked.image))  # readable, as the line above has found
+    except UnreadableImage as error:
+        raise Refusal(400, f"the image or its mask cannot be read: {error}; send another one", 0) from None
+    if raw.has_transparency_data:
+        return image, Image.eval(raw.convert("RGBA").getchannel("A"), lambda alpha: 255 * (alpha == 0))
+    if asked.mask is None:
+        raise Refusal(400, "neither a mask nor an image with transparent parts; send a mask that says what to draw again", 0)
+    return image, mask
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,6 +47,7 @@ class Job:
       advanced: told after every segment of a row and whether it is complete; runs in the scheduler's thread.
       failed: told (status, sentence) once when the job ends without its rows.
       deadline: `time.monotonic()` at which it is given up.
+      plans: of each row, for its `Entry`; (): none has any.
       cancelled: set by whoever does not want it any more.
     """
 
@@ -61,6 +62,7 @@ class Job:
     advanced: Callable[[Row, bool], None]
     failed: Callable[[int, str], None]
     deadline: float
+    plans: Sequence[Mapping[str, np.ndarray]] = ()
     cancelled: bool = False
     begun: int = 0
 
@@ -238,7 +240,8 @@ class Scheduler:
                 break
             job = lane.waiting.popleft()
             lane.rows[slot] = Row(job, job.begun)
-            entering.append(Entry(slot, job.ids_S, job.negative_S, job.keys[job.begun], job.sampling))
+            plan = job.plans[job.begun] if job.plans else {}
+            entering.append(Entry(slot, job.ids_S, job.negative_S, job.keys[job.begun], job.sampling, plan))
             job.begun += 1
             self._count(-1)
             if job.begun < job.count:

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import aclosing
 from typing import Any, TypeVar
 
+import numpy as np
 from PIL import Image
 
 from xomni_jax.core.http import Refusal
@@ -21,7 +22,16 @@ from xomni_jax.rewards.client import RewardClient
 from xomni_jax.sampling.logits import GREEDY, SamplingConfig
 from xomni_jax.serving import protocol
 from xomni_jax.serving.app import Site, sse, until_gone
-from xomni_jax.serving.protocol import ChatRequest, EncodeRequest, EntropyRequest, ImagesRequest, error_body, new_id, shown_size
+from xomni_jax.serving.protocol import (
+    ChatRequest,
+    EditRequest,
+    EncodeRequest,
+    EntropyRequest,
+    ImagesRequest,
+    error_body,
+    new_id,
+    shown_size,
+)
 from xomni_jax.serving.service import Drawn, ServedModel, Service
 
 T = TypeVar("T")
@@ -42,7 +52,7 @@ class App(Site):
         self.kept: OrderedDict[str, bytes] = OrderedDict()  # images for response_format url
         self.posts |= {
             "/v1/images/generations": self.generate, "/v1/chat/completions": self.chat, "/v1/xomni/encode": self.encode,
-            "/v1/xomni/entropy": self.entropy,
+            "/v1/xomni/entropy": self.entropy, "/v1/images/edits": self.edit,
         }  # fmt: skip
         self.gets["/v1/xomni/images/{name}.png"] = self.image
 
@@ -75,8 +85,28 @@ class App(Site):
     async def generate(self, request: Any, responses: Any) -> Any:
         """POST /v1/images/generations."""
         asked = await self.asked(request, ImagesRequest)
+        return await self._draw(request, asked, self.size(self.model(asked.model), asked.size), None, responses)
+
+    async def edit(self, request: Any, responses: Any) -> Any:
+        """POST /v1/images/edits."""
+        fields = await protocol.read_form(await self.body(request, "multipart/form-data"), request.headers)
+        asked = protocol.decode_form(fields, EditRequest)
+        served = self.model(asked.model)
+        image, mask = await asyncio.to_thread(protocol.parse_edit, asked, self.service.options.max_upload_pixels)
+        if mask.size != image.size:
+            raise Refusal(
+                400, f"the mask has {mask.width}x{mask.height} pixels and the image {image.width}x{image.height}; make them alike", 0
+            )
+        near = served.nearest(image.height, image.width)[0]
+        size = near if protocol.parse_size(asked.size) is None else self.size(served, asked.size)
+        known_YX = await self.service.known_codes(
+            served, image.resize(size[::-1], Image.Resampling.BICUBIC), mask.resize(size[::-1], Image.Resampling.BOX)
+        )
+        return await self._draw(request, asked, size, known_YX, responses)
+
+    async def _draw(self, request: Any, asked: ImagesRequest, size: tuple[int, int], known_YX: np.ndarray | None, responses: Any) -> Any:
         served, limit = self.model(asked.model), self.service.options.max_images
-        size, sampling, n = self.size(served, asked.size), asked.sampling(self.sampling), asked.n or 1
+        sampling, n = asked.sampling(self.sampling), asked.n or 1
         count = max(n, asked.best_of or n)
         if count > limit:
             raise Refusal(400, f"{count} images are more than the {limit} of one request; ask several times, with another index", 0)
@@ -93,7 +123,8 @@ class App(Site):
             **{name: getattr(sampling, name) for name in protocol.SETTINGS},
         }
         numbers = range(asked.index, asked.index + count)
-        images = self.service.draw(served, asked.prompt, size, seed, numbers, sampling, (asked.partial_images or 0) if asked.stream else 0)
+        partials = (asked.partial_images or 0) if asked.stream else 0
+        images = self.service.draw(served, asked.prompt, size, seed, numbers, sampling, partials, known_YX)
         usage = self._usage(served, asked.prompt, count * (size[0] // served.model.patch) * (size[1] // served.model.patch))
         events = self._images(asked, images, about, usage, _base_url(request), n)
         if asked.stream:
@@ -136,12 +167,13 @@ class App(Site):
             fields["url"] = f"{base}v1/xomni/images/{name}.png"
         else:
             fields["b64_json"] = base64.b64encode(file).decode()
+        kind = "image_edit" if isinstance(asked, EditRequest) else "image_generation"
         if not complete:
-            return "image_generation.partial_image", fields | {"partial_image_index": drawn.partial}
+            return f"{kind}.partial_image", fields | {"partial_image_index": drawn.partial}
         self.counts["images"] += 1
         if asked.return_codes:
             fields |= {"codes": drawn.codes_YX.tolist(), "logp": [[round(x, 4) for x in row] for row in drawn.logp_YX.tolist()]}
-        return "image_generation.completed", fields | {"usage": usage, "order": order}
+        return f"{kind}.completed", fields | {"usage": usage, "order": order}
 
     def _usage(self, served: ServedModel, prompt: str, output: int) -> dict[str, Any]:
         text = len(served.model.tokenizer.encode_text(prompt))
@@ -251,6 +283,10 @@ class App(Site):
         """POST /v1/xomni/entropy."""
         asked = await self.asked(request, EntropyRequest)
         served = self.model(asked.model)
+        if (order := served.model.config("transformer").order) != "raster":
+            raise Refusal(
+                400, f"{served.name} draws codes in the order {order}, of which an image does not tell which it was; use another", 0
+            )
         served.check_prompt(asked.prompt)
         codes_YX = protocol.parse_codes(asked.codes, served.model.config("siglip_vq").codebook_size)
         patch = served.model.patch

@@ -24,7 +24,7 @@ from xomni_jax.core.http import Refusal
 from xomni_jax.data.preprocess import preprocess, to_pixels
 from xomni_jax.pipeline import XOmni
 from xomni_jax.sampling.engine import Engine
-from xomni_jax.sampling.keys import NOISE, image_keys
+from xomni_jax.sampling.keys import NOISE, image_keys, image_orders
 from xomni_jax.sampling.logits import SamplingConfig, TracedSampling
 from xomni_jax.sampling.segments import Segment, image_spec
 from xomni_jax.sequence.padding import IMAGE_STEPS, bucket
@@ -54,11 +54,12 @@ class Drawn:
 
 @dataclass(eq=False)
 class _Picture:
-    """Codes that are to be decoded in this round; the first `drawn` of them are drawn."""
+    """Codes that are to be decoded in this round, those of them that are known so far, and their log-probabilities."""
 
     row: Row
     codes_YX: np.ndarray
-    drawn: int
+    known_YX: np.ndarray
+    logp_YX: np.ndarray
     prompt: str
     noise_key: Any
     partial: int
@@ -109,24 +110,37 @@ class ServedModel:
             raise ValueError(f"the prompt has {count} tokens, this service takes {self.prompt_tokens}; shorten it")
 
     def image_job(
-        self, prompt: str, size: tuple[int, int], seed: int, numbers: Sequence[int], sampling: SamplingConfig, **told: Any
+        self,
+        prompt: str,
+        size: tuple[int, int],
+        seed: int,
+        numbers: Sequence[int],
+        sampling: SamplingConfig,
+        known_YX: np.ndarray | None = None,
+        **told: Any,
     ) -> Job:
-        """The job of images `numbers` of a seed."""
+        """The job of images `numbers` of a seed. `known_YX`: codes that they have in common, -1 elsewhere."""
         self.check_prompt(prompt)
         grid, tokenizer, o = self.model.grid(*size), self.model.tokenizer, self.options
         prefix = tokenizer.image_prefix(*grid)
         length, shape = bucket(self.prompt_tokens + len(prefix)), TracedSampling.of(sampling)
         segment = max(1, min(o.segment, grid[0] * grid[1] // 4))
+        known_YX = np.full(grid, -1) if known_YX is None else known_YX
+        keys = image_keys(seed, np.array(numbers))
+        plans = [{"given": known_YX.ravel().astype(np.int32)}] * len(numbers)
+        if (order_PRT := image_orders(self.model.config("transformer").order, grid, keys[None], known_YX >= 0)) is not None:
+            plans = [{"given": plan["given"][order_T], "order": order_T} for plan, order_T in zip(plans, order_PRT[0])]
         return Job(
             ("images", self.name, grid, shape.guided, shape.nucleus),
             lambda: image_slots(self.model, grid, shape, o.slots, length, segment),
             tokenizer.generation_prompt(prompt, *grid),
             prefix if shape.guided else None,
-            _key_data(seed, numbers),
+            np.asarray(jax.random.key_data(keys)),
             sampling,
             grid[0] * grid[1],
             -1,
             deadline=time.monotonic() + o.deadline_seconds,
+            plans=plans,
             **told,
         )
 
@@ -144,7 +158,7 @@ class ServedModel:
             lambda: text_slots(self.model, limit, shape, o.slots, length, segment),
             ids,
             None,
-            _key_data(seed, [0]),
+            np.asarray(jax.random.key_data(image_keys(seed, 1))),
             sampling,
             max_tokens,
             tokenizer.end_of_turn,
@@ -236,10 +250,9 @@ class Service:
             for picture, image in zip(pictures, images):
                 index, partial = picture.row.index, picture.partial
                 if partial < 0:
-                    logp_YX = np.array(picture.row.logp, np.float32).reshape(picture.codes_YX.shape)
-                    picture.tell(Drawn(index, image, partial, picture.codes_YX, logp_YX))
+                    picture.tell(Drawn(index, image, partial, picture.codes_YX, picture.logp_YX))
                 else:
-                    picture.tell(Drawn(index, _veiled(image, picture.drawn, picture.codes_YX.shape, served.model.patch), partial))
+                    picture.tell(Drawn(index, _veiled(image, picture.known_YX, served.model.patch), partial))
 
     async def draw(
         self,
@@ -250,10 +263,15 @@ class Service:
         numbers: Sequence[int],
         sampling: SamplingConfig,
         partials: int = 0,
+        known_YX: np.ndarray | None = None,
     ) -> AsyncIterator[Drawn]:
-        """The images `numbers` of a seed as they are completed, each after `partials` partial ones. Refusal when it cannot go on."""
+        """The images `numbers` of a seed as they are completed, each after `partials` partial ones. Refusal when it cannot go on.
+
+        Args:
+          known_YX: codes that all of them have in common, -1 elsewhere.
+        """
         grid, noise_keys = served.model.grid(*size), image_keys(seed, np.array(numbers), NOISE)
-        n_codes = grid[0] * grid[1]
+        n_codes, before_YX = grid[0] * grid[1], np.full(grid, -1) if known_YX is None else known_YX
         with self._events() as (events, tell, failed):
 
             def advanced(row: Row, complete: bool) -> None:
@@ -261,13 +279,14 @@ class Service:
                 due = done * (partials + 1) // n_codes
                 if complete or due > shown[row.index]:
                     shown[row.index] = due
-                    codes = np.zeros(n_codes, np.int32)
-                    codes[:done] = row.tokens
-                    partial = -1 if complete else due - 1
-                    self._pictures.append((served, _Picture(row, codes.reshape(grid), done, prompt, noise_keys[row.index], partial, tell)))
+                    codes, known, logp = before_YX.clip(0), before_YX >= 0, np.zeros(grid, np.float32)
+                    cells = np.unravel_index(job.plans[row.index].get("order", np.arange(n_codes))[:done], grid)
+                    codes[cells], known[cells], logp[cells] = row.tokens, True, row.logp
+                    made = _Picture(row, codes, known, logp, prompt, noise_keys[row.index], -1 if complete else due - 1, tell)
+                    self._pictures.append((served, made))
 
             shown = [0] * len(numbers)
-            job = served.image_job(prompt, size, seed, numbers, sampling, advanced=advanced, failed=failed)
+            job = served.image_job(prompt, size, seed, numbers, sampling, known_YX, advanced=advanced, failed=failed)
             self.scheduler.submit(job)
             try:
                 left = job.count
@@ -307,6 +326,10 @@ class Service:
         """Codes [Y, X] of an image."""
         return await asyncio.wrap_future(self.scheduler.call(lambda: served.encode(image, size)))
 
+    async def known_codes(self, served: ServedModel, image: Image.Image, mask: Image.Image) -> np.ndarray:
+        """See `XOmni.known_codes`."""
+        return await asyncio.wrap_future(self.scheduler.call(lambda: served.model.known_codes(image, mask)))
+
     async def decode(self, served: ServedModel, codes_YX: np.ndarray, prompt: str, seed: int) -> Image.Image:
         """The image of codes."""
         decode = lambda: served.model.decode(codes_YX[None], [prompt], seed=seed)[0]
@@ -340,10 +363,6 @@ class Service:
         yield events, tell, lambda status, sentence: tell(Refusal(status, sentence, 0))
 
 
-def _key_data(seed: int, numbers: Sequence[int]) -> np.ndarray:
-    return np.asarray(jax.random.key_data(image_keys(seed, np.array(numbers))))
-
-
 async def _next(events: asyncio.Queue) -> Any:
     event = await events.get()
     if isinstance(event, Refusal):
@@ -351,9 +370,8 @@ async def _next(events: asyncio.Queue) -> Any:
     return event
 
 
-def _veiled(image: Image.Image, drawn: int, grid: tuple[int, int], patch: int) -> Image.Image:
-    """An image whose codes from number `drawn` on are not drawn yet, with grey in their place."""
+def _veiled(image: Image.Image, known_YX: np.ndarray, patch: int) -> Image.Image:
+    """An image with grey in place of codes that are not known yet."""
     pixels = np.array(image)
-    there = (np.arange(grid[0] * grid[1]) < drawn).reshape(grid)
-    pixels[~there.repeat(patch, 0).repeat(patch, 1)] = _GREY
+    pixels[~known_YX.repeat(patch, 0).repeat(patch, 1)] = _GREY
     return Image.fromarray(pixels)

@@ -8,7 +8,7 @@ row's tokens depend on nothing that runs beside it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -47,6 +47,7 @@ class Entry:
     Attributes:
       slot: where. ids_S, negative_S: its prompt, and the one that guidance steers away from, if any.
       key: data of its PRNG key. sampling: how its tokens are chosen.
+      plan: what the slots' `plan` says of it, if anything else.
     """
 
     slot: int
@@ -54,16 +55,18 @@ class Entry:
     negative_S: np.ndarray | None
     key: np.ndarray
     sampling: SamplingConfig
+    plan: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 class Slots:
     """Rows of one shape on one model.
 
     Args:
-      start: (params, ids [1, S], lengths [1], negative prompts | None) -> prompt cache and state of one row.
-      draw: (params, prompt cache, state, key, sampling) of one row -> state, {"tokens": [segment], "logp": [segment]}.
+      start: (params, ids [1, S], lengths [1], negative prompts | None, plan) -> prompt cache and state of one row.
+      draw: (params, prompt cache, state, key, sampling, plan) of one row -> state, {"tokens": [segment], "logp": [segment]}.
       count: slots. prompt_length: S. segment: tokens that a call of `advance` adds to a row.
       shape: the static part of the rows' sampling, and what free slots sample with.
+      plan: what else `start` and `draw` are told of a row, for rows whose entry does not say.
     """
 
     def __init__(
@@ -75,38 +78,41 @@ class Slots:
         prompt_length: int,
         segment: int,
         shape: TracedSampling,
+        plan: Mapping[str, np.ndarray],
     ):
         self.model, self.count, self.prompt_length, self.segment, self.shape = model, count, prompt_length, segment, shape
+        self._plan = dict(plan)
         self._shards, self._counts = model.num_data_shards, row_counts(count, model.num_data_shards)
-        start_rows = jax.vmap(start, in_axes=(None, 0, 0, 0))
+        start_rows = jax.vmap(start, in_axes=(None, 0, 0, 0, 0))
         ids = jax.ShapeDtypeStruct((1, prompt_length), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
         with unconstrained():
-            row = jax.eval_shape(start, model.params("transformer"), *ids, ids if shape.guided else None)
+            row = jax.eval_shape(start, model.params("transformer"), *ids, ids if shape.guided else None, self._plan)
             shardings = jax.tree.map(self._sharding, row)
             empty = lambda: jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), row)
             self._prompts, self._states = jax.jit(empty, out_shardings=shardings)()
 
-        def enter(params, rows, places, ids, lengths, negative):
-            new = start_rows(params, ids, lengths, negative)
+        def enter(params, rows, places, ids, lengths, negative, plans):
+            new = start_rows(params, ids, lengths, negative, plans)
             return jax.tree.map(lambda x, y: x.at[places].set(y, mode="drop"), rows, new)
 
         self._enter = jax.jit(enter, donate_argnums=1, out_shardings=shardings)
-        advance_rows = jax.vmap(draw, in_axes=(None, 0, 0, 0, 0))
+        advance_rows = jax.vmap(draw, in_axes=(None, 0, 0, 0, 0, 0))
 
-        def advance(params, prompts, states, keys, sampling):
+        def advance(params, prompts, states, keys, sampling, plans):
             """Advances as many of the lowest slots as there are keys."""
             n = len(keys)
             by_shard = lambda x: x.reshape(self._shards, -1, *x.shape[1:])
             lowest = lambda x: by_shard(x)[:, : n // self._shards].reshape(n, *x.shape[1:])
             put = lambda x, y: by_shard(x).at[:, : n // self._shards].set(by_shard(y)).reshape(x.shape)
             some = jax.tree.map(lowest, (prompts, states)) if n < count else (prompts, states)
-            new, out = advance_rows(params, *some, jax.random.wrap_key_data(keys), sampling)
+            new, out = advance_rows(params, *some, jax.random.wrap_key_data(keys), sampling, plans)
             return (jax.tree.map(put, states, new) if n < count else new), out
 
         replicated = NamedSharding(model.mesh, PartitionSpec())
         self._advance = jax.jit(advance, donate_argnums=2, out_shardings=(shardings[1], replicated))
         self._keys = np.zeros((count, *jax.random.key_data(jax.random.key(0)).shape), np.uint32)
         self._sampling = jax.tree.map(lambda x: np.repeat(x, count), shape)
+        self._plans = {name: np.repeat(x[None], count, axis=0) for name, x in plan.items()}
 
     def _sharding(self, x: jax.ShapeDtypeStruct) -> NamedSharding:
         """Slots are split as rows of a batch are, heads over "tensor"; of one row nothing else is."""
@@ -129,11 +135,14 @@ class Slots:
                 padded = pad_prompts([e.negative_S for e in (*part, *fill)], self.prompt_length)
                 negative = padded[0][:, None], padded[1][:, None]
             slots = places[[e.slot for e in part] + [self.count] * len(fill)].astype(np.int32)
+            plans = {name: np.stack([e.plan.get(name, x) for e in (*part, *fill)]) for name, x in self._plan.items()}
             with unconstrained():
                 rows, params = (self._prompts, self._states), self.model.params("transformer")
-                self._prompts, self._states = self._enter(params, rows, slots, ids[:, None], lengths[:, None], negative)
-            for e in part:
+                self._prompts, self._states = self._enter(params, rows, slots, ids[:, None], lengths[:, None], negative, plans)
+            for n, e in enumerate(part):
                 self._keys[e.slot] = e.key
+                for name, x in plans.items():
+                    self._plans[name][e.slot] = x[n]
                 for held, x in zip(jax.tree.leaves(self._sampling), jax.tree.leaves(TracedSampling.of(e.sampling))):
                     held[e.slot] = x
 
@@ -146,35 +155,46 @@ class Slots:
         order = self._order(fitting(used, self._counts))
         with unconstrained():
             params = self.model.params("transformer")
-            own = self._keys[order], jax.tree.map(lambda x: x[order], self._sampling)  # copies, which the device may read later
+            own = jax.tree.map(lambda x: x[order], (self._keys, self._sampling, self._plans))  # copies, which the device may read later
             self._states, out = self._advance(params, self._prompts, self._states, *own)
         return jax.tree.map(lambda x: x[np.argsort(order)], jax.device_get(out))
 
 
 def image_slots(model: XOmni, grid: tuple[int, int], shape: TracedSampling, count: int, prompt_length: int, segment: int) -> Slots:
-    """Slots for images of Y x X codes, at most `segment` codes at a time. `shape`: see `Slots`."""
+    """Slots for images of Y x X codes, at most `segment` codes at a time. `shape`: see `Slots`.
+
+    The plan of a row is int32 [T] "given", the codes that are known, -1 elsewhere; and, where the model does not draw row by row, "order",
+    the cells in the order of drawing, in which "given" is then, too.
+    """
     engine, n_codes = Engine(model.module("transformer")), grid[0] * grid[1]
     segment = segment_length(n_codes, segment)
+    plan = {"given": np.full(n_codes, -1, np.int32)}
+    if model.config("transformer").order != "raster":
+        plan["order"] = np.arange(n_codes, dtype=np.int32)
 
-    def start(params, ids_PS, lengths_P, negative):
-        return engine.start(params, (ids_PS, lengths_P), 1, n_codes, negative)
+    def start(params, ids_PS, lengths_P, negative, plan):
+        first_PR = plan["order"][None, :1] if "order" in plan else None
+        return engine.start(params, (ids_PS, lengths_P), 1, n_codes, negative, first_PR=first_PR)
 
-    def draw_row(params, prompt, state, key, sampling):
-        codes = image_spec(segment, sampling)
-        state, part = engine.sample(params, prompt, state, codes, key[None, None], first=state.cache.column)
+    def draw_row(params, prompt, state, key, sampling, plan):
+        codes, plan = image_spec(segment, sampling), {name: x[None, None] for name, x in plan.items()}
+        first = state.cache.column - ("order" in plan)  # then the last token of the prompt is in the cache
+        state, part = engine.sample(
+            params, prompt, state, codes, key[None, None], first=first, order_PRT=plan.get("order"), given_PRT=plan["given"]
+        )
         return state, {"tokens": part.ids[0, 0], "logp": part.logp[0, 0]}
 
-    return Slots(model, start, draw_row, count, prompt_length, segment, shape)
+    return Slots(model, start, draw_row, count, prompt_length, segment, shape, plan)
 
 
 def text_slots(model: XOmni, max_tokens: int, shape: TracedSampling, count: int, prompt_length: int, segment: int) -> Slots:
     """Slots for texts of at most `max_tokens` tokens, `segment` at a time; a row goes on behind its end of turn until it is replaced."""
     net = model.module("transformer")
 
-    def start(params, ids_PS, lengths_P, negative):
+    def start(params, ids_PS, lengths_P, negative, plan):
         return Engine(net).start(params, (ids_PS, lengths_P), 1, max_tokens, vision=False)
 
-    def draw_row(params, prompt, state, key, sampling):
+    def draw_row(params, prompt, state, key, sampling, plan):
         def step(state, _):
             logits = net.apply({"params": params}, state.hidden_PRD, method="text_logits")
             tokens_PR, logp_PR, _ = draw(logits, jax.random.fold_in(key, state.cache.column)[None, None], sampling)
@@ -183,4 +203,4 @@ def text_slots(model: XOmni, max_tokens: int, shape: TracedSampling, count: int,
 
         return jax.lax.scan(step, state, length=segment)
 
-    return Slots(model, start, draw_row, count, prompt_length, segment, shape)
+    return Slots(model, start, draw_row, count, prompt_length, segment, shape, {})
