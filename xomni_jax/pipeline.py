@@ -204,8 +204,8 @@ class XOmni(ModelComponents):
         size = self.image_size(height, width) if known is None else self.size_of(known.shape)
         grid, trained = self.grid(*size), self.trained_sizes
         if trained and size not in trained:
-            known = ", ".join(f"{y}x{x}" for y, x in trained)
-            warnings.warn(f"{size[0]}x{size[1]}: this model was trained on {known}; expect a worse image", stacklevel=2)
+            sizes = ", ".join(f"{y}x{x}" for y, x in trained)
+            warnings.warn(f"{size[0]}x{size[1]}: this model was trained on {sizes}; expect a worse image", stacklevel=2)
         self.check_prompts(prompts)
         sampling = SamplingConfig(temperature, top_k, top_p, min_p, guidance, window)
         image_keys(seed, 1)  # refuses a seed out of range

@@ -21,7 +21,15 @@ from xomni_jax.rl.methods.judged_images import says
 from xomni_jax.sequence.tokenizer import MultimodalTokenizer
 from xomni_jax.training.run import run_stage
 
-SMALL = ("optimizer.warmup_steps=0", "optimizer.learning_rate=0.01", "save_every=6", "grid_every=10", "verdict.length=5")
+ASKED = "Does the image show what was asked for? Answer yes or no, and say why."
+SMALL = (
+    "optimizer.warmup_steps=0",
+    "optimizer.learning_rate=0.01",
+    "save_every=6",
+    "grid_every=10",
+    "verdict.length=5",
+    f"verdict.question={ASKED!r}",
+)
 OWN = "credit=(('verdict','verdict',1.0),)"
 HALVES = ("batch_size=8", "rollout.chunks=2", "grpo.updates_per_batch=2", "rollout.segment=4", "steps=10", "verdict.threshold=-1", OWN)
 
@@ -29,7 +37,8 @@ HALVES = ("batch_size=8", "rollout.chunks=2", "grpo.updates_per_batch=2", "rollo
 def config(run_dir, model_dir, url, *overrides):
     """Four prompts with four rollouts each; one reward."""
     rewards = (f"rewards.ocr.urls=('{url}',)", "rewards.shapes.weight=None")
-    return stage_config("../methods/janus_pro_r1", run_dir, f"init_from={model_dir}", *rewards, "optimizer.rates=()", *SMALL, *overrides)
+    own = (f"init_from={model_dir}", f"verdict.question={ASKED!r}", "optimizer.rates=()")
+    return stage_config("../methods/janus_pro_r1", run_dir, *own, *rewards, *SMALL, *overrides)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +91,7 @@ def test_what_a_trajectory_holds(finished, model_dir):
     rows, final, images, _ = finished[1][0]
     text = xomni_jax.load(model_dir).tokenizer
     first, question, verdict, prefix, last = jax.tree.map(np.asarray, rows.segments)
-    asked = text.conversation_prompt([("user", ["is it right?"])])
+    asked = text.conversation_prompt([("user", [ASKED])])
     for n in range(len(first.ids)):
         assert question.ids[n].tolist() == [text.eom, *asked]
         said = verdict.ids[n, : verdict.lengths[n]].tolist()

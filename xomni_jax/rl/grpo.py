@@ -421,7 +421,7 @@ def bucket_names(sizes: Sequence[Size]) -> dict[Size, str]:
 def open_rewards(cfg: GRPORun, decoder_mesh: Mesh, stop: StopSignal, others: bool = False) -> Rewards:
     """The configured rewards. Raises as `Rewards.open` and `Rewards.check_together`."""
     rewards, group, chunks = (
-        Rewards.open(cfg.rewards, stop.check_waiting, Path(cfg.run_dir), say),
+        Rewards.open(cfg.rewards, stop.check_waiting, Path(cfg.run_dir), say, others),
         cfg.grpo.rollouts_per_prompt,
         cfg.rollout.chunks,
     )

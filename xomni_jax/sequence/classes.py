@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,10 @@ class ClassTokenizer:
             raise ValueError(f"The prompt {text.strip()[:60]!r} is no class of this model; give a number from 0 to {self.pad - 1}.")
         return np.array([int(text)], np.int32)
 
-    def generation_prompt(self, prompt: str, *shape: int) -> np.ndarray:
-        """The class as the prompt of an image -> ids [1]. Raises ValueError for a grid with other columns than the model's positions."""
+    def generation_prompt(self, prompt: str, *shape: int, conditions: Sequence[np.ndarray] = ()) -> np.ndarray:
+        """The class as the prompt of an image -> ids [1]. ValueError for images, and a grid of other columns than the model's positions."""
+        if conditions:
+            raise ValueError("This model draws images of numbered classes and starts from no images; leave them out.")
         if shape[-1] != self.columns:
             raise ValueError(f"This model draws images of {self.columns} columns of codes, not {shape[-1]}; choose another width.")
         return self.encode_text(prompt)
@@ -38,8 +41,21 @@ class ClassTokenizer:
         """No class -> ids [1]; the negative prompt of guidance."""
         return np.array([self.pad], np.int32)
 
-    def generation_sequence(self, prompt: str, codes_YX: np.ndarray) -> TokenSequence:
-        """A class, or none where the prompt is empty, and the codes of its image, which are the targets."""
+    def generation_sequence(
+        self,
+        prompt: str,
+        codes_YX: np.ndarray,
+        order_T: np.ndarray | None = None,
+        conditions: Sequence[np.ndarray] = (),
+        hidden: bool = False,
+    ) -> TokenSequence:
+        """A class, or none where the prompt is empty, and the codes of its image, which are the targets.
+
+        Raises:
+          ValueError: the codes have an order of their own or follow images, which these models were not made for.
+        """
+        if order_T is not None or conditions:
+            raise ValueError("This model draws an image of a numbered class row by row; it takes neither other orders nor images.")
         first = self.generation_prompt(prompt, *codes_YX.shape) if prompt else self.image_prefix(*codes_YX.shape)
         ids_L = np.concatenate([first, codes_YX.ravel() + self.vocab_size]).astype(np.int32)
         return TokenSequence(ids_L, np.arange(len(ids_L)) >= len(first))

@@ -198,8 +198,9 @@ class MultimodalTokenizer:
         for plain, block in itertools.groupby(turns[: last + 1], lambda turn: turn[0] == "plain"):
             said = list(block)
             parts += [self._part(part, "plain") for _, content in said for part in content] if plain else self._chat(said)
-        ids, loss = zip(*parts)
-        return TokenSequence(np.concatenate(ids).astype(np.int32), np.concatenate(loss))
+        return TokenSequence(
+            np.concatenate([part.ids_L for part in parts]).astype(np.int32), np.concatenate([part.loss_L for part in parts])
+        )
 
     def _chat(self, turns: Turns) -> list[TokenSequence]:
         """Turns in the chat template. It ends behind the end of the last turn, which the template puts first in what follows it."""

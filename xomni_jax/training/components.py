@@ -91,7 +91,9 @@ def _model_config(section: ModelSection, stored: Any, name: str, path: str) -> A
     if stored is None:
         return wanted
     old, new = config_to_json(stored), config_to_json(wanted)
-    differs = sorted(k for k in old if k not in COMPUTATION and old[k] != new[k])
+    # A model of one order of codes may go on in another one, but not by an omission.
+    free = set(COMPUTATION) - ({"order"} - set(section.fields))
+    differs = sorted(k for k in old if k not in free and old[k] != new[k])
     if differs:
         k = differs[0]
         raise ConfigError(f"config.{name}.{k}={new[k]!r}, but the {name} of {path} has {old[k]!r}; give the section the stored sizes")

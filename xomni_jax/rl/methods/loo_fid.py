@@ -8,21 +8,21 @@ KL term are those of GRPO.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-import numpy as np
 from jax.sharding import Mesh
 
 from xomni_jax.core.preemption import StopSignal
 from xomni_jax.models import llamagen_vq, transformer
 from xomni_jax.models.section import ModelSection
 from xomni_jax.pipeline import XOmni
+from xomni_jax.rewards.combine import Combined
 from xomni_jax.rl.grpo import GRPORun, GRPOStage, abstract_batch
 from xomni_jax.rl.objectives import GRPOConfig
 from xomni_jax.rl.rewards import RewardConfig
-from xomni_jax.rl.rollouts import RolloutConfig, Rollouts
-from xomni_jax.rl.trajectory import Trajectory
+from xomni_jax.rl.rollouts import Drawn, RolloutConfig, Rollouts
+from xomni_jax.rl.trajectory import Rows, Trajectory
 from xomni_jax.sampling.logits import SamplingConfig
 from xomni_jax.training.stage import RunningStage
 
@@ -62,9 +62,9 @@ def plain_batch(cfg: LooFIDRun, ar: transformer.ARConfig, grid: tuple[int, int],
 class PlainRollouts(Rollouts):
     """Rollouts that are learned as if they had been drawn without guidance and truncation."""
 
-    def rows(self, made: Sequence[Mapping[str, Any]], inputs: tuple[Any, ...], ok_PR: np.ndarray) -> Trajectory:
+    def rows(self, drawn: Drawn, total: Combined) -> tuple[Rows, dict[str, float]]:
         """As `Rollouts`, replayed without guidance and truncation."""
-        return Rollouts.rows(dataclasses.replace(self, sampling=PLAIN), made, (*inputs[:-1], None), ok_PR)
+        return Rollouts.rows(dataclasses.replace(self, sampling=PLAIN), drawn._replace(inputs=(*drawn.inputs[:-1], None)), total)
 
 
 class LooFIDStage(GRPOStage):
