@@ -14,7 +14,9 @@ from tests.rl.pixel_service import pixel_service
 from tests.test_metrics import documented, generic
 from tests.training.test_stages import assert_same, metrics, params, stop_after
 from xomni_jax.core.config import ConfigError
+from xomni_jax.rewards.combine import Combined
 from xomni_jax.rl.methods.loo_fid import PLAIN, PlainRollouts
+from xomni_jax.rl.rollouts import Drawn
 from xomni_jax.training.components import export_model
 from xomni_jax.training.run import run_stage
 from xomni_jax.training.stage import load_config
@@ -95,7 +97,8 @@ def test_classes_are_learned_from_images(start, learned):
 def test_a_class_is_a_prompt_of_one_token(learned):
     tokenizer = xomni_jax.load(learned / "model").tokenizer
     codes = np.arange(12).reshape(3, 4)
-    ids, loss = tokenizer.generation_sequence("2", codes)
+    ids, loss, positions = tokenizer.generation_sequence("2", codes)
+    assert positions is None
     np.testing.assert_array_equal(ids, [2, *range(4, 16)])
     np.testing.assert_array_equal(loss, [False] + [True] * 12)
     assert tokenizer.generation_sequence("", codes).ids_L[0] == 3, "no class"
@@ -137,7 +140,8 @@ def test_plain_rows():
     made = {"codes": np.arange(6).reshape(1, 2, 3), "logp": np.zeros((1, 2, 3)), "sampling_mask": np.zeros((1, 2, 3, 8), np.uint8)}
     made = jax.tree.map(jax.numpy.asarray, made)
     inputs = np.array([[1]]), np.array([1]), np.zeros((1, 2)), (np.array([[3]]), np.array([1]))
-    rows = PlainRollouts(**own).rows([made], inputs, np.ones((1, 2), bool))
+    drawn = Drawn([made], inputs, {}, {}, [], [], {})
+    rows, _ = PlainRollouts(**own).rows(drawn, Combined(np.zeros((1, 2)), np.ones((1, 2), bool), None, {}))
     (image,) = rows.drawn
     assert rows.negative is None and image.kept is None and image.spec.sampling == PLAIN
     np.testing.assert_array_equal(image.ids, [[0, 1, 2], [3, 4, 5]])
