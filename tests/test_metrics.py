@@ -31,7 +31,18 @@ def test_the_table_is_what_a_run_of_each_stage_wrote(case):
     listed = documented(STAGE_OF.get(case, case))
     # None of these runs has a mixture (training/test_mixture.py), a validation (training/test_validation.py), images without a score, a
     # reader that says what it read, a tokenizer that sees the images again, or an option that adds metrics of its own.
-    begins = ("perf/", "memory/", "guard/", "validation/", "text/", "control/", "rollout/", "loss/sft")
+    begins = (
+        "perf/",
+        "memory/",
+        "guard/",
+        "validation/",
+        "text/",
+        "control/",
+        "rollout/",
+        "loss/sft",
+        "grpo/sampler_kl",
+        "grpo/importance_",
+    )
     ends = ("/SOURCE", "/failed_KIND", "/reencode_frac")
     sometimes = lambda name: name.startswith(begins) or name.endswith(ends)  # noqa: E731
     assert written == {name for name in listed if not sometimes(name)}

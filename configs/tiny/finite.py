@@ -14,7 +14,7 @@ def get_config():
             batch_size=32,
             next_token=dict(rows=14, generation=1.0, understanding=0.0, text=0.0),
             optimizer=dict(name="muon", b1=0.95, learning_rate=1e-3, warmup_steps=10, schedule="linear", final_fraction=0.0),
-            data=dict(first=2000, weights=(0.5, 0.5), text_lengths=((3, 6), (12, 16)), shapes=0.0, pseudo_words=0.5),
-            validation=dict(every=25, batches=8, best=True),
+            data=dict(first=2000, weights=(0.5, 0.5), shapes=0.0, pseudo_words=0.5),
+            validation=dict(every=25, best=True),
         )
     )

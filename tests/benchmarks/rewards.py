@@ -46,7 +46,7 @@ def run(repeats: int, seconds: float) -> Report:
             "scorer alone",
             "through the service",
             "transport",
-            "beside the worker",
+            "of processor time",
             "images a core second",
         )
     ]
@@ -60,8 +60,8 @@ def run(repeats: int, seconds: float) -> Report:
         machine_line("threads: service 1", None) + ("" if None in (before, machine.load()) else f"; load {before:g} before"),
         "", aligned(rows), "",
         "rapidocr alone: its engine with the scorer's settings, on pixels that lie ready; the scorer opens files, reads and compares.",
-        "Transport: what a batch takes longer by the clock than the scorer alone, which opens the files and scores them (limit 5%).",
-        "Beside the worker: share of the processor time that the client and the service's own process take, for files, packing and HTTP.",
+        "Transport: share of a batch's time by the clock in which the worker, which opens files and scores, does nothing (limit 5%).",
+        "Of processor time: what the client and the service's own process take, for files, packing and HTTP, beside the worker.",
         f"Overlap: 12 chunks, each computed in 2 s and scored in 2 s: {duration(step)} for {duration(24.0)} of either, "
         f"{step / 24:.3f} times (limit 1.1).",
     ]  # fmt: skip
@@ -73,8 +73,9 @@ def transport(client: RewardClient, side: int, grain: float, repeats: int, secon
     """Medians of turns of all three, for one batch: seconds of rapidocr and of the scorer in this process, and through the service.
 
     Alone, the scorer opens files that lie ready and scores them. Through the service there is all else beside it: files are made of
-    arrays, packed, sent, received, checked, handed to the worker, and the answers come back. `beside` is the share of the processor time
-    that all processes but the worker take, which other programs on the machine change little.
+    arrays, packed, sent, received, checked, handed to the worker, and the answers come back. `transport` is the share of the time in which
+    the worker does not compute; the scorer in this process is no measure of it, as another process may be a tenth faster or slower.
+    `beside` is the share of the processor time that all processes but the worker take, which other programs on the machine change little.
 
     Args:
       grain: standard deviation of noise on the images, of which files become as large as those of photographs.
@@ -95,12 +96,13 @@ def transport(client: RewardClient, side: int, grain: float, repeats: int, secon
         client.score(images, items)
         wall, after = time.perf_counter() - between, machine.family()
         busy = [after[pid] - seconds for pid, seconds in before.items()]
-        turns.append((began - first, between - began, wall, sum(busy) - max(busy), sum(busy)))
-    engine, alone, wall, beside, cpu = map(median, zip(*turns[1:]))
-    transport = median(1 - turn[1] / turn[2] for turn in turns[1:])
+        turns.append((began - first, between - began, wall, max(busy), sum(busy)))
+    engine, alone, wall, _, cpu = map(median, zip(*turns[1:]))
+    # Sums, as processor time is counted in hundredths of a second.
+    whole, worker, all_of_them = (sum(turn[n] for turn in turns[1:]) for n in (2, 3, 4))
     sizes = {"side": side, "grain": grain, "kilobytes": sum(map(len, files)) / BATCH / 1e3}
     times = {"engine_s": engine, "alone_s": alone, "wall_s": wall, "cpu_s": cpu}
-    return sizes | times | {"turns": len(turns) - 1, "transport": transport, "beside": beside / cpu}
+    return sizes | times | {"turns": len(turns) - 1, "transport": 1 - worker / whole, "beside": 1 - worker / all_of_them}
 
 
 def overlap(seconds: float, chunks: int) -> float:

@@ -52,7 +52,7 @@ DAMAGE = {
     "the list of arrays is gone": (lambda folder: (folder / "_METADATA").unlink(), "cannot be read"),
     "the list of arrays is empty": (lambda folder: (folder / "_METADATA").write_text(""), "cannot be read"),
     "a file of values is gone": (lambda folder: largest_values(folder).unlink(), "/d/[0-9a-f]+ is missing"),
-    "a file of values is cut": (lambda folder: os.truncate(largest_values(folder), 3000), "/d/[0-9a-f]+ is cut off"),
+    "a file of values is cut": (lambda folder: os.truncate(largest_values(folder), 300), "/d/[0-9a-f]+ is cut off"),
     "the tree of values is gone": (lambda folder: shutil.rmtree(folder / "d"), "cannot be read"),
     "the manifest is cut": (lambda folder: os.truncate(folder / "manifest.ocdbt", 40), "cannot be read"),
     "all of it is gone": (shutil.rmtree, "this model directory has no clip"),

@@ -10,12 +10,12 @@ from tests.benchmarks import grpo
 from tests.benchmarks.report import Report
 from xomni_jax.cli import bench
 from xomni_jax.cli.main import main
+from xomni_jax.cli.parser import Parser
 
 
 @pytest.fixture
 def parser():
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="xomni bench", epilog=bench.EXAMPLE, formatter_class=raw)
+    parser = Parser(prog="xomni bench", epilog=bench.EXAMPLE)
     bench.add_arguments(parser)
     return parser
 

@@ -43,7 +43,7 @@ def test_the_judged_image_is_no_target(examples):
     text, some = MultimodalTokenizer.load(), [e for e in examples if "turns" in e][:20]
     codes = [[np.full((4, 8), 7), np.full((4, 8), 9)][: len(e["images"])] for e in some]
     columns = {name: [e.get(name) for e in some] for name in ("id", "caption", "question", "answer", "turns")}
-    for e, (ids_L, loss_L) in zip(some, build_sequences(columns, codes, text, NextTokenConfig(), np.random.default_rng(0)), strict=True):
+    for e, (ids_L, loss_L, _) in zip(some, build_sequences(columns, codes, text, NextTokenConfig(), np.random.default_rng(0)), strict=True):
         said = [*text.encode_text(e["turns"][2][1]), text.end_of_turn]
         assert ids_L[loss_L].tolist() == [*said, *[text.vocab_size + 9] * 32 * (len(e["images"]) - 1)]
 

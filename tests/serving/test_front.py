@@ -136,7 +136,9 @@ def test_a_request_that_names_no_model_gets_the_first_of_the_first_host():
 def test_another_host_answers_for_one_that_cannot(how):
     with Host({"sft": "1"}, how) as a, Host({"sft": "1"}) as b, fronted(a, b) as (front, url):
         assert [post(url).json()["host"] for _ in range(2)] == [b.url] * 2
-        assert len(a.bodies) >= 1 and front.counts["retried"] >= 1 and [r.in_flight for r in front.hosts.all] == [0, 0]
+        assert len(a.bodies) >= 1 and front.counts["retried"] >= 1
+        while any(r.in_flight for r in front.hosts.all):  # a host is released after its answer has gone out
+            time.sleep(0.01)
 
 
 def test_the_last_refusal_is_passed_on_when_all_are_busy():

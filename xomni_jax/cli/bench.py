@@ -76,17 +76,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=20, metavar="N", help="most timed pairs per case; grpo: steps (default 20)")
     parser.add_argument("--seconds", type=float, default=60.0, metavar="S", help="about the time for all pairs (default 60)")
     parser.add_argument("--json", metavar="FILE", help="also write everything measured to this file")
-    models = parser.add_argument_group("decode, train, mmdit; --size also for device")
+    models = parser.add_rare_group("decode, train, mmdit; --size also for device")
     models.add_argument("--threads", type=int, metavar="N", help="cores that both sides use (default: all)")
     models.add_argument("--size", choices=("tiny", "small", "1b"), help="tiny or small: width 128 or 512; device: tiny or 1b (default)")
-    grpo = parser.add_argument_group(
+    grpo = parser.add_rare_group(
         "grpo; --model also for eval, tokenize, serve, window, scaling, start, decoder-price, --faults for rewards, serve"
     )
     grpo.add_argument("--model", metavar="DIR", help="model (default: the tiny one of the package)")
     grpo.add_argument("--config", metavar="FILE", help="its shapes, rewards (default: configs/tiny/demo.py)")
     grpo.add_argument("--faults", action="store_true", default=None, help="a run under faults instead")
     grpo.add_argument("--bodies", type=int, metavar="N", help="rewards: so many damaged requests instead")
-    convert = parser.add_argument_group("convert only")
+    convert = parser.add_rare_group("convert only")
     convert.add_argument("--gb", type=float, metavar="GB", help="least size of the checkpoint (default 4)")
     convert.add_argument("--dir", metavar="DIR", help="disk with 4 times that (default: temporary folder)")
 

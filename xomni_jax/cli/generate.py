@@ -39,13 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to draw; one image each")
     add_model(parser, "", "one device")
     add_size(parser)
-    parser.add_argument("--edit", metavar="IMAGE", help="draw a part of this image again, the white one of --mask")
-    parser.add_argument("--mask", metavar="IMAGE", help="an image of the same size; a code with any white pixel is drawn again")
-    what = "images that all are drawn from, between prompt and image, for a model that learned from records with input images"
-    parser.add_argument("--condition", nargs="+", default=[], metavar="IMAGE", help=what)
     parser.add_argument("--seed", type=int, default=0, help="image i depends on the seed, i and its prompt alone (default 0)")
     parser.add_argument("--out", default="images", metavar="DIR", help="folder for the images (default: images)")
-    rare = parser.add_rare_group("sampling, adapters")
+    rare = parser.add_rare_group("editing, sampling, adapters")
+    rare.add_argument("--edit", metavar="IMAGE", help="draw a part of this image again, the white one of --mask")
+    rare.add_argument("--mask", metavar="IMAGE", help="an image of the same size; a code with any white pixel is drawn again")
+    what = "images that all are drawn from, between prompt and image, for a model that learned from records with input images"
+    rare.add_argument("--condition", nargs="+", default=[], metavar="IMAGE", help=what)
     add_sampling(rare)
     rare.add_argument("--window", type=positive, metavar="W", help="codes per pass: the same images in fewer passes (default 1)")
     add_adapter(rare)
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = "draw all prompts of these files: a line of text each, jsonl, csv, or what xomni data kinds lists"
     many.add_argument("--prompts", dest="files", nargs="+", default=[], metavar="FILE", help=what)
     many.add_argument("--n", type=positive, default=1, metavar="N", help="samples of each prompt (default 1)")
-    many.add_argument("--best-of", type=positive, default=0, metavar="N", help="draw N of each prompt and keep the best --n by --reward")
+    many.add_argument("--best-of", type=positive, default=0, metavar="N", help="draw N of each and keep the best --n by --reward")
     many.add_argument("--reward", metavar="NAME=URL", help="a running reward service: xomni serve-reward")
     many.add_argument("--share", type=share, default=(0, 1), metavar="K/N", help="draw the K-th of N shares, which may use one --out")
 

@@ -20,7 +20,7 @@ _FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"
 
 def is_video(file: bytes | Path) -> bool:
     """Whether a file is a video, by its first bytes, or by its name where it is named."""
-    if isinstance(file, Path):
+    if not isinstance(file, bytes):  # a path, perhaps in a bucket
         return file.suffix.lower() in _SUFFIXES
     return file[4:8] == b"ftyp" or file[:4] == b"\x1aE\xdf\xa3" or file[8:12] == b"AVI "
 

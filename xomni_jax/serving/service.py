@@ -128,7 +128,7 @@ class ServedModel:
         known_YX = np.full(grid, -1) if known_YX is None else known_YX
         keys = image_keys(seed, np.array(numbers))
         plans = [{"given": known_YX.ravel().astype(np.int32)}] * len(numbers)
-        if (order_PRT := image_orders(self.model.config("transformer").order, grid, keys[None], known_YX >= 0)) is not None:
+        if (order_PRT := image_orders(self.model.config("transformer").order, grid, keys[None], known_YX[None] >= 0)) is not None:
             plans = [{"given": plan["given"][order_T], "order": order_T} for plan, order_T in zip(plans, order_PRT[0])]
         return Job(
             ("images", self.name, grid, shape.guided, shape.nucleus),
