@@ -26,17 +26,19 @@ from xomni_jax.rl import grpo
 from xomni_jax.rl.rewards import RewardConfig
 from xomni_jax.sharding.mesh import make_mesh
 
-BATCH, SIDES, GRAINS = 32, (96, 256, 1152), (0.0, 2.0)
-PIPELINED = {"chunk": 8, "concurrency": 4, "timeout": 600.0}  # some images are made into files while others are scored
+BATCH, GRAINS = 32, (0.0, 2.0)
+SIDES = {96: 8, 256: 8, 1152: 4}  # images of a chunk: the worker begins when the first of them are files and sent
+PIPELINED = {"concurrency": 4, "timeout": 600.0}  # some images are made into files while others are scored
 PATIENT = {"chunk": 1, "concurrency": 8, "backoff": 0.002, "timeout": 5.0, "max_wait": 180.0, "attempts": 100}
 
 
 def run(repeats: int, seconds: float) -> Report:
     """Transport of 32 images of each kind with the scorer ocr, and overlap with a service that takes 2 s for a batch."""
     before, sizes = machine.load(), []
-    with running({"ocr": 1}) as urls, RewardClient("ocr", urls["ocr"], **PIPELINED) as client:
-        for side in SIDES:
-            sizes += [transport(client, side, grain, repeats, seconds / len(SIDES) / len(GRAINS)) for grain in GRAINS]
+    with running({"ocr": 1}) as urls:
+        for side, chunk in SIDES.items():
+            with RewardClient("ocr", urls["ocr"], chunk=chunk, **PIPELINED) as client:
+                sizes += [transport(client, side, grain, repeats, seconds / len(SIDES) / len(GRAINS)) for grain in GRAINS]
     step = overlap(2.0, 12)
     rows = [
         (
@@ -60,7 +62,8 @@ def run(repeats: int, seconds: float) -> Report:
         machine_line("threads: service 1", None) + ("" if None in (before, machine.load()) else f"; load {before:g} before"),
         "", aligned(rows), "",
         "rapidocr alone: its engine with the scorer's settings, on pixels that lie ready; the scorer opens files, reads and compares.",
-        "Transport: share of a batch's time by the clock in which the worker, which opens files and scores, does nothing (limit 5%).",
+        "Transport: share of a batch's time by the clock in which the worker, which opens files and scores, does nothing (limit 5%);",
+        f"chunks of {', '.join(f'{chunk} images at {side} px' for side, chunk in SIDES.items())}.",
         "Of processor time: what the client and the service's own process take, for files, packing and HTTP, beside the worker.",
         f"Overlap: 12 chunks, each computed in 2 s and scored in 2 s: {duration(step)} for {duration(24.0)} of either, "
         f"{step / 24:.3f} times (limit 1.1).",
