@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -50,13 +49,10 @@ class PPOCRReader:
     def read(self, image: np.ndarray) -> str:
         """uint8 [Y, X, 3] -> recognised text, lines joined by spaces, "" when there is none."""
         if self.mode == "detect" or (self.mode == "auto" and image.shape[0] > _SIGN_HEIGHT):
-            if texts := self.read_boxes(image):
-                return " ".join(texts)
+            found = self._engine(np.ascontiguousarray(image[..., ::-1]), use_det=True, use_cls=False, use_rec=True)
+            if found.txts:
+                return " ".join(found.txts)
         return " ".join(filter(None, (self._read_line(line) for line in text_lines(image))))
-
-    def read_boxes(self, image: np.ndarray) -> Sequence[str]:
-        """The text of every box that detection finds."""
-        return self._engine(np.ascontiguousarray(image[..., ::-1]), use_det=True, use_cls=False, use_rec=True).txts or ()
 
     def _read_line(self, line: np.ndarray) -> str:
         found = self._engine(np.ascontiguousarray(line[..., ::-1]), use_det=False, use_cls=False, use_rec=True)
