@@ -1,5 +1,6 @@
 """Converted and exported again, every tensor has the bytes it had, under its name, in a file of its kind."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -20,9 +21,11 @@ from xomni_jax.checkpoint import export as module
 from xomni_jax.checkpoint.conversion import ConversionError, flatten
 from xomni_jax.checkpoint.convert import convert
 from xomni_jax.checkpoint.export import export
+from xomni_jax.checkpoint.official import limits
 from xomni_jax.checkpoint.store import CheckpointError, save_component, save_settings
 from xomni_jax.data.preprocess import ImageLimits
 from xomni_jax.models.section import COMPUTATION
+from xomni_jax.models.transformer import PRESETS
 from xomni_jax.sampling.decoder import DecodeConfig
 
 DROPPED = {k for k in dirs.vit(dirs.SMALL["vit"]) if k.startswith(("norm.", "attn_pool", "head"))}
@@ -88,6 +91,13 @@ def test_a_trained_model_that_was_never_published_comes_back_and_draws_as_before
     assert ours.decode_config == theirs.decode_config
     assert ours.description["settings"].keys() == theirs.description["settings"].keys()
     np.testing.assert_array_equal(*(np.asarray(m.generate("a red sign", seed=3)[0]) for m in (ours, theirs)))
+
+
+def test_a_transformer_of_another_order_is_not_said_to_run():
+    """The published code would draw its codes row by row."""
+    told = limits({"transformer": dataclasses.replace(PRESETS["tiny"], order="spanning_tree")}, DecodeConfig())
+    assert "transformer with order=spanning_tree (raster)" in told and told.endswith("; this package runs it")
+    assert limits({"transformer": PRESETS["tiny"]}, DecodeConfig()) is None
 
 
 def test_what_a_run_changes_is_changed_in_the_config(converted, tmp_path):

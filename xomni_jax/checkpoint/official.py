@@ -15,6 +15,7 @@ VITS = {
 HEADS = dict.fromkeys(VITS, 16)  # the one size that no tensor shows
 # Fields that no argument of the published classes sets.
 FIXED: dict[str, dict[str, Any]] = {
+    "transformer": dict(order="raster"),
     "siglip_vq": dict(heads=16, patch=16, pos_grid=128, conv_blocks=2, groups=32),
     "mmdit": dict(mlp_ratio=4, prediction="velocity", theta=10000.0),
     "autoencoder": dict(kind="kl"),
@@ -42,5 +43,6 @@ def limits(configs: Mapping[str, Any], decode: DecodeConfig) -> str | None:
     if not found:
         return None
     what = "; ".join(f"{name} with {wrong}" for name, wrong in found.items())
-    runs = "it runs the transformer alone (text and codes), this package runs all" if "transformer" in configs else "this package runs it"
+    alone = "transformer" in configs and "transformer" not in found
+    runs = "it runs the transformer alone (text and codes), this package runs all" if alone else "this package runs it"
     return f"X-Omni's published code cannot run {what} (what it takes is in brackets); {runs}"
